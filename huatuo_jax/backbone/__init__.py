@@ -1,0 +1,1 @@
+"""The transformer: its description, positions, attention, heads and adapters."""

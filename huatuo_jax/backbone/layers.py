@@ -1,0 +1,210 @@
+"""The parts of a layer: projection, norm, self-attention, feed-forward."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from huatuo_jax import sharding
+from huatuo_jax.backbone import attention, positions
+from huatuo_jax.backbone.config import BackboneConfig, ComputeConfig
+from huatuo_jax.backbone.lora import LoraConfig, add_update
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+}
+
+
+class Rows(NamedTuple):
+    """What every layer knows of where its tokens stand.
+
+    Attributes:
+        positions_BT: int32.
+        segment_ids_BT: int32, or None for one segment a row.
+        cos_BTH: cosine of the rotations, `[B, T, H / 2]`; None without rotary positions.
+        sin_BTH: their sine.
+    """
+
+    positions_BT: jax.Array
+    segment_ids_BT: jax.Array | None
+    cos_BTH: jax.Array | None
+    sin_BTH: jax.Array | None
+
+
+class Projection(nn.Module):
+    """A linear map written as an einsum, computed in `compute_dtype`.
+
+    Attributes:
+        einsum: `inputs,kernel->outputs`.
+        kernel_shape: of the parameter `kernel`.
+        bias_shape: of the parameter `bias`, None without one.
+    """
+
+    einsum: str
+    kernel_shape: tuple[int, ...]
+    bias_shape: tuple[int, ...] | None
+    cfg: BackboneConfig
+    compute: ComputeConfig
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """Apply to inputs of the einsum's first shape."""
+        dtype, init = self.compute.compute_dtype, nn.initializers
+        kernel = self.param(
+            "kernel",
+            init.normal(self.cfg.initializer_range),
+            self.kernel_shape,
+            self.compute.param_dtype,
+        )
+        outputs = jnp.einsum(self.einsum, inputs.astype(dtype), kernel.astype(dtype))
+        if self.bias_shape is None:
+            return outputs
+        bias = self.param("bias", init.zeros, self.bias_shape, self.compute.param_dtype)
+        return outputs + jnp.expand_dims(bias.astype(dtype), (0, 1))
+
+
+class Norm(nn.Module):
+    """RMS norm or layer norm over the last dimension, in at least float32.
+
+    Attributes:
+        kind: `rms`, or `layer`, which subtracts the mean and has a bias.
+    """
+
+    kind: str
+    cfg: BackboneConfig
+    compute: ComputeConfig
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """Normalise; the result has the dtype of the inputs."""
+        width, param_dtype = inputs.shape[-1:], self.compute.param_dtype
+        wide = inputs.astype(jnp.promote_types(inputs.dtype, jnp.float32))
+        if self.kind == "layer":
+            wide = wide - wide.mean(axis=-1, keepdims=True)
+        variance = jnp.square(wide).mean(axis=-1, keepdims=True)
+        normed = wide * jax.lax.rsqrt(variance + self.cfg.norm_eps)
+        lead = tuple(range(inputs.ndim - 1))
+        scale = self.param("scale", nn.initializers.ones, width, param_dtype)
+        scaled = normed * jnp.expand_dims(scale.astype(wide.dtype), lead)
+        if self.kind == "layer":
+            bias = self.param("bias", nn.initializers.zeros, width, param_dtype)
+            scaled = scaled + jnp.expand_dims(bias.astype(wide.dtype), lead)
+        return scaled.astype(inputs.dtype)
+
+
+class SelfAttention(nn.Module):
+    """Causal self-attention with fused projections.
+
+    The fused kernel is `[D, K, M]`: each key/value head's block of M = (N / K + 2) H columns holds
+    its queries, its key and its value, so that a tensor axis splits it at heads.
+    """
+
+    cfg: BackboneConfig
+    compute: ComputeConfig
+    lora: LoraConfig | None
+
+    @nn.compact
+    def __call__(self, hidden_BTD: jax.Array, rows: Rows) -> jax.Array:
+        """What attention adds to the residual stream, `[B, T, D]`."""
+        cfg, compute = self.cfg, self.compute
+        q_BTNH, k_BTKH, v_BTKH = self._heads(hidden_BTD)
+        if cfg.qk_norm:
+            q_BTNH = Norm("rms", cfg, compute, name="query_norm")(q_BTNH)
+            k_BTKH = Norm("rms", cfg, compute, name="key_norm")(k_BTKH)
+        if rows.cos_BTH is not None and rows.sin_BTH is not None:
+            q_BTNH = positions.rotate(q_BTNH, rows.cos_BTH, rows.sin_BTH)
+            k_BTKH = positions.rotate(k_BTKH, rows.cos_BTH, rows.sin_BTH)
+        alibi = cfg.position == "alibi"
+        attended_BTNH = attention.attend(
+            sharding.constrain(q_BTNH, "heads_BTNH"),
+            sharding.constrain(k_BTKH, "heads_BTNH"),
+            sharding.constrain(v_BTKH, "heads_BTNH"),
+            positions_BT=rows.positions_BT,
+            segment_ids_BT=rows.segment_ids_BT,
+            sliding_window=cfg.sliding_window,
+            alibi_slopes_N=jnp.asarray(positions.alibi_slopes(cfg.num_heads)) if alibi else None,
+            kernel=compute.kernel,
+            query_chunk=compute.query_chunk,
+        )
+        output_BTD = Projection(
+            "BTNH,NHD->BTD",
+            (cfg.num_heads, cfg.head_dim, cfg.hidden_size),
+            (cfg.hidden_size,) if cfg.output_bias else None,
+            cfg,
+            compute,
+            name="output",
+        )(attended_BTNH)
+        return add_update(self, self.lora, "output", attended_BTNH, output_BTD)
+
+    def _heads(self, hidden_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries, keys and values, adapters included."""
+        cfg, head_dim = self.cfg, self.cfg.head_dim
+        block = (cfg.queries_per_kv_head + 2) * head_dim
+        fused_BTKM = Projection(
+            "BTD,DKM->BTKM",
+            (cfg.hidden_size, cfg.num_kv_heads, block),
+            (cfg.num_kv_heads, block) if cfg.qkv_bias else None,
+            cfg,
+            self.compute,
+            name="qkv",
+        )(hidden_BTD)
+        q, k, v = jnp.split(fused_BTKM, (block - 2 * head_dim, block - head_dim), axis=-1)
+        q = q.reshape(*q.shape[:2], cfg.num_heads, head_dim)
+        return (
+            add_update(self, self.lora, "query", hidden_BTD, q),
+            add_update(self, self.lora, "key", hidden_BTD, k),
+            add_update(self, self.lora, "value", hidden_BTD, v),
+        )
+
+
+class FeedForward(nn.Module):
+    """`down(activation(gate) * up)`, or `down(activation(up))` where it is not gated."""
+
+    cfg: BackboneConfig
+    compute: ComputeConfig
+    lora: LoraConfig | None
+
+    @nn.compact
+    def __call__(self, hidden_BTD: jax.Array) -> jax.Array:
+        """What the feed-forward adds to the residual stream, `[B, T, D]`."""
+        cfg, activation = self.cfg, ACTIVATIONS[self.cfg.activation]
+        wide_BTF = self._gated(hidden_BTD) if cfg.gated_mlp else activation(self._up(hidden_BTD))
+        wide_BTF = sharding.constrain(wide_BTF, "mlp_BTF")
+        output_BTD = Projection(
+            "BTF,FD->BTD",
+            (cfg.intermediate_size, cfg.hidden_size),
+            (cfg.hidden_size,) if cfg.mlp_bias else None,
+            cfg,
+            self.compute,
+            name="down",
+        )(wide_BTF)
+        return add_update(self, self.lora, "down", wide_BTF, output_BTD)
+
+    def _gated(self, hidden_BTD: jax.Array) -> jax.Array:
+        cfg = self.cfg
+        both_BT2F = Projection(
+            "BTD,DCF->BTCF",
+            (cfg.hidden_size, 2, cfg.intermediate_size),
+            (2, cfg.intermediate_size) if cfg.mlp_bias else None,
+            cfg,
+            self.compute,
+            name="gate_up",
+        )(hidden_BTD)
+        gate_BTF = add_update(self, self.lora, "gate", hidden_BTD, both_BT2F[:, :, 0])
+        up_BTF = add_update(self, self.lora, "up", hidden_BTD, both_BT2F[:, :, 1])
+        return ACTIVATIONS[cfg.activation](gate_BTF) * up_BTF
+
+    def _up(self, hidden_BTD: jax.Array) -> jax.Array:
+        cfg = self.cfg
+        up_BTF = Projection(
+            "BTD,DF->BTF",
+            (cfg.hidden_size, cfg.intermediate_size),
+            (cfg.intermediate_size,) if cfg.mlp_bias else None,
+            cfg,
+            self.compute,
+            name="up",
+        )(hidden_BTD)
+        return add_update(self, self.lora, "up", hidden_BTD, up_BTF)

@@ -1,0 +1,224 @@
+"""The decoder-only transformer of every family: embedding, stacked layers, a head.
+
+Used as pure functions over a plain nested dict of parameters:
+
+    model = Transformer(cfg, compute)
+    params = init_params(key, cfg, compute)
+    hidden_BTD = model.apply({"params": params}, tokens_BT)
+    logits_BTV = model.apply({"params": params}, hidden_BTD, method="logits")
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from huatuo_jax import sharding
+from huatuo_jax.backbone import heads, positions
+from huatuo_jax.backbone.config import BackboneConfig, ComputeConfig
+from huatuo_jax.backbone.layers import FeedForward, Norm, Rows, SelfAttention
+from huatuo_jax.backbone.lora import LoraConfig
+
+Head = Literal["lm", "score"]
+
+_BLOCK_OUTPUTS = ("attention_output", "feed_forward_output")
+
+
+class Layer(nn.Module):
+    """Pre-norm attention and feed-forward, each added to the residual stream."""
+
+    cfg: BackboneConfig
+    compute: ComputeConfig
+    lora: LoraConfig | None
+
+    @nn.compact
+    def __call__(self, hidden_BTD: jax.Array, rows: Rows) -> tuple[jax.Array, None]:
+        """The residual stream after this layer, in the form `nn.scan` wants."""
+        cfg, compute = self.cfg, self.compute
+        normed_BTD = Norm(cfg.norm, cfg, compute, name="attention_norm")(hidden_BTD)
+        attended_BTD = SelfAttention(cfg, compute, self.lora, name="attention")(normed_BTD, rows)
+        hidden_BTD = hidden_BTD + checkpoint_name(attended_BTD, _BLOCK_OUTPUTS[0])
+        normed_BTD = Norm(cfg.norm, cfg, compute, name="mlp_norm")(hidden_BTD)
+        fed_BTD = FeedForward(cfg, compute, self.lora, name="mlp")(normed_BTD)
+        hidden_BTD = hidden_BTD + checkpoint_name(fed_BTD, _BLOCK_OUTPUTS[1])
+        return sharding.constrain(hidden_BTD, "hidden_BTD"), None
+
+
+class Transformer(nn.Module):
+    """A backbone and its head.
+
+    Attributes:
+        cfg: what the model is.
+        compute: how it is computed.
+        lora: the adapters it may be applied with.
+    """
+
+    cfg: BackboneConfig
+    compute: ComputeConfig = ComputeConfig()
+    lora: LoraConfig | None = None
+
+    def setup(self) -> None:
+        """Name the parts; parameters are made by the parts that are used."""
+        cfg, compute = self.cfg, self.compute
+        self.embedding = Embedding(cfg, compute)
+        if cfg.embedding_norm:
+            self.embedding_norm = Norm(cfg.norm, cfg, compute)
+        self.layers = nn.scan(
+            _rematerialised(Layer, compute),
+            variable_axes={"params": 0, "lora": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=cfg.num_layers,
+        )(cfg, compute, self.lora)
+        self.final_norm = Norm(cfg.norm, cfg, compute)
+        if not cfg.tie_embeddings:
+            self.lm_head = heads.LmHead(cfg, compute)
+        self.score_head = heads.ScoreHead(cfg, compute)
+
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        *,
+        segment_ids_BT: jax.Array | None = None,
+        positions_BT: jax.Array | None = None,
+    ) -> jax.Array:
+        """The trunk's output after the final norm.
+
+        Args:
+            tokens_BT: token ids below `vocab_size`.
+            segment_ids_BT: tokens see their own segment only; 0 for padding, on either side. None
+                for one segment a row.
+            positions_BT: by default they start at 0 in each segment.
+
+        Returns:
+            `[B, T, D]` in the compute dtype; what stands at padding means nothing.
+        """
+        return self.trunk(
+            self.embed(tokens_BT), segment_ids_BT=segment_ids_BT, positions_BT=positions_BT
+        )
+
+    def embed(self, tokens_BT: jax.Array) -> jax.Array:
+        """Embeddings `[B, T, D]`, normalised where the family does."""
+        hidden_BTD = self.embedding(tokens_BT)
+        if self.cfg.embedding_norm:
+            hidden_BTD = self.embedding_norm(hidden_BTD)
+        return sharding.constrain(hidden_BTD, "hidden_BTD")
+
+    def trunk(
+        self,
+        embedded_BTD: jax.Array,
+        *,
+        segment_ids_BT: jax.Array | None = None,
+        positions_BT: jax.Array | None = None,
+    ) -> jax.Array:
+        """The layers and the final norm, on embeddings; arguments as for a call."""
+        if positions_BT is None:
+            if segment_ids_BT is None:
+                positions_T = jnp.arange(embedded_BTD.shape[1], dtype=jnp.int32)
+                positions_BT = jnp.broadcast_to(positions_T[None, :], embedded_BTD.shape[:2])
+            else:
+                positions_BT = positions.positions_from_segments(segment_ids_BT)
+        cos_BTH = sin_BTH = None
+        if self.cfg.rope is not None:
+            cos_BTH, sin_BTH = positions.rotary_tables(
+                positions_BT,
+                self.cfg.rope,
+                head_dim=self.cfg.head_dim,
+                dtype=self.compute.compute_dtype,
+            )
+        rows = Rows(positions_BT, segment_ids_BT, cos_BTH, sin_BTH)
+        hidden_BTD, _ = self.layers(embedded_BTD, rows)
+        return self.final_norm(hidden_BTD)
+
+    def logits(self, hidden_BTD: jax.Array) -> jax.Array:
+        """Next-token logits `[B, T, V]`; padded vocabulary rows hold `heads.PADDED_LOGIT`."""
+        if self.cfg.tie_embeddings:
+            kernel_DV = self.embedding.table().T
+            return heads.project_to_vocabulary(hidden_BTD, kernel_DV, self.cfg, self.compute)
+        return self.lm_head(hidden_BTD)
+
+    def scores(self, hidden_BTD: jax.Array) -> jax.Array:
+        """One score a token, `[B, T]`: rewards or values."""
+        return self.score_head(hidden_BTD)
+
+
+class Embedding(nn.Module):
+    """The table of token embeddings."""
+
+    cfg: BackboneConfig
+    compute: ComputeConfig
+
+    def setup(self) -> None:
+        """Make the table."""
+        self.table_VD = self.param(
+            "table",
+            nn.initializers.normal(self.cfg.initializer_range),
+            (self.cfg.padded_vocab_size, self.cfg.hidden_size),
+            self.compute.param_dtype,
+        )
+
+    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+        """Rows `[B, T, D]` of the table; an id that is no token's gives NaN, never another row."""
+        # A negative id would count from the end, and one in the padding would find a row.
+        known_BT = (tokens_BT >= 0) & (tokens_BT < self.cfg.vocab_size)
+        rows_BT = jnp.where(known_BT, tokens_BT, self.cfg.padded_vocab_size)
+        # Gathered first and cast after, so that the whole table is never copied.
+        table_VD = sharding.constrain(self.table_VD, "table_VD")
+        return jnp.take(table_VD, rows_BT, axis=0, mode="fill").astype(self.compute.compute_dtype)
+
+    def table(self) -> jax.Array:
+        """The table `[V, D]`, for a tied head."""
+        return self.table_VD
+
+
+def init_params(
+    key: jax.Array, cfg: BackboneConfig, compute: ComputeConfig, *, head: Head = "lm"
+) -> dict[str, Any]:
+    """Fresh parameters, all normal with `initializer_range` but for norms (1) and biases (0).
+
+    Args:
+        key: PRNG key.
+        cfg: what the model is.
+        compute: gives the dtype.
+        head: `lm` for logits, `score` for rewards or values.
+
+    Returns:
+        A plain nested dict; layers are stacked along their first axis.
+    """
+    # Two tokens fit no fused kernel, and parameters do not depend on it.
+    model = Transformer(cfg, dataclasses.replace(compute, kernel="xla"))
+    tokens_BT = jnp.zeros((1, 2), dtype=jnp.int32)
+
+    def forward(module: Transformer) -> jax.Array:
+        hidden_BTD = module(tokens_BT)
+        return module.logits(hidden_BTD) if head == "lm" else module.scores(hidden_BTD)
+
+    return model.init(key, method=forward)["params"]
+
+
+def abstract_params(
+    cfg: BackboneConfig, compute: ComputeConfig, *, head: Head = "lm"
+) -> dict[str, Any]:
+    """The tree of `init_params` as `jax.ShapeDtypeStruct`, without making an array."""
+    return jax.eval_shape(lambda: init_params(jax.random.key(0), cfg, compute, head=head))
+
+
+def count_parameters(params: Any) -> int:
+    """How many numbers a tree of parameters holds, padded vocabulary rows included."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def _rematerialised(layer: type[nn.Module], compute: ComputeConfig) -> type[nn.Module]:
+    """The layer, wrapped so that its backward pass recomputes what `compute.remat` says."""
+    if compute.remat == "none":
+        return layer
+    policies = {
+        "full": jax.checkpoint_policies.nothing_saveable,
+        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        "outputs": jax.checkpoint_policies.save_only_these_names(*_BLOCK_OUTPUTS),
+    }
+    # A scan's body cannot be merged with its recomputation, so the guard against that is needless.
+    return nn.remat(layer, policy=policies[compute.remat], prevent_cse=False)

@@ -1,0 +1,186 @@
+"""The mesh, and the one table that says which mesh axis splits which dimension.
+
+Axes: `data` replicates parameters, `fsdp` splits parameters and the batch (fully sharded data
+parallelism, arXiv 1910.02054), `tensor` splits heads, feed-forward and vocabulary (arXiv
+1909.08053). A batch is split over `data` and `fsdp` together.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+# Every parameter of every family, by the end of its path. Dimensions are written out in the
+# comment's letters (see README: B batch, T time, D width, N query heads, K key/value heads,
+# H head width, F feed-forward, V vocabulary, L layers; M = (N / K + 2) H, R the adapter's rank).
+PARAMETER_RULES: tuple[tuple[str, P], ...] = (
+    ("embedding/table", P("tensor", "fsdp")),  # VD
+    ("embedding_norm/(scale|bias)", P(None)),  # D
+    ("layers/(attention|mlp)_norm/(scale|bias)", P(None, None)),  # LD
+    ("layers/attention/qkv/kernel", P(None, "fsdp", "tensor", None)),  # LDKM
+    ("layers/attention/qkv/bias", P(None, "tensor", None)),  # LKM
+    ("layers/attention/(query|key)_norm/scale", P(None, None)),  # LH
+    ("layers/attention/output/kernel", P(None, "tensor", None, "fsdp")),  # LNHD
+    ("layers/attention/output/bias", P(None, None)),  # LD
+    ("layers/mlp/gate_up/kernel", P(None, "fsdp", None, "tensor")),  # LD2F
+    ("layers/mlp/gate_up/bias", P(None, None, "tensor")),  # L2F
+    ("layers/mlp/up/kernel", P(None, "fsdp", "tensor")),  # LDF
+    ("layers/mlp/up/bias", P(None, "tensor")),  # LF
+    ("layers/mlp/down/kernel", P(None, "tensor", "fsdp")),  # LFD
+    ("layers/mlp/down/bias", P(None, None)),  # LD
+    ("final_norm/(scale|bias)", P(None)),  # D
+    ("lm_head/kernel", P("fsdp", "tensor")),  # DV
+    ("score_head/kernel", P("fsdp", None)),  # D1
+    # Adapters: `a` leads into the rank, `b` out of it.
+    ("layers/(attention/(query|key|value)|mlp/(gate|up))/a", P(None, "fsdp", None)),  # LDR
+    ("layers/attention/(query|key|value)/b", P(None, None, "tensor", None)),  # LRNH, LRKH
+    ("layers/mlp/(gate|up)/b", P(None, None, "tensor")),  # LRF
+    ("layers/attention/output/a", P(None, "tensor", None, None)),  # LNHR
+    ("layers/mlp/down/a", P(None, "tensor", None)),  # LFR
+    ("layers/(attention/output|mlp/down)/b", P(None, None, "fsdp")),  # LRD
+)
+_COMPILED_RULES = tuple((re.compile(f"(^|/){rule}$"), spec) for rule, spec in PARAMETER_RULES)
+
+# Activations, by name: where they are cut is part of the model's contract with the compiler.
+ACTIVATION_RULES: Mapping[str, P] = {
+    # A lookup needs whole rows: left split over fsdp, the compiler would replicate its result.
+    "table_VD": P("tensor", None),
+    "hidden_BTD": P(BATCH_AXES, None, None),
+    "heads_BTNH": P(BATCH_AXES, None, "tensor", None),
+    "mlp_BTF": P(BATCH_AXES, None, "tensor"),
+    "logits_BTV": P(BATCH_AXES, None, "tensor"),
+}
+
+
+def make_mesh(
+    *, data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """A mesh of `data * fsdp * tensor` devices.
+
+    Args:
+        data: replicas of the parameters.
+        fsdp: shards of parameters and batch.
+        tensor: shards of heads, feed-forward and vocabulary.
+        devices: the devices to use, all by default. One of the sizes may be -1: what is left.
+
+    Raises:
+        ValueError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    free = [axis for axis, size in sizes.items() if size == -1]
+    fixed = 1
+    for axis, size in sizes.items():
+        if size < 1 and size != -1:
+            raise ValueError(f"mesh.{axis}={size} must be at least 1 (or -1 for what is left)")
+        fixed *= 1 if size == -1 else size
+    if len(free) > 1:
+        raise ValueError(f"only one mesh axis may be -1, not {' and '.join(free)}")
+    if free:
+        if len(devices) % fixed:
+            raise ValueError(
+                f"mesh.{free[0]}=-1: the other axes take {fixed} devices, which does not divide "
+                f"the {len(devices)} there are"
+            )
+        sizes[free[0]] = len(devices) // fixed
+    total = sizes["data"] * sizes["fsdp"] * sizes["tensor"]
+    if total != len(devices):
+        wanted = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
+        raise ValueError(f"mesh {wanted} needs {total} devices, there are {len(devices)}")
+    return jax.make_mesh(
+        tuple(sizes[axis] for axis in AXES), AXES, (AxisType.Auto,) * 3, devices=devices
+    )
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """A tree path as one string: `layers/mlp/down/kernel`, also inside an optimizer's state."""
+    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+
+
+def parameter_spec(path: str) -> P:
+    """The rule for one parameter.
+
+    Raises:
+        ValueError: no rule matches, or more than one: the table must say each parameter once.
+    """
+    specs = [spec for pattern, spec in _COMPILED_RULES if pattern.search(path)]
+    if len(specs) != 1:
+        raise ValueError(f"{len(specs)} partition rules match parameter {path!r}, not exactly one")
+    return specs[0]
+
+
+def parameter_shardings(tree: Any, mesh: Mesh) -> Any:
+    """Where each parameter of a tree lies on a mesh.
+
+    Args:
+        tree: nested dict of arrays or `jax.ShapeDtypeStruct`; scalars (step counters of an
+            optimizer's state) are replicated.
+        mesh: from `make_mesh`, or an abstract mesh.
+
+    Returns:
+        The same tree of `NamedSharding`.
+
+    Raises:
+        ValueError: a parameter without a rule, or a dimension its axis does not divide.
+    """
+
+    def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        if leaf.ndim == 0:
+            return NamedSharding(mesh, P())
+        name = path_name(path)
+        spec = parameter_spec(name)
+        _check_divisible(name, leaf.shape, spec, mesh)
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows of a batch over `data` and `fsdp`, for arrays of any rank."""
+    return NamedSharding(mesh, P(BATCH_AXES))
+
+
+def constrain(array: jax.Array, name: str) -> jax.Array:
+    """Pin an activation to its place on the mesh in use (`jax.set_mesh`), if there is one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return array
+    spec = P(
+        *(_fitting(axes, dim, mesh) for axes, dim in zip(_spec(name), array.shape, strict=True))
+    )
+    return jax.lax.with_sharding_constraint(array, spec)
+
+
+def _spec(name: str) -> P:
+    assert name in ACTIVATION_RULES, f"no activation rule for {name}"
+    return ACTIVATION_RULES[name]
+
+
+def _fitting(axes: Any, dim: int, mesh: Any) -> Any:
+    """The axes, or P.UNCONSTRAINED where they do not divide: the compiler then chooses."""
+    return axes if dim % _axis_size(axes, mesh) == 0 else P.UNCONSTRAINED
+
+
+def _axis_size(axes: Any, mesh: Any) -> int:
+    size = 1
+    for axis in (axes,) if isinstance(axes, str) else axes or ():
+        size *= mesh.shape[axis]
+    return size
+
+
+def _check_divisible(name: str, shape: tuple[int, ...], spec: P, mesh: Any) -> None:
+    if len(spec) != len(shape):
+        raise ValueError(f"partition rule {spec} for {name!r} does not fit its shape {shape}")
+    for dim, axes in enumerate(spec):
+        size = _axis_size(axes, mesh)
+        if shape[dim] % size:
+            raise ValueError(
+                f"parameter {name!r}: dimension {dim} of {shape} is {shape[dim]}, which mesh axis "
+                f"{axes!r} of size {size} does not divide"
+            )

@@ -1,0 +1,50 @@
+"""Package metadata; tool settings are in pyproject.toml."""
+
+import pathlib
+
+from setuptools import find_packages, setup
+
+TORCH = "torch==2.13.0"  # Parity with transformers only: nothing trains on it.
+
+setup(
+    name="huatuo_jax",
+    version="0.1.0",
+    description="HuatuoGPT in JAX: fine-tuning, AI feedback, a reward model and PPO, proven exact.",
+    long_description=(pathlib.Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["huatuo_jax", "huatuo_jax.*"]),
+    package_data={"huatuo_jax.data.sample": ["*.jsonl", "*.md", "tokenizer/*"]},
+    install_requires=[
+        "absl-py>=2.1",
+        "array_record>=0.8.3",
+        "datasets>=4.0",
+        "flax>=0.12.8,<0.13",
+        "grain>=0.2.14,<0.3",
+        "huggingface_hub>=1.0",
+        "jax>=0.10.2,<0.13",
+        "jinja2>=3.1.6",
+        "ml_collections>=1.1",
+        "ml_dtypes>=0.5",
+        "numpy>=2.0",
+        "openai>=2.0",
+        "optax>=0.2.6,<0.3",
+        "orbax-checkpoint>=0.11.30,<0.13",
+        "protobuf>=5.0",
+        "rich>=13.0",
+        "safetensors>=0.6",
+        "sentencepiece>=0.2.1",
+        "tensorboardX>=2.6",
+        "tensorflow-datasets>=4.9.9",
+        "tokenizers>=0.22",
+        "transformers>=5.0,<6",
+    ],
+    extras_require={
+        "cuda": ["jax[cuda13]"],
+        "tpu": ["jax[tpu]"],
+        "verify": [TORCH],
+        "test": [TORCH, "mypy>=2.0", "pytest>=9.0", "pytest-xdist>=3.8", "ruff>=0.15"],
+        "bench": [TORCH],
+    },
+)

@@ -1,0 +1,31 @@
+"""What every test stands on: 8 virtual CPU devices, strict shapes, real data where it is."""
+
+import os
+import pathlib
+import tempfile
+
+# Before jax starts. On a machine with few cores, 8 virtual devices starve each other's collectives
+# unless the thread pools are sized as if there were a core for each (jax 0.10 aborts otherwise).
+os.environ.setdefault("NPROC", "16")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), "huatuo_jax_test_cache")
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> pathlib.Path:
+    """The folder of real data, beside the checkout or where HUATUO_SHARED_DATA says."""
+    beside = pathlib.Path(__file__).resolve().parents[2] / "shared" / "data"
+    folder = pathlib.Path(os.environ.get("HUATUO_SHARED_DATA", beside))
+    if not (folder / "MANIFEST.json").is_file():
+        pytest.skip(f"no real data at {folder} (set HUATUO_SHARED_DATA to its folder)")
+    return folder
