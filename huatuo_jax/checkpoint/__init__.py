@@ -1,0 +1,1 @@
+"""Weights on disk: the Orbax store and the Hugging Face layout, both ways."""

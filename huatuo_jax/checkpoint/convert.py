@@ -1,0 +1,76 @@
+"""Converting a model between Hugging Face's form and ours, whichever way its source calls for."""
+
+import pathlib
+
+from jax.typing import DTypeLike
+
+from huatuo_jax.checkpoint import verify as verification
+from huatuo_jax.checkpoint.hf_export import export_model
+from huatuo_jax.checkpoint.hf_load import Progress
+from huatuo_jax.checkpoint.models import find_model, load_params, save_orbax
+
+
+def convert(
+    source: str,
+    target: pathlib.Path,
+    *,
+    dtype: DTypeLike | None = None,
+    delta_base: str | None = None,
+    max_shard_size: int | str = "5GB",
+    overwrite: bool = False,
+    verify: bool = False,
+    on_progress: Progress | None = None,
+) -> verification.Agreement | None:
+    """Write a Hugging Face model as an Orbax directory of ours, or the other way round.
+
+    Args:
+        source: a folder of either form, or a hub id.
+        target: the folder to make.
+        dtype: of the weights; None keeps the stored one.
+        delta_base: the base, where the source holds delta weights.
+        max_shard_size: of a weights file, where Hugging Face's form is written.
+        overwrite: replace a target that is not empty.
+        verify: compare the logits of both sides on a sample text.
+        on_progress: called with tensors done and tensors in all, while a checkpoint is read.
+
+    Returns:
+        How well the sides agree, if `verify` was asked for.
+
+    Raises:
+        ValueError: the source cannot be converted so, or the sides do not agree.
+        OSError: the source cannot be read or the target not be written.
+    """
+    model = find_model(source)
+    to_orbax = model.form == "hugging_face"
+    if verify and delta_base is not None:
+        raise ValueError("--verify: delta weights have no counterpart in transformers to compare")
+    if verify:
+        verification.check_can_verify(model)
+    params = load_params(model, dtype=dtype, delta_base=delta_base, on_progress=on_progress)
+    if to_orbax:
+        save_orbax(
+            params,
+            model.cfg,
+            target,
+            head=model.head,
+            source_folder=model.folder,
+            overwrite=overwrite,
+        )
+    else:
+        export_model(
+            params,
+            model.cfg,
+            target,
+            head=model.head,
+            source_folder=model.folder,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+        )
+    del params  # Two models in memory is what the comparison needs already.
+    if not verify:
+        return None
+    ours, theirs = (target, model.folder) if to_orbax else (model.folder, target)
+    agreement = verification.compare_with_transformers(find_model(ours), theirs)
+    if not agreement.holds:
+        raise ValueError(f"{target}: written, but the logits do not agree: {agreement}")
+    return agreement

@@ -1,0 +1,329 @@
+"""Reading a `config.json` of transformers: which backbone it describes.
+
+A field either says something about the model, and then it is read or refused, or it is listed here
+as one that says nothing about the forward pass. There is no third kind: an unknown field may be
+the one that matters.
+"""
+
+import json
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from huatuo_jax.backbone.config import BackboneConfig, RopeConfig
+
+# What transformers writes beside the architecture: bookkeeping, generation, dropout (which this
+# project leaves off), and how the original was trained.
+_SILENT_FIELDS = frozenset(
+    """_name_or_path _from_model_config architectures auto_map attention_dropout
+    attention_softmax_in_fp32 attn_pdrop bad_words_ids begin_suppress_tokens bias_dropout_fusion
+    bos_token_id chunk_size_feed_forward classifier_dropout cross_attention_hidden_size
+    decoder_start_token_id diversity_penalty do_sample dtype early_stopping
+    encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task
+    forced_bos_token_id forced_eos_token_id gradient_checkpointing hidden_dropout id2label
+    initializer_range is_decoder is_encoder_decoder label2id length_penalty masked_softmax_fusion
+    max_length min_length model_type no_repeat_ngram_size num_beam_groups num_beams num_labels
+    num_return_sequences offset_alibi output_attentions output_hidden_states output_past
+    output_router_logits output_scores pad_token_id prefix pretraining_tp problem_type
+    remove_invalid_values repetition_penalty return_dict return_dict_in_generate sep_token_id
+    seq_length skip_bias_add skip_bias_add_qkv suppress_tokens task_specific_params temperature
+    tf_legacy_loss tie_encoder_decoder tokenizer_class tokenizer_file top_k top_p torch_dtype
+    transformers_version typical_p unk_token_id use_bfloat16 use_cache use_return_dict
+    max_sequence_length""".split()
+)
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds something else.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: absent; a Hugging Face model folder has one")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: must hold a JSON object, not {type(content).__name__}")
+    return content
+
+
+def from_hugging_face(config: Mapping[str, Any]) -> BackboneConfig:
+    """The backbone that a `config.json` describes.
+
+    Args:
+        config: its content.
+
+    Raises:
+        ValueError: the model type is unknown, or a field holds what this backbone cannot do.
+    """
+    model_type = str(config.get("model_type"))
+    if model_type not in _READERS:
+        raise ValueError(
+            f"config.json: model_type={model_type!r} is not supported; known: {', '.join(_READERS)}"
+        )
+    fields = _Fields(config)
+    try:
+        cfg = _READERS[model_type](fields)
+    except TypeError as error:
+        raise ValueError(f"config.json: a field has the wrong type ({error})") from error
+    fields.refuse_rest()
+    return cfg
+
+
+def is_score_model(config: Mapping[str, Any]) -> bool:
+    """Whether a `config.json` is that of a reward model (sequence classification, one label).
+
+    Raises:
+        ValueError: it classifies into several labels.
+    """
+    names = config.get("architectures") or []
+    if not any(name.endswith("ForSequenceClassification") for name in names):
+        return False
+    labels = config.get("num_labels", len(config.get("id2label", {"0": "", "1": ""})))
+    if labels != 1:
+        raise ValueError(f"config.json: a reward model has one label, this has {labels}")
+    return True
+
+
+class _Fields:
+    """The fields of a `config.json`; each is taken once, and what is left must be silent."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self._left = dict(config)
+        self._model_type = config["model_type"]
+
+    def take(self, name: str, *otherwise: Any) -> Any:
+        """A field's value, or the default where it is absent or null; without one it must be."""
+        value = self._left.pop(name, None)
+        if value is not None:
+            return value
+        if not otherwise:
+            raise ValueError(f"config.json: {name} is missing for {self._model_type!r}")
+        return otherwise[0]
+
+    def take_nullable(self, name: str, absent: Any) -> Any:
+        """A field's value, null included; `absent` only where it is not there."""
+        return self._left.pop(name, absent)
+
+    def expect(self, name: str, supported: Any) -> None:
+        """Refuse any value but the supported one, which is also the default."""
+        value = self.take(name, supported)
+        if value != supported:
+            raise ValueError(
+                f"config.json: {name}={value!r} is not supported for {self._model_type!r}, "
+                f"only {supported!r}"
+            )
+
+    def refuse_rest(self) -> None:
+        """Raise for fields that were not taken and that may matter."""
+        unknown = {
+            name: value
+            for name, value in self._left.items()
+            if name not in _SILENT_FIELDS and value is not None and value is not False
+        }
+        if unknown:
+            listed = ", ".join(f"{name}={value!r}" for name, value in sorted(unknown.items()))
+            raise ValueError(
+                f"config.json: not supported for model_type {self._model_type!r}: {listed}"
+            )
+
+
+def _llama(fields: _Fields, *, default_head_dim: int | None = None) -> dict[str, Any]:
+    """What LLaMA and its relatives share: RMS norm, gated SiLU, rotary positions."""
+    fields.expect("hidden_act", "silu")
+    hidden_size, num_heads = fields.take("hidden_size"), fields.take("num_attention_heads")
+    max_positions = fields.take("max_position_embeddings")
+    return {
+        "vocab_size": fields.take("vocab_size"),
+        "hidden_size": hidden_size,
+        "intermediate_size": fields.take("intermediate_size"),
+        "num_layers": fields.take("num_hidden_layers"),
+        "num_heads": num_heads,
+        "num_kv_heads": fields.take("num_key_value_heads", num_heads),
+        "head_dim": fields.take("head_dim", default_head_dim or hidden_size // num_heads),
+        "max_positions": max_positions,
+        "norm_eps": fields.take("rms_norm_eps"),
+        "rope": _rope(fields, max_positions),
+        "tie_embeddings": fields.take("tie_word_embeddings", False),
+        "initializer_range": fields.take("initializer_range", 0.02),
+    }
+
+
+def _plain_llama(fields: _Fields) -> BackboneConfig:
+    bias, mlp_bias = fields.take("attention_bias", False), fields.take("mlp_bias", False)
+    return BackboneConfig(
+        family="llama",
+        **_llama(fields),
+        qkv_bias=bias,
+        output_bias=bias,
+        mlp_bias=mlp_bias,
+    )
+
+
+def _mistral(fields: _Fields) -> BackboneConfig:
+    # transformers' own default; Mistral 0.2 and later write null for no window.
+    window = fields.take_nullable("sliding_window", 4096)
+    return BackboneConfig(family="mistral", **_llama(fields), sliding_window=window)
+
+
+def _qwen2(fields: _Fields) -> BackboneConfig:
+    shared = _llama(fields)
+    window = _qwen_window(fields, shared["num_layers"])
+    return BackboneConfig(family="qwen2", **shared, qkv_bias=True, sliding_window=window)
+
+
+def _qwen3(fields: _Fields) -> BackboneConfig:
+    shared, bias = _llama(fields, default_head_dim=128), fields.take("attention_bias", False)
+    return BackboneConfig(
+        family="qwen3",
+        **shared,
+        qk_norm=True,
+        qkv_bias=bias,
+        output_bias=bias,
+        sliding_window=_qwen_window(fields, shared["num_layers"]),
+    )
+
+
+def _qwen_window(fields: _Fields, num_layers: int) -> int | None:
+    """The window of all layers; refused where only some layers have one."""
+    window = fields.take("sliding_window", None)
+    first = fields.take("max_window_layers", 28)
+    wanted = fields.take("use_sliding_window", False) and window is not None
+    kinds = ["full_attention" if i < first else "sliding_attention" for i in range(num_layers)]
+    kinds = fields.take("layer_types", kinds if wanted else ["full_attention"] * num_layers)
+    if set(kinds) == {"full_attention"}:
+        return None
+    if set(kinds) != {"sliding_attention"} or not wanted:
+        raise ValueError(
+            f"config.json: layer_types={sorted(set(kinds))} with use_sliding_window={wanted}, "
+            f"max_window_layers={first} is not supported: all layers must attend alike"
+        )
+    return window
+
+
+def _baichuan(fields: _Fields) -> BackboneConfig:
+    """Baichuan and Baichuan 2, which share a model type.
+
+    The 7B models are rotary and say `max_position_embeddings`; the 13B models are ALiBi and say
+    `model_max_length`. Baichuan 2 has its vocabulary size, or writes `z_loss_weight`.
+    """
+    fields.expect("hidden_act", "silu")
+    vocab_size, num_heads = fields.take("vocab_size"), fields.take("num_attention_heads")
+    hidden_size, length = fields.take("hidden_size"), fields.take("max_position_embeddings", None)
+    trained_length = fields.take("model_max_length", 4096)
+    second = vocab_size == 125_696 or fields.take_nullable("z_loss_weight", None) is not None
+    fields.expect("tie_word_embeddings", False)
+    return BackboneConfig(
+        family="baichuan2" if second else "baichuan",
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=fields.take("intermediate_size"),
+        num_layers=fields.take("num_hidden_layers"),
+        num_heads=num_heads,
+        num_kv_heads=num_heads,
+        head_dim=hidden_size // num_heads,
+        max_positions=length or trained_length,
+        norm_eps=fields.take("rms_norm_eps", 1e-6),
+        position="rope" if length else "alibi",
+        rope=RopeConfig() if length else None,
+        norm_head=second,
+        initializer_range=fields.take("initializer_range", 0.02),
+    )
+
+
+def _bloom(fields: _Fields) -> BackboneConfig:
+    for name in ("apply_residual_connection_post_layernorm", "slow_but_exact"):
+        fields.expect(name, False)
+    hidden_size = fields.take("n_embed", None) or fields.take("hidden_size")
+    fields.expect("n_inner", 4 * hidden_size)
+    num_layers = fields.take("n_layer", None) or fields.take("num_hidden_layers")
+    num_heads = fields.take("n_head", None) or fields.take("num_attention_heads")
+    # Published configs repeat the sizes under a second name.
+    fields.expect("hidden_size", hidden_size)
+    fields.expect("num_hidden_layers", num_layers)
+    fields.expect("num_attention_heads", num_heads)
+    return BackboneConfig(
+        family="bloom",
+        vocab_size=fields.take("vocab_size"),
+        hidden_size=hidden_size,
+        intermediate_size=4 * hidden_size,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_heads,
+        head_dim=hidden_size // num_heads,
+        max_positions=fields.take("seq_length", 2048),
+        norm="layer",
+        norm_eps=fields.take("layer_norm_epsilon", 1e-5),
+        activation="gelu_tanh",
+        gated_mlp=False,
+        position="alibi",
+        rope=None,
+        embedding_norm=True,
+        qkv_bias=True,
+        output_bias=True,
+        mlp_bias=True,
+        tie_embeddings=fields.take("tie_word_embeddings", True),
+        initializer_range=fields.take("initializer_range", 0.02),
+    )
+
+
+def _rope(fields: _Fields, max_positions: int) -> RopeConfig:
+    """Rotary settings, in the form of transformers 5 or that of 4."""
+    theta = fields.take("rope_theta", 10_000.0)
+    outer_original = fields.take("original_max_position_embeddings", None)
+    legacy, settings = fields.take("rope_scaling", None), fields.take("rope_parameters", None)
+    settings = dict(settings or legacy or {})
+    kind = settings.pop("rope_type", None) or settings.get("type") or "default"
+    settings.pop("type", None)
+    if settings.pop("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError("config.json: partial_rotary_factor must be 1 for this model type")
+    chosen: dict[str, Any] = {"rope_type": kind, "theta": settings.pop("rope_theta", theta)}
+    inner_original = settings.pop("original_max_position_embeddings", None)
+    if kind == "dynamic":
+        chosen["original_max_positions"] = max_positions
+    elif kind in ("yarn", "llama3"):
+        chosen["original_max_positions"] = outer_original or inner_original or max_positions
+    known = {
+        "default": (),
+        "linear": ("factor",),
+        "dynamic": ("factor",),
+        "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+        "yarn": _YARN_FIELDS,
+    }
+    if kind not in known:
+        raise ValueError(f"config.json: rope_type={kind!r} is not supported; known: {list(known)}")
+    for name in known[kind]:
+        value = settings.pop(name, None)
+        if value is not None:
+            chosen[name] = value
+    if kind == "yarn" and "factor" not in chosen:
+        chosen["factor"] = max_positions / chosen["original_max_positions"]
+    if kind != "default" and "factor" not in chosen:
+        raise ValueError(f"config.json: rope_type={kind!r} needs a factor")
+    if settings:
+        raise ValueError(f"config.json: rope_type={kind!r} does not take {sorted(settings)}")
+    return RopeConfig(**chosen)
+
+
+_YARN_FIELDS = (
+    "factor",
+    "attention_factor",
+    "beta_fast",
+    "beta_slow",
+    "mscale",
+    "mscale_all_dim",
+    "truncate",
+)
+
+_READERS: Mapping[str, Callable[[_Fields], BackboneConfig]] = {
+    "llama": _plain_llama,
+    "mistral": _mistral,
+    "qwen2": _qwen2,
+    "qwen3": _qwen3,
+    "bloom": _bloom,
+    "baichuan": _baichuan,
+}

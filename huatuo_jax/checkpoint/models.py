@@ -1,0 +1,183 @@
+"""Models on disk, in either form: an Orbax directory of ours, or a Hugging Face folder."""
+
+import dataclasses
+import pathlib
+from typing import Any, Literal
+
+import huggingface_hub
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from huatuo_jax import sharding
+from huatuo_jax.backbone.config import BackboneConfig, ComputeConfig
+from huatuo_jax.backbone.transformer import Head, abstract_params
+from huatuo_jax.checkpoint import hf_load, model_directory, tensor_files
+from huatuo_jax.checkpoint.delta import DeltaSource
+from huatuo_jax.checkpoint.hf_config import from_hugging_face, is_score_model, read_json
+from huatuo_jax.checkpoint.side_files import CONFIG_FILE, SIDE_FILES, side_files
+
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+_TORCH_WEIGHTS = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelInfo:
+    """What a model directory holds, told from its config alone.
+
+    Attributes:
+        folder: where it lies on this machine.
+        form: `orbax` or `hugging_face`.
+        cfg: the backbone.
+        head: `lm` or `score`.
+        layout: of a Hugging Face folder: its `model_type`.
+    """
+
+    folder: pathlib.Path
+    form: Literal["orbax", "hugging_face"]
+    cfg: BackboneConfig
+    head: Head
+    layout: str | None
+
+
+def find_model(source: str | pathlib.Path) -> ModelInfo:
+    """Tell what a local folder or a hub id holds; a hub model is downloaded into the hub's cache.
+
+    Raises:
+        FileNotFoundError: there is no such folder or hub model, or it holds no model.
+        ValueError: its config is not one this project can do; the field is named.
+    """
+    folder = pathlib.Path(source)
+    if not folder.is_dir():
+        folder = _download(str(source))
+    if model_directory.is_model_directory(folder):
+        config = model_directory.load_model_config(folder)
+        cfg = BackboneConfig.from_dict(config["backbone"])
+        return ModelInfo(folder, "orbax", cfg, config["head"], None)
+    config = read_json(folder / CONFIG_FILE)
+    head: Head = "score" if is_score_model(config) else "lm"
+    cfg = from_hugging_face(config)
+    return ModelInfo(folder, "hugging_face", cfg, head, config["model_type"])
+
+
+def load_params(
+    model: ModelInfo,
+    *,
+    mesh: Mesh | None = None,
+    dtype: DTypeLike | None = None,
+    delta_base: str | pathlib.Path | None = None,
+    on_progress: hf_load.Progress | None = None,
+) -> dict[str, Any]:
+    """The model's parameters, straight onto their devices.
+
+    Args:
+        model: from `find_model`.
+        mesh: where to; None for the first device alone.
+        dtype: of the parameters; None keeps the stored one.
+        delta_base: folder or hub id of the base, where the model is a Hugging Face folder of delta
+            weights.
+        on_progress: called with tensors done and tensors in all (Hugging Face folders).
+
+    Raises:
+        ValueError: the weights are not those that the config describes; the tensors are named.
+        OSError: they cannot be read.
+    """
+    if model.form == "hugging_face":
+        assert model.layout is not None
+        source: hf_load.Tensors = tensor_files.open_tensor_source(model.folder)
+        if delta_base is not None:
+            base = tensor_files.open_tensor_source(find_model(delta_base).folder)
+            source = DeltaSource(source, base)
+        return hf_load.load_params(
+            source,
+            model.cfg,
+            layout=model.layout,
+            head=model.head,
+            mesh=mesh,
+            dtype=dtype,
+            on_progress=on_progress,
+        )
+    if delta_base is not None:
+        raise ValueError(f"{model.folder}: delta weights are a Hugging Face folder, this is Orbax")
+    return _load_orbax(model, mesh, dtype)
+
+
+def save_orbax(
+    params: Any,
+    cfg: BackboneConfig,
+    target: pathlib.Path,
+    *,
+    head: Head,
+    source_folder: pathlib.Path | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write a model directory of ours, with the side files an export back will need.
+
+    Args:
+        params: nested dict of parameters.
+        cfg: the backbone.
+        target: the folder to make.
+        head: which head the parameters hold.
+        source_folder: where config, generation config, tokenizer and template come from.
+        overwrite: replace a target that is not empty.
+
+    Raises:
+        FileExistsError: the target is not empty and `overwrite` is not set.
+        OSError: it cannot be written.
+    """
+    dtypes = {
+        sharding.path_name(path): str(leaf.dtype)
+        for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]
+    }
+    model_directory.save_model(
+        target,
+        params,
+        config={"backbone": cfg.to_dict(), "head": head, "dtypes": dtypes},
+        extra_files=_side_files(source_folder),
+        overwrite=overwrite,
+    )
+
+
+def _load_orbax(model: ModelInfo, mesh: Mesh | None, dtype: DTypeLike | None) -> dict[str, Any]:
+    """Read shards as they were saved, then cast: Orbax would cast silently on the way."""
+    dtypes = model_directory.load_model_config(model.folder)["dtypes"]
+    shapes = abstract_params(model.cfg, ComputeConfig(), head=model.head)
+    saved = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: jax.ShapeDtypeStruct(
+            leaf.shape, np.dtype(dtypes[sharding.path_name(path)])
+        ),
+        shapes,
+    )
+    if mesh is not None:
+        saved = jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+            saved,
+            sharding.parameter_shardings(saved, mesh),
+        )
+    params = model_directory.load_model_params(model.folder, saved)
+    if dtype is None:
+        return params
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+
+
+def _side_files(source_folder: pathlib.Path | None) -> dict[str, pathlib.Path]:
+    if source_folder is None:
+        return {}
+    return {str(path.relative_to(source_folder)): path for path in side_files(source_folder)}
+
+
+def _download(hub_id: str) -> pathlib.Path:
+    """The hub model's files in the local cache: safetensors where it has them."""
+    patterns = list(SIDE_FILES)
+    try:
+        folder = huggingface_hub.snapshot_download(hub_id, allow_patterns=[*patterns, *_WEIGHTS])
+        if not any(pathlib.Path(folder).glob("*.safetensors")):
+            patterns += _TORCH_WEIGHTS
+            folder = huggingface_hub.snapshot_download(hub_id, allow_patterns=patterns)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise FileNotFoundError(
+            f"{hub_id}: no such folder, and not to be had from the Hugging Face Hub ({reason})"
+        ) from error
+    return pathlib.Path(folder)

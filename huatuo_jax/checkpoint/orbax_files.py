@@ -1,0 +1,283 @@
+"""Everything this package asks of Orbax, behind a few functions; no other file imports it."""
+
+import logging
+import math
+import os
+import pathlib
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from huatuo_jax.checkpoint import trees
+
+# Arrays are stored in chunks of at most this size, because restoring onto another mesh reads each
+# chunk that a shard touches whole: unbounded, a shard of an array that was saved from one device
+# would pull all of it through host memory. Smaller chunks save nothing: below 32 MiB the C
+# allocator keeps the freed buffers.
+_CHUNK_BYTES = 64 * 2**20
+
+# While a save is written, this much time is given before it counts as failed.
+_TIMEOUT_S = 6 * 3600
+
+# Deleted steps are renamed into this folder first, so that a kill in the middle of a deletion
+# never leaves half a checkpoint under its step's name.
+DELETED = ".deleted"
+
+# How Orbax names the folder of an unfinished step, after the step.
+UNFINISHED = ".orbax-checkpoint-tmp"
+
+# `[os_error_code='28']` in newer versions of TensorStore, `[OS error 28: ...]` in older ones.
+_SYSTEM_ERROR = re.compile(r"\[os[ _]error(?:_code)?[ ='\"]+(\d+)", re.IGNORECASE)
+
+_KEYS = "random_keys"
+
+
+class _WithoutNoise(logging.Filter):
+    """Drops the stack dumps that Orbax logs for failed saves, which are raised as errors too.
+
+    And its warning that files written without OCDBT have no OCDBT files to merge.
+    """
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        from_orbax = f"orbax{os.sep}checkpoint{os.sep}" in record.pathname
+        is_noise = record.exc_info or "Skipping merge of OCDBT" in str(record.msg)
+        return not (from_orbax and is_noise)
+
+
+logging.getLogger("absl").addFilter(_WithoutNoise())
+
+
+def open_manager(
+    directory: str,
+    *,
+    keep_newest: int,
+    score: Callable[[Mapping[str, float]], float] | None,
+    asynchronous: bool,
+    clean: bool,
+) -> ocp.CheckpointManager:
+    """Opens a folder of steps; `clean` removes what killed saves left there.
+
+    Args:
+      directory: an absolute local path or a bucket address.
+      keep_newest: how many of the newest steps to keep.
+      score: from a step's metrics to a number; the step where it is highest is kept too, of equal
+        ones the newest.
+      asynchronous: whether saves are written in the background.
+      clean: whether unfinished saves are deleted on opening.
+    """
+    policies: list[Any] = [ocp.checkpoint_managers.LatestN(n=keep_newest)]
+    if score is not None:
+        policies.append(
+            ocp.checkpoint_managers.BestN(
+                get_metric_fn=score, n=1, keep_checkpoints_without_metrics=False
+            )
+        )
+    options = ocp.CheckpointManagerOptions(
+        create=False,
+        cleanup_tmp_directories=clean,
+        todelete_subdir=DELETED,
+        preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
+        # Orbax writes metrics only where it has something to compare.
+        best_fn=score or (lambda metrics: 0.0),
+        enable_async_checkpointing=asynchronous,
+        async_options=ocp.AsyncOptions(timeout_secs=_TIMEOUT_S),
+    )
+    registry = ocp.DefaultCheckpointHandlerRegistry()
+    for name in ("config", "extra"):
+        handler = ocp.JsonCheckpointHandler(filename=f"{name}.json")
+        registry.add(name, ocp.args.JsonSave, handler)
+        registry.add(name, ocp.args.JsonRestore, handler)
+    return ocp.CheckpointManager(directory, options=options, handler_registry=registry)
+
+
+def step_arguments(state: Any, *, config: Mapping[str, Any], extra: Mapping[str, Any]) -> Any:
+    """Returns what `save_step` takes; a state that cannot be saved is a ValueError here."""
+    return ocp.args.Composite(
+        state=_save_args(state),
+        config=ocp.args.JsonSave(dict(config)),
+        extra=ocp.args.JsonSave(dict(extra)),
+    )
+
+
+def save_step(
+    manager: ocp.CheckpointManager, step: int, arguments: Any, *, metrics: Mapping[str, float]
+) -> None:
+    """Starts writing a step; on return the arrays may be donated or changed."""
+    manager.save(step, args=arguments, metrics=dict(metrics), force=True)
+
+
+def write_arrays(path: pathlib.Path, state: Any) -> None:
+    """Writes a tree of arrays to a new folder, atomically; every process must call it.
+
+    Raises:
+      ValueError: the tree cannot be saved.
+      OSError: the folder cannot be written.
+    """
+    arguments = _save_args(state)
+    with ocp.Checkpointer(_lean_writer(state)) as checkpointer:
+        try:
+            checkpointer.save(os.fspath(path), args=arguments)
+        except Exception as error:
+            if system_error_number(error) is None:
+                raise
+            raise as_os_error(error, f"{path} was not written") from error
+
+
+def read_arrays(path: pathlib.Path, abstract_state: Any, *, partial: bool) -> Any:
+    """Reads a tree of arrays, each device its own shards, bit for bit as they were saved.
+
+    Beyond the arrays themselves the host holds at most the bytes of the largest of them and 2 GB
+    of what is being read.
+
+    Args:
+      path: a folder written by `write_arrays`, or a step's `state`.
+      abstract_state: the tree to return, with a `jax.ShapeDtypeStruct` for each array. One without
+        a sharding lands on the first device. Where a leaf is a NumPy array or a number instead,
+        one of the same kind is returned.
+      partial: whether what is saved beyond `abstract_state` may stay unread.
+
+    Raises:
+      ValueError: the saved tree has other paths, shapes or dtypes; every difference is listed.
+      OSError: the files cannot be read.
+    """
+    saved, key_implementations = _described(path)
+    wanted = trees.named_leaves(abstract_state)
+    wrong = trees.mismatches(
+        saved, {name: trees.kind_of(leaf) for name, leaf in wanted.items()}, partial=partial
+    )
+    if wrong:
+        raise ValueError("\n  ".join([f"{path} does not hold the wanted arrays:", *wrong]))
+    stored = _read_stored(path, wanted)
+    leaves = [
+        _as_wanted(stored[name], leaf, key_implementations.get(name))
+        for name, leaf in wanted.items()
+    ]
+    return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
+
+
+def system_error_number(error: BaseException) -> int | None:
+    """Returns the operating system's number for an error, from anywhere in its chain of causes.
+
+    TensorStore reports a full disk as a ValueError of many lines, with the number in its text.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno is not None:
+            return cause.errno
+        if told := _SYSTEM_ERROR.search(str(cause)):
+            return int(told[1])
+        cause = cause.__cause__ or cause.__context__
+    return None
+
+
+def as_os_error(error: BaseException, doing: str) -> OSError:
+    """Returns one line for a failed read or write, with the system's reason if there is one."""
+    number = system_error_number(error)
+    if number is not None:
+        return OSError(number, f"{doing}: {os.strerror(number)}")
+    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return OSError(f"{doing}: {first_line}")
+
+
+def _lean_writer(state: Any) -> Any:
+    """Returns a handler that holds copies of about one array's bytes at a time while it writes."""
+    largest = max((leaf.nbytes for leaf in jax.tree.leaves(state)), default=1)
+    # An array that reaches the limit is refused, hence a little more than the largest. OCDBT would
+    # keep what it has written in memory until a data file of its own is full.
+    return ocp.PyTreeCheckpointHandler(
+        save_device_host_concurrent_gb=1.01 * largest / 10**9 + 0.01, use_ocdbt=False
+    )
+
+
+def _save_args(state: Any) -> Any:
+    named = trees.named_leaves(state)
+    if empty := [name for name, leaf in named.items() if 0 in trees.kind_of(leaf).shape]:
+        raise ValueError(f"state: {empty[0]} has no elements, which cannot be saved")
+    key_implementations = {
+        name: {"dtype": str(leaf.dtype), "implementation": str(jax.random.key_impl(leaf))}
+        for name, leaf in named.items()
+        if trees.is_random_key(leaf)
+    }
+    stored = trees.nested({name: _stored(leaf) for name, leaf in named.items()})
+    return ocp.args.PyTreeSave(
+        stored,
+        save_args=jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), stored),
+        custom_metadata={_KEYS: key_implementations},
+    )
+
+
+def _stored(leaf: Any) -> Any:
+    """Returns the form a leaf has on disk: keys as their data, numbers as NumPy arrays."""
+    if trees.is_random_key(leaf):
+        return jax.random.key_data(leaf)
+    return leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
+
+
+def _described(path: pathlib.Path) -> tuple[dict[str, trees.LeafKind], dict[str, str]]:
+    """Returns what is saved under each path, and the implementation of each random key."""
+    try:
+        metadata = ocp.PyTreeCheckpointHandler().metadata(path)
+    except Exception as error:
+        raise as_os_error(error, f"{path} cannot be read") from error
+    if _KEYS not in (metadata.custom_metadata or {}):
+        raise OSError(f"{path} cannot be read: its list of arrays is missing or damaged")
+    keys = metadata.custom_metadata[_KEYS]
+    saved = {}
+    for name, leaf in trees.named_leaves(metadata.tree).items():
+        shape, dtype = tuple(leaf.shape), str(np.dtype(leaf.dtype))
+        if name in keys:  # the last dimension is the key's own data
+            shape, dtype = shape[:-1], keys[name]["dtype"]
+        saved[name] = trees.LeafKind(shape=shape, dtype=dtype)
+    return saved, {name: key["implementation"] for name, key in keys.items()}
+
+
+def _read_stored(path: pathlib.Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    arguments = trees.nested({name: _restore_args(leaf) for name, leaf in wanted.items()})
+    # What is in flight is in host memory a second time. Orbax refuses a read larger than this.
+    largest_bytes = max(map(_stored_bytes, wanted.values()))
+    handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=math.ceil(largest_bytes / 1e9) + 1)
+    with ocp.Checkpointer(handler) as checkpointer:
+        try:
+            tree = checkpointer.restore(
+                os.fspath(path),
+                args=ocp.args.PyTreeRestore(
+                    item=jax.tree.map(lambda _: 0, arguments),
+                    restore_args=arguments,
+                    partial_restore=True,
+                ),
+            )
+            return trees.named_leaves(jax.block_until_ready(tree))
+        except Exception as error:
+            raise as_os_error(error, f"{path} cannot be read") from error
+
+
+def _is_on_devices(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
+
+
+def _restore_args(leaf: Any) -> Any:
+    if not _is_on_devices(leaf):
+        return ocp.RestoreArgs(restore_type=np.ndarray)
+    # A key's data has one more dimension, which no sharding of the key names, so it holds there.
+    data = jax.eval_shape(jax.random.key_data, leaf) if trees.is_random_key(leaf) else leaf
+    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return ocp.ArrayRestoreArgs(sharding=sharding, global_shape=data.shape, dtype=data.dtype)
+
+
+def _stored_bytes(leaf: Any) -> int:
+    kind = trees.kind_of(leaf)
+    # A random key takes 8 or 16 bytes.
+    item_bytes = 16 if trees.is_random_key(leaf) else np.dtype(kind.dtype).itemsize
+    return math.prod(kind.shape) * item_bytes
+
+
+def _as_wanted(stored: Any, leaf: Any, implementation: str | None) -> Any:
+    if implementation is not None:
+        return jax.random.wrap_key_data(stored, impl=implementation)
+    if isinstance(leaf, np.ndarray) or _is_on_devices(leaf):
+        return stored
+    return stored[()] if isinstance(leaf, np.generic) else stored.item()
