@@ -1,0 +1,1 @@
+"""From dialogue files to packed rows of tokens."""

@@ -1,0 +1,248 @@
+"""From dialogue files to a cache of tokens: read, split, look for duplicates, tokenise, once.
+
+`prepare` is the whole way. What it does follows from its inputs alone, so it is done once for each
+set of inputs, and found again by any later run or other process. Rows and batches start from its
+result: see `huatuo_jax.data.rows` and `huatuo_jax.data.batches`.
+"""
+
+import json
+import os
+import pathlib
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+from huatuo_jax.data.duplicates import DuplicatesConfig, find_duplicates
+from huatuo_jax.data.examples import UNKNOWN_KIND, DialogueTokenizer, Dropped, Example
+from huatuo_jax.data.held_out import HeldOutConfig, dialogue_text
+from huatuo_jax.data.records import Dialogue
+from huatuo_jax.data.sources import DialogueSource
+from huatuo_jax.data.token_cache import (
+    Entry,
+    Split,
+    TokenDataset,
+    build_once,
+    cache_key,
+    has_split,
+    write_examples,
+)
+from huatuo_jax.data.token_statistics import Statistics, duplicates_to_json
+from huatuo_jax.data.tokenizing import Progress, tokenize_in_chunks
+
+_JUDGED_FROM = 1_000  # dialogues; before it, a share of refusals says little
+_STATISTICS_FILE = "statistics.json"
+_DIALOGUES_PER_PROCESS = 4_000  # below it, starting a process takes longer than it saves
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """How dialogues are prepared; all but `num_processes` decides what the cache holds.
+
+    Attributes:
+      held_out: which dialogues are held out.
+      duplicates: what is done about dialogues that stand twice.
+      max_refused_share: the share of dialogues that the template may refuse, 0 to 1, before it
+        counts as an error of the set-up and not of the data.
+      num_processes: processes that tokenise; None takes the cores where it pays.
+    """
+
+    held_out: HeldOutConfig = HeldOutConfig()
+    duplicates: DuplicatesConfig = DuplicatesConfig()
+    max_refused_share: float = 0.01
+    num_processes: int | None = None
+
+
+class Prepared(NamedTuple):
+    """A cache: its folder, its splits (`held_out` is None where nothing is), and its numbers."""
+
+    folder: pathlib.Path
+    train: TokenDataset
+    held_out: TokenDataset | None
+    statistics: dict[str, Any]
+
+
+def prepare(
+    sources: Sequence[DialogueSource],
+    tokenizer: DialogueTokenizer,
+    config: PrepareConfig,
+    *,
+    folder: str | os.PathLike[str],
+    progress: Callable[[Progress], None] | None = None,
+) -> Prepared:
+    """Reads, splits, cleans and tokenises dialogues, or finds it done.
+
+    Args:
+      sources: the files.
+      tokenizer: a template with its tokenizer (`huatuo_jax.data.tokenizing.TemplateTokenizer`).
+      config: see there.
+      folder: where all caches are; each is a folder named by a hash of the files' content, of the
+        template and the tokenizer, and of what in `config` decides.
+      progress: called while dialogues are tokenised, and not at all where the cache is found.
+
+    Raises:
+      ValueError: two sources of one name, a source that cannot be read, too many dialogues that
+        the template refuses, nothing held out where a share should be, or nothing left to train.
+    """
+    inputs = _inputs(sources, tokenizer, config)
+
+    def build(unfinished: pathlib.Path) -> None:
+        statistics = _build(sources, tokenizer, config, unfinished, progress)
+        text = json.dumps({"inputs": inputs, **statistics}, ensure_ascii=False, indent=2)
+        (unfinished / _STATISTICS_FILE).write_text(
+            text, encoding="utf-8", errors="backslashreplace"
+        )
+
+    cache = build_once(folder, cache_key(inputs), build)
+    return Prepared(
+        folder=cache,
+        train=TokenDataset(cache, "train"),
+        held_out=TokenDataset(cache, "held_out") if has_split(cache, "held_out") else None,
+        statistics=json.loads((cache / _STATISTICS_FILE).read_text(encoding="utf-8")),
+    )
+
+
+class _Item(NamedTuple):
+    """A dialogue on its way, and its normalised text."""
+
+    dialogue: Dialogue
+    source: str
+    split: Split
+    text: str
+
+
+def _inputs(
+    sources: Sequence[DialogueSource], tokenizer: DialogueTokenizer, config: PrepareConfig
+) -> dict[str, Any]:
+    repeated = [name for name, n in Counter(source.name for source in sources).items() if n > 1]
+    if repeated:
+        raise ValueError(f"sources: {repeated} name two sources each, every name should be its own")
+    return {
+        "sources": [source.identity for source in sources],
+        "tokenizer": tokenizer.identity,
+        "held_out": asdict(config.held_out),
+        "duplicates": asdict(config.duplicates),
+        "max_refused_share": config.max_refused_share,
+    }
+
+
+def _build(
+    sources: Sequence[DialogueSource],
+    tokenizer: DialogueTokenizer,
+    config: PrepareConfig,
+    folder: pathlib.Path,
+    progress: Callable[[Progress], None] | None,
+) -> dict[str, Any]:
+    began = time.monotonic()
+    items, readings = _read(sources, config.held_out)
+    items, duplicates = _without_duplicates(items, config.duplicates)
+    prepared = time.monotonic()
+    statistics = Statistics()
+    num_processes = config.num_processes or _num_processes(len(items))
+    write_examples(
+        folder,
+        _entries(items, tokenizer, statistics, config.max_refused_share, num_processes, progress),
+        sources=[source.name for source in sources],
+        description="Dialogues as tokens, with the mask of the trained ones (huatuo_jax).",
+    )
+    seconds = {
+        "reading_and_duplicates": round(prepared - began, 3),
+        "tokenising_and_writing": round(time.monotonic() - prepared, 3),
+    }
+    return {
+        "readings": readings,
+        **statistics.to_json(),
+        "duplicates": duplicates,
+        "num_processes": num_processes,
+        "seconds": seconds,
+    }
+
+
+def _read(
+    sources: Sequence[DialogueSource], held_out: HeldOutConfig
+) -> tuple[list[_Item], list[str]]:
+    """All dialogues, and a line on each file that was read."""
+    items: list[_Item] = []
+    readings = []
+    for source in sources:
+        for reading in source.readings():
+            for dialogue in reading:
+                text = dialogue_text(dialogue.messages)
+                by_hash = source.held_out_by == "hash" and held_out.holds_out(text)
+                is_held_out = by_hash or source.held_out_by == "always"
+                split: Split = "held_out" if is_held_out else "train"
+                items.append(_Item(dialogue, source.name, split, text))
+            readings.append(reading.summary())
+    if held_out.share and not any(item.split == "held_out" for item in items):
+        raise ValueError(
+            f"held_out.share: {held_out.share} of {len(items)} dialogues holds out none, it should "
+            "be larger, or 0"
+        )
+    return items, readings
+
+
+def _without_duplicates(
+    items: list[_Item], config: DuplicatesConfig
+) -> tuple[list[_Item], dict[str, Any]]:
+    """The items to keep, and what was found."""
+    train = [item for item in items if item.split == "train"]
+    held_out = [item for item in items if item.split == "held_out"]
+    report = find_duplicates([i.text for i in train], [i.text for i in held_out], config)
+    removed = report.removable if config.remove else set()
+    found = duplicates_to_json(
+        report,
+        train=[item.dialogue for item in train],
+        held_out=[item.dialogue for item in held_out],
+        num_removed=len(removed),
+    )
+    kept = [item for index, item in enumerate(train) if index not in removed]
+    return kept + held_out, found
+
+
+def _entries(
+    items: Sequence[_Item],
+    tokenizer: DialogueTokenizer,
+    statistics: Statistics,
+    max_refused_share: float,
+    num_processes: int,
+    progress: Callable[[Progress], None] | None,
+) -> Iterator[list[Entry]]:
+    """The examples, some at a time, counted as they pass."""
+    chunks = tokenize_in_chunks(
+        [item.dialogue.messages for item in items],
+        tokenizer,
+        num_processes=num_processes,
+        progress=progress,
+    )
+    waiting = iter(items)
+    num_done = 0
+    for chunk in chunks:
+        entries = []
+        for result in chunk:
+            dialogue, source, split, _ = next(waiting)
+            if isinstance(result, Dropped):
+                statistics.drop(result, dialogue.id)
+                continue
+            kind = dialogue.kind or UNKNOWN_KIND
+            statistics.add(result, split=split, kind=kind, source=source)
+            example = Example(result.token_ids, result.trained_mask, kind, dialogue.id)
+            entries.append(Entry(split, source, example))
+        num_done += len(chunk)
+        if num_done >= _JUDGED_FROM or num_done == len(items):
+            _check_refused(statistics, num_done, max_refused_share)
+        yield entries
+
+
+def _check_refused(statistics: Statistics, num_dialogues: int, max_share: float) -> None:
+    refused = statistics.drops["cannot be rendered"]
+    if refused > max_share * num_dialogues:
+        shown = statistics.to_json()["dropped_examples"]["cannot be rendered"]
+        raise ValueError(
+            f"{refused} of {num_dialogues} dialogues cannot be rendered in this template, more "
+            f"than max_refused_share={max_share:g} allows: {shown[0]}"
+        )
+
+
+def _num_processes(num_dialogues: int) -> int:
+    return max(1, min(os.cpu_count() or 1, num_dialogues // _DIALOGUES_PER_PROCESS))

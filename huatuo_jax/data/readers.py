@@ -1,0 +1,341 @@
+"""The front of the readers: a file goes in, records come out, and every row is accounted for.
+
+    reading = read_dialogues("talks.jsonl", kind="real_conversation")
+    dialogues = list(reading)
+    print(reading.summary())
+
+Each row of the source ends as records, as an error (file, line, reason), or under a named reason
+for leaving it out; `rows == rows_used + len(errors) + exclusions.total()` always holds.
+"""
+
+import os
+import pathlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Generic, NamedTuple, TypedDict, TypeVar, Unpack, cast
+
+from huatuo_jax.data.adapters import Adapter, LeftOut, find_adapter
+from huatuo_jax.data.comparison_formats import COMPARISON_FORMATS
+from huatuo_jax.data.exam_formats import CASE_FORMATS, EXAM_FORMATS
+from huatuo_jax.data.files import Row, RowError, find_layout, read_rows
+from huatuo_jax.data.formats import (
+    DIALOGUE_FORMATS,
+    PROMPT_FORMATS,
+    Converted,
+    Family,
+    Format,
+    Terms,
+    describe,
+    recognise,
+)
+from huatuo_jax.data.records import (
+    KINDS,
+    Case,
+    Comparison,
+    Dialogue,
+    ExamQuestion,
+    Kind,
+    Messages,
+    Prompt,
+    Record,
+)
+from huatuo_jax.data.turns import MAX_TURN_CHARS, RowLeftOut, RowProblem
+
+FORMATS: dict[Family, tuple[Format, ...]] = {
+    "comparison": COMPARISON_FORMATS,
+    "exam": EXAM_FORMATS,
+    "case": CASE_FORMATS,
+    "dialogue": DIALOGUE_FORMATS,
+    "prompt": PROMPT_FORMATS,
+}
+# In the order of how much they ask for: a comparison also looks like a prompt.
+ALL_FORMATS: tuple[Format, ...] = tuple(one for formats in FORMATS.values() for one in formats)
+
+REPEATED_PROMPT = "prompt that stood before, word for word"
+_JUDGED_FROM_ROW = 10_000
+_ERRORS_SHOWN = 5
+
+RecordT = TypeVar("RecordT", bound=Record, covariant=True)
+
+
+class Used(NamedTuple):
+    """A row that gave records, or (with none of its own) a part of one."""
+
+    line: int
+    format_name: str
+    converted: Converted
+
+
+Outcome = Used | RowError | LeftOut
+
+
+class Keywords(TypedDict, total=False):
+    """What every reader takes; the meanings stand at `ReadOptions`."""
+
+    source: str | None
+    kind: Kind | None
+    adapter: str | Adapter | None
+    split: str
+    max_turn_chars: int
+    max_error_share: float
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How a source is read.
+
+    Attributes:
+      source: the source's name in the records; by default the row's own, or the file's name.
+      kind: the kind of all dialogues; by default the row's own, where it has one.
+      adapter: the name of an adapter (or an adapter) for a source that is not in a common format.
+      split: which part of parquet, Arrow or hub data to read.
+      max_turn_chars: a longer turn makes its row an error.
+      max_error_share: reading stops when more than this share of the rows are errors. It is judged
+        at the end, and from row 10,000 on also on the way.
+    """
+
+    source: str | None = None
+    kind: Kind | None = None
+    adapter: str | Adapter | None = None
+    split: str = "train"
+    max_turn_chars: int = MAX_TURN_CHARS
+    max_error_share: float = 0.01
+
+    def __post_init__(self) -> None:
+        """Refuses an unknown kind or adapter and limits that make no sense."""
+        if self.kind is not None and self.kind not in KINDS:
+            raise ValueError(f"kind is {self.kind!r}; it should be one of {', '.join(KINDS)}")
+        if self.max_turn_chars < 1:
+            raise ValueError(f"max_turn_chars is {self.max_turn_chars}; it should be at least 1")
+        if not 0 <= self.max_error_share <= 1:
+            raise ValueError(
+                f"max_error_share is {self.max_error_share}; it should lie between 0 and 1"
+            )
+        self.chosen_adapter()
+
+    def chosen_adapter(self) -> Adapter | None:
+        """The adapter itself where a name was given."""
+        return find_adapter(self.adapter) if isinstance(self.adapter, str) else self.adapter
+
+
+@dataclass
+class Reading(Generic[RecordT]):
+    """One source: iterate it for its records; the counts are those of the latest pass.
+
+    Attributes:
+      rows: rows met. `rows_used`: those that gave records, or a part of one.
+      records: records given. `formats`: used rows by the name of their format.
+      errors: what could not be read. `exclusions`: rows left out, by reason.
+      repairs: rows that gave a record after something was mended, by what it was.
+
+    Raises:
+      ValueError: on iteration, when the file as a whole cannot be read, holds no rows, or too many
+        of its rows are errors.
+    """
+
+    file: str
+    outcomes: Callable[[], Iterator[Outcome]]
+    max_error_share: float
+    rows: int = 0
+    rows_used: int = 0
+    records: int = 0
+    formats: Counter[str] = field(default_factory=Counter)
+    errors: list[RowError] = field(default_factory=list)
+    exclusions: Counter[str] = field(default_factory=Counter)
+    repairs: Counter[str] = field(default_factory=Counter)
+
+    def __iter__(self) -> Iterator[RecordT]:
+        """Reads the source from its start."""
+        self.rows = self.rows_used = self.records = 0
+        self.formats, self.exclusions, self.repairs = Counter(), Counter(), Counter()
+        self.errors = []
+        for outcome in self.outcomes():
+            self.rows += 1
+            if isinstance(outcome, RowError):
+                self.errors.append(outcome)
+                if self.rows >= _JUDGED_FROM_ROW:
+                    self._judge()
+            elif isinstance(outcome, LeftOut):
+                self.exclusions[outcome.reason] += 1
+            else:
+                converted = outcome.converted
+                self.rows_used += 1
+                self.formats[outcome.format_name] += 1
+                self.repairs.update(converted.repairs)
+                self.records += len(converted.records)
+                yield from cast(tuple[RecordT, ...], converted.records)
+        self._judge()
+        assert self.rows == self.rows_used + len(self.errors) + self.exclusions.total()
+
+    def _judge(self) -> None:
+        if not self.rows:
+            raise ValueError(f"{self.file}: holds no rows")
+        if len(self.errors) > self.max_error_share * self.rows:
+            shown = "".join(f"\n  {error}" for error in self.errors[:_ERRORS_SHOWN])
+            more = len(self.errors) - _ERRORS_SHOWN
+            raise ValueError(
+                f"{self.file}: {len(self.errors)} of {self.rows} rows are bad, more than"
+                f" max_error_share={self.max_error_share:g} allows:{shown}"
+                + (f"\n  and {more} more" if more > 0 else "")
+            )
+
+    def summary(self) -> str:
+        """The counts of the latest pass, in one line."""
+        parts = [f"{self.rows} rows ({_counts(self.formats)})", f"{self.records} records"]
+        parts.append(f"{len(self.errors)} errors")
+        parts += [f"left out: {_counts(self.exclusions)}"] if self.exclusions else []
+        parts += [f"mended: {_counts(self.repairs)}"] if self.repairs else []
+        return f"{self.file}: {'; '.join(parts)}"
+
+
+def read_dialogues(path: str | os.PathLike[str], **keywords: Unpack[Keywords]) -> Reading[Dialogue]:
+    """Dialogues out of any of the formats in `DIALOGUE_FORMATS`; keywords as in `ReadOptions`.
+
+    Raises:
+      ValueError: there is no such file or adapter, or an option is out of range; on iteration, see
+        `Reading`.
+    """
+    return _reading(path, "dialogue", ReadOptions(**keywords))
+
+
+def read_comparisons(
+    path: str | os.PathLike[str], **keywords: Unpack[Keywords]
+) -> Reading[Comparison]:
+    """Comparisons; a ranked or scored list gives all its pairs. Otherwise as `read_dialogues`."""
+    return _reading(path, "comparison", ReadOptions(**keywords))
+
+
+def read_cases(path: str | os.PathLike[str], **keywords: Unpack[Keywords]) -> Reading[Case]:
+    """Medical cases with their diagnoses. Otherwise as `read_dialogues`."""
+    return _reading(path, "case", ReadOptions(**keywords))
+
+
+def read_exams(path: str | os.PathLike[str], **keywords: Unpack[Keywords]) -> Reading[ExamQuestion]:
+    """Multiple-choice questions. Otherwise as `read_dialogues`."""
+    return _reading(path, "exam", ReadOptions(**keywords))
+
+
+def read_prompts(path: str | os.PathLike[str], **keywords: Unpack[Keywords]) -> Reading[Prompt]:
+    """Prompts, which end with the user, each id once. Otherwise as `read_dialogues`.
+
+    Answers and labels are joined to prompts by id, so the same id over another text is an error;
+    the same prompt again is left out.
+    """
+    reading: Reading[Prompt] = _reading(path, "prompt", ReadOptions(**keywords))
+    outcomes = reading.outcomes
+    reading.outcomes = lambda: _ids_once(reading.file, outcomes())
+    return reading
+
+
+def read_records(path: str | os.PathLike[str], **keywords: Unpack[Keywords]) -> Reading[Record]:
+    """Records of whatever family the first recognisable row is of. Otherwise as `read_dialogues`.
+
+    For looking into files; what trains should say what it expects.
+    """
+    return _reading(path, None, ReadOptions(**keywords))
+
+
+def _reading(
+    path: str | os.PathLike[str], family: Family | None, options: ReadOptions
+) -> Reading[RecordT]:
+    find_layout(path)  # A missing or unreadable file is an error here and not at the first record.
+    return Reading(
+        file=str(path),
+        outcomes=lambda: outcomes_of(path, family, options),
+        max_error_share=options.max_error_share,
+    )
+
+
+def outcomes_of(
+    path: str | os.PathLike[str], family: Family | None, options: ReadOptions
+) -> Iterator[Outcome]:
+    """What became of each row of a source, in order: the passes of `Reading` are made of these."""
+    terms = Terms(
+        file_name=pathlib.Path(path).stem,
+        source=options.source,
+        kind=options.kind,
+        max_turn_chars=options.max_turn_chars,
+    )
+    rows: Iterable[Row | RowError | LeftOut] = read_rows(path, split=options.split)
+    adapter = options.chosen_adapter()
+    if adapter is not None:
+        rows = _adapted(cast(Iterable[Row | RowError], rows), adapter)
+    last_format: Format | None = None
+    for row in rows:
+        if not isinstance(row, Row):
+            yield row
+            continue
+        try:
+            last_format = _format_of(row.value, family, last_format)
+            family = family or last_format.family
+            converted = last_format.convert(row.value, terms)
+        except RowProblem as problem:
+            yield RowError(row.file, row.line, str(problem))
+        except RowLeftOut as reason:
+            yield LeftOut(row.line, str(reason))
+        else:
+            name = last_format.name if adapter is None else f"{adapter.name}: {last_format.name}"
+            yield Used(row.line, name, converted)
+
+
+def _adapted(
+    rows: Iterable[Row | RowError], adapter: Adapter
+) -> Iterator[Row | RowError | LeftOut]:
+    """The rewritten rows; an adapter that loses one without a word is stopped."""
+    taken = given = 0
+
+    def counted() -> Iterator[Row | RowError]:
+        nonlocal taken
+        for row in rows:
+            taken += 1
+            yield row
+
+    for item in adapter.rewrite(counted()):
+        given += 1
+        yield item
+    if taken != given:
+        raise ValueError(
+            f"adapter {adapter.name} took {taken} rows and accounts for {given}; it should give a"
+            " row, an error or a reason to leave it out for each"
+        )
+
+
+def _format_of(row: object, family: Family | None, last_format: Format | None) -> Format:
+    formats = FORMATS[family] if family else ALL_FORMATS
+    try:
+        return recognise(row, formats)
+    except RowProblem:
+        if last_format is not None:
+            raise RowProblem(
+                f"missing keys: {describe(row)}, while rows before were {last_format.name!r}"
+                f" ({last_format.keys})"
+            ) from None
+        for other in ALL_FORMATS:
+            if other.family != family and other.matches(row):
+                raise RowProblem(
+                    f"{describe(row)} looks like {other.name!r}, a {other.family}, not like a"
+                    f" {family}"
+                ) from None
+        raise
+
+
+def _ids_once(file: str, outcomes: Iterable[Outcome]) -> Iterator[Outcome]:
+    seen: dict[str, tuple[int, Messages]] = {}
+    for outcome in outcomes:
+        if not isinstance(outcome, Used):
+            yield outcome
+            continue
+        prompt = cast(Prompt, outcome.converted.records[0])
+        line, messages = seen.setdefault(prompt.id, (outcome.line, prompt.messages))
+        if line == outcome.line:
+            yield outcome
+        elif messages == prompt.messages:
+            yield LeftOut(outcome.line, REPEATED_PROMPT)
+        else:
+            reason = f"id {prompt.id!r} stood in line {line}, over another prompt"
+            yield RowError(file, outcome.line, reason)
+
+
+def _counts(counter: Counter[str]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in counter.most_common()) or "none"

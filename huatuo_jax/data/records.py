@@ -1,0 +1,361 @@
+"""What the files of a project hold, once read: dialogues, prompts, comparisons, cases, exams.
+
+Every record is frozen and writes itself to the JSON that stands between two stages (`to_json`) and
+comes back from it (`from_json`). Fields that a record does not know are kept in `extra`.
+"""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, get_args
+
+Role = Literal["system", "user", "assistant"]
+Kind = Literal[
+    "distilled_instruction", "real_instruction", "distilled_conversation", "real_conversation"
+]
+ROLES: tuple[Role, ...] = get_args(Role)
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+Json = dict[str, Any]
+
+
+class Message(NamedTuple):
+    """One turn of a dialogue: who speaks, and the text as it stood in the file."""
+
+    role: Role
+    content: str
+
+
+Messages = tuple[Message, ...]
+
+
+def content_id(source: str, content: object) -> str:
+    """A short id that depends on the source's name and the content, and on nothing else.
+
+    For rows that bring no id of their own: it stays the same when rows are added or reordered.
+    """
+    text = json.dumps([source, content], ensure_ascii=False, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def messages_to_json(messages: Sequence[Message]) -> list[Json]:
+    """The messages as a list of `{"role", "content"}`."""
+    return [{"role": message.role, "content": message.content} for message in messages]
+
+
+def messages_from_json(value: object, *, name: str = "messages") -> Messages:
+    """The messages of a list of `{"role", "content"}`.
+
+    Raises:
+      ValueError: an item has another role, or a content that is not text.
+    """
+    if not isinstance(value, list):
+        raise ValueError(f"{name} is a {type(value).__name__}, not a list of role and content")
+    messages = []
+    for index, item in enumerate(value):
+        role, content = _field(item, "role", name), _field(item, "content", name)
+        if role not in ROLES or not isinstance(content, str):
+            raise ValueError(
+                f"{name}[{index}] has role {role!r} and a {type(content).__name__} as content;"
+                f" it needs one of {', '.join(ROLES)} and text"
+            )
+        messages.append(Message(role, content))
+    return tuple(messages)
+
+
+def answer(text: str) -> Messages:
+    """A continuation of one assistant message, the usual `chosen` or `rejected`."""
+    return (Message("assistant", text),)
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """A conversation to train on: it ends with an assistant message."""
+
+    id: str
+    messages: Messages
+    kind: Kind | None
+    source: str
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuses a kind that is not one of the four."""
+        if self.kind is not None and self.kind not in KINDS:
+            raise ValueError(f"kind is {self.kind!r}; it should be one of {', '.join(KINDS)}")
+
+    def to_json(self) -> Json:
+        """`{"id", "messages", "kind"?, "source"}` and the extra fields."""
+        row = {"id": self.id, "messages": messages_to_json(self.messages), "source": self.source}
+        return {**self.extra, **row, **_present(kind=self.kind)}
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> "Dialogue":
+        """The dialogue that `to_json` wrote; unknown fields become `extra`."""
+        return cls(
+            id=_field(row, "id"),
+            messages=messages_from_json(_field(row, "messages")),
+            kind=row.get("kind"),
+            source=_field(row, "source"),
+            extra=_others(row, "id", "messages", "kind", "source"),
+        )
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a model is to answer: it ends with a user message.
+
+    `reference` is a real doctor's answer, `diagnosis` a real doctor's finding; labels lean on them.
+    """
+
+    id: str
+    messages: Messages
+    source: str
+    reference: str | None = None
+    diagnosis: str | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of_dialogue(cls, dialogue: Dialogue) -> "Prompt":
+        """The dialogue up to its last answer, which becomes the reference."""
+        return cls(
+            id=dialogue.id,
+            messages=dialogue.messages[:-1],
+            source=dialogue.source,
+            reference=dialogue.messages[-1].content,
+            extra={**dialogue.extra, **_present(kind=dialogue.kind)},
+        )
+
+    def to_json(self) -> Json:
+        """`{"id", "messages", "reference"?, "diagnosis"?, "source"}` and the extra fields."""
+        row = {"id": self.id, "messages": messages_to_json(self.messages), "source": self.source}
+        known = _present(reference=self.reference, diagnosis=self.diagnosis)
+        return {**self.extra, **row, **known}
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> "Prompt":
+        """The prompt that `to_json` wrote; unknown fields become `extra`."""
+        return cls(
+            id=_field(row, "id"),
+            messages=messages_from_json(_field(row, "messages")),
+            source=_field(row, "source"),
+            reference=row.get("reference"),
+            diagnosis=row.get("diagnosis"),
+            extra=_others(row, "id", "messages", "source", "reference", "diagnosis"),
+        )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two continuations of one prompt, and how likely the first is the better one.
+
+    `chosen` and `rejected` are messages, not strings: mostly one assistant message each, but where
+    whole consultations were compared they hold the rest of the consultation. In JSON the usual
+    single answer is a plain string. `margin` is the difference of the scores behind the choice,
+    in the unit of those scores.
+    """
+
+    id: str
+    messages: Messages
+    chosen: Messages
+    rejected: Messages
+    source: str
+    p_chosen: float = 1.0
+    margin: float | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuses a probability outside 0 to 1."""
+        if not 0.0 <= self.p_chosen <= 1.0:
+            raise ValueError(f"p_chosen is {self.p_chosen}; it should lie between 0 and 1")
+
+    @property
+    def group(self) -> str:
+        """The same for all comparisons of one prompt, which belong into one reward batch."""
+        return content_id("", self.messages)
+
+    @property
+    def chosen_dialogue(self) -> Messages:
+        """The prompt and the better continuation, to be scored as one dialogue."""
+        return self.messages + self.chosen
+
+    @property
+    def rejected_dialogue(self) -> Messages:
+        """The prompt and the worse continuation, to be scored as one dialogue."""
+        return self.messages + self.rejected
+
+    def to_json(self) -> Json:
+        """`{"id", "messages", "chosen", "rejected", "p_chosen", "margin"?, "source"}`, extras."""
+        row = {
+            "id": self.id,
+            "messages": messages_to_json(self.messages),
+            "chosen": _continuation_to_json(self.chosen),
+            "rejected": _continuation_to_json(self.rejected),
+            "p_chosen": self.p_chosen,
+            "source": self.source,
+        }
+        return {**self.extra, **row, **_present(margin=self.margin)}
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> "Comparison":
+        """The comparison that `to_json` wrote; unknown fields become `extra`."""
+        names = ("id", "messages", "chosen", "rejected", "p_chosen", "margin", "source")
+        return cls(
+            id=_field(row, "id"),
+            messages=messages_from_json(_field(row, "messages")),
+            chosen=_continuation_from_json(_field(row, "chosen"), "chosen"),
+            rejected=_continuation_from_json(_field(row, "rejected"), "rejected"),
+            source=_field(row, "source"),
+            p_chosen=float(_field(row, "p_chosen")),
+            margin=row.get("margin"),
+            extra=_others(row, *names),
+        )
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Several continuations of one prompt, best first, with their scores where there are any."""
+
+    id: str
+    messages: Messages
+    answers: tuple[Messages, ...]
+    source: str
+    scores: tuple[float, ...] | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuses scores that do not fall with the rank, or are not one an answer."""
+        if self.scores is None:
+            return
+        if len(self.scores) != len(self.answers):
+            raise ValueError(f"{len(self.scores)} scores for {len(self.answers)} answers")
+        if any(better < worse for better, worse in itertools.pairwise(self.scores)):
+            raise ValueError(f"scores {self.scores} rise; the best answer should come first")
+
+    def comparisons(self) -> tuple[Comparison, ...]:
+        """Every pair of answers that differ in text and (where scored) in score, best first."""
+        pairs = []
+        for better, worse in itertools.combinations(range(len(self.answers)), 2):
+            margin = None if self.scores is None else self.scores[better] - self.scores[worse]
+            if margin == 0 or self.answers[better] == self.answers[worse]:
+                continue
+            pairs.append(
+                Comparison(
+                    id=f"{self.id}:{better}-{worse}",
+                    messages=self.messages,
+                    chosen=self.answers[better],
+                    rejected=self.answers[worse],
+                    source=self.source,
+                    margin=margin,
+                    extra=self.extra,
+                )
+            )
+        return tuple(pairs)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A medical case as a patient filed it, and what the doctor found."""
+
+    id: str
+    medical_case: str
+    doctor_diagnosis: str
+    department: str | None
+    source: str
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> Json:
+        """`{"id", "medical_case", "doctor_diagnosis", "department"?, "source"}` and extras."""
+        row = {
+            "id": self.id,
+            "medical_case": self.medical_case,
+            "doctor_diagnosis": self.doctor_diagnosis,
+            "source": self.source,
+        }
+        return {**self.extra, **row, **_present(department=self.department)}
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> "Case":
+        """The case that `to_json` wrote; unknown fields become `extra`."""
+        names = ("id", "medical_case", "doctor_diagnosis", "department", "source")
+        return cls(
+            id=_field(row, "id"),
+            medical_case=_field(row, "medical_case"),
+            doctor_diagnosis=_field(row, "doctor_diagnosis"),
+            department=row.get("department"),
+            source=_field(row, "source"),
+            extra=_others(row, *names),
+        )
+
+
+@dataclass(frozen=True)
+class ExamQuestion:
+    """A multiple-choice question; `answer` holds the letters of all right options, in order."""
+
+    id: str
+    question: str
+    options: Mapping[str, str]
+    answer: str
+    source: str
+    explanation: str | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuses an answer that names no option or one that is not there."""
+        if not self.answer or not set(self.answer) <= set(self.options):
+            letters = "".join(self.options)
+            raise ValueError(f"answer is {self.answer!r}; it should be letters out of {letters!r}")
+
+    def to_json(self) -> Json:
+        """`{"id", "question", "options", "answer", "explanation"?, "source"}` and extras."""
+        row = {
+            "id": self.id,
+            "question": self.question,
+            "options": dict(self.options),
+            "answer": self.answer,
+            "source": self.source,
+        }
+        return {**self.extra, **row, **_present(explanation=self.explanation)}
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> "ExamQuestion":
+        """The question that `to_json` wrote; unknown fields become `extra`."""
+        names = ("id", "question", "options", "answer", "explanation", "source")
+        return cls(
+            id=_field(row, "id"),
+            question=_field(row, "question"),
+            options=_field(row, "options"),
+            answer=_field(row, "answer"),
+            source=_field(row, "source"),
+            explanation=row.get("explanation"),
+            extra=_others(row, *names),
+        )
+
+
+Record = Dialogue | Prompt | Comparison | Case | ExamQuestion
+
+
+def _continuation_to_json(messages: Messages) -> str | list[Json]:
+    if len(messages) == 1 and messages[0].role == "assistant":
+        return messages[0].content
+    return messages_to_json(messages)
+
+
+def _continuation_from_json(value: object, name: str) -> Messages:
+    return answer(value) if isinstance(value, str) else messages_from_json(value, name=name)
+
+
+def _field(row: object, name: str, where: str = "the record") -> Any:
+    if not isinstance(row, Mapping) or name not in row:
+        keys = sorted(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
+        raise ValueError(f"{where} lacks {name!r}; it has {keys}")
+    return row[name]
+
+
+def _present(**fields: object) -> Json:
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _others(row: Mapping[str, Any], *names: str) -> Json:
+    return {name: value for name, value in row.items() if name not in names}

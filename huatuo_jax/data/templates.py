@@ -1,0 +1,292 @@
+"""The named chat templates: HuatuoGPT, ChatML, Llama-2, Llama-3 and Baichuan.
+
+Each says the pieces of its turns, and the same again in Jinja for an exported tokenizer. A system
+message replaces the template's default system text; where it goes is stated by each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+from huatuo_jax.data.chat import ChatTemplate, PieceTemplate, Turn, split_system
+from huatuo_jax.data.chat_jinja import jinja_source, literal
+from huatuo_jax.data.chat_pieces import (
+    Piece,
+    control,
+    control_id,
+    named_token,
+    start_tokens,
+    token_of_id,
+    with_eos,
+)
+from huatuo_jax.data.records import Message
+from huatuo_jax.data.tokenizer_template import TokenizerTemplate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+HUATUOGPT_SYSTEM = (
+    "一位用户和智能医疗大模型HuatuoGPT之间的对话。"
+    "对于用户的医疗问诊，HuatuoGPT给出准确的、详细的、温暖的指导建议。"
+    "对于用户的指令问题，HuatuoGPT给出有益的、详细的、有礼貌的回答。"
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HuatuoGPTTemplate(PieceTemplate):
+    """HuatuoGPT's own template, to the letter of its training script.
+
+    Start tokens the tokenizer itself would add, system text, then `<病人>：` question and
+    `<HuatuoGPT>：` answer, each followed by one space, the answer also by EOS. Every turn is
+    tokenised as a text of its own. Trained are the doctor's whole turns, role prefix included.
+    A system message takes the place of the default text.
+
+    The training script lets an answer's first character merge with the `：` before it, which
+    generation cannot; here the role prefix keeps its tokens (Baichuan's vocabulary has no such
+    merge, Qwen's has `：“`). Exported as Jinja, the text is the same, but tokenising it whole may
+    merge across turns: send ids, or render here.
+    """
+
+    name: ClassVar[str] = "huatuogpt"
+    default_system: str | None = HUATUOGPT_SYSTEM
+
+    def _opening(self, system: str | None, tokenizer: PreTrainedTokenizerBase) -> tuple[Piece, ...]:
+        pieces = tuple(control(text) for text in start_tokens(tokenizer))
+        return pieces if system is None else (*pieces, Piece(system, apart=True))
+
+    def _question(self, content: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Piece, ...]:
+        return (Piece(f"<病人>：{content} ", apart=True),)
+
+    def _answer_header(self, tokenizer: PreTrainedTokenizerBase) -> tuple[Piece, ...]:
+        return (Piece("<HuatuoGPT>：", trained=True, apart=True),)
+
+    def _answer(self, content: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Piece, ...]:
+        text = Piece(f"{content} ", trained=True)
+        return (text, control(named_token(tokenizer, "eos_token"), trained=True))
+
+    def stop_token_ids(self, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+        """EOS."""
+        return (control_id(tokenizer, named_token(tokenizer, "eos_token")),)
+
+    def to_jinja(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        """The template in Jinja; the text is the same, the ids need not be."""
+        return jinja_source(
+            self.default_system,
+            opening=f"{literal(''.join(start_tokens(tokenizer)))} + (system or '')",
+            question="'<病人>：' + message['content'] + ' '",
+            answer="'<HuatuoGPT>：' + message['content'] + ' ' + eos_token",
+            answer_header="'<HuatuoGPT>：'",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChatMLTemplate(PieceTemplate):
+    """ChatML, as Qwen uses it: `<|im_start|>` role, newline, content, `<|im_end|>`, newline.
+
+    Trained are the answer and its `<|im_end|>`. The system text is a turn of its own. Qwen's models
+    differ in their default system text, so there is none unless `default_system` gives one.
+    """
+
+    name: ClassVar[str] = "chatml"
+
+    def _opening(self, system: str | None, tokenizer: PreTrainedTokenizerBase) -> tuple[Piece, ...]:
+        return () if system is None else self._closed_turn("system", system)
+
+    def _question(self, content: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Piece, ...]:
+        return self._closed_turn("user", content)
+
+    def _answer_header(self, tokenizer: PreTrainedTokenizerBase) -> tuple[Piece, ...]:
+        return (control("<|im_start|>"), Piece("assistant\n"))
+
+    def _answer(self, content: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Piece, ...]:
+        return (Piece(content, trained=True), control("<|im_end|>", trained=True), Piece("\n"))
+
+    def _closed_turn(self, role: str, content: str) -> tuple[Piece, ...]:
+        return (
+            control("<|im_start|>"),
+            Piece(f"{role}\n{content}"),
+            control("<|im_end|>"),
+            Piece("\n"),
+        )
+
+    def stop_token_ids(self, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+        """The end of a turn, and EOS where that is another token."""
+        return with_eos(control_id(tokenizer, "<|im_end|>"), tokenizer)
+
+    def to_jinja(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        """The template in Jinja."""
+        turn = "'<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n'"
+        system = "'<|im_start|>system\\n' + system + '<|im_end|>\\n'"
+        return jinja_source(
+            self.default_system,
+            opening=f"{system} if system is not none else ''",
+            question=turn,
+            answer=turn,
+            answer_header="'<|im_start|>assistant\\n'",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Llama2Template(PieceTemplate):
+    """Llama-2-Chat: BOS `[INST]` question `[/INST]` answer EOS, with contents stripped.
+
+    The system text stands inside the first question, between `<<SYS>>` marks. Trained are the
+    answer, with the space before and after it, and EOS.
+    """
+
+    name: ClassVar[str] = "llama2"
+
+    def _turns(self, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[Turn]:
+        system, spoken = split_system(messages, self.default_system)
+        if system is not None:
+            content = f"<<SYS>>\n{system}\n<</SYS>>\n\n{spoken[0].content}"
+            spoken = [Message("user", content), *spoken[1:]]
+        return super()._turns(spoken, tokenizer)
+
+    def _opening(self, system: str | None, tokenizer: PreTrainedTokenizerBase) -> tuple[Piece, ...]:
+        return ()
+
+    def _question(self, content: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Piece, ...]:
+        text = Piece(f"[INST] {content.strip()} [/INST]")
+        return (control(named_token(tokenizer, "bos_token")), text)
+
+    def _answer_header(self, tokenizer: PreTrainedTokenizerBase) -> tuple[Piece, ...]:
+        return ()
+
+    def _answer(self, content: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Piece, ...]:
+        text = Piece(f" {content.strip()} ", trained=True)
+        return (text, control(named_token(tokenizer, "eos_token"), trained=True))
+
+    def stop_token_ids(self, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+        """EOS."""
+        return (control_id(tokenizer, named_token(tokenizer, "eos_token")),)
+
+    def to_jinja(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        """The template in Jinja."""
+        wrapped = "'<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' + message['content']"
+        content = f"({wrapped} if loop.first and system is not none else message['content'])"
+        return jinja_source(
+            self.default_system,
+            opening="''",
+            question=f"bos_token + '[INST] ' + {content} | trim + ' [/INST]'",
+            answer="' ' + message['content'] | trim + ' ' + eos_token",
+            answer_header="''",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Llama3Template(PieceTemplate):
+    """Llama-3-Instruct: role headers, two newlines, stripped content, `<|eot_id|>`.
+
+    Trained are the answer and its `<|eot_id|>`. The system text is a turn of its own. Llama 3.1
+    and later write dates into it: use their tokenizer's own template for them.
+    """
+
+    name: ClassVar[str] = "llama3"
+
+    def _opening(self, system: str | None, tokenizer: PreTrainedTokenizerBase) -> tuple[Piece, ...]:
+        turn = () if system is None else self._closed_turn("system", system)
+        return (control(named_token(tokenizer, "bos_token")), *turn)
+
+    def _question(self, content: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Piece, ...]:
+        return self._closed_turn("user", content)
+
+    def _answer_header(self, tokenizer: PreTrainedTokenizerBase) -> tuple[Piece, ...]:
+        return (*self._role("assistant"), Piece("\n\n"))
+
+    def _answer(self, content: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Piece, ...]:
+        return (Piece(content.strip(), trained=True), control("<|eot_id|>", trained=True))
+
+    def _role(self, role: str) -> tuple[Piece, ...]:
+        return (control("<|start_header_id|>"), Piece(role), control("<|end_header_id|>"))
+
+    def _closed_turn(self, role: str, content: str) -> tuple[Piece, ...]:
+        return (*self._role(role), Piece(f"\n\n{content.strip()}"), control("<|eot_id|>"))
+
+    def stop_token_ids(self, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+        """The end of a turn, and EOS where that is another token."""
+        return with_eos(control_id(tokenizer, "<|eot_id|>"), tokenizer)
+
+    def to_jinja(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        """The template in Jinja."""
+        header = "'<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n'"
+        turn = f"{header} + message['content'] | trim + '<|eot_id|>'"
+        system_header = "'<|start_header_id|>system<|end_header_id|>\\n\\n'"
+        system = f"{system_header} + system | trim + '<|eot_id|>'"
+        return jinja_source(
+            self.default_system,
+            opening=f"bos_token + ({system} if system is not none else '')",
+            question=turn,
+            answer=turn,
+            answer_header="'<|start_header_id|>assistant<|end_header_id|>\\n\\n'",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BaichuanTemplate(PieceTemplate):
+    """Baichuan-13B-Chat and Baichuan2-Chat: a reserved token before each turn, named by its id.
+
+    The system text stands first, bare. Each content is tokenised as a text of its own, as the
+    makers' code does. Trained are the answer and EOS, which follows every answer here; the makers'
+    code feeds EOS only after the last one and learns it elsewhere as the label of the next
+    patient's token, so a dialogue of several turns has one more token per earlier answer here.
+    """
+
+    name: ClassVar[str] = "baichuan"
+    user_token_id: int = 195
+    assistant_token_id: int = 196
+
+    def _opening(self, system: str | None, tokenizer: PreTrainedTokenizerBase) -> tuple[Piece, ...]:
+        return () if system is None else (Piece(system, apart=True),)
+
+    def _question(self, content: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Piece, ...]:
+        return (control(token_of_id(tokenizer, self.user_token_id)), Piece(content, apart=True))
+
+    def _answer_header(self, tokenizer: PreTrainedTokenizerBase) -> tuple[Piece, ...]:
+        return (control(token_of_id(tokenizer, self.assistant_token_id)),)
+
+    def _answer(self, content: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Piece, ...]:
+        text = Piece(content, trained=True, apart=True)
+        return (text, control(named_token(tokenizer, "eos_token"), trained=True))
+
+    def stop_token_ids(self, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+        """EOS, and the patient's token, with which the makers' models may end a turn."""
+        eos_id = control_id(tokenizer, named_token(tokenizer, "eos_token"))
+        return (eos_id, self.user_token_id)
+
+    def to_jinja(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        """The template in Jinja; the text is the same, the ids need not be."""
+        user = literal(token_of_id(tokenizer, self.user_token_id))
+        assistant = literal(token_of_id(tokenizer, self.assistant_token_id))
+        return jinja_source(
+            self.default_system,
+            opening="system or ''",
+            question=f"{user} + message['content']",
+            answer=f"{assistant} + message['content'] + eos_token",
+            answer_header=assistant,
+        )
+
+
+TEMPLATES: dict[str, type[ChatTemplate]] = {
+    "huatuogpt": HuatuoGPTTemplate,
+    "chatml": ChatMLTemplate,
+    "llama2": Llama2Template,
+    "llama3": Llama3Template,
+    "baichuan": BaichuanTemplate,
+    "tokenizer": TokenizerTemplate,
+}
+
+
+def by_name(name: str, *, default_system: str | None = None) -> ChatTemplate:
+    """The template of that name, its default system text replaced where one is given.
+
+    Raises ValueError for an unknown name. `tokenizer` is the tokenizer's own template.
+    """
+    if name not in TEMPLATES:
+        raise ValueError(f"template: {name!r} is not known; known are {', '.join(TEMPLATES)}")
+    template = TEMPLATES[name]()
+    if default_system is None:
+        return template
+    return dataclasses.replace(template, default_system=default_system)

@@ -1,0 +1,138 @@
+import itertools
+
+import pytest
+
+from huatuo_jax.data.comparison_formats import (
+    ALL_TIED,
+    COMPARISON_FORMATS,
+    SAME_TEXT,
+    SOME_TIED,
+    TOO_FEW,
+)
+from huatuo_jax.data.formats import Terms, recognise
+from huatuo_jax.data.records import Comparison, Message, answer
+from huatuo_jax.data.turns import RowLeftOut, RowProblem
+
+TERMS = Terms(file_name="pairs")
+ASKED = (Message("user", "头痛怎么办？"),)
+LATER = (*ASKED, Message("assistant", "先量体温。"), Message("user", "三十八度。"))
+GOOD, BAD = "多休息，多喝水。", "不知道。"
+ASK_JSON = [{"role": message.role, "content": message.content} for message in LATER]
+
+
+def convert(row):
+    return recognise(row, COMPARISON_FORMATS).convert(row, TERMS)
+
+
+def said(text):
+    return {"role": "assistant", "content": text}
+
+
+PAIR = {"chosen": GOOD, "rejected": BAD}
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        ({"prompt": "头痛怎么办？", **PAIR}, ASKED),
+        ({"question": "头痛怎么办？", "response_chosen": GOOD, "response_rejected": BAD}, ASKED),
+        ({"instruction": "头痛怎么办？", "input": "", **PAIR}, ASKED),
+        ({"instruction": "头痛", "input": "三天", **PAIR}, (Message("user", "头痛\n三天"),)),
+        ({"question": "三十八度。", "history": [["头痛怎么办？", "先量体温。"]], **PAIR}, LATER),
+        ({"conversations": [{"from": "human", "value": "头痛怎么办？"}], **PAIR}, ASKED),
+        ({"messages": ASK_JSON, **PAIR}, LATER),
+        ({"prompt": ASK_JSON, "chosen": [said(GOOD)], "rejected": [said(BAD)]}, LATER),
+        ({"messages": ASK_JSON, "chosen": said(GOOD), "rejected": said(BAD)}, LATER),
+        ({"messages": ASK_JSON, "chosen": {"from": "gpt", "value": GOOD}, "rejected": BAD}, LATER),
+        ({"chosen": [*ASK_JSON, said(GOOD)], "rejected": [*ASK_JSON, said(BAD)]}, LATER),
+        (
+            {
+                "prompt": "头痛怎么办？",
+                "chosen": [ASK_JSON[0], said(GOOD)],
+                "rejected": [ASK_JSON[0], said(BAD)],
+            },
+            ASKED,
+        ),
+    ],
+)
+def test_chosen_and_rejected_are_read_in_their_common_spellings(row, prompt):
+    (pair,) = convert(row).records
+    assert pair.messages == prompt
+    assert (pair.chosen, pair.rejected) == (answer(GOOD), answer(BAD))
+    assert (pair.p_chosen, pair.margin, pair.extra, pair.source) == (1.0, None, {}, "pairs")
+
+
+def test_whole_consultations_can_be_compared():
+    tail = [said("多久了？"), {"role": "user", "content": "三天"}, said(GOOD)]
+    (pair,) = convert({"messages": ASK_JSON, "chosen": tail, "rejected": BAD}).records
+    assert [message.role for message in pair.chosen] == ["assistant", "user", "assistant"]
+    assert pair.chosen_dialogue == (*LATER, *pair.chosen)
+    assert pair.rejected_dialogue == (*LATER, Message("assistant", BAD))
+
+
+def test_our_own_comparison_lines_come_back_equal():
+    for chosen in (answer(GOOD), (*answer("多久了？"), Message("user", "三天"), *answer(GOOD))):
+        written = Comparison("c", LATER, chosen, answer(BAD), "clinic", 0.7, 2.0, {"judge": "j"})
+        assert convert(written.to_json()).records == (written,)
+
+
+def test_a_ranked_list_gives_every_pair_best_first():
+    texts = ["甲", "乙", "丙", "丁"]
+    row = {"instruction": "头痛怎么办？", "input": "", "output": texts, "history": [], "id": 5}
+    pairs = convert(row).records
+    found = [(pair.chosen[0].content, pair.rejected[0].content) for pair in pairs]
+    assert found == list(itertools.combinations(texts, 2))
+    assert len({pair.group for pair in pairs}) == 1
+    assert len({pair.id for pair in pairs}) == 6 and all(p.id.startswith("5:") for p in pairs)
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        {"answers": ["甲", "乙", "丙"], "scores": [2, 4.5, 2]},
+        {"responses": [{"text": t, "score": s} for t, s in [("甲", 2), ("乙", 4.5), ("丙", 2)]]},
+        {"answers": [{"text": "甲"}, {"text": "乙"}, {"text": "丙"}], "scores": [2, 4.5, 2]},
+    ],
+)
+def test_a_scored_list_gives_the_pairs_that_differ_with_their_margins(answers):
+    converted = convert({"messages": ASK_JSON, **answers})
+    found = [(p.chosen[0].content, p.rejected[0].content, p.margin) for p in converted.records]
+    assert found == [("乙", "甲", 2.5), ("乙", "丙", 2.5)]
+    assert converted.repairs == (SOME_TIED,)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": "头痛", "chosen": GOOD, "rejected": GOOD}, SAME_TEXT),
+        ({"chosen": [*ASK_JSON, said(GOOD)], "rejected": [*ASK_JSON, said(GOOD)]}, SAME_TEXT),
+        ({"instruction": "头痛", "output": [GOOD]}, TOO_FEW),
+        ({"instruction": "头痛", "output": [GOOD, GOOD]}, ALL_TIED),
+        ({"prompt": "头痛", "answers": [GOOD, BAD], "scores": [3, 3]}, ALL_TIED),
+    ],
+)
+def test_rows_without_a_preference_are_left_out_by_name(row, reason):
+    with pytest.raises(RowLeftOut, match=reason):
+        convert(row)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": "头痛", "chosen": "", "rejected": BAD}, r"with chosen: turn 2 .* is empty"),
+        ({"prompt": "头痛", "chosen": GOOD, "rejected": 3}, r"with rejected: turn 2 .* is int"),
+        ({"prompt": "头痛", "chosen": GOOD}, "no known format"),
+        ({"chosen": GOOD, "rejected": BAD}, "no known format"),
+        ({"prompt": " ", **PAIR}, r"turn 1 \(user\) is empty"),
+        ({"messages": [*ASK_JSON, said(GOOD)], **PAIR}, "the prompt ends with .* assistant"),
+        ({"messages": ASK_JSON, **PAIR, "p_chosen": 2}, "p_chosen is 2"),
+        ({"messages": ASK_JSON, **PAIR, "margin": float("nan")}, "margin is 'nan', not a number"),
+        ({"prompt": "头痛", "answers": [GOOD, BAD], "scores": [3]}, "not lists of one length"),
+        ({"prompt": "头痛", "answers": [GOOD, BAD], "scores": [3, "x"]}, "score 2 is 'x'"),
+        ({"prompt": "头痛", "answers": [{}, BAD], "scores": [3, 2]}, "none of text"),
+        ({"messages": ASK_JSON, "chosen": [*ASK_JSON], "rejected": BAD}, "does not end with an"),
+    ],
+)
+def test_broken_comparisons_say_what_is_wrong(row, reason):
+    with pytest.raises(RowProblem, match=reason):
+        convert(row)
