@@ -31,6 +31,15 @@ def _check_positive(cfg: Any, names: tuple[str, ...]) -> None:
             raise ValueError(f"{type(cfg).__name__}.{name}={value!r} must be above 0")
 
 
+def _check_names(cls: type, fields: Mapping[str, Any]) -> None:
+    """Raise unless the mapping has exactly the fields of a dataclass."""
+    known = {field.name for field in dataclasses.fields(cls)}
+    if unknown := sorted(set(fields) - known):
+        raise ValueError(f"{cls.__name__} has no field {', '.join(unknown)}")
+    if missing := sorted(known - set(fields)):
+        raise ValueError(f"{cls.__name__} lacks field {', '.join(missing)}")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeConfig:
     """Rotary position embedding (RoFormer, arXiv 2104.09864) and its extensions to long contexts.
@@ -68,7 +77,8 @@ class RopeConfig:
     def __post_init__(self) -> None:
         """Raise ValueError for a field that cannot be."""
         _check_choices(self)
-        _check_positive(self, ("theta", "factor", "beta_fast", "beta_slow"))
+        _check_positive(self, ("theta", "factor", "beta_fast", "beta_slow", "attention_factor"))
+        _check_positive(self, ("original_max_positions", "low_freq_factor", "high_freq_factor"))
         if self.rope_type in ("dynamic", "yarn", "llama3") and not self.original_max_positions:
             raise ValueError(
                 f"RopeConfig.original_max_positions={self.original_max_positions!r}: "
@@ -195,11 +205,11 @@ class BackboneConfig:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "BackboneConfig":
-        """The config that `to_dict` gave; ValueError names fields that do not exist."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(set(fields) - known):
-            raise ValueError(f"BackboneConfig has no field {', '.join(unknown)}")
+        """The config that `to_dict` gave; ValueError names fields that are unknown or missing."""
+        _check_names(cls, fields)
         rope = fields["rope"]
+        if rope is not None:
+            _check_names(RopeConfig, rope)
         return cls(**{**fields, "rope": None if rope is None else RopeConfig(**rope)})
 
 
@@ -214,8 +224,10 @@ class ComputeConfig:
         remat: what the backward pass recomputes inside a layer: `none` saves everything, `full`
             saves only the layer's input, `dots` saves the results of matrix products with weights,
             `outputs` saves those of the attention and feed-forward blocks.
-        kernel: the attention kernel, `auto` for the fit one of the platform.
-        query_chunk: queries at a time in the XLA attention.
+        kernel: the attention kernel, `auto` for the fit one of the platform that jax runs on; to
+            compile for another platform, name its kernel.
+        query_chunk: queries at a time in the XLA attention; more where a row would take over 16
+            chunks.
     """
 
     param_dtype: DTypeLike = jnp.float32

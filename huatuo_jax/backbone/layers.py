@@ -1,7 +1,7 @@
 """The parts of a layer: projection, norm, self-attention, feed-forward."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -16,6 +16,11 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
 }
+
+
+# Attention as a function of a layer's own queries, keys and values: what each token gathers, and
+# what the layer is to hand back beside it (a cache, say). It lets decoding bring its own.
+Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 
 class Rows(NamedTuple):
@@ -107,8 +112,13 @@ class SelfAttention(nn.Module):
     lora: LoraConfig | None
 
     @nn.compact
-    def __call__(self, hidden_BTD: jax.Array, rows: Rows) -> jax.Array:
-        """What attention adds to the residual stream, `[B, T, D]`."""
+    def __call__(
+        self, hidden_BTD: jax.Array, rows: Rows, attend: Attend | None = None
+    ) -> tuple[jax.Array, Any]:
+        """What attention adds to the residual stream, `[B, T, D]`, and what `attend` handed back.
+
+        Without `attend` the rows attend to themselves, and nothing (None) is handed back.
+        """
         cfg, compute = self.cfg, self.compute
         q_BTNH, k_BTKH, v_BTKH = self._heads(hidden_BTD)
         if cfg.qk_norm:
@@ -117,18 +127,14 @@ class SelfAttention(nn.Module):
         if rows.cos_BTH is not None and rows.sin_BTH is not None:
             q_BTNH = positions.rotate(q_BTNH, rows.cos_BTH, rows.sin_BTH)
             k_BTKH = positions.rotate(k_BTKH, rows.cos_BTH, rows.sin_BTH)
-        alibi = cfg.position == "alibi"
-        attended_BTNH = attention.attend(
-            sharding.constrain(q_BTNH, "heads_BTNH"),
-            sharding.constrain(k_BTKH, "heads_BTNH"),
-            sharding.constrain(v_BTKH, "heads_BTNH"),
-            positions_BT=rows.positions_BT,
-            segment_ids_BT=rows.segment_ids_BT,
-            sliding_window=cfg.sliding_window,
-            alibi_slopes_N=jnp.asarray(positions.alibi_slopes(cfg.num_heads)) if alibi else None,
-            kernel=compute.kernel,
-            query_chunk=compute.query_chunk,
-        )
+        q_BTNH = sharding.constrain(q_BTNH, "heads_BTNH")
+        k_BTKH = sharding.constrain(k_BTKH, "heads_BTNH")
+        v_BTKH = sharding.constrain(v_BTKH, "heads_BTNH")
+        if attend is None:
+            attended_BTNH = attend_to_rows(q_BTNH, k_BTKH, v_BTKH, rows, cfg, compute)
+            handed_back = None
+        else:
+            attended_BTNH, handed_back = attend(q_BTNH, k_BTKH, v_BTKH)
         output_BTD = Projection(
             "BTNH,NHD->BTD",
             (cfg.num_heads, cfg.head_dim, cfg.hidden_size),
@@ -137,7 +143,7 @@ class SelfAttention(nn.Module):
             compute,
             name="output",
         )(attended_BTNH)
-        return add_update(self, self.lora, "output", attended_BTNH, output_BTD)
+        return add_update(self, self.lora, "output", attended_BTNH, output_BTD), handed_back
 
     def _heads(self, hidden_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries, keys and values, adapters included."""
@@ -158,6 +164,33 @@ class SelfAttention(nn.Module):
             add_update(self, self.lora, "key", hidden_BTD, k),
             add_update(self, self.lora, "value", hidden_BTD, v),
         )
+
+
+def attend_to_rows(
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    rows: Rows,
+    cfg: BackboneConfig,
+    compute: ComputeConfig,
+) -> jax.Array:
+    """Causal attention of rows to themselves, `[B, T, N, H]`, as the model has it."""
+    return attention.attend(
+        q_BTNH,
+        k_BTKH,
+        v_BTKH,
+        positions_BT=rows.positions_BT,
+        segment_ids_BT=rows.segment_ids_BT,
+        sliding_window=cfg.sliding_window,
+        alibi_slopes_N=slopes(cfg),
+        kernel=compute.kernel,
+        query_chunk=compute.query_chunk,
+    )
+
+
+def slopes(cfg: BackboneConfig) -> jax.Array | None:
+    """ALiBi's slopes `[N]`, None for a model without."""
+    return jnp.asarray(positions.alibi_slopes(cfg.num_heads)) if cfg.position == "alibi" else None
 
 
 class FeedForward(nn.Module):

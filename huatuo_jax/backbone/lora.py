@@ -109,7 +109,8 @@ def add_update(
     adapter = module.get_variable("lora", target)
     if adapter is None:
         return outputs
-    assert lora is not None, "adapters were given to a model made without a LoraConfig"
+    if lora is None:
+        raise ValueError(f"adapters for {target!r} were given to a model made without a LoraConfig")
     _, into, out_of = _PLACES[target]
     dtype = outputs.dtype
     hidden_BTR = jnp.einsum(into, inputs, adapter["a"].astype(dtype))
@@ -131,10 +132,16 @@ def merge(
 
     Returns:
         A new nested dict; `params` is left as it is.
+
+    Raises:
+        ValueError: a target has no adapter.
     """
     attention, mlp = dict(params["layers"]["attention"]), dict(params["layers"]["mlp"])
+    rooms = adapters["layers"]
+    if lacking := [t for t in lora.targets if t not in rooms.get(_PLACES[t][0], {})]:
+        raise ValueError(f"LoraConfig.targets names {lacking}, for which there are no adapters")
     update = {
-        target: lora.scale * _product(target, adapters["layers"][_PLACES[target][0]][target])
+        target: lora.scale * _product(target, rooms[_PLACES[target][0]][target])
         for target in lora.targets
     }
     layers, width = cfg.num_layers, cfg.hidden_size

@@ -9,7 +9,7 @@ Used as pure functions over a plain nested dict of parameters:
 """
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import flax.linen as nn
 import jax
@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from huatuo_jax import sharding
 from huatuo_jax.backbone import heads, positions
 from huatuo_jax.backbone.config import BackboneConfig, ComputeConfig
-from huatuo_jax.backbone.layers import FeedForward, Norm, Rows, SelfAttention
+from huatuo_jax.backbone.layers import Attend, FeedForward, Norm, Rows, SelfAttention
 from huatuo_jax.backbone.lora import LoraConfig
 
 Head = Literal["lm", "score"]
@@ -35,16 +35,25 @@ class Layer(nn.Module):
     lora: LoraConfig | None
 
     @nn.compact
-    def __call__(self, hidden_BTD: jax.Array, rows: Rows) -> tuple[jax.Array, None]:
-        """The residual stream after this layer, in the form `nn.scan` wants."""
+    def __call__(
+        self, hidden_BTD: jax.Array, rows: Rows, attend: Attend | None = None
+    ) -> tuple[jax.Array, Any]:
+        """The residual stream after this layer, and what `attend` handed back (None without).
+
+        Args:
+            hidden_BTD: the residual stream.
+            rows: where its tokens stand.
+            attend: see `layers.Attend`; by default rows attend to themselves.
+        """
         cfg, compute = self.cfg, self.compute
         normed_BTD = Norm(cfg.norm, cfg, compute, name="attention_norm")(hidden_BTD)
-        attended_BTD = SelfAttention(cfg, compute, self.lora, name="attention")(normed_BTD, rows)
+        attention = SelfAttention(cfg, compute, self.lora, name="attention")
+        attended_BTD, handed_back = attention(normed_BTD, rows, attend)
         hidden_BTD = hidden_BTD + checkpoint_name(attended_BTD, _BLOCK_OUTPUTS[0])
         normed_BTD = Norm(cfg.norm, cfg, compute, name="mlp_norm")(hidden_BTD)
         fed_BTD = FeedForward(cfg, compute, self.lora, name="mlp")(normed_BTD)
         hidden_BTD = hidden_BTD + checkpoint_name(fed_BTD, _BLOCK_OUTPUTS[1])
-        return sharding.constrain(hidden_BTD, "hidden_BTD"), None
+        return sharding.constrain(hidden_BTD, "hidden_BTD"), handed_back
 
 
 class Transformer(nn.Module):
@@ -121,6 +130,11 @@ class Transformer(nn.Module):
                 positions_BT = jnp.broadcast_to(positions_T[None, :], embedded_BTD.shape[:2])
             else:
                 positions_BT = positions.positions_from_segments(segment_ids_BT)
+        hidden_BTD, _ = self.layers(embedded_BTD, self.rows(positions_BT, segment_ids_BT))
+        return self.normalise(hidden_BTD)
+
+    def rows(self, positions_BT: jax.Array, segment_ids_BT: jax.Array | None = None) -> Rows:
+        """What the layers know of tokens at these positions."""
         cos_BTH = sin_BTH = None
         if self.cfg.rope is not None:
             cos_BTH, sin_BTH = positions.rotary_tables(
@@ -129,8 +143,10 @@ class Transformer(nn.Module):
                 head_dim=self.cfg.head_dim,
                 dtype=self.compute.compute_dtype,
             )
-        rows = Rows(positions_BT, segment_ids_BT, cos_BTH, sin_BTH)
-        hidden_BTD, _ = self.layers(embedded_BTD, rows)
+        return Rows(positions_BT, segment_ids_BT, cos_BTH, sin_BTH)
+
+    def normalise(self, hidden_BTD: jax.Array) -> jax.Array:
+        """The final norm, on the layers' output."""
         return self.final_norm(hidden_BTD)
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
@@ -188,6 +204,7 @@ def init_params(
     Returns:
         A plain nested dict; layers are stacked along their first axis.
     """
+    assert head in get_args(Head), head
     # Two tokens fit no fused kernel, and parameters do not depend on it.
     model = Transformer(cfg, dataclasses.replace(compute, kernel="xla"))
     tokens_BT = jnp.zeros((1, 2), dtype=jnp.int32)

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from huatuo_jax import sharding
+from huatuo_jax import atomic, sharding
 from huatuo_jax.backbone.config import BackboneConfig, ComputeConfig
 from huatuo_jax.backbone.transformer import Head, abstract_params
 from huatuo_jax.checkpoint import hf_load, model_directory, tensor_files
@@ -51,6 +51,8 @@ def find_model(source: str | pathlib.Path) -> ModelInfo:
     folder = pathlib.Path(source)
     if not folder.is_dir():
         folder = _download(str(source))
+    if atomic.is_unfinished(folder):
+        raise FileNotFoundError(f"{folder}: the leftover of an interrupted write, it is not whole")
     if model_directory.is_model_directory(folder):
         config = model_directory.load_model_config(folder)
         cfg = BackboneConfig.from_dict(config["backbone"])
