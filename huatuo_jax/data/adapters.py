@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from huatuo_jax.data.files import Row, RowError
 from huatuo_jax.data.formats import describe
-from huatuo_jax.data.turns import RowProblem, has, listed_turns
+from huatuo_jax.data.turns import RowProblem, has, is_huatuo_list, listed_turns
 
 LAST_TURNS_ONLY = "turn that a later line of its dialogue repeats"
 
@@ -120,6 +120,8 @@ def _apollo(row: Any) -> Any:
     """A dialogue is a bare list: question, answer, question, answer."""
     if not isinstance(row, list):
         raise RowProblem(f"{describe(row)}; this adapter needs a list of question and answer")
+    if is_huatuo_list(row):
+        raise RowProblem("a list of 问：... and 答：... is a common format, which needs no adapter")
     roles = ("user", "assistant")
     return {"messages": [{"role": roles[i % 2], "content": text} for i, text in enumerate(row)]}
 

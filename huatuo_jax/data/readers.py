@@ -52,6 +52,7 @@ FORMATS: dict[Family, tuple[Format, ...]] = {
 # In the order of how much they ask for: a comparison also looks like a prompt.
 ALL_FORMATS: tuple[Format, ...] = tuple(one for formats in FORMATS.values() for one in formats)
 
+NO_FORMAT = "no known format"
 REPEATED_PROMPT = "prompt that stood before, word for word"
 _JUDGED_FROM_ROW = 10_000
 _ERRORS_SHOWN = 5
@@ -128,6 +129,7 @@ class Reading(Generic[RecordT]):
       records: records given. `formats`: used rows by the name of their format.
       errors: what could not be read. `exclusions`: rows left out, by reason.
       repairs: rows that gave a record after something was mended, by what it was.
+      known: the formats that its rows may have. `line`: where the latest record's row stands.
 
     Raises:
       ValueError: on iteration, when the file as a whole cannot be read, holds no rows, or too many
@@ -137,6 +139,8 @@ class Reading(Generic[RecordT]):
     file: str
     outcomes: Callable[[], Iterator[Outcome]]
     max_error_share: float
+    known: tuple[Format, ...] = ()
+    line: int = 0
     rows: int = 0
     rows_used: int = 0
     records: int = 0
@@ -164,6 +168,7 @@ class Reading(Generic[RecordT]):
                 self.formats[outcome.format_name] += 1
                 self.repairs.update(converted.repairs)
                 self.records += len(converted.records)
+                self.line = outcome.line
                 yield from cast(tuple[RecordT, ...], converted.records)
         self._judge()
         assert self.rows == self.rows_used + len(self.errors) + self.exclusions.total()
@@ -178,7 +183,12 @@ class Reading(Generic[RecordT]):
                 f"{self.file}: {len(self.errors)} of {self.rows} rows are bad, more than"
                 f" max_error_share={self.max_error_share:g} allows:{shown}"
                 + (f"\n  and {more} more" if more > 0 else "")
+                + (f"\n  known formats: {describe_formats(self.known)}" if self.unknown() else "")
             )
+
+    def unknown(self) -> bool:
+        """Whether no row was used, and some for want of a known format."""
+        return not self.rows_used and any(error.reason.endswith(NO_FORMAT) for error in self.errors)
 
     def summary(self) -> str:
         """The counts of the latest pass, in one line."""
@@ -244,7 +254,13 @@ def _reading(
         file=str(path),
         outcomes=lambda: outcomes_of(path, family, options),
         max_error_share=options.max_error_share,
+        known=FORMATS[family] if family else ALL_FORMATS,
     )
+
+
+def describe_formats(formats: Iterable[Format]) -> str:
+    """The formats with what they are recognised by, in one line."""
+    return "; ".join(f"{one.name} ({one.keys})" for one in formats)
 
 
 def outcomes_of(
@@ -317,7 +333,8 @@ def _format_of(row: object, family: Family | None, last_format: Format | None) -
                     f"{describe(row)} looks like {other.name!r}, a {other.family}, not like a"
                     f" {family}"
                 ) from None
-        raise
+        # Without the list of formats, which would stand in the message of every single row.
+        raise RowProblem(f"{describe(row)}, {NO_FORMAT}") from None
 
 
 def _ids_once(file: str, outcomes: Iterable[Outcome]) -> Iterator[Outcome]:

@@ -118,13 +118,24 @@ class Prompt:
 
     @classmethod
     def of_dialogue(cls, dialogue: Dialogue) -> "Prompt":
-        """The dialogue up to its last answer, which becomes the reference."""
+        """The dialogue up to its last answer, which becomes the reference.
+
+        Raises:
+          ValueError: the dialogue's `diagnosis` is not text.
+        """
+        diagnosis = dialogue.extra["diagnosis"] if "diagnosis" in dialogue.extra else None
+        if not isinstance(diagnosis, str | None):
+            raise ValueError(
+                f"dialogue {dialogue.id!r}: diagnosis is {type(diagnosis).__name__}; it should be"
+                " text"
+            )
         return cls(
             id=dialogue.id,
             messages=dialogue.messages[:-1],
             source=dialogue.source,
             reference=dialogue.messages[-1].content,
-            extra={**dialogue.extra, **_present(kind=dialogue.kind)},
+            diagnosis=diagnosis if diagnosis and diagnosis.strip() else None,
+            extra={**_others(dialogue.extra, "diagnosis"), **_present(kind=dialogue.kind)},
         )
 
     def to_json(self) -> Json:

@@ -73,6 +73,11 @@ def test_apollo_lists_become_turns():
     }
 
 
+def test_apollo_leaves_huatuo_lists_to_their_own_format():
+    (error,) = rewrite("apollo", ["问：头痛", "答：休息"])
+    assert isinstance(error, RowError) and "needs no adapter" in error.reason
+
+
 def test_apollo_exams_lose_the_misspelling_and_the_stray_quote():
     row = {"question": "q", "option": '(A) x\n(B) y\n".', "anwer": "(B)"}
     assert value("apollo_exam", row) == {

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import json
 
@@ -95,6 +96,20 @@ def test_a_prompt_of_a_dialogue_keeps_the_last_answer_as_reference():
     prompt = Prompt.of_dialogue(RECORDS[0])
     assert prompt.messages == ASKED and prompt.reference == "有没有发烧？"
     assert prompt.extra == {"department": "儿科", "kind": "real_conversation"}
+
+
+def test_a_prompt_of_a_dialogue_has_its_diagnosis_as_a_field():
+    def prompt(diagnosis):
+        extra = {"diagnosis": diagnosis, "department": "儿科"}
+        return Prompt.of_dialogue(dataclasses.replace(RECORDS[0], extra=extra))
+
+    assert prompt("普通感冒").diagnosis == "普通感冒"
+    assert prompt("普通感冒").extra == {"department": "儿科", "kind": "real_conversation"}
+    assert Prompt.from_json(prompt("普通感冒").to_json()) == prompt("普通感冒")
+    for missing in (None, " "):
+        assert prompt(missing).diagnosis is None and "diagnosis" not in prompt(missing).to_json()
+    with pytest.raises(ValueError, match="diagnosis is list; it should be text"):
+        prompt(["普通感冒"])
 
 
 def test_a_ranking_of_k_answers_gives_all_pairs_of_one_group():
