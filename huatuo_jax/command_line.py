@@ -1,17 +1,12 @@
-"""What every command shares: one clear line for an error, and progress that can be read."""
+"""What every command shares: flags, one clear line for an error, the width of the terminal."""
 
-import contextlib
 import os
 import shutil
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import overload
 
 from absl import app, flags, logging
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-_PLAIN_LINE_EVERY_S = 10.0
 
 
 @overload
@@ -55,7 +50,16 @@ def run(main: Callable[..., None], *, positional: str | None = None) -> None:
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
             sys.exit(1)
 
-    app.run(guarded)
+    app.run(guarded, flags_parser=_parse_flags)
+
+
+def _parse_flags(arguments: list[str]) -> list[str]:
+    """Parse as absl does; an override of a config field that is not there ends in one line."""
+    try:
+        return app.parse_flags_with_usage(arguments)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        print(f"error: a flag cannot be taken: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(1)
 
 
 def terminal_width() -> int | None:
@@ -63,32 +67,3 @@ def terminal_width() -> int | None:
     if not sys.stdout.isatty() or os.environ.get("TERM") == "dumb":
         return None
     return shutil.get_terminal_size().columns
-
-
-@contextlib.contextmanager
-def progress_bar(label: str, unit: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal, a plain line now and then elsewhere.
-
-    Args:
-        label: what is being done.
-        unit: what is counted.
-
-    Yields:
-        A function to call with the count done and the count in all.
-    """
-    if sys.stderr.isatty():
-        columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, transient=True) as progress:
-            task = progress.add_task(label, total=None)
-            yield lambda done, total: progress.update(task, completed=done, total=total)
-        return
-    last_s = time.monotonic()
-
-    def plain(done: int, total: int) -> None:
-        nonlocal last_s
-        now_s = time.monotonic()
-        if done == total or now_s - last_s >= _PLAIN_LINE_EVERY_S:
-            last_s = now_s
-            print(f"{label}: {done} of {total} {unit}", file=sys.stderr, flush=True)
-
-    yield plain

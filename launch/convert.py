@@ -11,7 +11,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from absl import flags
 
-from huatuo_jax import command_line
+from huatuo_jax import command_line, progress
 from huatuo_jax.checkpoint.convert import convert
 
 _SOURCE = flags.DEFINE_string("source", None, "Model folder of either form, or a hub id.")
@@ -31,7 +31,7 @@ flags.mark_flags_as_required(["source", "target"])
 def main() -> None:
     """Convert, and say what was written."""
     target = pathlib.Path(_TARGET.value)
-    with command_line.progress_bar("reading", "tensors") as on_progress:
+    with progress.progress_bar("reading", "tensors") as on_progress:
         agreement = convert(
             _SOURCE.value,
             target,

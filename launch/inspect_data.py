@@ -5,7 +5,7 @@ python launch/inspect_data.py FILES... [--adapter=NAME] [--template=NAME] [--tok
 
 from absl import flags
 
-from huatuo_jax import command_line
+from huatuo_jax import command_line, progress
 from huatuo_jax.checkpoint.tokenizer import load_tokenizer
 from huatuo_jax.data import sample
 from huatuo_jax.data.inspection import Inspector, check_json_target, complaint, write_json
@@ -44,7 +44,7 @@ def main(files: list[str]) -> None:
     reports, width = [], command_line.terminal_width()
     for number, file in enumerate(files, start=1):
         label = f"inspecting file {number} of {len(files)}"
-        with command_line.progress_bar(label, "records") as on_progress:
+        with progress.progress_bar(label, "records") as on_progress:
             reports.append(inspector(file, on_progress=on_progress))
         if reports[-1].rows or len(files) > 1:  # Else all there is to say is the error below.
             print(file_text(reports[-1], width=width), flush=True)

@@ -8,6 +8,7 @@ PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "huatuo_jax"
 # Room -> floor. A file imports from its own room and from floors below.
 FLOORS = {
     "atomic": 1,
+    "progress": 1,
     "sharding": 1,
     "backbone": 2,
     "data": 3,

@@ -1,0 +1,219 @@
+"""Fine-tuning on real dialogues from scratch, against an interpolated bigram model.
+
+About 13,000 dialogues of the four kinds, a Llama of 8 million parameters, one machine without an
+accelerator. The held-out loss of each kind stands beside that of a bigram model of the same tokens
+(Jelinek-Mercer smoothing with weights by context count, fitted by expectation maximisation on
+training data it was not counted on; Chen and Goodman 1999).
+
+    HUATUO_SHARED_DATA=DIR python benchmarks/sft_real_data.py --workdir=runs/real
+"""
+
+import json
+import os
+import pathlib
+import time
+
+import numpy as np
+from absl import flags
+
+from huatuo_jax import command_line
+from huatuo_jax.backbone.config import BackboneConfig, ComputeConfig
+from huatuo_jax.backbone.transformer import abstract_params, count_parameters
+from huatuo_jax.data.examples import ALL_KINDS
+from huatuo_jax.data.held_out import HeldOutConfig
+from huatuo_jax.data.token_cache import TokenDataset
+from huatuo_jax.sft import SftConfig, run_sft
+from huatuo_jax.training.dialogue_data import DataConfig, SourceConfig
+from huatuo_jax.training.initial_model import ComputeSection, ModelConfig
+from huatuo_jax.training.loop import LoopConfig
+from huatuo_jax.training.optimizer import OptimizerConfig
+from huatuo_jax.training.sections import to_section
+
+_WORKDIR = flags.DEFINE_string("workdir", "runs/real", "The run's folder.")
+_STEPS = flags.DEFINE_integer("steps", 450, "Optimizer steps.")
+_OUTPUT = flags.DEFINE_string(
+    "output", "benchmarks/results/sft_real_data.json", "File for the figures."
+)
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+BACKBONE = BackboneConfig(
+    family="llama",
+    vocab_size=6400,
+    hidden_size=256,
+    intermediate_size=704,
+    num_layers=8,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=64,
+    max_positions=1024,
+    tie_embeddings=True,
+)
+# Kind -> (name, files, adapter) of its sources.
+SOURCES = {
+    "real_instruction": (
+        ("toyhom", ("1_sft_single_real/toyhom_internal_medicine.csv",), "toyhom"),
+        ("medicalgpt", ("1_sft_single_real/medicalgpt_medical_sft.jsonl",), None),
+    ),
+    "real_conversation": (
+        ("cmtmedqa", ("2_sft_multi_real/CMtMedQA_test.json",), None),
+        ("remedi", ("2_sft_multi_real/remedi_dev_human_annotation.txt",), "remedi"),
+        ("disc_examples", ("2_sft_multi_real/disc_test_examples.jsonl",), None),
+    ),
+    "distilled_instruction": (
+        ("bentsao", ("3_distilled/bentsao_llama_data.json",), None),
+        (
+            "apollo",
+            (
+                "3_distilled/apollo_Medical_Patient_zh_sampled.json",
+                "3_distilled/apollo_Medical_Web_zh_sampled.json",
+            ),
+            "apollo",
+        ),
+    ),
+    "distilled_conversation": (
+        ("bentsao_liver", ("3_distilled/bentsao_liver_cancer.json",), "bentsao"),
+        ("disc_dialogues", ("3_distilled/disc_dialogues/*.json",), None),
+    ),
+}
+
+
+def main() -> None:
+    """Train, fit the bigram model, compare, write the figures."""
+    folder = pathlib.Path(os.environ.get("HUATUO_SHARED_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: absent; set HUATUO_SHARED_DATA to the folder of real data")
+    workdir = pathlib.Path(_WORKDIR.value)
+    begun_s = time.monotonic()
+    result = run_sft(to_section(settings(folder, workdir)), workdir)
+    seconds = time.monotonic() - begun_s
+    (cache,) = (path for path in (workdir / "data").iterdir() if (path / "index.npz").is_file())
+    bigram = bigram_losses(TokenDataset(cache, "train"), TokenDataset(cache, "held_out"))
+    rows = [
+        json.loads(line)
+        for line in (workdir / "sft" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    speeds = [row[name] for row in rows if (name := "throughput/tokens_per_s") in row]
+    figures = {
+        "parameters": count_parameters(abstract_params(BACKBONE, ComputeConfig())),
+        "steps": result["step"],
+        "minutes_of_this_call": round(seconds / 60, 1),
+        "tokens_per_s_median": round(float(np.median(speeds)), 0) if speeds else None,
+        "held_out_tokens": int(result["eval/trained_tokens"]),
+        "held_out": {
+            kind: {
+                "loss": round(result[f"eval/loss{suffix}"], 4),
+                "token_accuracy": round(result[f"eval/token_accuracy{suffix}"], 4),
+                "bigram_loss": round(bigram[kind], 4),
+            }
+            for kind, suffix in [("all", ""), *((kind, f"/{kind}") for kind in SOURCES)]
+        },
+    }
+    print(json.dumps(figures, indent=2))
+    output = pathlib.Path(_OUTPUT.value)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+def settings(folder: pathlib.Path, workdir: pathlib.Path) -> SftConfig:
+    """The run: rows of 1,024 tokens, 8 a step."""
+    sources = tuple(
+        SourceConfig(
+            name=name,
+            paths=tuple(str(path) for pattern in files for path in sorted(folder.glob(pattern))),
+            kind=kind,
+            adapter=adapter,
+        )
+        for kind, group in SOURCES.items()
+        for name, files, adapter in group
+    )
+    return SftConfig(
+        model=ModelConfig(
+            backbone=BACKBONE, tokenizer=str(folder / "tokenizers" / "minimind_6400")
+        ),
+        data=DataConfig(
+            sources=sources,
+            template="chatml",
+            row_length=1024,
+            held_out=HeldOutConfig(share=0.03),
+        ),
+        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_share=0.05, beta2=0.99),
+        num_steps=_STEPS.value,
+        batch_size=8,
+        compute=ComputeSection(loss_chunk=256),
+        loop=LoopConfig(evaluate_every=225, checkpoint_every=50, log_every=10),
+    )
+
+
+def bigram_losses(train: TokenDataset, held_out: TokenDataset) -> dict[str, float]:
+    """Mean loss of the held-out trained tokens under the bigram model, for all and by kind."""
+    pairs, _ = token_pairs(train)
+    is_fitted = np.arange(len(pairs)) % 10 == 0
+    weights = Bigram(pairs[~is_fitted]).fit_weights(pairs[is_fitted])
+    test, kinds = token_pairs(held_out)
+    losses = -np.log(Bigram(pairs).probabilities(test, weights))
+    by_kind = {
+        kind: float(losses[kinds == index].mean())
+        for index, kind in enumerate(ALL_KINDS)
+        if (kinds == index).any()
+    }
+    return {"all": float(losses.mean()), **by_kind}
+
+
+def token_pairs(dataset: TokenDataset) -> tuple[np.ndarray, np.ndarray]:
+    """Every trained token with the token before it, `[n, 2]`, and the kind of its dialogue."""
+    pairs, kinds = [], []
+    for index in range(len(dataset)):
+        example = dataset[index]
+        ids, wanted = np.asarray(example.token_ids), np.asarray(example.trained_mask)[1:]
+        pairs.append(np.stack([ids[:-1][wanted], ids[1:][wanted]], axis=1))
+        kinds.append(np.full(len(pairs[-1]), dataset.kind_ids[index]))
+    return np.concatenate(pairs).astype(np.int64), np.concatenate(kinds)
+
+
+class Bigram:
+    """Counts, and the three distributions that are interpolated: bigram, unigram, uniform."""
+
+    vocab_size = BACKBONE.vocab_size
+    num_buckets = 16  # of contexts, by the logarithm of their count
+
+    def __init__(self, pairs: np.ndarray) -> None:
+        """Count pairs of context and token, `[n, 2]`."""
+        self.keys, self.counts = np.unique(
+            pairs[:, 0] * self.vocab_size + pairs[:, 1], return_counts=True
+        )
+        self.contexts = np.bincount(pairs[:, 0], minlength=self.vocab_size)
+        self.tokens = np.bincount(pairs[:, 1], minlength=self.vocab_size)
+
+    def components(self, pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Each token's probability under the three, `[n, 3]`, and its context's bucket."""
+        keys = pairs[:, 0] * self.vocab_size + pairs[:, 1]
+        place = np.searchsorted(self.keys, keys).clip(max=len(self.keys) - 1)
+        found = np.where(self.keys[place] == keys, self.counts[place], 0)
+        context = self.contexts[pairs[:, 0]]
+        bigram = found / np.maximum(context, 1)
+        unigram = self.tokens[pairs[:, 1]] / self.tokens.sum()
+        uniform = np.full(len(pairs), 1 / self.vocab_size)
+        bucket = np.log2(context + 1).astype(int).clip(max=self.num_buckets - 1)
+        return np.stack([bigram, unigram, uniform], axis=1), bucket
+
+    def fit_weights(self, pairs: np.ndarray, num_rounds: int = 50) -> np.ndarray:
+        """Weights of the three for each bucket, by expectation maximisation on other pairs."""
+        parts, bucket = self.components(pairs)
+        weights = np.full((self.num_buckets, 3), 1 / 3)
+        for _ in range(num_rounds):
+            shares = parts * weights[bucket]
+            shares /= shares.sum(axis=1, keepdims=True)
+            totals = np.stack(
+                [np.bincount(bucket, shares[:, i], self.num_buckets) for i in range(3)], axis=1
+            )
+            weights = (totals + 1e-3) / (totals + 1e-3).sum(axis=1, keepdims=True)
+        return weights
+
+    def probabilities(self, pairs: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        """The interpolated probability of each token."""
+        parts, bucket = self.components(pairs)
+        return (parts * weights[bucket]).sum(axis=1)
+
+
+if __name__ == "__main__":
+    command_line.run(main)

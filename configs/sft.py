@@ -1,0 +1,58 @@
+"""Supervised fine-tuning of a tiny model on the sample data: minutes on two cores, no download.
+
+    python launch/train.py --config=configs/sft.py --workdir=runs/sft
+    python launch/train.py --config=configs/sft.py:mine.jsonl,more.csv --workdir=runs/mine
+
+Hardware: any CPU. Data: the package's sample dialogues of the four kinds, with their tokenizer; or,
+after a colon, files of one's own, each a source named as its file.
+Expected: 133 steps; the held-out loss falls from 7.6 to 4.9.
+"""
+
+import pathlib
+
+from ml_collections import ConfigDict
+
+from huatuo_jax.backbone.config import BackboneConfig
+from huatuo_jax.data import sample
+from huatuo_jax.data.held_out import HeldOutConfig
+from huatuo_jax.data.records import KINDS
+from huatuo_jax.sft import SftConfig
+from huatuo_jax.training.dialogue_data import DataConfig, SourceConfig
+from huatuo_jax.training.initial_model import ModelConfig
+from huatuo_jax.training.loop import LoopConfig
+from huatuo_jax.training.optimizer import OptimizerConfig
+from huatuo_jax.training.sections import to_section
+
+BACKBONE = BackboneConfig(
+    family="llama",
+    vocab_size=2048,
+    hidden_size=128,
+    intermediate_size=352,
+    num_layers=4,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=32,
+    max_positions=512,
+    tie_embeddings=True,
+)
+
+
+def get_config(files: str = "") -> ConfigDict:
+    """The stages, and the settings of each; `files` are dialogues of one's own."""
+    if files:
+        paths = files.split(",")
+        sources = tuple(SourceConfig(name=pathlib.Path(one).stem, paths=(one,)) for one in paths)
+    else:
+        sources = tuple(
+            SourceConfig(name=kind, paths=(str(sample.FOLDER / f"{kind}.jsonl"),), kind=kind)
+            for kind in KINDS
+        )
+    sft = SftConfig(
+        model=ModelConfig(backbone=BACKBONE, tokenizer=str(sample.FOLDER / "tokenizer")),
+        data=DataConfig(sources=sources, row_length=512, held_out=HeldOutConfig(share=0.1)),
+        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_share=0.05),
+        num_epochs=5,
+        batch_size=4,
+        loop=LoopConfig(evaluate_every=20, checkpoint_every=20, log_every=5),
+    )
+    return ConfigDict({"stages": ("sft",), "sft": to_section(sft)})

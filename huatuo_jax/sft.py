@@ -1,0 +1,323 @@
+"""Supervised fine-tuning: the stage that turns a base model into a doctor-like consultant."""
+
+import dataclasses
+import functools
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from huatuo_jax import sharding
+from huatuo_jax.backbone import lora
+from huatuo_jax.backbone.config import BackboneConfig
+from huatuo_jax.backbone.transformer import Transformer
+from huatuo_jax.checkpoint import models
+from huatuo_jax.checkpoint.tokenizer import load_tokenizer
+from huatuo_jax.data.examples import ALL_KINDS
+from huatuo_jax.progress import progress_bar
+from huatuo_jax.training.dialogue_data import DataConfig, DialogueData, open_dialogues
+from huatuo_jax.training.evaluation import check_rows, make_evaluate
+from huatuo_jax.training.initial_model import (
+    ComputeSection,
+    InitialModel,
+    ModelConfig,
+    open_model,
+)
+from huatuo_jax.training.loop import Job, LoopConfig, StepReport, train
+from huatuo_jax.training.losses import next_tokens, sums_by_kind, token_scores
+from huatuo_jax.training.optimizer import OptimizerConfig, make_optimizer
+from huatuo_jax.training.run_directory import (
+    StageDirectory,
+    all_fields,
+    begin_stage,
+    identity,
+    operational,
+)
+from huatuo_jax.training.sections import from_section
+from huatuo_jax.training.state import TrainState, Variables
+from huatuo_jax.training.throughput import ModelFlops
+from huatuo_jax.training.update import Batch, LossSums, compile_update, make_update
+
+STAGE = "sft"
+MODEL_FOLDER = "model"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """How the devices are divided, see `sharding.make_mesh`; -1 takes what is left."""
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SftConfig:
+    """A run of supervised fine-tuning.
+
+    Attributes:
+        model: what is trained.
+        data: on what.
+        optimizer: how.
+        num_epochs: passes over the mixture.
+        num_steps: optimizer steps instead, where given.
+        batch_size: rows of an optimizer step, on all devices together.
+        micro_batch_size: rows that go through the model at once, on all devices together; None
+            for all of them.
+        seed: of fresh weights, of the mixture and of its order.
+        compute: how a step is computed.
+        mesh: how the devices are divided.
+        loop: evaluation, checkpoints, logging.
+    """
+
+    model: ModelConfig
+    data: DataConfig
+    optimizer: OptimizerConfig
+    num_epochs: int = 3
+    num_steps: int | None = None
+    batch_size: int = 128
+    micro_batch_size: int | None = operational(None)
+    seed: int = 0
+    compute: ComputeSection = ComputeSection()
+    mesh: MeshConfig = operational(MeshConfig())
+    loop: LoopConfig = operational(LoopConfig())
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a size that cannot be."""
+        for name in ("num_epochs", "num_steps", "batch_size", "micro_batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value!r} must be at least 1")
+        if self.batch_size % self.rows_at_once:
+            raise ValueError(
+                f"micro_batch_size={self.micro_batch_size} must divide batch_size={self.batch_size}"
+            )
+
+    @property
+    def rows_at_once(self) -> int:
+        """Rows that go through the model together."""
+        return self.micro_batch_size or self.batch_size
+
+
+def run_sft(
+    config: ConfigDict | Mapping[str, Any], workdir: str | os.PathLike[str]
+) -> dict[str, Any]:
+    """Runs the stage in a run's folder, or goes on with it, or finds it done.
+
+    Args:
+        config: the fields of `SftConfig`, as a ConfigDict or a dict.
+        workdir: the run's folder.
+
+    Returns:
+        The last step and its evaluation. The model is in `WORKDIR/sft/model`, an Orbax directory
+        with the tokenizer, adapters merged.
+
+    Raises:
+        ValueError: a config, a file or a mesh that cannot be; before anything is compiled.
+        FileNotFoundError: there is no such model.
+        Interrupted: the run was stopped and saved.
+        Diverged: too many steps in a row were not finite.
+        OSError: something cannot be read or written.
+    """
+    cfg = from_section(SftConfig, config, path=f"config.{STAGE}")
+    mesh = sharding.make_mesh(data=cfg.mesh.data, fsdp=cfg.mesh.fsdp, tensor=cfg.mesh.tensor)
+    check_rows(cfg.rows_at_once, name="micro_batch_size", mesh=mesh)
+    model = open_model(cfg.model, cfg.compute.compute_config())
+    _check_lengths(cfg.data, model.cfg)
+    tokenizer = load_tokenizer(cfg.model.tokenizer_source)
+    if len(tokenizer) > model.cfg.vocab_size:
+        raise ValueError(
+            f"config.{STAGE}.model.tokenizer has {len(tokenizer)} tokens, more than the model's "
+            f"vocab_size={model.cfg.vocab_size}"
+        )
+    with progress_bar(f"{STAGE}: tokenising", "dialogues") as on_progress:
+        data = open_dialogues(
+            cfg.data,
+            tokenizer,
+            seed=cfg.seed,
+            default_cache=pathlib.Path(workdir) / "data",
+            progress=lambda done: on_progress(done.num_done, done.num_dialogues),
+        )
+    decisive = identity(cfg) | {"initial_model": model.identity, "dialogues": data.identity}
+    directory = begin_stage(workdir, STAGE, settings=all_fields(cfg), decisive=decisive)
+    if (result := directory.result()) is not None:
+        return result
+    state, evaluation = train(_job(cfg, model, data, directory, decisive, mesh), cfg.loop)
+    _save_model(model, state, directory)
+    result = {"step": int(state.step), **evaluation}
+    directory.finish(result)
+    return result
+
+
+def token_loss(
+    model: Transformer, variables: Variables, batch: Batch, *, chunk: int = 128
+) -> LossSums:
+    """The summed cross-entropy of the trained tokens, each predicted from those before it.
+
+    Args:
+        model: the backbone.
+        variables: its own.
+        batch: `token_ids`, `segment_ids`, `positions`, `trained_mask`, `kind_ids`, each `[B, T]`,
+            as `huatuo_jax.data.packing` describes them.
+        chunk: positions of each row whose logits are held at once.
+
+    Returns:
+        The loss, and beside it `loss_by_kind`, `tokens_by_kind` (trained ones) and
+        `correct_by_kind`, one for each of `ALL_KINDS`; `tokens` without padding;
+        `attended_pairs` of query and key.
+    """
+    hidden_BTD = model.apply(
+        variables,
+        batch["token_ids"],
+        segment_ids_BT=batch["segment_ids"],
+        positions_BT=batch["positions"],
+    )
+    wanted_BT = next_tokens(batch["trained_mask"])
+    scores = token_scores(
+        functools.partial(model.apply, variables, method="logits"),
+        hidden_BTD,
+        next_tokens(batch["token_ids"]),
+        wanted_BT,
+        chunk=chunk,
+    )
+    by_kind = functools.partial(
+        sums_by_kind, kind_ids_BT=next_tokens(batch["kind_ids"]), num_kinds=len(ALL_KINDS)
+    )
+    is_token_BT = batch["segment_ids"] > 0
+    seen_BT = batch["positions"] + 1
+    if model.cfg.sliding_window is not None:
+        seen_BT = seen_BT.clip(max=model.cfg.sliding_window)
+    return LossSums(
+        loss=-scores.log_probs_BT.sum(),
+        num_terms=wanted_BT.sum(),
+        others={
+            "loss_by_kind": by_kind(-scores.log_probs_BT),
+            "tokens_by_kind": by_kind(wanted_BT.astype(np.float32)),
+            "correct_by_kind": by_kind(scores.correct_BT.astype(np.float32)),
+            "tokens": is_token_BT.sum(),
+            "attended_pairs": (seen_BT * is_token_BT).astype(np.float32).sum(),
+        },
+    )
+
+
+def token_numbers(sums: Mapping[str, np.ndarray], *, prefix: str) -> dict[str, float]:
+    """Loss and token accuracy, overall and for each kind of data that was met.
+
+    Args:
+        sums: from `token_loss`.
+        prefix: `train` or `eval`; names are `PREFIX/loss`, and `PREFIX/loss/KIND` for a kind.
+    """
+    columns = [sums[name] for name in ("loss_by_kind", "correct_by_kind", "tokens_by_kind")]
+    loss_K, correct_K, tokens_K = (np.asarray(column, np.float64) for column in columns)
+    parts = {"": (loss_K.sum(), correct_K.sum(), tokens_K.sum())}
+    for index, kind in enumerate(ALL_KINDS):
+        parts[f"/{kind}"] = (loss_K[index], correct_K[index], tokens_K[index])
+    numbers = {f"{prefix}/trained_tokens": float(tokens_K.sum())}
+    for kind, (loss, correct, tokens) in parts.items():
+        if tokens > 0:
+            numbers[f"{prefix}/loss{kind}"] = float(loss / tokens)
+            numbers[f"{prefix}/token_accuracy{kind}"] = float(correct / tokens)
+    return numbers
+
+
+def evaluation_numbers(sums: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Those of held-out data, with their perplexity, the exponential of the loss."""
+    numbers = token_numbers(sums, prefix="eval")
+    perplexities = {
+        name.replace("/loss", "/perplexity"): float(np.exp(value))
+        for name, value in numbers.items()
+        if name.startswith("eval/loss")
+    }
+    return numbers | perplexities
+
+
+def _check_lengths(data: DataConfig, backbone: BackboneConfig) -> None:
+    if data.row_length > backbone.max_positions:
+        raise ValueError(
+            f"config.{STAGE}.data.row_length={data.row_length} must be at most the model's "
+            f"{backbone.max_positions} positions"
+        )
+    if data.packed:
+        backbone.require_fixed_angles(data.row_length, purpose="packing")
+
+
+def _job(
+    cfg: SftConfig,
+    model: InitialModel,
+    data: DialogueData,
+    directory: StageDirectory,
+    decisive: dict[str, Any],
+    mesh: Mesh,
+) -> Job:
+    num_steps = cfg.num_steps or -(-data.train.first_row(cfg.num_epochs) // cfg.batch_size)
+    optimizer = make_optimizer(cfg.optimizer, num_steps=num_steps)
+    loss = functools.partial(
+        token_loss,
+        Transformer(model.cfg, model.compute, cfg.model.lora),
+        chunk=cfg.compute.loss_chunk,
+    )
+    abstract_state = model.abstract_state(optimizer, mesh)
+    update = make_update(loss, optimizer, num_micro_batches=cfg.batch_size // cfg.rows_at_once)
+    evaluate = None
+    if data.held_out is not None:
+        evaluate = make_evaluate(
+            lambda variables, batch: loss(variables, batch).others,
+            lambda: data.evaluation_batches(cfg.rows_at_once),
+            evaluation_numbers,
+            mesh,
+        )
+    return Job(
+        directory=directory,
+        decisive=decisive,
+        num_steps=num_steps,
+        mesh=mesh,
+        make_state=lambda: model.make_state(jax.random.key(cfg.seed), optimizer, mesh),
+        abstract_state=abstract_state,
+        update=compile_update(update, abstract_state, mesh),
+        batches=data.batches(cfg.batch_size),
+        report=functools.partial(
+            report_step,
+            flops=ModelFlops.of(model.cfg, adapters_only=cfg.model.lora is not None),
+        ),
+        evaluate=evaluate,
+        row_names=lambda position: data.example_ids(position, cfg.batch_size),
+    )
+
+
+def report_step(metrics: Mapping[str, np.ndarray], *, flops: ModelFlops) -> StepReport:
+    """The numbers of an optimizer step of token losses."""
+    tokens, trained = float(metrics["tokens"]), float(metrics["num_terms"])
+    fields = token_numbers(metrics, prefix="train") | {
+        "train/grad_norm": float(metrics["grad_norm"]),
+        "train/learning_rate": float(metrics["learning_rate"]),
+        "train/tokens": tokens,
+        "train/updates": int(metrics["num_updates"]),
+        "train/steps_not_finite": int(metrics["num_not_finite"]),
+        "train/steps_empty": int(metrics["num_empty"]),
+    }
+    pairs = float(metrics["attended_pairs"])
+    step_flops = flops.of_step(tokens=tokens, scored_tokens=trained, attended_pairs=pairs)
+    return StepReport(fields, tokens, trained, step_flops)
+
+
+def _save_model(model: InitialModel, state: TrainState, directory: StageDirectory) -> None:
+    """The trained weights as a model directory, in the dtype they were trained in."""
+    params = state.variables["params"]
+    adapters = model.section.lora
+    if adapters is not None:
+        merge = functools.partial(lora.merge, cfg=model.cfg, lora=adapters)
+        params = jax.jit(merge)(params, state.variables["lora"])
+    tokenizer = pathlib.Path(model.section.tokenizer_source)
+    models.save_orbax(
+        params,
+        model.cfg,
+        directory.folder / MODEL_FOLDER,
+        head="lm",
+        source_folder=tokenizer if tokenizer.is_dir() else None,
+        overwrite=True,
+    )

@@ -1,0 +1,1 @@
+"""Training: state, optimizer, update, loop, metrics and the run directory."""

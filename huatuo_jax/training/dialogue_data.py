@@ -1,0 +1,203 @@
+"""The dialogues of a run, from the files that a config names to batches of packed rows."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from huatuo_jax.data import templates
+from huatuo_jax.data.batches import BatchIterator, HostShare, PrefetchConfig, evaluation_batches
+from huatuo_jax.data.chat import TrainedTurns, TruncationPolicy
+from huatuo_jax.data.duplicates import DuplicatesConfig
+from huatuo_jax.data.held_out import HeldOutConfig
+from huatuo_jax.data.mixture import Mixture, SourceShare
+from huatuo_jax.data.pipeline import PrepareConfig, Prepared, prepare
+from huatuo_jax.data.readers import Keywords
+from huatuo_jax.data.records import Kind
+from huatuo_jax.data.rows import RowConfig, RowStream
+from huatuo_jax.data.sources import DialogueSource, HeldOutBy
+from huatuo_jax.data.tokenizing import Progress, TemplateTokenizer
+from huatuo_jax.training.run_directory import operational
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One source of dialogues and its share of the mixture.
+
+    Attributes:
+        name: what reports call it.
+        paths: files, folders or hub names; their content decides, not their place.
+        kind: the kind of all its dialogues; None takes the rows' own.
+        adapter: the name of the adapter of an odd format; None for the common ones.
+        epochs: passes over it in an epoch of the mixture, 1 unless a weight is given.
+        weight: its share of the mixture's examples instead.
+        limit: so many of its dialogues at most.
+        held_out_by: `hash`, `never` or `always`.
+    """
+
+    name: str
+    paths: tuple[str, ...] = operational(())
+    kind: Kind | None = None
+    adapter: str | None = None
+    epochs: float | None = None
+    weight: float | None = None
+    limit: int | None = None
+    held_out_by: HeldOutBy = "hash"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The dialogues of a run and how they become rows.
+
+    Attributes:
+        sources: where they are.
+        template: the chat template's name.
+        default_system: its system text; None for the template's own.
+        truncation: what becomes of a dialogue longer than a row.
+        trained_turns: which of the doctor's turns are trained.
+        row_length: tokens of a row.
+        packed: several dialogues a row, or one.
+        window: how many dialogues are packed together; None for the epoch.
+        held_out: which dialogues are held out.
+        duplicates: what is done about dialogues that stand twice.
+        cache: folder of the tokenised data; None for one in the run's folder.
+        num_threads: threads that make batches; 0 makes each when it is asked for.
+        num_processes: processes that tokenise; None for the cores where it pays.
+    """
+
+    sources: tuple[SourceConfig, ...]
+    template: str = "huatuogpt"
+    default_system: str | None = None
+    truncation: TruncationPolicy = "drop_oldest_turns"
+    trained_turns: TrainedTurns = "all"
+    row_length: int = 2048
+    packed: bool = True
+    window: int | None = None
+    held_out: HeldOutConfig = HeldOutConfig()
+    duplicates: DuplicatesConfig = DuplicatesConfig()
+    cache: str | None = operational(None)
+    num_threads: int = operational(2)
+    num_processes: int | None = operational(None)
+
+    def __post_init__(self) -> None:
+        """Raise ValueError where there is nothing to read."""
+        if not self.sources:
+            raise ValueError("sources is empty: it must name at least one source")
+
+
+@dataclasses.dataclass(frozen=True)
+class DialogueData:
+    """Rows to train on, rows held out (None where nothing is), and what they follow from.
+
+    Attributes:
+        train: endless.
+        held_out: one epoch of it is the evaluation.
+        prepared: the cache they are read from.
+        num_threads: threads that make batches.
+    """
+
+    train: RowStream
+    held_out: RowStream | None
+    prepared: Prepared
+    num_threads: int
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The cache's name is a hash of the content, the tokenizer, the template and the split."""
+        return {"cache": self.prepared.folder.name}
+
+    def batches(self, batch_size: int) -> BatchIterator:
+        """This host's share of the global batches of training."""
+        return BatchIterator(
+            self.train, batch_size=batch_size, share=_share(), prefetch=self._prefetch()
+        )
+
+    def evaluation_batches(self, batch_size: int) -> BatchIterator:
+        """This host's share of the held-out rows, each once."""
+        assert self.held_out is not None
+        return evaluation_batches(
+            self.held_out, batch_size=batch_size, share=_share(), prefetch=self._prefetch()
+        )
+
+    def example_ids(self, position: dict[str, Any], batch_size: int) -> list[str]:
+        """The ids of the dialogues in the batch at a position."""
+        first = position["next_row"]
+        rows = range(first, first + batch_size)
+        return [name for row in rows for name in self.train.example_ids(row)]
+
+    def _prefetch(self) -> PrefetchConfig:
+        return PrefetchConfig(num_threads=self.num_threads)
+
+
+def open_dialogues(
+    cfg: DataConfig,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    seed: int,
+    default_cache: pathlib.Path,
+    progress: Callable[[Progress], None] | None = None,
+) -> DialogueData:
+    """Tokenises the dialogues, or finds it done.
+
+    Args:
+        cfg: which ones.
+        tokenizer: the model's.
+        seed: of the order and the draw.
+        default_cache: where the cache goes unless the config says.
+        progress: called while dialogues are tokenised.
+
+    Raises:
+        ValueError: a file that cannot be read, an unknown template, nothing left to train on.
+    """
+    rows = RowConfig(row_length=cfg.row_length, packed=cfg.packed, window=cfg.window)
+    template_tokenizer = TemplateTokenizer(
+        template=templates.by_name(cfg.template, default_system=cfg.default_system),
+        tokenizer=tokenizer,
+        max_tokens=cfg.row_length,
+        policy=cfg.truncation,
+        trained=cfg.trained_turns,
+    )
+    prepared = prepare(
+        [_source(source) for source in cfg.sources],
+        template_tokenizer,
+        PrepareConfig(
+            held_out=cfg.held_out, duplicates=cfg.duplicates, num_processes=cfg.num_processes
+        ),
+        folder=cfg.cache or default_cache,
+        progress=progress,
+    )
+    shares = [
+        SourceShare(
+            name=source.name, epochs=source.epochs, weight=source.weight, limit=source.limit
+        )
+        for source in cfg.sources
+        if source.held_out_by != "always"
+    ]
+    train, held_out = prepared.train, prepared.held_out
+    mixture = Mixture(train.source_ids, train.sources, shares, seed=seed)
+    return DialogueData(
+        train=RowStream(train, rows, mixture=mixture, seed=seed),
+        held_out=None if held_out is None else RowStream(held_out, rows, mixture=None),
+        prepared=prepared,
+        num_threads=cfg.num_threads,
+    )
+
+
+def _source(source: SourceConfig) -> DialogueSource:
+    reading = Keywords(source=source.name)
+    if source.kind is not None:
+        reading["kind"] = source.kind
+    if source.adapter is not None:
+        reading["adapter"] = source.adapter
+    return DialogueSource(
+        name=source.name, paths=source.paths, reading=reading, held_out_by=source.held_out_by
+    )
+
+
+def _share() -> HostShare:
+    return HostShare(host=jax.process_index(), num_hosts=jax.process_count())

@@ -1,0 +1,55 @@
+"""Held-out data through a model: sums over all of it, then numbers."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from huatuo_jax import sharding
+from huatuo_jax.training.loop import LocalBatch, put_on_mesh
+from huatuo_jax.training.state import TrainState, Variables
+from huatuo_jax.training.update import Batch
+
+Sums = Mapping[str, np.ndarray]
+
+
+def make_evaluate(
+    sums: Callable[[Variables, Batch], dict[str, jax.Array]],
+    batches: Callable[[], Iterable[LocalBatch]],
+    report: Callable[[Sums], dict[str, float]],
+    mesh: Mesh,
+) -> Callable[[TrainState], dict[str, float]]:
+    """The function that evaluates a state.
+
+    Args:
+        sums: pure; sums over a batch.
+        batches: all of the held-out data, once, from its beginning.
+        report: makes numbers of the sums over all batches, which are taken in float64.
+        mesh: where state and batches lie.
+    """
+    compiled = jax.jit(sums, out_shardings=jax.NamedSharding(mesh, jax.P()))
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        totals: dict[str, np.ndarray] = defaultdict(lambda: np.zeros((), np.float64))
+        with jax.set_mesh(mesh):
+            for batch in batches():
+                on_devices = compiled(state.variables, put_on_mesh(batch, mesh))
+                for name, value in on_devices.items():
+                    totals[name] = totals[name] + np.asarray(value, np.float64)
+        return report(totals)
+
+    return evaluate
+
+
+def check_rows(rows: int, *, name: str, mesh: Mesh) -> None:
+    """Raise ValueError unless the mesh can divide so many rows evenly."""
+    shards = 1
+    for axis in sharding.BATCH_AXES:
+        shards *= mesh.shape[axis]
+    if rows < 1 or rows % shards:
+        axes = " x ".join(sharding.BATCH_AXES)
+        raise ValueError(
+            f"{name}={rows} rows must be a multiple of the {shards} shards of the mesh ({axes})"
+        )

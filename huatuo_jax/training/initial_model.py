@@ -1,0 +1,207 @@
+"""What a run trains: a backbone from a preset, from its fields, or from a model on disk."""
+
+import dataclasses
+import hashlib
+import pathlib
+from typing import Any, Literal
+
+import jax
+from jax.sharding import Mesh
+
+from huatuo_jax.backbone.config import BackboneConfig, ComputeConfig, Kernel, Remat
+from huatuo_jax.backbone.lora import LoraConfig, init_adapters
+from huatuo_jax.backbone.presets import preset
+from huatuo_jax.backbone.transformer import init_params
+from huatuo_jax.checkpoint import models
+from huatuo_jax.training.optimizer import Optimizer
+from huatuo_jax.training.run_directory import operational
+from huatuo_jax.training.state import (
+    TrainState,
+    Variables,
+    abstract,
+    join,
+    make_sharded,
+    new_state,
+    split,
+    store_as_computed,
+)
+
+_HASHED_BYTES = 1 << 16
+_ADAPTERS_ROLE = 1  # Folded into the run's key for the adapters' fresh values.
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which model is trained, told in one of three ways, and which part of it.
+
+    Attributes:
+        directory: a Hugging Face folder or hub id, or an Orbax directory of ours.
+        preset: a published architecture with fresh weights.
+        backbone: an architecture of its own with fresh weights.
+        tokenizer: folder or hub id of the tokenizer; None for the model directory's own.
+        lora: train these adapters beside frozen weights; None trains the weights.
+        freeze_embeddings: leave the embedding table as it is (with a tied head, the head too).
+        frozen_as_computed: hold what is frozen in the compute dtype; it is cast to it anyway.
+    """
+
+    directory: str | None = operational(None)
+    preset: str | None = None
+    backbone: BackboneConfig | None = None
+    tokenizer: str | None = operational(None)
+    lora: LoraConfig | None = None
+    freeze_embeddings: bool = False
+    frozen_as_computed: bool = True
+
+    def __post_init__(self) -> None:
+        """Raise ValueError unless the model is told in exactly one way."""
+        ways = {name: getattr(self, name) for name in ("directory", "preset", "backbone")}
+        told = [name for name, value in ways.items() if value is not None]
+        if len(told) != 1:
+            raise ValueError(
+                f"the model is told by {' and '.join(told) or 'nothing'}; give exactly one of "
+                f"{', '.join(ways)}"
+            )
+        if self.directory is None and self.tokenizer is None:
+            raise ValueError("tokenizer=None needs a model directory to take it from")
+
+    @property
+    def tokenizer_source(self) -> str:
+        """Where the tokenizer is."""
+        source = self.tokenizer or self.directory
+        assert source is not None
+        return source
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ComputeSection:
+    """How a step is computed.
+
+    Attributes:
+        compute_dtype: dtype of matrix products; weights and optimizer are float32.
+        remat: see `ComputeConfig`.
+        kernel: see `ComputeConfig`.
+        query_chunk: see `ComputeConfig`.
+        loss_chunk: positions of each row whose logits are held at once.
+    """
+
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: Remat = operational("none")
+    kernel: Kernel = operational("auto")
+    query_chunk: int = operational(256)
+    loss_chunk: int = operational(128)
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a chunk below 1."""
+        if self.loss_chunk < 1:
+            raise ValueError(f"loss_chunk={self.loss_chunk!r} must be at least 1")
+        self.compute_config()
+
+    def compute_config(self) -> ComputeConfig:
+        """The backbone's part of it."""
+        return ComputeConfig(
+            compute_dtype=self.compute_dtype,
+            remat=self.remat,
+            kernel=self.kernel,
+            query_chunk=self.query_chunk,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class InitialModel:
+    """A model to start from; its weights are not read before `make_state`.
+
+    Attributes:
+        cfg: the backbone.
+        section: where it comes from and what of it is trained.
+        compute: how it is computed.
+        info: the model on disk, None for fresh weights.
+    """
+
+    cfg: BackboneConfig
+    section: ModelConfig
+    compute: ComputeConfig
+    info: models.ModelInfo | None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the weights at the start depend on, beside the seed."""
+        weights = None if self.info is None else fingerprint(self.info.folder)
+        return {"backbone": self.cfg.to_dict(), "weights": weights}
+
+    def make_state(self, key: jax.Array, optimizer: Optimizer, mesh: Mesh) -> TrainState:
+        """The state before the first step, in its shards.
+
+        Raises:
+            ValueError: the weights on disk are not those of the config, or a dimension does not
+                divide over the mesh.
+            OSError: they cannot be read.
+        """
+
+        def build(key: jax.Array, params: Variables) -> TrainState:
+            return self._state(key, params, optimizer)
+
+        if self.info is None:
+            return make_sharded(lambda key: build(key, self._fresh(key)), mesh, key)
+        params = models.load_params(self.info, mesh=mesh, dtype=self.compute.param_dtype)
+        return make_sharded(build, mesh, key, params, donated=(1,))
+
+    def abstract_state(self, optimizer: Optimizer, mesh: Mesh) -> TrainState:
+        """That state's shapes and shardings."""
+        return abstract(
+            lambda key: self._state(key, self._fresh(key), optimizer), mesh, jax.random.key(0)
+        )
+
+    def is_trained(self, path: str) -> bool:
+        """Whether the variable at a path such as `params/embedding/table` is trained."""
+        if self.section.lora is not None:
+            return path.startswith("lora/")
+        return not (self.section.freeze_embeddings and path == "params/embedding/table")
+
+    def _fresh(self, key: jax.Array) -> Variables:
+        return init_params(key, self.cfg, self.compute)
+
+    def _state(self, key: jax.Array, params: Variables, optimizer: Optimizer) -> TrainState:
+        variables: Variables = {"params": params}
+        if self.section.lora is not None:
+            role = jax.random.fold_in(key, _ADAPTERS_ROLE)
+            variables["lora"] = init_adapters(role, self.cfg, self.section.lora)
+        if self.section.frozen_as_computed:
+            trained, frozen = split(variables, self.is_trained)
+            dtype = self.compute.compute_dtype
+            stored = store_as_computed(frozen, dtype, keep_lm_head=self.cfg.norm_head)
+            # A tied head reads the table as the embedding does: cast.
+            variables = join(trained, stored)
+        return new_state(variables, is_trained=self.is_trained, optimizer=optimizer, key=key)
+
+
+def open_model(section: ModelConfig, compute: ComputeConfig) -> InitialModel:
+    """Finds the model and reads its config, not its weights.
+
+    Raises:
+        FileNotFoundError: there is no such model.
+        ValueError: there is no such preset, or the config is not one this project can do.
+    """
+    if section.directory is not None:
+        info = models.find_model(section.directory)
+        return InitialModel(info.cfg, section, compute, info)
+    if section.preset is not None:
+        return InitialModel(preset(section.preset), section, compute, None)
+    assert section.backbone is not None
+    return InitialModel(section.backbone, section, compute, None)
+
+
+def fingerprint(folder: pathlib.Path) -> str:
+    """A hash that tells one model's files from another's, wherever they lie.
+
+    It covers names, sizes, and the first and last 64 KiB of each file: fine-tuned models of one
+    architecture differ there, and a large model is not read twice.
+    """
+    whole = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        size = path.stat().st_size
+        whole.update(f"{path.relative_to(folder).as_posix()}\0{size}\0".encode())
+        with path.open("rb") as file:
+            whole.update(file.read(_HASHED_BYTES))
+            file.seek(max(size - _HASHED_BYTES, 0))
+            whole.update(file.read(_HASHED_BYTES))
+    return whole.hexdigest()[:32]

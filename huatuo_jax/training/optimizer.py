@@ -1,0 +1,169 @@
+"""AdamW with a warm-up, a decay, and a bound on the gradient's norm."""
+
+import dataclasses
+import math
+import re
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from huatuo_jax import sharding
+
+Decay = Literal["cosine", "linear", "constant"]
+
+_NOT_DECAYED = re.compile(r"(^|/)(scale|bias)$")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW (arXiv 1711.05101) and its schedule.
+
+    Attributes:
+        learning_rate: the highest one, reached at the end of the warm-up.
+        decay: how it falls after the warm-up: `cosine` (arXiv 1608.03983), `linear`, `constant`.
+        final_share: the share of `learning_rate` it falls to.
+        warmup_share: share of all updates that the linear warm-up takes; the updates are rounded
+            up.
+        warmup_steps: updates that it takes, instead of a share.
+        weight_decay: the learning rate times this is the share of itself each weight loses in an
+            update; norms and biases lose nothing.
+        beta1: decay of the mean of gradients.
+        beta2: decay of the mean of their squares.
+        epsilon: added to the root of the mean of squares.
+        clip_norm: a gradient whose global norm is larger is scaled down to it; None for no bound.
+    """
+
+    learning_rate: float
+    decay: Decay = "cosine"
+    final_share: float = 0.0
+    warmup_share: float | None = None
+    warmup_steps: int | None = None
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    clip_norm: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a field that cannot be."""
+        if self.decay not in get_args(Decay):
+            raise _wrong("decay", self.decay, f"one of {list(get_args(Decay))}")
+        for name in ("learning_rate", "epsilon", "clip_norm"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise _wrong(name, value, "above 0")
+        if not 0 <= self.weight_decay < math.inf:
+            raise _wrong("weight_decay", self.weight_decay, "0 or more")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise _wrong(name, getattr(self, name), "at least 0 and below 1")
+        if not 0 <= self.final_share <= 1:
+            raise _wrong("final_share", self.final_share, "between 0 and 1")
+        if self.warmup_share is not None and self.warmup_steps is not None:
+            raise _wrong("warmup_steps", self.warmup_steps, "None where warmup_share is given")
+        if self.warmup_share is not None and not 0 <= self.warmup_share <= 1:
+            raise _wrong("warmup_share", self.warmup_share, "between 0 and 1")
+        if self.warmup_steps is not None and self.warmup_steps < 0:
+            raise _wrong("warmup_steps", self.warmup_steps, "0 or more")
+
+    def num_warmup_steps(self, num_steps: int) -> int:
+        """How many of `num_steps` updates the warm-up takes.
+
+        Raises:
+            ValueError: `warmup_steps` is more than all of them.
+        """
+        steps = self.warmup_steps or 0
+        if self.warmup_share is not None:
+            steps = math.ceil(self.warmup_share * num_steps)
+        if steps > num_steps:
+            raise _wrong("warmup_steps", steps, f"at most the {num_steps} updates of the run")
+        return steps
+
+
+def _wrong(name: str, value: object, right: str) -> ValueError:
+    return ValueError(f"OptimizerConfig.{name}={value!r} must be {right}")
+
+
+def learning_rate(update: jax.typing.ArrayLike, cfg: OptimizerConfig, num_steps: int) -> jax.Array:
+    """The learning rate of one update, counted from 0.
+
+    With w warm-up updates of n in all and peak p it is `p (u + 1) / w` before update w, and from
+    there on, with `s = (u - w) / (n - w)` going from 0 to 1, `p (f + (1 - f) d(s))` where f is
+    `final_share` and d is `(1 + cos(pi s)) / 2`, `1 - s` or 1. Past n it stays at its last value.
+
+    Args:
+        update: updates applied so far.
+        cfg: the schedule.
+        num_steps: updates in all.
+
+    Returns:
+        A float of jax's default width.
+    """
+    warmup = cfg.num_warmup_steps(num_steps)
+    done = jnp.asarray(update).astype(float)
+    share = jnp.clip((done - warmup) / max(num_steps - warmup, 1), 0.0, 1.0)
+    if cfg.decay == "cosine":
+        left = (1.0 + jnp.cos(jnp.pi * share)) / 2.0
+    elif cfg.decay == "linear":
+        left = 1.0 - share
+    else:
+        left = jnp.ones_like(share)
+    decayed = cfg.final_share + (1.0 - cfg.final_share) * left
+    warming = jnp.minimum((done + 1.0) / max(warmup, 1), 1.0)
+    return cfg.learning_rate * jnp.where(done < warmup, warming, decayed)
+
+
+class Optimizer(NamedTuple):
+    """What an update needs to know; made by `make_optimizer`."""
+
+    cfg: OptimizerConfig
+    num_steps: int
+    transformation: optax.GradientTransformation
+
+    def learning_rate(self, update: jax.typing.ArrayLike) -> jax.Array:
+        """The learning rate of one update, counted from 0."""
+        return learning_rate(update, self.cfg, self.num_steps)
+
+
+def make_optimizer(cfg: OptimizerConfig, *, num_steps: int) -> Optimizer:
+    """AdamW for a run of `num_steps` updates; its state has the paths of the parameters.
+
+    Raises:
+        ValueError: the warm-up is longer than the run.
+    """
+    if num_steps < 1:
+        raise ValueError(f"num_steps={num_steps} must be at least 1")
+    cfg.num_warmup_steps(num_steps)
+    transformation = optax.adamw(
+        lambda update: learning_rate(update, cfg, num_steps),
+        b1=cfg.beta1,
+        b2=cfg.beta2,
+        eps=cfg.epsilon,
+        weight_decay=cfg.weight_decay,
+        mask=is_decayed,
+    )
+    return Optimizer(cfg, num_steps, transformation)
+
+
+def is_decayed(params: Any) -> Any:
+    """Says of each parameter of a tree, by its path, whether weight decay applies to it."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: _NOT_DECAYED.search(sharding.path_name(path)) is None, params
+    )
+
+
+def clip_by_norm(gradients: Any, norm: jax.Array, clip_norm: float | None) -> Any:
+    """The gradients scaled down to a global norm of `clip_norm`, if theirs is larger.
+
+    Args:
+        gradients: any tree.
+        norm: its global norm.
+        clip_norm: None leaves them as they are.
+    """
+    if clip_norm is None:
+        return gradients
+    # Where the norm is within the bound the factor is exactly 1.
+    factor = clip_norm / jnp.maximum(norm, clip_norm)
+    return jax.tree.map(lambda leaf: leaf * factor.astype(leaf.dtype), gradients)

@@ -1,0 +1,195 @@
+"""A run's folder: its settings, its machine, and one folder for each of its stages.
+
+    config.json        all settings of every stage that was begun
+    environment.json   versions, devices and commit, one entry for each start
+    STAGE/checkpoints/ STAGE/metrics.jsonl  STAGE/tensorboard/  STAGE/finished.json
+
+Settings that decide results are a run's identity: once a stage has a checkpoint they may not
+change. A field is operational (free to change) if it was declared with `operational`.
+"""
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from huatuo_jax.checkpoint.differences import as_json, differences
+
+CONFIG_FILE = "config.json"
+ENVIRONMENT_FILE = "environment.json"
+FINISHED_FILE = "finished.json"
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers")
+_OPERATIONAL = "operational"
+
+
+def operational(default: Any) -> Any:
+    """A dataclass field that may change between restarts: it does not decide results."""
+    return dataclasses.field(default=default, metadata={_OPERATIONAL: True})
+
+
+def identity(config: Any) -> dict[str, Any]:
+    """The fields of a config dataclass that decide results, nested, in JSON form."""
+    return dict(as_json(_fields(config, everything=False), name=type(config).__name__))
+
+
+def all_fields(config: Any) -> dict[str, Any]:
+    """All fields of a config dataclass, nested, in JSON form."""
+    return dict(as_json(_fields(config, everything=True), name=type(config).__name__))
+
+
+@dataclasses.dataclass(frozen=True)
+class StageDirectory:
+    """Where one stage keeps what it makes."""
+
+    folder: pathlib.Path
+
+    @property
+    def name(self) -> str:
+        """The stage's name."""
+        return self.folder.name
+
+    @property
+    def checkpoints(self) -> pathlib.Path:
+        """The folder of its checkpoints."""
+        return self.folder / "checkpoints"
+
+    @property
+    def metrics(self) -> pathlib.Path:
+        """Its metrics, one row a line."""
+        return self.folder / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> pathlib.Path:
+        """The folder of its TensorBoard events."""
+        return self.folder / "tensorboard"
+
+    def result(self) -> dict[str, Any] | None:
+        """What the finished stage reported, or None: a finished one is not run again."""
+        path = self.folder / FINISHED_FILE
+        return _read(path) if path.exists() else None
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        """Marks the stage as finished; call it when all it made is on disk."""
+        if jax.process_index() == 0:
+            _write(self.folder / FINISHED_FILE, result)
+
+    def has_checkpoint(self) -> bool:
+        """Whether a whole checkpoint is there: from then on the stage's settings stand."""
+        if not self.checkpoints.is_dir():
+            return False
+        return any(path.name.isdigit() for path in self.checkpoints.iterdir())
+
+
+def begin_stage(
+    workdir: str | os.PathLike[str],
+    name: str,
+    *,
+    settings: Mapping[str, Any],
+    decisive: Mapping[str, Any],
+) -> StageDirectory:
+    """Opens a stage's folder and writes its settings, unless they contradict what is there.
+
+    Args:
+        workdir: the run's folder.
+        name: the stage's.
+        settings: all settings, from `all_fields`.
+        decisive: those that decide results, from `identity`.
+
+    Raises:
+        ValueError: the stage has a checkpoint or is finished, and a decisive field has changed;
+            one line a field.
+        OSError: the folder cannot be written.
+    """
+    folder = pathlib.Path(workdir)
+    stage = StageDirectory(folder / name)
+    path = folder / CONFIG_FILE
+    saved = _read(path) if path.exists() else {}
+    begun = stage.has_checkpoint() or stage.result() is not None
+    if begun and name in saved:
+        changed = differences(saved[name]["decisive"], decisive)
+        if changed:
+            lines = [
+                f"stage {name!r} in {folder} was begun with other settings; undo the change or "
+                "choose another workdir:",
+                *changed,
+            ]
+            raise ValueError("\n  ".join(lines))
+    if jax.process_index() == 0:
+        stage.folder.mkdir(parents=True, exist_ok=True)
+        _write(path, {**saved, name: {"settings": settings, "decisive": decisive}})
+        starts = folder / ENVIRONMENT_FILE
+        before = _read(starts)["starts"] if starts.exists() else []
+        _write(starts, {"starts": [*before, {"stage": name, **environment()}]})
+    return stage
+
+
+def environment() -> dict[str, Any]:
+    """Versions, devices and commit of this process."""
+    devices = jax.devices()
+    return {
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "devices": {"kind": devices[0].device_kind, "number": len(devices)},
+        "num_processes": jax.process_count(),
+        "git_commit": _git_commit(),
+    }
+
+
+def _git_commit() -> str | None:
+    """The commit of the code, with `+changes` where files differ from it; None outside git."""
+    here = pathlib.Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments], cwd=here, capture_output=True, text=True, check=True, timeout=20
+        ).stdout.strip()
+
+    try:
+        commit = git("rev-parse", "HEAD")
+        return f"{commit}+changes" if git("status", "--porcelain", "--", ".") else commit
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _fields(config: Any, *, everything: bool) -> Any:
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        return {
+            field.name: _fields(getattr(config, field.name), everything=everything)
+            for field in dataclasses.fields(config)
+            if everything or not field.metadata.get(_OPERATIONAL, False)
+        }
+    if isinstance(config, Mapping):
+        return {str(name): _fields(value, everything=everything) for name, value in config.items()}
+    if isinstance(config, list | tuple):
+        return [_fields(value, everything=everything) for value in config]
+    return config
+
+
+def _read(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error}); remove it to start anew") from error
+
+
+def _write(path: pathlib.Path, value: Mapping[str, Any]) -> None:
+    """Writes JSON that is never seen half written."""
+    beside = path.with_name(f"{path.name}.tmp")
+    beside.write_text(
+        json.dumps(as_json(value, name=path.name), ensure_ascii=False, indent=2) + "\n",
+        encoding="utf-8",
+    )
+    os.replace(beside, path)

@@ -1,0 +1,49 @@
+"""Run the stages that a config names, or go on with them.
+
+python launch/train.py --config=configs/sft.py --workdir=runs/sft [--config.sft.batch_size=8]
+
+Running the same command again goes on from the newest checkpoint; finished stages are not run
+again. Exit code 75 says that the run was stopped (SIGTERM, Ctrl-C), has saved, and can go on.
+"""
+
+import sys
+
+from absl import flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from huatuo_jax import command_line, sft
+from huatuo_jax.training.loop import Diverged
+from huatuo_jax.training.preemption import INTERRUPTED_EXIT_CODE, Interrupted
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "File with `get_config()`.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; made if it is not there.")
+flags.mark_flags_as_required(["config", "workdir"])
+
+STAGES = {sft.STAGE: sft.run_sft}
+
+
+def main() -> None:
+    """Run each stage in order and say what came out."""
+    logging.set_verbosity(logging.WARNING)  # Orbax tells of every file it writes.
+    config: ConfigDict = _CONFIG.value
+    if unknown := [name for name in config.stages if name not in STAGES]:
+        raise ValueError(f"config.stages names {unknown}; there are {list(STAGES)}")
+    for name in config.stages:
+        try:
+            result = STAGES[name](config[name], _WORKDIR.value)
+        except Interrupted as stopped:
+            print(f"{name}: {stopped}", flush=True)
+            sys.exit(INTERRUPTED_EXIT_CODE)
+        except Diverged as error:
+            raise ValueError(f"{name}: {error}") from error
+        shown = ", ".join(f"{field} {value:.4g}" for field, value in _summary(result).items())
+        print(f"{name}: finished in {_WORKDIR.value}: {shown}")
+
+
+def _summary(result: dict[str, float]) -> dict[str, float]:
+    """The numbers over all kinds of data, `eval/loss` but not `eval/loss/KIND`."""
+    return {field: value for field, value in result.items() if field.count("/") < 2}
+
+
+if __name__ == "__main__":
+    command_line.run(main)

@@ -1,0 +1,245 @@
+"""The stage as a user runs it: sample data, a model to start from, a folder with the results."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from huatuo_jax.backbone.config import BackboneConfig
+from huatuo_jax.backbone.lora import LoraConfig
+from huatuo_jax.checkpoint.models import find_model, load_params
+from huatuo_jax.checkpoint.tokenizer import load_tokenizer
+from huatuo_jax.data import sample
+from huatuo_jax.data.held_out import HeldOutConfig
+from huatuo_jax.data.records import KINDS
+from huatuo_jax.sft import SftConfig, run_sft
+from huatuo_jax.training.dialogue_data import DataConfig, SourceConfig
+from huatuo_jax.training.initial_model import ModelConfig
+from huatuo_jax.training.loop import LoopConfig
+from huatuo_jax.training.metrics import read_rows
+from huatuo_jax.training.optimizer import OptimizerConfig
+from huatuo_jax.training.sections import to_section
+
+ROOT = pathlib.Path(__file__).parents[1]
+TOKENIZER = str(sample.FOLDER / "tokenizer")
+BACKBONE = BackboneConfig(
+    family="llama",
+    vocab_size=2048,
+    hidden_size=32,
+    intermediate_size=64,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=16,
+    max_positions=256,
+)
+
+
+def _config(cache, **model):
+    model = model or {"backbone": BACKBONE}
+    sources = tuple(
+        SourceConfig(name=kind, paths=(str(sample.FOLDER / f"{kind}.jsonl"),), kind=kind)
+        for kind in KINDS
+    )
+    settings = SftConfig(
+        model=ModelConfig(tokenizer=TOKENIZER, **model),
+        data=DataConfig(
+            sources=sources,
+            row_length=256,
+            held_out=HeldOutConfig(share=0.1),
+            cache=str(cache),
+            num_processes=1,
+        ),
+        optimizer=OptimizerConfig(learning_rate=3e-2, warmup_steps=2),
+        num_steps=8,
+        batch_size=8,
+        loop=LoopConfig(evaluate_every=4, checkpoint_every=4, tensorboard=False),
+    )
+    return to_section(settings)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def trained(cache, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run")
+    return workdir, run_sft(_config(cache), workdir)
+
+
+def test_held_out_loss_falls_and_is_told_for_each_kind(trained):
+    workdir, result = trained
+    rows = [row for row in read_rows(workdir / "sft" / "metrics.jsonl") if "eval/loss" in row]
+    assert [row["step"] for row in rows] == [4, 8]
+    assert result["eval/loss"] < rows[0]["eval/loss"] < np.log(2048)
+    assert {f"eval/loss/{kind}" for kind in KINDS} <= set(result)
+    assert result["step"] == 8
+
+
+def test_the_model_it_leaves_is_the_last_state_and_loads_by_itself(trained):
+    workdir, _ = trained
+    model = find_model(workdir / "sft" / "model")
+    assert model.cfg == BACKBONE and model.form == "orbax"
+    params = load_params(model)
+    assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(params))
+    assert len(load_tokenizer(str(workdir / "sft" / "model"))) == 2048
+
+
+def test_a_finished_stage_is_not_run_again(trained, cache):
+    workdir, result = trained
+    before = (workdir / "sft" / "metrics.jsonl").stat().st_mtime_ns
+    assert run_sft(_config(cache), workdir) == result
+    assert (workdir / "sft" / "metrics.jsonl").stat().st_mtime_ns == before
+
+
+def test_a_setting_that_decides_results_may_not_change(trained, cache):
+    config = _config(cache)
+    config.optimizer.learning_rate = 1e-4
+    config.data.template = "chatml"
+    with pytest.raises(ValueError) as error:
+        run_sft(config, trained[0])
+    message = str(error.value)
+    assert "stage 'sft'" in message
+    assert "optimizer.learning_rate: saved 0.03, now 0.0001" in message
+    assert 'data.template: saved "huatuogpt", now "chatml"' in message
+
+
+def test_settings_of_the_machine_may_change(trained, cache):
+    workdir, result = trained
+    config = _config(cache)
+    config.micro_batch_size = 4
+    config.mesh.fsdp, config.mesh.tensor = 4, 2
+    config.mesh.data = 1
+    config.compute.remat = "full"
+    config.loop.evaluate_every = 2
+    # One key/value head does not divide over two tensor shards: but nothing is run again.
+    assert run_sft(config, workdir) == result
+
+
+def _changed(cache, path, value):
+    config = _config(cache)
+    *sections, field = path.split(".")
+    below = config
+    for section in sections:
+        below = below[section]
+    with below.unlocked():
+        below[field] = value
+    return config
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("optimiser", {}, "config has no field optimiser; it has batch_size"),
+        ("optimizer.lr", 1e-3, "config.optimizer has no field lr"),
+        ("batch_size", 12, "micro_batch_size=12 rows must be a multiple of the 8 shards"),
+        ("mesh.fsdp", 3, "mesh data=1 x fsdp=3 x tensor=1 needs 3 devices, there are 8"),
+        ("micro_batch_size", 3, "micro_batch_size=3 must divide batch_size=8"),
+        ("data.row_length", 512, "row_length=512 must be at most the model's 256 positions"),
+        ("data.template", "alpaca", "template: 'alpaca' is not known"),
+        ("model.preset", "llama_7b", "told by preset and backbone; give exactly one"),
+        ("model.backbone.vocab_size", 2000, "has 2048 tokens, more than the model's"),
+        ("optimizer.warmup_steps", 9, "warmup_steps=9 must be at most the 8 updates"),
+    ],
+)
+def test_a_wrong_setting_ends_in_one_clear_message(cache, tmp_path, path, value, message):
+    with pytest.raises(ValueError, match=message):
+        run_sft(_changed(cache, path, value), tmp_path)
+    assert not (tmp_path / "sft" / "metrics.jsonl").exists()
+
+
+@pytest.fixture(scope="module")
+def base_model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=2048,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=256,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def test_adapters_are_trained_beside_a_model_from_disk_and_merged(base_model, cache, tmp_path):
+    config = _config(cache, directory=str(base_model), lora=LoraConfig(rank=4, alpha=8.0))
+    config.num_steps = 2
+    run_sft(config, tmp_path)
+    before = load_params(find_model(base_model))
+    after = load_params(find_model(tmp_path / "sft" / "model"))
+    for name, is_adapted in (("qkv", True), ("output", True)):
+        kernels = [tree["layers"]["attention"][name]["kernel"] for tree in (before, after)]
+        assert np.array_equal(*kernels) != is_adapted
+    np.testing.assert_array_equal(before["embedding"]["table"], after["embedding"]["table"])
+
+
+def test_a_model_from_disk_is_told_by_its_content_not_by_its_place(base_model, cache, tmp_path):
+    from huatuo_jax.training.initial_model import fingerprint
+
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for path in base_model.iterdir():
+        (moved / path.name).write_bytes(path.read_bytes())
+    assert fingerprint(moved) == fingerprint(base_model)
+    weights = moved / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert fingerprint(moved) != fingerprint(base_model)
+
+
+def _launch(*arguments):
+    environment = dict(os.environ, PYTHONPATH=str(ROOT), JAX_PLATFORMS="cpu")
+    return subprocess.run(
+        [sys.executable, "launch/train.py", *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+
+
+def test_the_command_runs_the_default_config_for_a_few_steps(tmp_path):
+    done = _launch(
+        "--config=configs/sft.py",
+        f"--workdir={tmp_path}",
+        "--config.sft.num_steps=2",
+        "--config.sft.batch_size=2",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "sft: finished in" in done.stdout and "eval/loss" in done.stdout
+    assert json.loads((tmp_path / "config.json").read_text())["sft"]["settings"]["batch_size"] == 2
+
+
+def test_the_command_refuses_a_bad_setting_in_one_line(tmp_path):
+    done = _launch("--config=configs/sft.py", f"--workdir={tmp_path}", "--config.sft.batch_size=0")
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("error: config: batch_size=0 must be")
+
+
+def test_the_papers_settings_stand_in_its_config():
+    sys.path.insert(0, str(ROOT / "configs"))
+    try:
+        import huatuogpt_7b
+    finally:
+        sys.path.pop(0)
+    settings = huatuogpt_7b.get_config().sft
+    assert (settings.batch_size, settings.num_epochs, settings.data.row_length) == (128, 3, 2048)
+    optimizer = settings.optimizer
+    assert (optimizer.learning_rate, optimizer.weight_decay, optimizer.clip_norm) == (5e-5, 0.1, 1)
+    assert (optimizer.decay, optimizer.warmup_share) == ("cosine", 0.05)
+    assert settings.data.template == "huatuogpt" and settings.compute.compute_dtype == "bfloat16"

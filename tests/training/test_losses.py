@@ -1,0 +1,184 @@
+"""Cross-entropy in chunks against the plain computation over all logits at once."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from huatuo_jax import sharding
+from huatuo_jax.backbone.config import ComputeConfig
+from huatuo_jax.backbone.transformer import Transformer, init_params
+from huatuo_jax.training.losses import next_tokens, sums_by_kind, token_scores
+from tests.training.tiny import TINY
+
+HEADS = {
+    "untied": TINY,
+    "tied": dataclasses.replace(TINY, tie_embeddings=True),
+    "norm_head": dataclasses.replace(TINY, norm_head=True, family="baichuan2"),
+}
+
+
+def _inputs(cfg, *, rows=3, length=11, seed=0):
+    key = jax.random.key(seed)
+    params = init_params(key, cfg, ComputeConfig())
+    hidden_BTD = jax.random.normal(key, (rows, length, cfg.hidden_size))
+    draw = np.random.default_rng(seed)
+    targets_BT = jnp.asarray(draw.integers(0, cfg.vocab_size, (rows, length)))
+    wanted_BT = jnp.asarray(draw.random((rows, length)) < 0.4)
+    return params, hidden_BTD, targets_BT, wanted_BT
+
+
+def _plain_log_probs(params, hidden_BTD, targets_BT, wanted_BT, cfg, temperature):
+    logits_BTV = Transformer(cfg).apply({"params": params}, hidden_BTD, method="logits")
+    log_probs_BTV = jax.nn.log_softmax(logits_BTV / temperature, axis=-1)
+    picked_BT = jnp.take_along_axis(log_probs_BTV, targets_BT[:, :, None], axis=-1)[..., 0]
+    return jnp.where(wanted_BT, picked_BT, 0.0), logits_BTV.argmax(axis=-1)
+
+
+def _chunked(params, hidden_BTD, targets_BT, wanted_BT, cfg, temperature, chunk):
+    project = functools.partial(Transformer(cfg).apply, {"params": params}, method="logits")
+    return token_scores(
+        project, hidden_BTD, targets_BT, wanted_BT, temperature=temperature, chunk=chunk
+    )
+
+
+@pytest.mark.parametrize(
+    ("head", "chunk", "temperature"),
+    [("untied", 4, 1.0), ("untied", 64, 0.7), ("tied", 1, 0.7), ("norm_head", 11, 1.3)],
+)
+def test_chunked_scores_equal_the_plain_computation(head, chunk, temperature):
+    cfg = HEADS[head]
+    inputs = _inputs(cfg)
+    expected, best = _plain_log_probs(*inputs, cfg, temperature)
+    chunked = functools.partial(_chunked, cfg=cfg, temperature=temperature, chunk=chunk)
+    scores = jax.jit(chunked)(*inputs)
+    np.testing.assert_allclose(scores.log_probs_BT, expected, rtol=1e-5, atol=1e-6)
+    _, _, targets_BT, wanted_BT = inputs
+    np.testing.assert_array_equal(scores.correct_BT, (best == targets_BT) & wanted_BT)
+    assert scores.log_probs_BT.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_gradients_of_chunks_equal_those_of_the_plain_computation(head):
+    cfg = HEADS[head]
+    params, hidden_BTD, targets_BT, wanted_BT = _inputs(cfg)
+    weights_BT = jax.random.normal(jax.random.key(5), wanted_BT.shape)
+
+    def plain(params, hidden_BTD):
+        log_probs, _ = _plain_log_probs(params, hidden_BTD, targets_BT, wanted_BT, cfg, 0.9)
+        return (weights_BT * log_probs).sum()
+
+    def chunked(params, hidden_BTD):
+        scores = _chunked(params, hidden_BTD, targets_BT, wanted_BT, cfg, 0.9, 3)
+        return (weights_BT * scores.log_probs_BT).sum()
+
+    expected = jax.jit(jax.grad(plain, argnums=(0, 1)))(params, hidden_BTD)
+    found = jax.jit(jax.grad(chunked, argnums=(0, 1)))(params, hidden_BTD)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6), found, expected
+    )
+
+
+def test_scores_are_float64_where_the_logits_are():
+    with jax.enable_x64(True):
+        logits_BTV = jax.random.normal(jax.random.key(0), (2, 5, 7), jnp.float64)
+        targets_BT = jnp.asarray([[0, 1, 2, 3, 4], [6, 5, 4, 3, 2]])
+        wanted_BT = jnp.ones((2, 5), bool)
+        scores = token_scores(lambda hidden: hidden, logits_BTV, targets_BT, wanted_BT, chunk=2)
+        expected = jax.nn.log_softmax(logits_BTV, axis=-1)
+        picked = jnp.take_along_axis(expected, targets_BT[:, :, None], axis=-1)[..., 0]
+        assert scores.log_probs_BT.dtype == jnp.float64
+        np.testing.assert_allclose(scores.log_probs_BT, picked, rtol=1e-13)
+
+
+def test_logits_as_large_as_thousands_neither_overflow_nor_vanish():
+    logits_BTV = jnp.asarray([[[5000.0, 0.0, -5000.0]]])
+    wanted_BT = jnp.ones((1, 1), bool)
+    for target, expected in ((0, 0.0), (1, -5000.0), (2, -10_000.0)):
+        targets_BT = jnp.full((1, 1), target)
+        scores = token_scores(lambda hidden: hidden, logits_BTV, targets_BT, wanted_BT)
+        assert float(scores.log_probs_BT[0, 0]) == expected
+
+
+def test_chunks_without_a_wanted_position_are_not_computed():
+    """The skipped branch is what makes prompts free, so a NaN there must not be seen."""
+    hidden_BTD = jnp.zeros((2, 8, 4)).at[:, 4:].set(jnp.nan)
+    wanted_BT = jnp.zeros((2, 8), bool).at[:, :4].set(True)
+    targets_BT = jnp.zeros((2, 8), jnp.int32)
+
+    def total(hidden_BTD):
+        scores = token_scores(lambda h: h, hidden_BTD, targets_BT, wanted_BT, chunk=4)
+        return scores.log_probs_BT.sum()
+
+    value, gradient = jax.value_and_grad(total)(hidden_BTD)
+    np.testing.assert_allclose(value, -8 * np.log(4), rtol=1e-6)
+    assert np.isfinite(gradient).all()
+
+
+def test_the_whole_logits_never_stand_in_memory():
+    """The largest array of the compiled gradient is one chunk's logits, not the batch's."""
+    rows, length, width, vocabulary, chunk = 4, 256, 16, 4096, 32
+    kernel_DV = jnp.ones((width, vocabulary))
+    wanted_BT = jnp.ones((rows, length), bool)
+    targets_BT = jnp.zeros((rows, length), jnp.int32)
+
+    def total(kernel_DV, hidden_BTD):
+        scores = token_scores(
+            lambda h: h @ kernel_DV, hidden_BTD, targets_BT, wanted_BT, chunk=chunk
+        )
+        return scores.log_probs_BT.sum()
+
+    hidden_BTD = jnp.ones((rows, length, width))
+    compiled = jax.jit(jax.grad(total, argnums=(0, 1))).lower(kernel_DV, hidden_BTD).compile()
+    whole = rows * length * vocabulary * 4
+    assert compiled.memory_analysis().temp_size_in_bytes < whole / 2
+
+
+@pytest.mark.parametrize("head", ["untied", "tied"])
+def test_a_vocabulary_split_over_the_tensor_axis_scores_the_same(head):
+    cfg = HEADS[head]
+    inputs = _inputs(cfg, rows=4)
+    params, hidden_BTD, targets_BT, wanted_BT = inputs
+
+    def total(params, hidden_BTD, targets_BT, wanted_BT):
+        scores = _chunked(params, hidden_BTD, targets_BT, wanted_BT, cfg, 1.0, 4)
+        return scores.log_probs_BT.sum(), scores.log_probs_BT
+
+    differentiate = jax.jit(jax.grad(total, argnums=(0, 1), has_aux=True))
+    expected = differentiate(*inputs)
+    mesh = sharding.make_mesh(data=1, fsdp=4, tensor=2)
+    with jax.set_mesh(mesh):
+        params = jax.device_put(params, sharding.parameter_shardings(params, mesh))
+        rows = jax.device_put((hidden_BTD, targets_BT, wanted_BT), sharding.batch_sharding(mesh))
+        found = differentiate(params, *rows)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=5e-6), found, expected
+    )
+
+
+def test_next_tokens_moves_each_token_to_the_position_that_predicts_it():
+    ids_BT = jnp.asarray([[1, 2, 3], [4, 5, 6]])
+    np.testing.assert_array_equal(next_tokens(ids_BT), [[2, 3, 0], [5, 6, 0]])
+    mask_BT = jnp.asarray([[False, True, True]])
+    np.testing.assert_array_equal(next_tokens(mask_BT), [[True, True, False]])
+
+
+def test_sums_by_kind_equal_a_loop():
+    values_BT = np.asarray([[1.0, 2.0, 4.0], [8.0, 16.0, 32.0]], np.float32)
+    kind_ids_BT = np.asarray([[0, 2, 2], [1, 0, 7]])
+    sums_K = sums_by_kind(jnp.asarray(values_BT), jnp.asarray(kind_ids_BT), 3)
+    np.testing.assert_array_equal(sums_K, [17.0, 8.0, 6.0])
+
+
+def test_a_temperature_of_zero_is_refused():
+    with pytest.raises(ValueError, match="temperature=0"):
+        token_scores(
+            lambda h: h,
+            jnp.ones((1, 1, 2)),
+            jnp.zeros((1, 1), int),
+            jnp.ones((1, 1), bool),
+            temperature=0,
+        )

@@ -1,0 +1,68 @@
+"""`metrics.jsonl`: what is written, and what a restart cuts off."""
+
+import json
+
+import pytest
+
+from huatuo_jax.training.metrics import MetricsLog, cut_rows, is_time_field, read_rows
+
+
+def _write(path, **kwargs):
+    settings = {"after_step": None, "evaluated": False, "tensorboard": None, "stage": "sft"}
+    with MetricsLog(path, **(settings | kwargs)) as log:
+        for step in (1, 2, 3):
+            log.write(step, {"train/loss": 1.0 / step})
+            if step == 2:
+                log.write(step, {"eval/loss": 5.0})
+
+
+def _kept(path):
+    return [(row["step"], "eval/loss" in row) for row in read_rows(path)]
+
+
+def test_a_row_has_step_time_stage_and_its_numbers(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    _write(path)
+    first = json.loads(path.read_text().splitlines()[0])
+    assert list(first) == ["step", "time_s", "stage", "train/loss"]
+    assert first["step"] == 1 and first["stage"] == "sft" and first["train/loss"] == 1.0
+
+
+def test_numbers_that_are_not_finite_are_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with MetricsLog(path, stage="sft", after_step=None, evaluated=False, tensorboard=None) as log:
+        log.write(1, {"train/loss": float("nan"), "train/grad_norm": float("inf"), "a": 1.0})
+    (row,) = read_rows(path)
+    assert set(row) == {"step", "time_s", "stage", "a"}
+
+
+@pytest.mark.parametrize(
+    ("after_step", "evaluated", "kept"),
+    [
+        (None, False, []),
+        (1, True, [(1, False)]),
+        (2, True, [(1, False), (2, False), (2, True)]),
+        (2, False, [(1, False), (2, False)]),
+        (3, False, [(1, False), (2, False), (2, True), (3, False)]),
+    ],
+)
+def test_rows_past_the_restored_step_are_cut(tmp_path, after_step, evaluated, kept):
+    path = tmp_path / "metrics.jsonl"
+    _write(path)
+    cut_rows(path, after_step=after_step, evaluated=evaluated)
+    assert _kept(path) == kept
+
+
+def test_a_last_row_that_a_kill_cut_short_is_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    _write(path)
+    with path.open("a") as file:
+        file.write('{"step": 3, "trai')
+    assert len(read_rows(path)) == 4
+    cut_rows(path, after_step=3, evaluated=False)
+    assert path.read_text().endswith("}\n") and len(read_rows(path)) == 4
+
+
+def test_time_fields_are_told_by_their_names():
+    assert is_time_field("time_s") and is_time_field("throughput/tokens_per_s")
+    assert not is_time_field("train/loss") and not is_time_field("step")
