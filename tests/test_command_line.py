@@ -1,8 +1,13 @@
 import os
+import pathlib
+import subprocess
+import sys
 
 import pytest
 
 from huatuo_jax import command_line
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
@@ -10,7 +15,9 @@ def run(monkeypatch, capsys):
     """Runs a command as absl would, with these arguments; gives its exit code and its error."""
 
     def run(main, *arguments, **keywords):
-        monkeypatch.setattr(command_line.app, "run", lambda guarded: guarded(["x", *arguments]))
+        monkeypatch.setattr(
+            command_line.app, "run", lambda guarded, **_: guarded(["x", *arguments])
+        )
         try:
             command_line.run(main, **keywords)
             code = 0
@@ -62,3 +69,13 @@ def test_a_reader_that_goes_away_is_no_error(tmp_path, monkeypatch, run):
 
         code, error = run(main)
         assert (code, error) == (1, "") and os.fstat(out.fileno()).st_rdev != 0
+
+
+def test_an_override_of_no_field_ends_in_one_line():
+    command = [sys.executable, "launch/train.py", "--config=configs/sft.py", "--workdir=x"]
+    done = subprocess.run(
+        [*command, "--config.sft.batchsize=3"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("error: ") and "batchsize" in line

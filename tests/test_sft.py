@@ -139,8 +139,8 @@ def _changed(cache, path, value):
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("optimiser", {}, "config has no field optimiser; it has batch_size"),
-        ("optimizer.lr", 1e-3, "config.optimizer has no field lr"),
+        ("optimiser", {}, "config.sft has no field optimiser; it has batch_size"),
+        ("optimizer.lr", 1e-3, "config.sft.optimizer has no field lr"),
         ("batch_size", 12, "micro_batch_size=12 rows must be a multiple of the 8 shards"),
         ("mesh.fsdp", 3, "mesh data=1 x fsdp=3 x tensor=1 needs 3 devices, there are 8"),
         ("micro_batch_size", 3, "micro_batch_size=3 must divide batch_size=8"),
@@ -228,7 +228,8 @@ def test_the_command_runs_the_default_config_for_a_few_steps(tmp_path):
 def test_the_command_refuses_a_bad_setting_in_one_line(tmp_path):
     done = _launch("--config=configs/sft.py", f"--workdir={tmp_path}", "--config.sft.batch_size=0")
     assert done.returncode == 1
-    assert done.stderr.strip().splitlines()[-1].startswith("error: config: batch_size=0 must be")
+    last_line = done.stderr.strip().splitlines()[-1]
+    assert last_line.startswith("error: config.sft: batch_size=0 must be")
 
 
 def test_the_papers_settings_stand_in_its_config():

@@ -1,0 +1,218 @@
+"""Answers to a file of prompts, in a run that can be killed and started again."""
+
+import dataclasses
+import hashlib
+import itertools
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import transformers
+
+from huatuo_jax import sharding
+from huatuo_jax.backbone.config import BackboneConfig, ComputeConfig
+from huatuo_jax.backbone.transformer import Transformer
+from huatuo_jax.checkpoint import models
+from huatuo_jax.checkpoint.tokenizer import load_tokenizer
+from huatuo_jax.data import templates
+from huatuo_jax.data.readers import read_prompts
+from huatuo_jax.generation.answers_file import AnswersFile
+from huatuo_jax.generation.bulk_progress import BulkProgress, Clock
+from huatuo_jax.generation.bulk_tasks import Task, make_record, make_request, make_task
+from huatuo_jax.generation.engine import Engine
+from huatuo_jax.generation.report import EngineReport
+from huatuo_jax.generation.requests import Answer, SamplingConfig
+
+_HASHED_BYTES = 1 << 16
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BulkConfig:
+    """A file of prompts to answer.
+
+    Attributes:
+        model: folder of a model of either form, or a hub id.
+        prompts: file of prompts, see `huatuo_jax.data.readers`.
+        output: the answers file.
+        template: chat template by name; `tokenizer` for the tokenizer's own.
+        num_samples: answers to each prompt.
+        sampling: how; the template's stop tokens are added.
+        seed: with a prompt's id it decides that prompt's answers.
+        chunk_size: prompts whose answers are written together. Slots run empty at a chunk's end,
+            so it should be many times the number of slots.
+        drop_oldest_turns: where a dialogue and `max_new_tokens` do not fit the context, leave out
+            its oldest exchanges; the record then says how many messages went.
+        max_length: tokens of prompt and answer; None for what the longest prompt needs.
+        slots: answers decoded at once; None for as many as a chunk has, 64 at most.
+        compute_dtype: None for float32 on CPU, bfloat16 elsewhere.
+        data: mesh axis, see `sharding.make_mesh`.
+        fsdp: mesh axis.
+        tensor: mesh axis.
+    """
+
+    model: str
+    prompts: str
+    output: str
+    template: str = "huatuogpt"
+    num_samples: int = 1
+    sampling: SamplingConfig = SamplingConfig()
+    seed: int = 0
+    chunk_size: int = 256
+    drop_oldest_turns: bool = False
+    max_length: int | None = None
+    slots: int | None = None
+    compute_dtype: str | None = None
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a field that cannot be."""
+        for name in ("num_samples", "chunk_size", "slots"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+
+
+class _Plan(NamedTuple):
+    """What is to be done, and `settings`, which decide the output's content."""
+
+    info: models.ModelInfo
+    tokenizer: transformers.PreTrainedTokenizerBase
+    tasks: list[Task]
+    sampling: SamplingConfig
+    max_length: int
+    settings: dict[str, Any]
+
+
+def run_bulk(
+    cfg: BulkConfig, on_progress: Callable[[BulkProgress], None] | None = None
+) -> EngineReport | None:
+    """Answers every prompt that the output does not hold yet.
+
+    Args:
+        cfg: what to do.
+        on_progress: called every ten seconds or so, and at the end of each chunk.
+
+    Returns:
+        What the engine did; None where the output was complete.
+
+    Raises:
+        ValueError: bad prompts, a model without logits, settings that cannot be, an output made
+            otherwise; before anything is decoded.
+        FileNotFoundError: there is no such model.
+        OSError: the output cannot be written.
+    """
+    plan = _plan(cfg)
+    tasks = plan.tasks
+    ids = [task.prompt.id for task in tasks]
+    size = cfg.chunk_size
+    with AnswersFile(cfg.output, ids=ids, chunk_size=size, settings=plan.settings) as output:
+        if output.num_records == len(tasks):
+            return None
+        engine = _open_engine(cfg, plan)
+        clock = Clock(output.num_records, len(tasks), on_progress)
+        for start in range(output.num_records, len(tasks), size):
+            chunk = tasks[start : start + size]
+            requests = [
+                make_request(task, plan.sampling, seed=cfg.seed, num_samples=cfg.num_samples)
+                for task in chunk
+            ]
+            groups = _grouped(clock.watch(engine.generate(requests)), len(chunk))
+            output.append([make_record(*pair) for pair in zip(chunk, groups, strict=True)])
+            clock.chunk_done(output.num_records)
+        return engine.report
+
+
+def _plan(cfg: BulkConfig) -> _Plan:
+    """Everything that can be told without the weights; what a user can cause is raised here."""
+    info = models.find_model(cfg.model)
+    if info.head != "lm":
+        raise ValueError(f"{cfg.model}: this model scores; generation needs one with a token head")
+    tokenizer = load_tokenizer(info.folder)
+    template = templates.by_name(cfg.template)
+    stops = (*template.stop_token_ids(tokenizer), *cfg.sampling.stop_token_ids)
+    sampling = dataclasses.replace(cfg.sampling, stop_token_ids=tuple(dict.fromkeys(stops)))
+    prompts = list(read_prompts(cfg.prompts))
+    limit = cfg.max_length or info.cfg.max_positions
+    _check_positions(info.cfg, limit)
+    tasks = [
+        make_task(
+            prompt,
+            template,
+            tokenizer,
+            max_length=limit,
+            max_new_tokens=sampling.max_new_tokens,
+            drop_oldest_turns=cfg.drop_oldest_turns,
+        )
+        for prompt in prompts
+    ]
+    longest = max(len(task.token_ids) for task in tasks)
+    max_length = cfg.max_length or min(longest + sampling.max_new_tokens, limit)
+    settings = {
+        "model": _fingerprint(info.folder),
+        "prompts": _hash_of([prompt.to_json() for prompt in prompts]),
+        "template": repr(template),
+        "num_samples": cfg.num_samples,
+        "sampling": dataclasses.asdict(sampling),
+        "seed": cfg.seed,
+        "chunk_size": cfg.chunk_size,
+        "max_length": max_length,
+        "drop_oldest_turns": cfg.drop_oldest_turns,
+    }
+    return _Plan(info, tokenizer, tasks, sampling, max_length, settings)
+
+
+def _open_engine(cfg: BulkConfig, plan: _Plan) -> Engine:
+    mesh = sharding.make_mesh(data=cfg.data, fsdp=cfg.fsdp, tensor=cfg.tensor)
+    default = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    compute = ComputeConfig(compute_dtype=jnp.dtype(cfg.compute_dtype or default))
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    wanted = cfg.slots or min(cfg.chunk_size * cfg.num_samples, 64)
+    slots = -(-wanted // shards) * shards
+    return Engine(
+        Transformer(plan.info.cfg, compute),
+        {"params": models.load_params(plan.info, mesh=mesh)},
+        slots=slots,
+        max_length=plan.max_length,
+        mesh=mesh,
+        tokenizer=plan.tokenizer,
+    )
+
+
+def _check_positions(backbone: BackboneConfig, max_length: int) -> None:
+    """What the engine would say too, before anything is read or tokenised."""
+    if max_length > backbone.max_positions:
+        raise ValueError(
+            f"max_length={max_length} must be at most the model's {backbone.max_positions} "
+            "positions"
+        )
+
+
+def _grouped(answers: Iterator[Answer], num_requests: int) -> list[list[Answer]]:
+    ordered = sorted(answers, key=lambda answer: (answer.request_index, answer.answer_index))
+    groups = itertools.groupby(ordered, key=lambda answer: answer.request_index)
+    grouped = [list(group) for _, group in groups]
+    assert len(grouped) == num_requests
+    return grouped
+
+
+def _hash_of(rows: Sequence[Any]) -> str:
+    whole = hashlib.sha256()
+    for row in rows:
+        whole.update(repr(row).encode())
+    return whole.hexdigest()[:32]
+
+
+def _fingerprint(folder: pathlib.Path) -> str:
+    """A hash of the files' names, sizes and last bytes, wherever they lie."""
+    whole = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        size = path.stat().st_size
+        whole.update(f"{path.relative_to(folder).as_posix()}\0{size}\0".encode())
+        with path.open("rb") as file:
+            file.seek(max(size - _HASHED_BYTES, 0))
+            whole.update(file.read())
+    return whole.hexdigest()[:32]

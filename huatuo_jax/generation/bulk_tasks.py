@@ -1,0 +1,119 @@
+"""From prompts to requests, and from answers to records of the answers file."""
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import transformers
+
+from huatuo_jax.data.chat import ChatTemplate
+from huatuo_jax.data.records import Message, Prompt
+from huatuo_jax.generation.requests import Answer, Request, SamplingConfig
+
+_DIGITS = 6  # Of log-probabilities in the file.
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A prompt as it is to be answered.
+
+    Attributes:
+        prompt: as it was read.
+        token_ids: what the answer follows.
+        messages_dropped: of its oldest, because they did not fit.
+    """
+
+    prompt: Prompt
+    token_ids: list[int]
+    messages_dropped: int
+
+
+def make_task(
+    prompt: Prompt,
+    template: ChatTemplate,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    max_new_tokens: int,
+    drop_oldest_turns: bool,
+) -> Task:
+    """The prompt's ids, without its oldest exchanges where they have to go.
+
+    Args:
+        prompt: the prompt.
+        template: renders it.
+        tokenizer: the model's.
+        max_length: tokens of prompt and answer.
+        max_new_tokens: of them those of the answer.
+        drop_oldest_turns: leave out the oldest question with its answer until both fit; the system
+            text and the last question stay.
+
+    Raises:
+        ValueError: the prompt leaves no room for an answer.
+    """
+    messages = list(prompt.messages)
+    num_system = int(messages[0].role == "system")
+    token_ids = template.prompt(messages, tokenizer)
+    dropped = 0
+    while (
+        drop_oldest_turns
+        and len(token_ids) + max_new_tokens > max_length
+        and len(messages) > num_system + 1
+    ):
+        messages = _without_oldest(messages, num_system)
+        dropped += 2
+        token_ids = template.prompt(messages, tokenizer)
+    if len(token_ids) >= max_length:
+        advice = "" if drop_oldest_turns else "; drop_oldest_turns leaves out its oldest turns"
+        raise ValueError(
+            f"prompt {prompt.id!r} has {len(token_ids)} tokens, and {max_length} are the most with "
+            f"the answer{advice}"
+        )
+    return Task(prompt, token_ids, dropped)
+
+
+def make_request(task: Task, sampling: SamplingConfig, *, seed: int, num_samples: int) -> Request:
+    """The request for a prompt's answers; the seed and the prompt's id decide them."""
+    # From the id and not the place, so that a prompt has the same answers in any file.
+    digest = hashlib.sha256(f"{seed} {task.prompt.id}".encode()).digest()
+    return Request(
+        prompt_token_ids=task.token_ids,
+        sampling=sampling,
+        seed=int.from_bytes(digest[:4], "big"),
+        num_answers=num_samples,
+    )
+
+
+def make_record(task: Task, answers: Sequence[Answer]) -> dict[str, Any]:
+    """The record of a prompt and its answers.
+
+    Raises:
+        ValueError: log-probabilities that are no numbers.
+    """
+    dropped = {"messages_dropped": task.messages_dropped} if task.messages_dropped else {}
+    return {
+        **task.prompt.to_json(),
+        **dropped,
+        "prompt_token_ids": task.token_ids,
+        "answers": [_answer_fields(task, answer) for answer in answers],
+    }
+
+
+def _answer_fields(task: Task, answer: Answer) -> dict[str, Any]:
+    if not all(map(math.isfinite, answer.log_probs)):
+        raise ValueError(
+            f"prompt {task.prompt.id!r}: the model gives log-probabilities that are no numbers; "
+            "its weights are broken, or its dtype too narrow"
+        )
+    return {
+        "text": answer.text,
+        "token_ids": answer.token_ids,
+        "log_probs": [round(value, _DIGITS) for value in answer.log_probs],
+        "finish_reason": answer.finish_reason,
+    }
+
+
+def _without_oldest(messages: Sequence[Message], num_system: int) -> list[Message]:
+    return [*messages[:num_system], *messages[num_system + 2 :]]

@@ -1,0 +1,364 @@
+"""The engine: continuous batching over a fixed number of slots.
+
+    engine = Engine(model, {"params": params}, slots=64, max_length=2048, tokenizer=tokenizer)
+    for answer in engine.generate(requests):
+        ...
+
+A slot that finishes is given the next waiting answer while the others go on. Between two looks of
+the host at the slots, several tokens are decoded on the device.
+"""
+
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+
+import jax
+import numpy as np
+import transformers
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from huatuo_jax import sharding
+from huatuo_jax.backbone.transformer import Transformer
+from huatuo_jax.generation import weights
+from huatuo_jax.generation.cache import Cache
+from huatuo_jax.generation.memory import check_fits
+from huatuo_jax.generation.programs import Buckets, Programs, bucket_of
+from huatuo_jax.generation.report import EngineReport
+from huatuo_jax.generation.requests import Answer, FinishReason, Request, Usage
+from huatuo_jax.generation.slots import MAX_STOP_TOKENS, Running, SlotTable
+from huatuo_jax.generation.texts import find_stop, text_of
+
+
+class Engine:
+    """Generates answers with one model; holds its weights and, while busy, a cache."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        variables: weights.Variables,
+        *,
+        slots: int,
+        max_length: int,
+        mesh: Mesh | None = None,
+        tokenizer: transformers.PreTrainedTokenizerBase | None = None,
+        steps_per_round: int = 8,
+        prefill_rows: int | None = None,
+        cache_dtype: DTypeLike | None = None,
+        cast_weights: bool = True,
+        split_layers: bool | None = None,
+        memory_bytes: int | None = None,
+    ) -> None:
+        """Place the weights and check that a full cache fits.
+
+        Args:
+            model: the backbone, with its `LoraConfig` where adapters are given.
+            variables: `{"params": ...}`, and `"lora"` for adapters; see `load`.
+            slots: answers decoded at once, B.
+            max_length: tokens of prompt and answer together.
+            mesh: devices to run on; slots and weights are sharded over it. None for one device.
+            tokenizer: the model's, for texts and stop strings.
+            steps_per_round: decode steps between two looks of the host. More of them cost less on
+                the way to the device, but a slot that ends waits for up to so many.
+            prefill_rows: prompts of one prefill; None for one a batch shard of the mesh.
+            cache_dtype: of keys and values; None for the compute dtype.
+            cast_weights: to the compute dtype once rather than in every step.
+            split_layers: hold each layer's weights and cache apart, which copies the weights and
+                compiles longer. Decoding on CPU is faster for it, so None means yes there.
+            memory_bytes: free memory of all devices together; None asks the devices.
+
+        Raises:
+            ValueError: a size that cannot be, a cache that does not fit, a model whose positions
+                end before `max_length`, or weights that the mesh does not divide.
+        """
+        cfg = model.cfg
+        if slots < 1 or steps_per_round < 1:
+            raise ValueError(f"slots={slots} and steps_per_round={steps_per_round} must be above 0")
+        if not 2 <= max_length <= cfg.max_positions:
+            raise ValueError(
+                f"max_length={max_length} must lie between 2 and the model's "
+                f"{cfg.max_positions} positions"
+            )
+        cfg.require_fixed_angles(max_length, purpose="cached decoding")
+        batch_shards = _batch_shards(mesh)
+        self._prefill_rows = batch_shards if prefill_rows is None else prefill_rows
+        for name, size in {"slots": slots, "prefill_rows": self._prefill_rows}.items():
+            if size < 1 or size % batch_shards:
+                raise ValueError(
+                    f"{name}={size} must be a multiple of {batch_shards}, the mesh's batch shards"
+                )
+        platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+        self._split_layers = platform == "cpu" if split_layers is None else split_layers
+        dtype = model.compute.compute_dtype if cache_dtype is None else cache_dtype
+        self._buckets = Buckets.up_to(max_length)
+        check_fits(
+            cfg,
+            slots=slots,
+            prefix_rows=self._prefill_rows,
+            lengths=self._buckets.cache,
+            dtype=dtype,
+            mesh=mesh,
+            memory_bytes=memory_bytes,
+        )
+        self._model, self._mesh, self._tokenizer = model, mesh, tokenizer
+        self._max_length, self._steps, self._cast = max_length, steps_per_round, cast_weights
+        self._programs = Programs(
+            model,
+            mesh=mesh,
+            max_length=max_length,
+            steps=steps_per_round,
+            cache_dtype=dtype,
+            split_layers=self._split_layers,
+        )
+        self._table = SlotTable(slots)
+        self._queue: deque[tuple[int, Request]] = deque()
+        self._prefilled: deque[tuple[int, Running]] = deque()  # (row of the prefix cache, answer)
+        self._cache: Cache | None = None
+        self._prefix: Cache | None = None
+        self._num_requests = 0
+        self.load(variables)
+        self.reset_report()
+
+    def load(self, variables: weights.Variables) -> None:
+        """Take new weights, such as a policy's after an update; nothing is compiled anew.
+
+        Args:
+            variables: `{"params": ...}`, and `"lora"` for adapters, with stacked layers. Arrays
+                that lie where and as generation reads them are not copied (but see
+                `split_layers`).
+
+        Raises:
+            ValueError: answers are on their way, or the mesh does not divide the weights.
+        """
+        self._require_idle("load new weights")
+        self._variables = weights.place(
+            variables,
+            self._model.cfg,
+            self._model.compute,
+            mesh=self._mesh,
+            cast=self._cast,
+            split_layers=self._split_layers,
+        )
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[Answer]:
+        """Answers in the order they are completed.
+
+        Raises:
+            ValueError: a request that cannot be answered, before anything is decoded; or answers
+                of an earlier call are still on their way.
+        """
+        self._require_idle("generate")
+        waiting = list(requests)
+        for index, request in enumerate(waiting):
+            try:
+                self.check(request)
+            except ValueError as error:
+                raise ValueError(f"requests[{index}]: {error}") from error
+        return self._generate(waiting)
+
+    def generate_in_order(self, requests: Iterable[Request]) -> list[list[Answer]]:
+        """All answers of each request, in the order of the requests and of their answers."""
+        requests = list(requests)
+        answers: list[list[Answer]] = [[] for _ in requests]
+        for answer in self.generate(requests):
+            answers[answer.request_index].append(answer)
+        return [sorted(group, key=lambda answer: answer.answer_index) for group in answers]
+
+    def check(self, request: Request) -> None:
+        """Raise ValueError where this engine cannot answer the request."""
+        prompt = np.asarray(request.prompt_token_ids)
+        vocab_size = self._model.cfg.vocab_size
+        if len(prompt) >= self._max_length:
+            raise ValueError(
+                f"prompt_token_ids has {len(prompt)} tokens; with one token of an answer at most "
+                f"max_length={self._max_length} fit: shorten the prompt"
+            )
+        if prompt.min() < 0 or prompt.max() >= vocab_size:
+            raise ValueError(
+                f"prompt_token_ids holds {prompt.min()} to {prompt.max()}; the model's vocabulary "
+                f"is 0 to {vocab_size - 1}"
+            )
+        stops = request.sampling.stop_token_ids
+        if unknown := [token_id for token_id in stops if not 0 <= token_id < vocab_size]:
+            raise ValueError(
+                f"stop_token_ids has {unknown}; the model's vocabulary is 0 to {vocab_size - 1}"
+            )
+        if len(stops) > MAX_STOP_TOKENS:
+            raise ValueError(f"stop_token_ids has {len(stops)} ids, at most {MAX_STOP_TOKENS} fit")
+        if request.sampling.stop_strings and self._tokenizer is None:
+            raise ValueError("stop_strings need an engine with a tokenizer")
+
+    def submit(self, request: Request) -> int:
+        """Queue a request for `step`; returns its index. For callers that stream.
+
+        Raises:
+            ValueError: this engine cannot answer it.
+        """
+        self.check(request)
+        self._num_requests += 1
+        self._queue.append((self._num_requests - 1, request))
+        return self._num_requests - 1
+
+    @property
+    def busy(self) -> bool:
+        """Whether answers are waiting or on their way."""
+        return bool(self._queue or self._prefilled) or any(self._table.running)
+
+    def step(self) -> list[Answer]:
+        """One round: fill free slots, decode some steps; returns the answers it completed."""
+        started_s = time.perf_counter()
+        self._fill_slots()
+        waiting = bool(self._queue or self._prefilled)
+        cache = self._with_room(min(self._table.longest + self._steps, self._max_length))
+        self._cache, progress, emitted = self._programs.decode(
+            self._variables, cache, self._table.progress, self._table.settings
+        )
+        progress, emitted = jax.device_get((progress, emitted))
+        num_tokens = self._table.take(progress, emitted)
+        if waiting:
+            steps = int((emitted.tokens_NB >= 0).any(axis=1).sum())
+            self._queued_steps += steps * len(self._table.running)
+            self._queued_busy_steps += num_tokens
+        answers = self._collect()
+        if not self.busy:
+            self._rest()
+        self._rounds += 1
+        self._generated_tokens += num_tokens
+        self._seconds += time.perf_counter() - started_s
+        return answers
+
+    def reset_report(self) -> None:
+        """Count from here on."""
+        self._rounds = self._prompt_tokens = self._generated_tokens = 0
+        self._queued_steps = self._queued_busy_steps = 0
+        self._seconds = 0.0
+
+    @property
+    def report(self) -> EngineReport:
+        """What was done since the last `reset_report`."""
+        return EngineReport(
+            prompt_tokens=self._prompt_tokens,
+            generated_tokens=self._generated_tokens,
+            seconds=self._seconds,
+            rounds=self._rounds,
+            queued_slot_steps=self._queued_steps,
+            queued_busy_slot_steps=self._queued_busy_steps,
+            compilations=dict(self._programs.compilations),
+            max_compilations=self._buckets.num_programs,
+        )
+
+    def _generate(self, requests: list[Request]) -> Iterator[Answer]:
+        self._require_idle("generate")
+        self._num_requests = 0
+        try:
+            for request in requests:
+                self.submit(request)
+            while self.busy:
+                yield from self.step()
+        finally:
+            self._rest()  # Also where the caller stops early.
+
+    def _fill_slots(self) -> None:
+        """Give every free slot the next answer, prefilling prompts as they are needed."""
+        for slot in self._table.free:
+            if not self._prefilled:
+                if not self._queue:
+                    return
+                self._prefill()
+            row, running = self._prefilled.popleft()
+            cache = self._with_room(len(running.request.prompt_token_ids))
+            assert self._prefix is not None
+            self._cache = self._programs.insert(cache, self._prefix, row=row, slot=slot)
+            self._table.occupy(slot, running)
+
+    def _prefill(self) -> None:
+        """Run the next prompts into the prefix cache, and line up their answers."""
+        count = min(self._prefill_rows, len(self._queue))
+        taken = [self._queue.popleft() for _ in range(count)]
+        # All but the last token, which is the first that a decode step runs.
+        prompts = [list(request.prompt_token_ids)[:-1] for _, request in taken]
+        length = bucket_of(max(map(len, prompts)), self._buckets.prefill)
+        tokens_BT = np.zeros((self._prefill_rows, length), dtype=np.int32)
+        for row, prompt in enumerate(prompts):
+            tokens_BT[row, : len(prompt)] = prompt
+        if self._prefix is None:
+            self._prefix = self._programs.allocate(rows=self._prefill_rows, length=self._max_length)
+        self._prefix = self._programs.prefill(self._variables, self._prefix, tokens_BT)
+        self._prompt_tokens += sum(map(len, prompts)) + count
+        for row, (index, request) in enumerate(taken):
+            for answer_index in range(request.num_answers):
+                self._prefilled.append((row, Running(index, request, answer_index)))
+
+    def _with_room(self, length: int) -> Cache:
+        """The cache, grown bucket by bucket until it holds rows of this length."""
+        wanted = bucket_of(length, self._buckets.cache)
+        if self._cache is None:
+            rows = len(self._table.running)
+            self._cache = self._programs.allocate(rows=rows, length=wanted)
+        for bucket in self._buckets.cache:
+            if self._cache.length < bucket <= wanted:
+                self._cache = self._programs.grow(self._cache, bucket)
+        return self._cache
+
+    def _collect(self) -> list[Answer]:
+        """The answers that are complete; their slots become free."""
+        answers = []
+        for slot, running in enumerate(self._table.running):
+            if running is None:
+                continue
+            answer = self._finished(running, active=bool(self._table.progress.active_B[slot]))
+            if answer is not None:
+                answers.append(answer)
+                self._table.free_slot(slot)
+        return answers
+
+    def _finished(self, running: Running, *, active: bool) -> Answer | None:
+        """The answer if it is complete: by a stop string, a stop token, or its length."""
+        sampling, ids = running.request.sampling, running.token_ids
+        if sampling.stop_strings:
+            assert self._tokenizer is not None
+            first = max(running.num_checked + 1, sampling.min_new_tokens, 1)
+            cut = find_stop(self._tokenizer, ids, sampling.stop_strings, first=first)
+            if cut is not None:
+                return _answer(running, num_tokens=cut.num_tokens, text=cut.text, reason="stop")
+            running.num_checked = len(ids)
+        if active:
+            return None
+        stopped = ids[-1] in sampling.stop_token_ids
+        text = None
+        if self._tokenizer is not None:
+            text = text_of(self._tokenizer, ids[:-1] if stopped else ids)
+        reason: FinishReason = "stop" if stopped else "length"
+        return _answer(running, num_tokens=len(ids), text=text, reason=reason)
+
+    def _require_idle(self, purpose: str) -> None:
+        if self.busy:
+            raise ValueError(f"cannot {purpose}: the engine still has answers on their way")
+
+    def _rest(self) -> None:
+        """Forget whatever was on its way, and let go of the caches' memory."""
+        self._queue.clear()
+        self._prefilled.clear()
+        for slot in range(len(self._table.running)):
+            self._table.free_slot(slot)
+        self._cache = self._prefix = None
+
+
+def _answer(running: Running, *, num_tokens: int, text: str | None, reason: FinishReason) -> Answer:
+    prompt_tokens = len(running.request.prompt_token_ids)
+    return Answer(
+        request_index=running.request_index,
+        answer_index=running.answer_index,
+        token_ids=running.token_ids[:num_tokens],
+        text=text,
+        log_probs=running.log_probs[:num_tokens],
+        sampling_log_probs=running.sampling_log_probs[:num_tokens],
+        finish_reason=reason,
+        usage=Usage(prompt_tokens, num_tokens),
+    )
+
+
+def _batch_shards(mesh: Mesh | None) -> int:
+    if mesh is None:
+        return 1
+    return int(np.prod([mesh.shape[axis] for axis in sharding.BATCH_AXES]))

@@ -1,0 +1,147 @@
+"""The model's forward pass with a cache: prompts into it, and one token more for every row.
+
+Layers come stacked, and are scanned, or as a tuple, and are written out one after another. The
+first compiles as fast for many layers as for one; the second reads every weight and key where it
+lies, which on CPU spares a copy of each in every step.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from huatuo_jax.backbone.attention import attend_block
+from huatuo_jax.backbone.layers import Rows, attend_to_rows, slopes
+from huatuo_jax.backbone.transformer import Layer, Transformer
+from huatuo_jax.generation.cache import Cache, write_start, write_step
+
+Variables = dict[str, Any]
+KeysValues = tuple[jax.Array, jax.Array]
+
+
+def prefill(model: Transformer, variables: Variables, tokens_BT: jax.Array, cache: Cache) -> Cache:
+    """The cache with these tokens at the start of its rows.
+
+    Args:
+        model: the backbone.
+        variables: its own, layers stacked or split.
+        tokens_BT: padded on the right; what the padding leaves in the cache is never read, because
+            a later token overwrites a position before it looks at it.
+        cache: of as many rows and at least T positions.
+    """
+    batch, length = tokens_BT.shape
+    positions_T = jnp.arange(length, dtype=jnp.int32)
+    rows = _rows(model, jnp.broadcast_to(positions_T[None, :], (batch, length)))
+
+    def attend(
+        q: jax.Array, k: jax.Array, v: jax.Array, memory: None
+    ) -> tuple[jax.Array, KeysValues]:
+        return attend_to_rows(q, k, v, rows, model.cfg, model.compute), (k, v)
+
+    hidden_BTD = _apply_outer(model, variables, tokens_BT, method="embed")
+    _, (keys, values) = _through_layers(model, variables, hidden_BTD, rows, attend, None)
+    tokens_BS = jax.lax.dynamic_update_slice(cache.tokens_BS, tokens_BT, (0, 0))
+    return Cache(write_start(cache.keys, keys), write_start(cache.values, values), tokens_BS)
+
+
+def decode(
+    model: Transformer,
+    variables: Variables,
+    tokens_B: jax.Array,
+    positions_B: jax.Array,
+    cache: Cache,
+) -> tuple[jax.Array, Cache]:
+    """Each row's next-token logits `[B, V]` after one more token, and the cache with it.
+
+    Args:
+        model: the backbone.
+        variables: its own, layers stacked or split.
+        tokens_B: the token of each row.
+        positions_B: where it stands; the row's cache holds all positions before.
+        cache: updated in place where it is donated.
+    """
+    batch = tokens_B.shape[0]
+    positions_B1 = positions_B[:, None]
+    rows = _rows(model, positions_B1)
+    key_positions_S = jnp.arange(cache.length, dtype=jnp.int32)
+    key_positions_BS = jnp.broadcast_to(key_positions_S[None, :], (batch, cache.length))
+    split = isinstance(cache.keys, tuple)
+
+    def attend(
+        q: jax.Array, k: jax.Array, v: jax.Array, memory: KeysValues
+    ) -> tuple[jax.Array, KeysValues]:
+        keys, values = write_step(memory, (k, v), positions_B)
+        attended_B1NH = attend_block(
+            q,
+            jnp.swapaxes(keys, 1, 2),
+            jnp.swapaxes(values, 1, 2),
+            q_positions_BT=positions_B1,
+            k_positions_BS=key_positions_BS,
+            q_segments_BT=None,
+            k_segments_BS=None,
+            sliding_window=model.cfg.sliding_window,
+            alibi_slopes_N=slopes(model.cfg),
+        )
+        # A scan would copy whole layers of the stacked cache out: it hands back what is new.
+        return attended_B1NH.astype(q.dtype), (keys, values) if split else (k, v)
+
+    hidden_B1D = _apply_outer(model, variables, tokens_B[:, None], method="embed")
+    hidden_B1D, (keys, values) = _through_layers(
+        model, variables, hidden_B1D, rows, attend, (cache.keys, cache.values)
+    )
+    if not split:
+        keys, values = write_step((cache.keys, cache.values), (keys, values), positions_B)
+    write_token = jax.vmap(lambda row_S, token, at: row_S.at[at].set(token))
+    tokens_BS = write_token(cache.tokens_BS, tokens_B, positions_B)
+    hidden_B1D = _apply_outer(model, variables, hidden_B1D, method="normalise")
+    logits_B1V = _apply_outer(model, variables, hidden_B1D, method="logits")
+    return logits_B1V[:, 0], Cache(keys, values, tokens_BS)
+
+
+def _rows(model: Transformer, positions_BT: jax.Array) -> Rows:
+    return model.apply({}, positions_BT, method="rows")
+
+
+def _apply_outer(
+    model: Transformer, variables: Variables, *arguments: jax.Array, method: str
+) -> jax.Array:
+    """A method of the model that reads no layer."""
+    params = {name: value for name, value in variables["params"].items() if name != "layers"}
+    return model.apply({"params": params}, *arguments, method=method)
+
+
+def _through_layers(
+    model: Transformer,
+    variables: Variables,
+    hidden_BTD: jax.Array,
+    rows: Rows,
+    attend: Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, KeysValues]],
+    memories: tuple[Any, Any] | None,
+) -> tuple[jax.Array, tuple[Any, Any]]:
+    """The residual stream after all layers, and what `attend` handed back in each.
+
+    Args:
+        model: the backbone.
+        variables: its own.
+        hidden_BTD: embeddings.
+        rows: where the tokens stand.
+        attend: attention, told this layer's part of `memories` last.
+        memories: keys and values of every layer; None where attention needs none.
+    """
+    layer = Layer(model.cfg, model.compute, model.lora)
+
+    def apply(hidden_BTD: jax.Array, weights: Variables, memory: Any) -> tuple[jax.Array, Any]:
+        return layer.apply(weights, hidden_BTD, rows, lambda q, k, v: attend(q, k, v, memory))
+
+    weights = {name: collection["layers"] for name, collection in variables.items()}
+    if not isinstance(weights["params"], tuple):
+        return jax.lax.scan(lambda hidden, x: apply(hidden, *x), hidden_BTD, (weights, memories))
+    handed_back = []
+    for index in range(model.cfg.num_layers):
+        own = {name: layers[index] for name, layers in weights.items()}
+        memory = None if memories is None else (memories[0][index], memories[1][index])
+        hidden_BTD, new = apply(hidden_BTD, own, memory)
+        handed_back.append(new)
+    keys, values = zip(*handed_back, strict=True)
+    return hidden_BTD, (keys, values)

@@ -1,0 +1,273 @@
+"""The compiled programs of an engine: one for each length bucket, whatever the requests.
+
+`prefill` runs prompts of one bucket into the prefix cache, `insert` copies a prompt from there into
+a slot (so that all its answers share one prefill), `grow` makes room for more positions, and
+`decode` runs several steps for all slots.
+"""
+
+import bisect
+import contextlib
+import dataclasses
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from huatuo_jax import sharding
+from huatuo_jax.backbone.transformer import Transformer
+from huatuo_jax.generation import cache as caches
+from huatuo_jax.generation import forward
+from huatuo_jax.generation.cache import Cache
+from huatuo_jax.generation.forward import Variables
+from huatuo_jax.generation.sampling import Settings, choose
+
+_SHORTEST_PREFILL = 16
+_SHORTEST_CACHE = 128
+_NOTHING = -1
+
+
+class Progress(NamedTuple):
+    """How far each slot is.
+
+    Attributes:
+        tokens_B: int32, the latest token, which the model has not seen yet.
+        positions_B: int32, where it stands.
+        generated_B: int32, tokens of the answer so far.
+        active_B: whether the slot holds an answer that goes on.
+    """
+
+    tokens_B: Any
+    positions_B: Any
+    generated_B: Any
+    active_B: Any
+
+
+class Emitted(NamedTuple):
+    """What some steps gave, N steps by B slots; tokens are -1 where a slot was idle."""
+
+    tokens_NB: Any
+    log_probs_NB: Any
+    sampling_log_probs_NB: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Buckets:
+    """The lengths that programs are compiled for.
+
+    Attributes:
+        prefill: tokens of a prompt, padded up to the next.
+        cache: positions of a slot.
+    """
+
+    prefill: tuple[int, ...]
+    cache: tuple[int, ...]
+
+    @classmethod
+    def up_to(cls, max_length: int) -> "Buckets":
+        """Powers of two, for prompts also halfway between; the last is `max_length` itself."""
+        prefill, size = [], _SHORTEST_PREFILL
+        while size < max_length:
+            prefill += [size, size * 3 // 2]
+            size *= 2
+        cache, size = [], _SHORTEST_CACHE
+        while size < max_length:
+            cache.append(size)
+            size *= 2
+        shorter = tuple(length for length in prefill if length < max_length)
+        return cls((*shorter, max_length), (*cache, max_length))
+
+    @property
+    def num_programs(self) -> int:
+        """How many programs can be compiled at most."""
+        # Each cache length: allocated, inserted into, grown into, decoded; and the prefix cache.
+        return len(self.prefill) + 4 * len(self.cache) + 1
+
+
+def bucket_of(length: int, buckets: tuple[int, ...]) -> int:
+    """The smallest bucket that holds a length."""
+    return buckets[bisect.bisect_left(buckets, length)]
+
+
+class Programs:
+    """The programs, compiled when first needed.
+
+    Attributes:
+        compilations: how often each kind of program was compiled.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        *,
+        mesh: Mesh | None,
+        max_length: int,
+        steps: int,
+        cache_dtype: DTypeLike,
+        split_layers: bool,
+    ) -> None:
+        """Take what all programs have in common.
+
+        Args:
+            model: the backbone.
+            mesh: where they run; None for the device that the weights are on.
+            max_length: positions of a slot at most.
+            steps: decode steps of one call.
+            cache_dtype: of keys and values.
+            split_layers: whether layers are a tuple rather than stacked.
+        """
+        self._model, self._mesh, self._steps = model, mesh, steps
+        self._max_length = max_length
+        self._cache_dtype, self._split_layers = cache_dtype, split_layers
+        self.compilations: Counter[str] = Counter()
+        places = None
+        if mesh is not None:
+            places = caches.shardings(model.cfg, mesh, split_layers=split_layers)
+        self._allocate = self._jit(
+            "allocate", self._empty, out_shardings=places, static_argnames=("rows", "length")
+        )
+        self._prefill = self._jit(
+            "prefill", self._run_prefill, donate_argnums=(1,), out_shardings=places
+        )
+        self._insert = self._jit(
+            "insert", self._copy_row, donate_argnums=(0,), out_shardings=places
+        )
+        self._grow = self._jit(
+            "grow", caches.grow, out_shardings=places, static_argnames=("length",)
+        )
+        self._decode = self._jit(
+            "decode",
+            self._run_decode,
+            donate_argnums=(1,),
+            out_shardings=None if places is None else (places, None, None),
+        )
+
+    def allocate(self, *, rows: int, length: int) -> Cache:
+        """An empty cache."""
+        with self._on_mesh():
+            return self._allocate(rows=rows, length=length)
+
+    def prefill(self, variables: Variables, prefix: Cache, tokens_BT: Any) -> Cache:
+        """The prefix cache (donated) with padded prompts at the start of its rows."""
+        with self._on_mesh():
+            return self._prefill(variables, prefix, tokens_BT)
+
+    def insert(self, cache: Cache, prefix: Cache, *, row: int, slot: int) -> Cache:
+        """The cache (donated) with a prompt from the prefix cache in a slot."""
+        with self._on_mesh():
+            return self._insert(cache, prefix, jnp.int32(row), jnp.int32(slot))
+
+    def grow(self, cache: Cache, length: int) -> Cache:
+        """The cache with room for `length` positions."""
+        with self._on_mesh():
+            return self._grow(cache, length=length)
+
+    def decode(
+        self, variables: Variables, cache: Cache, progress: Progress, settings: Settings
+    ) -> tuple[Cache, Progress, Emitted]:
+        """Some steps of all slots; fewer once none is active. The cache is donated."""
+        with self._on_mesh():
+            return self._decode(variables, cache, progress, settings)
+
+    def _jit(self, name: str, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        """The function compiled; each tracing of it is counted."""
+
+        def counted(*arguments: Any, **keywords: Any) -> Any:
+            self.compilations[name] += 1
+            return function(*arguments, **keywords)
+
+        return jax.jit(counted, **options)
+
+    def _on_mesh(self) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
+
+    def _empty(self, *, rows: int, length: int) -> Cache:
+        return caches.empty(
+            self._model.cfg,
+            rows=rows,
+            length=length,
+            dtype=self._cache_dtype,
+            split_layers=self._split_layers,
+        )
+
+    def _run_prefill(self, variables: Variables, prefix: Cache, tokens_BT: jax.Array) -> Cache:
+        return forward.prefill(self._model, variables, tokens_BT, prefix)
+
+    def _copy_row(self, cache: Cache, prefix: Cache, row: jax.Array, slot: jax.Array) -> Cache:
+        return caches.copy_row(cache, prefix, source_row=row, target_row=slot)
+
+    def _run_decode(
+        self, variables: Variables, cache: Cache, progress: Progress, settings: Settings
+    ) -> tuple[Cache, Progress, Emitted]:
+        batch = progress.tokens_B.shape[0]
+        nothing = Emitted(
+            jnp.full((self._steps, batch), _NOTHING, jnp.int32),
+            jnp.zeros((self._steps, batch), jnp.float32),
+            jnp.zeros((self._steps, batch), jnp.float32),
+        )
+        seen_BV = _seen_tokens(cache, progress, settings, self._model.cfg.padded_vocab_size)
+        rows_B = jnp.arange(batch)
+
+        def goes_on(carry: Any) -> jax.Array:
+            step, _, progress, _, _ = carry
+            return (step < self._steps) & progress.active_B.any()
+
+        def one_step(carry: Any) -> Any:
+            step, cache, progress, seen_BV, emitted = carry
+            active_B = progress.active_B
+            logits_BV, cache = forward.decode(
+                self._model, variables, progress.tokens_B, progress.positions_B, cache
+            )
+            chosen = choose(
+                logits_BV, seen_BV, settings, generated_B=progress.generated_B, active_B=active_B
+            )
+            shown_B = jnp.where(active_B, chosen.tokens_B, _NOTHING)
+            emitted = Emitted(
+                emitted.tokens_NB.at[step].set(shown_B),
+                emitted.log_probs_NB.at[step].set(chosen.log_probs_B),
+                emitted.sampling_log_probs_NB.at[step].set(chosen.sampling_log_probs_B),
+            )
+            progress = self._advance(progress, chosen.tokens_B, settings)
+            seen_BV = seen_BV.at[rows_B, chosen.tokens_B].max(active_B)
+            return step + 1, cache, progress, seen_BV, emitted
+
+        carry = (jnp.int32(0), cache, progress, seen_BV, nothing)
+        _, cache, progress, _, emitted = jax.lax.while_loop(goes_on, one_step, carry)
+        return cache, progress, emitted
+
+    def _advance(self, before: Progress, tokens_B: jax.Array, settings: Settings) -> Progress:
+        """Where the slots stand after a token; one that ends stays where it is."""
+        generated_B = before.generated_B + before.active_B.astype(jnp.int32)
+        stopped_B = (tokens_B[:, None] == settings.stop_token_ids_BE).any(axis=-1)
+        # The new token stands one further: with it the row holds two more than the position.
+        full_B = before.positions_B + 2 >= self._max_length
+        ended_B = stopped_B | full_B | (generated_B >= settings.max_new_tokens_B)
+        active_B = before.active_B & ~ended_B
+        return Progress(
+            jnp.where(active_B, tokens_B, before.tokens_B),
+            jnp.where(active_B, before.positions_B + 1, before.positions_B),
+            generated_B,
+            active_B,
+        )
+
+
+def _seen_tokens(
+    cache: Cache, progress: Progress, settings: Settings, vocab_size: int
+) -> jax.Array:
+    """Which tokens stand in each slot's prompt and answer, bool `[B, V]`, where that is needed."""
+    batch = progress.tokens_B.shape[0]
+    none_BV = jnp.zeros((batch, vocab_size), dtype=bool)
+
+    def mark() -> jax.Array:
+        before_BS = jnp.arange(cache.length)[None, :] < progress.positions_B[:, None]
+        # What stands past a row's end is sent past the vocabulary, and dropped.
+        tokens_BS = jnp.where(before_BS, cache.tokens_BS, vocab_size)
+        mark_row = jax.vmap(lambda row_V, ids: row_V.at[ids].set(True, mode="drop"))
+        return mark_row(mark_row(none_BV, tokens_BS), progress.tokens_B[:, None])
+
+    penalised_B = progress.active_B & (settings.repetition_penalty_B != 1)
+    seen_BV = jax.lax.cond(penalised_B.any(), mark, lambda: none_BV)
+    return sharding.constrain(seen_BV[:, None], "logits_BTV")[:, 0]

@@ -1,0 +1,215 @@
+"""From logits to tokens, each row by its own settings.
+
+The order is transformers': repetition penalty, minimum length, temperature, top-k, top-p, min-p.
+No vocabulary is sorted. Top-k and top-p each keep the scores from some threshold up, and the
+threshold is found bit by bit from counts and sums, which stay cheap with the vocabulary split over
+devices. What no row asks for is skipped at run time.
+
+Tokens are drawn by the Gumbel-max rule: the best of the kept scores after each is perturbed by
+noise of its own. The noise comes from the request's seed, the answer's index and the token's index
+alone, so that an answer does not depend on what is decoded beside it.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+_LARGEST_BIT = 31
+
+
+class Settings(NamedTuple):
+    """How each row is sampled; arrays, so that no setting compiles anything anew.
+
+    Attributes:
+        temperature_B: float32; 0 takes the best token.
+        top_k_B: int32; 0 keeps all.
+        top_p_B: float32; 1 keeps all.
+        min_p_B: float32; 0 keeps all.
+        repetition_penalty_B: float32; 1 changes nothing.
+        min_new_tokens_B: int32; no stop token before so many.
+        max_new_tokens_B: int32.
+        stop_token_ids_BE: int32, filled up with -1.
+        seed_B: uint32.
+        answer_B: int32, the answer's index among those of its request.
+    """
+
+    temperature_B: Any
+    top_k_B: Any
+    top_p_B: Any
+    min_p_B: Any
+    repetition_penalty_B: Any
+    min_new_tokens_B: Any
+    max_new_tokens_B: Any
+    stop_token_ids_BE: Any
+    seed_B: Any
+    answer_B: Any
+
+
+class Chosen(NamedTuple):
+    """A token of each row.
+
+    Attributes:
+        tokens_B: int32.
+        log_probs_B: under the softmax of logits / temperature (1 where the temperature is 0).
+        sampling_log_probs_B: under the distribution that it was drawn from, with all filters; 0
+            where the temperature is 0.
+    """
+
+    tokens_B: jax.Array
+    log_probs_B: jax.Array
+    sampling_log_probs_B: jax.Array
+
+
+def choose(
+    logits_BV: jax.Array,
+    seen_BV: jax.Array,
+    settings: Settings,
+    *,
+    generated_B: jax.Array,
+    active_B: jax.Array,
+) -> Chosen:
+    """Draws the next token of each row.
+
+    Args:
+        logits_BV: at least float32.
+        seen_BV: whether a token stands in the prompt or in the answer so far.
+        settings: of each row.
+        generated_B: int32, tokens of the answer so far.
+        active_B: rows that matter; the settings of others cost nothing.
+    """
+    drawn_B = active_B & (settings.temperature_B > 0)
+    temperature_B1 = jnp.where(settings.temperature_B > 0, settings.temperature_B, 1.0)[:, None]
+    plain_BV = logits_BV / temperature_B1
+    scores_BV = penalise_repetition(
+        logits_BV, seen_BV, jnp.where(active_B, settings.repetition_penalty_B, 1.0)
+    )
+    too_early_B = active_B & (generated_B < settings.min_new_tokens_B)
+    scores_BV = forbid(scores_BV, settings.stop_token_ids_BE, too_early_B)
+    scores_BV = filter_scores(scores_BV / temperature_B1, settings, drawn_B)
+    noise_BV = jax.lax.cond(
+        drawn_B.any(),
+        lambda: gumbel_noise(settings, generated_B, logits_BV),
+        lambda: jnp.zeros_like(logits_BV),
+    )
+    perturbed_BV = scores_BV + jnp.where(drawn_B[:, None], noise_BV, 0.0)
+    tokens_B = jnp.argmax(perturbed_BV, axis=-1).astype(jnp.int32)
+    sampling_B = _log_prob(scores_BV, tokens_B)
+    return Chosen(tokens_B, _log_prob(plain_BV, tokens_B), jnp.where(drawn_B, sampling_B, 0.0))
+
+
+def penalise_repetition(
+    logits_BV: jax.Array, seen_BV: jax.Array, penalty_B: jax.Array
+) -> jax.Array:
+    """Divides positive logits of seen tokens by the penalty and multiplies negative ones.
+
+    Source: CTRL, arXiv 1909.05858, section 4.1, in the form that transformers gave it.
+    """
+
+    def penalise() -> jax.Array:
+        penalty_B1 = penalty_B[:, None]
+        lowered_BV = jnp.where(logits_BV < 0, logits_BV * penalty_B1, logits_BV / penalty_B1)
+        return jnp.where(seen_BV, lowered_BV, logits_BV)
+
+    return jax.lax.cond((penalty_B != 1).any(), penalise, lambda: logits_BV)
+
+
+def forbid(scores_BV: jax.Array, token_ids_BE: jax.Array, where_B: jax.Array) -> jax.Array:
+    """Takes some tokens (-1 for none) out of the rows where that is asked for."""
+
+    def without() -> jax.Array:
+        asked_BE = where_B[:, None] & (token_ids_BE >= 0)
+        # An index past the end is dropped.
+        columns_BE = jnp.where(asked_BE, token_ids_BE, scores_BV.shape[1])
+        return jax.vmap(lambda row_V, ids_E: row_V.at[ids_E].set(-jnp.inf, mode="drop"))(
+            scores_BV, columns_BE
+        )
+
+    return jax.lax.cond(where_B.any(), without, lambda: scores_BV)
+
+
+def filter_scores(scores_BV: jax.Array, settings: Settings, drawn_B: jax.Array) -> jax.Array:
+    """Scores with top-k, then top-p, then min-p applied: what they leave out becomes -inf.
+
+    Ties at a threshold are all kept. Top-p is taken of what top-k left, min-p is relative to the
+    best token.
+
+    Args:
+        scores_BV: divided by the temperature.
+        settings: of each row.
+        drawn_B: rows to filter.
+    """
+    top_k_B = jnp.where(drawn_B & (settings.top_k_B > 0), settings.top_k_B, 0)
+    top_p_B = jnp.where(drawn_B, settings.top_p_B, 1.0)
+    min_p_B = jnp.where(drawn_B, settings.min_p_B, 0.0)
+    scores_BV = jax.lax.cond(
+        (top_k_B > 0).any(), lambda: _keep_top_k(scores_BV, top_k_B), lambda: scores_BV
+    )
+    scores_BV = jax.lax.cond(
+        (top_p_B < 1).any(), lambda: _keep_top_p(scores_BV, top_p_B), lambda: scores_BV
+    )
+    best_B1 = scores_BV.max(axis=-1, keepdims=True)
+    lowest_B1 = best_B1 + jnp.log(min_p_B)[:, None]  # log(0) is -inf: all are kept.
+    return jnp.where(scores_BV < lowest_B1, -jnp.inf, scores_BV)
+
+
+def _keep_top_k(scores_BV: jax.Array, top_k_B: jax.Array) -> jax.Array:
+    """The k best scores; all where k is 0."""
+    ordered_BV = _ordered(scores_BV)
+    ones_BV = jnp.ones_like(scores_BV, dtype=jnp.int32)
+    wanted_B = jnp.where(top_k_B > 0, jnp.minimum(top_k_B, scores_BV.shape[1]), 0)
+    lowest_B = _largest_threshold(ordered_BV, ones_BV, wanted_B)
+    # A target of none is met by every threshold: those rows keep everything.
+    lowest_B = jnp.where(top_k_B > 0, lowest_B, 0)
+    return jnp.where(ordered_BV >= lowest_B[:, None], scores_BV, -jnp.inf)
+
+
+def _keep_top_p(scores_BV: jax.Array, top_p_B: jax.Array) -> jax.Array:
+    """The smallest set of best scores that holds probability p; all where p is 1."""
+    ordered_BV = _ordered(scores_BV)
+    probabilities_BV = jax.nn.softmax(scores_BV, axis=-1)
+    lowest_B = _largest_threshold(ordered_BV, probabilities_BV, top_p_B)
+    lowest_B = jnp.where(top_p_B < 1, lowest_B, 0)
+    return jnp.where(ordered_BV >= lowest_B[:, None], scores_BV, -jnp.inf)
+
+
+def _ordered(scores_BV: jax.Array) -> jax.Array:
+    """uint32 that compare like the float32 scores they stand for."""
+    bits_BV = jax.lax.bitcast_convert_type(scores_BV.astype(jnp.float32), jnp.uint32)
+    sign = jnp.uint32(1 << _LARGEST_BIT)
+    return jnp.where(bits_BV >= sign, ~bits_BV, bits_BV | sign)
+
+
+def _largest_threshold(
+    ordered_BV: jax.Array, weights_BV: jax.Array, target_B: jax.Array
+) -> jax.Array:
+    """The largest t for which the weights of what is at least t reach the target; 0 if none does.
+
+    Found from the highest bit down: a bit stays set if enough weight remains above.
+    """
+
+    def try_bit(step: jax.Array, found_B: jax.Array) -> jax.Array:
+        bit = jnp.uint32(1) << (_LARGEST_BIT - step).astype(jnp.uint32)
+        candidate_B = found_B | bit
+        above_BV = ordered_BV >= candidate_B[:, None]
+        weight_B = jnp.where(above_BV, weights_BV, 0).sum(axis=-1)
+        return jnp.where(weight_B >= target_B, candidate_B, found_B)
+
+    none_B = jnp.zeros(ordered_BV.shape[:1], jnp.uint32)
+    return jax.lax.fori_loop(0, _LARGEST_BIT + 1, try_bit, none_B)
+
+
+def gumbel_noise(settings: Settings, generated_B: jax.Array, like_BV: jax.Array) -> jax.Array:
+    """Gumbel noise `[B, V]` from each row's seed, answer and token index."""
+
+    def row(seed: jax.Array, answer: jax.Array, generated: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(jax.random.key(seed), answer)
+        key = jax.random.fold_in(key, generated)
+        return jax.random.gumbel(key, like_BV.shape[1:], like_BV.dtype)
+
+    return jax.vmap(row)(settings.seed_B, settings.answer_B, generated_B)
+
+
+def _log_prob(scores_BV: jax.Array, tokens_B: jax.Array) -> jax.Array:
+    chosen_B = jnp.take_along_axis(scores_BV, tokens_B[:, None], axis=-1)[:, 0]
+    return chosen_B - jax.nn.logsumexp(scores_BV, axis=-1)

@@ -1,0 +1,95 @@
+"""Weights as the engine reads them: on its mesh, in the dtype it computes in."""
+
+import re
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from huatuo_jax import sharding
+from huatuo_jax.backbone.config import BackboneConfig, ComputeConfig
+
+Variables = dict[str, Any]
+
+# What the forward pass casts before anything else; norms are read in full width.
+_CAST_IN_FORWARD = re.compile(
+    r"(embedding/table|lm_head/kernel|(attention|mlp)/(qkv|output|gate_up|up|down)/(kernel|bias)"
+    r"|(attention|mlp)/\w+/[ab])$"
+)
+
+
+def place(
+    variables: Variables,
+    cfg: BackboneConfig,
+    compute: ComputeConfig,
+    *,
+    mesh: Mesh | None,
+    cast: bool,
+    split_layers: bool,
+) -> Variables:
+    """The variables where and as generation reads them; what already is so is not copied.
+
+    Args:
+        variables: `{"params": ..., "lora": ...}` with stacked layers.
+        cfg: the backbone.
+        compute: gives the dtype.
+        mesh: where to; None leaves every array where it is.
+        cast: to the compute dtype once, rather than in every step.
+        split_layers: make a tuple of the stacked layers, which copies them.
+
+    Raises:
+        ValueError: a parameter that no partition rule knows, or that the mesh does not divide.
+    """
+    variables = {
+        name: {part: value for part, value in tree.items() if part != "score_head"}
+        for name, tree in variables.items()
+        if name in ("params", "lora")
+    }
+    if mesh is not None:
+        variables = jax.device_put(variables, sharding.parameter_shardings(variables, mesh))
+    if cast:
+        variables = _cast(variables, cfg, compute)
+    return _split(variables, cfg, mesh) if split_layers else variables
+
+
+def _cast(variables: Variables, cfg: BackboneConfig, compute: ComputeConfig) -> Variables:
+    def cast(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        name = sharding.path_name(path)
+        scaled_in_full_width = cfg.norm_head and name.endswith("lm_head/kernel")
+        if not _CAST_IN_FORWARD.search(name) or scaled_in_full_width:
+            return leaf
+        return leaf if leaf.dtype == compute.compute_dtype else leaf.astype(compute.compute_dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, variables)
+
+
+def _split(variables: Variables, cfg: BackboneConfig, mesh: Mesh | None) -> Variables:
+    """Layers as a tuple of trees instead of one stacked tree."""
+    stacked = {name: tree["layers"] for name, tree in variables.items()}
+
+    def layer(stacked: Variables, index: int) -> Variables:
+        return jax.tree.map(lambda leaf: leaf[index], stacked)
+
+    def unstack(stacked: Variables) -> Any:
+        return tuple(layer(stacked, index) for index in range(cfg.num_layers))
+
+    places = None
+    if mesh is not None:
+        place = jax.tree_util.tree_map_with_path(
+            lambda path, leaf: NamedSharding(
+                mesh, P(*sharding.parameter_spec(f"layers/{_inside(path)}")[1:])
+            ),
+            stacked,
+        )
+        places = (place,) * cfg.num_layers
+    split = jax.jit(unstack, out_shardings=places)(stacked)
+    return {
+        name: {**tree, "layers": tuple(one[name] for one in split)}
+        for name, tree in variables.items()
+    }
+
+
+def _inside(path: tuple[Any, ...]) -> str:
+    """The path inside a layer, without the collection's name."""
+    return sharding.path_name(path[1:])

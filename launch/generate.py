@@ -1,0 +1,55 @@
+"""Answer a file of prompts in bulk; run again after a kill, it goes on.
+
+python launch/generate.py --model=DIR --prompts=FILE.jsonl --output=FILE.jsonl --num_samples=4
+"""
+
+import sys
+
+from absl import flags
+
+from huatuo_jax import command_line
+from huatuo_jax.generation.bulk import BulkConfig, run_bulk
+from huatuo_jax.generation.requests import SamplingConfig
+
+_TASK = (
+    flags.DEFINE_string("model", None, "Model folder of either form, or a hub id."),
+    flags.DEFINE_string("prompts", None, "File of prompts."),
+    flags.DEFINE_string("output", None, "Answers file to make, or to go on with."),
+    flags.DEFINE_string("template", "huatuogpt", "Chat template; `tokenizer` for its own."),
+    flags.DEFINE_integer("num_samples", 1, "Answers to each prompt."),
+    flags.DEFINE_integer("seed", 0, "With a prompt's id it decides that prompt's answers."),
+    flags.DEFINE_integer("chunk_size", 256, "Prompts whose answers are written together."),
+    flags.DEFINE_bool("drop_oldest_turns", False, "Shorten dialogues that do not fit."),
+    flags.DEFINE_integer("max_length", None, "Tokens of prompt and answer; default: as needed."),
+    flags.DEFINE_integer("slots", None, "Answers decoded at once; default: up to 64."),
+    flags.DEFINE_enum("compute_dtype", None, ["float32", "bfloat16"], "Default: by platform."),
+    flags.DEFINE_integer("data", 1, "Mesh axis."),
+    flags.DEFINE_integer("fsdp", -1, "Mesh axis; -1 takes the devices that are left."),
+    flags.DEFINE_integer("tensor", 1, "Mesh axis."),
+)
+_SAMPLING = (
+    flags.DEFINE_integer("max_new_tokens", 512, "Tokens of an answer at most."),
+    flags.DEFINE_integer("min_new_tokens", 0, "Tokens of an answer at least."),
+    flags.DEFINE_float("temperature", 1.0, "0 takes the best token."),
+    flags.DEFINE_integer("top_k", 0, "Keep the k best tokens; 0 for all."),
+    flags.DEFINE_float("top_p", 1.0, "Keep the best tokens of this probability; 1 for all."),
+    flags.DEFINE_float("min_p", 0.0, "Keep tokens of this share of the best; 0 for all."),
+    flags.DEFINE_float("repetition_penalty", 1.0, "1 for none."),
+    flags.DEFINE_multi_string("stop_strings", [], "Text that ends an answer; may be repeated."),
+)
+flags.mark_flags_as_required(["model", "prompts", "output"])
+
+
+def main() -> None:
+    """Generate, and say how it went."""
+    sampling = {flag.name: flag.value for flag in _SAMPLING}
+    sampling["stop_strings"] = tuple(sampling["stop_strings"])
+    task = {flag.name: flag.value for flag in _TASK}
+    cfg = BulkConfig(**task, sampling=SamplingConfig(**sampling))
+    report = run_bulk(cfg, lambda progress: print(progress, file=sys.stderr, flush=True))
+    print("nothing left to do" if report is None else report)
+    print(f"written: {cfg.output}")
+
+
+if __name__ == "__main__":
+    command_line.run(main)
