@@ -74,7 +74,11 @@ def test_a_reader_that_goes_away_is_no_error(tmp_path, monkeypatch, run):
 def test_an_override_of_no_field_ends_in_one_line():
     command = [sys.executable, "launch/train.py", "--config=configs/sft.py", "--workdir=x"]
     done = subprocess.run(
-        [*command, "--config.sft.batchsize=3"], cwd=ROOT, capture_output=True, text=True
+        [*command, "--config.sft.batchsize=3"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 1
     (line,) = done.stderr.strip().splitlines()
