@@ -1,5 +1,6 @@
 """Hugging Face to ours and back: bit for bit, and loadable by transformers."""
 
+import dataclasses
 import json
 import shutil
 
@@ -12,6 +13,8 @@ import torch
 import transformers
 
 from huatuo_jax import sharding
+from huatuo_jax.backbone.config import ComputeConfig
+from huatuo_jax.backbone.transformer import Transformer, init_params
 from huatuo_jax.checkpoint.hf_export import export_model
 from huatuo_jax.checkpoint.models import find_model, load_params, save_orbax
 from tests.checkpoint import baichuan_reference, tiny_checkpoints
@@ -197,6 +200,37 @@ def test_baichuan_7b_becomes_a_llama_with_its_fused_weights_split(tmp_path):
     shutil.copytree(back, tmp_path / "second")
     export_model(load_params(again), again.cfg, tmp_path / "third", head="lm", source_folder=back)
     assert_same_bits(exported, weights(tmp_path / "third"))
+
+
+def test_a_baichuan_7b_reward_model_becomes_a_llama_classifier(tmp_path):
+    source = baichuan_reference.Baichuan(alibi=False, norm_head=False).save(tmp_path / "hf")
+    add_tokenizer(source)
+    cfg = dataclasses.replace(find_model(source).cfg, vocab_size=301)
+    params = init_params(jax.random.key(5), cfg, ComputeConfig(), head="score")
+    save_orbax(params, cfg, tmp_path / "ours", head="score", source_folder=source)
+    ours = find_model(tmp_path / "ours")
+    export_model(
+        load_params(ours), ours.cfg, tmp_path / "back", head="score", source_folder=ours.folder
+    )
+    loaded = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "back")
+    assert type(loaded) is transformers.LlamaForSequenceClassification
+    tokens_BT = np.arange(3, 23, dtype=np.int32)[None, :]
+    model = Transformer(cfg)
+    hidden_BTD = model.apply({"params": params}, tokens_BT)
+    score = model.apply({"params": params}, hidden_BTD, method="scores")[0, -1]
+    with torch.no_grad():
+        theirs = loaded(torch.tensor(tokens_BT, dtype=torch.long)).logits[0, 0]
+    np.testing.assert_allclose(score, theirs.numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_an_alibi_baichuan_reward_model_is_refused_with_the_reason(tmp_path):
+    source = baichuan_reference.Baichuan(alibi=True, norm_head=False).save(tmp_path / "hf")
+    add_tokenizer(source)
+    cfg = dataclasses.replace(find_model(source).cfg, vocab_size=301)
+    params = init_params(jax.random.key(5), cfg, ComputeConfig(), head="score")
+    with pytest.raises(ValueError, match="no sequence classifier for model_type 'baichuan'"):
+        export_model(params, cfg, tmp_path / "back", head="score", source_folder=source)
+    assert not (tmp_path / "back").exists()
 
 
 def test_a_changed_dtype_is_said_in_the_config(tmp_path):
