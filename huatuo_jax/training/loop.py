@@ -28,7 +28,7 @@ from huatuo_jax.training.update import Update
 LocalBatch = Mapping[str, np.ndarray]
 BEST_METRIC = f"{EVALUATION_PREFIX}loss"
 
-_STEPS_IN_FLIGHT = 2  # Enough to keep the devices busy; more would pile up on virtual devices.
+_STEPS_IN_FLIGHT = 2  # Enough to keep the devices busy.
 _ROWS_NAMED = 8
 
 
@@ -238,8 +238,19 @@ class _Session(contextlib.AbstractContextManager["_Session", None]):
         self._step += 1
         self._evaluated = False
         self._pending.append((self._step, metrics, position))
-        while len(self._pending) > _STEPS_IN_FLIGHT:
+        while len(self._pending) > self._steps_in_flight:
             self._settle_oldest()
+
+    @property
+    def _steps_in_flight(self) -> int:
+        """How many steps may run ahead of their metrics.
+
+        None on virtual devices: their collectives share a few cores, and jax aborts the process
+        when steps that wait for each other pile up.
+        """
+        mesh = self._job.mesh
+        is_virtual = mesh.size > 1 and mesh.devices.flat[0].platform == "cpu"
+        return 0 if is_virtual else _STEPS_IN_FLIGHT
 
     def _is_due(self, every: int) -> bool:
         return self._step % every == 0 or self._step == self._job.num_steps
