@@ -45,6 +45,6 @@ setup(
         "tpu": ["jax[tpu]"],
         "verify": [TORCH],
         "test": [TORCH, "mypy>=2.0", "pytest>=9.0", "pytest-xdist>=3.8", "ruff>=0.15"],
-        "bench": [TORCH],
+        "bench": [TORCH, "accelerate>=1.15", "trl>=1.16,<2"],
     },
 )

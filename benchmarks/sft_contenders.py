@@ -1,0 +1,349 @@
+"""One contender of `benchmarks/sft.py`, in a process of its own.
+
+    python benchmarks/sft_contenders.py NAME FOLDER THREADS
+
+FOLDER holds `model/` (Hugging Face), `tokenizer/`, `batches.npz` (packed rows, `[steps, B, T]`) and
+`settings.json`. What was measured is the last line that is printed, as JSON. Libraries are imported
+where they are used, so that no contender's memory holds another's.
+"""
+
+import functools
+import gc
+import json
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+Batch = dict[str, np.ndarray]
+IGNORED = -100
+PEAK_SIZES = (512, 1024, 2048, 3072)
+
+
+class Marks:
+    """The moments at which steps ended; the warm-up's are not counted."""
+
+    def __init__(self, num_warmup: int) -> None:
+        """Counts steps after the first `num_warmup`."""
+        self.num_warmup = num_warmup
+        self._moments: list[float] = []
+
+    def step_ended(self) -> None:
+        """Notes a step's end."""
+        self._moments.append(time.perf_counter())
+
+    @property
+    def seconds(self) -> list[float]:
+        """Of each step after the warm-up, data and all."""
+        return np.diff(self._moments[self.num_warmup - 1 :]).tolist()
+
+
+def ours(folder: pathlib.Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """This project's update, on packed rows, as `huatuo_jax.sft` compiles and feeds it."""
+    import jax
+
+    from huatuo_jax import sharding
+    from huatuo_jax.backbone.transformer import Transformer
+    from huatuo_jax.sft import token_loss
+    from huatuo_jax.training.initial_model import ComputeSection, ModelConfig, open_model
+    from huatuo_jax.training.loop import put_on_mesh
+    from huatuo_jax.training.optimizer import OptimizerConfig, make_optimizer
+    from huatuo_jax.training.update import compile_update, make_update
+
+    section = ComputeSection(**settings["ours"]["compute"])
+    model = open_model(ModelConfig(directory=str(folder / "model")), section.compute_config())
+    mesh = sharding.make_mesh()
+    optimizer = make_optimizer(
+        OptimizerConfig(decay="constant", **settings["optimizer"]), num_steps=settings["num_steps"]
+    )
+    backbone = Transformer(model.cfg, model.compute)
+    loss = functools.partial(token_loss, backbone, chunk=section.loss_chunk)
+    update = compile_update(
+        make_update(loss, optimizer, num_micro_batches=settings["ours"]["num_micro_batches"]),
+        model.abstract_state(optimizer, mesh),
+        mesh,
+    )
+    state = model.make_state(jax.random.key(0), optimizer, mesh)
+    losses, trained = [], []
+    marks = Marks(settings["num_warmup"])
+    for batch in read_batches(folder):
+        state, metrics = update(state, put_on_mesh(batch, mesh))
+        losses.append(float(metrics["loss"]) / float(metrics["num_terms"]))
+        trained.append(int(metrics["num_terms"]))
+        marks.step_ended()
+    return report(marks, losses, trained)
+
+
+def torch_loop(folder: pathlib.Path, settings: dict[str, Any], *, packed: bool) -> dict[str, Any]:
+    """A hand-written loop over transformers' Llama, with nothing in it that the step does not need.
+
+    Padded, the causal mask alone is right, as padding stands at the end, and it is the fast path of
+    PyTorch's attention. The head reads the trained tokens only, as ours does.
+    """
+    import torch
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(
+        folder / "model", dtype=torch.float32, attn_implementation="sdpa"
+    ).train()
+    optimizer = torch_adamw(model, settings["optimizer"])
+    losses, trained = [], []
+    marks = Marks(settings["num_warmup"])
+    for batch in read_batches(folder):
+        rows = batch if packed else padded(batch)
+        ids_BT = torch.from_numpy(rows["token_ids"]).long()
+        targets_BT = torch.from_numpy(labels_of(rows))[:, 1:]
+        hidden_BTD = model.model(
+            input_ids=ids_BT,
+            attention_mask=block_diagonal(rows) if packed else None,
+            position_ids=torch.from_numpy(rows["positions"]).long() if packed else None,
+            use_cache=False,
+        ).last_hidden_state
+        wanted_BT = targets_BT != IGNORED
+        logits_nV = model.lm_head(hidden_BTD[:, :-1][wanted_BT])
+        loss = torch.nn.functional.cross_entropy(logits_nV, targets_BT[wanted_BT])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings["optimizer"]["clip_norm"])
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.item())
+        trained.append(len(logits_nV))
+        marks.step_ended()
+    return report(marks, losses, trained)
+
+
+def trl(
+    folder: pathlib.Path, settings: dict[str, Any], *, packed: bool, checkpointing: bool = True
+) -> dict[str, Any]:
+    """TRL's SFTTrainer on the same dialogues, already tokenised, with labels.
+
+    All that concerns speed is its default, gradient checkpointing among it, but for float32 and
+    the rows of a step. Packed, it packs by itself (`bfd`, best-fit decreasing) and runs a step's
+    rows as one row, "padding-free"; segments are told apart by their positions.
+    """
+    import datasets
+    import torch
+    from transformers import AutoTokenizer, LlamaForCausalLM
+    from transformers.trainer_callback import TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+    from trl.data_utils import pack_dataset
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            marks.step_ended()
+
+    marks = Marks(settings["num_warmup"])
+    by_batch = [examples_of(batch) for batch in read_batches(folder)]
+    rows = settings["batch_size"] if packed else settings["dialogues_per_step"]
+    hyper = settings["optimizer"]
+    trainer = SFTTrainer(
+        model=LlamaForCausalLM.from_pretrained(folder / "model", dtype=torch.float32),
+        processing_class=AutoTokenizer.from_pretrained(folder / "tokenizer"),
+        train_dataset=datasets.Dataset.from_list([one for batch in by_batch for one in batch]),
+        callbacks=[Clock()],
+        args=SFTConfig(
+            output_dir=str(folder / "trl"),
+            packing=packed,
+            max_length=settings["row_length"],
+            per_device_train_batch_size=rows,
+            max_steps=settings["num_steps"],
+            gradient_checkpointing=checkpointing,
+            bf16=False,
+            use_cpu=True,
+            learning_rate=hyper["learning_rate"],
+            lr_scheduler_type="constant",
+            weight_decay=hyper["weight_decay"],
+            adam_beta1=hyper["beta1"],
+            adam_beta2=hyper["beta2"],
+            adam_epsilon=hyper["epsilon"],
+            max_grad_norm=hyper["clip_norm"],
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        ),
+    )
+    collate = trainer.data_collator
+    first = datasets.Dataset.from_list(by_batch[0])
+    if packed:
+        first = pack_dataset(first, settings["row_length"])
+    with torch.no_grad():
+        loss = trainer.compute_loss(trainer.model.train(), collate(list(first))).item()
+    trained: list[int] = []
+
+    def collate_and_count(examples: list[dict[str, Any]]) -> Any:
+        collated = collate(examples)
+        trained.append(int((collated["labels"][:, 1:] != IGNORED).sum()))
+        return collated
+
+    trainer.data_collator = collate_and_count
+    trainer.train()
+    return report(marks, [loss], trained)
+
+
+def read_batches(folder: pathlib.Path) -> Iterator[Batch]:
+    """The packed batches of all steps, `[B, T]` each."""
+    with np.load(folder / "batches.npz") as file:
+        arrays = {name: file[name] for name in file}
+    for step in range(len(arrays["token_ids"])):
+        yield {name: array[step] for name, array in arrays.items()}
+
+
+def labels_of(rows: Batch) -> np.ndarray:
+    """The trained tokens' ids, `IGNORED` elsewhere."""
+    return np.where(rows["trained_mask"], rows["token_ids"], IGNORED).astype(np.int64)
+
+
+def examples_of(batch: Batch) -> list[dict[str, list[int]]]:
+    """The dialogues of packed rows, one by one, as TRL takes them."""
+    labels_BT = labels_of(batch)
+    return [
+        {"input_ids": ids_T[inside_T].tolist(), "labels": labels_T[inside_T].tolist()}
+        for ids_T, labels_T, segments_T in zip(
+            batch["token_ids"], labels_BT, batch["segment_ids"], strict=True
+        )
+        for inside_T in (segments_T == number for number in range(1, segments_T.max() + 1))
+    ]
+
+
+def padded(batch: Batch) -> Batch:
+    """The same dialogues, one a row, as long as the longest."""
+    examples = examples_of(batch)
+    shape = (len(examples), max(len(one["input_ids"]) for one in examples))
+    token_ids, trained_mask = np.zeros(shape, np.int32), np.zeros(shape, np.bool_)
+    for row, one in enumerate(examples):
+        length = len(one["input_ids"])
+        token_ids[row, :length] = one["input_ids"]
+        trained_mask[row, :length] = np.array(one["labels"]) != IGNORED
+    return {"token_ids": token_ids, "trained_mask": trained_mask}
+
+
+def block_diagonal(rows: Batch) -> Any:
+    """Which key each query sees, `[B, 1, T, T]`: those of its segment, up to itself."""
+    import torch
+
+    segments_BT = torch.from_numpy(rows["segment_ids"])
+    same_BTT = segments_BT[:, :, None] == segments_BT[:, None, :]
+    return same_BTT.tril()[:, None]
+
+
+def torch_adamw(model: Any, hyper: dict[str, float]) -> Any:
+    """AdamW in the faster of PyTorch's two implementations, tried on copies of a few layers.
+
+    Of a few, so that the trial does not raise the peak of memory.
+    """
+    import torch
+
+    def make(parameters: Any, **implementation: bool) -> Any:
+        decayed = [p for p in parameters if p.ndim > 1]
+        others = [p for p in parameters if p.ndim == 1]
+        return torch.optim.AdamW(
+            [
+                {"params": decayed, "weight_decay": hyper["weight_decay"]},
+                {"params": others, "weight_decay": 0.0},
+            ],
+            lr=hyper["learning_rate"],
+            betas=(hyper["beta1"], hyper["beta2"]),
+            eps=hyper["epsilon"],
+            **implementation,
+        )
+
+    def seconds(implementation: dict[str, bool]) -> float:
+        copies = [
+            torch.nn.Parameter(torch.zeros_like(p)) for p in model.model.layers[:4].parameters()
+        ]
+        for copy in copies:
+            copy.grad = torch.zeros_like(copy)
+        optimizer = make(copies, **implementation)
+        return min(timed(optimizer.step) for _ in range(3))
+
+    fastest = min(({"fused": True}, {"foreach": True}), key=seconds)
+    gc.collect()
+    print(f"AdamW: {fastest}", file=sys.stderr)
+    return make(list(model.parameters()), **fastest)
+
+
+def timed(call: Callable[[], Any]) -> float:
+    """How many seconds a call takes."""
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+def peak_jax() -> float:
+    """The most FLOPs per second of a float32 matrix product in jax, over some sizes."""
+    import jax
+    import jax.numpy as jnp
+
+    product = jax.jit(jnp.matmul)
+    return best_rate(
+        lambda size: jnp.ones((size, size), jnp.float32),
+        lambda matrix: product(matrix, matrix).block_until_ready(),
+    )
+
+
+def peak_torch() -> float:
+    """The same in PyTorch."""
+    import torch
+
+    return best_rate(
+        lambda size: torch.ones((size, size), dtype=torch.float32),
+        lambda matrix: matrix @ matrix,
+    )
+
+
+def best_rate(make: Callable[[int], Any], multiply: Callable[[Any], Any]) -> float:
+    """FLOPs per second of the best of several products."""
+    rates = []
+    for size in PEAK_SIZES:
+        matrix = make(size)
+        repeats = range(max(3, 2048**3 * 5 // size**3))
+        rates += [2 * size**3 / timed(lambda matrix=matrix: multiply(matrix)) for _ in repeats]
+    return max(rates)
+
+
+def report(marks: Marks, losses: list[float], trained: list[int]) -> dict[str, Any]:
+    """What a contender hands back; `trained_tokens` are those of the steps in `seconds`."""
+    seconds = marks.seconds
+    counted = trained[marks.num_warmup : marks.num_warmup + len(seconds)]
+    return {"losses": losses, "seconds": seconds, "trained_tokens": counted}
+
+
+def peak_memory() -> int:
+    """The most bytes of this process that stood in memory at once.
+
+    From the kernel's own mark: `getrusage` would count the process that started this one.
+    """
+    status = pathlib.Path("/proc/self/status").read_text(encoding="ascii")
+    line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024
+
+
+CONTENDERS: dict[str, Callable[[pathlib.Path, dict[str, Any]], dict[str, Any]]] = {
+    "ours": ours,
+    "torch_packed": functools.partial(torch_loop, packed=True),
+    "torch_padded": functools.partial(torch_loop, packed=False),
+    "trl_padded": functools.partial(trl, packed=False),
+    "trl_packed": functools.partial(trl, packed=True),
+    "trl_padded_no_checkpointing": functools.partial(trl, packed=False, checkpointing=False),
+    "trl_packed_no_checkpointing": functools.partial(trl, packed=True, checkpointing=False),
+}
+PEAKS: dict[str, Callable[[], float]] = {"peak_jax": peak_jax, "peak_torch": peak_torch}
+
+
+def main(name: str, folder: pathlib.Path, num_threads: int) -> None:
+    """Runs one contender, or measures one library's peak, on so many cores."""
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:num_threads])
+    if name in PEAKS:
+        print(json.dumps({"flops": PEAKS[name]()}))
+        return
+    settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+    result = CONTENDERS[name](folder, settings)
+    print(json.dumps(result | {"peak_memory": peak_memory()}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], pathlib.Path(sys.argv[2]), int(sys.argv[3]))
