@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -93,9 +94,21 @@ def make_mesh(
     if total != len(devices):
         wanted = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
         raise ValueError(f"mesh {wanted} needs {total} devices, there are {len(devices)}")
+    if total > 1 and devices[0].platform == "cpu":
+        _compile_anew()
     return jax.make_mesh(
         tuple(sizes[axis] for axis in AXES), AXES, (AxisType.Auto,) * 3, devices=devices
     )
+
+
+def _compile_anew() -> None:
+    """Turns the persistent compilation cache off, as it is unsafe for several CPU devices.
+
+    A program that XLA:CPU reads from the cache has lost the order of its collectives (jaxlib
+    0.10.2): one device waits in an all-gather for others that wait in an all-reduce, for ever.
+    """
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # jax has asked for the setting once, and kept the answer.
 
 
 def path_name(path: tuple[Any, ...]) -> str:

@@ -20,8 +20,9 @@ from huatuo_jax.backbone.config import BackboneConfig, ComputeConfig
 from huatuo_jax.backbone.lora import LoraConfig, init_adapters
 from huatuo_jax.backbone.transformer import Transformer, abstract_params
 
+ROOT = pathlib.Path(__file__).parents[1]
 COMPUTE = ComputeConfig()
-# Compiling is most of these tests; the partitioner runs before what this leaves out.
+
 
 LLAMA = BackboneConfig(
     family="llama",
@@ -116,6 +117,27 @@ def test_a_parameter_of_another_rank_than_its_rule_is_an_error():
     tree = {"lm_head": {"kernel": jax.ShapeDtypeStruct((4,), jnp.float32)}}
     with pytest.raises(ValueError, match=r"'lm_head/kernel' does not fit its shape \(4,\)"):
         sharding.parameter_shardings(tree, sharding.make_mesh())
+
+
+def test_several_cpu_devices_never_run_a_program_from_the_compilation_cache(tmp_path):
+    program = (
+        "import jax; from huatuo_jax import sharding\n"
+        "jax.config.update('jax_num_cpu_devices', 2)\n"
+        "jax.jit(lambda x: x + 1)(1)\n"
+        "before = len(os.listdir(folder))\n"
+        "place = sharding.batch_sharding(sharding.make_mesh())\n"
+        "jax.jit(lambda x: x.sum())(jax.device_put(jax.numpy.ones((2, 2)), place))\n"
+        "print(before, len(os.listdir(folder)))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", f"import os; folder = {str(tmp_path)!r}\n{program}"],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    before, after = map(int, result.stdout.split())
+    assert before == after > 0
 
 
 def test_make_mesh_fills_the_free_axis():
@@ -290,7 +312,7 @@ def test_the_compiler_never_replicates_an_activation_to_reshard_it():
         [sys.executable, __file__],
         env={
             **os.environ,
-            "PYTHONPATH": str(pathlib.Path(__file__).parents[1]),
+            "PYTHONPATH": str(ROOT),
             "JAX_NUM_CPU_DEVICES": "8",
             "JAX_ENABLE_COMPILATION_CACHE": "false",
             "TF_CPP_MIN_LOG_LEVEL": "0",
