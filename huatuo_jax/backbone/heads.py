@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from huatuo_jax import sharding
 from huatuo_jax.backbone.config import BackboneConfig, ComputeConfig
+from huatuo_jax.backbone.products import linear
 
 # Finite, so that probability * logit of a padded row is 0 and not NaN; bfloat16 holds it.
 PADDED_LOGIT = -1e30
@@ -70,11 +71,11 @@ def project_to_vocabulary(
         square_1V = jnp.square(wide_DV).sum(axis=0, keepdims=True)
         # Bounded before the root, whose derivative at a padded row of zeros would be infinite.
         kernel_DV = wide_DV / jnp.sqrt(jnp.maximum(square_1V, _SMALLEST_NORM**2))
-    logits_BTV = jnp.einsum(
-        "BTD,DV->BTV",
+    logits_BTV = linear(
         hidden_BTD.astype(compute.compute_dtype),
         kernel_DV.astype(compute.compute_dtype),
-        preferred_element_type=compute.output_dtype,
+        1,
+        compute.output_dtype,
     )
     logits_BTV = sharding.constrain(logits_BTV, "logits_BTV")
     if cfg.padded_vocab_size == cfg.vocab_size:

@@ -1,5 +1,7 @@
 """The parts of a layer: projection, norm, self-attention, feed-forward."""
 
+import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,6 +13,7 @@ from huatuo_jax import sharding
 from huatuo_jax.backbone import attention, positions
 from huatuo_jax.backbone.config import BackboneConfig, ComputeConfig
 from huatuo_jax.backbone.lora import LoraConfig, add_update
+from huatuo_jax.backbone.products import gated, linear
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -40,23 +43,28 @@ class Rows(NamedTuple):
 
 
 class Projection(nn.Module):
-    """A linear map written as an einsum, computed in `compute_dtype`.
+    """A linear map over the last dimensions of its inputs, computed in `compute_dtype`.
 
     Attributes:
-        einsum: `inputs,kernel->outputs`.
+        num_contracted: how many dimensions of the inputs, and first ones of the kernel, are summed
+            over.
         kernel_shape: of the parameter `kernel`.
         bias_shape: of the parameter `bias`, None without one.
+        parts: where the outputs' dimension `parts_dim` is cut.
+        parts_dim: which dimension that is, counted from the end.
     """
 
-    einsum: str
+    num_contracted: int
     kernel_shape: tuple[int, ...]
     bias_shape: tuple[int, ...] | None
     cfg: BackboneConfig
     compute: ComputeConfig
+    parts: tuple[int, ...] = ()
+    parts_dim: int = -1
 
     @nn.compact
-    def __call__(self, inputs: jax.Array) -> jax.Array:
-        """Apply to inputs of the einsum's first shape."""
+    def __call__(self, inputs: jax.Array) -> list[jax.Array]:
+        """The parts of the outputs, one where there is nothing to cut."""
         dtype, init = self.compute.compute_dtype, nn.initializers
         kernel = self.param(
             "kernel",
@@ -64,11 +72,24 @@ class Projection(nn.Module):
             self.kernel_shape,
             self.compute.param_dtype,
         )
-        outputs = jnp.einsum(self.einsum, inputs.astype(dtype), kernel.astype(dtype))
+        inputs, kernel = inputs.astype(dtype), kernel.astype(dtype)
+        multiply = functools.partial(linear, num_contracted=self.num_contracted, dtype=dtype)
+        # What is smaller is cut. Of many tokens that is the kernel: a product for each part keeps
+        # the gradients of the parts apart, which else are put together, tokens and all.
+        if inputs.shape[0] * inputs.shape[1] > math.prod(kernel.shape[: self.num_contracted]):
+            outputs = [multiply(inputs, part) for part in self._cut(kernel)]
+        else:
+            outputs = self._cut(multiply(inputs, kernel))
         if self.bias_shape is None:
             return outputs
         bias = self.param("bias", init.zeros, self.bias_shape, self.compute.param_dtype)
-        return outputs + jnp.expand_dims(bias.astype(dtype), (0, 1))
+        return [
+            part + jnp.expand_dims(added, (0, 1))
+            for part, added in zip(outputs, self._cut(bias.astype(dtype)), strict=True)
+        ]
+
+    def _cut(self, array: jax.Array) -> list[jax.Array]:
+        return jnp.split(array, self.parts, axis=self.parts_dim) if self.parts else [array]
 
 
 class Norm(nn.Module):
@@ -135,8 +156,8 @@ class SelfAttention(nn.Module):
             handed_back = None
         else:
             attended_BTNH, handed_back = attend(q_BTNH, k_BTKH, v_BTKH)
-        output_BTD = Projection(
-            "BTNH,NHD->BTD",
+        (output_BTD,) = Projection(
+            2,
             (cfg.num_heads, cfg.head_dim, cfg.hidden_size),
             (cfg.hidden_size,) if cfg.output_bias else None,
             cfg,
@@ -149,15 +170,15 @@ class SelfAttention(nn.Module):
         """Queries, keys and values, adapters included."""
         cfg, head_dim = self.cfg, self.cfg.head_dim
         block = (cfg.queries_per_kv_head + 2) * head_dim
-        fused_BTKM = Projection(
-            "BTD,DKM->BTKM",
+        q, k, v = Projection(
+            1,
             (cfg.hidden_size, cfg.num_kv_heads, block),
             (cfg.num_kv_heads, block) if cfg.qkv_bias else None,
             cfg,
             self.compute,
+            parts=(block - 2 * head_dim, block - head_dim),
             name="qkv",
         )(hidden_BTD)
-        q, k, v = jnp.split(fused_BTKM, (block - 2 * head_dim, block - head_dim), axis=-1)
         q = q.reshape(*q.shape[:2], cfg.num_heads, head_dim)
         return (
             add_update(self, self.lora, "query", hidden_BTD, q),
@@ -206,8 +227,8 @@ class FeedForward(nn.Module):
         cfg, activation = self.cfg, ACTIVATIONS[self.cfg.activation]
         wide_BTF = self._gated(hidden_BTD) if cfg.gated_mlp else activation(self._up(hidden_BTD))
         wide_BTF = sharding.constrain(wide_BTF, "mlp_BTF")
-        output_BTD = Projection(
-            "BTF,FD->BTD",
+        (output_BTD,) = Projection(
+            1,
             (cfg.intermediate_size, cfg.hidden_size),
             (cfg.hidden_size,) if cfg.mlp_bias else None,
             cfg,
@@ -218,22 +239,24 @@ class FeedForward(nn.Module):
 
     def _gated(self, hidden_BTD: jax.Array) -> jax.Array:
         cfg = self.cfg
-        both_BT2F = Projection(
-            "BTD,DCF->BTCF",
+        gate_BT1F, up_BT1F = Projection(
+            1,
             (cfg.hidden_size, 2, cfg.intermediate_size),
             (2, cfg.intermediate_size) if cfg.mlp_bias else None,
             cfg,
             self.compute,
+            parts=(1,),
+            parts_dim=-2,
             name="gate_up",
         )(hidden_BTD)
-        gate_BTF = add_update(self, self.lora, "gate", hidden_BTD, both_BT2F[:, :, 0])
-        up_BTF = add_update(self, self.lora, "up", hidden_BTD, both_BT2F[:, :, 1])
-        return ACTIVATIONS[cfg.activation](gate_BTF) * up_BTF
+        gate_BTF = add_update(self, self.lora, "gate", hidden_BTD, gate_BT1F[:, :, 0])
+        up_BTF = add_update(self, self.lora, "up", hidden_BTD, up_BT1F[:, :, 0])
+        return gated(ACTIVATIONS[cfg.activation], gate_BTF, up_BTF)
 
     def _up(self, hidden_BTD: jax.Array) -> jax.Array:
         cfg = self.cfg
-        up_BTF = Projection(
-            "BTD,DF->BTF",
+        (up_BTF,) = Projection(
+            1,
             (cfg.hidden_size, cfg.intermediate_size),
             (cfg.intermediate_size,) if cfg.mlp_bias else None,
             cfg,

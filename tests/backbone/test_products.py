@@ -1,0 +1,77 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from huatuo_jax.backbone.config import BackboneConfig, ComputeConfig
+from huatuo_jax.backbone.layers import Projection
+from huatuo_jax.backbone.products import gated, linear
+
+
+def _random(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+@pytest.mark.parametrize(
+    ("einsum", "inputs", "kernel", "num_contracted"),
+    [
+        ("BTD,DF->BTF", (2, 3, 4), (4, 5), 1),
+        ("BTD,DKM->BTKM", (2, 3, 4), (4, 2, 3), 1),
+        ("BTNH,NHD->BTD", (2, 3, 2, 4), (2, 4, 5), 2),
+    ],
+)
+def test_a_product_and_its_gradients_equal_einsum(einsum, inputs, kernel, num_contracted):
+    with jax.enable_x64(True):
+        inputs, kernel = jnp.asarray(_random(*inputs)), jnp.asarray(_random(*kernel, seed=1))
+
+        def found(x, w):
+            return jnp.sin(linear(x, w, num_contracted, jnp.float64))
+
+        def expected(x, w):
+            return jnp.sin(jnp.einsum(einsum, x, w))
+
+        value, pull = jax.vjp(found, inputs, kernel)
+        reference, pull_reference = jax.vjp(expected, inputs, kernel)
+        np.testing.assert_allclose(value, reference, rtol=1e-12)
+        for one, other in zip(pull(value), pull_reference(value), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-11, atol=1e-12)
+
+
+def test_gradients_of_16_bit_weights_are_16_bit():
+    inputs, kernel = jnp.ones((1, 2, 4), jnp.bfloat16), jnp.ones((4, 3), jnp.bfloat16)
+    outputs, pull = jax.vjp(lambda x, w: linear(x, w, 1, jnp.float32), inputs, kernel)
+    assert outputs.dtype == jnp.float32
+    assert [gradient.dtype for gradient in pull(outputs)] == [jnp.bfloat16, jnp.bfloat16]
+
+
+def test_a_gated_product_has_the_gradients_of_its_formula():
+    with jax.enable_x64(True):
+        gate, up = jnp.asarray(_random(3, 5)), jnp.asarray(_random(3, 5, seed=1))
+        np.testing.assert_allclose(gated(jax.nn.silu, gate, up), jax.nn.silu(gate) * up)
+        check_grads(lambda *arrays: gated(jax.nn.silu, *arrays), (gate, up), order=1, modes=["rev"])
+
+
+def test_many_tokens_and_few_are_projected_alike():
+    """Parts come from a cut kernel where there are more tokens than inputs, else cut outputs."""
+    cfg = BackboneConfig(
+        family="llama",
+        vocab_size=8,
+        hidden_size=8,
+        intermediate_size=8,
+        num_layers=1,
+        num_heads=1,
+        num_kv_heads=1,
+        head_dim=8,
+        max_positions=8,
+    )
+    layer = Projection(1, (8, 2, 6), (2, 6), cfg, ComputeConfig(), parts=(2, 5))
+    hidden_BTD = jnp.asarray(_random(3, 8, 8), jnp.float32)
+    variables = layer.init(jax.random.key(0), hidden_BTD)
+    variables["params"]["bias"] = jnp.asarray(_random(2, 6), jnp.float32)
+    many = layer.apply(variables, hidden_BTD)
+    assert [part.shape[-1] for part in many] == [2, 3, 1]
+    few = [layer.apply(variables, hidden_BTD[:, t : t + 1]) for t in range(8)]
+    for index, part in enumerate(many):
+        alone = jnp.concatenate([step[index] for step in few], axis=1)
+        np.testing.assert_allclose(part, alone, atol=1e-6)
