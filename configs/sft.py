@@ -16,6 +16,7 @@ from huatuo_jax.backbone.config import BackboneConfig
 from huatuo_jax.data import sample
 from huatuo_jax.data.held_out import HeldOutConfig
 from huatuo_jax.data.records import KINDS
+from huatuo_jax.generation.samples import SamplesConfig
 from huatuo_jax.sft import SftConfig
 from huatuo_jax.training.dialogue_data import DataConfig, SourceConfig
 from huatuo_jax.training.initial_model import ModelConfig
@@ -53,6 +54,7 @@ def get_config(files: str = "") -> ConfigDict:
         optimizer=OptimizerConfig(learning_rate=2e-3, warmup_share=0.05),
         num_epochs=5,
         batch_size=4,
+        samples=SamplesConfig(num_prompts=4),
         loop=LoopConfig(evaluate_every=20, checkpoint_every=20, log_every=5),
     )
     return ConfigDict({"stages": ("sft",), "sft": to_section(sft)})

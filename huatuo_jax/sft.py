@@ -4,11 +4,12 @@ import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
+import transformers
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -18,7 +19,9 @@ from huatuo_jax.backbone.config import BackboneConfig
 from huatuo_jax.backbone.transformer import Transformer
 from huatuo_jax.checkpoint import models
 from huatuo_jax.checkpoint.tokenizer import load_tokenizer
+from huatuo_jax.data import templates
 from huatuo_jax.data.examples import ALL_KINDS
+from huatuo_jax.generation.samples import Samples, SamplesConfig, sample_prompt
 from huatuo_jax.progress import progress_bar
 from huatuo_jax.training.dialogue_data import DataConfig, DialogueData, open_dialogues
 from huatuo_jax.training.evaluation import check_rows, make_evaluate
@@ -72,6 +75,7 @@ class SftConfig:
         seed: of fresh weights, of the mixture and of its order.
         compute: how a step is computed.
         mesh: how the devices are divided.
+        samples: what is written anew at each evaluation, to `sft/samples.jsonl`.
         loop: evaluation, checkpoints, logging.
     """
 
@@ -85,6 +89,7 @@ class SftConfig:
     seed: int = 0
     compute: ComputeSection = ComputeSection()
     mesh: MeshConfig = operational(MeshConfig())
+    samples: SamplesConfig = operational(SamplesConfig())
     loop: LoopConfig = operational(LoopConfig())
 
     def __post_init__(self) -> None:
@@ -147,7 +152,9 @@ def run_sft(
     directory = begin_stage(workdir, STAGE, settings=all_fields(cfg), decisive=decisive)
     if (result := directory.result()) is not None:
         return result
-    state, evaluation = train(_job(cfg, model, data, directory, decisive, mesh), cfg.loop)
+    samples = _samples(cfg, model, data, tokenizer, mesh, directory)
+    job = _job(cfg, model, data, directory, decisive, mesh, samples)
+    state, evaluation = train(job, cfg.loop)
     _save_model(model, state, directory)
     result = {"step": int(state.step), **evaluation}
     directory.finish(result)
@@ -246,6 +253,32 @@ def _check_lengths(data: DataConfig, backbone: BackboneConfig) -> None:
         backbone.require_fixed_angles(data.row_length, purpose="packing")
 
 
+def _samples(
+    cfg: SftConfig,
+    model: InitialModel,
+    data: DialogueData,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    mesh: Mesh,
+    directory: StageDirectory,
+) -> Samples | None:
+    """Who writes samples, where any are wanted and something is held out."""
+    held_out, wanted = data.prepared.held_out, cfg.samples.num_prompts
+    if held_out is None or not wanted:
+        return None
+    template = templates.by_name(cfg.data.template, default_system=cfg.data.default_system)
+    wanted = min(wanted, len(held_out))
+    examples = [held_out[number * len(held_out) // wanted] for number in range(wanted)]
+    return Samples(
+        Transformer(model.cfg, model.compute, cfg.model.lora),
+        [sample_prompt(example, template, tokenizer) for example in examples],
+        tokenizer,
+        stop_token_ids=template.stop_token_ids(tokenizer),
+        max_new_tokens=cfg.samples.max_new_tokens,
+        mesh=mesh,
+        path=directory.folder / "samples.jsonl",
+    )
+
+
 def _job(
     cfg: SftConfig,
     model: InitialModel,
@@ -253,6 +286,7 @@ def _job(
     directory: StageDirectory,
     decisive: dict[str, Any],
     mesh: Mesh,
+    samples: Samples | None,
 ) -> Job:
     num_steps = cfg.num_steps or -(-data.train.first_row(cfg.num_epochs) // cfg.batch_size)
     optimizer = make_optimizer(cfg.optimizer, num_steps=num_steps)
@@ -265,12 +299,13 @@ def _job(
     update = make_update(loss, optimizer, num_micro_batches=cfg.batch_size // cfg.rows_at_once)
     evaluate = None
     if data.held_out is not None:
-        evaluate = make_evaluate(
+        measure = make_evaluate(
             lambda variables, batch: loss(variables, batch).others,
             lambda: data.evaluation_batches(cfg.rows_at_once),
             evaluation_numbers,
             mesh,
         )
+        evaluate = functools.partial(_evaluate, measure=measure, samples=samples)
     return Job(
         directory=directory,
         decisive=decisive,
@@ -287,6 +322,17 @@ def _job(
         evaluate=evaluate,
         row_names=lambda position: data.example_ids(position, cfg.batch_size),
     )
+
+
+def _evaluate(
+    state: TrainState,
+    *,
+    measure: Callable[[TrainState], dict[str, float]],
+    samples: Samples | None,
+) -> dict[str, float]:
+    if samples is not None:
+        samples.write(int(state.step), state.variables)
+    return measure(state)
 
 
 def report_step(metrics: Mapping[str, np.ndarray], *, flops: ModelFlops) -> StepReport:

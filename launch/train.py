@@ -7,11 +7,13 @@ again. Exit code 75 says that the run was stopped (SIGTERM, Ctrl-C), has saved, 
 """
 
 import sys
+from typing import Any
 
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from huatuo_jax import command_line, sft
+from huatuo_jax.reward import stage as reward
 from huatuo_jax.training.loop import Diverged
 from huatuo_jax.training.preemption import INTERRUPTED_EXIT_CODE, Interrupted
 
@@ -19,7 +21,7 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "File with `get_config
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; made if it is not there.")
 flags.mark_flags_as_required(["config", "workdir"])
 
-STAGES = {sft.STAGE: sft.run_sft}
+STAGES = {sft.STAGE: sft.run_sft, reward.STAGE: reward.run_reward}
 
 
 def main() -> None:
@@ -40,9 +42,13 @@ def main() -> None:
         print(f"{name}: finished in {_WORKDIR.value}: {shown}")
 
 
-def _summary(result: dict[str, float]) -> dict[str, float]:
+def _summary(result: dict[str, Any]) -> dict[str, float]:
     """The numbers over all kinds of data, `eval/loss` but not `eval/loss/KIND`."""
-    return {field: value for field, value in result.items() if field.count("/") < 2}
+    return {
+        field: value
+        for field, value in result.items()
+        if field.count("/") < 2 and isinstance(value, int | float)
+    }
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -14,11 +15,14 @@ import transformers
 
 from huatuo_jax.backbone.config import BackboneConfig
 from huatuo_jax.backbone.lora import LoraConfig
+from huatuo_jax.backbone.transformer import Transformer
 from huatuo_jax.checkpoint.models import find_model, load_params
 from huatuo_jax.checkpoint.tokenizer import load_tokenizer
-from huatuo_jax.data import sample
+from huatuo_jax.data import sample, templates
 from huatuo_jax.data.held_out import HeldOutConfig
+from huatuo_jax.data.readers import read_dialogues
 from huatuo_jax.data.records import KINDS
+from huatuo_jax.generation.samples import SamplesConfig, read_samples
 from huatuo_jax.sft import SftConfig, run_sft
 from huatuo_jax.training.dialogue_data import DataConfig, SourceConfig
 from huatuo_jax.training.initial_model import ModelConfig
@@ -60,6 +64,7 @@ def _config(cache, **model):
         optimizer=OptimizerConfig(learning_rate=3e-2, warmup_steps=2),
         num_steps=8,
         batch_size=8,
+        samples=SamplesConfig(num_prompts=3, max_new_tokens=8),
         loop=LoopConfig(evaluate_every=4, checkpoint_every=4, tensorboard=False),
     )
     return to_section(settings)
@@ -83,6 +88,36 @@ def test_held_out_loss_falls_and_is_told_for_each_kind(trained):
     assert result["eval/loss"] < rows[0]["eval/loss"] < np.log(2048)
     assert {f"eval/loss/{kind}" for kind in KINDS} <= set(result)
     assert result["step"] == 8
+
+
+def test_samples_of_every_evaluation_are_what_the_model_would_say(trained):
+    workdir, _ = trained
+    rows = read_samples(workdir / "sft" / "samples.jsonl")
+    assert [(row["step"], row["id"]) for row in rows] == [
+        (step, row["id"]) for step in (4, 8) for row in rows[:3]
+    ]
+    assert len({row["id"] for row in rows}) == 3
+    # The prompt of the ids of training is the one that a user's question would give.
+    found = find_model(workdir / "sft" / "model")
+    tokenizer = load_tokenizer(TOKENIZER)
+    template = templates.by_name("huatuogpt")
+    dialogues = {
+        dialogue.id: dialogue
+        for kind in KINDS
+        for dialogue in read_dialogues(sample.FOLDER / f"{kind}.jsonl", source=kind)
+    }
+    model, params = Transformer(found.cfg), load_params(found)
+    for row in rows[3:]:
+        messages = dialogues[row["id"]].messages
+        prompt_ids = template.prompt(messages[:-1], tokenizer)
+        assert row["prompt"] == tokenizer.decode(prompt_ids)
+        assert row["reference"].strip() == messages[-1].content.strip()
+        logits_BTV = (
+            model.apply({"params": params}, jnp.asarray([prompt_ids]), method="__call__")
+            @ params["lm_head"]["kernel"]
+        )
+        best = int(logits_BTV[0, -1, :2048].argmax())
+        assert row["answer"].startswith(tokenizer.decode([best], skip_special_tokens=True))
 
 
 def test_the_model_it_leaves_is_the_last_state_and_loads_by_itself(trained):
@@ -187,7 +222,7 @@ def test_adapters_are_trained_beside_a_model_from_disk_and_merged(base_model, ca
 
 
 def test_a_model_from_disk_is_told_by_its_content_not_by_its_place(base_model, cache, tmp_path):
-    from huatuo_jax.training.initial_model import fingerprint
+    from huatuo_jax.checkpoint.models import fingerprint
 
     moved = tmp_path / "moved"
     moved.mkdir()

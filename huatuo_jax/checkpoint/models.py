@@ -1,6 +1,7 @@
 """Models on disk, in either form: an Orbax directory of ours, or a Hugging Face folder."""
 
 import dataclasses
+import hashlib
 import pathlib
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from huatuo_jax.checkpoint.hf_config import from_hugging_face, is_score_model, r
 from huatuo_jax.checkpoint.side_files import CONFIG_FILE, SIDE_FILES, side_files
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+_HASHED_BYTES = 1 << 16
 _TORCH_WEIGHTS = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
 
 
@@ -183,3 +185,20 @@ def _download(hub_id: str) -> pathlib.Path:
             f"{hub_id}: no such folder, and not to be had from the Hugging Face Hub ({reason})"
         ) from error
     return pathlib.Path(folder)
+
+
+def fingerprint(folder: pathlib.Path) -> str:
+    """A hash that tells one model's files from another's, wherever they lie.
+
+    It covers names, sizes, and the first and last 64 KiB of each file: fine-tuned models of one
+    architecture differ there, and a large model is not read twice.
+    """
+    whole = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        size = path.stat().st_size
+        whole.update(f"{path.relative_to(folder).as_posix()}\0{size}\0".encode())
+        with path.open("rb") as file:
+            whole.update(file.read(_HASHED_BYTES))
+            file.seek(max(size - _HASHED_BYTES, 0))
+            whole.update(file.read(_HASHED_BYTES))
+    return whole.hexdigest()[:32]

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import itertools
-import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -24,8 +23,6 @@ from huatuo_jax.generation.bulk_tasks import Task, make_record, make_request, ma
 from huatuo_jax.generation.engine import Engine
 from huatuo_jax.generation.report import EngineReport
 from huatuo_jax.generation.requests import Answer, SamplingConfig
-
-_HASHED_BYTES = 1 << 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -152,7 +149,7 @@ def _plan(cfg: BulkConfig) -> _Plan:
     longest = max(len(task.token_ids) for task in tasks)
     max_length = cfg.max_length or min(longest + sampling.max_new_tokens, limit)
     settings = {
-        "model": _fingerprint(info.folder),
+        "model": models.fingerprint(info.folder),
         "prompts": _hash_of([prompt.to_json() for prompt in prompts]),
         "template": repr(template),
         "num_samples": cfg.num_samples,
@@ -203,16 +200,4 @@ def _hash_of(rows: Sequence[Any]) -> str:
     whole = hashlib.sha256()
     for row in rows:
         whole.update(repr(row).encode())
-    return whole.hexdigest()[:32]
-
-
-def _fingerprint(folder: pathlib.Path) -> str:
-    """A hash of the files' names, sizes and last bytes, wherever they lie."""
-    whole = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        size = path.stat().st_size
-        whole.update(f"{path.relative_to(folder).as_posix()}\0{size}\0".encode())
-        with path.open("rb") as file:
-            file.seek(max(size - _HASHED_BYTES, 0))
-            whole.update(file.read())
     return whole.hexdigest()[:32]

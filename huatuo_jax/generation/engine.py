@@ -140,6 +140,15 @@ class Engine:
             split_layers=self._split_layers,
         )
 
+    def unload(self) -> None:
+        """Let go of the weights' memory until the next `load`.
+
+        Raises:
+            ValueError: answers are on their way.
+        """
+        self._require_idle("let go of the weights")
+        self._variables = {}
+
     def generate(self, requests: Iterable[Request]) -> Iterator[Answer]:
         """Answers in the order they are completed.
 

@@ -1,6 +1,5 @@
 """Weights as the engine reads them: on its mesh, in the dtype it computes in."""
 
-import re
 from typing import Any
 
 import jax
@@ -8,15 +7,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from huatuo_jax import sharding
+from huatuo_jax.backbone.casting import store_as_computed
 from huatuo_jax.backbone.config import BackboneConfig, ComputeConfig
 
 Variables = dict[str, Any]
-
-# What the forward pass casts before anything else; norms are read in full width.
-_CAST_IN_FORWARD = re.compile(
-    r"(embedding/table|lm_head/kernel|(attention|mlp)/(qkv|output|gate_up|up|down)/(kernel|bias)"
-    r"|(attention|mlp)/\w+/[ab])$"
-)
 
 
 def place(
@@ -49,19 +43,8 @@ def place(
     if mesh is not None:
         variables = jax.device_put(variables, sharding.parameter_shardings(variables, mesh))
     if cast:
-        variables = _cast(variables, cfg, compute)
+        variables = store_as_computed(variables, compute.compute_dtype, keep_lm_head=cfg.norm_head)
     return _split(variables, cfg, mesh) if split_layers else variables
-
-
-def _cast(variables: Variables, cfg: BackboneConfig, compute: ComputeConfig) -> Variables:
-    def cast(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-        name = sharding.path_name(path)
-        scaled_in_full_width = cfg.norm_head and name.endswith("lm_head/kernel")
-        if not _CAST_IN_FORWARD.search(name) or scaled_in_full_width:
-            return leaf
-        return leaf if leaf.dtype == compute.compute_dtype else leaf.astype(compute.compute_dtype)
-
-    return jax.tree_util.tree_map_with_path(cast, variables)
 
 
 def _split(variables: Variables, cfg: BackboneConfig, mesh: Mesh | None) -> Variables:

@@ -1,13 +1,12 @@
 """What a run trains: a backbone from a preset, from its fields, or from a model on disk."""
 
 import dataclasses
-import hashlib
-import pathlib
 from typing import Any, Literal
 
 import jax
 from jax.sharding import Mesh
 
+from huatuo_jax.backbone.casting import store_as_computed
 from huatuo_jax.backbone.config import BackboneConfig, ComputeConfig, Kernel, Remat
 from huatuo_jax.backbone.lora import LoraConfig, init_adapters
 from huatuo_jax.backbone.presets import preset
@@ -23,10 +22,8 @@ from huatuo_jax.training.state import (
     make_sharded,
     new_state,
     split,
-    store_as_computed,
 )
 
-_HASHED_BYTES = 1 << 16
 _ADAPTERS_ROLE = 1  # Folded into the run's key for the adapters' fresh values.
 
 
@@ -125,7 +122,7 @@ class InitialModel:
     @property
     def identity(self) -> dict[str, Any]:
         """What the weights at the start depend on, beside the seed."""
-        weights = None if self.info is None else fingerprint(self.info.folder)
+        weights = None if self.info is None else models.fingerprint(self.info.folder)
         return {"backbone": self.cfg.to_dict(), "weights": weights}
 
     def make_state(self, key: jax.Array, optimizer: Optimizer, mesh: Mesh) -> TrainState:
@@ -188,20 +185,3 @@ def open_model(section: ModelConfig, compute: ComputeConfig) -> InitialModel:
         return InitialModel(preset(section.preset), section, compute, None)
     assert section.backbone is not None
     return InitialModel(section.backbone, section, compute, None)
-
-
-def fingerprint(folder: pathlib.Path) -> str:
-    """A hash that tells one model's files from another's, wherever they lie.
-
-    It covers names, sizes, and the first and last 64 KiB of each file: fine-tuned models of one
-    architecture differ there, and a large model is not read twice.
-    """
-    whole = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        size = path.stat().st_size
-        whole.update(f"{path.relative_to(folder).as_posix()}\0{size}\0".encode())
-        with path.open("rb") as file:
-            whole.update(file.read(_HASHED_BYTES))
-            file.seek(max(size - _HASHED_BYTES, 0))
-            whole.update(file.read(_HASHED_BYTES))
-    return whole.hexdigest()[:32]

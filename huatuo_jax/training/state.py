@@ -1,14 +1,12 @@
 """What a training step reads and leaves behind, and where it lies on the mesh."""
 
 import dataclasses
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jax.typing import DTypeLike
 
 from huatuo_jax import sharding
 from huatuo_jax.training.optimizer import Optimizer
@@ -17,12 +15,6 @@ COUNTERS = ("step", "num_updates", "num_not_finite", "not_finite_in_a_row", "num
 
 Variables = dict[str, Any]
 """Flax collections: `{"params": parameters, "lora": adapters}`, each a plain nested dict."""
-
-# What the forward pass casts to the compute dtype before anything else; norms and the score head
-# are read in full width.
-_CAST_IN_FORWARD = re.compile(
-    r"params/(embedding/table|lm_head/kernel|layers/(attention|mlp)/(qkv|output|gate_up|up|down)/.*)$"
-)
 
 
 @jax.tree_util.register_dataclass
@@ -140,23 +132,3 @@ def join(left: Mapping[str, Any], right: Mapping[str, Any]) -> Variables:
         else:
             joined[name] = value
     return joined
-
-
-def store_as_computed(
-    variables: Variables, dtype: DTypeLike, *, keep_lm_head: bool = False
-) -> Variables:
-    """Frozen variables in the dtype that the forward pass casts them to, so that it is unchanged.
-
-    Args:
-        variables: what is not trained.
-        dtype: the compute dtype.
-        keep_lm_head: leave the head alone: NormHead scales it in full width before the cast.
-    """
-
-    def stored(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-        name = sharding.path_name(path)
-        if not _CAST_IN_FORWARD.search(name) or (keep_lm_head and "lm_head" in name):
-            return leaf
-        return leaf.astype(dtype)
-
-    return jax.tree_util.tree_map_with_path(stored, variables)

@@ -1,11 +1,15 @@
 """The same request has the same answer alone, among others, in another slot, on another mesh."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from huatuo_jax import sharding
+from huatuo_jax.checkpoint.tokenizer import load_tokenizer
+from huatuo_jax.data import sample
 from huatuo_jax.generation import programs
 from huatuo_jax.generation.engine import Engine
 from huatuo_jax.generation.sampling import filter_scores, gumbel_noise, penalise_repetition
@@ -134,15 +138,26 @@ def test_slots_that_a_mesh_does_not_divide_are_refused():
         tiny.engine(slots=6, mesh=sharding.make_mesh(data=2, fsdp=2, tensor=2))
 
 
-def test_slots_stay_busy_on_answers_with_a_long_tail():
-    """Lengths as of real answers: log-normal, the longest many times the median."""
-    lengths = np.random.default_rng(3).lognormal(mean=3.2, sigma=0.8, size=150).clip(3, 300)
+def real_lengths(shared_data):
+    """Tokens of doctors' answers in a benchmark: a median of about a hundred, and a long tail."""
+    path = shared_data / "5_gen_benchmark" / "huatuo26M_test.json"
+    rows = json.loads(path.read_text(encoding="utf-8"))[::24]
+    tokenizer = load_tokenizer(str(sample.FOLDER / "tokenizer"))
+    return np.array([len(tokenizer(row["output"][0])["input_ids"]) for row in rows]).clip(3, 320)
+
+
+@pytest.mark.parametrize("of", ["a log-normal distribution", "real answers"])
+def test_slots_stay_busy_on_answers_with_a_long_tail(of, request):
+    if of == "real answers":
+        lengths = real_lengths(request.getfixturevalue("shared_data"))
+    else:
+        lengths = np.random.default_rng(3).lognormal(mean=3.2, sigma=0.8, size=150).clip(3, 300)
     requests = [
         tiny.request(1 + index % 50, seed=index, max_new_tokens=int(length))
         for index, length in enumerate(lengths)
     ]
     engine = tiny.engine(slots=16, max_length=384, steps_per_round=4)
-    assert len(list(engine.generate(requests))) == 150
+    assert len(list(engine.generate(requests))) == len(lengths)
     report = engine.report
     assert report.generated_tokens == sum(map(int, lengths))
     assert report.occupancy >= 0.85
@@ -150,5 +165,5 @@ def test_slots_stay_busy_on_answers_with_a_long_tail():
     assert report.max_compilations == len(buckets.prefill) + 4 * len(buckets.cache) + 1
     assert sum(report.compilations.values()) <= report.max_compilations
     compiled = dict(report.compilations)
-    assert len(list(engine.generate(requests[::-1]))) == 150
+    assert len(list(engine.generate(requests[::-1]))) == len(lengths)
     assert engine.report.compilations == compiled

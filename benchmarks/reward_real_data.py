@@ -1,0 +1,218 @@
+"""A reward model of GPT-4's scores of real consultations, five-fold, beside a length-only one.
+
+DISC-MedLLM's evaluation let several models consult with the same simulated patients, and GPT-4
+scored each consultation. Two consultations on one case with different mean scores are a pair. Each
+fold leaves a fifth of the cases out, trains on the others from the same fine-tuned backbone with
+one seed, and scores the pairs of its own cases. The pairs of all folds are then judged together:
+accuracy and calibration with intervals from a bootstrap over cases, and the same for the length of
+the doctor's answers alone, whose slope is fitted on each fold's training pairs.
+
+    HUATUO_SHARED_DATA=DIR python benchmarks/reward_real_data.py --sft=runs/real/sft/model
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from absl import flags
+
+from huatuo_jax import command_line, sharding
+from huatuo_jax.backbone.transformer import Transformer
+from huatuo_jax.checkpoint.models import find_model, load_params
+from huatuo_jax.checkpoint.tokenizer import load_tokenizer
+from huatuo_jax.data.disc import read_disc_comparisons
+from huatuo_jax.data.records import Comparison
+from huatuo_jax.data.shuffling import permutation
+from huatuo_jax.reward import measures
+from huatuo_jax.reward.config import RewardConfig
+from huatuo_jax.reward.data import ComparisonsConfig, ComparisonSource, Group, open_comparisons
+from huatuo_jax.reward.measures import ScoredPairs
+from huatuo_jax.reward.report import all_answers, given, length_slope, scored_pairs
+from huatuo_jax.reward.stage import run_reward
+from huatuo_jax.scoring import Scorer
+from huatuo_jax.training.initial_model import ModelConfig
+from huatuo_jax.training.loop import LoopConfig
+from huatuo_jax.training.optimizer import OptimizerConfig
+from huatuo_jax.training.sections import to_section
+
+_SFT = flags.DEFINE_string("sft", None, "Directory of the fine-tuned backbone, with tokenizer.")
+_WORKDIR = flags.DEFINE_string("workdir", "runs/reward_real", "Folder of the five runs.")
+_TEMPLATE = flags.DEFINE_string("template", "chatml", "Chat template of the backbone.")
+_EPOCHS = flags.DEFINE_integer("epochs", 1, "Passes over the training pairs.")
+_STEPS = flags.DEFINE_integer("steps", None, "Optimizer steps instead, to try it out.")
+_FOLDS = flags.DEFINE_integer("folds", 5, "How many of the five folds to run, to try it out.")
+_CASES = flags.DEFINE_integer("cases", None, "So many cases only, to try it out.")
+_LEARNING_RATE = flags.DEFINE_float("learning_rate", 2e-4, "The highest one.")
+_MAX_LENGTH = flags.DEFINE_integer("max_length", 1024, "Tokens of a consultation at most.")
+_ROW_LENGTH = flags.DEFINE_integer("row_length", 3072, "Tokens of a row.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 4, "Rows of an optimizer step.")
+_OUTPUT = flags.DEFINE_string(
+    "output", "benchmarks/results/reward_real_data.json", "File for the figures."
+)
+flags.mark_flag_as_required("sft")
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+NUM_FOLDS = 5
+SEED = 0  # Of folds, order, head and bootstrap; fixed before anything was run.
+
+
+def main() -> None:
+    """Run the folds, judge their pairs together, write the figures."""
+    folder = pathlib.Path(os.environ.get("HUATUO_SHARED_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: absent; set HUATUO_SHARED_DATA to the folder of real data")
+    by_case = read_cases(folder)
+    begun_s = time.monotonic()
+    folds = [run_fold(fold, by_case) for fold in range(_FOLDS.value)]
+    pairs = joined([fold.pairs for fold in folds])
+    by_length = np.concatenate([fold.by_length for fold in folds])
+    figures = {
+        "cases": len(by_case),
+        "folds": len(folds),
+        "seed": SEED,
+        "settings": {
+            "epochs": _EPOCHS.value,
+            "learning_rate": _LEARNING_RATE.value,
+            "max_length": _MAX_LENGTH.value,
+            "batch_size": _BATCH_SIZE.value,
+        },
+        "minutes_of_this_call": round((time.monotonic() - begun_s) / 60, 1),
+        "reward_model": judged(pairs, pairs.difference),
+        "length_only": judged(pairs, by_length),
+        "accuracy_above_length_only": json_of(measures.accuracy_gain(pairs, by_length, seed=SEED)),
+        "length_log_odds_per_character": [fold.slope for fold in folds],
+        "accuracy_by_fold": [json_of(measures.accuracy(fold.pairs, seed=SEED)) for fold in folds],
+        "accuracy_by_margin": [
+            {"low": low, "high": high}
+            | (json_of(measures.accuracy(pairs.only(inside(pairs, low, high)), seed=SEED)) or {})
+            for low, high in measures.margin_ranges(pairs.margin)
+        ],
+    }
+    text = json.dumps(figures, indent=2)
+    print(text)
+    output = pathlib.Path(_OUTPUT.value)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(text + "\n", encoding="utf-8")
+
+
+def read_cases(folder: pathlib.Path) -> dict[str, list[Comparison]]:
+    """The pairs of each case, each with its case in a field."""
+    dialogues = sorted((folder / "3_distilled" / "disc_dialogues").glob("*.json"))
+    scores = sorted((folder / "4_preference" / "disc_gpt4_scores").glob("*/*.jsonl"))
+    by_case: dict[str, list[Comparison]] = {}
+    for pair in read_disc_comparisons(dialogues, scores):
+        case = pair.id.partition(":")[0]
+        extra = {**pair.extra, "case": case}
+        by_case.setdefault(case, []).append(dataclasses.replace(pair, extra=extra))
+    cases = sorted(by_case)[: _CASES.value]
+    return {case: by_case[case] for case in cases}
+
+
+@dataclasses.dataclass(frozen=True)
+class Fold:
+    """The scored pairs of a fold's own cases, and what length alone says of them."""
+
+    pairs: ScoredPairs
+    by_length: np.ndarray
+    slope: float
+
+
+def run_fold(fold: int, by_case: dict[str, list[Comparison]]) -> Fold:
+    """Trains without the fold's cases (or finds it done) and scores them."""
+    workdir = pathlib.Path(_WORKDIR.value) / f"fold{fold}"
+    workdir.mkdir(parents=True, exist_ok=True)
+    cases = sorted(by_case)
+    fold_of = permutation(len(cases), SEED, "folds") % NUM_FOLDS
+    own = {case for case, number in zip(cases, fold_of.tolist(), strict=True) if number == fold}
+    train = write(workdir / "train.jsonl", [p for c in cases if c not in own for p in by_case[c]])
+    held_out = write(workdir / "held_out.jsonl", [p for c in cases if c in own for p in by_case[c]])
+    data = ComparisonsConfig(
+        sources=(
+            ComparisonSource(paths=(train,), held_out_by="never"),
+            ComparisonSource(paths=(held_out,), held_out_by="always"),
+        ),
+        template=_TEMPLATE.value,
+        max_length=_MAX_LENGTH.value,
+        row_length=_ROW_LENGTH.value,
+        group_field="case",
+    )
+    settings = RewardConfig(
+        model=ModelConfig(directory=_SFT.value),
+        data=data,
+        optimizer=OptimizerConfig(learning_rate=_LEARNING_RATE.value, warmup_share=0.1),
+        num_epochs=_EPOCHS.value,
+        num_steps=_STEPS.value,
+        batch_size=_BATCH_SIZE.value,
+        seed=SEED,
+        loop=LoopConfig(evaluate_every=1000, checkpoint_every=25, tensorboard=False),
+    )
+    run_reward(to_section(settings), workdir)
+    comparisons = open_comparisons(data, load_tokenizer(_SFT.value))
+    slope = length_slope(comparisons.train)
+    pairs = scored_pairs(comparisons.held_out, saved_scores(workdir, comparisons.held_out))
+    return Fold(pairs, slope * pairs.length_difference, slope)
+
+
+def saved_scores(workdir: pathlib.Path, groups: Sequence[Group]) -> np.ndarray:
+    """The scores that the saved model gives the groups' answers, in their order."""
+    info = find_model(workdir / "reward" / "model")
+    mesh = sharding.make_mesh()
+    scorer = Scorer(
+        Transformer(info.cfg),
+        {"params": load_params(info, mesh=mesh)},
+        mesh=mesh,
+        rows_at_once=_BATCH_SIZE.value,
+        row_length=_ROW_LENGTH.value,
+    )
+    return scorer.scores([given(answer) for answer in all_answers(groups)])
+
+
+def joined(folds: Sequence[ScoredPairs]) -> ScoredPairs:
+    """The pairs of all folds; no two folds share a case."""
+    columns: dict[str, list[np.ndarray]] = {}
+    first = 0
+    for pairs in folds:
+        for field in dataclasses.fields(pairs):
+            values = getattr(pairs, field.name)
+            shifted = values + first if field.name == "cases" else values
+            columns.setdefault(field.name, []).append(shifted)
+        first += int(pairs.cases.max()) + 1
+    return ScoredPairs(**{name: np.concatenate(parts) for name, parts in columns.items()})
+
+
+def judged(pairs: ScoredPairs, difference: np.ndarray) -> dict[str, Any]:
+    """Accuracy and calibration of one score."""
+    table = measures.reliability(difference, pairs.p_chosen)
+    scored = dataclasses.replace(pairs, difference=difference)
+    return {
+        "accuracy": json_of(measures.accuracy(scored, seed=SEED)),
+        "loss": measures.cross_entropy(difference, pairs.p_chosen),
+        "expected_calibration_error": measures.calibration_error(table),
+        "bins": [one._asdict() for one in table],
+    }
+
+
+def inside(pairs: ScoredPairs, low: float, high: float) -> np.ndarray:
+    """Which pairs have a margin in a range."""
+    return (np.abs(pairs.margin) >= low) & (np.abs(pairs.margin) <= high)
+
+
+def json_of(share: measures.Share | None) -> dict[str, float | int] | None:
+    """A share by name."""
+    return None if share is None else share.to_json()
+
+
+def write(path: pathlib.Path, pairs: Sequence[Comparison]) -> str:
+    """Writes comparisons, one a line."""
+    rows = (json.dumps(pair.to_json(), ensure_ascii=False) for pair in pairs)
+    path.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+if __name__ == "__main__":
+    command_line.run(main)

@@ -1,0 +1,89 @@
+"""A reward model on the sample data: minutes on two cores, no download, no judge.
+
+    python launch/train.py --config=configs/reward.py --workdir=runs/reward
+    python launch/train.py --config=configs/reward.py:MODEL_DIR --workdir=runs/reward
+    python launch/train.py --config=configs/reward.py:MODEL_DIR,mine.jsonl --workdir=runs/mine
+
+Hardware: any CPU. Without a model's directory a short SFT stage makes the backbone first. Data: the
+answer of each of the package's sample dialogues against that of another dialogue (the source is
+named `mismatched_reference`: no judge has seen these, they only let the stage be tried); or, after
+the model's directory, comparison files of one's own.
+Expected: see `reward/reward_report.json` in the run's folder; the score of a model is in
+`reward/model`, ready for `launch/score.py`.
+"""
+
+import pathlib
+
+from ml_collections import ConfigDict
+
+from huatuo_jax.backbone.config import BackboneConfig
+from huatuo_jax.data import sample
+from huatuo_jax.data.held_out import HeldOutConfig
+from huatuo_jax.data.records import KINDS
+from huatuo_jax.reward.config import RewardConfig
+from huatuo_jax.reward.data import ComparisonsConfig, ComparisonSource
+from huatuo_jax.sft import SftConfig
+from huatuo_jax.training.dialogue_data import DataConfig, SourceConfig
+from huatuo_jax.training.initial_model import ModelConfig
+from huatuo_jax.training.loop import LoopConfig
+from huatuo_jax.training.optimizer import OptimizerConfig
+from huatuo_jax.training.sections import to_section
+
+BACKBONE = BackboneConfig(
+    family="llama",
+    vocab_size=2048,
+    hidden_size=128,
+    intermediate_size=352,
+    num_layers=4,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=32,
+    max_positions=512,
+    tie_embeddings=True,
+)
+
+
+def get_config(model_and_files: str = "") -> ConfigDict:
+    """The stages, and the settings of each; see the module for the argument."""
+    model, *files = model_and_files.split(",")
+    if files:
+        sources = tuple(
+            ComparisonSource(name=pathlib.Path(one).stem, paths=(one,)) for one in files
+        )
+    else:
+        sources = tuple(
+            ComparisonSource(
+                name=kind, paths=(str(sample.FOLDER / f"{kind}.jsonl"),), reads="dialogues"
+            )
+            for kind in KINDS
+        )
+    reward = RewardConfig(
+        model=ModelConfig(directory=model or "{workdir}/sft/model"),
+        data=ComparisonsConfig(
+            sources=sources, max_length=512, row_length=1024, held_out=HeldOutConfig(share=0.2)
+        ),
+        optimizer=OptimizerConfig(learning_rate=5e-4, warmup_share=0.1),
+        num_epochs=4,
+        batch_size=4,
+        loop=LoopConfig(evaluate_every=20, checkpoint_every=20, log_every=5),
+    )
+    if model:
+        return ConfigDict({"stages": ("reward",), "reward": to_section(reward)})
+    sft = to_section(short_sft())
+    return ConfigDict({"stages": ("sft", "reward"), "sft": sft, "reward": to_section(reward)})
+
+
+def short_sft() -> SftConfig:
+    """A backbone to put the head on, from the same sample dialogues."""
+    sources = tuple(
+        SourceConfig(name=kind, paths=(str(sample.FOLDER / f"{kind}.jsonl"),), kind=kind)
+        for kind in KINDS
+    )
+    return SftConfig(
+        model=ModelConfig(backbone=BACKBONE, tokenizer=str(sample.FOLDER / "tokenizer")),
+        data=DataConfig(sources=sources, row_length=512, held_out=HeldOutConfig(share=0.1)),
+        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_share=0.05),
+        num_epochs=3,
+        batch_size=4,
+        loop=LoopConfig(evaluate_every=20, checkpoint_every=20, log_every=5),
+    )

@@ -1,0 +1,1 @@
+"""Judges, what they say, and the comparisons that come of it."""

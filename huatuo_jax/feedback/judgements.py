@@ -1,0 +1,233 @@
+"""What a judge said of one answer or of two, as one line of a labels file.
+
+A labels file is append-only. A judgement that failed is a line with `null` for its verdict and an
+`error`; when the same question is answered later, that line supersedes it. `current` gives what
+stands, and never more than one judgement of a question.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, cast, get_args
+
+from huatuo_jax.data.records import Prompt, messages_to_json
+
+Protocol = Literal["score", "pairwise"]
+PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
+CRITERIA = ("informative", "coherent", "preferred", "accurate", "overall")
+
+# In the order of a line of the file.
+_COMMON = (
+    "judge",
+    "template",
+    "reason",
+    "raw",
+    "usage",
+    "cost",
+    "latency_s",
+    "error",
+    "key",
+    "prompt_sha256",
+    "answer_sha256",
+)
+_OF_PROTOCOL: Mapping[Protocol, tuple[str, ...]] = {
+    "score": ("answer", "scores"),
+    "pairwise": ("first", "second", "p_first"),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Judgement:
+    """One question to a judge, and its verdict.
+
+    Attributes:
+        id: of the prompt.
+        key: hash of all that was asked: the judge's settings, the template, the texts, their order.
+        protocol: "score" asks for one answer's scores, "pairwise" for the better of two.
+        answer: score: which of the prompt's answers.
+        first: pairwise: which answer was shown first.
+        second: pairwise: which answer was shown second.
+        scores: score: a number for each of `CRITERIA`; None where the judgement failed.
+        p_first: pairwise: 1, 0, 0.5, or the probability that the first is the better one; None
+            where the judgement failed.
+        judge: the judge's name.
+        template: hash of the prompt template.
+        reason: why, in the judge's words.
+        raw: the reply as it came.
+        usage: tokens, as the server counted them, of all calls this judgement took.
+        cost: money, of all calls this judgement took; None where there is no price.
+        latency_s: of the last call.
+        error: why it failed; None where it did not.
+        prompt_sha256: of the prompt's messages.
+        answer_sha256: of the texts judged, in the order shown.
+    """
+
+    id: str
+    key: str
+    protocol: Protocol
+    answer: int | None = None
+    first: int | None = None
+    second: int | None = None
+    scores: Mapping[str, float] | None = None
+    p_first: float | None = None
+    judge: str
+    template: str
+    reason: str | None = None
+    raw: str | None = None
+    usage: Mapping[str, Any] | None = None
+    cost: float | None = None
+    latency_s: float | None = None
+    error: str | None = None
+    prompt_sha256: str
+    answer_sha256: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a judgement that says too little or too much."""
+        if self.protocol not in PROTOCOLS:
+            raise ValueError(
+                f"protocol is {self.protocol!r}; it should be one of {', '.join(PROTOCOLS)}"
+            )
+        for protocol, names in _OF_PROTOCOL.items():
+            if protocol != self.protocol:
+                given = [name for name in names if getattr(self, name) is not None]
+                if given:
+                    raise ValueError(f"{given[0]} does not belong to the {self.protocol} protocol")
+        if any(not isinstance(index, int) or index < 0 for index in self.answers):
+            raise ValueError(f"answers {self.answers} should be whole numbers from 0 on")
+        if len(self.answer_sha256) != len(self.answers):
+            raise ValueError(f"{len(self.answer_sha256)} hashes for {len(self.answers)} answers")
+        if self.failed == (self.error is None):
+            raise ValueError("a judgement needs either a verdict or an error, and not both")
+        if self.scores is not None:
+            _check_scores(self.scores)
+        if self.p_first is not None and not 0.0 <= self.p_first <= 1.0:
+            raise ValueError(f"p_first is {self.p_first}; it should lie between 0 and 1")
+
+    @property
+    def failed(self) -> bool:
+        """Whether there is no verdict."""
+        return (self.scores if self.protocol == "score" else self.p_first) is None
+
+    @property
+    def answers(self) -> tuple[int, ...]:
+        """Which of the prompt's answers were judged, in the order shown."""
+        shown = (self.answer,) if self.protocol == "score" else (self.first, self.second)
+        return cast(tuple[int, ...], shown)
+
+    @property
+    def identity(self) -> tuple[str, str, tuple[int, ...]]:
+        """What a labels file holds one standing judgement of: key, prompt id, answers."""
+        return self.key, self.id, self.answers
+
+    def to_json(self) -> dict[str, Any]:
+        """The record of the labels file, with the fields of its protocol."""
+        names = ("id", "protocol", *_OF_PROTOCOL[self.protocol], *_COMMON)
+        row = {name: getattr(self, name) for name in names}
+        for name in ("scores", "usage"):
+            if row.get(name) is not None:
+                row[name] = dict(row[name])
+        return {**row, "answer_sha256": list(self.answer_sha256)}
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> "Judgement":
+        """The judgement that `to_json` wrote.
+
+        Raises:
+          ValueError: a field lacks, is unknown, or has a value that cannot be.
+        """
+        protocol = row["protocol"] if "protocol" in row else None
+        if protocol not in PROTOCOLS:
+            raise ValueError(
+                f"protocol is {protocol!r}; it should be one of {', '.join(PROTOCOLS)}"
+            )
+        names = {"id", "protocol", *_OF_PROTOCOL[protocol], *_COMMON}
+        if names != set(row):
+            lacking, unknown = sorted(names - set(row)), sorted(set(row) - names)
+            raise ValueError(f"a judgement that lacks {lacking} and has unknown {unknown}")
+        if not isinstance(row["answer_sha256"], list):
+            raise ValueError("answer_sha256 should be a list")
+        return cls(**{**row, "answer_sha256": tuple(row["answer_sha256"])})
+
+
+def question_key(
+    *,
+    settings: Mapping[str, Any],
+    protocol: Protocol,
+    template: str,
+    prompt: Prompt,
+    texts: Sequence[str],
+) -> str:
+    """Hash of all that decides a judgement: who is asked, how, about which texts, in which order.
+
+    The prompt's id and the answers' places are not part of it, so that equal texts are one
+    question.
+    """
+    asked = [
+        dict(settings),
+        protocol,
+        template,
+        messages_to_json(prompt.messages),
+        prompt.reference,
+        prompt.diagnosis,
+        list(texts),
+    ]
+    return sha256(json.dumps(asked, ensure_ascii=False, sort_keys=True, allow_nan=False))
+
+
+def prompt_hash(prompt: Prompt) -> str:
+    """Hash of a prompt's messages, as it stands in `prompt_sha256`."""
+    return sha256(json.dumps(messages_to_json(prompt.messages), ensure_ascii=False))
+
+
+def sha256(text: str) -> str:
+    """The SHA-256 of a text, in hexadecimal digits."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def read_judgements(path: str | os.PathLike[str]) -> Iterator[Judgement]:
+    """Every line of a labels file in order, failed and superseded judgements too.
+
+    A last line that a killed run left unfinished is passed over.
+
+    Raises:
+      ValueError: a whole line that is no judgement.
+      OSError: the file cannot be read.
+    """
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                yield Judgement.from_json(json.loads(line))
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{path}:{number}: not a judgement: {error}") from error
+
+
+def current(judgements: Iterable[Judgement]) -> list[Judgement]:
+    """What stands: of each question about each answer its verdict, or else its last failure.
+
+    Ordered by prompt id and answers, whatever order the judgements came in.
+    """
+    standing: dict[tuple[str, str, tuple[int, ...]], Judgement] = {}
+    for judgement in judgements:
+        before = standing.get(judgement.identity)
+        if before is None or before.failed:
+            standing[judgement.identity] = judgement
+    return sorted(
+        standing.values(), key=lambda found: (found.id, found.protocol, found.answers, found.key)
+    )
+
+
+def _check_scores(scores: Mapping[str, float]) -> None:
+    if set(scores) != set(CRITERIA):
+        raise ValueError(f"scores has {sorted(scores)}; it should have {', '.join(CRITERIA)}")
+    for name, score in scores.items():
+        if (
+            isinstance(score, bool)
+            or not isinstance(score, int | float)
+            or not math.isfinite(score)
+        ):
+            raise ValueError(f"scores[{name!r}] is {score!r}; it should be a number")

@@ -1,0 +1,164 @@
+"""A whole run of labelling: from an answers file to labels, a report of them, and comparisons."""
+
+import asyncio
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from huatuo_jax.feedback.comparison_config import ComparisonConfig
+from huatuo_jax.feedback.comparisons import make_comparisons, write_comparisons
+from huatuo_jax.feedback.judgements import Judgement, read_judgements
+from huatuo_jax.feedback.judges import Judge
+from huatuo_jax.feedback.label_report import label_report
+from huatuo_jax.feedback.labelling import LabelConfig, Labels, label, make_plan, questions_of
+from huatuo_jax.feedback.labels_file import LabelsFile
+from huatuo_jax.feedback.offline_judge import OfflineJudge
+from huatuo_jax.feedback.openai_judge import OpenAIJudge, OpenAIJudgeConfig
+from huatuo_jax.feedback.questions import Answered, Question, read_answered
+from huatuo_jax.feedback.server_calls import key_from_environment
+from huatuo_jax.progress import progress_bar
+
+OFFLINE = "offline"
+Say = Callable[[str], object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelRun:
+    """What to label, with whom, and what to make of it.
+
+    Attributes:
+        answers: the answers file.
+        output: the labels file, to make or to go on with.
+        openai: the judge behind a server; None for the offline one.
+        label: what to ask about each prompt.
+        dry_run: count calls and cost, and send nothing.
+        comparisons: the comparisons file to make; None for none.
+        comparison: the policies by which judgements become comparisons.
+    """
+
+    answers: str
+    output: str
+    openai: OpenAIJudgeConfig | None = None
+    label: LabelConfig = LabelConfig()
+    dry_run: bool = False
+    comparisons: str | None = None
+    comparison: ComparisonConfig = ComparisonConfig()
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for files that are one, and for comparisons of two protocols."""
+        files = [self.answers, self.output, *([self.comparisons] if self.comparisons else [])]
+        if len({os.path.abspath(path) for path in files}) < len(files):
+            raise ValueError(f"answers, output and comparisons are {files}; they should differ")
+        if self.comparisons is not None and self.label.protocol == "both":
+            raise ValueError(
+                "comparisons are made of one protocol: label with protocol=both, then run again"
+                " with score or pairwise, which costs nothing more"
+            )
+
+
+def run_labels(cfg: LabelRun, say: Say) -> Labels | None:
+    """Labels a file of answers; run again, it goes on where it ended.
+
+    Beside the labels file stand its report (`.report.json`) and, where a server was asked, its
+    spending file.
+
+    Args:
+      cfg: what to label, and with whom.
+      say: is called with what the user should know.
+
+    Returns:
+      What stands; None after a dry run.
+
+    Raises:
+      ValueError: answers, templates, prices or a labels file that cannot be; a judge that cannot go
+        on. What had arrived by then is in the labels file.
+      OSError: a file cannot be read or written.
+    """
+    answered = read_answered(cfg.answers)
+    judge = open_judge(cfg)
+    try:
+        questions = questions_of(cfg.label, answered, judge)
+        with LabelsFile(cfg.output) as file:
+            say(str(make_plan(questions, file.found, judge)))
+    except BaseException:
+        asyncio.run(judge.close())
+        raise
+    if cfg.dry_run:
+        asyncio.run(judge.close())
+        return None
+    with progress_bar("judging", "judgements") as on_progress:
+        labels = label(
+            questions,
+            judge,
+            cfg.output,
+            concurrency=cfg.label.concurrency,
+            on_progress=on_progress,
+        )
+    if labels.judgements:
+        say(str(labels))
+        if isinstance(judge, OpenAIJudge):
+            say(judge.spent())
+    if labels.error is not None:
+        raise labels.error
+    if labels.judgements:
+        _report(cfg, answered, questions, judge, say)
+        _compare(cfg, answered, labels.judgements, say)
+    return labels
+
+
+def open_judge(cfg: LabelRun) -> Judge:
+    """The judge that a run names; its key is from the environment.
+
+    Raises:
+      ValueError: a template, a price table or a spending file that cannot be, no key, or a budget
+        of money for a model without a price.
+    """
+    if cfg.openai is None:
+        return OfflineJudge()
+    # A dry run sends nothing, and needs no key.
+    key = "none" if cfg.dry_run else key_from_environment()
+    return OpenAIJudge(cfg.openai, key=key, spending=spending_path(cfg.output))
+
+
+def spending_path(output: str | os.PathLike[str]) -> str:
+    """The spending file that belongs to a labels file."""
+    return f"{os.fspath(output)}.spending.jsonl"
+
+
+def report_path(output: str | os.PathLike[str]) -> str:
+    """The report that belongs to a labels file."""
+    return f"{os.fspath(output)}.report.json"
+
+
+def _report(
+    cfg: LabelRun,
+    answered: Sequence[Answered],
+    questions: Sequence[Question],
+    judge: Judge,
+    say: Say,
+) -> None:
+    """Report all lines of these questions, as those of other settings may be in the file too."""
+    keys = {question.key for question in questions}
+    lines = (line for line in read_judgements(cfg.output) if line.key in keys)
+    report = label_report(lines, answered, criterion=cfg.comparison.criterion)
+    row = report.to_json()
+    if isinstance(judge, OpenAIJudge):
+        row["spending"] = dataclasses.asdict(judge.totals)
+    path = pathlib.Path(report_path(cfg.output))
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(json.dumps(row, ensure_ascii=False, indent=2), encoding="utf-8")
+    os.replace(temporary, path)
+    say(report.text())
+
+
+def _compare(
+    cfg: LabelRun, answered: Sequence[Answered], judgements: Sequence[Judgement], say: Say
+) -> None:
+    if cfg.comparisons is None:
+        return
+    comparisons, report = make_comparisons(judgements, answered, cfg.comparison)
+    write_comparisons(cfg.comparisons, comparisons)
+    say(f"{report.text()}\nwritten: {cfg.comparisons}")

@@ -1,0 +1,286 @@
+"""Asks a judge about a file of answers, in a run that can be killed and started again.
+
+A call that is under way when a run is killed is asked again, and counts twice in the spending
+file; its judgement stands in the labels file once. Judgements come in the order in which they
+arrive; what is made of them later is ordered by id.
+"""
+
+import asyncio
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from huatuo_jax.feedback.judgements import Judgement, current
+from huatuo_jax.feedback.judges import Estimate, Judge, JudgementFailed, JudgeUnusable, Reply
+from huatuo_jax.feedback.labels_file import LabelsFile
+from huatuo_jax.feedback.questions import (
+    Answered,
+    Question,
+    pairwise_questions,
+    score_questions,
+)
+
+Protocols = Literal["score", "pairwise", "both"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelConfig:
+    """What to ask about each prompt's answers.
+
+    Attributes:
+        protocol: "score" for each answer by itself, "pairwise" for every two in both orders.
+        max_pairs: of a prompt at most; None for all.
+        concurrency: questions under way at once.
+    """
+
+    protocol: Protocols = "score"
+    max_pairs: int | None = None
+    concurrency: int = 8
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a field that cannot be."""
+        if self.protocol not in ("score", "pairwise", "both"):
+            raise ValueError(f"protocol is {self.protocol!r}; it should be score, pairwise or both")
+        for name in ("max_pairs", "concurrency"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is to be asked, and what need not be.
+
+    Attributes:
+        questions: all that the answers file and the settings make.
+        done: of them those with a verdict in the labels file.
+        copies: those of which an equal question has a verdict there, with that verdict.
+        groups: the others; equal questions are together and asked once.
+        others: judgements in the file that belong to none of the questions.
+        estimate: what the calls may take, where none fails.
+    """
+
+    questions: Sequence[Question]
+    done: int
+    copies: Sequence[tuple[Question, Judgement]]
+    groups: Sequence[Sequence[Question]]
+    others: int
+    estimate: Estimate
+
+    def __str__(self) -> str:
+        """Counts and cost, for the user to see before anything is spent."""
+        estimate = self.estimate
+        lines = [
+            f"{len(self.questions)} judgements: {self.done} done, {len(self.copies)} copied from"
+            f" equal questions, {_num_asked(self.groups)} to get by {len(self.groups)} questions"
+        ]
+        if estimate.calls:
+            lines.append(
+                f"calls: {estimate.calls}, more where some fail; tokens: about"
+                f" {estimate.input_tokens} in (at most {estimate.max_input_tokens}), at most"
+                f" {estimate.max_output_tokens} out"
+            )
+            lines.append(
+                "cost: unknown, as the price table lacks this model"
+                if estimate.cost is None
+                else f"cost: about {estimate.cost:.6g} if every reply is as long as it may be, at"
+                f" most {estimate.max_cost:.6g} if no call fails"
+            )
+        if self.others:
+            lines.append(f"{self.others} judgements of other questions are in the file, and stay")
+        return "\n".join(lines)
+
+
+@dataclass
+class Labels:
+    """What stands after a run.
+
+    Attributes:
+        judgements: of all questions of the plan that were asked, by id and answers.
+        asked: questions of this run.
+        failed: judgements without a verdict.
+        missing: questions that were not asked.
+        error: what ended the run early.
+    """
+
+    judgements: list[Judgement] = field(default_factory=list)
+    asked: int = 0
+    failed: int = 0
+    missing: int = 0
+    error: JudgeUnusable | OSError | None = None
+
+    def __str__(self) -> str:
+        """One line."""
+        good = len(self.judgements) - self.failed
+        again = "; run again to ask for them anew" if self.failed or self.missing else ""
+        return (
+            f"{good} verdicts, {self.failed} failed judgements, {self.missing} not asked"
+            f" ({self.asked} questions asked in this run){again}"
+        )
+
+
+def questions_of(cfg: LabelConfig, answered: Sequence[Answered], judge: Judge) -> list[Question]:
+    """All questions, each once."""
+    questions: list[Question] = []
+    if cfg.protocol in ("score", "both"):
+        questions += score_questions(answered, judge)
+    if cfg.protocol in ("pairwise", "both"):
+        questions += pairwise_questions(answered, judge, max_pairs=cfg.max_pairs)
+    return questions
+
+
+def make_plan(questions: Sequence[Question], found: Iterable[Judgement], judge: Judge) -> Plan:
+    """What the judgements that are there leave to be asked.
+
+    Raises:
+      ValueError: a prompt that cannot be judged.
+    """
+    standing = {judgement.identity: judgement for judgement in current(found)}
+    verdicts = {judgement.key: judgement for judgement in standing.values() if not judgement.failed}
+    done, copies = 0, []
+    groups: dict[str, list[Question]] = {}
+    for question in questions:
+        there = standing.get(question.identity)
+        if there is not None and not there.failed:
+            done += 1
+        elif question.key in verdicts:
+            copies.append((question, verdicts[question.key]))
+        else:
+            groups.setdefault(question.key, []).append(question)
+    estimates = [judge.estimate(group[0].prompt, group[0].texts) for group in groups.values()]
+    return Plan(
+        questions=questions,
+        done=done,
+        copies=copies,
+        groups=list(groups.values()),
+        others=len(standing.keys() - {question.identity for question in questions}),
+        estimate=_sum(estimates),
+    )
+
+
+def label(
+    questions: Sequence[Question],
+    judge: Judge,
+    output: str | os.PathLike[str],
+    *,
+    concurrency: int,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Labels:
+    """Asks all questions that have no verdict yet, and appends what comes to the labels file.
+
+    Args:
+      questions: of `questions_of`.
+      judge: is closed at the end.
+      output: the labels file, made with its first judgement.
+      concurrency: questions under way at once.
+      on_progress: is called with the judgements done and those in all.
+
+    Returns:
+      What stands. Where the judge could not go on, `error` says why, and all that had arrived by
+      then is in the file.
+
+    Raises:
+      ValueError: a prompt that cannot be judged, or a labels file that cannot be.
+      OSError: the file cannot be read.
+    """
+
+    async def run() -> Labels:
+        try:
+            with LabelsFile(output) as file:
+                plan = make_plan(questions, file.found, judge)
+                return await _Run(plan, judge, file, on_progress).run(concurrency)
+        finally:
+            await judge.close()
+
+    return asyncio.run(run())
+
+
+class _Run:
+    """One run over a plan."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        judge: Judge,
+        file: LabelsFile,
+        on_progress: Callable[[int, int], None] | None,
+    ) -> None:
+        self._plan, self._judge, self._file = plan, judge, file
+        self._on_progress = on_progress
+        self._done = plan.done
+        self._new: list[Judgement] = []
+        self._asked = 0
+        self._error: JudgeUnusable | OSError | None = None
+
+    async def run(self, concurrency: int) -> Labels:
+        for question, judgement in self._plan.copies:
+            self._append([question.copy_of(judgement)])
+        groups = iter(self._plan.groups)
+        async with asyncio.TaskGroup() as tasks:
+            for _ in range(min(concurrency, len(self._plan.groups))):
+                tasks.create_task(self._work(groups))
+        return self._labels()
+
+    async def _work(self, groups: Iterator[Sequence[Question]]) -> None:
+        """Asks until nothing is left, or until the judge cannot go on."""
+        for group in groups:
+            if self._error is not None:
+                return
+            outcome: Reply | JudgementFailed
+            try:
+                self._asked += 1
+                try:
+                    outcome = await group[0].ask(self._judge)
+                except JudgementFailed as failure:
+                    outcome = failure
+                self._append(
+                    [
+                        question.judgement(outcome, paid=index == 0)
+                        for index, question in enumerate(group)
+                    ]
+                )
+            except (JudgeUnusable, OSError) as error:
+                # The others finish what is under way, as it is paid for.
+                self._error = self._error or error
+                return
+
+    def _append(self, judgements: Sequence[Judgement]) -> None:
+        self._file.append(judgements)
+        self._new += judgements
+        self._done += len(judgements)
+        if self._on_progress is not None:
+            self._on_progress(self._done, len(self._plan.questions))
+
+    def _labels(self) -> Labels:
+        wanted = {question.identity for question in self._plan.questions}
+        standing = [
+            judgement
+            for judgement in current([*self._file.found, *self._new])
+            if judgement.identity in wanted
+        ]
+        return Labels(
+            judgements=standing,
+            asked=self._asked,
+            failed=sum(judgement.failed for judgement in standing),
+            missing=len(wanted) - len(standing),
+            error=self._error,
+        )
+
+
+def _num_asked(groups: Iterable[Sequence[Question]]) -> int:
+    return sum(map(len, groups))
+
+
+def _sum(estimates: Sequence[Estimate]) -> Estimate:
+    costs = [estimate.cost for estimate in estimates if estimate.cost is not None]
+    max_costs = [estimate.max_cost for estimate in estimates if estimate.max_cost is not None]
+    return Estimate(
+        calls=sum(estimate.calls for estimate in estimates),
+        input_tokens=sum(estimate.input_tokens for estimate in estimates),
+        max_input_tokens=sum(estimate.max_input_tokens for estimate in estimates),
+        max_output_tokens=sum(estimate.max_output_tokens for estimate in estimates),
+        cost=math.fsum(costs) if len(costs) == len(estimates) else None,
+        max_cost=math.fsum(max_costs) if len(max_costs) == len(estimates) else None,
+    )

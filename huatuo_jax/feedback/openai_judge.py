@@ -1,0 +1,267 @@
+"""A judge behind an OpenAI-compatible server: OpenAI's own, vLLM, or any other that speaks it."""
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from openai.types.chat.chat_completion import Choice
+
+from huatuo_jax.data.records import Prompt
+from huatuo_jax.feedback import judgements, replies
+from huatuo_jax.feedback.judge_prompts import JudgePrompt, read_judge_prompt
+from huatuo_jax.feedback.judges import Estimate, JudgementFailed, JudgeUnusable, Reply
+from huatuo_jax.feedback.prices import Price, read_price
+from huatuo_jax.feedback.server_calls import Server, ServerConfig, Taken
+from huatuo_jax.feedback.server_faults import scrubbed
+from huatuo_jax.feedback.spending import Totals, Usage
+
+# A byte-level tokenizer never makes more tokens than there are bytes; these cover what a server's
+# chat template and its own system text add.
+_MAX_TOKENS_A_MESSAGE = 16
+_MAX_TOKENS_A_CALL = 256
+# About what today's tokenizers make of Chinese and of the rest.
+_TOKENS_A_WIDE_CHARACTER = 0.8
+_TOKENS_A_NARROW_CHARACTER = 0.3
+_WIDE = re.compile(r"[\u2e80-\uffff]")
+_TOP_LOG_PROBS = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenAIJudgeConfig:
+    """What to ask.
+
+    Attributes:
+        model: as the server calls it; the judge's name in every record.
+        server: where and how.
+        structured: "json_schema" or "json_object" where the server can hold a reply to a form.
+        log_probs: take a comparison's probability from the verdict's token.
+        temperature: None to leave it to the server.
+        max_tokens: of a reply.
+        max_tokens_field: what the server calls it.
+        low: the worst score.
+        high: the best score.
+        score_template: file; None for the one that is shipped.
+        pairwise_template: file; None for the one that is shipped.
+        require_reference: refuse prompts with neither a doctor's answer nor a diagnosis.
+        prices: file of the price table; None for the one that is shipped.
+    """
+
+    model: str
+    server: ServerConfig = field(default_factory=ServerConfig)
+    structured: replies.Structured = "json_schema"
+    log_probs: bool = False
+    temperature: float | None = 0.0
+    max_tokens: int = 1024
+    max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    low: int = 1
+    high: int = 5
+    score_template: str | None = None
+    pairwise_template: str | None = None
+    require_reference: bool = True
+    prices: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a field that cannot be."""
+        if not self.model:
+            raise ValueError("model is empty; it should be the name of a model of the server")
+        for name, choices in (
+            ("structured", get_args(replies.Structured)),
+            ("max_tokens_field", ("max_tokens", "max_completion_tokens")),
+        ):
+            if getattr(self, name) not in choices:
+                value = getattr(self, name)
+                raise ValueError(f"{name} is {value!r}; it should be one of {', '.join(choices)}")
+        if not 0 <= self.low < self.high:
+            raise ValueError(f"low={self.low} and high={self.high} should be 0 <= low < high")
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens={self.max_tokens} must be at least 1")
+
+
+class OpenAIJudge:
+    """Asks a language model behind a server; see `judges.Judge`."""
+
+    def __init__(
+        self, cfg: OpenAIJudgeConfig, *, key: str, spending: str | os.PathLike[str] | None
+    ) -> None:
+        """Read templates and prices, and what earlier runs spent; nothing is sent.
+
+        Args:
+            cfg: what to ask.
+            key: for the server, see `server_calls.key_from_environment`.
+            spending: the spending file; None to count this run alone.
+
+        Raises:
+            ValueError: a template, a price table or a spending file that cannot be, or a budget of
+                money for a model without a price.
+        """
+        self._cfg, self._key = cfg, key
+        self._prompts: dict[judgements.Protocol, JudgePrompt] = {
+            "score": read_judge_prompt("score", cfg.score_template),
+            "pairwise": read_judge_prompt("pairwise", cfg.pairwise_template),
+        }
+        self.price: Price | None = read_price(cfg.model, cfg.prices)
+        max_cost = cfg.server.budget.max_cost
+        if self.price is None and max_cost is not None:
+            raise ValueError(
+                f"max_cost={max_cost:g} needs a price, and the table has none for {cfg.model!r}:"
+                " add it to a copy of the table and name the copy by --prices"
+            )
+        self._server = Server(cfg.server, key=key, price=self.price, spending=spending)
+
+    @property
+    def name(self) -> str:
+        """The model."""
+        return self._cfg.model
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """What decides the verdicts. The server's address does not: a server may move."""
+        names = ("model", "structured", "log_probs", "temperature", "max_tokens", "low", "high")
+        return {name: getattr(self._cfg, name) for name in names}
+
+    @property
+    def totals(self) -> Totals:
+        """What all calls took, in this run and those before."""
+        return self._server.totals
+
+    def spent(self) -> str:
+        """What all calls of the labels file took, for the user."""
+        totals = self.totals
+        tokens = f"{totals.usage.input_tokens} tokens in, {totals.usage.output_tokens} out"
+        told = f"spent in all runs: {totals.requests} requests, {tokens}"
+        if self.price is not None:
+            told += f", {totals.cost:.6g} {self.price.currency}"
+        if totals.unknown_requests:
+            told += f"; {totals.unknown_requests} requests ended without a word of their cost"
+            if self.price is not None:
+                told += f" ({totals.unknown_cost:.6g} at most)"
+        return told
+
+    def template_hash(self, protocol: judgements.Protocol) -> str:
+        """Hash of the template file."""
+        return self._prompts[protocol].hash
+
+    def estimate(self, prompt: Prompt, texts: Sequence[str]) -> Estimate:
+        """What a question may take; see `judges.Judge`."""
+        return self._estimate(self._request(prompt, texts))
+
+    async def score(self, prompt: Prompt, answer: str) -> Reply:
+        """The answer's scores; see `judges.Judge`."""
+        taken = Taken()
+        choice = await self._ask(prompt, [answer], taken)
+        text = self._text_of(choice, taken)
+        try:
+            found = replies.parse_score(text, low=self._cfg.low, high=self._cfg.high)
+        except replies.BadReply as error:
+            raise JudgementFailed(str(error), raw=text, **taken.fields()) from error
+        return Reply(scores=found.scores, reason=found.reason, raw=text, **taken.fields())
+
+    async def compare(self, prompt: Prompt, first: str, second: str) -> Reply:
+        """How likely the first answer is the better one; see `judges.Judge`."""
+        taken = Taken()
+        choice = await self._ask(prompt, [first, second], taken)
+        text = self._text_of(choice, taken)
+        try:
+            found = replies.parse_verdict(text)
+            p_first = found.p_first
+            if self._cfg.log_probs:
+                p_first = replies.verdict_probability(_tokens_of(choice, self.name))
+        except replies.BadReply as error:
+            raise JudgementFailed(str(error), raw=text, **taken.fields()) from error
+        return Reply(p_first=p_first, reason=found.reason, raw=text, **taken.fields())
+
+    async def close(self) -> None:
+        """Close connections and the spending file."""
+        await self._server.close()
+
+    async def _ask(self, prompt: Prompt, texts: Sequence[str], taken: Taken) -> Choice:
+        request = self._request(prompt, texts)
+        completion = await self._server.complete(request, self._estimate(request), taken)
+        if not completion.choices:
+            raise JudgementFailed("the reply has no choice in it", **taken.fields())
+        return completion.choices[0]
+
+    def _text_of(self, choice: Choice, taken: Taken) -> str:
+        """The text of a reply that came to its own end, without the key should it hold that."""
+        text = scrubbed(choice.message.content or "", self._key)
+        if choice.finish_reason not in ("stop", None):
+            raise JudgementFailed(
+                f"the reply ended for the reason {choice.finish_reason!r}",
+                raw=text,
+                **taken.fields(),
+            )
+        return text
+
+    def _request(self, prompt: Prompt, texts: Sequence[str]) -> dict[str, Any]:
+        cfg = self._cfg
+        protocol: judgements.Protocol = "score" if len(texts) == 1 else "pairwise"
+        request: dict[str, Any] = {
+            "model": cfg.model,
+            "messages": self._prompts[protocol].render(
+                prompt,
+                texts,
+                low=cfg.low,
+                high=cfg.high,
+                require_reference=cfg.require_reference,
+            ),
+            cfg.max_tokens_field: cfg.max_tokens,
+        }
+        if cfg.temperature is not None:
+            request["temperature"] = cfg.temperature
+        form = replies.response_format(protocol, cfg.structured, low=cfg.low, high=cfg.high)
+        if form is not None:
+            request["response_format"] = form
+        if cfg.log_probs and protocol == "pairwise":
+            request |= {"logprobs": True, "top_logprobs": _TOP_LOG_PROBS}
+        return request
+
+    def _estimate(self, request: Mapping[str, Any]) -> Estimate:
+        texts = [message["content"] for message in request["messages"]]
+        # Some servers put the form of the reply into the prompt.
+        form = json.dumps(request["response_format"]) if "response_format" in request else ""
+        num_wide = sum(len(_WIDE.findall(text)) for text in texts)
+        num_narrow = sum(map(len, texts)) + len(form) - num_wide
+        about = _TOKENS_A_WIDE_CHARACTER * num_wide + _TOKENS_A_NARROW_CHARACTER * num_narrow
+        at_most = sum(len(text.encode("utf-8", "surrogatepass")) for text in (*texts, form))
+        at_most += _MAX_TOKENS_A_MESSAGE * len(texts) + _MAX_TOKENS_A_CALL
+        return Estimate(
+            calls=1,
+            input_tokens=round(about),
+            max_input_tokens=at_most,
+            max_output_tokens=self._cfg.max_tokens,
+            cost=self._cost(round(about)),
+            max_cost=self._cost(at_most),
+        )
+
+    def _cost(self, input_tokens: int) -> float | None:
+        if self.price is None:
+            return None
+        usage = Usage(input_tokens=input_tokens, output_tokens=self._cfg.max_tokens)
+        return self.price.cost(usage)
+
+
+def _tokens_of(choice: Choice, model: str) -> list[replies.Token]:
+    """The tokens of a reply with the likeliest ones at each place.
+
+    Raises:
+      JudgeUnusable: the server gives none.
+    """
+    if choice.logprobs is None or not choice.logprobs.content:
+        raise JudgeUnusable(
+            f"the server gives no log-probabilities with {model!r}: ask without log_probs"
+        )
+    return [
+        replies.Token(
+            _bytes_of(token),
+            {_bytes_of(token): token.logprob}
+            | {_bytes_of(other): other.logprob for other in token.top_logprobs},
+        )
+        for token in choice.logprobs.content
+    ]
+
+
+def _bytes_of(token: Any) -> bytes:
+    return bytes(token.bytes) if token.bytes is not None else token.token.encode()

@@ -1,0 +1,165 @@
+"""Answers to a few prompts that stay the same while a model trains: its progress, to be read."""
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import transformers
+from jax.sharding import Mesh
+
+from huatuo_jax import sharding
+from huatuo_jax.backbone.transformer import Transformer
+from huatuo_jax.data.chat import ChatTemplate
+from huatuo_jax.data.examples import Example
+from huatuo_jax.data.records import Message
+from huatuo_jax.generation.engine import Engine
+from huatuo_jax.generation.requests import Request, SamplingConfig
+from huatuo_jax.generation.texts import text_of
+
+_PROBE = (Message("user", "?"), Message("assistant", "!"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplesConfig:
+    """What is sampled at each evaluation.
+
+    Attributes:
+        num_prompts: held-out dialogues whose last answer is written anew; 0 for none.
+        max_new_tokens: tokens of an answer at most.
+    """
+
+    num_prompts: int = 0
+    max_new_tokens: int = 128
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a number that cannot be."""
+        if self.num_prompts < 0 or self.max_new_tokens < 1:
+            raise ValueError(
+                f"samples.num_prompts={self.num_prompts} must be at least 0, and "
+                f"samples.max_new_tokens={self.max_new_tokens} at least 1"
+            )
+
+
+class SamplePrompt(NamedTuple):
+    """A dialogue's beginning, and the answer that stands in the data."""
+
+    id: str
+    token_ids: list[int]
+    reference_ids: list[int]
+
+
+class Samples:
+    """Writes greedy answers to a file, one line a prompt and step."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        prompts: Sequence[SamplePrompt],
+        tokenizer: transformers.PreTrainedTokenizerBase,
+        *,
+        stop_token_ids: Sequence[int],
+        max_new_tokens: int,
+        mesh: Mesh,
+        path: str | os.PathLike[str],
+    ) -> None:
+        """Nothing is compiled before the first `write`.
+
+        Args:
+            model: the backbone.
+            prompts: at least one; those that leave no room for an answer are an error.
+            tokenizer: the model's.
+            stop_token_ids: the template's.
+            max_new_tokens: tokens of an answer at most, and less where positions end.
+            mesh: where the weights lie.
+            path: the file.
+
+        Raises:
+            ValueError: there are several processes: an engine serves one.
+        """
+        if jax.process_count() > 1:
+            raise ValueError("samples.num_prompts must be 0 where several processes train")
+        self._model, self._prompts, self._tokenizer = model, prompts, tokenizer
+        self._mesh, self._path = mesh, pathlib.Path(path)
+        longest = max(len(prompt.token_ids) for prompt in prompts)
+        self._max_length = min(longest + max_new_tokens, model.cfg.max_positions)
+        self._sampling = SamplingConfig(
+            max_new_tokens=max_new_tokens, temperature=0.0, stop_token_ids=tuple(stop_token_ids)
+        )
+        self._engine: Engine | None = None
+
+    def write(self, step: int, variables: Mapping[str, Any]) -> None:
+        """Adds the answers of a step; those of it and of later ones, from a killed run, go first.
+
+        Args:
+            step: optimizer steps so far.
+            variables: the model's; let go of again when the answers are written.
+        """
+        engine = self._load(dict(variables))
+        requests = [
+            Request(prompt_token_ids=prompt.token_ids, sampling=self._sampling)
+            for prompt in self._prompts
+        ]
+        groups = engine.generate_in_order(requests)
+        engine.unload()
+        rows = [row for row in read_samples(self._path) if row["step"] < step]
+        for prompt, (answer,) in zip(self._prompts, groups, strict=True):
+            rows.append(
+                {
+                    "step": step,
+                    "id": prompt.id,
+                    "prompt": self._tokenizer.decode(prompt.token_ids),
+                    "answer": text_of(self._tokenizer, answer.token_ids),
+                    "finish_reason": answer.finish_reason,
+                    "reference": text_of(self._tokenizer, prompt.reference_ids),
+                }
+            )
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        unfinished = self._path.with_name(self._path.name + ".unfinished")
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(self._path)
+
+    def _load(self, variables: dict[str, Any]) -> Engine:
+        if self._engine is not None:
+            self._engine.load(variables)
+            return self._engine
+        shards = int(np.prod([self._mesh.shape[axis] for axis in sharding.BATCH_AXES]))
+        self._engine = Engine(
+            self._model,
+            variables,
+            slots=-(-len(self._prompts) // shards) * shards,
+            max_length=self._max_length,
+            mesh=self._mesh,
+        )
+        return self._engine
+
+
+def read_samples(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The rows of a samples file; none where there is no file yet."""
+    path = pathlib.Path(path)
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def sample_prompt(
+    example: Example, template: ChatTemplate, tokenizer: transformers.PreTrainedTokenizerBase
+) -> SamplePrompt:
+    """A tokenised dialogue up to its last answer, the answer's header included.
+
+    The ids are those of training; the header is the end of the template's prompt, where the
+    template trains it with the answer.
+    """
+    trained = np.asarray(example.trained_mask)
+    starts = np.flatnonzero(trained & ~np.concatenate([[False], trained[:-1]]))
+    start = int(starts[-1])
+    rendered = template.render(_PROBE, tokenizer)
+    header = template.prompt(_PROBE[:1], tokenizer)[rendered.trained_mask.index(True) :]
+    end = start + len(header)
+    ids = np.asarray(example.token_ids).tolist()
+    assert ids[start:end] == header, f"example {example.id!r} is of another template"
+    return SamplePrompt(example.id, ids[:end], ids[end:])

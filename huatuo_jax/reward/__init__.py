@@ -1,0 +1,1 @@
+"""The reward model: comparisons in, a score for any answer out."""

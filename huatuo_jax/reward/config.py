@@ -1,0 +1,128 @@
+"""The settings of a reward stage."""
+
+import dataclasses
+import os
+
+from huatuo_jax.reward.data import ComparisonsConfig
+from huatuo_jax.reward.rows import Denominator, RowsConfig
+from huatuo_jax.training.initial_model import ComputeSection, ModelConfig
+from huatuo_jax.training.loop import LoopConfig
+from huatuo_jax.training.optimizer import OptimizerConfig
+from huatuo_jax.training.run_directory import operational
+
+WORKDIR_MARK = "{workdir}"
+"""In a path of the config it stands for the run's folder: the SFT stage's model is found so."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """How the devices are divided, see `sharding.make_mesh`; -1 takes what is left."""
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RewardConfig:
+    """A run of reward training.
+
+    Attributes:
+        model: the backbone, mostly an SFT model's directory (`{workdir}/sft/model` is that of this
+            run); its token head is left out. All of it is trained, or adapters and the head.
+        data: the comparisons.
+        optimizer: how.
+        num_epochs: passes over the comparisons.
+        num_steps: optimizer steps instead, where given.
+        batch_size: rows of an optimizer step, on all devices together.
+        micro_batch_size: rows that go through the model at once; None for all of them.
+        denominator: what a step's loss is divided by: its `pairs`, or its `prompts`, where all
+            pairs of a prompt together weigh as much as the one pair of another.
+        margin_scale: factor of the labels' margins in the loss; 0 leaves them out.
+        centring: factor of the squared sum of a pair's scores in the loss.
+        head_init: a fresh head gives scores of about this standard deviation.
+        head_only: train the head alone, on a frozen backbone.
+        normalization_answers: a file of answers of the SFT model, whose scores shall have mean 0
+            and standard deviation 1; None takes the answers that were compared.
+        seed: of fresh weights, of the order of the data and of the bootstrap.
+        compute: how a step is computed.
+        mesh: how the devices are divided.
+        loop: evaluation, checkpoints, logging.
+    """
+
+    model: ModelConfig
+    data: ComparisonsConfig
+    optimizer: OptimizerConfig
+    num_epochs: int = 1
+    num_steps: int | None = None
+    batch_size: int = 64
+    micro_batch_size: int | None = operational(None)
+    denominator: Denominator = "pairs"
+    margin_scale: float = 0.0
+    centring: float = 0.0
+    head_init: float = 0.01
+    head_only: bool = False
+    normalization_answers: str | None = operational(None)
+    seed: int = 0
+    compute: ComputeSection = ComputeSection()
+    mesh: MeshConfig = operational(MeshConfig())
+    loop: LoopConfig = operational(LoopConfig())
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a number that cannot be."""
+        for name in ("num_epochs", "num_steps", "batch_size", "micro_batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value!r} must be at least 1")
+        for name in ("margin_scale", "centring"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be 0 or more")
+        if not 0 < self.head_init < float("inf"):
+            raise ValueError(f"head_init={self.head_init!r} must be above 0")
+        if self.batch_size % self.rows_at_once:
+            raise ValueError(
+                f"micro_batch_size={self.micro_batch_size} must divide batch_size={self.batch_size}"
+            )
+        if self.head_only and self.model.lora is not None:
+            raise ValueError("head_only=True needs model.lora=None: adapters would not be trained")
+
+    @property
+    def rows_at_once(self) -> int:
+        """Rows that go through the model together."""
+        return self.micro_batch_size or self.batch_size
+
+    def rows(self, *, shuffled: bool) -> RowsConfig:
+        """How comparisons become rows, to train on or to evaluate."""
+        return RowsConfig(
+            row_length=self.data.row_length,
+            packed=self.data.packed,
+            window=self.data.window,
+            denominator=self.denominator,
+            shuffled=shuffled,
+            seed=self.seed,
+        )
+
+    def placed_in(self, workdir: str | os.PathLike[str]) -> "RewardConfig":
+        """The config with the run's folder in its paths."""
+        folder = os.fspath(workdir)
+
+        def placed(path: str | None) -> str | None:
+            return None if path is None else path.replace(WORKDIR_MARK, folder)
+
+        sources = tuple(
+            dataclasses.replace(
+                source, paths=tuple(path.replace(WORKDIR_MARK, folder) for path in source.paths)
+            )
+            for source in self.data.sources
+        )
+        model = dataclasses.replace(
+            self.model,
+            directory=placed(self.model.directory),
+            tokenizer=placed(self.model.tokenizer),
+        )
+        return dataclasses.replace(
+            self,
+            model=model,
+            data=dataclasses.replace(self.data, sources=sources),
+            normalization_answers=placed(self.normalization_answers),
+        )

@@ -1,0 +1,148 @@
+"""A reward model in Hugging Face's form, with its normalization in the config and on its card."""
+
+import json
+import pathlib
+from typing import Any
+
+from jax.typing import DTypeLike
+
+from huatuo_jax.atomic import writing_directory
+from huatuo_jax.checkpoint import models
+from huatuo_jax.checkpoint.hf_export import export_model
+from huatuo_jax.checkpoint.side_files import CONFIG_FILE
+from huatuo_jax.scoring import (
+    CONFIG_FIELDS,
+    Normalization,
+    load_normalization,
+    save_normalization,
+)
+
+CARD_FILE = "README.md"
+
+
+def export_reward_model(
+    source: str | pathlib.Path,
+    target: pathlib.Path,
+    *,
+    dtype: DTypeLike | None = None,
+    max_shard_size: int | str = "5GB",
+    overwrite: bool = False,
+) -> None:
+    """Writes a reward model for transformers' sequence classification.
+
+    The exported model gives raw scores. The normalization stands in its config.json
+    (`task_specific_params.reward_normalization`), in `reward_normalization.json`, and on the card.
+
+    Args:
+        source: a reward model's folder, of either form.
+        target: the folder to make, whole or not at all.
+        dtype: of the weights; None keeps the stored one.
+        max_shard_size: of a weights file.
+        overwrite: replace a target that is not empty.
+
+    Raises:
+        ValueError: the source is no reward model, or of a family that transformers has no
+            classifier for.
+        FileExistsError: the target is not empty and `overwrite` is not set.
+        OSError: it cannot be written.
+    """
+    info = models.find_model(source)
+    if info.head != "score":
+        raise ValueError(f"{source}: this model has a token head, a reward model has a score head")
+    normalization = load_normalization(info.folder)
+    params = models.load_params(info, dtype=dtype)
+    with writing_directory(target, overwrite=overwrite) as folder:
+        whole = folder / "model"
+        export_model(
+            params,
+            info.cfg,
+            whole,
+            head="score",
+            source_folder=info.folder,
+            max_shard_size=max_shard_size,
+        )
+        for path in whole.iterdir():
+            path.rename(folder / path.name)
+        whole.rmdir()
+        describe(folder, normalization)
+
+
+def carry_normalization(source: str | pathlib.Path, target: pathlib.Path) -> None:
+    """Passes a reward model's normalization on to what it was converted to, in either form.
+
+    Does nothing for a model with a token head.
+
+    Raises:
+        ValueError: the normalization cannot be read.
+        OSError: it cannot be written.
+    """
+    info = models.find_model(source)
+    if info.head != "score":
+        return
+    normalization = load_normalization(info.folder)
+    if models.find_model(target).form == "hugging_face":
+        describe(target, normalization)
+    elif normalization is not None:
+        save_normalization(target, normalization)
+
+
+def describe(folder: pathlib.Path, normalization: Normalization | None) -> None:
+    """Puts the normalization into an exported folder's config, file and card."""
+    path = folder / CONFIG_FILE
+    config = json.loads(path.read_text(encoding="utf-8"))
+    outer, inner = CONFIG_FIELDS
+    params: dict[str, Any] = dict(config.get(outer) or {})
+    params.pop(inner, None)
+    if normalization is not None:
+        params[inner] = normalization.to_json()
+        save_normalization(folder, normalization)
+    config[outer] = params or None
+    if config[outer] is None:
+        del config[outer]
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / CARD_FILE).write_text(model_card(normalization), encoding="utf-8")
+
+
+def model_card(normalization: Normalization | None) -> str:
+    """The model's card."""
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-classification",
+        "tags: [reward-model, medical]",
+        "---",
+        "",
+        "# Reward model",
+        "",
+        "One score for a dialogue that ends with the doctor: higher is better. It is read at the",
+        "last token that is not padding, which has to be the end of the doctor's last turn (the",
+        "model was trained on dialogues cut right there). Padding uses an id of its own; a causal",
+        "model's score does not depend on what is padded after it.",
+        "",
+        "    from transformers import AutoModelForSequenceClassification",
+        "    model = AutoModelForSequenceClassification.from_pretrained(FOLDER)",
+        "    score = model(input_ids).logits[0, 0]",
+        "",
+        "Scores tell answers to the same prompt apart. They are no measure of medical correctness,",
+        "and no advice.",
+        "",
+        "## Normalization",
+        "",
+    ]
+    if normalization is None:
+        lines.append("None is stored: the scores have no fixed level or scale.")
+    else:
+        lines += [
+            "The model gives raw scores. On the answers below they have this mean and standard",
+            "deviation, so that `(score - mean) / standard_deviation` has mean 0 and standard",
+            "deviation 1 there. The numbers stand in `config.json` too, under",
+            f"`{'.'.join(CONFIG_FIELDS)}`.",
+            "",
+            "| | |",
+            "|---|---|",
+            f"| mean | {normalization.mean!r} |",
+            f"| standard deviation | {normalization.standard_deviation!r} |",
+            f"| number of answers | {normalization.num_answers} |",
+            f"| answers | {normalization.answers} |",
+        ]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,268 @@
+"""The reward stage: a backbone and comparisons in, a reward model with its normalization out."""
+
+import functools
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from huatuo_jax import sharding
+from huatuo_jax.checkpoint.tokenizer import load_tokenizer
+from huatuo_jax.data.batches import HostShare
+from huatuo_jax.progress import progress_bar
+from huatuo_jax.reward.answers import answers_hash, read_answers
+from huatuo_jax.reward.config import RewardConfig
+from huatuo_jax.reward.data import Answer, Comparisons, open_comparisons
+from huatuo_jax.reward.losses import reward_loss
+from huatuo_jax.reward.model import InitialRewardModel
+from huatuo_jax.reward.report import (
+    all_answers,
+    given,
+    length_slope,
+    make_report,
+    write_report,
+)
+from huatuo_jax.reward.rows import RewardBatches, RewardRows
+from huatuo_jax.scoring import Normalization, Scorer, save_normalization
+from huatuo_jax.training.evaluation import check_rows, make_evaluate
+from huatuo_jax.training.initial_model import open_model
+from huatuo_jax.training.loop import Job, StepReport, train
+from huatuo_jax.training.optimizer import make_optimizer
+from huatuo_jax.training.run_directory import (
+    StageDirectory,
+    all_fields,
+    begin_stage,
+    identity,
+)
+from huatuo_jax.training.sections import from_section
+from huatuo_jax.training.throughput import ModelFlops
+from huatuo_jax.training.update import compile_update, make_update
+
+STAGE = "reward"
+MODEL_FOLDER = "model"
+TRAINING_ANSWERS = "the chosen and rejected answers of the training comparisons, each once"
+
+
+def run_reward(
+    config: ConfigDict | Mapping[str, Any], workdir: str | os.PathLike[str]
+) -> dict[str, Any]:
+    """Runs the stage in a run's folder, or goes on with it, or finds it done.
+
+    Args:
+        config: the fields of `RewardConfig`, as a ConfigDict or a dict.
+        workdir: the run's folder.
+
+    Returns:
+        The last step and its evaluation, the normalization and which answers it is of. The model
+        is in `WORKDIR/reward/model`, an Orbax directory with the tokenizer, adapters merged, and
+        `reward_normalization.json`; beside it stands `reward_report.json` with its plot, where
+        anything was held out.
+
+    Raises:
+        ValueError: a config, a file or a mesh that cannot be; before anything is compiled.
+        FileNotFoundError: there is no such model.
+        Interrupted: the run was stopped and saved.
+        Diverged: too many steps in a row were not finite.
+        OSError: something cannot be read or written.
+    """
+    cfg = from_section(RewardConfig, config, path=f"config.{STAGE}").placed_in(workdir)
+    mesh = sharding.make_mesh(data=cfg.mesh.data, fsdp=cfg.mesh.fsdp, tensor=cfg.mesh.tensor)
+    check_rows(cfg.rows_at_once, name="micro_batch_size", mesh=mesh)
+    base = open_model(cfg.model, cfg.compute.compute_config())
+    model = InitialRewardModel(base=base, head_init=cfg.head_init, head_only=cfg.head_only)
+    _check_lengths(cfg, model)
+    tokenizer = load_tokenizer(cfg.model.tokenizer_source)
+    if len(tokenizer) > base.cfg.vocab_size:
+        raise ValueError(
+            f"config.{STAGE}.model.tokenizer has {len(tokenizer)} tokens, more than the model's "
+            f"vocab_size={base.cfg.vocab_size}"
+        )
+    with progress_bar(f"{STAGE}: tokenising", "answers") as on_progress:
+        comparisons = open_comparisons(cfg.data, tokenizer, on_progress)
+    sft_answers = None
+    if cfg.normalization_answers is not None:
+        sft_answers = read_answers(cfg.normalization_answers, cfg.data, tokenizer)
+    decisive = identity(cfg) | {
+        "initial_model": base.identity,
+        "comparisons": comparisons.identity,
+        "normalization_answers": None if sft_answers is None else answers_hash(sft_answers),
+    }
+    directory = begin_stage(workdir, STAGE, settings=all_fields(cfg), decisive=decisive)
+    if (result := directory.result()) is not None:
+        return result
+    state, evaluation = train(_job(cfg, model, comparisons, directory, decisive, mesh), cfg.loop)
+    model.save(state.variables, directory.folder / MODEL_FOLDER)
+    scorer = Scorer(
+        model.transformer,
+        state.variables,
+        mesh=mesh,
+        rows_at_once=cfg.rows_at_once,
+        row_length=cfg.data.row_length,
+        packed=cfg.data.packed,
+    )
+    normalization = _normalize(cfg, scorer, comparisons, sft_answers)
+    result = {"step": int(state.step), **evaluation}
+    result |= {f"normalization/{k}": v for k, v in normalization.to_json().items()}
+    if jax.process_index() == 0:
+        save_normalization(directory.folder / MODEL_FOLDER, normalization)
+    result |= _report(cfg, scorer, comparisons, directory)
+    directory.finish(result)
+    return result
+
+
+def numbers(sums: Mapping[str, np.ndarray], *, prefix: str) -> dict[str, float]:
+    """Loss and accuracy out of the sums of `reward_loss`.
+
+    Args:
+        sums: of a step, or of all held-out data.
+        prefix: `train` or `eval`.
+    """
+    weights, labelled = float(sums["weights"]), float(sums["labelled"])
+    found = {f"{prefix}/pairs": float(sums["pairs"])}
+    if weights > 0:
+        found[f"{prefix}/loss"] = float(sums["objective"]) / weights
+        found[f"{prefix}/cross_entropy"] = float(sums["cross_entropy"]) / weights
+    if labelled > 0:
+        found[f"{prefix}/accuracy"] = float(sums["correct"]) / labelled
+        found[f"{prefix}/score_difference"] = float(sums["difference"]) / labelled
+    return found
+
+
+def report_step(metrics: Mapping[str, np.ndarray], *, flops: ModelFlops) -> StepReport:
+    """The numbers of an optimizer step."""
+    tokens, pairs = float(metrics["tokens"]), float(metrics["attended_pairs"])
+    fields = numbers(metrics, prefix="train") | {
+        "train/grad_norm": float(metrics["grad_norm"]),
+        "train/learning_rate": float(metrics["learning_rate"]),
+        "train/tokens": tokens,
+        "train/updates": int(metrics["num_updates"]),
+        "train/steps_not_finite": int(metrics["num_not_finite"]),
+        "train/steps_empty": int(metrics["num_empty"]),
+    }
+    step_flops = flops.of_step(tokens=tokens, scored_tokens=0.0, attended_pairs=pairs)
+    return StepReport(fields, tokens, tokens, step_flops)
+
+
+def _job(
+    cfg: RewardConfig,
+    model: InitialRewardModel,
+    comparisons: Comparisons,
+    directory: StageDirectory,
+    decisive: dict[str, Any],
+    mesh: Mesh,
+) -> Job:
+    rows = RewardRows(comparisons.train, cfg.rows(shuffled=True))
+    num_steps = cfg.num_steps or -(-rows.first_row(cfg.num_epochs) // cfg.batch_size)
+    optimizer = make_optimizer(cfg.optimizer, num_steps=num_steps)
+    loss = functools.partial(
+        reward_loss, model.transformer, margin_scale=cfg.margin_scale, centring=cfg.centring
+    )
+    abstract_state = model.abstract_state(optimizer, mesh)
+    update = make_update(loss, optimizer, num_micro_batches=cfg.batch_size // cfg.rows_at_once)
+    evaluate = None
+    if comparisons.held_out:
+        held_out = RewardRows(comparisons.held_out, cfg.rows(shuffled=False))
+        end_row = held_out.first_row(1)
+        evaluate = make_evaluate(
+            lambda variables, batch: loss(variables, batch).others,
+            lambda: RewardBatches(
+                held_out,
+                batch_size=cfg.rows_at_once,
+                num_pairs=held_out.most_pairs(end_row),
+                share=_share(),
+                end_row=end_row,
+            ),
+            functools.partial(numbers, prefix="eval"),
+            mesh,
+        )
+    frozen = cfg.head_only or cfg.model.lora is not None
+    return Job(
+        directory=directory,
+        decisive=decisive,
+        num_steps=num_steps,
+        mesh=mesh,
+        make_state=lambda: model.make_state(jax.random.key(cfg.seed), optimizer, mesh),
+        abstract_state=abstract_state,
+        update=compile_update(update, abstract_state, mesh),
+        batches=RewardBatches(
+            rows,
+            batch_size=cfg.batch_size,
+            num_pairs=rows.most_pairs(num_steps * cfg.batch_size),
+            share=_share(),
+        ),
+        report=functools.partial(
+            report_step, flops=ModelFlops.of(model.base.cfg, adapters_only=frozen)
+        ),
+        evaluate=evaluate,
+        row_names=lambda position: [
+            part.id
+            for row in range(position["next_row"], position["next_row"] + cfg.batch_size)
+            for part in rows.parts_in(row)
+        ],
+    )
+
+
+def _normalize(
+    cfg: RewardConfig,
+    scorer: Scorer,
+    comparisons: Comparisons,
+    sft_answers: list[Answer] | None,
+) -> Normalization:
+    if sft_answers is None:
+        answers, which = all_answers(comparisons.train), TRAINING_ANSWERS
+    else:
+        assert cfg.normalization_answers is not None
+        answers, which = sft_answers, pathlib.Path(cfg.normalization_answers).name
+    with progress_bar(f"{STAGE}: scoring {len(answers)} answers", "rows") as on_progress:
+        scores = scorer.scores([given(one) for one in answers], on_progress)
+    return Normalization.of(scores, answers=which)
+
+
+def _report(
+    cfg: RewardConfig, scorer: Scorer, comparisons: Comparisons, directory: StageDirectory
+) -> dict[str, Any]:
+    """Writes the held-out report; the main figures for the stage's result."""
+    if not comparisons.held_out:
+        return {}
+    scores = scorer.scores([given(one) for one in all_answers(comparisons.held_out)])
+    report = make_report(
+        comparisons.held_out, scores, slope=length_slope(comparisons.train), seed=cfg.seed
+    )
+    report["comparisons"] = {
+        "train_pairs": sum(len(group.pairs) for group in comparisons.train),
+        "train_prompts": len(comparisons.train),
+        "held_out_prompts": len(comparisons.held_out),
+        "dropped": dict(comparisons.dropped),
+    }
+    if jax.process_index() == 0:
+        write_report(directory.folder, report)
+    result = {
+        "report/calibration_error": report["calibration"]["expected_calibration_error"],
+    }
+    for name, share in (
+        ("accuracy", report["accuracy"]),
+        ("length_accuracy", report["length_baseline"]["accuracy"]),
+    ):
+        if share is not None:
+            result[f"report/{name}"] = share["value"]
+    return result
+
+
+def _check_lengths(cfg: RewardConfig, model: InitialRewardModel) -> None:
+    backbone = model.base.cfg
+    if cfg.data.max_length > backbone.max_positions:
+        raise ValueError(
+            f"config.{STAGE}.data.max_length={cfg.data.max_length} must be at most the model's "
+            f"{backbone.max_positions} positions"
+        )
+    # Also where prompts are not packed: the answers of one share a row.
+    backbone.require_fixed_angles(cfg.data.max_length, purpose="comparing answers in one row")
+
+
+def _share() -> HostShare:
+    return HostShare(host=jax.process_index(), num_hosts=jax.process_count())

@@ -1,0 +1,1 @@
+"""The arithmetic of reinforcement learning from feedback: pure functions on arrays."""

@@ -1,0 +1,76 @@
+"""Which slots hold the tokens of an answer, and sums over just those.
+
+An array `[B, T]` holds one answer a row, its end token included, in one run of slots without a gap;
+where the run starts is free. A mask says which slots those are. What lies in the others is never
+read: NaN there changes neither a result nor a gradient. Log-probabilities, values and rewards of a
+token lie in the slot of that token, the value being that of the state before it.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from huatuo_jax.training.losses import next_tokens
+
+
+def answer_mask(lengths_B: jax.Array, num_slots: int) -> jax.Array:
+    """The mask `[B, T]` of answers that start in slot 0.
+
+    Args:
+        lengths_B: tokens of each answer, its end token included; 0 for a row that only fills up a
+            batch and counts nowhere.
+        num_slots: T.
+    """
+    return jnp.arange(num_slots)[None, :] < lengths_B[:, None]
+
+
+def last_tokens(mask_BT: jax.Array) -> jax.Array:
+    """Bool `[B, T]`: the last token of each answer."""
+    return mask_BT & ~next_tokens(mask_BT)
+
+
+def has_tokens(mask_BT: jax.Array) -> jax.Array:
+    """Bool `[B]`: rows that hold an answer."""
+    return mask_BT.any(axis=1)
+
+
+def wide(values: jax.Array) -> jax.Array:
+    """The values in at least float32; float64 stays."""
+    values = jnp.asarray(values)
+    return values.astype(jnp.promote_types(values.dtype, jnp.float32))
+
+
+def masked(values: jax.Array, mask: jax.Array) -> jax.Array:
+    """The values in at least float32, zero outside of the mask, which has their shape."""
+    return jnp.where(mask, wide(values), 0)
+
+
+def sum_by_answer(values_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:
+    """Each answer's sum over its tokens, `[B]`."""
+    return masked(values_BT, mask_BT).sum(axis=1)
+
+
+def over_tokens(values_B: jax.Array, mask_BT: jax.Array) -> jax.Array:
+    """One number for each answer, laid on each of its tokens: `[B, T]`, zero elsewhere."""
+    return jnp.where(mask_BT, wide(values_B)[:, None], 0)
+
+
+def count_terms(mask_BT: jax.Array, *, tokens_allowed: int | None = None) -> jax.Array:
+    """What the sums of a loss are divided by, once added up over the whole optimizer step.
+
+    Both keep every token's weight independent of the answer it stands in; a mean for each answer
+    would not, and would favour short good answers and long bad ones (arXiv 2503.20783, section 3).
+
+    Args:
+        mask_BT: the tokens.
+        tokens_allowed: None divides by the number of tokens in the step; a number counts that many
+            for each answer however long it is, so that the scale does not move with the lengths
+            and the gradient is an unbiased estimate (same source).
+
+    Raises:
+        ValueError: `tokens_allowed` is less than 1.
+    """
+    if tokens_allowed is None:
+        return mask_BT.sum()
+    if tokens_allowed < 1:
+        raise ValueError(f"tokens_allowed={tokens_allowed!r} must be at least 1, or None")
+    return has_tokens(mask_BT).sum() * tokens_allowed

@@ -1,0 +1,125 @@
+"""From a reward model's scores to the reward of each token."""
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+
+from huatuo_jax.rl.kl import in_reward, log_ratios
+from huatuo_jax.rl.masks import last_tokens, wide
+
+TruncationPolicy = Literal["keep", "replace", "subtract", "bootstrap"]
+
+
+def have_ended(
+    token_ids_BT: jax.Array, mask_BT: jax.Array, *, stop_token_ids: Sequence[int]
+) -> jax.Array:
+    """Bool `[B]`: answers whose last token is a stop token; a row without an answer has not ended.
+
+    Args:
+        token_ids_BT: the sampled ids.
+        mask_BT: the answers' tokens.
+        stop_token_ids: those that generation stops at.
+
+    Raises:
+        ValueError: there is no stop token.
+    """
+    if not stop_token_ids:
+        raise ValueError("stop_token_ids=() must name the tokens that generation stops at")
+    is_stop_BT = (token_ids_BT[:, :, None] == jnp.asarray(stop_token_ids)[None, None, :]).any(-1)
+    return (is_stop_BT & last_tokens(mask_BT)).any(axis=1)
+
+
+def normalised_scores(
+    scores_B: jax.Array, *, mean: float | jax.Array, standard_deviation: float | jax.Array
+) -> jax.Array:
+    """Scores in standard deviations from a mean: of the reward model's own file, or running.
+
+    Args:
+        scores_B: raw ones.
+        mean: of raw scores.
+        standard_deviation: of raw scores; above 0.
+    """
+    return (wide(scores_B) - mean) / standard_deviation
+
+
+def answer_scores(
+    scores_B: jax.Array,
+    ended_B: jax.Array,
+    *,
+    on_truncation: TruncationPolicy,
+    penalty: float | None = None,
+    clip: float | None = None,
+) -> jax.Array:
+    """Scores as they enter the reward: clipped, then answers that were cut off are dealt with.
+
+    The penalty comes after the clip, so that it is worth the same at every score.
+
+    Args:
+        scores_B: normalised.
+        ended_B: from `have_ended`.
+        on_truncation: `keep` leaves the score of an answer without an end; `replace` puts
+            -penalty in its place (arXiv 1909.08593, section 2.1, has -1); `subtract` takes the
+            penalty off it; `bootstrap` puts 0 in its place, and what would have come is the value
+            of the state it was cut off in (`values_after_B` of `advantages.gae`;
+            arXiv 1712.00378, section 3).
+        penalty: at least 0, in units of normalised scores; for `replace` and `subtract` only.
+        clip: scores are bounded to +-clip; None for no bound.
+
+    Raises:
+        ValueError: an unknown policy, a penalty that is missing, negative or has no use, or a
+            clip that is not above 0.
+    """
+    if on_truncation not in get_args(TruncationPolicy):
+        raise ValueError(
+            f"on_truncation={on_truncation!r} must be one of {list(get_args(TruncationPolicy))}"
+        )
+    is_penalised = on_truncation in ("replace", "subtract")
+    if is_penalised and (penalty is None or not penalty >= 0):
+        raise ValueError(f"penalty={penalty!r} must be 0 or more for {on_truncation!r}")
+    if not is_penalised and penalty is not None:
+        raise ValueError(f"penalty={penalty!r} must be None for {on_truncation!r}")
+    if clip is not None and not clip > 0:
+        raise ValueError(f"clip={clip!r} must be above 0, or None")
+    scores_B = wide(scores_B)
+    if clip is not None:
+        scores_B = jnp.clip(scores_B, -clip, clip)
+    if on_truncation == "keep":
+        return scores_B
+    kept_B = scores_B if on_truncation == "subtract" else jnp.zeros_like(scores_B)
+    return jnp.where(ended_B, scores_B, kept_B - (penalty or 0.0))
+
+
+def token_rewards(
+    scores_B: jax.Array,
+    old_log_probs_BT: jax.Array,
+    reference_log_probs_BT: jax.Array,
+    mask_BT: jax.Array,
+    *,
+    kl_coef: float | jax.Array,
+    estimator: str = "k1",
+) -> jax.Array:
+    """Each token's reward: minus kl_coef times the log-ratio, and the score at the last token.
+
+    arXiv 1909.08593, equation 2, taken token by token: the log-ratio of a whole answer is the sum
+    of its tokens', and `gae` carries each into the return of the tokens before it. The last token
+    is the end token where there is one; its own log-ratio counts as well.
+
+    Args:
+        scores_B: from `answer_scores`.
+        old_log_probs_BT: of the policy that sampled, recomputed by the training graph.
+        reference_log_probs_BT: of the reference, at the same temperature.
+        mask_BT: the answers' tokens.
+        kl_coef: 0 where the penalty is in the loss.
+        estimator: `k1`; others are refused with the reason.
+
+    Returns:
+        `[B, T]`, zero outside of the mask.
+
+    Raises:
+        ValueError: another estimator.
+    """
+    ratios_BT = log_ratios(old_log_probs_BT, reference_log_probs_BT, mask_BT)
+    penalties_BT = -kl_coef * in_reward(estimator, ratios_BT)
+    return penalties_BT + jnp.where(last_tokens(mask_BT), wide(scores_B)[:, None], 0)

@@ -1,0 +1,23 @@
+"""Have the answers of a file judged, and make comparisons; run again after a kill, it goes on.
+
+python launch/label.py --answers=FILE.jsonl --output=FILE.jsonl --judge=offline
+python launch/label.py --answers=FILE.jsonl --output=FILE.jsonl --judge=MODEL --base_url=URL \
+    --protocol=pairwise --max_cost=5 --comparisons=FILE.jsonl
+
+The key is taken from OPENAI_API_KEY. With `--dry_run` nothing is sent, and the cost is told.
+"""
+
+from huatuo_jax import command_line
+from huatuo_jax.feedback.label_command import run_labels
+from huatuo_jax.feedback.label_flags import LabelFlags
+
+_FLAGS = LabelFlags()
+
+
+def main() -> None:
+    """Label, and say how it went."""
+    run_labels(_FLAGS.read(), print)
+
+
+if __name__ == "__main__":
+    command_line.run(main)

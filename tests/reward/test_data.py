@@ -1,0 +1,181 @@
+"""From files to groups: each answer once, no prompt on both sides, everything dropped counted."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from huatuo_jax.checkpoint.tokenizer import load_tokenizer
+from huatuo_jax.data import sample, templates
+from huatuo_jax.data.held_out import HeldOutConfig
+from huatuo_jax.data.readers import read_dialogues
+from huatuo_jax.data.records import Comparison, Message, answer
+from huatuo_jax.reward.data import (
+    HELD_OUT_ELSEWHERE,
+    SAME_TOKENS,
+    ComparisonsConfig,
+    ComparisonSource,
+    mismatched_references,
+    open_comparisons,
+)
+from tests.reward.tiny import TOKENIZER, comparisons, write_rows
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(TOKENIZER)
+
+
+def _config(*sources, **changed):
+    return ComparisonsConfig(
+        sources=sources,
+        **({"max_length": 128, "row_length": 256, "held_out": HeldOutConfig(share=0.0)} | changed),
+    )
+
+
+def _kway(prompt, texts):
+    """All pairs of answers, best first."""
+    messages = (Message("user", prompt),)
+    return [
+        Comparison(f"{prompt}{i}-{j}", messages, answer(texts[i]), answer(texts[j]), "kway")
+        for i in range(len(texts))
+        for j in range(i + 1, len(texts))
+    ]
+
+
+def test_each_answer_of_a_prompt_stands_in_its_group_once(tokenizer, tmp_path):
+    rows = [*_kway("头疼", ["先休息。", "多喝水。", "没事。", "不知道。"]), *comparisons(3)]
+    draw = np.random.default_rng(0)
+    path = write_rows(tmp_path / "a.jsonl", [rows[i] for i in draw.permutation(len(rows))])
+    found = open_comparisons(_config(ComparisonSource(paths=(path,))), tokenizer)
+    (group,) = [group for group in found.train if len(group.answers) > 2]
+    assert len(group.answers) == 4 and len(group.pairs) == 6
+    template = templates.by_name("huatuogpt")
+    for comparison in rows[:6]:
+        chosen, rejected = (
+            np.array(template.render(one, tokenizer).token_ids)
+            for one in (comparison.chosen_dialogue, comparison.rejected_dialogue)
+        )
+        assert any(
+            np.array_equal(group.answers[pair.chosen].token_ids, chosen)
+            and np.array_equal(group.answers[pair.rejected].token_ids, rejected)
+            for pair in group.pairs
+        )
+    assert not found.held_out and not found.dropped
+
+
+def test_an_answer_ends_at_the_last_trained_token(tokenizer, tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", comparisons(4))
+    cfg = _config(ComparisonSource(paths=(path,)))
+    for group in open_comparisons(cfg, tokenizer).train:
+        for one in group.answers:
+            assert one.token_ids[-1] == tokenizer.eos_token_id
+    # ChatML adds a line break after the end of a turn, which nobody is trained to say.
+    chatml = load_tokenizer(TOKENIZER)
+    chatml.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    cfg = dataclasses.replace(cfg, template="chatml")
+    for group in open_comparisons(cfg, chatml).train:
+        for one in group.answers:
+            assert one.token_ids[-1] == chatml.convert_tokens_to_ids("<|im_end|>")
+
+
+def test_labels_margins_turns_and_lengths_are_kept(tokenizer, tmp_path):
+    rows = comparisons(6)
+    path = write_rows(tmp_path / "a.jsonl", rows)
+    found = open_comparisons(_config(ComparisonSource(paths=(path,))), tokenizer)
+    for group, row in zip(found.train, rows, strict=True):
+        (pair,) = group.pairs
+        assert (pair.p_chosen, pair.margin, pair.source) == (0.9, row.margin, row.source)
+        chosen = group.answers[pair.chosen]
+        assert chosen.num_characters == len(row.chosen[0].content)
+        assert chosen.num_turns == len(row.messages) // 2 + 1
+
+
+@pytest.mark.parametrize("field", [None, "case"])
+def test_no_prompt_or_case_is_on_both_sides(tokenizer, tmp_path, field):
+    path = write_rows(tmp_path / "a.jsonl", comparisons(60))
+    cfg = _config(
+        ComparisonSource(paths=(path,)), held_out=HeldOutConfig(share=0.3), group_field=field
+    )
+    found = open_comparisons(cfg, tokenizer)
+    cases = [{group.case for group in side} for side in (found.train, found.held_out)]
+    assert not cases[0] & cases[1]
+    assert len(cases[0] | cases[1]) == (60 if field is None else 30)
+    assert 5 <= len(found.held_out) <= 35
+    # Another file beside it moves no prompt to the other side.
+    more = write_rows(tmp_path / "b.jsonl", comparisons(80)[60:])
+    both = dataclasses.replace(cfg, sources=(ComparisonSource(paths=(more, path)),))
+    assert cases[1] <= {group.case for group in open_comparisons(both, tokenizer).held_out}
+
+
+def test_what_another_source_holds_out_is_not_trained_and_counted(tokenizer, tmp_path):
+    rows = comparisons(10)
+    train = write_rows(tmp_path / "a.jsonl", rows)
+    test = write_rows(tmp_path / "b.jsonl", rows[7:])
+    cfg = _config(
+        ComparisonSource(paths=(train,), held_out_by="never"),
+        ComparisonSource(paths=(test,), held_out_by="always"),
+    )
+    found = open_comparisons(cfg, tokenizer)
+    assert (len(found.train), len(found.held_out)) == (7, 3)
+    assert found.dropped == {HELD_OUT_ELSEWHERE: 3}
+
+
+def test_what_cannot_be_compared_is_dropped_and_counted(tokenizer, tmp_path):
+    same, long = comparisons(2)
+    spaces = dataclasses.replace(
+        same, messages=(Message("user", "x"),), rejected=answer(same.chosen[0].content + " ")
+    )
+    long = dataclasses.replace(long, rejected=answer("疼" * 500))
+    path = write_rows(tmp_path / "a.jsonl", [same, spaces, long])
+    # This template strips the white space around an answer.
+    cfg = _config(ComparisonSource(paths=(path,)), template="llama2")
+    found = open_comparisons(cfg, tokenizer)
+    assert len(found.train) == 1
+    assert found.dropped == {"too long": 1, SAME_TOKENS: 1}
+
+
+def test_nothing_left_and_a_missing_field_are_told_in_one_line(tokenizer, tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", comparisons(3))
+    with pytest.raises(ValueError, match="no comparison is left to train on .3 read, 3 held out"):
+        open_comparisons(_config(ComparisonSource(paths=(path,), held_out_by="always")), tokenizer)
+    with pytest.raises(ValueError, match="group_field='hospital': comparison 'c0' has no such"):
+        open_comparisons(
+            _config(ComparisonSource(paths=(path,)), group_field="hospital"), tokenizer
+        )
+    with pytest.raises(ValueError, match="row_length=200 must be at least twice max_length=128"):
+        _config(ComparisonSource(paths=(path,)), row_length=200)
+
+
+def test_the_identity_follows_tokens_and_labels_and_not_places(tokenizer, tmp_path):
+    rows = comparisons(5)
+    first, moved = (
+        open_comparisons(
+            _config(ComparisonSource(paths=(write_rows(tmp_path / name, rows),))), tokenizer
+        ).identity
+        for name in ("a.jsonl", "b.jsonl")
+    )
+    assert first == moved
+    rows[2] = dataclasses.replace(rows[2], p_chosen=0.8)
+    path = write_rows(tmp_path / "c.jsonl", rows)
+    changed = open_comparisons(_config(ComparisonSource(paths=(path,))), tokenizer).identity
+    assert changed["train"] != first["train"] and changed["held_out"] == first["held_out"]
+
+
+def test_sample_dialogues_give_comparisons_that_are_named_for_what_they_are(tokenizer):
+    path = sample.FOLDER / "real_instruction.jsonl"
+    dialogues = list(read_dialogues(path))
+    made = mismatched_references(dialogues)
+    assert made == mismatched_references(dialogues[::-1])
+    by_prompt = {one.messages[:-1]: one.messages[-1] for one in dialogues}
+    answers = set(by_prompt.values())
+    for one in made:
+        assert one.chosen == (by_prompt[one.messages],) != one.rejected
+        assert one.rejected[0] in answers and one.source == "mismatched_reference"
+    cfg = _config(
+        ComparisonSource(name="notes", paths=(str(path),), reads="dialogues"),
+        max_length=512,
+        row_length=1024,
+    )
+    sources = {p.source for g in open_comparisons(cfg, tokenizer).train for p in g.pairs}
+    assert sources == {"mismatched_reference:notes"}
