@@ -15,7 +15,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["huatuo_jax", "huatuo_jax.*"]),
-    package_data={"huatuo_jax.data.sample": ["*.jsonl", "*.md", "tokenizer/*"]},
+    package_data={
+        "huatuo_jax.data.sample": ["*.jsonl", "*.md", "tokenizer/*"],
+        "huatuo_jax.feedback": ["prompts/*.txt", "prices.json"],
+    },
     install_requires=[
         "absl-py>=2.1",
         "array_record>=0.8.3",
@@ -54,6 +57,7 @@ setup(
             "scikit-learn>=1.6",
             "scipy>=1.14",
         ],
+        "serve-test": [TORCH, "accelerate>=1.15", "fastapi>=0.115", "uvicorn>=0.30"],
         "bench": [TORCH, "accelerate>=1.15", "trl>=1.16,<2"],
     },
 )

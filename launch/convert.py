@@ -13,6 +13,7 @@ from absl import flags
 
 from huatuo_jax import command_line, progress
 from huatuo_jax.checkpoint.convert import convert
+from huatuo_jax.reward.export import carry_normalization
 
 _SOURCE = flags.DEFINE_string("source", None, "Model folder of either form, or a hub id.")
 _TARGET = flags.DEFINE_string("target", None, "Folder to make.")
@@ -42,6 +43,7 @@ def main() -> None:
             verify=_VERIFY.value,
             on_progress=on_progress,
         )
+    carry_normalization(_SOURCE.value, target)
     if agreement is not None:
         print(f"verified: {agreement}")
     print(f"written: {target}")
