@@ -109,8 +109,13 @@ def test_samples_of_every_evaluation_are_what_the_model_would_say(trained):
     model, params = Transformer(found.cfg), load_params(found)
     for row in rows[3:]:
         messages = dialogues[row["id"]].messages
-        prompt_ids = template.prompt(messages[:-1], tokenizer)
-        assert row["prompt"] == tokenizer.decode(prompt_ids)
+        # Long dialogues have lost their oldest turns.
+        possible = {
+            tokenizer.decode(ids): ids
+            for start in range(0, len(messages) - 1, 2)
+            for ids in [template.prompt(messages[start:-1], tokenizer)]
+        }
+        prompt_ids = possible[row["prompt"]]
         assert row["reference"].strip() == messages[-1].content.strip()
         logits_BTV = (
             model.apply({"params": params}, jnp.asarray([prompt_ids]), method="__call__")
