@@ -8,8 +8,9 @@ Hardware: any CPU. Without a model's directory a short SFT stage makes the backb
 answer of each of the package's sample dialogues against that of another dialogue (the source is
 named `mismatched_reference`: no judge has seen these, they only let the stage be tried); or, after
 the model's directory, comparison files of one's own.
-Expected: see `reward/reward_report.json` in the run's folder; the score of a model is in
-`reward/model`, ready for `launch/score.py`.
+Expected: 88 steps; without files of one's own a held-out accuracy near chance (.51 of 72 pairs): so
+few mismatched answers teach a model of this size nothing. The report is
+`reward/reward_report.json`; the model is `reward/model`, ready for `launch/score.py`.
 """
 
 import pathlib
