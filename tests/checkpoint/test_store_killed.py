@@ -134,9 +134,13 @@ def test_a_save_killed_at_random_moments_leaves_the_step_before_or_the_whole_new
         folder = tmp_path / str(attempt)
         process = start("never", folder, 16384)
         assert process.stdout.readline() == "first\n"
-        time.sleep(random.Random(attempt).uniform(0.0, 1.2))
+        unfinished, whole = folder / "2.orbax-checkpoint-tmp", folder / "2"
+        # Counted from the save's beginning: how fast disks are is not to decide what is tested.
+        while not (unfinished.exists() or whole.exists()):
+            time.sleep(0.001)
+        time.sleep(random.Random(attempt).uniform(0.0, 0.2))
         kill(process)
-        cut += (folder / "2.orbax-checkpoint-tmp").exists()
+        cut += unfinished.exists()
         assert_next_run_goes_on(folder, 16384, newest=2 if (folder / "2").exists() else 1)
     assert cut >= 2, "the kills came too late to hit a save"
 
