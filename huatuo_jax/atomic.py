@@ -127,6 +127,18 @@ def _remove_leftovers(target: pathlib.Path) -> None:
                 os.close(lock)
 
 
+def lock_file(file: int, path: pathlib.Path) -> None:
+    """Locks an open file for this process; the kernel lets go when it ends, however it ends.
+
+    Raises:
+        ValueError: another process has it.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise ValueError(f"{path}: another process writes this file") from error
+
+
 def _try_lock(folder: int) -> bool:
     """Locks an open folder; the kernel lets go when its process ends, however it ends."""
     try:

@@ -13,7 +13,6 @@ import transformers
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from huatuo_jax import sharding
 from huatuo_jax.backbone import lora
 from huatuo_jax.backbone.config import BackboneConfig
 from huatuo_jax.backbone.transformer import Transformer
@@ -23,6 +22,7 @@ from huatuo_jax.data import templates
 from huatuo_jax.data.examples import ALL_KINDS
 from huatuo_jax.generation.samples import Samples, SamplesConfig, sample_prompt
 from huatuo_jax.progress import progress_bar
+from huatuo_jax.sharding import MeshConfig
 from huatuo_jax.training.dialogue_data import DataConfig, DialogueData, open_dialogues
 from huatuo_jax.training.evaluation import check_rows, make_evaluate
 from huatuo_jax.training.initial_model import (
@@ -31,7 +31,7 @@ from huatuo_jax.training.initial_model import (
     ModelConfig,
     open_model,
 )
-from huatuo_jax.training.loop import Job, LoopConfig, StepReport, train
+from huatuo_jax.training.loop import Job, LoopConfig, StepReport, step_numbers, train
 from huatuo_jax.training.losses import next_tokens, sums_by_kind, token_scores
 from huatuo_jax.training.optimizer import OptimizerConfig, make_optimizer
 from huatuo_jax.training.run_directory import (
@@ -48,15 +48,6 @@ from huatuo_jax.training.update import Batch, LossSums, compile_update, make_upd
 
 STAGE = "sft"
 MODEL_FOLDER = "model"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MeshConfig:
-    """How the devices are divided, see `sharding.make_mesh`; -1 takes what is left."""
-
-    data: int = 1
-    fsdp: int = -1
-    tensor: int = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,7 +121,7 @@ def run_sft(
         OSError: something cannot be read or written.
     """
     cfg = from_section(SftConfig, config, path=f"config.{STAGE}")
-    mesh = sharding.make_mesh(data=cfg.mesh.data, fsdp=cfg.mesh.fsdp, tensor=cfg.mesh.tensor)
+    mesh = cfg.mesh.make()
     check_rows(cfg.rows_at_once, name="micro_batch_size", mesh=mesh)
     model = open_model(cfg.model, cfg.compute.compute_config())
     _check_lengths(cfg.data, model.cfg)
@@ -338,14 +329,7 @@ def _evaluate(
 def report_step(metrics: Mapping[str, np.ndarray], *, flops: ModelFlops) -> StepReport:
     """The numbers of an optimizer step of token losses."""
     tokens, trained = float(metrics["tokens"]), float(metrics["num_terms"])
-    fields = token_numbers(metrics, prefix="train") | {
-        "train/grad_norm": float(metrics["grad_norm"]),
-        "train/learning_rate": float(metrics["learning_rate"]),
-        "train/tokens": tokens,
-        "train/updates": int(metrics["num_updates"]),
-        "train/steps_not_finite": int(metrics["num_not_finite"]),
-        "train/steps_empty": int(metrics["num_empty"]),
-    }
+    fields = token_numbers(metrics, prefix="train") | step_numbers(metrics)
     pairs = float(metrics["attended_pairs"])
     step_flops = flops.of_step(tokens=tokens, scored_tokens=trained, attended_pairs=pairs)
     return StepReport(fields, tokens, trained, step_flops)

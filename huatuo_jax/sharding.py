@@ -5,6 +5,7 @@ parallelism, arXiv 1910.02054), `tensor` splits heads, feed-forward and vocabula
 1909.08053). A batch is split over `data` and `fsdp` together.
 """
 
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -57,6 +58,23 @@ ACTIVATION_RULES: Mapping[str, P] = {
     "mlp_BTF": P(BATCH_AXES, None, "tensor"),
     "logits_BTV": P(BATCH_AXES, None, "tensor"),
 }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """How the devices are divided, see `make_mesh`; -1 takes what is left."""
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+    def make(self) -> Mesh:
+        """The mesh of all devices.
+
+        Raises:
+            ValueError: the sizes do not multiply to the number of devices.
+        """
+        return make_mesh(data=self.data, fsdp=self.fsdp, tensor=self.tensor)
 
 
 def make_mesh(

@@ -1,6 +1,5 @@
 """The labels file: grows by whole judgements, and goes on where a killed run left it."""
 
-import fcntl
 import json
 import os
 import pathlib
@@ -8,6 +7,7 @@ import time
 from collections.abc import Sequence
 from types import TracebackType
 
+from huatuo_jax import atomic
 from huatuo_jax.feedback.judgements import Judgement, read_judgements
 
 _TO_DISK_EVERY_S = 1.0
@@ -78,21 +78,13 @@ class LabelsFile:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
-            self._lock()
+            atomic.lock_file(self._file, self._path)
             self.found = list(read_judgements(self._path))
             self._cut_torn_line()
         except BaseException:
             os.close(self._file)
             self._file = None
             raise
-
-    def _lock(self) -> None:
-        """The kernel lets go of it when the process ends, however it ends."""
-        assert self._file is not None
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ValueError(f"{self._path}: another process writes this file") from error
 
     def _cut_torn_line(self) -> None:
         whole = self._path.read_bytes()

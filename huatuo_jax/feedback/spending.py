@@ -8,7 +8,6 @@ connection that broke, a killed run, a reply without usage) counts with the most
 
 import dataclasses
 import decimal
-import fcntl
 import json
 import os
 import pathlib
@@ -16,6 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from huatuo_jax import atomic
 from huatuo_jax.feedback.rate_limits import PastCall
 
 
@@ -156,11 +156,11 @@ class SpendingFile:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+            atomic.lock_file(self._file, self._path)
+        except ValueError:
             os.close(self._file)
             self._file = None
-            raise ValueError(f"{self._path}: another process writes this file") from error
+            raise
         whole = self._path.read_bytes()
         end = whole.rfind(b"\n") + 1
         for index, line in enumerate(whole[:end].splitlines()):

@@ -5,13 +5,14 @@ is cut into chunks by the input alone; what a killed run wrote of an unfinished 
 and the chunk is done again, so that the file is the same byte for byte.
 """
 
-import fcntl
 import json
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import IO, Any
+
+from huatuo_jax import atomic
 
 
 class AnswersFile:
@@ -49,7 +50,7 @@ class AnswersFile:
         self._check_settings(settings)
         self._file: IO[bytes] = self._path.open("ab+")
         try:
-            self._lock()
+            atomic.lock_file(self._file.fileno(), self._path)
             self.num_records, end = self._whole_chunks()
             self._write_settings(settings)
             if end != self._file.seek(0, os.SEEK_END):
@@ -109,13 +110,6 @@ class AnswersFile:
         temporary = self._settings_path.with_suffix(".tmp")
         temporary.write_text(json.dumps(settings, indent=2, ensure_ascii=False), encoding="utf-8")
         os.replace(temporary, self._settings_path)
-
-    def _lock(self) -> None:
-        """The kernel lets go of it when the process ends, however it ends."""
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ValueError(f"{self._path}: another process writes this file") from error
 
     def _whole_chunks(self) -> tuple[int, int]:
         """How many records whole chunks hold, and where in the file they end."""

@@ -5,6 +5,7 @@ import os
 
 from huatuo_jax.reward.data import ComparisonsConfig
 from huatuo_jax.reward.rows import Denominator, RowsConfig
+from huatuo_jax.sharding import MeshConfig
 from huatuo_jax.training.initial_model import ComputeSection, ModelConfig
 from huatuo_jax.training.loop import LoopConfig
 from huatuo_jax.training.optimizer import OptimizerConfig
@@ -12,15 +13,6 @@ from huatuo_jax.training.run_directory import operational
 
 WORKDIR_MARK = "{workdir}"
 """In a path of the config it stands for the run's folder: the SFT stage's model is found so."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MeshConfig:
-    """How the devices are divided, see `sharding.make_mesh`; -1 takes what is left."""
-
-    data: int = 1
-    fsdp: int = -1
-    tensor: int = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,6 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from huatuo_jax import sharding
 from huatuo_jax.checkpoint.tokenizer import load_tokenizer
 from huatuo_jax.data.batches import HostShare
 from huatuo_jax.progress import progress_bar
@@ -31,7 +30,7 @@ from huatuo_jax.reward.rows import RewardBatches, RewardRows
 from huatuo_jax.scoring import Normalization, Scorer, save_normalization
 from huatuo_jax.training.evaluation import check_rows, make_evaluate
 from huatuo_jax.training.initial_model import open_model
-from huatuo_jax.training.loop import Job, StepReport, train
+from huatuo_jax.training.loop import Job, StepReport, step_numbers, train
 from huatuo_jax.training.optimizer import make_optimizer
 from huatuo_jax.training.run_directory import (
     StageDirectory,
@@ -71,7 +70,7 @@ def run_reward(
         OSError: something cannot be read or written.
     """
     cfg = from_section(RewardConfig, config, path=f"config.{STAGE}").placed_in(workdir)
-    mesh = sharding.make_mesh(data=cfg.mesh.data, fsdp=cfg.mesh.fsdp, tensor=cfg.mesh.tensor)
+    mesh = cfg.mesh.make()
     check_rows(cfg.rows_at_once, name="micro_batch_size", mesh=mesh)
     base = open_model(cfg.model, cfg.compute.compute_config())
     model = InitialRewardModel(base=base, head_init=cfg.head_init, head_only=cfg.head_only)
@@ -136,14 +135,7 @@ def numbers(sums: Mapping[str, np.ndarray], *, prefix: str) -> dict[str, float]:
 def report_step(metrics: Mapping[str, np.ndarray], *, flops: ModelFlops) -> StepReport:
     """The numbers of an optimizer step."""
     tokens, pairs = float(metrics["tokens"]), float(metrics["attended_pairs"])
-    fields = numbers(metrics, prefix="train") | {
-        "train/grad_norm": float(metrics["grad_norm"]),
-        "train/learning_rate": float(metrics["learning_rate"]),
-        "train/tokens": tokens,
-        "train/updates": int(metrics["num_updates"]),
-        "train/steps_not_finite": int(metrics["num_not_finite"]),
-        "train/steps_empty": int(metrics["num_empty"]),
-    }
+    fields = numbers(metrics, prefix="train") | step_numbers(metrics)
     step_flops = flops.of_step(tokens=tokens, scored_tokens=0.0, attended_pairs=pairs)
     return StepReport(fields, tokens, tokens, step_flops)
 

@@ -151,6 +151,18 @@ def train(job: Job, cfg: LoopConfig) -> tuple[TrainState, dict[str, float]]:
         return session.run()
 
 
+def step_numbers(metrics: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """What every stage reports of an update, whatever its loss."""
+    return {
+        "train/grad_norm": float(metrics["grad_norm"]),
+        "train/learning_rate": float(metrics["learning_rate"]),
+        "train/tokens": float(metrics["tokens"]),
+        "train/updates": int(metrics["num_updates"]),
+        "train/steps_not_finite": int(metrics["num_not_finite"]),
+        "train/steps_empty": int(metrics["num_empty"]),
+    }
+
+
 def put_on_mesh(batch: LocalBatch, mesh: Mesh) -> dict[str, jax.Array]:
     """This process's rows as part of global arrays, rows divided over the mesh."""
     place = sharding.batch_sharding(mesh)
