@@ -6,12 +6,14 @@ accelerator. The held-out loss of each kind stands beside that of a bigram model
 training data it was not counted on; Chen and Goodman 1999).
 
     HUATUO_SHARED_DATA=DIR python benchmarks/sft_real_data.py --workdir=runs/real
+
+Stopped, it goes on with the same command; `--so_far` gives the figures of an unfinished run.
 """
 
 import json
 import os
 import pathlib
-import time
+from typing import Any
 
 import numpy as np
 from absl import flags
@@ -30,8 +32,9 @@ from huatuo_jax.training.optimizer import OptimizerConfig
 from huatuo_jax.training.sections import to_section
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/real", "The run's folder.")
-_STEPS = flags.DEFINE_integer("steps", 900, "Optimizer steps.", lower_bound=1)
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 4, "Rows of a step.", lower_bound=1)
+_STEPS = flags.DEFINE_integer("steps", 2000, "Optimizer steps.", lower_bound=1)
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 2, "Rows of a step.", lower_bound=1)
+_SO_FAR = flags.DEFINE_bool("so_far", False, "Figures of a run that is not finished, as it stands.")
 _OUTPUT = flags.DEFINE_string(
     "output", "benchmarks/results/sft_real_data.json", "File for the figures."
 )
@@ -84,36 +87,52 @@ def main() -> None:
     if not folder.is_dir():
         raise ValueError(f"{folder}: absent; set HUATUO_SHARED_DATA to the folder of real data")
     workdir = pathlib.Path(_WORKDIR.value)
-    begun_s = time.monotonic()
-    result = run_sft(to_section(settings(folder, workdir)), workdir)
-    seconds = time.monotonic() - begun_s
+    if not _SO_FAR.value:
+        run_sft(to_section(settings(folder, workdir)), workdir)
     (cache,) = (path for path in (workdir / "data").iterdir() if (path / "index.npz").is_file())
     bigram = bigram_losses(TokenDataset(cache, "train"), TokenDataset(cache, "held_out"))
-    rows = [
-        json.loads(line)
-        for line in (workdir / "sft" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
-    speeds = [row[name] for row in rows if (name := "throughput/tokens_per_s") in row]
-    figures = {
+    figures = figures_of(read_metrics(workdir / "sft" / "metrics.jsonl"), bigram)
+    print(json.dumps(figures, indent=2))
+    output = pathlib.Path(_OUTPUT.value)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The rows of a run, in order."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def figures_of(rows: list[dict[str, Any]], bigram: dict[str, float]) -> dict[str, Any]:
+    """Held-out loss at each evaluation, with the minutes of training before it, and at the last."""
+    minutes, evaluations = 0.0, []
+    speeds = []
+    for row in rows:
+        if "throughput/step_s" in row:
+            minutes += row["throughput/step_s"] / 60
+            speeds.append(row["throughput/tokens_per_s"])
+        if "eval/loss" in row:
+            evaluations.append((row, minutes))
+    last, _ = evaluations[-1]
+    return {
         "parameters": count_parameters(abstract_params(BACKBONE, ComputeConfig())),
-        "steps": result["step"],
+        "steps_planned": _STEPS.value,
         "batch_size": _BATCH_SIZE.value,
-        "minutes_of_this_call": round(seconds / 60, 1),
-        "tokens_per_s_median": round(float(np.median(speeds)), 0) if speeds else None,
-        "held_out_tokens": int(result["eval/trained_tokens"]),
-        "held_out": {
+        "tokens_per_s_median": round(float(np.median(speeds)), 0),
+        "evaluations": [
+            {"step": row["step"], "minutes": round(spent, 1), "loss": round(row["eval/loss"], 4)}
+            for row, spent in evaluations
+        ],
+        "held_out_tokens": int(last["eval/trained_tokens"]),
+        "held_out_at_last": {
             kind: {
-                "loss": round(result[f"eval/loss{suffix}"], 4),
-                "token_accuracy": round(result[f"eval/token_accuracy{suffix}"], 4),
+                "loss": round(last[f"eval/loss{suffix}"], 4),
+                "token_accuracy": round(last[f"eval/token_accuracy{suffix}"], 4),
                 "bigram_loss": round(bigram[kind], 4),
             }
             for kind, suffix in [("all", ""), *((kind, f"/{kind}") for kind in SOURCES)]
         },
     }
-    print(json.dumps(figures, indent=2))
-    output = pathlib.Path(_OUTPUT.value)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
 def settings(folder: pathlib.Path, workdir: pathlib.Path) -> SftConfig:

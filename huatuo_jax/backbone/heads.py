@@ -71,7 +71,7 @@ def project_to_vocabulary(
         square_1V = jnp.square(wide_DV).sum(axis=0, keepdims=True)
         # Bounded before the root, whose derivative at a padded row of zeros would be infinite.
         kernel_DV = wide_DV / jnp.sqrt(jnp.maximum(square_1V, _SMALLEST_NORM**2))
-    logits_BTV = linear(
+    (logits_BTV,) = linear(
         hidden_BTD.astype(compute.compute_dtype),
         kernel_DV.astype(compute.compute_dtype),
         1,

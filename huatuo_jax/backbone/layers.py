@@ -1,6 +1,5 @@
 """The parts of a layer: projection, norm, self-attention, feed-forward."""
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,7 +12,7 @@ from huatuo_jax import sharding
 from huatuo_jax.backbone import attention, positions
 from huatuo_jax.backbone.config import BackboneConfig, ComputeConfig
 from huatuo_jax.backbone.lora import LoraConfig, add_update
-from huatuo_jax.backbone.products import gated, linear
+from huatuo_jax.backbone.products import cut, gated, linear
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -73,13 +72,16 @@ class Projection(nn.Module):
             self.compute.param_dtype,
         )
         inputs, kernel = inputs.astype(dtype), kernel.astype(dtype)
-        multiply = functools.partial(linear, num_contracted=self.num_contracted, dtype=dtype)
+
+        def multiply(*cuts: Any) -> tuple[jax.Array, ...]:
+            return linear(inputs, kernel, self.num_contracted, dtype, *cuts)
+
         # What is smaller is cut. Of many tokens that is the kernel: a product for each part keeps
         # the gradients of the parts apart, which else are put together, tokens and all.
         if inputs.shape[0] * inputs.shape[1] > math.prod(kernel.shape[: self.num_contracted]):
-            outputs = [multiply(inputs, part) for part in self._cut(kernel)]
+            outputs = [*multiply(self.parts, self.parts_dim)]
         else:
-            outputs = self._cut(multiply(inputs, kernel))
+            outputs = self._cut(*multiply())
         if self.bias_shape is None:
             return outputs
         bias = self.param("bias", init.zeros, self.bias_shape, self.compute.param_dtype)
@@ -89,7 +91,7 @@ class Projection(nn.Module):
         ]
 
     def _cut(self, array: jax.Array) -> list[jax.Array]:
-        return jnp.split(array, self.parts, axis=self.parts_dim) if self.parts else [array]
+        return cut(array, self.parts, self.parts_dim)
 
 
 class Norm(nn.Module):

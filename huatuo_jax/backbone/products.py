@@ -8,13 +8,19 @@ import functools
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
 def linear(
-    inputs: jax.Array, kernel: jax.Array, num_contracted: int, dtype: DTypeLike
-) -> jax.Array:
+    inputs: jax.Array,
+    kernel: jax.Array,
+    num_contracted: int,
+    dtype: DTypeLike,
+    cuts: tuple[int, ...] = (),
+    cut_dim: int = -1,
+) -> tuple[jax.Array, ...]:
     """Sums over the last dimensions of the inputs and the first ones of the kernel.
 
     Args:
@@ -22,39 +28,66 @@ def linear(
         kernel: `[*contracted, ...]`, in the dtype of the inputs.
         num_contracted: how many dimensions are summed over.
         dtype: of the sums, at least as wide.
+        cuts: where the kernel is cut; each part has a product of its own. What is kept for the
+            backward pass is the whole kernel, which stands in memory anyway, and not its parts.
+        cut_dim: which of the kernel's dimensions that is, counted from the end.
+
+    Returns:
+        The outputs of each part; one where nothing is cut.
     """
-    return _linear_forward(inputs, kernel, num_contracted, dtype)[0]
+    return _linear_forward(inputs, kernel, num_contracted, dtype, cuts, cut_dim)[0]
 
 
 def _linear_forward(
-    inputs: jax.Array, kernel: jax.Array, num_contracted: int, dtype: DTypeLike
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    inputs: jax.Array,
+    kernel: jax.Array,
+    num_contracted: int,
+    dtype: DTypeLike,
+    cuts: tuple[int, ...],
+    cut_dim: int,
+) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, jax.Array]]:
     # The product itself, not another call of `linear`: remat policies do not look into those.
     lead = inputs.ndim - num_contracted
     dims = tuple(range(lead, inputs.ndim)), tuple(range(num_contracted))
-    outputs = jax.lax.dot_general(inputs, kernel, (dims, ((), ())), preferred_element_type=dtype)
+    outputs = tuple(
+        jax.lax.dot_general(inputs, part, (dims, ((), ())), preferred_element_type=dtype)
+        for part in cut(kernel, cuts, cut_dim)
+    )
     return outputs, (inputs, kernel)
 
 
 def _linear_backward(
     num_contracted: int,
     dtype: DTypeLike,
+    cuts: tuple[int, ...],
+    cut_dim: int,
     saved: tuple[jax.Array, jax.Array],
-    gradient: jax.Array,
+    gradients: tuple[jax.Array, ...],
 ) -> tuple[jax.Array, jax.Array]:
     inputs, kernel = saved
     lead = tuple(range(inputs.ndim - num_contracted))
-    made = tuple(range(len(lead), gradient.ndim)), tuple(range(num_contracted, kernel.ndim))
-    to_inputs = jax.lax.dot_general(
-        gradient, kernel, (made, ((), ())), preferred_element_type=dtype
-    )
-    to_kernel = jax.lax.dot_general(
-        inputs, gradient, ((lead, lead), ((), ())), preferred_element_type=dtype
-    )
+    made = tuple(range(len(lead), gradients[0].ndim)), tuple(range(num_contracted, kernel.ndim))
+    from_parts = [
+        jax.lax.dot_general(gradient, part, (made, ((), ())), preferred_element_type=dtype)
+        for gradient, part in zip(gradients, cut(kernel, cuts, cut_dim), strict=True)
+    ]
+    to_parts = [
+        jax.lax.dot_general(
+            inputs, gradient, ((lead, lead), ((), ())), preferred_element_type=dtype
+        )
+        for gradient in gradients
+    ]
+    to_kernel = jnp.concatenate(to_parts, axis=cut_dim) if cuts else to_parts[0]
+    to_inputs = functools.reduce(jnp.add, from_parts)
     return to_inputs.astype(inputs.dtype), to_kernel.astype(kernel.dtype)
 
 
 linear.defvjp(_linear_forward, _linear_backward)
+
+
+def cut(array: jax.Array, cuts: tuple[int, ...], dim: int) -> list[jax.Array]:
+    """The parts of an array; the array itself where there are no cuts."""
+    return jnp.split(array, cuts, axis=dim) if cuts else [array]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
