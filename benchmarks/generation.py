@@ -234,18 +234,19 @@ def floor(folder: pathlib.Path, requests: list[dict[str, Any]]) -> dict[str, Any
     steps, length, results = 8, 256, {}
     for slots in (1, 8, 64):
         engine = _open_engine(folder, slots=slots, max_length=length, steps=steps)
-        table, programs, cfg = engine._table, engine._programs, engine._model.cfg
+        table, pool, cfg = engine._table, engine._pool, engine._model.cfg
         table.progress.active_B[:] = True
-        table.progress.positions_B[:] = length // 2
+        # Up to the last position, so that all that lies in the pages is needed.
+        table.progress.positions_B[:] = length - steps - 1
         table.settings.max_new_tokens_B[:] = length
-        held = {"cache": programs.allocate(rows=slots, length=length)}
-        decode = functools.partial(_decode, engine, held)
-        step_s = _best(decode) / steps
+        pool.make_room(np.full(slots, length))
+        step_s = _best(functools.partial(_decode, engine)) / steps
         weights = (
             sum(leaf.size for leaf in jax.tree.leaves(engine._variables) if leaf.ndim > 1)
             - VOCAB * cfg.hidden_size
         )  # Of the embedding only the tokens' rows are read.
-        read = 4 * weights + caches.num_bytes(cfg, rows=slots, length=length, dtype=jnp.float32)
+        positions = slots * (length - steps // 2)  # Of keys and values, in the middle of a round.
+        read = 4 * weights + caches.num_bytes(cfg, positions=positions, dtype=jnp.float32)
         attention = 4 * cfg.num_layers * cfg.num_heads * cfg.head_dim * length
         floor_s = max(read / copied, slots * (2 * weights + attention) / peak)
         results[slots] = {"step_ms": 1e3 * step_s, "floor_ms": 1e3 * floor_s}
@@ -261,11 +262,11 @@ CONTENDERS: dict[str, Callable[[pathlib.Path, list[dict[str, Any]]], dict[str, A
 }
 
 
-def _decode(engine: Any, held: dict[str, Any]) -> None:
+def _decode(engine: Any) -> None:
     """One round of decode steps, which takes the cache and gives it back."""
-    table = engine._table
-    held["cache"], _, emitted = engine._programs.decode(
-        engine._variables, held["cache"], table.progress, table.settings
+    table, pool = engine._table, engine._pool
+    pool.cache, _, emitted = engine._programs.decode(
+        engine._variables, pool.cache, pool.pages, table.progress, table.settings
     )
     emitted.tokens_NB.block_until_ready()
 

@@ -1,10 +1,17 @@
-"""The key/value cache: rows of keys and values, one row an answer, all of one static length.
+"""The key/value cache: a pool of pages, each with the keys and values of one row's positions.
 
-Heads come before positions, `[B, K, S, H]`, so that one decode step reads each row's keys in one
-piece. Layers are either stacked in one array (a leading L) or a tuple of arrays; every function
-here counts dimensions from the end and takes both.
+A row (one answer) owns as many pages as its length needs, anywhere in the pool, so that a decode
+step reads what the answers need and not what the longest of them would. Heads come before
+positions, `[P, K, S, H]` with S the positions of a page, so that a head's keys of a page are read
+in one piece. Layers are either stacked in one array (a leading L) or a tuple of arrays; every
+function here counts dimensions from the end and takes both.
+
+On a mesh, rows and pages are split over the batch axes and heads over `tensor`; a row's pages lie
+in its own shard. `on_shards` runs what looks pages up inside the shards, so that no key travels.
 """
 
+import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -16,119 +23,228 @@ from jax.typing import DTypeLike
 from huatuo_jax import sharding
 from huatuo_jax.backbone.config import BackboneConfig
 
-Layers = Any  # One array [L, B, K, S, H], or a tuple of L arrays [B, K, S, H].
+Layers = Any  # One array [L, P, K, S, H], or a tuple of L arrays [P, K, S, H].
+
+ROWS_SPEC = P(sharding.BATCH_AXES)  # Of arrays [B, ...] and [P, ...] without heads.
+HEADS_SPEC = P(sharding.BATCH_AXES, None, "tensor", None)  # Of keys, values, queries [B, T, K, H].
+PAGES_SPEC = P(sharding.BATCH_AXES, "tensor", None, None)
 
 
 class Cache(NamedTuple):
-    """What a row's next token is computed from.
+    """What rows' next tokens are computed from.
 
     Attributes:
         keys: rotated where the model rotates; grouped heads stay grouped.
         values: as they were projected.
-        tokens_BS: int32, the token at each position. What stands past a row's end means nothing.
+        tokens_PS: int32, the token at each position. What stands past a row's end means nothing.
     """
 
     keys: Layers
     values: Layers
-    tokens_BS: Any
+    tokens_PS: Any
 
     @property
-    def length(self) -> int:
-        """Positions S a row has room for."""
-        return self.tokens_BS.shape[1]
+    def num_pages(self) -> int:
+        """Pages of the pool, owned and free ones."""
+        return self.tokens_PS.shape[0]
+
+    @property
+    def page_size(self) -> int:
+        """Positions S of a page."""
+        return self.tokens_PS.shape[1]
+
+
+class Pages(NamedTuple):
+    """Which row owns which page; on a mesh, rows and pages are counted within their shard.
+
+    Attributes:
+        table_BM: int32, each row's pages in the order of positions, then -1.
+        rows_P: int32, the row of each page, -1 for a free one.
+        starts_P: int32, the position of each page's first token.
+    """
+
+    table_BM: Any
+    rows_P: Any
+    starts_P: Any
 
 
 def empty(
-    cfg: BackboneConfig, *, rows: int, length: int, dtype: DTypeLike, split_layers: bool
+    cfg: BackboneConfig, *, num_pages: int, page_size: int, dtype: DTypeLike, split_layers: bool
 ) -> Cache:
     """A cache of zeros."""
-    shape = (rows, cfg.num_kv_heads, length, cfg.head_dim)
+    shape = (num_pages, cfg.num_kv_heads, page_size, cfg.head_dim)
 
     def layers() -> Layers:
         if split_layers:
             return tuple(jnp.zeros(shape, dtype) for _ in range(cfg.num_layers))
         return jnp.zeros((cfg.num_layers, *shape), dtype)
 
-    return Cache(layers(), layers(), jnp.zeros((rows, length), jnp.int32))
+    return Cache(layers(), layers(), jnp.zeros((num_pages, page_size), jnp.int32))
 
 
 def shardings(cfg: BackboneConfig, mesh: Mesh, *, split_layers: bool) -> Cache:
-    """Where a cache lies: rows like a batch, heads like attention's."""
-    layer = P(sharding.BATCH_AXES, "tensor", None, None)
-    stacked = NamedSharding(mesh, P(None, *layer))
-    layers = (NamedSharding(mesh, layer),) * cfg.num_layers if split_layers else stacked
-    return Cache(layers, layers, NamedSharding(mesh, P(sharding.BATCH_AXES, None)))
+    """Where a cache lies: pages like a batch, heads like attention's."""
+    stacked = NamedSharding(mesh, P(None, *PAGES_SPEC))
+    layers = (NamedSharding(mesh, PAGES_SPEC),) * cfg.num_layers if split_layers else stacked
+    return Cache(layers, layers, NamedSharding(mesh, ROWS_SPEC))
 
 
-def num_bytes(cfg: BackboneConfig, *, rows: int, length: int, dtype: DTypeLike) -> int:
-    """Bytes of a cache, on all devices together."""
+def num_bytes(cfg: BackboneConfig, *, positions: int, dtype: DTypeLike) -> int:
+    """Bytes of so many positions of a cache, on all devices together."""
     numbers = 2 * cfg.num_layers * cfg.num_kv_heads * cfg.head_dim
-    return rows * length * (numbers * jnp.dtype(dtype).itemsize + 4)
+    return positions * (numbers * jnp.dtype(dtype).itemsize + 4)
 
 
-def write_step(layers: Layers, new: Layers, positions_B: jax.Array) -> Layers:
+def on_shards(function: Callable[..., Any], *, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """The function on each shard of the mesh in use (`jax.set_mesh`), if there is one."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return function
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def layer_specs(layers: Layers, spec: P) -> Any:
+    """A layer's spec for each array of `layers`, stacked ones included."""
+    return jax.tree.map(lambda array: P(*(None,) * (array.ndim - 4), *spec), layers)
+
+
+def write_step(layers: Layers, new: Layers, pages: Pages, positions_B: jax.Array) -> Layers:
     """Puts one token's keys (or values) into each row, at the row's own position.
 
+    To be called within a shard. A row without a page there writes nothing.
+
     Args:
-        layers: `[..., B, K, S, H]`, or a tuple of such.
+        layers: `[..., P, K, S, H]`, or a tuple of such.
         new: `[..., B, 1, K, H]`, as a layer projects them, of the same structure.
+        pages: who owns what.
         positions_B: int32.
     """
 
-    def write_row(row_KSH: jax.Array, new_1KH: jax.Array, position: jax.Array) -> jax.Array:
-        new_K1H = jnp.swapaxes(new_1KH, 0, 1).astype(row_KSH.dtype)
-        return jax.lax.dynamic_update_slice(row_KSH, new_K1H, (0, position, 0))
+    def write_layer(pool_PKSH: jax.Array, new_B1KH: jax.Array) -> jax.Array:
+        pages_B, offsets_B = _places(pages, positions_B, page_size=pool_PKSH.shape[2])
+        new_BKH = new_B1KH[:, 0].astype(pool_PKSH.dtype)
+        return pool_PKSH.at[pages_B, :, offsets_B].set(new_BKH, mode="drop")
 
     def write(array: jax.Array, added: jax.Array) -> jax.Array:
-        write_rows = jax.vmap(write_row)
-        if array.ndim == 5:
-            return jax.vmap(write_rows, in_axes=(0, 0, None))(array, added, positions_B)
-        return write_rows(array, added, positions_B)
+        return (jax.vmap(write_layer) if array.ndim == 5 else write_layer)(array, added)
 
     return jax.tree.map(write, layers, new)
+
+
+def write_tokens(
+    tokens_PS: jax.Array, tokens_B: jax.Array, pages: Pages, positions_B: jax.Array
+) -> jax.Array:
+    """Puts one token into each row, as `write_step` does its keys."""
+    pages_B, offsets_B = _places(pages, positions_B, page_size=tokens_PS.shape[1])
+    return tokens_PS.at[pages_B, offsets_B].set(tokens_B, mode="drop")
+
+
+def seen_tokens(
+    tokens_PS: jax.Array, pages: Pages, positions_B: jax.Array, *, vocab_size: int
+) -> jax.Array:
+    """Which tokens stand in each row before its position, bool `[B, V]`; within a shard."""
+    ends_P = positions_B[pages.rows_P]
+    places_PS = pages.starts_P[:, None] + jnp.arange(tokens_PS.shape[1])[None, :]
+    before_PS = (places_PS < ends_P[:, None]) & (pages.rows_P >= 0)[:, None]
+    # What is not a row's is sent past the vocabulary, and dropped.
+    tokens_PS = jnp.where(before_PS, tokens_PS, vocab_size)
+    none_BV = jnp.zeros((len(positions_B), vocab_size), dtype=bool)
+    return none_BV.at[pages.rows_P[:, None], tokens_PS].set(True, mode="drop")
+
+
+def _places(pages: Pages, positions_B: jax.Array, *, page_size: int) -> tuple[jax.Array, jax.Array]:
+    """The page and the place in it of a position; past the last page where a row has none."""
+    pages_B = jnp.take_along_axis(pages.table_BM, (positions_B // page_size)[:, None], axis=1)[:, 0]
+    return jnp.where(pages_B < 0, len(pages.rows_P), pages_B), positions_B % page_size
 
 
 def write_start(layers: Layers, new: Layers) -> Layers:
-    """Puts the first T tokens' keys (or values), `[..., B, T, K, H]`, at each row's start."""
+    """Puts the first T tokens' keys (or values), `[..., R, T, K, H]`, at each row's start.
+
+    Row r owns the r-th of R equal parts of the pages, in their order.
+    """
 
     def write(array: jax.Array, added: jax.Array) -> jax.Array:
-        added = jnp.swapaxes(added, -3, -2).astype(array.dtype)
-        return jax.lax.dynamic_update_slice(array, added, (0,) * array.ndim)
+        *lead, rows, length, num_heads, head_dim = added.shape
+        num_pages, page_size = array.shape[-4], array.shape[-2]
+        used = -(-length // page_size)
+        widths = [(0, 0)] * added.ndim
+        widths[-3] = (0, used * page_size - length)
+        added = jnp.pad(added.astype(array.dtype), widths)
+        added = added.reshape(*lead, rows, used, page_size, num_heads, head_dim)
+        own = array.reshape(*lead, rows, num_pages // rows, *array.shape[-3:])
+        own = jax.lax.dynamic_update_slice(own, jnp.swapaxes(added, -3, -2), (0,) * own.ndim)
+        return own.reshape(array.shape)
 
     return jax.tree.map(write, layers, new)
 
 
-def copy_row(
-    target: Cache, source: Cache, *, source_row: jax.Array, target_row: jax.Array
+def write_start_tokens(tokens_PS: jax.Array, tokens_RT: jax.Array) -> jax.Array:
+    """Puts tokens at each row's start, as `write_start` does their keys."""
+    rows, length = tokens_RT.shape
+    own_RS = tokens_PS.reshape(rows, -1)
+    return jax.lax.dynamic_update_slice(own_RS, tokens_RT, (0, 0)).reshape(tokens_PS.shape)
+
+
+def copy_pages(
+    target: Cache, source: Cache, *, first: jax.Array, targets_M: jax.Array, shard: jax.Array
 ) -> Cache:
-    """Copies one row of a longer (or equal) cache over a row of another, up to its length."""
-    length = target.length
+    """Copies pages that follow each other in one cache over pages of another, within a shard.
 
-    def copy(to: jax.Array, of: jax.Array, row_dim: int, length_dim: int) -> jax.Array:
-        row = jax.lax.dynamic_slice_in_dim(of, source_row, 1, row_dim % of.ndim)
-        row = jax.lax.slice_in_dim(row, 0, length, axis=length_dim)
-        return jax.lax.dynamic_update_slice_in_dim(to, row, target_row, row_dim % to.ndim)
+    Args:
+        target: where to.
+        source: where from; its pages may lie in any shard.
+        first: the first page to copy, counted over all shards.
+        targets_M: int32, pages to overwrite, in order; then -1.
+        shard: the one that the target's pages lie in.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    here = 0 if mesh.empty else jax.lax.axis_index(sharding.BATCH_AXES)
 
-    def copy_layers(to: Layers, of: Layers) -> Layers:
-        return jax.tree.map(lambda a, b: copy(a, b, -4, -2), to, of)
+    def copy_page(index: jax.Array, target: Cache) -> Cache:
+        page = first + index - here * source.num_pages
+        is_mine = (page >= 0) & (page < source.num_pages)
 
-    return Cache(
-        copy_layers(target.keys, source.keys),
-        copy_layers(target.values, source.values),
-        copy(target.tokens_BS, source.tokens_BS, -2, -1),
-    )
+        def copy(to: jax.Array, of: jax.Array) -> jax.Array:
+            dim = max(of.ndim - 4, 0)  # Tokens are [P, S].
+            content = jax.lax.dynamic_slice_in_dim(of, page, 1, dim)
+            if not mesh.empty:
+                content = jax.lax.psum(jnp.where(is_mine, content, 0), sharding.BATCH_AXES)
+                before = jax.lax.dynamic_slice_in_dim(to, targets_M[index], 1, dim)
+                content = jnp.where(here == shard, content, before)
+            return jax.lax.dynamic_update_slice_in_dim(to, content, targets_M[index], dim)
+
+        return jax.tree.map(copy, target, source)
+
+    return jax.lax.fori_loop(0, (targets_M >= 0).sum(), copy_page, target)
 
 
-def grow(cache: Cache, length: int) -> Cache:
-    """The same rows with room for more positions."""
-    added = length - cache.length
+def grow(cache: Cache, *, added: int) -> Cache:
+    """The cache with so many more pages behind its own, within a shard."""
 
-    def pad(array: jax.Array, length_dim: int) -> jax.Array:
+    def pad(array: jax.Array) -> jax.Array:
         widths = [(0, 0)] * array.ndim
-        widths[length_dim] = (0, added)
+        widths[max(array.ndim - 4, 0)] = (0, added)
         return jnp.pad(array, widths)
 
-    def pad_layers(layers: Layers) -> Layers:
-        return jax.tree.map(lambda array: pad(array, -2), layers)
+    return jax.tree.map(pad, cache)
 
-    return Cache(pad_layers(cache.keys), pad_layers(cache.values), pad(cache.tokens_BS, -1))
+
+def shrink(cache: Cache, targets_N: jax.Array) -> Cache:
+    """The cache without its last N pages, within a shard.
+
+    Args:
+        cache: of more pages than N.
+        targets_N: int32, the pages that the last ones are moved to; those that go past the end
+            are dropped.
+    """
+
+    def move(pool: jax.Array) -> jax.Array:
+        kept = len(pool) - len(targets_N)
+        return pool[:kept].at[targets_N].set(pool[kept:], mode="drop")
+
+    return jax.tree.map(lambda array: (jax.vmap(move) if array.ndim == 5 else move)(array), cache)
+
+
+def batch_shards(mesh: Mesh | None) -> int:
+    """Into how many parts a mesh splits a batch, and the pages of a cache."""
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)

@@ -8,9 +8,10 @@ A slot that finishes is given the next waiting answer while the others go on. Be
 the host at the slots, several tokens are decoded on the device.
 """
 
+import itertools
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -18,12 +19,13 @@ import transformers
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from huatuo_jax import sharding
 from huatuo_jax.backbone.transformer import Transformer
 from huatuo_jax.generation import weights
-from huatuo_jax.generation.cache import Cache
+from huatuo_jax.generation.buckets import Buckets, bucket_of
+from huatuo_jax.generation.cache import Cache, batch_shards
 from huatuo_jax.generation.memory import check_fits
-from huatuo_jax.generation.programs import Buckets, Programs, bucket_of
+from huatuo_jax.generation.pool import Pool
+from huatuo_jax.generation.programs import Programs
 from huatuo_jax.generation.report import EngineReport
 from huatuo_jax.generation.requests import Answer, FinishReason, Request, Usage
 from huatuo_jax.generation.slots import MAX_STOP_TOKENS, Running, SlotTable
@@ -44,6 +46,7 @@ class Engine:
         tokenizer: transformers.PreTrainedTokenizerBase | None = None,
         steps_per_round: int = 8,
         prefill_rows: int | None = None,
+        page_size: int = 64,
         cache_dtype: DTypeLike | None = None,
         cast_weights: bool = True,
         split_layers: bool | None = None,
@@ -61,6 +64,8 @@ class Engine:
             steps_per_round: decode steps between two looks of the host. More of them cost less on
                 the way to the device, but a slot that ends waits for up to so many.
             prefill_rows: prompts of one prefill; None for one a batch shard of the mesh.
+            page_size: positions of a page of the cache; a slot owns whole pages. Small ones waste
+                less, and cost more to put together.
             cache_dtype: of keys and values; None for the compute dtype.
             cast_weights: to the compute dtype once rather than in every step.
             split_layers: hold each layer's weights and cache apart, which copies the weights and
@@ -72,30 +77,34 @@ class Engine:
                 end before `max_length`, or weights that the mesh does not divide.
         """
         cfg = model.cfg
-        if slots < 1 or steps_per_round < 1:
-            raise ValueError(f"slots={slots} and steps_per_round={steps_per_round} must be above 0")
+        sizes = {"slots": slots, "steps_per_round": steps_per_round, "page_size": page_size}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name}={size} must be above 0")
         if not 2 <= max_length <= cfg.max_positions:
             raise ValueError(
                 f"max_length={max_length} must lie between 2 and the model's "
                 f"{cfg.max_positions} positions"
             )
         cfg.require_fixed_angles(max_length, purpose="cached decoding")
-        batch_shards = _batch_shards(mesh)
-        self._prefill_rows = batch_shards if prefill_rows is None else prefill_rows
+        shards = batch_shards(mesh)
+        self._prefill_rows = shards if prefill_rows is None else prefill_rows
         for name, size in {"slots": slots, "prefill_rows": self._prefill_rows}.items():
-            if size < 1 or size % batch_shards:
+            if size < 1 or size % shards:
                 raise ValueError(
-                    f"{name}={size} must be a multiple of {batch_shards}, the mesh's batch shards"
+                    f"{name}={size} must be a multiple of {shards}, the mesh's batch shards"
                 )
         platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
         self._split_layers = platform == "cpu" if split_layers is None else split_layers
         dtype = model.compute.compute_dtype if cache_dtype is None else cache_dtype
-        self._buckets = Buckets.up_to(max_length)
+        self._buckets = Buckets.up_to(max_length, page_size=page_size, slots=slots, shards=shards)
         check_fits(
             cfg,
             slots=slots,
             prefix_rows=self._prefill_rows,
-            lengths=self._buckets.cache,
+            max_length=max_length,
+            page_size=page_size,
+            pages=self._buckets.pages,
             dtype=dtype,
             mesh=mesh,
             memory_bytes=memory_bytes,
@@ -106,6 +115,7 @@ class Engine:
             model,
             mesh=mesh,
             max_length=max_length,
+            page_size=page_size,
             steps=steps_per_round,
             cache_dtype=dtype,
             split_layers=self._split_layers,
@@ -113,7 +123,7 @@ class Engine:
         self._table = SlotTable(slots)
         self._queue: deque[tuple[int, Request]] = deque()
         self._prefilled: deque[tuple[int, Running]] = deque()  # (row of the prefix cache, answer)
-        self._cache: Cache | None = None
+        self._pool = self._empty_pool()
         self._prefix: Cache | None = None
         self._num_requests = 0
         self.load(variables)
@@ -216,11 +226,15 @@ class Engine:
     def step(self) -> list[Answer]:
         """One round: fill free slots, decode some steps; returns the answers it completed."""
         started_s = time.perf_counter()
+        self._pool.make_room(self._lengths_of_a_round())
         self._fill_slots()
         waiting = bool(self._queue or self._prefilled)
-        cache = self._with_room(min(self._table.longest + self._steps, self._max_length))
-        self._cache, progress, emitted = self._programs.decode(
-            self._variables, cache, self._table.progress, self._table.settings
+        self._pool.cache, progress, emitted = self._programs.decode(
+            self._variables,
+            self._pool.cache,
+            self._pool.pages,
+            self._table.progress,
+            self._table.settings,
         )
         progress, emitted = jax.device_get((progress, emitted))
         num_tokens = self._table.take(progress, emitted)
@@ -267,6 +281,22 @@ class Engine:
         finally:
             self._rest()  # Also where the caller stops early.
 
+    def _lengths_of_a_round(self) -> np.ndarray:
+        """Positions that each slot reaches in the next round, those now filled included."""
+        lengths_B = self._table.lengths_B
+        occupied_B = self._table.progress.active_B.copy()
+        for slot, prompt in zip(self._table.free, self._prompts_to_come(), strict=False):
+            lengths_B[slot], occupied_B[slot] = len(prompt) - 1, True
+        reached_B = np.minimum(lengths_B + self._steps, self._max_length)
+        return np.where(occupied_B, reached_B, 0)
+
+    def _prompts_to_come(self) -> Iterator[Sequence[int]]:
+        """The prompts of the answers that wait, in the order in which slots are filled."""
+        for _, running in self._prefilled:
+            yield running.request.prompt_token_ids
+        for _, request in self._queue:
+            yield from itertools.repeat(request.prompt_token_ids, request.num_answers)
+
     def _fill_slots(self) -> None:
         """Give every free slot the next answer, prefilling prompts as they are needed."""
         for slot in self._table.free:
@@ -275,9 +305,9 @@ class Engine:
                     return
                 self._prefill()
             row, running = self._prefilled.popleft()
-            cache = self._with_room(len(running.request.prompt_token_ids))
             assert self._prefix is not None
-            self._cache = self._programs.insert(cache, self._prefix, row=row, slot=slot)
+            length = len(running.request.prompt_token_ids) - 1
+            self._pool.insert(self._prefix, row=row, slot=slot, length=length)
             self._table.occupy(slot, running)
 
     def _prefill(self) -> None:
@@ -291,23 +321,13 @@ class Engine:
         for row, prompt in enumerate(prompts):
             tokens_BT[row, : len(prompt)] = prompt
         if self._prefix is None:
-            self._prefix = self._programs.allocate(rows=self._prefill_rows, length=self._max_length)
+            pages_per_row = self._pool.pages.table_BM.shape[1]
+            self._prefix = self._programs.allocate(num_pages=self._prefill_rows * pages_per_row)
         self._prefix = self._programs.prefill(self._variables, self._prefix, tokens_BT)
         self._prompt_tokens += sum(map(len, prompts)) + count
         for row, (index, request) in enumerate(taken):
             for answer_index in range(request.num_answers):
                 self._prefilled.append((row, Running(index, request, answer_index)))
-
-    def _with_room(self, length: int) -> Cache:
-        """The cache, grown bucket by bucket until it holds rows of this length."""
-        wanted = bucket_of(length, self._buckets.cache)
-        if self._cache is None:
-            rows = len(self._table.running)
-            self._cache = self._programs.allocate(rows=rows, length=wanted)
-        for bucket in self._buckets.cache:
-            if self._cache.length < bucket <= wanted:
-                self._cache = self._programs.grow(self._cache, bucket)
-        return self._cache
 
     def _collect(self) -> list[Answer]:
         """The answers that are complete; their slots become free."""
@@ -350,7 +370,16 @@ class Engine:
         self._prefilled.clear()
         for slot in range(len(self._table.running)):
             self._table.free_slot(slot)
-        self._cache = self._prefix = None
+        self._pool, self._prefix = self._empty_pool(), None
+
+    def _empty_pool(self) -> Pool:
+        return Pool(
+            self._programs,
+            self._buckets,
+            slots=len(self._table.running),
+            max_length=self._max_length,
+            shards=batch_shards(self._mesh),
+        )
 
 
 def _answer(running: Running, *, num_tokens: int, text: str | None, reason: FinishReason) -> Answer:
@@ -365,9 +394,3 @@ def _answer(running: Running, *, num_tokens: int, text: str | None, reason: Fini
         finish_reason=reason,
         usage=Usage(prompt_tokens, num_tokens),
     )
-
-
-def _batch_shards(mesh: Mesh | None) -> int:
-    if mesh is None:
-        return 1
-    return int(np.prod([mesh.shape[axis] for axis in sharding.BATCH_AXES]))

@@ -5,16 +5,20 @@ first compiles as fast for many layers as for one; the second reads every weight
 lies, which on CPU spares a copy of each in every step.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
-from huatuo_jax.backbone.attention import attend_block
+from huatuo_jax.backbone.config import BackboneConfig
 from huatuo_jax.backbone.layers import Rows, attend_to_rows, slopes
 from huatuo_jax.backbone.transformer import Layer, Transformer
-from huatuo_jax.generation.cache import Cache, write_start, write_step
+from huatuo_jax.generation import cache as caches
+from huatuo_jax.generation.cache import Cache, Pages
+from huatuo_jax.generation.paged_attention import attend_pages
 
 Variables = dict[str, Any]
 KeysValues = tuple[jax.Array, jax.Array]
@@ -28,7 +32,7 @@ def prefill(model: Transformer, variables: Variables, tokens_BT: jax.Array, cach
         variables: its own, layers stacked or split.
         tokens_BT: padded on the right; what the padding leaves in the cache is never read, because
             a later token overwrites a position before it looks at it.
-        cache: of as many rows and at least T positions.
+        cache: whose pages are those of as many rows, in their order, of at least T positions.
     """
     batch, length = tokens_BT.shape
     positions_T = jnp.arange(length, dtype=jnp.int32)
@@ -41,8 +45,11 @@ def prefill(model: Transformer, variables: Variables, tokens_BT: jax.Array, cach
 
     hidden_BTD = _apply_outer(model, variables, tokens_BT, method="embed")
     _, (keys, values) = _through_layers(model, variables, hidden_BTD, rows, attend, None)
-    tokens_BS = jax.lax.dynamic_update_slice(cache.tokens_BS, tokens_BT, (0, 0))
-    return Cache(write_start(cache.keys, keys), write_start(cache.values, values), tokens_BS)
+    return Cache(
+        caches.write_start(cache.keys, keys),
+        caches.write_start(cache.values, values),
+        caches.write_start_tokens(cache.tokens_PS, tokens_BT),
+    )
 
 
 def decode(
@@ -51,6 +58,7 @@ def decode(
     tokens_B: jax.Array,
     positions_B: jax.Array,
     cache: Cache,
+    pages: Pages,
 ) -> tuple[jax.Array, Cache]:
     """Each row's next-token logits `[B, V]` after one more token, and the cache with it.
 
@@ -58,45 +66,79 @@ def decode(
         model: the backbone.
         variables: its own, layers stacked or split.
         tokens_B: the token of each row.
-        positions_B: where it stands; the row's cache holds all positions before.
+        positions_B: where it stands; the row's pages hold all positions before.
         cache: updated in place where it is donated.
+        pages: who owns what of it; a row without pages has logits that mean nothing.
     """
-    batch = tokens_B.shape[0]
-    positions_B1 = positions_B[:, None]
-    rows = _rows(model, positions_B1)
-    key_positions_S = jnp.arange(cache.length, dtype=jnp.int32)
-    key_positions_BS = jnp.broadcast_to(key_positions_S[None, :], (batch, cache.length))
+    rows = _rows(model, positions_B[:, None])
     split = isinstance(cache.keys, tuple)
+    attend_and_write = _on_shards(functools.partial(_attend_to_pages, cfg=model.cfg))
 
     def attend(
         q: jax.Array, k: jax.Array, v: jax.Array, memory: KeysValues
     ) -> tuple[jax.Array, KeysValues]:
-        keys, values = write_step(memory, (k, v), positions_B)
-        attended_B1NH = attend_block(
-            q,
-            jnp.swapaxes(keys, 1, 2),
-            jnp.swapaxes(values, 1, 2),
-            q_positions_BT=positions_B1,
-            k_positions_BS=key_positions_BS,
-            q_segments_BT=None,
-            k_segments_BS=None,
-            sliding_window=model.cfg.sliding_window,
-            alibi_slopes_N=slopes(model.cfg),
+        attended_B1NH, written = attend_and_write(
+            q, (k, v), memory, pages, positions_B, slopes(model.cfg)
         )
         # A scan would copy whole layers of the stacked cache out: it hands back what is new.
-        return attended_B1NH.astype(q.dtype), (keys, values) if split else (k, v)
+        return attended_B1NH, written if split else (k, v)
 
     hidden_B1D = _apply_outer(model, variables, tokens_B[:, None], method="embed")
     hidden_B1D, (keys, values) = _through_layers(
         model, variables, hidden_B1D, rows, attend, (cache.keys, cache.values)
     )
     if not split:
-        keys, values = write_step((cache.keys, cache.values), (keys, values), positions_B)
-    write_token = jax.vmap(lambda row_S, token, at: row_S.at[at].set(token))
-    tokens_BS = write_token(cache.tokens_BS, tokens_B, positions_B)
+        memory = (cache.keys, cache.values)
+        write = caches.on_shards(
+            caches.write_step,
+            in_specs=(
+                caches.layer_specs(memory, caches.PAGES_SPEC),
+                caches.layer_specs(memory, caches.HEADS_SPEC),
+                caches.ROWS_SPEC,
+                caches.ROWS_SPEC,
+            ),
+            out_specs=caches.layer_specs(memory, caches.PAGES_SPEC),
+        )
+        keys, values = write(memory, (keys, values), pages, positions_B)
+    write_tokens = caches.on_shards(
+        caches.write_tokens, in_specs=(caches.ROWS_SPEC,) * 4, out_specs=caches.ROWS_SPEC
+    )
+    tokens_PS = write_tokens(cache.tokens_PS, tokens_B, pages, positions_B)
     hidden_B1D = _apply_outer(model, variables, hidden_B1D, method="normalise")
     logits_B1V = _apply_outer(model, variables, hidden_B1D, method="logits")
-    return logits_B1V[:, 0], Cache(keys, values, tokens_BS)
+    return logits_B1V[:, 0], Cache(keys, values, tokens_PS)
+
+
+def _attend_to_pages(
+    q_B1NH: jax.Array,
+    new: KeysValues,
+    memory: KeysValues,
+    pages: Pages,
+    positions_B: jax.Array,
+    alibi_slopes_N: jax.Array | None,
+    *,
+    cfg: BackboneConfig,
+) -> tuple[jax.Array, KeysValues]:
+    """What each row's query gathers, its own key and value included, and the pages with these."""
+    keys, values = caches.write_step(memory, new, pages, positions_B)
+    attended_BNH = attend_pages(
+        q_B1NH[:, 0],
+        keys,
+        values,
+        pages,
+        positions_B,
+        sliding_window=cfg.sliding_window,
+        alibi_slopes_N=alibi_slopes_N,
+    )
+    return attended_BNH[:, None].astype(q_B1NH.dtype), (keys, values)
+
+
+def _on_shards(attend: Callable[..., Any]) -> Callable[..., Any]:
+    """The above on each shard: queries, keys and slopes are split by heads, the rest by rows."""
+    heads, pool, rows = caches.HEADS_SPEC, caches.PAGES_SPEC, caches.ROWS_SPEC
+    return caches.on_shards(
+        attend, in_specs=(heads, heads, pool, rows, rows, P("tensor")), out_specs=(heads, pool)
+    )
 
 
 def _rows(model: Transformer, positions_BT: jax.Array) -> Rows:

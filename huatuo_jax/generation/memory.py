@@ -18,7 +18,9 @@ def check_fits(
     *,
     slots: int,
     prefix_rows: int,
-    lengths: tuple[int, ...],
+    max_length: int,
+    page_size: int,
+    pages: tuple[int, ...],
     dtype: DTypeLike,
     mesh: Mesh | None,
     memory_bytes: int | None,
@@ -27,21 +29,24 @@ def check_fits(
 
     Args:
         cfg: the backbone.
-        slots: rows of the cache.
+        slots: rows of the cache, in the worst case of `max_length` each.
         prefix_rows: rows of the prefix cache.
-        lengths: the cache's buckets; while it grows into the last, the one before is there too.
+        max_length: positions of a row at most.
+        page_size: positions of a page.
+        pages: the cache's buckets; while it grows into the last, the one before is there too.
         dtype: of keys and values.
         mesh: the devices that share it; None for one.
         memory_bytes: free memory of all devices together; None asks the devices.
     """
-    row = caches.num_bytes(cfg, rows=1, length=lengths[-1], dtype=dtype)
-    before = caches.num_bytes(cfg, rows=1, length=lengths[-2], dtype=dtype) if lengths[1:] else 0
-    needed = slots * (row + before) + prefix_rows * row
+    page = caches.num_bytes(cfg, positions=page_size, dtype=dtype)
+    prefix = prefix_rows * -(-max_length // page_size) * page
+    slot = page * sum(pages[-2:]) / slots
+    needed = slots * slot + prefix
     free = _free_bytes(mesh) if memory_bytes is None else memory_bytes
     if needed > free:
-        fitting = max(math.floor((free - prefix_rows * row) / (row + before)), 0)
+        fitting = max(math.floor((free - prefix) / slot), 0)
         raise ValueError(
-            f"slots={slots} of max_length={lengths[-1]} tokens need {needed / _GIGA:.3g} GB of "
+            f"slots={slots} of max_length={max_length} tokens need {needed / _GIGA:.3g} GB of "
             f"cache, {free / _GIGA:.3g} GB are free: {fitting} slots of that length would fit; "
             "use fewer slots or a smaller max_length"
         )

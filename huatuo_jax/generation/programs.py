@@ -1,13 +1,12 @@
-"""The compiled programs of an engine: one for each length bucket, whatever the requests.
+"""The compiled programs of an engine: one for each bucket, whatever the requests.
 
-`prefill` runs prompts of one bucket into the prefix cache, `insert` copies a prompt from there into
-a slot (so that all its answers share one prefill), `grow` makes room for more positions, and
-`decode` runs several steps for all slots.
+`prefill` runs prompts of one length into the prefix cache, `insert` copies a prompt from there into
+the pages of a slot (so that all its answers share one prefill), `grow` adds pages and `shrink`
+takes some away, and `decode` runs several steps for all slots.
 """
 
-import bisect
 import contextlib
-import dataclasses
+import functools
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,18 +14,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from huatuo_jax import sharding
 from huatuo_jax.backbone.transformer import Transformer
 from huatuo_jax.generation import cache as caches
 from huatuo_jax.generation import forward
-from huatuo_jax.generation.cache import Cache
+from huatuo_jax.generation.cache import Cache, Pages
 from huatuo_jax.generation.forward import Variables
 from huatuo_jax.generation.sampling import Settings, choose
 
-_SHORTEST_PREFILL = 16
-_SHORTEST_CACHE = 128
 _NOTHING = -1
 
 
@@ -54,48 +52,11 @@ class Emitted(NamedTuple):
     sampling_log_probs_NB: Any
 
 
-@dataclasses.dataclass(frozen=True)
-class Buckets:
-    """The lengths that programs are compiled for.
-
-    Attributes:
-        prefill: tokens of a prompt, padded up to the next.
-        cache: positions of a slot.
-    """
-
-    prefill: tuple[int, ...]
-    cache: tuple[int, ...]
-
-    @classmethod
-    def up_to(cls, max_length: int) -> "Buckets":
-        """Powers of two, for prompts also halfway between; the last is `max_length` itself."""
-        prefill, size = [], _SHORTEST_PREFILL
-        while size < max_length:
-            prefill += [size, size * 3 // 2]
-            size *= 2
-        cache, size = [], _SHORTEST_CACHE
-        while size < max_length:
-            cache.append(size)
-            size *= 2
-        shorter = tuple(length for length in prefill if length < max_length)
-        return cls((*shorter, max_length), (*cache, max_length))
-
-    @property
-    def num_programs(self) -> int:
-        """How many programs can be compiled at most."""
-        # Each cache length: allocated, inserted into, grown into, decoded; and the prefix cache.
-        return len(self.prefill) + 4 * len(self.cache) + 1
-
-
-def bucket_of(length: int, buckets: tuple[int, ...]) -> int:
-    """The smallest bucket that holds a length."""
-    return buckets[bisect.bisect_left(buckets, length)]
-
-
 class Programs:
     """The programs, compiled when first needed.
 
     Attributes:
+        page_size: positions of a page.
         compilations: how often each kind of program was compiled.
     """
 
@@ -105,6 +66,7 @@ class Programs:
         *,
         mesh: Mesh | None,
         max_length: int,
+        page_size: int,
         steps: int,
         cache_dtype: DTypeLike,
         split_layers: bool,
@@ -115,29 +77,31 @@ class Programs:
             model: the backbone.
             mesh: where they run; None for the device that the weights are on.
             max_length: positions of a slot at most.
+            page_size: positions of a page.
             steps: decode steps of one call.
             cache_dtype: of keys and values.
             split_layers: whether layers are a tuple rather than stacked.
         """
         self._model, self._mesh, self._steps = model, mesh, steps
-        self._max_length = max_length
+        self._max_length, self.page_size = max_length, page_size
         self._cache_dtype, self._split_layers = cache_dtype, split_layers
         self.compilations: Counter[str] = Counter()
         places = None
         if mesh is not None:
             places = caches.shardings(model.cfg, mesh, split_layers=split_layers)
         self._allocate = self._jit(
-            "allocate", self._empty, out_shardings=places, static_argnames=("rows", "length")
+            "allocate", self._empty, out_shardings=places, static_argnames=("num_pages",)
         )
         self._prefill = self._jit(
             "prefill", self._run_prefill, donate_argnums=(1,), out_shardings=places
         )
         self._insert = self._jit(
-            "insert", self._copy_row, donate_argnums=(0,), out_shardings=places
+            "insert", self._copy_pages, donate_argnums=(0,), out_shardings=places
         )
         self._grow = self._jit(
-            "grow", caches.grow, out_shardings=places, static_argnames=("length",)
+            "grow", self._add_pages, out_shardings=places, static_argnames=("added",)
         )
+        self._shrink = self._jit("shrink", self._take_pages, out_shardings=places)
         self._decode = self._jit(
             "decode",
             self._run_decode,
@@ -145,32 +109,44 @@ class Programs:
             out_shardings=None if places is None else (places, None, None),
         )
 
-    def allocate(self, *, rows: int, length: int) -> Cache:
+    def allocate(self, *, num_pages: int) -> Cache:
         """An empty cache."""
         with self._on_mesh():
-            return self._allocate(rows=rows, length=length)
+            return self._allocate(num_pages=num_pages)
 
     def prefill(self, variables: Variables, prefix: Cache, tokens_BT: Any) -> Cache:
         """The prefix cache (donated) with padded prompts at the start of its rows."""
         with self._on_mesh():
             return self._prefill(variables, prefix, tokens_BT)
 
-    def insert(self, cache: Cache, prefix: Cache, *, row: int, slot: int) -> Cache:
-        """The cache (donated) with a prompt from the prefix cache in a slot."""
+    def insert(
+        self, cache: Cache, prefix: Cache, *, first: int, targets_M: Any, shard: int
+    ) -> Cache:
+        """The cache (donated) with pages of the prefix cache, see `cache.copy_pages`."""
         with self._on_mesh():
-            return self._insert(cache, prefix, jnp.int32(row), jnp.int32(slot))
+            return self._insert(cache, prefix, jnp.int32(first), targets_M, jnp.int32(shard))
 
-    def grow(self, cache: Cache, length: int) -> Cache:
-        """The cache with room for `length` positions."""
+    def grow(self, cache: Cache, *, added: int) -> Cache:
+        """The cache with so many more pages in each shard."""
         with self._on_mesh():
-            return self._grow(cache, length=length)
+            return self._grow(cache, added=added)
+
+    def shrink(self, cache: Cache, targets_N: Any) -> Cache:
+        """The cache without the last pages of its shards, which move, see `PageTable.shrink`."""
+        with self._on_mesh():
+            return self._shrink(cache, targets_N)
 
     def decode(
-        self, variables: Variables, cache: Cache, progress: Progress, settings: Settings
+        self,
+        variables: Variables,
+        cache: Cache,
+        pages: Pages,
+        progress: Progress,
+        settings: Settings,
     ) -> tuple[Cache, Progress, Emitted]:
         """Some steps of all slots; fewer once none is active. The cache is donated."""
         with self._on_mesh():
-            return self._decode(variables, cache, progress, settings)
+            return self._decode(variables, cache, pages, progress, settings)
 
     def _jit(self, name: str, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
         """The function compiled; each tracing of it is counted."""
@@ -184,11 +160,11 @@ class Programs:
     def _on_mesh(self) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
 
-    def _empty(self, *, rows: int, length: int) -> Cache:
+    def _empty(self, *, num_pages: int) -> Cache:
         return caches.empty(
             self._model.cfg,
-            rows=rows,
-            length=length,
+            num_pages=num_pages,
+            page_size=self.page_size,
             dtype=self._cache_dtype,
             split_layers=self._split_layers,
         )
@@ -196,11 +172,46 @@ class Programs:
     def _run_prefill(self, variables: Variables, prefix: Cache, tokens_BT: jax.Array) -> Cache:
         return forward.prefill(self._model, variables, tokens_BT, prefix)
 
-    def _copy_row(self, cache: Cache, prefix: Cache, row: jax.Array, slot: jax.Array) -> Cache:
-        return caches.copy_row(cache, prefix, source_row=row, target_row=slot)
+    def _copy_pages(
+        self,
+        cache: Cache,
+        prefix: Cache,
+        first: jax.Array,
+        targets_M: jax.Array,
+        shard: jax.Array,
+    ) -> Cache:
+        def copy(
+            cache: Cache,
+            prefix: Cache,
+            first: jax.Array,
+            targets_M: jax.Array,
+            shard: jax.Array,
+        ) -> Cache:
+            return caches.copy_pages(cache, prefix, first=first, targets_M=targets_M, shard=shard)
+
+        specs = _cache_specs(cache)
+        copy_on_shards = caches.on_shards(
+            copy, in_specs=(specs, _cache_specs(prefix), P(), P(), P()), out_specs=specs
+        )
+        return copy_on_shards(cache, prefix, first, targets_M, shard)
+
+    def _add_pages(self, cache: Cache, *, added: int) -> Cache:
+        specs = _cache_specs(cache)
+        add = functools.partial(caches.grow, added=added)
+        return caches.on_shards(add, in_specs=(specs,), out_specs=specs)(cache)
+
+    def _take_pages(self, cache: Cache, targets_N: jax.Array) -> Cache:
+        specs = _cache_specs(cache)
+        take = caches.on_shards(caches.shrink, in_specs=(specs, caches.ROWS_SPEC), out_specs=specs)
+        return take(cache, targets_N)
 
     def _run_decode(
-        self, variables: Variables, cache: Cache, progress: Progress, settings: Settings
+        self,
+        variables: Variables,
+        cache: Cache,
+        pages: Pages,
+        progress: Progress,
+        settings: Settings,
     ) -> tuple[Cache, Progress, Emitted]:
         batch = progress.tokens_B.shape[0]
         nothing = Emitted(
@@ -208,7 +219,7 @@ class Programs:
             jnp.zeros((self._steps, batch), jnp.float32),
             jnp.zeros((self._steps, batch), jnp.float32),
         )
-        seen_BV = _seen_tokens(cache, progress, settings, self._model.cfg.padded_vocab_size)
+        seen_BV = _seen_tokens(cache, pages, progress, settings, self._model.cfg.padded_vocab_size)
         rows_B = jnp.arange(batch)
 
         def goes_on(carry: Any) -> jax.Array:
@@ -219,7 +230,7 @@ class Programs:
             step, cache, progress, seen_BV, emitted = carry
             active_B = progress.active_B
             logits_BV, cache = forward.decode(
-                self._model, variables, progress.tokens_B, progress.positions_B, cache
+                self._model, variables, progress.tokens_B, progress.positions_B, cache, pages
             )
             chosen = choose(
                 logits_BV, seen_BV, settings, generated_B=progress.generated_B, active_B=active_B
@@ -254,20 +265,32 @@ class Programs:
         )
 
 
+def _cache_specs(cache: Cache) -> Cache:
+    """How the shards of a mesh see a cache."""
+    return Cache(
+        caches.layer_specs(cache.keys, caches.PAGES_SPEC),
+        caches.layer_specs(cache.values, caches.PAGES_SPEC),
+        caches.ROWS_SPEC,
+    )
+
+
 def _seen_tokens(
-    cache: Cache, progress: Progress, settings: Settings, vocab_size: int
+    cache: Cache, pages: Pages, progress: Progress, settings: Settings, vocab_size: int
 ) -> jax.Array:
     """Which tokens stand in each slot's prompt and answer, bool `[B, V]`, where that is needed."""
     batch = progress.tokens_B.shape[0]
-    none_BV = jnp.zeros((batch, vocab_size), dtype=bool)
+    find = caches.on_shards(
+        functools.partial(caches.seen_tokens, vocab_size=vocab_size),
+        in_specs=(caches.ROWS_SPEC,) * 3,
+        out_specs=caches.ROWS_SPEC,
+    )
 
     def mark() -> jax.Array:
-        before_BS = jnp.arange(cache.length)[None, :] < progress.positions_B[:, None]
-        # What stands past a row's end is sent past the vocabulary, and dropped.
-        tokens_BS = jnp.where(before_BS, cache.tokens_BS, vocab_size)
-        mark_row = jax.vmap(lambda row_V, ids: row_V.at[ids].set(True, mode="drop"))
-        return mark_row(mark_row(none_BV, tokens_BS), progress.tokens_B[:, None])
+        seen_BV = find(cache.tokens_PS, pages, progress.positions_B)
+        return seen_BV.at[jnp.arange(batch), progress.tokens_B].set(True)
 
     penalised_B = progress.active_B & (settings.repetition_penalty_B != 1)
-    seen_BV = jax.lax.cond(penalised_B.any(), mark, lambda: none_BV)
+    seen_BV = jax.lax.cond(
+        penalised_B.any(), mark, lambda: jnp.zeros((batch, vocab_size), dtype=bool)
+    )
     return sharding.constrain(seen_BV[:, None], "logits_BTV")[:, 0]

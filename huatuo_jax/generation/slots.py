@@ -72,10 +72,9 @@ class SlotTable:
         return [slot for slot, running in enumerate(self.running) if running is None]
 
     @property
-    def longest(self) -> int:
-        """Positions that the active slots reach, the next one included."""
-        positions_B, active_B = self.progress.positions_B, self.progress.active_B
-        return int(positions_B[active_B].max(initial=-1)) + 1
+    def lengths_B(self) -> np.ndarray:
+        """Positions that each slot has behind it; a free one has none."""
+        return np.where(self.progress.active_B, self.progress.positions_B, 0)
 
     def occupy(self, slot: int, running: Running) -> None:
         """Put an answer at its start into a slot; the cache holds all but the prompt's last token.

@@ -246,8 +246,11 @@ def test_an_engine_that_cannot_be_is_refused():
         tiny.engine(max_length=513)
     with pytest.raises(ValueError, match="slots=0"):
         tiny.engine(slots=0)
-    # 2 layers x 2 heads x 6 wide x 2 x 4 bytes + 4 = 196 bytes a position.
-    needed = 196 * (64 * (512 + 256) + 512)
+    with pytest.raises(ValueError, match="page_size=0 must be above 0"):
+        tiny.engine(page_size=0)
+    # 2 layers x 2 heads x 6 wide x 2 x 4 bytes + 4 = 196 bytes a position. The last two sizes of
+    # the pool, 512 and 384 pages of 64, and the prefix cache.
+    needed = 196 * (64 * (512 + 384) + 512)
     tiny.engine(slots=64, max_length=512, memory_bytes=needed)
     with pytest.raises(ValueError, match="slots=64 .* 63 slots of that length would fit"):
         tiny.engine(slots=64, max_length=512, memory_bytes=needed - 1)

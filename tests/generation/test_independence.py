@@ -1,6 +1,7 @@
 """The same request has the same answer alone, among others, in another slot, on another mesh."""
 
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 from huatuo_jax import sharding
 from huatuo_jax.checkpoint.tokenizer import load_tokenizer
 from huatuo_jax.data import sample
-from huatuo_jax.generation import programs
+from huatuo_jax.generation.buckets import Buckets
 from huatuo_jax.generation.engine import Engine
 from huatuo_jax.generation.sampling import filter_scores, gumbel_noise, penalise_repetition
 from huatuo_jax.generation.slots import Running, SlotTable
@@ -107,21 +108,29 @@ def test_answers_are_the_same_on_eight_devices(alone, axes, split_layers):
     assert_same_up_to_ties(ids(engine, range(24)), alone)
 
 
+@pytest.mark.parametrize("page_size", [7, 96])
+def test_answers_do_not_depend_on_the_size_of_pages(alone, page_size):
+    engine = tiny.engine(slots=8, page_size=page_size)
+    assert_same_up_to_ties(ids(engine, range(12)), alone)
+
+
 def test_the_cache_is_sharded_like_attention_and_never_gathered():
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
-    engine = tiny.engine(slots=8, mesh=mesh)
-    compiled = engine._programs
-    cache = compiled.allocate(rows=8, length=96)
-    assert cache.keys[0].sharding.shard_shape(cache.keys[0].shape) == (2, 1, 96, 6)
+    engine = tiny.engine(slots=8, page_size=32, mesh=mesh)
+    compiled, pool = engine._programs, engine._pool
+    pool.make_room(np.full(8, 96))
+    cache = pool.cache
+    assert cache.keys[0].sharding.shard_shape(cache.keys[0].shape) == (6, 1, 32, 6)
     with compiled._on_mesh():
         table = engine._table
         decode = compiled._decode.lower(
-            engine._variables, cache, table.progress, table.settings
+            engine._variables, cache, pool.pages, table.progress, table.settings
         ).compile()
-    gathers = [line for line in decode.as_text().splitlines() if "all-gather(" in line]
-    assert not [line for line in gathers if ",96,6]" in line.split("all-gather(")[0]]
+    text = decode.as_text().splitlines()
+    moved = [line for line in text if re.search(r"all-(gather|reduce|to-all)(-start)?\(", line)]
+    assert moved and not [line for line in moved if ",32,6]" in line.split("all-")[0]]
     # Updated in place: the two layers' keys and values are outputs that alias arguments.
-    assert decode.memory_analysis().alias_size_in_bytes >= 4 * (2 * 1 * 96 * 6) * 4
+    assert decode.memory_analysis().alias_size_in_bytes >= 4 * (6 * 1 * 32 * 6) * 4
 
 
 def test_weights_on_another_mesh_are_resharded(alone):
@@ -161,8 +170,8 @@ def test_slots_stay_busy_on_answers_with_a_long_tail(of, request):
     report = engine.report
     assert report.generated_tokens == sum(map(int, lengths))
     assert report.occupancy >= 0.85
-    buckets = programs.Buckets.up_to(384)
-    assert report.max_compilations == len(buckets.prefill) + 4 * len(buckets.cache) + 1
+    buckets = Buckets.up_to(384, page_size=64, slots=16)
+    assert report.max_compilations == len(buckets.prefill) + 5 * len(buckets.pages) - 1
     assert sum(report.compilations.values()) <= report.max_compilations
     compiled = dict(report.compilations)
     assert len(list(engine.generate(requests[::-1]))) == len(lengths)

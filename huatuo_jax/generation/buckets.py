@@ -1,0 +1,71 @@
+"""The sizes that programs are compiled for: lengths of prompts, and pages of the cache."""
+
+import bisect
+import dataclasses
+
+_SHORTEST_PREFILL = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Buckets:
+    """Rising sizes; whatever is between two of them takes the next.
+
+    Attributes:
+        prefill: tokens of a prompt.
+        pages: of the cache, on all batch shards together.
+    """
+
+    prefill: tuple[int, ...]
+    pages: tuple[int, ...]
+
+    @classmethod
+    def up_to(cls, max_length: int, *, page_size: int, slots: int, shards: int = 1) -> "Buckets":
+        """Powers of two and sizes halfway between them, the last of which holds everything.
+
+        Args:
+            max_length: tokens of a slot at most.
+            page_size: positions of a page.
+            slots: rows of the cache.
+            shards: batch shards of the mesh; each holds as many of the pages.
+        """
+        prefill = row_lengths(max_length)
+        rows, pages_per_row = slots // shards, -(-max_length // page_size)
+        # A page for every other slot is the least: below it, reading the weights takes longer.
+        pages = _ladder(max(rows // 2, 1), rows * pages_per_row)
+        return cls(prefill, tuple(shards * size for size in pages))
+
+    @property
+    def num_programs(self) -> int:
+        """How many programs can be compiled at most."""
+        # Each number of pages: allocated, inserted into, decoded; each pair of neighbours: grown
+        # and shrunk; and the prefix cache is allocated.
+        return len(self.prefill) + 3 * len(self.pages) + 2 * (len(self.pages) - 1) + 1
+
+    def pages_for(self, needed: int, now: int) -> int:
+        """The number of pages to have where so many are needed and so many are there.
+
+        A cache that is too large shrinks only to a size that leaves an eighth of it free: it would
+        soon grow again.
+        """
+        fitting = bucket_of(needed, self.pages)
+        if fitting >= now:
+            return fitting
+        return min(now, bucket_of(-(-needed * 8 // 7), self.pages))
+
+
+def row_lengths(max_length: int) -> tuple[int, ...]:
+    """The lengths that rows of tokens are padded to, so that few programs are compiled."""
+    return _ladder(_SHORTEST_PREFILL, max_length)
+
+
+def bucket_of(size: int, buckets: tuple[int, ...]) -> int:
+    """The smallest bucket that holds a size; the largest where none does."""
+    return buckets[min(bisect.bisect_left(buckets, size), len(buckets) - 1)]
+
+
+def _ladder(first: int, last: int) -> tuple[int, ...]:
+    sizes, size = {last}, first
+    while size < last:
+        sizes |= {size, min(size * 3 // 2, last)}
+        size *= 2
+    return tuple(sorted(sizes))

@@ -1,0 +1,103 @@
+"""Attention over pages against attention over whole rows."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from huatuo_jax.backbone.block_attention import attend_block
+from huatuo_jax.generation.page_table import PageTable
+from huatuo_jax.generation.paged_attention import attend_pages
+
+LENGTHS = np.array([1, 16, 5, 0, 23, 8])  # Row 3 is free.
+PAGE, MAX_LENGTH, HEADS, KV_HEADS, WIDTH = 4, 24, 6, 2, 5
+CASES = {
+    "plain": (None, None),
+    "window": (7, None),
+    "alibi": (None, np.linspace(0.1, 0.9, HEADS).astype(np.float32)),
+    "window and alibi": (3, np.linspace(0.1, 0.9, HEADS).astype(np.float32)),
+}
+
+
+def rows_of_keys(seed=0):
+    generator = np.random.default_rng(seed)
+    shape = (len(LENGTHS), MAX_LENGTH, KV_HEADS, WIDTH)
+    keys, values = (generator.normal(size=shape).astype(np.float32) * 2 for _ in range(2))
+    queries = generator.normal(size=(len(LENGTHS), HEADS, WIDTH)).astype(np.float32)
+    return queries, keys, values
+
+
+def in_pages(rows_BSKH, pages, num_pages):
+    """The rows' content where the table says; NaN-free rubbish wherever nothing was written."""
+    rubbish = np.random.default_rng(5).normal(size=(num_pages, KV_HEADS, PAGE, WIDTH)) * 9
+    pool_PKSH = rubbish.astype(np.float32)
+    for page in range(num_pages):
+        row, start = pages.rows_P[page], pages.starts_P[page]
+        for place in range(PAGE):
+            if row >= 0 and start + place < LENGTHS[row]:
+                pool_PKSH[page, :, place] = rows_BSKH[row, start + place]
+    return pool_PKSH
+
+
+def shuffled_table(seed, num_pages=40):
+    """Pages that rows took in turns and gave back in between, so that they lie mixed."""
+    generator = np.random.default_rng(seed)
+    table = PageTable(rows=len(LENGTHS), pages_per_row=MAX_LENGTH // PAGE, page_size=PAGE)
+    table.grow(num_pages)
+    for _ in range(6):
+        table.fit(generator.integers(0, MAX_LENGTH + 1, len(LENGTHS)))
+    table.fit(np.where(LENGTHS > 0, np.minimum(LENGTHS + 5, MAX_LENGTH), 0))
+    return table.pages
+
+
+def gathered(pages, num_pages, window, slopes, dtype=np.float32):
+    queries, keys, values = rows_of_keys()
+    pools = (in_pages(rows, pages, num_pages) for rows in (keys, values))
+    arrays = (jnp.asarray(array, dtype) for array in (queries, *pools))
+    return np.asarray(
+        jax.jit(attend_pages, static_argnames="sliding_window")(
+            *arrays,
+            pages,
+            jnp.asarray(np.maximum(LENGTHS - 1, 0)),
+            sliding_window=window,
+            alibi_slopes_N=slopes,
+        )
+    )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_rows_gather_from_pages_what_they_gather_from_whole_rows(case):
+    window, slopes = CASES[case]
+    queries, keys, values = rows_of_keys()
+    expected = attend_block(
+        jnp.asarray(queries)[:, None],
+        keys,
+        values,
+        q_positions_BT=jnp.asarray(LENGTHS - 1)[:, None],
+        k_positions_BS=jnp.broadcast_to(jnp.arange(MAX_LENGTH), (len(LENGTHS), MAX_LENGTH)),
+        q_segments_BT=None,
+        k_segments_BS=None,
+        sliding_window=window,
+        alibi_slopes_N=None if slopes is None else jnp.asarray(slopes),
+    )[:, 0]
+    found = gathered(shuffled_table(1), 40, window, slopes)
+    owned = LENGTHS > 0
+    np.testing.assert_allclose(found[owned], np.asarray(expected)[owned], rtol=2e-5, atol=2e-6)
+    assert np.isfinite(found).all()
+
+
+def test_what_rows_gather_is_the_same_to_the_bit_wherever_their_pages_lie():
+    window, slopes = CASES["window and alibi"]
+    first, second = shuffled_table(1), shuffled_table(2)
+    assert not np.array_equal(first.table_BM, second.table_BM)
+    found = [gathered(pages, 40, window, slopes) for pages in (first, second)]
+    np.testing.assert_array_equal(*(array[LENGTHS > 0] for array in found))
+
+
+def test_sums_over_16_bit_pages_are_those_of_32_bit():
+    pages = shuffled_table(3)
+    wide = gathered(pages, 40, None, None)
+    narrow = gathered(pages, 40, None, None, dtype=jnp.bfloat16)
+    assert narrow.dtype == jnp.bfloat16
+    owned = LENGTHS > 0
+    np.testing.assert_allclose(narrow[owned].astype(np.float32), wide[owned], atol=0.15)
