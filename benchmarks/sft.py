@@ -15,19 +15,13 @@ HUATUO_SHARED_DATA says), else the project's own samples.
 """
 
 import dataclasses
-import datetime
-import importlib.metadata
 import itertools
 import json
-import os
 import pathlib
-import platform
-import statistics
-import subprocess
-import sys
 import tempfile
 from typing import Any
 
+import contest
 import jax
 import numpy as np
 import sft_contenders
@@ -46,42 +40,16 @@ from huatuo_jax.data.tokenizing import TemplateTokenizer
 from huatuo_jax.training.throughput import ModelFlops
 
 _SIZES = flags.DEFINE_list("sizes", ["10m", "50m"], "Models: 10m, 50m, tiny.")
-_STEPS = flags.DEFINE_integer("steps", 6, "Timed optimizer steps of a turn.", lower_bound=1)
-_WARMUP = flags.DEFINE_integer("warmup", 2, "Steps before them.", lower_bound=1)
-_ROUNDS = flags.DEFINE_integer("rounds", 3, "Turns of each contender.", lower_bound=1)
-_THREADS = flags.DEFINE_integer("threads", 2, "Cores that a contender runs on.", lower_bound=1)
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 4, "Packed rows of a step.", lower_bound=1)
 _ROW_LENGTH = flags.DEFINE_integer("row_length", 1024, "Tokens of a row at most (TRL's default).")
 _CONTENDERS = flags.DEFINE_list(
     "contenders", [*sft_contenders.CONTENDERS], "Who takes part; `ours` always does."
 )
-_MICRO_BATCHES = flags.DEFINE_integer("micro_batches", 1, "Ours: passes a step is divided into.")
-_COMPUTE = flags.DEFINE_string("compute", "{}", "Ours: fields of ComputeSection, as JSON.")
 _OUTPUT = flags.DEFINE_string("output", "benchmarks/results/sft_cpu.json", "Where to.")
 
-SCRIPT = pathlib.Path(sft_contenders.__file__)
-ROOT = SCRIPT.parents[1]
-SHARED_DATA = pathlib.Path(os.environ.get("HUATUO_SHARED_DATA", ROOT.parent / "shared" / "data"))
-OPTIMIZER = {
-    "learning_rate": 1e-4,
-    "weight_decay": 0.1,
-    "beta1": 0.9,
-    "beta2": 0.999,
-    "epsilon": 1e-8,
-    "clip_norm": 1.0,
-}
-SHAPES = {  # Width, feed-forward width, layers, heads.
-    "tiny": (64, 160, 2, 2),
-    "10m": (256, 704, 8, 4),
-    "50m": (512, 1408, 14, 8),
-}
-LOSS_TOLERANCE = 1e-4
+OPTIMIZER = {"learning_rate": 1e-4, "weight_decay": 0.1, **contest.ADAMW}
 SEED = 0
-LIBRARIES = ("jax", "jaxlib", "flax", "optax", "torch", "transformers", "trl", "accelerate")
-MIB = 2**20
 
 Arrays = dict[str, np.ndarray]
-Result = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,33 +63,33 @@ class Dialogues:
 
 def main(_: list[str]) -> None:
     """Measures every size, prints tables, writes the result."""
-    unknown = {*_SIZES.value} - {*SHAPES} | {*_CONTENDERS.value} - {*sft_contenders.CONTENDERS}
-    if unknown:
-        raise app.UsageError(f"unknown: {', '.join(sorted(unknown))}")
-    output = pathlib.Path(_OUTPUT.value)
-    output.parent.mkdir(parents=True, exist_ok=True)
+    contest.check_names(_SIZES.value, _CONTENDERS.value, sft_contenders.CONTENDERS)
     dialogues = read_all()
-    result = {"date": datetime.date.today().isoformat(), **machine(), "data": dialogues.name}
-    for size in _SIZES.value:
-        result[size] = measure(size, dialogues)
-        print_table(size, result[size])
-        output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(f"written to {output}")
+    contest.hold(
+        _SIZES.value,
+        pathlib.Path(_OUTPUT.value),
+        dialogues.name,
+        lambda size: measure(size, dialogues),
+        print_table,
+    )
 
 
 def read_all() -> Dialogues:
     """The real dialogues with a tokenizer of 6,400 tokens, or the project's own with its own."""
-    if (SHARED_DATA / "MANIFEST.json").is_file():
+    if (contest.SHARED_DATA / "MANIFEST.json").is_file():
         name = "real dialogues: 1_sft_single_real and 2_sft_multi_real"
         adapters = {"toyhom_internal_medicine": "toyhom", "remedi_dev_human_annotation": "remedi"}
-        folders = [SHARED_DATA / "1_sft_single_real", SHARED_DATA / "2_sft_multi_real"]
+        folders = [
+            contest.SHARED_DATA / "1_sft_single_real",
+            contest.SHARED_DATA / "2_sft_multi_real",
+        ]
         paths = [path for folder in folders for path in sorted(folder.iterdir())]
-        tokenizer = load_tokenizer(SHARED_DATA / "tokenizers" / "minimind_6400")
+        tokenizer = load_tokenizer(contest.SHARED_DATA / "tokenizers" / "minimind_6400")
         tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
         template = templates.by_name("chatml")
     else:
         name, adapters = "the project's sample dialogues", {}
-        sample = ROOT / "huatuo_jax" / "data" / "sample"
+        sample = contest.ROOT / "huatuo_jax" / "data" / "sample"
         paths = sorted([*sample.glob("*_conversation.jsonl"), *sample.glob("*_instruction.jsonl")])
         tokenizer = load_tokenizer(sample / "tokenizer")
         template = templates.by_name("huatuogpt")
@@ -147,11 +115,11 @@ def packed_batches(dialogues: Dialogues, num_steps: int) -> Arrays:
     lengths = [len(example.token_ids) for example in dialogues.examples]
     order = permutation(len(lengths), SEED, "order")
     plan = plan_rows(lengths, order, row_length=_ROW_LENGTH.value, key=(SEED, "rows"))
-    num_rows = num_steps * _BATCH_SIZE.value
+    num_rows = num_steps * contest.BATCH_SIZE.value
     if num_rows > len(plan):
         raise ValueError(
-            f"{num_steps} steps of {_BATCH_SIZE.value} rows are more than the {len(plan)} rows "
-            "there are; take fewer --steps"
+            f"{num_steps} steps of {contest.BATCH_SIZE.value} rows are more than the {len(plan)} "
+            "rows there are; take fewer --steps"
         )
     rows = [
         pack_row(
@@ -163,41 +131,25 @@ def packed_batches(dialogues: Dialogues, num_steps: int) -> Arrays:
     ]
     stacked = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
     return {
-        name: array.reshape(num_steps, _BATCH_SIZE.value, *array.shape[1:])
+        name: array.reshape(num_steps, contest.BATCH_SIZE.value, *array.shape[1:])
         for name, array in stacked.items()
     }
 
 
-def measure(size: str, dialogues: Dialogues) -> Result:
+def measure(size: str, dialogues: Dialogues) -> contest.Result:
     """All contenders on one model."""
-    width, feed_forward, num_layers, num_heads = SHAPES[size]
-    cfg = BackboneConfig(
-        family="llama",
-        vocab_size=len(dialogues.tokenizer),
-        hidden_size=width,
-        intermediate_size=feed_forward,
-        num_layers=num_layers,
-        num_heads=num_heads,
-        num_kv_heads=num_heads,
-        head_dim=width // num_heads,
-        max_positions=_ROW_LENGTH.value,
+    cfg = contest.backbone(
+        size, vocab_size=len(dialogues.tokenizer), max_positions=_ROW_LENGTH.value
     )
     params = init_params(jax.random.key(SEED), cfg, ComputeConfig())
-    num_steps = _WARMUP.value + _STEPS.value
+    num_steps = contest.WARMUP.value + contest.STEPS.value
     batches = packed_batches(dialogues, num_steps)
     per_step = batches["segment_ids"].max(axis=2).sum(axis=1)
-    settings = {
-        "num_warmup": _WARMUP.value,
-        "num_steps": num_steps,
-        "batch_size": _BATCH_SIZE.value,
-        "row_length": _ROW_LENGTH.value,
-        "dialogues_per_step": round(float(per_step.mean())),
-        "optimizer": OPTIMIZER,
-        "ours": {
-            "compute": json.loads(_COMPUTE.value),
-            "num_micro_batches": _MICRO_BATCHES.value,
-        },
-    }
+    settings = contest.settings(
+        OPTIMIZER,
+        row_length=_ROW_LENGTH.value,
+        dialogues_per_step=round(float(per_step.mean())),
+    )
     names = dict.fromkeys(["ours", *_CONTENDERS.value])
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
@@ -205,22 +157,18 @@ def measure(size: str, dialogues: Dialogues) -> Result:
         dialogues.tokenizer.save_pretrained(folder / "tokenizer")
         np.savez(folder / "batches.npz", **batches)
         (folder / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
-        turns: dict[str, list[Result]] = {one: [] for one in [*sft_contenders.PEAKS, *names]}
-        for number in range(_ROUNDS.value):
-            for one, results in turns.items():
-                print(f"{size}, round {number + 1}: {one}", file=sys.stderr)
-                results.append(run(one, folder))
-            if not number:
-                check_losses({one: turns[one][0]["losses"][0] for one in names})
+        turns = contest.take_turns(
+            size, "sft_contenders.py", folder, names, others=sft_contenders.PEAKS
+        )
     peaks = {one: max(turn["flops"] for turn in turns.pop(one)) for one in sft_contenders.PEAKS}
-    timed = {name: array[_WARMUP.value :] for name, array in batches.items()}
+    timed = {name: array[contest.WARMUP.value :] for name, array in batches.items()}
     flops_per_token = step_flops(cfg, timed) / int(timed["trained_mask"].sum())
     return {
         "parameters": count_parameters(params),
         "backbone": cfg.to_dict(),
         "settings": settings,
         "packing_efficiency": float((timed["segment_ids"] > 0).mean()),
-        "trained_tokens_per_step": float(timed["trained_mask"].sum() / _STEPS.value),
+        "trained_tokens_per_step": float(timed["trained_mask"].sum() / contest.STEPS.value),
         "peak_flops": peaks,
         "model_flops_per_trained_token": flops_per_token,
         "contenders": {
@@ -228,38 +176,6 @@ def measure(size: str, dialogues: Dialogues) -> Result:
             for one in names
         },
     }
-
-
-def run(contender: str, folder: pathlib.Path) -> Result:
-    """One turn of a contender, or one measurement of a peak, in a process of its own."""
-    threads = str(_THREADS.value)
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), contender, str(folder), threads],
-        capture_output=True,
-        text=True,
-        env={
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "JAX_PLATFORMS": "cpu",
-            "OMP_NUM_THREADS": threads,
-            "HF_HUB_OFFLINE": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-        },
-    )
-    if done.returncode:
-        raise RuntimeError(f"{contender} failed:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def check_losses(losses: dict[str, float]) -> None:
-    """Raise RuntimeError unless all contenders begin with the same loss on the same dialogues."""
-    apart = {
-        name: loss
-        for name, loss in losses.items()
-        if abs(loss - losses["ours"]) > LOSS_TOLERANCE * losses["ours"]
-    }
-    if apart:
-        raise RuntimeError(f"not the same work: ours has loss {losses['ours']}, but {apart}")
 
 
 def step_flops(cfg: BackboneConfig, batches: Arrays) -> float:
@@ -272,45 +188,22 @@ def step_flops(cfg: BackboneConfig, batches: Arrays) -> float:
     )
 
 
-def figures(turns: list[Result], ours: list[Result], flops_per_token: float, peak: float) -> Result:
+def figures(
+    turns: list[contest.Result],
+    ours: list[contest.Result],
+    flops_per_token: float,
+    peak: float,
+) -> contest.Result:
     """A contender's medians, and ours over them."""
-    speeds = [speed(turn) for turn in turns]
-    # Of the same round: what else the machine does changes between rounds.
-    ratios = [speed(our) / theirs for our, theirs in zip(ours, speeds, strict=True)]
-    median = statistics.median(speeds)
-    memory = max(turn["peak_memory"] for turn in turns)
-    return {
-        "trained_tokens_per_second": median,
-        "each_turn": speeds,
-        "ours_is_faster_by": statistics.median(ratios),
-        "share_of_peak": median * flops_per_token / peak,
-        "peak_memory_mib": memory / MIB,
-        "first_losses": turns[0]["losses"][:1],
+    found = contest.figures(turns, ours, unit="trained_tokens")
+    return found | {
+        "share_of_peak": found["trained_tokens_per_second"] * flops_per_token / peak,
         "last_losses": turns[0]["losses"][-1:],
-        "seconds_of_steps": [turn["seconds"] for turn in turns],
     }
 
 
-def speed(turn: Result) -> float:
-    """Trained tokens per second of one turn."""
-    return sum(turn["trained_tokens"]) / sum(turn["seconds"])
-
-
-def machine() -> Result:
-    """What the figures depend on beside the code."""
-    info = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    names = [line.split(": ")[1] for line in info.splitlines() if line.startswith("model name")]
-    return {
-        "cpu": names[0] if names else platform.processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "threads": _THREADS.value,
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
-    }
-
-
-def print_table(size: str, result: Result) -> None:
-    """One line a contender."""
+def print_table(size: str, result: contest.Result) -> None:
+    """What was trained on, then one line a contender."""
     peaks = ", ".join(
         f"{name.removeprefix('peak_')} {peak / 1e9:.0f}"
         for name, peak in result["peak_flops"].items()
@@ -321,16 +214,12 @@ def print_table(size: str, result: Result) -> None:
         f"tokens and {result['settings']['dialogues_per_step']} dialogues a step; matrix products "
         f"at their best, GFLOP/s: {peaks}"
     )
-    heads = ("trained tokens/s", "ours is faster by", "share of peak", "peak memory, MiB")
-    print(f"{'':28}" + "".join(f"{head:>20}" for head in heads))
-    for name, one in result["contenders"].items():
-        values = (
-            f"{one['trained_tokens_per_second']:.0f}",
-            f"{one['ours_is_faster_by']:.2f}",
-            f"{one['share_of_peak']:.1%}",
-            f"{one['peak_memory_mib']:.0f}",
-        )
-        print(f"{name:28}" + "".join(f"{value:>20}" for value in values))
+    columns = {
+        "trained tokens/s": ("trained_tokens_per_second", ".0f"),
+        **contest.COLUMNS,
+        "share of peak": ("share_of_peak", ".1%"),
+    }
+    contest.print_rows(columns, result["contenders"])
 
 
 if __name__ == "__main__":

@@ -3,82 +3,51 @@
     python benchmarks/sft_contenders.py NAME FOLDER THREADS
 
 FOLDER holds `model/` (Hugging Face), `tokenizer/`, `batches.npz` (packed rows, `[steps, B, T]`) and
-`settings.json`. What was measured is the last line that is printed, as JSON. Libraries are imported
-where they are used, so that no contender's memory holds another's.
+`settings.json`; see `contenders.py`.
 """
 
 import functools
 import gc
-import json
-import os
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from contenders import (
+    Batch,
+    Contender,
+    Marks,
+    Result,
+    Settings,
+    main,
+    read_batches,
+    train_ours,
+    train_trl,
+    trl_settings,
+)
 
-Batch = dict[str, np.ndarray]
 IGNORED = -100
 PEAK_SIZES = (512, 1024, 2048, 3072)
 
 
-class Marks:
-    """The moments at which steps ended; the warm-up's are not counted."""
-
-    def __init__(self, num_warmup: int) -> None:
-        """Counts steps after the first `num_warmup`."""
-        self.num_warmup = num_warmup
-        self._moments: list[float] = []
-
-    def step_ended(self) -> None:
-        """Notes a step's end."""
-        self._moments.append(time.perf_counter())
-
-    @property
-    def seconds(self) -> list[float]:
-        """Of each step after the warm-up, data and all."""
-        return np.diff(self._moments[self.num_warmup - 1 :]).tolist()
-
-
-def ours(folder: pathlib.Path, settings: dict[str, Any]) -> dict[str, Any]:
+def ours(folder: pathlib.Path, settings: Settings) -> Result:
     """This project's update, on packed rows, as `huatuo_jax.sft` compiles and feeds it."""
-    import jax
-
-    from huatuo_jax import sharding
-    from huatuo_jax.backbone.transformer import Transformer
     from huatuo_jax.sft import token_loss
-    from huatuo_jax.training.initial_model import ComputeSection, ModelConfig, open_model
-    from huatuo_jax.training.loop import put_on_mesh
-    from huatuo_jax.training.optimizer import OptimizerConfig, make_optimizer
-    from huatuo_jax.training.update import compile_update, make_update
 
-    section = ComputeSection(**settings["ours"]["compute"])
-    model = open_model(ModelConfig(directory=str(folder / "model")), section.compute_config())
-    mesh = sharding.make_mesh()
-    optimizer = make_optimizer(
-        OptimizerConfig(decay="constant", **settings["optimizer"]), num_steps=settings["num_steps"]
+    return train_ours(
+        folder,
+        settings,
+        lambda transformer, section: functools.partial(
+            token_loss, transformer, chunk=section.loss_chunk
+        ),
+        head="lm",
+        counted="num_terms",
     )
-    backbone = Transformer(model.cfg, model.compute)
-    loss = functools.partial(token_loss, backbone, chunk=section.loss_chunk)
-    update = compile_update(
-        make_update(loss, optimizer, num_micro_batches=settings["ours"]["num_micro_batches"]),
-        model.abstract_state(optimizer, mesh),
-        mesh,
-    )
-    state = model.make_state(jax.random.key(0), optimizer, mesh)
-    losses, trained = [], []
-    marks = Marks(settings["num_warmup"])
-    for batch in read_batches(folder):
-        state, metrics = update(state, put_on_mesh(batch, mesh))
-        losses.append(float(metrics["loss"]) / float(metrics["num_terms"]))
-        trained.append(int(metrics["num_terms"]))
-        marks.step_ended()
-    return report(marks, losses, trained)
 
 
-def torch_loop(folder: pathlib.Path, settings: dict[str, Any], *, packed: bool) -> dict[str, Any]:
+def torch_loop(folder: pathlib.Path, settings: Settings, *, packed: bool) -> Result:
     """A hand-written loop over transformers' Llama, with nothing in it that the step does not need.
 
     Padded, the causal mask alone is right, as padding stands at the end, and it is the fast path of
@@ -113,12 +82,12 @@ def torch_loop(folder: pathlib.Path, settings: dict[str, Any], *, packed: bool) 
         losses.append(loss.item())
         trained.append(len(logits_nV))
         marks.step_ended()
-    return report(marks, losses, trained)
+    return marks.report(losses, trained)
 
 
 def trl(
-    folder: pathlib.Path, settings: dict[str, Any], *, packed: bool, checkpointing: bool = True
-) -> dict[str, Any]:
+    folder: pathlib.Path, settings: Settings, *, packed: bool, checkpointing: bool = True
+) -> Result:
     """TRL's SFTTrainer on the same dialogues, already tokenised, with labels.
 
     All that concerns speed is its default, gradient checkpointing among it, but for float32 and
@@ -128,68 +97,31 @@ def trl(
     import datasets
     import torch
     from transformers import AutoTokenizer, LlamaForCausalLM
-    from transformers.trainer_callback import TrainerCallback
     from trl import SFTConfig, SFTTrainer
     from trl.data_utils import pack_dataset
 
-    class Clock(TrainerCallback):
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            marks.step_ended()
-
-    marks = Marks(settings["num_warmup"])
     by_batch = [examples_of(batch) for batch in read_batches(folder)]
     rows = settings["batch_size"] if packed else settings["dialogues_per_step"]
-    hyper = settings["optimizer"]
     trainer = SFTTrainer(
         model=LlamaForCausalLM.from_pretrained(folder / "model", dtype=torch.float32),
         processing_class=AutoTokenizer.from_pretrained(folder / "tokenizer"),
         train_dataset=datasets.Dataset.from_list([one for batch in by_batch for one in batch]),
-        callbacks=[Clock()],
         args=SFTConfig(
-            output_dir=str(folder / "trl"),
             packing=packed,
             max_length=settings["row_length"],
             per_device_train_batch_size=rows,
-            max_steps=settings["num_steps"],
             gradient_checkpointing=checkpointing,
-            bf16=False,
-            use_cpu=True,
-            learning_rate=hyper["learning_rate"],
-            lr_scheduler_type="constant",
-            weight_decay=hyper["weight_decay"],
-            adam_beta1=hyper["beta1"],
-            adam_beta2=hyper["beta2"],
-            adam_epsilon=hyper["epsilon"],
-            max_grad_norm=hyper["clip_norm"],
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
+            **trl_settings(folder, settings),
         ),
     )
-    collate = trainer.data_collator
     first = datasets.Dataset.from_list(by_batch[0])
     if packed:
         first = pack_dataset(first, settings["row_length"])
-    with torch.no_grad():
-        loss = trainer.compute_loss(trainer.model.train(), collate(list(first))).item()
-    trained: list[int] = []
 
-    def collate_and_count(examples: list[dict[str, Any]]) -> Any:
-        collated = collate(examples)
-        trained.append(int((collated["labels"][:, 1:] != IGNORED).sum()))
-        return collated
+    def count(_: list[Any], collated: Any) -> int:
+        return int((collated["labels"][:, 1:] != IGNORED).sum())
 
-    trainer.data_collator = collate_and_count
-    trainer.train()
-    return report(marks, [loss], trained)
-
-
-def read_batches(folder: pathlib.Path) -> Iterator[Batch]:
-    """The packed batches of all steps, `[B, T]` each."""
-    with np.load(folder / "batches.npz") as file:
-        arrays = {name: file[name] for name in file}
-    for step in range(len(arrays["token_ids"])):
-        yield {name: array[step] for name, array in arrays.items()}
+    return train_trl(trainer, settings, list(first), count)
 
 
 def labels_of(rows: Batch) -> np.ndarray:
@@ -273,7 +205,7 @@ def timed(call: Callable[[], Any]) -> float:
     return time.perf_counter() - began
 
 
-def peak_jax() -> float:
+def peak_jax(_: pathlib.Path, __: Settings) -> Result:
     """The most FLOPs per second of a float32 matrix product in jax, over some sizes."""
     import jax
     import jax.numpy as jnp
@@ -285,7 +217,7 @@ def peak_jax() -> float:
     )
 
 
-def peak_torch() -> float:
+def peak_torch(_: pathlib.Path, __: Settings) -> Result:
     """The same in PyTorch."""
     import torch
 
@@ -295,34 +227,17 @@ def peak_torch() -> float:
     )
 
 
-def best_rate(make: Callable[[int], Any], multiply: Callable[[Any], Any]) -> float:
-    """FLOPs per second of the best of several products."""
+def best_rate(make: Callable[[int], Any], multiply: Callable[[Any], Any]) -> Result:
+    """FLOPs per second of the best of several products, by name."""
     rates = []
     for size in PEAK_SIZES:
         matrix = make(size)
         repeats = range(max(3, 2048**3 * 5 // size**3))
         rates += [2 * size**3 / timed(lambda matrix=matrix: multiply(matrix)) for _ in repeats]
-    return max(rates)
+    return {"flops": max(rates)}
 
 
-def report(marks: Marks, losses: list[float], trained: list[int]) -> dict[str, Any]:
-    """What a contender hands back; `trained_tokens` are those of the steps in `seconds`."""
-    seconds = marks.seconds
-    counted = trained[marks.num_warmup : marks.num_warmup + len(seconds)]
-    return {"losses": losses, "seconds": seconds, "trained_tokens": counted}
-
-
-def peak_memory() -> int:
-    """The most bytes of this process that stood in memory at once.
-
-    From the kernel's own mark: `getrusage` would count the process that started this one.
-    """
-    status = pathlib.Path("/proc/self/status").read_text(encoding="ascii")
-    line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
-    return int(line.split()[1]) * 1024
-
-
-CONTENDERS: dict[str, Callable[[pathlib.Path, dict[str, Any]], dict[str, Any]]] = {
+CONTENDERS: dict[str, Contender] = {
     "ours": ours,
     "torch_packed": functools.partial(torch_loop, packed=True),
     "torch_padded": functools.partial(torch_loop, packed=False),
@@ -331,19 +246,8 @@ CONTENDERS: dict[str, Callable[[pathlib.Path, dict[str, Any]], dict[str, Any]]] 
     "trl_padded_no_checkpointing": functools.partial(trl, packed=False, checkpointing=False),
     "trl_packed_no_checkpointing": functools.partial(trl, packed=True, checkpointing=False),
 }
-PEAKS: dict[str, Callable[[], float]] = {"peak_jax": peak_jax, "peak_torch": peak_torch}
-
-
-def main(name: str, folder: pathlib.Path, num_threads: int) -> None:
-    """Runs one contender, or measures one library's peak, on so many cores."""
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:num_threads])
-    if name in PEAKS:
-        print(json.dumps({"flops": PEAKS[name]()}))
-        return
-    settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-    result = CONTENDERS[name](folder, settings)
-    print(json.dumps(result | {"peak_memory": peak_memory()}))
+PEAKS: dict[str, Contender] = {"peak_jax": peak_jax, "peak_torch": peak_torch}
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], pathlib.Path(sys.argv[2]), int(sys.argv[3]))
+    main(CONTENDERS | PEAKS)

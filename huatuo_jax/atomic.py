@@ -45,18 +45,18 @@ def writing_directory(
     removed once a whole target stands; those of writers that still run are left alone.
 
     Args:
-      target: the local folder to make; its parents are made too.
-      overwrite: replace a target that is there and not empty. It is removed only after the new
-        one is complete.
-      nonce: the temporary name's last part, where several processes have to agree on it.
+        target: the local folder to make; its parents are made too.
+        overwrite: replace a target that is there and not empty. It is removed only after the new
+            one is complete.
+        nonce: the temporary name's last part, where several processes have to agree on it.
 
     Yields:
-      The folder to write into.
+        The folder to write into.
 
     Raises:
-      FileExistsError: the target is a file, or a folder with something in it and no `overwrite`.
-      ValueError: the target's own name is that of an unfinished folder.
-      OSError: it cannot be written.
+        FileExistsError: the target is a file, or a folder with something in it and no `overwrite`.
+        ValueError: the target's own name is that of an unfinished folder.
+        OSError: it cannot be written.
     """
     target = pathlib.Path(os.path.abspath(target))
     _check_target(target, overwrite=overwrite)

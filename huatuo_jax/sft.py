@@ -13,11 +13,8 @@ import transformers
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from huatuo_jax.backbone import lora
 from huatuo_jax.backbone.config import BackboneConfig
 from huatuo_jax.backbone.transformer import Transformer
-from huatuo_jax.checkpoint import models
-from huatuo_jax.checkpoint.tokenizer import load_tokenizer
 from huatuo_jax.data import templates
 from huatuo_jax.data.examples import ALL_KINDS
 from huatuo_jax.generation.samples import Samples, SamplesConfig, sample_prompt
@@ -125,12 +122,7 @@ def run_sft(
     check_rows(cfg.rows_at_once, name="micro_batch_size", mesh=mesh)
     model = open_model(cfg.model, cfg.compute.compute_config())
     _check_lengths(cfg.data, model.cfg)
-    tokenizer = load_tokenizer(cfg.model.tokenizer_source)
-    if len(tokenizer) > model.cfg.vocab_size:
-        raise ValueError(
-            f"config.{STAGE}.model.tokenizer has {len(tokenizer)} tokens, more than the model's "
-            f"vocab_size={model.cfg.vocab_size}"
-        )
+    tokenizer = model.load_tokenizer(STAGE)
     with progress_bar(f"{STAGE}: tokenising", "dialogues") as on_progress:
         data = open_dialogues(
             cfg.data,
@@ -146,7 +138,7 @@ def run_sft(
     samples = _samples(cfg, model, data, tokenizer, mesh, directory)
     job = _job(cfg, model, data, directory, decisive, mesh, samples)
     state, evaluation = train(job, cfg.loop)
-    _save_model(model, state, directory)
+    model.save(state.variables, directory.folder / MODEL_FOLDER)
     result = {"step": int(state.step), **evaluation}
     directory.finish(result)
     return result
@@ -260,7 +252,7 @@ def _samples(
     wanted = min(wanted, len(held_out))
     examples = [held_out[number * len(held_out) // wanted] for number in range(wanted)]
     return Samples(
-        Transformer(model.cfg, model.compute, cfg.model.lora),
+        model.transformer,
         [sample_prompt(example, template, tokenizer) for example in examples],
         tokenizer,
         stop_token_ids=template.stop_token_ids(tokenizer),
@@ -281,11 +273,7 @@ def _job(
 ) -> Job:
     num_steps = cfg.num_steps or -(-data.train.first_row(cfg.num_epochs) // cfg.batch_size)
     optimizer = make_optimizer(cfg.optimizer, num_steps=num_steps)
-    loss = functools.partial(
-        token_loss,
-        Transformer(model.cfg, model.compute, cfg.model.lora),
-        chunk=cfg.compute.loss_chunk,
-    )
+    loss = functools.partial(token_loss, model.transformer, chunk=cfg.compute.loss_chunk)
     abstract_state = model.abstract_state(optimizer, mesh)
     update = make_update(loss, optimizer, num_micro_batches=cfg.batch_size // cfg.rows_at_once)
     evaluate = None
@@ -333,21 +321,3 @@ def report_step(metrics: Mapping[str, np.ndarray], *, flops: ModelFlops) -> Step
     pairs = float(metrics["attended_pairs"])
     step_flops = flops.of_step(tokens=tokens, scored_tokens=trained, attended_pairs=pairs)
     return StepReport(fields, tokens, trained, step_flops)
-
-
-def _save_model(model: InitialModel, state: TrainState, directory: StageDirectory) -> None:
-    """The trained weights as a model directory, in the dtype they were trained in."""
-    params = state.variables["params"]
-    adapters = model.section.lora
-    if adapters is not None:
-        merge = functools.partial(lora.merge, cfg=model.cfg, lora=adapters)
-        params = jax.jit(merge)(params, state.variables["lora"])
-    tokenizer = pathlib.Path(model.section.tokenizer_source)
-    models.save_orbax(
-        params,
-        model.cfg,
-        directory.folder / MODEL_FOLDER,
-        head="lm",
-        source_folder=tokenizer if tokenizer.is_dir() else None,
-        overwrite=True,
-    )

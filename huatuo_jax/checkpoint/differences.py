@@ -11,7 +11,7 @@ def as_json(value: Any, *, name: str) -> Any:
     """Returns a value as it will be read back from JSON: tuples as lists, keys as strings.
 
     Raises:
-      ValueError: something in it has no JSON form.
+        ValueError: something in it has no JSON form.
     """
     try:
         return json.loads(json.dumps(_plain(value)))

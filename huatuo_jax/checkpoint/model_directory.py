@@ -34,17 +34,17 @@ def save_model(
     must call this, on a folder that all of them see.
 
     Args:
-      directory: a local folder, new or empty.
-      params: the tree of parameters.
-      config: the backbone's config, JSON values.
-      extra_files: files to copy into the folder by their name there, such as the tokenizer's.
-      overwrite: replace a folder that is not empty; removed only after the new one is complete.
+        directory: a local folder, new or empty.
+        params: the tree of parameters.
+        config: the backbone's config, JSON values.
+        extra_files: files to copy into the folder by their name there, such as the tokenizer's.
+        overwrite: replace a folder that is not empty; removed only after the new one is complete.
 
     Raises:
-      FileExistsError: the folder is not empty and `overwrite` is not set.
-      ValueError: the config has no JSON form, a file's name is taken or leaves the folder, or the
-        parameters cannot be saved.
-      OSError: it cannot be written.
+        FileExistsError: the folder is not empty and `overwrite` is not set.
+        ValueError: the config has no JSON form, a file's name is taken or leaves the folder, or the
+            parameters cannot be saved.
+        OSError: it cannot be written.
     """
     files = dict(extra_files or {})
     for name in files:
@@ -84,8 +84,8 @@ def load_model_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
     """Returns the config of a model folder.
 
     Raises:
-      FileNotFoundError: it is no model folder, or one that was never finished.
-      OSError: the config cannot be read.
+        FileNotFoundError: it is no model folder, or one that was never finished.
+        OSError: the config cannot be read.
     """
     path = _checked(directory) / CONFIG_FILE
     try:
@@ -98,14 +98,14 @@ def load_model_params(directory: str | os.PathLike[str], abstract_params: Any) -
     """Reads the parameters of a model folder straight onto the devices, each its own shards.
 
     Args:
-      directory: a folder written by `save_model`.
-      abstract_params: the tree, a `jax.ShapeDtypeStruct` with a sharding for each array; without
-        one it lands on the first device.
+        directory: a folder written by `save_model`.
+        abstract_params: the tree, a `jax.ShapeDtypeStruct` with a sharding for each array; without
+            one it lands on the first device.
 
     Raises:
-      FileNotFoundError: it is no model folder, or one that was never finished.
-      ValueError: the saved parameters have other paths, shapes or dtypes; each one is named.
-      OSError: the files cannot be read.
+        FileNotFoundError: it is no model folder, or one that was never finished.
+        ValueError: the saved parameters have other paths, shapes or dtypes; each one is named.
+        OSError: the files cannot be read.
     """
     path = _checked(directory) / PARAMS_FOLDER
     return orbax_files.read_arrays(path, abstract_params, partial=False)

@@ -62,12 +62,12 @@ def open_manager(
     """Opens a folder of steps; `clean` removes what killed saves left there.
 
     Args:
-      directory: an absolute local path or a bucket address.
-      keep_newest: how many of the newest steps to keep.
-      score: from a step's metrics to a number; the step where it is highest is kept too, of equal
-        ones the newest.
-      asynchronous: whether saves are written in the background.
-      clean: whether unfinished saves are deleted on opening.
+        directory: an absolute local path or a bucket address.
+        keep_newest: how many of the newest steps to keep.
+        score: from a step's metrics to a number; the step where it is highest is kept too, of equal
+            ones the newest.
+        asynchronous: whether saves are written in the background.
+        clean: whether unfinished saves are deleted on opening.
     """
     policies: list[Any] = [ocp.checkpoint_managers.LatestN(n=keep_newest)]
     if score is not None:
@@ -114,8 +114,8 @@ def write_arrays(path: pathlib.Path, state: Any) -> None:
     """Writes a tree of arrays to a new folder, atomically; every process must call it.
 
     Raises:
-      ValueError: the tree cannot be saved.
-      OSError: the folder cannot be written.
+        ValueError: the tree cannot be saved.
+        OSError: the folder cannot be written.
     """
     arguments = _save_args(state)
     with ocp.Checkpointer(_lean_writer(state)) as checkpointer:
@@ -134,15 +134,15 @@ def read_arrays(path: pathlib.Path, abstract_state: Any, *, partial: bool) -> An
     of what is being read.
 
     Args:
-      path: a folder written by `write_arrays`, or a step's `state`.
-      abstract_state: the tree to return, with a `jax.ShapeDtypeStruct` for each array. One without
-        a sharding lands on the first device. Where a leaf is a NumPy array or a number instead,
-        one of the same kind is returned.
-      partial: whether what is saved beyond `abstract_state` may stay unread.
+        path: a folder written by `write_arrays`, or a step's `state`.
+        abstract_state: the tree to return, with a `jax.ShapeDtypeStruct` for each array. One
+            without a sharding lands on the first device. Where a leaf is a NumPy array or a number
+            instead, one of the same kind is returned.
+        partial: whether what is saved beyond `abstract_state` may stay unread.
 
     Raises:
-      ValueError: the saved tree has other paths, shapes or dtypes; every difference is listed.
-      OSError: the files cannot be read.
+        ValueError: the saved tree has other paths, shapes or dtypes; every difference is listed.
+        OSError: the files cannot be read.
     """
     saved, key_implementations = _described(path)
     wanted = trees.named_leaves(abstract_state)

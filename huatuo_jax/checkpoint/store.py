@@ -56,17 +56,17 @@ class CheckpointStore:
         may do that; others open it with `read_only`.
 
         Args:
-          directory: a local folder, or an address that Orbax knows (`gs://...`).
-          keep_newest: how many of the newest steps to keep.
-          best_metric: the metric whose best step is kept as well; steps that were saved without
-            it, or with NaN, are never the best.
-          best_mode: whether the best is the `min` or the `max`; of equal steps it is the newest.
-          asynchronous: whether `save` returns before the files are written.
-          read_only: never write, make or remove anything; new steps of a running job are seen.
+            directory: a local folder, or an address that Orbax knows (`gs://...`).
+            keep_newest: how many of the newest steps to keep.
+            best_metric: the metric whose best step is kept as well; steps that were saved without
+                it, or with NaN, are never the best.
+            best_mode: whether the best is the `min` or the `max`; of equal steps it is the newest.
+            asynchronous: whether `save` returns before the files are written.
+            read_only: never write, make or remove anything; new steps of a running job are seen.
 
         Raises:
-          ValueError: an argument is out of its range.
-          OSError: the folder cannot be made or written.
+            ValueError: an argument is out of its range.
+            OSError: the folder cannot be made or written.
         """
         if isinstance(keep_newest, bool) or not isinstance(keep_newest, int) or keep_newest < 1:
             raise ValueError(f"keep_newest: must be a whole number from 1, is {keep_newest!r}")
@@ -103,15 +103,15 @@ class CheckpointStore:
         """Starts saving a step; on return the state's arrays may be donated or changed.
 
         Args:
-          step: the number to save under, past every saved one.
-          state: any tree of arrays, typed random keys and numbers.
-          config: what the state depends on, JSON values; compared by `restore`.
-          metrics: numbers by name, among them `best_metric` where it was measured.
-          extra: whatever else the next step needs, JSON values.
+            step: the number to save under, past every saved one.
+            state: any tree of arrays, typed random keys and numbers.
+            config: what the state depends on, JSON values; compared by `restore`.
+            metrics: numbers by name, among them `best_metric` where it was measured.
+            extra: whatever else the next step needs, JSON values.
 
         Raises:
-          ValueError: the step is not new, or something cannot be saved as it is.
-          OSError: this save could not be started, or the one before it failed.
+            ValueError: the step is not new, or something cannot be saved as it is.
+            OSError: this save could not be started, or the one before it failed.
         """
         if self._read_only:
             raise ValueError(f"read_only: {self._directory} was opened to read, it cannot save")
@@ -207,17 +207,18 @@ class CheckpointStore:
         its own shards, and the whole state never stands in host memory.
 
         Args:
-          step: which one; the newest if None.
-          abstract_state: the state's tree, a `jax.ShapeDtypeStruct` with a sharding for each array
-            (without one it lands on the first device). Typed random keys are restored as such.
-          config: the config of this run; if given it must equal the saved one.
-          partial: read only the arrays that `abstract_state` names, such as the parameters.
+            step: which one; the newest if None.
+            abstract_state: the state's tree, a `jax.ShapeDtypeStruct` with a sharding for each
+                array (without one it lands on the first device). Typed random keys are restored as
+                such.
+            config: the config of this run; if given it must equal the saved one.
+            partial: read only the arrays that `abstract_state` names, such as the parameters.
 
         Raises:
-          FileNotFoundError: there is no such checkpoint, or none at all.
-          ValueError: the config differs, or the saved arrays have other paths, shapes or dtypes;
-            the message has one line for each difference.
-          OSError: the files cannot be read.
+            FileNotFoundError: there is no such checkpoint, or none at all.
+            ValueError: the config differs, or the saved arrays have other paths, shapes or dtypes;
+                the message has one line for each difference.
+            OSError: the files cannot be read.
         """
         steps = self.all_steps()
         if not steps:

@@ -26,8 +26,8 @@ def named_leaves(tree: Any) -> dict[str, Any]:
     Fields of named tuples and dataclasses go by their name, elements of lists by their index.
 
     Raises:
-      ValueError: the tree is a single leaf or has none, a name is empty or holds a slash, or two
-        leaves would have the same path.
+        ValueError: the tree is a single leaf or has none, a name is empty or holds a slash, or two
+            leaves would have the same path.
     """
     named: dict[str, Any] = {}
     for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):

@@ -46,7 +46,7 @@ def find_adapter(name: str) -> Adapter:
     """The adapter of that name.
 
     Raises:
-      ValueError: there is none; the text lists them.
+        ValueError: there is none; the text lists them.
     """
     for adapter in ADAPTERS:
         if adapter.name == name:
@@ -184,7 +184,7 @@ def disc_scores_of(row: Any) -> dict[str, float]:
     """The judge's scores by criterion, out of lines such as `Accuracy: 4`.
 
     Raises:
-      RowProblem: there are none, or one is not between 1 and 5.
+        RowProblem: there are none, or one is not between 1 and 5.
     """
     _need(row, "scores")
     scores = {name: float(score) for name, score in _SCORE.findall(str(row["scores"]))}

@@ -23,9 +23,9 @@ class PrefetchConfig:
     """How batches are made ahead: by threads, and by processes where threads are not enough.
 
     Attributes:
-      num_threads: threads that read and pack, in each process. 0 makes each batch when asked.
-      num_batches: batches that are made ahead.
-      num_processes: 0 for threads of this process only.
+        num_threads: threads that read and pack, in each process. 0 makes each batch when asked.
+        num_batches: batches that are made ahead.
+        num_processes: 0 for threads of this process only.
     """
 
     num_threads: int = 2
@@ -123,15 +123,15 @@ class BatchIterator(grain.DatasetIterator[Row]):
         """Starts at row 0.
 
         Args:
-          rows: all there is.
-          batch_size: the rows of a global batch.
-          share: this host's part; by default the whole.
-          prefetch: how batches are made ahead; by default `PrefetchConfig()`.
-          end_row: where the stream ends; by default never. The last batch is filled up with empty
-            rows (all segment ids 0), so that every batch has the same shape and no row is lost.
+            rows: all there is.
+            batch_size: the rows of a global batch.
+            share: this host's part; by default the whole.
+            prefetch: how batches are made ahead; by default `PrefetchConfig()`.
+            end_row: where the stream ends; by default never. The last batch is filled up with empty
+                rows (all segment ids 0), so that every batch has the same shape and no row is lost.
 
         Raises:
-          ValueError: the hosts cannot share the batch equally.
+            ValueError: the hosts cannot share the batch equally.
         """
         super().__init__()
         self._batches: grain.DatasetIterator[Row] | None = None
@@ -147,7 +147,7 @@ class BatchIterator(grain.DatasetIterator[Row]):
         """The next batch.
 
         Raises:
-          StopIteration: all rows were given.
+            StopIteration: all rows were given.
         """
         if self._batches is None:
             self._batches = self._make_ahead()

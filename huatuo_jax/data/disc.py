@@ -51,7 +51,7 @@ def read_disc_comparisons(
     kinds of files.
 
     Raises:
-      ValueError: as `read_dialogues`.
+        ValueError: as `read_dialogues`.
     """
     options = ReadOptions(**keywords)
     for path in (*dialogues, *scores):

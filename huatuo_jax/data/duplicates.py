@@ -27,13 +27,13 @@ class DuplicatesConfig:
     """What counts as a duplicate, and what is done about it.
 
     Attributes:
-      remove: take out of the training data what is also held out (exactly or nearly), and exact
-        repetitions within it. Otherwise duplicates are only reported.
-      threshold: the Jaccard index from which two dialogues are near duplicates, 0.5 to 1.
-      ngram: the number of characters in an n-gram.
-      num_hashes: the length of a signature.
-      num_bands: the bands it is cut into. With 128 hashes in 32 bands a pair of Jaccard index
-        0.8 is missed once in 10 million, one of 0.7 once in 6,000, one of 0.5 one time in 8.
+        remove: take out of the training data what is also held out (exactly or nearly), and exact
+            repetitions within it. Otherwise duplicates are only reported.
+        threshold: the Jaccard index from which two dialogues are near duplicates, 0.5 to 1.
+        ngram: the number of characters in an n-gram.
+        num_hashes: the length of a signature.
+        num_bands: the bands it is cut into. With 128 hashes in 32 bands a pair of Jaccard index
+            0.8 is missed once in 10 million, one of 0.7 once in 6,000, one of 0.5 one time in 8.
     """
 
     remove: bool = True
@@ -70,10 +70,10 @@ class DuplicateReport(NamedTuple):
     """What stands twice; all numbers are indices into the training or the held-out texts.
 
     Attributes:
-      repeated_in_train: training texts that stood before in the training data.
-      repeated_in_held_out: held-out texts that stood before in the held-out data.
-      held_out_too: training texts that are also held out, word for word.
-      nearly_held_out: training texts that are nearly a held-out text, without those that are one.
+        repeated_in_train: training texts that stood before in the training data.
+        repeated_in_held_out: held-out texts that stood before in the held-out data.
+        held_out_too: training texts that are also held out, word for word.
+        nearly_held_out: training texts that are nearly a held-out text, without those that are one.
     """
 
     repeated_in_train: list[int]

@@ -105,7 +105,7 @@ def options_from_text(text: object) -> dict[str, str]:
     """Options that stand one a line in one text; a line without the next letter goes on.
 
     Raises:
-      RowProblem: the text does not begin with option A.
+        RowProblem: the text does not begin with option A.
     """
     if not isinstance(text, str):
         raise RowProblem(f"the options are {type(text).__name__}, not text")

@@ -57,12 +57,12 @@ def read_rows(path: str | os.PathLike[str], *, split: str = "train") -> Iterator
     JSON Lines, CSV, plain lines and parquet are streamed; a JSON list is loaded whole.
 
     Args:
-      path: the file, the folder, or the name on the hub.
-      split: which part to read where the data has named parts.
+        path: the file, the folder, or the name on the hub.
+        split: which part to read where the data has named parts.
 
     Raises:
-      ValueError: there is no such file, nothing here reads it, it is neither UTF-8 nor GB18030, or
-        a JSON list breaks off (the rows behind the break cannot be counted).
+        ValueError: there is no such file, nothing here reads it, it is neither UTF-8 nor GB18030,
+            or a JSON list breaks off (the rows behind the break cannot be counted).
     """
     layout = find_layout(path)
     if layout in ("datasets", "hub"):
@@ -83,7 +83,7 @@ def find_layout(path: str | os.PathLike[str]) -> Layout:
     """Tells how the rows of a file are laid out, from its content before its ending.
 
     Raises:
-      ValueError: there is no such file, or nothing here reads it.
+        ValueError: there is no such file, or nothing here reads it.
     """
     file = pathlib.Path(path)
     if file.is_dir():

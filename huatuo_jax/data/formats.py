@@ -72,7 +72,7 @@ def recognise(row: object, formats: Sequence[Format]) -> Format:
     """The first of the formats that the row has the keys of.
 
     Raises:
-      RowProblem: none; the text lists the keys of the row and the formats.
+        RowProblem: none; the text lists the keys of the row and the formats.
     """
     for row_format in formats:
         if row_format.matches(row):
@@ -119,7 +119,7 @@ def only_key(row: JsonRow, keys: Sequence[str], what: str) -> str:
     """The one key of several spellings that the row has.
 
     Raises:
-      RowProblem: it has more than one, and which is meant cannot be told.
+        RowProblem: it has more than one, and which is meant cannot be told.
     """
     found = present(row, keys)
     if len(found) > 1:

@@ -78,17 +78,17 @@ class FileReport:
     """What a file holds, or several files of one family together.
 
     Attributes:
-      name: the file, or how many files these are.
-      layout: how the file is laid out and encoded, in words; None where it could not be told.
-      family: what its records are; None where no row gave one.
-      formats: used rows by the name of their format (behind that of the adapter).
-      kinds: dialogues by kind; None stands for a dialogue without one.
-      errors: the bad rows, all of them. `exclusions` and `repairs`: rows by reason.
-      failure: why the file as a whole cannot be read (on); the counts are those up to there.
-      known_formats: what the rows may look like, where none is in a known format.
-      fitting_adapters: adapters that would read the rows, where none was named.
-      tally: the sizes of the records.
-      samples: the first records as a model sees them.
+        name: the file, or how many files these are.
+        layout: how the file is laid out and encoded, in words; None where it could not be told.
+        family: what its records are; None where no row gave one.
+        formats: used rows by the name of their format (behind that of the adapter).
+        kinds: dialogues by kind; None stands for a dialogue without one.
+        errors: the bad rows, all of them. `exclusions` and `repairs`: rows by reason.
+        failure: why the file as a whole cannot be read (on); the counts are those up to there.
+        known_formats: what the rows may look like, where none is in a known format.
+        fitting_adapters: adapters that would read the rows, where none was named.
+        tally: the sizes of the records.
+        samples: the first records as a model sees them.
     """
 
     name: str
@@ -149,10 +149,10 @@ class Inspector:
     """Reads files and reports on them.
 
     Attributes:
-      template: how dialogues are rendered. `tokenizer`: what they are tokenised with.
-      max_tokens: the length limit of a dialogue.
-      num_samples: how many records of each file are rendered for the report.
-      read: how the files are read; its `max_error_share` is what `complaint` goes by.
+        template: how dialogues are rendered. `tokenizer`: what they are tokenised with.
+        max_tokens: the length limit of a dialogue.
+        num_samples: how many records of each file are rendered for the report.
+        read: how the files are read; its `max_error_share` is what `complaint` goes by.
     """
 
     template: ChatTemplate
@@ -181,8 +181,8 @@ class Inspector:
         """The report of a file; what is wrong with it stands in the report.
 
         Args:
-          path: the file, folder, or name on the hub.
-          on_progress: called now and then with the records done and their number.
+            path: the file, folder, or name on the hub.
+            on_progress: called now and then with the records done and their number.
         """
         tally = Tally(max_tokens=self.max_tokens)
         layout: str | None = None
@@ -248,7 +248,7 @@ def check_json_target(target: str | os.PathLike[str], files: Sequence[str]) -> N
     """Refuses a file for the reports that cannot be one, before any work is done.
 
     Raises:
-      ValueError: its folder is not there, it is a folder, or it is one of the inspected files.
+        ValueError: its folder is not there, it is a folder, or it is one of the inspected files.
     """
     path = pathlib.Path(target)
     if path.is_dir() or not path.parent.is_dir():

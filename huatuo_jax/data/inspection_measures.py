@@ -26,15 +26,15 @@ class Tally:
     """Sums over records; tallies of several files add up.
 
     Attributes:
-      max_tokens: the limit that `over` goes by.
-      sizes: the sizes of all records, by name.
-      lengths_kept: the tokens of each dialogue once truncated, without those that are dropped.
-      over: records with more than `max_tokens` tokens (either dialogue of a comparison).
-      shortened, messages_dropped, dropped: dialogues that lose their oldest turns, how many
-        messages those are, and dialogues whose last exchange alone is too long.
-      chosen_longer: comparisons whose chosen answer has more tokens than the rejected one.
-      several_answers: exam questions with more than one right option.
-      refused: records that the template cannot say, with their line and the reason.
+        max_tokens: the limit that `over` goes by.
+        sizes: the sizes of all records, by name.
+        lengths_kept: the tokens of each dialogue once truncated, without those that are dropped.
+        over: records with more than `max_tokens` tokens (either dialogue of a comparison).
+        shortened, messages_dropped, dropped: dialogues that lose their oldest turns, how many
+            messages those are, and dialogues whose last exchange alone is too long.
+        chosen_longer: comparisons whose chosen answer has more tokens than the rejected one.
+        several_answers: exam questions with more than one right option.
+        refused: records that the template cannot say, with their line and the reason.
     """
 
     max_tokens: int
@@ -104,7 +104,7 @@ class Measurer:
         """Measures a record.
 
         Raises:
-          ValueError: the template cannot say it; the tally is as it was.
+            ValueError: the template cannot say it; the tally is as it was.
         """
         if isinstance(record, Dialogue):
             self._dialogue(record)

@@ -44,9 +44,9 @@ def file_text(report: FileReport, *, width: int | None = None) -> str:
     """The report of a file.
 
     Args:
-      report: what was found in it.
-      width: the columns of a terminal, for which there are tables, colours and wrapped lines; None
-        for plain text.
+        report: what was found in it.
+        width: the columns of a terminal, for which there are tables, colours and wrapped lines;
+            None for plain text.
     """
     return _printed([_file_part(report, width)], width)
 

@@ -51,16 +51,16 @@ class Mixture:
         """Settles how many examples of each source an epoch takes.
 
         Args:
-          source_ids: the source of every example, an index into `names`.
-          names: the names of the sources there are.
-          shares: the sources to take from, and how much. A share that says neither `epochs` nor
-            `weight` is one epoch. Weights, if any, are said for all; the epoch then has as many
-            examples as its sources (after their limits) have together.
-          seed: of the choice and of the order.
+            source_ids: the source of every example, an index into `names`.
+            names: the names of the sources there are.
+            shares: the sources to take from, and how much. A share that says neither `epochs` nor
+                `weight` is one epoch. Weights, if any, are said for all; the epoch then has as many
+                examples as its sources (after their limits) have together.
+            seed: of the choice and of the order.
 
         Raises:
-          ValueError: an unknown or repeated name, weights for some sources only, or a share too
-            small to take a single example.
+            ValueError: an unknown or repeated name, weights for some sources only, or a share too
+                small to take a single example.
         """
         _check_names(names, shares)
         self._seed = seed

@@ -68,17 +68,17 @@ def plan_rows(
     """Distributes examples over rows; a pure function of its arguments.
 
     Args:
-      lengths: the number of tokens of every example there is.
-      order: the examples to place, as indices into `lengths`; one may come more than once.
-      row_length: the most tokens a row can hold.
-      packed: False gives every example a row of its own, in the given order.
-      window: how many examples in a row of the order are packed together. The default, all of
-        them, wastes least; the rows of a small window are closer to a random draw.
-      key: what the order of the packed rows depends on. Packing goes by length, so its rows are
-        shuffled over the whole epoch.
+        lengths: the number of tokens of every example there is.
+        order: the examples to place, as indices into `lengths`; one may come more than once.
+        row_length: the most tokens a row can hold.
+        packed: False gives every example a row of its own, in the given order.
+        window: how many examples in a row of the order are packed together. The default, all of
+            them, wastes least; the rows of a small window are closer to a random draw.
+        key: what the order of the packed rows depends on. Packing goes by length, so its rows are
+            shuffled over the whole epoch.
 
     Raises:
-      ValueError: an example is longer than a row, or empty, or `window` is not positive.
+        ValueError: an example is longer than a row, or empty, or `window` is not positive.
     """
     lengths, order = np.asarray(lengths, np.int64), np.asarray(order, np.int64)
     if window is not None and window < 1:
@@ -143,7 +143,7 @@ def pack_row(examples: Sequence[Example], *, row_length: int, pad_token_id: int)
     Without examples it is an empty row: padding that trains nothing.
 
     Raises:
-      ValueError: they do not fit.
+        ValueError: they do not fit.
     """
     num_tokens = sum(len(example.token_ids) for example in examples)
     if num_tokens > row_length:

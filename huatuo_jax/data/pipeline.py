@@ -41,11 +41,11 @@ class PrepareConfig:
     """How dialogues are prepared; all but `num_processes` decides what the cache holds.
 
     Attributes:
-      held_out: which dialogues are held out.
-      duplicates: what is done about dialogues that stand twice.
-      max_refused_share: the share of dialogues that the template may refuse, 0 to 1, before it
-        counts as an error of the set-up and not of the data.
-      num_processes: processes that tokenise; None takes the cores where it pays.
+        held_out: which dialogues are held out.
+        duplicates: what is done about dialogues that stand twice.
+        max_refused_share: the share of dialogues that the template may refuse, 0 to 1, before it
+            counts as an error of the set-up and not of the data.
+        num_processes: processes that tokenise; None takes the cores where it pays.
     """
 
     held_out: HeldOutConfig = HeldOutConfig()
@@ -74,16 +74,17 @@ def prepare(
     """Reads, splits, cleans and tokenises dialogues, or finds it done.
 
     Args:
-      sources: the files.
-      tokenizer: a template with its tokenizer (`huatuo_jax.data.tokenizing.TemplateTokenizer`).
-      config: see there.
-      folder: where all caches are; each is a folder named by a hash of the files' content, of the
-        template and the tokenizer, and of what in `config` decides.
-      progress: called while dialogues are tokenised, and not at all where the cache is found.
+        sources: the files.
+        tokenizer: a template with its tokenizer (`huatuo_jax.data.tokenizing.TemplateTokenizer`).
+        config: see there.
+        folder: where all caches are; each is a folder named by a hash of the files' content, of the
+            template and the tokenizer, and of what in `config` decides.
+        progress: called while dialogues are tokenised, and not at all where the cache is found.
 
     Raises:
-      ValueError: two sources of one name, a source that cannot be read, too many dialogues that
-        the template refuses, nothing held out where a share should be, or nothing left to train.
+        ValueError: two sources of one name, a source that cannot be read, too many dialogues that
+            the template refuses, nothing held out where a share should be, or nothing left to
+            train.
     """
     inputs = _inputs(sources, tokenizer, config)
 

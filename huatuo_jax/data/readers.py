@@ -87,13 +87,13 @@ class ReadOptions:
     """How a source is read.
 
     Attributes:
-      source: the source's name in the records; by default the row's own, or the file's name.
-      kind: the kind of all dialogues; by default the row's own, where it has one.
-      adapter: the name of an adapter (or an adapter) for a source that is not in a common format.
-      split: which part of parquet, Arrow or hub data to read.
-      max_turn_chars: a longer turn makes its row an error.
-      max_error_share: reading stops when more than this share of the rows are errors. It is judged
-        at the end, and from row 10,000 on also on the way.
+        source: the source's name in the records; by default the row's own, or the file's name.
+        kind: the kind of all dialogues; by default the row's own, where it has one.
+        adapter: the name of an adapter (or an adapter) for a source that is not in a common format.
+        split: which part of parquet, Arrow or hub data to read.
+        max_turn_chars: a longer turn makes its row an error.
+        max_error_share: reading stops when more than this share of the rows are errors. It is
+            judged at the end, and from row 10,000 on also on the way.
     """
 
     source: str | None = None
@@ -125,15 +125,15 @@ class Reading(Generic[RecordT]):
     """One source: iterate it for its records; the counts are those of the latest pass.
 
     Attributes:
-      rows: rows met. `rows_used`: those that gave records, or a part of one.
-      records: records given. `formats`: used rows by the name of their format.
-      errors: what could not be read. `exclusions`: rows left out, by reason.
-      repairs: rows that gave a record after something was mended, by what it was.
-      known: the formats that its rows may have. `line`: where the latest record's row stands.
+        rows: rows met. `rows_used`: those that gave records, or a part of one.
+        records: records given. `formats`: used rows by the name of their format.
+        errors: what could not be read. `exclusions`: rows left out, by reason.
+        repairs: rows that gave a record after something was mended, by what it was.
+        known: the formats that its rows may have. `line`: where the latest record's row stands.
 
     Raises:
-      ValueError: on iteration, when the file as a whole cannot be read, holds no rows, or too many
-        of its rows are errors.
+        ValueError: on iteration, when the file as a whole cannot be read, holds no rows, or too
+            many of its rows are errors.
     """
 
     file: str
@@ -203,8 +203,8 @@ def read_dialogues(path: str | os.PathLike[str], **keywords: Unpack[Keywords]) -
     """Dialogues out of any of the formats in `DIALOGUE_FORMATS`; keywords as in `ReadOptions`.
 
     Raises:
-      ValueError: there is no such file or adapter, or an option is out of range; on iteration, see
-        `Reading`.
+        ValueError: there is no such file or adapter, or an option is out of range; on iteration,
+            see `Reading`.
     """
     return _reading(path, "dialogue", ReadOptions(**keywords))
 

@@ -49,7 +49,7 @@ def messages_from_json(value: object, *, name: str = "messages") -> Messages:
     """The messages of a list of `{"role", "content"}`.
 
     Raises:
-      ValueError: an item has another role, or a content that is not text.
+        ValueError: an item has another role, or a content that is not text.
     """
     if not isinstance(value, list):
         raise ValueError(f"{name} is a {type(value).__name__}, not a list of role and content")
@@ -121,7 +121,7 @@ class Prompt:
         """The dialogue up to its last answer, which becomes the reference.
 
         Raises:
-          ValueError: the dialogue's `diagnosis` is not text.
+            ValueError: the dialogue's `diagnosis` is not text.
         """
         diagnosis = dialogue.extra["diagnosis"] if "diagnosis" in dialogue.extra else None
         if not isinstance(diagnosis, str | None):

@@ -24,12 +24,12 @@ class RowConfig:
     """How examples become rows.
 
     Attributes:
-      row_length: the tokens of a row. No example is longer.
-      packed: several examples a row (see `huatuo_jax.data.packing`), or one.
-      window: how many examples of the shuffled order are packed together; None for the epoch.
-      buckets: lengths that a batch may be cut to, where all its rows are that short: each costs a
-        compilation and saves padding where rows are not packed. `row_length` is always one.
-      pad_token_id: what padding is filled with; no mask looks at it.
+        row_length: the tokens of a row. No example is longer.
+        packed: several examples a row (see `huatuo_jax.data.packing`), or one.
+        window: how many examples of the shuffled order are packed together; None for the epoch.
+        buckets: lengths that a batch may be cut to, where all its rows are that short: each costs a
+            compilation and saves padding where rows are not packed. `row_length` is always one.
+        pad_token_id: what padding is filled with; no mask looks at it.
     """
 
     row_length: int

@@ -23,11 +23,11 @@ class DialogueSource:
     """One or more files that are one source.
 
     Attributes:
-      name: what the mixture and the reports call it.
-      paths: files, folders or hub names, see `huatuo_jax.data.readers.read_dialogues`.
-      reading: the reader's keywords, as `{"kind": "real_instruction"}`.
-      held_out_by: which of its dialogues are held out: those of the common draw by hash, none, or
-        all (a held-out file).
+        name: what the mixture and the reports call it.
+        paths: files, folders or hub names, see `huatuo_jax.data.readers.read_dialogues`.
+        reading: the reader's keywords, as `{"kind": "real_instruction"}`.
+        held_out_by: which of its dialogues are held out: those of the common draw by hash, none, or
+            all (a held-out file).
     """
 
     name: str

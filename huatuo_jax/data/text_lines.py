@@ -27,7 +27,8 @@ def choose_encoding(path: str | os.PathLike[str]) -> Encoding:
     bad rows of a good file.
 
     Raises:
-      ValueError: most of the text is in neither, with the line and byte offset of the first fault.
+        ValueError: most of the text is in neither, with the line and byte offset of the first
+            fault.
     """
     sizes = {"utf-8": 0, "gb18030": 0, "neither": 0}
     first_fault, offset = "", 0

@@ -55,9 +55,9 @@ def build_once(
     the others wait for it.
 
     Args:
-      folder: where all caches are, local or shared.
-      key: see `cache_key`.
-      build: fills the folder that it is given.
+        folder: where all caches are, local or shared.
+        key: see `cache_key`.
+        build: fills the folder that it is given.
     """
     folder = pathlib.Path(folder)
     target = folder / key
@@ -82,13 +82,13 @@ def write_examples(
     """Writes examples, some at a time, into an empty folder.
 
     Args:
-      folder: where to.
-      chunks: the examples in order; each split keeps its own order.
-      sources: the names of all sources; a source id is an index into them.
-      description: what TFDS says of the dataset.
+        folder: where to.
+        chunks: the examples in order; each split keeps its own order.
+        sources: the names of all sources; a source id is an index into them.
+        description: what TFDS says of the dataset.
 
     Raises:
-      ValueError: no example is in the training split.
+        ValueError: no example is in the training split.
     """
     writer: tfds.core.SequentialWriter | None = None
     index: dict[Split, list[tuple[int, int, int, int]]] = {}
@@ -119,8 +119,8 @@ class TokenDataset:
     """One split of a cache: its examples by index, and what is known of all of them.
 
     Attributes:
-      sources: the names of the sources.
-      lengths, num_trained, source_ids, kind_ids: of every example, `[number of examples]`.
+        sources: the names of the sources.
+        lengths, num_trained, source_ids, kind_ids: of every example, `[number of examples]`.
     """
 
     def __init__(self, folder: str | os.PathLike[str], split: Split) -> None:

@@ -33,9 +33,9 @@ class TemplateTokenizer:
     """A chat template and a tokenizer as one `DialogueTokenizer`.
 
     Attributes:
-      max_tokens: the length limit of an example, at most that of a row.
-      policy: what becomes of a longer dialogue, see `huatuo_jax.data.chat.truncate`.
-      trained: which of the doctor's turns are trained.
+        max_tokens: the length limit of an example, at most that of a row.
+        policy: what becomes of a longer dialogue, see `huatuo_jax.data.chat.truncate`.
+        trained: which of the doctor's turns are trained.
     """
 
     template: ChatTemplate
@@ -115,16 +115,16 @@ def tokenize_in_chunks(
     """Tokenises dialogues in order, some dozens at a time.
 
     Args:
-      dialogues: the messages of each.
-      tokenizer: it is sent to every process once.
-      num_processes: 1 works in this process. More are started afresh (not forked: threads of jax
-        may hold locks), which takes some seconds, so few dialogues go faster without. The calling
-        script then needs the usual `if __name__ == "__main__"`.
-      progress: called after every chunk.
+        dialogues: the messages of each.
+        tokenizer: it is sent to every process once.
+        num_processes: 1 works in this process. More are started afresh (not forked: threads of jax
+            may hold locks), which takes some seconds, so few dialogues go faster without. The
+            calling script then needs the usual `if __name__ == "__main__"`.
+        progress: called after every chunk.
 
     Raises:
-      ValueError: `num_processes` is not positive.
-      concurrent.futures.process.BrokenProcessPool: a process was killed, mostly for memory.
+        ValueError: `num_processes` is not positive.
+        concurrent.futures.process.BrokenProcessPool: a process was killed, mostly for memory.
     """
     if num_processes < 1:
         raise ValueError(f"num_processes: {num_processes}, it should be at least 1")

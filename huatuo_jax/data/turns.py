@@ -45,7 +45,7 @@ def check_turns(turns: Iterable[Turn], *, max_turn_chars: int) -> tuple[Messages
     message only first; then user and assistant in turns, the user first.
 
     Raises:
-      RowProblem: something of this does not hold.
+        RowProblem: something of this does not hold.
     """
     messages: list[Message] = []
     repairs: list[str] = []
@@ -92,7 +92,7 @@ def checked_text(row: JsonRow, key: str, *, max_turn_chars: int) -> str:
     """The text under a key, not empty.
 
     Raises:
-      RowProblem: it is not text, is empty, too long, or cannot be written as UTF-8.
+        RowProblem: it is not text, is empty, too long, or cannot be written as UTF-8.
     """
     text = _checked_text(row[key], key, max_turn_chars)
     if not text.strip():

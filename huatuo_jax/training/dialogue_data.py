@@ -5,10 +5,8 @@ import pathlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import jax
-
 from huatuo_jax.data import templates
-from huatuo_jax.data.batches import BatchIterator, HostShare, PrefetchConfig, evaluation_batches
+from huatuo_jax.data.batches import BatchIterator, PrefetchConfig, evaluation_batches
 from huatuo_jax.data.chat import TrainedTurns, TruncationPolicy
 from huatuo_jax.data.duplicates import DuplicatesConfig
 from huatuo_jax.data.held_out import HeldOutConfig
@@ -19,6 +17,7 @@ from huatuo_jax.data.records import Kind
 from huatuo_jax.data.rows import RowConfig, RowStream
 from huatuo_jax.data.sources import DialogueSource, HeldOutBy
 from huatuo_jax.data.tokenizing import Progress, TemplateTokenizer
+from huatuo_jax.training.loop import host_share
 from huatuo_jax.training.run_directory import operational
 
 if TYPE_CHECKING:
@@ -114,14 +113,14 @@ class DialogueData:
     def batches(self, batch_size: int) -> BatchIterator:
         """This host's share of the global batches of training."""
         return BatchIterator(
-            self.train, batch_size=batch_size, share=_share(), prefetch=self._prefetch()
+            self.train, batch_size=batch_size, share=host_share(), prefetch=self._prefetch()
         )
 
     def evaluation_batches(self, batch_size: int) -> BatchIterator:
         """This host's share of the held-out rows, each once."""
         assert self.held_out is not None
         return evaluation_batches(
-            self.held_out, batch_size=batch_size, share=_share(), prefetch=self._prefetch()
+            self.held_out, batch_size=batch_size, share=host_share(), prefetch=self._prefetch()
         )
 
     def example_ids(self, position: dict[str, Any], batch_size: int) -> list[str]:
@@ -197,7 +196,3 @@ def _source(source: SourceConfig) -> DialogueSource:
     return DialogueSource(
         name=source.name, paths=source.paths, reading=reading, held_out_by=source.held_out_by
     )
-
-
-def _share() -> HostShare:
-    return HostShare(host=jax.process_index(), num_hosts=jax.process_count())

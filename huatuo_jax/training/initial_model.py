@@ -1,17 +1,22 @@
-"""What a run trains: a backbone from a preset, from its fields, or from a model on disk."""
+"""What a run trains: a backbone from a preset, its fields or a model on disk, and a head on it."""
 
 import dataclasses
-from typing import Any, Literal
+import functools
+import math
+import pathlib
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 from jax.sharding import Mesh
 
+from huatuo_jax.backbone import lora
 from huatuo_jax.backbone.casting import store_as_computed
 from huatuo_jax.backbone.config import BackboneConfig, ComputeConfig, Kernel, Remat
 from huatuo_jax.backbone.lora import LoraConfig, init_adapters
 from huatuo_jax.backbone.presets import preset
-from huatuo_jax.backbone.transformer import init_params
+from huatuo_jax.backbone.transformer import Head, Transformer, init_params
 from huatuo_jax.checkpoint import models
+from huatuo_jax.checkpoint.tokenizer import load_tokenizer
 from huatuo_jax.training.optimizer import Optimizer
 from huatuo_jax.training.run_directory import operational
 from huatuo_jax.training.state import (
@@ -24,7 +29,12 @@ from huatuo_jax.training.state import (
     split,
 )
 
-_ADAPTERS_ROLE = 1  # Folded into the run's key for the adapters' fresh values.
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Folded into the run's key for the fresh values of adapters and of a score head.
+_ADAPTERS_ROLE = 1
+_SCORE_HEAD_ROLE = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,18 +122,29 @@ class InitialModel:
         section: where it comes from and what of it is trained.
         compute: how it is computed.
         info: the model on disk, None for fresh weights.
+        head: `lm`, or `score`: then a token head is left out, and a score head on disk is kept.
+        head_init: a fresh score head gives scores of about this standard deviation.
+        head_only: train the score head and nothing else.
     """
 
     cfg: BackboneConfig
     section: ModelConfig
     compute: ComputeConfig
     info: models.ModelInfo | None
+    head: Head = "lm"
+    head_init: float = 0.01
+    head_only: bool = False
 
     @property
     def identity(self) -> dict[str, Any]:
         """What the weights at the start depend on, beside the seed."""
         weights = None if self.info is None else models.fingerprint(self.info.folder)
         return {"backbone": self.cfg.to_dict(), "weights": weights}
+
+    @property
+    def transformer(self) -> Transformer:
+        """The module its variables belong to."""
+        return Transformer(self.cfg, self.compute, self.section.lora)
 
     def make_state(self, key: jax.Array, optimizer: Optimizer, mesh: Mesh) -> TrainState:
         """The state before the first step, in its shards.
@@ -140,6 +161,8 @@ class InitialModel:
         if self.info is None:
             return make_sharded(lambda key: build(key, self._fresh(key)), mesh, key)
         params = models.load_params(self.info, mesh=mesh, dtype=self.compute.param_dtype)
+        if self.head == "score":
+            params.pop("lm_head", None)
         return make_sharded(build, mesh, key, params, donated=(1,))
 
     def abstract_state(self, optimizer: Optimizer, mesh: Mesh) -> TrainState:
@@ -150,14 +173,66 @@ class InitialModel:
 
     def is_trained(self, path: str) -> bool:
         """Whether the variable at a path such as `params/embedding/table` is trained."""
+        if self.head == "score" and path.startswith("params/score_head/"):
+            return True
+        if self.head_only:
+            return False
         if self.section.lora is not None:
             return path.startswith("lora/")
         return not (self.section.freeze_embeddings and path == "params/embedding/table")
 
+    def load_tokenizer(self, stage: str) -> "PreTrainedTokenizerBase":
+        """The tokenizer of the model's section.
+
+        Raises:
+            ValueError: there is none, or it has more tokens than the model; names the stage.
+        """
+        tokenizer = load_tokenizer(self.section.tokenizer_source)
+        if len(tokenizer) > self.cfg.vocab_size:
+            raise ValueError(
+                f"config.{stage}.model.tokenizer has {len(tokenizer)} tokens, more than the "
+                f"model's vocab_size={self.cfg.vocab_size}"
+            )
+        return tokenizer
+
+    def merged(self, variables: Variables) -> dict[str, Any]:
+        """The parameters with the adapters' updates added to them."""
+        params: dict[str, Any] = variables["params"]
+        if self.section.lora is None:
+            return params
+        merge = functools.partial(lora.merge, cfg=self.cfg, lora=self.section.lora)
+        return jax.jit(merge)(params, variables["lora"])
+
+    def save(self, variables: Variables, target: pathlib.Path) -> None:
+        """Writes the model as a directory of ours, adapters merged, with the tokenizer's files.
+
+        Weights keep the dtype they were trained in.
+        """
+        tokenizer = pathlib.Path(self.section.tokenizer_source)
+        models.save_orbax(
+            self.merged(variables),
+            self.cfg,
+            target,
+            head=self.head,
+            source_folder=tokenizer if tokenizer.is_dir() else None,
+            overwrite=True,
+        )
+
     def _fresh(self, key: jax.Array) -> Variables:
-        return init_params(key, self.cfg, self.compute)
+        params = init_params(key, self.cfg, self.compute, head=self.head)
+        params.pop("score_head", None)  # `_state` makes it, as for a model from disk without one.
+        return params
+
+    def _score_head(self, key: jax.Array) -> Variables:
+        """A fresh head; the trunk's output has mean square 1 and `hidden_size` parts, or nearly."""
+        width = self.cfg.hidden_size
+        scale = self.head_init / math.sqrt(width)
+        role = jax.random.fold_in(key, _SCORE_HEAD_ROLE)
+        return {"kernel": scale * jax.random.normal(role, (width, 1), self.compute.param_dtype)}
 
     def _state(self, key: jax.Array, params: Variables, optimizer: Optimizer) -> TrainState:
+        if self.head == "score" and "score_head" not in params:
+            params = params | {"score_head": self._score_head(key)}
         variables: Variables = {"params": params}
         if self.section.lora is not None:
             role = jax.random.fold_in(key, _ADAPTERS_ROLE)
@@ -171,17 +246,36 @@ class InitialModel:
         return new_state(variables, is_trained=self.is_trained, optimizer=optimizer, key=key)
 
 
-def open_model(section: ModelConfig, compute: ComputeConfig) -> InitialModel:
+def open_model(
+    section: ModelConfig,
+    compute: ComputeConfig,
+    *,
+    head: Head = "lm",
+    head_init: float = 0.01,
+    head_only: bool = False,
+) -> InitialModel:
     """Finds the model and reads its config, not its weights.
+
+    Args:
+        section: which model.
+        compute: how it is computed.
+        head: what it predicts, tokens (`lm`) or a score.
+        head_init: see `InitialModel`.
+        head_only: see `InitialModel`.
 
     Raises:
         FileNotFoundError: there is no such model.
         ValueError: there is no such preset, or the config is not one this project can do.
     """
+    info = None
     if section.directory is not None:
         info = models.find_model(section.directory)
-        return InitialModel(info.cfg, section, compute, info)
-    if section.preset is not None:
-        return InitialModel(preset(section.preset), section, compute, None)
-    assert section.backbone is not None
-    return InitialModel(section.backbone, section, compute, None)
+        cfg = info.cfg
+    elif section.preset is not None:
+        cfg = preset(section.preset)
+    else:
+        assert section.backbone is not None
+        cfg = section.backbone
+    return InitialModel(
+        cfg, section, compute, info, head=head, head_init=head_init, head_only=head_only
+    )

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from huatuo_jax import sharding
 from huatuo_jax.checkpoint.store import CheckpointStore
+from huatuo_jax.data.batches import HostShare
 from huatuo_jax.training.metrics import EVALUATION_PREFIX, TIME_PREFIX, MetricsLog
 from huatuo_jax.training.preemption import Interrupted, StopSignals
 from huatuo_jax.training.progress import ProgressReport, Silent, make_progress
@@ -161,6 +162,11 @@ def step_numbers(metrics: Mapping[str, np.ndarray]) -> dict[str, float]:
         "train/steps_not_finite": int(metrics["num_not_finite"]),
         "train/steps_empty": int(metrics["num_empty"]),
     }
+
+
+def host_share() -> HostShare:
+    """Which rows of each global batch this process reads."""
+    return HostShare(host=jax.process_index(), num_hosts=jax.process_count())
 
 
 def put_on_mesh(batch: LocalBatch, mesh: Mesh) -> dict[str, jax.Array]:

@@ -22,10 +22,13 @@ class TokenScores(NamedTuple):
     Attributes:
         log_probs_BT: in the dtype of the logits.
         correct_BT: bool, no other token has a higher logit.
+        entropies_BT: in nats, of the whole distribution that the token was looked up in; zero
+            where it was not asked for.
     """
 
     log_probs_BT: jax.Array
     correct_BT: jax.Array
+    entropies_BT: jax.Array
 
 
 def next_tokens(array_BT: jax.Array) -> jax.Array:
@@ -44,6 +47,7 @@ def token_scores(
     *,
     temperature: float = 1.0,
     chunk: int = 128,
+    entropy: bool = False,
 ) -> TokenScores:
     """Scores each position's target, in chunks of positions.
 
@@ -55,6 +59,7 @@ def token_scores(
         temperature: divides the logits.
         chunk: positions of every row whose logits are held at once; all rows of a micro-batch
             stay together, so that a mesh keeps each row where it is.
+        entropy: whether the entropies are wanted.
 
     Raises:
         ValueError: `temperature` is not above 0.
@@ -75,7 +80,7 @@ def token_scores(
         return ordered.reshape(ordered.shape[0], -1, chunk, *ordered.shape[2:]).swapaxes(0, 1)
 
     def score_chunk(hidden_BCD: jax.Array, targets_BC: jax.Array) -> TokenScores:
-        return _score_targets(project(hidden_BCD) / temperature, targets_BC)
+        return _score_targets(project(hidden_BCD) / temperature, targets_BC, entropy=entropy)
 
     def score(_: None, inputs: tuple[jax.Array, ...]) -> tuple[None, TokenScores]:
         hidden_BCD, targets_BC, wanted_BC = inputs
@@ -117,7 +122,7 @@ def sums_by_kind(values_BT: jax.Array, kind_ids_BT: jax.Array, num_kinds: int) -
     return values_BTK.sum(axis=(0, 1))
 
 
-def _score_targets(logits_BTV: jax.Array, targets_BT: jax.Array) -> TokenScores:
+def _score_targets(logits_BTV: jax.Array, targets_BT: jax.Array, *, entropy: bool) -> TokenScores:
     # The shift cancels out of the log-probability, so nothing flows back through it.
     largest_BT = jax.lax.stop_gradient(logits_BTV.max(axis=-1))
     shifted_BTV = logits_BTV - largest_BT[:, :, None]
@@ -125,5 +130,11 @@ def _score_targets(logits_BTV: jax.Array, targets_BT: jax.Array) -> TokenScores:
     # split, and its gradient is no scatter.
     is_target_BTV = targets_BT[:, :, None] == jnp.arange(logits_BTV.shape[-1])[None, None, :]
     target_BT = jnp.where(is_target_BTV, shifted_BTV, 0).sum(axis=-1)
-    log_total_BT = jnp.log(jnp.exp(shifted_BTV).sum(axis=-1))
-    return TokenScores(target_BT - log_total_BT, target_BT >= 0)
+    total_BT = jnp.exp(shifted_BTV).sum(axis=-1)
+    log_total_BT = jnp.log(total_BT)
+    entropies_BT = jnp.zeros_like(log_total_BT)
+    if entropy:
+        # In padded rows of the vocabulary the exponential is 0 and the logit finite.
+        mean_BT = (jnp.exp(shifted_BTV) * shifted_BTV).sum(axis=-1) / total_BT
+        entropies_BT = log_total_BT - mean_BT
+    return TokenScores(target_BT - log_total_BT, target_BT >= 0, entropies_BT)
