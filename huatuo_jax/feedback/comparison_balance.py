@@ -59,17 +59,17 @@ def balance(
     """Thins out large groups until all ratios hold at once.
 
     Args:
-      comparisons: with distinct ids.
-      max_ratios: for `LENGTH`, `SOURCE` and `TURNS` how many times the smallest group's comparisons
-        any group may hold; 1 makes them equal, None leaves them as they are.
-      seed: of the choice.
+        comparisons: with distinct ids.
+        max_ratios: for `LENGTH`, `SOURCE` and `TURNS` how many times the smallest group's
+            comparisons any group may hold; 1 makes them equal, None leaves them as they are.
+        seed: of the choice.
 
     Returns:
-      What is kept, in the order given, and how many were dropped for which balance.
+        What is kept, in the order given, and how many were dropped for which balance.
 
     Raises:
-      ValueError: the balance cannot be had without losing a whole group, or one side of the
-        lengths has no comparison at all.
+        ValueError: the balance cannot be had without losing a whole group, or one side of the
+            lengths has no comparison at all.
     """
     kept, dropped = list(comparisons), Counter[str]()
     wanted = {reason: ratio for reason, ratio in max_ratios.items() if ratio is not None}

@@ -15,9 +15,9 @@ class MixedFile:
     Their margins are left out, because those are in another unit.
 
     Attributes:
-      path: a file in any format that `huatuo_jax.data.readers.read_comparisons` knows.
-      limit: at most so many, a random but fixed choice; None for all.
-      per_own: at most so many for each comparison of our own; None for no such bound.
+        path: a file in any format that `huatuo_jax.data.readers.read_comparisons` knows.
+        limit: at most so many, a random but fixed choice; None for all.
+        per_own: at most so many for each comparison of our own; None for no such bound.
     """
 
     path: str
@@ -37,22 +37,22 @@ class ComparisonConfig:
     """How judgements become comparisons.
 
     Attributes:
-      judge: whose judgements; None where the labels hold one judge.
-      template: made with which template, its hash; None where the labels hold one.
-      protocol: "score" or "pairwise"; None where the labels hold one.
-      criterion: the score that decides.
-      tie_margin: scores that differ by no more than this are a tie.
-      ties: "drop" leaves a tie out, "half" keeps it with a probability of 0.5. Two orders whose
-        verdict is 0.5 both are a tie too.
-      disagreement: votes of the two orders that contradict each other, kept as "half" or
-        "drop"ped. Probabilities need no such policy: the mean of their log-odds is the label.
-      max_pairs_per_prompt: a random but fixed choice of so many; None for all.
-      max_length_ratio: the longer answer may win at most so many times as often as the shorter one,
-        and the other way round; 1 for equal, None for no balance.
-      max_source_ratio: the same for the sources of the prompts, largest over smallest.
-      max_turns_ratio: the same for the numbers of the patient's turns.
-      mix: other comparisons, mixed in after the balance.
-      seed: of all random choices.
+        judge: whose judgements; None where the labels hold one judge.
+        template: made with which template, its hash; None where the labels hold one.
+        protocol: "score" or "pairwise"; None where the labels hold one.
+        criterion: the score that decides.
+        tie_margin: scores that differ by no more than this are a tie.
+        ties: "drop" leaves a tie out, "half" keeps it with a probability of 0.5. Two orders whose
+            verdict is 0.5 both are a tie too.
+        disagreement: votes of the two orders that contradict each other, kept as "half" or
+            "drop"ped. Probabilities need no such policy: the mean of their log-odds is the label.
+        max_pairs_per_prompt: a random but fixed choice of so many; None for all.
+        max_length_ratio: the longer answer may win at most so many times as often as the shorter
+            one, and the other way round; 1 for equal, None for no balance.
+        max_source_ratio: the same for the sources of the prompts, largest over smallest.
+        max_turns_ratio: the same for the numbers of the patient's turns.
+        mix: other comparisons, mixed in after the balance.
+        seed: of all random choices.
     """
 
     judge: str | None = None

@@ -22,12 +22,12 @@ def read_mixed(
     Their ids get the source's name in front.
 
     Args:
-      files: which, and how much of each.
-      num_own: the comparisons of our own, for `MixedFile.per_own`.
-      seed: of the choice.
+        files: which, and how much of each.
+        num_own: the comparisons of our own, for `MixedFile.per_own`.
+        seed: of the choice.
 
     Raises:
-      ValueError: a file that is not there, holds no comparisons, or too many bad rows.
+        ValueError: a file that is not there, holds no comparisons, or too many bad rows.
     """
     taken: list[Comparison] = []
     mixed: dict[str, int] = {}

@@ -93,14 +93,14 @@ def make_comparisons(
     """All comparisons that judgements of answers give, ordered by id.
 
     Args:
-      judgements: in any order; superseded ones may be among them.
-      answered: the prompts with their answers, as the judge had them.
-      cfg: the policies.
+        judgements: in any order; superseded ones may be among them.
+        answered: the prompts with their answers, as the judge had them.
+        cfg: the policies.
 
     Raises:
-      ValueError: two prompts of one id; several kinds of judgements and no choice between them; no
-        judgement of these texts at all; a balance that cannot be; a file to mix in that cannot be
-        read.
+        ValueError: two prompts of one id; several kinds of judgements and no choice between them;
+            no judgement of these texts at all; a balance that cannot be; a file to mix in that
+            cannot be read.
     """
     by_id = _by_id(answered)
     standing = current(judgements)

@@ -55,14 +55,14 @@ class JudgePrompt:
         """The messages that ask about one text (a score) or two (a comparison).
 
         Args:
-          prompt: the whole dialogue before the answer, and what the doctor said.
-          texts: the answers, in the order shown.
-          low: the worst score.
-          high: the best score.
-          require_reference: refuse a prompt with neither a doctor's answer nor a diagnosis.
+            prompt: the whole dialogue before the answer, and what the doctor said.
+            texts: the answers, in the order shown.
+            low: the worst score.
+            high: the best score.
+            require_reference: refuse a prompt with neither a doctor's answer nor a diagnosis.
 
         Raises:
-          ValueError: there is no reference.
+            ValueError: there is no reference.
         """
         if require_reference and not (_given(prompt.reference) or _given(prompt.diagnosis)):
             raise ValueError(
@@ -91,11 +91,11 @@ def read_judge_prompt(
     """The template of a file.
 
     Args:
-      protocol: the one it is for.
-      path: the user's file; None for the one that is shipped.
+        protocol: the one it is for.
+        path: the user's file; None for the one that is shipped.
 
     Raises:
-      ValueError: no such file, no `[user]` part, a place that is unknown, or one that is missing.
+        ValueError: no such file, no `[user]` part, a place that is unknown, or one that is missing.
     """
     path = _FOLDER / f"{protocol}.txt" if path is None else pathlib.Path(path)
     if not path.is_file():

@@ -136,7 +136,7 @@ class Judgement:
         """The judgement that `to_json` wrote.
 
         Raises:
-          ValueError: a field lacks, is unknown, or has a value that cannot be.
+            ValueError: a field lacks, is unknown, or has a value that cannot be.
         """
         protocol = row["protocol"] if "protocol" in row else None
         if protocol not in PROTOCOLS:
@@ -193,8 +193,8 @@ def read_judgements(path: str | os.PathLike[str]) -> Iterator[Judgement]:
     A last line that a killed run left unfinished is passed over.
 
     Raises:
-      ValueError: a whole line that is no judgement.
-      OSError: the file cannot be read.
+        ValueError: a whole line that is no judgement.
+        OSError: the file cannot be read.
     """
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):

@@ -104,23 +104,23 @@ class Judge(Protocol):
         """What a question about one text (a score) or two (a comparison) may take.
 
         Raises:
-          ValueError: this prompt cannot be judged.
+            ValueError: this prompt cannot be judged.
         """
 
     async def score(self, prompt: Prompt, answer: str) -> Reply:
         """The answer's scores.
 
         Raises:
-          JudgementFailed: there is no verdict.
-          JudgeUnusable: there will be none to any question.
+            JudgementFailed: there is no verdict.
+            JudgeUnusable: there will be none to any question.
         """
 
     async def compare(self, prompt: Prompt, first: str, second: str) -> Reply:
         """How likely the first answer is the better one.
 
         Raises:
-          JudgementFailed: there is no verdict.
-          JudgeUnusable: there will be none to any question.
+            JudgementFailed: there is no verdict.
+            JudgeUnusable: there will be none to any question.
         """
 
     async def close(self) -> None:

@@ -5,20 +5,23 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from huatuo_jax.feedback.budget import BudgetConfig
 from huatuo_jax.feedback.comparison_config import ComparisonConfig
+from huatuo_jax.feedback.comparison_mixing import read_mixed
 from huatuo_jax.feedback.comparisons import make_comparisons, write_comparisons
 from huatuo_jax.feedback.judgements import Judgement, read_judgements
-from huatuo_jax.feedback.judges import Judge
+from huatuo_jax.feedback.judges import Estimate, Judge, JudgeUnusable
 from huatuo_jax.feedback.label_report import label_report
-from huatuo_jax.feedback.labelling import LabelConfig, Labels, label, make_plan, questions_of
+from huatuo_jax.feedback.labelling import LabelConfig, Labels, Plan, label, make_plan, questions_of
 from huatuo_jax.feedback.labels_file import LabelsFile
 from huatuo_jax.feedback.offline_judge import OfflineJudge
 from huatuo_jax.feedback.openai_judge import OpenAIJudge, OpenAIJudgeConfig
 from huatuo_jax.feedback.questions import Answered, Question, read_answered
 from huatuo_jax.feedback.server_calls import key_from_environment
+from huatuo_jax.feedback.spending import Totals
 from huatuo_jax.progress import progress_bar
 
 OFFLINE = "offline"
@@ -50,8 +53,11 @@ class LabelRun:
     def __post_init__(self) -> None:
         """Raise ValueError for files that are one, and for comparisons of two protocols."""
         files = [self.answers, self.output, *([self.comparisons] if self.comparisons else [])]
-        if len({os.path.abspath(path) for path in files}) < len(files):
+        if len({os.path.realpath(path) for path in files}) < len(files):
             raise ValueError(f"answers, output and comparisons are {files}; they should differ")
+        for name, path in (("output", self.output), ("comparisons", self.comparisons)):
+            if path is not None and (not path or os.path.isdir(path)):
+                raise ValueError(f"{name}={path!r} is no name of a file to write")
         if self.comparisons is not None and self.label.protocol == "both":
             raise ValueError(
                 "comparisons are made of one protocol: label with protocol=both, then run again"
@@ -66,23 +72,32 @@ def run_labels(cfg: LabelRun, say: Say) -> Labels | None:
     spending file.
 
     Args:
-      cfg: what to label, and with whom.
-      say: is called with what the user should know.
+        cfg: what to label, and with whom.
+        say: is called with what the user should know.
 
     Returns:
-      What stands; None after a dry run.
+        What stands; None after a dry run.
 
     Raises:
-      ValueError: answers, templates, prices or a labels file that cannot be; a judge that cannot go
-        on. What had arrived by then is in the labels file.
-      OSError: a file cannot be read or written.
+        ValueError: answers, templates, prices or a labels file that cannot be; a judge that cannot
+            go on. What had arrived by then is in the labels file.
+        OSError: a file cannot be read or written.
     """
     answered = read_answered(cfg.answers)
+    if cfg.comparisons is not None:  # What is mixed in is looked at before anything is paid for.
+        read_mixed(cfg.comparison.mix, num_own=0, seed=cfg.comparison.seed)
     judge = open_judge(cfg)
     try:
         questions = questions_of(cfg.label, answered, judge)
+        if not questions:
+            raise ValueError(
+                f"{cfg.answers}: nothing to judge: protocol=score needs an answer to a prompt,"
+                " pairwise two different ones"
+            )
         with LabelsFile(cfg.output) as file:
-            say(str(make_plan(questions, file.found, judge)))
+            plan = make_plan(questions, file.found, judge)
+        for line in _told_before(cfg, plan, answered, judge):
+            say(line)
     except BaseException:
         asyncio.run(judge.close())
         raise
@@ -105,7 +120,9 @@ def run_labels(cfg: LabelRun, say: Say) -> Labels | None:
         raise labels.error
     if labels.judgements:
         _report(cfg, answered, questions, judge, say)
+        say(f"written: {cfg.output}, {report_path(cfg.output)}")
         _compare(cfg, answered, labels.judgements, say)
+        say(f"next: {_next_step(cfg)}")
     return labels
 
 
@@ -113,13 +130,21 @@ def open_judge(cfg: LabelRun) -> Judge:
     """The judge that a run names; its key is from the environment.
 
     Raises:
-      ValueError: a template, a price table or a spending file that cannot be, no key, or a budget
-        of money for a model without a price.
+        ValueError: a template, a price table or a spending file that cannot be, no key, or a budget
+            of money for a model without a price.
     """
     if cfg.openai is None:
         return OfflineJudge()
-    # A dry run sends nothing, and needs no key.
-    key = "none" if cfg.dry_run else key_from_environment()
+    if cfg.dry_run:  # It sends nothing, and needs no key.
+        key = "none"
+    else:
+        try:
+            key = key_from_environment()
+        except JudgeUnusable as error:
+            raise JudgeUnusable(
+                f"{error}; judge={cfg.openai.model!r} is asked for at {cfg.openai.server.base_url},"
+                f" only judge={OFFLINE!r} needs no server"
+            ) from error
     return OpenAIJudge(cfg.openai, key=key, spending=spending_path(cfg.output))
 
 
@@ -131,6 +156,55 @@ def spending_path(output: str | os.PathLike[str]) -> str:
 def report_path(output: str | os.PathLike[str]) -> str:
     """The report that belongs to a labels file."""
     return f"{os.fspath(output)}.report.json"
+
+
+def _told_before(
+    cfg: LabelRun, plan: Plan, answered: Sequence[Answered], judge: Judge
+) -> Iterator[str]:
+    """What is to be done, at which prices, and what stands against it."""
+    yield str(plan)
+    if isinstance(judge, OpenAIJudge):
+        assert cfg.openai is not None
+        if judge.price is not None:
+            yield str(judge.price)
+        yield from _budget_lacks(cfg.openai.server.budget, plan.estimate, judge.totals)
+    else:
+        num_bare = sum(not (one.prompt.reference or one.prompt.diagnosis) for one in answered)
+        if num_bare:
+            yield (
+                f"{num_bare} of {len(answered)} prompts have neither reference nor diagnosis: of"
+                f" their answers {judge.name} measures the form alone"
+            )
+    if cfg.dry_run:
+        yield "a dry run: nothing was sent, nothing written"
+
+
+def _budget_lacks(budget: BudgetConfig, estimate: Estimate, totals: Totals) -> Iterator[str]:
+    """Says where the budget will end before the plan does."""
+    if budget.max_requests is not None:
+        left = max(0, budget.max_requests - totals.requests)
+        if left < estimate.calls:
+            yield (
+                f"max_requests={budget.max_requests} leaves {left} of {estimate.calls} calls: the"
+                " run will end there"
+            )
+    if budget.max_cost is not None and estimate.cost is not None:
+        money = max(0.0, budget.max_cost - totals.cost - totals.unknown_cost)
+        if money < estimate.cost:
+            yield (
+                f"max_cost={budget.max_cost:g} leaves {money:.6g} of about {estimate.cost:.6g}: the"
+                " run may end early"
+            )
+
+
+def _next_step(cfg: LabelRun) -> str:
+    if cfg.comparisons is not None:
+        return (
+            "python launch/train.py"
+            f" --config=configs/reward.py:SFT_MODEL_DIR,{cfg.comparisons} --workdir=RUN_DIR"
+        )
+    protocol = "" if cfg.label.protocol != "both" else " --protocol=score (or pairwise)"
+    return f"the same command with{protocol} --comparisons=FILE; nothing is asked twice"
 
 
 def _report(
@@ -147,6 +221,7 @@ def _report(
     row = report.to_json()
     if isinstance(judge, OpenAIJudge):
         row["spending"] = dataclasses.asdict(judge.totals)
+        row["prices"] = None if judge.price is None else judge.price.to_json()
     path = pathlib.Path(report_path(cfg.output))
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.write_text(json.dumps(row, ensure_ascii=False, indent=2), encoding="utf-8")
@@ -160,5 +235,10 @@ def _compare(
     if cfg.comparisons is None:
         return
     comparisons, report = make_comparisons(judgements, answered, cfg.comparison)
+    if not comparisons:
+        raise ValueError(
+            f"no comparison comes of these judgements, so {cfg.comparisons} is not written"
+            f" (the labels stay in {cfg.output}): {report.text()}"
+        )
     write_comparisons(cfg.comparisons, comparisons)
     say(f"{report.text()}\nwritten: {cfg.comparisons}")

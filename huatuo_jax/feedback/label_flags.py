@@ -1,5 +1,6 @@
 """The flags of `launch/label.py`, by the part of the run that they are fields of."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from absl import flags
@@ -11,6 +12,9 @@ from huatuo_jax.feedback.labelling import LabelConfig
 from huatuo_jax.feedback.openai_judge import OpenAIJudgeConfig
 from huatuo_jax.feedback.rate_limits import RateLimits
 from huatuo_jax.feedback.server_calls import OPENAI_URL, ServerConfig
+
+# With it `launch/label.py --help` shows these as the command's own flags.
+flags.disclaim_key_flags()
 
 Group = tuple[flags.FlagHolder[Any], ...]
 
@@ -26,13 +30,22 @@ class LabelFlags:
         flags.mark_flags_as_required(["answers", "output"])
 
     def read(self) -> LabelRun:
-        """The run that the flags name; what only a server needs is looked at only for one.
+        """The run that the flags name; a flag that would do nothing is refused.
 
         Raises:
-          ValueError: a flag cannot have its value.
+            ValueError: a flag cannot have its value.
         """
         run = _values(self._run)
         judge = run.pop("judge")
+        if not judge:
+            raise ValueError(f"judge is empty; it should be {OFFLINE!r} or a model of the server")
+        if judge == OFFLINE:
+            _refuse((*self._server, *self._openai), "the offline judge; give --judge=MODEL too, or")
+        if run["comparisons"] is None:
+            _refuse(
+                [flag for flag in self._comparison if flag.name != "criterion"],
+                "labels alone; give --comparisons=FILE too, or",
+            )
         comparison = _values(self._comparison)
         mix = tuple(MixedFile(path=path) for path in comparison.pop("mix"))
         return LabelRun(
@@ -59,6 +72,13 @@ def _server_config(server: dict[str, Any]) -> ServerConfig:
     )
     budget = BudgetConfig(max_requests=server.pop("max_requests"), max_cost=server.pop("max_cost"))
     return ServerConfig(**server, budget=budget, limits=limits)
+
+
+def _refuse(group: Iterable[flags.FlagHolder[Any]], what: str) -> None:
+    """Raise ValueError for a flag that was given and would do nothing."""
+    for flag in group:
+        if flags.FLAGS[flag.name].present:
+            raise ValueError(f"--{flag.name} says nothing to {what} leave it out")
 
 
 def _values(group: Group) -> dict[str, Any]:
@@ -101,7 +121,9 @@ def _openai_flags() -> Group:
         flags.DEFINE_string("score_template", None, f"Template file; {shipped}"),
         flags.DEFINE_string("pairwise_template", None, f"Template file; {shipped}"),
         flags.DEFINE_bool("require_reference", True, "Refuse prompts without a doctor's word."),
-        flags.DEFINE_string("prices", None, f"Price table; {shipped}"),
+        flags.DEFINE_string(
+            "prices", None, "Your price table; default: a shipped example, unchecked."
+        ),
         flags.DEFINE_string("structured", "json_schema", "Or `json_object`, or `none`."),
         flags.DEFINE_bool("log_probs", False, "A pair's probability from the verdict's token."),
         flags.DEFINE_float("temperature", 0.0, "Below 0 leaves it to the server."),

@@ -43,10 +43,10 @@ class Cost:
     """What all lines of a judge took, superseded ones too.
 
     Attributes:
-      money: in the unit of the price table, of the lines whose cost is known.
-      unknown: lines without a known cost.
-      usage: tokens by kind, as the server counted them.
-      latency_s: median and 95 % quantile; None where none is known.
+        money: in the unit of the price table, of the lines whose cost is known.
+        unknown: lines without a known cost.
+        usage: tokens by kind, as the server counted them.
+        latency_s: median and 95 % quantile; None where none is known.
     """
 
     money: float
@@ -60,23 +60,23 @@ class JudgePart:
     """One judge under one protocol with one template.
 
     Attributes:
-      judge: its name.
-      protocol: "score" or "pairwise".
-      template: hash of the prompt template.
-      note: what a reader must know of this judge; None for nothing.
-      lines: of the labels file.
-      judgements: those that stand, failed ones too. `other_texts` of them are of texts that the
-        answers file does not hold; what follows is without those.
-      prompts: that they are of.
-      failure_rate: of the standing judgements.
-      errors: the commonest ones of standing failures.
-      scores: by criterion the mean score, its error; score protocol only.
-      position: pairwise protocol only.
-      pairs: of answers that have a verdict.
-      ties: share of them that are a tie, or votes of both orders that contradict each other.
-      longer_wins: the share of pairs of different length that the longer answer wins.
-      margins: quantiles of the difference of scores (points), or of the winner's probability.
-      cost: of all lines.
+        judge: its name.
+        protocol: "score" or "pairwise".
+        template: hash of the prompt template.
+        note: what a reader must know of this judge; None for nothing.
+        lines: of the labels file.
+        judgements: those that stand, failed ones too. `other_texts` of them are of texts that the
+            answers file does not hold; what follows is without those.
+        prompts: that they are of.
+        failure_rate: of the standing judgements.
+        errors: the commonest ones of standing failures.
+        scores: by criterion the mean score, its error; score protocol only.
+        position: pairwise protocol only.
+        pairs: of answers that have a verdict.
+        ties: share of them that are a tie, or votes of both orders that contradict each other.
+        longer_wins: the share of pairs of different length that the longer answer wins.
+        margins: quantiles of the difference of scores (points), or of the winner's probability.
+        cost: of all lines.
     """
 
     judge: str
@@ -141,12 +141,12 @@ def label_report(
     Standard errors allow for likeness within a prompt where there are at least 20 prompts.
 
     Args:
-      judgements: all lines, superseded ones too, in any order.
-      answered: the prompts and answers.
-      criterion: the score that decides pairs under the score protocol.
+        judgements: all lines, superseded ones too, in any order.
+        answered: the prompts and answers.
+        criterion: the score that decides pairs under the score protocol.
 
     Raises:
-      ValueError: there is no judgement, or the criterion is unknown.
+        ValueError: there is no judgement, or the criterion is unknown.
     """
     if criterion not in CRITERIA:
         raise ValueError(f"criterion is {criterion!r}; it should be one of {', '.join(CRITERIA)}")

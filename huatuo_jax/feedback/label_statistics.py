@@ -52,12 +52,12 @@ class PositionBias(NamedTuple):
     """What the order shown does to the verdicts; only pairs that were judged in both orders.
 
     Attributes:
-      log_odds: b, as this module defines it.
-      from_votes: whether it was estimated from votes and not from probabilities.
-      first_excess: the mean verdict for the answer shown first, less a half.
-      flip_rate: the share of pairs whose orders prefer different answers, of those where neither
-        order is a tie.
-      undecided: pairs with a tie in one order at least.
+        log_odds: b, as this module defines it.
+        from_votes: whether it was estimated from votes and not from probabilities.
+        first_excess: the mean verdict for the answer shown first, less a half.
+        flip_rate: the share of pairs whose orders prefer different answers, of those where neither
+            order is a tie.
+        undecided: pairs with a tie in one order at least.
     """
 
     log_odds: Figure
@@ -71,9 +71,9 @@ class Agreement(NamedTuple):
     """How far two judges agree on the pairs that both have a verdict on.
 
     Attributes:
-      same: share of pairs with the same verdict: one better, the other better, or a tie.
-      same_of_decided: the same among the pairs that neither judge has a tie on.
-      kappa: Cohen's kappa of the three verdicts (Cohen 1960, doi:10.1177/001316446002000104).
+        same: share of pairs with the same verdict: one better, the other better, or a tie.
+        same_of_decided: the same among the pairs that neither judge has a tie on.
+        kappa: Cohen's kappa of the three verdicts (Cohen 1960, doi:10.1177/001316446002000104).
     """
 
     same: Figure
@@ -89,8 +89,8 @@ def mean_figure(values: Sequence[float], groups: Sequence[str]) -> Figure:
     every value is taken as that.
 
     Args:
-      values: any numbers; a share is the mean of zeros and ones.
-      groups: of each value, the id of its prompt.
+        values: any numbers; a share is the mean of zeros and ones.
+        groups: of each value, the id of its prompt.
     """
     count = len(values)
     if not count:
@@ -141,8 +141,8 @@ def agreement(one: Mapping[PairKey, float], other: Mapping[PairKey, float]) -> A
     the chance agreement, which is taken as known.
 
     Args:
-      one: of each pair the probability that its first answer is better; 0.5 is a tie.
-      other: the same of another judge.
+        one: of each pair the probability that its first answer is better; 0.5 is a tie.
+        other: the same of another judge.
     """
     common = sorted(one.keys() & other.keys())
     verdicts = [(_side(one[key]), _side(other[key])) for key in common]

@@ -135,7 +135,7 @@ def make_plan(questions: Sequence[Question], found: Iterable[Judgement], judge: 
     """What the judgements that are there leave to be asked.
 
     Raises:
-      ValueError: a prompt that cannot be judged.
+        ValueError: a prompt that cannot be judged.
     """
     standing = {judgement.identity: judgement for judgement in current(found)}
     verdicts = {judgement.key: judgement for judgement in standing.values() if not judgement.failed}
@@ -171,19 +171,19 @@ def label(
     """Asks all questions that have no verdict yet, and appends what comes to the labels file.
 
     Args:
-      questions: of `questions_of`.
-      judge: is closed at the end.
-      output: the labels file, made with its first judgement.
-      concurrency: questions under way at once.
-      on_progress: is called with the judgements done and those in all.
+        questions: of `questions_of`.
+        judge: is closed at the end.
+        output: the labels file, made with its first judgement.
+        concurrency: questions under way at once.
+        on_progress: is called with the judgements done and those in all.
 
     Returns:
-      What stands. Where the judge could not go on, `error` says why, and all that had arrived by
-      then is in the file.
+        What stands. Where the judge could not go on, `error` says why, and all that had arrived by
+        then is in the file.
 
     Raises:
-      ValueError: a prompt that cannot be judged, or a labels file that cannot be.
-      OSError: the file cannot be read.
+        ValueError: a prompt that cannot be judged, or a labels file that cannot be.
+        OSError: the file cannot be read.
     """
 
     async def run() -> Labels:

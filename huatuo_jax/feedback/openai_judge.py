@@ -13,7 +13,7 @@ from huatuo_jax.data.records import Prompt
 from huatuo_jax.feedback import judgements, replies
 from huatuo_jax.feedback.judge_prompts import JudgePrompt, read_judge_prompt
 from huatuo_jax.feedback.judges import Estimate, JudgementFailed, JudgeUnusable, Reply
-from huatuo_jax.feedback.prices import Price, read_price
+from huatuo_jax.feedback.prices import SHIPPED, Price, read_price
 from huatuo_jax.feedback.server_calls import Server, ServerConfig, Taken
 from huatuo_jax.feedback.server_faults import scrubbed
 from huatuo_jax.feedback.spending import Totals, Usage
@@ -106,8 +106,8 @@ class OpenAIJudge:
         max_cost = cfg.server.budget.max_cost
         if self.price is None and max_cost is not None:
             raise ValueError(
-                f"max_cost={max_cost:g} needs a price, and the table has none for {cfg.model!r}:"
-                " add it to a copy of the table and name the copy by --prices"
+                f"max_cost={max_cost:g} needs a price, and {cfg.prices or SHIPPED} has none for"
+                f" {cfg.model!r}: add it to a copy of the table and name the copy by --prices"
             )
         self._server = Server(cfg.server, key=key, price=self.price, spending=spending)
 
@@ -247,7 +247,7 @@ def _tokens_of(choice: Choice, model: str) -> list[replies.Token]:
     """The tokens of a reply with the likeliest ones at each place.
 
     Raises:
-      JudgeUnusable: the server gives none.
+        JudgeUnusable: the server gives none.
     """
     if choice.logprobs is None or not choice.logprobs.content:
         raise JudgeUnusable(

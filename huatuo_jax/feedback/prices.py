@@ -1,5 +1,10 @@
-"""What tokens cost: a table in a JSON file that the user can replace."""
+"""What tokens cost: a table in a JSON file that the user can replace.
 
+The shipped table is an example: prices change, and nothing here can look them up. Whatever is
+counted by it says so, and names it.
+"""
+
+import dataclasses
 import json
 import math
 import os
@@ -12,6 +17,7 @@ from huatuo_jax.feedback.spending import Usage
 
 SHIPPED = pathlib.Path(__file__).with_name("prices.json")
 
+_SHOWN_TOKENS = 1_000_000
 _DIGITS = 12  # Of a cost: far below any currency, so that sums of costs are the sums of prices.
 
 
@@ -24,12 +30,44 @@ class Price:
         cached_input: a token of the prompt that the server had in its cache.
         output: a token of the reply.
         currency: as the table says.
+        table: the file it was read from.
+        as_of: when the table was true, in its own words; None where it does not say.
     """
 
     input: float
     cached_input: float
     output: float
     currency: str
+    table: str
+    as_of: str | None = None
+
+    @property
+    def is_example(self) -> bool:
+        """Whether it is of the shipped table, which nobody has checked for this run."""
+        return pathlib.Path(self.table) == SHIPPED
+
+    def __str__(self) -> str:
+        """One line: the prices and whose they are, for the user to check."""
+        prices = (
+            f"{money * _SHOWN_TOKENS:.6g} {name}"
+            for name, money in (
+                ("in", self.input),
+                ("in from its cache", self.cached_input),
+                ("out", self.output),
+            )
+        )
+        as_of = "no date" if self.as_of is None else f"as of {self.as_of}"
+        told = f"prices in {self.currency} for a million tokens: {', '.join(prices)}"
+        if self.is_example:
+            return (
+                f"{told}; from the example table that is shipped ({as_of}), NOT CHECKED: compare"
+                f" them with your provider's, and give a copy of {self.table} by --prices"
+            )
+        return f"{told}; from your table {self.table} ({as_of})"
+
+    def to_json(self) -> dict[str, Any]:
+        """The prices of one token and where they are from, for a report."""
+        return {**dataclasses.asdict(self), "is_example": self.is_example}
 
     def cost(self, usage: Usage) -> float:
         """What a call of these tokens costs."""
@@ -42,11 +80,11 @@ def read_price(model: str, path: str | os.PathLike[str] | None = None) -> Price 
     """The price of a model by its exact name; None where the table does not have it.
 
     Args:
-      model: as the server calls it.
-      path: the user's table; None for the one that is shipped.
+        model: as the server calls it.
+        path: the user's table; None for the one that is shipped.
 
     Raises:
-      ValueError: no such table, or one that cannot be.
+        ValueError: no such table, or one that cannot be.
     """
     path = pathlib.Path(SHIPPED if path is None else path)
     if not path.is_file():
@@ -54,15 +92,15 @@ def read_price(model: str, path: str | os.PathLike[str] | None = None) -> Price 
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
         currency, unit, models = table["currency"], table["per_tokens"], table["models"]
+        as_of = str(table["as_of"]) if "as_of" in table else None
         row = models[model] if model in models else None
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"prices: {path} should be JSON with currency, per_tokens and models: {error}"
         ) from error
-    return None if row is None else _price(row, f"{path}: {model}", str(currency), unit)
-
-
-def _price(row: Mapping[str, Any], where: str, currency: str, unit: object) -> Price:
+    if row is None:
+        return None
+    where = f"{path}: {model}"
     per_token = 1.0 / _number({"per_tokens": unit}, "per_tokens", where)
     fresh = _number(row, "input", where)
     cached = _number(row, "cached_input", where) if "cached_input" in row else fresh
@@ -72,7 +110,9 @@ def _price(row: Mapping[str, Any], where: str, currency: str, unit: object) -> P
         input=fresh * per_token,
         cached_input=cached * per_token,
         output=_number(row, "output", where) * per_token,
-        currency=currency,
+        currency=str(currency),
+        table=str(path),
+        as_of=as_of,
     )
 
 

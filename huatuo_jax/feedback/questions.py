@@ -62,8 +62,8 @@ class Question:
         """The record of what the judge said, or of why it said nothing.
 
         Args:
-          outcome: of `ask`.
-          paid: this record carries tokens and cost; False for a copy of an equal question's.
+            outcome: of `ask`.
+            paid: this record carries tokens and cost; False for a copy of an equal question's.
         """
         failed = isinstance(outcome, JudgementFailed)
         shown = dict(zip(_index_names(self.protocol), self.answers, strict=True))
@@ -104,8 +104,8 @@ def read_answered(path: str | os.PathLike[str]) -> list[Answered]:
     """The records of an answers file.
 
     Raises:
-      ValueError: there is no such file, or a row that is no answers record or has an id that stood
-        before.
+        ValueError: there is no such file, or a row that is no answers record or has an id that
+            stood before.
     """
     found: dict[str, Answered] = {}
     for row in read_rows(path):
@@ -136,10 +136,10 @@ def pairwise_questions(
     """Every two different answers of a prompt, in both orders.
 
     Args:
-      answered: prompts and answers.
-      judge: who is asked.
-      max_pairs: of a prompt at most; they are chosen by the answers' texts, so that the choice does
-        not depend on the order in the file.
+        answered: prompts and answers.
+        judge: who is asked.
+        max_pairs: of a prompt at most; they are chosen by the answers' texts, so that the choice
+            does not depend on the order in the file.
     """
     for item in answered:
         pairs = [
@@ -162,10 +162,14 @@ def _answered(row: object) -> Answered:
         value = getattr(prompt, name)
         if not isinstance(value, str) and not (value is None and name != "id"):
             raise ValueError(f"{name} is {value!r}; it should be text")
-    texts = [answer["text"] for answer in row["answers"]]
-    if not all(isinstance(text, str) for text in texts):
-        raise ValueError("an answer's text is no text")
-    return Answered(prompt, tuple(texts))
+    return Answered(prompt, tuple(map(_text, row["answers"])))
+
+
+def _text(answer: object) -> str:
+    text = answer["text"] if isinstance(answer, dict) and "text" in answer else None
+    if not isinstance(text, str):
+        raise ValueError('each of its answers should be an object with a text, {"text": "..."}')
+    return text
 
 
 def _question(

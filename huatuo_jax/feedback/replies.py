@@ -66,8 +66,8 @@ def parse_score(text: str, *, low: int, high: int) -> Score:
     """The scores in a reply.
 
     Raises:
-      BadReply: it is not JSON of exactly the five criteria, each with a reason and a whole number
-        from `low` to `high`.
+        BadReply: it is not JSON of exactly the five criteria, each with a reason and a whole number
+            from `low` to `high`.
     """
     found = _json_object(text)
     _check_fields(found, CRITERIA, "the reply")
@@ -91,7 +91,7 @@ def parse_verdict(text: str) -> Verdict:
     """The verdict in a reply: 1 for the first, 0 for the second, 0.5 for neither.
 
     Raises:
-      BadReply: it is not JSON of exactly a reason and a verdict of 0, 1 or 2.
+        BadReply: it is not JSON of exactly a reason and a verdict of 0, 1 or 2.
     """
     found = _json_object(text)
     _check_fields(found, ("reason", "better"), "the reply")
@@ -108,7 +108,7 @@ def verdict_probability(tokens: Sequence[Token]) -> float:
     "0" has goes to each answer.
 
     Raises:
-      BadReply: the tokens hold no verdict, or give most of the probability to something else.
+        BadReply: the tokens hold no verdict, or give most of the probability to something else.
     """
     joined = b"".join(token.text for token in tokens)
     match = _VERDICT.search(joined)

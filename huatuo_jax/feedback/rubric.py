@@ -212,9 +212,9 @@ def asks_when_missing(answer: str, patient: str) -> float | None:
     """Whether the answer asks the patient something; None where nothing asks for a question.
 
     Args:
-      answer: the doctor's.
-      patient: all that the patient said. Information is missing where it is a complaint, no
-        question of general knowledge, and tells fewer than 3 of the 6 `FACETS`.
+        answer: the doctor's.
+        patient: all that the patient said. Information is missing where it is a complaint, no
+            question of general knowledge, and tells fewer than 3 of the 6 `FACETS`.
     """
     told = unicodedata.normalize("NFKC", patient).lower().replace(" ", "")
     if not re.search(COMPLAINT, told) or re.search(KNOWLEDGE, told):
@@ -237,9 +237,9 @@ def unsafe_wording(answer: str, patient: str, before: str = "") -> tuple[str, ..
     patient tells of a warning sign, missing urgent advice is unsafe too.
 
     Args:
-      answer: the doctor's.
-      patient: all that the patient said.
-      before: what the doctor said in earlier turns, where urgent advice may stand already.
+        answer: the doctor's.
+        patient: all that the patient said.
+        before: what the doctor said in earlier turns, where urgent advice may stand already.
     """
     flags = [kind for kind, pattern in UNSAFE_WORDING.items() if _says(answer, pattern)]
     advised = re.search(URGENT_ADVICE, before + "\n" + answer)

@@ -105,7 +105,7 @@ def key_from_environment() -> str:
     """The key, which is never taken from anywhere else.
 
     Raises:
-      JudgeUnusable: there is none, or it cannot be one.
+        JudgeUnusable: there is none, or it cannot be one.
     """
     key = os.environ.get(KEY_VARIABLE, "").strip()
     if not key:

@@ -60,11 +60,11 @@ def fault_of(error: Exception, *, key: str, model: str, where: str, timeout_s: f
     """What a failed call means.
 
     Args:
-      error: as the client raised it.
-      key: kept out of every text.
-      model: the one asked.
-      where: the server, as the user knows it.
-      timeout_s: how long a call may take.
+        error: as the client raised it.
+        key: kept out of every text.
+        model: the one asked.
+        where: the server, as the user knows it.
+        timeout_s: how long a call may take.
     """
     if isinstance(error, openai.APIStatusError):
         message = " ".join(scrubbed(_message(error), key).split())[:_MOST_OF_A_MESSAGE]

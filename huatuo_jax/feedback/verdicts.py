@@ -30,9 +30,9 @@ class Combined(NamedTuple):
     """The verdict of both orders on a pair.
 
     Attributes:
-      p_one: the probability that `one` is better.
-      contradicts: whether the two orders prefer different answers.
-      voted: whether the judge gave votes (0, 0.5, 1) and no probabilities.
+        p_one: the probability that `one` is better.
+        contradicts: whether the two orders prefer different answers.
+        voted: whether the judge gave votes (0, 0.5, 1) and no probabilities.
     """
 
     p_one: float
@@ -108,7 +108,7 @@ def one_judge(
     """The judgements of one judge with one template under one protocol.
 
     Raises:
-      ValueError: there are none, or more than one such combination; the message lists them.
+        ValueError: there are none, or more than one such combination; the message lists them.
     """
     found = [
         one

@@ -19,18 +19,16 @@ from huatuo_jax.data.chat import TruncationPolicy
 from huatuo_jax.data.examples import Dropped, TokenIds
 from huatuo_jax.data.held_out import HeldOutConfig, dialogue_text
 from huatuo_jax.data.readers import read_comparisons, read_dialogues
-from huatuo_jax.data.records import Comparison, Dialogue, Messages
+from huatuo_jax.data.records import Comparison, Messages
 from huatuo_jax.data.sources import HeldOutBy
 from huatuo_jax.data.tokenizing import TemplateTokenizer, tokenize_in_chunks
+from huatuo_jax.reward.made_comparisons import mismatched_references, spoiled_answers
 from huatuo_jax.training.run_directory import operational
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Reads = Literal["comparisons", "dialogues"]
-MISMATCHED = "mismatched_reference"
-"""The source of comparisons that were made of dialogues: no judge has seen them."""
-
+Reads = Literal["comparisons", "dialogues", "dialogues_to_spoil"]
 HELD_OUT_ELSEWHERE = "held out by another source"
 SAME_TOKENS = "both answers are the same tokens"
 
@@ -40,10 +38,12 @@ class ComparisonSource:
     """One source of comparisons.
 
     Attributes:
-        name: what reports call it; None for what its rows say.
+        name: what reports call it; None for what its rows say. Comparisons that are made here
+            keep what they were made by before it.
         paths: files.
-        reads: what they hold. Of `dialogues`, each one's last answer is taken to be better than
-            that of another dialogue: no judgement, but something to learn without one.
+        reads: what they hold: `comparisons`, or dialogues to make some of without a judge, by
+            `made_comparisons.mismatched_references` (`dialogues`) or `spoiled_answers`
+            (`dialogues_to_spoil`).
         held_out_by: `hash`, `never` or `always`.
     """
 
@@ -249,32 +249,6 @@ def make_answer(token_ids: TokenIds, prompt: Messages, continuation: Messages) -
     return Answer(token_ids, characters, len(spoken) + _num_turns(prompt))
 
 
-def mismatched_references(dialogues: Sequence[Dialogue]) -> list[Comparison]:
-    """Each dialogue's own last answer against that of another dialogue, told from their content.
-
-    No judge has seen them: whatever fits its question better is called the better answer. In the
-    order of a hash of the prompts, each is paired with the next whose answer differs.
-    """
-    ordered = sorted(dialogues, key=lambda one: _digest(dialogue_text(one.messages[:-1])))
-    comparisons = []
-    for index, one in enumerate(ordered):
-        others = (other.messages[-1] for other in [*ordered[index + 1 :], *ordered[:index]])
-        other = next((answer for answer in others if answer != one.messages[-1]), None)
-        if other is None:
-            raise ValueError("dialogues: all of them have the same answer; nothing to compare")
-        comparisons.append(
-            Comparison(
-                id=f"{one.id}:{MISMATCHED}",
-                messages=one.messages[:-1],
-                chosen=one.messages[-1:],
-                rejected=(other,),
-                source=MISMATCHED,
-                extra=dict(one.extra),
-            )
-        )
-    return comparisons
-
-
 def _told(cfg: ComparisonsConfig) -> Iterator[_Told]:
     for source in cfg.sources:
         for path in source.paths:
@@ -289,9 +263,11 @@ def _told(cfg: ComparisonsConfig) -> Iterator[_Told]:
 def _read(source: ComparisonSource, path: str) -> Sequence[Comparison]:
     if source.reads == "comparisons":
         return list(read_comparisons(path, source=source.name))
-    made = mismatched_references(list(read_dialogues(path)))
-    name = MISMATCHED if source.name is None else f"{MISMATCHED}:{source.name}"
-    return [dataclasses.replace(one, source=name) for one in made]
+    make = mismatched_references if source.reads == "dialogues" else spoiled_answers
+    made = make(list(read_dialogues(path)))
+    if source.name is None:
+        return made
+    return [dataclasses.replace(one, source=f"{one.source}:{source.name}") for one in made]
 
 
 def _case(comparison: Comparison, field: str | None) -> str:
@@ -362,7 +338,3 @@ def _hash_of(groups: Sequence[Group]) -> str:
         for answer in group.answers:
             whole.update(answer.token_ids.tobytes() + b"\0")
     return whole.hexdigest()[:32]
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

@@ -58,7 +58,11 @@ class ScoreConfig:
     tensor: int = 1
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a size that cannot be."""
+        """Raise ValueError for a size or an output that cannot be."""
+        if not self.output or os.path.isdir(self.output):
+            raise ValueError(f"output={self.output!r} is no name of a file to write")
+        if os.path.realpath(self.input) == os.path.realpath(self.output):
+            raise ValueError(f"input and output are both {self.output}; they should differ")
         for name in ("max_length", "rows_at_once", "row_length"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -103,10 +107,22 @@ def score_file(cfg: ScoreConfig) -> Scored:
     normalization = load_normalization(info.folder)
     mesh = sharding.make_mesh(data=cfg.data, fsdp=cfg.fsdp, tensor=cfg.tensor)
     limit = cfg.max_length or min(info.cfg.max_positions, cfg.row_length or info.cfg.max_positions)
+    if limit > info.cfg.max_positions:
+        raise ValueError(
+            f"max_length={limit} must be at most the model's {info.cfg.max_positions} positions"
+        )
     answers_cfg = AnswersConfig(template=cfg.template, truncation=cfg.truncation, max_length=limit)
     records = list(read_answered(cfg.input))
     dialogues = [dialogue for record in records for dialogue in record.dialogues]
+    if not dialogues:
+        raise ValueError(f"{cfg.input}: none of its records has an answer to score")
     tokens = tokenize_answers(dialogues, answers_cfg, load_tokenizer(info.folder))
+    unsayable = [found for found in tokens.values() if isinstance(found, str)]
+    if len(unsayable) == len(tokens):
+        raise ValueError(
+            f"{cfg.input}: none of its {len(dialogues)} answers can be scored with"
+            f" max_length={limit}: {', '.join(sorted(set(unsayable)))}"
+        )
     default = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     compute = ComputeConfig(compute_dtype=jnp.dtype(cfg.compute_dtype or default))
     shards = mesh.shape["data"] * mesh.shape["fsdp"]

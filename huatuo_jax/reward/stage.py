@@ -11,14 +11,12 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from huatuo_jax.checkpoint.tokenizer import load_tokenizer
-from huatuo_jax.data.batches import HostShare
+from huatuo_jax.backbone.config import BackboneConfig
 from huatuo_jax.progress import progress_bar
 from huatuo_jax.reward.answers import answers_hash, read_answers
 from huatuo_jax.reward.config import RewardConfig
-from huatuo_jax.reward.data import Answer, Comparisons, open_comparisons
+from huatuo_jax.reward.data import Answer, Comparisons, ComparisonsConfig, open_comparisons
 from huatuo_jax.reward.losses import reward_loss
-from huatuo_jax.reward.model import InitialRewardModel
 from huatuo_jax.reward.report import (
     all_answers,
     given,
@@ -29,8 +27,8 @@ from huatuo_jax.reward.report import (
 from huatuo_jax.reward.rows import RewardBatches, RewardRows
 from huatuo_jax.scoring import Normalization, Scorer, save_normalization
 from huatuo_jax.training.evaluation import check_rows, make_evaluate
-from huatuo_jax.training.initial_model import open_model
-from huatuo_jax.training.loop import Job, StepReport, step_numbers, train
+from huatuo_jax.training.initial_model import InitialModel, open_model
+from huatuo_jax.training.loop import Job, StepReport, host_share, step_numbers, train
 from huatuo_jax.training.optimizer import make_optimizer
 from huatuo_jax.training.run_directory import (
     StageDirectory,
@@ -72,22 +70,22 @@ def run_reward(
     cfg = from_section(RewardConfig, config, path=f"config.{STAGE}").placed_in(workdir)
     mesh = cfg.mesh.make()
     check_rows(cfg.rows_at_once, name="micro_batch_size", mesh=mesh)
-    base = open_model(cfg.model, cfg.compute.compute_config())
-    model = InitialRewardModel(base=base, head_init=cfg.head_init, head_only=cfg.head_only)
-    _check_lengths(cfg, model)
-    tokenizer = load_tokenizer(cfg.model.tokenizer_source)
-    if len(tokenizer) > base.cfg.vocab_size:
-        raise ValueError(
-            f"config.{STAGE}.model.tokenizer has {len(tokenizer)} tokens, more than the model's "
-            f"vocab_size={base.cfg.vocab_size}"
-        )
+    model = open_model(
+        cfg.model,
+        cfg.compute.compute_config(),
+        head="score",
+        head_init=cfg.head_init,
+        head_only=cfg.head_only,
+    )
+    _check_lengths(cfg.data, model.cfg)
+    tokenizer = model.load_tokenizer(STAGE)
     with progress_bar(f"{STAGE}: tokenising", "answers") as on_progress:
         comparisons = open_comparisons(cfg.data, tokenizer, on_progress)
     sft_answers = None
     if cfg.normalization_answers is not None:
         sft_answers = read_answers(cfg.normalization_answers, cfg.data, tokenizer)
     decisive = identity(cfg) | {
-        "initial_model": base.identity,
+        "initial_model": model.identity,
         "comparisons": comparisons.identity,
         "normalization_answers": None if sft_answers is None else answers_hash(sft_answers),
     }
@@ -142,7 +140,7 @@ def report_step(metrics: Mapping[str, np.ndarray], *, flops: ModelFlops) -> Step
 
 def _job(
     cfg: RewardConfig,
-    model: InitialRewardModel,
+    model: InitialModel,
     comparisons: Comparisons,
     directory: StageDirectory,
     decisive: dict[str, Any],
@@ -166,7 +164,7 @@ def _job(
                 held_out,
                 batch_size=cfg.rows_at_once,
                 num_pairs=held_out.most_pairs(end_row),
-                share=_share(),
+                share=host_share(),
                 end_row=end_row,
             ),
             functools.partial(numbers, prefix="eval"),
@@ -185,11 +183,9 @@ def _job(
             rows,
             batch_size=cfg.batch_size,
             num_pairs=rows.most_pairs(num_steps * cfg.batch_size),
-            share=_share(),
+            share=host_share(),
         ),
-        report=functools.partial(
-            report_step, flops=ModelFlops.of(model.base.cfg, adapters_only=frozen)
-        ),
+        report=functools.partial(report_step, flops=ModelFlops.of(model.cfg, adapters_only=frozen)),
         evaluate=evaluate,
         row_names=lambda position: [
             part.id
@@ -245,16 +241,11 @@ def _report(
     return result
 
 
-def _check_lengths(cfg: RewardConfig, model: InitialRewardModel) -> None:
-    backbone = model.base.cfg
-    if cfg.data.max_length > backbone.max_positions:
+def _check_lengths(data: ComparisonsConfig, backbone: BackboneConfig) -> None:
+    if data.max_length > backbone.max_positions:
         raise ValueError(
-            f"config.{STAGE}.data.max_length={cfg.data.max_length} must be at most the model's "
+            f"config.{STAGE}.data.max_length={data.max_length} must be at most the model's "
             f"{backbone.max_positions} positions"
         )
     # Also where prompts are not packed: the answers of one share a row.
-    backbone.require_fixed_angles(cfg.data.max_length, purpose="comparing answers in one row")
-
-
-def _share() -> HostShare:
-    return HostShare(host=jax.process_index(), num_hosts=jax.process_count())
+    backbone.require_fixed_angles(data.max_length, purpose="comparing answers in one row")

@@ -13,6 +13,7 @@ import time
 import pytest
 
 from huatuo_jax.feedback.budget import BudgetConfig
+from huatuo_jax.feedback.comparison_config import ComparisonConfig, MixedFile
 from huatuo_jax.feedback.judgements import current, read_judgements
 from huatuo_jax.feedback.label_command import LabelRun, report_path, run_labels, spending_path
 from huatuo_jax.feedback.labelling import LabelConfig
@@ -239,8 +240,9 @@ def test_a_dry_run_counts_and_sends_nothing_and_needs_no_key(
         cfg = dataclasses.replace(cfg, label=LabelConfig(protocol="both"), dry_run=True)
         assert run_labels(cfg, told.append) is None
         assert not server.calls
-    (text,) = told
+    text = "\n".join(told)
     assert "27 judgements: 0 done" in text and "calls: 27" in text and "cost: about" in text
+    assert f"from your table {prices}" in text and "nothing was sent, nothing written" in text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["answers.jsonl", "prices.json"]
 
 
@@ -268,7 +270,9 @@ def test_labels_become_comparisons_and_a_report(answers, prices, tmp_path):
     report = json.loads(pathlib.Path(report_path(output)).read_text(encoding="utf-8"))
     assert report["spending"]["requests"] == 18
     assert report["spending"]["cost"] == pytest.approx(cost_of(server.calls), abs=1e-6)
+    assert report["prices"]["table"] == str(prices) and not report["prices"]["is_example"]
     assert "spent in all runs: 18 requests" in done.stdout and "CNY" in done.stdout
+    assert "next: python launch/train.py --config=configs/reward.py:" in done.stdout
 
 
 def test_the_offline_judge_needs_no_key_and_is_named_in_every_line(answers, tmp_path, monkeypatch):
@@ -280,9 +284,74 @@ def test_the_offline_judge_needs_no_key_and_is_named_in_every_line(answers, tmp_
     assert not pathlib.Path(spending_path(output)).exists()
 
 
+def test_a_dry_run_says_where_the_budget_will_end(answers, prices, tmp_path):
+    told = []
+    with PlantedServer(Planted(utilities=answers[1])) as server:
+        cfg = run_of(answers[0], tmp_path / "l.jsonl", prices, server, max_requests=2, max_cost=0.0)
+        run_labels(dataclasses.replace(cfg, dry_run=True), told.append)
+    text = "\n".join(told)
+    assert "max_requests=2 leaves 2 of 9 calls" in text and "max_cost=0 leaves 0 of" in text
+
+
+def bare(path, answers_of_each):
+    """Answers without reference and diagnosis."""
+    rows = [
+        {
+            "id": f"p{index}",
+            "messages": [{"role": "user", "content": f"疼{index}天"}],
+            "source": "x",
+            "answers": [{"text": text} for text in answers_of_each],
+        }
+        for index in range(2)
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return str(path)
+
+
+def test_the_offline_judge_says_where_it_measures_form_alone(tmp_path):
+    told = []
+    cfg = LabelRun(answers=bare(tmp_path / "a.jsonl", ["好", "去看看"]), output="l", dry_run=True)
+    run_labels(cfg, told.append)
+    assert "2 of 2 prompts have neither reference nor diagnosis" in "\n".join(told)
+
+
+def test_nothing_to_judge_or_to_compare_is_an_error_and_no_empty_file(tmp_path):
+    output, comparisons = tmp_path / "l.jsonl", tmp_path / "c.jsonl"
+    for texts, why in (([], "nothing to judge"), (["好"], "no comparison comes of these")):
+        cfg = LabelRun(
+            answers=bare(tmp_path / "a.jsonl", texts),
+            output=str(output),
+            comparisons=str(comparisons),
+        )
+        with pytest.raises(ValueError, match=why):
+            run_labels(cfg, print)
+        assert not comparisons.exists() and output.exists() == bool(texts)
+
+
+def test_a_file_to_mix_in_that_is_not_there_is_found_before_anything_is_asked(answers, tmp_path):
+    output = tmp_path / "l.jsonl"
+    cfg = LabelRun(
+        answers=str(answers[0]),
+        output=str(output),
+        comparisons=str(tmp_path / "c.jsonl"),
+        comparison=ComparisonConfig(mix=(MixedFile(path=str(tmp_path / "none.jsonl")),)),
+    )
+    with pytest.raises(ValueError, match="none.jsonl: no such file"):
+        run_labels(cfg, print)
+    assert not output.exists()
+
+
+def test_help_shows_the_flags_and_one_that_would_do_nothing_is_refused(answers, tmp_path):
+    assert "--max_cost" in command("--help").stdout
+    for flag, why in (("max_cost=1", "to the offline judge"), ("ties=half", "to labels alone")):
+        done = command(f"--{flag}", answers=answers[0], output=tmp_path / "l.jsonl")
+        assert done.returncode == 1 and why in done.stderr and done.stderr.count("error:") == 1
+
+
 @pytest.mark.parametrize(
     ("changed", "why"),
     [
+        ({"output": "."}, "no name of a file to write"),
         ({"comparisons": "c.jsonl", "label": LabelConfig(protocol="both")}, "of one protocol"),
         ({"output": "a.jsonl"}, "they should differ"),
         ({"comparisons": "./l.jsonl"}, "they should differ"),

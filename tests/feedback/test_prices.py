@@ -56,6 +56,16 @@ def test_a_table_that_cannot_be_is_refused(tmp_path, changed, why):
         read_price("a", table(tmp_path, **changed))
 
 
+def test_a_price_says_whose_it_is(tmp_path):
+    told = str(read_price("a", table(tmp_path, as_of="May")))
+    assert "2000 in, 500 in from its cache, 10000 out" in told and "CNY" in told
+    assert f"from your table {tmp_path / 'prices.json'} (as of May)" in told
+    assert "NOT CHECKED" not in told and "(no date)" in str(read_price("a", table(tmp_path)))
+    shipped = read_price("gpt-4o")
+    assert shipped.is_example and shipped.to_json()["is_example"]
+    assert "NOT CHECKED" in str(shipped) and "--prices" in str(shipped)
+
+
 def test_a_missing_table_is_refused(tmp_path):
     with pytest.raises(ValueError, match="there is no file"):
         read_price("a", tmp_path / "none.json")

@@ -83,8 +83,8 @@ def test_a_judgement_names_what_was_asked(answered):
     [
         ({"id": "a", "messages": []}, "a list of answers"),
         ({"id": "a", "messages": [], "answers": "x"}, "a list of answers"),
-        ({"id": "a", "messages": [], "answers": ["x"]}, "not an answers record"),
-        ({"id": "a", "messages": [], "answers": [{"text": 1}]}, "text is no text"),
+        ({"id": "a", "messages": [], "answers": ["x"]}, "be an object with a text"),
+        ({"id": "a", "messages": [], "answers": [{"text": 1}]}, "be an object with a text"),
         ({"messages": [], "answers": []}, "lacks 'id'"),
         ({"id": 7, "messages": [], "answers": []}, "id is 7"),
         ({"id": "a", "messages": [], "answers": [], "reference": 7}, "reference is 7"),

@@ -7,7 +7,7 @@ import pytest
 
 from huatuo_jax.checkpoint.tokenizer import load_tokenizer
 from huatuo_jax.data import sample, templates
-from huatuo_jax.data.held_out import HeldOutConfig
+from huatuo_jax.data.held_out import HeldOutConfig, dialogue_text
 from huatuo_jax.data.readers import read_dialogues
 from huatuo_jax.data.records import Comparison, Message, answer
 from huatuo_jax.reward.data import (
@@ -15,9 +15,9 @@ from huatuo_jax.reward.data import (
     SAME_TOKENS,
     ComparisonsConfig,
     ComparisonSource,
-    mismatched_references,
     open_comparisons,
 )
+from huatuo_jax.reward.made_comparisons import WHOLE_DIALOGUE, mismatched_references
 from tests.reward.tiny import TOKENIZER, comparisons, write_rows
 
 
@@ -179,3 +179,21 @@ def test_sample_dialogues_give_comparisons_that_are_named_for_what_they_are(toke
     )
     sources = {p.source for g in open_comparisons(cfg, tokenizer).train for p in g.pairs}
     assert sources == {"mismatched_reference:notes"}
+
+
+def test_spoiled_answers_are_held_out_where_fine_tuning_holds_out_their_dialogue(tokenizer):
+    path = sample.FOLDER / "real_conversation.jsonl"
+    held_out = HeldOutConfig(share=0.3)
+    cfg = _config(
+        ComparisonSource(paths=(str(path),), reads="dialogues_to_spoil"),
+        max_length=512,
+        row_length=2048,
+        held_out=held_out,
+        group_field=WHOLE_DIALOGUE,
+    )
+    found = open_comparisons(cfg, tokenizer)
+    wanted = {dialogue_text(one.messages) for one in read_dialogues(path)}
+    wanted = {text for text in wanted if held_out.holds_out(text)}
+    assert {group.case for group in found.held_out} == wanted
+    assert not wanted & {group.case for group in found.train}
+    assert all(len(group.answers) == 5 and len(group.pairs) == 4 for group in found.train)

@@ -150,6 +150,14 @@ def test_an_export_without_a_normalization_says_so(tmp_path):
     assert load_normalization(tmp_path) is None
 
 
+@pytest.mark.parametrize(
+    ("output", "why"), [("", "no name of a file"), (".", "no name of a file"), ("./a", "differ")]
+)
+def test_an_output_that_would_be_lost_or_lose_the_input_is_refused(output, why):
+    with pytest.raises(ValueError, match=why):
+        ScoreConfig(model="m", input="a", output=output)
+
+
 def test_what_cannot_be_scored_ends_in_one_clear_message(models, dialogues, tmp_path):
     prompts = [{"id": "p", "messages": [{"role": "user", "content": "头疼"}], "source": "x"}]
     with pytest.raises(ValueError, match="no assistant turn"):
@@ -163,6 +171,12 @@ def test_what_cannot_be_scored_ends_in_one_clear_message(models, dialogues, tmp_
         _score(tmp_path / "lm", dialogues, tmp_path)
     with pytest.raises(ValueError, match="this model has a token head, a reward model has"):
         export_reward_model(tmp_path / "lm", tmp_path / "export")
+    for limit, why in ((4096, "at most the model's 128 positions"), (3, "none of its 8 answers")):
+        with pytest.raises(ValueError, match=why):
+            _score(models / "ours", dialogues, tmp_path, max_length=limit)
+    empty = [{**prompts[0], "answers": []}]
+    with pytest.raises(ValueError, match="none of its records has an answer"):
+        _score(models / "ours", empty, tmp_path)
     with pytest.raises(ValueError, match="row_length=0 must be at least 1"):
         _score(models / "ours", dialogues, tmp_path, row_length=0)
     assert not (tmp_path / "out.jsonl").exists()

@@ -22,7 +22,6 @@ from huatuo_jax.reward import rows as reward_rows
 from huatuo_jax.reward.answers import read_answers
 from huatuo_jax.reward.config import RewardConfig
 from huatuo_jax.reward.data import ComparisonsConfig, ComparisonSource, open_comparisons
-from huatuo_jax.reward.model import InitialRewardModel
 from huatuo_jax.reward.stage import run_reward
 from huatuo_jax.scoring import load_normalization
 from huatuo_jax.training.initial_model import ComputeSection, ModelConfig, open_model
@@ -264,8 +263,8 @@ def test_a_fresh_head_gives_small_scores_and_a_trained_one_is_kept(trained, sft_
     optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-3), num_steps=3)
 
     def head(directory):
-        base = open_model(ModelConfig(directory=str(directory)), ComputeSection().compute_config())
-        model = InitialRewardModel(base=base, head_init=0.01, head_only=False)
+        section, compute = ModelConfig(directory=str(directory)), ComputeSection().compute_config()
+        model = open_model(section, compute, head="score", head_init=0.01)
         state = model.make_state(jax.random.key(0), optimizer, mesh)
         return np.asarray(state.variables["params"]["score_head"]["kernel"])
 
