@@ -1,0 +1,1 @@
+"""Proximal policy optimization of an answering model against a reward model."""

@@ -1,0 +1,323 @@
+"""The settings of a PPO stage."""
+
+import dataclasses
+import os
+from typing import Any, Literal
+
+from huatuo_jax.backbone.lora import LoraConfig
+from huatuo_jax.ppo.prompts import PromptsConfig
+from huatuo_jax.rl.rewards import TruncationPolicy
+from huatuo_jax.sharding import MeshConfig
+from huatuo_jax.training.initial_model import ComputeSection, ModelConfig
+from huatuo_jax.training.optimizer import OptimizerConfig
+from huatuo_jax.training.run_directory import operational
+
+Estimator = Literal["gae", "rloo", "grpo"]
+KlPlace = Literal["reward", "sequence_square", "k3"]
+ScoreScale = Literal["stored", "running", "raw"]
+
+WORKDIR_MARK = "{workdir}"
+"""In a path of the config it stands for the run's folder: models of earlier stages are found so."""
+
+
+def _require_positive(name: str, value: float | None, *, whole: bool = False) -> None:
+    if value is not None and not (1 if whole else 0) <= value < float("inf"):
+        raise ValueError(f"{name}={value!r} must be {'at least 1' if whole else 'above 0'}")
+    if value is not None and value == 0:
+        raise ValueError(f"{name}={value!r} must be above 0")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """What the policy writes in an iteration; it samples with top-p 1 and without top-k.
+
+    Attributes:
+        num_prompts: prompts of an iteration.
+        answers_per_prompt: answers to each; RLOO and GRPO compare them.
+        max_new_tokens: tokens of an answer at most.
+        temperature: of sampler, policy and reference alike.
+        slots: answers decoded at once; None for as many as are asked for, 64 at most.
+    """
+
+    num_prompts: int = 64
+    answers_per_prompt: int = 1
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    slots: int | None = operational(None)
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a number that cannot be."""
+        for name in ("num_prompts", "answers_per_prompt", "max_new_tokens", "slots"):
+            _require_positive(name, getattr(self, name), whole=True)
+        _require_positive("temperature", self.temperature)
+
+    @property
+    def num_answers(self) -> int:
+        """Answers of an iteration."""
+        return self.num_prompts * self.answers_per_prompt
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScoreConfig:
+    """From the reward model's score of an answer to its part of the reward.
+
+    Attributes:
+        scale: `stored` takes the mean and deviation that stand beside the reward model, `running`
+            those of all scores of the run so far, `raw` neither.
+        clip: scaled scores are bounded to +-clip; None for no bound.
+        on_truncation: what becomes of the score of an answer without a stop token, see
+            `rl.rewards.answer_scores`.
+        penalty: for `replace` and `subtract`, in units of scaled scores.
+        whiten: bring the rewards of a rollout to variance 1, their mean left alone.
+    """
+
+    scale: ScoreScale = "stored"
+    clip: float | None = None
+    on_truncation: TruncationPolicy = "subtract"
+    penalty: float | None = 1.0
+    whiten: bool = False
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for rules that cannot be."""
+        _require_positive("clip", self.clip)
+        is_penalised = self.on_truncation in ("replace", "subtract")
+        if is_penalised and (self.penalty is None or not 0 <= self.penalty < float("inf")):
+            raise ValueError(
+                f"penalty={self.penalty!r} must be 0 or more for on_truncation="
+                f"{self.on_truncation!r}"
+            )
+        if not is_penalised and self.penalty is not None:
+            raise ValueError(
+                f"penalty={self.penalty!r} must be None for on_truncation={self.on_truncation!r}"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ValueConfig:
+    """The critic, which `gae` needs and the other estimators lack.
+
+    Attributes:
+        start: where its trunk comes from: the `reward` model, the `policy`'s model (a copy), or
+            `shared`: the policy's own frozen trunk, with adapters of its own.
+        head: `zero`, or `keep` the reward model's, brought to the scale of the scores.
+        lora: train these adapters and the head; None trains the whole model.
+        optimizer: None for the policy's settings.
+        clip: how far a value may move from the old one before its loss is flat; None for no clip.
+        warmup_iterations: so many first iterations train the critic alone.
+    """
+
+    start: Literal["reward", "policy", "shared"] = "reward"
+    head: Literal["zero", "keep"] = "zero"
+    lora: LoraConfig | None = None
+    optimizer: OptimizerConfig | None = None
+    clip: float | None = 0.2
+    warmup_iterations: int = 0
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for settings that contradict each other."""
+        if self.head == "keep" and self.start != "reward":
+            raise ValueError(f"head='keep' needs start='reward', not {self.start!r}")
+        if self.start == "shared" and self.lora is None:
+            raise ValueError("start='shared' needs lora: the trunk itself is frozen")
+        _require_positive("clip", self.clip)
+        if self.warmup_iterations < 0:
+            raise ValueError(f"warmup_iterations={self.warmup_iterations!r} must be 0 or more")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PpoLoopConfig:
+    """What the loop does beside training; none of it decides the parameters.
+
+    Attributes:
+        checkpoint_every: iterations between two checkpoints; there is always one at the end.
+        keep_checkpoints: how many of the newest are kept.
+        log_every: iterations between two lines where there is no terminal.
+        samples_per_iteration: answers of each iteration that are written to `samples.jsonl`.
+        max_not_finite_in_a_row: so many skipped minibatches in a row stop the run.
+        tensorboard: whether to write TensorBoard events.
+    """
+
+    checkpoint_every: int = 10
+    keep_checkpoints: int = 2
+    log_every: int = 1
+    samples_per_iteration: int = 8
+    max_not_finite_in_a_row: int = 5
+    tensorboard: bool = True
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a number that cannot be."""
+        for field in dataclasses.fields(self):
+            least = 0 if field.name == "samples_per_iteration" else 1
+            value = getattr(self, field.name)
+            if field.type is int and value < least:
+                raise ValueError(f"{field.name}={value!r} must be at least {least}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PpoConfig:
+    """A run of PPO (arXiv 1707.06347, 1909.08593), or of its relatives without a critic.
+
+    Attributes:
+        model: the policy to start from, which is the reference too, mostly an SFT model's directory
+            (`{workdir}/sft/model` is that of this run). With `lora` policy and reference share the
+            frozen weights, the reference being the model without its adapters.
+        reward_model: directory of a model with a score head, of the same tokenizer.
+        data: the prompts.
+        optimizer: of the policy.
+        value: the critic.
+        rollout: what is sampled.
+        score: how answers are rewarded.
+        estimator: `gae` with a critic (PPO); `rloo` (arXiv 2402.14740) and `grpo` (arXiv
+            2402.03300) compare the answers to a prompt.
+        divide_by_deviation: `grpo` as published; without it, the gradient of `rloo` but for a
+            factor.
+        gamma: discount of `gae`.
+        gae_lambda: of `gae`; 1 for no trust in the critic.
+        whiten_advantages: `gae`'s advantages get mean 0 and variance 1 over the rollout.
+        kl_coef: weight of the KL penalty, the first one where it adapts.
+        kl_in: `reward` takes it off each token's reward (k1); `sequence_square` and `k3` put it
+            into the loss, the latter with another optimum, see `rl.kl`.
+        target_kl_per_sequence: in nats of a whole answer: the coefficient adapts to it.
+        kl_gain: how fast it does.
+        clip_low: of the policy's ratio.
+        clip_high: of the policy's ratio.
+        dual_clip: bound of the ratio where the advantage is negative.
+        entropy_coef: weight of the entropy bonus.
+        fixed_denominator: divide losses by `max_new_tokens` an answer, not by the tokens there are.
+        num_iterations: rollouts in all.
+        num_epochs: passes over each rollout.
+        num_minibatches: optimizer steps of a pass.
+        stop_at_kl: the passes over a rollout end before a step whose minibatch has a larger
+            approximate KL (k3, nats a token) from the policy that sampled; None for no bound.
+        micro_batch_size: rows that go through a model at once; None for a whole minibatch.
+        seed: of everything random.
+        compute: how a pass is computed.
+        mesh: how the devices are divided.
+        loop: checkpoints, logging.
+    """
+
+    model: ModelConfig
+    reward_model: str = operational("{workdir}/reward/model")
+    data: PromptsConfig
+    optimizer: OptimizerConfig
+    value: ValueConfig = ValueConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    score: ScoreConfig = ScoreConfig()
+    estimator: Estimator = "gae"
+    divide_by_deviation: bool = True
+    gamma: float = 1.0
+    gae_lambda: float = 0.95
+    whiten_advantages: bool = True
+    kl_coef: float = 0.03
+    kl_in: KlPlace = "reward"
+    target_kl_per_sequence: float | None = None
+    kl_gain: float = 0.1
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float | None = None
+    entropy_coef: float = 0.0
+    fixed_denominator: bool = False
+    num_iterations: int = 100
+    num_epochs: int = 3
+    num_minibatches: int = 1
+    stop_at_kl: float | None = None
+    micro_batch_size: int | None = operational(None)
+    seed: int = 0
+    compute: ComputeSection = ComputeSection()
+    mesh: MeshConfig = operational(MeshConfig())
+    loop: PpoLoopConfig = operational(PpoLoopConfig())
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a number that cannot be, or settings that contradict each other."""
+        for name in ("num_iterations", "num_epochs", "num_minibatches", "micro_batch_size"):
+            _require_positive(name, getattr(self, name), whole=True)
+        for name in ("target_kl_per_sequence", "stop_at_kl", "clip_high"):
+            _require_positive(name, getattr(self, name))
+        for name in ("gamma", "gae_lambda"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be between 0 and 1")
+        for name in ("kl_coef", "entropy_coef"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be 0 or more")
+        if not 0 < self.clip_low < 1:
+            raise ValueError(f"clip_low={self.clip_low!r} must be above 0 and below 1")
+        if self.dual_clip is not None and not self.dual_clip > 1:
+            raise ValueError(f"dual_clip={self.dual_clip!r} must be above 1")
+        if not 0 < self.kl_gain < 5:
+            raise ValueError(f"kl_gain={self.kl_gain!r} must be above 0 and below 5")
+        self._check_sizes()
+        self._check_estimator()
+
+    def _check_sizes(self) -> None:
+        answers = self.rollout.num_answers
+        if answers % self.num_minibatches:
+            raise ValueError(
+                f"num_minibatches={self.num_minibatches} must divide the {answers} answers of an "
+                "iteration (rollout.num_prompts * rollout.answers_per_prompt)"
+            )
+        if self.minibatch_size % self.rows_at_once:
+            raise ValueError(
+                f"micro_batch_size={self.micro_batch_size} must divide the {self.minibatch_size} "
+                "rows of a minibatch"
+            )
+
+    def _check_estimator(self) -> None:
+        if self.has_critic:
+            if self.value.start == "shared" and self.model.lora is None:
+                raise ValueError("value.start='shared' needs model.lora: the trunk must be frozen")
+            if self.value.warmup_iterations >= self.num_iterations:
+                raise ValueError(
+                    f"value.warmup_iterations={self.value.warmup_iterations} must be below "
+                    f"num_iterations={self.num_iterations}: the policy would never be trained"
+                )
+            return
+        if self.rollout.answers_per_prompt < 2:
+            raise ValueError(f"estimator={self.estimator!r} needs rollout.answers_per_prompt >= 2")
+        if self.score.on_truncation == "bootstrap":
+            raise ValueError("score.on_truncation='bootstrap' needs a critic: estimator='gae'")
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether there is a value model."""
+        return self.estimator == "gae"
+
+    @property
+    def minibatch_size(self) -> int:
+        """Rows of an optimizer step."""
+        return self.rollout.num_answers // self.num_minibatches
+
+    @property
+    def rows_at_once(self) -> int:
+        """Rows that go through a model together."""
+        return self.micro_batch_size or self.minibatch_size
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of a prompt and an answer at most."""
+        return self.data.max_prompt_tokens + self.rollout.max_new_tokens
+
+    @property
+    def warmup_iterations(self) -> int:
+        """First iterations that leave the policy as it is."""
+        return self.value.warmup_iterations if self.has_critic else 0
+
+    def placed_in(self, workdir: str | os.PathLike[str]) -> "PpoConfig":
+        """The config with the run's folder in its paths."""
+        folder = os.fspath(workdir)
+        model = _placed(self.model, folder, "directory", "tokenizer")
+        data = dataclasses.replace(
+            self.data, paths=tuple(path.replace(WORKDIR_MARK, folder) for path in self.data.paths)
+        )
+        return _placed(dataclasses.replace(self, model=model, data=data), folder, "reward_model")
+
+
+def _placed(section: Any, folder: str, *names: str) -> Any:
+    paths = {name: getattr(section, name) for name in names}
+    return dataclasses.replace(
+        section,
+        **{
+            name: path.replace(WORKDIR_MARK, folder)
+            for name, path in paths.items()
+            if path is not None
+        },
+    )

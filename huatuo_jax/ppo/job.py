@@ -1,0 +1,168 @@
+"""From the models and settings of a run to what its loop needs."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from huatuo_jax.ppo.config import PpoConfig
+from huatuo_jax.ppo.estimates import compile_targets
+from huatuo_jax.ppo.loop import PpoJob
+from huatuo_jax.ppo.losses import PolicyObjective, policy_row_loss, value_row_loss
+from huatuo_jax.ppo.prompts import Prompts
+from huatuo_jax.ppo.report import Decode, IterationFlops
+from huatuo_jax.ppo.roles import Critic, make_reference
+from huatuo_jax.ppo.rollout import AnswerScorer, Sampler
+from huatuo_jax.ppo.state import PpoState, abstract_ppo_state, new_ppo_state
+from huatuo_jax.ppo.trainer import Learner, Trainer
+from huatuo_jax.ppo.update import RowLoss, compile_apply, compile_pass
+from huatuo_jax.scoring import Normalization
+from huatuo_jax.training.initial_model import InitialModel
+from huatuo_jax.training.optimizer import Optimizer, make_optimizer
+from huatuo_jax.training.run_directory import StageDirectory
+from huatuo_jax.training.state import TrainState
+from huatuo_jax.training.throughput import ModelFlops
+
+
+def check_policy(cfg: PpoConfig, policy: InitialModel) -> None:
+    """Raise ValueError where a model cannot be the policy of a run."""
+    info, backbone = policy.info, policy.cfg
+    if info is not None and info.head != "lm":
+        raise ValueError(
+            f"config.ppo.model.directory={info.folder}: this model scores; a policy needs a token "
+            "head"
+        )
+    if cfg.max_length > backbone.max_positions:
+        raise ValueError(
+            f"config.ppo: data.max_prompt_tokens={cfg.data.max_prompt_tokens} and "
+            f"rollout.max_new_tokens={cfg.rollout.max_new_tokens} must be at most the model's "
+            f"{backbone.max_positions} positions together"
+        )
+    backbone.require_fixed_angles(cfg.max_length, purpose="PPO")
+
+
+def make_job(
+    cfg: PpoConfig,
+    *,
+    policy: InitialModel,
+    critic: Critic | None,
+    prompts: Prompts,
+    make_scorer: Callable[[], AnswerScorer],
+    normalization: Normalization | None,
+    directory: StageDirectory,
+    decisive: Mapping[str, Any],
+    mesh: Mesh,
+    decode: Decode | None,
+    scorer_flops: ModelFlops | None,
+) -> PpoJob:
+    """The job of a run; no weights are read before the loop asks for them.
+
+    Args:
+        cfg: the run's settings.
+        policy: to start from.
+        critic: to start from; None for estimators without one.
+        prompts: what is asked.
+        make_scorer: makes what scores the answers.
+        normalization: of its scores, where `cfg.score.scale` is `stored`.
+        directory: where the run's files are.
+        decisive: the settings that decide results.
+        mesh: where everything lies.
+        decode: from tokens to text; None for tokens in `samples.jsonl`.
+        scorer_flops: of the reward model; None where there is none.
+    """
+    key = jax.random.key(cfg.seed)
+    steps = cfg.num_epochs * cfg.num_minibatches
+    optimizer = make_optimizer(
+        cfg.optimizer, num_steps=steps * (cfg.num_iterations - cfg.warmup_iterations)
+    )
+    value_optimizer = make_optimizer(
+        cfg.value.optimizer or cfg.optimizer, num_steps=steps * cfg.num_iterations
+    )
+    abstract_policy = policy.abstract_state(optimizer, mesh)
+    abstract_value = None if critic is None else critic.abstract_state(value_optimizer, mesh)
+
+    def make_state() -> PpoState:
+        value = None if critic is None else critic.make_state(key, value_optimizer, mesh)
+        return new_ppo_state(
+            policy.make_state(key, optimizer, mesh),
+            value,
+            kl_coef=cfg.kl_coef,
+            seed=cfg.seed,
+            mesh=mesh,
+        )
+
+    def learner(loss: RowLoss, optimizer: Optimizer, state: TrainState) -> Learner:
+        number = cfg.minibatch_size // cfg.rows_at_once
+        return Learner(
+            run_pass=compile_pass(loss, state, mesh, num_micro_batches=number),
+            apply=compile_apply(optimizer, state, mesh),
+        )
+
+    def make_trainer() -> Trainer:
+        value = None
+        if critic is not None:
+            assert abstract_value is not None
+            value = learner(_value_loss(cfg, critic), value_optimizer, abstract_value)
+        return Trainer(
+            cfg=cfg,
+            mesh=mesh,
+            prompts=prompts,
+            sampler=Sampler(
+                policy.transformer,
+                cfg.rollout,
+                stop_token_ids=prompts.stop_token_ids,
+                max_length=cfg.max_length,
+                mesh=mesh,
+            ),
+            scorer=make_scorer(),
+            make_targets=compile_targets(
+                cfg, stop_token_ids=prompts.stop_token_ids, normalization=normalization
+            ),
+            policy=learner(_policy_loss(cfg, policy), optimizer, abstract_policy),
+            reference=make_reference(policy, key, mesh),
+            critic=critic,
+            value=value,
+        )
+
+    return PpoJob(
+        directory=directory,
+        decisive=decisive,
+        num_iterations=cfg.num_iterations,
+        mesh=mesh,
+        make_state=make_state,
+        abstract_state=abstract_ppo_state(abstract_policy, abstract_value, mesh),
+        make_trainer=make_trainer,
+        flops=IterationFlops(
+            policy=ModelFlops.of(policy.cfg, adapters_only=cfg.model.lora is not None),
+            critic=None
+            if critic is None
+            else ModelFlops.of(critic.model.cfg, adapters_only=cfg.value.lora is not None),
+            scorer=scorer_flops,
+        ),
+        decode=decode,
+    )
+
+
+def _tokens_allowed(cfg: PpoConfig) -> int | None:
+    return cfg.rollout.max_new_tokens if cfg.fixed_denominator else None
+
+
+def _policy_loss(cfg: PpoConfig, policy: InitialModel) -> RowLoss:
+    objective = PolicyObjective(
+        temperature=cfg.rollout.temperature,
+        clip_low=cfg.clip_low,
+        clip_high=cfg.clip_high,
+        dual_clip=cfg.dual_clip,
+        entropy_coef=cfg.entropy_coef,
+        kl_loss=None if cfg.kl_in == "reward" else cfg.kl_in,
+        tokens_allowed=_tokens_allowed(cfg),
+        chunk=cfg.compute.loss_chunk,
+    )
+    return policy_row_loss(policy.transformer, objective)
+
+
+def _value_loss(cfg: PpoConfig, critic: Critic) -> RowLoss:
+    return value_row_loss(
+        critic.model.transformer, clip=cfg.value.clip, tokens_allowed=_tokens_allowed(cfg)
+    )

@@ -1,0 +1,212 @@
+"""The loop of PPO: iterate, report, save, until it is done or told to stop.
+
+A run that is stopped or killed goes on where its newest checkpoint stands and gives, bit for bit,
+what an unbroken one would have given (on the same mesh).
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from jax.sharding import Mesh
+
+from huatuo_jax.checkpoint.store import CheckpointStore
+from huatuo_jax.ppo.config import PpoLoopConfig
+from huatuo_jax.ppo.report import PREFIX, Decode, IterationFlops, IterationReport
+from huatuo_jax.ppo.state import PpoState
+from huatuo_jax.training.loop import Diverged
+from huatuo_jax.training.metrics import MetricsLog
+from huatuo_jax.training.preemption import Interrupted, StopSignals
+from huatuo_jax.training.progress import ProgressReport, make_progress
+from huatuo_jax.training.run_directory import StageDirectory
+from huatuo_jax.training.throughput import peak_flops
+
+SAMPLES_FILE = "samples.jsonl"
+
+_TOLD = (
+    ("score", "score", ".3f"),
+    ("KL", "kl_per_sequence", ".3f"),
+    ("length", "response_length", ".1f"),
+    ("entropy", "entropy", ".3f"),
+    ("ended", "eos_rate", ".0%"),
+)
+
+
+class Iterates(Protocol):
+    """A `trainer.Trainer`."""
+
+    def iterate(self, state: PpoState) -> tuple[PpoState, IterationReport]:
+        """One more iteration."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PpoJob:
+    """A stage as the loop sees it.
+
+    Attributes:
+        directory: where its files are.
+        decisive: the settings that decide results; stored in each checkpoint.
+        num_iterations: in all.
+        mesh: where the state lies.
+        make_state: makes the state before the first iteration; not called on resume.
+        abstract_state: that state's shapes and shardings.
+        make_trainer: makes what iterates, once the state is there.
+        flops: of the models.
+        decode: from tokens to text; None for tokens in `samples.jsonl`.
+    """
+
+    directory: StageDirectory
+    decisive: Mapping[str, Any]
+    num_iterations: int
+    mesh: Mesh
+    make_state: Callable[[], PpoState]
+    abstract_state: PpoState
+    make_trainer: Callable[[], Iterates]
+    flops: IterationFlops
+    decode: Decode | None
+
+
+def train(job: PpoJob, cfg: PpoLoopConfig) -> tuple[PpoState, dict[str, float]]:
+    """Runs a stage to its end, from its newest checkpoint if it has one.
+
+    Returns:
+        The last state, whose checkpoint is on disk, and the numbers of its iteration.
+
+    Raises:
+        Interrupted: SIGTERM or Ctrl-C came; the state is saved.
+        Diverged: too many steps in a row were not finite.
+        OSError: a checkpoint could not be written or read.
+        ValueError: the newest checkpoint does not fit the job.
+    """
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(StopSignals())
+        store = stack.enter_context(
+            CheckpointStore(job.directory.checkpoints, keep_newest=cfg.keep_checkpoints)
+        )
+        newest = store.latest_step()
+        step, fields = newest or 0, {}
+        if newest is None:
+            state = job.make_state()
+        else:
+            found = store.restore(newest, abstract_state=job.abstract_state, config=job.decisive)
+            state, fields = found.state, found.extra["fields"]
+        report = stack.enter_context(_Reports(job, cfg, newest))
+        if step == job.num_iterations:
+            return state, fields
+        trainer = job.make_trainer()
+        while step < job.num_iterations:
+            state, iteration = trainer.iterate(state)
+            step = iteration.iteration
+            fields = report.write(iteration)
+            _check_finite(iteration, cfg)
+            stopping = stop.requested()
+            if stopping or step % cfg.checkpoint_every == 0 or step == job.num_iterations:
+                report.flush()
+                store.save(step, state, config=job.decisive, extra={"fields": fields})
+            if stopping:
+                store.wait()
+                raise Interrupted(
+                    f"stopped after iteration {step} of {job.num_iterations} and saved; run the "
+                    "same command again to go on"
+                )
+        store.wait()
+        return state, fields
+
+
+def _check_finite(iteration: IterationReport, cfg: PpoLoopConfig) -> None:
+    in_a_row = iteration.not_finite_in_a_row
+    if in_a_row >= cfg.max_not_finite_in_a_row:
+        names = ", ".join(prompt.id for prompt in iteration.rollout.prompts[:8])
+        raise Diverged(
+            f"iteration {iteration.iteration}: loss or gradient is not finite on the answers to "
+            f"{names}; {in_a_row} steps in a row were skipped for this "
+            "(loop.max_not_finite_in_a_row), the run stops"
+        )
+
+
+class _Reports(contextlib.AbstractContextManager["_Reports", None]):
+    """Metrics, samples and progress of a run."""
+
+    def __init__(self, job: PpoJob, cfg: PpoLoopConfig, restored: int | None) -> None:
+        """Opens the files, and cuts what a run left there past its last checkpoint."""
+        self._job, self._cfg = job, cfg
+        directory = job.directory
+        self._log = MetricsLog(
+            directory.metrics,
+            stage=directory.name,
+            after_step=restored,
+            evaluated=False,
+            tensorboard=directory.tensorboard if cfg.tensorboard else None,
+        )
+        self._samples = directory.folder / SAMPLES_FILE
+        cut_samples(self._samples, after_step=restored)
+        self._progress: ProgressReport = make_progress(
+            directory.name, job.num_iterations, start=restored or 0, every=cfg.log_every
+        )
+        if restored is not None:
+            self._progress.say(f"goes on from the checkpoint of iteration {restored}")
+        peak = peak_flops(job.mesh.devices.flat[0])
+        self._peak = None if peak is None else peak * job.mesh.size
+
+    def __exit__(self, *_: object) -> None:
+        """Closes them."""
+        self._progress.close()
+        self._log.close()
+
+    def write(self, iteration: IterationReport) -> dict[str, float]:
+        """Adds an iteration; its numbers, those of the clock left aside."""
+        fields = {name: value for name, value in iteration.fields().items() if math.isfinite(value)}
+        speed = iteration.speed(self._job.flops, peak_flops=self._peak)
+        self._log.write(iteration.iteration, fields | speed)
+        rows = iteration.samples(self._cfg.samples_per_iteration, self._job.decode)
+        _append(self._samples, rows)
+        self._progress.step(
+            iteration.iteration,
+            loss=fields.get(f"{PREFIX}/policy_loss"),
+            tokens_per_s=speed["throughput/tokens_per_s"],
+        )
+        if iteration.iteration % self._cfg.log_every == 0:
+            self._progress.say(
+                ", ".join(
+                    f"{word} {fields[f'{PREFIX}/{name}']:{form}}"
+                    for word, name, form in _TOLD
+                    if f"{PREFIX}/{name}" in fields
+                )
+            )
+        skipped = iteration.not_finite_in_a_row
+        if skipped:
+            self._progress.say(f"the last {skipped} steps were not finite and were skipped")
+        return fields
+
+    def flush(self) -> None:
+        """Puts all on disk, before a checkpoint says that it is there."""
+        self._log.flush()
+        if self._samples.exists():
+            with self._samples.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def cut_samples(path: pathlib.Path, *, after_step: int | None) -> None:
+    """Removes, atomically, the samples that were written after a checkpoint, or all of them."""
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [
+        line
+        for line in lines
+        if line.endswith("\n") and after_step is not None and json.loads(line)["step"] <= after_step
+    ]
+    beside = path.with_suffix(".tmp")
+    beside.write_text("".join(kept), encoding="utf-8")
+    os.replace(beside, path)
+
+
+def _append(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -1,0 +1,136 @@
+"""What the policy and the critic are trained on, from their variables and a minibatch of rows.
+
+A row is a prompt and an answer end to end, then padding. Numbers of a token lie in its own slot;
+the critic's value there is that of the state before the token.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from huatuo_jax.backbone.transformer import Transformer
+from huatuo_jax.ppo.update import Outputs
+from huatuo_jax.rl.kl import KlLoss
+from huatuo_jax.rl.losses import add_entropy_bonus, add_kl_loss, policy_loss, value_loss
+from huatuo_jax.training.losses import next_tokens, token_scores
+from huatuo_jax.training.state import Variables
+from huatuo_jax.training.update import Batch, LossSums
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PolicyObjective:
+    """How the policy's loss is made up; the fields are those of `rl.losses`.
+
+    Attributes:
+        temperature: of the sampler; divides the logits.
+        clip_low: of the ratio, downwards.
+        clip_high: of the ratio, upwards.
+        dual_clip: see `policy_loss`.
+        entropy_coef: weight of the entropy bonus.
+        kl_loss: the penalty in the loss; None where the reward holds it.
+        tokens_allowed: the fixed denominator; None for the tokens there are.
+        chunk: positions of each row whose logits are held at once.
+    """
+
+    temperature: float
+    clip_low: float
+    clip_high: float
+    dual_clip: float | None
+    entropy_coef: float
+    kl_loss: KlLoss | None
+    tokens_allowed: int | None
+    chunk: int
+
+
+def policy_row_loss(
+    model: Transformer, objective: PolicyObjective
+) -> "functools.partial[tuple[LossSums, Outputs]]":
+    """The policy's loss as a pass takes it; its outputs are `log_probs`, zero outside answers."""
+    return functools.partial(_policy_row_loss, model, objective)
+
+
+def _policy_row_loss(
+    model: Transformer,
+    objective: PolicyObjective,
+    variables: Variables,
+    batch: Batch,
+    kl_coef: jax.Array,
+) -> tuple[LossSums, Outputs]:
+    mask_BT = batch["mask"]
+    scores = token_scores(
+        functools.partial(model.apply, variables, method="logits"),
+        _hidden(model, variables, batch),
+        next_tokens(batch["token_ids"]),
+        next_tokens(mask_BT),
+        temperature=objective.temperature,
+        chunk=objective.chunk,
+        entropy=True,
+    )
+    log_probs_BT, entropies_BT = _at_tokens(scores.log_probs_BT), _at_tokens(scores.entropies_BT)
+    sums = policy_loss(
+        log_probs_BT,
+        batch["old_log_probs"],
+        batch["advantages"],
+        mask_BT,
+        clip_low=objective.clip_low,
+        clip_high=objective.clip_high,
+        dual_clip=objective.dual_clip,
+        tokens_allowed=objective.tokens_allowed,
+    )
+    sums = add_entropy_bonus(sums, entropies_BT, mask_BT, entropy_coef=objective.entropy_coef)
+    if objective.kl_loss is not None:
+        reference_BT = batch["reference_log_probs"]
+        sums = add_kl_loss(
+            sums, log_probs_BT, reference_BT, mask_BT, kl_coef=kl_coef, kind=objective.kl_loss
+        )
+    return sums, {"log_probs": jax.lax.stop_gradient(log_probs_BT)}
+
+
+def value_row_loss(
+    model: Transformer, *, clip: float | None, tokens_allowed: int | None
+) -> "functools.partial[tuple[LossSums, Outputs]]":
+    """The critic's loss as a pass takes it.
+
+    Its outputs are `values`, those of the states before the tokens, and `values_after`, those of
+    the states after them; both mean nothing outside of answers.
+    """
+    return functools.partial(_value_row_loss, model, clip, tokens_allowed)
+
+
+def _value_row_loss(
+    model: Transformer,
+    clip: float | None,
+    tokens_allowed: int | None,
+    variables: Variables,
+    batch: Batch,
+    kl_coef: jax.Array,
+) -> tuple[LossSums, Outputs]:
+    del kl_coef
+    after_BT = model.apply(variables, _hidden(model, variables, batch), method="scores")
+    values_BT = _at_tokens(after_BT)
+    sums = value_loss(
+        values_BT,
+        batch["old_values"],
+        batch["returns"],
+        batch["mask"],
+        clip=clip,
+        tokens_allowed=tokens_allowed,
+    )
+    outputs = {"values": values_BT, "values_after": after_BT}
+    return sums, jax.lax.stop_gradient(outputs)
+
+
+def _hidden(model: Transformer, variables: Variables, batch: Batch) -> jax.Array:
+    return model.apply(
+        variables,
+        batch["token_ids"],
+        segment_ids_BT=batch["segment_ids"],
+        positions_BT=batch["positions"],
+    )
+
+
+def _at_tokens(numbers_BT: jax.Array) -> jax.Array:
+    """From the position before a token to the token itself, one to the right."""
+    return jnp.concatenate([jnp.zeros_like(numbers_BT[:, :1]), numbers_BT[:, :-1]], axis=1)

@@ -1,0 +1,175 @@
+"""What the policy answers, as rows of tokens, and what those answers are worth."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+from jax.sharding import Mesh
+
+from huatuo_jax import sharding
+from huatuo_jax.backbone.transformer import Transformer
+from huatuo_jax.generation.buckets import bucket_of, row_lengths
+from huatuo_jax.generation.engine import Engine
+from huatuo_jax.generation.requests import Answer, Request, SamplingConfig
+from huatuo_jax.ppo.config import RolloutConfig
+from huatuo_jax.ppo.prompts import TokenPrompt
+from huatuo_jax.scoring import GivenAnswer, padded_batch
+from huatuo_jax.training.state import Variables
+
+_MOST_SLOTS = 64
+
+
+class AnswerScorer(Protocol):
+    """Whatever gives answers their scores: `scoring.Scorer` with a reward model, or a table."""
+
+    def scores(self, answers: Sequence[GivenAnswer]) -> npt.NDArray[np.float32]:
+        """A score of each answer, from its token ids."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+    """Answers of the policy, those to one prompt in a row.
+
+    Attributes:
+        prompts: one for each group of answers.
+        answers: as sampled.
+        rows: `token_ids`, `segment_ids`, `positions` and `mask` (answers' tokens), each `[N, T]`.
+        sampler_log_probs_NT: as the sampler computed them.
+    """
+
+    prompts: Sequence[TokenPrompt]
+    answers: Sequence[Answer]
+    rows: dict[str, npt.NDArray[Any]]
+    sampler_log_probs_NT: npt.NDArray[np.float32]
+
+    @property
+    def num_tokens(self) -> int:
+        """Of prompts and answers."""
+        return int(self.rows["segment_ids"].sum())
+
+    @property
+    def num_answer_tokens(self) -> int:
+        """Of answers."""
+        return int(self.rows["mask"].sum())
+
+    def prompt_of(self, answer: int) -> TokenPrompt:
+        """The prompt of an answer."""
+        return self.prompts[answer // (len(self.answers) // len(self.prompts))]
+
+    def given(self) -> list[GivenAnswer]:
+        """Prompts and answers for a scorer: the ids that were sampled, never tokenised again."""
+        return [
+            GivenAnswer(
+                np.array((*self.prompt_of(index).token_ids, *answer.token_ids), np.int32),
+                len(self.prompt_of(index).token_ids),
+            )
+            for index, answer in enumerate(self.answers)
+        ]
+
+
+class Sampler:
+    """Lets a policy answer prompts; holds an engine, which holds no weights in between."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        cfg: RolloutConfig,
+        *,
+        stop_token_ids: Sequence[int],
+        max_length: int,
+        mesh: Mesh,
+    ) -> None:
+        """Nothing is compiled before the first `sample`.
+
+        Args:
+            model: the policy's.
+            cfg: how much is sampled, and how.
+            stop_token_ids: what ends an answer.
+            max_length: tokens of prompt and answer.
+            mesh: where the weights lie.
+        """
+        self._model, self._cfg, self._mesh = model, cfg, mesh
+        self._max_length = max_length
+        self._lengths = row_lengths(max_length)
+        self._sampling = SamplingConfig(
+            max_new_tokens=cfg.max_new_tokens,
+            temperature=cfg.temperature,
+            stop_token_ids=tuple(stop_token_ids),
+        )
+        self._engine: Engine | None = None
+
+    def sample(
+        self, variables: Variables, prompts: Sequence[TokenPrompt], key: jax.Array
+    ) -> Rollout:
+        """The policy's answers.
+
+        Args:
+            variables: the policy's; let go of again when the answers are there.
+            prompts: one for each group.
+            key: with a prompt's place and an answer's index it decides the answer.
+        """
+        seeds = np.asarray(jax.random.bits(key, (len(prompts),), jnp.uint32)).tolist()
+        requests = [
+            Request(
+                prompt_token_ids=prompt.token_ids,
+                sampling=self._sampling,
+                seed=seed,
+                num_answers=self._cfg.answers_per_prompt,
+            )
+            for prompt, seed in zip(prompts, seeds, strict=True)
+        ]
+        engine = self._load(variables)
+        groups = engine.generate_in_order(requests)
+        engine.unload()
+        answers = [answer for group in groups for answer in group]
+        return make_rollout(prompts, answers, lengths=self._lengths)
+
+    def _load(self, variables: Variables) -> Engine:
+        if self._engine is not None:
+            self._engine.load(variables)
+            return self._engine
+        shards = int(np.prod([self._mesh.shape[axis] for axis in sharding.BATCH_AXES]))
+        wanted = self._cfg.slots or min(self._cfg.num_answers, _MOST_SLOTS)
+        self._engine = Engine(
+            self._model,
+            variables,
+            slots=-(-wanted // shards) * shards,
+            max_length=self._max_length,
+            mesh=self._mesh,
+        )
+        return self._engine
+
+
+def make_rollout(
+    prompts: Sequence[TokenPrompt], answers: Sequence[Answer], *, lengths: tuple[int, ...]
+) -> Rollout:
+    """Lays prompts and answers end to end, padded on the right.
+
+    Args:
+        prompts: one for each group.
+        answers: groups of the same size, one after the other.
+        lengths: of rows, so that few programs are compiled; the smallest that holds all is taken.
+    """
+    group = len(answers) // len(prompts)
+    prompt_lengths_N = np.repeat([len(one.token_ids) for one in prompts], group)
+    lengths_N = prompt_lengths_N + [len(one.token_ids) for one in answers]
+    width = bucket_of(int(lengths_N.max()), lengths)
+    ids_NT = np.zeros((len(answers), width), np.int32)
+    log_probs_NT = np.zeros((len(answers), width), np.float32)
+    for row, answer in enumerate(answers):
+        start, end = prompt_lengths_N[row], lengths_N[row]
+        ids_NT[row, :start] = prompts[row // group].token_ids
+        ids_NT[row, start:end] = answer.token_ids
+        log_probs_NT[row, start:end] = answer.log_probs
+    batch = padded_batch(
+        jnp.asarray(ids_NT),
+        prompt_lengths_B=jnp.asarray(prompt_lengths_N, jnp.int32),
+        lengths_B=jnp.asarray(lengths_N, jnp.int32),
+    )
+    rows = {name: np.asarray(batch[name]) for name in ("token_ids", "segment_ids", "positions")}
+    rows["mask"] = np.asarray(batch["trained_mask"])
+    return Rollout(prompts, answers, rows, log_probs_NT)

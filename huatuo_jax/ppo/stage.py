@@ -1,0 +1,111 @@
+"""The PPO stage: an SFT model, a reward model and prompts in, a policy out."""
+
+import functools
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from huatuo_jax.generation.texts import text_of
+from huatuo_jax.ppo.config import PpoConfig
+from huatuo_jax.ppo.job import check_policy, make_job
+from huatuo_jax.ppo.loop import train
+from huatuo_jax.ppo.prompts import open_prompts
+from huatuo_jax.ppo.roles import open_critic, open_reward_model
+from huatuo_jax.ppo.rollout import AnswerScorer
+from huatuo_jax.training.evaluation import check_rows
+from huatuo_jax.training.initial_model import open_model
+from huatuo_jax.training.run_directory import all_fields, begin_stage, identity
+from huatuo_jax.training.sections import from_section
+from huatuo_jax.training.throughput import ModelFlops
+
+STAGE = "ppo"
+MODEL_FOLDER = "model"
+
+# Of the last iteration, in the result; all others stand in its row of metrics.
+_RESULT = (
+    "score",
+    "reward",
+    "kl_per_sequence",
+    "kl_coef",
+    "response_length",
+    "eos_rate",
+    "entropy",
+    "explained_variance",
+)
+
+
+def run_ppo(
+    config: ConfigDict | Mapping[str, Any], workdir: str | os.PathLike[str]
+) -> dict[str, Any]:
+    """Runs the stage in a run's folder, or goes on with it, or finds it done.
+
+    Args:
+        config: the fields of `PpoConfig`, as a ConfigDict or a dict.
+        workdir: the run's folder.
+
+    Returns:
+        The number of iterations and the main gauges of the last one. The policy is in
+        `WORKDIR/ppo/model`, an Orbax directory with the tokenizer, adapters merged.
+
+    Raises:
+        ValueError: a config, a file, a model or a mesh that cannot be; before anything is compiled.
+        FileNotFoundError: there is no such model.
+        Interrupted: the run was stopped and saved.
+        Diverged: too many steps in a row were not finite.
+        OSError: something cannot be read or written.
+    """
+    cfg = from_section(PpoConfig, config, path=f"config.{STAGE}").placed_in(workdir)
+    mesh = cfg.mesh.make()
+    check_rows(cfg.rows_at_once, name="micro_batch_size", mesh=mesh)
+    if jax.process_count() > 1:
+        raise ValueError(f"config.{STAGE}: {jax.process_count()} processes; an engine serves one")
+    policy = open_model(cfg.model, cfg.compute.compute_config())
+    check_policy(cfg, policy)
+    tokenizer = policy.load_tokenizer(STAGE)
+    reward = open_reward_model(
+        cfg.reward_model,
+        scale=cfg.score.scale,
+        max_length=cfg.max_length,
+        tokenizer=tokenizer,
+    )
+    critic = open_critic(cfg, policy, reward)
+    prompts = open_prompts(cfg.data, tokenizer, max_new_tokens=cfg.rollout.max_new_tokens)
+    decisive = identity(cfg) | {
+        "initial_model": policy.identity,
+        "reward_model_files": reward.identity,
+        "prompts": prompts.identity,
+    }
+    directory = begin_stage(workdir, STAGE, settings=all_fields(cfg), decisive=decisive)
+    if (result := directory.result()) is not None:
+        return result
+    for reason, number in prompts.dropped.items():
+        print(f"{STAGE}: {number} prompts left out: {reason}", flush=True)
+
+    def make_scorer() -> AnswerScorer:
+        compute = policy.compute
+        rows, length = cfg.rows_at_once, cfg.max_length
+        return reward.make_scorer(compute, mesh, rows_at_once=rows, row_length=length)
+
+    job = make_job(
+        cfg,
+        policy=policy,
+        critic=critic,
+        prompts=prompts,
+        make_scorer=make_scorer,
+        normalization=reward.normalization,
+        directory=directory,
+        decisive=decisive,
+        mesh=mesh,
+        decode=functools.partial(text_of, tokenizer),
+        scorer_flops=ModelFlops.of(reward.info.cfg),
+    )
+    state, fields = train(job, cfg.loop)
+    policy.save(state.policy.variables, directory.folder / MODEL_FOLDER)
+    names = (f"{STAGE}/{name}" for name in _RESULT)
+    result = {"step": int(state.iteration)}
+    result |= {name: fields[name] for name in names if name in fields}
+    directory.finish(result)
+    return result

@@ -1,0 +1,230 @@
+"""One iteration: the policy answers, the answers are scored, policy and critic are trained.
+
+Everything random in it is a function of the run's key, the iteration and the place of a row.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import numpy.typing as npt
+from jax.sharding import Mesh
+
+from huatuo_jax.data.shuffling import permutation
+from huatuo_jax.ppo.config import PpoConfig
+from huatuo_jax.ppo.estimates import Experience, MakeTargets, Targets, on_host
+from huatuo_jax.ppo.prompts import Prompts
+from huatuo_jax.ppo.report import IterationReport, Spent, UpdateSums
+from huatuo_jax.ppo.roles import Critic
+from huatuo_jax.ppo.rollout import AnswerScorer, Rollout, Sampler
+from huatuo_jax.ppo.state import PpoState
+from huatuo_jax.ppo.update import Apply, Pass, RunPass
+from huatuo_jax.training.loop import put_on_mesh
+from huatuo_jax.training.state import TrainState, Variables
+
+Rows = dict[str, npt.NDArray[Any]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Learner:
+    """The compiled programs of a model that is trained.
+
+    Attributes:
+        run_pass: see `update.compile_pass`.
+        apply: see `update.compile_apply`.
+    """
+
+    run_pass: RunPass
+    apply: Apply
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trainer:
+    """What stays the same from one iteration to the next.
+
+    Attributes:
+        cfg: the run's settings.
+        mesh: where everything lies.
+        prompts: what is asked.
+        sampler: answers.
+        scorer: scores the answers.
+        make_targets: see `estimates`.
+        policy: its programs.
+        reference: takes the place of the policy's trained variables, see `roles.make_reference`.
+        critic: where its frozen variables are; None without one.
+        value: its programs; None without one.
+    """
+
+    cfg: PpoConfig
+    mesh: Mesh
+    prompts: Prompts
+    sampler: Sampler
+    scorer: AnswerScorer
+    make_targets: MakeTargets
+    policy: Learner
+    reference: Variables
+    critic: Critic | None
+    value: Learner | None
+
+    def iterate(self, state: PpoState) -> tuple[PpoState, IterationReport]:
+        """The state after one more iteration; the one before is used up."""
+        spent = Spent()
+        with spent.on("generation"):
+            rollout = self._sample(state)
+        with spent.on("scoring"):
+            scores_N = np.asarray(self.scorer.scores(rollout.given()), np.float32)
+        orders = [self._order(state, epoch) for epoch in range(self.cfg.num_epochs)]
+        with spent.on("log_probs"):
+            experience = self._experience(state, rollout, scores_N, orders[0])
+            targets = on_host(self.make_targets(experience, state.kl_coef, state.scores))
+        with spent.on("update"):
+            rows = self._training_rows(rollout, experience, targets)
+            state, sums = self._update(state, rows, orders)
+        report = IterationReport(
+            cfg=self.cfg,
+            iteration=int(state.iteration) + 1,
+            kl_coef=float(state.kl_coef),
+            rollout=rollout,
+            raw_scores_N=scores_N,
+            targets=targets,
+            update=sums,
+            spent=spent,
+        )
+        place = jax.NamedSharding(self.mesh, jax.P())
+        return dataclasses.replace(
+            state,
+            iteration=state.iteration + 1,
+            next_prompt=state.next_prompt + self.cfg.rollout.num_prompts,
+            kl_coef=jax.device_put(targets.kl_coef, place),
+            scores=jax.device_put(targets.running, place),
+        ), report
+
+    def _sample(self, state: PpoState) -> Rollout:
+        first, number = int(state.next_prompt), self.cfg.rollout.num_prompts
+        prompts = self.prompts.rows(first, number, seed=self.cfg.seed)
+        key = jax.random.fold_in(state.key, state.iteration)
+        return self.sampler.sample(state.policy.variables, prompts, key)
+
+    def _order(self, state: PpoState, epoch: int) -> list[npt.NDArray[np.int64]]:
+        """The rows of each minibatch of a pass over the rollout."""
+        seed, iteration = self.cfg.seed, int(state.iteration)
+        order = permutation(self.cfg.rollout.num_answers, "rows", seed, iteration, epoch)
+        return np.split(order, self.cfg.num_minibatches)
+
+    def _experience(
+        self,
+        state: PpoState,
+        rollout: Rollout,
+        scores_N: npt.NDArray[np.float32],
+        minibatches: Sequence[npt.NDArray[np.int64]],
+    ) -> Experience:
+        """The rollout as the models see it, by the programs of the update.
+
+        In the minibatches of the first pass, so that each of those meets the very numbers it would
+        compute itself.
+        """
+        zeros_NT = np.zeros(rollout.rows["mask"].shape, np.float32)
+        found = {
+            name: zeros_NT.copy() for name in ("log_probs", "reference", "values", "values_after")
+        }
+        empty = dict.fromkeys(
+            ("old_log_probs", "reference_log_probs", "advantages", "old_values", "returns"),
+            zeros_NT,
+        )
+        for numbers in minibatches:
+            rows = self._placed(rollout.rows | empty, numbers)
+            policy = self._policy_pass(state, rows, differentiate=False)
+            reference = self._policy_pass(state, rows, differentiate=False, trained=self.reference)
+            found["log_probs"][numbers] = policy.outputs["log_probs"]
+            found["reference"][numbers] = reference.outputs["log_probs"]
+            if self.value is not None:
+                critic = self._value_pass(state, rows, differentiate=False)
+                for name, values_BT in critic.outputs.items():
+                    found[name][numbers] = values_BT
+        return Experience(
+            token_ids_NT=rollout.rows["token_ids"],
+            mask_NT=rollout.rows["mask"],
+            old_log_probs_NT=found["log_probs"],
+            reference_log_probs_NT=found["reference"],
+            sampler_log_probs_NT=rollout.sampler_log_probs_NT,
+            raw_scores_N=scores_N,
+            values_NT=found["values"],
+            values_after_NT=found["values_after"],
+        )
+
+    def _training_rows(self, rollout: Rollout, experience: Experience, targets: Targets) -> Rows:
+        return rollout.rows | {
+            "old_log_probs": experience.old_log_probs_NT,
+            "reference_log_probs": experience.reference_log_probs_NT,
+            "advantages": targets.advantages_NT,
+            "old_values": experience.values_NT,
+            "returns": targets.returns_NT,
+        }
+
+    def _update(
+        self, state: PpoState, rows: Rows, orders: Sequence[Sequence[npt.NDArray[np.int64]]]
+    ) -> tuple[PpoState, UpdateSums]:
+        """All passes over the rollout, or those up to the bound of the KL."""
+        sums = UpdateSums()
+        trains_policy = int(state.iteration) >= self.cfg.warmup_iterations
+        for numbers in _chained(orders):
+            minibatch = self._placed(rows, numbers)
+            if trains_policy:
+                found = self._policy_pass(state, minibatch, differentiate=True)
+                if self._is_too_far(found):
+                    sums.stopped_early = True
+                    break
+                policy, metrics = self.policy.apply(state.policy, found.sums, found.gradients)
+                sums.policy.append(metrics)
+                state = dataclasses.replace(state, policy=policy)
+            if self.value is not None:
+                found = self._value_pass(state, minibatch, differentiate=True)
+                assert state.value is not None
+                value, metrics = self.value.apply(state.value, found.sums, found.gradients)
+                sums.value.append(metrics)
+                state = dataclasses.replace(state, value=value)
+        return state, sums.on_host()
+
+    def _is_too_far(self, found: Pass) -> bool:
+        if self.cfg.stop_at_kl is None:
+            return False
+        others = found.sums.others
+        # A number that is not finite is no reason to stop: the step is skipped and counted.
+        return float(others["approximate_kl_k3"]) > self.cfg.stop_at_kl * float(others["tokens"])
+
+    def _policy_pass(
+        self,
+        state: PpoState,
+        rows: Mapping[str, jax.Array],
+        *,
+        differentiate: bool,
+        trained: Variables | None = None,
+    ) -> Pass:
+        policy = state.policy
+        return self.policy.run_pass(
+            policy.trained if trained is None else trained,
+            policy.frozen,
+            rows,
+            state.kl_coef,
+            differentiate,
+        )
+
+    def _value_pass(
+        self, state: PpoState, rows: Mapping[str, jax.Array], *, differentiate: bool
+    ) -> Pass:
+        assert self.value is not None and self.critic is not None and state.value is not None
+        value: TrainState = state.value
+        frozen = self.critic.frozen(value.frozen, state.policy.frozen)
+        return self.value.run_pass(value.trained, frozen, rows, state.kl_coef, differentiate)
+
+    def _placed(self, rows: Rows, numbers: npt.NDArray[np.int64]) -> dict[str, jax.Array]:
+        return put_on_mesh({name: array[numbers] for name, array in rows.items()}, self.mesh)
+
+
+def _chained(
+    orders: Sequence[Sequence[npt.NDArray[np.int64]]],
+) -> Iterator[npt.NDArray[np.int64]]:
+    for order in orders:
+        yield from order

@@ -1,0 +1,192 @@
+"""One pass over a minibatch, with or without its gradient, and the step that uses the gradient.
+
+Both kinds of pass are one compiled program, so that numbers computed before an update (old
+log-probabilities, old values, the reference's) equal those of the update's first minibatch bit for
+bit: whether to differentiate is asked at run time, after the forward pass.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from huatuo_jax import sharding
+from huatuo_jax.training.optimizer import Optimizer
+from huatuo_jax.training.state import TrainState, Variables, join
+from huatuo_jax.training.update import Batch, LossSums, Metrics, make_update
+
+Outputs = dict[str, jax.Array]
+"""Numbers of each row, `[B, T]`."""
+
+RowLoss = Callable[[Variables, Batch, jax.Array], tuple[LossSums, Outputs]]
+"""Told variables, rows and the KL coefficient."""
+
+
+class Pass(NamedTuple):
+    """What a pass over a minibatch gives.
+
+    Attributes:
+        sums: over all of its rows.
+        outputs: of each row.
+        gradients: of the summed loss, in at least float32; zero where none was wanted.
+    """
+
+    sums: LossSums
+    outputs: Outputs
+    gradients: Variables
+
+
+RunPass = Callable[[Variables, Variables, Batch, jax.Array, bool], Pass]
+"""Told trained and frozen variables, rows, the KL coefficient, and whether to differentiate."""
+
+Apply = Callable[[TrainState, LossSums, Variables], tuple[TrainState, Metrics]]
+
+
+def compile_pass(
+    loss: RowLoss, state: TrainState, mesh: Mesh, *, num_micro_batches: int
+) -> RunPass:
+    """The pass under one `jax.jit`.
+
+    Args:
+        loss: sums over the rows it is given, and numbers of each.
+        state: whose variables it will be given, or its abstract form.
+        mesh: where state and batch lie.
+        num_micro_batches: passes the rows are divided into; changes rounding only.
+    """
+    places = sharding.parameter_shardings(state.trained, mesh)
+    everywhere = jax.NamedSharding(mesh, jax.P())
+
+    def run(
+        trained: Variables,
+        frozen: Variables,
+        batch: Batch,
+        kl_coef: jax.Array,
+        differentiate: jax.Array,
+    ) -> Pass:
+        def one(rows: Batch) -> tuple[tuple[LossSums, Variables], Outputs]:
+            return _one_pass(
+                lambda trained: loss(join(trained, frozen), rows, kl_coef), trained, differentiate
+            )
+
+        (sums, gradients), outputs = _over_micro_batches(one, batch, trained, num_micro_batches)
+        return Pass(sums, outputs, gradients)
+
+    prefix: Any = (everywhere, everywhere, places)
+    compiled = jax.jit(run, out_shardings=Pass(*prefix))
+
+    def on_mesh(
+        trained: Variables,
+        frozen: Variables,
+        batch: Batch,
+        kl_coef: jax.Array,
+        differentiate: bool,
+    ) -> Pass:
+        with jax.set_mesh(mesh):
+            return compiled(trained, frozen, batch, kl_coef, jnp.asarray(differentiate))
+
+    return on_mesh
+
+
+def compile_apply(optimizer: Optimizer, state: TrainState, mesh: Mesh) -> Apply:
+    """The step from a pass's gradients, under one `jax.jit`; the old state is used up.
+
+    A step whose loss or gradient is not finite is skipped and counted, as `training.update` does.
+
+    Args:
+        optimizer: of the state.
+        state: a state, or its abstract form.
+        mesh: where it lies.
+    """
+    places = sharding.parameter_shardings(state, mesh)
+
+    def apply(
+        state: TrainState, sums: LossSums, gradients: Variables
+    ) -> tuple[TrainState, Metrics]:
+        def loss(trained: Variables, _: Batch) -> LossSums:
+            # Linear in the parameters: its gradient is the one that is there already.
+            linear = optax.tree.vdot(trained, gradients)
+            return sums._replace(loss=sums.loss + (linear - jax.lax.stop_gradient(linear)))
+
+        update = make_update(loss, optimizer, num_micro_batches=1)
+        new, metrics = update(dataclasses.replace(state, frozen={}), {})
+        return dataclasses.replace(new, frozen=state.frozen), metrics
+
+    compiled = jax.jit(
+        apply,
+        out_shardings=(places, jax.NamedSharding(mesh, jax.P())),
+        donate_argnums=0,
+    )
+
+    def on_mesh(
+        state: TrainState, sums: LossSums, gradients: Variables
+    ) -> tuple[TrainState, Metrics]:
+        with jax.set_mesh(mesh):
+            return compiled(state, sums, gradients)
+
+    return on_mesh
+
+
+def _one_pass(
+    loss: Callable[[Variables], tuple[LossSums, Outputs]],
+    trained: Variables,
+    differentiate: jax.Array,
+) -> tuple[tuple[LossSums, Variables], Outputs]:
+    def summed(trained: Variables) -> tuple[jax.Array, tuple[LossSums, Outputs]]:
+        sums, outputs = loss(trained)
+        return sums.loss, (sums, outputs)
+
+    value, pull_back, (sums, outputs) = jax.vjp(summed, trained, has_aux=True)
+
+    def gradients() -> Variables:
+        return jax.tree.map(_wide, pull_back(jnp.ones_like(value))[0])
+
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, _wide(leaf).dtype), trained)
+    return (sums, jax.lax.cond(differentiate, gradients, lambda: zeros)), outputs
+
+
+def _over_micro_batches(
+    one: Callable[[Batch], tuple[tuple[LossSums, Variables], Outputs]],
+    batch: Batch,
+    trained: Variables,
+    number: int,
+) -> tuple[tuple[LossSums, Variables], Outputs]:
+    """Sums over all rows; micro-batch i takes rows i, i + number, ..., so that none has to move."""
+    if number == 1:
+        return one(batch)
+    rows = {
+        name: array.reshape(-1, number, *array.shape[1:]).swapaxes(0, 1)
+        for name, array in batch.items()
+    }
+
+    def add(total: Any, rows: Batch) -> tuple[Any, Outputs]:
+        summed, outputs = one(rows)
+        return _in_place(jax.tree.map(jnp.add, total, summed), trained), outputs
+
+    shapes, _ = jax.eval_shape(one, {name: array[0] for name, array in rows.items()})
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    total, outputs = jax.lax.scan(add, _in_place(zeros, trained), rows)
+    return total, {
+        name: array.swapaxes(0, 1).reshape(-1, *array.shape[2:]) for name, array in outputs.items()
+    }
+
+
+def _in_place(
+    total: tuple[LossSums, Variables], trained: Mapping[str, Any]
+) -> tuple[LossSums, Variables]:
+    """Gradient sums lie where their parameters do, so that none is ever held whole."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return total
+    sums, gradients = total
+    specs = jax.tree_util.tree_map_with_path(
+        lambda path, _: sharding.parameter_spec(sharding.path_name(path)), trained
+    )
+    return sums, jax.lax.with_sharding_constraint(gradients, specs)
+
+
+def _wide(leaf: jax.Array) -> jax.Array:
+    return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))

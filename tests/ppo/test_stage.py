@@ -1,0 +1,349 @@
+"""The PPO stage from config to model directory: what it writes, and what it refuses."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from huatuo_jax import sharding
+from huatuo_jax.backbone.config import BackboneConfig, ComputeConfig
+from huatuo_jax.backbone.lora import LoraConfig
+from huatuo_jax.backbone.transformer import Transformer, init_params
+from huatuo_jax.checkpoint.models import find_model, load_params, save_orbax
+from huatuo_jax.checkpoint.tokenizer import load_tokenizer
+from huatuo_jax.data import sample, templates
+from huatuo_jax.data.records import Message
+from huatuo_jax.generation.engine import Engine
+from huatuo_jax.generation.requests import Request, SamplingConfig
+from huatuo_jax.ppo.config import (
+    PpoConfig,
+    PpoLoopConfig,
+    RolloutConfig,
+    ScoreConfig,
+    ValueConfig,
+)
+from huatuo_jax.ppo.prompts import PromptsConfig, open_prompts
+from huatuo_jax.ppo.stage import run_ppo
+from huatuo_jax.scoring import GivenAnswer, Normalization, Scorer, save_normalization
+from huatuo_jax.training.initial_model import ModelConfig
+from huatuo_jax.training.metrics import read_rows
+from huatuo_jax.training.optimizer import OptimizerConfig
+from huatuo_jax.training.sections import to_section
+
+ROOT = pathlib.Path(__file__).parents[2]
+TOKENIZER = sample.FOLDER / "tokenizer"
+BACKBONE = BackboneConfig(
+    family="llama",
+    vocab_size=2048,
+    hidden_size=32,
+    intermediate_size=64,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=2,
+    head_dim=16,
+    max_positions=128,
+)
+NORMALIZATION = Normalization(mean=0.2, standard_deviation=0.5, num_answers=9, answers="nine")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_device():
+    """Runs here are on one device, which is quick; `test_update` shows that meshes agree."""
+    make_mesh = sharding.make_mesh
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            sharding, "make_mesh", lambda **sizes: make_mesh(**sizes, devices=jax.devices()[:1])
+        )
+        yield
+
+
+def _save(folder, head, seed):
+    params = init_params(jax.random.key(seed), BACKBONE, ComputeConfig(), head=head)
+    save_orbax(params, BACKBONE, folder, head=head, source_folder=TOKENIZER)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """An SFT model, a reward model, and a file of prompts."""
+    folder = tmp_path_factory.mktemp("files")
+    _save(folder / "sft", "lm", 1)
+    _save(folder / "reward", "score", 2)
+    save_normalization(folder / "reward", NORMALIZATION)
+    _save(folder / "unnormalized", "score", 3)
+    rows = [
+        {"id": f"p{index}", "messages": [{"role": "user", "content": f"第{index}天还咳嗽。"}]}
+        for index in range(6)
+    ]
+    rows[2]["messages"] += [
+        {"role": "assistant", "content": "发烧吗？"},
+        {"role": "user", "content": "没有。"},
+    ]
+    text = "".join(json.dumps(row | {"source": "test"}, ensure_ascii=False) + "\n" for row in rows)
+    (folder / "prompts.jsonl").write_text(text, encoding="utf-8")
+    return folder
+
+
+def _config(files, **changed):
+    settings = {
+        "model": ModelConfig(directory=str(files / "sft")),
+        "reward_model": str(files / "reward"),
+        "data": PromptsConfig(paths=(str(files / "prompts.jsonl"),), max_prompt_tokens=64),
+        "optimizer": OptimizerConfig(learning_rate=1e-3, weight_decay=0.0),
+        "value": ValueConfig(),
+        "rollout": RolloutConfig(num_prompts=4, max_new_tokens=6),
+        "score": ScoreConfig(penalty=0.5),
+        "num_iterations": 2,
+        "num_epochs": 1,
+        "num_minibatches": 2,
+        "loop": PpoLoopConfig(tensorboard=False, samples_per_iteration=3),
+    }
+    return to_section(PpoConfig(**(settings | changed)))
+
+
+@pytest.fixture(scope="module")
+def trained(files, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run")
+    return workdir, run_ppo(_config(files), workdir)
+
+
+def test_a_run_leaves_metrics_samples_and_a_model(trained, files):
+    workdir, result = trained
+    folder = workdir / "ppo"
+    rows = read_rows(folder / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2]
+    for part in ("generation", "scoring", "log_probs", "update"):
+        assert rows[1][f"throughput/{part}_s"] > 0
+    assert 0 < rows[1]["throughput/generation_share"] < 1
+    assert rows[1]["throughput/tokens_per_s"] > 0
+    assert result["step"] == 2 and result["ppo/score"] == rows[1]["ppo/score"]
+    assert json.loads((folder / "finished.json").read_text()) == result
+    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    assert [one["step"] for one in samples] == [1, 1, 1, 2, 2, 2]
+    assert all(one["kl"] == 0.0 for one in samples[:3])
+    assert any(one["kl"] != 0.0 for one in samples[3:])
+    before, after = (load_params(find_model(path)) for path in (files / "sft", folder / "model"))
+    assert set(after) == set(before) and find_model(folder / "model").head == "lm"
+    assert not np.array_equal(after["lm_head"]["kernel"], before["lm_head"]["kernel"])
+    assert load_tokenizer(folder / "model").get_vocab() == load_tokenizer(TOKENIZER).get_vocab()
+
+
+def test_the_score_is_the_reward_models_on_the_ids_that_were_sampled(trained, files):
+    workdir, _ = trained
+    lines = (workdir / "ppo" / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+    model = find_model(files / "reward")
+    template, tokenizer = templates.by_name("huatuogpt"), load_tokenizer(TOKENIZER)
+    texts = {f"p{index}": (Message("user", f"第{index}天还咳嗽。"),) for index in (0, 1, 3, 4, 5)}
+    shown = next(one for one in map(json.loads, lines) if one["id"] in texts)
+    prompt = template.prompt(texts[shown["id"]], tokenizer)
+    assert shown["prompt"] and shown["length"] <= 6
+    scorer = Scorer(
+        Transformer(BACKBONE, ComputeConfig()),
+        {"params": load_params(model)},
+        mesh=sharding.make_mesh(),
+        rows_at_once=1,
+    )
+    # The text alone does not tell the ids; those that were sampled are asked of the engine again.
+    ids = _sampled_again(files, prompt, shown)
+    score = scorer.scores([GivenAnswer(np.array([*prompt, *ids], np.int32), len(prompt))])[0]
+    assert shown["score"] == pytest.approx(score, abs=1e-5)
+    penalty = 0.0 if shown["finish_reason"] == "stop" else 0.5
+    normalized = NORMALIZATION.apply(shown["score"]) - penalty
+    assert shown["answer_score"] == pytest.approx(normalized, abs=1e-4)
+
+
+def _sampled_again(files, prompt, shown):
+    """The answer's ids, by the engine alone."""
+    cfg = PpoConfig(
+        model=ModelConfig(directory=str(files / "sft")),
+        data=PromptsConfig(paths=(str(files / "prompts.jsonl"),), max_prompt_tokens=64),
+        optimizer=OptimizerConfig(learning_rate=1e-3),
+    )
+    tokenizer = load_tokenizer(TOKENIZER)
+    prompts = open_prompts(cfg.data, tokenizer, max_new_tokens=6)
+    row = [one.id for one in prompts.rows(0, 4, seed=0)].index(shown["id"])
+    key = jax.random.fold_in(jax.random.key(0), 0)
+    seed = int(jax.random.bits(key, (4,), "uint32")[row])
+    engine = Engine(
+        Transformer(BACKBONE, ComputeConfig()),
+        {"params": load_params(find_model(files / "sft"))},
+        slots=1,
+        max_length=70,
+    )
+    sampling = SamplingConfig(max_new_tokens=6, stop_token_ids=prompts.stop_token_ids)
+    request = Request(prompt_token_ids=prompt, sampling=sampling, seed=seed)
+    ((answer,),) = engine.generate_in_order([request])
+    assert len(answer.token_ids) == shown["length"]
+    return answer.token_ids
+
+
+def test_a_finished_stage_is_not_run_again_and_its_settings_stand(trained, files):
+    workdir, result = trained
+    assert run_ppo(_config(files), workdir) == result
+    with pytest.raises(ValueError, match="kl_coef: saved 0.03, now 0.2"):
+        run_ppo(_config(files, kl_coef=0.2), workdir)
+    assert run_ppo(_config(files, micro_batch_size=1), workdir) == result
+
+
+WAYS = {
+    "shared trunk": {
+        "model": {"lora": LoraConfig(rank=2, alpha=4.0)},
+        "value": ValueConfig(start="shared", lora=LoraConfig(rank=2, alpha=4.0)),
+    },
+    "reward model's head and adapters": {
+        "value": ValueConfig(head="keep", lora=LoraConfig(rank=2, alpha=4.0)),
+        "score": ScoreConfig(on_truncation="bootstrap", penalty=None, scale="running", whiten=True),
+    },
+    "policy's copy": {
+        "value": ValueConfig(start="policy", warmup_iterations=1),
+        "micro_batch_size": 1,
+        "kl_in": "k3",
+        "stop_at_kl": 0.05,
+    },
+    "rloo": {
+        "estimator": "rloo",
+        "rollout": RolloutConfig(num_prompts=2, answers_per_prompt=2, max_new_tokens=6),
+        "kl_in": "sequence_square",
+    },
+    "grpo": {
+        "estimator": "grpo",
+        "rollout": RolloutConfig(num_prompts=2, answers_per_prompt=2, max_new_tokens=6),
+        "entropy_coef": 0.01,
+        "score": ScoreConfig(scale="raw"),
+    },
+}
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
+def test_every_way_to_make_the_roles_runs(files, tmp_path, way):
+    way = dict(way)
+    model = ModelConfig(directory=str(files / "sft"), **way.pop("model", {}))
+    result = run_ppo(_config(files, model=model, **way), tmp_path)
+    assert result["step"] == 2
+    rows = read_rows(tmp_path / "ppo" / "metrics.jsonl")
+    assert rows[0]["ppo/kl_per_sequence"] == 0.0
+    assert ("ppo/explained_variance" in rows[1]) == ("estimator" not in way)
+    trained_rows = [row for row in rows if "ppo/first_minibatch/ratio" in row]
+    assert all(row["ppo/first_minibatch/ratio"] == 1.0 for row in trained_rows)
+    assert len(trained_rows) == (1 if "stop_at_kl" in way else 2)  # One warms the critic up.
+    if "stop_at_kl" in way:
+        assert rows[1]["ppo/kl_per_sequence"] == 0.0 and "ppo/policy_loss" not in rows[0]
+    after = load_params(find_model(tmp_path / "ppo" / "model"))
+    before = load_params(find_model(files / "sft"))
+    kernels = [tree["layers"]["attention"]["qkv"]["kernel"] for tree in (before, after)]
+    assert not np.array_equal(*kernels)
+
+
+def test_a_value_head_that_is_zero_starts_at_0_and_a_kept_one_does_not(files, trained):
+    rows = read_rows(trained[0] / "ppo" / "metrics.jsonl")
+    assert rows[0]["ppo/value"] == 0.0 != rows[1]["ppo/value"]
+
+
+WRONG = {
+    "no such policy": ("model.directory", "nowhere", "nowhere"),
+    "a policy that scores": ("model.directory", "reward", "a policy needs a token head"),
+    "no such reward model": ("reward_model", "nowhere", "nowhere"),
+    "a reward model that answers": ("reward_model", "sft", "has no score head"),
+    "no normalization": ("reward_model", "unnormalized", "holds no normalization"),
+    "no such prompts": ("data.paths", ("nowhere.jsonl",), "nowhere.jsonl"),
+    "no prompt that fits": ("data.max_prompt_tokens", 2, "no prompt fits"),
+    "too few positions": ("rollout.max_new_tokens", 100, "at most the model's 128 positions"),
+    "an unknown template": ("data.template", "alpaca", "template: 'alpaca' is not known"),
+    "minibatches": ("num_minibatches", 3, "num_minibatches=3 must divide the 4 answers"),
+    "one answer": ("estimator", "rloo", "needs rollout.answers_per_prompt >= 2"),
+    "k2": ("kl_in", "k2", "kl_in='k2' must be one of"),
+    "penalty": ("score.penalty", None, "penalty=None must be 0 or more"),
+    "unknown field": ("learning_rate", 1.0, "config.ppo has no field learning_rate"),
+}
+
+
+@pytest.mark.parametrize(("path", "value", "message"), WRONG.values(), ids=WRONG.keys())
+def test_a_wrong_setting_ends_in_one_clear_message(files, tmp_path, path, value, message):
+    config = _config(files)
+    *sections, field = path.split(".")
+    below = config
+    for section in sections:
+        below = below[section]
+    if isinstance(value, str) and (files / value).is_dir():
+        value = str(files / value)
+    with below.unlocked():
+        below[field] = value
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run_ppo(config, tmp_path)
+    assert not (tmp_path / "ppo" / "metrics.jsonl").exists()
+
+
+def test_a_reward_model_of_another_tokenizer_is_refused(files, tmp_path):
+    other = tmp_path / "other"
+    _save(other, "score", 4)
+    save_normalization(other, NORMALIZATION)
+    path = other / "tokenizer.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    vocabulary = content["model"]["vocab"]
+    first, second = list(vocabulary)[-2:]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    with pytest.raises(ValueError, match="differ in 4 tokens"):
+        run_ppo(_config(files, reward_model=str(other)), tmp_path / "run")
+
+
+def test_dialogues_give_their_first_words_or_all_before_the_last_answer():
+    tokenizer = load_tokenizer(TOKENIZER)
+    path = str(sample.FOLDER / "real_conversation.jsonl")
+    first = open_prompts(
+        PromptsConfig(paths=(path,), reads="first_turns"), tokenizer, max_new_tokens=4
+    )
+    last = open_prompts(
+        PromptsConfig(paths=(path,), reads="last_turns"), tokenizer, max_new_tokens=4
+    )
+    assert len(first.items) == len(last.items) > 50
+    shorter = [
+        len(one.token_ids) < len(other.token_ids)
+        for one, other in zip(first.items, last.items, strict=True)
+    ]
+    assert sum(shorter) > len(shorter) / 2
+    assert [one.id for one in first.items] == [one.id for one in last.items]
+
+
+def test_each_pass_over_the_prompts_has_every_prompt_once_in_an_order_of_its_own(files):
+    tokenizer = load_tokenizer(TOKENIZER)
+    cfg = PromptsConfig(paths=(str(files / "prompts.jsonl"),))
+    prompts = open_prompts(cfg, tokenizer, max_new_tokens=4)
+    ids = [one.id for one in prompts.rows(0, 18, seed=3)]
+    passes = [ids[:6], ids[6:12], ids[12:]]
+    assert all(sorted(one) == [f"p{index}" for index in range(6)] for one in passes)
+    assert len({tuple(one) for one in passes}) > 1
+    assert [one.id for one in prompts.rows(4, 5, seed=3)] == ids[4:9]
+
+
+def test_the_default_config_names_its_stages_and_takes_models():
+    sys.path.insert(0, str(ROOT / "configs"))
+    try:
+        import ppo
+    finally:
+        sys.path.pop(0)
+    assert ppo.get_config().stages == ("sft", "reward", "ppo")
+    config = ppo.get_config("one/model,two/model,mine.jsonl")
+    assert config.stages == ("ppo",) and config.ppo.data.paths == ("mine.jsonl",)
+    assert (config.ppo.model.directory, config.ppo.reward_model) == ("one/model", "two/model")
+
+
+@pytest.mark.slow
+def test_the_command_runs_the_default_config(tmp_path):
+    environment = dict(os.environ, PYTHONPATH=str(ROOT), JAX_PLATFORMS="cpu", XLA_FLAGS="")
+    short = ("--config.sft.num_steps=4", "--config.reward.num_steps=4")
+    found = subprocess.run(
+        [sys.executable, "launch/train.py", "--config=configs/ppo.py", f"--workdir={tmp_path}"]
+        + [*short, "--config.ppo.num_iterations=2"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert "ppo: finished in" in found.stdout
