@@ -1,19 +1,22 @@
-"""Run the stages that a config names, or go on with them.
+"""Run the stages that a config names, or the whole recipe, or go on with them.
 
-python launch/train.py --config=configs/sft.py --workdir=runs/sft [--config.sft.batch_size=8]
+python launch/train.py --config=configs/rlaif.py --workdir=runs/demo [--config.sft.batch_size=8]
 
 Running the same command again goes on from the newest checkpoint; finished stages are not run
 again. Exit code 75 says that the run was stopped (SIGTERM, Ctrl-C), has saved, and can go on.
 """
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from huatuo_jax import command_line, sft
+from huatuo_jax.ppo import stage as ppo
 from huatuo_jax.reward import stage as reward
+from huatuo_jax.rlaif.recipe import run_rlaif
 from huatuo_jax.training.loop import Diverged
 from huatuo_jax.training.preemption import INTERRUPTED_EXIT_CODE, Interrupted
 
@@ -21,18 +24,15 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "File with `get_config
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; made if it is not there.")
 flags.mark_flags_as_required(["config", "workdir"])
 
-STAGES = {sft.STAGE: sft.run_sft, reward.STAGE: reward.run_reward}
+STAGES = {sft.STAGE: sft.run_sft, reward.STAGE: reward.run_reward, ppo.STAGE: ppo.run_ppo}
 
 
 def main() -> None:
     """Run each stage in order and say what came out."""
     logging.set_verbosity(logging.WARNING)  # Orbax tells of every file it writes.
-    config: ConfigDict = _CONFIG.value
-    if unknown := [name for name in config.stages if name not in STAGES]:
-        raise ValueError(f"config.stages names {unknown}; there are {list(STAGES)}")
-    for name in config.stages:
+    for name, run, settings in _runs(_CONFIG.value):
         try:
-            result = STAGES[name](config[name], _WORKDIR.value)
+            result = run(settings, _WORKDIR.value)
         except Interrupted as stopped:
             print(f"{name}: {stopped}", flush=True)
             sys.exit(INTERRUPTED_EXIT_CODE)
@@ -42,13 +42,18 @@ def main() -> None:
         print(f"{name}: finished in {_WORKDIR.value}: {shown}")
 
 
+def _runs(config: ConfigDict) -> list[tuple[str, Callable[..., dict[str, Any]], ConfigDict]]:
+    if "recipe" in config:
+        return [(config.recipe, run_rlaif, config)]
+    if unknown := [name for name in config.stages if name not in STAGES]:
+        raise ValueError(f"config.stages names {unknown}; there are {list(STAGES)}")
+    return [(name, STAGES[name], config[name]) for name in config.stages]
+
+
 def _summary(result: dict[str, Any]) -> dict[str, float]:
     """The numbers over all kinds of data, `eval/loss` but not `eval/loss/KIND`."""
-    return {
-        field: value
-        for field, value in result.items()
-        if field.count("/") < 2 and isinstance(value, int | float)
-    }
+    numbers = ((name, value) for name, value in result.items() if isinstance(value, int | float))
+    return {name: value for name, value in numbers if name.count("/") < 2}
 
 
 if __name__ == "__main__":

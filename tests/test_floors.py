@@ -22,6 +22,7 @@ FLOORS = {
     "reward": 7,
     "ppo": 7,
     "evaluation": 8,
+    "report": 8,
     "serving": 8,
     "rlaif": 9,
     "command_line": 9,

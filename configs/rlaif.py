@@ -1,0 +1,118 @@
+"""The whole recipe on the sample data: no key, no download, no accelerator.
+
+    python launch/train.py --config=configs/rlaif.py --workdir=runs/demo
+    python launch/train.py --config=configs/rlaif.py --workdir=runs/mine \
+        --config.data=mine.jsonl --config.labels.base_url=http://localhost:8000/v1
+
+Stages: fine-tuning (SFT), answers of its model, AI labels and comparisons, reward model, PPO,
+evaluation, export in Hugging Face format, report. Stopped or killed, the same command goes on; a
+finished stage is not run again.
+Data: the package's sample dialogues, a fifth of them held out; prompts from the real ones.
+`--config.data` takes files of your own, such as JSON Lines of {question, answer}, separated by
+commas. Judge: the offline rubric, which is no substitute for a judge that reads;
+`--config.labels.base_url` asks a model behind any OpenAI-compatible server, with the key from
+OPENAI_API_KEY (`--config.labels.model` where the server has several).
+Hardware: any CPU.
+"""
+
+from ml_collections import ConfigDict
+
+from huatuo_jax.backbone.config import BackboneConfig
+from huatuo_jax.data import sample
+from huatuo_jax.data.held_out import HeldOutConfig
+from huatuo_jax.data.records import KINDS
+from huatuo_jax.evaluation.config import EvaluationConfig
+from huatuo_jax.generation.requests import SamplingConfig
+from huatuo_jax.generation.samples import SamplesConfig
+from huatuo_jax.ppo.config import PpoConfig, PpoLoopConfig, RolloutConfig, ScoreConfig, ValueConfig
+from huatuo_jax.ppo.prompts import PromptsConfig
+from huatuo_jax.reward.config import RewardConfig
+from huatuo_jax.reward.data import ComparisonsConfig, ComparisonSource
+from huatuo_jax.rlaif.config import AnswersConfig, RlaifConfig
+from huatuo_jax.sft import SftConfig
+from huatuo_jax.training.dialogue_data import DataConfig, SourceConfig
+from huatuo_jax.training.initial_model import ModelConfig
+from huatuo_jax.training.loop import LoopConfig
+from huatuo_jax.training.optimizer import OptimizerConfig
+from huatuo_jax.training.sections import to_section
+
+BACKBONE = BackboneConfig(
+    family="llama",
+    vocab_size=2048,
+    hidden_size=128,
+    intermediate_size=352,
+    num_layers=4,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=32,
+    max_positions=512,
+    tie_embeddings=True,
+)
+HELD_OUT = HeldOutConfig(share=0.2)
+ANSWER_TOKENS = 64
+
+
+def get_config() -> ConfigDict:
+    """All stages, and the settings of each."""
+    config = RlaifConfig(
+        sft=_sft(),
+        answers=AnswersConfig(
+            num_samples=6, sampling=SamplingConfig(max_new_tokens=ANSWER_TOKENS), chunk_size=64
+        ),
+        reward=_reward(),
+        ppo=_ppo(),
+        evaluation=EvaluationConfig(num_samples=4, max_new_tokens=ANSWER_TOKENS),
+    )
+    return to_section(config)
+
+
+def _sft() -> SftConfig:
+    sources = tuple(
+        SourceConfig(name=kind, paths=(str(sample.FOLDER / f"{kind}.jsonl"),), kind=kind)
+        for kind in KINDS
+    )
+    return SftConfig(
+        model=ModelConfig(backbone=BACKBONE, tokenizer=str(sample.FOLDER / "tokenizer")),
+        data=DataConfig(sources=sources, row_length=512, held_out=HELD_OUT),
+        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_share=0.05),
+        num_epochs=5,
+        batch_size=4,
+        samples=SamplesConfig(num_prompts=2),
+        loop=LoopConfig(evaluate_every=40, checkpoint_every=40, log_every=20),
+    )
+
+
+def _reward() -> RewardConfig:
+    return RewardConfig(
+        model=ModelConfig(directory="{workdir}/sft/model"),
+        data=ComparisonsConfig(
+            sources=(ComparisonSource(paths=("{workdir}/comparisons.jsonl",)),),
+            max_length=384,
+            row_length=2048,
+            held_out=HELD_OUT,
+        ),
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_share=0.1),
+        num_epochs=1,
+        batch_size=1,
+        normalization_answers="{workdir}/answers.jsonl",
+        loop=LoopConfig(evaluate_every=40, checkpoint_every=40, log_every=20),
+    )
+
+
+def _ppo() -> PpoConfig:
+    return PpoConfig(
+        model=ModelConfig(directory="{workdir}/sft/model"),
+        data=PromptsConfig(paths=("{workdir}/prompts.jsonl",), max_prompt_tokens=96),
+        optimizer=OptimizerConfig(learning_rate=3e-4, decay="constant", weight_decay=0.0),
+        value=ValueConfig(
+            optimizer=OptimizerConfig(learning_rate=1e-3, decay="constant", weight_decay=0.0)
+        ),
+        rollout=RolloutConfig(num_prompts=32, max_new_tokens=ANSWER_TOKENS),
+        score=ScoreConfig(clip=5.0),
+        kl_coef=0.03,
+        target_kl_per_sequence=8.0,
+        num_iterations=16,
+        num_epochs=2,
+        num_minibatches=2,
+        loop=PpoLoopConfig(checkpoint_every=4, samples_per_iteration=4),
+    )

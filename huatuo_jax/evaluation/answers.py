@@ -1,0 +1,126 @@
+"""The answers that an evaluation looks at: drawn from each model, scored by the reward model."""
+
+import json
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from huatuo_jax.data.readers import read_prompts
+from huatuo_jax.evaluation.config import EvaluationConfig
+from huatuo_jax.evaluation.statistics import Values
+from huatuo_jax.feedback.questions import Answered, read_answered
+from huatuo_jax.generation.bulk import BulkConfig, run_bulk
+from huatuo_jax.generation.requests import SamplingConfig
+from huatuo_jax.reward.score_file import ScoreConfig, score_file
+from huatuo_jax.scoring import GivenAnswer
+
+REFERENCE = "reference"
+"""In place of a model's name: the answers that stand in the data."""
+
+
+class ScoredAnswers(NamedTuple):
+    """One model's answers in the order of the prompts.
+
+    Attributes:
+        answered: prompts and texts.
+        rewards: the reward model's normalised scores, or raw ones where it has no normalization.
+        records: of the file, each with `answers` and `prompt_token_ids`.
+    """
+
+    answered: list[Answered]
+    rewards: Values
+    records: list[dict[str, Any]]
+
+    @property
+    def texts(self) -> list[str]:
+        """All texts."""
+        return [text for one in self.answered for text in one.answers]
+
+    @property
+    def characters(self) -> Values:
+        """The length of each text."""
+        return {one.prompt.id: [float(len(t)) for t in one.answers] for one in self.answered}
+
+    def field(self, name: str, matching: str) -> Values:
+        """1 for each answer whose field has this value, 0 for the others."""
+        return {
+            record["id"]: [float(answer[name] == matching) for answer in record["answers"]]
+            for record in self.records
+        }
+
+    def given(self) -> dict[str, list[GivenAnswer]]:
+        """The answers as the tokens that were sampled."""
+        return {
+            record["id"]: [
+                GivenAnswer(
+                    np.asarray(record["prompt_token_ids"] + answer["token_ids"], np.int32),
+                    len(record["prompt_token_ids"]),
+                )
+                for answer in record["answers"]
+            ]
+            for record in self.records
+        }
+
+
+def answer_prompts(
+    name: str, model: str, cfg: EvaluationConfig, folder: pathlib.Path
+) -> ScoredAnswers:
+    """A model's answers with their scores; a killed run goes on with those it has.
+
+    Raises:
+        ValueError: prompts or a model that cannot be, or answers made with other settings.
+        OSError: a file cannot be read or written.
+    """
+    bulk = BulkConfig(
+        model=model,
+        prompts=cfg.prompts,
+        output=str(folder / f"answers_{name}.jsonl"),
+        template=cfg.template,
+        num_samples=cfg.num_samples,
+        sampling=SamplingConfig(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature),
+        seed=cfg.seed,
+        chunk_size=cfg.chunk_size,
+        drop_oldest_turns=True,
+    )
+    run_bulk(bulk, lambda done: print(f"  {name}: {done}", file=sys.stderr, flush=True))
+    return _scored(name, bulk.output, cfg, folder)
+
+
+def answer_as_referenced(cfg: EvaluationConfig, folder: pathlib.Path) -> ScoredAnswers | None:
+    """The answers that stand in the data, scored like a model's; None where there are none."""
+    rows = [
+        prompt.to_json() | {"answers": [{"text": prompt.reference}]}
+        for prompt in read_prompts(cfg.prompts)
+        if prompt.reference
+    ]
+    if not rows:
+        return None
+    path = folder / f"answers_{REFERENCE}.jsonl"
+    path.write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
+    return _scored(REFERENCE, str(path), cfg, folder)
+
+
+def _scored(name: str, path: str, cfg: EvaluationConfig, folder: pathlib.Path) -> ScoredAnswers:
+    output = folder / f"scored_{name}.jsonl"
+    score_file(
+        ScoreConfig(
+            model=cfg.reward,
+            input=path,
+            output=str(output),
+            template=cfg.template,
+            rows_at_once=cfg.rows_at_once,
+        )
+    )
+    records = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+    rewards = {record["id"]: _scores_of(record) for record in records}
+    return ScoredAnswers(read_answered(output), rewards, records)
+
+
+def _scores_of(record: dict[str, Any]) -> Sequence[float | None]:
+    found = record["normalized_scores"] if "normalized_scores" in record else record["scores"]
+    return list(found)

@@ -1,0 +1,48 @@
+"""The settings of an evaluation."""
+
+import dataclasses
+import math
+
+from huatuo_jax.training.run_directory import operational
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Which models answer which prompts, and how.
+
+    Attributes:
+        base: model folder before fine-tuning; None for what the run's fine-tuning began with.
+        sft: model folder after fine-tuning, the reference of the KL divergence.
+        ppo: model folder after PPO.
+        reward: reward model's folder.
+        prompts: file of prompts that no stage has trained on, with references where there are any.
+        template: chat template by name.
+        num_samples: answers of each model to each prompt.
+        max_new_tokens: tokens of an answer at most.
+        temperature: answers are drawn at; above 0.
+        seed: of the answers and of the bootstrap.
+        rows_at_once: rows of a batch, where answers are scored.
+        chunk_size: prompts whose answers are written together.
+    """
+
+    base: str | None = operational(None)
+    sft: str = operational("{workdir}/sft/model")
+    ppo: str = operational("{workdir}/ppo/model")
+    reward: str = operational("{workdir}/reward/model")
+    prompts: str = operational("{workdir}/held_out_prompts.jsonl")
+    template: str = "huatuogpt"
+    num_samples: int = 4
+    max_new_tokens: int = 512
+    temperature: float = 1.0
+    seed: int = 0
+    rows_at_once: int = operational(8)
+    chunk_size: int = operational(256)
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a number that cannot be."""
+        for name in ("num_samples", "max_new_tokens", "rows_at_once", "chunk_size"):
+            value = getattr(self, name)
+            if value < 1:
+                raise ValueError(f"{name}={value!r} must be at least 1")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature={self.temperature!r} must be above 0")

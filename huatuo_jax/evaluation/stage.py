@@ -1,0 +1,215 @@
+"""The evaluation of a run: its models on held-out prompts and dialogues, as one JSON file."""
+
+import itertools
+import json
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jax.sharding import Mesh
+
+from huatuo_jax.backbone.config import ComputeConfig
+from huatuo_jax.checkpoint import models
+from huatuo_jax.evaluation import statistics
+from huatuo_jax.evaluation.answers import (
+    REFERENCE,
+    ScoredAnswers,
+    answer_as_referenced,
+    answer_prompts,
+)
+from huatuo_jax.evaluation.config import EvaluationConfig
+from huatuo_jax.evaluation.judging import judge_pairs, score_answers, win_rates
+from huatuo_jax.evaluation.likelihood import held_out_loss, sequence_kl
+from huatuo_jax.evaluation.statistics import Interval, Values
+from huatuo_jax.feedback.offline_judge import OfflineJudge
+from huatuo_jax.training.dialogue_data import DialogueData
+
+MODELS = ("base", "sft", "ppo")
+# The later model first: what did this stage gain over that one?
+PAIRS = (("sft", "base"), ("ppo", "sft"), ("ppo", "base"))
+
+
+def run_evaluation(
+    cfg: EvaluationConfig,
+    folder: pathlib.Path,
+    *,
+    data: DialogueData | None,
+    compute: ComputeConfig,
+    mesh: Mesh,
+    loss_rows: int,
+    loss_chunk: int,
+) -> dict[str, Any]:
+    """Evaluates a run's models; killed and run again, it goes on with the answers it has.
+
+    Args:
+        cfg: which models and prompts; `cfg.base` is a folder.
+        folder: where answers and scores are kept.
+        data: the dialogues of fine-tuning, for the held-out loss; None to leave it out.
+        compute: how losses and log-probabilities are computed.
+        mesh: where.
+        loss_rows: rows of a batch of dialogues.
+        loss_chunk: positions of each row whose logits are held at once.
+
+    Returns:
+        All figures, JSON values; figures over prompts with their 95 % interval.
+
+    Raises:
+        ValueError: a model or prompts that cannot be.
+        OSError: a file cannot be read or written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    assert cfg.base is not None
+    places = {"base": cfg.base, "sft": cfg.sft, "ppo": cfg.ppo}
+    answers = {name: answer_prompts(name, places[name], cfg, folder) for name in MODELS}
+    referenced = answer_as_referenced(cfg, folder)
+    infos = {name: models.find_model(place) for name, place in places.items()}
+    losses = {}
+    if data is not None and data.held_out is not None:
+        for name in MODELS:
+            losses[name] = held_out_loss(
+                infos[name],
+                data,
+                compute=compute,
+                mesh=mesh,
+                rows_at_once=loss_rows,
+                chunk=loss_chunk,
+            )
+    ratios, num_tokens = sequence_kl(
+        infos["ppo"],
+        infos["sft"],
+        answers["ppo"].given(),
+        compute=compute,
+        mesh=mesh,
+        rows_at_once=cfg.rows_at_once,
+        temperature=cfg.temperature,
+    )
+    everyone = answers if referenced is None else answers | {REFERENCE: referenced}
+    return compare(everyone, seed=cfg.seed) | {
+        "held_out_loss": losses,
+        "kl": _kl(ratios, num_tokens, seed=cfg.seed),
+        "sampling": {
+            "num_samples": cfg.num_samples,
+            "max_new_tokens": cfg.max_new_tokens,
+            "temperature": cfg.temperature,
+            "seed": cfg.seed,
+        },
+    }
+
+
+def compare(answers: Mapping[str, ScoredAnswers], *, seed: int) -> dict[str, Any]:
+    """The figures that follow from answers and scores alone.
+
+    Args:
+        answers: of `MODELS`, and of `REFERENCE` where there is one, to the same prompts.
+        seed: of the bootstrap.
+    """
+    judge = OfflineJudge()
+    verdicts = {name: score_answers(found.answered, judge) for name, found in answers.items()}
+    figures: dict[str, dict[str, Values]] = {
+        name: {"reward": found.rewards, "characters": found.characters}
+        | {f"judge_{criterion}": values for criterion, values in verdicts[name].items()}
+        for name, found in answers.items()
+    }
+    for name in MODELS:
+        figures[name]["stopped"] = answers[name].field("finish_reason", "stop")
+    return {
+        "num_prompts": len(answers[MODELS[0]].answered),
+        "judge": judge.name,
+        "bootstrap": statistics.bootstrap_settings(seed),
+        "models": {
+            name: {
+                field: _json(statistics.mean_over_prompts(values, seed=seed))
+                for field, values in found.items()
+            }
+            | {
+                f"distinct_{ngram}": statistics.distinct(answers[name].texts, ngram)
+                for ngram in statistics.NGRAMS
+            }
+            | {"unscored": _num_unscored(answers[name].rewards)}
+            for name, found in figures.items()
+        },
+        "differences": {
+            f"{one}_over_{other}": {
+                field: _json(
+                    statistics.mean_difference(
+                        figures[one][field], figures[other][field], seed=seed
+                    )
+                )
+                for field in figures[one]
+            }
+            for one, other in PAIRS
+        },
+        "win_rates": {
+            f"{one}_over_{other}": win_rates(
+                judge_pairs(answers[one].answered, answers[other].answered, judge), seed=seed
+            )
+            for one, other in PAIRS
+        },
+        "length": _length(answers, seed=seed),
+    }
+
+
+def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
+    """Writes JSON that is never seen half written."""
+    beside = path.with_name(f"{path.name}.tmp")
+    text = json.dumps(value, ensure_ascii=False, indent=2, allow_nan=False)
+    beside.write_text(f"{text}\n", encoding="utf-8")
+    os.replace(beside, path)
+
+
+def _length(answers: Mapping[str, ScoredAnswers], *, seed: int) -> dict[str, Any]:
+    """How much of PPO's gain in reward its answers' length accounts for.
+
+    The slope is that of reward on characters among the SFT model's answers to one prompt; what is
+    left of the gain after slope times the difference in length is the gain at equal length.
+    """
+    slope = statistics.slope_within_prompts(answers["sft"].rewards, answers["sft"].characters)
+
+    def by_length(name: str) -> Values:
+        lengths = answers[name].characters
+        return {prompt: _scaled(found, slope) for prompt, found in lengths.items()}
+
+    def without_length(name: str) -> Values:
+        parts = by_length(name)
+        rewards = answers[name].rewards
+        return {prompt: _less(found, parts[prompt]) for prompt, found in rewards.items()}
+
+    return {
+        "reward_per_character": slope,
+        "gain_by_length": _json(
+            statistics.mean_difference(by_length("ppo"), by_length("sft"), seed=seed)
+        ),
+        "gain_at_equal_length": _json(
+            statistics.mean_difference(without_length("ppo"), without_length("sft"), seed=seed)
+        ),
+    }
+
+
+def _scaled(values: Sequence[float | None], factor: float) -> list[float | None]:
+    return [None if value is None else factor * value for value in values]
+
+
+def _less(values: Sequence[float | None], others: Sequence[float | None]) -> list[float | None]:
+    return [
+        None if value is None or other is None else value - other
+        for value, other in zip(values, others, strict=True)
+    ]
+
+
+def _kl(ratios: Values, num_tokens: int, *, seed: int) -> dict[str, Any]:
+    per_sequence = statistics.mean_over_prompts(ratios, seed=seed)
+    total = sum(one for one in itertools.chain(*ratios.values()) if one is not None)
+    return {
+        "per_sequence": _json(per_sequence),
+        "per_token": total / num_tokens if num_tokens else None,
+        "num_answers": sum(map(len, ratios.values())),
+    }
+
+
+def _num_unscored(values: Values) -> int:
+    return sum(one is None for found in values.values() for one in found)
+
+
+def _json(interval: Interval | None) -> dict[str, float | int] | None:
+    return None if interval is None else interval.to_json()

@@ -1,0 +1,210 @@
+"""The parts of a report from PPO on: its trade-offs, the evaluation, answers side by side."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from huatuo_jax.report import plots
+from huatuo_jax.report.markup import (
+    ABSENT,
+    figures,
+    interval,
+    number,
+    paragraph,
+    section,
+    table,
+    text,
+)
+from huatuo_jax.report.run import MODELS, Run
+
+NAMES = {"base": "base", "sft": "SFT", "ppo": "PPO", "reference": "doctor (data)"}
+_MAX_POINTS = 600
+
+
+def ppo(run: Run) -> str:
+    """The score against what it cost: KL, and length."""
+    _, scores = run.series("ppo", "ppo/score")
+    steps, divergences = run.series("ppo", "ppo/kl_per_sequence")
+    if not scores:
+        return ""
+    drawn = [
+        (
+            plots.scatter(
+                divergences,
+                scores,
+                name="score-kl",
+                x="KL from SFT (nats an answer)",
+                y="mean score",
+                colour_by=steps,
+                colour_name="iteration",
+            ),
+            "Score against KL, one dot an iteration: what the score costs in distance from SFT.",
+        )
+    ]
+    _, lengths = run.series("ppo", "ppo/response_length")
+    drawn.append(
+        (
+            plots.scatter(
+                lengths,
+                scores,
+                name="score-length",
+                x="mean length (tokens)",
+                y="mean score",
+                colour_by=steps,
+                colour_name="iteration",
+            ),
+            "Score against length, one dot an iteration: does the policy win by length?",
+        )
+    )
+    sampled = [one for one in run.samples if None not in (one["kl"], one["answer_score"])]
+    if sampled:
+        sampled = sampled[-_MAX_POINTS:]
+        drawn.append(
+            (
+                plots.scatter(
+                    [one["kl"] for one in sampled],
+                    [one["answer_score"] for one in sampled],
+                    name="samples-kl",
+                    x="log-ratio to SFT (nats)",
+                    y="score",
+                    colour_by=[one["step"] for one in sampled],
+                    colour_name="iteration",
+                ),
+                "Answers sampled while training: score against log-ratio to SFT, one dot each.",
+            )
+        )
+    groups = {}
+    for name in ("sft", "ppo"):
+        pairs = _lengths_and_rewards(run, name)
+        if pairs[0]:
+            groups[NAMES[name]] = pairs
+    if groups:
+        svg = plots.clouds(groups, name="answers-length", x="characters", y="score")
+        drawn.append((svg, "Held-out answers: score against length, one dot an answer."))
+    return section("ppo", "PPO: score against KL and against length", figures(*drawn))
+
+
+def evaluation(run: Run) -> str:
+    """All models on the held-out prompts."""
+    found = run.evaluation
+    if found is None:
+        return ""
+    there = [name for name in MODELS if name in found["models"]]
+    measures = (
+        ("reward", "score (normalised)", 3),
+        ("judge_overall", "judge, overall (1 to 5)", 3),
+        ("judge_accurate", "judge, accurate", 3),
+        ("characters", "characters", 1),
+        ("stopped", "came to an end", 3),
+    )
+    rows = [
+        [
+            label,
+            *(
+                interval(found["models"][name][field], name=f"{name}_{field}", digits=digits)
+                if field in found["models"][name]
+                else ABSENT
+                for name in there
+            ),
+        ]
+        for field, label, digits in measures
+    ]
+    rows += [
+        [f"distinct-{n}", *(number(found["models"][name][f"distinct_{n}"]) for name in there)]
+        for n in (1, 2)
+    ]
+    rows.append(["without a score", *(number(found["models"][name]["unscored"]) for name in there)])
+    losses = found["held_out_loss"]
+    if losses:
+        shown = [number(losses[name]["eval/loss"]) if name in losses else ABSENT for name in there]
+        rows.append(["held-out loss (nats a token)", *shown])
+    return section(
+        "evaluation",
+        "Evaluation on held-out prompts",
+        table(["", *(NAMES[name] for name in there)], rows),
+        table(
+            ["", "score", "judge, overall", "characters"],
+            [
+                [_versus(pair), *(interval(fields[f]) for f in ("reward", "judge_overall"))]
+                + [interval(fields["characters"], digits=1)]
+                for pair, fields in found["differences"].items()
+            ],
+            caption="Differences on the same prompts",
+        ),
+        table(
+            ["", "wins", "ties", "losses", "share of points", "orders disagree"],
+            [
+                [
+                    _versus(pair),
+                    *(number(won[name]) for name in ("wins", "ties", "losses")),
+                    interval(won["share"]),
+                    number(won["orders_disagree"]),
+                ]
+                for pair, won in found["win_rates"].items()
+            ],
+            caption=f"Judged in both orders by {text(found['judge'])}",
+        ),
+        paragraph(
+            f"{found['num_prompts']} prompts, {found['sampling']['num_samples']} answers of each "
+            f"model to each, drawn at temperature {found['sampling']['temperature']:g}.",
+            "Intervals hold 95 % of a bootstrap over prompts; differences are taken prompt by "
+            "prompt.",
+        ),
+    )
+
+
+def answers(run: Run, *, num_prompts: int) -> str:
+    """The first answer of each model to the same prompts."""
+    by_id = {name: {record["id"]: record for record in rows} for name, rows in run.answers.items()}
+    shown = []
+    ids = list(by_id["ppo"])
+    wanted = [ids[index * len(ids) // num_prompts] for index in range(min(num_prompts, len(ids)))]
+    for prompt_id in dict.fromkeys(wanted):
+        record = by_id["ppo"][prompt_id]
+        turns = "".join(
+            f'<p class="turn"><b>{text(_SPEAKERS[turn["role"]])}</b>{text(turn["content"])}</p>'
+            for turn in record["messages"]
+            if turn["role"] != "system"
+        )
+        boxes = "".join(
+            _answer(NAMES[name], found[prompt_id])
+            for name, found in by_id.items()
+            if prompt_id in found
+        )
+        shown.append(f'<div class="prompt">{turns}<div class="answers">{boxes}</div></div>')
+    if not shown:
+        return ""
+    told = paragraph(
+        "The first answer of each model to some of the held-out prompts, chosen evenly and not by "
+        "their looks. None of this is medical advice."
+    )
+    return section("answers", "Answers side by side", told, *shown)
+
+
+_SPEAKERS = {"user": "Patient", "assistant": "Doctor"}
+
+
+def _answer(name: str, record: Mapping[str, Any]) -> str:
+    first = record["answers"][0]
+    scores = record["normalized_scores" if "normalized_scores" in record else "scores"]
+    ended = "finish_reason" not in first or first["finish_reason"] == "stop"
+    told = f"score {number(scores[0])}" + ("" if ended else ", cut off at its length limit")
+    return (
+        f'<div class="answer"><h4>{text(name)}</h4><div>{text(first["text"])}</div>'
+        f"<p>{told}</p></div>"
+    )
+
+
+def _lengths_and_rewards(run: Run, name: str) -> tuple[list[float], list[float]]:
+    lengths, rewards = [], []
+    for record in run.answers[name]:
+        scores = record["normalized_scores" if "normalized_scores" in record else "scores"]
+        for answer, score in zip(record["answers"], scores, strict=True):
+            if score is not None:
+                lengths.append(float(len(answer["text"])))
+                rewards.append(float(score))
+    return lengths[:_MAX_POINTS], rewards[:_MAX_POINTS]
+
+
+def _versus(pair: str) -> str:
+    one, other = pair.split("_over_")
+    return f"{NAMES[one]} over {NAMES[other]}"

@@ -1,0 +1,212 @@
+"""The parts of a report up to the reward model: data, curves, judge, reward model."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from huatuo_jax.report import plots
+from huatuo_jax.report.markup import (
+    figures,
+    interval,
+    number,
+    paragraph,
+    section,
+    table,
+    text,
+)
+from huatuo_jax.report.run import Run
+
+OFFLINE_NOTE = (
+    '<p class="note"><strong>What the offline judge is.</strong> A fixed rubric '
+    "(<code>offline-rubric-v1</code>) that counts measurable properties: characters shared with "
+    "the doctor's answer or the diagnosis, length within reason, repetition, punctuation and "
+    "paragraphs, whether the patient is asked back, a few unsafe wordings. It lets the whole "
+    "recipe run and be tested for nothing. <strong>What it is not:</strong> it does not "
+    "understand a sentence, does not know medicine, and is no substitute for a judge that reads. "
+    "A gain before it shows that the machinery works, not that the answers are better "
+    "medicine.</p>"
+)
+
+# What a stage's result says in this table, and in which words.
+_GAVE = {
+    "step": "steps",
+    "eval/loss": "held-out loss",
+    "eval/accuracy": "held-out accuracy",
+    "prompts": "prompts",
+    "answers": "answers",
+    "tokens_per_answer": "tokens an answer",
+    "stopped": "share that came to an end",
+    "comparisons": "comparisons",
+    "ppo/score": "mean score",
+    "ppo/kl_per_sequence": "KL from SFT (nats an answer)",
+    "reward_gain_value": "PPO's gain in score",
+}
+
+
+def data(run: Run) -> str:
+    """What was trained on what."""
+    parts = []
+    if run.dialogues is not None:
+        kinds: dict[str, dict[str, Any]] = {
+            split: groups["by_kind"] for split, groups in run.dialogues["splits"].items()
+        }
+        names = list(dict.fromkeys(name for found in kinds.values() for name in found))
+        rows = [
+            [
+                text(name),
+                *(
+                    number(kinds[split][name][field] if name in kinds[split] else 0)
+                    for split in kinds
+                    for field in ("examples", "trained_tokens")
+                ),
+            ]
+            for name in names
+        ]
+        head = [
+            "kind",
+            *(f"{split}: {what}" for split in kinds for what in ("dialogues", "tokens")),
+        ]
+        parts.append(
+            table(
+                [text(one.replace("_", " ")) for one in head],
+                rows,
+                caption="Dialogues; tokens are the trained ones",
+            )
+        )
+    results = {
+        name: entry["result"] for name, entry in run.journal.items() if entry["result"] is not None
+    }
+    rows = [[text(name), *_trained_on(name, results[name], run)] for name in results]
+    parts.append(table(["stage", "made from", "gave"], rows, words=True))
+    return section("data", "What was trained on what", *parts)
+
+
+def curves(run: Run) -> str:
+    """The curves of every training stage."""
+    drawn = []
+    for stage, name, caption in (
+        ("sft", "loss", "Fine-tuning: cross-entropy of the doctor's tokens."),
+        ("reward", "loss", "Reward model: cross-entropy of the comparisons."),
+        ("reward", "accuracy", "Reward model: share of comparisons it agrees with."),
+    ):
+        lines = {
+            label: run.series(stage, f"{prefix}/{name}")
+            for label, prefix in (("training", "train"), ("held out", "eval"))
+        }
+        lines = {label: found for label, found in lines.items() if found[0]}
+        if lines:
+            svg = plots.curves(lines, name=f"{stage}-{name}", x="step", y=name)
+            drawn.append((svg, caption))
+    for name, label, caption in (
+        ("score", "score", "PPO: mean score of the policy's answers, normalised."),
+        ("kl_per_sequence", "KL (nats an answer)", "PPO: KL divergence from the SFT model."),
+        ("response_length", "tokens", "PPO: mean length of the policy's answers."),
+        ("sampled_entropy", "nats a token", "PPO: entropy of the policy."),
+    ):
+        found = run.series("ppo", f"ppo/{name}")
+        if found[0]:
+            svg = plots.curves({label: found}, name=f"ppo-{name}", x="iteration", y=label)
+            drawn.append((svg, caption))
+    return section("curves", "Curves of every stage", figures(*drawn)) if drawn else ""
+
+
+def judge(run: Run) -> str:
+    """What the judge did."""
+    if run.labels is None:
+        return ""
+    rows = []
+    for part in run.labels["judges"]:
+        position = part["position"]
+        rows.append(
+            [
+                f"{text(part['judge'])} ({text(part['protocol'])})",
+                number(part["judgements"], name="judgements"),
+                _figure(part["failure_rate"]),
+                _figure(part["ties"]),
+                _figure(part["longer_wins"], name="longer_wins"),
+                "not asked in pairs" if position is None else _figure(position["flip_rate"]),
+                "not asked in pairs" if position is None else _figure(position["log_odds"]),
+            ]
+        )
+    head = [
+        "judge",
+        "judgements",
+        "failed",
+        "ties",
+        "longer answer wins",
+        "orders flip",
+        "position bias (log-odds)",
+    ]
+    parts = [table(head, rows, caption="± is one standard error")]
+    scores = next((p["scores"] for p in run.labels["judges"] if p["scores"]), None)
+    if scores:
+        parts.append(
+            table(
+                list(map(text, scores)),
+                [[_figure(found) for found in scores.values()]],
+                caption="Mean scores of the answers that were labelled, 1 to 5",
+            )
+        )
+    names = {part["judge"] for part in run.labels["judges"]}
+    if any(name.startswith("offline") for name in names):
+        parts.insert(0, OFFLINE_NOTE)
+    return section("judge", "The judge", *parts)
+
+
+def reward_model(run: Run) -> str:
+    """How far the reward model can be trusted."""
+    found = run.reward
+    if found is None:
+        return ""
+    length = found["length_baseline"]
+    rows = [
+        [
+            "reward model",
+            interval(found["accuracy"], name="reward_accuracy"),
+            number(found["loss"]),
+            number(found["calibration"]["expected_calibration_error"]),
+        ],
+        [
+            "length alone",
+            interval(length["accuracy"], name="length_accuracy"),
+            number(length["loss"]),
+            number(length["calibration"]["expected_calibration_error"]),
+        ],
+    ]
+    relation = found["score_length_correlation"]
+    drawn = plots.reliability(found, name="reliability")
+    caption = (
+        f"{found['num_pairs']} held-out pairs of {found['num_cases']} prompts; the dots' size is "
+        "the number of pairs."
+    )
+    by_margin = [
+        [f"{one['low']:.3f} to {one["high"]:.3f}", interval(one if "value" in one else None)]
+        for one in found["accuracy_by_margin"]
+    ]
+    parts = [
+        table(["", "accuracy", "loss", "calibration error"], rows, caption="On held-out pairs"),
+        paragraph(
+            f"Above the length baseline by {interval(found['accuracy_above_length_baseline'])}.",
+            f"Correlation of score and characters: {number(relation['all_answers'])} over all "
+            f"answers, {number(relation['within_prompts'])} among answers to one prompt.",
+        ),
+        figures((drawn, caption)),
+    ]
+    if by_margin:
+        parts.append(table(["judge's margin", "accuracy"], by_margin))
+    return section("reward", "The reward model", *parts)
+
+
+def _trained_on(name: str, result: Mapping[str, Any], run: Run) -> tuple[str, str]:
+    inputs = ", ".join(text(one) for one in run.journal[name]["inputs"]) or "the run's files"
+    shown = [
+        f"{label} {number(result[field])}"
+        for field, label in _GAVE.items()
+        if field in result and result[field] is not None
+    ]
+    return inputs, "; ".join(shown) or "done"
+
+
+def _figure(found: Mapping[str, Any], *, name: str | None = None) -> str:
+    error = found["standard_error"]
+    shown = "" if error is None else f' <span class="ci">± {number(error)}</span>'
+    return number(found["value"], name=name) + shown

@@ -1,0 +1,137 @@
+"""Everything that can be told of a run before its first stage compiles anything."""
+
+import os
+
+from huatuo_jax.checkpoint import models
+from huatuo_jax.checkpoint.tokenizer import load_tokenizer
+from huatuo_jax.data import templates
+from huatuo_jax.data.readers import read_comparisons, read_prompts
+from huatuo_jax.data.tokenizing import tokenizer_hash
+from huatuo_jax.evaluation.config import EvaluationConfig
+from huatuo_jax.feedback.questions import read_answered
+from huatuo_jax.rlaif.config import AnswersConfig, RlaifConfig
+from huatuo_jax.training.initial_model import InitialModel, open_model
+
+
+def check_inputs(cfg: RlaifConfig, workdir: str | os.PathLike[str], wanted: set[str]) -> None:
+    """Raises for whatever the stages still to be run would stumble over later.
+
+    Files that an earlier stage of the run makes are not there yet; those of someone else have to
+    be, and to be what they should.
+
+    Args:
+        cfg: in its workdir.
+        workdir: the run's folder.
+        wanted: the stages that are to be run.
+
+    Raises:
+        ValueError: a file or setting that cannot be; names the field.
+        OSError: a file that is not there, or no model.
+    """
+    model = open_model(cfg.sft.model, cfg.sft.compute.compute_config())
+    if "sft" in wanted:
+        model.load_tokenizer("sft")
+        _check_positions("sft.data.row_length", cfg.sft.data.row_length, model)
+    for name, stage, value in (
+        ("answers.model", "answers", cfg.answers.model),
+        ("reward.model.directory", "reward", cfg.reward.model.directory),
+        ("ppo.model.directory", "ppo", cfg.ppo.model.directory),
+        ("ppo.reward_model", "ppo", cfg.ppo.reward_model),
+        ("evaluation.base", "evaluation", cfg.evaluation.base),
+        ("evaluation.sft", "evaluation", cfg.evaluation.sft),
+        ("evaluation.ppo", "evaluation", cfg.evaluation.ppo),
+        ("evaluation.reward", "evaluation", cfg.evaluation.reward),
+        ("export.policy", "export", cfg.export.policy),
+        ("export.reward", "export", cfg.export.reward),
+    ):
+        if stage in wanted and value is not None:
+            _check_model(name, value, model, cfg, workdir, made=_makers(wanted))
+    if "answers" in wanted:
+        _check_prompts("answers.prompts", cfg.answers, model, cfg.sft.data.template)
+    if "labels" in wanted and not _is_made(cfg.labels.answers, workdir, wanted, "answers"):
+        read_answered(cfg.labels.answers)
+    if "reward" in wanted:
+        _check_positions("reward.data.max_length", cfg.reward.data.max_length, model)
+        for source in cfg.reward.data.sources:
+            for path in source.paths:
+                if source.reads == "comparisons" and not _is_made(path, workdir, wanted, "labels"):
+                    next(iter(read_comparisons(path)), None)
+    if "ppo" in wanted:
+        _check_positions("ppo.data.max_prompt_tokens + rollout", cfg.ppo.max_length, model)
+    if "evaluation" in wanted:
+        _check_prompts("evaluation.prompts", cfg.evaluation, model, cfg.sft.data.template)
+
+
+def _makers(wanted: set[str]) -> dict[str, str]:
+    """Which stage makes which folder of the run, of the stages that will be run."""
+    return {
+        folder: stage
+        for folder, stage in (("base", "sft"), ("sft", "sft"), ("reward", "reward"), ("ppo", "ppo"))
+        if stage in wanted
+    }
+
+
+def _is_made(path: str, workdir: str | os.PathLike[str], wanted: set[str], stage: str) -> bool:
+    """Whether a stage of this very run will make the file."""
+    inside = os.path.dirname(os.path.abspath(path)) == os.path.abspath(workdir)
+    return inside and stage in wanted
+
+
+def _check_model(
+    name: str,
+    place: str,
+    model: InitialModel,
+    cfg: RlaifConfig,
+    workdir: str | os.PathLike[str],
+    *,
+    made: dict[str, str],
+) -> None:
+    """A folder from elsewhere must hold a model of the right kind that speaks the same tokens."""
+    inside = os.path.relpath(os.path.abspath(place), os.path.abspath(workdir)).split(os.sep)
+    if inside[0] in made:
+        return
+    info = models.find_model(place)
+    # A reward model may begin with either head.
+    is_reward = name in ("ppo.reward_model", "evaluation.reward", "export.reward")
+    if is_reward != (info.head == "score") and name != "reward.model.directory":
+        wanted = "a reward model, with a score head" if is_reward else "a model with a token head"
+        raise ValueError(f"config.{name}={place!r} must be {wanted}")
+    if inside[0] != os.pardir:  # Made by a stage of this run, with this very tokenizer.
+        return
+    theirs, ours = load_tokenizer(info.folder), load_tokenizer(cfg.sft.model.tokenizer_source)
+    if tokenizer_hash(theirs) != tokenizer_hash(ours):
+        raise ValueError(
+            f"config.{name}={place!r} has another tokenizer than config.sft.model "
+            f"({cfg.sft.model.tokenizer_source}): all models of a run share one"
+        )
+    if info.cfg.vocab_size < len(ours):
+        raise ValueError(
+            f"config.{name}={place!r} has vocab_size={info.cfg.vocab_size}, less than the "
+            f"tokenizer's {len(ours)} tokens"
+        )
+
+
+def _check_positions(name: str, length: int, model: InitialModel) -> None:
+    if length > model.cfg.max_positions:
+        raise ValueError(
+            f"config.{name}={length} must be at most the model's {model.cfg.max_positions} "
+            "positions"
+        )
+
+
+def _check_prompts(
+    name: str, cfg: AnswersConfig | EvaluationConfig, model: InitialModel, template_name: str
+) -> None:
+    """All prompts can be read, and leave room for a token of an answer."""
+    prompts = list(read_prompts(cfg.prompts))
+    template = templates.by_name(template_name)
+    tokenizer = load_tokenizer(model.section.tokenizer_source)
+    limit = model.cfg.max_positions
+    for prompt in prompts:
+        # The last question alone, as the oldest turns are dropped where a dialogue is too long.
+        length = len(template.prompt(list(prompt.messages[-1:]), tokenizer))
+        if length >= limit:
+            raise ValueError(
+                f"config.{name}: prompt {prompt.id!r} has {length} tokens, and {limit} are the "
+                "model's positions with the answer"
+            )

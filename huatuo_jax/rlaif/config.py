@@ -1,0 +1,243 @@
+"""The settings of the whole recipe: one section a stage."""
+
+import dataclasses
+import os
+import pathlib
+from typing import Any, Literal, TypeVar
+
+from huatuo_jax.data.records import Kind
+from huatuo_jax.evaluation.config import EvaluationConfig
+from huatuo_jax.feedback.budget import BudgetConfig
+from huatuo_jax.feedback.comparison_config import ComparisonConfig
+from huatuo_jax.feedback.labelling import LabelConfig
+from huatuo_jax.feedback.openai_judge import OpenAIJudgeConfig
+from huatuo_jax.feedback.rate_limits import RateLimits
+from huatuo_jax.feedback.replies import Structured
+from huatuo_jax.feedback.server_calls import ServerConfig
+from huatuo_jax.generation.requests import SamplingConfig
+from huatuo_jax.ppo.config import PpoConfig
+from huatuo_jax.reward.config import WORKDIR_MARK, RewardConfig
+from huatuo_jax.sft import SftConfig
+from huatuo_jax.training.dialogue_data import SourceConfig
+from huatuo_jax.training.run_directory import operational
+
+STAGES = ("sft", "answers", "labels", "reward", "ppo", "evaluation", "export", "report")
+
+Config = TypeVar("Config")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PromptsConfig:
+    """Which prompts are made of the dialogues: each up to the doctor's longest answer.
+
+    Attributes:
+        kinds: dialogues of these kinds are taken, and those that tell no kind.
+        limit: so many prompts to learn from at most, chosen by their content; None for all.
+        held_out_limit: so many held-out prompts at most.
+    """
+
+    kinds: tuple[Kind, ...] = ("real_instruction", "real_conversation")
+    limit: int | None = None
+    held_out_limit: int | None = 200
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a limit below 1."""
+        for name in ("limit", "held_out_limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value!r} must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AnswersConfig:
+    """The answers that are judged.
+
+    Attributes:
+        model: who answers; the SFT stage's model unless told otherwise.
+        prompts: file of prompts; those made of the dialogues unless told otherwise.
+        num_samples: answers to each prompt.
+        sampling: how they are drawn.
+        seed: of the answers.
+        chunk_size: prompts whose answers are written together.
+        slots: answers decoded at once; None for up to 64.
+    """
+
+    model: str = operational("{workdir}/sft/model")
+    prompts: str = operational("{workdir}/prompts.jsonl")
+    num_samples: int = 4
+    sampling: SamplingConfig = SamplingConfig()
+    seed: int = 0
+    chunk_size: int = operational(256)
+    slots: int | None = operational(None)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LabelsConfig:
+    """The judge, what it is asked, and which comparisons its verdicts make.
+
+    Attributes:
+        answers: the answers file.
+        base_url: an OpenAI-compatible server's address, with its `/v1`; None for the offline judge,
+            which is a fixed rubric and no substitute for a judge that reads.
+        model: the judge's name on the server; None where the server has only one.
+        max_cost: money that all runs may spend, in the currency of the price table.
+        max_requests: calls that all runs may make.
+        requests_per_minute: what the server allows.
+        tokens_per_minute: what the server allows.
+        timeout_s: of a call.
+        structured: "json_schema" or "json_object" where the server can hold a reply to a form.
+        prices: file of the price table; None for the one that is shipped.
+        label: what is asked.
+        comparison: the policies by which verdicts become comparisons.
+    """
+
+    answers: str = operational("{workdir}/answers.jsonl")
+    base_url: str | None = operational(None)
+    model: str | None = None
+    max_cost: float | None = operational(None)
+    max_requests: int | None = operational(None)
+    requests_per_minute: int | None = operational(None)
+    tokens_per_minute: int | None = operational(None)
+    timeout_s: float = operational(120.0)
+    structured: Structured = "json_schema"
+    prices: str | None = operational(None)
+    label: LabelConfig = LabelConfig()
+    comparison: ComparisonConfig = ComparisonConfig()
+
+    def __post_init__(self) -> None:
+        """Raise ValueError where the judge cannot be, or is told what the offline one ignores."""
+        if self.base_url is None:
+            for name in ("model", "max_cost", "max_requests"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} says nothing to the offline judge; give base_url too")
+        else:
+            self.openai(self.model or "the server's")
+        if self.label.protocol == "both":
+            raise ValueError("label.protocol='both' makes no comparisons; take score or pairwise")
+
+    def openai(self, model: str) -> OpenAIJudgeConfig:
+        """The judge behind the server, by its name there."""
+        assert self.base_url is not None
+        limits = RateLimits(requests=self.requests_per_minute, tokens=self.tokens_per_minute)
+        budget = BudgetConfig(max_requests=self.max_requests, max_cost=self.max_cost)
+        return OpenAIJudgeConfig(
+            model=model,
+            structured=self.structured,
+            prices=self.prices,
+            require_reference=False,
+            server=ServerConfig(
+                base_url=self.base_url, budget=budget, limits=limits, timeout_s=self.timeout_s
+            ),
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """What is released, in Hugging Face format.
+
+    Attributes:
+        policy: model folder, to `export/policy`.
+        reward: reward model's folder, to `export/reward`.
+        dtype: of the weights; None keeps the stored one.
+    """
+
+    policy: str = operational("{workdir}/ppo/model")
+    reward: str = operational("{workdir}/reward/model")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """The report.
+
+    Attributes:
+        title: its heading.
+        num_prompts: prompts whose answers are shown side by side.
+    """
+
+    title: str = "HuatuoGPT recipe"
+    num_prompts: int = 8
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RlaifConfig:
+    """The recipe. `{workdir}` in a path stands for the run's folder.
+
+    Attributes:
+        recipe: says that a config is of this kind.
+        stages: which of them are run, in this order.
+        data: files of dialogues of one's own, separated by commas; None for `sft.data.sources`.
+        prompts: which prompts are made of the dialogues.
+        sft: supervised fine-tuning.
+        answers: answers of its model, to be judged.
+        labels: the judge's verdicts, and comparisons of them.
+        reward: the reward model.
+        ppo: the policy.
+        evaluation: of base, SFT and PPO on held-out prompts.
+        export: in Hugging Face format.
+        report: `report.html`.
+    """
+
+    recipe: Literal["rlaif"] = "rlaif"
+    stages: tuple[str, ...] = STAGES
+    data: str | None = None
+    prompts: PromptsConfig = PromptsConfig()
+    sft: SftConfig
+    answers: AnswersConfig = AnswersConfig()
+    labels: LabelsConfig = LabelsConfig()
+    reward: RewardConfig
+    ppo: PpoConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
+    export: ExportConfig = ExportConfig()
+    report: ReportConfig = ReportConfig()
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for stages out of order, and for stages that speak different formats."""
+        places = [STAGES.index(name) for name in self.stages if name in STAGES]
+        if len(places) < len(self.stages) or places != sorted(set(places)):
+            raise ValueError(f"stages={self.stages} must be some of {STAGES}, in this order")
+        template = self.sft.data.template
+        for name, other in (
+            ("reward.data.template", self.reward.data.template),
+            ("ppo.data.template", self.ppo.data.template),
+            ("evaluation.template", self.evaluation.template),
+        ):
+            if other != template:
+                raise ValueError(
+                    f"{name}={other!r} must be sft.data.template={template!r}: all stages have to "
+                    "say a dialogue in the same way"
+                )
+
+    def in_workdir(self, workdir: str | os.PathLike[str]) -> "RlaifConfig":
+        """The config with the run's folder in its paths and one's own data in its sources."""
+        cfg = _placed(self, os.fspath(workdir))
+        base = cfg.evaluation.base or cfg.sft.model.directory or f"{workdir}/base/model"
+        evaluation = dataclasses.replace(cfg.evaluation, base=base)
+        if cfg.data is None:
+            return dataclasses.replace(cfg, evaluation=evaluation)
+        sources = tuple(
+            SourceConfig(name=pathlib.Path(path).stem, paths=(path,))
+            for path in cfg.data.split(",")
+        )
+        data = dataclasses.replace(cfg.sft.data, sources=sources)
+        sft = dataclasses.replace(cfg.sft, data=data)
+        return dataclasses.replace(cfg, evaluation=evaluation, sft=sft)
+
+
+def _placed(value: Config, workdir: str) -> Config:
+    """A config with the run's folder for its mark, in every path of every section."""
+
+    def placed(value: Any) -> Any:
+        if isinstance(value, str):
+            return value.replace(WORKDIR_MARK, workdir)
+        if isinstance(value, tuple):
+            return tuple(map(placed, value))
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            fields = (field.name for field in dataclasses.fields(value) if field.init)
+            return dataclasses.replace(
+                value, **{name: placed(getattr(value, name)) for name in fields}
+            )
+        return value
+
+    placed_value: Config = placed(value)
+    return placed_value

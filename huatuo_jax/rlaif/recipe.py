@@ -1,0 +1,102 @@
+"""The recipe: its stages in order, each once, resumable anywhere by running it again."""
+
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from huatuo_jax.rlaif.checks import check_inputs
+from huatuo_jax.rlaif.config import RlaifConfig
+from huatuo_jax.rlaif.journal import Journal
+from huatuo_jax.rlaif.judge import reach_judge
+from huatuo_jax.rlaif.prompts import HELD_OUT_FILE, TRAIN_FILE, make_prompts, write_prompts
+from huatuo_jax.rlaif.stages import Stage, make_stages
+from huatuo_jax.training.preemption import Interrupted
+from huatuo_jax.training.sections import from_section
+
+
+def run_rlaif(
+    config: ConfigDict | Mapping[str, Any], workdir: str | os.PathLike[str]
+) -> dict[str, Any]:
+    """Runs the recipe in a run's folder, or goes on with it.
+
+    A finished stage is not run again. All inputs are looked at first, the judge's server too, so
+    that nothing is trained in vain.
+
+    Args:
+        config: the fields of `RlaifConfig`, as a ConfigDict or a dict.
+        workdir: the run's folder.
+
+    Returns:
+        The main figures: what PPO gained in reward, how far it went from SFT, and the time.
+
+    Raises:
+        ValueError: a config, a file, a judge or a folder that cannot be; names the field.
+        Interrupted: the run was stopped, and can go on.
+        Diverged: a training stage's steps were not finite.
+        OSError: something cannot be read or written.
+    """
+    folder = pathlib.Path(workdir)
+    cfg = from_section(RlaifConfig, config, path="config").in_workdir(folder)
+    stages, journal = make_stages(cfg, folder), Journal(folder)
+    prompts = make_prompts(cfg.sft.data, cfg.prompts)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_prompts(folder / TRAIN_FILE, prompts.train)
+    write_prompts(folder / HELD_OUT_FILE, prompts.held_out)
+    wanted = unfinished_stages(stages, journal)
+    check_inputs(cfg, folder, wanted)
+    if "labels" in wanted:
+        reach_judge(cfg.labels)
+    _keep_compiled(folder)
+    run_stages(stages, journal, wanted)
+    figures: dict[str, Any] = {}
+    if journal.is_finished("evaluation"):
+        figures |= journal.stages["evaluation"]["result"] or {}
+    return figures | {"seconds": sum(journal.stages[stage.name]["seconds"] for stage in stages)}
+
+
+def unfinished_stages(stages: Sequence[Stage], journal: Journal) -> set[str]:
+    """The stages that are to be run; the report is cheap and is made anew each time.
+
+    Raises:
+        ValueError: a finished one was made with other settings, or from other files.
+    """
+    wanted = set()
+    for stage in stages:
+        stands = journal.is_finished(stage.name) and all(path.exists() for path in stage.outputs)
+        if not stands or stage.name == "report":
+            wanted.add(stage.name)
+        else:
+            journal.check(stage.name, stage.settings, stage.input_hashes())
+    return wanted
+
+
+def run_stages(stages: Sequence[Stage], journal: Journal, wanted: set[str]) -> None:
+    """Runs those that are wanted, in order, and says which of how many it is at."""
+    for number, stage in enumerate(stages, start=1):
+        told = f"stage {number} of {len(stages)}: {stage.name}"
+        if stage.name not in wanted:
+            print(f"{told}, finished before", flush=True)
+            continue
+        print(told, flush=True)
+        journal.start(stage.name, stage.settings, stage.input_hashes())
+        try:
+            result = stage.run()
+        except KeyboardInterrupt:
+            journal.stop(stage.name)
+            raise Interrupted(
+                f"stopped in stage {stage.name!r}; run the same command again to go on"
+            ) from None
+        except BaseException:
+            journal.stop(stage.name)
+            raise
+        journal.finish(stage.name, result)
+
+
+def _keep_compiled(folder: pathlib.Path) -> None:
+    """Keeps compiled programs in the run's folder: several stages run the same ones."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", os.path.abspath(folder / "compiled"))

@@ -1,0 +1,257 @@
+"""The stages of the recipe: what each is made from, what it leaves, and the call that runs it."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+from huatuo_jax.checkpoint import models
+from huatuo_jax.data.sources import content_hash
+from huatuo_jax.evaluation.stage import run_evaluation, write_json
+from huatuo_jax.feedback.label_command import LabelRun, report_path, run_labels
+from huatuo_jax.generation.bulk import BulkConfig, run_bulk
+from huatuo_jax.ppo.stage import run_ppo
+from huatuo_jax.report.page import write_report
+from huatuo_jax.reward.stage import run_reward
+from huatuo_jax.rlaif.config import RlaifConfig
+from huatuo_jax.rlaif.export import run_export
+from huatuo_jax.rlaif.judge import reach_judge
+from huatuo_jax.sft import run_sft
+from huatuo_jax.training.dialogue_data import open_dialogues
+from huatuo_jax.training.initial_model import open_model
+from huatuo_jax.training.optimizer import make_optimizer
+from huatuo_jax.training.run_directory import identity
+
+
+class Stage(NamedTuple):
+    """One stage of a run.
+
+    Attributes:
+        name: as in the config.
+        settings: those that decide its result.
+        inputs: what it is made from, by name: files, folders, or names on the hub.
+        outputs: what stands when it is finished.
+        run: does it, or goes on with it, and returns its main figures.
+    """
+
+    name: str
+    settings: Mapping[str, Any]
+    inputs: Mapping[str, str]
+    outputs: tuple[pathlib.Path, ...]
+    run: Callable[[], Mapping[str, Any]]
+
+    def input_hashes(self) -> dict[str, str]:
+        """A hash of the content of each input, wherever it lies."""
+        return {name: _hash_of(place) for name, place in self.inputs.items()}
+
+
+def make_stages(cfg: RlaifConfig, workdir: pathlib.Path) -> list[Stage]:
+    """The stages of a config in their order; its paths are those of this folder."""
+    makers = (_sft, _answers, _labels, _reward, _ppo, _evaluation, _export, _report)
+    stages = [maker(cfg, workdir) for maker in makers]
+    return [stage for stage in stages if stage.name in cfg.stages]
+
+
+def _sft(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:
+    model = cfg.sft.model
+    inputs = _files(path for source in cfg.sft.data.sources for path in source.paths)
+    if model.directory is not None:
+        inputs["initial model"] = model.directory
+
+    def run() -> Mapping[str, Any]:
+        if cfg.evaluation.base == f"{workdir}/base/model":
+            _save_base(cfg, workdir / "base" / "model")
+        return run_sft(dataclasses.asdict(cfg.sft), workdir)
+
+    return Stage(
+        "sft",
+        identity(cfg.sft),
+        inputs | {"tokenizer": model.tokenizer_source},
+        (workdir / "sft" / "model",),
+        run,
+    )
+
+
+def _answers(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:
+    section, output = cfg.answers, workdir / "answers.jsonl"
+    bulk = BulkConfig(
+        model=section.model,
+        prompts=section.prompts,
+        output=str(output),
+        template=cfg.sft.data.template,
+        num_samples=section.num_samples,
+        sampling=section.sampling,
+        seed=section.seed,
+        chunk_size=section.chunk_size,
+        slots=section.slots,
+        drop_oldest_turns=True,
+    )
+
+    def run() -> Mapping[str, Any]:
+        report = run_bulk(bulk, lambda done: print(f"  {done}", file=sys.stderr, flush=True))
+        found = {} if report is None else {"tokens_per_s": report.tokens_per_s}
+        return answer_figures(output) | found
+
+    inputs = {"model": section.model, "prompts": section.prompts}
+    return Stage("answers", identity(section), inputs, (output,), run)
+
+
+def answer_figures(path: pathlib.Path) -> dict[str, float]:
+    """Prompts, answers and tokens of an answers file, and the share that came to an end."""
+    prompts = answers = tokens = stopped = 0
+    with path.open(encoding="utf-8") as file:
+        for record in map(json.loads, file):
+            prompts += 1
+            for one in record["answers"]:
+                answers += 1
+                tokens += len(one["token_ids"])
+                stopped += one["finish_reason"] == "stop"
+    return {
+        "prompts": prompts,
+        "answers": answers,
+        "tokens_per_answer": tokens / answers,
+        "stopped": stopped / answers,
+    }
+
+
+def _labels(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:
+    section = cfg.labels
+    output, comparisons = workdir / "labels.jsonl", workdir / "comparisons.jsonl"
+
+    def run() -> Mapping[str, Any]:
+        run_labels(
+            LabelRun(
+                answers=section.answers,
+                output=str(output),
+                openai=reach_judge(section),
+                label=section.label,
+                comparisons=str(comparisons),
+                comparison=section.comparison,
+            ),
+            lambda line: print(f"  {line}".replace("\n", "\n  "), flush=True),
+        )
+        with comparisons.open(encoding="utf-8") as file:
+            return {"comparisons": sum(1 for _ in file)}
+
+    outputs = (output, comparisons, pathlib.Path(report_path(output)))
+    return Stage("labels", identity(section), {"answers": section.answers}, outputs, run)
+
+
+def _reward(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:
+    section = cfg.reward
+    inputs = _files(path for source in section.data.sources for path in source.paths)
+    if section.model.directory is not None:
+        inputs["model"] = section.model.directory
+    return Stage(
+        "reward",
+        identity(section),
+        inputs,
+        (workdir / "reward" / "model",),
+        lambda: run_reward(dataclasses.asdict(section), workdir),
+    )
+
+
+def _ppo(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:
+    section = cfg.ppo
+    inputs = _files(section.data.paths)
+    inputs["reward model"] = section.reward_model
+    if section.model.directory is not None:
+        inputs["model"] = section.model.directory
+    return Stage(
+        "ppo",
+        identity(section),
+        inputs,
+        (workdir / "ppo" / "model",),
+        lambda: run_ppo(dataclasses.asdict(section), workdir),
+    )
+
+
+def _evaluation(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:
+    section, output = cfg.evaluation, workdir / "evaluation.json"
+    assert section.base is not None
+
+    def run() -> Mapping[str, Any]:
+        model = open_model(cfg.sft.model, cfg.sft.compute.compute_config())
+        data = open_dialogues(
+            cfg.sft.data,
+            model.load_tokenizer("sft"),
+            seed=cfg.sft.seed,
+            default_cache=workdir / "data",
+        )
+        found = run_evaluation(
+            section,
+            workdir / "evaluation",
+            data=data,
+            compute=cfg.sft.compute.compute_config(),
+            mesh=cfg.sft.mesh.make(),
+            loss_rows=cfg.sft.rows_at_once,
+            loss_chunk=cfg.sft.compute.loss_chunk,
+        )
+        write_json(output, found)
+        return _main_figures(found)
+
+    names = ("base", "sft", "ppo", "reward", "prompts")
+    inputs = {name: getattr(section, name) for name in names}
+    return Stage("evaluation", identity(section), inputs, (output,), run)
+
+
+def _main_figures(evaluation: Mapping[str, Any]) -> dict[str, float]:
+    gain = evaluation["differences"]["ppo_over_sft"]["reward"]
+    figures = {} if gain is None else {f"reward_gain_{name}": gain[name] for name in gain}
+    divergence = evaluation["kl"]["per_sequence"]
+    if divergence is not None:
+        figures["kl_per_sequence"] = divergence["value"]
+    return figures
+
+
+def _export(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:
+    section, folder = cfg.export, workdir / "export"
+    inputs = {"policy": section.policy, "reward": section.reward}
+    outputs = (folder / "policy", folder / "reward")
+    return Stage("export", identity(section), inputs, outputs, lambda: run_export(section, folder))
+
+
+def _report(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:
+    output = workdir / "report.html"
+
+    def run() -> Mapping[str, Any]:
+        write_report(workdir, output, title=cfg.report.title, num_prompts=cfg.report.num_prompts)
+        return {"bytes": output.stat().st_size}
+
+    return Stage("report", identity(cfg.report), {}, (output,), run)
+
+
+def _save_base(cfg: RlaifConfig, target: pathlib.Path) -> None:
+    """The model as fine-tuning begins with it: fresh weights are told by the seed."""
+    if target.exists():
+        return
+    model = open_model(cfg.sft.model, cfg.sft.compute.compute_config())
+    state = model.make_state(
+        jax.random.key(cfg.sft.seed),
+        make_optimizer(cfg.sft.optimizer, num_steps=1),
+        cfg.sft.mesh.make(),
+    )
+    model.save(state.variables, target)
+
+
+def _files(paths: Iterable[str]) -> dict[str, str]:
+    """Files by their names, which may be those of other folders too: a path may change."""
+    found: dict[str, str] = {}
+    for path in paths:
+        name = pathlib.Path(path).name
+        number = sum(one == name or one.startswith(f"{name} #") for one in found)
+        found[f"{name} #{number + 1}" if number else name] = path
+    return found
+
+
+def _hash_of(place: str) -> str:
+    if os.path.isfile(place):
+        return content_hash(place)
+    if os.path.isdir(place):
+        return models.fingerprint(pathlib.Path(place))
+    return place

@@ -1,0 +1,248 @@
+"""A page made of a run's files: it holds their numbers, needs nothing beside it, and is safe."""
+
+import html.parser
+import json
+import re
+
+import pytest
+
+from huatuo_jax.report.page import write_report
+
+TEXT = "咳嗽三天<b>怎么办</b>？"
+
+
+def interval(value):
+    return {"value": value, "low": value - 0.25, "high": value + 0.25, "num_prompts": 2}
+
+
+def evaluation(*, gain=0.8125, low=None):
+    fields = {
+        name: interval(value)
+        for name, value in (
+            ("reward", 0.53125),
+            ("characters", 41.5),
+            ("stopped", 0.875),
+            ("judge_overall", 2.75),
+            ("judge_accurate", 1.25),
+        )
+    }
+    model = fields | {"distinct_1": 0.75, "distinct_2": 0.9375, "unscored": 0}
+    rewards = interval(gain) | ({} if low is None else {"low": low})
+    difference = {"reward": rewards, "judge_overall": interval(0.5), "characters": interval(3.0)}
+    won = {"wins": 5, "ties": 1, "losses": 2, "share": interval(0.6875), "orders_disagree": 0}
+    pairs = ("sft_over_base", "ppo_over_sft", "ppo_over_base")
+    return {
+        "num_prompts": 2,
+        "judge": "offline-rubric-v1",
+        "models": {name: model for name in ("base", "sft", "ppo")},
+        "differences": dict.fromkeys(pairs, difference),
+        "win_rates": dict.fromkeys(pairs, won),
+        "length": {
+            "reward_per_character": 0.01,
+            "gain_by_length": interval(0.0625),
+            "gain_at_equal_length": interval(0.75),
+        },
+        "held_out_loss": {
+            name: {"eval/loss": loss}
+            for name, loss in (("base", 8.0), ("sft", 4.5), ("ppo", 4.625))
+        },
+        "kl": {"per_sequence": interval(3.375), "per_token": 0.09375, "num_answers": 4},
+        "sampling": {"num_samples": 2, "max_new_tokens": 9, "temperature": 1.0, "seed": 0},
+    }
+
+
+def reward_report():
+    accuracy = {"value": 0.78125, "low": 0.7, "high": 0.85, "num_pairs": 64, "num_cases": 9}
+    bins = [
+        {"low": 0.5, "high": 0.55, "num_pairs": 40, "confidence": 0.52, "agreement": 0.6},
+        {"low": 0.9, "high": 0.95, "num_pairs": 24, "confidence": 0.93, "agreement": 0.9},
+    ]
+    calibration = {"expected_calibration_error": 0.0625, "bins": bins}
+    return {
+        "num_pairs": 64,
+        "num_cases": 9,
+        "accuracy": accuracy,
+        "loss": 0.4,
+        "calibration": calibration,
+        "length_baseline": {
+            "accuracy": accuracy | {"value": 0.515625},
+            "loss": 0.69,
+            "calibration": calibration,
+        },
+        "accuracy_above_length_baseline": accuracy | {"value": 0.265625},
+        "score_length_correlation": {"all_answers": 0.25, "within_prompts": None},
+        "accuracy_by_margin": [{"low": 0.1, "high": 0.5} | accuracy],
+    }
+
+
+def labels_report():
+    def figure(value):
+        return {"value": value, "standard_error": None, "num_items": 8}
+
+    return {
+        "judges": [
+            {
+                "judge": "offline-rubric-v1",
+                "protocol": "score",
+                "judgements": 976,
+                "failure_rate": figure(0.0),
+                "ties": figure(0.125),
+                "longer_wins": figure(0.515625),
+                "position": None,
+                "scores": {"overall": figure(2.875)},
+                "cost": {"money": 0.0, "unknown": 0, "usage": {}, "latency_s": None},
+            }
+        ]
+    }
+
+
+def write(path, value):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
+
+
+def write_lines(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    path.write_text(text, encoding="utf-8")
+
+
+def metrics(stage, steps, **fields):
+    return [
+        {"step": step, "time_s": 0.0, "stage": stage}
+        | {f"{stage_name.replace('__', '/')}": value + step for stage_name, value in fields.items()}
+        for step in range(1, steps + 1)
+    ]
+
+
+def entry(seconds, **result):
+    return {
+        "settings": {"seed": 0, "nested": {"batch_size": 8}},
+        "inputs": {"model": "abc"},
+        "starts": ["2030-01-01T00:00:00+00:00"],
+        "seconds": seconds,
+        "finished": "2030-01-01T00:01:00+00:00",
+        "result": result,
+    }
+
+
+@pytest.fixture
+def run(tmp_path):
+    folder = tmp_path / "demo"
+    write(folder / "recipe.json", {"sft": entry(61.5, step=3), "ppo": entry(30.25, step=2)})
+    write(folder / "evaluation.json", evaluation())
+    write(folder / "labels.jsonl.report.json", labels_report())
+    write(folder / "reward" / "reward_report.json", reward_report())
+    rows = metrics("sft", 80, train__loss=5.0) + metrics("sft", 2, eval__loss=6.0)
+    write_lines(folder / "sft" / "metrics.jsonl", rows)
+    gauges = {"score": 0.5, "kl_per_sequence": 1.0, "response_length": 30.0, "sampled_entropy": 2.0}
+    named = {f"ppo__{name}": value for name, value in gauges.items()}
+    write_lines(folder / "ppo" / "metrics.jsonl", metrics("ppo", 4, **named))
+    for name in ("base", "sft", "ppo"):
+        records = [
+            {
+                "id": f"p{index}",
+                "messages": [{"role": "user", "content": TEXT}],
+                "answers": [{"text": f"{name}说：多喝水。", "finish_reason": "length"}],
+                "normalized_scores": [0.40625],
+            }
+            for index in range(2)
+        ]
+        write_lines(folder / "evaluation" / f"scored_{name}.jsonl", records)
+    return folder
+
+
+def page_of(folder):
+    write_report(folder, folder / "report.html", title="Trial & error", num_prompts=2)
+    return (folder / "report.html").read_text(encoding="utf-8")
+
+
+def named_numbers(page):
+    found = re.findall(r'<data value="([^"]+)" data-name="([^"]+)">', page)
+    return {name: float(value) for value, name in found}
+
+
+def test_the_numbers_of_the_run_can_be_read_back_from_the_page(run):
+    numbers = named_numbers(page_of(run))
+    assert numbers["reward_gain"] == 0.8125
+    assert numbers["kl_per_sequence"] == 3.375
+    assert numbers["held_out_loss_base"] == 8 and numbers["held_out_loss_ppo"] == 4.625
+    assert numbers["reward_accuracy"] == 0.78125 and numbers["length_accuracy"] == 0.515625
+    assert numbers["gain_at_equal_length"] == 0.75
+    assert numbers["longer_wins"] == 0.515625 and numbers["judgements"] == 976
+    assert numbers["sft_characters"] == 41.5 and numbers["ppo_judge_overall"] == 2.75
+
+
+def test_the_page_needs_nothing_beside_it(run):
+    page = page_of(run)
+    assert not re.search(r"<(?:script|link|img|iframe)\b", page)
+    assert not re.search(r"""(?:src|href|url)\s*[=(]\s*["']?(?!#|"#)(?:https?:|//|/)""", page)
+    assert "@import" not in page
+
+
+def test_texts_of_the_data_show_as_text_and_not_as_markup(run):
+    page = page_of(run)
+    assert "咳嗽三天&lt;b&gt;怎么办&lt;/b&gt;？" in page and TEXT not in page
+    assert "Trial &amp; error" in page
+    assert "ppo说：多喝水。" in page and page.count("cut off at its length limit") == 6
+
+
+def test_every_id_stands_once_and_every_reference_has_one(run):
+    page = page_of(run)
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    references = re.findall(r'href="#([^"]+)"', page) + re.findall(r"url\(#([^)]+)\)", page)
+    assert references and set(references) <= set(ids)
+
+
+def test_tags_are_closed_in_order(run):
+    class Tags(html.parser.HTMLParser):
+        open_ones: list[str] = []
+
+        def handle_starttag(self, tag, attrs):
+            if tag not in ("meta", "br", "hr"):
+                self.open_ones.append(tag)
+
+        def handle_endtag(self, tag):
+            assert self.open_ones.pop() == tag
+
+    parser = Tags()
+    parser.feed(page_of(run))
+    assert parser.open_ones == []
+
+
+def test_what_the_offline_judge_is_and_is_not_stands_on_the_page(run):
+    page = page_of(run)
+    assert "is no substitute for a judge that reads" in page
+    report = labels_report()
+    report["judges"][0]["judge"] = "some-model"
+    write(run / "labels.jsonl.report.json", report)
+    assert "is no substitute for a judge that reads" not in page_of(run)
+
+
+@pytest.mark.parametrize(
+    ("gain", "low", "told"),
+    [
+        (0.8, 0.1, "score higher than SFT's, outside"),
+        (0.1, -0.2, "score alike within"),
+        (-0.8, -1.2, "score lower than SFT's, outside"),
+    ],
+)
+def test_the_verdict_says_what_the_interval_says(run, gain, low, told):
+    write(run / "evaluation.json", evaluation(gain=gain, low=low))
+    assert told in page_of(run)
+
+
+def test_stages_that_did_not_run_are_left_out(run):
+    for name in ("evaluation.json", "labels.jsonl.report.json"):
+        (run / name).unlink()
+    (run / "reward" / "reward_report.json").unlink()
+    page = page_of(run)
+    for name in ("evaluation", "judge", "reward"):
+        assert f'id="{name}"' not in page and f'href="#{name}"' not in page
+    assert 'id="curves"' in page
+
+
+def test_an_empty_folder_gives_a_page_that_says_little(tmp_path):
+    page = page_of(tmp_path)
+    assert "<h1>Trial &amp; error</h1>" in page and named_numbers(page) == {}

@@ -1,0 +1,59 @@
+"""The recipe's settings: order of stages, paths of the run's folder, data of one's own."""
+
+import dataclasses
+
+import pytest
+
+from huatuo_jax.rlaif.config import STAGES, LabelsConfig, RlaifConfig
+from huatuo_jax.training.sections import from_section
+from tests.rlaif.tiny import section, tiny_recipe
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    return tiny_recipe(tmp_path / "mine.jsonl")
+
+
+def test_a_config_goes_through_its_section_unchanged(recipe):
+    assert from_section(RlaifConfig, section(recipe), path="config") == recipe
+
+
+@pytest.mark.parametrize("stages", [("labels", "sft"), ("sft", "sft"), ("sft", "judge")])
+def test_stages_out_of_order_repeated_or_unknown_are_refused(recipe, stages):
+    with pytest.raises(ValueError, match="stages=.* must be some of"):
+        dataclasses.replace(recipe, stages=stages)
+
+
+def test_some_of_the_stages_in_order_are_taken(recipe):
+    assert dataclasses.replace(recipe, stages=STAGES[2:4]).stages == ("labels", "reward")
+
+
+def test_stages_that_speak_another_template_are_refused(recipe):
+    evaluation = dataclasses.replace(recipe.evaluation, template="chatml")
+    with pytest.raises(ValueError, match="evaluation.template='chatml' must be sft.data.template"):
+        dataclasses.replace(recipe, evaluation=evaluation)
+
+
+def test_paths_are_put_into_the_runs_folder_wherever_they_stand(recipe, tmp_path):
+    placed = recipe.in_workdir(tmp_path)
+    assert placed.answers.model == f"{tmp_path}/sft/model"
+    assert placed.reward.data.sources[0].paths == (f"{tmp_path}/comparisons.jsonl",)
+    assert placed.ppo.model.directory == f"{tmp_path}/sft/model"
+    assert placed.evaluation.base == f"{tmp_path}/base/model"
+    assert "{workdir}" not in repr(placed)
+
+
+def test_data_of_ones_own_replaces_the_sources(recipe, tmp_path):
+    placed = dataclasses.replace(recipe, data="a/one.jsonl,b/two.csv").in_workdir(tmp_path)
+    sources = placed.sft.data.sources
+    assert [(source.name, source.paths) for source in sources] == [
+        ("one", ("a/one.jsonl",)),
+        ("two", ("b/two.csv",)),
+    ]
+
+
+def test_what_the_offline_judge_would_ignore_is_refused():
+    with pytest.raises(ValueError, match="max_cost says nothing to the offline judge"):
+        LabelsConfig(max_cost=3.0)
+    with pytest.raises(ValueError, match="base_url should be like"):
+        LabelsConfig(base_url="localhost:8000")

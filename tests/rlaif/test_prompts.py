@@ -1,0 +1,96 @@
+"""Prompts out of dialogues."""
+
+import json
+
+import pytest
+
+from huatuo_jax.data.held_out import HeldOutConfig, dialogue_text
+from huatuo_jax.data.readers import read_dialogues, read_prompts
+from huatuo_jax.rlaif.config import PromptsConfig
+from huatuo_jax.rlaif.prompts import make_prompts, write_prompts
+from huatuo_jax.training.dialogue_data import DataConfig, SourceConfig
+from tests.rlaif.tiny import HELD_OUT, write_dialogues
+
+
+def data(*paths, held_out=HELD_OUT, **source):
+    sources = tuple(SourceConfig(name=path.stem, paths=(str(path),), **source) for path in paths)
+    return DataConfig(sources=sources, held_out=held_out)
+
+
+def talk(path, *texts, kind=None, name="talk"):
+    roles = ("user", "assistant")
+    messages = [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
+    row = {"id": name, "messages": messages} | ({"kind": kind} if kind else {})
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def test_a_dialogue_is_cut_before_its_longest_answer(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    write_dialogues(path)
+    talk(tmp_path / "talks.jsonl", "头疼", "几天了？", "三天", "先量血压，再来看。", "谢谢", "再见")
+    found = make_prompts(data(path, tmp_path / "talks.jsonl"), PromptsConfig())
+    prompt = next(p for p in (*found.train, *found.held_out) if p.id == "talk")
+    assert [message.content for message in prompt.messages] == ["头疼", "几天了？", "三天"]
+    assert prompt.reference == "先量血压，再来看。"
+
+
+def test_exactly_the_dialogues_that_fine_tuning_holds_out_make_held_out_prompts(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    write_dialogues(path)
+    found = make_prompts(data(path), PromptsConfig())
+    held_out = {
+        one.messages[0].content
+        for one in read_dialogues(path)
+        if HELD_OUT.holds_out(dialogue_text(one.messages))
+    }
+    assert {prompt.messages[0].content for prompt in found.held_out} == held_out
+    assert len(found.train) + len(found.held_out) == 24
+
+
+def test_a_prompt_to_learn_from_is_never_evaluated_on(tmp_path):
+    path = tmp_path / "twice.jsonl"
+    for index in range(40):  # One question, many answers: some of them are held out.
+        talk(path, "感冒了吃什么药？", f"第{index}种说法。", name=f"t{index}")
+        talk(path, f"咳嗽{index}天", "多喝水。", name=f"u{index}")
+    found = make_prompts(data(path), PromptsConfig())
+    train = {prompt.messages for prompt in found.train}
+    assert not train & {prompt.messages for prompt in found.held_out}
+    assert sum(prompt.messages[0].content == "感冒了吃什么药？" for prompt in found.train) == 1
+
+
+def test_only_dialogues_of_the_wanted_kinds_or_of_none_are_taken(tmp_path):
+    path = tmp_path / "kinds.jsonl"
+    for index in range(30):
+        for kind in ("real_instruction", "distilled_instruction", None):
+            talk(path, f"{kind}{index}", "好。", kind=kind, name=f"{kind}{index}")
+    found = make_prompts(data(path), PromptsConfig(kinds=("real_instruction",)))
+    texts = {prompt.messages[0].content for prompt in (*found.train, *found.held_out)}
+    assert len(texts) == 60 and not any(text.startswith("distilled") for text in texts)
+
+
+def test_a_limit_keeps_the_same_prompts_when_data_is_added(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    write_dialogues(path)
+    few = make_prompts(data(path), PromptsConfig(limit=5))
+    assert len(few.train) == 5
+    again = make_prompts(data(path), PromptsConfig(limit=5))
+    assert few == again
+
+
+def test_prompts_are_read_back_as_they_were_written(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    write_dialogues(path)
+    found = make_prompts(data(path), PromptsConfig()).train
+    write_prompts(tmp_path / "prompts.jsonl", found)
+    read = list(read_prompts(tmp_path / "prompts.jsonl"))
+    assert [(p.id, p.messages, p.reference) for p in read] == [
+        (p.id, p.messages, p.reference) for p in found
+    ]
+
+
+def test_data_that_leaves_nothing_to_evaluate_on_is_refused(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    write_dialogues(path)
+    with pytest.raises(ValueError, match="no prompt held out comes of these dialogues"):
+        make_prompts(data(path, held_out=HeldOutConfig(share=0.0)), PromptsConfig())

@@ -1,0 +1,103 @@
+"""The order of stages, what is run again after a stop or a kill, and what is refused."""
+
+import json
+import os
+import signal
+
+import pytest
+
+from huatuo_jax.rlaif.journal import JOURNAL_FILE, Journal
+from huatuo_jax.rlaif.recipe import run_stages, unfinished_stages
+from huatuo_jax.rlaif.stages import Stage
+
+
+class Planted:
+    """Three stages that write a file each, from the file before, and count their runs."""
+
+    def __init__(self, folder, *, factor=2):
+        self.folder, self.factor = folder, factor
+        self.runs: list[str] = []
+        self.during = {}
+
+    def stages(self):
+        names = ("one", "two", "three")
+        places = [self.folder / name for name in names]
+        return [
+            Stage(
+                name,
+                {"factor": self.factor} if name == "two" else {},
+                {"before": str(places[index - 1])} if index else {},
+                (places[index],),
+                lambda name=name, index=index: self._run(name, places, index),
+            )
+            for index, name in enumerate(names)
+        ]
+
+    def _run(self, name, places, index):
+        self.runs.append(name)
+        if name in self.during:
+            self.during[name]()
+        value = int(places[index - 1].read_text()) * self.factor if index else 3
+        places[index].write_text(str(value))
+        return {"value": value}
+
+    def run(self):
+        stages, journal = self.stages(), Journal(self.folder)
+        run_stages(stages, journal, unfinished_stages(stages, journal))
+        return int((self.folder / "three").read_text())
+
+
+def test_stages_run_in_order_once_and_tell_which_of_how_many(tmp_path, capsys):
+    planted = Planted(tmp_path)
+    assert planted.run() == 12 and planted.runs == ["one", "two", "three"]
+    assert "stage 2 of 3: two\n" in capsys.readouterr().out
+    assert planted.run() == 12 and planted.runs == ["one", "two", "three"]
+    assert "stage 2 of 3: two, finished before" in capsys.readouterr().out
+
+
+def test_a_stage_that_failed_is_run_again_and_those_before_it_are_not(tmp_path):
+    planted = Planted(tmp_path)
+    planted.during["two"] = lambda: (_ for _ in ()).throw(OSError("disk full"))
+    with pytest.raises(OSError, match="disk full"):
+        planted.run()
+    planted.during.clear()
+    assert planted.run() == 12 and planted.runs == ["one", "two", "two", "three"]
+    entry = json.loads((tmp_path / JOURNAL_FILE).read_text())["two"]
+    assert len(entry["starts"]) == 2 and entry["result"] == {"value": 6}
+
+
+@pytest.mark.parametrize("killed", ["one", "two", "three"])
+def test_a_run_killed_inside_a_stage_ends_as_an_unbroken_one(tmp_path, killed):
+    unbroken = Planted(tmp_path / "unbroken")
+    unbroken.folder.mkdir()
+    planted = Planted(tmp_path / "killed")
+    planted.folder.mkdir()
+    planted.during[killed] = lambda: os.kill(os.getpid(), signal.SIGKILL)
+    child = os.fork()
+    if not child:
+        planted.run()
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    planted.during.clear()
+    assert planted.run() == unbroken.run()
+    assert planted.runs == unbroken.runs[unbroken.runs.index(killed) :]
+
+
+def test_a_finished_stage_with_other_settings_is_refused_by_name(tmp_path):
+    Planted(tmp_path).run()
+    with pytest.raises(ValueError, match="stage 'two' is finished .* factor: saved 2, now 5"):
+        Planted(tmp_path, factor=5).run()
+
+
+def test_a_finished_stage_whose_input_has_changed_is_refused_by_name(tmp_path):
+    Planted(tmp_path).run()
+    (tmp_path / "one").write_text("4")
+    with pytest.raises(ValueError, match="stage 'two' is finished .* before: the stage was made"):
+        Planted(tmp_path).run()
+
+
+def test_a_stage_whose_output_was_removed_is_run_again(tmp_path):
+    planted = Planted(tmp_path)
+    planted.run()
+    (tmp_path / "three").unlink()
+    assert planted.run() == 12 and planted.runs[3:] == ["three"]

@@ -1,0 +1,172 @@
+"""What a user can get wrong ends in one clear line before anything is compiled."""
+
+import dataclasses
+import http.server
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import threading
+
+import jax
+import pytest
+
+from huatuo_jax.backbone.config import ComputeConfig
+from huatuo_jax.backbone.transformer import init_params
+from huatuo_jax.checkpoint.models import save_orbax
+from huatuo_jax.data import sample
+from huatuo_jax.rlaif import recipe as recipe_module
+from huatuo_jax.rlaif.recipe import run_rlaif
+from tests.rlaif.tiny import BACKBONE, TOKENIZER, section, tiny_recipe, write_dialogues
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    """A recipe of which no stage may be reached."""
+
+    def reached(*_):
+        raise AssertionError("a stage was reached")
+
+    monkeypatch.setattr(recipe_module, "run_stages", reached)
+    write_dialogues(tmp_path / "mine.jsonl")
+    return tiny_recipe(tmp_path / "mine.jsonl")
+
+
+def refused(cfg, tmp_path, message, error=ValueError, **changes):
+    with pytest.raises(error, match=message):
+        run_rlaif(section(cfg, **changes), tmp_path / "run")
+
+
+def test_the_planted_recipe_itself_reaches_its_stages(recipe, tmp_path):
+    with pytest.raises(AssertionError, match="a stage was reached"):
+        run_rlaif(section(recipe), tmp_path / "run")
+
+
+def test_a_file_of_dialogues_that_is_not_there(recipe, tmp_path):
+    refused(recipe, tmp_path, "nowhere.jsonl", (ValueError, OSError), data="nowhere.jsonl")
+
+
+def test_an_empty_file_of_dialogues(recipe, tmp_path):
+    (tmp_path / "empty.jsonl: the file is empty").write_text("")
+    refused(recipe, tmp_path, "empty.jsonl: the file is empty", data=str(tmp_path / "empty.jsonl"))
+
+
+def test_a_misspelt_field(recipe, tmp_path):
+    config = section(recipe).to_dict() | {"sfft": {}}
+    with pytest.raises(ValueError, match="config has no field sfft; it has "):
+        run_rlaif(config, tmp_path / "run")
+
+
+def test_a_judge_without_a_key(recipe, tmp_path, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    labels = dataclasses.replace(recipe.labels, base_url="http://127.0.0.1:9/v1")
+    refused(recipe, tmp_path, "OPENAI_API_KEY is not set", labels=labels)
+
+
+def test_a_judge_that_is_down(recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "any")
+    labels = dataclasses.replace(recipe.labels, base_url="http://127.0.0.1:9/v1")
+    refused(recipe, tmp_path, "judge at http://127.0.0.1:9/v1 does not answer", labels=labels)
+
+
+@pytest.fixture
+def judges():
+    """The address of a server with two models."""
+
+    class Models(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            body = json.dumps(
+                {
+                    "object": "list",
+                    "data": [
+                        {"id": name, "object": "model", "created": 0, "owned_by": "test"}
+                        for name in ("large-judge", "small-judge")
+                    ],
+                }
+            ).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Models)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}/v1"
+    server.shutdown()
+
+
+def test_a_judge_that_the_server_does_not_have(recipe, tmp_path, monkeypatch, judges):
+    monkeypatch.setenv("OPENAI_API_KEY", "any")
+    labels = dataclasses.replace(recipe.labels, base_url=judges, model="medium-judge")
+    refused(recipe, tmp_path, "model='medium-judge' is not at .* large-judge", labels=labels)
+    labels = dataclasses.replace(recipe.labels, base_url=judges)
+    refused(recipe, tmp_path, "several models or none: large-judge, small-judge", labels=labels)
+
+
+def test_a_budget_of_money_for_a_judge_without_a_price(recipe, tmp_path, monkeypatch, judges):
+    monkeypatch.setenv("OPENAI_API_KEY", "any")
+    labels = dataclasses.replace(recipe.labels, base_url=judges, model="small-judge", max_cost=1.0)
+    refused(recipe, tmp_path, "max_cost=1 needs a price for 'small-judge'", labels=labels)
+
+
+def test_a_model_of_another_vocabulary(recipe, tmp_path):
+    other = dataclasses.replace(BACKBONE, vocab_size=512)
+    params = init_params(jax.random.key(0), other, ComputeConfig(), head="lm")
+    save_orbax(params, other, tmp_path / "other", head="lm", source_folder=pathlib.Path(TOKENIZER))
+    answers = dataclasses.replace(recipe.answers, model=str(tmp_path / "other"))
+    refused(recipe, tmp_path, "config.answers.model=.* vocab_size=512", answers=answers)
+
+
+def test_a_reward_model_where_a_policy_should_be(recipe, tmp_path):
+    params = init_params(jax.random.key(0), BACKBONE, ComputeConfig(), head="score")
+    save_orbax(
+        params, BACKBONE, tmp_path / "scores", head="score", source_folder=pathlib.Path(TOKENIZER)
+    )
+    answers = dataclasses.replace(recipe.answers, model=str(tmp_path / "scores"))
+    refused(recipe, tmp_path, "config.answers.model=.* must be a model with", answers=answers)
+
+
+def test_a_model_that_is_not_there(recipe, tmp_path):
+    answers = dataclasses.replace(recipe.answers, model=str(tmp_path / "nowhere"))
+    refused(recipe, tmp_path, "nowhere", (ValueError, OSError), answers=answers)
+
+
+def test_rows_longer_than_the_models_positions(recipe, tmp_path):
+    data = dataclasses.replace(recipe.sft.data, row_length=4096)
+    sft = dataclasses.replace(recipe.sft, data=data)
+    refused(recipe, tmp_path, "config.sft.data.row_length=4096 must be at most .* 256", sft=sft)
+
+
+def test_answers_of_someone_else_that_are_none(recipe, tmp_path):
+    labels = dataclasses.replace(
+        recipe.labels, answers=str(sample.FOLDER / "real_instruction.jsonl")
+    )
+    refused(recipe, tmp_path, "not an answers record", labels=labels)
+
+
+@pytest.mark.slow
+def test_the_command_ends_in_one_line_and_a_code(tmp_path):
+    found = subprocess.run(
+        [
+            sys.executable,
+            "launch/train.py",
+            "--config=configs/rlaif.py",
+            f"--workdir={tmp_path / 'run'}",
+            "--config.data=nowhere.jsonl",
+        ],
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 1 and found.stdout == ""
+    assert found.stderr.startswith("error: ") and found.stderr.count("\n") == 1
+    assert "nowhere.jsonl" in found.stderr
