@@ -126,8 +126,10 @@ class Critic:
             return make_sharded(lambda key: self._on_shared_trunk(key, optimizer), mesh, key)
         state = self.model.make_state(key, optimizer, mesh)
         params = state.trained["params"]
-        head = {"kernel": params["score_head"]["kernel"] * self.head_scale}
-        trained = state.trained | {"params": params | {"score_head": head}}
+        kernel = params["score_head"]["kernel"]
+        # Not times 0, which would leave minus signs.
+        kernel = kernel * self.head_scale if self.head_scale else jnp.zeros_like(kernel)
+        trained = state.trained | {"params": params | {"score_head": {"kernel": kernel}}}
         return dataclasses.replace(state, trained=trained)
 
     def abstract_state(self, optimizer: Optimizer, mesh: Mesh) -> TrainState:

@@ -85,7 +85,20 @@ def _verdict(evaluation: Mapping[str, Any]) -> str:
         f"Of the difference, {number(length['gain_by_length']['value'])} goes with the length of "
         f"the answers; at equal length {interval(rest, name='gain_at_equal_length')} is left.",
         "Scores are the reward model's, which learned from the judge named below.",
+        _before_the_judge(evaluation["win_rates"]["ppo_over_sft"]["share"]),
     )
+
+
+def _before_the_judge(share: Mapping[str, Any] | None) -> str:
+    """Whether the judge, asked anew, agrees with the reward model."""
+    if share is None:
+        return ""
+    told = f"Asked anew, the judge gives PPO {interval(share, name='judge_share')} of the points"
+    if share["low"] > 0.5:
+        return f"{told}: it prefers PPO's answers, too."
+    if share["high"] < 0.5:
+        return f"{told}: it prefers SFT's answers. The reward model was misled."
+    return f"{told}: no preference beyond chance, so the gain may be the reward model's alone."
 
 
 def _signed(found: Mapping[str, Any] | None, name: str) -> str:

@@ -50,7 +50,7 @@ def test_a_file_of_dialogues_that_is_not_there(recipe, tmp_path):
 
 
 def test_an_empty_file_of_dialogues(recipe, tmp_path):
-    (tmp_path / "empty.jsonl: the file is empty").write_text("")
+    (tmp_path / "empty.jsonl").write_text("")
     refused(recipe, tmp_path, "empty.jsonl: the file is empty", data=str(tmp_path / "empty.jsonl"))
 
 
