@@ -110,7 +110,7 @@ def main() -> None:
         "length_log_odds_per_character": [fold.slope for fold in folds],
         "accuracy_by_fold": [json_of(measures.accuracy(fold.pairs, seed=SEED)) for fold in folds],
         "accuracy_by_margin": [
-            {"low": low, "high": high}
+            {"margin_low": low, "margin_high": high}
             | (json_of(measures.accuracy(pairs.only(inside(pairs, low, high)), seed=SEED)) or {})
             for low, high in measures.margin_ranges(pairs.margin)
         ],

@@ -12,8 +12,9 @@ Data: the package's sample dialogues, a fifth of them held out; prompts from the
 commas. Judge: the offline rubric, which is no substitute for a judge that reads;
 `--config.labels.base_url` asks a model behind any OpenAI-compatible server, with the key from
 OPENAI_API_KEY (`--config.labels.model` where the server has several).
-Hardware: any CPU. About 9 minutes of one core in all, divided by as many as are free.
-Expected (one run, seed 0, with 6 epochs of fine-tuning): held-out loss 7.66 before and 4.95 after;
+Hardware: any CPU.
+Expected (seen with 6 epochs of fine-tuning and 16 iterations of PPO): held-out loss 7.66 before
+and 4.95 after;
 the reward model agrees with 72 % of the held-out comparisons (length alone: 50 %); PPO's answers
 score .66 (95 %: .46 to .88) above SFT's at a KL of 7.2 nats an answer, and are shorter. At equal
 length .13 (-.09 to .35) is left, and the judge, asked anew, does not prefer them: what the policy
@@ -80,7 +81,7 @@ def _sft() -> SftConfig:
         model=ModelConfig(backbone=BACKBONE, tokenizer=str(sample.FOLDER / "tokenizer")),
         data=DataConfig(sources=sources, row_length=512, held_out=HELD_OUT),
         optimizer=OptimizerConfig(learning_rate=2e-3, warmup_share=0.05),
-        num_epochs=5,
+        num_epochs=4,
         batch_size=4,
         samples=SamplesConfig(num_prompts=2),
         loop=LoopConfig(evaluate_every=40, checkpoint_every=40, log_every=20),
@@ -116,7 +117,7 @@ def _ppo() -> PpoConfig:
         score=ScoreConfig(clip=5.0),
         kl_coef=0.03,
         target_kl_per_sequence=8.0,
-        num_iterations=16,
+        num_iterations=12,
         num_epochs=2,
         num_minibatches=2,
         loop=PpoLoopConfig(checkpoint_every=4, samples_per_iteration=4),

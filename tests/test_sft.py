@@ -214,6 +214,7 @@ def base_model(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_adapters_are_trained_beside_a_model_from_disk_and_merged(base_model, cache, tmp_path):
     config = _config(cache, directory=str(base_model), lora=LoraConfig(rank=4, alpha=8.0))
     config.num_steps = 2

@@ -179,8 +179,11 @@ def reward_model(run: Run) -> str:
         "the number of pairs."
     )
     by_margin = [
-        [f"part {part}", interval(one if "value" in one else None)]
-        for part, one in enumerate(found["accuracy_by_margin"], start=1)
+        [
+            f"{one['margin_low']:.3f} to {one['margin_high']:.3f}",
+            interval(one if "value" in one else None),
+        ]
+        for one in found["accuracy_by_margin"]
     ]
     parts = [
         table(["", "accuracy", "loss", "calibration error"], rows, caption="On held-out pairs"),
@@ -192,7 +195,7 @@ def reward_model(run: Run) -> str:
         figures((drawn, caption)),
     ]
     if by_margin:
-        parts.append(table(["pairs by the judge's margin, smallest first", "accuracy"], by_margin))
+        parts.append(table(["judge's margin", "accuracy"], by_margin))
     return section("reward", "The reward model", *parts)
 
 

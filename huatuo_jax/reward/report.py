@@ -111,7 +111,7 @@ def make_report(
         },
         "accuracy_by_turns": _by_turns(pairs, seed),
         "accuracy_by_margin": [
-            {"low": low, "high": high}
+            {"margin_low": low, "margin_high": high}
             | (_share(measures.accuracy(pairs.only(_between(pairs, low, high)), seed=seed)) or {})
             for low, high in measures.margin_ranges(pairs.margin)
         ],

@@ -99,6 +99,7 @@ def test_a_reward_that_is_length_alone_leaves_nothing_at_equal_length():
     assert parts["gain_at_equal_length"]["value"] == pytest.approx(0.0, abs=1e-12)
 
 
+@pytest.mark.slow
 def test_the_kl_is_the_sum_of_both_models_log_ratios_over_the_answers_tokens(tmp_path):
     models = {}
     for seed, name in enumerate(("policy", "reference")):

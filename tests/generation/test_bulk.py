@@ -86,6 +86,7 @@ def test_a_run_that_was_cut_anywhere_ends_in_the_same_file(
     assert output.read_bytes() == whole
 
 
+@pytest.mark.slow
 def test_a_killed_command_goes_on_to_the_same_file(model_folder, prompts_file, tmp_path):
     def command(output):
         flags = {

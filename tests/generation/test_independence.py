@@ -74,6 +74,7 @@ def perturbed_scores(number, answer_index, ids):
     return np.asarray(scores_1V + noise_1V * drawn_B[:, None])[0]
 
 
+@pytest.mark.slow
 def test_the_perturbed_scores_explain_every_token(alone):
     for number in range(len(SAMPLINGS)):
         for index, ids in enumerate(alone[number]):
@@ -155,7 +156,9 @@ def real_lengths(shared_data):
     return np.array([len(tokenizer(row["output"][0])["input_ids"]) for row in rows]).clip(3, 320)
 
 
-@pytest.mark.parametrize("of", ["a log-normal distribution", "real answers"])
+@pytest.mark.parametrize(
+    "of", ["a log-normal distribution", pytest.param("real answers", marks=pytest.mark.slow)]
+)
 def test_slots_stay_busy_on_answers_with_a_long_tail(of, request):
     if of == "real answers":
         lengths = real_lengths(request.getfixturevalue("shared_data"))

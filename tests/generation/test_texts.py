@@ -27,7 +27,7 @@ def test_what_was_complete_before_the_first_allowed_length_is_passed_over(tokeni
     assert find_stop(tokenizer, ids, ["#"], first=5) is None
 
 
-@pytest.mark.parametrize("steps_per_round", [1, 8])
+@pytest.mark.parametrize("steps_per_round", [pytest.param(1, marks=pytest.mark.slow), 8])
 def test_a_stop_string_ends_an_answer_and_the_ids_agree(tokenizer, steps_per_round):
     cfg = tiny.config(vocab_size=len(tokenizer))
     engine = tiny.engine(

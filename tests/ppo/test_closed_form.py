@@ -9,7 +9,7 @@ import pytest
 
 from tests.ppo.tiny import all_answers, config, exact_log_probs, run_tiny, table, tiny_job
 
-BETA = 0.5
+BETA = 1.0
 
 
 def _run(tmp_path, *, longest, num_iterations, num_answers, learning_rate, **changed):
@@ -59,7 +59,7 @@ def test_ppo_ends_at_the_best_policy_of_a_small_world(tmp_path):
     _assert_best(*_run(tmp_path, longest=1, num_iterations=60, num_answers=64, learning_rate=5e-3))
 
 
-_WHOLE = {"longest": 3, "num_iterations": 400, "num_answers": 256, "learning_rate": 5e-3}
+_WHOLE = {"longest": 3, "num_iterations": 200, "num_answers": 256, "learning_rate": 3e-3}
 
 
 @pytest.mark.slow

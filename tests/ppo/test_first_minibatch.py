@@ -20,7 +20,15 @@ KINDS = {
 }
 
 
-@pytest.fixture(scope="module", params=KINDS.values(), ids=KINDS.keys())
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(
+            kind, id=name, marks=() if name == "adapters in bfloat16" else pytest.mark.slow
+        )
+        for name, kind in KINDS.items()
+    ],
+)
 def passes(request, tmp_path_factory):
     """Two iterations; of each, the passes of the policy with a gradient, and the run's files."""
     workdir = tmp_path_factory.mktemp("run")
@@ -74,7 +82,7 @@ def test_the_reference_is_the_policy_before_the_first_step_and_then_is_not(passe
     assert second.targets.kl_N.any()
 
 
-@pytest.mark.parametrize("temperature", [0.7, 1.3])
+@pytest.mark.parametrize("temperature", [pytest.param(0.7, marks=pytest.mark.slow), 1.3])
 def test_at_every_temperature_the_kl_starts_at_0_and_the_sampler_agrees(temperature, tmp_path):
     cfg = config(rollout={"temperature": temperature}, lora=LORA)
     trainer, state = _opened(cfg, tmp_path)
@@ -93,6 +101,7 @@ def test_at_every_temperature_the_kl_starts_at_0_and_the_sampler_agrees(temperat
         assert np.abs(warm.old_log_probs_NT - found.old_log_probs_NT).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_the_gauges_of_a_run_say_so(tmp_path):
     run_tiny(config(num_iterations=2), tmp_path)
     rows = read_rows(tmp_path / "ppo" / "metrics.jsonl")

@@ -127,6 +127,7 @@ def _kill_at_random_moments(workdir, moments, *, seed):
         process.stdout.close()
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_random_moments_ends_as_an_unbroken_one(unbroken, tmp_path):
     _kill_at_random_moments(tmp_path, 3, seed=1)
     assert _newest(tmp_path) < NUM_ITERATIONS
@@ -143,7 +144,9 @@ def test_a_run_killed_at_ten_random_moments_ends_as_an_unbroken_one(unbroken, tm
     _assert_identical(_result(tmp_path), unbroken)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_run_that_is_told_to_stop_saves_and_goes_on_later(unbroken, tmp_path, number):
     process = _start(tmp_path, seconds_each=0.2)
     metrics = tmp_path / "ppo" / "samples.jsonl"

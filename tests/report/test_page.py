@@ -71,7 +71,7 @@ def reward_report():
         },
         "accuracy_above_length_baseline": accuracy | {"value": 0.265625},
         "score_length_correlation": {"all_answers": 0.25, "within_prompts": None},
-        "accuracy_by_margin": [{"low": 0.1, "high": 0.5} | accuracy],
+        "accuracy_by_margin": [{"margin_low": 0.1, "margin_high": 0.5} | accuracy],
     }
 
 

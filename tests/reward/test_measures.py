@@ -136,6 +136,8 @@ def test_a_report_splits_the_pairs_and_its_plot_is_a_picture():
         assert sum(one["num_pairs"] for one in report[split].values()) == len(expected)
     with_margin = sum(pair.margin is not None for group in groups for pair in group.pairs)
     assert sum(one["num_pairs"] for one in report["accuracy_by_margin"]) == with_margin
+    ranges = [(one["margin_low"], one["margin_high"]) for one in report["accuracy_by_margin"]]
+    assert ranges == sorted(ranges) and all(low <= high for low, high in ranges)
     lengths = [answer.num_characters for group in groups for answer in group.answers]
     assert report["score_length_correlation"]["all_answers"] == pytest.approx(
         np.corrcoef(scores, lengths)[0, 1]

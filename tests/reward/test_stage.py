@@ -181,6 +181,7 @@ class Stopped(Exception):
     pass
 
 
+@pytest.mark.slow
 def test_a_run_that_breaks_off_ends_as_an_unbroken_one(trained, files, tmp_path, monkeypatch):
     plain = reward_rows.RewardBatches.__next__
 

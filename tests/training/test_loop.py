@@ -114,6 +114,7 @@ def test_too_many_bad_steps_in_a_row_stop_the_run_and_name_the_batch(tmp_path):
         train(tiny_job(tmp_path, mesh=_mesh(), num_steps=10, spoilt=(4, 5, 6)), LOOP)
 
 
+@pytest.mark.slow
 def test_two_runs_in_one_process_are_the_same_but_for_time(tmp_path):
     runs = []
     for name in ("first", "second"):

@@ -154,7 +154,9 @@ def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(unbroken
     _assert_identical(_result(tmp_path), unbroken)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_run_that_is_told_to_stop_saves_and_goes_on_later(unbroken, tmp_path, number):
     process = _start(tmp_path, seconds_each=0.1)
     _wait_for(lambda: _num_rows(tmp_path) >= 2, process)
@@ -172,6 +174,7 @@ class _Stop(Exception):
     pass
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_on_another_mesh_agrees_to_rounding(tmp_path):
     loop = LoopConfig(evaluate_every=4, checkpoint_every=3, tensorboard=False)
     first = sharding.make_mesh(data=1, fsdp=2, tensor=1, devices=jax.devices()[:2])

@@ -1,0 +1,85 @@
+"""What the loop does where things go wrong, or far: skipped steps, early stops, a critic alone."""
+
+import jax
+import numpy as np
+import pytest
+
+from huatuo_jax.training.loop import Diverged
+from huatuo_jax.training.metrics import read_rows
+from tests.ppo.tiny import PROMPT, Table, config, run_tiny, table, tiny_job
+
+
+class Spoilt(Table):
+    """Scores that are no numbers, of the first answers of some rollouts."""
+
+    def __init__(self, *, rollouts, answers):
+        super().__init__(table(longest=3).rewards)
+        self._rollouts, self._answers, self._number = rollouts, answers, 0
+
+    def scores(self, answers):
+        scores_N = super().scores(answers)
+        if self._number in self._rollouts:
+            scores_N[: self._answers] = np.nan
+        self._number += 1
+        return scores_N
+
+
+def _rows(workdir):
+    return read_rows(workdir / "ppo" / "metrics.jsonl")
+
+
+def test_a_score_that_is_no_number_skips_the_steps_it_is_in_and_no_others(tmp_path):
+    cfg = config(whiten_advantages=False)
+    state, _ = run_tiny(cfg, tmp_path, scorer=Spoilt(rollouts=(1,), answers=1))
+    # One of two minibatches, in each of two passes.
+    assert int(state.policy.num_not_finite) == int(state.value.num_not_finite) == 2
+    assert int(state.policy.num_updates) == 10
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.policy.trained))
+    rows = _rows(tmp_path)
+    assert [row["ppo/policy_steps_not_finite"] for row in rows] == [0, 2, 2]
+    assert "ppo/score" not in rows[1] and "ppo/score" in rows[2]
+
+
+def test_steps_that_are_not_finite_in_a_row_stop_the_run(tmp_path):
+    cfg = config(loop={"max_not_finite_in_a_row": 6})
+    with pytest.raises(Diverged, match=f"iteration 2: .* answers to {PROMPT.id}, .*8 steps in a"):
+        run_tiny(cfg, tmp_path, scorer=Spoilt(rollouts=range(9), answers=8))
+    assert [row["ppo/policy_updates"] for row in _rows(tmp_path)] == [0, 0]
+
+
+def test_passes_over_a_rollout_end_where_the_policy_has_gone_too_far(tmp_path):
+    run_tiny(config(stop_at_kl=1e-9), tmp_path / "near")
+    rows = _rows(tmp_path / "near")
+    # The first step is taken, as its KL is 0; the second is not.
+    assert [row["ppo/policy_updates"] for row in rows] == [1, 2, 3]
+    assert all(row["ppo/stopped_early"] == 1.0 for row in rows)
+    assert [row["ppo/value_updates"] for row in rows] == [1, 2, 3]
+    run_tiny(config(stop_at_kl=1e9), tmp_path / "far")
+    rows = _rows(tmp_path / "far")
+    assert [row["ppo/policy_updates"] for row in rows] == [4, 8, 12]
+    assert not any(row["ppo/stopped_early"] for row in rows)
+
+
+def test_while_the_critic_warms_up_the_policy_keeps_every_bit(tmp_path):
+    cfg = config(value={"warmup_iterations": 2})
+    before = jax.device_get(tiny_job(cfg, tmp_path / "first").make_state().policy.trained)
+    job = tiny_job(cfg, tmp_path)
+    state, trainer = job.make_state(), job.make_trainer()
+    for _ in range(2):
+        state, report = trainer.iterate(state)
+        assert not report.update.policy and len(report.update.value) == 4
+    for left, right in zip(
+        jax.tree.leaves(before), jax.tree.leaves(state.policy.trained), strict=True
+    ):
+        assert left.tobytes() == np.asarray(right).tobytes()
+    assert int(state.value.num_updates) == 8
+    state, report = trainer.iterate(state)
+    assert len(report.update.policy) == 4 and int(state.policy.num_updates) == 4
+
+
+def test_a_run_is_a_function_of_its_seed(tmp_path):
+    first, again, other = (
+        run_tiny(config(seed=seed, num_iterations=1), tmp_path / name)[1]
+        for name, seed in (("first", 0), ("again", 0), ("other", 1))
+    )
+    assert first == again != other
