@@ -77,6 +77,7 @@ def test_while_the_critic_warms_up_the_policy_keeps_every_bit(tmp_path):
     assert len(report.update.policy) == 4 and int(state.policy.num_updates) == 4
 
 
+@pytest.mark.slow
 def test_a_run_is_a_function_of_its_seed(tmp_path):
     first, again, other = (
         run_tiny(config(seed=seed, num_iterations=1), tmp_path / name)[1]

@@ -144,9 +144,8 @@ def test_a_run_killed_at_ten_random_moments_ends_as_an_unbroken_one(unbroken, tm
     _assert_identical(_result(tmp_path), unbroken)
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_run_that_is_told_to_stop_saves_and_goes_on_later(unbroken, tmp_path, number):
     process = _start(tmp_path, seconds_each=0.2)
     metrics = tmp_path / "ppo" / "samples.jsonl"

@@ -218,13 +218,8 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize(
-    "way",
-    [
-        pytest.param(way, id=name, marks=() if name == "shared trunk" else pytest.mark.slow)
-        for name, way in WAYS.items()
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
 def test_every_way_to_make_the_roles_runs(files, tmp_path, way):
     way = dict(way)
     model = ModelConfig(directory=str(files / "sft"), **way.pop("model", {}))
