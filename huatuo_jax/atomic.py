@@ -1,4 +1,4 @@
-"""Folders that are either whole or absent: written beside their place, then renamed into it."""
+"""Files and folders that are whole or absent: written beside their place, then renamed into it."""
 
 import contextlib
 import fcntl
@@ -30,6 +30,17 @@ def temporary_name(target: str | os.PathLike[str], nonce: str) -> pathlib.Path:
     """Returns the folder beside `target` where it is written first, `TARGET.tmp-NONCE`."""
     target = pathlib.Path(os.path.abspath(target))
     return target.with_name(f"{target.name}.tmp-{nonce}")
+
+
+def write_file(path: pathlib.Path, content: str | bytes) -> None:
+    """Writes a file that is never seen half written; text as UTF-8.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    beside = path.with_name(f"{path.name}.tmp")
+    beside.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+    os.replace(beside, path)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import json
 import math
-import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -22,12 +21,13 @@ import numpy.typing as npt
 from jax.sharding import Mesh
 
 from huatuo_jax import sharding
+from huatuo_jax.atomic import write_file
 from huatuo_jax.backbone.transformer import Transformer
 from huatuo_jax.checkpoint.side_files import CONFIG_FILE
 from huatuo_jax.data.examples import UNKNOWN_KIND, Example, TokenIds
 from huatuo_jax.data.packing import PackingPlan, Row, pack_row, plan_rows
 from huatuo_jax.training.evaluation import check_rows
-from huatuo_jax.training.losses import next_tokens, token_scores
+from huatuo_jax.training.losses import at_tokens, hidden_of, next_tokens, token_scores
 from huatuo_jax.training.state import Variables
 from huatuo_jax.training.update import Batch
 
@@ -71,7 +71,7 @@ def head_scores(model: Transformer, variables: Variables, batch: Batch) -> jax.A
         batch: `token_ids`, `segment_ids`, `positions`, each `[B, T]`, as
             `huatuo_jax.data.packing` describes them; padding stands on either side.
     """
-    return model.apply(variables, _hidden(model, variables, batch), method="scores")
+    return model.apply(variables, hidden_of(model, variables, batch), method="scores")
 
 
 def answer_log_probs(
@@ -97,15 +97,13 @@ def answer_log_probs(
     """
     scores = token_scores(
         functools.partial(model.apply, variables, method="logits"),
-        _hidden(model, variables, batch),
+        hidden_of(model, variables, batch),
         next_tokens(batch["token_ids"]),
         next_tokens(batch["trained_mask"]),
         temperature=temperature,
         chunk=chunk,
     )
-    # From the position that predicts a token to the token itself, one to the right.
-    log_probs_BT = scores.log_probs_BT
-    return jnp.concatenate([jnp.zeros_like(log_probs_BT[:, :1]), log_probs_BT[:, :-1]], axis=1)
+    return at_tokens(scores.log_probs_BT)
 
 
 def padded_batch(
@@ -336,9 +334,7 @@ class Normalization:
 def save_normalization(folder: pathlib.Path, normalization: Normalization) -> None:
     """Writes it beside a model's weights, whole or not at all."""
     text = json.dumps(normalization.to_json(), ensure_ascii=False, indent=2)
-    beside = folder / f"{NORMALIZATION_FILE}.tmp"
-    beside.write_text(f"{text}\n", encoding="utf-8")
-    os.replace(beside, folder / NORMALIZATION_FILE)
+    write_file(folder / NORMALIZATION_FILE, f"{text}\n")
 
 
 def load_normalization(folder: pathlib.Path) -> Normalization | None:
@@ -360,15 +356,6 @@ def load_normalization(folder: pathlib.Path) -> Normalization | None:
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from error
     return None
-
-
-def _hidden(model: Transformer, variables: Variables, batch: Batch) -> jax.Array:
-    return model.apply(
-        variables,
-        batch["token_ids"],
-        segment_ids_BT=batch["segment_ids"],
-        positions_BT=batch["positions"],
-    )
 
 
 def _example(one: GivenAnswer) -> Example:

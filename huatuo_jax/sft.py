@@ -29,7 +29,7 @@ from huatuo_jax.training.initial_model import (
     open_model,
 )
 from huatuo_jax.training.loop import Job, LoopConfig, StepReport, step_numbers, train
-from huatuo_jax.training.losses import next_tokens, sums_by_kind, token_scores
+from huatuo_jax.training.losses import hidden_of, next_tokens, sums_by_kind, token_scores
 from huatuo_jax.training.optimizer import OptimizerConfig, make_optimizer
 from huatuo_jax.training.run_directory import (
     StageDirectory,
@@ -161,16 +161,10 @@ def token_loss(
         `correct_by_kind`, one for each of `ALL_KINDS`; `tokens` without padding;
         `attended_pairs` of query and key.
     """
-    hidden_BTD = model.apply(
-        variables,
-        batch["token_ids"],
-        segment_ids_BT=batch["segment_ids"],
-        positions_BT=batch["positions"],
-    )
     wanted_BT = next_tokens(batch["trained_mask"])
     scores = token_scores(
         functools.partial(model.apply, variables, method="logits"),
-        hidden_BTD,
+        hidden_of(model, variables, batch),
         next_tokens(batch["token_ids"]),
         wanted_BT,
         chunk=chunk,

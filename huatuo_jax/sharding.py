@@ -6,6 +6,7 @@ parallelism, arXiv 1910.02054), `tensor` splits heads, feed-forward and vocabula
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -170,6 +171,11 @@ def parameter_shardings(tree: Any, mesh: Mesh) -> Any:
         return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def batch_shards(mesh: Mesh | None) -> int:
+    """Into how many parts a mesh splits a batch; 1 without a mesh."""
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

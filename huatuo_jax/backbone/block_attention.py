@@ -24,7 +24,7 @@ def attend_in_blocks(
 
     Scores of a chunk are made again in the backward pass, so `[T, T]` is never held.
     """
-    batch, length, num_heads, head_dim = q_BTNH.shape
+    length = q_BTNH.shape[1]
     chunk = max(query_chunk, -(-length // _MOST_BLOCKS))
     blocks, masks = [], []
     for start in range(0, length, chunk):

@@ -1,10 +1,7 @@
 """What models say of given text: the loss on held-out dialogues, and how far two models differ."""
 
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -15,9 +12,7 @@ from huatuo_jax.evaluation.statistics import Values
 from huatuo_jax.scoring import GivenAnswer, Scorer
 from huatuo_jax.sft import evaluation_numbers, token_loss
 from huatuo_jax.training.dialogue_data import DialogueData
-from huatuo_jax.training.loop import put_on_mesh
-from huatuo_jax.training.state import Variables
-from huatuo_jax.training.update import Batch
+from huatuo_jax.training.evaluation import make_measure
 
 
 def held_out_loss(
@@ -41,17 +36,13 @@ def held_out_loss(
     """
     module = Transformer(info.cfg, compute)
     variables = {"params": models.load_params(info, mesh=mesh)}
-
-    def sums(variables: Variables, batch: Batch) -> dict[str, jax.Array]:
-        return token_loss(module, variables, batch, chunk=chunk).others
-
-    compiled = jax.jit(sums, out_shardings=jax.NamedSharding(mesh, jax.P()))
-    totals: dict[str, Any] = defaultdict(lambda: np.zeros((), np.float64))
-    with jax.set_mesh(mesh):
-        for batch in data.evaluation_batches(rows_at_once):
-            for name, value in compiled(variables, put_on_mesh(batch, mesh)).items():
-                totals[name] = totals[name] + np.asarray(value, np.float64)
-    return evaluation_numbers(totals)
+    measure = make_measure(
+        lambda variables, batch: token_loss(module, variables, batch, chunk=chunk).others,
+        lambda: data.evaluation_batches(rows_at_once),
+        evaluation_numbers,
+        mesh,
+    )
+    return measure(variables)
 
 
 def sequence_kl(

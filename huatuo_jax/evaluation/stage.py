@@ -2,13 +2,13 @@
 
 import itertools
 import json
-import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jax.sharding import Mesh
 
+from huatuo_jax.atomic import write_file
 from huatuo_jax.backbone.config import ComputeConfig
 from huatuo_jax.checkpoint import models
 from huatuo_jax.evaluation import statistics
@@ -152,10 +152,8 @@ def compare(answers: Mapping[str, ScoredAnswers], *, seed: int) -> dict[str, Any
 
 def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
     """Writes JSON that is never seen half written."""
-    beside = path.with_name(f"{path.name}.tmp")
     text = json.dumps(value, ensure_ascii=False, indent=2, allow_nan=False)
-    beside.write_text(f"{text}\n", encoding="utf-8")
-    os.replace(beside, path)
+    write_file(path, f"{text}\n")
 
 
 def _length(answers: Mapping[str, ScoredAnswers], *, seed: int) -> dict[str, Any]:

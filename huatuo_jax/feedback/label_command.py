@@ -8,6 +8,7 @@ import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from huatuo_jax.atomic import write_file
 from huatuo_jax.feedback.budget import BudgetConfig
 from huatuo_jax.feedback.comparison_config import ComparisonConfig
 from huatuo_jax.feedback.comparison_mixing import read_mixed
@@ -223,9 +224,7 @@ def _report(
         row["spending"] = dataclasses.asdict(judge.totals)
         row["prices"] = None if judge.price is None else judge.price.to_json()
     path = pathlib.Path(report_path(cfg.output))
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps(row, ensure_ascii=False, indent=2), encoding="utf-8")
-    os.replace(temporary, path)
+    write_file(path, json.dumps(row, ensure_ascii=False, indent=2))
     say(report.text())
 
 

@@ -107,9 +107,7 @@ class AnswersFile:
 
     def _write_settings(self, settings: Mapping[str, Any]) -> None:
         # Renamed into place, and before the first answer: a file of answers never lacks it.
-        temporary = self._settings_path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(settings, indent=2, ensure_ascii=False), encoding="utf-8")
-        os.replace(temporary, self._settings_path)
+        atomic.write_file(self._settings_path, json.dumps(settings, indent=2, ensure_ascii=False))
 
     def _whole_chunks(self) -> tuple[int, int]:
         """How many records whole chunks hold, and where in the file they end."""

@@ -15,6 +15,10 @@ from huatuo_jax.generation.requests import Answer, Request, SamplingConfig
 _DIGITS = 6  # Of log-probabilities in the file.
 
 
+class PromptTooLong(ValueError):
+    """A prompt that leaves no room for an answer."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Task:
     """A prompt as it is to be answered.
@@ -51,7 +55,8 @@ def make_task(
             text and the last question stay.
 
     Raises:
-        ValueError: the prompt leaves no room for an answer.
+        PromptTooLong: the prompt leaves no room for an answer.
+        ValueError: the template cannot render it.
     """
     messages = list(prompt.messages)
     num_system = int(messages[0].role == "system")
@@ -67,7 +72,7 @@ def make_task(
         token_ids = template.prompt(messages, tokenizer)
     if len(token_ids) >= max_length:
         advice = "" if drop_oldest_turns else "; drop_oldest_turns leaves out its oldest turns"
-        raise ValueError(
+        raise PromptTooLong(
             f"prompt {prompt.id!r} has {len(token_ids)} tokens, and {max_length} are the most with "
             f"the answer{advice}"
         )

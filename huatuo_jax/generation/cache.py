@@ -10,7 +10,6 @@ On a mesh, rows and pages are split over the batch axes and heads over `tensor`;
 in its own shard. `on_shards` runs what looks pages up inside the shards, so that no key travels.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -243,8 +242,3 @@ def shrink(cache: Cache, targets_N: jax.Array) -> Cache:
         return pool[:kept].at[targets_N].set(pool[kept:], mode="drop")
 
     return jax.tree.map(lambda array: (jax.vmap(move) if array.ndim == 5 else move)(array), cache)
-
-
-def batch_shards(mesh: Mesh | None) -> int:
-    """Into how many parts a mesh splits a batch, and the pages of a cache."""
-    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)

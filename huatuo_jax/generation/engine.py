@@ -19,10 +19,11 @@ import transformers
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from huatuo_jax import sharding
 from huatuo_jax.backbone.transformer import Transformer
 from huatuo_jax.generation import weights
 from huatuo_jax.generation.buckets import Buckets, bucket_of
-from huatuo_jax.generation.cache import Cache, batch_shards
+from huatuo_jax.generation.cache import Cache
 from huatuo_jax.generation.memory import check_fits
 from huatuo_jax.generation.pool import Pool
 from huatuo_jax.generation.programs import Programs
@@ -87,7 +88,7 @@ class Engine:
                 f"{cfg.max_positions} positions"
             )
         cfg.require_fixed_angles(max_length, purpose="cached decoding")
-        shards = batch_shards(mesh)
+        shards = sharding.batch_shards(mesh)
         self._prefill_rows = shards if prefill_rows is None else prefill_rows
         for name, size in {"slots": slots, "prefill_rows": self._prefill_rows}.items():
             if size < 1 or size % shards:
@@ -378,7 +379,7 @@ class Engine:
             self._buckets,
             slots=len(self._table.running),
             max_length=self._max_length,
-            shards=batch_shards(self._mesh),
+            shards=sharding.batch_shards(self._mesh),
         )
 
 

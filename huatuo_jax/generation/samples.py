@@ -12,13 +12,14 @@ import numpy as np
 import transformers
 from jax.sharding import Mesh
 
-from huatuo_jax import sharding
+from huatuo_jax.atomic import write_file
 from huatuo_jax.backbone.transformer import Transformer
 from huatuo_jax.data.chat import ChatTemplate
 from huatuo_jax.data.examples import Example
 from huatuo_jax.data.records import Message
 from huatuo_jax.generation.engine import Engine
 from huatuo_jax.generation.requests import Request, SamplingConfig
+from huatuo_jax.generation.slots import slots_for
 from huatuo_jax.generation.texts import text_of
 
 _PROBE = (Message("user", "?"), Message("assistant", "!"))
@@ -119,19 +120,16 @@ class Samples:
                 }
             )
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        unfinished = self._path.with_name(self._path.name + ".unfinished")
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(self._path)
+        write_file(self._path, text)
 
     def _load(self, variables: dict[str, Any]) -> Engine:
         if self._engine is not None:
             self._engine.load(variables)
             return self._engine
-        shards = int(np.prod([self._mesh.shape[axis] for axis in sharding.BATCH_AXES]))
         self._engine = Engine(
             self._model,
             variables,
-            slots=-(-len(self._prompts) // shards) * shards,
+            slots=slots_for(len(self._prompts), self._mesh),
             max_length=self._max_length,
             mesh=self._mesh,
         )

@@ -3,12 +3,20 @@
 import dataclasses
 
 import numpy as np
+from jax.sharding import Mesh
 
+from huatuo_jax import sharding
 from huatuo_jax.generation.programs import Emitted, Progress
 from huatuo_jax.generation.requests import Request
 from huatuo_jax.generation.sampling import Settings
 
 MAX_STOP_TOKENS = 16  # A fixed width, so that no request compiles anything anew.
+
+
+def slots_for(wanted: int, mesh: Mesh | None) -> int:
+    """The fewest slots, at least so many, that a mesh divides evenly."""
+    shards = sharding.batch_shards(mesh)
+    return -(-wanted // shards) * shards
 
 
 @dataclasses.dataclass

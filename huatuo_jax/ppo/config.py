@@ -1,8 +1,7 @@
 """The settings of a PPO stage."""
 
 import dataclasses
-import os
-from typing import Any, Literal
+from typing import Literal
 
 from huatuo_jax.backbone.lora import LoraConfig
 from huatuo_jax.ppo.prompts import PromptsConfig
@@ -16,15 +15,13 @@ Estimator = Literal["gae", "rloo", "grpo"]
 KlPlace = Literal["reward", "sequence_square", "k3"]
 ScoreScale = Literal["stored", "running", "raw"]
 
-WORKDIR_MARK = "{workdir}"
-"""In a path of the config it stands for the run's folder: models of earlier stages are found so."""
-
 
 def _require_positive(name: str, value: float | None, *, whole: bool = False) -> None:
-    if value is not None and not (1 if whole else 0) <= value < float("inf"):
+    if value is None:
+        return
+    fits = value >= 1 if whole else value > 0
+    if not (fits and value < float("inf")):
         raise ValueError(f"{name}={value!r} must be {'at least 1' if whole else 'above 0'}")
-    if value is not None and value == 0:
-        raise ValueError(f"{name}={value!r} must be above 0")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -300,24 +297,3 @@ class PpoConfig:
     def warmup_iterations(self) -> int:
         """First iterations that leave the policy as it is."""
         return self.value.warmup_iterations if self.has_critic else 0
-
-    def placed_in(self, workdir: str | os.PathLike[str]) -> "PpoConfig":
-        """The config with the run's folder in its paths."""
-        folder = os.fspath(workdir)
-        model = _placed(self.model, folder, "directory", "tokenizer")
-        data = dataclasses.replace(
-            self.data, paths=tuple(path.replace(WORKDIR_MARK, folder) for path in self.data.paths)
-        )
-        return _placed(dataclasses.replace(self, model=model, data=data), folder, "reward_model")
-
-
-def _placed(section: Any, folder: str, *names: str) -> Any:
-    paths = {name: getattr(section, name) for name in names}
-    return dataclasses.replace(
-        section,
-        **{
-            name: path.replace(WORKDIR_MARK, folder)
-            for name, path in paths.items()
-            if path is not None
-        },
-    )

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from jax.sharding import Mesh
 
+from huatuo_jax.atomic import write_file
 from huatuo_jax.checkpoint.store import CheckpointStore
 from huatuo_jax.ppo.config import PpoLoopConfig
 from huatuo_jax.ppo.report import PREFIX, Decode, IterationFlops, IterationReport
@@ -201,9 +202,7 @@ def cut_samples(path: pathlib.Path, *, after_step: int | None) -> None:
         for line in lines
         if line.endswith("\n") and after_step is not None and json.loads(line)["step"] <= after_step
     ]
-    beside = path.with_suffix(".tmp")
-    beside.write_text("".join(kept), encoding="utf-8")
-    os.replace(beside, path)
+    write_file(path, "".join(kept))
 
 
 def _append(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -8,13 +8,13 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 
 from huatuo_jax.backbone.transformer import Transformer
 from huatuo_jax.ppo.update import Outputs
 from huatuo_jax.rl.kl import KlLoss
 from huatuo_jax.rl.losses import add_entropy_bonus, add_kl_loss, policy_loss, value_loss
-from huatuo_jax.training.losses import next_tokens, token_scores
+from huatuo_jax.scoring import head_scores
+from huatuo_jax.training.losses import at_tokens, hidden_of, next_tokens, token_scores
 from huatuo_jax.training.state import Variables
 from huatuo_jax.training.update import Batch, LossSums
 
@@ -61,14 +61,14 @@ def _policy_row_loss(
     mask_BT = batch["mask"]
     scores = token_scores(
         functools.partial(model.apply, variables, method="logits"),
-        _hidden(model, variables, batch),
+        hidden_of(model, variables, batch),
         next_tokens(batch["token_ids"]),
         next_tokens(mask_BT),
         temperature=objective.temperature,
         chunk=objective.chunk,
         entropy=True,
     )
-    log_probs_BT, entropies_BT = _at_tokens(scores.log_probs_BT), _at_tokens(scores.entropies_BT)
+    log_probs_BT, entropies_BT = at_tokens(scores.log_probs_BT), at_tokens(scores.entropies_BT)
     sums = policy_loss(
         log_probs_BT,
         batch["old_log_probs"],
@@ -108,8 +108,8 @@ def _value_row_loss(
     kl_coef: jax.Array,
 ) -> tuple[LossSums, Outputs]:
     del kl_coef
-    after_BT = model.apply(variables, _hidden(model, variables, batch), method="scores")
-    values_BT = _at_tokens(after_BT)
+    after_BT = head_scores(model, variables, batch)
+    values_BT = at_tokens(after_BT)
     sums = value_loss(
         values_BT,
         batch["old_values"],
@@ -120,17 +120,3 @@ def _value_row_loss(
     )
     outputs = {"values": values_BT, "values_after": after_BT}
     return sums, jax.lax.stop_gradient(outputs)
-
-
-def _hidden(model: Transformer, variables: Variables, batch: Batch) -> jax.Array:
-    return model.apply(
-        variables,
-        batch["token_ids"],
-        segment_ids_BT=batch["segment_ids"],
-        positions_BT=batch["positions"],
-    )
-
-
-def _at_tokens(numbers_BT: jax.Array) -> jax.Array:
-    """From the position before a token to the token itself, one to the right."""
-    return jnp.concatenate([jnp.zeros_like(numbers_BT[:, :1]), numbers_BT[:, :-1]], axis=1)

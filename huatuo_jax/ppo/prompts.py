@@ -13,7 +13,7 @@ from huatuo_jax.data.chat import ChatTemplate
 from huatuo_jax.data.readers import read_dialogues, read_prompts
 from huatuo_jax.data.records import Dialogue, Prompt
 from huatuo_jax.data.shuffling import permutation
-from huatuo_jax.generation.bulk_tasks import make_task
+from huatuo_jax.generation.bulk_tasks import PromptTooLong, make_task
 from huatuo_jax.training.run_directory import operational
 
 if TYPE_CHECKING:
@@ -146,10 +146,6 @@ def _tokens(
 ) -> TokenPrompt | str:
     """The prompt's tokens, or why there are none."""
     try:
-        template.prompt(prompt.messages, tokenizer)
-    except ValueError:
-        return NOT_RENDERED
-    try:
         task = make_task(
             prompt,
             template,
@@ -158,8 +154,10 @@ def _tokens(
             max_new_tokens=max_new_tokens,
             drop_oldest_turns=cfg.drop_oldest_turns,
         )
-    except ValueError:
+    except PromptTooLong:
         return TOO_LONG
+    except ValueError:
+        return NOT_RENDERED
     if len(task.token_ids) > cfg.max_prompt_tokens:
         return TOO_LONG
     return TokenPrompt(prompt.id, tuple(np.asarray(task.token_ids).tolist()))

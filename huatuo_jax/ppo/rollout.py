@@ -10,11 +10,11 @@ import numpy as np
 import numpy.typing as npt
 from jax.sharding import Mesh
 
-from huatuo_jax import sharding
 from huatuo_jax.backbone.transformer import Transformer
 from huatuo_jax.generation.buckets import bucket_of, row_lengths
 from huatuo_jax.generation.engine import Engine
 from huatuo_jax.generation.requests import Answer, Request, SamplingConfig
+from huatuo_jax.generation.slots import slots_for
 from huatuo_jax.ppo.config import RolloutConfig
 from huatuo_jax.ppo.prompts import TokenPrompt
 from huatuo_jax.scoring import GivenAnswer, padded_batch
@@ -132,12 +132,11 @@ class Sampler:
         if self._engine is not None:
             self._engine.load(variables)
             return self._engine
-        shards = int(np.prod([self._mesh.shape[axis] for axis in sharding.BATCH_AXES]))
         wanted = self._cfg.slots or min(self._cfg.num_answers, _MOST_SLOTS)
         self._engine = Engine(
             self._model,
             variables,
-            slots=-(-wanted // shards) * shards,
+            slots=slots_for(wanted, self._mesh),
             max_length=self._max_length,
             mesh=self._mesh,
         )

@@ -18,7 +18,7 @@ from huatuo_jax.ppo.rollout import AnswerScorer
 from huatuo_jax.training.evaluation import check_rows
 from huatuo_jax.training.initial_model import open_model
 from huatuo_jax.training.run_directory import all_fields, begin_stage, identity
-from huatuo_jax.training.sections import from_section
+from huatuo_jax.training.sections import from_section, placed_in
 from huatuo_jax.training.throughput import ModelFlops
 
 STAGE = "ppo"
@@ -57,7 +57,7 @@ def run_ppo(
         Diverged: too many steps in a row were not finite.
         OSError: something cannot be read or written.
     """
-    cfg = from_section(PpoConfig, config, path=f"config.{STAGE}").placed_in(workdir)
+    cfg = placed_in(from_section(PpoConfig, config, path=f"config.{STAGE}"), workdir)
     mesh = cfg.mesh.make()
     check_rows(cfg.rows_at_once, name="micro_batch_size", mesh=mesh)
     if jax.process_count() > 1:

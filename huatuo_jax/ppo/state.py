@@ -1,6 +1,7 @@
 """What an iteration of PPO reads and leaves behind."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,15 +39,9 @@ def new_ppo_state(
     policy: TrainState, value: TrainState | None, *, kl_coef: float, seed: int, mesh: Mesh
 ) -> PpoState:
     """The state before the first iteration."""
-    small = {
-        "iteration": jnp.zeros((), jnp.int32),
-        "next_prompt": jnp.zeros((), jnp.int32),
-        "kl_coef": jnp.asarray(kl_coef, jnp.float32),
-        "scores": no_moments(),
-        "key": jax.random.key(seed),
-    }
     everywhere = jax.NamedSharding(mesh, jax.P())
-    return PpoState(**jax.device_put(small, everywhere), policy=policy, value=value)
+    small = jax.device_put(_beside_the_models(kl_coef, seed), everywhere)
+    return PpoState(**small, policy=policy, value=value)
 
 
 def abstract_ppo_state(policy: TrainState, value: TrainState | None, mesh: Mesh) -> PpoState:
@@ -56,11 +51,16 @@ def abstract_ppo_state(policy: TrainState, value: TrainState | None, mesh: Mesh)
     def scalar(leaf: jax.Array) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere)
 
-    small = {
+    small = jax.tree.map(scalar, _beside_the_models(kl_coef=0.0, seed=0))
+    return PpoState(**small, policy=policy, value=value)
+
+
+def _beside_the_models(kl_coef: float, seed: int) -> dict[str, Any]:
+    """All of the first state but policy and critic."""
+    return {
         "iteration": jnp.zeros((), jnp.int32),
         "next_prompt": jnp.zeros((), jnp.int32),
-        "kl_coef": jnp.zeros((), jnp.float32),
+        "kl_coef": jnp.asarray(kl_coef, jnp.float32),
         "scores": no_moments(),
-        "key": jax.random.key(0),
+        "key": jax.random.key(seed),
     }
-    return PpoState(**jax.tree.map(scalar, small), policy=policy, value=value)

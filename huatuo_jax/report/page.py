@@ -1,8 +1,8 @@
 """The page itself: head, contents, parts; one file that needs nothing beside it."""
 
-import os
 import pathlib
 
+from huatuo_jax.atomic import write_file
 from huatuo_jax.report import outcome, sections
 from huatuo_jax.report.costs import costs
 from huatuo_jax.report.headline import headline
@@ -38,9 +38,7 @@ def write_report(
         OSError: the page cannot be written.
     """
     page = make_page(read_run(workdir), title=title, num_prompts=num_prompts)
-    beside = output.with_name(f"{output.name}.tmp")
-    beside.write_text(page, encoding="utf-8")
-    os.replace(beside, output)
+    write_file(output, page)
 
 
 def make_page(run: Run, *, title: str, num_prompts: int) -> str:

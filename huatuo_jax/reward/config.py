@@ -1,7 +1,6 @@
 """The settings of a reward stage."""
 
 import dataclasses
-import os
 
 from huatuo_jax.reward.data import ComparisonsConfig
 from huatuo_jax.reward.rows import Denominator, RowsConfig
@@ -10,9 +9,6 @@ from huatuo_jax.training.initial_model import ComputeSection, ModelConfig
 from huatuo_jax.training.loop import LoopConfig
 from huatuo_jax.training.optimizer import OptimizerConfig
 from huatuo_jax.training.run_directory import operational
-
-WORKDIR_MARK = "{workdir}"
-"""In a path of the config it stands for the run's folder: the SFT stage's model is found so."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,29 +88,4 @@ class RewardConfig:
             denominator=self.denominator,
             shuffled=shuffled,
             seed=self.seed,
-        )
-
-    def placed_in(self, workdir: str | os.PathLike[str]) -> "RewardConfig":
-        """The config with the run's folder in its paths."""
-        folder = os.fspath(workdir)
-
-        def placed(path: str | None) -> str | None:
-            return None if path is None else path.replace(WORKDIR_MARK, folder)
-
-        sources = tuple(
-            dataclasses.replace(
-                source, paths=tuple(path.replace(WORKDIR_MARK, folder) for path in source.paths)
-            )
-            for source in self.data.sources
-        )
-        model = dataclasses.replace(
-            self.model,
-            directory=placed(self.model.directory),
-            tokenizer=placed(self.model.tokenizer),
-        )
-        return dataclasses.replace(
-            self,
-            model=model,
-            data=dataclasses.replace(self.data, sources=sources),
-            normalization_answers=placed(self.normalization_answers),
         )

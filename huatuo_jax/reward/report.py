@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from huatuo_jax.atomic import write_file
 from huatuo_jax.reward import measures
 from huatuo_jax.reward.data import Answer, Group
 from huatuo_jax.reward.measures import ScoredPairs
@@ -121,8 +121,8 @@ def make_report(
 def write_report(folder: pathlib.Path, report: dict[str, Any]) -> None:
     """Writes the report and its plot, each whole or not at all."""
     text = json.dumps(report, ensure_ascii=False, indent=2, allow_nan=False) + "\n"
-    _write(folder / REPORT_FILE, text.encode("utf-8"))
-    _write(folder / PLOT_FILE, reliability_plot(report))
+    write_file(folder / REPORT_FILE, text)
+    write_file(folder / PLOT_FILE, reliability_plot(report))
 
 
 def reliability_plot(report: dict[str, Any]) -> bytes:
@@ -213,9 +213,3 @@ def _with(pairs: ScoredPairs, difference: measures.Floats) -> ScoredPairs:
 
 def _share(share: measures.Share | None) -> dict[str, float | int] | None:
     return None if share is None else share.to_json()
-
-
-def _write(path: pathlib.Path, content: bytes) -> None:
-    beside = path.with_name(f"{path.name}.tmp")
-    beside.write_bytes(content)
-    os.replace(beside, path)

@@ -36,7 +36,7 @@ from huatuo_jax.training.run_directory import (
     begin_stage,
     identity,
 )
-from huatuo_jax.training.sections import from_section
+from huatuo_jax.training.sections import from_section, placed_in
 from huatuo_jax.training.throughput import ModelFlops
 from huatuo_jax.training.update import compile_update, make_update
 
@@ -67,7 +67,7 @@ def run_reward(
         Diverged: too many steps in a row were not finite.
         OSError: something cannot be read or written.
     """
-    cfg = from_section(RewardConfig, config, path=f"config.{STAGE}").placed_in(workdir)
+    cfg = placed_in(from_section(RewardConfig, config, path=f"config.{STAGE}"), workdir)
     mesh = cfg.mesh.make()
     check_rows(cfg.rows_at_once, name="micro_batch_size", mesh=mesh)
     model = open_model(

@@ -2,6 +2,8 @@
 
 import os
 
+from transformers import PreTrainedTokenizerBase
+
 from huatuo_jax.checkpoint import models
 from huatuo_jax.checkpoint.tokenizer import load_tokenizer
 from huatuo_jax.data import templates
@@ -29,6 +31,7 @@ def check_inputs(cfg: RlaifConfig, workdir: str | os.PathLike[str], wanted: set[
         OSError: a file that is not there, or no model.
     """
     model = open_model(cfg.sft.model, cfg.sft.compute.compute_config())
+    tokenizer = load_tokenizer(cfg.sft.model.tokenizer_source)
     if "sft" in wanted:
         model.load_tokenizer("sft")
         _check_positions("sft.data.row_length", cfg.sft.data.row_length, model)
@@ -45,9 +48,9 @@ def check_inputs(cfg: RlaifConfig, workdir: str | os.PathLike[str], wanted: set[
         ("export.reward", "export", cfg.export.reward),
     ):
         if stage in wanted and value is not None:
-            _check_model(name, value, model, cfg, workdir, made=_makers(wanted))
+            _check_model(name, value, cfg, tokenizer, workdir, made=_makers(wanted))
     if "answers" in wanted:
-        _check_prompts("answers.prompts", cfg.answers, model, cfg.sft.data.template)
+        _check_prompts("answers.prompts", cfg.answers, model, tokenizer, cfg.sft.data.template)
     if "labels" in wanted and not _is_made(cfg.labels.answers, workdir, wanted, "answers"):
         read_answered(cfg.labels.answers)
     if "reward" in wanted:
@@ -59,7 +62,9 @@ def check_inputs(cfg: RlaifConfig, workdir: str | os.PathLike[str], wanted: set[
     if "ppo" in wanted:
         _check_positions("ppo.data.max_prompt_tokens + rollout", cfg.ppo.max_length, model)
     if "evaluation" in wanted:
-        _check_prompts("evaluation.prompts", cfg.evaluation, model, cfg.sft.data.template)
+        _check_prompts(
+            "evaluation.prompts", cfg.evaluation, model, tokenizer, cfg.sft.data.template
+        )
 
 
 def _makers(wanted: set[str]) -> dict[str, str]:
@@ -80,8 +85,8 @@ def _is_made(path: str, workdir: str | os.PathLike[str], wanted: set[str], stage
 def _check_model(
     name: str,
     place: str,
-    model: InitialModel,
     cfg: RlaifConfig,
+    tokenizer: PreTrainedTokenizerBase,
     workdir: str | os.PathLike[str],
     *,
     made: dict[str, str],
@@ -98,16 +103,15 @@ def _check_model(
         raise ValueError(f"config.{name}={place!r} must be {wanted}")
     if inside[0] != os.pardir:  # Made by a stage of this run, with this very tokenizer.
         return
-    theirs, ours = load_tokenizer(info.folder), load_tokenizer(cfg.sft.model.tokenizer_source)
-    if tokenizer_hash(theirs) != tokenizer_hash(ours):
+    if tokenizer_hash(load_tokenizer(info.folder)) != tokenizer_hash(tokenizer):
         raise ValueError(
             f"config.{name}={place!r} has another tokenizer than config.sft.model "
             f"({cfg.sft.model.tokenizer_source}): all models of a run share one"
         )
-    if info.cfg.vocab_size < len(ours):
+    if info.cfg.vocab_size < len(tokenizer):
         raise ValueError(
             f"config.{name}={place!r} has vocab_size={info.cfg.vocab_size}, less than the "
-            f"tokenizer's {len(ours)} tokens"
+            f"tokenizer's {len(tokenizer)} tokens"
         )
 
 
@@ -120,12 +124,15 @@ def _check_positions(name: str, length: int, model: InitialModel) -> None:
 
 
 def _check_prompts(
-    name: str, cfg: AnswersConfig | EvaluationConfig, model: InitialModel, template_name: str
+    name: str,
+    cfg: AnswersConfig | EvaluationConfig,
+    model: InitialModel,
+    tokenizer: PreTrainedTokenizerBase,
+    template_name: str,
 ) -> None:
     """All prompts can be read, and leave room for a token of an answer."""
     prompts = list(read_prompts(cfg.prompts))
     template = templates.by_name(template_name)
-    tokenizer = load_tokenizer(model.section.tokenizer_source)
     limit = model.cfg.max_positions
     for prompt in prompts:
         # The last question alone, as the oldest turns are dropped where a dialogue is too long.

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import pathlib
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
 from huatuo_jax.data.records import Kind
 from huatuo_jax.evaluation.config import EvaluationConfig
@@ -16,14 +16,13 @@ from huatuo_jax.feedback.replies import Structured
 from huatuo_jax.feedback.server_calls import ServerConfig
 from huatuo_jax.generation.requests import SamplingConfig
 from huatuo_jax.ppo.config import PpoConfig
-from huatuo_jax.reward.config import WORKDIR_MARK, RewardConfig
+from huatuo_jax.reward.config import RewardConfig
 from huatuo_jax.sft import SftConfig
 from huatuo_jax.training.dialogue_data import SourceConfig
 from huatuo_jax.training.run_directory import operational
+from huatuo_jax.training.sections import placed_in
 
 STAGES = ("sft", "answers", "labels", "reward", "ppo", "evaluation", "export", "report")
-
-Config = TypeVar("Config")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -210,7 +209,7 @@ class RlaifConfig:
 
     def in_workdir(self, workdir: str | os.PathLike[str]) -> "RlaifConfig":
         """The config with the run's folder in its paths and one's own data in its sources."""
-        cfg = _placed(self, os.fspath(workdir))
+        cfg = placed_in(self, workdir)
         base = cfg.evaluation.base or cfg.sft.model.directory or f"{workdir}/base/model"
         evaluation = dataclasses.replace(cfg.evaluation, base=base)
         if cfg.data is None:
@@ -222,22 +221,3 @@ class RlaifConfig:
         data = dataclasses.replace(cfg.sft.data, sources=sources)
         sft = dataclasses.replace(cfg.sft, data=data)
         return dataclasses.replace(cfg, evaluation=evaluation, sft=sft)
-
-
-def _placed(value: Config, workdir: str) -> Config:
-    """A config with the run's folder for its mark, in every path of every section."""
-
-    def placed(value: Any) -> Any:
-        if isinstance(value, str):
-            return value.replace(WORKDIR_MARK, workdir)
-        if isinstance(value, tuple):
-            return tuple(map(placed, value))
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            fields = (field.name for field in dataclasses.fields(value) if field.init)
-            return dataclasses.replace(
-                value, **{name: placed(getattr(value, name)) for name in fields}
-            )
-        return value
-
-    placed_value: Config = placed(value)
-    return placed_value

@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from typing import Any, TypedDict
 
+from huatuo_jax.atomic import write_file
 from huatuo_jax.checkpoint.differences import as_json, differences
 
 JOURNAL_FILE = "recipe.json"
@@ -99,10 +100,8 @@ class Journal:
         self._write()
 
     def _write(self) -> None:
-        beside = self._path.with_name(f"{self._path.name}.tmp")
         text = json.dumps(self.stages, ensure_ascii=False, indent=2)
-        beside.write_text(f"{text}\n", encoding="utf-8")
-        os.replace(beside, self._path)
+        write_file(self._path, f"{text}\n")
 
 
 def _now() -> str:

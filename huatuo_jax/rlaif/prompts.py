@@ -3,11 +3,11 @@
 import hashlib
 import itertools
 import json
-import os
 import pathlib
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+from huatuo_jax.atomic import write_file
 from huatuo_jax.data.held_out import dialogue_text
 from huatuo_jax.data.readers import Keywords, read_dialogues
 from huatuo_jax.data.records import Dialogue, Prompt
@@ -62,10 +62,8 @@ def make_prompts(data: DataConfig, cfg: PromptsConfig) -> Prompts:
 
 def write_prompts(path: pathlib.Path, prompts: Iterable[Prompt]) -> None:
     """Writes a file of prompts whole or not at all."""
-    beside = path.with_name(f"{path.name}.tmp")
     lines = (json.dumps(prompt.to_json(), ensure_ascii=False) for prompt in prompts)
-    beside.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    os.replace(beside, path)
+    write_file(path, "".join(f"{line}\n" for line in lines))
 
 
 def _dialogues(data: DataConfig) -> Iterator[tuple[SourceConfig, Dialogue]]:

@@ -21,33 +21,42 @@ def make_evaluate(
     report: Callable[[Sums], dict[str, float]],
     mesh: Mesh,
 ) -> Callable[[TrainState], dict[str, float]]:
-    """The function that evaluates a state.
+    """The function that evaluates a state; see `make_measure`."""
+    measure = make_measure(sums, batches, report, mesh)
+    return lambda state: measure(state.variables)
+
+
+def make_measure(
+    sums: Callable[[Variables, Batch], dict[str, jax.Array]],
+    batches: Callable[[], Iterable[LocalBatch]],
+    report: Callable[[Sums], dict[str, float]],
+    mesh: Mesh,
+) -> Callable[[Variables], dict[str, float]]:
+    """The function that evaluates a model's variables.
 
     Args:
         sums: pure; sums over a batch.
         batches: all of the held-out data, once, from its beginning.
         report: makes numbers of the sums over all batches, which are taken in float64.
-        mesh: where state and batches lie.
+        mesh: where variables and batches lie.
     """
     compiled = jax.jit(sums, out_shardings=jax.NamedSharding(mesh, jax.P()))
 
-    def evaluate(state: TrainState) -> dict[str, float]:
+    def measure(variables: Variables) -> dict[str, float]:
         totals: dict[str, np.ndarray] = defaultdict(lambda: np.zeros((), np.float64))
         with jax.set_mesh(mesh):
             for batch in batches():
-                on_devices = compiled(state.variables, put_on_mesh(batch, mesh))
+                on_devices = compiled(variables, put_on_mesh(batch, mesh))
                 for name, value in on_devices.items():
                     totals[name] = totals[name] + np.asarray(value, np.float64)
         return report(totals)
 
-    return evaluate
+    return measure
 
 
 def check_rows(rows: int, *, name: str, mesh: Mesh) -> None:
     """Raise ValueError unless the mesh can divide so many rows evenly."""
-    shards = 1
-    for axis in sharding.BATCH_AXES:
-        shards *= mesh.shape[axis]
+    shards = sharding.batch_shards(mesh)
     if rows < 1 or rows % shards:
         axes = " x ".join(sharding.BATCH_AXES)
         raise ValueError(

@@ -6,11 +6,13 @@ score nobody wants (prompts, padding) are moved behind the wanted ones, and chun
 those are not computed at all.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from huatuo_jax.backbone.transformer import Transformer
 
 Project = Callable[[jax.Array], jax.Array]
 """From the trunk's output `[B, T, D]` to logits `[B, T, V]` in at least float32."""
@@ -31,12 +33,32 @@ class TokenScores(NamedTuple):
     entropies_BT: jax.Array
 
 
+def hidden_of(
+    model: Transformer, variables: Mapping[str, Any], batch: Mapping[str, jax.Array]
+) -> jax.Array:
+    """The trunk's output `[B, T, D]` of rows: `token_ids`, `segment_ids`, `positions`."""
+    return model.apply(
+        variables,
+        batch["token_ids"],
+        segment_ids_BT=batch["segment_ids"],
+        positions_BT=batch["positions"],
+    )
+
+
 def next_tokens(array_BT: jax.Array) -> jax.Array:
     """Moves what belongs to a token to the position that predicts it, one to the left.
 
     The last position predicts nothing and gets zeros (False).
     """
     return jnp.concatenate([array_BT[:, 1:], jnp.zeros_like(array_BT[:, :1])], axis=1)
+
+
+def at_tokens(numbers_BT: jax.Array) -> jax.Array:
+    """Moves what belongs to a position to the token that it predicts, one to the right.
+
+    The first token is predicted by nothing and gets zeros.
+    """
+    return jnp.concatenate([jnp.zeros_like(numbers_BT[:, :1]), numbers_BT[:, :-1]], axis=1)
 
 
 def token_scores(

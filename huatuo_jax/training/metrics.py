@@ -16,6 +16,8 @@ from typing import Any
 
 import tensorboardX
 
+from huatuo_jax.atomic import write_file
+
 TIME_PREFIX = "throughput/"
 EVALUATION_PREFIX = "eval/"
 
@@ -113,9 +115,7 @@ def cut_rows(path: pathlib.Path, *, after_step: int | None, evaluated: bool) -> 
         return row["step"] < after_step or evaluated or not is_evaluation
 
     kept = [line for row, line in _rows(path) if is_kept(row)]
-    beside = path.with_suffix(".tmp")
-    beside.write_text("".join(kept), encoding="utf-8")
-    os.replace(beside, path)
+    write_file(path, "".join(kept))
 
 
 def _rows(path: pathlib.Path) -> Iterator[tuple[dict[str, Any], str]]:

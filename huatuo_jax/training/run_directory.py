@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 
+from huatuo_jax.atomic import write_file
 from huatuo_jax.checkpoint.differences import as_json, differences
 
 CONFIG_FILE = "config.json"
@@ -187,9 +188,5 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
 
 def _write(path: pathlib.Path, value: Mapping[str, Any]) -> None:
     """Writes JSON that is never seen half written."""
-    beside = path.with_name(f"{path.name}.tmp")
-    beside.write_text(
-        json.dumps(as_json(value, name=path.name), ensure_ascii=False, indent=2) + "\n",
-        encoding="utf-8",
-    )
-    os.replace(beside, path)
+    text = json.dumps(as_json(value, name=path.name), ensure_ascii=False, indent=2)
+    write_file(path, f"{text}\n")

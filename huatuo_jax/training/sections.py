@@ -1,14 +1,18 @@
 """Between the sections of a config file and the dataclasses of the program: config stops here."""
 
 import dataclasses
+import os
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin
 
 from ml_collections import ConfigDict, config_dict
 
 Section = TypeVar("Section")
+
+WORKDIR_MARK = "{workdir}"
+"""In a path of a config it stands for the run's folder: what earlier stages made is found so."""
 
 
 def to_section(settings: Any) -> ConfigDict:
@@ -27,6 +31,25 @@ def to_section(settings: Any) -> ConfigDict:
         else:
             section[field.name] = _as_field(value)
     return section
+
+
+def placed_in(settings: Section, workdir: str | os.PathLike[str]) -> Section:
+    """A dataclass with the run's folder in place of `WORKDIR_MARK`, in all of its sections."""
+    folder = os.fspath(workdir)
+
+    def placed(value: Any) -> Any:
+        if isinstance(value, str):
+            return value.replace(WORKDIR_MARK, folder)
+        if isinstance(value, tuple):
+            return tuple(map(placed, value))
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            names = [field.name for field in dataclasses.fields(value) if field.init]
+            return dataclasses.replace(
+                value, **{name: placed(getattr(value, name)) for name in names}
+            )
+        return value
+
+    return cast(Section, placed(settings))
 
 
 def from_section(
