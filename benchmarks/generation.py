@@ -9,7 +9,7 @@ timed. Before that, one decode step of ours is held against its floor at 1, 8 an
 larger of the bytes it must read over the bandwidth of a copy, and of its products over the peak of
 a matrix multiply, both measured here.
 
-    python benchmarks/generation.py --sizes=10m,50m --slots=16
+    python benchmarks/generation.py --sizes=10m,50m --slots=32
 """
 
 import functools
@@ -28,7 +28,7 @@ from absl import app, flags
 
 _SIZES = flags.DEFINE_list("sizes", ["10m", "50m"], "Models: 10m, 50m, tiny.")
 _REQUESTS = flags.DEFINE_integer("requests", 64, "Prompts to answer.", lower_bound=1)
-_SLOTS = flags.DEFINE_integer("slots", 16, "Slots of our engine.", lower_bound=1)
+_SLOTS = flags.DEFINE_integer("slots", 32, "Slots of our engine.", lower_bound=1)
 _MEDIAN = flags.DEFINE_integer("median", 60, "Median tokens of an answer.", lower_bound=1)
 _LONGEST = flags.DEFINE_integer("longest", 600, "Tokens of an answer at most.", lower_bound=1)
 _THREADS = flags.DEFINE_integer("threads", 2, "Cores that a contender runs on.", lower_bound=1)
@@ -53,12 +53,16 @@ def main(_: list[str]) -> None:
     """Run one contender where that is asked for, else all of them in turn."""
     if _CONTENDER.value:
         folder = pathlib.Path(_FOLDER.value)
-        print(json.dumps(CONTENDERS[_CONTENDER.value](folder, _read_requests(folder))))
+        result = CONTENDERS[_CONTENDER.value](folder, _read_requests(folder))
+        # To a file, as some contenders print at the end too.
+        _result_file(folder, _CONTENDER.value).write_text(json.dumps(result), encoding="utf-8")
         return
-    results = {size: compare(size) for size in _SIZES.value}
+    results = {}
     output = pathlib.Path(_OUTPUT.value)
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    for size in _SIZES.value:
+        results[size] = compare(size)
+        output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
 def compare(size: str) -> dict[str, Any]:
@@ -123,17 +127,15 @@ def run_apart(contender: str, folder: pathlib.Path) -> dict[str, Any]:
     cores = sorted(os.sched_getaffinity(0))[: _THREADS.value]
     environment = os.environ | {"OMP_NUM_THREADS": str(len(cores)), "JAX_PLATFORMS": "cpu"}
     python = _VLLM.value if contender == "vllm" else sys.executable
-    done = subprocess.run(
+    subprocess.run(
         [
             *("taskset", "-c", ",".join(map(str, cores)), python, __file__),
             *(f"--contender={contender}", f"--folder={folder}", f"--slots={_SLOTS.value}"),
         ],
         env=environment,
-        stdout=subprocess.PIPE,
-        text=True,
         check=True,
     )
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+    return dict(json.loads(_result_file(folder, contender).read_text(encoding="utf-8")))
 
 
 def ours(folder: pathlib.Path, requests: list[dict[str, Any]]) -> dict[str, Any]:
@@ -272,7 +274,11 @@ def _decode(engine: Any) -> None:
     """One round of decode steps, which takes the cache and gives it back."""
     table, pool = engine._table, engine._pool
     pool.cache, _, emitted = engine._programs.decode(
-        engine._variables, pool.cache, pool.pages, table.progress, table.settings
+        engine._variables,
+        pool.cache,
+        pool.pages_of(np.arange(len(table.running))),
+        table.progress,
+        table.settings,
     )
     emitted.tokens_NB.block_until_ready()
 
@@ -290,6 +296,10 @@ def _open_engine(folder: pathlib.Path, *, slots: int, max_length: int, steps: in
         max_length=max_length,
         steps_per_round=steps,
     )
+
+
+def _result_file(folder: pathlib.Path, contender: str) -> pathlib.Path:
+    return folder / f"{contender}.json"
 
 
 def _read_requests(folder: pathlib.Path) -> list[dict[str, Any]]:

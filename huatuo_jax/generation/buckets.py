@@ -1,9 +1,10 @@
-"""The sizes that programs are compiled for: lengths of prompts, and pages of the cache."""
+"""The sizes that programs are compiled for: prompts' lengths, pages of the cache, rows decoded."""
 
 import bisect
 import dataclasses
 
 _SHORTEST_PREFILL = 16
+_FEWEST_ROWS = 4  # Of a shard; fewer take about as long.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,13 +14,23 @@ class Buckets:
     Attributes:
         prefill: tokens of a prompt.
         pages: of the cache, on all batch shards together.
+        rows: decoded in a step, on all batch shards together.
     """
 
     prefill: tuple[int, ...]
     pages: tuple[int, ...]
+    rows: tuple[int, ...]
 
     @classmethod
-    def up_to(cls, max_length: int, *, page_size: int, slots: int, shards: int = 1) -> "Buckets":
+    def up_to(
+        cls,
+        max_length: int,
+        *,
+        page_size: int,
+        slots: int,
+        shards: int = 1,
+        narrow: bool = False,
+    ) -> "Buckets":
         """Powers of two and sizes halfway between them, the last of which holds everything.
 
         Args:
@@ -27,19 +38,28 @@ class Buckets:
             page_size: positions of a page.
             slots: rows of the cache.
             shards: batch shards of the mesh; each holds as many of the pages.
+            narrow: whether steps can have fewer rows than slots, by steps of a quarter.
         """
         prefill = row_lengths(max_length)
         rows, pages_per_row = slots // shards, -(-max_length // page_size)
         # A page for every other slot is the least: below it, reading the weights takes longer.
         pages = _ladder(max(rows // 2, 1), rows * pages_per_row)
-        return cls(prefill, tuple(shards * size for size in pages))
+        steps = [rows]
+        while narrow and steps[-1] // 4 >= _FEWEST_ROWS:
+            steps.append(steps[-1] // 4)
+        return cls(
+            prefill,
+            tuple(shards * size for size in pages),
+            tuple(shards * size for size in reversed(steps)),
+        )
 
     @property
     def num_programs(self) -> int:
         """How many programs can be compiled at most."""
-        # Each number of pages: allocated, inserted into, decoded; each pair of neighbours: grown
-        # and shrunk; and the prefix cache is allocated.
-        return len(self.prefill) + 3 * len(self.pages) + 2 * (len(self.pages) - 1) + 1
+        # Each number of pages: allocated, inserted into, decoded for each number of rows; each pair
+        # of neighbours: grown and shrunk; and the prefix cache is allocated.
+        pages = len(self.pages)
+        return len(self.prefill) + (2 + len(self.rows)) * pages + 2 * (pages - 1) + 1
 
     def pages_for(self, needed: int, now: int) -> int:
         """The number of pages to have where so many are needed and so many are there.

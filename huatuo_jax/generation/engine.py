@@ -24,13 +24,13 @@ from huatuo_jax.backbone.transformer import Transformer
 from huatuo_jax.generation import weights
 from huatuo_jax.generation.buckets import Buckets, bucket_of
 from huatuo_jax.generation.cache import Cache
+from huatuo_jax.generation.completion import finished
 from huatuo_jax.generation.memory import check_fits
 from huatuo_jax.generation.pool import Pool
 from huatuo_jax.generation.programs import Programs
 from huatuo_jax.generation.report import EngineReport
-from huatuo_jax.generation.requests import Answer, FinishReason, Request, Usage
+from huatuo_jax.generation.requests import Answer, Request
 from huatuo_jax.generation.slots import MAX_STOP_TOKENS, Running, SlotTable
-from huatuo_jax.generation.texts import find_stop, text_of
 
 
 class Engine:
@@ -51,6 +51,7 @@ class Engine:
         cache_dtype: DTypeLike | None = None,
         cast_weights: bool = True,
         split_layers: bool | None = None,
+        narrow: bool | None = None,
         memory_bytes: int | None = None,
     ) -> None:
         """Place the weights and check that a full cache fits.
@@ -71,6 +72,8 @@ class Engine:
             cast_weights: to the compute dtype once rather than in every step.
             split_layers: hold each layer's weights and cache apart, which copies the weights and
                 compiles longer. Decoding on CPU is faster for it, so None means yes there.
+            narrow: decode fewer rows once few answers are left, which compiles more programs. Steps
+                of few rows take about as long as any on an accelerator, so None means on CPU only.
             memory_bytes: free memory of all devices together; None asks the devices.
 
         Raises:
@@ -98,7 +101,13 @@ class Engine:
         platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
         self._split_layers = platform == "cpu" if split_layers is None else split_layers
         dtype = model.compute.compute_dtype if cache_dtype is None else cache_dtype
-        self._buckets = Buckets.up_to(max_length, page_size=page_size, slots=slots, shards=shards)
+        self._buckets = Buckets.up_to(
+            max_length,
+            page_size=page_size,
+            slots=slots,
+            shards=shards,
+            narrow=platform == "cpu" if narrow is None else narrow,
+        )
         check_fits(
             cfg,
             slots=slots,
@@ -230,15 +239,15 @@ class Engine:
         self._pool.make_room(self._lengths_of_a_round())
         self._fill_slots()
         waiting = bool(self._queue or self._prefilled)
+        rows_R = self._table.rows_to_decode(self._buckets.rows, shards=self._pool.shards)
         self._pool.cache, progress, emitted = self._programs.decode(
             self._variables,
             self._pool.cache,
-            self._pool.pages,
-            self._table.progress,
-            self._table.settings,
+            self._pool.pages_of(rows_R),
+            *self._table.of_rows(rows_R),
         )
         progress, emitted = jax.device_get((progress, emitted))
-        num_tokens = self._table.take(progress, emitted)
+        num_tokens = self._table.take(rows_R, progress, emitted)
         if waiting:
             steps = int((emitted.tokens_NB >= 0).any(axis=1).sum())
             self._queued_steps += steps * len(self._table.running)
@@ -322,8 +331,8 @@ class Engine:
         for row, prompt in enumerate(prompts):
             tokens_BT[row, : len(prompt)] = prompt
         if self._prefix is None:
-            pages_per_row = self._pool.pages.table_BM.shape[1]
-            self._prefix = self._programs.allocate(num_pages=self._prefill_rows * pages_per_row)
+            num_pages = self._prefill_rows * self._pool.pages_per_slot
+            self._prefix = self._programs.allocate(num_pages=num_pages)
         self._prefix = self._programs.prefill(self._variables, self._prefix, tokens_BT)
         self._prompt_tokens += sum(map(len, prompts)) + count
         for row, (index, request) in enumerate(taken):
@@ -336,30 +345,12 @@ class Engine:
         for slot, running in enumerate(self._table.running):
             if running is None:
                 continue
-            answer = self._finished(running, active=bool(self._table.progress.active_B[slot]))
+            active = bool(self._table.progress.active_B[slot])
+            answer = finished(running, active=active, tokenizer=self._tokenizer)
             if answer is not None:
                 answers.append(answer)
                 self._table.free_slot(slot)
         return answers
-
-    def _finished(self, running: Running, *, active: bool) -> Answer | None:
-        """The answer if it is complete: by a stop string, a stop token, or its length."""
-        sampling, ids = running.request.sampling, running.token_ids
-        if sampling.stop_strings:
-            assert self._tokenizer is not None
-            first = max(running.num_checked + 1, sampling.min_new_tokens, 1)
-            cut = find_stop(self._tokenizer, ids, sampling.stop_strings, first=first)
-            if cut is not None:
-                return _answer(running, num_tokens=cut.num_tokens, text=cut.text, reason="stop")
-            running.num_checked = len(ids)
-        if active:
-            return None
-        stopped = ids[-1] in sampling.stop_token_ids
-        text = None
-        if self._tokenizer is not None:
-            text = text_of(self._tokenizer, ids[:-1] if stopped else ids)
-        reason: FinishReason = "stop" if stopped else "length"
-        return _answer(running, num_tokens=len(ids), text=text, reason=reason)
 
     def _require_idle(self, purpose: str) -> None:
         if self.busy:
@@ -381,17 +372,3 @@ class Engine:
             max_length=self._max_length,
             shards=sharding.batch_shards(self._mesh),
         )
-
-
-def _answer(running: Running, *, num_tokens: int, text: str | None, reason: FinishReason) -> Answer:
-    prompt_tokens = len(running.request.prompt_token_ids)
-    return Answer(
-        request_index=running.request_index,
-        answer_index=running.answer_index,
-        token_ids=running.token_ids[:num_tokens],
-        text=text,
-        log_probs=running.log_probs[:num_tokens],
-        sampling_log_probs=running.sampling_log_probs[:num_tokens],
-        finish_reason=reason,
-        usage=Usage(prompt_tokens, num_tokens),
-    )

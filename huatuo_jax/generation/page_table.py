@@ -44,6 +44,21 @@ class PageTable:
         counts = self._counts_for(lengths_B).reshape(self._shards, -1)
         return int(counts.sum(axis=1).max()) * self._shards
 
+    def of_rows(self, rows_R: np.ndarray) -> Pages:
+        """The pages of some rows, which count from 0 in each shard, in the order given.
+
+        Args:
+            rows_R: as many of each shard, one shard after another; all that own pages.
+        """
+        per_shard = len(rows_R) // self._shards
+        places = np.full(len(self._counts_B), _NONE, np.int32)
+        places[rows_R] = np.arange(len(rows_R)) % per_shard
+        owners_P = self.pages.rows_P.reshape(self._shards, -1)
+        firsts = self._rows_per_shard * np.arange(self._shards)[:, None]
+        renamed_P = np.where(owners_P == _NONE, _NONE, places[owners_P + firsts])
+        assert (renamed_P == _NONE).sum() == (owners_P == _NONE).sum(), "a row is left out"
+        return Pages(self.pages.table_BM[rows_R], renamed_P.reshape(-1), self.pages.starts_P)
+
     def fit(self, lengths_B: Sequence[int] | np.ndarray) -> None:
         """Give each row the pages for its length, and take back what is more.
 

@@ -13,6 +13,7 @@ class Pool:
 
     Attributes:
         cache: taken and given back by the programs, which donate it; set it to what they return.
+        shards: batch shards of the mesh.
     """
 
     cache: Cache
@@ -30,7 +31,7 @@ class Pool:
             shards: batch shards of the mesh.
         """
         self._programs, self._sizes = programs, buckets
-        self._shards, self._slots_per_shard = shards, slots // shards
+        self.shards, self._slots_per_shard = shards, slots // shards
         page_size = programs.page_size
         self._table = PageTable(
             rows=slots,
@@ -39,10 +40,14 @@ class Pool:
             shards=shards,
         )
 
+    def pages_of(self, rows_R: np.ndarray) -> Pages:
+        """Who owns what, for these slots alone, see `PageTable.of_rows`."""
+        return self._table.of_rows(rows_R)
+
     @property
-    def pages(self) -> Pages:
-        """Who owns what."""
-        return self._table.pages
+    def pages_per_slot(self) -> int:
+        """How many pages a slot can own."""
+        return self._table.pages.table_BM.shape[1]
 
     def make_room(self, lengths_B: np.ndarray) -> None:
         """Let every slot own pages for its length, 0 for a free one; what it held stays."""
@@ -54,7 +59,7 @@ class Pool:
         for size in sizes:
             if table.num_pages < size <= wanted:
                 self.cache = self._programs.grow(
-                    self.cache, added=(size - table.num_pages) // self._shards
+                    self.cache, added=(size - table.num_pages) // self.shards
                 )
                 table.grow(size)
         table.fit(lengths_B)
@@ -65,7 +70,7 @@ class Pool:
     def insert(self, prefix: Cache, *, row: int, slot: int, length: int) -> None:
         """Copy a prompt of this length from a row of the prefix cache into a slot."""
         page_size = self._programs.page_size
-        targets_M = self.pages.table_BM[slot].copy()
+        targets_M = self._table.pages.table_BM[slot].copy()
         targets_M[-(-length // page_size) :] = -1
         self.cache = self._programs.insert(
             self.cache,

@@ -6,6 +6,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from huatuo_jax import sharding
+from huatuo_jax.generation.buckets import bucket_of
 from huatuo_jax.generation.programs import Emitted, Progress
 from huatuo_jax.generation.requests import Request
 from huatuo_jax.generation.sampling import Settings
@@ -110,19 +111,40 @@ class SlotTable:
         self.running[slot] = None
         self._set_progress(slot, token=0, position=0, active=False)
 
-    def take(self, progress: Progress, emitted: Emitted) -> int:
-        """Note what some decode steps gave; returns the number of tokens."""
+    def rows_to_decode(self, sizes: tuple[int, ...], *, shards: int) -> np.ndarray:
+        """The slots that hold answers, filled up with idle ones to one of the sizes.
+
+        As many of each shard, one shard after another; in a shard in rising order.
+
+        Args:
+            sizes: numbers of slots, rising; the last is all of them.
+            shards: batch shards of the mesh.
+        """
+        active_XB = self.progress.active_B.reshape(shards, -1)
+        size = bucket_of(int(active_XB.sum(axis=1).max()) * shards, sizes) // shards
+        # A stable order: active ones first.
+        first_XR = np.argsort(~active_XB, axis=1, kind="stable")[:, :size]
+        return (np.sort(first_XR) + active_XB.shape[1] * np.arange(shards)[:, None]).reshape(-1)
+
+    def of_rows(self, rows_R: np.ndarray) -> tuple[Progress, Settings]:
+        """Progress and settings of some slots."""
+        progress = Progress(*(array[rows_R] for array in self.progress))
+        return progress, Settings(*(array[rows_R] for array in self.settings))
+
+    def take(self, rows_R: np.ndarray, progress: Progress, emitted: Emitted) -> int:
+        """Note what some decode steps of some slots gave; returns the number of tokens."""
         for own, new in zip(self.progress, progress, strict=True):
-            own[:] = np.asarray(new)
-        tokens_NB, log_probs_NB, sampling_NB = (np.asarray(array) for array in emitted)
-        for slot, running in enumerate(self.running):
+            own[rows_R] = np.asarray(new)
+        tokens_NR, log_probs_NR, sampling_NR = (np.asarray(array) for array in emitted)
+        for column, slot in enumerate(rows_R):
+            running = self.running[slot]
             if running is None:
                 continue
-            steps = np.flatnonzero(tokens_NB[:, slot] >= 0)
-            running.token_ids += tokens_NB[steps, slot].tolist()
-            running.log_probs += log_probs_NB[steps, slot].tolist()
-            running.sampling_log_probs += sampling_NB[steps, slot].tolist()
-        return int((tokens_NB >= 0).sum())
+            steps = np.flatnonzero(tokens_NR[:, column] >= 0)
+            running.token_ids += tokens_NR[steps, column].tolist()
+            running.log_probs += log_probs_NR[steps, column].tolist()
+            running.sampling_log_probs += sampling_NR[steps, column].tolist()
+        return int((tokens_NR >= 0).sum())
 
     def _set_progress(self, slot: int, *, token: int, position: int, active: bool) -> None:
         progress = self.progress

@@ -125,7 +125,11 @@ def test_the_cache_is_sharded_like_attention_and_never_gathered():
     with compiled._on_mesh():
         table = engine._table
         decode = compiled._decode.lower(
-            engine._variables, cache, pool.pages, table.progress, table.settings
+            engine._variables,
+            cache,
+            pool.pages_of(np.arange(8)),
+            table.progress,
+            table.settings,
         ).compile()
     text = decode.as_text().splitlines()
     moved = [line for line in text if re.search(r"all-(gather|reduce|to-all)(-start)?\(", line)]
@@ -141,6 +145,22 @@ def test_weights_on_another_mesh_are_resharded(alone):
     there = jax.device_put(params, sharding.parameter_shardings(params, other))
     engine = Engine(tiny.MODEL, {"params": there}, slots=4, max_length=96, mesh=mesh)
     assert_same_up_to_ties(ids(engine, range(6)), alone)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_answers_are_the_same_where_steps_have_fewer_rows(shards, alone):
+    mesh = sharding.make_mesh(data=shards, devices=jax.devices()[:shards])
+    engine = tiny.engine(slots=16 * shards, mesh=mesh, narrow=True)
+    widths = []
+    decode = engine._programs.decode
+
+    def watched(variables, cache, pages, progress, settings):
+        widths.append(len(progress.tokens_B))
+        return decode(variables, cache, pages, progress, settings)
+
+    engine._programs.decode = watched
+    assert_same_up_to_ties(ids(engine, range(6)), alone)
+    assert set(widths) == {4 * shards, 16 * shards}
 
 
 def test_slots_that_a_mesh_does_not_divide_are_refused():
@@ -164,18 +184,21 @@ def test_slots_stay_busy_on_answers_with_a_long_tail(of, request):
         lengths = real_lengths(request.getfixturevalue("shared_data"))
     else:
         lengths = np.random.default_rng(3).lognormal(mean=3.2, sigma=0.8, size=150).clip(3, 300)
-    requests = [
-        tiny.request(1 + index % 50, seed=index, max_new_tokens=int(length))
-        for index, length in enumerate(lengths)
-    ]
+
+    def requests(first_seed):
+        return [
+            tiny.request(1 + index % 50, seed=first_seed + index, max_new_tokens=int(length))
+            for index, length in enumerate(lengths)
+        ]
+
     engine = tiny.engine(slots=16, max_length=384, steps_per_round=4)
-    assert len(list(engine.generate(requests))) == len(lengths)
+    assert len(list(engine.generate(requests(0)))) == len(lengths)
     report = engine.report
     assert report.generated_tokens == sum(map(int, lengths))
     assert report.occupancy >= 0.85
-    buckets = Buckets.up_to(384, page_size=64, slots=16)
-    assert report.max_compilations == len(buckets.prefill) + 5 * len(buckets.pages) - 1
+    buckets = Buckets.up_to(384, page_size=64, slots=16, narrow=True)
+    assert report.max_compilations == len(buckets.prefill) + 6 * len(buckets.pages) - 1
     assert sum(report.compilations.values()) <= report.max_compilations
     compiled = dict(report.compilations)
-    assert len(list(engine.generate(requests[::-1]))) == len(lengths)
+    assert len(list(engine.generate(requests(1000)))) == len(lengths)
     assert engine.report.compilations == compiled

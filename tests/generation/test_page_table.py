@@ -8,6 +8,7 @@ import pytest
 from huatuo_jax.generation.buckets import Buckets, bucket_of
 from huatuo_jax.generation.cache import Cache, grow, shrink
 from huatuo_jax.generation.page_table import PageTable
+from huatuo_jax.generation.slots import SlotTable
 
 ROWS, PAGES_PER_ROW, PAGE = 6, 5, 8
 
@@ -129,3 +130,26 @@ def test_a_cache_shrinks_only_where_an_eighth_of_it_stays_free():
     assert buckets.pages_for(3, now=128) == 8
     assert buckets.pages_for(0, now=8) == 8
     assert buckets.pages_for(128, now=128) == 128
+
+
+def test_rows_are_counted_anew_where_only_some_are_decoded():
+    table = PageTable(rows=6, pages_per_row=2, page_size=8, shards=2)
+    table.grow(8)
+    table.fit([0, 9, 8, 3, 0, 0])
+    pages = table.of_rows(np.array([1, 2, 3, 5]))
+    assert pages.table_BM.tolist() == [[0, 1], [2, -1], [0, -1], [-1, -1]]
+    assert pages.rows_P.tolist() == [0, 0, 1, -1, 0, -1, -1, -1]
+    with pytest.raises(AssertionError, match="left out"):
+        table.of_rows(np.array([0, 1, 3, 4]))
+
+
+def test_the_slots_to_decode_are_those_with_answers_and_idle_ones_to_a_bucket():
+    table = SlotTable(8)
+    table.progress.active_B[[2, 5, 6]] = True
+    sizes = (2, 4, 8)
+    assert table.rows_to_decode(sizes, shards=1).tolist() == [0, 2, 5, 6]
+    assert table.rows_to_decode(sizes, shards=2).tolist() == [0, 2, 5, 6]
+    table.progress.active_B[7] = True
+    assert table.rows_to_decode(sizes, shards=2).tolist() == list(range(8))
+    table.progress.active_B[:] = False
+    assert table.rows_to_decode(sizes, shards=2).tolist() == [0, 4]
