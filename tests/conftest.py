@@ -13,11 +13,13 @@ os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), "huatuo_jax_test_cache")
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-# Tests compile much and compute little; and on a loaded machine 8 virtual devices may wait long for
-# each other, which XLA takes for a deadlock after 40 s and ends the process.
+# Tests compile much and compute little (XLA compiles twice as fast without its newer emitters of
+# fusions); and on a loaded machine 8 virtual devices may wait long for each other, which XLA takes
+# for a deadlock after 40 s and ends the process.
 os.environ.setdefault(
     "XLA_FLAGS",
-    "--xla_backend_optimization_level=0 --xla_cpu_collective_call_terminate_timeout_seconds=1200",
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    " --xla_cpu_collective_call_terminate_timeout_seconds=1200",
 )
 
 import jax

@@ -90,12 +90,8 @@ def compare_with_transformers(model: ModelInfo, folder: pathlib.Path) -> Agreeme
 
 def _compare_scores(model: ModelInfo, folder: pathlib.Path, tokens_T: np.ndarray) -> Agreement:
     """Scores of the text's beginnings, since transformers gives only that of the last token."""
-    import transformers
-
     lengths = np.unique(np.linspace(1, len(tokens_T), _NUM_BEGINNINGS, dtype=int))
-    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(
-        folder, dtype="float32"
-    )
+    theirs = _load_theirs("AutoModelForSequenceClassification", folder)
     theirs_B = np.array([_run(theirs, tokens_T[:length])[0, 0] for length in lengths])
     del theirs
     ours_B = _our_outputs(model, tokens_T, "scores")[lengths - 1]
@@ -117,10 +113,20 @@ def _sample_tokens(folder: pathlib.Path, cfg: BackboneConfig) -> np.ndarray:
 
 
 def _their_logits(folder: pathlib.Path, tokens_T: np.ndarray) -> np.ndarray:
+    return _run(_load_theirs("AutoModelForCausalLM", folder), tokens_T)[0]
+
+
+def _load_theirs(kind: str, folder: pathlib.Path) -> Any:
+    """A model of transformers in float32, without its progress bar, which nobody asked for."""
     import transformers
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
-    return _run(model, tokens_T)[0]
+    shown = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        return getattr(transformers, kind).from_pretrained(folder, dtype="float32")
+    finally:
+        if shown:
+            transformers.utils.logging.enable_progress_bar()
 
 
 def _run(model: Any, tokens_T: np.ndarray) -> np.ndarray:
