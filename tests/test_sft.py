@@ -271,17 +271,3 @@ def test_the_command_refuses_a_bad_setting_in_one_line(tmp_path):
     assert done.returncode == 1
     last_line = done.stderr.strip().splitlines()[-1]
     assert last_line.startswith("error: config.sft: batch_size=0 must be")
-
-
-def test_the_papers_settings_stand_in_its_config():
-    sys.path.insert(0, str(ROOT / "configs"))
-    try:
-        import huatuogpt_7b
-    finally:
-        sys.path.pop(0)
-    settings = huatuogpt_7b.get_config().sft
-    assert (settings.batch_size, settings.num_epochs, settings.data.row_length) == (128, 3, 2048)
-    optimizer = settings.optimizer
-    assert (optimizer.learning_rate, optimizer.weight_decay, optimizer.clip_norm) == (5e-5, 0.1, 1)
-    assert (optimizer.decay, optimizer.warmup_share) == ("cosine", 0.05)
-    assert settings.data.template == "huatuogpt" and settings.compute.compute_dtype == "bfloat16"

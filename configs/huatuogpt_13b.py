@@ -1,0 +1,21 @@
+"""HuatuoGPT-13B: the whole recipe on Ziya-LLaMA-13B (arXiv 2305.15075).
+
+    python launch/train.py --config=configs/huatuogpt_13b.py --workdir=runs/huatuogpt_13b \
+        --config.labels.model=JUDGE
+
+Base model: Ziya-LLaMA-13B-Pretrain-v1; `--config.sft.model.directory=DIR` takes it from a folder,
+as it has to where the published weights are a delta that LLaMA-13B must be added to first. Data,
+judge and settings: see `configs/huatuogpt_7b.py`; the paper tells no others for this size.
+Hardware: a TPU slice v5p:2x2x4 (v5p-32), or 16 GPUs of 80 GB. In fine-tuning, weights, gradients
+and optimizer take 16 bytes a parameter, 210 GB over all devices; in PPO 470 GB.
+"""
+
+from ml_collections import ConfigDict
+
+from huatuo_jax.rlaif.paper import paper_recipe
+from huatuo_jax.training.sections import to_section
+
+
+def get_config() -> ConfigDict:
+    """All stages, and the settings of each."""
+    return to_section(paper_recipe("IDEA-CCNL/Ziya-LLaMA-13B-Pretrain-v1"))

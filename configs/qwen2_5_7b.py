@@ -1,0 +1,20 @@
+"""The whole recipe on Qwen2.5-7B, with the chat template that its tokenizer brings.
+
+    python launch/train.py --config=configs/qwen2_5_7b.py --workdir=runs/qwen2_5_7b \
+        --config.labels.model=JUDGE
+
+Base model: Qwen2.5-7B; `--config.sft.model.directory=DIR` takes it from a folder. Data, judge and
+settings: see `configs/huatuogpt_7b.py`; only base model and template differ.
+Hardware: 8 GPUs of 80 GB, or a TPU slice v5e:8x8. Its 7.6 billion parameters take 122 GB over all
+devices in fine-tuning, 274 GB in PPO.
+"""
+
+from ml_collections import ConfigDict
+
+from huatuo_jax.rlaif.paper import paper_recipe
+from huatuo_jax.training.sections import to_section
+
+
+def get_config() -> ConfigDict:
+    """All stages, and the settings of each."""
+    return to_section(paper_recipe("Qwen/Qwen2.5-7B", template="tokenizer"))

@@ -1,0 +1,122 @@
+"""The recipe with the paper's settings, for base models of real size.
+
+Fine-tuning is as published (arXiv 2305.15075 and the authors' training script). Of what follows it
+the paper tells the steps and no numbers: those here are PPO's of HuatuoGPT-o1 (arXiv 2412.18925),
+by the same group, and where nothing is published, choices of this project, marked as such.
+"""
+
+from huatuo_jax.data.held_out import HeldOutConfig
+from huatuo_jax.evaluation.config import EvaluationConfig
+from huatuo_jax.feedback.labelling import LabelConfig
+from huatuo_jax.generation.requests import SamplingConfig
+from huatuo_jax.ppo.config import PpoConfig, PpoLoopConfig, RolloutConfig, ScoreConfig, ValueConfig
+from huatuo_jax.ppo.prompts import PromptsConfig as PpoPrompts
+from huatuo_jax.reward.config import RewardConfig
+from huatuo_jax.reward.data import ComparisonsConfig, ComparisonSource
+from huatuo_jax.rlaif.config import AnswersConfig, LabelsConfig, PromptsConfig, RlaifConfig
+from huatuo_jax.sft import SftConfig
+from huatuo_jax.training.dialogue_data import DataConfig, SourceConfig
+from huatuo_jax.training.initial_model import ComputeSection, ModelConfig
+from huatuo_jax.training.loop import LoopConfig
+from huatuo_jax.training.optimizer import OptimizerConfig
+
+PUBLISHED = SourceConfig(name="huatuogpt_sft", paths=("FreedomIntelligence/HuatuoGPT-sft-data-v1",))
+OPENAI = "https://api.openai.com/v1"
+COMPUTE = ComputeSection(compute_dtype="bfloat16", remat="full", loss_chunk=512)
+ROW_LENGTH = 2048
+ANSWER_TOKENS = 512  # A choice; prompts have what is left of the row.
+HELD_OUT = HeldOutConfig(share=0.005)
+
+
+def paper_recipe(directory: str, *, template: str = "huatuogpt") -> RlaifConfig:
+    """All stages, from a base model to a released one.
+
+    The judge is OpenAI's API, and its model has to be named: the paper's ChatGPT is not served any
+    more. Whatever answers like that API can take its place.
+
+    Args:
+        directory: of the base model, or its name on the Hub.
+        template: the chat template's name.
+    """
+    return RlaifConfig(
+        prompts=PromptsConfig(limit=20_000),  # A choice.
+        sft=_sft(directory, template),
+        answers=AnswersConfig(num_samples=4, sampling=SamplingConfig(max_new_tokens=ANSWER_TOKENS)),
+        labels=LabelsConfig(base_url=OPENAI, label=LabelConfig(protocol="score")),
+        reward=_reward(template),
+        ppo=_ppo(template),
+        evaluation=EvaluationConfig(template=template, max_new_tokens=ANSWER_TOKENS),
+    )
+
+
+def _sft(directory: str, template: str) -> SftConfig:
+    return SftConfig(
+        model=ModelConfig(directory=directory),
+        data=DataConfig(
+            sources=(PUBLISHED,),
+            template=template,
+            row_length=ROW_LENGTH,
+            packed=True,
+            held_out=HELD_OUT,
+        ),
+        optimizer=OptimizerConfig(
+            learning_rate=5e-5,
+            decay="cosine",
+            warmup_share=0.05,
+            weight_decay=0.1,
+            clip_norm=1.0,
+        ),
+        num_epochs=3,
+        batch_size=128,
+        micro_batch_size=64,
+        compute=COMPUTE,
+        loop=LoopConfig(evaluate_every=500, checkpoint_every=500),
+    )
+
+
+def _reward(template: str) -> RewardConfig:
+    """Its numbers are choices: one pass, as reward models overfit in the second."""
+    return RewardConfig(
+        model=ModelConfig(directory="{workdir}/sft/model"),
+        data=ComparisonsConfig(
+            sources=(ComparisonSource(paths=("{workdir}/comparisons.jsonl",)),),
+            template=template,
+            max_length=ROW_LENGTH,
+            row_length=4 * ROW_LENGTH,
+            held_out=HELD_OUT,
+        ),
+        optimizer=OptimizerConfig(learning_rate=9e-6, warmup_share=0.05),
+        num_epochs=1,
+        batch_size=64,
+        compute=COMPUTE,
+        normalization_answers="{workdir}/answers.jsonl",
+        loop=LoopConfig(evaluate_every=200, checkpoint_every=200),
+    )
+
+
+def _ppo(template: str) -> PpoConfig:
+    """Rate, batch, passes, KL weight, discount and clip are HuatuoGPT-o1's."""
+    return PpoConfig(
+        model=ModelConfig(directory="{workdir}/sft/model"),
+        data=PpoPrompts(
+            paths=("{workdir}/prompts.jsonl",),
+            template=template,
+            max_prompt_tokens=ROW_LENGTH - ANSWER_TOKENS,
+        ),
+        optimizer=OptimizerConfig(
+            learning_rate=5e-7, decay="constant", warmup_steps=10, weight_decay=0.0
+        ),
+        value=ValueConfig(
+            optimizer=OptimizerConfig(learning_rate=9e-6, decay="constant", weight_decay=0.0),
+            warmup_iterations=10,
+        ),
+        rollout=RolloutConfig(num_prompts=128, max_new_tokens=ANSWER_TOKENS),
+        score=ScoreConfig(clip=5.0),
+        kl_coef=0.03,
+        gamma=1.0,
+        gae_lambda=0.95,
+        num_epochs=3,
+        num_iterations=400,
+        compute=COMPUTE,
+        loop=PpoLoopConfig(checkpoint_every=20),
+    )

@@ -1,0 +1,47 @@
+"""The recipe at real size: its cards hold together, and what the paper tells stands in them."""
+
+import importlib.util
+import pathlib
+
+import pytest
+
+from huatuo_jax.rlaif.config import STAGES, RlaifConfig
+from huatuo_jax.training.sections import from_section
+
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
+
+
+def recipe(name):
+    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return from_section(RlaifConfig, module.get_config(), path="config")
+
+
+@pytest.mark.parametrize(
+    "name, base, template",
+    [
+        ("huatuogpt_7b", "baichuan-inc/Baichuan-7B", "huatuogpt"),
+        ("huatuogpt_13b", "IDEA-CCNL/Ziya-LLaMA-13B-Pretrain-v1", "huatuogpt"),
+        ("qwen2_5_7b", "Qwen/Qwen2.5-7B", "tokenizer"),
+    ],
+)
+def test_a_card_is_the_whole_recipe_of_its_base_model(name, base, template, tmp_path):
+    cfg = recipe(name)
+    assert cfg.stages == STAGES
+    assert cfg.sft.model.directory == base and cfg.sft.data.template == template
+    assert cfg.in_workdir(tmp_path).evaluation.base == base
+
+
+def test_the_papers_settings_of_fine_tuning_stand_in_the_cards():
+    sft = recipe("huatuogpt_7b").sft
+    assert (sft.batch_size, sft.num_epochs, sft.data.row_length) == (128, 3, 2048)
+    optimizer = sft.optimizer
+    assert (optimizer.learning_rate, optimizer.weight_decay, optimizer.clip_norm) == (5e-5, 0.1, 1)
+    assert (optimizer.decay, optimizer.warmup_share) == ("cosine", 0.05)
+    assert sft.compute.compute_dtype == "bfloat16"
+
+
+def test_answers_fit_the_models_rows_in_every_stage():
+    cfg = recipe("huatuogpt_13b")
+    assert cfg.ppo.max_length == cfg.reward.data.max_length == cfg.sft.data.row_length
