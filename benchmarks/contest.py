@@ -118,6 +118,7 @@ def take_turns(
     contenders: Collection[str],
     *,
     others: Collection[str] = (),
+    interpreters: Mapping[str, str] | None = None,
 ) -> dict[str, list[Result]]:
     """Every contender's turns, round by round.
 
@@ -127,6 +128,7 @@ def take_turns(
         folder: what they read.
         contenders: whose first losses have to agree.
         others: what else the script measures, first in each round.
+        interpreters: of those that do not run in this one's environment.
 
     Raises:
         RuntimeError: one failed, or does not do the same work.
@@ -135,17 +137,18 @@ def take_turns(
     for number in range(ROUNDS.value):
         for one, results in turns.items():
             print(f"{title}, round {number + 1}: {one}", file=sys.stderr)
-            results.append(run(script, one, folder))
-        if not number:
+            python = (interpreters or {}).get(one, sys.executable)
+            results.append(run(script, one, folder, python=python))
+        if contenders and not number:
             check_losses({one: turns[one][0]["losses"][0] for one in contenders})
     return turns
 
 
-def run(script: str, name: str, folder: pathlib.Path) -> Result:
+def run(script: str, name: str, folder: pathlib.Path, *, python: str = sys.executable) -> Result:
     """One turn of a contender, in a process of its own."""
     threads = str(THREADS.value)
     done = subprocess.run(
-        [sys.executable, str(FOLDER / script), name, str(folder), threads],
+        [python, str(FOLDER / script), name, str(folder), threads],
         capture_output=True,
         text=True,
         env={
