@@ -54,6 +54,8 @@ def hold(
     data: str,
     measure: Callable[[str], Result],
     table: Callable[[str, Result], None],
+    *,
+    libraries: Sequence[str] = LIBRARIES,
 ) -> None:
     """Measures every size, prints tables, writes the result, anew after each size.
 
@@ -63,9 +65,10 @@ def hold(
         data: what is trained on, for the result.
         measure: all contenders on a model of one size.
         table: prints what was measured.
+        libraries: whose versions the result names; those that all contenders share.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
-    result = {"date": datetime.date.today().isoformat(), **machine(), "data": data}
+    result = {"date": datetime.date.today().isoformat(), **machine(libraries), "data": data}
     for size in sizes:
         result[size] = measure(size)
         table(size, result[size])
@@ -196,7 +199,7 @@ def speed(turn: Result) -> float:
     return sum(turn["counts"]) / sum(turn["seconds"])
 
 
-def machine() -> Result:
+def machine(libraries: Sequence[str]) -> Result:
     """What the figures depend on beside the code."""
     info = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8")
     names = [line.split(": ")[1] for line in info.splitlines() if line.startswith("model name")]
@@ -205,7 +208,7 @@ def machine() -> Result:
         "cores": len(os.sched_getaffinity(0)),
         "threads": THREADS.value,
         "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
+        "versions": {name: importlib.metadata.version(name) for name in libraries},
     }
 
 

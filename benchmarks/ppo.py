@@ -71,6 +71,7 @@ def main(_: list[str]) -> None:
         "prompts of real dialogues" if real else "prompts of the project's sample dialogues",
         lambda size: measure(size, real=real),
         print_table,
+        libraries=("jax", "jaxlib", "flax", "optax"),
     )
 
 

@@ -34,10 +34,11 @@ def row_loss(
 
     def pairs(variables: Variables) -> tuple[jax.Array, jax.Array]:
         log_probs_BT = answer_log_probs(model, variables, batch, chunk=chunk)
-        return tuple(
-            _of_answers(log_probs_BT, batch["segment_ids"], batch[f"{side}_at"]).reshape(-1)
-            for side in ("chosen", "rejected")
-        )
+
+        def at(ends_BP: jax.Array) -> jax.Array:
+            return _of_answers(log_probs_BT, batch["segment_ids"], ends_BP).reshape(-1)
+
+        return at(batch["chosen_at"]), at(batch["rejected_at"])
 
     policy, reference = both(variables)
     chosen_N, rejected_N = pairs(policy)

@@ -13,6 +13,7 @@ from huatuo_jax.comparisons.rows import ComparisonRows, RowsConfig
 from huatuo_jax.dpo.loss import row_loss
 from huatuo_jax.dpo.policy import REFERENCE, both
 from huatuo_jax.dpo.stage import numbers
+from huatuo_jax.training.optimizer import make_optimizer
 from huatuo_jax.training.update import make_update
 from tests.comparisons.tiny import token_groups
 from tests.dpo.tiny import config, one_device, tiny_job, tiny_model
@@ -148,8 +149,6 @@ def test_padding_micro_batches_and_mesh_change_nothing_but_rounding(tmp_path):
     plain = _batch(row_length=100)
     padded = _batch(row_length=120, junk=7)
     np.testing.assert_allclose(loss(variables, plain).loss, loss(variables, padded).loss, rtol=1e-5)
-    from huatuo_jax.training.optimizer import make_optimizer
-
     optimizer = make_optimizer(cfg.optimizer, num_steps=6)
     with jax.set_mesh(one_device()):
         whole, parts = (
