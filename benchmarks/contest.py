@@ -54,6 +54,8 @@ def hold(
     data: str,
     measure: Callable[[str], Result],
     table: Callable[[str, Result], None],
+    *,
+    libraries: Sequence[str] = LIBRARIES,
 ) -> None:
     """Measures every size, prints tables, writes the result, anew after each size.
 
@@ -63,9 +65,10 @@ def hold(
         data: what is trained on, for the result.
         measure: all contenders on a model of one size.
         table: prints what was measured.
+        libraries: whose versions the result names; those that all contenders share.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
-    result = {"date": datetime.date.today().isoformat(), **machine(), "data": data}
+    result = {"date": datetime.date.today().isoformat(), **machine(libraries), "data": data}
     for size in sizes:
         result[size] = measure(size)
         table(size, result[size])
@@ -118,6 +121,7 @@ def take_turns(
     contenders: Collection[str],
     *,
     others: Collection[str] = (),
+    interpreters: Mapping[str, str] | None = None,
 ) -> dict[str, list[Result]]:
     """Every contender's turns, round by round.
 
@@ -127,6 +131,7 @@ def take_turns(
         folder: what they read.
         contenders: whose first losses have to agree.
         others: what else the script measures, first in each round.
+        interpreters: of those that do not run in this one's environment.
 
     Raises:
         RuntimeError: one failed, or does not do the same work.
@@ -135,17 +140,18 @@ def take_turns(
     for number in range(ROUNDS.value):
         for one, results in turns.items():
             print(f"{title}, round {number + 1}: {one}", file=sys.stderr)
-            results.append(run(script, one, folder))
-        if not number:
+            python = (interpreters or {}).get(one, sys.executable)
+            results.append(run(script, one, folder, python=python))
+        if contenders and not number:
             check_losses({one: turns[one][0]["losses"][0] for one in contenders})
     return turns
 
 
-def run(script: str, name: str, folder: pathlib.Path) -> Result:
+def run(script: str, name: str, folder: pathlib.Path, *, python: str = sys.executable) -> Result:
     """One turn of a contender, in a process of its own."""
     threads = str(THREADS.value)
     done = subprocess.run(
-        [sys.executable, str(FOLDER / script), name, str(folder), threads],
+        [python, str(FOLDER / script), name, str(folder), threads],
         capture_output=True,
         text=True,
         env={
@@ -193,7 +199,7 @@ def speed(turn: Result) -> float:
     return sum(turn["counts"]) / sum(turn["seconds"])
 
 
-def machine() -> Result:
+def machine(libraries: Sequence[str]) -> Result:
     """What the figures depend on beside the code."""
     info = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8")
     names = [line.split(": ")[1] for line in info.splitlines() if line.startswith("model name")]
@@ -202,7 +208,7 @@ def machine() -> Result:
         "cores": len(os.sched_getaffinity(0)),
         "threads": THREADS.value,
         "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
+        "versions": {name: importlib.metadata.version(name) for name in libraries},
     }
 
 

@@ -28,9 +28,9 @@ from huatuo_jax.backbone.config import ComputeConfig
 from huatuo_jax.backbone.transformer import count_parameters, init_params
 from huatuo_jax.checkpoint.hf_export import export_model
 from huatuo_jax.checkpoint.tokenizer import load_tokenizer
+from huatuo_jax.comparisons.data import ComparisonsConfig, ComparisonSource, Group, open_comparisons
+from huatuo_jax.comparisons.rows import ComparisonRows, RowsConfig
 from huatuo_jax.data.held_out import HeldOutConfig
-from huatuo_jax.reward.data import ComparisonsConfig, ComparisonSource, Group, open_comparisons
-from huatuo_jax.reward.rows import RewardRows, RowsConfig
 
 _SIZES = flags.DEFINE_list("sizes", ["10m"], "Models: 50m, 10m, tiny.")
 _MAX_LENGTH = flags.DEFINE_integer("max_length", 512, "Tokens of a prompt and answer at most.")
@@ -89,7 +89,7 @@ def packed_batches(
     Raises:
         ValueError: there are not enough pairs.
     """
-    rows = RewardRows(groups, RowsConfig(row_length=_ROW_LENGTH.value, seed=SEED))
+    rows = ComparisonRows(groups, RowsConfig(row_length=_ROW_LENGTH.value, seed=SEED))
     num_rows = num_steps * contest.BATCH_SIZE.value
     if num_rows > rows.first_row(1):
         raise ValueError(

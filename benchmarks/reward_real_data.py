@@ -31,12 +31,12 @@ from huatuo_jax import command_line, sharding
 from huatuo_jax.backbone.transformer import Transformer
 from huatuo_jax.checkpoint.models import find_model, load_params
 from huatuo_jax.checkpoint.tokenizer import load_tokenizer
+from huatuo_jax.comparisons.data import ComparisonsConfig, ComparisonSource, Group, open_comparisons
 from huatuo_jax.data.disc import read_disc_comparisons
 from huatuo_jax.data.records import Comparison
 from huatuo_jax.data.shuffling import permutation
 from huatuo_jax.reward import measures
 from huatuo_jax.reward.config import RewardConfig
-from huatuo_jax.reward.data import ComparisonsConfig, ComparisonSource, Group, open_comparisons
 from huatuo_jax.reward.measures import ScoredPairs
 from huatuo_jax.reward.report import all_answers, given, length_slope, scored_pairs
 from huatuo_jax.reward.stage import run_reward

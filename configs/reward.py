@@ -24,12 +24,12 @@ import pathlib
 from ml_collections import ConfigDict
 
 from huatuo_jax.backbone.config import BackboneConfig
+from huatuo_jax.comparisons.data import ComparisonsConfig, ComparisonSource
+from huatuo_jax.comparisons.made_comparisons import WHOLE_DIALOGUE
 from huatuo_jax.data import sample
 from huatuo_jax.data.held_out import HeldOutConfig
 from huatuo_jax.data.records import KINDS
 from huatuo_jax.reward.config import RewardConfig
-from huatuo_jax.reward.data import ComparisonsConfig, ComparisonSource
-from huatuo_jax.reward.made_comparisons import WHOLE_DIALOGUE
 from huatuo_jax.sft import SftConfig
 from huatuo_jax.training.dialogue_data import DataConfig, SourceConfig
 from huatuo_jax.training.initial_model import ModelConfig

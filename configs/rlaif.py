@@ -24,6 +24,7 @@ learned is to come to an end, and what its reward model likes. That is what the 
 from ml_collections import ConfigDict
 
 from huatuo_jax.backbone.config import BackboneConfig
+from huatuo_jax.comparisons.data import ComparisonsConfig, ComparisonSource
 from huatuo_jax.data import sample
 from huatuo_jax.data.held_out import HeldOutConfig
 from huatuo_jax.data.records import KINDS
@@ -33,7 +34,6 @@ from huatuo_jax.generation.samples import SamplesConfig
 from huatuo_jax.ppo.config import PpoConfig, PpoLoopConfig, RolloutConfig, ScoreConfig, ValueConfig
 from huatuo_jax.ppo.prompts import PromptsConfig
 from huatuo_jax.reward.config import RewardConfig
-from huatuo_jax.reward.data import ComparisonsConfig, ComparisonSource
 from huatuo_jax.rlaif.config import AnswersConfig, RlaifConfig
 from huatuo_jax.sft import SftConfig
 from huatuo_jax.training.dialogue_data import DataConfig, SourceConfig

@@ -14,6 +14,7 @@ from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from huatuo_jax import command_line, sft
+from huatuo_jax.dpo import stage as dpo
 from huatuo_jax.ppo import stage as ppo
 from huatuo_jax.reward import stage as reward
 from huatuo_jax.rlaif.recipe import run_rlaif
@@ -24,7 +25,7 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "File with `get_config
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; made if it is not there.")
 flags.mark_flags_as_required(["config", "workdir"])
 
-STAGES = {sft.STAGE: sft.run_sft, reward.STAGE: reward.run_reward, ppo.STAGE: ppo.run_ppo}
+STAGES = {"sft": sft.run_sft, "reward": reward.run_reward, "dpo": dpo.run_dpo, "ppo": ppo.run_ppo}
 
 
 def main() -> None:
@@ -52,8 +53,7 @@ def _runs(config: ConfigDict) -> list[tuple[str, Callable[..., dict[str, Any]], 
 
 def _summary(result: dict[str, Any]) -> dict[str, float]:
     """The numbers over all kinds of data, `eval/loss` but not `eval/loss/KIND`."""
-    numbers = ((name, value) for name, value in result.items() if isinstance(value, int | float))
-    return {name: value for name, value in numbers if name.count("/") < 2}
+    return {k: v for k, v in result.items() if isinstance(v, int | float) and k.count("/") < 2}
 
 
 if __name__ == "__main__":

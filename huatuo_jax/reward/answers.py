@@ -4,10 +4,10 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from huatuo_jax.comparisons.data import Answer, AnswersConfig, make_answer, tokenize_answers
 from huatuo_jax.data.files import Row, read_rows
 from huatuo_jax.data.readers import read_records
 from huatuo_jax.data.records import Comparison, Dialogue, Message, Messages, Prompt
-from huatuo_jax.reward.data import Answer, AnswersConfig, make_answer, tokenize_answers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

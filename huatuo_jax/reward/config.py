@@ -2,8 +2,8 @@
 
 import dataclasses
 
-from huatuo_jax.reward.data import ComparisonsConfig
-from huatuo_jax.reward.rows import Denominator, RowsConfig
+from huatuo_jax.comparisons.data import ComparisonsConfig
+from huatuo_jax.comparisons.rows import Denominator, RowsConfig
 from huatuo_jax.sharding import MeshConfig
 from huatuo_jax.training.initial_model import ComputeSection, ModelConfig
 from huatuo_jax.training.loop import LoopConfig

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from huatuo_jax.atomic import write_file
+from huatuo_jax.comparisons.data import Answer, Group
 from huatuo_jax.reward import measures
-from huatuo_jax.reward.data import Answer, Group
 from huatuo_jax.reward.measures import ScoredPairs
 from huatuo_jax.scoring import GivenAnswer
 

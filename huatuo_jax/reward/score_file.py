@@ -15,12 +15,11 @@ from huatuo_jax.backbone.config import ComputeConfig
 from huatuo_jax.backbone.transformer import Transformer
 from huatuo_jax.checkpoint import models
 from huatuo_jax.checkpoint.tokenizer import load_tokenizer
+from huatuo_jax.comparisons.data import AnswersConfig, DialogueTokens, tokenize_answers
 from huatuo_jax.data.chat import TruncationPolicy
-from huatuo_jax.data.examples import TokenIds
 from huatuo_jax.data.records import Messages
 from huatuo_jax.progress import progress_bar
 from huatuo_jax.reward.answers import Answered, read_answered
-from huatuo_jax.reward.data import AnswersConfig, tokenize_answers
 from huatuo_jax.scoring import GivenAnswer, Normalization, Scorer, load_normalization
 
 
@@ -141,12 +140,16 @@ def score_file(cfg: ScoreConfig) -> Scored:
     return Scored(len(records), len(found), len(found) - len(known), mean)
 
 
-def _scores(scorer: Scorer, tokens: dict[Messages, TokenIds | str]) -> dict[Messages, float | None]:
+def _scores(
+    scorer: Scorer, tokens: dict[Messages, DialogueTokens | str]
+) -> dict[Messages, float | None]:
     """The raw score of each dialogue, None for one that has no tokens."""
     scores: dict[Messages, float | None] = dict.fromkeys(tokens)
     sayable = {key: found for key, found in tokens.items() if not isinstance(found, str)}
     with progress_bar(f"scoring {len(sayable)} answers", "rows") as on_progress:
-        found = scorer.scores([GivenAnswer(ids, 0) for ids in sayable.values()], on_progress)
+        found = scorer.scores(
+            [GivenAnswer(one.token_ids, 0) for one in sayable.values()], on_progress
+        )
     return scores | dict(zip(sayable, map(float, found), strict=True))
 
 

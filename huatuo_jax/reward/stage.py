@@ -12,10 +12,11 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from huatuo_jax.backbone.config import BackboneConfig
+from huatuo_jax.comparisons.data import Answer, Comparisons, ComparisonsConfig, open_comparisons
+from huatuo_jax.comparisons.rows import ComparisonBatches, ComparisonRows
 from huatuo_jax.progress import progress_bar
 from huatuo_jax.reward.answers import answers_hash, read_answers
 from huatuo_jax.reward.config import RewardConfig
-from huatuo_jax.reward.data import Answer, Comparisons, ComparisonsConfig, open_comparisons
 from huatuo_jax.reward.losses import reward_loss
 from huatuo_jax.reward.report import (
     all_answers,
@@ -24,7 +25,6 @@ from huatuo_jax.reward.report import (
     make_report,
     write_report,
 )
-from huatuo_jax.reward.rows import RewardBatches, RewardRows
 from huatuo_jax.scoring import Normalization, Scorer, save_normalization
 from huatuo_jax.training.evaluation import check_rows, make_evaluate
 from huatuo_jax.training.initial_model import InitialModel, open_model
@@ -146,7 +146,7 @@ def _job(
     decisive: dict[str, Any],
     mesh: Mesh,
 ) -> Job:
-    rows = RewardRows(comparisons.train, cfg.rows(shuffled=True))
+    rows = ComparisonRows(comparisons.train, cfg.rows(shuffled=True))
     num_steps = cfg.num_steps or -(-rows.first_row(cfg.num_epochs) // cfg.batch_size)
     optimizer = make_optimizer(cfg.optimizer, num_steps=num_steps)
     loss = functools.partial(
@@ -156,11 +156,11 @@ def _job(
     update = make_update(loss, optimizer, num_micro_batches=cfg.batch_size // cfg.rows_at_once)
     evaluate = None
     if comparisons.held_out:
-        held_out = RewardRows(comparisons.held_out, cfg.rows(shuffled=False))
+        held_out = ComparisonRows(comparisons.held_out, cfg.rows(shuffled=False))
         end_row = held_out.first_row(1)
         evaluate = make_evaluate(
             lambda variables, batch: loss(variables, batch).others,
-            lambda: RewardBatches(
+            lambda: ComparisonBatches(
                 held_out,
                 batch_size=cfg.rows_at_once,
                 num_pairs=held_out.most_pairs(end_row),
@@ -179,7 +179,7 @@ def _job(
         make_state=lambda: model.make_state(jax.random.key(cfg.seed), optimizer, mesh),
         abstract_state=abstract_state,
         update=compile_update(update, abstract_state, mesh),
-        batches=RewardBatches(
+        batches=ComparisonBatches(
             rows,
             batch_size=cfg.batch_size,
             num_pairs=rows.most_pairs(num_steps * cfg.batch_size),

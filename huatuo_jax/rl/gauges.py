@@ -278,7 +278,7 @@ def preference_numbers(sums: Mapping[str, Any], *, prefix: str) -> dict[str, flo
     return {
         f"{prefix}/chosen_reward": chosen,
         f"{prefix}/rejected_reward": rejected,
-        f"{prefix}/reward_margin": chosen - rejected,
+        f"{prefix}/margin": chosen - rejected,
         f"{prefix}/accuracy": _ratio(sums["agreed"], pairs),
     }
 

@@ -5,6 +5,7 @@ the paper tells the steps and no numbers: those here are PPO's of HuatuoGPT-o1 (
 by the same group, and where nothing is published, choices of this project, marked as such.
 """
 
+from huatuo_jax.comparisons.data import ComparisonsConfig, ComparisonSource
 from huatuo_jax.data.held_out import HeldOutConfig
 from huatuo_jax.evaluation.config import EvaluationConfig
 from huatuo_jax.feedback.labelling import LabelConfig
@@ -12,7 +13,6 @@ from huatuo_jax.generation.requests import SamplingConfig
 from huatuo_jax.ppo.config import PpoConfig, PpoLoopConfig, RolloutConfig, ScoreConfig, ValueConfig
 from huatuo_jax.ppo.prompts import PromptsConfig as PpoPrompts
 from huatuo_jax.reward.config import RewardConfig
-from huatuo_jax.reward.data import ComparisonsConfig, ComparisonSource
 from huatuo_jax.rlaif.config import AnswersConfig, LabelsConfig, PromptsConfig, RlaifConfig
 from huatuo_jax.sft import SftConfig
 from huatuo_jax.training.dialogue_data import DataConfig, SourceConfig

@@ -15,13 +15,13 @@ from sklearn.linear_model import LogisticRegression
 from huatuo_jax import sharding
 from huatuo_jax.backbone.config import ComputeConfig
 from huatuo_jax.backbone.transformer import Transformer, init_params
-from huatuo_jax.reward.data import Answer, Group, Pair
+from huatuo_jax.comparisons.data import Answer, Group, Pair
+from huatuo_jax.comparisons.rows import ComparisonRows, RowsConfig
 from huatuo_jax.reward.losses import pair_losses, reward_loss
-from huatuo_jax.reward.rows import RewardRows, RowsConfig
 from huatuo_jax.training.optimizer import OptimizerConfig, make_optimizer
 from huatuo_jax.training.state import abstract, make_sharded, new_state
 from huatuo_jax.training.update import compile_update, make_update
-from tests.reward.tiny import SMALL, token_groups
+from tests.comparisons.tiny import SMALL, token_groups
 
 MODEL = Transformer(SMALL, ComputeConfig())
 
@@ -87,7 +87,7 @@ def groups():
 
 def _batch(groups, num_rows=8, **settings):
     """All rows of the groups as one batch, filled up with empty ones."""
-    rows = RewardRows(groups, RowsConfig(pad_token_id=2, **settings))
+    rows = ComparisonRows(groups, RowsConfig(pad_token_id=2, **settings))
     number = rows.first_row(1)
     assert number <= num_rows
     read = [
@@ -227,9 +227,11 @@ ITEM_PAIRS = list(itertools.combinations(range(NUM_ITEMS), 2))
 
 def _item_row(pairs):
     """The production row of items, each an answer of one token, and these comparisons."""
-    answers = tuple(Answer(np.array([item], np.int32), 1, 1) for item in range(NUM_ITEMS))
+    answers = tuple(
+        Answer(np.array([item], np.int32), 1, 1, np.array([True])) for item in range(NUM_ITEMS)
+    )
     group = Group("items", "items", answers, tuple(pairs))
-    rows = RewardRows([group], RowsConfig(row_length=NUM_ITEMS))
+    rows = ComparisonRows([group], RowsConfig(row_length=NUM_ITEMS))
     read = rows.read(0, num_pairs=rows.most_pairs(1))
     # In float64, as statistics are compared here and not rounding.
     return {

@@ -7,7 +7,7 @@ from sklearn.linear_model import LogisticRegression
 from huatuo_jax.reward import measures
 from huatuo_jax.reward.measures import ScoredPairs
 from huatuo_jax.reward.report import make_report, reliability_plot, scored_pairs
-from tests.reward.tiny import token_groups
+from tests.comparisons.tiny import token_groups
 
 
 def _pairs(number, *, seed=0, num_cases=None):

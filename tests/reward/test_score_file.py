@@ -18,7 +18,7 @@ from huatuo_jax.data.records import Dialogue, Message, answer
 from huatuo_jax.reward.export import carry_normalization, describe, export_reward_model
 from huatuo_jax.reward.score_file import ScoreConfig, score_file
 from huatuo_jax.scoring import Normalization, load_normalization, save_normalization
-from tests.reward.tiny import BACKBONE, TOKENIZER, comparisons, write_rows
+from tests.comparisons.tiny import BACKBONE, TOKENIZER, comparisons, write_rows
 
 NORMALIZATION = Normalization(
     mean=0.25, standard_deviation=0.5, num_answers=9, answers="nine answers"

@@ -16,12 +16,12 @@ from huatuo_jax.backbone.lora import LoraConfig
 from huatuo_jax.backbone.transformer import Transformer, init_params
 from huatuo_jax.checkpoint.models import find_model, load_params, save_orbax
 from huatuo_jax.checkpoint.tokenizer import load_tokenizer
+from huatuo_jax.comparisons import rows as comparison_rows
+from huatuo_jax.comparisons.data import ComparisonsConfig, ComparisonSource, open_comparisons
 from huatuo_jax.data import sample
 from huatuo_jax.data.held_out import HeldOutConfig
-from huatuo_jax.reward import rows as reward_rows
 from huatuo_jax.reward.answers import read_answers
 from huatuo_jax.reward.config import RewardConfig
-from huatuo_jax.reward.data import ComparisonsConfig, ComparisonSource, open_comparisons
 from huatuo_jax.reward.stage import run_reward
 from huatuo_jax.scoring import load_normalization
 from huatuo_jax.training.initial_model import ComputeSection, ModelConfig, open_model
@@ -29,7 +29,7 @@ from huatuo_jax.training.loop import LoopConfig
 from huatuo_jax.training.metrics import is_time_field, read_rows
 from huatuo_jax.training.optimizer import OptimizerConfig, make_optimizer
 from huatuo_jax.training.sections import to_section
-from tests.reward.tiny import BACKBONE, TOKENIZER, comparisons, write_rows
+from tests.comparisons.tiny import BACKBONE, TOKENIZER, comparisons, write_rows
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -183,7 +183,7 @@ class Stopped(Exception):
 
 @pytest.mark.slow
 def test_a_run_that_breaks_off_ends_as_an_unbroken_one(trained, files, tmp_path, monkeypatch):
-    plain = reward_rows.RewardBatches.__next__
+    plain = comparison_rows.ComparisonBatches.__next__
 
     def breaks_off(self):
         if self.get_state()["next_row"] == 9 * 8:
@@ -191,7 +191,7 @@ def test_a_run_that_breaks_off_ends_as_an_unbroken_one(trained, files, tmp_path,
         return plain(self)
 
     with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(reward_rows.RewardBatches, "__next__", breaks_off)
+        patch.setattr(comparison_rows.ComparisonBatches, "__next__", breaks_off)
         run_reward(_config(files), tmp_path)
     assert not (tmp_path / "reward" / "finished.json").exists()
     result = run_reward(_config(files), tmp_path)

@@ -181,7 +181,7 @@ def test_gauges_of_preferences_are_means_over_pairs():
         {
             "dpo/chosen_reward": 0.5 / 3,
             "dpo/rejected_reward": 2.5 / 3,
-            "dpo/reward_margin": -2 / 3,
+            "dpo/margin": -2 / 3,
             "dpo/accuracy": 2.5 / 3,
         }
     )

@@ -5,6 +5,7 @@ import json
 import pathlib
 
 from huatuo_jax.backbone.config import BackboneConfig
+from huatuo_jax.comparisons.data import ComparisonsConfig, ComparisonSource
 from huatuo_jax.data import sample
 from huatuo_jax.data.held_out import HeldOutConfig
 from huatuo_jax.evaluation.config import EvaluationConfig
@@ -12,7 +13,6 @@ from huatuo_jax.generation.requests import SamplingConfig
 from huatuo_jax.ppo.config import PpoConfig, PpoLoopConfig, RolloutConfig
 from huatuo_jax.ppo.prompts import PromptsConfig
 from huatuo_jax.reward.config import RewardConfig
-from huatuo_jax.reward.data import ComparisonsConfig, ComparisonSource
 from huatuo_jax.rlaif.config import AnswersConfig, RlaifConfig
 from huatuo_jax.sft import SftConfig
 from huatuo_jax.training.dialogue_data import DataConfig, SourceConfig

@@ -1,93 +1,33 @@
 """A run that was killed or stopped ends as an unbroken one: parameters, metrics, data order."""
 
-import os
-import pathlib
-import random
 import signal
-import subprocess
-import sys
-import time
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
 from huatuo_jax import sharding
 from huatuo_jax.checkpoint.store import CheckpointStore
 from huatuo_jax.training.loop import LoopConfig, train
-from huatuo_jax.training.metrics import is_time_field, read_rows
-from huatuo_jax.training.preemption import INTERRUPTED_EXIT_CODE
+from tests.killing import Stage, assert_identical, kill, wait_for
 from tests.training.tiny import arrays_of, run_tiny, tiny_job
 
-ROOT = pathlib.Path(__file__).parents[2]
 NUM_STEPS = 44
-
-
-def _start(workdir, *, seconds_each=0.02):
-    environment = dict(os.environ, PYTHONPATH=str(ROOT))
-    return subprocess.Popen(
-        [sys.executable, "-m", "tests.training.run_tiny", str(workdir), str(seconds_each)],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def _finish(workdir):
-    process = _start(workdir, seconds_each=0.0)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    return output
-
-
-def _result(workdir):
-    """Everything that must be equal: the last checkpoint's arrays and the metrics but for time."""
-    checkpoints = workdir / "sft" / "checkpoints"
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        tree = checkpointer.restore(checkpoints / str(NUM_STEPS) / "state")
-    arrays = {
-        jax.tree_util.keystr(path): np.asarray(leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
-    rows = [
-        {name: value for name, value in row.items() if not is_time_field(name)}
-        for row in read_rows(workdir / "sft" / "metrics.jsonl")
-    ]
-    return arrays, rows
-
-
-def _assert_identical(found, expected):
-    arrays, rows = found
-    expected_arrays, expected_rows = expected
-    assert rows == expected_rows
-    assert arrays.keys() == expected_arrays.keys()
-    for path, array in expected_arrays.items():
-        assert array.tobytes() == arrays[path].tobytes(), path
+SFT = Stage(module="tests.training.run_tiny", name="sft", num_steps=NUM_STEPS)
 
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("unbroken")
-    _finish(workdir)
-    arrays, rows = _result(workdir)
+    SFT.finish(workdir)
+    arrays, rows, texts = SFT.result(workdir)
     assert [row["step"] for row in rows if "train/loss" in row] == list(range(1, NUM_STEPS + 1))
     assert [row["step"] for row in rows if "eval/loss" in row] == [
         *range(5, NUM_STEPS, 5),
         NUM_STEPS,
     ]
     assert int(arrays["['step']"]) == NUM_STEPS
-    return arrays, rows
-
-
-def _wait_for(condition, process, *, seconds=240):
-    until = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.stdout.read()
-        assert time.monotonic() < until, "the run did not come to that point"
-        time.sleep(0.002)
+    return arrays, rows, texts
 
 
 def _num_rows(workdir):
@@ -95,47 +35,28 @@ def _num_rows(workdir):
     return len(path.read_text().splitlines()) if path.exists() else 0
 
 
-def _kill_at_random_moments(workdir, moments, *, seed):
-    """Kills the run so often, each time within two of its saves after it made a new one."""
-    draw = random.Random(seed)
-    checkpoints = workdir / "sft" / "checkpoints"
-    for _ in range(moments):
-        before = _newest(checkpoints) or 0
-        assert before < NUM_STEPS - 4, "the run is nearly over: give each batch more time"
-        process = _start(workdir, seconds_each=0.06)
-        _wait_for(lambda before=before: (_newest(checkpoints) or 0) > before, process)
-        time.sleep(draw.uniform(0.0, 0.25))
-        process.kill()
-        process.wait()
-        process.stdout.close()
-
-
-def _newest(checkpoints):
-    if not checkpoints.is_dir():
-        return None
-    return max(
-        (int(path.name) for path in checkpoints.iterdir() if path.name.isdigit()), default=None
-    )
+def _kill(workdir, moments, *, seed):
+    SFT.kill_at_random_moments(workdir, moments, seed=seed, seconds_each=0.06, within=0.25, spare=5)
 
 
 def test_a_run_killed_at_random_moments_ends_as_an_unbroken_one(unbroken, tmp_path):
-    _kill_at_random_moments(tmp_path, 2, seed=1)
-    assert "goes on from the checkpoint" in _finish(tmp_path)
-    _assert_identical(_result(tmp_path), unbroken)
+    _kill(tmp_path, 2, seed=1)
+    assert "goes on from the checkpoint" in SFT.finish(tmp_path)
+    assert_identical(SFT.result(tmp_path), unbroken)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [2, 3])
 def test_a_run_killed_at_ten_random_moments_ends_as_an_unbroken_one(unbroken, tmp_path, seed):
     """Five moments in a run, as each has to move on; two runs."""
-    _kill_at_random_moments(tmp_path, 5, seed=seed)
-    _finish(tmp_path)
-    _assert_identical(_result(tmp_path), unbroken)
+    _kill(tmp_path, 5, seed=seed)
+    SFT.finish(tmp_path)
+    assert_identical(SFT.result(tmp_path), unbroken)
 
 
 def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(unbroken, tmp_path):
-    process = _start(tmp_path)
-    checkpoints = tmp_path / "sft" / "checkpoints"
+    process = SFT.start(tmp_path, seconds_each=0.02)
+    checkpoints = SFT.checkpoints(tmp_path)
 
     def saving():
         return any(
@@ -143,31 +64,23 @@ def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(unbroken
             for path in (checkpoints.iterdir() if checkpoints.is_dir() else ())
         )
 
-    _wait_for(saving, process)
-    process.kill()
-    process.wait()
-    process.stdout.close()
-    if _newest(checkpoints) == 4:  # The save may have been over before the kill came.
-        assert "goes on from the checkpoint of step 4" in _finish(tmp_path)
+    wait_for(saving, process)
+    kill(process)
+    if SFT.newest(tmp_path) == 4:  # The save may have been over before the kill came.
+        assert "goes on from the checkpoint of step 4" in SFT.finish(tmp_path)
     else:
-        _finish(tmp_path)
-    _assert_identical(_result(tmp_path), unbroken)
+        SFT.finish(tmp_path)
+    assert_identical(SFT.result(tmp_path), unbroken)
 
 
 @pytest.mark.parametrize(
     "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
 )
 def test_a_run_that_is_told_to_stop_saves_and_goes_on_later(unbroken, tmp_path, number):
-    process = _start(tmp_path, seconds_each=0.1)
-    _wait_for(lambda: _num_rows(tmp_path) >= 2, process)
-    process.send_signal(number)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == INTERRUPTED_EXIT_CODE, output
-    assert "run the same command again to go on" in output
-    stopped_at = _newest(tmp_path / "sft" / "checkpoints")
+    stopped_at = SFT.stop(tmp_path, number, seconds_each=0.1, when=lambda: _num_rows(tmp_path) >= 2)
     assert 2 <= stopped_at < NUM_STEPS
-    assert f"checkpoint of step {stopped_at}" in _finish(tmp_path)
-    _assert_identical(_result(tmp_path), unbroken)
+    assert f"checkpoint of step {stopped_at}" in SFT.finish(tmp_path)
+    assert_identical(SFT.result(tmp_path), unbroken)
 
 
 class _Stop(Exception):

@@ -6,9 +6,9 @@ import json
 import numpy as np
 
 from huatuo_jax.backbone.config import BackboneConfig
+from huatuo_jax.comparisons.data import Answer, Group, Pair
 from huatuo_jax.data import sample
 from huatuo_jax.data.records import Comparison, Message, answer
-from huatuo_jax.reward.data import Answer, Group, Pair
 
 TOKENIZER = str(sample.FOLDER / "tokenizer")
 BACKBONE = BackboneConfig(
@@ -34,7 +34,8 @@ def token_group(draw, number, *, num_answers, soft=False, vocab_size=SMALL.vocab
     answers = []
     for _ in range(num_answers):
         ids = np.append(prompt, draw.integers(3, vocab_size, draw.integers(1, 9)))
-        answers.append(Answer(np.append(ids, 2).astype(np.int32), len(ids), 1))
+        ids = np.append(ids, 2).astype(np.int32)
+        answers.append(Answer(ids, len(ids) - 1, 1, np.arange(len(ids)) >= len(prompt)))
     pairs = tuple(
         Pair(
             chosen,

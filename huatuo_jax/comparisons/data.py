@@ -1,4 +1,4 @@
-"""Comparisons as a reward model is trained on them: prompts, answers as tokens, and pairs.
+"""Comparisons as models are trained on them: prompts, answers as tokens, and pairs.
 
 All comparisons of one prompt form a group; each of its answers stands there once, however many
 pairs it is part of. Whether a group is held out is told by its prompt (or by its case, where a
@@ -13,16 +13,17 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
+from huatuo_jax.comparisons.made_comparisons import mismatched_references, spoiled_answers
 from huatuo_jax.data import templates
 from huatuo_jax.data.chat import TruncationPolicy
-from huatuo_jax.data.examples import Dropped, TokenIds
+from huatuo_jax.data.examples import Dropped, Example, TokenIds
 from huatuo_jax.data.held_out import HeldOutConfig, dialogue_text
 from huatuo_jax.data.readers import read_comparisons, read_dialogues
 from huatuo_jax.data.records import Comparison, Messages
 from huatuo_jax.data.sources import HeldOutBy
 from huatuo_jax.data.tokenizing import TemplateTokenizer, tokenize_in_chunks
-from huatuo_jax.reward.made_comparisons import mismatched_references, spoiled_answers
 from huatuo_jax.training.run_directory import operational
 
 if TYPE_CHECKING:
@@ -104,6 +105,18 @@ class ComparisonsConfig(AnswersConfig):
             )
 
 
+class DialogueTokens(NamedTuple):
+    """A dialogue up to its last trained token, the end of the doctor's last turn.
+
+    Attributes:
+        token_ids: of all turns.
+        is_trained: the doctor's tokens, whatever turn they are in.
+    """
+
+    token_ids: TokenIds
+    is_trained: npt.NDArray[np.bool_]
+
+
 class Answer(NamedTuple):
     """A prompt and one answer to it.
 
@@ -111,11 +124,13 @@ class Answer(NamedTuple):
         token_ids: up to the last trained token, the end of the doctor's last turn.
         num_characters: of the doctor's turns in the answer.
         num_turns: doctor's turns in the whole dialogue.
+        is_answer: the tokens of the doctor's turns in the answer, their ends included.
     """
 
     token_ids: TokenIds
     num_characters: int
     num_turns: int
+    is_answer: npt.NDArray[np.bool_]
 
 
 class Pair(NamedTuple):
@@ -207,7 +222,7 @@ def tokenize_answers(
     cfg: AnswersConfig,
     tokenizer: "PreTrainedTokenizerBase",
     progress: Callable[[int, int], None] | None = None,
-) -> dict[Messages, TokenIds | str]:
+) -> dict[Messages, DialogueTokens | str]:
     """The tokens of each different dialogue up to its last trained one, or why it has none.
 
     Args:
@@ -235,18 +250,21 @@ def tokenize_answers(
         else lambda done: progress(done.num_done, done.num_dialogues),
     )
     return {
-        messages: str(one.reason)
-        if isinstance(one, Dropped)
-        else one.token_ids[: np.flatnonzero(one.trained_mask)[-1] + 1]
+        messages: str(one.reason) if isinstance(one, Dropped) else _up_to_last_trained(one)
         for messages, one in zip(different, itertools.chain.from_iterable(chunks), strict=True)
     }
 
 
-def make_answer(token_ids: TokenIds, prompt: Messages, continuation: Messages) -> Answer:
+def make_answer(tokens: DialogueTokens, prompt: Messages, continuation: Messages) -> Answer:
     """An answer with what reports tell of it."""
     spoken = [message for message in continuation if message.role == "assistant"]
     characters = sum(len(message.content) for message in spoken)
-    return Answer(token_ids, characters, len(spoken) + _num_turns(prompt))
+    before_T = np.append(False, tokens.is_trained[:-1])
+    starts = np.flatnonzero(tokens.is_trained & ~before_T)  # Of the doctor's turns.
+    # Of a dialogue that was cut, fewer may be left than the answer has.
+    first = starts[-min(len(spoken), len(starts))]
+    is_answer_T = tokens.is_trained & (np.arange(len(before_T)) >= first)
+    return Answer(tokens.token_ids, characters, len(spoken) + _num_turns(prompt), is_answer_T)
 
 
 def _told(cfg: ComparisonsConfig) -> Iterator[_Told]:
@@ -282,7 +300,7 @@ def _case(comparison: Comparison, field: str | None) -> str:
 
 
 def _groups(
-    told: Sequence[_Told], tokens: dict[Messages, TokenIds | str], dropped: Counter[str]
+    told: Sequence[_Told], tokens: dict[Messages, DialogueTokens | str], dropped: Counter[str]
 ) -> tuple[Group, ...]:
     """The groups in the order of their first comparisons; what cannot be used is counted."""
     by_prompt: dict[tuple[str, str], list[Comparison]] = {}
@@ -312,7 +330,7 @@ def _groups(
 
 
 def _both_answers(
-    comparison: Comparison, tokens: dict[Messages, TokenIds | str]
+    comparison: Comparison, tokens: dict[Messages, DialogueTokens | str]
 ) -> tuple[Answer, Answer] | str:
     """Chosen and rejected as tokens, or why the comparison cannot be used."""
     answers = []
@@ -325,6 +343,11 @@ def _both_answers(
     if np.array_equal(chosen.token_ids, rejected.token_ids):
         return SAME_TOKENS
     return chosen, rejected
+
+
+def _up_to_last_trained(example: Example) -> DialogueTokens:
+    end = np.flatnonzero(example.trained_mask)[-1] + 1
+    return DialogueTokens(example.token_ids[:end], example.trained_mask[:end])
 
 
 def _num_turns(messages: Messages) -> int:

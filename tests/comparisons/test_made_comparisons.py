@@ -2,8 +2,7 @@ import collections
 
 import pytest
 
-from huatuo_jax.data.records import Dialogue, Message, answer
-from huatuo_jax.reward.made_comparisons import (
+from huatuo_jax.comparisons.made_comparisons import (
     SPOILED,
     WHOLE_DIALOGUE,
     cut_short,
@@ -12,6 +11,7 @@ from huatuo_jax.reward.made_comparisons import (
     shuffled,
     spoiled_answers,
 )
+from huatuo_jax.data.records import Dialogue, Message, answer
 
 LONG = "建议多休息，少熬夜，疼得厉害再来。"
 

@@ -5,9 +5,9 @@ import itertools
 import numpy as np
 import pytest
 
+from huatuo_jax.comparisons.rows import ComparisonBatches, ComparisonRows, RowsConfig, parts_of
 from huatuo_jax.data.batches import HostShare
-from huatuo_jax.reward.rows import RewardBatches, RewardRows, RowsConfig, parts_of
-from tests.reward.tiny import token_groups
+from tests.comparisons.tiny import token_groups
 
 GROUPS = token_groups([2, 3, 2, 5, 2, 2, 4, 2, 3, 2], soft=True)
 ALONE = HostShare(host=0, num_hosts=1)
@@ -42,7 +42,7 @@ def test_every_pair_is_in_each_epoch_once_with_its_answers_in_its_row(
     row_length, packed, denominator
 ):
     cfg = RowsConfig(row_length=row_length, packed=packed, denominator=denominator, pad_token_id=9)
-    rows = RewardRows(GROUPS, cfg)
+    rows = ComparisonRows(GROUPS, cfg)
     expected = sorted(
         _expected(GROUPS, lambda g: 1.0 if denominator == "pairs" else 1 / len(g.pairs))
     )
@@ -56,7 +56,7 @@ def test_every_pair_is_in_each_epoch_once_with_its_answers_in_its_row(
 
 
 def test_an_answer_goes_through_the_model_once_where_its_group_fits_a_row():
-    rows = RewardRows(GROUPS, RowsConfig(row_length=200))
+    rows = ComparisonRows(GROUPS, RowsConfig(row_length=200))
     assert rows.num_repeated == 0
     read = [rows.read(row, num_pairs=rows.most_pairs(1)) for row in range(rows.first_row(1))]
     assert sum(int(row["segment_ids"].max()) for row in read) == sum(
@@ -77,18 +77,18 @@ def test_a_group_that_fits_no_row_keeps_all_its_pairs_in_parts():
     expected = [(group.answers[p.chosen], group.answers[p.rejected]) for p in group.pairs]
     assert sorted(map(str, found)) == sorted(map(str, expected))
     assert sum(part.weight * len(part.pairs) for part in parts) == pytest.approx(1)
-    assert RewardRows([group], RowsConfig(row_length=whole - 1)).num_repeated > 0
+    assert ComparisonRows([group], RowsConfig(row_length=whole - 1)).num_repeated > 0
 
 
 def test_a_stream_goes_on_from_its_position_on_any_number_of_hosts():
-    rows = RewardRows(GROUPS, RowsConfig(row_length=64))
+    rows = ComparisonRows(GROUPS, RowsConfig(row_length=64))
     places = rows.most_pairs(40)
-    plain = RewardBatches(rows, batch_size=4, num_pairs=places, share=ALONE)
+    plain = ComparisonBatches(rows, batch_size=4, num_pairs=places, share=ALONE)
     batches = [next(plain) for _ in range(8)]
     assert plain.get_state() == {"next_row": 32}
-    other = RewardRows(GROUPS, RowsConfig(row_length=64))
+    other = ComparisonRows(GROUPS, RowsConfig(row_length=64))
     hosts = [
-        RewardBatches(
+        ComparisonBatches(
             other, batch_size=4, num_pairs=places, share=HostShare(host=host, num_hosts=2)
         )
         for host in range(2)
@@ -102,9 +102,9 @@ def test_a_stream_goes_on_from_its_position_on_any_number_of_hosts():
 
 
 def test_evaluation_gives_each_pair_once_and_fills_up_with_empty_rows():
-    rows = RewardRows(GROUPS, RowsConfig(row_length=64, shuffled=False))
+    rows = ComparisonRows(GROUPS, RowsConfig(row_length=64, shuffled=False))
     end = rows.first_row(1)
-    batches = RewardBatches(
+    batches = ComparisonBatches(
         rows, batch_size=3, num_pairs=rows.most_pairs(end), share=ALONE, end_row=end
     )
     read = list(batches)

@@ -12,14 +12,14 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from huatuo_jax.comparisons.data import Answer, Group, Pair
 from huatuo_jax.data.batches import HostShare
 from huatuo_jax.data.examples import UNKNOWN_KIND, Example
 from huatuo_jax.data.packing import PackingPlan, Row, pack_row, plan_rows
 from huatuo_jax.data.shuffling import permutation
-from huatuo_jax.reward.data import Answer, Group, Pair
 
 Denominator = Literal["pairs", "prompts"]
-_NO_PAIR = Pair(0, 0, 0.5, None, "")
+_OF_TOKENS = ("token_ids", "segment_ids", "positions", "trained_mask")
 
 
 class Part(NamedTuple):
@@ -105,7 +105,7 @@ class RowsConfig:
     pad_token_id: int = 0
 
 
-class RewardRows:
+class ComparisonRows:
     """All rows of all epochs, by global row index; each holds as many places for pairs.
 
     Attributes:
@@ -162,10 +162,7 @@ class RewardRows:
         parts = [] if row is None else self.parts_in(row)
         answers = [answer for part in parts for answer in part.answers]
         packed = pack_row(
-            [
-                Example(one.token_ids, np.zeros(len(one.token_ids), np.bool_), UNKNOWN_KIND, "")
-                for one in answers
-            ],
+            [Example(one.token_ids, one.is_answer, UNKNOWN_KIND, "") for one in answers],
             row_length=self._cfg.row_length,
             pad_token_id=self._cfg.pad_token_id,
         )
@@ -177,7 +174,7 @@ class RewardRows:
             for pair in part.pairs
         ]
         assert len(placed) <= num_pairs, f"{len(placed)} pairs in a row with {num_pairs} places"
-        row_of: Row = {name: packed[name] for name in ("token_ids", "segment_ids", "positions")}
+        row_of: Row = {name: packed[name] for name in _OF_TOKENS}
         row_of |= {name: np.zeros(num_pairs, np.int32) for name in ("chosen_at", "rejected_at")}
         row_of |= {
             name: np.zeros(num_pairs, np.float32) for name in ("p_chosen", "margin", "pair_weight")
@@ -209,12 +206,12 @@ class RewardRows:
         self._most_pairs = max(self._most_pairs, most)
 
 
-class RewardBatches(Iterator[Row]):
+class ComparisonBatches(Iterator[Row]):
     """This host's rows of the global batches; the position is `{"next_row": GLOBAL_ROW_INDEX}`."""
 
     def __init__(
         self,
-        rows: RewardRows,
+        rows: ComparisonRows,
         *,
         batch_size: int,
         num_pairs: int,

@@ -6,19 +6,19 @@ import numpy as np
 import pytest
 
 from huatuo_jax.checkpoint.tokenizer import load_tokenizer
-from huatuo_jax.data import sample, templates
-from huatuo_jax.data.held_out import HeldOutConfig, dialogue_text
-from huatuo_jax.data.readers import read_dialogues
-from huatuo_jax.data.records import Comparison, Message, answer
-from huatuo_jax.reward.data import (
+from huatuo_jax.comparisons.data import (
     HELD_OUT_ELSEWHERE,
     SAME_TOKENS,
     ComparisonsConfig,
     ComparisonSource,
     open_comparisons,
 )
-from huatuo_jax.reward.made_comparisons import WHOLE_DIALOGUE, mismatched_references
-from tests.reward.tiny import TOKENIZER, comparisons, write_rows
+from huatuo_jax.comparisons.made_comparisons import WHOLE_DIALOGUE, mismatched_references
+from huatuo_jax.data import sample, templates
+from huatuo_jax.data.held_out import HeldOutConfig, dialogue_text
+from huatuo_jax.data.readers import read_dialogues
+from huatuo_jax.data.records import Comparison, Message, answer
+from tests.comparisons.tiny import TOKENIZER, comparisons, write_rows
 
 
 @pytest.fixture(scope="module")

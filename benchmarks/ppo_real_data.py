@@ -1,0 +1,277 @@
+"""PPO on the models made of real data: curves of 100 iterations, beside a length-only reward.
+
+Two runs from the same fine-tuned policy on the same prompts, real patients' first words: one is
+rewarded by the reward model, one by nothing but the length of the answer, the control that shows
+what a policy does that only learns to talk longer (or not). Rules for answers that do not end, the
+KL penalty and all other settings are the same; scores are divided by a deviation in both (the
+reward model's stored one, the running one of lengths).
+
+The defaults are made for models of some 10 million parameters and two cores: 100 iterations of a
+run in about 15 minutes.
+
+    HUATUO_SHARED_DATA=DIR python benchmarks/ppo_real_data.py --sft=SFT_DIR --reward=REWARD_DIR
+
+Stopped, it goes on with the same command.
+"""
+
+import functools
+import json
+import os
+import pathlib
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from absl import flags
+
+from huatuo_jax import command_line
+from huatuo_jax.checkpoint import models
+from huatuo_jax.generation.texts import text_of
+from huatuo_jax.ppo.config import PpoConfig, PpoLoopConfig, RolloutConfig, ScoreConfig, ValueConfig
+from huatuo_jax.ppo.job import check_policy, make_job
+from huatuo_jax.ppo.loop import train
+from huatuo_jax.ppo.prompts import PromptsConfig, open_prompts
+from huatuo_jax.ppo.roles import open_critic, open_reward_model
+from huatuo_jax.ppo.rollout import AnswerScorer
+from huatuo_jax.scoring import GivenAnswer
+from huatuo_jax.training.initial_model import ModelConfig, open_model
+from huatuo_jax.training.metrics import read_rows
+from huatuo_jax.training.optimizer import OptimizerConfig
+from huatuo_jax.training.run_directory import all_fields, begin_stage, identity
+from huatuo_jax.training.throughput import ModelFlops
+
+_SFT = flags.DEFINE_string("sft", None, "Directory of the fine-tuned policy, with tokenizer.")
+_REWARD = flags.DEFINE_string("reward", None, "Directory of the reward model.")
+_PROMPTS = flags.DEFINE_list("prompts", None, "Files of dialogues; None for the real data's.")
+_WORKDIR = flags.DEFINE_string("workdir", "runs/ppo_real", "Folder of the two runs.")
+_TEMPLATE = flags.DEFINE_string("template", "chatml", "Chat template of both models.")
+_ITERATIONS = flags.DEFINE_integer("iterations", 100, "Of each run.", lower_bound=1)
+_NUM_PROMPTS = flags.DEFINE_integer("num_prompts", 32, "Answers of an iteration.", lower_bound=2)
+_PROMPT_LENGTH = flags.DEFINE_integer("prompt_length", 96, "Tokens of a prompt at most.")
+_NEW_TOKENS = flags.DEFINE_integer("new_tokens", 96, "Tokens of an answer at most.", lower_bound=2)
+_EPOCHS = flags.DEFINE_integer("epochs", 2, "Passes over each rollout.", lower_bound=1)
+_MINIBATCHES = flags.DEFINE_integer("minibatches", 2, "Optimizer steps of a pass.", lower_bound=1)
+_LEARNING_RATE = flags.DEFINE_float(
+    "learning_rate", 5e-5, "Of the policy; the critic's is 5 times."
+)
+_KL_COEF = flags.DEFINE_float("kl_coef", 0.05, "Weight of the KL penalty.")
+_OUTPUT = flags.DEFINE_string(
+    "output", "benchmarks/results/ppo_real_data.json", "File for the curves; a figure beside it."
+)
+flags.mark_flags_as_required(["sft", "reward"])
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+REAL_PROMPTS = ("2_sft_multi_real/CMtMedQA_test.json", "2_sft_multi_real/disc_test_examples.jsonl")
+SEED = 0
+RUNS = ("reward_model", "length_only")
+CURVES = {
+    "ppo/score": "score",
+    "ppo/kl_per_sequence": "KL of an answer, nats",
+    "ppo/response_length": "tokens of an answer",
+    "ppo/entropy": "entropy of a token, nats",
+    "ppo/explained_variance": "explained variance",
+    "ppo/eos_rate": "share of answers that end",
+    "ppo/score_length_correlation": "correlation of score and length",
+}
+PARTS = ("generation", "scoring", "log_probs", "update", "step")
+
+
+class LengthScorer:
+    """The number of an answer's tokens, its end included, and nothing else."""
+
+    def scores(self, answers: Sequence[GivenAnswer]) -> npt.NDArray[np.float32]:
+        """One for each answer."""
+        lengths = [len(one.token_ids) - one.prompt_length for one in answers]
+        return np.array(lengths, np.float32)
+
+
+def main() -> None:
+    """Run both, or go on with them; write curves and figure."""
+    figures: dict[str, Any] = {
+        "models": {"policy": _name(_SFT.value), "reward_model": _name(_REWARD.value)},
+        "settings": {
+            "iterations": _ITERATIONS.value,
+            "answers_per_iteration": _NUM_PROMPTS.value,
+            "prompt_tokens_at_most": _PROMPT_LENGTH.value,
+            "answer_tokens_at_most": _NEW_TOKENS.value,
+            "epochs": _EPOCHS.value,
+            "minibatches": _MINIBATCHES.value,
+            "learning_rate": _LEARNING_RATE.value,
+            "kl_coef": _KL_COEF.value,
+            "seed": SEED,
+        },
+    }
+    for name in RUNS:
+        began = time.monotonic()
+        rows = run(name)
+        figures[name] = told(rows)
+        minutes = (time.monotonic() - began) / 60
+        print(f"{name}: {len(rows)} iterations, {minutes:.1f} minutes of this call", flush=True)
+    output = pathlib.Path(_OUTPUT.value)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    output.with_suffix(".png").write_bytes(drawn(figures))
+    for name in RUNS:
+        print(f"{name}: {json.dumps(figures[name]['first_and_last_tenth'], indent=2)}")
+    print(f"written to {output} and {output.with_suffix('.png')}")
+
+
+def run(name: str) -> list[dict[str, Any]]:
+    """One run to its end, or found done; the rows of its metrics.
+
+    Raises:
+        ValueError: a model or a file that cannot be used.
+    """
+    cfg = config(name)
+    mesh = cfg.mesh.make()
+    policy = open_model(cfg.model, cfg.compute.compute_config())
+    check_policy(cfg, policy)
+    tokenizer = policy.load_tokenizer("ppo")
+    reward = open_reward_model(
+        cfg.reward_model, scale="stored", max_length=cfg.max_length, tokenizer=tokenizer
+    )
+    by_length = name == "length_only"
+
+    def make_scorer() -> AnswerScorer:
+        if by_length:
+            return LengthScorer()
+        return reward.make_scorer(
+            policy.compute, mesh, rows_at_once=cfg.rows_at_once, row_length=cfg.max_length
+        )
+
+    prompts = open_prompts(cfg.data, tokenizer, max_new_tokens=cfg.rollout.max_new_tokens)
+    print(f"{name}: {len(prompts.items)} prompts, left out: {dict(prompts.dropped)}", flush=True)
+    decisive = identity(cfg) | {
+        "scores": name,
+        "initial_model": policy.identity,
+        "reward_model_files": reward.identity,
+        "prompts": prompts.identity,
+    }
+    workdir = pathlib.Path(_WORKDIR.value) / name
+    directory = begin_stage(workdir, "ppo", settings=all_fields(cfg), decisive=decisive)
+    job = make_job(
+        cfg,
+        policy=policy,
+        critic=open_critic(cfg, policy, reward),
+        prompts=prompts,
+        make_scorer=make_scorer,
+        normalization=None if by_length else reward.normalization,
+        directory=directory,
+        decisive=decisive,
+        mesh=mesh,
+        decode=functools.partial(text_of, tokenizer),
+        scorer_flops=None if by_length else ModelFlops.of(reward.info.cfg),
+    )
+    train(job, cfg.loop)
+    return [row for row in read_rows(directory.metrics) if "ppo/score" in row]
+
+
+def config(name: str) -> PpoConfig:
+    """The settings of a run; only what scales its scores tells the two apart."""
+    data = pathlib.Path(os.environ.get("HUATUO_SHARED_DATA", ROOT.parent / "shared" / "data"))
+    files = _PROMPTS.value or [str(data / one) for one in REAL_PROMPTS]
+    for file in files:
+        if not pathlib.Path(file).is_file():
+            raise ValueError(f"{file}: no such file; name --prompts, or set HUATUO_SHARED_DATA")
+    return PpoConfig(
+        model=ModelConfig(directory=_SFT.value),
+        reward_model=_REWARD.value,
+        data=PromptsConfig(
+            paths=tuple(files),
+            reads="first_turns",
+            template=_TEMPLATE.value,
+            max_prompt_tokens=_PROMPT_LENGTH.value,
+        ),
+        optimizer=_optimizer(1),
+        value=ValueConfig(optimizer=_optimizer(5), warmup_iterations=min(3, _ITERATIONS.value - 1)),
+        rollout=RolloutConfig(num_prompts=_NUM_PROMPTS.value, max_new_tokens=_NEW_TOKENS.value),
+        score=ScoreConfig(scale="running" if name == "length_only" else "stored", clip=5.0),
+        kl_coef=_KL_COEF.value,
+        num_iterations=_ITERATIONS.value,
+        num_epochs=_EPOCHS.value,
+        num_minibatches=_MINIBATCHES.value,
+        seed=SEED,
+        loop=PpoLoopConfig(checkpoint_every=10, samples_per_iteration=4, tensorboard=False),
+    )
+
+
+def told(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The curves of a run, means of its first and last tenth, and its time."""
+    tenth = max(len(rows) // 10, 1)
+    curves = {name: [_rounded(row.get(name)) for row in rows] for name in CURVES}
+    return {
+        "curves": curves,
+        "first_and_last_tenth": {
+            name: [_mean(values[:tenth]), _mean(values[-tenth:])] for name, values in curves.items()
+        },
+        "median_seconds": {
+            part: _rounded(statistics.median(row[f"throughput/{part}_s"] for row in rows))
+            for part in PARTS
+        },
+        "share_in_generation": _rounded(
+            statistics.median(row["throughput/generation_share"] for row in rows)
+        ),
+        "iterations_stopped_early": sum(row["ppo/stopped_early"] for row in rows),
+        "first_minibatch_ratio": sorted(
+            {row["ppo/first_minibatch/ratio"] for row in rows if "ppo/first_minibatch/ratio" in row}
+        ),
+    }
+
+
+def drawn(figures: dict[str, Any]) -> bytes:
+    """The curves of both runs, one panel a quantity, as PNG."""
+    import io
+
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 10), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(4, 2, sharex=True).flatten()
+    for panel, (name, title) in zip(panels, CURVES.items(), strict=False):
+        for one in RUNS:
+            values = figures[one]["curves"][name]
+            known = [np.nan if value is None else value for value in values]
+            panel.plot(range(1, len(known) + 1), known, label=one.replace("_", " "), linewidth=1)
+        panel.set_title(title, fontsize=9)
+        panel.grid(alpha=0.3)
+    for panel in panels[len(CURVES) :]:
+        panel.set_visible(False)
+    # A length is no score of the reward model.
+    panels[0].set_yscale("symlog", linthresh=5)
+    panels[0].legend(fontsize=8)
+    figure.supxlabel("iteration", fontsize=9)
+    found = io.BytesIO()
+    figure.savefig(found, format="png", dpi=90)
+    return found.getvalue()
+
+
+def _optimizer(factor: int) -> OptimizerConfig:
+    return OptimizerConfig(
+        learning_rate=factor * _LEARNING_RATE.value,
+        decay="constant",
+        warmup_steps=4,
+        weight_decay=0.0,
+    )
+
+
+def _name(directory: str) -> str:
+    """What a model is, without the place of this machine where it lies."""
+    info = models.find_model(directory)
+    return f"{info.cfg.family}, width {info.cfg.hidden_size}, {info.cfg.num_layers} layers"
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.5g}")
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return _rounded(statistics.mean(known)) if known else None
+
+
+if __name__ == "__main__":
+    command_line.run(main)

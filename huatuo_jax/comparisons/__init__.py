@@ -1,0 +1,1 @@
+"""Comparisons of answers as tokens, and as the rows and batches of a run."""

@@ -1,0 +1,1 @@
+"""Direct preference optimisation: comparisons in, a policy out, without a reward model."""

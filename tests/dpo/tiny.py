@@ -1,0 +1,59 @@
+"""Tiny DPO runs on groups of token ids: what the tests of DPO share."""
+
+import pathlib
+from collections import Counter
+
+import jax
+
+from huatuo_jax import sharding
+from huatuo_jax.comparisons.data import Comparisons, ComparisonsConfig, ComparisonSource
+from huatuo_jax.dpo.config import DpoConfig
+from huatuo_jax.dpo.stage import make_job
+from huatuo_jax.training.initial_model import ComputeSection, ModelConfig, open_model
+from huatuo_jax.training.loop import LoopConfig, train
+from huatuo_jax.training.optimizer import OptimizerConfig
+from huatuo_jax.training.run_directory import begin_stage
+from tests.comparisons.tiny import SMALL
+
+
+def config(**changed):
+    lora = changed.pop("lora", None)
+    dtype = changed.pop("compute_dtype", "float32")
+    row_length = changed.pop("row_length", 100)
+    settings = {
+        "model": ModelConfig(backbone=changed.pop("backbone", SMALL), tokenizer="none", lora=lora),
+        "data": ComparisonsConfig(
+            sources=(ComparisonSource(paths=("none",)),), max_length=20, row_length=row_length
+        ),
+        "optimizer": OptimizerConfig(learning_rate=3e-3, weight_decay=0.0),
+        "beta": 0.3,
+        "num_steps": 6,
+        "batch_size": 2,
+        "compute": ComputeSection(compute_dtype=dtype, loss_chunk=16),
+        "loop": LoopConfig(evaluate_every=4, checkpoint_every=2, tensorboard=False),
+    }
+    return DpoConfig(**(settings | changed))
+
+
+def one_device():
+    return sharding.make_mesh(devices=jax.devices()[:1])
+
+
+def tiny_model(cfg):
+    return open_model(cfg.model, cfg.compute.compute_config())
+
+
+def tiny_job(cfg, workdir, groups, held_out=(), *, mesh=None):
+    decisive = {"num_steps": cfg.num_steps}
+    return make_job(
+        cfg,
+        tiny_model(cfg),
+        Comparisons(tuple(groups), tuple(held_out), Counter()),
+        begin_stage(pathlib.Path(workdir), "dpo", settings=decisive, decisive=decisive),
+        decisive,
+        mesh or one_device(),
+    )
+
+
+def run_tiny(cfg, workdir, groups, held_out=(), **options):
+    return train(tiny_job(cfg, workdir, groups, held_out, **options), cfg.loop)
