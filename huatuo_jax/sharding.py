@@ -178,6 +178,31 @@ def batch_shards(mesh: Mesh | None) -> int:
     return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
+def batch_share(mesh: Mesh) -> tuple[int, int]:
+    """Which of how many equal shares of a batch lies on this process's devices.
+
+    Shares are numbered by their first row. Processes among which no batch axis divides, as where
+    `tensor` spans them, hold the same share. Rows of a share need not be neighbours in the batch:
+    devices stand in the mesh as their network wants it, and the order of rows changes nothing.
+
+    Raises:
+        ValueError: the rows of two processes overlap without being the same.
+    """
+    rows_of: dict[int, set[int]] = {}
+    places = batch_sharding(mesh).devices_indices_map((batch_shards(mesh),))
+    for device, (rows,) in places.items():
+        row = rows.indices(batch_shards(mesh))[0]
+        rows_of.setdefault(device.process_index, set()).add(row)
+    shares = sorted({tuple(sorted(rows)) for rows in rows_of.values()})
+    if sum(map(len, shares)) != batch_shards(mesh):
+        axes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+        raise ValueError(
+            f"mesh {axes}: hosts would hold overlapping parts of a batch; let `tensor` divide, or "
+            "be a multiple of, the devices of a host"
+        )
+    return shares.index(tuple(sorted(rows_of[jax.process_index()]))), len(shares)
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows of a batch over `data` and `fsdp`, for arrays of any rank."""
     return NamedSharding(mesh, P(BATCH_AXES))

@@ -10,10 +10,10 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from absl import flags, logging
+from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from huatuo_jax import command_line, sft
+from huatuo_jax import command_line, multi_host, sft
 from huatuo_jax.dpo import stage as dpo
 from huatuo_jax.ppo import stage as ppo
 from huatuo_jax.reward import stage as reward
@@ -28,9 +28,9 @@ flags.mark_flags_as_required(["config", "workdir"])
 STAGES = {"sft": sft.run_sft, "reward": reward.run_reward, "dpo": dpo.run_dpo, "ppo": ppo.run_ppo}
 
 
+@multi_host.joined()
 def main() -> None:
     """Run each stage in order and say what came out."""
-    logging.set_verbosity(logging.WARNING)  # Orbax tells of every file it writes.
     for name, run, settings in _runs(_CONFIG.value):
         try:
             result = run(settings, _WORKDIR.value)
@@ -39,8 +39,8 @@ def main() -> None:
             sys.exit(INTERRUPTED_EXIT_CODE)
         except Diverged as error:
             raise ValueError(f"{name}: {error}") from error
-        shown = ", ".join(f"{field} {value:.4g}" for field, value in _summary(result).items())
-        print(f"{name}: finished in {_WORKDIR.value}: {shown}")
+        if multi_host.is_first():
+            print(f"{name}: finished in {_WORKDIR.value}: {_summary(result)}")
 
 
 def _runs(config: ConfigDict) -> list[tuple[str, Callable[..., dict[str, Any]], ConfigDict]]:
@@ -51,9 +51,10 @@ def _runs(config: ConfigDict) -> list[tuple[str, Callable[..., dict[str, Any]], 
     return [(name, STAGES[name], config[name]) for name in config.stages]
 
 
-def _summary(result: dict[str, Any]) -> dict[str, float]:
+def _summary(result: dict[str, Any]) -> str:
     """The numbers over all kinds of data, `eval/loss` but not `eval/loss/KIND`."""
-    return {k: v for k, v in result.items() if isinstance(v, int | float) and k.count("/") < 2}
+    numbers = ((name, value) for name, value in result.items() if isinstance(value, int | float))
+    return ", ".join(f"{name} {value:.4g}" for name, value in numbers if name.count("/") < 2)
 
 
 if __name__ == "__main__":

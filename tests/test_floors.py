@@ -8,6 +8,8 @@ PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "huatuo_jax"
 # Room -> floor. A file imports from its own room and from floors below.
 FLOORS = {
     "atomic": 1,
+    "multi_host": 1,
+    "peers": 0,
     "progress": 1,
     "sharding": 1,
     "backbone": 2,

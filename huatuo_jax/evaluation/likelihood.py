@@ -38,7 +38,7 @@ def held_out_loss(
     variables = {"params": models.load_params(info, mesh=mesh)}
     measure = make_measure(
         lambda variables, batch: token_loss(module, variables, batch, chunk=chunk).others,
-        lambda: data.evaluation_batches(rows_at_once),
+        lambda: data.evaluation_batches(rows_at_once, mesh),
         evaluation_numbers,
         mesh,
     )

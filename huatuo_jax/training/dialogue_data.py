@@ -5,6 +5,8 @@ import pathlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from jax.sharding import Mesh
+
 from huatuo_jax.data import templates
 from huatuo_jax.data.batches import BatchIterator, PrefetchConfig, evaluation_batches
 from huatuo_jax.data.chat import TrainedTurns, TruncationPolicy
@@ -110,17 +112,17 @@ class DialogueData:
         """The cache's name is a hash of the content, the tokenizer, the template and the split."""
         return {"cache": self.prepared.folder.name}
 
-    def batches(self, batch_size: int) -> BatchIterator:
+    def batches(self, batch_size: int, mesh: Mesh) -> BatchIterator:
         """This host's share of the global batches of training."""
         return BatchIterator(
-            self.train, batch_size=batch_size, share=host_share(), prefetch=self._prefetch()
+            self.train, batch_size=batch_size, share=host_share(mesh), prefetch=self._prefetch()
         )
 
-    def evaluation_batches(self, batch_size: int) -> BatchIterator:
+    def evaluation_batches(self, batch_size: int, mesh: Mesh) -> BatchIterator:
         """This host's share of the held-out rows, each once."""
         assert self.held_out is not None
         return evaluation_batches(
-            self.held_out, batch_size=batch_size, share=host_share(), prefetch=self._prefetch()
+            self.held_out, batch_size=batch_size, share=host_share(mesh), prefetch=self._prefetch()
         )
 
     def example_ids(self, position: dict[str, Any], batch_size: int) -> list[str]:

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from huatuo_jax import sharding
+from huatuo_jax import multi_host, sharding
 from huatuo_jax.checkpoint.store import CheckpointStore
 from huatuo_jax.data.batches import HostShare
 from huatuo_jax.training.metrics import EVALUATION_PREFIX, TIME_PREFIX, MetricsLog
@@ -164,9 +164,10 @@ def step_numbers(metrics: Mapping[str, np.ndarray]) -> dict[str, float]:
     }
 
 
-def host_share() -> HostShare:
-    """Which rows of each global batch this process reads."""
-    return HostShare(host=jax.process_index(), num_hosts=jax.process_count())
+def host_share(mesh: Mesh) -> HostShare:
+    """Which rows of each global batch this process reads: those that its devices hold."""
+    share, num_shares = sharding.batch_share(mesh)
+    return HostShare(host=share, num_hosts=num_shares)
 
 
 def put_on_mesh(batch: LocalBatch, mesh: Mesh) -> dict[str, jax.Array]:
@@ -189,6 +190,7 @@ class _Session(contextlib.AbstractContextManager["_Session", None]):
         self._pending: deque[tuple[int, dict[str, jax.Array], dict[str, Any]]] = deque()
         self._evaluation: dict[str, float] = {}
         newest = store.latest_step()
+        multi_host.check_same("the newest checkpoint", newest)
         self._evaluated = False
         if newest is None:
             self._step, self._state = 0, job.make_state()

@@ -6,8 +6,8 @@ import types
 from typing import Self
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
+
+from huatuo_jax import multi_host
 
 INTERRUPTED_EXIT_CODE = 75
 """Exit code of a run that was asked to stop and can go on (EX_TEMPFAIL of sysexits.h)."""
@@ -26,14 +26,13 @@ class StopSignals:
         self._before: dict[signal.Signals, signal._HANDLER] = {}
 
     def requested(self) -> bool:
-        """Whether any process of the run was asked to stop; all of them must call this together.
+        """Whether to stop, since any process of the run was asked to.
 
-        With several processes the answer waits for the devices.
+        All of them must call this together, and have the same answer.
         """
         if jax.process_count() == 1:
             return self._requested
-        asked = multihost_utils.process_allgather(np.asarray(self._requested))
-        return bool(np.any(asked))
+        return multi_host.stop_together(self._requested)
 
     def __enter__(self) -> Self:
         """Takes the signals over; only a process's main thread can."""

@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 
+from huatuo_jax import multi_host
 from huatuo_jax.atomic import write_file
 from huatuo_jax.checkpoint.differences import as_json, differences
 
@@ -83,6 +84,7 @@ class StageDirectory:
         """Marks the stage as finished; call it when all it made is on disk."""
         if jax.process_index() == 0:
             _write(self.folder / FINISHED_FILE, result)
+        multi_host.barrier("stage finished")
 
     def has_checkpoint(self) -> bool:
         """Whether a whole checkpoint is there: from then on the stage's settings stand."""
@@ -108,10 +110,15 @@ def begin_stage(
 
     Raises:
         ValueError: the stage has a checkpoint or is finished, and a decisive field has changed;
-            one line a field.
+            one line a field. Or the folder is none that all processes share.
         OSError: the folder cannot be written.
     """
+    if "://" in os.fspath(workdir):
+        raise ValueError(f"workdir={workdir!s} is an address: mount the bucket or disk as a folder")
     folder = pathlib.Path(workdir)
+    multi_host.check_joined()
+    multi_host.check_shared(folder)
+    multi_host.check_same(f"what decides results of stage {name!r}", dict(decisive))
     stage = StageDirectory(folder / name)
     path = folder / CONFIG_FILE
     saved = _read(path) if path.exists() else {}
