@@ -6,7 +6,6 @@ Running the same command again goes on from the newest checkpoint; finished stag
 again. Exit code 75 says that the run was stopped (SIGTERM, Ctrl-C), has saved, and can go on.
 """
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -36,7 +35,7 @@ def main() -> None:
             result = run(settings, _WORKDIR.value)
         except Interrupted as stopped:
             print(f"{name}: {stopped}", flush=True)
-            sys.exit(INTERRUPTED_EXIT_CODE)
+            raise SystemExit(INTERRUPTED_EXIT_CODE) from None
         except Diverged as error:
             raise ValueError(f"{name}: {error}") from error
         if multi_host.is_first():
