@@ -15,8 +15,9 @@ OPENAI_API_KEY (`--config.labels.model` where the server has several).
 Hardware: any CPU.
 Expected (one run, seed 0): held-out loss 7.66 before fine-tuning and 4.95 after; the reward model
 agrees with 72 % of the held-out comparisons (length alone: 50 %); PPO's answers score .66 (95 %:
-.46 to .88) above SFT's at a KL of 7.2 nats an answer, and are shorter. At equal length .13 (-.09 to .35) is left, and the judge, asked anew, does not prefer them: what the policy
-learned is to come to an end, and what its reward model likes. That is what the report is for.
+.46 to .88) above SFT's at a KL of 7.2 nats an answer, and are shorter. At equal length .13 (-.09 to
+.35) is left, and the judge, asked anew, does not prefer them: what the policy learned is to come to
+an end, and what its reward model likes. That is what the report is for.
 """
 
 from ml_collections import ConfigDict
