@@ -70,9 +70,9 @@ def test_ppo_ends_at_the_best_policy_of_a_small_world(tmp_path):
 _WHOLE = {
     "longest": 3,
     "seed": 2,
-    "num_iterations": 100,
+    "num_iterations": 120,
     "num_answers": 256,
-    "learning_rate": 4e-3,
+    "learning_rate": 3e-3,
 }
 # Of a penalty in the loss, whose gradient is that of the objective at the policy's own answers
 # alone: each is used once.
