@@ -51,7 +51,9 @@ def files(tmp_path_factory):
     write_rows(folder / "comparisons.jsonl", comparisons(60))
     for head in ("lm", "score"):
         params = init_params(jax.random.key(1), BACKBONE, ComputeConfig(), head=head)
-        save_orbax(params, BACKBONE, folder / head, head=head, source_folder=pathlib.Path(TOKENIZER))
+        save_orbax(
+            params, BACKBONE, folder / head, head=head, source_folder=pathlib.Path(TOKENIZER)
+        )
     return folder
 
 
