@@ -190,6 +190,7 @@ def batch_share(mesh: Mesh) -> tuple[int, int]:
     """
     rows_of: dict[int, set[int]] = {}
     places = batch_sharding(mesh).devices_indices_map((batch_shards(mesh),))
+    device: jax.Device
     for device, (rows,) in places.items():
         row = rows.indices(batch_shards(mesh))[0]
         rows_of.setdefault(device.process_index, set()).add(row)

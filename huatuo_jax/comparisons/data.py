@@ -18,7 +18,7 @@ import numpy.typing as npt
 from huatuo_jax.comparisons.made_comparisons import mismatched_references, spoiled_answers
 from huatuo_jax.data import templates
 from huatuo_jax.data.chat import TruncationPolicy
-from huatuo_jax.data.examples import Dropped, Example, TokenIds
+from huatuo_jax.data.examples import Dropped, TokenIds, Tokens
 from huatuo_jax.data.held_out import HeldOutConfig, dialogue_text
 from huatuo_jax.data.readers import read_comparisons, read_dialogues
 from huatuo_jax.data.records import Comparison, Messages
@@ -345,7 +345,7 @@ def _both_answers(
     return chosen, rejected
 
 
-def _up_to_last_trained(example: Example) -> DialogueTokens:
+def _up_to_last_trained(example: Tokens) -> DialogueTokens:
     end = np.flatnonzero(example.trained_mask)[-1] + 1
     return DialogueTokens(example.token_ids[:end], example.trained_mask[:end])
 
