@@ -45,7 +45,10 @@ _TRL = flags.DEFINE_string("trl_python", None, "Interpreter that has TRL 1.12; w
 _OUTPUT = flags.DEFINE_string("output", "benchmarks/results/ppo_cpu.json", "Where to.")
 
 SAMPLE = contest.ROOT / "huatuo_jax" / "data" / "sample"
-REAL_PROMPTS = ("5_gen_benchmark/huatuo26M_test.json", "2_sft_multi_real/CMtMedQA_test.json")
+REAL_PROMPTS = (
+    "1_sft_single_real/medicalgpt_medical_sft.jsonl",
+    "2_sft_multi_real/CMtMedQA_test.json",
+)
 OPTIMIZER = {"learning_rate": 3e-6, "weight_decay": 0.0, **contest.ADAMW}
 TEMPLATE = "chatml"
 SEED = 0
