@@ -126,6 +126,12 @@ def check_joined() -> None:
         )
 
 
+def check_alone(what: str) -> None:
+    """Raises ValueError where several processes run what is made for one."""
+    if _run is not None:
+        raise ValueError(f"{what} is made for one process, this run has {_run.count}")
+
+
 def gather(name: str, value: Any = None) -> list[Any]:
     """Waits until all processes are here, and gives each one's JSON value, in their order.
 

@@ -189,7 +189,7 @@ def batch_share(mesh: Mesh) -> tuple[int, int]:
         ValueError: the rows of two processes overlap without being the same.
     """
     rows_of: dict[int, set[int]] = {}
-    places = batch_sharding(mesh).devices_indices_map((batch_shards(mesh),))
+    places: Mapping[Any, Any] = batch_sharding(mesh).devices_indices_map((batch_shards(mesh),))
     for device, (rows,) in places.items():
         row = rows.indices(batch_shards(mesh))[0]
         rows_of.setdefault(device.process_index, set()).add(row)
