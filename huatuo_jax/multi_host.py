@@ -51,8 +51,7 @@ def joined() -> Iterator[None]:
     except BaseException as error:
         if isinstance(error, jax.errors.JaxRuntimeError):
             _run.wait_for_the_lost()
-        _run.has_failed = True
-        _run.end(" ".join(str(error).split())[:500] or type(error).__name__)
+        _run.fail(" ".join(str(error).split())[:500] or type(error).__name__)
         raise
     _finish(_run)
 
@@ -110,7 +109,7 @@ def leave() -> None:
         traceback.print_exc()
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
-    os._exit(1)
+    _run.go(1)
 
 
 def is_first() -> bool:
@@ -124,6 +123,12 @@ def check_joined() -> None:
         raise ValueError(
             f"jax sees {jax.process_count()} processes that have not joined: set {_MODE}=auto"
         )
+
+
+def check_alone(what: str) -> None:
+    """Raises ValueError where several processes run what is made for one."""
+    if _run is not None:
+        raise ValueError(f"{what} is made for one process, this run has {_run.count}")
 
 
 def gather(name: str, value: Any = None) -> list[Any]:
@@ -218,8 +223,7 @@ def stop_together(asked: bool) -> bool:
 
 
 def _finish(run: Peers) -> None:
-    run.publish(ended="finished")
-    run.wait_for_the_end()
+    run.finish()
     jax.distributed.shutdown()
 
 

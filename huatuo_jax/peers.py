@@ -22,9 +22,9 @@ PEER_LOST_EXIT_CODE = 75
 class Peers(threading.Thread):
     """This process's part in a run of several: it tells the others how it is, and watches them.
 
-    Each process keeps one status in the store, under `status/INDEX`: its heartbeat, whether it was
-    asked to stop, after how many questions about stopping it stands (told while they agree on
-    where to stop), and how it ended.
+    Each process keeps one status in the store, under `status/INDEX`: its heartbeat; whether it was
+    asked to stop; after how many questions about stopping it stands (told while they agree on
+    where to stop); whether it has finished, why it failed, and whether it is gone for good.
     """
 
     def __init__(self, client: Any, *, index: int, count: int, timeout_s: float) -> None:
@@ -36,7 +36,14 @@ class Peers(threading.Thread):
         self.asked = False
         self.has_failed = False
         self._client = client
-        self._status: dict[str, Any] = {"beat": 0, "asked": False, "calls": None, "ended": None}
+        self._status: dict[str, Any] = {
+            "beat": 0,
+            "asked": False,
+            "calls": None,
+            "finished": False,
+            "failed": None,
+            "gone": False,
+        }
         self._publishing = threading.Lock()
         self._beats: dict[int, int] = {}
         self._silent_s: dict[int, float] = {}
@@ -82,7 +89,8 @@ class Peers(threading.Thread):
                 told = self.read("status")
             except jax.errors.JaxRuntimeError:
                 continue  # Process 0 is gone with the store, and jax ends this process.
-            self._look(told, pause_s)
+            if not self.has_failed:  # Else it ends by itself, with what it has to say.
+                self._look(told, pause_s)
             self._decide(told)
             pause_s = 0.05 if self._is_deciding else self.interval_s
 
@@ -97,18 +105,39 @@ class Peers(threading.Thread):
         for _ in range(round(self.timeout_s / self.interval_s) + 2):
             time.sleep(self.interval_s)
 
-    def end(self, how: str) -> None:
-        """Tells the others how this process ends, and stays until they can have read it."""
+    def fail(self, reason: str) -> None:
+        """Tells the others that this process fails; `go` must follow."""
+        self.has_failed = True
         with contextlib.suppress(jax.errors.JaxRuntimeError):
-            self.publish(ended=how)
-        time.sleep(2 * self.interval_s)
+            self.publish(failed=reason)
 
-    def wait_for_the_end(self) -> None:
+    def finish(self) -> None:
         """Waits until all have finished, and stops to watch."""
-        while not all(status["ended"] == "finished" for status in self.read("status").values()):
+        self.publish(finished=True)
+        while not all(status["finished"] for status in self.read("status").values()):
             time.sleep(0.05)
         self._over.set()
         self.join()
+
+    def go(self, code: int) -> None:
+        """Ends this process, with no regard for what Python and jax would wait for.
+
+        Process 0 stays until the others are gone: with it goes the store, and jax ends those that
+        are left without a word on why.
+        """
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            self.publish(gone=True)
+            if self.index == 0:
+                self._outlast_the_others()
+        os._exit(code)
+
+    def _outlast_the_others(self) -> None:
+        for _ in range(round(self.timeout_s / self.interval_s)):
+            silent = {i for i, silent_s in self._silent_s.items() if silent_s >= self.timeout_s}
+            told = self.read("status").items()
+            if all(status["gone"] or index in silent for index, status in told):
+                break
+            time.sleep(self.interval_s)
 
     def _look(self, told: Mapping[int, Mapping[str, Any]], waited_s: float) -> None:
         """Ends this process if another one failed, or has been silent for too long.
@@ -116,11 +145,11 @@ class Peers(threading.Thread):
         Silence is counted in this process's own pauses, so that a machine which sleeps misses none.
         """
         for index, status in told.items():
-            if index == self.index or status["ended"] == "finished":
+            if status["failed"] is not None:
+                self._leave(f"{self.named([index])} has failed: {status['failed']}")
+            if index == self.index or status["finished"] or status["gone"]:
                 self._silent_s[index] = 0.0
                 continue
-            if status["ended"] is not None:
-                self._leave(f"{self.named([index])} has failed: {status['ended']}")
             if status["beat"] == self._beats.get(index):
                 self._silent_s[index] = self._silent_s.get(index, 0.0) + waited_s
             else:
@@ -132,7 +161,7 @@ class Peers(threading.Thread):
     def _leave(self, reason: str) -> None:
         line = f"error: {reason}; process {self.index} stops, run the same command again to go on\n"
         os.write(2, line.encode())  # The main thread may hold what `print` would wait for.
-        os._exit(PEER_LOST_EXIT_CODE)
+        self.go(PEER_LOST_EXIT_CODE)
 
     def _decide(self, told: Mapping[int, Mapping[str, Any]]) -> None:
         """Agrees on the question to stop at: the one after the farthest that any has asked.
@@ -146,7 +175,7 @@ class Peers(threading.Thread):
             self._is_deciding = True
             self.publish(calls=self._calls)
             return
-        calls = [status["calls"] for status in told.values() if status["ended"] is None]
+        calls = [status["calls"] for status in told.values() if not status["finished"]]
         if None not in calls:
             self._stop_at = max(calls, default=self._calls) + 1
             self._is_deciding = False

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from huatuo_jax import multi_host
 from huatuo_jax.rlaif.checks import check_inputs
 from huatuo_jax.rlaif.config import RlaifConfig
 from huatuo_jax.rlaif.journal import Journal
@@ -39,6 +40,7 @@ def run_rlaif(
         Diverged: a training stage's steps were not finite.
         OSError: something cannot be read or written.
     """
+    multi_host.check_alone("the recipe as a whole (its stages are configs/sft.py and others)")
     folder = pathlib.Path(workdir)
     cfg = from_section(RlaifConfig, config, path="config").in_workdir(folder)
     stages, journal = make_stages(cfg, folder), Journal(folder)

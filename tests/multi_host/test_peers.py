@@ -56,10 +56,9 @@ def peers(count, *, timeout_s=1.0):
 
 def end(made):
     for one in made:
-        one.publish(ended="finished")
+        one.publish(finished=True)
     for one in made:
-        if one.is_alive():
-            one.wait_for_the_end()
+        one.finish()
 
 
 def test_all_stop_at_the_same_question_however_far_each_is():
@@ -112,7 +111,7 @@ def test_a_silent_peer_is_named_by_all_others():
 
 def test_a_peer_that_failed_is_named_with_its_error():
     made = peers(2, timeout_s=50.0)
-    made[0].end("config.sft.batch_size=3 must be even")
+    made[0].fail("config.sft.batch_size=3 must be even")
     made[1].join()
     assert (
         made[1].said == "process 0 (host host-0) has failed: config.sft.batch_size=3 must be even"
@@ -122,7 +121,7 @@ def test_a_peer_that_failed_is_named_with_its_error():
 
 def test_a_peer_that_finished_may_be_silent():
     made = peers(2, timeout_s=0.5)
-    made[1].publish(ended="finished")
+    made[1].publish(finished=True)
     made[1]._over.set()
     made[1].join()
     time.sleep(1.5)
@@ -135,6 +134,7 @@ def test_one_process_answers_at_once(tmp_path):
     assert multi_host.gather("x", 3) == [3]
     multi_host.barrier("x")
     multi_host.check_same("x", {"a": 1})
+    multi_host.check_alone("x")
     multi_host.check_shared(tmp_path / "new")
     assert not (tmp_path / "new").exists()
     with multi_host.first_then_others("x"), multi_host.joined():
@@ -178,3 +178,18 @@ def test_a_wrong_environment_is_refused_before_anything_is_joined(
 def test_without_a_word_in_the_environment_nothing_is_joined():
     assert multi_host._asked_for({"TPU_WORKER_ID": "3", "SLURM_NTASKS": "4"}) is None
     assert multi_host._asked_for({"HUATUO_MULTI_HOST": "auto"}) == {}
+
+
+def test_process_0_stays_until_the_others_are_gone():
+    made = peers(3, timeout_s=100.0)
+    for one in made:
+        one.interval_s = 0.05
+    leaving = threading.Thread(target=made[0]._outlast_the_others)
+    made[0].publish(gone=True)
+    leaving.start()
+    made[1].publish(gone=True)
+    leaving.join(timeout=0.5)
+    assert leaving.is_alive()
+    made[2].publish(gone=True)
+    leaving.join()
+    end(made)
