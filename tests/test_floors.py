@@ -21,6 +21,7 @@ FLOORS = {
     "sft": 7,
     "reward": 7,
     "ppo": 7,
+    "compiling": 8,
     "evaluation": 8,
     "report": 8,
     "serving": 8,
