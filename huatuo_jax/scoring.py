@@ -106,6 +106,11 @@ def answer_log_probs(
     return at_tokens(scores.log_probs_BT)
 
 
+def compile_values(values: Callable[[Variables, Batch], jax.Array], mesh: Mesh) -> sharding.OnMesh:
+    """One of the two above under one `jax.jit`, its values on every device of the mesh."""
+    return sharding.OnMesh(jax.jit(values, out_shardings=jax.NamedSharding(mesh, jax.P())), mesh)
+
+
 def padded_batch(
     token_ids_BT: jax.Array,
     *,
@@ -211,8 +216,8 @@ class Scorer:
             log_probs[index] = values_T[start + answers[index].prompt_length : end].copy()
         return log_probs
 
-    def _compiled(self, values: Callable[[Variables, Batch], jax.Array]) -> Callable[..., Any]:
-        return jax.jit(values, out_shardings=jax.NamedSharding(self._mesh, jax.P()))
+    def _compiled(self, values: Callable[[Variables, Batch], jax.Array]) -> sharding.OnMesh:
+        return compile_values(values, self._mesh)
 
     def _values(
         self,

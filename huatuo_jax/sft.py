@@ -18,6 +18,7 @@ from huatuo_jax.backbone.config import BackboneConfig
 from huatuo_jax.backbone.transformer import Transformer
 from huatuo_jax.data import templates
 from huatuo_jax.data.examples import ALL_KINDS
+from huatuo_jax.data.packing import pack_row
 from huatuo_jax.generation.samples import Samples, SamplesConfig, sample_prompt
 from huatuo_jax.progress import progress_bar
 from huatuo_jax.sharding import MeshConfig
@@ -41,8 +42,9 @@ from huatuo_jax.training.run_directory import (
 )
 from huatuo_jax.training.sections import from_section
 from huatuo_jax.training.state import TrainState, Variables
+from huatuo_jax.training.step import Step, abstract_batch, make_step
 from huatuo_jax.training.throughput import ModelFlops
-from huatuo_jax.training.update import Batch, LossSums, compile_update, make_update
+from huatuo_jax.training.update import Batch, LossSums
 
 STAGE = "sft"
 MODEL_FOLDER = "model"
@@ -122,7 +124,7 @@ def run_sft(
     mesh = cfg.mesh.make()
     check_rows(cfg.rows_at_once, name="micro_batch_size", mesh=mesh)
     model = open_model(cfg.model, cfg.compute.compute_config())
-    _check_lengths(cfg.data, model.cfg)
+    check_lengths(cfg.data, model.cfg)
     tokenizer = model.load_tokenizer(STAGE)
     with (
         multi_host.first_then_others("tokenising"),
@@ -146,6 +148,23 @@ def run_sft(
     result = {"step": int(state.step), **evaluation}
     directory.finish(result)
     return result
+
+
+def sft_step(cfg: SftConfig, model: InitialModel, mesh: Mesh, *, num_steps: int) -> Step:
+    """The optimizer step of a run of so many steps."""
+    return make_step(
+        functools.partial(token_loss, model.transformer, chunk=cfg.compute.loss_chunk),
+        make_optimizer(cfg.optimizer, num_steps=num_steps),
+        model,
+        mesh,
+        num_micro_batches=cfg.batch_size // cfg.rows_at_once,
+    )
+
+
+def abstract_rows(cfg: SftConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """The rows of a step as shapes on a mesh."""
+    row = pack_row([], row_length=cfg.data.row_length, pad_token_id=0)
+    return abstract_batch(row, cfg.batch_size, mesh)
 
 
 def token_loss(
@@ -224,7 +243,8 @@ def evaluation_numbers(sums: Mapping[str, np.ndarray]) -> dict[str, float]:
     return numbers | perplexities
 
 
-def _check_lengths(data: DataConfig, backbone: BackboneConfig) -> None:
+def check_lengths(data: DataConfig, backbone: BackboneConfig) -> None:
+    """Raise ValueError where rows do not suit the backbone."""
     if data.row_length > backbone.max_positions:
         raise ValueError(
             f"config.{STAGE}.data.row_length={data.row_length} must be at most the model's "
@@ -270,14 +290,11 @@ def _job(
     samples: Samples | None,
 ) -> Job:
     num_steps = cfg.num_steps or -(-data.train.first_row(cfg.num_epochs) // cfg.batch_size)
-    optimizer = make_optimizer(cfg.optimizer, num_steps=num_steps)
-    loss = functools.partial(token_loss, model.transformer, chunk=cfg.compute.loss_chunk)
-    abstract_state = model.abstract_state(optimizer, mesh)
-    update = make_update(loss, optimizer, num_micro_batches=cfg.batch_size // cfg.rows_at_once)
+    step = sft_step(cfg, model, mesh, num_steps=num_steps)
     evaluate = None
     if data.held_out is not None:
         measure = make_evaluate(
-            lambda variables, batch: loss(variables, batch).others,
+            lambda variables, batch: step.loss(variables, batch).others,
             lambda: data.evaluation_batches(cfg.rows_at_once, mesh),
             evaluation_numbers,
             mesh,
@@ -288,9 +305,9 @@ def _job(
         decisive=decisive,
         num_steps=num_steps,
         mesh=mesh,
-        make_state=lambda: model.make_state(jax.random.key(cfg.seed), optimizer, mesh),
-        abstract_state=abstract_state,
-        update=compile_update(update, abstract_state, mesh),
+        make_state=lambda: model.make_state(jax.random.key(cfg.seed), step.optimizer, mesh),
+        abstract_state=step.state,
+        update=step.update,
         batches=data.batches(cfg.batch_size, mesh),
         report=functools.partial(
             report_step,

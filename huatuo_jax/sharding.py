@@ -5,6 +5,7 @@ parallelism, arXiv 1910.02054), `tensor` splits heads, feed-forward and vocabula
 1909.08053). A batch is split over `data` and `fsdp` together.
 """
 
+import contextlib
 import dataclasses
 import math
 import re
@@ -69,13 +70,48 @@ class MeshConfig:
     fsdp: int = -1
     tensor: int = 1
 
-    def make(self) -> Mesh:
-        """The mesh of all devices.
+    def make(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
+        """The mesh of these devices, all there are by default.
 
         Raises:
             ValueError: the sizes do not multiply to the number of devices.
         """
-        return make_mesh(data=self.data, fsdp=self.fsdp, tensor=self.tensor)
+        return make_mesh(data=self.data, fsdp=self.fsdp, tensor=self.tensor, devices=devices)
+
+
+@dataclasses.dataclass(frozen=True)
+class OnMesh:
+    """A jitted function with the mesh that it runs on, or is compiled for.
+
+    Attributes:
+        jitted: of `jax.jit`.
+        mesh: set while it is traced; None leaves things as they are.
+    """
+
+    jitted: Any
+    mesh: Mesh | None
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        """Run it."""
+        with self._in_use():
+            return self.jitted(*arguments, **keywords)
+
+    def lower(self, *arguments: Any, **keywords: Any) -> jax.stages.Lowered:
+        """Trace it for arguments of which shapes suffice (`jax.ShapeDtypeStruct`)."""
+        with self._in_use():
+            return self.jitted.lower(*arguments, **keywords)
+
+    def _in_use(self) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+
+
+def platform_in_use() -> str:
+    """The platform of the mesh in use (`jax.set_mesh`); jax's own where there is none.
+
+    They differ where a program is compiled for devices that are not there.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
 
 
 def make_mesh(
@@ -171,6 +207,15 @@ def parameter_shardings(tree: Any, mesh: Mesh) -> Any:
         return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def abstract_arrays(shapes: Any, places: Any) -> Any:
+    """A tree of shapes with a tree of shardings, as `jax.ShapeDtypeStruct`."""
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        shapes,
+        places,
+    )
 
 
 def batch_shards(mesh: Mesh | None) -> int:

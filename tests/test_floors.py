@@ -25,6 +25,7 @@ FLOORS = {
     "reward": 7,
     "dpo": 7,
     "ppo": 7,
+    "compiling": 8,
     "evaluation": 8,
     "report": 8,
     "serving": 8,

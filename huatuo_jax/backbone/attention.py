@@ -23,6 +23,7 @@ from typing import Literal
 
 import jax
 
+from huatuo_jax import sharding
 from huatuo_jax.backbone import fused_attention
 from huatuo_jax.backbone.block_attention import attend_in_blocks
 from huatuo_jax.backbone.config import Kernel
@@ -63,7 +64,7 @@ def attend(
     """
     fit = choose_kernel(
         kernel,
-        jax.default_backend(),
+        sharding.platform_in_use(),
         length=q_BTNH.shape[1],
         head_dim=q_BTNH.shape[-1],
         dtype=str(q_BTNH.dtype),

@@ -224,8 +224,7 @@ class ComputeConfig:
         remat: what the backward pass recomputes inside a layer: `none` saves everything, `full`
             saves only the layer's input, `dots` saves the results of matrix products with weights,
             `outputs` saves those of the attention and feed-forward blocks.
-        kernel: the attention kernel, `auto` for the fit one of the platform that jax runs on; to
-            compile for another platform, name its kernel.
+        kernel: the attention kernel, `auto` for the fit one of the platform of the mesh in use.
         query_chunk: queries at a time in the XLA attention; more where a row would take over 16
             chunks.
     """

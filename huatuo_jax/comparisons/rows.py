@@ -161,11 +161,7 @@ class ComparisonRows:
         """A global row with so many places for pairs; None for an empty row."""
         parts = [] if row is None else self.parts_in(row)
         answers = [answer for part in parts for answer in part.answers]
-        packed = pack_row(
-            [Example(one.token_ids, one.is_answer, UNKNOWN_KIND, "") for one in answers],
-            row_length=self._cfg.row_length,
-            pad_token_id=self._cfg.pad_token_id,
-        )
+        row_of = _row_of(answers, self._cfg, num_pairs=num_pairs)
         ends = np.cumsum([len(one.token_ids) for one in answers], dtype=np.int64) - 1
         firsts = np.cumsum([0, *(len(part.answers) for part in parts)])
         placed = [
@@ -174,11 +170,6 @@ class ComparisonRows:
             for pair in part.pairs
         ]
         assert len(placed) <= num_pairs, f"{len(placed)} pairs in a row with {num_pairs} places"
-        row_of: Row = {name: packed[name] for name in _OF_TOKENS}
-        row_of |= {name: np.zeros(num_pairs, np.int32) for name in ("chosen_at", "rejected_at")}
-        row_of |= {
-            name: np.zeros(num_pairs, np.float32) for name in ("p_chosen", "margin", "pair_weight")
-        }
         for index, (pair, first, weight) in enumerate(placed):
             row_of["chosen_at"][index] = ends[first + pair.chosen]
             row_of["rejected_at"][index] = ends[first + pair.rejected]
@@ -204,6 +195,24 @@ class ComparisonRows:
         self._first_rows.append(self._first_rows[-1] + len(plan))
         most = max(sum(len(self.parts[i].pairs) for i in plan[row]) for row in range(len(plan)))
         self._most_pairs = max(self._most_pairs, most)
+
+
+def empty_row(cfg: RowsConfig, *, num_pairs: int) -> Row:
+    """A row without answers, with so many places for pairs."""
+    return _row_of([], cfg, num_pairs=num_pairs)
+
+
+def _row_of(answers: Sequence[Answer], cfg: RowsConfig, *, num_pairs: int) -> Row:
+    """A row of answers, without their pairs."""
+    packed = pack_row(
+        [Example(one.token_ids, one.is_answer, UNKNOWN_KIND, "") for one in answers],
+        row_length=cfg.row_length,
+        pad_token_id=cfg.pad_token_id,
+    )
+    row: Row = {name: packed[name] for name in _OF_TOKENS}
+    row |= {name: np.zeros(num_pairs, np.int32) for name in ("chosen_at", "rejected_at")}
+    row |= {name: np.zeros(num_pairs, np.float32) for name in ("p_chosen", "margin", "pair_weight")}
+    return row
 
 
 class ComparisonBatches(Iterator[Row]):

@@ -27,7 +27,7 @@ from huatuo_jax.generation.cache import Cache
 from huatuo_jax.generation.completion import finished
 from huatuo_jax.generation.memory import check_fits
 from huatuo_jax.generation.pool import Pool
-from huatuo_jax.generation.programs import Programs
+from huatuo_jax.generation.programs import PAGE_SIZE, STEPS_PER_ROUND, Programs
 from huatuo_jax.generation.report import EngineReport
 from huatuo_jax.generation.requests import Answer, Request
 from huatuo_jax.generation.slots import MAX_STOP_TOKENS, Running, SlotTable
@@ -45,9 +45,9 @@ class Engine:
         max_length: int,
         mesh: Mesh | None = None,
         tokenizer: transformers.PreTrainedTokenizerBase | None = None,
-        steps_per_round: int = 8,
+        steps_per_round: int = STEPS_PER_ROUND,
         prefill_rows: int | None = None,
-        page_size: int = 64,
+        page_size: int = PAGE_SIZE,
         cache_dtype: DTypeLike | None = None,
         cast_weights: bool = True,
         split_layers: bool | None = None,

@@ -5,7 +5,6 @@ the pages of a slot (so that all its answers share one prefill), `grow` adds pag
 takes some away, and `decode` runs several steps for all slots.
 """
 
-import contextlib
 import functools
 from collections import Counter
 from collections.abc import Callable
@@ -24,6 +23,10 @@ from huatuo_jax.generation import forward
 from huatuo_jax.generation.cache import Cache, Pages
 from huatuo_jax.generation.forward import Variables
 from huatuo_jax.generation.sampling import Settings, choose
+from huatuo_jax.sharding import OnMesh
+
+STEPS_PER_ROUND = 8
+PAGE_SIZE = 64
 
 _NOTHING = -1
 
@@ -58,6 +61,8 @@ class Programs:
     Attributes:
         page_size: positions of a page.
         compilations: how often each kind of program was compiled.
+        jitted_prefill: what `prefill` calls.
+        jitted_decode: what `decode` calls.
     """
 
     def __init__(
@@ -92,7 +97,7 @@ class Programs:
         self._allocate = self._jit(
             "allocate", self._empty, out_shardings=places, static_argnames=("num_pages",)
         )
-        self._prefill = self._jit(
+        self.jitted_prefill = self._jit(
             "prefill", self._run_prefill, donate_argnums=(1,), out_shardings=places
         )
         self._insert = self._jit(
@@ -102,7 +107,7 @@ class Programs:
             "grow", self._add_pages, out_shardings=places, static_argnames=("added",)
         )
         self._shrink = self._jit("shrink", self._take_pages, out_shardings=places)
-        self._decode = self._jit(
+        self.jitted_decode = self._jit(
             "decode",
             self._run_decode,
             donate_argnums=(1,),
@@ -111,30 +116,25 @@ class Programs:
 
     def allocate(self, *, num_pages: int) -> Cache:
         """An empty cache."""
-        with self._on_mesh():
-            return self._allocate(num_pages=num_pages)
+        return self._allocate(num_pages=num_pages)
 
     def prefill(self, variables: Variables, prefix: Cache, tokens_BT: Any) -> Cache:
         """The prefix cache (donated) with padded prompts at the start of its rows."""
-        with self._on_mesh():
-            return self._prefill(variables, prefix, tokens_BT)
+        return self.jitted_prefill(variables, prefix, tokens_BT)
 
     def insert(
         self, cache: Cache, prefix: Cache, *, first: int, targets_M: Any, shard: int
     ) -> Cache:
         """The cache (donated) with pages of the prefix cache, see `cache.copy_pages`."""
-        with self._on_mesh():
-            return self._insert(cache, prefix, jnp.int32(first), targets_M, jnp.int32(shard))
+        return self._insert(cache, prefix, jnp.int32(first), targets_M, jnp.int32(shard))
 
     def grow(self, cache: Cache, *, added: int) -> Cache:
         """The cache with so many more pages in each shard."""
-        with self._on_mesh():
-            return self._grow(cache, added=added)
+        return self._grow(cache, added=added)
 
     def shrink(self, cache: Cache, targets_N: Any) -> Cache:
         """The cache without the last pages of its shards, which move, see `PageTable.shrink`."""
-        with self._on_mesh():
-            return self._shrink(cache, targets_N)
+        return self._shrink(cache, targets_N)
 
     def decode(
         self,
@@ -145,20 +145,16 @@ class Programs:
         settings: Settings,
     ) -> tuple[Cache, Progress, Emitted]:
         """Some steps of all slots; fewer once none is active. The cache is donated."""
-        with self._on_mesh():
-            return self._decode(variables, cache, pages, progress, settings)
+        return self.jitted_decode(variables, cache, pages, progress, settings)
 
-    def _jit(self, name: str, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    def _jit(self, name: str, function: Callable[..., Any], **options: Any) -> OnMesh:
         """The function compiled; each tracing of it is counted."""
 
         def counted(*arguments: Any, **keywords: Any) -> Any:
             self.compilations[name] += 1
             return function(*arguments, **keywords)
 
-        return jax.jit(counted, **options)
-
-    def _on_mesh(self) -> contextlib.AbstractContextManager[Any]:
-        return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
+        return OnMesh(jax.jit(counted, **options), self._mesh)
 
     def _empty(self, *, num_pages: int) -> Cache:
         return caches.empty(

@@ -35,16 +35,21 @@ def place(
     Raises:
         ValueError: a parameter that no partition rule knows, or that the mesh does not divide.
     """
-    variables = {
-        name: {part: value for part, value in tree.items() if part != "score_head"}
-        for name, tree in variables.items()
-        if name in ("params", "lora")
-    }
+    variables = that_are_read(variables)
     if mesh is not None:
         variables = jax.device_put(variables, sharding.parameter_shardings(variables, mesh))
     if cast:
         variables = store_as_computed(variables, compute.compute_dtype, keep_lm_head=cfg.norm_head)
     return _split(variables, cfg, mesh) if split_layers else variables
+
+
+def that_are_read(variables: Variables) -> Variables:
+    """Those that generation has a use for."""
+    return {
+        name: {part: value for part, value in tree.items() if part != "score_head"}
+        for name, tree in variables.items()
+        if name in ("params", "lora")
+    }
 
 
 def _split(variables: Variables, cfg: BackboneConfig, mesh: Mesh | None) -> Variables:

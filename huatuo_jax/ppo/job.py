@@ -1,7 +1,7 @@
 """From the models and settings of a run to what its loop needs."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -42,6 +42,50 @@ def check_policy(cfg: PpoConfig, policy: InitialModel) -> None:
     backbone.require_fixed_angles(cfg.max_length, purpose="PPO")
 
 
+class Trained(NamedTuple):
+    """A model that a run trains; no array is made for it.
+
+    Attributes:
+        optimizer: by what.
+        state: shapes and shardings.
+        learner: its programs.
+    """
+
+    optimizer: Optimizer
+    state: TrainState
+    learner: Learner
+
+
+def policy_of(cfg: PpoConfig, policy: InitialModel, mesh: Mesh) -> Trained:
+    """The policy as a run trains it."""
+    steps = cfg.num_epochs * cfg.num_minibatches * (cfg.num_iterations - cfg.warmup_iterations)
+    optimizer = make_optimizer(cfg.optimizer, num_steps=steps)
+    state = policy.abstract_state(optimizer, mesh)
+    return Trained(
+        optimizer, state, _learner(cfg, _policy_loss(cfg, policy), optimizer, state, mesh)
+    )
+
+
+def critic_of(cfg: PpoConfig, critic: Critic, mesh: Mesh) -> Trained:
+    """The critic as a run trains it."""
+    steps = cfg.num_epochs * cfg.num_minibatches * cfg.num_iterations
+    optimizer = make_optimizer(cfg.value.optimizer or cfg.optimizer, num_steps=steps)
+    state = critic.abstract_state(optimizer, mesh)
+    return Trained(
+        optimizer, state, _learner(cfg, _value_loss(cfg, critic), optimizer, state, mesh)
+    )
+
+
+def _learner(
+    cfg: PpoConfig, loss: RowLoss, optimizer: Optimizer, state: TrainState, mesh: Mesh
+) -> Learner:
+    number = cfg.minibatch_size // cfg.rows_at_once
+    return Learner(
+        run_pass=compile_pass(loss, state, mesh, num_micro_batches=number),
+        apply=compile_apply(optimizer, state, mesh),
+    )
+
+
 def make_job(
     cfg: PpoConfig,
     *,
@@ -72,38 +116,22 @@ def make_job(
         scorer_flops: of the reward model; None where there is none.
     """
     key = jax.random.key(cfg.seed)
-    steps = cfg.num_epochs * cfg.num_minibatches
-    optimizer = make_optimizer(
-        cfg.optimizer, num_steps=steps * (cfg.num_iterations - cfg.warmup_iterations)
-    )
-    value_optimizer = make_optimizer(
-        cfg.value.optimizer or cfg.optimizer, num_steps=steps * cfg.num_iterations
-    )
-    abstract_policy = policy.abstract_state(optimizer, mesh)
-    abstract_value = None if critic is None else critic.abstract_state(value_optimizer, mesh)
+    trained = policy_of(cfg, policy, mesh)
+    valued = None if critic is None else critic_of(cfg, critic, mesh)
 
     def make_state() -> PpoState:
-        value = None if critic is None else critic.make_state(key, value_optimizer, mesh)
+        value = None
+        if critic is not None and valued is not None:
+            value = critic.make_state(key, valued.optimizer, mesh)
         return new_ppo_state(
-            policy.make_state(key, optimizer, mesh),
+            policy.make_state(key, trained.optimizer, mesh),
             value,
             kl_coef=cfg.kl_coef,
             seed=cfg.seed,
             mesh=mesh,
         )
 
-    def learner(loss: RowLoss, optimizer: Optimizer, state: TrainState) -> Learner:
-        number = cfg.minibatch_size // cfg.rows_at_once
-        return Learner(
-            run_pass=compile_pass(loss, state, mesh, num_micro_batches=number),
-            apply=compile_apply(optimizer, state, mesh),
-        )
-
     def make_trainer() -> Trainer:
-        value = None
-        if critic is not None:
-            assert abstract_value is not None
-            value = learner(_value_loss(cfg, critic), value_optimizer, abstract_value)
         return Trainer(
             cfg=cfg,
             mesh=mesh,
@@ -119,10 +147,10 @@ def make_job(
             make_targets=compile_targets(
                 cfg, stop_token_ids=prompts.stop_token_ids, normalization=normalization
             ),
-            policy=learner(_policy_loss(cfg, policy), optimizer, abstract_policy),
+            policy=trained.learner,
             reference=make_reference(policy, key, mesh),
             critic=critic,
-            value=value,
+            value=None if valued is None else valued.learner,
         )
 
     return PpoJob(
@@ -131,7 +159,9 @@ def make_job(
         num_iterations=cfg.num_iterations,
         mesh=mesh,
         make_state=make_state,
-        abstract_state=abstract_ppo_state(abstract_policy, abstract_value, mesh),
+        abstract_state=abstract_ppo_state(
+            trained.state, None if valued is None else valued.state, mesh
+        ),
         make_trainer=make_trainer,
         flops=IterationFlops(
             policy=ModelFlops.of(policy.cfg, adapters_only=cfg.model.lora is not None),

@@ -20,7 +20,8 @@ from huatuo_jax.ppo.prompts import TokenPrompt
 from huatuo_jax.scoring import GivenAnswer, padded_batch
 from huatuo_jax.training.state import Variables
 
-_MOST_SLOTS = 64
+MOST_SLOTS = 64
+"""Answers decoded at once, where a config does not say."""
 
 
 class AnswerScorer(Protocol):
@@ -132,7 +133,7 @@ class Sampler:
         if self._engine is not None:
             self._engine.load(variables)
             return self._engine
-        wanted = self._cfg.slots or min(self._cfg.num_answers, _MOST_SLOTS)
+        wanted = self._cfg.slots or min(self._cfg.num_answers, MOST_SLOTS)
         self._engine = Engine(
             self._model,
             variables,

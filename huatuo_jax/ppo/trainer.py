@@ -20,11 +20,21 @@ from huatuo_jax.ppo.report import IterationReport, Spent, UpdateSums
 from huatuo_jax.ppo.roles import Critic
 from huatuo_jax.ppo.rollout import AnswerScorer, Rollout, Sampler
 from huatuo_jax.ppo.state import PpoState
-from huatuo_jax.ppo.update import Apply, Pass, RunPass
+from huatuo_jax.ppo.update import Pass
+from huatuo_jax.sharding import OnMesh
 from huatuo_jax.training.loop import put_on_mesh
 from huatuo_jax.training.state import TrainState, Variables
 
 Rows = dict[str, npt.NDArray[Any]]
+
+NUMBERS_OF_TOKENS = (
+    "old_log_probs",
+    "reference_log_probs",
+    "advantages",
+    "old_values",
+    "returns",
+)
+"""What a minibatch holds beside its rows, float32 each."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,8 +46,8 @@ class Learner:
         apply: see `update.compile_apply`.
     """
 
-    run_pass: RunPass
-    apply: Apply
+    run_pass: OnMesh
+    apply: OnMesh
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -129,10 +139,7 @@ class Trainer:
         found = {
             name: zeros_NT.copy() for name in ("log_probs", "reference", "values", "values_after")
         }
-        empty = dict.fromkeys(
-            ("old_log_probs", "reference_log_probs", "advantages", "old_values", "returns"),
-            zeros_NT,
-        )
+        empty = dict.fromkeys(NUMBERS_OF_TOKENS, zeros_NT)
         for numbers in minibatches:
             rows = self._placed(rollout.rows | empty, numbers)
             policy = self._policy_pass(state, rows, differentiate=False)

@@ -40,15 +40,9 @@ class Pass(NamedTuple):
     gradients: Variables
 
 
-RunPass = Callable[[Variables, Variables, Batch, jax.Array, bool], Pass]
-"""Told trained and frozen variables, rows, the KL coefficient, and whether to differentiate."""
-
-Apply = Callable[[TrainState, LossSums, Variables], tuple[TrainState, Metrics]]
-
-
 def compile_pass(
     loss: RowLoss, state: TrainState, mesh: Mesh, *, num_micro_batches: int
-) -> RunPass:
+) -> sharding.OnMesh:
     """The pass under one `jax.jit`.
 
     Args:
@@ -56,6 +50,10 @@ def compile_pass(
         state: whose variables it will be given, or its abstract form.
         mesh: where state and batch lie.
         num_micro_batches: passes the rows are divided into; changes rounding only.
+
+    Returns:
+        From trained and frozen variables, rows, the KL coefficient, and whether to differentiate,
+        to a `Pass`.
     """
     places = sharding.parameter_shardings(state.trained, mesh)
     everywhere = jax.NamedSharding(mesh, jax.P())
@@ -76,22 +74,10 @@ def compile_pass(
         return Pass(sums, outputs, gradients)
 
     prefix: Any = (everywhere, everywhere, places)
-    compiled = jax.jit(run, out_shardings=Pass(*prefix))
-
-    def on_mesh(
-        trained: Variables,
-        frozen: Variables,
-        batch: Batch,
-        kl_coef: jax.Array,
-        differentiate: bool,
-    ) -> Pass:
-        with jax.set_mesh(mesh):
-            return compiled(trained, frozen, batch, kl_coef, jnp.asarray(differentiate))
-
-    return on_mesh
+    return sharding.OnMesh(jax.jit(run, out_shardings=Pass(*prefix)), mesh)
 
 
-def compile_apply(optimizer: Optimizer, state: TrainState, mesh: Mesh) -> Apply:
+def compile_apply(optimizer: Optimizer, state: TrainState, mesh: Mesh) -> sharding.OnMesh:
     """The step from a pass's gradients, under one `jax.jit`; the old state is used up.
 
     A step whose loss or gradient is not finite is skipped and counted, as `training.update` does.
@@ -100,6 +86,9 @@ def compile_apply(optimizer: Optimizer, state: TrainState, mesh: Mesh) -> Apply:
         optimizer: of the state.
         state: a state, or its abstract form.
         mesh: where it lies.
+
+    Returns:
+        From a state, and the sums and gradients of a pass, to the next state and its metrics.
     """
     places = sharding.parameter_shardings(state, mesh)
 
@@ -120,14 +109,7 @@ def compile_apply(optimizer: Optimizer, state: TrainState, mesh: Mesh) -> Apply:
         out_shardings=(places, jax.NamedSharding(mesh, jax.P())),
         donate_argnums=0,
     )
-
-    def on_mesh(
-        state: TrainState, sums: LossSums, gradients: Variables
-    ) -> tuple[TrainState, Metrics]:
-        with jax.set_mesh(mesh):
-            return compiled(state, sums, gradients)
-
-    return on_mesh
+    return sharding.OnMesh(compiled, mesh)
 
 
 def _one_pass(

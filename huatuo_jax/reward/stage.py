@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from huatuo_jax.backbone.config import BackboneConfig
 from huatuo_jax.comparisons.data import Answer, Comparisons, ComparisonsConfig, open_comparisons
-from huatuo_jax.comparisons.rows import ComparisonBatches, ComparisonRows
+from huatuo_jax.comparisons.rows import ComparisonBatches, ComparisonRows, empty_row
 from huatuo_jax.progress import progress_bar
 from huatuo_jax.reward.answers import answers_hash, read_answers
 from huatuo_jax.reward.config import RewardConfig
@@ -27,7 +27,7 @@ from huatuo_jax.reward.report import (
 )
 from huatuo_jax.scoring import Normalization, Scorer, save_normalization
 from huatuo_jax.training.evaluation import check_rows, make_evaluate
-from huatuo_jax.training.initial_model import InitialModel, open_model
+from huatuo_jax.training.initial_model import InitialModel, ModelConfig, open_model
 from huatuo_jax.training.loop import Job, StepReport, host_share, step_numbers, train
 from huatuo_jax.training.optimizer import make_optimizer
 from huatuo_jax.training.run_directory import (
@@ -37,8 +37,8 @@ from huatuo_jax.training.run_directory import (
     identity,
 )
 from huatuo_jax.training.sections import from_section, placed_in
+from huatuo_jax.training.step import Step, abstract_batch, make_step
 from huatuo_jax.training.throughput import ModelFlops
-from huatuo_jax.training.update import compile_update, make_update
 
 STAGE = "reward"
 MODEL_FOLDER = "model"
@@ -70,14 +70,7 @@ def run_reward(
     cfg = placed_in(from_section(RewardConfig, config, path=f"config.{STAGE}"), workdir)
     mesh = cfg.mesh.make()
     check_rows(cfg.rows_at_once, name="micro_batch_size", mesh=mesh)
-    model = open_model(
-        cfg.model,
-        cfg.compute.compute_config(),
-        head="score",
-        head_init=cfg.head_init,
-        head_only=cfg.head_only,
-    )
-    _check_lengths(cfg.data, model.cfg)
+    model = open_backbone(cfg, cfg.model)
     tokenizer = model.load_tokenizer(STAGE)
     with progress_bar(f"{STAGE}: tokenising", "answers") as on_progress:
         comparisons = open_comparisons(cfg.data, tokenizer, on_progress)
@@ -110,6 +103,49 @@ def run_reward(
     result |= _report(cfg, scorer, comparisons, directory)
     directory.finish(result)
     return result
+
+
+def open_backbone(cfg: RewardConfig, section: ModelConfig) -> InitialModel:
+    """The backbone that the stage begins with; no weight of it is read.
+
+    Args:
+        cfg: the run's settings.
+        section: which backbone.
+
+    Raises:
+        FileNotFoundError: there is no such model.
+        ValueError: it is none that this project can do, or the rows do not suit it.
+    """
+    model = open_model(
+        section,
+        cfg.compute.compute_config(),
+        head="score",
+        head_init=cfg.head_init,
+        head_only=cfg.head_only,
+    )
+    _check_lengths(cfg.data, model.cfg)
+    return model
+
+
+def reward_step(cfg: RewardConfig, model: InitialModel, mesh: Mesh, *, num_steps: int) -> Step:
+    """The optimizer step of a run of so many steps."""
+    return make_step(
+        functools.partial(
+            reward_loss, model.transformer, margin_scale=cfg.margin_scale, centring=cfg.centring
+        ),
+        make_optimizer(cfg.optimizer, num_steps=num_steps),
+        model,
+        mesh,
+        num_micro_batches=cfg.batch_size // cfg.rows_at_once,
+    )
+
+
+def abstract_rows(
+    cfg: RewardConfig, mesh: Mesh, *, num_pairs: int
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """The rows of a step as shapes on a mesh, with places for so many pairs each."""
+    row = empty_row(cfg.rows(shuffled=False), num_pairs=num_pairs)
+    return abstract_batch(row, cfg.batch_size, mesh)
 
 
 def numbers(sums: Mapping[str, np.ndarray], *, prefix: str) -> dict[str, float]:
@@ -148,18 +184,13 @@ def _job(
 ) -> Job:
     rows = ComparisonRows(comparisons.train, cfg.rows(shuffled=True))
     num_steps = cfg.num_steps or -(-rows.first_row(cfg.num_epochs) // cfg.batch_size)
-    optimizer = make_optimizer(cfg.optimizer, num_steps=num_steps)
-    loss = functools.partial(
-        reward_loss, model.transformer, margin_scale=cfg.margin_scale, centring=cfg.centring
-    )
-    abstract_state = model.abstract_state(optimizer, mesh)
-    update = make_update(loss, optimizer, num_micro_batches=cfg.batch_size // cfg.rows_at_once)
+    step = reward_step(cfg, model, mesh, num_steps=num_steps)
     evaluate = None
     if comparisons.held_out:
         held_out = ComparisonRows(comparisons.held_out, cfg.rows(shuffled=False))
         end_row = held_out.first_row(1)
         evaluate = make_evaluate(
-            lambda variables, batch: loss(variables, batch).others,
+            lambda variables, batch: step.loss(variables, batch).others,
             lambda: ComparisonBatches(
                 held_out,
                 batch_size=cfg.rows_at_once,
@@ -176,9 +207,9 @@ def _job(
         decisive=decisive,
         num_steps=num_steps,
         mesh=mesh,
-        make_state=lambda: model.make_state(jax.random.key(cfg.seed), optimizer, mesh),
-        abstract_state=abstract_state,
-        update=compile_update(update, abstract_state, mesh),
+        make_state=lambda: model.make_state(jax.random.key(cfg.seed), step.optimizer, mesh),
+        abstract_state=step.state,
+        update=step.update,
         batches=ComparisonBatches(
             rows,
             batch_size=cfg.batch_size,

@@ -80,13 +80,16 @@ def make_update(loss: LossFunction, optimizer: Optimizer, *, num_micro_batches: 
     return update
 
 
-def compile_update(update: Update, state: Any, mesh: Mesh) -> Update:
+def compile_update(update: Update, state: Any, mesh: Mesh) -> sharding.OnMesh:
     """The update under one `jax.jit`: shards in, shards out, the old state's memory reused.
 
     Args:
         update: from `make_update`.
         state: a state, or its abstract form.
         mesh: where state and batch lie.
+
+    Returns:
+        An `Update`, which can be lowered too.
     """
     places = sharding.parameter_shardings(state, mesh)
     compiled = jax.jit(
@@ -95,12 +98,7 @@ def compile_update(update: Update, state: Any, mesh: Mesh) -> Update:
         out_shardings=(places, jax.NamedSharding(mesh, jax.P())),
         donate_argnums=0,
     )
-
-    def on_mesh(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        with jax.set_mesh(mesh):
-            return compiled(state, batch)
-
-    return on_mesh
+    return sharding.OnMesh(compiled, mesh)
 
 
 def _gradients(

@@ -1,0 +1,62 @@
+"""What to change in a config whose program does not fit."""
+
+from ml_collections import ConfigDict
+
+from huatuo_jax import sharding
+from huatuo_jax.compiling.memory import bytes_on_device
+from huatuo_jax.compiling.programs import Program
+
+_GIB = 1 << 30
+
+
+def advice(program: Program, section: ConfigDict, *, capacity: int) -> list[str]:
+    """The fields that would help, those first that cost least.
+
+    Args:
+        program: the one that does not fit.
+        section: of its stage.
+        capacity: bytes of a device.
+    """
+    name, found = f"config.{program.stage}", []
+    given = bytes_on_device((program.arguments, program.beside))
+    compute, shards = section.compute, sharding.batch_shards(program.mesh)
+    if compute.compute_dtype == "float32":
+        found.append(f"{name}.compute.compute_dtype='bfloat16' halves activations")
+    if program.attends and compute.remat != "full" and not _of_engine(program):
+        found.append(
+            f"{name}.compute.remat='full' (now {compute.remat!r}) keeps the input of each layer "
+            "and computes the rest again"
+        )
+    if program.attends and program.rows_at_once > shards and not _of_engine(program):
+        found.append(
+            f"{name}.micro_batch_size={shards} (now {section.micro_batch_size}): one row at once "
+            "on each device; activations shrink with it, the result stays"
+        )
+    if _of_engine(program):
+        found.append(f"{name}.rollout.slots: fewer answers at once take less cache")
+    if given > capacity // 2:
+        found.append(
+            f"weights, moments and what else is held take {given / _GIB:.1f} GiB of each device's "
+            f"{capacity / _GIB:.0f} before anything is computed: "
+            + "; ".join(_smaller_states(name, section, program))
+        )
+    elif program.attends and compute.loss_chunk > 128:
+        found.append(f"{name}.compute.loss_chunk=128 (now {compute.loss_chunk}): fewer logits")
+    if program.mesh.shape["tensor"] == 1:
+        found.append(
+            f"{name}.mesh.tensor=2 or more splits heads, feed-forward and vocabulary of each row"
+        )
+    return found
+
+
+def _of_engine(program: Program) -> bool:
+    return program.name.endswith(("decode", "prefill"))
+
+
+def _smaller_states(name: str, section: ConfigDict, program: Program) -> list[str]:
+    ways = []
+    if program.mesh.shape["data"] > 1:
+        ways.append(f"{name}.mesh.data=1 with more fsdp, as data holds copies")
+    if section.model.lora is None:
+        ways.append(f"{name}.model.lora trains adapters, which alone have gradients and moments")
+    return [*ways, "or a larger slice"]

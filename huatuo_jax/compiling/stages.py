@@ -1,0 +1,120 @@
+"""The programs of a config's stages, each made by the function that the stage itself uses."""
+
+from collections.abc import Callable, Sequence
+
+from ml_collections import ConfigDict
+
+from huatuo_jax import sft
+from huatuo_jax.compiling.models import Architectures
+from huatuo_jax.compiling.ppo_programs import ppo_programs
+from huatuo_jax.compiling.programs import Devices, Program, attended_pairs
+from huatuo_jax.ppo import stage as ppo
+from huatuo_jax.reward import stage as reward
+from huatuo_jax.reward.config import RewardConfig
+from huatuo_jax.sft import SftConfig
+from huatuo_jax.training.evaluation import check_rows
+from huatuo_jax.training.initial_model import open_model
+from huatuo_jax.training.sections import from_section
+from huatuo_jax.training.throughput import ModelFlops
+
+# How long a run is follows from its data, where the config does not say; it decides no shape.
+_NUM_STEPS = 10_000
+# So do the pairs of a row; they weigh next to nothing.
+_PAIRS_OF_A_ROW = 32
+
+
+def programs_of(
+    config: ConfigDict,
+    devices: Devices,
+    *,
+    stages: Sequence[str] = (),
+    architecture: str | None = None,
+) -> list[Program]:
+    """The programs of the stages that a config names.
+
+    Args:
+        config: with `stages` and a section for each, or a recipe.
+        devices: to compile for.
+        stages: some of them; none for all that have programs.
+        architecture: the preset of models that no stage makes; None looks at their configs.
+
+    Raises:
+        ValueError: a stage that the config does not have, or a section that cannot be.
+    """
+    there = [name for name in config.stages if name in _MAKERS]
+    if missing := [name for name in stages if name not in there]:
+        raise ValueError(f"stages={missing}: of those to compile, this config has {there}")
+    architectures = Architectures(architecture)
+    programs = []
+    for name in there:
+        found = _MAKERS[name](config[name], devices, architectures)
+        architectures.add(name, found[0].backbone)
+        if name in stages or not stages:
+            programs += found
+    return programs
+
+
+def _sft(section: ConfigDict, devices: Devices, architectures: Architectures) -> list[Program]:
+    cfg = from_section(SftConfig, section, path="config.sft")
+    mesh = cfg.mesh.make(devices)
+    check_rows(cfg.rows_at_once, name="config.sft.micro_batch_size", mesh=mesh)
+    place = architectures.in_place(cfg.model, path="config.sft.model")
+    model = open_model(place, cfg.compute.compute_config())
+    sft.check_lengths(cfg.data, model.cfg)
+    step = sft.sft_step(cfg, model, mesh, num_steps=cfg.num_steps or _NUM_STEPS)
+    rows, length = cfg.batch_size, cfg.data.row_length
+    flops = ModelFlops.of(model.cfg, adapters_only=cfg.model.lora is not None)
+    return [
+        Program(
+            name="sft/update",
+            does=f"one optimizer step on {rows} rows of {length} tokens",
+            function=step.update,
+            arguments=(step.state, sft.abstract_rows(cfg, mesh)),
+            mesh=mesh,
+            backbone=model.cfg,
+            rows=rows,
+            rows_at_once=cfg.rows_at_once,
+            tokens=rows * length,
+            model_flops=flops.of_step(
+                tokens=rows * length,
+                scored_tokens=rows * length,
+                attended_pairs=attended_pairs(model.cfg, rows=rows, length=length),
+            ),
+        )
+    ]
+
+
+def _reward(section: ConfigDict, devices: Devices, architectures: Architectures) -> list[Program]:
+    cfg = from_section(RewardConfig, section, path="config.reward")
+    mesh = cfg.mesh.make(devices)
+    check_rows(cfg.rows_at_once, name="config.reward.micro_batch_size", mesh=mesh)
+    place = architectures.in_place(cfg.model, path="config.reward.model")
+    model = reward.open_backbone(cfg, place)
+    step = reward.reward_step(cfg, model, mesh, num_steps=cfg.num_steps or _NUM_STEPS)
+    rows, length = cfg.batch_size, cfg.data.row_length
+    frozen = cfg.head_only or cfg.model.lora is not None
+    return [
+        Program(
+            name="reward/update",
+            does=f"one optimizer step on {rows} rows of {length} tokens",
+            function=step.update,
+            arguments=(step.state, reward.abstract_rows(cfg, mesh, num_pairs=_PAIRS_OF_A_ROW)),
+            mesh=mesh,
+            backbone=model.cfg,
+            rows=rows,
+            rows_at_once=cfg.rows_at_once,
+            tokens=rows * length,
+            model_flops=ModelFlops.of(model.cfg, adapters_only=frozen).of_step(
+                tokens=rows * length,
+                scored_tokens=0,
+                attended_pairs=attended_pairs(model.cfg, rows=rows, length=length),
+            ),
+        )
+    ]
+
+
+_MAKERS: dict[str, Callable[[ConfigDict, Devices, Architectures], list[Program]]] = {
+    sft.STAGE: _sft,
+    reward.STAGE: _reward,
+    ppo.STAGE: ppo_programs,
+}

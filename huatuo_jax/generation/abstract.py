@@ -1,0 +1,110 @@
+"""An engine's largest programs and what it gives them, as shapes: no weight, no cache is made."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from huatuo_jax import sharding
+from huatuo_jax.backbone.casting import store_as_computed
+from huatuo_jax.backbone.transformer import Transformer
+from huatuo_jax.generation import cache as caches
+from huatuo_jax.generation import weights
+from huatuo_jax.generation.buckets import Buckets
+from huatuo_jax.generation.page_table import PageTable
+from huatuo_jax.generation.programs import PAGE_SIZE, STEPS_PER_ROUND, Programs
+from huatuo_jax.generation.slots import SlotTable
+
+
+class AbstractEngine(NamedTuple):
+    """What an engine with full slots runs.
+
+    Attributes:
+        programs: of which `jitted_prefill` and `jitted_decode` are meant.
+        prefill_arguments: of the longest prompts.
+        decode_arguments: of all slots at their longest.
+        prompt_tokens: that a prefill runs.
+        steps: of one decode call.
+    """
+
+    programs: Programs
+    prefill_arguments: tuple[Any, ...]
+    decode_arguments: tuple[Any, ...]
+    prompt_tokens: int
+    steps: int
+
+
+def abstract_engine(
+    model: Transformer, variables: Any, *, slots: int, max_length: int, mesh: Mesh
+) -> AbstractEngine:
+    """The programs of `Engine(model, variables, slots=..., max_length=..., mesh=...)`.
+
+    Layers are stacked, as on every platform but the CPU.
+
+    Args:
+        model: the backbone.
+        variables: abstract, with stacked layers.
+        slots: answers decoded at once.
+        max_length: tokens of prompt and answer together.
+        mesh: of the devices.
+    """
+    shards = sharding.batch_shards(mesh)
+    buckets = Buckets.up_to(max_length, page_size=PAGE_SIZE, slots=slots, shards=shards)
+    dtype = model.compute.compute_dtype
+    programs = Programs(
+        model,
+        mesh=mesh,
+        max_length=max_length,
+        page_size=PAGE_SIZE,
+        steps=STEPS_PER_ROUND,
+        cache_dtype=dtype,
+        split_layers=False,
+    )
+    pages_per_row = -(-max_length // PAGE_SIZE)
+    table = PageTable(rows=slots, pages_per_row=pages_per_row, page_size=PAGE_SIZE, shards=shards)
+    table.grow(buckets.pages[-1])
+    held = SlotTable(slots)
+    read = abstract_weights(variables, model, mesh)
+    tokens_BT = jax.ShapeDtypeStruct((shards, buckets.prefill[-1]), np.int32)
+    return AbstractEngine(
+        programs,
+        (read, _cache(model, shards * pages_per_row, mesh), tokens_BT),
+        (
+            read,
+            _cache(model, buckets.pages[-1], mesh),
+            *_shapes((table.pages, held.progress, held.settings)),
+        ),
+        prompt_tokens=shards * buckets.prefill[-1],
+        steps=STEPS_PER_ROUND,
+    )
+
+
+def abstract_weights(variables: Any, model: Transformer, mesh: Mesh) -> Any:
+    """The variables as an engine holds them, see `weights.place`."""
+    cast = functools.partial(
+        store_as_computed,
+        dtype=model.compute.compute_dtype,
+        keep_lm_head=model.cfg.norm_head,
+    )
+    shapes = jax.eval_shape(cast, weights.that_are_read(variables))
+    return sharding.abstract_arrays(shapes, sharding.parameter_shardings(shapes, mesh))
+
+
+def _cache(model: Transformer, num_pages: int, mesh: Mesh) -> Any:
+    shapes = jax.eval_shape(
+        lambda: caches.empty(
+            model.cfg,
+            num_pages=num_pages,
+            page_size=PAGE_SIZE,
+            dtype=model.compute.compute_dtype,
+            split_layers=False,
+        )
+    )
+    return sharding.abstract_arrays(shapes, caches.shardings(model.cfg, mesh, split_layers=False))
+
+
+def _shapes(tree: Any) -> Any:
+    """Arrays of the host, which jax puts where the program wants them."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)

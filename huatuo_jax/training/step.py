@@ -1,0 +1,55 @@
+"""An optimizer step as a stage runs it, and as a compiler takes it that has no devices."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from huatuo_jax import sharding
+from huatuo_jax.training.initial_model import InitialModel
+from huatuo_jax.training.optimizer import Optimizer
+from huatuo_jax.training.state import TrainState
+from huatuo_jax.training.update import LossFunction, compile_update, make_update
+
+
+class Step(NamedTuple):
+    """An optimizer step on a mesh; no array is made for it.
+
+    Attributes:
+        loss: what is minimised.
+        optimizer: by what.
+        state: shapes and shardings of what it takes and leaves.
+        update: jitted.
+    """
+
+    loss: LossFunction
+    optimizer: Optimizer
+    state: TrainState
+    update: sharding.OnMesh
+
+
+def make_step(
+    loss: LossFunction,
+    optimizer: Optimizer,
+    model: InitialModel,
+    mesh: Mesh,
+    *,
+    num_micro_batches: int,
+) -> Step:
+    """The step of a model; see `update.make_update` for the arguments."""
+    state = model.abstract_state(optimizer, mesh)
+    update = make_update(loss, optimizer, num_micro_batches=num_micro_batches)
+    return Step(loss, optimizer, state, compile_update(update, state, mesh))
+
+
+def abstract_batch(
+    row: Mapping[str, np.ndarray], batch_size: int, mesh: Mesh
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and shardings of so many rows like this one."""
+    place = sharding.batch_sharding(mesh)
+    return {
+        name: jax.ShapeDtypeStruct((batch_size, *array.shape), array.dtype, sharding=place)
+        for name, array in row.items()
+    }

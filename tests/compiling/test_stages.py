@@ -1,0 +1,124 @@
+"""What is compiled is what the stages run, on the shapes that they give it."""
+
+import importlib.util
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from huatuo_jax.backbone.presets import preset
+from huatuo_jax.comparisons.rows import ComparisonRows, RowsConfig, empty_row
+from huatuo_jax.compiling.models import Architectures
+from huatuo_jax.compiling.ppo_programs import _row
+from huatuo_jax.compiling.programs import attended_pairs
+from huatuo_jax.compiling.stages import programs_of
+from huatuo_jax.generation.requests import Answer, Usage
+from huatuo_jax.ppo.prompts import TokenPrompt
+from huatuo_jax.ppo.rollout import make_rollout
+from huatuo_jax.ppo.trainer import NUMBERS_OF_TOKENS
+from huatuo_jax.training.initial_model import ModelConfig
+from tests.reward.tiny import token_group
+
+CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
+
+
+def config(name, **changed):
+    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    made = module.get_config()
+    made.update_from_flattened_dict(changed)
+    return made
+
+
+ON_EIGHT = {"sft.batch_size": 8, "reward.batch_size": 8}
+
+
+@pytest.mark.slow
+def test_every_program_of_the_recipe_is_traced_from_shapes():
+    programs = programs_of(config("rlaif", **ON_EIGHT), jax.devices())
+    assert [program.name for program in programs] == [
+        "sft/update",
+        "reward/update",
+        "ppo/prefill",
+        "ppo/decode",
+        "ppo/score",
+        "ppo/policy_pass",
+        "ppo/policy_apply",
+        "ppo/value_pass",
+        "ppo/value_apply",
+    ]
+    for program in programs:
+        program.lower()
+        leaves = jax.tree.leaves((program.arguments, program.beside))
+        assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
+
+
+def test_a_later_stage_has_the_architecture_that_an_earlier_one_trains():
+    sft, reward = programs_of(config("rlaif", **ON_EIGHT), jax.devices(), stages=("sft", "reward"))
+    assert sft.backbone == reward.backbone
+    assert (2048, 128) in {leaf.shape for leaf in jax.tree.leaves(reward.arguments)}
+
+
+def test_a_stage_that_is_not_there_is_named():
+    with pytest.raises(ValueError, match=r"stages=\['ppo'\].*this config has \['sft'\]"):
+        programs_of(config("sft"), jax.devices(), stages=("ppo",))
+
+
+def test_rows_that_the_mesh_does_not_divide_are_refused():
+    with pytest.raises(
+        ValueError, match=r"config\.sft\.micro_batch_size=4 rows must be a multiple"
+    ):
+        programs_of(config("sft"), jax.devices())
+
+
+def test_published_models_need_no_network():
+    section = ModelConfig(directory="baichuan-inc/Baichuan-7B")
+    found = Architectures(None).in_place(section, path="config.sft.model")
+    assert found.directory is None
+    assert found.backbone == preset("baichuan_7b")
+
+
+def test_a_preset_stands_for_a_model_that_is_not_here():
+    found = Architectures("llama3.2_1b").of("{workdir}/sft/model", path="config.ppo.model")
+    assert found == preset("llama3.2_1b")
+
+
+def test_a_model_that_nobody_makes_is_an_error_that_names_the_way_out():
+    with pytest.raises(ValueError, match=r"config\.ppo\.model.*no stage.*--preset.*baichuan_7b"):
+        Architectures(None).of("{workdir}/sft/model", path="config.ppo.model")
+
+
+def test_a_row_of_comparisons_has_the_shapes_of_one_that_is_read():
+    cfg = RowsConfig(row_length=64)
+    group = token_group(np.random.default_rng(0), 0, num_answers=3)
+    real = ComparisonRows([group], cfg).read(0, num_pairs=4)
+    shapes = {name: (array.shape, array.dtype) for name, array in real.items()}
+    empty = empty_row(cfg, num_pairs=4)
+    assert {name: (array.shape, array.dtype) for name, array in empty.items()} == shapes
+
+
+def test_a_row_of_ppo_has_the_shapes_of_a_rollouts():
+    answer = Answer(
+        request_index=0,
+        answer_index=0,
+        token_ids=[5, 6, 0],
+        text=None,
+        log_probs=[0.0] * 3,
+        sampling_log_probs=[0.0] * 3,
+        finish_reason="stop",
+        usage=Usage(prompt_tokens=2, completion_tokens=3),
+    )
+    rows = make_rollout([TokenPrompt("p", (1, 2))], [answer], lengths=(8,)).rows
+    shapes = {name: (array[0].shape, array.dtype) for name, array in rows.items()}
+    shapes |= {name: ((8,), np.dtype(np.float32)) for name in NUMBERS_OF_TOKENS}
+    assert {name: (array.shape, array.dtype) for name, array in _row(8).items()} == shapes
+
+
+def test_pairs_are_those_of_causality_and_the_window():
+    cfg = preset("baichuan_7b")
+    assert attended_pairs(cfg, rows=2, length=5) == 2 * (1 + 2 + 3 + 4 + 5)
+    mistral = preset("mistral_7b")
+    by_hand = sum(min(place + 1, 4096) for place in range(6000))
+    assert attended_pairs(mistral, rows=1, length=6000) == by_hand
