@@ -18,7 +18,7 @@ from huatuo_jax.ppo.prompts import TokenPrompt
 from huatuo_jax.ppo.rollout import make_rollout
 from huatuo_jax.ppo.trainer import NUMBERS_OF_TOKENS
 from huatuo_jax.training.initial_model import ModelConfig
-from tests.reward.tiny import token_group
+from tests.comparisons.tiny import token_group
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
 
