@@ -14,9 +14,7 @@ run in about 15 minutes.
 Stopped, it goes on with the same command.
 """
 
-import functools
 import json
-import os
 import pathlib
 import statistics
 import time
@@ -24,24 +22,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
+import real_data
 from absl import flags
 
 from huatuo_jax import command_line
 from huatuo_jax.checkpoint import models
-from huatuo_jax.generation.texts import text_of
 from huatuo_jax.ppo.config import PpoConfig, PpoLoopConfig, RolloutConfig, ScoreConfig, ValueConfig
-from huatuo_jax.ppo.job import check_policy, make_job
-from huatuo_jax.ppo.loop import train
-from huatuo_jax.ppo.prompts import PromptsConfig, open_prompts
-from huatuo_jax.ppo.roles import open_critic, open_reward_model
-from huatuo_jax.ppo.rollout import AnswerScorer
-from huatuo_jax.scoring import GivenAnswer
-from huatuo_jax.training.initial_model import ModelConfig, open_model
+from huatuo_jax.ppo.prompts import PromptsConfig
+from huatuo_jax.ppo.stage import run_ppo
+from huatuo_jax.training.initial_model import ModelConfig
 from huatuo_jax.training.metrics import read_rows
 from huatuo_jax.training.optimizer import OptimizerConfig
-from huatuo_jax.training.run_directory import all_fields, begin_stage, identity
-from huatuo_jax.training.throughput import ModelFlops
+from huatuo_jax.training.sections import to_section
 
 _SFT = flags.DEFINE_string("sft", None, "Directory of the fine-tuned policy, with tokenizer.")
 _REWARD = flags.DEFINE_string("reward", None, "Directory of the reward model.")
@@ -63,7 +55,6 @@ _OUTPUT = flags.DEFINE_string(
 )
 flags.mark_flags_as_required(["sft", "reward"])
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 REAL_PROMPTS = ("2_sft_multi_real/CMtMedQA_test.json", "2_sft_multi_real/disc_test_examples.jsonl")
 SEED = 0
 RUNS = ("reward_model", "length_only")
@@ -77,15 +68,6 @@ CURVES = {
     "ppo/score_length_correlation": "correlation of score and length",
 }
 PARTS = ("generation", "scoring", "log_probs", "update", "step")
-
-
-class LengthScorer:
-    """The number of an answer's tokens, its end included, and nothing else."""
-
-    def scores(self, answers: Sequence[GivenAnswer]) -> npt.NDArray[np.float32]:
-        """One for each answer."""
-        lengths = [len(one.token_ids) - one.prompt_length for one in answers]
-        return np.array(lengths, np.float32)
 
 
 def main() -> None:
@@ -125,57 +107,16 @@ def run(name: str) -> list[dict[str, Any]]:
     Raises:
         ValueError: a model or a file that cannot be used.
     """
-    cfg = config(name)
-    mesh = cfg.mesh.make()
-    policy = open_model(cfg.model, cfg.compute.compute_config())
-    check_policy(cfg, policy)
-    tokenizer = policy.load_tokenizer("ppo")
-    reward = open_reward_model(
-        cfg.reward_model, scale="stored", max_length=cfg.max_length, tokenizer=tokenizer
-    )
-    by_length = name == "length_only"
-
-    def make_scorer() -> AnswerScorer:
-        if by_length:
-            return LengthScorer()
-        return reward.make_scorer(
-            policy.compute, mesh, rows_at_once=cfg.rows_at_once, row_length=cfg.max_length
-        )
-
-    prompts = open_prompts(cfg.data, tokenizer, max_new_tokens=cfg.rollout.max_new_tokens)
-    print(f"{name}: {len(prompts.items)} prompts, left out: {dict(prompts.dropped)}", flush=True)
-    decisive = identity(cfg) | {
-        "scores": name,
-        "initial_model": policy.identity,
-        "reward_model_files": reward.identity,
-        "prompts": prompts.identity,
-    }
     workdir = pathlib.Path(_WORKDIR.value) / name
-    directory = begin_stage(workdir, "ppo", settings=all_fields(cfg), decisive=decisive)
-    job = make_job(
-        cfg,
-        policy=policy,
-        critic=open_critic(cfg, policy, reward),
-        prompts=prompts,
-        make_scorer=make_scorer,
-        normalization=None if by_length else reward.normalization,
-        directory=directory,
-        decisive=decisive,
-        mesh=mesh,
-        decode=functools.partial(text_of, tokenizer),
-        scorer_flops=None if by_length else ModelFlops.of(reward.info.cfg),
-    )
-    train(job, cfg.loop)
-    return [row for row in read_rows(directory.metrics) if "ppo/score" in row]
+    run_ppo(to_section(config(name)), workdir)
+    rows = read_rows(workdir / "ppo" / "metrics.jsonl")
+    return [row for row in rows if "ppo/score" in row]
 
 
 def config(name: str) -> PpoConfig:
     """The settings of a run; only what scales its scores tells the two apart."""
-    data = pathlib.Path(os.environ.get("HUATUO_SHARED_DATA", ROOT.parent / "shared" / "data"))
-    files = _PROMPTS.value or [str(data / one) for one in REAL_PROMPTS]
-    for file in files:
-        if not pathlib.Path(file).is_file():
-            raise ValueError(f"{file}: no such file; name --prompts, or set HUATUO_SHARED_DATA")
+    files = _PROMPTS.value or [str(real_data.folder() / one) for one in REAL_PROMPTS]
+    by_length = name == "length_only"
     return PpoConfig(
         model=ModelConfig(directory=_SFT.value),
         reward_model=_REWARD.value,
@@ -188,7 +129,11 @@ def config(name: str) -> PpoConfig:
         optimizer=_optimizer(1),
         value=ValueConfig(optimizer=_optimizer(5), warmup_iterations=min(3, _ITERATIONS.value - 1)),
         rollout=RolloutConfig(num_prompts=_NUM_PROMPTS.value, max_new_tokens=_NEW_TOKENS.value),
-        score=ScoreConfig(scale="running" if name == "length_only" else "stored", clip=5.0),
+        score=ScoreConfig(
+            of="length" if by_length else "reward_model",
+            scale="running" if by_length else "stored",
+            clip=5.0,
+        ),
         kl_coef=_KL_COEF.value,
         num_iterations=_ITERATIONS.value,
         num_epochs=_EPOCHS.value,

@@ -17,14 +17,15 @@ The intervals are over cases. They leave out what another seed, or another divis
 """
 
 import dataclasses
+import itertools
 import json
-import os
 import pathlib
 import time
 from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
+import real_data
 from absl import flags
 
 from huatuo_jax import command_line, sharding
@@ -32,7 +33,6 @@ from huatuo_jax.backbone.transformer import Transformer
 from huatuo_jax.checkpoint.models import find_model, load_params
 from huatuo_jax.checkpoint.tokenizer import load_tokenizer
 from huatuo_jax.comparisons.data import ComparisonsConfig, ComparisonSource, Group, open_comparisons
-from huatuo_jax.data.disc import read_disc_comparisons
 from huatuo_jax.data.records import Comparison
 from huatuo_jax.data.shuffling import permutation
 from huatuo_jax.reward import measures
@@ -62,7 +62,6 @@ _OUTPUT = flags.DEFINE_string(
 )
 flags.mark_flag_as_required("sft")
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 NUM_FOLDS = 5
 NUM_NORMALIZING = 32
 BACKBONE_SAW = (
@@ -75,10 +74,7 @@ SEED = 0  # Of folds, order, head and bootstrap; fixed before anything was run.
 
 def main() -> None:
     """Run the folds, judge their pairs together, write the figures."""
-    folder = pathlib.Path(os.environ.get("HUATUO_SHARED_DATA", ROOT.parent / "shared" / "data"))
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: absent; set HUATUO_SHARED_DATA to the folder of real data")
-    by_case = read_cases(folder)
+    by_case = dict(itertools.islice(real_data.disc_pairs().items(), _CASES.value))
     begun_s = time.monotonic()
     folds = []
     for fold in range(_FOLDS.value):
@@ -122,19 +118,6 @@ def main() -> None:
     output.write_text(text + "\n", encoding="utf-8")
 
 
-def read_cases(folder: pathlib.Path) -> dict[str, list[Comparison]]:
-    """The pairs of each case, each with its case in a field."""
-    dialogues = sorted((folder / "3_distilled" / "disc_dialogues").glob("*.json"))
-    scores = sorted((folder / "4_preference" / "disc_gpt4_scores").glob("*/*.jsonl"))
-    by_case: dict[str, list[Comparison]] = {}
-    for pair in read_disc_comparisons(dialogues, scores):
-        case = pair.id.partition(":")[0]
-        extra = {**pair.extra, "case": case}
-        by_case.setdefault(case, []).append(dataclasses.replace(pair, extra=extra))
-    cases = sorted(by_case)[: _CASES.value]
-    return {case: by_case[case] for case in cases}
-
-
 @dataclasses.dataclass(frozen=True)
 class Fold:
     """The scored pairs of a fold's own cases, and what length alone says of them."""
@@ -152,8 +135,10 @@ def run_fold(fold: int, by_case: dict[str, list[Comparison]]) -> Fold:
     fold_of = permutation(len(cases), SEED, "folds") % NUM_FOLDS
     own = {case for case, number in zip(cases, fold_of.tolist(), strict=True) if number == fold}
     others = pairs_of_others(by_case, own)
-    train = write(workdir / "train.jsonl", others)
-    held_out = write(workdir / "held_out.jsonl", [p for c in cases if c in own for p in by_case[c]])
+    train = real_data.write_pairs(workdir / "train.jsonl", others)
+    held_out = real_data.write_pairs(
+        workdir / "held_out.jsonl", [p for c in cases if c in own for p in by_case[c]]
+    )
     data = ComparisonsConfig(
         sources=(
             ComparisonSource(paths=(train,), held_out_by="never"),
@@ -166,7 +151,9 @@ def run_fold(fold: int, by_case: dict[str, list[Comparison]]) -> Fold:
     )
     # The fold's own cases are scored once, below; the stage would do so several times. What its
     # scores are normalised on changes nothing here, so a few answers are enough.
-    few = write(workdir / "few.jsonl", others[:: -(-len(others) // NUM_NORMALIZING)])
+    few = real_data.write_pairs(
+        workdir / "few.jsonl", others[:: -(-len(others) // NUM_NORMALIZING)]
+    )
     settings = RewardConfig(
         model=ModelConfig(directory=_SFT.value),
         data=dataclasses.replace(data, sources=data.sources[:1]),
@@ -255,13 +242,6 @@ def inside(pairs: ScoredPairs, low: float, high: float) -> np.ndarray:
 def json_of(share: measures.Share | None) -> dict[str, float | int] | None:
     """A share by name."""
     return None if share is None else share.to_json()
-
-
-def write(path: pathlib.Path, pairs: Sequence[Comparison]) -> str:
-    """Writes comparisons, one a line."""
-    rows = (json.dumps(pair.to_json(), ensure_ascii=False) for pair in pairs)
-    path.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
-    return str(path)
 
 
 if __name__ == "__main__":

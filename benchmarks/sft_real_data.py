@@ -11,24 +11,19 @@ Stopped, it goes on with the same command; `--so_far` gives the figures of an un
 """
 
 import json
-import os
 import pathlib
 from typing import Any
 
 import numpy as np
+import real_data
 from absl import flags
 
 from huatuo_jax import command_line
-from huatuo_jax.backbone.config import BackboneConfig, ComputeConfig
+from huatuo_jax.backbone.config import ComputeConfig
 from huatuo_jax.backbone.transformer import abstract_params, count_parameters
 from huatuo_jax.data.examples import ALL_KINDS
-from huatuo_jax.data.held_out import HeldOutConfig
 from huatuo_jax.data.token_cache import TokenDataset
-from huatuo_jax.sft import SftConfig, run_sft
-from huatuo_jax.training.dialogue_data import DataConfig, SourceConfig
-from huatuo_jax.training.initial_model import ComputeSection, ModelConfig
-from huatuo_jax.training.loop import LoopConfig
-from huatuo_jax.training.optimizer import OptimizerConfig
+from huatuo_jax.sft import run_sft
 from huatuo_jax.training.sections import to_section
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/real", "The run's folder.")
@@ -39,56 +34,13 @@ _OUTPUT = flags.DEFINE_string(
     "output", "benchmarks/results/sft_real_data.json", "File for the figures."
 )
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-BACKBONE = BackboneConfig(
-    family="llama",
-    vocab_size=6400,
-    hidden_size=256,
-    intermediate_size=704,
-    num_layers=8,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=64,
-    max_positions=1024,
-    tie_embeddings=True,
-)
-# Kind -> (name, files, adapter) of its sources.
-SOURCES = {
-    "real_instruction": (
-        ("toyhom", ("1_sft_single_real/toyhom_internal_medicine.csv",), "toyhom"),
-        ("medicalgpt", ("1_sft_single_real/medicalgpt_medical_sft.jsonl",), None),
-    ),
-    "real_conversation": (
-        ("cmtmedqa", ("2_sft_multi_real/CMtMedQA_test.json",), None),
-        ("remedi", ("2_sft_multi_real/remedi_dev_human_annotation.txt",), "remedi"),
-        ("disc_examples", ("2_sft_multi_real/disc_test_examples.jsonl",), None),
-    ),
-    "distilled_instruction": (
-        ("bentsao", ("3_distilled/bentsao_llama_data.json",), None),
-        (
-            "apollo",
-            (
-                "3_distilled/apollo_Medical_Patient_zh_sampled.json",
-                "3_distilled/apollo_Medical_Web_zh_sampled.json",
-            ),
-            "apollo",
-        ),
-    ),
-    "distilled_conversation": (
-        ("bentsao_liver", ("3_distilled/bentsao_liver_cancer.json",), "bentsao"),
-        ("disc_dialogues", ("3_distilled/disc_dialogues/*.json",), None),
-    ),
-}
-
 
 def main() -> None:
     """Train, fit the bigram model, compare, write the figures."""
-    folder = pathlib.Path(os.environ.get("HUATUO_SHARED_DATA", ROOT.parent / "shared" / "data"))
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: absent; set HUATUO_SHARED_DATA to the folder of real data")
+    cfg = real_data.sft_settings(steps=_STEPS.value, batch_size=_BATCH_SIZE.value)
     workdir = pathlib.Path(_WORKDIR.value)
     if not _SO_FAR.value:
-        run_sft(to_section(settings(folder, workdir)), workdir)
+        run_sft(to_section(cfg), workdir)
     (cache,) = (path for path in (workdir / "data").iterdir() if (path / "index.npz").is_file())
     bigram = bigram_losses(TokenDataset(cache, "train"), TokenDataset(cache, "held_out"))
     figures = figures_of(read_metrics(workdir / "sft" / "metrics.jsonl"), bigram)
@@ -115,7 +67,7 @@ def figures_of(rows: list[dict[str, Any]], bigram: dict[str, float]) -> dict[str
             evaluations.append((row, minutes))
     last, _ = evaluations[-1]
     return {
-        "parameters": count_parameters(abstract_params(BACKBONE, ComputeConfig())),
+        "parameters": count_parameters(abstract_params(real_data.BACKBONE, ComputeConfig())),
         "steps_planned": _STEPS.value,
         "batch_size": _BATCH_SIZE.value,
         "tokens_per_s_median": round(float(np.median(speeds)), 0),
@@ -130,39 +82,9 @@ def figures_of(rows: list[dict[str, Any]], bigram: dict[str, float]) -> dict[str
                 "token_accuracy": round(last[f"eval/token_accuracy{suffix}"], 4),
                 "bigram_loss": round(bigram[kind], 4),
             }
-            for kind, suffix in [("all", ""), *((kind, f"/{kind}") for kind in SOURCES)]
+            for kind, suffix in [("all", ""), *((kind, f"/{kind}") for kind in real_data.SOURCES)]
         },
     }
-
-
-def settings(folder: pathlib.Path, workdir: pathlib.Path) -> SftConfig:
-    """The run, on rows of 1,024 tokens."""
-    sources = tuple(
-        SourceConfig(
-            name=name,
-            paths=tuple(str(path) for pattern in files for path in sorted(folder.glob(pattern))),
-            kind=kind,
-            adapter=adapter,
-        )
-        for kind, group in SOURCES.items()
-        for name, files, adapter in group
-    )
-    return SftConfig(
-        model=ModelConfig(
-            backbone=BACKBONE, tokenizer=str(folder / "tokenizers" / "minimind_6400")
-        ),
-        data=DataConfig(
-            sources=sources,
-            template="chatml",
-            row_length=1024,
-            held_out=HeldOutConfig(share=0.03),
-        ),
-        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_share=0.05, beta2=0.99),
-        num_steps=_STEPS.value,
-        batch_size=_BATCH_SIZE.value,
-        compute=ComputeSection(loss_chunk=256),
-        loop=LoopConfig(evaluate_every=300, checkpoint_every=50, log_every=10),
-    )
 
 
 def bigram_losses(train: TokenDataset, held_out: TokenDataset) -> dict[str, float]:
@@ -194,7 +116,7 @@ def token_pairs(dataset: TokenDataset) -> tuple[np.ndarray, np.ndarray]:
 class Bigram:
     """Counts, and the three distributions that are interpolated: bigram, unigram, uniform."""
 
-    vocab_size = BACKBONE.vocab_size
+    vocab_size = real_data.BACKBONE.vocab_size
     num_buckets = 16  # of contexts, by the logarithm of their count
 
     def __init__(self, pairs: np.ndarray) -> None:

@@ -59,6 +59,8 @@ class ScoreConfig:
     """From the reward model's score of an answer to its part of the reward.
 
     Attributes:
+        of: the `reward_model`, or the `length` of an answer in tokens, its end included: the
+            control that shows what a policy does that only learns to be longer.
         scale: `stored` takes the mean and deviation that stand beside the reward model, `running`
             those of all scores of the run so far, `raw` neither.
         clip: scaled scores are bounded to +-clip; None for no bound.
@@ -68,6 +70,7 @@ class ScoreConfig:
         whiten: bring the rewards of a rollout to variance 1, their mean left alone.
     """
 
+    of: Literal["reward_model", "length"] = "reward_model"
     scale: ScoreScale = "stored"
     clip: float | None = None
     on_truncation: TruncationPolicy = "subtract"
@@ -77,6 +80,10 @@ class ScoreConfig:
     def __post_init__(self) -> None:
         """Raise ValueError for rules that cannot be."""
         _require_positive("clip", self.clip)
+        if self.of == "length" and self.scale == "stored":
+            raise ValueError(
+                "scale='stored' is the reward model's; a score of='length' takes 'running' or 'raw'"
+            )
         is_penalised = self.on_truncation in ("replace", "subtract")
         if is_penalised and (self.penalty is None or not 0 <= self.penalty < float("inf")):
             raise ValueError(

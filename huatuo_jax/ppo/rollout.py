@@ -31,6 +31,15 @@ class AnswerScorer(Protocol):
         """A score of each answer, from its token ids."""
 
 
+class LengthScorer:
+    """An answer's length in tokens, its end included, and nothing else: a control."""
+
+    def scores(self, answers: Sequence[GivenAnswer]) -> npt.NDArray[np.float32]:
+        """One for each answer."""
+        lengths = [len(one.token_ids) - one.prompt_length for one in answers]
+        return np.array(lengths, np.float32)
+
+
 @dataclasses.dataclass(frozen=True)
 class Rollout:
     """Answers of the policy, those to one prompt in a row.

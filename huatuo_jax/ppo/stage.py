@@ -14,7 +14,7 @@ from huatuo_jax.ppo.job import check_policy, make_job
 from huatuo_jax.ppo.loop import train
 from huatuo_jax.ppo.prompts import open_prompts
 from huatuo_jax.ppo.roles import open_critic, open_reward_model
-from huatuo_jax.ppo.rollout import AnswerScorer
+from huatuo_jax.ppo.rollout import AnswerScorer, LengthScorer
 from huatuo_jax.training.evaluation import check_rows
 from huatuo_jax.training.initial_model import open_model
 from huatuo_jax.training.run_directory import all_fields, begin_stage, identity
@@ -84,7 +84,11 @@ def run_ppo(
     for reason, number in prompts.dropped.items():
         print(f"{STAGE}: {number} prompts left out: {reason}", flush=True)
 
+    by_length = cfg.score.of == "length"
+
     def make_scorer() -> AnswerScorer:
+        if by_length:
+            return LengthScorer()
         compute = policy.compute
         rows, length = cfg.rows_at_once, cfg.max_length
         return reward.make_scorer(compute, mesh, rows_at_once=rows, row_length=length)
@@ -100,7 +104,7 @@ def run_ppo(
         decisive=decisive,
         mesh=mesh,
         decode=functools.partial(text_of, tokenizer),
-        scorer_flops=ModelFlops.of(reward.info.cfg),
+        scorer_flops=None if by_length else ModelFlops.of(reward.info.cfg),
     )
     state, fields = train(job, cfg.loop)
     policy.save(state.policy.variables, directory.folder / MODEL_FOLDER)

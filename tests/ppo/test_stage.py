@@ -156,6 +156,14 @@ def test_the_score_is_the_reward_models_on_the_ids_that_were_sampled(trained, fi
     assert shown["answer_score"] == pytest.approx(normalized, abs=1e-4)
 
 
+@pytest.mark.slow
+def test_a_run_by_length_alone_scores_nothing_else(files, tmp_path):
+    run_ppo(_config(files, score=ScoreConfig(of="length", scale="running", penalty=0.5)), tmp_path)
+    lines = (tmp_path / "ppo" / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+    samples = [json.loads(line) for line in lines]
+    assert samples and all(one["score"] == one["length"] for one in samples)
+
+
 def _sampled_again(files, prompt, shown):
     """The answer's ids, by the engine alone."""
     cfg = PpoConfig(
@@ -258,6 +266,7 @@ WRONG = {
     "one answer": ("estimator", "rloo", "needs rollout.answers_per_prompt >= 2"),
     "k2": ("kl_in", "k2", "kl_in='k2' must be one of"),
     "penalty": ("score.penalty", None, "penalty=None must be 0 or more"),
+    "the scale of another score": ("score.of", "length", "scale='stored' is the reward model's"),
     "unknown field": ("learning_rate", 1.0, "config.ppo has no field learning_rate"),
 }
 
