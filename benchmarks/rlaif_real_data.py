@@ -50,11 +50,11 @@ from huatuo_jax.training.optimizer import OptimizerConfig
 from huatuo_jax.training.sections import to_section
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/rlaif_real", "The run's folder.")
-_SFT_STEPS = flags.DEFINE_integer("sft_steps", 800, "Steps of fine-tuning.", lower_bound=1)
+_SFT_STEPS = flags.DEFINE_integer("sft_steps", 700, "Steps of fine-tuning.", lower_bound=1)
 _PROMPTS = flags.DEFINE_integer("prompts", 400, "Prompts to learn from.", lower_bound=1)
 _HELD_OUT = flags.DEFINE_integer("held_out_prompts", 100, "To evaluate on.", lower_bound=1)
 _DISC_PAIRS = flags.DEFINE_integer("disc_pairs", None, "GPT-4's pairs at most, to try it out.")
-_ITERATIONS = flags.DEFINE_integer("iterations", 50, "Of PPO.", lower_bound=1)
+_ITERATIONS = flags.DEFINE_integer("iterations", 40, "Of PPO.", lower_bound=1)
 _OUTPUT = flags.DEFINE_string(
     "output", "benchmarks/results/rlaif_real_data.json", "File for the figures."
 )
@@ -148,12 +148,12 @@ def _ppo() -> PpoConfig:
         value=ValueConfig(
             optimizer=optimizer(5e-4), warmup_iterations=min(2, _ITERATIONS.value - 1)
         ),
-        rollout=RolloutConfig(num_prompts=32, max_new_tokens=ANSWER_TOKENS),
+        rollout=RolloutConfig(num_prompts=24, max_new_tokens=ANSWER_TOKENS),
         score=ScoreConfig(clip=5.0),
         kl_coef=0.03,
         target_kl_per_sequence=10.0,
         num_iterations=_ITERATIONS.value,
-        num_epochs=2,
+        num_epochs=1,
         num_minibatches=2,
         loop=PpoLoopConfig(checkpoint_every=10, samples_per_iteration=4),
     )

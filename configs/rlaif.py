@@ -13,11 +13,12 @@ commas. Judge: the offline rubric, which is no substitute for a judge that reads
 `--config.labels.base_url` asks a model behind any OpenAI-compatible server, with the key from
 OPENAI_API_KEY (`--config.labels.model` where the server has several).
 Hardware: any CPU.
-Expected (one run, seed 0): held-out loss 7.66 before fine-tuning and 4.95 after; the reward model
-agrees with 72 % of the held-out comparisons (length alone: 50 %); PPO's answers score .66 (95 %:
-.46 to .88) above SFT's at a KL of 7.2 nats an answer, and are shorter. At equal length .13 (-.09 to
-.35) is left, and the judge, asked anew, does not prefer them: what the policy learned is to come to
-an end, and what its reward model likes. That is what the report is for.
+Expected (one run, seed 0, six minutes on two cores): held-out loss 7.66 before fine-tuning and 4.95
+after; the reward model agrees with 72 % of the held-out comparisons (length alone: 50 %); PPO's
+answers score .68 (95 %: .50 to .87) above SFT's at a KL of 7.1 nats an answer, and are half as
+long. At equal length .18 (-.01 to .37) is left, and the judge, asked anew, does not prefer them (48
+of 100, 38 to 59): what the policy learned is to come to an end, and what its reward model likes.
+That is what the report is for.
 """
 
 from ml_collections import ConfigDict
