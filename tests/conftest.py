@@ -25,6 +25,8 @@ os.environ.setdefault(
 import jax
 import pytest
 
+from huatuo_jax import sharding
+
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -37,3 +39,16 @@ def shared_data() -> pathlib.Path:
     if not (folder / "MANIFEST.json").is_file():
         pytest.skip(f"no real data at {folder} (set HUATUO_SHARED_DATA to its folder)")
     return folder
+
+
+@pytest.fixture(scope="module")
+def on_one_device():
+    """Meshes of all devices have one."""
+    make_mesh = sharding.make_mesh
+
+    def make(*, devices=None, **sizes):
+        return make_mesh(**sizes, devices=devices or jax.devices()[:1])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "make_mesh", make)
+        yield

@@ -32,16 +32,8 @@ from tests.comparisons.tiny import BACKBONE, TOKENIZER, comparisons, write_rows
 ROOT = pathlib.Path(__file__).parents[2]
 HELD_OUT = HeldOutConfig(share=0.2)
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-    """Runs here are on one device, which is quick."""
-    make_mesh = sharding.make_mesh
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            sharding, "make_mesh", lambda **sizes: make_mesh(**sizes, devices=jax.devices()[:1])
-        )
-        yield
+# Runs here are on one device, which is quick.
+pytestmark = pytest.mark.usefixtures("on_one_device")
 
 
 @pytest.fixture(scope="module")

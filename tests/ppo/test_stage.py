@@ -50,16 +50,8 @@ BACKBONE = BackboneConfig(
 )
 NORMALIZATION = Normalization(mean=0.2, standard_deviation=0.5, num_answers=9, answers="nine")
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-    """Runs here are on one device, which is quick; `test_update` shows that meshes agree."""
-    make_mesh = sharding.make_mesh
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            sharding, "make_mesh", lambda **sizes: make_mesh(**sizes, devices=jax.devices()[:1])
-        )
-        yield
+# Runs here are on one device, which is quick; `test_update` shows that meshes agree.
+pytestmark = pytest.mark.usefixtures("on_one_device")
 
 
 def _save(folder, head, seed):

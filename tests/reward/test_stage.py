@@ -33,16 +33,8 @@ from tests.comparisons.tiny import BACKBONE, TOKENIZER, comparisons, write_rows
 
 ROOT = pathlib.Path(__file__).parents[2]
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-    """Runs here are on one device, which is quick; that meshes agree is shown by `test_losses`."""
-    make_mesh = sharding.make_mesh
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            sharding, "make_mesh", lambda **sizes: make_mesh(**sizes, devices=jax.devices()[:1])
-        )
-        yield
+# Runs here are on one device, which is quick; that meshes agree is shown by `test_losses`.
+pytestmark = pytest.mark.usefixtures("on_one_device")
 
 
 @pytest.fixture(scope="module")
