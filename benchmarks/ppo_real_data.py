@@ -41,9 +41,9 @@ _PROMPTS = flags.DEFINE_list("prompts", None, "Files of dialogues; None for the 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/ppo_real", "Folder of the two runs.")
 _TEMPLATE = flags.DEFINE_string("template", "chatml", "Chat template of both models.")
 _ITERATIONS = flags.DEFINE_integer("iterations", 100, "Of each run.", lower_bound=1)
-_NUM_PROMPTS = flags.DEFINE_integer("num_prompts", 24, "Answers of an iteration.", lower_bound=2)
-_PROMPT_LENGTH = flags.DEFINE_integer("prompt_length", 64, "Tokens of a prompt at most.")
-_NEW_TOKENS = flags.DEFINE_integer("new_tokens", 64, "Tokens of an answer at most.", lower_bound=2)
+_NUM_PROMPTS = flags.DEFINE_integer("num_prompts", 16, "Answers of an iteration.", lower_bound=2)
+_PROMPT_LENGTH = flags.DEFINE_integer("prompt_length", 48, "Tokens of a prompt at most.")
+_NEW_TOKENS = flags.DEFINE_integer("new_tokens", 48, "Tokens of an answer at most.", lower_bound=2)
 _EPOCHS = flags.DEFINE_integer("epochs", 1, "Passes over each rollout.", lower_bound=1)
 _MINIBATCHES = flags.DEFINE_integer("minibatches", 2, "Optimizer steps of a pass.", lower_bound=1)
 _LEARNING_RATE = flags.DEFINE_float(

@@ -92,7 +92,7 @@ def sft_settings(*, steps: int, batch_size: int) -> SftConfig:
             row_length=1024,
             held_out=HeldOutConfig(share=0.03),
         ),
-        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_share=0.05, beta2=0.99),
+        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=100, beta2=0.99),
         num_steps=steps,
         batch_size=batch_size,
         compute=ComputeSection(loss_chunk=256),

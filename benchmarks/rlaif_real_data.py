@@ -50,11 +50,11 @@ from huatuo_jax.training.optimizer import OptimizerConfig
 from huatuo_jax.training.sections import to_section
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/rlaif_real", "The run's folder.")
-_SFT_STEPS = flags.DEFINE_integer("sft_steps", 700, "Steps of fine-tuning.", lower_bound=1)
-_PROMPTS = flags.DEFINE_integer("prompts", 400, "Prompts to learn from.", lower_bound=1)
-_HELD_OUT = flags.DEFINE_integer("held_out_prompts", 100, "To evaluate on.", lower_bound=1)
+_SFT_STEPS = flags.DEFINE_integer("sft_steps", 800, "Steps of fine-tuning.", lower_bound=1)
+_PROMPTS = flags.DEFINE_integer("prompts", 300, "Prompts to learn from.", lower_bound=1)
+_HELD_OUT = flags.DEFINE_integer("held_out_prompts", 80, "To evaluate on.", lower_bound=1)
 _DISC_PAIRS = flags.DEFINE_integer("disc_pairs", None, "GPT-4's pairs at most, to try it out.")
-_ITERATIONS = flags.DEFINE_integer("iterations", 40, "Of PPO.", lower_bound=1)
+_ITERATIONS = flags.DEFINE_integer("iterations", 30, "Of PPO.", lower_bound=1)
 _OUTPUT = flags.DEFINE_string(
     "output", "benchmarks/results/rlaif_real_data.json", "File for the figures."
 )
@@ -125,7 +125,7 @@ def recipe(disc: str) -> RlaifConfig:
         ),
         ppo=_ppo(),
         evaluation=EvaluationConfig(
-            template=real_data.TEMPLATE, num_samples=4, max_new_tokens=ANSWER_TOKENS
+            template=real_data.TEMPLATE, num_samples=2, max_new_tokens=ANSWER_TOKENS
         ),
         report=ReportConfig(title="The recipe on real data"),
     )
