@@ -24,7 +24,7 @@ from huatuo_jax.rlaif.judge import reach_judge
 from huatuo_jax.sft import run_sft
 from huatuo_jax.training.dialogue_data import open_dialogues
 from huatuo_jax.training.initial_model import open_model
-from huatuo_jax.training.optimizer import make_optimizer
+from huatuo_jax.training.optimizer import OptimizerConfig, make_optimizer
 from huatuo_jax.training.run_directory import identity
 
 
@@ -231,11 +231,9 @@ def _save_base(cfg: RlaifConfig, target: pathlib.Path) -> None:
     if target.exists():
         return
     model = open_model(cfg.sft.model, cfg.sft.compute.compute_config())
-    state = model.make_state(
-        jax.random.key(cfg.sft.seed),
-        make_optimizer(cfg.sft.optimizer, num_steps=1),
-        cfg.sft.mesh.make(),
-    )
+    # Any optimizer will do: none of its state is kept.
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=1.0), num_steps=1)
+    state = model.make_state(jax.random.key(cfg.sft.seed), optimizer, cfg.sft.mesh.make())
     model.save(state.variables, target)
 
 
