@@ -1,14 +1,21 @@
 """The order of stages, what is run again after a stop or a kill, and what is refused."""
 
+import dataclasses
 import json
 import os
 import signal
 
+import jax
+import numpy as np
 import pytest
 
+from huatuo_jax.checkpoint.models import find_model, load_params
 from huatuo_jax.rlaif.journal import JOURNAL_FILE, Journal
 from huatuo_jax.rlaif.recipe import run_stages, unfinished_stages
-from huatuo_jax.rlaif.stages import Stage
+from huatuo_jax.rlaif.stages import Stage, _save_base
+from huatuo_jax.training.initial_model import open_model
+from huatuo_jax.training.optimizer import make_optimizer
+from tests.rlaif.tiny import tiny_recipe
 
 
 class Planted:
@@ -101,3 +108,16 @@ def test_a_stage_whose_output_was_removed_is_run_again(tmp_path):
     planted.run()
     (tmp_path / "three").unlink()
     assert planted.run() == 12 and planted.runs[3:] == ["three"]
+
+
+def test_the_base_model_is_what_fine_tuning_begins_with_whatever_its_warm_up(tmp_path):
+    recipe = tiny_recipe(tmp_path / "mine.jsonl")
+    optimizer = dataclasses.replace(recipe.sft.optimizer, warmup_steps=2)
+    cfg = dataclasses.replace(recipe, sft=dataclasses.replace(recipe.sft, optimizer=optimizer))
+    _save_base(cfg, tmp_path / "base")
+    model = open_model(cfg.sft.model, cfg.sft.compute.compute_config())
+    state = model.make_state(
+        jax.random.key(cfg.sft.seed), make_optimizer(optimizer, num_steps=2), cfg.sft.mesh.make()
+    )
+    saved = load_params(find_model(tmp_path / "base"))
+    jax.tree.map(np.testing.assert_array_equal, saved, dict(state.variables["params"]))
