@@ -3,14 +3,6 @@
 Fields, any number of them, are those of the mesh.
 """
 
-import os
-
-# The same arithmetic in every process.
-os.environ["XLA_FLAGS"] = (
-    "--xla_backend_optimization_level=0 --xla_cpu_collective_call_terminate_timeout_seconds=1200"
-)
-os.environ["NPROC"] = "16"
-
 from huatuo_jax import command_line, multi_host
 from huatuo_jax.comparisons.data import ComparisonsConfig, ComparisonSource
 from huatuo_jax.data.held_out import HeldOutConfig
