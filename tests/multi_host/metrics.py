@@ -21,14 +21,3 @@ def assert_same(path, other, *, at_least):
     assert found.keys() == expected.keys() and len(found) > at_least
     for key, value in expected.items():
         assert found[key] == pytest.approx(value, rel=1e-5, abs=1e-6), key
-
-
-def assert_same_losses(path, other):
-    """Losses of training and evaluation that differ by no more than rounding."""
-    found, expected = (
-        {key: value for key, value in numbers(one).items() if "/loss" in key[1]}
-        for one in (path, other)
-    )
-    assert found.keys() == expected.keys() and len(found) > 4
-    for key, value in expected.items():
-        assert found[key] == pytest.approx(value, rel=1e-5), key
