@@ -117,18 +117,17 @@ def is_first() -> bool:
     return _run is None or _run.index == 0
 
 
+def count() -> int:
+    """How many processes the run has."""
+    return 1 if _run is None else _run.count
+
+
 def check_joined() -> None:
     """Raises ValueError where jax sees several processes that were never joined."""
     if _run is None and jax.process_count() > 1:
         raise ValueError(
             f"jax sees {jax.process_count()} processes that have not joined: set {_MODE}=auto"
         )
-
-
-def check_alone(what: str) -> None:
-    """Raises ValueError where several processes run what is made for one."""
-    if _run is not None:
-        raise ValueError(f"{what} is made for one process, this run has {_run.count}")
 
 
 def gather(name: str, value: Any = None) -> list[Any]:

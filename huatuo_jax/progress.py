@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterator
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from huatuo_jax import multi_host
+
 _PLAIN_LINE_EVERY_S = 10.0
 
 
 @contextlib.contextmanager
 def progress_bar(label: str, unit: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal, a plain line now and then elsewhere.
+    """A bar on a terminal, a plain line now and then elsewhere; of several processes the first's.
 
     Args:
         label: what is being done.
@@ -21,6 +23,9 @@ def progress_bar(label: str, unit: str) -> Iterator[Callable[[int, int], None]]:
     Yields:
         A function to call with the count done and the count in all.
     """
+    if not multi_host.is_first():
+        yield lambda done, total: None
+        return
     if sys.stderr.isatty():
         columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, transient=True) as progress:

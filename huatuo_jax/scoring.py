@@ -229,13 +229,12 @@ class Scorer:
         if not answers:
             return
         plan = self._plan(answers)
-        place = sharding.batch_sharding(self._mesh)
         for first in range(0, len(plan), self._rows_at_once):
             numbers = range(first, min(first + self._rows_at_once, len(plan)))
             batch = self._batch([[answers[index] for index in plan[row]] for row in numbers], plan)
             with jax.set_mesh(self._mesh):
                 values_BT = np.asarray(
-                    compiled(self._variables, {k: _placed(v, place) for k, v in batch.items()})
+                    compiled(self._variables, sharding.put_whole(batch, self._mesh))
                 )
             for row in numbers:
                 start = 0
@@ -366,8 +365,3 @@ def load_normalization(folder: pathlib.Path) -> Normalization | None:
 def _example(one: GivenAnswer) -> Example:
     is_answer_T = np.arange(len(one.token_ids)) >= one.prompt_length
     return Example(one.token_ids, is_answer_T, UNKNOWN_KIND, "")
-
-
-def _placed(rows: npt.NDArray[Any], place: jax.NamedSharding) -> jax.Array:
-    """All rows, which every process has, as one global array."""
-    return jax.make_array_from_callback(rows.shape, place, lambda index: rows[index])

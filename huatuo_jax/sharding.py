@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy.typing as npt
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -252,6 +253,15 @@ def batch_share(mesh: Mesh) -> tuple[int, int]:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows of a batch over `data` and `fsdp`, for arrays of any rank."""
     return NamedSharding(mesh, P(BATCH_AXES))
+
+
+def put_whole(batch: Mapping[str, npt.NDArray[Any]], mesh: Mesh) -> dict[str, jax.Array]:
+    """A batch of which every process has all rows, divided over the mesh."""
+    place = batch_sharding(mesh)
+    return {
+        name: jax.make_array_from_callback(rows.shape, place, rows.__getitem__)
+        for name, rows in batch.items()
+    }
 
 
 def constrain(array: jax.Array, name: str) -> jax.Array:

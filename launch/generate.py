@@ -7,7 +7,7 @@ import sys
 
 from absl import flags
 
-from huatuo_jax import command_line
+from huatuo_jax import command_line, multi_host
 from huatuo_jax.generation.bulk import BulkConfig, run_bulk
 from huatuo_jax.generation.requests import SamplingConfig
 
@@ -40,6 +40,7 @@ _SAMPLING = (
 flags.mark_flags_as_required(["model", "prompts", "output"])
 
 
+@multi_host.joined()
 def main() -> None:
     """Generate, and say how it went."""
     sampling = {flag.name: flag.value for flag in _SAMPLING}
@@ -47,8 +48,9 @@ def main() -> None:
     task = {flag.name: flag.value for flag in _TASK}
     cfg = BulkConfig(**task, sampling=SamplingConfig(**sampling))
     report = run_bulk(cfg, lambda progress: print(progress, file=sys.stderr, flush=True))
-    print("nothing left to do" if report is None else report)
-    print(f"written: {cfg.output}")
+    if multi_host.is_first():
+        print("nothing left to do" if report is None else report)
+        print(f"written: {cfg.output}")
 
 
 if __name__ == "__main__":

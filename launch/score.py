@@ -5,7 +5,7 @@ python launch/score.py --model=DIR --input=FILE.jsonl --output=FILE.jsonl
 
 from absl import flags
 
-from huatuo_jax import command_line
+from huatuo_jax import command_line, multi_host
 from huatuo_jax.reward.score_file import ScoreConfig, score_file
 
 _FLAGS = (
@@ -30,11 +30,14 @@ _FLAGS = (
 flags.mark_flags_as_required(["model", "input", "output"])
 
 
+@multi_host.joined()
 def main() -> None:
     """Score, and say how it went."""
     cfg = ScoreConfig(**{flag.name: flag.value for flag in _FLAGS})
-    print(score_file(cfg))
-    print(f"written: {cfg.output}")
+    scored = score_file(cfg)
+    if multi_host.is_first():
+        print(scored)
+        print(f"written: {cfg.output}")
 
 
 if __name__ == "__main__":

@@ -130,8 +130,9 @@ def write_arrays(path: pathlib.Path, state: Any) -> None:
 def read_arrays(path: pathlib.Path, abstract_state: Any, *, partial: bool) -> Any:
     """Reads a tree of arrays, each device its own shards, bit for bit as they were saved.
 
-    Beyond the arrays themselves the host holds at most the bytes of the largest of them and 2 GB
-    of what is being read.
+    Of several processes all have to call this for arrays that lie on devices of several; one alone
+    may call it for arrays of its own. Beyond the arrays themselves the host holds at most the bytes
+    of the largest of them and 2 GB of what is being read.
 
     Args:
         path: a folder written by `write_arrays`, or a step's `state`.
@@ -240,7 +241,12 @@ def _read_stored(path: pathlib.Path, wanted: Mapping[str, Any]) -> dict[str, Any
     # What is in flight is in host memory a second time. Orbax refuses a read larger than this.
     largest_bytes = max(map(_stored_bytes, wanted.values()))
     handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=math.ceil(largest_bytes / 1e9) + 1)
-    with ocp.Checkpointer(handler) as checkpointer:
+    readers = ocp.options.MultiprocessingOptions()
+    if len(holders := _holders(wanted)) == 1:
+        readers = ocp.options.MultiprocessingOptions(
+            primary_host=min(holders), active_processes=holders
+        )
+    with ocp.Checkpointer(handler, multiprocessing_options=readers) as checkpointer:
         try:
             tree = checkpointer.restore(
                 os.fspath(path),
@@ -259,13 +265,23 @@ def _is_on_devices(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
 
 
+def _place(leaf: Any) -> jax.sharding.Sharding:
+    return leaf.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+
+def _holders(wanted: Mapping[str, Any]) -> set[int]:
+    """The processes on whose devices the arrays are to lie."""
+    places = [_place(leaf) for leaf in wanted.values() if _is_on_devices(leaf)]
+    devices: set[jax.Device] = set().union(*(place.device_set for place in places))
+    return {device.process_index for device in devices}
+
+
 def _restore_args(leaf: Any) -> Any:
     if not _is_on_devices(leaf):
         return ocp.RestoreArgs(restore_type=np.ndarray)
     # A key's data has one more dimension, which no sharding of the key names, so it holds there.
     data = jax.eval_shape(jax.random.key_data, leaf) if trees.is_random_key(leaf) else leaf
-    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return ocp.ArrayRestoreArgs(sharding=sharding, global_shape=data.shape, dtype=data.dtype)
+    return ocp.ArrayRestoreArgs(sharding=_place(leaf), global_shape=data.shape, dtype=data.dtype)
 
 
 def _stored_bytes(leaf: Any) -> int:

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from huatuo_jax import multi_host
+from huatuo_jax.atomic import write_file
 from huatuo_jax.data.readers import read_prompts
 from huatuo_jax.evaluation.config import EvaluationConfig
 from huatuo_jax.evaluation.statistics import Values
@@ -99,9 +101,10 @@ def answer_as_referenced(cfg: EvaluationConfig, folder: pathlib.Path) -> ScoredA
     if not rows:
         return None
     path = folder / f"answers_{REFERENCE}.jsonl"
-    path.write_text(
-        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
-    )
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    with multi_host.first_then_others("reference answers"):
+        if multi_host.is_first():
+            write_file(path, text)
     return _scored(REFERENCE, str(path), cfg, folder)
 
 

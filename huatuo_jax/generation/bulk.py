@@ -1,5 +1,9 @@
-"""Answers to a file of prompts, in a run that can be killed and started again."""
+"""Answers to a file of prompts, in a run that can be killed and started again.
 
+Several processes answer together, on one mesh; the first of them writes the file.
+"""
+
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -10,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import transformers
 
-from huatuo_jax import sharding
+from huatuo_jax import multi_host, sharding
 from huatuo_jax.backbone.config import BackboneConfig, ComputeConfig
 from huatuo_jax.backbone.transformer import Transformer
 from huatuo_jax.checkpoint import models
@@ -91,10 +95,12 @@ def run_bulk(
 
     Args:
         cfg: what to do.
-        on_progress: called every ten seconds or so, and at the end of each chunk.
+        on_progress: called every ten seconds or so, and at the end of each chunk, in the first
+            process.
 
     Returns:
-        What the engine did; None where the output was complete.
+        What the engine did; None where the output was complete. The file is whole for all
+        processes then.
 
     Raises:
         ValueError: bad prompts, a model without logits, settings that cannot be, an output made
@@ -106,21 +112,33 @@ def run_bulk(
     tasks = plan.tasks
     ids = [task.prompt.id for task in tasks]
     size = cfg.chunk_size
-    with AnswersFile(cfg.output, ids=ids, chunk_size=size, settings=plan.settings) as output:
-        if output.num_records == len(tasks):
+    multi_host.check_same(f"what decides {cfg.output}", plan.settings)
+    with contextlib.ExitStack() as stack:
+        output = None
+        with multi_host.first_then_others("answers file"):
+            if multi_host.is_first():
+                output = stack.enter_context(
+                    AnswersFile(cfg.output, ids=ids, chunk_size=size, settings=plan.settings)
+                )
+        # Where to go on is told by the one that holds the file.
+        first = multi_host.gather("answered", None if output is None else output.num_records)[0]
+        if first == len(tasks):
             return None
         engine = _open_engine(cfg, plan)
-        clock = Clock(output.num_records, len(tasks), on_progress)
-        for start in range(output.num_records, len(tasks), size):
+        clock = Clock(first, len(tasks), on_progress if multi_host.is_first() else None)
+        for start in range(first, len(tasks), size):
             chunk = tasks[start : start + size]
             requests = [
                 make_request(task, plan.sampling, seed=cfg.seed, num_samples=cfg.num_samples)
                 for task in chunk
             ]
             groups = _grouped(clock.watch(engine.generate(requests)), len(chunk))
-            output.append([make_record(*pair) for pair in zip(chunk, groups, strict=True)])
-            clock.chunk_done(output.num_records)
-        return engine.report
+            records = [make_record(*pair) for pair in zip(chunk, groups, strict=True)]
+            if output is not None:
+                output.append(records)
+            clock.chunk_done(start + len(chunk))
+    multi_host.barrier("answers written")
+    return engine.report
 
 
 def _plan(cfg: BulkConfig) -> _Plan:

@@ -6,6 +6,9 @@
 
 A slot that finishes is given the next waiting answer while the others go on. Between two looks of
 the host at the slots, several tokens are decoded on the device.
+
+On a mesh of several processes all of them have to make the same calls, with the same requests; each
+is given all answers.
 """
 
 import itertools

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
@@ -91,8 +92,9 @@ class Programs:
         self._max_length, self.page_size = max_length, page_size
         self._cache_dtype, self._split_layers = cache_dtype, split_layers
         self.compilations: Counter[str] = Counter()
-        places = None
+        places = everywhere = None
         if mesh is not None:
+            everywhere = NamedSharding(mesh, P())
             places = caches.shardings(model.cfg, mesh, split_layers=split_layers)
         self._allocate = self._jit(
             "allocate", self._empty, out_shardings=places, static_argnames=("num_pages",)
@@ -111,7 +113,8 @@ class Programs:
             "decode",
             self._run_decode,
             donate_argnums=(1,),
-            out_shardings=None if places is None else (places, None, None),
+            # What the host reads lies whole on every device: each process has to see all of it.
+            out_shardings=None if places is None else (places, everywhere, everywhere),
         )
 
     def allocate(self, *, num_pages: int) -> Cache:
@@ -126,7 +129,7 @@ class Programs:
         self, cache: Cache, prefix: Cache, *, first: int, targets_M: Any, shard: int
     ) -> Cache:
         """The cache (donated) with pages of the prefix cache, see `cache.copy_pages`."""
-        return self._insert(cache, prefix, jnp.int32(first), targets_M, jnp.int32(shard))
+        return self._insert(cache, prefix, np.int32(first), targets_M, np.int32(shard))
 
     def grow(self, cache: Cache, *, added: int) -> Cache:
         """The cache with so many more pages in each shard."""

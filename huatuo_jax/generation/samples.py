@@ -7,18 +7,18 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 import transformers
 from jax.sharding import Mesh
 
+from huatuo_jax import multi_host
 from huatuo_jax.atomic import write_file
 from huatuo_jax.backbone.transformer import Transformer
 from huatuo_jax.data.chat import ChatTemplate
 from huatuo_jax.data.examples import Example
 from huatuo_jax.data.records import Message
 from huatuo_jax.generation.engine import Engine
-from huatuo_jax.generation.requests import Request, SamplingConfig
+from huatuo_jax.generation.requests import Answer, Request, SamplingConfig
 from huatuo_jax.generation.slots import slots_for
 from huatuo_jax.generation.texts import text_of
 
@@ -78,12 +78,7 @@ class Samples:
             max_new_tokens: tokens of an answer at most, and less where positions end.
             mesh: where the weights lie.
             path: the file.
-
-        Raises:
-            ValueError: there are several processes: an engine serves one.
         """
-        if jax.process_count() > 1:
-            raise ValueError("samples.num_prompts must be 0 where several processes train")
         self._model, self._prompts, self._tokenizer = model, prompts, tokenizer
         self._mesh, self._path = mesh, pathlib.Path(path)
         longest = max(len(prompt.token_ids) for prompt in prompts)
@@ -96,6 +91,8 @@ class Samples:
     def write(self, step: int, variables: Mapping[str, Any]) -> None:
         """Adds the answers of a step; those of it and of later ones, from a killed run, go first.
 
+        Of several processes, all have to call this; the first one writes.
+
         Args:
             step: optimizer steps so far.
             variables: the model's; let go of again when the answers are written.
@@ -107,6 +104,10 @@ class Samples:
         ]
         groups = engine.generate_in_order(requests)
         engine.unload()
+        if multi_host.is_first():
+            self._add(step, groups)
+
+    def _add(self, step: int, groups: Sequence[Sequence[Answer]]) -> None:
         rows = [row for row in read_samples(self._path) if row["step"] < step]
         for prompt, (answer,) in zip(self._prompts, groups, strict=True):
             rows.append(

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from huatuo_jax.ppo.config import PpoConfig
 from huatuo_jax.rl.advantages import Estimates, gae, grpo_advantages, rloo_advantages
@@ -77,13 +78,25 @@ MakeTargets = Callable[[Experience, jax.Array, Moments], Targets]
 
 
 def compile_targets(
-    cfg: PpoConfig, *, stop_token_ids: tuple[int, ...], normalization: Normalization | None
+    cfg: PpoConfig,
+    *,
+    stop_token_ids: tuple[int, ...],
+    normalization: Normalization | None,
+    mesh: Mesh | None = None,
 ) -> MakeTargets:
-    """`make_targets` with its settings, under one `jax.jit`."""
+    """`make_targets` with its settings, under one `jax.jit`.
+
+    Args:
+        cfg: see `make_targets`.
+        stop_token_ids: see `make_targets`.
+        normalization: see `make_targets`.
+        mesh: where coefficient and moments lie; all targets will lie on each of its devices.
+    """
     return jax.jit(
         functools.partial(
             make_targets, cfg=cfg, stop_token_ids=stop_token_ids, normalization=normalization
-        )
+        ),
+        out_shardings=None if mesh is None else jax.NamedSharding(mesh, jax.P()),
     )
 
 

@@ -145,7 +145,10 @@ def make_job(
             ),
             scorer=make_scorer(),
             make_targets=compile_targets(
-                cfg, stop_token_ids=prompts.stop_token_ids, normalization=normalization
+                cfg,
+                stop_token_ids=prompts.stop_token_ids,
+                normalization=normalization,
+                mesh=mesh,
             ),
             policy=trained.learner,
             reference=make_reference(policy, key, mesh),

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from jax.sharding import Mesh
 
+from huatuo_jax import multi_host
 from huatuo_jax.atomic import write_file
 from huatuo_jax.checkpoint.store import CheckpointStore
 from huatuo_jax.ppo.config import PpoLoopConfig
@@ -23,7 +24,7 @@ from huatuo_jax.ppo.state import PpoState
 from huatuo_jax.training.loop import Diverged
 from huatuo_jax.training.metrics import MetricsLog
 from huatuo_jax.training.preemption import Interrupted, StopSignals
-from huatuo_jax.training.progress import ProgressReport, make_progress
+from huatuo_jax.training.progress import ProgressReport, Silent, make_progress
 from huatuo_jax.training.run_directory import StageDirectory
 from huatuo_jax.training.throughput import peak_flops
 
@@ -90,6 +91,7 @@ def train(job: PpoJob, cfg: PpoLoopConfig) -> tuple[PpoState, dict[str, float]]:
             CheckpointStore(job.directory.checkpoints, keep_newest=cfg.keep_checkpoints)
         )
         newest = store.latest_step()
+        multi_host.check_same("the newest checkpoint", newest)
         step, fields = newest or 0, {}
         if newest is None:
             state = job.make_state()
@@ -131,11 +133,19 @@ def _check_finite(iteration: IterationReport, cfg: PpoLoopConfig) -> None:
 
 
 class _Reports(contextlib.AbstractContextManager["_Reports", None]):
-    """Metrics, samples and progress of a run."""
+    """Metrics, samples and progress of a run, told by the first of its processes."""
 
     def __init__(self, job: PpoJob, cfg: PpoLoopConfig, restored: int | None) -> None:
         """Opens the files, and cuts what a run left there past its last checkpoint."""
         self._job, self._cfg = job, cfg
+        self._log: MetricsLog | None = None
+        self._progress: ProgressReport = Silent()
+        self._samples = job.directory.folder / SAMPLES_FILE
+        if multi_host.is_first():
+            self._open(restored)
+
+    def _open(self, restored: int | None) -> None:
+        job, cfg = self._job, self._cfg
         directory = job.directory
         self._log = MetricsLog(
             directory.metrics,
@@ -144,9 +154,8 @@ class _Reports(contextlib.AbstractContextManager["_Reports", None]):
             evaluated=False,
             tensorboard=directory.tensorboard if cfg.tensorboard else None,
         )
-        self._samples = directory.folder / SAMPLES_FILE
         cut_samples(self._samples, after_step=restored)
-        self._progress: ProgressReport = make_progress(
+        self._progress = make_progress(
             directory.name, job.num_iterations, start=restored or 0, every=cfg.log_every
         )
         if restored is not None:
@@ -157,13 +166,21 @@ class _Reports(contextlib.AbstractContextManager["_Reports", None]):
     def __exit__(self, *_: object) -> None:
         """Closes them."""
         self._progress.close()
-        self._log.close()
+        if self._log is not None:
+            self._log.close()
 
     def write(self, iteration: IterationReport) -> dict[str, float]:
         """Adds an iteration; its numbers, those of the clock left aside."""
         fields = {name: value for name, value in iteration.fields().items() if math.isfinite(value)}
+        if self._log is not None:
+            self._tell(self._log, iteration, fields)
+        return fields
+
+    def _tell(
+        self, log: MetricsLog, iteration: IterationReport, fields: Mapping[str, float]
+    ) -> None:
         speed = iteration.speed(self._job.flops, peak_flops=self._peak)
-        self._log.write(iteration.iteration, fields | speed)
+        log.write(iteration.iteration, {**fields, **speed})
         rows = iteration.samples(self._cfg.samples_per_iteration, self._job.decode)
         _append(self._samples, rows)
         self._progress.step(
@@ -182,10 +199,11 @@ class _Reports(contextlib.AbstractContextManager["_Reports", None]):
         skipped = iteration.not_finite_in_a_row
         if skipped:
             self._progress.say(f"the last {skipped} steps were not finite and were skipped")
-        return fields
 
     def flush(self) -> None:
         """Puts all on disk, before a checkpoint says that it is there."""
+        if self._log is None:
+            return
         self._log.flush()
         if self._samples.exists():
             with self._samples.open("rb") as file:

@@ -5,9 +5,9 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
+from huatuo_jax import multi_host
 from huatuo_jax.generation.texts import text_of
 from huatuo_jax.ppo.config import PpoConfig
 from huatuo_jax.ppo.job import check_policy, make_job
@@ -60,8 +60,6 @@ def run_ppo(
     cfg = placed_in(from_section(PpoConfig, config, path=f"config.{STAGE}"), workdir)
     mesh = cfg.mesh.make()
     check_rows(cfg.rows_at_once, name="micro_batch_size", mesh=mesh)
-    if jax.process_count() > 1:
-        raise ValueError(f"config.{STAGE}: {jax.process_count()} processes; an engine serves one")
     policy = open_model(cfg.model, cfg.compute.compute_config())
     check_policy(cfg, policy)
     tokenizer = policy.load_tokenizer(STAGE)
@@ -81,8 +79,9 @@ def run_ppo(
     directory = begin_stage(workdir, STAGE, settings=all_fields(cfg), decisive=decisive)
     if (result := directory.result()) is not None:
         return result
-    for reason, number in prompts.dropped.items():
-        print(f"{STAGE}: {number} prompts left out: {reason}", flush=True)
+    if multi_host.is_first():
+        for reason, number in prompts.dropped.items():
+            print(f"{STAGE}: {number} prompts left out: {reason}", flush=True)
 
     by_length = cfg.score.of == "length"
 

@@ -40,8 +40,8 @@ def new_ppo_state(
 ) -> PpoState:
     """The state before the first iteration."""
     everywhere = jax.NamedSharding(mesh, jax.P())
-    small = jax.device_put(_beside_the_models(kl_coef, seed), everywhere)
-    return PpoState(**small, policy=policy, value=value)
+    small = jax.jit(_beside_the_models, static_argnums=(0, 1), out_shardings=everywhere)
+    return PpoState(**small(kl_coef, seed), policy=policy, value=value)
 
 
 def abstract_ppo_state(policy: TrainState, value: TrainState | None, mesh: Mesh) -> PpoState:

@@ -21,8 +21,7 @@ from huatuo_jax.ppo.roles import Critic
 from huatuo_jax.ppo.rollout import AnswerScorer, Rollout, Sampler
 from huatuo_jax.ppo.state import PpoState
 from huatuo_jax.ppo.update import Pass
-from huatuo_jax.sharding import OnMesh
-from huatuo_jax.training.loop import put_on_mesh
+from huatuo_jax.sharding import OnMesh, put_whole
 from huatuo_jax.training.state import TrainState, Variables
 
 Rows = dict[str, npt.NDArray[Any]]
@@ -227,7 +226,7 @@ class Trainer:
         return self.value.run_pass(value.trained, frozen, rows, state.kl_coef, differentiate)
 
     def _placed(self, rows: Rows, numbers: npt.NDArray[np.int64]) -> dict[str, jax.Array]:
-        return put_on_mesh({name: array[numbers] for name, array in rows.items()}, self.mesh)
+        return put_whole({name: array[numbers] for name, array in rows.items()}, self.mesh)
 
 
 def _chained(

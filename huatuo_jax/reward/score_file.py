@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from huatuo_jax import sharding
+from huatuo_jax import multi_host, sharding
 from huatuo_jax.backbone.config import ComputeConfig
 from huatuo_jax.backbone.transformer import Transformer
 from huatuo_jax.checkpoint import models
@@ -172,8 +172,13 @@ def _scored_records(
 
 
 def _write(output: str, records: Iterator[dict[str, Any]]) -> None:
-    if jax.process_index() != 0:
-        return
+    """Writes the file in the first process; it is there for all when they return."""
+    with multi_host.first_then_others("scores"):
+        if multi_host.is_first():
+            _write_alone(output, records)
+
+
+def _write_alone(output: str, records: Iterator[dict[str, Any]]) -> None:
     path = pathlib.Path(output)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f"{path.name}.tmp")

@@ -12,6 +12,7 @@ from huatuo_jax.data.tokenizing import tokenizer_hash
 from huatuo_jax.evaluation.config import EvaluationConfig
 from huatuo_jax.feedback.questions import read_answered
 from huatuo_jax.rlaif.config import AnswersConfig, RlaifConfig
+from huatuo_jax.training.evaluation import check_rows
 from huatuo_jax.training.initial_model import InitialModel, open_model
 
 
@@ -65,6 +66,10 @@ def check_inputs(cfg: RlaifConfig, workdir: str | os.PathLike[str], wanted: set[
         _check_prompts(
             "evaluation.prompts", cfg.evaluation, model, tokenizer, cfg.sft.data.template
         )
+    for name, section in (("sft", cfg.sft), ("reward", cfg.reward), ("ppo", cfg.ppo)):
+        if name in wanted:
+            rows = f"config.{name}.micro_batch_size"
+            check_rows(section.rows_at_once, name=rows, mesh=section.mesh.make())
 
 
 def _makers(wanted: set[str]) -> dict[str, str]:

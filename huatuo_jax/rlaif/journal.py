@@ -37,13 +37,17 @@ class Entry(TypedDict):
 class Journal:
     """The journal of one run's folder; every change is on disk when the call returns."""
 
-    def __init__(self, workdir: str | os.PathLike[str]) -> None:
+    def __init__(self, workdir: str | os.PathLike[str], *, writes: bool = True) -> None:
         """Reads it, where there is one.
+
+        Args:
+            workdir: the run's folder.
+            writes: whether this process is the one that writes it; others remember what they do.
 
         Raises:
             ValueError: it is no JSON.
         """
-        self._path = pathlib.Path(workdir) / JOURNAL_FILE
+        self._path, self._writes = pathlib.Path(workdir) / JOURNAL_FILE, writes
         self.stages: dict[str, Entry] = {}
         if self._path.exists():
             try:
@@ -100,6 +104,8 @@ class Journal:
         self._write()
 
     def _write(self) -> None:
+        if not self._writes:
+            return
         text = json.dumps(self.stages, ensure_ascii=False, indent=2)
         write_file(self._path, f"{text}\n")
 

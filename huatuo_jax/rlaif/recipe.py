@@ -1,4 +1,8 @@
-"""The recipe: its stages in order, each once, resumable anywhere by running it again."""
+"""The recipe: its stages in order, each once, resumable anywhere by running it again.
+
+Several processes run it together, in a folder that all of them see. They train and generate on one
+mesh; the first of them asks the judge, and writes what is written once.
+"""
 
 import os
 import pathlib
@@ -35,23 +39,30 @@ def run_rlaif(
         The main figures: what PPO gained in reward, how far it went from SFT, and the time.
 
     Raises:
-        ValueError: a config, a file, a judge or a folder that cannot be; names the field.
+        ValueError: a config, a file, a judge or a folder that cannot be; names the field. Or the
+            folder is none that all processes share.
         Interrupted: the run was stopped, and can go on.
         Diverged: a training stage's steps were not finite.
         OSError: something cannot be read or written.
     """
-    multi_host.check_alone("the recipe as a whole (its stages are configs/sft.py and others)")
     folder = pathlib.Path(workdir)
     cfg = from_section(RlaifConfig, config, path="config").in_workdir(folder)
-    stages, journal = make_stages(cfg, folder), Journal(folder)
+    multi_host.check_joined()
+    multi_host.check_shared(folder)
+    stages, journal = make_stages(cfg, folder), Journal(folder, writes=multi_host.is_first())
     prompts = make_prompts(cfg.sft.data, cfg.prompts)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_prompts(folder / TRAIN_FILE, prompts.train)
-    write_prompts(folder / HELD_OUT_FILE, prompts.held_out)
+    with multi_host.first_then_others("prompts"):
+        if multi_host.is_first():
+            folder.mkdir(parents=True, exist_ok=True)
+            write_prompts(folder / TRAIN_FILE, prompts.train)
+            write_prompts(folder / HELD_OUT_FILE, prompts.held_out)
     wanted = unfinished_stages(stages, journal)
+    multi_host.check_same("the stages to be run", sorted(wanted))
     check_inputs(cfg, folder, wanted)
-    if "labels" in wanted:
+    if "labels" in wanted and multi_host.is_first():
         reach_judge(cfg.labels)
+    # Nothing is begun, nor waited for, before all have looked at everything.
+    multi_host.barrier("inputs checked")
     _keep_compiled(folder)
     run_stages(stages, journal, wanted)
     figures: dict[str, Any] = {}
@@ -79,16 +90,19 @@ def unfinished_stages(stages: Sequence[Stage], journal: Journal) -> set[str]:
 def run_stages(stages: Sequence[Stage], journal: Journal, wanted: set[str]) -> None:
     """Runs those that are wanted, in order, and says which of how many it is at."""
     for number, stage in enumerate(stages, start=1):
-        told = f"stage {number} of {len(stages)}: {stage.name}"
-        if stage.name not in wanted:
-            print(f"{told}, finished before", flush=True)
+        is_wanted = stage.name in wanted
+        if multi_host.is_first():
+            told = "" if is_wanted else ", finished before"
+            print(f"stage {number} of {len(stages)}: {stage.name}{told}", flush=True)
+        if not is_wanted:
             continue
-        print(told, flush=True)
         journal.start(stage.name, stage.settings, stage.input_hashes())
         try:
             result = stage.run()
         except KeyboardInterrupt:
             journal.stop(stage.name)
+            if multi_host.count() > 1:
+                raise  # The others, which go on, are told that this one failed.
             raise Interrupted(
                 f"stopped in stage {stage.name!r}; run the same command again to go on"
             ) from None

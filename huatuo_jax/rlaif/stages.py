@@ -6,10 +6,11 @@ import os
 import pathlib
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 
+from huatuo_jax import multi_host
 from huatuo_jax.checkpoint import models
 from huatuo_jax.data.sources import content_hash
 from huatuo_jax.evaluation.stage import run_evaluation, write_json
@@ -27,6 +28,8 @@ from huatuo_jax.training.initial_model import open_model
 from huatuo_jax.training.optimizer import OptimizerConfig, make_optimizer
 from huatuo_jax.training.run_directory import identity
 
+T = TypeVar("T")
+
 
 class Stage(NamedTuple):
     """One stage of a run.
@@ -36,7 +39,8 @@ class Stage(NamedTuple):
         settings: those that decide its result.
         inputs: what it is made from, by name: files, folders, or names on the hub.
         outputs: what stands when it is finished.
-        run: does it, or goes on with it, and returns its main figures.
+        run: does it, or goes on with it, and returns its main figures. All processes have to call
+            it; those of what only the first one does are returned by the first one.
     """
 
     name: str
@@ -123,7 +127,7 @@ def _labels(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:
     section = cfg.labels
     output, comparisons = workdir / "labels.jsonl", workdir / "comparisons.jsonl"
 
-    def run() -> Mapping[str, Any]:
+    def ask() -> None:
         run_labels(
             LabelRun(
                 answers=section.answers,
@@ -135,6 +139,9 @@ def _labels(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:
             ),
             lambda line: print(f"  {line}".replace("\n", "\n  "), flush=True),
         )
+
+    def run() -> Mapping[str, Any]:
+        _by_first("labels", ask)
         with comparisons.open(encoding="utf-8") as file:
             return {"comparisons": sum(1 for _ in file)}
 
@@ -177,12 +184,13 @@ def _evaluation(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:
 
     def run() -> Mapping[str, Any]:
         model = open_model(cfg.sft.model, cfg.sft.compute.compute_config())
-        data = open_dialogues(
-            cfg.sft.data,
-            model.load_tokenizer("sft"),
-            seed=cfg.sft.seed,
-            default_cache=workdir / "data",
-        )
+        with multi_host.first_then_others("tokenising"):
+            data = open_dialogues(
+                cfg.sft.data,
+                model.load_tokenizer("sft"),
+                seed=cfg.sft.seed,
+                default_cache=workdir / "data",
+            )
         found = run_evaluation(
             section,
             workdir / "evaluation",
@@ -192,7 +200,7 @@ def _evaluation(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:
             loss_rows=cfg.sft.rows_at_once,
             loss_chunk=cfg.sft.compute.loss_chunk,
         )
-        write_json(output, found)
+        _by_first("evaluation", lambda: write_json(output, found))
         return _main_figures(found)
 
     names = ("base", "sft", "ppo", "reward", "prompts")
@@ -213,17 +221,28 @@ def _export(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:
     section, folder = cfg.export, workdir / "export"
     inputs = {"policy": section.policy, "reward": section.reward}
     outputs = (folder / "policy", folder / "reward")
-    return Stage("export", identity(section), inputs, outputs, lambda: run_export(section, folder))
+
+    def run() -> Mapping[str, Any]:
+        return _by_first("export", lambda: run_export(section, folder)) or {}
+
+    return Stage("export", identity(section), inputs, outputs, run)
 
 
 def _report(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:
     output = workdir / "report.html"
 
     def run() -> Mapping[str, Any]:
-        write_report(workdir, output, title=cfg.report.title, num_prompts=cfg.report.num_prompts)
+        title, number = cfg.report.title, cfg.report.num_prompts
+        _by_first("report", lambda: write_report(workdir, output, title=title, num_prompts=number))
         return {"bytes": output.stat().st_size}
 
     return Stage("report", identity(cfg.report), {}, (output,), run)
+
+
+def _by_first(name: str, do: Callable[[], T]) -> T | None:
+    """What the first process gets of what is done once, None in others: it is done for all."""
+    with multi_host.first_then_others(name):
+        return do() if multi_host.is_first() else None
 
 
 def _save_base(cfg: RlaifConfig, target: pathlib.Path) -> None:

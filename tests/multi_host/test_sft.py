@@ -7,7 +7,7 @@ import socket
 import numpy as np
 import pytest
 
-from huatuo_jax.training.metrics import is_time_field, read_rows
+from tests.multi_host import metrics
 from tests.multi_host.processes import Processes
 
 HOST = socket.gethostname()
@@ -39,15 +39,6 @@ class Runs:
             assert codes == [0] * len(codes), [processes.log(i) for i in range(len(codes))]
             return [processes.log(index) for index in range(len(codes))]
 
-    def losses(self, name):
-        rows = read_rows(self.folder / name / "sft" / "metrics.jsonl")
-        return {
-            (row["step"], field): value
-            for row in rows
-            for field, value in row.items()
-            if field != "step" and not is_time_field(field) and not isinstance(value, str)
-        }
-
     def checkpoints(self, name):
         folder = self.folder / name / "sft" / "checkpoints"
         return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
@@ -64,10 +55,8 @@ def runs(tmp_path_factory):
 
 
 def assert_same_losses(runs, name, other="one"):
-    found, expected = runs.losses(name), runs.losses(other)
-    assert found.keys() == expected.keys() and len(found) > 5 * NUM_STEPS
-    for key, value in expected.items():
-        assert found[key] == pytest.approx(value, rel=1e-5, abs=1e-6), key
+    one, two = (runs.folder / run / "sft" / "metrics.jsonl" for run in (name, other))
+    metrics.assert_same(one, two, at_least=5 * NUM_STEPS)
 
 
 def assert_shards_are_disjoint_and_complete(runs, name, shares):

@@ -170,3 +170,9 @@ def test_the_command_ends_in_one_line_and_a_code(tmp_path):
     assert found.returncode == 1 and found.stdout == ""
     assert found.stderr.startswith("error: ") and found.stderr.count("\n") == 1
     assert "nowhere.jsonl" in found.stderr
+
+
+def test_rows_that_the_devices_do_not_divide(recipe, tmp_path):
+    reward = dataclasses.replace(recipe.reward, batch_size=4)
+    message = "config.reward.micro_batch_size=4 rows must be a multiple of the 8 shards"
+    refused(recipe, tmp_path, message, reward=reward)
