@@ -56,6 +56,7 @@ def assert_same_answers(output, expected):
         assert record == expected
 
 
+@pytest.mark.slow
 def test_two_processes_go_on_with_the_file_of_one(of_one, model_folder, prompts_file, tmp_path):
     begun = b"".join(of_one.read_bytes().splitlines(keepends=True)[: 2 * CHUNK + 1])
     output = tmp_path / "answers.jsonl"

@@ -21,6 +21,7 @@ def unbroken(tmp_path_factory):
     return PPO.result(workdir)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_holds_all_that_moves(unbroken):
     arrays, rows, texts = unbroken
     samples = texts["samples.jsonl"]
