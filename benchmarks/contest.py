@@ -30,7 +30,6 @@ COMPUTE = flags.DEFINE_string("compute", "{}", "Ours: fields of ComputeSection, 
 
 FOLDER = pathlib.Path(__file__).resolve().parent
 ROOT = FOLDER.parent
-SHARED_DATA = pathlib.Path(os.environ.get("HUATUO_SHARED_DATA", ROOT.parent / "shared" / "data"))
 SHAPES = {  # Width, feed-forward width, layers, heads.
     "tiny": (64, 160, 2, 2),
     "10m": (256, 704, 8, 4),

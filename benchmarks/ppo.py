@@ -26,6 +26,7 @@ import tempfile
 import contest
 import jax
 import ppo_contenders
+import real_data
 from absl import app, flags
 
 from huatuo_jax.backbone.config import ComputeConfig
@@ -67,7 +68,7 @@ COLUMNS = {
 def main(_: list[str]) -> None:
     """Measures every size, prints tables, writes the result."""
     contest.check_names(_SIZES.value, (), ppo_contenders.CONTENDERS)
-    real = (contest.SHARED_DATA / "MANIFEST.json").is_file()
+    real = (real_data.SHARED_DATA / "MANIFEST.json").is_file()
     contest.hold(
         _SIZES.value,
         pathlib.Path(_OUTPUT.value),
@@ -82,7 +83,7 @@ def measure(size: str, *, real: bool) -> contest.Result:
     """All contenders on models of one size."""
     tokenizer = SAMPLE / "tokenizer"
     if real:
-        tokenizer = contest.SHARED_DATA / "tokenizers" / "minimind_6400"
+        tokenizer = real_data.SHARED_DATA / "tokenizers" / "minimind_6400"
     cfg = contest.backbone(
         # One id more than the tokenizer's, so that an id to pad with is free.
         size,
@@ -136,7 +137,7 @@ def write_prompts(folder: pathlib.Path, settings: contest.Result, *, real: bool)
         ValueError: there are too few.
     """
     if real:
-        paths = [contest.SHARED_DATA / one for one in REAL_PROMPTS]
+        paths = [real_data.SHARED_DATA / one for one in REAL_PROMPTS]
     else:
         paths = sorted(SAMPLE.glob("*_instruction.jsonl"))
     wanted = settings["num_prompts"] * settings["num_steps"]

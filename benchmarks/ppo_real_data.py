@@ -32,7 +32,6 @@ from huatuo_jax.ppo.prompts import PromptsConfig
 from huatuo_jax.ppo.stage import run_ppo
 from huatuo_jax.training.initial_model import ModelConfig
 from huatuo_jax.training.metrics import read_rows
-from huatuo_jax.training.optimizer import OptimizerConfig
 from huatuo_jax.training.sections import to_section
 
 _SFT = flags.DEFINE_string("sft", None, "Directory of the fine-tuned policy, with tokenizer.")
@@ -127,8 +126,11 @@ def config(name: str) -> PpoConfig:
             template=_TEMPLATE.value,
             max_prompt_tokens=_PROMPT_LENGTH.value,
         ),
-        optimizer=_optimizer(1),
-        value=ValueConfig(optimizer=_optimizer(5), warmup_iterations=min(3, _ITERATIONS.value - 1)),
+        optimizer=real_data.ppo_optimizer(_LEARNING_RATE.value),
+        value=ValueConfig(
+            optimizer=real_data.ppo_optimizer(5 * _LEARNING_RATE.value),
+            warmup_iterations=min(3, _ITERATIONS.value - 1),
+        ),
         rollout=RolloutConfig(num_prompts=_NUM_PROMPTS.value, max_new_tokens=_NEW_TOKENS.value),
         score=ScoreConfig(
             of="length" if by_length else "reward_model",
@@ -194,15 +196,6 @@ def drawn(figures: dict[str, Any]) -> bytes:
     found = io.BytesIO()
     figure.savefig(found, format="png", dpi=90)
     return found.getvalue()
-
-
-def _optimizer(factor: int) -> OptimizerConfig:
-    return OptimizerConfig(
-        learning_rate=factor * _LEARNING_RATE.value,
-        decay="constant",
-        warmup_steps=4,
-        weight_decay=0.0,
-    )
 
 
 def _name(directory: str) -> str:

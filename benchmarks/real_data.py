@@ -16,7 +16,8 @@ from huatuo_jax.training.initial_model import ComputeSection, ModelConfig
 from huatuo_jax.training.loop import LoopConfig
 from huatuo_jax.training.optimizer import OptimizerConfig
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+BESIDE = pathlib.Path(__file__).resolve().parents[2] / "shared" / "data"
+SHARED_DATA = pathlib.Path(os.environ.get("HUATUO_SHARED_DATA", BESIDE))
 TEMPLATE = "chatml"
 BACKBONE = BackboneConfig(
     family="llama",
@@ -65,10 +66,11 @@ def folder() -> pathlib.Path:
     Raises:
         ValueError: nowhere.
     """
-    found = pathlib.Path(os.environ.get("HUATUO_SHARED_DATA", ROOT.parent / "shared" / "data"))
-    if not found.is_dir():
-        raise ValueError(f"{found}: absent; set HUATUO_SHARED_DATA to the folder of real data")
-    return found
+    if not SHARED_DATA.is_dir():
+        raise ValueError(
+            f"{SHARED_DATA}: absent; set HUATUO_SHARED_DATA to the folder of real data"
+        )
+    return SHARED_DATA
 
 
 def sft_settings(*, steps: int, batch_size: int) -> SftConfig:
@@ -97,6 +99,13 @@ def sft_settings(*, steps: int, batch_size: int) -> SftConfig:
         batch_size=batch_size,
         compute=ComputeSection(loss_chunk=256),
         loop=LoopConfig(evaluate_every=300, checkpoint_every=50, log_every=10),
+    )
+
+
+def ppo_optimizer(learning_rate: float) -> OptimizerConfig:
+    """Of policy and critic, at a rate that is reached after four updates and stays."""
+    return OptimizerConfig(
+        learning_rate=learning_rate, decay="constant", warmup_steps=4, weight_decay=0.0
     )
 
 

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 import contest
 import jax
 import numpy as np
+import real_data
 import reward_contenders
 from absl import app, flags
 
@@ -61,10 +62,10 @@ def main(_: list[str]) -> None:
 
 def read_all() -> tuple[str, Sequence[Group], pathlib.Path]:
     """The pairs, what they are called, and their tokenizer's folder."""
-    if (contest.SHARED_DATA / "MANIFEST.json").is_file():
+    if (real_data.SHARED_DATA / "MANIFEST.json").is_file():
         name = "real pairs: 4_preference"
-        tokenizer = contest.SHARED_DATA / "tokenizers" / "minimind_6400"
-        paths = tuple(str(contest.SHARED_DATA / "4_preference" / one) for one in REAL_PAIRS)
+        tokenizer = real_data.SHARED_DATA / "tokenizers" / "minimind_6400"
+        paths = tuple(str(real_data.SHARED_DATA / "4_preference" / one) for one in REAL_PAIRS)
         source, template = ComparisonSource(paths=paths), "chatml"
     else:
         name, tokenizer = "pairs made of the project's sample dialogues", SAMPLE / "tokenizer"

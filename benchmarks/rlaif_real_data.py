@@ -132,11 +132,6 @@ def recipe(disc: str) -> RlaifConfig:
 
 
 def _ppo() -> PpoConfig:
-    def optimizer(learning_rate: float) -> OptimizerConfig:
-        return OptimizerConfig(
-            learning_rate=learning_rate, decay="constant", warmup_steps=4, weight_decay=0.0
-        )
-
     return PpoConfig(
         model=ModelConfig(directory="{workdir}/sft/model"),
         data=PpoPrompts(
@@ -144,9 +139,9 @@ def _ppo() -> PpoConfig:
             template=real_data.TEMPLATE,
             max_prompt_tokens=160,
         ),
-        optimizer=optimizer(1e-4),
+        optimizer=real_data.ppo_optimizer(1e-4),
         value=ValueConfig(
-            optimizer=optimizer(5e-4), warmup_iterations=min(2, _ITERATIONS.value - 1)
+            optimizer=real_data.ppo_optimizer(5e-4), warmup_iterations=min(2, _ITERATIONS.value - 1)
         ),
         rollout=RolloutConfig(num_prompts=24, max_new_tokens=ANSWER_TOKENS),
         score=ScoreConfig(clip=5.0),

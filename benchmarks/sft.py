@@ -24,6 +24,7 @@ from typing import Any
 import contest
 import jax
 import numpy as np
+import real_data
 import sft_contenders
 from absl import app, flags
 
@@ -76,15 +77,15 @@ def main(_: list[str]) -> None:
 
 def read_all() -> Dialogues:
     """The real dialogues with a tokenizer of 6,400 tokens, or the project's own with its own."""
-    if (contest.SHARED_DATA / "MANIFEST.json").is_file():
+    if (real_data.SHARED_DATA / "MANIFEST.json").is_file():
         name = "real dialogues: 1_sft_single_real and 2_sft_multi_real"
         adapters = {"toyhom_internal_medicine": "toyhom", "remedi_dev_human_annotation": "remedi"}
         folders = [
-            contest.SHARED_DATA / "1_sft_single_real",
-            contest.SHARED_DATA / "2_sft_multi_real",
+            real_data.SHARED_DATA / "1_sft_single_real",
+            real_data.SHARED_DATA / "2_sft_multi_real",
         ]
         paths = [path for folder in folders for path in sorted(folder.iterdir())]
-        tokenizer = load_tokenizer(contest.SHARED_DATA / "tokenizers" / "minimind_6400")
+        tokenizer = load_tokenizer(real_data.SHARED_DATA / "tokenizers" / "minimind_6400")
         tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
         template = templates.by_name("chatml")
     else:
