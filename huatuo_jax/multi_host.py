@@ -12,8 +12,8 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import jax
 from jax._src import distributed  # The only way to the key-value store.
@@ -28,6 +28,7 @@ _JOIN_TIMEOUT_S = 600  # Hosts of a pod do not come up at the same moment.
 # jax ends all processes, without a word of ours, when it misses one for so long: the last resort.
 _JAX_TIMEOUT_FACTOR = 5
 
+T = TypeVar("T")
 
 _run: Peers | None = None
 
@@ -175,6 +176,12 @@ def first_then_others(name: str) -> Iterator[None]:
     yield
     if _run.index == 0:
         _run.put(f"{folder}/0", "done")
+
+
+def by_first(name: str, do: Callable[[], T]) -> T | None:
+    """Lets the first process do a thing for all, and gives what came of it; None in others."""
+    with first_then_others(name):
+        return do() if is_first() else None
 
 
 def check_same(name: str, value: Any) -> None:

@@ -177,7 +177,7 @@ class Scorer:
         self._model, self._variables, self._mesh = model, variables, mesh
         self._rows_at_once, self._row_length = rows_at_once, row_length
         self._packed, self._pad_token_id = packed, pad_token_id
-        self._scores = self._compiled(functools.partial(head_scores, model))
+        self._scores = compile_values(functools.partial(head_scores, model), mesh)
 
     def scores(
         self, answers: Sequence[GivenAnswer], on_progress: Progress | None = None
@@ -208,20 +208,18 @@ class Scorer:
         for index, one in enumerate(answers):
             if not one.prompt_length:
                 raise ValueError(f"answers[{index}]: prompt_length=0 must be at least 1")
-        compiled = self._compiled(
-            functools.partial(answer_log_probs, self._model, temperature=temperature, chunk=chunk)
+        compiled = compile_values(
+            functools.partial(answer_log_probs, self._model, temperature=temperature, chunk=chunk),
+            self._mesh,
         )
         log_probs: list[npt.NDArray[np.float32]] = [np.zeros(0, np.float32)] * len(answers)
         for index, start, end, values_T in self._values(compiled, answers, on_progress):
             log_probs[index] = values_T[start + answers[index].prompt_length : end].copy()
         return log_probs
 
-    def _compiled(self, values: Callable[[Variables, Batch], jax.Array]) -> sharding.OnMesh:
-        return compile_values(values, self._mesh)
-
     def _values(
         self,
-        compiled: Callable[[Variables, Batch], jax.Array],
+        compiled: sharding.OnMesh,
         answers: Sequence[GivenAnswer],
         on_progress: Progress | None,
     ) -> Iterator[tuple[int, int, int, npt.NDArray[np.float32]]]:
@@ -232,10 +230,8 @@ class Scorer:
         for first in range(0, len(plan), self._rows_at_once):
             numbers = range(first, min(first + self._rows_at_once, len(plan)))
             batch = self._batch([[answers[index] for index in plan[row]] for row in numbers], plan)
-            with jax.set_mesh(self._mesh):
-                values_BT = np.asarray(
-                    compiled(self._variables, sharding.put_whole(batch, self._mesh))
-                )
+            placed = sharding.put_whole(batch, self._mesh)
+            values_BT = np.asarray(compiled(self._variables, placed))
             for row in numbers:
                 start = 0
                 for index in plan[row].tolist():

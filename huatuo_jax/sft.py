@@ -152,10 +152,11 @@ def run_sft(
 
 def sft_step(cfg: SftConfig, model: InitialModel, mesh: Mesh, *, num_steps: int) -> Step:
     """The optimizer step of a run of so many steps."""
+    optimizer = make_optimizer(cfg.optimizer, num_steps=num_steps)
     return make_step(
         functools.partial(token_loss, model.transformer, chunk=cfg.compute.loss_chunk),
-        make_optimizer(cfg.optimizer, num_steps=num_steps),
-        model,
+        optimizer,
+        model.abstract_state(optimizer, mesh),
         mesh,
         num_micro_batches=cfg.batch_size // cfg.rows_at_once,
     )

@@ -219,6 +219,11 @@ def abstract_arrays(shapes: Any, places: Any) -> Any:
     )
 
 
+def abstract_parameters(shapes: Any, mesh: Mesh) -> Any:
+    """A tree of parameters' shapes where the partition rules put them, see `abstract_arrays`."""
+    return abstract_arrays(shapes, parameter_shardings(shapes, mesh))
+
+
 def batch_shards(mesh: Mesh | None) -> int:
     """Into how many parts a mesh splits a batch; 1 without a mesh."""
     return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH_AXES)

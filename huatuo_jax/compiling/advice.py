@@ -3,10 +3,9 @@
 from ml_collections import ConfigDict
 
 from huatuo_jax import sharding
+from huatuo_jax.compiling.chips import GIB
 from huatuo_jax.compiling.memory import bytes_on_device
 from huatuo_jax.compiling.programs import Program
-
-_GIB = 1 << 30
 
 
 def advice(program: Program, section: ConfigDict, *, capacity: int) -> list[str]:
@@ -36,8 +35,8 @@ def advice(program: Program, section: ConfigDict, *, capacity: int) -> list[str]
         found.append(f"{name}.rollout.slots: fewer answers at once take less cache")
     if given > capacity // 2:
         found.append(
-            f"weights, moments and what else is held take {given / _GIB:.1f} GiB of each device's "
-            f"{capacity / _GIB:.0f} before anything is computed: "
+            f"weights, moments and what else is held take {given / GIB:.1f} GiB of each device's "
+            f"{capacity / GIB:.0f} before anything is computed: "
             + "; ".join(_smaller_states(name, section, program))
         )
     elif program.attends and compute.loss_chunk > 128:

@@ -10,6 +10,8 @@ to Scale Your Model" (jax-ml.github.io/scaling-book/tpus): those of 16 chips whe
 
 import dataclasses
 
+from huatuo_jax.training.throughput import PEAK_FLOPS
+
 GIB = 1 << 30
 
 
@@ -56,7 +58,7 @@ CHIPS: dict[str, Chip] = {
         Chip(
             name="v4",
             memory=32 * GIB,
-            peak_flops=275e12,
+            peak_flops=PEAK_FLOPS["TPU v4"],
             memory_bandwidth=1200e9,
             link_bandwidth=50e9,
             network_bandwidth=3.125e9,
@@ -69,7 +71,7 @@ CHIPS: dict[str, Chip] = {
         Chip(
             name="v5e",
             memory=16 * GIB,
-            peak_flops=197e12,
+            peak_flops=PEAK_FLOPS["TPU v5e"],
             memory_bandwidth=819e9,
             link_bandwidth=50e9,
             network_bandwidth=3.125e9,
@@ -79,7 +81,7 @@ CHIPS: dict[str, Chip] = {
         Chip(
             name="v5p",
             memory=95 * GIB,
-            peak_flops=459e12,
+            peak_flops=PEAK_FLOPS["TPU v5p"],
             memory_bandwidth=2765e9,
             link_bandwidth=100e9,
             network_bandwidth=6.25e9,
@@ -90,7 +92,7 @@ CHIPS: dict[str, Chip] = {
         Chip(
             name="v6e",
             memory=32 * GIB,
-            peak_flops=918e12,
+            peak_flops=PEAK_FLOPS["TPU v6e"],
             memory_bandwidth=1638e9,
             link_bandwidth=100e9,
             network_bandwidth=12.5e9,

@@ -173,9 +173,7 @@ def _collective(
     kind: str, one: Instruction, place: Place, group: tuple[int, ...], mesh: Mesh, inside: bool
 ) -> Collective:
     payload = sum(shape.num_bytes for shape in place.computation.operand_shapes(one))
-    if kind == "all-gather":
-        payload *= len(group)
-    if kind == "all-to-all":
+    if kind in ("all-gather", "all-to-all"):
         payload *= len(group)
     if kind == "all-reduce" and _is_scattered(place.computation, one):
         kind = "reduce-scatter"

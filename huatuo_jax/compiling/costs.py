@@ -105,8 +105,7 @@ def _convolution_flops(one: Instruction, lhs: Shape, rhs: Shape) -> float:
     for number in range(len(lhs_labels) - 2):
         label = str(number)
         size = rhs.dims[rhs_labels.index(label)]
-        low, high = _at(window.get("pad"), number, "0_0").split("_")
-        del high
+        low = _at(window.get("pad"), number, "0_0").split("_")[0]
         flops *= _positions(
             given=lhs.dims[lhs_labels.index(label)],
             wanted=outputs[out_labels.index(label)],

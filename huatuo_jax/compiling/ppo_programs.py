@@ -19,15 +19,13 @@ from huatuo_jax.compiling.programs import (
     Devices,
     Program,
     attended_pairs,
-    forward_flops,
 )
 from huatuo_jax.data.packing import pack_row
 from huatuo_jax.generation.abstract import abstract_engine
-from huatuo_jax.generation.slots import slots_for
 from huatuo_jax.ppo.config import PpoConfig
 from huatuo_jax.ppo.job import Trained, check_policy, critic_of, policy_of
 from huatuo_jax.ppo.roles import Critic, open_critic
-from huatuo_jax.ppo.rollout import MOST_SLOTS
+from huatuo_jax.ppo.rollout import slots_of
 from huatuo_jax.ppo.trainer import NUMBERS_OF_TOKENS
 from huatuo_jax.scoring import compile_values, head_scores
 from huatuo_jax.training.evaluation import check_rows
@@ -100,7 +98,7 @@ def _roles(cfg: PpoConfig, devices: Devices, architectures: Architectures) -> Ro
     params = jax.eval_shape(
         lambda: init_params(jax.random.key(0), rewarding, compute, head="score")
     )
-    variables = _on(mesh, {"params": params})
+    variables = sharding.abstract_parameters({"params": params}, mesh)
     return Roles(
         cfg=cfg,
         mesh=mesh,
@@ -130,8 +128,7 @@ def _without_reward_model(cfg: PpoConfig, rewarding: BackboneConfig) -> PpoConfi
 
 def _generation(roles: Roles) -> list[Program]:
     cfg, policy = roles.cfg, roles.policy
-    wanted = cfg.rollout.slots or min(cfg.rollout.num_answers, MOST_SLOTS)
-    slots = slots_for(wanted, roles.mesh)
+    slots = slots_of(cfg.rollout, roles.mesh)
     engine = abstract_engine(
         policy.transformer,
         roles.trained.state.variables,
@@ -158,8 +155,7 @@ def _generation(roles: Roles) -> list[Program]:
             arguments=engine.prefill_arguments,
             beside=(*held, engine.decode_arguments[1]),
             tokens=engine.prompt_tokens,
-            model_flops=forward_flops(
-                flops,
+            model_flops=flops.of_forward(
                 tokens=engine.prompt_tokens,
                 scored_tokens=0,
                 attended_pairs=attended_pairs(policy.cfg, rows=rows, length=length),
@@ -173,8 +169,7 @@ def _generation(roles: Roles) -> list[Program]:
             arguments=engine.decode_arguments,
             beside=(*held, engine.prefill_arguments[1]),
             tokens=steps,
-            model_flops=forward_flops(
-                flops,
+            model_flops=flops.of_forward(
                 tokens=steps,
                 scored_tokens=steps,
                 attended_pairs=steps
@@ -201,8 +196,7 @@ def _scoring(roles: Roles) -> Program:
         rows=rows,
         rows_at_once=rows,
         tokens=rows * length,
-        model_flops=forward_flops(
-            ModelFlops.of(backbone),
+        model_flops=ModelFlops.of(backbone).of_forward(
             tokens=rows * length,
             scored_tokens=0,
             attended_pairs=attended_pairs(backbone, rows=rows, length=length),
@@ -237,7 +231,7 @@ def _training(roles: Roles, name: str, trained: Trained) -> list[Program]:
     sums, _, gradients = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), found
     )
-    gradients = _on(mesh, gradients)
+    gradients = sharding.abstract_parameters(gradients, mesh)
     common: dict[str, Any] = {
         "mesh": mesh,
         "backbone": backbone,
@@ -287,8 +281,3 @@ def _stored(variables: Any, cfg: BackboneConfig, dtype: Any) -> Any:
     cast = functools.partial(store_as_computed, dtype=dtype, keep_lm_head=cfg.norm_head)
     places = jax.tree.map(lambda leaf: leaf.sharding, variables)
     return sharding.abstract_arrays(jax.eval_shape(cast, variables), places)
-
-
-def _on(mesh: Mesh, shapes: Any) -> Any:
-    """Abstract parameters where the partition rules put them."""
-    return sharding.abstract_arrays(shapes, sharding.parameter_shardings(shapes, mesh))

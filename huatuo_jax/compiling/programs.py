@@ -9,7 +9,6 @@ from jax.sharding import Mesh
 
 from huatuo_jax.backbone.config import BackboneConfig
 from huatuo_jax.sharding import OnMesh, path_name
-from huatuo_jax.training.throughput import ModelFlops
 
 Devices = Sequence[jax.Device]
 
@@ -70,8 +69,3 @@ def attended_pairs(cfg: BackboneConfig, *, rows: int, length: int) -> float:
     """Pairs of query and key in rows that are full and of one segment."""
     window = min(cfg.sliding_window or length, length)
     return rows * (window * (window + 1) / 2 + (length - window) * window)
-
-
-def forward_flops(flops: ModelFlops, **sizes: float) -> float:
-    """Those of a forward pass alone: a third of a step in which everything is trained."""
-    return dataclasses.replace(flops, per_parameter=6).of_step(**sizes) / 3

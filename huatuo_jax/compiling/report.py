@@ -4,10 +4,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from huatuo_jax.compiling.analysis import Analysis, Misfit
+from huatuo_jax.compiling.chips import GIB
 from huatuo_jax.compiling.memory import Buffer
 from huatuo_jax.compiling.topology import Slice
-
-GIB = 1 << 30
 
 
 def slice_fields(of: Slice) -> dict[str, Any]:
@@ -55,8 +54,7 @@ def fields(found: Analysis | Misfit) -> dict[str, Any]:
         "memory_traffic_bytes_per_device": costs.memory_bytes,
         "loops_of_unknown_length": costs.unknown_loops,
         "collectives": [
-            {**total._asdict(), "axes": list(total.axes), "seconds": total.seconds}
-            for total in found.collectives
+            {**total._asdict(), "axes": list(total.axes)} for total in found.collectives
         ],
         "roofline": {
             "compute_s": bound.compute_s,

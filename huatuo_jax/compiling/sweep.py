@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 from huatuo_jax import sharding
 from huatuo_jax.backbone.config import Remat
 from huatuo_jax.compiling.analysis import Analysis, Misfit
+from huatuo_jax.compiling.chips import GIB
 from huatuo_jax.compiling.programs import Program
 
 # From what computes least to what holds least.
@@ -59,7 +60,7 @@ class Choice(NamedTuple):
             return f"  {settings} does NOT fit: {self.result.message}"
         bound, memory = self.result.roofline, self.result.memory
         return (
-            f"  {settings} {memory.total / (1 << 30):.2f} GiB"
+            f"  {settings} {memory.total / GIB:.2f} GiB"
             f"{'' if self.result.fits else ', does NOT fit'}, at best {bound.bound_s:.3g} s a "
             f"step ({bound.binds} binds, utilisation {bound.utilisation:.0%})"
         )

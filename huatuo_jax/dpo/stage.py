@@ -1,6 +1,5 @@
 """The DPO stage: an SFT model and comparisons in, a policy out; no reward model, no sampling."""
 
-import dataclasses
 import functools
 import os
 from collections.abc import Mapping
@@ -29,8 +28,8 @@ from huatuo_jax.training.run_directory import (
     identity,
 )
 from huatuo_jax.training.sections import from_section, placed_in
+from huatuo_jax.training.step import make_step
 from huatuo_jax.training.throughput import ModelFlops
-from huatuo_jax.training.update import compile_update, make_update
 
 STAGE = "dpo"
 MODEL_FOLDER = "model"
@@ -101,13 +100,13 @@ def report_step(metrics: Mapping[str, np.ndarray], *, flops: ModelFlops) -> Step
     fields = numbers(metrics, prefix=STAGE) | step_numbers(metrics)
     if (pairs := float(metrics["pairs"])) > 0:
         fields["train/loss"] = float(metrics["objective"]) / pairs
-    pairs_seen = float(metrics["attended_pairs"])
-
-    def of(model: ModelFlops) -> float:
-        return model.of_step(tokens=tokens, scored_tokens=answered, attended_pairs=pairs_seen)
-
-    # The reference's forward pass is a third of a training pass with all gradients.
-    total = of(flops) + of(dataclasses.replace(flops, per_parameter=6)) / 3
+    sizes = {
+        "tokens": tokens,
+        "scored_tokens": answered,
+        "attended_pairs": float(metrics["attended_pairs"]),
+    }
+    # The policy's training pass, and the reference's forward pass.
+    total = flops.of_step(**sizes) + flops.of_forward(**sizes)
     return StepReport(fields, tokens, answered, total)
 
 
@@ -123,17 +122,19 @@ def make_job(
     rows = ComparisonRows(comparisons.train, cfg.rows(shuffled=True))
     num_steps = cfg.num_steps or -(-rows.first_row(cfg.num_epochs) // cfg.batch_size)
     optimizer = make_optimizer(cfg.optimizer, num_steps=num_steps)
-    loss = functools.partial(
-        row_loss, model.transformer, beta=cfg.beta, chunk=cfg.compute.loss_chunk
+    step = make_step(
+        functools.partial(row_loss, model.transformer, beta=cfg.beta, chunk=cfg.compute.loss_chunk),
+        optimizer,
+        abstract_state(model, optimizer, mesh),
+        mesh,
+        num_micro_batches=cfg.batch_size // cfg.rows_at_once,
     )
-    abstract = abstract_state(model, optimizer, mesh)
-    update = make_update(loss, optimizer, num_micro_batches=cfg.batch_size // cfg.rows_at_once)
     evaluate = None
     if comparisons.held_out:
         held_out = ComparisonRows(comparisons.held_out, cfg.rows(shuffled=False))
         end_row = held_out.first_row(1)
         evaluate = make_evaluate(
-            lambda variables, batch: loss(variables, batch).others,
+            lambda variables, batch: step.loss(variables, batch).others,
             lambda: ComparisonBatches(
                 held_out,
                 batch_size=cfg.rows_at_once,
@@ -151,8 +152,8 @@ def make_job(
         num_steps=num_steps,
         mesh=mesh,
         make_state=lambda: make_state(model, jax.random.key(cfg.seed), optimizer, mesh),
-        abstract_state=abstract,
-        update=compile_update(update, abstract, mesh),
+        abstract_state=step.state,
+        update=step.update,
         batches=ComparisonBatches(
             rows,
             batch_size=cfg.batch_size,

@@ -102,9 +102,7 @@ def answer_as_referenced(cfg: EvaluationConfig, folder: pathlib.Path) -> ScoredA
         return None
     path = folder / f"answers_{REFERENCE}.jsonl"
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    with multi_host.first_then_others("reference answers"):
-        if multi_host.is_first():
-            write_file(path, text)
+    multi_host.by_first("reference answers", lambda: write_file(path, text))
     return _scored(REFERENCE, str(path), cfg, folder)
 
 

@@ -89,7 +89,7 @@ def abstract_weights(variables: Any, model: Transformer, mesh: Mesh) -> Any:
         keep_lm_head=model.cfg.norm_head,
     )
     shapes = jax.eval_shape(cast, weights.that_are_read(variables))
-    return sharding.abstract_arrays(shapes, sharding.parameter_shardings(shapes, mesh))
+    return sharding.abstract_parameters(shapes, mesh)
 
 
 def _cache(model: Transformer, num_pages: int, mesh: Mesh) -> Any:

@@ -75,8 +75,7 @@ class UpdateSums:
 class IterationFlops:
     """The floating-point operations of an iteration, by the formula of `training.throughput`.
 
-    A forward pass is a third of a training pass. Sampling counts as one: with a cache it computes
-    each token once.
+    Sampling counts as a forward pass: with a cache it computes each token once.
 
     Attributes:
         policy: its parts of the formula.
@@ -93,11 +92,13 @@ class IterationFlops:
         lengths_N = rollout.rows["segment_ids"].sum(axis=1).astype(float)
         pairs, answered = (lengths_N * (lengths_N + 1) / 2).sum(), rollout.num_answer_tokens
 
+        tokens = lengths_N.sum()
+
         def trained(model: ModelFlops, scored: float) -> float:
-            return model.of_step(tokens=lengths_N.sum(), scored_tokens=scored, attended_pairs=pairs)
+            return model.of_step(tokens=tokens, scored_tokens=scored, attended_pairs=pairs)
 
         def forward(model: ModelFlops, scored: float) -> float:
-            return trained(dataclasses.replace(model, per_parameter=6), scored) / 3
+            return model.of_forward(tokens=tokens, scored_tokens=scored, attended_pairs=pairs)
 
         total = 3 * forward(self.policy, answered) + policy_passes * trained(self.policy, answered)
         if self.critic is not None:

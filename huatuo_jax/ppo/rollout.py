@@ -20,8 +20,7 @@ from huatuo_jax.ppo.prompts import TokenPrompt
 from huatuo_jax.scoring import GivenAnswer, padded_batch
 from huatuo_jax.training.state import Variables
 
-MOST_SLOTS = 64
-"""Answers decoded at once, where a config does not say."""
+_MOST_SLOTS = 64  # Where a config does not say.
 
 
 class AnswerScorer(Protocol):
@@ -142,15 +141,19 @@ class Sampler:
         if self._engine is not None:
             self._engine.load(variables)
             return self._engine
-        wanted = self._cfg.slots or min(self._cfg.num_answers, MOST_SLOTS)
         self._engine = Engine(
             self._model,
             variables,
-            slots=slots_for(wanted, self._mesh),
+            slots=slots_of(self._cfg, self._mesh),
             max_length=self._max_length,
             mesh=self._mesh,
         )
         return self._engine
+
+
+def slots_of(cfg: RolloutConfig, mesh: Mesh | None) -> int:
+    """Answers of a rollout that are decoded at once."""
+    return slots_for(cfg.slots or min(cfg.num_answers, _MOST_SLOTS), mesh)
 
 
 def make_rollout(

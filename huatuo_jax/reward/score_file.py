@@ -133,7 +133,9 @@ def score_file(cfg: ScoreConfig) -> Scored:
         row_length=cfg.row_length,
     )
     scores = _scores(scorer, tokens)
-    _write(cfg.output, _scored_records(records, scores, normalization))
+    multi_host.by_first(
+        "scores", lambda: _write(cfg.output, _scored_records(records, scores, normalization))
+    )
     found = [scores[dialogue] for dialogue in dialogues]
     known = [score for score in found if score is not None]
     mean = sum(known) / len(known) if known else None
@@ -172,13 +174,6 @@ def _scored_records(
 
 
 def _write(output: str, records: Iterator[dict[str, Any]]) -> None:
-    """Writes the file in the first process; it is there for all when they return."""
-    with multi_host.first_then_others("scores"):
-        if multi_host.is_first():
-            _write_alone(output, records)
-
-
-def _write_alone(output: str, records: Iterator[dict[str, Any]]) -> None:
     path = pathlib.Path(output)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f"{path.name}.tmp")

@@ -129,12 +129,13 @@ def open_backbone(cfg: RewardConfig, section: ModelConfig) -> InitialModel:
 
 def reward_step(cfg: RewardConfig, model: InitialModel, mesh: Mesh, *, num_steps: int) -> Step:
     """The optimizer step of a run of so many steps."""
+    optimizer = make_optimizer(cfg.optimizer, num_steps=num_steps)
     return make_step(
         functools.partial(
             reward_loss, model.transformer, margin_scale=cfg.margin_scale, centring=cfg.centring
         ),
-        make_optimizer(cfg.optimizer, num_steps=num_steps),
-        model,
+        optimizer,
+        model.abstract_state(optimizer, mesh),
         mesh,
         num_micro_batches=cfg.batch_size // cfg.rows_at_once,
     )

@@ -17,7 +17,13 @@ from huatuo_jax.rlaif.checks import check_inputs
 from huatuo_jax.rlaif.config import RlaifConfig
 from huatuo_jax.rlaif.journal import Journal
 from huatuo_jax.rlaif.judge import reach_judge
-from huatuo_jax.rlaif.prompts import HELD_OUT_FILE, TRAIN_FILE, make_prompts, write_prompts
+from huatuo_jax.rlaif.prompts import (
+    HELD_OUT_FILE,
+    TRAIN_FILE,
+    Prompts,
+    make_prompts,
+    write_prompts,
+)
 from huatuo_jax.rlaif.stages import Stage, make_stages
 from huatuo_jax.training.preemption import Interrupted
 from huatuo_jax.training.sections import from_section
@@ -51,11 +57,7 @@ def run_rlaif(
     multi_host.check_shared(folder)
     stages, journal = make_stages(cfg, folder), Journal(folder, writes=multi_host.is_first())
     prompts = make_prompts(cfg.sft.data, cfg.prompts)
-    with multi_host.first_then_others("prompts"):
-        if multi_host.is_first():
-            folder.mkdir(parents=True, exist_ok=True)
-            write_prompts(folder / TRAIN_FILE, prompts.train)
-            write_prompts(folder / HELD_OUT_FILE, prompts.held_out)
+    multi_host.by_first("prompts", lambda: _write_prompts(folder, prompts))
     wanted = unfinished_stages(stages, journal)
     multi_host.check_same("the stages to be run", sorted(wanted))
     check_inputs(cfg, folder, wanted)
@@ -69,6 +71,12 @@ def run_rlaif(
     if journal.is_finished("evaluation"):
         figures |= journal.stages["evaluation"]["result"] or {}
     return figures | {"seconds": sum(journal.stages[stage.name]["seconds"] for stage in stages)}
+
+
+def _write_prompts(folder: pathlib.Path, prompts: Prompts) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_prompts(folder / TRAIN_FILE, prompts.train)
+    write_prompts(folder / HELD_OUT_FILE, prompts.held_out)
 
 
 def unfinished_stages(stages: Sequence[Stage], journal: Journal) -> set[str]:

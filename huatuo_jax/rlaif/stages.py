@@ -6,7 +6,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 
@@ -27,8 +27,6 @@ from huatuo_jax.training.dialogue_data import open_dialogues
 from huatuo_jax.training.initial_model import open_model
 from huatuo_jax.training.optimizer import OptimizerConfig, make_optimizer
 from huatuo_jax.training.run_directory import identity
-
-T = TypeVar("T")
 
 
 class Stage(NamedTuple):
@@ -141,7 +139,7 @@ def _labels(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:
         )
 
     def run() -> Mapping[str, Any]:
-        _by_first("labels", ask)
+        multi_host.by_first("labels", ask)
         with comparisons.open(encoding="utf-8") as file:
             return {"comparisons": sum(1 for _ in file)}
 
@@ -200,7 +198,7 @@ def _evaluation(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:
             loss_rows=cfg.sft.rows_at_once,
             loss_chunk=cfg.sft.compute.loss_chunk,
         )
-        _by_first("evaluation", lambda: write_json(output, found))
+        multi_host.by_first("evaluation", lambda: write_json(output, found))
         return _main_figures(found)
 
     names = ("base", "sft", "ppo", "reward", "prompts")
@@ -223,7 +221,7 @@ def _export(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:
     outputs = (folder / "policy", folder / "reward")
 
     def run() -> Mapping[str, Any]:
-        return _by_first("export", lambda: run_export(section, folder)) or {}
+        return multi_host.by_first("export", lambda: run_export(section, folder)) or {}
 
     return Stage("export", identity(section), inputs, outputs, run)
 
@@ -233,16 +231,12 @@ def _report(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:
 
     def run() -> Mapping[str, Any]:
         title, number = cfg.report.title, cfg.report.num_prompts
-        _by_first("report", lambda: write_report(workdir, output, title=title, num_prompts=number))
+        multi_host.by_first(
+            "report", lambda: write_report(workdir, output, title=title, num_prompts=number)
+        )
         return {"bytes": output.stat().st_size}
 
     return Stage("report", identity(cfg.report), {}, (output,), run)
-
-
-def _by_first(name: str, do: Callable[[], T]) -> T | None:
-    """What the first process gets of what is done once, None in others: it is done for all."""
-    with multi_host.first_then_others(name):
-        return do() if multi_host.is_first() else None
 
 
 def _save_base(cfg: RlaifConfig, target: pathlib.Path) -> None:

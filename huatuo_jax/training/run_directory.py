@@ -83,9 +83,7 @@ class StageDirectory:
     def finish(self, result: Mapping[str, Any]) -> None:
         """Marks the stage as finished; call it when all it made is on disk."""
         # What the first process does alone at the end, such as a report, may take its time.
-        with multi_host.first_then_others("stage finished"):
-            if jax.process_index() == 0:
-                _write(self.folder / FINISHED_FILE, result)
+        multi_host.by_first("stage finished", lambda: _write(self.folder / FINISHED_FILE, result))
 
     def has_checkpoint(self) -> bool:
         """Whether a whole checkpoint is there: from then on the stage's settings stand."""

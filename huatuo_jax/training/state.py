@@ -101,8 +101,7 @@ def make_sharded(
 
 def abstract(make: Callable[..., Any], mesh: Mesh, *arguments: Any) -> Any:
     """The result of `make_sharded` as `jax.ShapeDtypeStruct` with shardings, without an array."""
-    shapes = jax.eval_shape(make, *arguments)
-    return sharding.abstract_arrays(shapes, sharding.parameter_shardings(shapes, mesh))
+    return sharding.abstract_parameters(jax.eval_shape(make, *arguments), mesh)
 
 
 def split(tree: Mapping[str, Any], wanted: Callable[[str], bool]) -> tuple[Variables, Variables]:

@@ -8,7 +8,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from huatuo_jax import sharding
-from huatuo_jax.training.initial_model import InitialModel
 from huatuo_jax.training.optimizer import Optimizer
 from huatuo_jax.training.state import TrainState
 from huatuo_jax.training.update import LossFunction, compile_update, make_update
@@ -33,13 +32,12 @@ class Step(NamedTuple):
 def make_step(
     loss: LossFunction,
     optimizer: Optimizer,
-    model: InitialModel,
+    state: TrainState,
     mesh: Mesh,
     *,
     num_micro_batches: int,
 ) -> Step:
-    """The step of a model; see `update.make_update` for the arguments."""
-    state = model.abstract_state(optimizer, mesh)
+    """The step of an abstract state; see `update.make_update` for the other arguments."""
     update = make_update(loss, optimizer, num_micro_batches=num_micro_batches)
     return Step(loss, optimizer, state, compile_update(update, state, mesh))
 

@@ -83,6 +83,15 @@ class ModelFlops:
         products = self.layers * tokens + self.head * scored_tokens
         return self.per_parameter * products + 12 * self.attention * attended_pairs
 
+    def of_forward(self, *, tokens: float, scored_tokens: float, attended_pairs: float) -> float:
+        """The FLOPs of a forward pass alone: a third of a step in which everything is trained."""
+        return (
+            dataclasses.replace(self, per_parameter=6).of_step(
+                tokens=tokens, scored_tokens=scored_tokens, attended_pairs=attended_pairs
+            )
+            / 3
+        )
+
 
 class StepClock:
     """Splits the time of steps into waiting for data and computing."""
