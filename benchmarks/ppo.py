@@ -8,7 +8,8 @@ iterations of all turns, the ratio is the median of the rounds' ratios. The firs
 which ours compiles, do not count.
 
 A fresh model hardly ever ends an answer, so nearly all have the full length: TRL loses nothing by
-decoding a batch until its last answer ends.
+decoding a batch until its last answer ends, and nothing by padding. With `--answer_tokens` answers
+end as they do in use, at lengths that differ: at each token with the same chance.
 
 TRL has this trainer up to release 1.12, which is named by the interpreter of its environment:
 
@@ -22,15 +23,17 @@ import json
 import pathlib
 import statistics
 import tempfile
+from typing import Any
 
 import contest
 import jax
+import jax.numpy as jnp
 import ppo_contenders
 import real_data
 from absl import app, flags
 
-from huatuo_jax.backbone.config import ComputeConfig
-from huatuo_jax.backbone.transformer import count_parameters, init_params
+from huatuo_jax.backbone.config import BackboneConfig, ComputeConfig
+from huatuo_jax.backbone.transformer import Transformer, count_parameters, init_params
 from huatuo_jax.checkpoint.hf_export import export_model
 from huatuo_jax.checkpoint.tokenizer import load_tokenizer
 from huatuo_jax.data.readers import read_dialogues
@@ -41,6 +44,9 @@ _SIZES = flags.DEFINE_list("sizes", ["10m"], "Models: 50m, 10m, tiny.")
 _NUM_PROMPTS = flags.DEFINE_integer("num_prompts", 32, "Answers of an iteration.", lower_bound=2)
 _PROMPT_LENGTH = flags.DEFINE_integer("prompt_length", 64, "Tokens of a prompt at most.")
 _RESPONSE_LENGTH = flags.DEFINE_integer("response_length", 64, "Tokens of an answer at most.")
+_ANSWER_TOKENS = flags.DEFINE_integer(
+    "answer_tokens", None, "Mean length of answers, were they not cut; a fresh model's if not set."
+)
 _EPOCHS = flags.DEFINE_integer("epochs", 4, "Passes over each rollout.", lower_bound=1)
 _TRL = flags.DEFINE_string("trl_python", None, "Interpreter that has TRL 1.12; without it, no TRL.")
 _OUTPUT = flags.DEFINE_string("output", "benchmarks/results/ppo_cpu.json", "Where to.")
@@ -96,6 +102,7 @@ def measure(size: str, *, real: bool) -> contest.Result:
         num_prompts=_NUM_PROMPTS.value,
         max_prompt_tokens=_PROMPT_LENGTH.value,
         response_length=_RESPONSE_LENGTH.value,
+        answer_tokens=_ANSWER_TOKENS.value,
         num_epochs=_EPOCHS.value,
         temperature=1.0,
         kl_coef=0.05,
@@ -106,6 +113,9 @@ def measure(size: str, *, real: bool) -> contest.Result:
         init_params(jax.random.key(SEED + number), cfg, ComputeConfig(), head=head)
         for number, head in enumerate(("lm", "score"))
     )
+    if _ANSWER_TOKENS.value is not None:
+        end = load_tokenizer(tokenizer).eos_token_id
+        policy = let_answers_end(policy, cfg, end=end, mean_length=_ANSWER_TOKENS.value)
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         export_model(policy, cfg, folder / "policy", head="lm", source_folder=tokenizer)
@@ -128,6 +138,26 @@ def measure(size: str, *, real: bool) -> contest.Result:
         "prompt_tokens": prompt_tokens,
         "contenders": {one: figures(turns[one], turns["ours"]) for one in names},
     }
+
+
+def let_answers_end(
+    params: dict[str, Any], cfg: BackboneConfig, *, end: int, mean_length: int
+) -> dict[str, Any]:
+    """The fresh model with one number of every embedding the same, from which the end is likely.
+
+    Layers of a fresh model add little to the embeddings, so that number reaches the last layer
+    whatever the tokens, and a weight of the end token on it decides how often answers end.
+    """
+    params = {**params}
+    params["embedding"] = {"table": params["embedding"]["table"].at[:, 0].set(1.0)}
+    model, variables = Transformer(cfg, ComputeConfig()), {"params": params}
+    ids_BT = jax.random.randint(jax.random.key(SEED), (8, 64), 0, cfg.vocab_size)
+    hidden_BTD = model.apply(variables, ids_BT)
+    logits_BTV = model.apply(variables, hidden_BTD, method="logits")
+    others = jax.nn.logsumexp(logits_BTV[..., : cfg.vocab_size].at[..., end].set(-jnp.inf), axis=-1)
+    wanted = (others.mean() - jnp.log(mean_length - 1.0)) / hidden_BTD[..., 0].mean()
+    kernel_DV = params["lm_head"]["kernel"].at[:, end].set(0.0).at[0, end].set(wanted)
+    return params | {"lm_head": {"kernel": kernel_DV}}
 
 
 def write_prompts(folder: pathlib.Path, settings: contest.Result, *, real: bool) -> float:
@@ -207,7 +237,8 @@ def print_table(size: str, result: contest.Result) -> None:
     settings = result["settings"]
     print(
         f"\n{size}: {result['parameters'] / 1e6:.1f}M parameters, {settings['num_prompts']} "
-        f"answers of {settings['response_length']} tokens at most to prompts of "
+        f"answers of {settings['response_length']} tokens at most "
+        f"({settings['answer_tokens'] or 'as a fresh model ends them'} if not cut) to prompts of "
         f"{result['prompt_tokens']:.0f}, {settings['num_epochs']} epochs"
     )
     contest.print_rows(COLUMNS, result["contenders"])

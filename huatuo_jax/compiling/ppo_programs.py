@@ -273,6 +273,7 @@ def _row(length: int) -> dict[str, np.ndarray]:
     packed = pack_row([], row_length=length, pad_token_id=0)
     row = {name: packed[name] for name in ("token_ids", "segment_ids", "positions")}
     row["mask"] = packed["trained_mask"]
+    row["answers"] = np.zeros(length, np.int32)
     return row | dict.fromkeys(NUMBERS_OF_TOKENS, np.zeros(length, np.float32))
 
 

@@ -1,5 +1,6 @@
 """Weights as the engine reads them: on its mesh, in the dtype it computes in."""
 
+import functools
 from typing import Any
 
 import jax
@@ -55,27 +56,28 @@ def that_are_read(variables: Variables) -> Variables:
 def _split(variables: Variables, cfg: BackboneConfig, mesh: Mesh | None) -> Variables:
     """Layers as a tuple of trees instead of one stacked tree."""
     stacked = {name: tree["layers"] for name, tree in variables.items()}
-
-    def layer(stacked: Variables, index: int) -> Variables:
-        return jax.tree.map(lambda leaf: leaf[index], stacked)
-
-    def unstack(stacked: Variables) -> Any:
-        return tuple(layer(stacked, index) for index in range(cfg.num_layers))
-
-    places = None
-    if mesh is not None:
-        place = jax.tree_util.tree_map_with_path(
-            lambda path, leaf: NamedSharding(
-                mesh, P(*sharding.parameter_spec(f"layers/{_inside(path)}")[1:])
-            ),
-            stacked,
-        )
-        places = (place,) * cfg.num_layers
-    split = jax.jit(unstack, out_shardings=places)(stacked)
+    layers = _unstacked(stacked, num_layers=cfg.num_layers, mesh=mesh)
     return {
-        name: {**tree, "layers": tuple(one[name] for one in split)}
+        name: {**tree, "layers": tuple(one[name] for one in layers)}
         for name, tree in variables.items()
     }
+
+
+@functools.partial(jax.jit, static_argnames=("num_layers", "mesh"))
+def _unstacked(stacked: Variables, *, num_layers: int, mesh: Mesh | None) -> tuple[Variables, ...]:
+    """Each layer for itself, compiled once for all loads of the same shapes."""
+
+    def cut(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        if mesh is None:
+            return leaf
+        spec = P(*sharding.parameter_spec(f"layers/{_inside(path)}")[1:])
+        return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, spec))
+
+    def layer(index: int) -> Variables:
+        one = jax.tree.map(lambda leaf: leaf[index], stacked)
+        return jax.tree_util.tree_map_with_path(cut, one)
+
+    return tuple(layer(index) for index in range(num_layers))
 
 
 def _inside(path: tuple[Any, ...]) -> str:

@@ -194,6 +194,7 @@ class PpoConfig:
         stop_at_kl: the passes over a rollout end before a step whose minibatch has a larger
             approximate KL (k3, nats a token) from the policy that sampled; None for no bound.
         micro_batch_size: rows that go through a model at once; None for a whole minibatch.
+        packed: lay several answers of a minibatch into a row, which changes rounding only.
         seed: of everything random.
         compute: how a pass is computed.
         mesh: how the devices are divided.
@@ -226,6 +227,7 @@ class PpoConfig:
     num_minibatches: int = 1
     stop_at_kl: float | None = None
     micro_batch_size: int | None = operational(None)
+    packed: bool = operational(True)
     seed: int = 0
     compute: ComputeSection = ComputeSection()
     mesh: MeshConfig = operational(MeshConfig())

@@ -79,9 +79,8 @@ def critic_of(cfg: PpoConfig, critic: Critic, mesh: Mesh) -> Trained:
 def _learner(
     cfg: PpoConfig, loss: RowLoss, optimizer: Optimizer, state: TrainState, mesh: Mesh
 ) -> Learner:
-    number = cfg.minibatch_size // cfg.rows_at_once
     return Learner(
-        run_pass=compile_pass(loss, state, mesh, num_micro_batches=number),
+        run_pass=compile_pass(loss, state, mesh, rows_at_once=cfg.rows_at_once),
         apply=compile_apply(optimizer, state, mesh),
     )
 
@@ -189,6 +188,7 @@ def _policy_loss(cfg: PpoConfig, policy: InitialModel) -> RowLoss:
         dual_clip=cfg.dual_clip,
         entropy_coef=cfg.entropy_coef,
         kl_loss=None if cfg.kl_in == "reward" else cfg.kl_in,
+        num_answers=cfg.minibatch_size,
         tokens_allowed=_tokens_allowed(cfg),
         chunk=cfg.compute.loss_chunk,
     )

@@ -1,7 +1,7 @@
 """What the policy and the critic are trained on, from their variables and a minibatch of rows.
 
-A row is a prompt and an answer end to end, then padding. Numbers of a token lie in its own slot;
-the critic's value there is that of the state before the token.
+A row is made of segments, each a prompt and an answer end to end, and then padding (`layout`).
+Numbers of a token lie in its own slot; the critic's value there is that of the state before it.
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ from huatuo_jax.backbone.transformer import Transformer
 from huatuo_jax.ppo.update import Outputs
 from huatuo_jax.rl.kl import KlLoss
 from huatuo_jax.rl.losses import add_entropy_bonus, add_kl_loss, policy_loss, value_loss
+from huatuo_jax.rl.masks import Answers
 from huatuo_jax.scoring import head_scores
 from huatuo_jax.training.losses import at_tokens, hidden_of, next_tokens, token_scores
 from huatuo_jax.training.state import Variables
@@ -30,6 +31,7 @@ class PolicyObjective:
         dual_clip: see `policy_loss`.
         entropy_coef: weight of the entropy bonus.
         kl_loss: the penalty in the loss; None where the reward holds it.
+        num_answers: of a minibatch at most.
         tokens_allowed: the fixed denominator; None for the tokens there are.
         chunk: positions of each row whose logits are held at once.
     """
@@ -40,6 +42,7 @@ class PolicyObjective:
     dual_clip: float | None
     entropy_coef: float
     kl_loss: KlLoss | None
+    num_answers: int
     tokens_allowed: int | None
     chunk: int
 
@@ -83,7 +86,13 @@ def _policy_row_loss(
     if objective.kl_loss is not None:
         reference_BT = batch["reference_log_probs"]
         sums = add_kl_loss(
-            sums, log_probs_BT, reference_BT, mask_BT, kl_coef=kl_coef, kind=objective.kl_loss
+            sums,
+            log_probs_BT,
+            reference_BT,
+            mask_BT,
+            kl_coef=kl_coef,
+            kind=objective.kl_loss,
+            answers=Answers(batch["answers"], objective.num_answers),
         )
     return sums, {"log_probs": jax.lax.stop_gradient(log_probs_BT)}
 

@@ -4,8 +4,9 @@ Everything random in it is a function of the run's key, the iteration and the pl
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+import functools
+import itertools
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -15,16 +16,15 @@ from jax.sharding import Mesh
 from huatuo_jax.data.shuffling import permutation
 from huatuo_jax.ppo.config import PpoConfig
 from huatuo_jax.ppo.estimates import Experience, MakeTargets, Targets, on_host
+from huatuo_jax.ppo.layout import Layout, Rows, packed_layout, plain_layout, row_counts
 from huatuo_jax.ppo.prompts import Prompts
 from huatuo_jax.ppo.report import IterationReport, Spent, UpdateSums
 from huatuo_jax.ppo.roles import Critic
 from huatuo_jax.ppo.rollout import AnswerScorer, Rollout, Sampler
 from huatuo_jax.ppo.state import PpoState
 from huatuo_jax.ppo.update import Pass
-from huatuo_jax.sharding import OnMesh, put_whole
+from huatuo_jax.sharding import OnMesh, batch_shards, put_whole
 from huatuo_jax.training.state import TrainState, Variables
-
-Rows = dict[str, npt.NDArray[Any]]
 
 NUMBERS_OF_TOKENS = (
     "old_log_probs",
@@ -84,13 +84,13 @@ class Trainer:
             rollout = self._sample(state)
         with spent.on("scoring"):
             scores_N = np.asarray(self.scorer.scores(rollout.given()), np.float32)
-        orders = [self._order(state, epoch) for epoch in range(self.cfg.num_epochs)]
+        layouts = [self._layouts(state, rollout, epoch) for epoch in range(self.cfg.num_epochs)]
         with spent.on("log_probs"):
-            experience = self._experience(state, rollout, scores_N, orders[0])
+            experience = self._experience(state, rollout, scores_N, layouts[0])
             targets = on_host(self.make_targets(experience, state.kl_coef, state.scores))
         with spent.on("update"):
             rows = self._training_rows(rollout, experience, targets)
-            state, sums = self._update(state, rows, orders)
+            state, sums = self._update(state, rows, layouts)
         report = IterationReport(
             cfg=self.cfg,
             iteration=int(state.iteration) + 1,
@@ -116,18 +116,25 @@ class Trainer:
         key = jax.random.fold_in(state.key, state.iteration)
         return self.sampler.sample(state.policy.variables, prompts, key)
 
-    def _order(self, state: PpoState, epoch: int) -> list[npt.NDArray[np.int64]]:
-        """The rows of each minibatch of a pass over the rollout."""
-        seed, iteration = self.cfg.seed, int(state.iteration)
-        order = permutation(self.cfg.rollout.num_answers, "rows", seed, iteration, epoch)
-        return np.split(order, self.cfg.num_minibatches)
+    def _layouts(self, state: PpoState, rollout: Rollout, epoch: int) -> list[Layout]:
+        """The minibatches of a pass over the rollout."""
+        cfg, iteration = self.cfg, int(state.iteration)
+        order = permutation(cfg.rollout.num_answers, "rows", cfg.seed, iteration, epoch)
+        lengths_N = rollout.rows["segment_ids"].sum(axis=1, dtype=np.int64)
+        make = functools.partial(plain_layout, width=rollout.rows["segment_ids"].shape[1])
+        if cfg.packed:
+            shards = batch_shards(self.mesh)
+            counts = row_counts(cfg.minibatch_size, rows_at_once=cfg.rows_at_once, shards=shards)
+            make = functools.partial(packed_layout, row_counts=counts, **make.keywords)
+        numbers = np.split(order, cfg.num_minibatches)
+        return [make(numbers_n, lengths_N[numbers_n]) for numbers_n in numbers]
 
     def _experience(
         self,
         state: PpoState,
         rollout: Rollout,
         scores_N: npt.NDArray[np.float32],
-        minibatches: Sequence[npt.NDArray[np.int64]],
+        minibatches: Sequence[Layout],
     ) -> Experience:
         """The rollout as the models see it, by the programs of the update.
 
@@ -139,16 +146,16 @@ class Trainer:
             name: zeros_NT.copy() for name in ("log_probs", "reference", "values", "values_after")
         }
         empty = dict.fromkeys(NUMBERS_OF_TOKENS, zeros_NT)
-        for numbers in minibatches:
-            rows = self._placed(rollout.rows | empty, numbers)
+        for layout in minibatches:
+            rows = self._placed(rollout.rows | empty, layout)
             policy = self._policy_pass(state, rows, differentiate=False)
             reference = self._policy_pass(state, rows, differentiate=False, trained=self.reference)
-            found["log_probs"][numbers] = policy.outputs["log_probs"]
-            found["reference"][numbers] = reference.outputs["log_probs"]
+            layout.unpack(policy.outputs["log_probs"], found["log_probs"])
+            layout.unpack(reference.outputs["log_probs"], found["reference"])
             if self.value is not None:
                 critic = self._value_pass(state, rows, differentiate=False)
                 for name, values_BT in critic.outputs.items():
-                    found[name][numbers] = values_BT
+                    layout.unpack(values_BT, found[name])
         return Experience(
             token_ids_NT=rollout.rows["token_ids"],
             mask_NT=rollout.rows["mask"],
@@ -170,13 +177,13 @@ class Trainer:
         }
 
     def _update(
-        self, state: PpoState, rows: Rows, orders: Sequence[Sequence[npt.NDArray[np.int64]]]
+        self, state: PpoState, rows: Rows, layouts: Sequence[Sequence[Layout]]
     ) -> tuple[PpoState, UpdateSums]:
         """All passes over the rollout, or those up to the bound of the KL."""
         sums = UpdateSums()
         trains_policy = int(state.iteration) >= self.cfg.warmup_iterations
-        for numbers in _chained(orders):
-            minibatch = self._placed(rows, numbers)
+        for layout in itertools.chain.from_iterable(layouts):
+            minibatch = self._placed(rows, layout)
             if trains_policy:
                 found = self._policy_pass(state, minibatch, differentiate=True)
                 if self._is_too_far(found):
@@ -225,12 +232,5 @@ class Trainer:
         frozen = self.critic.frozen(value.frozen, state.policy.frozen)
         return self.value.run_pass(value.trained, frozen, rows, state.kl_coef, differentiate)
 
-    def _placed(self, rows: Rows, numbers: npt.NDArray[np.int64]) -> dict[str, jax.Array]:
-        return put_whole({name: array[numbers] for name, array in rows.items()}, self.mesh)
-
-
-def _chained(
-    orders: Sequence[Sequence[npt.NDArray[np.int64]]],
-) -> Iterator[npt.NDArray[np.int64]]:
-    for order in orders:
-        yield from order
+    def _placed(self, rows: Rows, layout: Layout) -> dict[str, jax.Array]:
+        return put_whole(layout.pack(rows), self.mesh)

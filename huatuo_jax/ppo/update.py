@@ -41,7 +41,7 @@ class Pass(NamedTuple):
 
 
 def compile_pass(
-    loss: RowLoss, state: TrainState, mesh: Mesh, *, num_micro_batches: int
+    loss: RowLoss, state: TrainState, mesh: Mesh, *, rows_at_once: int
 ) -> sharding.OnMesh:
     """The pass under one `jax.jit`.
 
@@ -49,7 +49,8 @@ def compile_pass(
         loss: sums over the rows it is given, and numbers of each.
         state: whose variables it will be given, or its abstract form.
         mesh: where state and batch lie.
-        num_micro_batches: passes the rows are divided into; changes rounding only.
+        rows_at_once: rows of a micro-batch; changes rounding only. Of rows that it does not divide
+            there are fewer, and all go together.
 
     Returns:
         From trained and frozen variables, rows, the KL coefficient, and whether to differentiate,
@@ -70,7 +71,8 @@ def compile_pass(
                 lambda trained: loss(join(trained, frozen), rows, kl_coef), trained, differentiate
             )
 
-        (sums, gradients), outputs = _over_micro_batches(one, batch, trained, num_micro_batches)
+        number = max(len(batch["mask"]) // rows_at_once, 1)
+        (sums, gradients), outputs = _over_micro_batches(one, batch, trained, number)
         return Pass(sums, outputs, gradients)
 
     prefix: Any = (everywhere, everywhere, places)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from huatuo_jax.rl.kl import k3, log_ratios
-from huatuo_jax.rl.masks import has_tokens, masked, wide
+from huatuo_jax.rl.masks import count_answers, has_tokens, masked, wide
 
 Sums = dict[str, jax.Array]
 
@@ -44,7 +44,7 @@ def policy_sums(
         and `approximate_kl_k3`.
     """
     return {
-        "answers": has_tokens(mask_BT).sum(),
+        "answers": count_answers(mask_BT),
         "tokens": mask_BT.sum(),
         "ratio": masked(jnp.exp(log_ratios_BT), mask_BT).sum(),
         "clipped_low": clipped_low_BT.sum(),

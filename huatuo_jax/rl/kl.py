@@ -22,7 +22,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from huatuo_jax.rl.masks import masked, wide
+from huatuo_jax.rl.masks import Answers, masked, sum_by_answer, wide
 
 KlLoss = Literal["sequence_square", "k3"]
 
@@ -59,9 +59,14 @@ def in_reward(estimator: str, log_ratios_BT: jax.Array) -> jax.Array:
 
 
 def kl_losses(
-    log_probs_BT: jax.Array, reference_log_probs_BT: jax.Array, mask_BT: jax.Array, *, kind: KlLoss
+    log_probs_BT: jax.Array,
+    reference_log_probs_BT: jax.Array,
+    mask_BT: jax.Array,
+    *,
+    kind: KlLoss,
+    answers: Answers | None = None,
 ) -> jax.Array:
-    """The penalty as a loss, of each answer `[B]`, to be summed and divided as the policy's is.
+    """The penalty as a loss, of each answer, to be summed and divided as the policy's is.
 
     Its gradient is the one named above at samples of the policy itself; in later epochs, whose
     samples are the old policy's, it is off by what the policy has moved.
@@ -71,15 +76,16 @@ def kl_losses(
         reference_log_probs_BT: of the reference, at the same temperature.
         mask_BT: the answers' tokens.
         kind: `sequence_square` or `k3`.
+        answers: None for one a row.
 
     Raises:
         ValueError: an unknown kind.
     """
     ratios_BT = log_ratios(log_probs_BT, jax.lax.stop_gradient(reference_log_probs_BT), mask_BT)
     if kind == "sequence_square":
-        return jnp.square(ratios_BT.sum(axis=1)) / 2
+        return jnp.square(sum_by_answer(ratios_BT, mask_BT, answers)) / 2
     if kind == "k3":
-        return k3(ratios_BT).sum(axis=1)
+        return sum_by_answer(k3(ratios_BT), mask_BT, answers)
     raise ValueError(f"kind={kind!r} must be 'sequence_square' or 'k3'")
 
 

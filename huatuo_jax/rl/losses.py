@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from huatuo_jax.rl.gauges import policy_sums, preference_sums, value_sums
 from huatuo_jax.rl.kl import KlLoss, kl_losses, log_ratios
-from huatuo_jax.rl.masks import count_terms, masked, wide
+from huatuo_jax.rl.masks import Answers, count_terms, masked, wide
 from huatuo_jax.training.update import LossSums
 
 
@@ -109,6 +109,7 @@ def add_kl_loss(
     *,
     kl_coef: float | jax.Array,
     kind: KlLoss,
+    answers: Answers | None = None,
 ) -> LossSums:
     """The loss with the KL penalty in it, for rewards that hold none (`kl_coef=0` there).
 
@@ -119,6 +120,7 @@ def add_kl_loss(
         mask_BT: the answers' tokens.
         kl_coef: its weight.
         kind: see `kl.kl_losses`; `k3` has another optimum than the penalty in the reward.
+        answers: None for one a row.
 
     Returns:
         The sums, with `kl_loss` (unweighted) among the others.
@@ -126,7 +128,9 @@ def add_kl_loss(
     Raises:
         ValueError: an unknown kind.
     """
-    penalty = kl_losses(log_probs_BT, reference_log_probs_BT, mask_BT, kind=kind).sum()
+    penalty = kl_losses(
+        log_probs_BT, reference_log_probs_BT, mask_BT, kind=kind, answers=answers
+    ).sum()
     others = sums.others | {"kl_loss": jax.lax.stop_gradient(penalty)}
     return LossSums(sums.loss + kl_coef * penalty, sums.num_terms, others)
 

@@ -1,15 +1,30 @@
 """Which slots hold the tokens of an answer, and sums over just those.
 
-An array `[B, T]` holds one answer a row, its end token included, in one run of slots without a gap;
-where the run starts is free. A mask says which slots those are. What lies in the others is never
-read: NaN there changes neither a result nor a gradient. Log-probabilities, values and rewards of a
-token lie in the slot of that token, the value being that of the state before it.
+An array `[B, T]` holds answers, end tokens included, each in one run of slots without a gap; where
+a run starts is free. Where a row holds several (in losses alone; rewards and estimators take one a
+row), their prompts stand between them. A mask says which slots those are. What lies in the others
+is never read: NaN there changes neither a result nor a gradient. Log-probabilities, values and
+rewards of a token lie in the slot of that token, the value being that of the state before it.
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from huatuo_jax.training.losses import next_tokens
+
+
+class Answers(NamedTuple):
+    """Which answer each token belongs to, where a row may hold several.
+
+    Attributes:
+        of_tokens_BT: int, from 0; what it says outside of the mask is not read.
+        number: of answers at most; static.
+    """
+
+    of_tokens_BT: jax.Array
+    number: int
 
 
 def answer_mask(lengths_B: jax.Array, num_slots: int) -> jax.Array:
@@ -44,9 +59,29 @@ def masked(values: jax.Array, mask: jax.Array) -> jax.Array:
     return jnp.where(mask, wide(values), 0)
 
 
-def sum_by_answer(values_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:
-    """Each answer's sum over its tokens, `[B]`."""
-    return masked(values_BT, mask_BT).sum(axis=1)
+def count_answers(mask_BT: jax.Array) -> jax.Array:
+    """How many answers there are, each having a token."""
+    return last_tokens(mask_BT).sum()
+
+
+def sum_by_answer(
+    values_BT: jax.Array, mask_BT: jax.Array, answers: Answers | None = None
+) -> jax.Array:
+    """Each answer's sum over its tokens.
+
+    Args:
+        values_BT: of the tokens.
+        mask_BT: the answers' tokens.
+        answers: None for one a row.
+
+    Returns:
+        `[B]`, or one for each of `answers.number`: 0 for those that have no token here.
+    """
+    values_BT = masked(values_BT, mask_BT)
+    if answers is None:
+        return values_BT.sum(axis=1)
+    numbers_BT = jnp.where(mask_BT, answers.of_tokens_BT, 0)
+    return jax.ops.segment_sum(values_BT.ravel(), numbers_BT.ravel(), answers.number)
 
 
 def over_tokens(values_B: jax.Array, mask_BT: jax.Array) -> jax.Array:
@@ -73,4 +108,4 @@ def count_terms(mask_BT: jax.Array, *, tokens_allowed: int | None = None) -> jax
         return mask_BT.sum()
     if tokens_allowed < 1:
         raise ValueError(f"tokens_allowed={tokens_allowed!r} must be at least 1, or None")
-    return has_tokens(mask_BT).sum() * tokens_allowed
+    return count_answers(mask_BT) * tokens_allowed

@@ -23,6 +23,7 @@ OBJECTIVE = PolicyObjective(
     dual_clip=None,
     entropy_coef=0.5,
     kl_loss=None,
+    num_answers=3,
     tokens_allowed=None,
     chunk=4,
 )

@@ -27,6 +27,7 @@ OBJECTIVE = PolicyObjective(
     dual_clip=None,
     entropy_coef=0.05,
     kl_loss="k3",
+    num_answers=ROWS,
     tokens_allowed=None,
     chunk=4,
 )
@@ -59,6 +60,7 @@ def _rows(*, junk=None):
     )
     rows = {name: np.asarray(batch[name]) for name in ("token_ids", "segment_ids", "positions")}
     mask_BT = rows["mask"] = np.asarray(batch["trained_mask"])
+    rows["answers"] = np.broadcast_to(np.arange(ROWS, dtype=np.int32)[:, None], mask_BT.shape)
     names = ("old_log_probs", "reference_log_probs", "advantages", "old_values", "returns")
     for name in names:
         noise_BT = draw.normal(size=mask_BT.shape).astype(np.float32)
@@ -75,7 +77,9 @@ def _pass(head, rows, *, num_micro_batches=1, mesh=None, spread=True):
     """Sums, outputs and gradients as numpy."""
     mesh = mesh or one_device()
     state = _model(head).make_state(jax.random.key(1), _optimizer(), mesh)
-    run = compile_pass(_loss(head), state, mesh, num_micro_batches=num_micro_batches)
+    run = compile_pass(
+        _loss(head), state, mesh, rows_at_once=len(rows["mask"]) // num_micro_batches
+    )
     found = run(state.trained, state.frozen, put_on_mesh(rows, mesh), jnp.float32(0.1), True)
     return jax.device_get(found)
 
@@ -158,7 +162,7 @@ def test_the_mesh_changes_only_rounding(head, expected, sizes, number):
 def test_a_pass_without_gradient_gives_the_same_numbers_to_the_bit(head, expected):
     mesh = one_device()
     state = _model(head).make_state(jax.random.key(1), _optimizer(), mesh)
-    run = compile_pass(_loss(head), state, mesh, num_micro_batches=1)
+    run = compile_pass(_loss(head), state, mesh, rows_at_once=ROWS)
     found = run(state.trained, state.frozen, put_on_mesh(_rows(), mesh), jnp.float32(0.1), False)
     assert not any(leaf.any() for leaf in jax.tree.leaves(jax.device_get(found.gradients)))
     for name, array_BT in expected.outputs.items():
@@ -183,7 +187,7 @@ def test_the_gradient_is_that_of_the_summed_loss_and_the_step_is_adamws(head):
         return optax.apply_updates(trained, changes)
 
     expected = jax.device_get(expected_step(state.trained, state.opt_state))
-    run = compile_pass(_loss(head), state, mesh, num_micro_batches=1)
+    run = compile_pass(_loss(head), state, mesh, rows_at_once=ROWS)
     apply = compile_apply(optimizer, state, mesh)
     found = run(state.trained, state.frozen, rows, jnp.float32(0.1), True)
     new, metrics = apply(state, found.sums, found.gradients)
