@@ -36,6 +36,7 @@ from huatuo_jax.backbone.config import BackboneConfig, ComputeConfig
 from huatuo_jax.backbone.transformer import Transformer, count_parameters, init_params
 from huatuo_jax.checkpoint.hf_export import export_model
 from huatuo_jax.checkpoint.tokenizer import load_tokenizer
+from huatuo_jax.data import templates
 from huatuo_jax.data.readers import read_dialogues
 from huatuo_jax.data.records import Prompt
 from huatuo_jax.ppo.prompts import PromptsConfig, open_prompts
@@ -96,9 +97,12 @@ def measure(size: str, *, real: bool) -> contest.Result:
         vocab_size=len(load_tokenizer(tokenizer)) + 1,
         max_positions=_PROMPT_LENGTH.value + _RESPONSE_LENGTH.value,
     )
+    template = TEMPLATE if real else "huatuogpt"
+    (end,) = templates.by_name(template).stop_token_ids(load_tokenizer(tokenizer))
     settings = contest.settings(
         OPTIMIZER,
-        template=TEMPLATE if real else "huatuogpt",
+        template=template,
+        stop_token_id=end,
         num_prompts=_NUM_PROMPTS.value,
         max_prompt_tokens=_PROMPT_LENGTH.value,
         response_length=_RESPONSE_LENGTH.value,
@@ -114,7 +118,6 @@ def measure(size: str, *, real: bool) -> contest.Result:
         for number, head in enumerate(("lm", "score"))
     )
     if _ANSWER_TOKENS.value is not None:
-        end = load_tokenizer(tokenizer).eos_token_id
         policy = let_answers_end(policy, cfg, end=end, mean_length=_ANSWER_TOKENS.value)
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)

@@ -103,6 +103,7 @@ def trl(folder: pathlib.Path, settings: Settings, *, checkpointing: bool) -> Res
     from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
     tokenizer = AutoTokenizer.from_pretrained(folder / "policy", padding_side="left")
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(settings["stop_token_id"])
     # An id of its own: by it TRL tells what is padding.
     tokenizer.add_special_tokens({"pad_token": "<|padding|>"})
     prompts = json.loads((folder / "prompts.json").read_text(encoding="utf-8"))

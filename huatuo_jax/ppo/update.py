@@ -11,13 +11,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh
 
 from huatuo_jax import sharding
 from huatuo_jax.training.optimizer import Optimizer
 from huatuo_jax.training.state import TrainState, Variables, join
-from huatuo_jax.training.update import Batch, LossSums, Metrics, make_update
+from huatuo_jax.training.update import Batch, LossSums, Metrics, apply_gradients
 
 Outputs = dict[str, jax.Array]
 """Numbers of each row, `[B, T]`."""
@@ -97,13 +96,9 @@ def compile_apply(optimizer: Optimizer, state: TrainState, mesh: Mesh) -> shardi
     def apply(
         state: TrainState, sums: LossSums, gradients: Variables
     ) -> tuple[TrainState, Metrics]:
-        def loss(trained: Variables, _: Batch) -> LossSums:
-            # Linear in the parameters: its gradient is the one that is there already.
-            linear = optax.tree.vdot(trained, gradients)
-            return sums._replace(loss=sums.loss + (linear - jax.lax.stop_gradient(linear)))
-
-        update = make_update(loss, optimizer, num_micro_batches=1)
-        new, metrics = update(dataclasses.replace(state, frozen={}), {})
+        new, metrics = apply_gradients(
+            dataclasses.replace(state, frozen={}), sums, gradients, optimizer
+        )
         return dataclasses.replace(new, frozen=state.frozen), metrics
 
     compiled = jax.jit(
@@ -126,10 +121,14 @@ def _one_pass(
     value, pull_back, (sums, outputs) = jax.vjp(summed, trained, has_aux=True)
 
     def gradients() -> Variables:
-        return jax.tree.map(_wide, pull_back(jnp.ones_like(value))[0])
+        return _in_place(jax.tree.map(_wide, pull_back(jnp.ones_like(value))[0]), trained)
 
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, _wide(leaf).dtype), trained)
-    return (sums, jax.lax.cond(differentiate, gradients, lambda: zeros)), outputs
+    def zeros() -> Variables:
+        return _in_place(
+            jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, _wide(leaf).dtype), trained), trained
+        )
+
+    return (sums, jax.lax.cond(differentiate, gradients, zeros)), outputs
 
 
 def _over_micro_batches(
@@ -148,28 +147,26 @@ def _over_micro_batches(
 
     def add(total: Any, rows: Batch) -> tuple[Any, Outputs]:
         summed, outputs = one(rows)
-        return _in_place(jax.tree.map(jnp.add, total, summed), trained), outputs
+        (sums, gradients) = jax.tree.map(jnp.add, total, summed)
+        return (sums, _in_place(gradients, trained)), outputs
 
     shapes, _ = jax.eval_shape(one, {name: array[0] for name, array in rows.items()})
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    total, outputs = jax.lax.scan(add, _in_place(zeros, trained), rows)
+    sums, gradients = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    total, outputs = jax.lax.scan(add, (sums, _in_place(gradients, trained)), rows)
     return total, {
         name: array.swapaxes(0, 1).reshape(-1, *array.shape[2:]) for name, array in outputs.items()
     }
 
 
-def _in_place(
-    total: tuple[LossSums, Variables], trained: Mapping[str, Any]
-) -> tuple[LossSums, Variables]:
-    """Gradient sums lie where their parameters do, so that none is ever held whole."""
+def _in_place(gradients: Variables, trained: Mapping[str, Any]) -> Variables:
+    """Gradients lie where their parameters do, so that none is ever held whole."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        return total
-    sums, gradients = total
+        return gradients
     specs = jax.tree_util.tree_map_with_path(
         lambda path, _: sharding.parameter_spec(sharding.path_name(path)), trained
     )
-    return sums, jax.lax.with_sharding_constraint(gradients, specs)
+    return jax.lax.with_sharding_constraint(gradients, specs)
 
 
 def _wide(leaf: jax.Array) -> jax.Array:

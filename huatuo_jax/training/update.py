@@ -52,32 +52,46 @@ def make_update(loss: LossFunction, optimizer: Optimizer, *, num_micro_batches: 
 
     def update(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         sums, gradients = _gradients(loss, state, batch, num_micro_batches)
-        terms = jnp.maximum(sums.num_terms, 1)
-        gradients = jax.tree.map(lambda leaf: leaf / terms.astype(leaf.dtype), gradients)
-        norm = optax.tree.norm(gradients)
-        is_empty = sums.num_terms == 0
-        is_finite = jnp.isfinite(sums.loss) & jnp.isfinite(norm)
-        applied = is_finite & ~is_empty
-        changes, opt_state = optimizer.transformation.update(
-            clip_by_norm(gradients, norm, optimizer.cfg.clip_norm), state.opt_state, state.trained
-        )
-        new = (optax.apply_updates(state.trained, changes), opt_state)
-        old = (state.trained, state.opt_state)
-        trained, opt_state = jax.tree.map(lambda a, b: jnp.where(applied, a, b), new, old)
-        metrics = {
-            **sums.others,
-            "loss": sums.loss,
-            "num_terms": sums.num_terms,
-            "grad_norm": norm,
-            "learning_rate": optimizer.learning_rate(state.num_updates),
-        }
-        counters = _count(state, is_empty=is_empty, is_finite=is_finite)
-        new_state = TrainState(
-            **counters, trained=trained, frozen=state.frozen, opt_state=opt_state, key=state.key
-        )
-        return new_state, metrics | {name: counters[name] for name in counters if name != "step"}
+        return apply_gradients(state, sums, gradients, optimizer)
 
     return update
+
+
+def apply_gradients(
+    state: TrainState, sums: LossSums, gradients: Variables, optimizer: Optimizer
+) -> tuple[TrainState, Metrics]:
+    """The optimizer step of `make_update`, from the gradients of the summed loss.
+
+    Args:
+        state: before it.
+        sums: over all rows of the step.
+        gradients: of `sums.loss`, like `state.trained`, in at least float32.
+        optimizer: of the state.
+    """
+    terms = jnp.maximum(sums.num_terms, 1)
+    gradients = jax.tree.map(lambda leaf: leaf / terms.astype(leaf.dtype), gradients)
+    norm = optax.tree.norm(gradients)
+    is_empty = sums.num_terms == 0
+    is_finite = jnp.isfinite(sums.loss) & jnp.isfinite(norm)
+    applied = is_finite & ~is_empty
+    changes, opt_state = optimizer.transformation.update(
+        clip_by_norm(gradients, norm, optimizer.cfg.clip_norm), state.opt_state, state.trained
+    )
+    new = (optax.apply_updates(state.trained, changes), opt_state)
+    old = (state.trained, state.opt_state)
+    trained, opt_state = jax.tree.map(lambda a, b: jnp.where(applied, a, b), new, old)
+    metrics = {
+        **sums.others,
+        "loss": sums.loss,
+        "num_terms": sums.num_terms,
+        "grad_norm": norm,
+        "learning_rate": optimizer.learning_rate(state.num_updates),
+    }
+    counters = _count(state, is_empty=is_empty, is_finite=is_finite)
+    new_state = TrainState(
+        **counters, trained=trained, frozen=state.frozen, opt_state=opt_state, key=state.key
+    )
+    return new_state, metrics | {name: counters[name] for name in counters if name != "step"}
 
 
 def compile_update(update: Update, state: Any, mesh: Mesh) -> sharding.OnMesh:
