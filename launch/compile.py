@@ -1,8 +1,10 @@
-"""Compile a config for a TPU slice without a TPU: does it fit, and how fast can it be at best?
+"""Compile a config for TPUs or GPUs without one: does it fit, and how fast can it be at best?
 
 python launch/compile.py --config=configs/huatuogpt_7b.py --topology=v5e:8x8 --output=FILE.json
+python launch/compile.py --config=configs/huatuogpt_7b.py --topology=h100:8 --num_slices=2
 
-From shapes alone: no weight and no data is read. Needs the extra: pip install 'huatuo_jax[tpu]'.
+From shapes alone: no weight and no data is read. Needs the extra of the hardware, and none of it:
+pip install 'huatuo_jax[tpu]' or 'huatuo_jax[cuda]'.
 Exit code 1 says that something does not fit; the fields that would help are named then.
 """
 
@@ -23,8 +25,8 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "As launch/train.py ta
 _OUTPUT = flags.DEFINE_string("output", None, "JSON file of all figures.")
 _SWEEP = flags.DEFINE_bool("sweep", False, "Try micro-batches and remat; recommend some.")
 _FLAGS = (
-    flags.DEFINE_string("topology", None, "Chip and slice, as v5e:8x8 or v5p:4x4x4."),
-    flags.DEFINE_integer("num_slices", 1, "So many of them, joined by their hosts' network."),
+    flags.DEFINE_string("topology", None, "Chip and slice, as v5e:8x8; or GPUs of a host, h100:8."),
+    flags.DEFINE_integer("num_slices", 1, "So many slices or hosts, joined by their network."),
     flags.DEFINE_list("stages", [], "Some of the config's stages; default: all that train."),
     flags.DEFINE_string("preset", None, "Architecture in place of a model's directory."),
 )

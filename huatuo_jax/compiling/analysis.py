@@ -10,7 +10,8 @@ import jax
 from huatuo_jax.compiling import collectives as collecting
 from huatuo_jax.compiling import hlo
 from huatuo_jax.compiling.collectives import Collective, Total
-from huatuo_jax.compiling.costs import Costs, costs_of, splash_calls
+from huatuo_jax.compiling.costs import Costs, costs_of
+from huatuo_jax.compiling.kernels import cudnn_calls, splash_calls
 from huatuo_jax.compiling.memory import (
     Buffer,
     Memory,
@@ -35,10 +36,12 @@ class Analysis:
         seconds: that tracing and compiling took.
         memory: of a device.
         costs: of a device, counted from the program.
-        compiler_flops: what the compiler's `cost_analysis` says of a device.
+        compiler_flops: what the compiler's `cost_analysis` says of a device; None where it says
+            nothing, as that of GPUs.
         collectives: by kind and mesh axes.
         roofline: the bound.
         splash: names of splash attention's kernels in it.
+        cudnn: names of cuDNN's.
         stacked_gathers: gathers of the parameters of all layers, outside of the layer loop.
         arguments: the largest ones.
         values: the largest that it makes.
@@ -49,10 +52,11 @@ class Analysis:
     seconds: float
     memory: Memory
     costs: Costs
-    compiler_flops: float
+    compiler_flops: float | None
     collectives: list[Total]
     roofline: Roofline
     splash: list[str]
+    cudnn: list[str]
     stacked_gathers: list[Collective]
     arguments: list[Buffer]
     values: list[Buffer]
@@ -69,6 +73,8 @@ class Analysis:
         """What rows attend to themselves by; None where they do not."""
         if not self.program.attends:
             return None
+        if self.cudnn:
+            return f"cudnn ({len(self.cudnn)} kernels)"
         return f"splash ({len(self.splash)} kernels)" if self.splash else "xla"
 
 
@@ -131,7 +137,7 @@ def compile_program(program: Program, of: Slice) -> Analysis | Misfit:
         seconds=seconds,
         memory=memory_of(compiled, beside=program.beside, capacity=of.chip.usable_memory),
         costs=costs,
-        compiler_flops=float(reported["flops"]),
+        compiler_flops=None if reported is None else float(reported["flops"]),
         collectives=collecting.by_kind_and_axes(timed),
         roofline=roofline(
             costs,
@@ -140,6 +146,7 @@ def compile_program(program: Program, of: Slice) -> Analysis | Misfit:
             of=of,
         ),
         splash=splash_calls(module),
+        cudnn=cudnn_calls(module),
         stacked_gathers=collecting.gathers_of_stacked_layers(found, program.stacked_shapes),
         arguments=arguments,
         values=largest_values(module, _NUM_BUFFERS),

@@ -31,6 +31,8 @@ class Chip:
         devices: that jax sees in a chip; they share everything above evenly.
         dims: of a topology's name.
         options: of the topology, as libtpu wants them.
+        switched: whether each sends to all others of its slice through switches, and no axis of a
+            slice is of any matter.
         example: the name of a topology.
     """
 
@@ -44,6 +46,7 @@ class Chip:
     devices: int = 1
     dims: int = 2
     options: tuple[tuple[str, str], ...] = ()
+    switched: bool = False
     example: str
 
     @property

@@ -22,7 +22,7 @@ from huatuo_jax.compiling.stages import programs_of
 from huatuo_jax.compiling.sweep import recommended, sweep, with_settings
 from huatuo_jax.compiling.topology import Slice, open_slice, prepare_environment
 
-_PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax")
+_PACKAGES = ("jax", "jaxlib", "flax", "optax")
 _ROOMY = "v5p"  # A chip of much memory, to list the values of what does not fit elsewhere.
 
 ASSUMES = (
@@ -62,7 +62,7 @@ def compile_config(
         All figures, as JSON; `fits` says whether every program does.
 
     Raises:
-        ValueError: a topology or a config that cannot be, or libtpu is not installed.
+        ValueError: a topology or a config that cannot be, or its compiler is not installed.
     """
     prepare_environment()
     of = open_slice(cfg.topology, num_slices=cfg.num_slices)
@@ -96,7 +96,7 @@ def sweep_config(
         settings that fit.
 
     Raises:
-        ValueError: a topology or a config that cannot be, or libtpu is not installed.
+        ValueError: a topology or a config that cannot be, or its compiler is not installed.
     """
     prepare_environment()
     of = open_slice(cfg.topology, num_slices=cfg.num_slices)
@@ -137,7 +137,9 @@ def write_json(path: str | pathlib.Path, figures: dict[str, Any]) -> None:
 def _heading(of: Slice) -> dict[str, Any]:
     return {
         "slice": report.slice_fields(of),
-        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "versions": {
+            name: importlib.metadata.version(name) for name in (*_PACKAGES, *of.compilers)
+        },
         "assumes": ASSUMES,
     }
 
@@ -156,7 +158,7 @@ def _with_advice(
         return result
     program = result.program
     lines = advice(program, config[program.stage], capacity=of.chip.usable_memory)
-    if isinstance(result, Analysis):
+    if isinstance(result, Analysis) or of.chip.switched:
         return dataclasses.replace(result, advice=lines)
     roomy = open_slice(f"{_ROOMY}:{'x'.join(map(str, _cube(len(of.devices))))}")
     twins = _programs(config, cfg, roomy.devices)

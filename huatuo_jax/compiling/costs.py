@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from huatuo_jax.compiling.collectives import KINDS
 from huatuo_jax.compiling.hlo import Computation, Instruction, Module, Shape
+from huatuo_jax.compiling.kernels import attention_flops, cublas_flops
 
 # They move nothing: their values are others', or nothing at run time.
 _FREE = frozenset(
@@ -26,11 +27,6 @@ _MOVES_NOTHING = (
     "AssumeGatherIndicesInBound",
     "AsyncCollective",
 )
-_KERNEL = 'custom_call_target="tpu_custom_call"'
-# Matrix products of a block of queries with a block of keys, or of the same size, in each of splash
-# attention's kernels: scores and outputs; scores, their gradient, the queries'; those and the
-# gradients of keys and values.
-_SPLASH_PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
 _LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
 _CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
 
@@ -40,7 +36,7 @@ class Costs(NamedTuple):
 
     Attributes:
         matmul_flops: of matrix products that the compiler made.
-        attention_flops: of splash attention's kernels, their causal half.
+        attention_flops: of splash attention's kernels or cuDNN's, their causal half.
         memory_bytes: read and written.
         unknown_loops: loops whose number of turns could not be told and counts as 1.
     """
@@ -64,33 +60,21 @@ def costs_of(module: Module) -> Costs:
         unknown |= {loop.body for loop in place.loops if loop.trips is None}
         for one in place.computation.instructions.values():
             matmul += place.runs * product_flops(one, place.computation)
-            attention += place.runs * splash_flops(one, place.computation)
+            attention += place.runs * attention_flops(one, place.computation)
             if not place.fused:
                 memory += place.runs * moved_bytes(one, place.computation, module)
     return Costs(matmul, attention, memory, len(unknown))
 
 
-def splash_calls(module: Module) -> list[str]:
-    """Names of splash attention's kernels among the program's instructions."""
-    return sorted(
-        {
-            one.name
-            for place in module.places
-            for one in place.computation.instructions.values()
-            if _KERNEL in one.attributes and one.name.startswith("splash")
-        }
-    )
-
-
 def product_flops(one: Instruction, computation: Computation) -> float:
-    """Two for each multiplication and addition of a `dot` or `convolution`; 0 for others."""
+    """Two for each multiplication and addition of a matrix product; 0 for what is none."""
     if one.opcode == "dot":
         lhs, found = computation.operand_shapes(one)[0], _CONTRACTED.search(one.attributes)
         dims = [int(dim) for dim in found[1].split(",") if dim] if found else []
         return 2.0 * math.prod(one.shapes[0].dims) * math.prod(lhs.dims[dim] for dim in dims)
     if one.opcode == "convolution":
         return _convolution_flops(one, *computation.operand_shapes(one)[:2])
-    return 0.0
+    return cublas_flops(one, computation)
 
 
 def _convolution_flops(one: Instruction, lhs: Shape, rhs: Shape) -> float:
@@ -144,20 +128,6 @@ def _positions(
     return count
 
 
-def splash_flops(one: Instruction, computation: Computation) -> float:
-    """Of a call of splash attention on queries `[B, N, T, H]`, half of the scores being causal."""
-    if _KERNEL not in one.attributes:
-        return 0.0
-    products = next((n for name, n in _SPLASH_PRODUCTS.items() if one.name.startswith(name)), 0)
-    queries = next(
-        (shape.dims for shape in computation.operand_shapes(one) if len(shape.dims) == 4), None
-    )
-    if queries is None:
-        return 0.0
-    batch, heads, length, width = queries
-    return products * 2.0 * batch * heads * (length * (length + 1) / 2) * width
-
-
 def moved_bytes(one: Instruction, computation: Computation, module: Module) -> float:
     """Bytes of main memory that an instruction outside of fusions reads and writes."""
     if one.opcode in _FREE or any(name in one.attributes for name in _MOVES_NOTHING):
@@ -176,8 +146,14 @@ def moved_bytes(one: Instruction, computation: Computation, module: Module) -> f
         assert name is not None
         return _fusion_bytes(one, computation, module.computations[name])
     if one.opcode.removesuffix("-start") in KINDS:
-        return _in_hbm(operands) + _in_hbm(one.shapes[:1])
+        return _in_hbm(operands) + _in_hbm(_received(one))
     return _in_hbm(operands) + _in_hbm(one.shapes)
+
+
+def _received(one: Instruction) -> tuple[Shape, ...]:
+    """What a collective leaves; one that only starts may list its operands before it."""
+    number = len(one.operands)
+    return one.shapes[number : 2 * number] or one.shapes[:number]
 
 
 def _fusion_bytes(one: Instruction, computation: Computation, inside: Computation) -> float:

@@ -68,6 +68,7 @@ def fields(found: Analysis | Misfit) -> dict[str, Any]:
         },
         "attention_kernel": found.attention_kernel,
         "splash_calls": found.splash,
+        "cudnn_calls": found.cudnn,
         "gathers_of_all_layers": [
             f"{one.kind} {list(one.dims)} over {'x'.join(one.axes)}: {one.op_name}"
             for one in found.stacked_gathers
@@ -109,8 +110,8 @@ def _figures(found: Analysis) -> Iterator[str]:
     ours = program.model_flops / program.mesh.size
     yield (
         f"  FLOPs        {ours / 1e12:.3g} T a device by formula, {costs.flops / 1e12:.3g} T "
-        f"compiled (recomputation and all; {costs.attention_flops / 1e12:.2g} T attention), "
-        f"{found.compiler_flops / 1e12:.2g} T by cost_analysis, which counts loops once"
+        f"compiled (recomputation and all; {costs.attention_flops / 1e12:.2g} T attention)"
+        + _by_compiler(found.compiler_flops)
     )
     if not found.collectives:
         yield "  collectives  none"
@@ -132,6 +133,12 @@ def _figures(found: Analysis) -> Iterator[str]:
     yield f"  layers       {number} gathers of the parameters of all layers outside of their loop"
     if costs.unknown_loops:
         yield f"  loops        {costs.unknown_loops} of unknown length, counted once"
+
+
+def _by_compiler(flops: float | None) -> str:
+    if flops is None:
+        return ""
+    return f", {flops / 1e12:.2g} T by cost_analysis, which counts loops once"
 
 
 def _largest(name: str, buffers: list[Buffer]) -> Iterator[str]:

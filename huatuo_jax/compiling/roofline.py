@@ -4,7 +4,8 @@ Computing, reading and writing memory, and sending between chips overlap at best
 longest of the three is a bound from below (Williams et al. 2009). Sending: a collective over chips
 that lie along axes of the slice goes both ways round each of those that is a ring, and one way
 where it is a line; groups over several slices first divide the work among the chips of a slice, and
-each then sends its part through its host's network.
+each then sends its part through its host's network. Through switches, as GPUs have them, a device
+sends at its link's rate to any other; that NVLink's switches can add numbers up is left out.
 """
 
 import dataclasses
@@ -79,7 +80,7 @@ def roofline(costs: Costs, *, interconnect_s: float, model_flops: float, of: Sli
 def seconds_of(one: Collective, of: Slice, mesh: Mesh) -> float:
     """How long one run of a collective takes at least."""
     devices = [mesh.devices.flat[number] for number in one.group]
-    slices = {getattr(device, "slice_index", None) or 0 for device in devices}
+    slices = {_slice_index(device, of) for device in devices}
     if len(slices) == 1:
         return one.bytes_sent / _bandwidth(one, devices, of)
     per_slice = len(devices) // len(slices)
@@ -87,7 +88,7 @@ def seconds_of(one: Collective, of: Slice, mesh: Mesh) -> float:
     here = tuple(
         number
         for number, device in zip(one.group, devices, strict=True)
-        if (getattr(device, "slice_index", None) or 0) == first
+        if _slice_index(device, of) == first
     )
     across = dataclasses.replace(
         one, group=tuple(range(len(slices))), payload=one.payload // per_slice
@@ -98,9 +99,18 @@ def seconds_of(one: Collective, of: Slice, mesh: Mesh) -> float:
     return network_s + seconds_of(dataclasses.replace(one, group=here), of, mesh)
 
 
+def _slice_index(device: Any, of: Slice) -> int:
+    """Which of the slices, or hosts of GPUs, a device is in."""
+    if of.chip.switched:
+        return int(device.process_index)
+    return getattr(device, "slice_index", None) or 0
+
+
 def _bandwidth(one: Collective, devices: list[Any], of: Slice) -> float:
     """Bytes a second that each device of a group can send into it."""
     chip = of.chip
+    if chip.switched:
+        return chip.link_bandwidth
     places = {tuple(device.coords) for device in devices}
     cores = len(devices) / len(places)
     if len(places) == 1:

@@ -38,6 +38,7 @@ def analysed(of, *, total=GIB, capacity=16 * GIB, step_s=1.0):
         collectives=[],
         roofline=Roofline(step_s, 0.0, 0.0, 0.5),
         splash=[],
+        cudnn=[],
         stacked_gathers=[],
         arguments=[],
         values=[],
@@ -130,6 +131,16 @@ def test_attention_that_is_not_splash_is_said():
     assert found.attention_kernel == "xla"
     splash = dataclasses.replace(found, splash=["splash_mha_fwd.1"])
     assert splash.attention_kernel == "splash (1 kernels)"
+    cudnn = dataclasses.replace(found, cudnn=["forward", "backward"])
+    assert cudnn.attention_kernel == "cudnn (2 kernels)"
+
+
+def test_a_compiler_that_counts_no_operations_is_not_cited():
+    found = analysed(program())
+    assert any("by cost_analysis" in line for line in report.lines(found))
+    silent = dataclasses.replace(found, compiler_flops=None)
+    assert not any("cost_analysis" in line for line in report.lines(silent))
+    assert report.fields(silent)["flops"]["compiler_cost_analysis_per_device"] is None
 
 
 def test_micro_batches_divide_a_step():

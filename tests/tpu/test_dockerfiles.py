@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from huatuo_jax.compiling.gpus import GPUS
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 IMAGES = ("gpu", "tpu")
 
@@ -30,9 +32,15 @@ def test_nothing_secret_is_built_in(image):
     assert {".git", ".venv", "runs"} <= set((ROOT / ".dockerignore").read_text().split())
 
 
+def test_a_gpu_has_as_much_for_programs_as_is_compiled_for():
+    (share,) = re.findall(r"XLA_PYTHON_CLIENT_MEM_FRACTION=([\d.]+)", text_of("gpu"))
+    for gpu in GPUS.values():
+        assert gpu.usable_memory == int(float(share) * gpu.memory)
+
+
 def test_jaxlib_knows_the_flags_of_the_gpu_image():
-    flags = re.findall(r"--xla_gpu_[\w=]+", text_of("gpu"))
-    assert len(flags) == 2
+    flags = re.findall(r"--xla_gpu_\w+=\w+", text_of("gpu"))
+    assert "--xla_gpu_exclude_nondeterministic_ops=true" in flags
     done = subprocess.run(
         [sys.executable, "-c", "import jax; jax.devices()"],
         env={**os.environ, "XLA_FLAGS": " ".join(flags), "JAX_PLATFORMS": "cpu"},
