@@ -1,8 +1,8 @@
 """Where the answers of a minibatch stand: several to a row, so that little of it is padding.
 
-Prompts and answers differ much in length. A row is as wide as the longest of the rollout needs, and
-holds as many others as fit: each a segment of its own, with positions from 0, as `data.packing` has
-it. Rows come in few numbers, as each is compiled.
+Prompts and answers differ much in length. A row has room for the longest that may be, and holds as
+many others as fit: each a segment of its own, with positions from 0, as `data.packing` has it. Rows
+come in few numbers, and in one width, as each shape is compiled.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from huatuo_jax.generation.buckets import bucket_of
 Rows = dict[str, npt.NDArray[Any]]
 Numbers = npt.NDArray[np.int64]
 
-_STEPS = 4  # Sizes between a power of two and the next: at most a fourth of the rows is empty.
+_STEPS = 2  # Sizes from a power of two to the next: at most a third of the rows is empty.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Layout:
         starts_n: its first slot there.
         segments_n: its segment, from 1.
         num_rows: R, those that only fill up the minibatch among them.
-        width: T, of the rollout's rows and of the minibatch's.
+        width: of a row.
     """
 
     numbers_n: Numbers
@@ -50,8 +50,8 @@ class Layout:
             rollout: arrays `[N, T]`, one answer a row, from slot 0.
 
         Returns:
-            Those arrays as `[R, T]`, zero where nothing stands, `segment_ids` anew; and `answers`,
-            int32: which of the n answers a token belongs to, n outside of them.
+            Those arrays as `[R, width]`, zero where nothing stands, `segment_ids` anew; and
+            `answers`, int32: which of the n answers a token belongs to, n outside of them.
         """
         here, there = self._here(), self._there()
         numbers = {
@@ -96,7 +96,7 @@ def packed_layout(
         numbers_n: of the answers in the rollout.
         lengths_n: tokens of each.
         width: of a row; none is longer.
-        row_counts: numbers of rows to choose from; the largest holds an answer a row.
+        row_counts: numbers of rows to choose from; the largest is enough for an answer a row.
     """
     rows_n, num_rows = best_fit_rows(lengths_n, width)
     # Within a row they stand in the order of the minibatch.
@@ -148,7 +148,7 @@ def row_counts(minibatch_size: int, *, rows_at_once: int, shards: int) -> tuple[
 
 
 def _sizes(largest: int) -> set[int]:
-    """The largest, and of what is below it four for each power of two."""
+    """The largest, and of what is below it two for each power of two."""
     sizes = {largest}
     step = 1
     while step <= largest:

@@ -125,7 +125,7 @@ class Trainer:
         if cfg.packed:
             shards = batch_shards(self.mesh)
             counts = row_counts(cfg.minibatch_size, rows_at_once=cfg.rows_at_once, shards=shards)
-            make = functools.partial(packed_layout, row_counts=counts, **make.keywords)
+            make = functools.partial(packed_layout, width=cfg.max_length, row_counts=counts)
         numbers = np.split(order, cfg.num_minibatches)
         return [make(numbers_n, lengths_N[numbers_n]) for numbers_n in numbers]
 

@@ -83,9 +83,9 @@ def test_rows_come_in_few_numbers_that_micro_batches_and_shards_divide(size, at_
     counts = row_counts(size, rows_at_once=at_once, shards=shards)
     assert counts[-1] == size and counts[0] == shards
     assert all(count % (at_once if count > at_once else shards) == 0 for count in counts)
-    assert len(counts) <= 4 * np.log2(2 * size / shards)
+    assert len(counts) <= 1 + 2 * np.log2(2 * size / shards)
     for smaller, larger in zip(counts, counts[1:], strict=False):
-        assert larger - smaller <= max(smaller / 4, at_once if larger > at_once else shards)
+        assert larger - smaller <= max(smaller / 2, at_once if larger > at_once else shards)
 
 
 @pytest.mark.parametrize(
