@@ -254,6 +254,7 @@ def _launch(*arguments):
     )
 
 
+@pytest.mark.slow
 def test_the_command_runs_the_default_config_for_a_few_steps(tmp_path):
     done = _launch(
         "--config=configs/sft.py",

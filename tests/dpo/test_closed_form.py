@@ -8,6 +8,7 @@ import dataclasses
 import itertools
 
 import numpy as np
+import pytest
 
 from huatuo_jax.comparisons.data import Answer, Group, Pair
 from huatuo_jax.training.loop import LoopConfig
@@ -40,6 +41,7 @@ def _group(answers, rewards):
     return Group("world", "world", tokens, pairs)
 
 
+@pytest.mark.slow
 def test_dpo_with_exact_labels_ends_at_the_best_policy(tmp_path):
     answers = list(all_answers(longest=LONGEST))
     rewards = np.array([table(longest=LONGEST, seed=2).rewards[answer] for answer in answers])

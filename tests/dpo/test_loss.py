@@ -64,7 +64,13 @@ def _answer_log_prob(model, variables, answer):
     )
 
 
-@pytest.mark.parametrize("settings", [{"row_length": 100}, {"row_length": 40, "num_rows": 16}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"row_length": 100},
+        pytest.param({"row_length": 40, "num_rows": 16}, marks=pytest.mark.slow),
+    ],
+)
 def test_the_loss_is_that_of_each_pair_by_itself(variables, settings):
     variables = _moved(variables, of=("params",))
     model = tiny_model(config()).transformer

@@ -124,7 +124,13 @@ class _Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("lora", [None, LoraConfig(rank=2, alpha=4.0)], ids=["full", "adapters"])
+@pytest.mark.parametrize(
+    "lora",
+    [
+        pytest.param(None, marks=pytest.mark.slow, id="full"),
+        pytest.param(LoraConfig(rank=2, alpha=4.0), id="adapters"),
+    ],
+)
 def test_a_run_that_broke_off_ends_as_an_unbroken_one(files, tmp_path, lora):
     config = _config(files, lora=lora, num_steps=6)
     expected = run_dpo(config, tmp_path / "unbroken")

@@ -121,7 +121,11 @@ def _loop_loss(params, groups, *, margin_scale, centring, denominator):
 
 @pytest.mark.parametrize(
     ("packed", "row_length", "num_rows", "denominator"),
-    [(True, 100, 8, "pairs"), (False, 60, 12, "prompts"), (True, 36, 24, "prompts")],
+    [
+        (True, 100, 8, "pairs"),
+        pytest.param(False, 60, 12, "prompts", marks=pytest.mark.slow),
+        (True, 36, 24, "prompts"),
+    ],
 )
 def test_the_loss_is_that_of_each_pair_by_itself(
     params, groups, packed, row_length, num_rows, denominator

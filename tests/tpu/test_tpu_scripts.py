@@ -237,6 +237,7 @@ def test_a_slice_of_that_name_that_was_there_is_never_deleted(cloud):
     assert verbs_of(cloud) == ["create"] and (cloud.folder / "slice").exists()
 
 
+@pytest.mark.slow
 def test_restarts_have_an_end(cloud):
     done = run_job(cloud, "raise SystemExit(75)", "--max_restarts=2")
     assert done.returncode == 1

@@ -39,6 +39,7 @@ def _kill(workdir, moments, *, seed):
     SFT.kill_at_random_moments(workdir, moments, seed=seed, seconds_each=0.06, within=0.25, spare=5)
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_random_moments_ends_as_an_unbroken_one(unbroken, tmp_path):
     _kill(tmp_path, 2, seed=1)
     assert "goes on from the checkpoint" in SFT.finish(tmp_path)

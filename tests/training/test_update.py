@@ -144,7 +144,13 @@ def test_the_micro_batch_size_changes_nothing(packed, expected, rows):
     _assert_same(_gradient_step(packed, num_micro_batches=8 // rows), expected)
 
 
-@pytest.mark.parametrize("axes", MESHES)
+@pytest.mark.parametrize(
+    "axes",
+    [
+        pytest.param(axes, marks=() if axes == (2, 2, 2) else pytest.mark.slow, id=str(axes))
+        for axes in MESHES
+    ],
+)
 def test_the_mesh_changes_nothing(packed, expected, axes):
     data, fsdp, tensor = axes
     mesh = sharding.make_mesh(data=data, fsdp=fsdp, tensor=tensor)
