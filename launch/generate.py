@@ -10,6 +10,7 @@ from absl import flags
 from huatuo_jax import command_line, multi_host
 from huatuo_jax.generation.bulk import BulkConfig, run_bulk
 from huatuo_jax.generation.requests import SamplingConfig
+from huatuo_jax.sharding import MeshConfig
 
 _TASK = (
     flags.DEFINE_string("model", None, "Model folder of either form, or a hub id."),
@@ -23,6 +24,8 @@ _TASK = (
     flags.DEFINE_integer("max_length", None, "Tokens of prompt and answer; default: as needed."),
     flags.DEFINE_integer("slots", None, "Answers decoded at once; default: up to 64."),
     flags.DEFINE_enum("compute_dtype", None, ["float32", "bfloat16"], "Default: by platform."),
+)
+_MESH = (
     flags.DEFINE_integer("data", 1, "Mesh axis."),
     flags.DEFINE_integer("fsdp", -1, "Mesh axis; -1 takes the devices that are left."),
     flags.DEFINE_integer("tensor", 1, "Mesh axis."),
@@ -46,7 +49,8 @@ def main() -> None:
     sampling = {flag.name: flag.value for flag in _SAMPLING}
     sampling["stop_strings"] = tuple(sampling["stop_strings"])
     task = {flag.name: flag.value for flag in _TASK}
-    cfg = BulkConfig(**task, sampling=SamplingConfig(**sampling))
+    mesh = MeshConfig(**{flag.name: flag.value for flag in _MESH})
+    cfg = BulkConfig(**task, sampling=SamplingConfig(**sampling), mesh=mesh)
     report = run_bulk(cfg, lambda progress: print(progress, file=sys.stderr, flush=True))
     if multi_host.is_first():
         print("nothing left to do" if report is None else report)

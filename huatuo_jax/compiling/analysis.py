@@ -131,7 +131,8 @@ def compile_program(program: Program, of: Slice) -> Analysis | Misfit:
         seconds=seconds,
         memory=memory_of(compiled, beside=program.beside, capacity=of.chip.usable_memory),
         costs=costs,
-        compiler_flops=float(reported["flops"]),
+        # The compiler says nothing of a program that only moves things.
+        compiler_flops=float(reported["flops"]) if "flops" in reported else 0.0,
         collectives=collecting.by_kind_and_axes(timed),
         roofline=roofline(
             costs,

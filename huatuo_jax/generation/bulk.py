@@ -21,12 +21,15 @@ from huatuo_jax.checkpoint import models
 from huatuo_jax.checkpoint.tokenizer import load_tokenizer
 from huatuo_jax.data import templates
 from huatuo_jax.data.readers import read_prompts
+from huatuo_jax.generation import weights
 from huatuo_jax.generation.answers_file import AnswersFile
 from huatuo_jax.generation.bulk_progress import BulkProgress, Clock
 from huatuo_jax.generation.bulk_tasks import Task, make_record, make_request, make_task
 from huatuo_jax.generation.engine import Engine
 from huatuo_jax.generation.report import EngineReport
 from huatuo_jax.generation.requests import Answer, SamplingConfig
+from huatuo_jax.generation.slots import slots_for
+from huatuo_jax.sharding import MeshConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,9 +51,7 @@ class BulkConfig:
         max_length: tokens of prompt and answer; None for what the longest prompt needs.
         slots: answers decoded at once; None for as many as a chunk has, 64 at most.
         compute_dtype: None for float32 on CPU, bfloat16 elsewhere.
-        data: mesh axis, see `sharding.make_mesh`.
-        fsdp: mesh axis.
-        tensor: mesh axis.
+        mesh: how the devices are divided.
     """
 
     model: str
@@ -65,9 +66,7 @@ class BulkConfig:
     max_length: int | None = None
     slots: int | None = None
     compute_dtype: str | None = None
-    data: int = 1
-    fsdp: int = -1
-    tensor: int = 1
+    mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self) -> None:
         """Raise ValueError for a field that cannot be."""
@@ -181,14 +180,13 @@ def _plan(cfg: BulkConfig) -> _Plan:
 
 
 def _open_engine(cfg: BulkConfig, plan: _Plan) -> Engine:
-    mesh = sharding.make_mesh(data=cfg.data, fsdp=cfg.fsdp, tensor=cfg.tensor)
+    backbone = plan.info.cfg
+    mesh = weights.mesh_for(backbone, cfg.mesh, sharding.make_mesh(), field="mesh")
     default = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     compute = ComputeConfig(compute_dtype=jnp.dtype(cfg.compute_dtype or default))
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    wanted = cfg.slots or min(cfg.chunk_size * cfg.num_samples, 64)
-    slots = -(-wanted // shards) * shards
+    slots = slots_for(cfg.slots or min(cfg.chunk_size * cfg.num_samples, 64), mesh)
     return Engine(
-        Transformer(plan.info.cfg, compute),
+        Transformer(backbone, compute),
         {"params": models.load_params(plan.info, mesh=mesh)},
         slots=slots,
         max_length=plan.max_length,
