@@ -96,7 +96,8 @@ def test_answers_and_losses_are_those_of_one_mesh_on_any_other(on_one_mesh, tmp_
 def test_the_first_policy_is_its_reference_and_the_sampler_agrees_with_the_trainer(on_two):
     rows = read_rows(on_two / "ppo" / "metrics.jsonl")
     assert rows[0]["ppo/kl_per_sequence"] == 0.0
-    assert all(0 < row["ppo/sampler_mismatch"] < 1e-5 for row in rows)
+    # A mean of exp|sampler - trainer|.
+    assert all(1 <= row["ppo/sampler_mismatch"] < 1 + 1e-5 for row in rows)
     assert rows[-1]["ppo/kl_per_sequence"] > 0.0
 
 
