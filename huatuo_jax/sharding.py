@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy.typing as npt
 from jax.experimental.compilation_cache import compilation_cache
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 AXES = ("data", "fsdp", "tensor")
@@ -248,7 +248,7 @@ def abstract_parameters(shapes: Any, mesh: Mesh) -> Any:
     return abstract_arrays(shapes, parameter_shardings(shapes, mesh))
 
 
-def batch_shards(mesh: Mesh | None) -> int:
+def batch_shards(mesh: Mesh | AbstractMesh | None) -> int:
     """Into how many parts a mesh splits a batch; 1 without a mesh."""
     return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 

@@ -3,6 +3,7 @@
 python launch/generate.py --model=DIR --prompts=FILE.jsonl --output=FILE.jsonl --num_samples=4
 """
 
+import dataclasses
 import sys
 
 from absl import flags
@@ -25,11 +26,10 @@ _TASK = (
     flags.DEFINE_integer("slots", None, "Answers decoded at once; default: up to 64."),
     flags.DEFINE_enum("compute_dtype", None, ["float32", "bfloat16"], "Default: by platform."),
 )
-_MESH = (
-    flags.DEFINE_integer("data", 1, "Mesh axis."),
-    flags.DEFINE_integer("fsdp", -1, "Mesh axis; -1 takes the devices that are left."),
-    flags.DEFINE_integer("tensor", 1, "Mesh axis."),
-)
+_MESH = [
+    flags.DEFINE_integer(axis, size, "Mesh axis; -1 takes the devices that are left.")
+    for axis, size in dataclasses.asdict(MeshConfig()).items()
+]
 _SAMPLING = (
     flags.DEFINE_integer("max_new_tokens", 512, "Tokens of an answer at most."),
     flags.DEFINE_integer("min_new_tokens", 0, "Tokens of an answer at least."),
