@@ -8,10 +8,9 @@ import sys
 
 from absl import flags
 
-from huatuo_jax import command_line, multi_host
+from huatuo_jax import command_line, multi_host, sharding
 from huatuo_jax.generation.bulk import BulkConfig, run_bulk
 from huatuo_jax.generation.requests import SamplingConfig
-from huatuo_jax.sharding import MeshConfig
 
 _TASK = (
     flags.DEFINE_string("model", None, "Model folder of either form, or a hub id."),
@@ -28,7 +27,7 @@ _TASK = (
 )
 _MESH = [
     flags.DEFINE_integer(axis, size, "Mesh axis; -1 takes the devices that are left.")
-    for axis, size in dataclasses.asdict(MeshConfig()).items()
+    for axis, size in dataclasses.asdict(sharding.MeshConfig()).items()
 ]
 _SAMPLING = (
     flags.DEFINE_integer("max_new_tokens", 512, "Tokens of an answer at most."),
@@ -49,7 +48,7 @@ def main() -> None:
     sampling = {flag.name: flag.value for flag in _SAMPLING}
     sampling["stop_strings"] = tuple(sampling["stop_strings"])
     task = {flag.name: flag.value for flag in _TASK}
-    mesh = MeshConfig(**{flag.name: flag.value for flag in _MESH})
+    mesh = sharding.MeshConfig(**{flag.name: flag.value for flag in _MESH})
     cfg = BulkConfig(**task, sampling=SamplingConfig(**sampling), mesh=mesh)
     report = run_bulk(cfg, lambda progress: print(progress, file=sys.stderr, flush=True))
     if multi_host.is_first():

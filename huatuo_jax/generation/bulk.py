@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import transformers
+from jax.sharding import Mesh
 
 from huatuo_jax import multi_host, sharding
 from huatuo_jax.backbone.config import BackboneConfig, ComputeConfig
@@ -80,6 +81,7 @@ class _Plan(NamedTuple):
     """What is to be done, and `settings`, which decide the output's content."""
 
     info: models.ModelInfo
+    mesh: Mesh
     tokenizer: transformers.PreTrainedTokenizerBase
     tasks: list[Task]
     sampling: SamplingConfig
@@ -145,6 +147,7 @@ def _plan(cfg: BulkConfig) -> _Plan:
     info = models.find_model(cfg.model)
     if info.head != "lm":
         raise ValueError(f"{cfg.model}: this model scores; generation needs one with a token head")
+    mesh = weights.mesh_for(info.cfg, cfg.mesh, sharding.make_mesh(), field="mesh")
     tokenizer = load_tokenizer(info.folder)
     template = templates.by_name(cfg.template)
     stops = (*template.stop_token_ids(tokenizer), *cfg.sampling.stop_token_ids)
@@ -176,21 +179,19 @@ def _plan(cfg: BulkConfig) -> _Plan:
         "max_length": max_length,
         "drop_oldest_turns": cfg.drop_oldest_turns,
     }
-    return _Plan(info, tokenizer, tasks, sampling, max_length, settings)
+    return _Plan(info, mesh, tokenizer, tasks, sampling, max_length, settings)
 
 
 def _open_engine(cfg: BulkConfig, plan: _Plan) -> Engine:
-    backbone = plan.info.cfg
-    mesh = weights.mesh_for(backbone, cfg.mesh, sharding.make_mesh(), field="mesh")
     default = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     compute = ComputeConfig(compute_dtype=jnp.dtype(cfg.compute_dtype or default))
-    slots = slots_for(cfg.slots or min(cfg.chunk_size * cfg.num_samples, 64), mesh)
+    slots = slots_for(cfg.slots or min(cfg.chunk_size * cfg.num_samples, 64), plan.mesh)
     return Engine(
-        Transformer(backbone, compute),
-        {"params": models.load_params(plan.info, mesh=mesh)},
+        Transformer(plan.info.cfg, compute),
+        {"params": models.load_params(plan.info, mesh=plan.mesh)},
         slots=slots,
         max_length=plan.max_length,
-        mesh=mesh,
+        mesh=plan.mesh,
         tokenizer=plan.tokenizer,
     )
 
