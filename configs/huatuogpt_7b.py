@@ -17,7 +17,9 @@ step holds more dialogues than 128, and there are fewer steps; `--config.sft.dat
 gives one dialogue a row.
 Hardware: 8 GPUs of 80 GB, or a TPU slice v5e:8x8. In fine-tuning, weights, gradients and optimizer
 take 16 bytes a parameter, 112 GB over all devices; in PPO policy and critic both do, and reference
-and reward model 2 bytes each, 252 GB.
+and reward model 2 bytes each, 252 GB. Answers are generated with the weights split over eight
+devices (`ppo.rollout.mesh`, `answers.mesh`, `evaluation.mesh`), whose number must be a multiple of
+that; on fewer, `--config.ppo.rollout.mesh.tensor=4` and so on.
 """
 
 from ml_collections import ConfigDict

@@ -17,4 +17,5 @@ from huatuo_jax.training.sections import to_section
 
 def get_config() -> ConfigDict:
     """All stages, and the settings of each."""
-    return to_section(paper_recipe("Qwen/Qwen2.5-7B", template="tokenizer"))
+    # It has four key/value heads.
+    return to_section(paper_recipe("Qwen/Qwen2.5-7B", template="tokenizer", tensor=4))

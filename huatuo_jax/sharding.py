@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy.typing as npt
 from jax.experimental.compilation_cache import compilation_cache
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 AXES = ("data", "fsdp", "tensor")
@@ -79,6 +79,20 @@ class MeshConfig:
         """
         return make_mesh(data=self.data, fsdp=self.fsdp, tensor=self.tensor, devices=devices)
 
+    def over(self, mesh: Mesh) -> Mesh:
+        """Another mesh of the devices of a mesh, in its order.
+
+        As the order is the same, one program can read arrays of either and write to the other:
+        they travel between devices alone, and of several processes none has to hold them. Devices
+        that follow each other in a mesh are neighbours in a TPU slice, so are those along `tensor`.
+
+        Raises:
+            ValueError: the sizes do not multiply to the number of devices.
+        """
+        sizes = mesh_sizes(mesh.size, data=self.data, fsdp=self.fsdp, tensor=self.tensor)
+        devices = mesh.devices.reshape(tuple(sizes[axis] for axis in AXES))
+        return Mesh(devices, AXES, (AxisType.Auto,) * 3)
+
 
 @dataclasses.dataclass(frozen=True)
 class OnMesh:
@@ -130,6 +144,20 @@ def make_mesh(
         ValueError: the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else list(devices)
+    sizes = mesh_sizes(len(devices), data=data, fsdp=fsdp, tensor=tensor)
+    if len(devices) > 1 and devices[0].platform == "cpu":
+        _compile_anew()
+    return jax.make_mesh(
+        tuple(sizes[axis] for axis in AXES), AXES, (AxisType.Auto,) * 3, devices=devices
+    )
+
+
+def mesh_sizes(num_devices: int, *, data: int, fsdp: int, tensor: int) -> dict[str, int]:
+    """The size of each axis of a mesh of so many devices; -1 takes what is left.
+
+    Raises:
+        ValueError: the sizes do not multiply to the number of devices.
+    """
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     free = [axis for axis, size in sizes.items() if size == -1]
     fixed = 1
@@ -140,21 +168,17 @@ def make_mesh(
     if len(free) > 1:
         raise ValueError(f"only one mesh axis may be -1, not {' and '.join(free)}")
     if free:
-        if len(devices) % fixed:
+        if num_devices % fixed:
             raise ValueError(
                 f"mesh.{free[0]}=-1: the other axes take {fixed} devices, which does not divide "
-                f"the {len(devices)} there are"
+                f"the {num_devices} there are"
             )
-        sizes[free[0]] = len(devices) // fixed
+        sizes[free[0]] = num_devices // fixed
     total = sizes["data"] * sizes["fsdp"] * sizes["tensor"]
-    if total != len(devices):
+    if total != num_devices:
         wanted = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
-        raise ValueError(f"mesh {wanted} needs {total} devices, there are {len(devices)}")
-    if total > 1 and devices[0].platform == "cpu":
-        _compile_anew()
-    return jax.make_mesh(
-        tuple(sizes[axis] for axis in AXES), AXES, (AxisType.Auto,) * 3, devices=devices
-    )
+        raise ValueError(f"mesh {wanted} needs {total} devices, there are {num_devices}")
+    return sizes
 
 
 def _compile_anew() -> None:
@@ -224,7 +248,7 @@ def abstract_parameters(shapes: Any, mesh: Mesh) -> Any:
     return abstract_arrays(shapes, parameter_shardings(shapes, mesh))
 
 
-def batch_shards(mesh: Mesh | None) -> int:
+def batch_shards(mesh: Mesh | AbstractMesh | None) -> int:
     """Into how many parts a mesh splits a batch; 1 without a mesh."""
     return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 

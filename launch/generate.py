@@ -3,11 +3,12 @@
 python launch/generate.py --model=DIR --prompts=FILE.jsonl --output=FILE.jsonl --num_samples=4
 """
 
+import dataclasses
 import sys
 
 from absl import flags
 
-from huatuo_jax import command_line, multi_host
+from huatuo_jax import command_line, multi_host, sharding
 from huatuo_jax.generation.bulk import BulkConfig, run_bulk
 from huatuo_jax.generation.requests import SamplingConfig
 
@@ -23,10 +24,11 @@ _TASK = (
     flags.DEFINE_integer("max_length", None, "Tokens of prompt and answer; default: as needed."),
     flags.DEFINE_integer("slots", None, "Answers decoded at once; default: up to 64."),
     flags.DEFINE_enum("compute_dtype", None, ["float32", "bfloat16"], "Default: by platform."),
-    flags.DEFINE_integer("data", 1, "Mesh axis."),
-    flags.DEFINE_integer("fsdp", -1, "Mesh axis; -1 takes the devices that are left."),
-    flags.DEFINE_integer("tensor", 1, "Mesh axis."),
 )
+_MESH = [
+    flags.DEFINE_integer(axis, size, "Mesh axis; -1 takes the devices that are left.")
+    for axis, size in dataclasses.asdict(sharding.MeshConfig()).items()
+]
 _SAMPLING = (
     flags.DEFINE_integer("max_new_tokens", 512, "Tokens of an answer at most."),
     flags.DEFINE_integer("min_new_tokens", 0, "Tokens of an answer at least."),
@@ -46,7 +48,8 @@ def main() -> None:
     sampling = {flag.name: flag.value for flag in _SAMPLING}
     sampling["stop_strings"] = tuple(sampling["stop_strings"])
     task = {flag.name: flag.value for flag in _TASK}
-    cfg = BulkConfig(**task, sampling=SamplingConfig(**sampling))
+    mesh = sharding.MeshConfig(**{flag.name: flag.value for flag in _MESH})
+    cfg = BulkConfig(**task, sampling=SamplingConfig(**sampling), mesh=mesh)
     report = run_bulk(cfg, lambda progress: print(progress, file=sys.stderr, flush=True))
     if multi_host.is_first():
         print("nothing left to do" if report is None else report)

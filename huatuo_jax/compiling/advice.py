@@ -42,14 +42,15 @@ def advice(program: Program, section: ConfigDict, *, capacity: int) -> list[str]
     elif program.attends and compute.loss_chunk > 128:
         found.append(f"{name}.compute.loss_chunk=128 (now {compute.loss_chunk}): fewer logits")
     if program.mesh.shape["tensor"] == 1:
+        mesh = f"{name}.rollout.mesh" if _of_engine(program) else f"{name}.mesh"
         found.append(
-            f"{name}.mesh.tensor=2 or more splits heads, feed-forward and vocabulary of each row"
+            f"{mesh}.tensor=2 or more splits heads, feed-forward and vocabulary of each row"
         )
     return found
 
 
 def _of_engine(program: Program) -> bool:
-    return program.name.endswith(("decode", "prefill"))
+    return program.name.endswith(("move", "decode", "prefill"))
 
 
 def _smaller_states(name: str, section: ConfigDict, program: Program) -> list[str]:

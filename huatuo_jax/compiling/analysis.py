@@ -137,7 +137,8 @@ def compile_program(program: Program, of: Slice) -> Analysis | Misfit:
         seconds=seconds,
         memory=memory_of(compiled, beside=program.beside, capacity=of.chip.usable_memory),
         costs=costs,
-        compiler_flops=None if reported is None else float(reported["flops"]),
+        # Nothing on a GPU; and of a program that only moves things, nothing of products.
+        compiler_flops=None if reported is None else float(reported.get("flops", 0.0)),
         collectives=collecting.by_kind_and_axes(timed),
         roofline=roofline(
             costs,

@@ -27,6 +27,8 @@ _MOVES_NOTHING = (
     "AssumeGatherIndicesInBound",
     "AsyncCollective",
 )
+# What they write into stays in its place; which of their operands is written there.
+_OVERWRITES = {"dynamic-update-slice": 1, "scatter": 2}
 _LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
 _CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
 
@@ -142,9 +144,7 @@ def moved_bytes(one: Instruction, computation: Computation, module: Module) -> f
         size = min(target.num_bytes, source.num_bytes)
         return float(size * (target.in_hbm + source.in_hbm))
     if one.opcode == "fusion":
-        name = one.called("calls")
-        assert name is not None
-        return _fusion_bytes(one, computation, module.computations[name])
+        return _fusion_bytes(one, computation, module)
     if one.opcode.removesuffix("-start") in KINDS:
         return _in_hbm(operands) + _in_hbm(_received(one))
     return _in_hbm(operands) + _in_hbm(one.shapes)
@@ -156,36 +156,31 @@ def _received(one: Instruction) -> tuple[Shape, ...]:
     return one.shapes[number : 2 * number] or one.shapes[:number]
 
 
-def _fusion_bytes(one: Instruction, computation: Computation, inside: Computation) -> float:
+def _fusion_bytes(one: Instruction, computation: Computation, module: Module) -> float:
     """Outputs, and of each operand what the inside reads of it."""
-    users: dict[str, list[Instruction]] = {}
-    for other in inside.instructions.values():
-        for name in other.operands:
-            users.setdefault(name, []).append(other)
+    inside = _inside(one, module)
     total = 0.0
-    parameters = [other for other in inside.instructions.values() if other.opcode == "parameter"]
-    numbers = {other.name: index for index, other in enumerate(_in_order(parameters, one))}
-    for parameter in parameters:
-        outer = computation.instructions[one.operands[numbers[parameter.name]]]
-        shape = outer.shapes[0]
-        if len(outer.shapes) != 1 or not shape.in_hbm:
-            continue
-        uses = _uses(parameter, users)
-        if uses and all(use.opcode in ("dynamic-slice", "slice", "gather") for use in uses):
-            total += min(sum(use.shapes[0].num_bytes for use in uses), shape.num_bytes)
-        elif not (uses and all(_is_overwritten(use, parameter, users) for use in uses)):
-            total += shape.num_bytes
+    for name, parameter in zip(one.operands, _parameters(inside), strict=True):
+        outer = computation.instructions[name]
+        if len(outer.shapes) == 1 and outer.shapes[0].in_hbm:
+            total += _read_inside(parameter, inside, module)
     root = _through_bitcasts(inside.root, inside)
-    if root.opcode == "dynamic-update-slice":
-        update = inside.instructions[root.operands[1]].shapes[0]
+    if root.opcode in _OVERWRITES:
+        update = inside.instructions[root.operands[_OVERWRITES[root.opcode]]].shapes[0]
         return total + (update.num_bytes if one.shapes[0].in_hbm else 0)
     return total + _in_hbm(one.shapes)
 
 
-def _in_order(parameters: list[Instruction], one: Instruction) -> list[Instruction]:
-    """Parameters by their number, which stands where others have operands."""
-    assert len(parameters) == len(one.operands), one.name
-    return sorted(parameters, key=_parameter_number)
+def _inside(one: Instruction, module: Module) -> Computation:
+    name = one.called("calls")
+    assert name is not None, one.name
+    return module.computations[name]
+
+
+def _parameters(inside: Computation) -> list[Instruction]:
+    """By their number, which stands where others have operands."""
+    found = [one for one in inside.instructions.values() if one.opcode == "parameter"]
+    return sorted(found, key=_parameter_number)
 
 
 def _parameter_number(parameter: Instruction) -> int:
@@ -193,28 +188,23 @@ def _parameter_number(parameter: Instruction) -> int:
     return parameter.number
 
 
-def _uses(parameter: Instruction, users: dict[str, list[Instruction]]) -> list[Instruction]:
-    """Who uses a value, looking through bitcasts."""
-    found = []
-    for use in users.get(parameter.name, []):
-        found += _uses(use, users) if use.opcode == "bitcast" else [use]
-    return found
-
-
-def _is_overwritten(
-    use: Instruction, parameter: Instruction, users: dict[str, list[Instruction]]
-) -> bool:
-    """Whether a value is only what a slice is written into."""
-    if use.opcode != "dynamic-update-slice":
-        return False
-    names = {parameter.name}
-    waiting = [parameter]
-    while waiting:
-        for other in users.get(waiting.pop().name, []):
-            if other.opcode == "bitcast":
-                names.add(other.name)
-                waiting.append(other)
-    return use.operands[0] in names
+def _read_inside(parameter: Instruction, inside: Computation, module: Module) -> int:
+    """Bytes that a fusion, and those in it, read of one of its parameters."""
+    names, read = {parameter.name}, 0
+    for one in inside.instructions.values():  # In order: a bitcast stands before its users.
+        if names.isdisjoint(one.operands):
+            continue
+        if one.opcode == "bitcast":
+            names.add(one.name)
+        elif one.opcode in ("dynamic-slice", "slice", "gather"):
+            read += one.shapes[0].num_bytes
+        elif one.opcode == "fusion":
+            pairs = zip(one.operands, _parameters(_inside(one, module)), strict=True)
+            inner = [other for name, other in pairs if name in names]
+            read += sum(_read_inside(other, _inside(one, module), module) for other in inner)
+        elif one.opcode not in _OVERWRITES or not names.isdisjoint(one.operands[1:]):
+            read += parameter.shapes[0].num_bytes
+    return min(read, parameter.shapes[0].num_bytes)
 
 
 def _through_bitcasts(one: Instruction, computation: Computation) -> Instruction:

@@ -18,6 +18,7 @@ _CUBLAS = ("__cublas$gemm", "__cublas$lt$matmul")
 # attention's kernels: scores and outputs; scores, their gradient, the queries'; those and the
 # gradients of keys and values. cuDNN has all of the backward pass in one: scores once, and four.
 _SPLASH_PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
+_FLOATS = ("bf16", "f16", "f32")
 _CUDNN_FORWARD, _CUDNN_BACKWARD = 2, 5
 _CONTRACTED = re.compile(r'"lhs_contracting_dimensions":\s*\[([^\]]*)\]')
 
@@ -41,10 +42,18 @@ def attention_flops(one: Instruction, computation: Computation) -> float:
     if _target(one) != _PALLAS:
         return 0.0
     products = next((n for name, n in _SPLASH_PRODUCTS.items() if one.name.startswith(name)), 0)
+    # The first operands may be blocks of the mask, of whole numbers. A batch of 1 is dropped.
     queries = next(
-        (shape.dims for shape in computation.operand_shapes(one) if len(shape.dims) == 4), None
+        (
+            shape.dims
+            for shape in computation.operand_shapes(one)
+            if shape.dtype in _FLOATS and len(shape.dims) in (3, 4)
+        ),
+        None,
     )
-    return 0.0 if queries is None else _attention(products, queries)
+    if queries is None:
+        return 0.0
+    return _attention(products, (1,) * (4 - len(queries)) + queries)
 
 
 def cublas_flops(one: Instruction, computation: Computation) -> float:

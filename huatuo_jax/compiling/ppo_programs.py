@@ -21,13 +21,15 @@ from huatuo_jax.compiling.programs import (
     attended_pairs,
 )
 from huatuo_jax.data.packing import pack_row
+from huatuo_jax.generation import weights
 from huatuo_jax.generation.abstract import abstract_engine
 from huatuo_jax.ppo.config import PpoConfig
 from huatuo_jax.ppo.job import Trained, check_policy, critic_of, policy_of
 from huatuo_jax.ppo.roles import Critic, open_critic
-from huatuo_jax.ppo.rollout import slots_of
+from huatuo_jax.ppo.rollout import mesh_of, slots_of
 from huatuo_jax.ppo.trainer import NUMBERS_OF_TOKENS
 from huatuo_jax.scoring import compile_values, head_scores
+from huatuo_jax.sharding import OnMesh
 from huatuo_jax.training.evaluation import check_rows
 from huatuo_jax.training.initial_model import InitialModel, ModelConfig, open_model
 from huatuo_jax.training.sections import from_section
@@ -41,6 +43,7 @@ class Roles(NamedTuple):
     Attributes:
         cfg: the run's settings.
         mesh: where everything lies.
+        rollout_mesh: where answers are generated.
         policy: to start from.
         trained: the policy as it is trained.
         reference: in place of its trained variables.
@@ -52,6 +55,7 @@ class Roles(NamedTuple):
 
     cfg: PpoConfig
     mesh: Mesh
+    rollout_mesh: Mesh
     policy: InitialModel
     trained: Trained
     reference: Any
@@ -88,6 +92,7 @@ def _roles(cfg: PpoConfig, devices: Devices, architectures: Architectures) -> Ro
     cfg = dataclasses.replace(cfg, model=architectures.in_place(cfg.model, path="config.ppo.model"))
     policy = open_model(cfg.model, compute)
     check_policy(cfg, policy)
+    rollout_mesh = mesh_of(cfg.rollout, mesh, policy.cfg)
     rewarding = architectures.of(cfg.reward_model, path="config.ppo.reward_model")
     critic = open_critic(_without_reward_model(cfg, rewarding), policy, None)
     trained = policy_of(cfg, policy, mesh)
@@ -102,6 +107,7 @@ def _roles(cfg: PpoConfig, devices: Devices, architectures: Architectures) -> Ro
     return Roles(
         cfg=cfg,
         mesh=mesh,
+        rollout_mesh=rollout_mesh,
         policy=policy,
         trained=trained,
         reference=reference,
@@ -128,26 +134,31 @@ def _without_reward_model(cfg: PpoConfig, rewarding: BackboneConfig) -> PpoConfi
 
 def _generation(roles: Roles) -> list[Program]:
     cfg, policy = roles.cfg, roles.policy
-    slots = slots_of(cfg.rollout, roles.mesh)
+    mesh = roles.rollout_mesh
+    slots = slots_of(cfg.rollout, mesh)
     engine = abstract_engine(
         policy.transformer,
         roles.trained.state.variables,
         slots=slots,
         max_length=cfg.max_length,
-        mesh=roles.mesh,
+        mesh=mesh,
     )
     held = (roles.trained.state, roles.reference, roles.value_state, roles.scorer_variables)
     common: dict[str, Any] = {
-        "mesh": roles.mesh,
+        "mesh": mesh,
         "backbone": policy.cfg,
         "rows": slots,
         "rows_at_once": slots,
     }
     flops = ModelFlops.of(policy.cfg)
-    rows = sharding.batch_shards(roles.mesh)
+    rows = sharding.batch_shards(mesh)
     length = engine.prompt_tokens // rows
     steps = slots * engine.steps
+    moving = []
+    if mesh != roles.mesh:
+        moving = [_moving(roles, engine.prefill_arguments[0], (*held, engine.prefill_arguments[0]))]
     return [
+        *moving,
         Program(
             name="ppo/prefill",
             does=f"{rows} prompts of {length} tokens into the cache",
@@ -179,6 +190,32 @@ def _generation(roles: Roles) -> list[Program]:
             **common,
         ),
     ]
+
+
+def _moving(roles: Roles, placed: Any, held: Any) -> Program:
+    """The move of one array, the largest, to the mesh of generation; they move one by one."""
+    found = jax.tree_util.tree_leaves_with_path(
+        weights.that_are_read(roles.trained.state.variables)
+    )
+    pairs = zip(found, jax.tree.leaves(placed), strict=True)
+    (path, leaf), to = max(pairs, key=lambda pair: pair[0][1].size)
+    share = leaf.size / sum(other.size for _, other in found)
+    return Program(
+        name="ppo/move",
+        does=f"the policy's largest array, {sharding.path_name(path)} ({share:.0%} of its "
+        "weights), to where answers are generated",
+        function=OnMesh(weights.moving(to.sharding, to.dtype), None),
+        arguments=(leaf,),
+        # It is an argument of this program, and its result is not there yet.
+        beside=[other for other in jax.tree.leaves(held) if other is not leaf and other is not to],
+        mesh=roles.rollout_mesh,
+        backbone=roles.policy.cfg,
+        rows=0,
+        rows_at_once=0,
+        tokens=0,
+        model_flops=0.0,
+        attends=False,
+    )
 
 
 def _scoring(roles: Roles) -> Program:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+from huatuo_jax.compiling import units
 from huatuo_jax.compiling.analysis import Analysis, Misfit
 from huatuo_jax.compiling.chips import GIB
 from huatuo_jax.compiling.memory import Buffer
@@ -101,7 +102,7 @@ def _figures(found: Analysis) -> Iterator[str]:
         "code": memory.code,
         "held beside": memory.beside,
     }
-    shown = " + ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items() if size)
+    shown = " + ".join(f"{name} {units.gib(size)}" for name, size in parts.items() if size)
     verdict = "fits" if found.fits else "does NOT fit"
     yield (
         f"  memory       {memory.total / GIB:.2f} of {memory.capacity / GIB:.2f} GiB a device: "
@@ -109,8 +110,8 @@ def _figures(found: Analysis) -> Iterator[str]:
     )
     ours = program.model_flops / program.mesh.size
     yield (
-        f"  FLOPs        {ours / 1e12:.3g} T a device by formula, {costs.flops / 1e12:.3g} T "
-        f"compiled (recomputation and all; {costs.attention_flops / 1e12:.2g} T attention)"
+        f"  FLOPs        {units.count(ours)} a device by formula, {units.count(costs.flops)} "
+        f"compiled (recomputation and all; {units.count(costs.attention_flops)} attention)"
         + _by_compiler(found.compiler_flops)
     )
     if not found.collectives:
@@ -119,14 +120,16 @@ def _figures(found: Analysis) -> Iterator[str]:
     for total in found.collectives:
         yield (
             f"  {heading:<12} {total.kind} over {'+'.join(total.axes)}: {total.runs} x, "
-            f"{total.payload / GIB:.3g} GiB, {total.seconds * 1e3:.3g} ms"
+            f"{units.size(total.payload)}, {units.duration(total.seconds)}"
         )
         heading = ""
-    yield (
-        f"  roofline     compute {bound.compute_s * 1e3:.3g} ms, memory {bound.memory_s * 1e3:.3g} "
-        f"ms, interconnect {bound.interconnect_s * 1e3:.3g} ms: {bound.binds} binds; utilisation "
-        f"at most {bound.utilisation:.0%}, {program.tokens / bound.bound_s:,.0f} tokens/s"
-    )
+    parts_s = {
+        "compute": bound.compute_s,
+        "memory": bound.memory_s,
+        "interconnect": bound.interconnect_s,
+    }
+    times = ", ".join(f"{name} {units.duration(seconds)}" for name, seconds in parts_s.items())
+    yield f"  roofline     {times}: {bound.binds} binds{_speed(found)}"
     if program.attends:
         yield f"  attention    {found.attention_kernel}"
     number = len(found.stacked_gathers)
@@ -135,17 +138,28 @@ def _figures(found: Analysis) -> Iterator[str]:
         yield f"  loops        {costs.unknown_loops} of unknown length, counted once"
 
 
+def _speed(found: Analysis) -> str:
+    """What a program computes in its time; of one that only moves things, nothing."""
+    if not found.program.tokens:
+        return ""
+    bound = found.roofline
+    return (
+        f"; utilisation at most {units.share(bound.utilisation)}, "
+        f"{units.rate(found.program.tokens / bound.bound_s)} tokens/s"
+    )
+
+
 def _by_compiler(flops: float | None) -> str:
     if flops is None:
         return ""
-    return f", {flops / 1e12:.2g} T by cost_analysis, which counts loops once"
+    return f", {units.count(flops)} by cost_analysis, which counts loops once"
 
 
 def _largest(name: str, buffers: list[Buffer]) -> Iterator[str]:
     if buffers:
         yield f"  largest {name}, GiB a device:"
     for buffer in buffers:
-        yield f"    {buffer.num_bytes / GIB:6.2f}  {buffer.shape:<32} {buffer.what}"
+        yield f"    {units.gib(buffer.num_bytes):>6}  {buffer.shape:<32} {buffer.what}"
 
 
 def _buffers(buffers: list[Buffer]) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from huatuo_jax import sharding
 from huatuo_jax.backbone.config import Remat
+from huatuo_jax.compiling import units
 from huatuo_jax.compiling.analysis import Analysis, Misfit
 from huatuo_jax.compiling.chips import GIB
 from huatuo_jax.compiling.programs import Program
@@ -62,7 +63,7 @@ class Choice(NamedTuple):
         return (
             f"  {settings} {memory.total / GIB:.2f} GiB"
             f"{'' if self.result.fits else ', does NOT fit'}, at best {bound.bound_s:.3g} s a "
-            f"step ({bound.binds} binds, utilisation {bound.utilisation:.0%})"
+            f"step ({bound.binds} binds, utilisation {units.share(bound.utilisation)})"
         )
 
 

@@ -86,6 +86,7 @@ def answer_prompts(
         seed=cfg.seed,
         chunk_size=cfg.chunk_size,
         drop_oldest_turns=True,
+        mesh=cfg.mesh,
     )
     run_bulk(bulk, lambda done: print(f"  {name}: {done}", file=sys.stderr, flush=True))
     return _scored(name, bulk.output, cfg, folder)

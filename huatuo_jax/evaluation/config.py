@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+from huatuo_jax.sharding import MeshConfig
 from huatuo_jax.training.run_directory import operational
 
 
@@ -23,6 +24,7 @@ class EvaluationConfig:
         seed: of the answers and of the bootstrap.
         rows_at_once: rows of a batch, where answers are scored.
         chunk_size: prompts whose answers are written together.
+        mesh: how the devices are divided for the answers; losses and scores are computed on others.
     """
 
     base: str | None = operational(None)
@@ -37,6 +39,7 @@ class EvaluationConfig:
     seed: int = 0
     rows_at_once: int = operational(8)
     chunk_size: int = operational(256)
+    mesh: MeshConfig = operational(MeshConfig())
 
     def __post_init__(self) -> None:
         """Raise ValueError for a number that cannot be."""

@@ -1,6 +1,5 @@
 """An engine's largest programs and what it gives them, as shapes: no weight, no cache is made."""
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -8,7 +7,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from huatuo_jax import sharding
-from huatuo_jax.backbone.casting import store_as_computed
 from huatuo_jax.backbone.transformer import Transformer
 from huatuo_jax.generation import cache as caches
 from huatuo_jax.generation import weights
@@ -45,7 +43,7 @@ def abstract_engine(
 
     Args:
         model: the backbone.
-        variables: abstract, with stacked layers.
+        variables: abstract, with stacked layers, on any mesh.
         slots: answers decoded at once.
         max_length: tokens of prompt and answer together.
         mesh: of the devices.
@@ -83,12 +81,8 @@ def abstract_engine(
 
 def abstract_weights(variables: Any, model: Transformer, mesh: Mesh) -> Any:
     """The variables as an engine holds them, see `weights.place`."""
-    cast = functools.partial(
-        store_as_computed,
-        dtype=model.compute.compute_dtype,
-        keep_lm_head=model.cfg.norm_head,
-    )
-    shapes = jax.eval_shape(cast, weights.that_are_read(variables))
+    read = weights.that_are_read(variables)
+    shapes = weights.stored_shapes(read, model.cfg, model.compute)
     return sharding.abstract_parameters(shapes, mesh)
 
 

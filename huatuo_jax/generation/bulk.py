@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import transformers
+from jax.sharding import Mesh
 
 from huatuo_jax import multi_host, sharding
 from huatuo_jax.backbone.config import BackboneConfig, ComputeConfig
@@ -21,12 +22,15 @@ from huatuo_jax.checkpoint import models
 from huatuo_jax.checkpoint.tokenizer import load_tokenizer
 from huatuo_jax.data import templates
 from huatuo_jax.data.readers import read_prompts
+from huatuo_jax.generation import weights
 from huatuo_jax.generation.answers_file import AnswersFile
 from huatuo_jax.generation.bulk_progress import BulkProgress, Clock
 from huatuo_jax.generation.bulk_tasks import Task, make_record, make_request, make_task
 from huatuo_jax.generation.engine import Engine
 from huatuo_jax.generation.report import EngineReport
 from huatuo_jax.generation.requests import Answer, SamplingConfig
+from huatuo_jax.generation.slots import slots_for
+from huatuo_jax.sharding import MeshConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,9 +52,7 @@ class BulkConfig:
         max_length: tokens of prompt and answer; None for what the longest prompt needs.
         slots: answers decoded at once; None for as many as a chunk has, 64 at most.
         compute_dtype: None for float32 on CPU, bfloat16 elsewhere.
-        data: mesh axis, see `sharding.make_mesh`.
-        fsdp: mesh axis.
-        tensor: mesh axis.
+        mesh: how the devices are divided.
     """
 
     model: str
@@ -65,9 +67,7 @@ class BulkConfig:
     max_length: int | None = None
     slots: int | None = None
     compute_dtype: str | None = None
-    data: int = 1
-    fsdp: int = -1
-    tensor: int = 1
+    mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self) -> None:
         """Raise ValueError for a field that cannot be."""
@@ -81,6 +81,7 @@ class _Plan(NamedTuple):
     """What is to be done, and `settings`, which decide the output's content."""
 
     info: models.ModelInfo
+    mesh: Mesh
     tokenizer: transformers.PreTrainedTokenizerBase
     tasks: list[Task]
     sampling: SamplingConfig
@@ -146,6 +147,7 @@ def _plan(cfg: BulkConfig) -> _Plan:
     info = models.find_model(cfg.model)
     if info.head != "lm":
         raise ValueError(f"{cfg.model}: this model scores; generation needs one with a token head")
+    mesh = weights.mesh_for(info.cfg, cfg.mesh, sharding.make_mesh(), field="mesh")
     tokenizer = load_tokenizer(info.folder)
     template = templates.by_name(cfg.template)
     stops = (*template.stop_token_ids(tokenizer), *cfg.sampling.stop_token_ids)
@@ -177,22 +179,19 @@ def _plan(cfg: BulkConfig) -> _Plan:
         "max_length": max_length,
         "drop_oldest_turns": cfg.drop_oldest_turns,
     }
-    return _Plan(info, tokenizer, tasks, sampling, max_length, settings)
+    return _Plan(info, mesh, tokenizer, tasks, sampling, max_length, settings)
 
 
 def _open_engine(cfg: BulkConfig, plan: _Plan) -> Engine:
-    mesh = sharding.make_mesh(data=cfg.data, fsdp=cfg.fsdp, tensor=cfg.tensor)
     default = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     compute = ComputeConfig(compute_dtype=jnp.dtype(cfg.compute_dtype or default))
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    wanted = cfg.slots or min(cfg.chunk_size * cfg.num_samples, 64)
-    slots = -(-wanted // shards) * shards
+    slots = slots_for(cfg.slots or min(cfg.chunk_size * cfg.num_samples, 64), plan.mesh)
     return Engine(
         Transformer(plan.info.cfg, compute),
-        {"params": models.load_params(plan.info, mesh=mesh)},
+        {"params": models.load_params(plan.info, mesh=plan.mesh)},
         slots=slots,
         max_length=plan.max_length,
-        mesh=mesh,
+        mesh=plan.mesh,
         tokenizer=plan.tokenizer,
     )
 

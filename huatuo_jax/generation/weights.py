@@ -6,10 +6,12 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 
 from huatuo_jax import sharding
 from huatuo_jax.backbone.casting import store_as_computed
 from huatuo_jax.backbone.config import BackboneConfig, ComputeConfig
+from huatuo_jax.sharding import MeshConfig
 
 Variables = dict[str, Any]
 
@@ -26,7 +28,7 @@ def place(
     """The variables where and as generation reads them; what already is so is not copied.
 
     Args:
-        variables: `{"params": ..., "lora": ...}` with stacked layers.
+        variables: `{"params": ..., "lora": ...}` with stacked layers, on any mesh.
         cfg: the backbone.
         compute: gives the dtype.
         mesh: where to; None leaves every array where it is.
@@ -37,11 +39,102 @@ def place(
         ValueError: a parameter that no partition rule knows, or that the mesh does not divide.
     """
     variables = that_are_read(variables)
-    if mesh is not None:
-        variables = jax.device_put(variables, sharding.parameter_shardings(variables, mesh))
-    if cast:
-        variables = store_as_computed(variables, compute.compute_dtype, keep_lm_head=cfg.norm_head)
+    wanted = stored_shapes(variables, cfg, compute) if cast else variables
+    if mesh is None:
+        variables = jax.tree.map(_cast, variables, _dtypes(wanted))
+    else:
+        places = sharding.parameter_shardings(variables, mesh)
+        variables = jax.tree.map(_moved, variables, _dtypes(wanted), places)
     return _split(variables, cfg, mesh) if split_layers else variables
+
+
+def mesh_for(cfg: BackboneConfig, wanted: MeshConfig, mesh: Mesh, *, field: str) -> Mesh:
+    """The devices of a mesh divided for generation, told before any weights are there.
+
+    Args:
+        cfg: the backbone.
+        wanted: how they are divided.
+        mesh: of the devices.
+        field: of the config, for messages.
+
+    Raises:
+        ValueError: it does not multiply to the devices, or does not divide the model.
+    """
+    try:
+        found = wanted.over(mesh)
+    except ValueError as error:
+        raise ValueError(f"{field}: {error}") from error
+    divided = {
+        "tensor": {
+            "key/value heads": cfg.num_kv_heads,
+            "rows of vocabulary": cfg.padded_vocab_size,
+            "feed-forward dimensions": cfg.intermediate_size,
+        },
+        "fsdp": {"dimensions of width": cfg.hidden_size},
+    }
+    for axis, sizes in divided.items():
+        for name, size in sizes.items():
+            if size % found.shape[axis]:
+                raise ValueError(
+                    f"{field}: {axis}={found.shape[axis]} must divide the model's {size} {name}"
+                )
+    return found
+
+
+@functools.cache  # So that nothing is compiled anew for the next iteration's weights.
+def moving(place: NamedSharding, dtype: DTypeLike) -> Any:
+    """The jitted function of an array that casts it and moves it to a place.
+
+    The cast comes first, so that fewer bytes travel. The array has to lie on the very devices of
+    the place, in their order. One array at a time: a program of all of them would hold several in
+    passing.
+    """
+    return jax.jit(functools.partial(_on_its_way, dtype=dtype, to=place), out_shardings=place)
+
+
+def _on_its_way(leaf: jax.Array, *, dtype: DTypeLike, to: NamedSharding) -> jax.Array:
+    """An array cast, and cut as at its place but for what is to be whole there, cut as well.
+
+    Left to itself, the compiler gathers the whole array on every device and then cuts it. From here
+    it exchanges parts, then gathers what each device keeps.
+    """
+    shards = sharding.batch_shards(to.mesh)
+    spec = (
+        sharding.BATCH_AXES if axes == "fsdp" and size % shards == 0 else axes
+        for size, axes in zip(leaf.shape, to.spec, strict=True)
+    )
+    return jax.lax.with_sharding_constraint(_cast(leaf, dtype), NamedSharding(to.mesh, P(*spec)))
+
+
+def _moved(leaf: Any, dtype: Any, place: NamedSharding) -> jax.Array:
+    """An array in a dtype at a place.
+
+    `jax.device_put` would do, but where both are meshes of one process it takes what has to be cut
+    otherwise through the host's memory, in full width.
+    """
+    found = leaf.sharding if isinstance(leaf, jax.Array) else None
+    if isinstance(found, NamedSharding):
+        if found.mesh == place.mesh and found.is_equivalent_to(place, leaf.ndim):
+            return _cast(leaf, dtype)
+        if found.mesh.devices.flatten().tolist() == place.mesh.devices.flatten().tolist():
+            return moving(place, dtype)(leaf)
+    return jax.device_put(_cast(leaf, dtype), place)
+
+
+def _cast(leaf: Any, dtype: Any) -> Any:
+    return leaf if leaf.dtype == dtype else leaf.astype(dtype)
+
+
+def stored_shapes(variables: Variables, cfg: BackboneConfig, compute: ComputeConfig) -> Variables:
+    """The shapes and dtypes of variables that are cast once."""
+    cast = functools.partial(
+        store_as_computed, dtype=compute.compute_dtype, keep_lm_head=cfg.norm_head
+    )
+    return jax.eval_shape(cast, variables)
+
+
+def _dtypes(tree: Variables) -> Variables:
+    return jax.tree.map(lambda leaf: leaf.dtype, tree)
 
 
 def that_are_read(variables: Variables) -> Variables:

@@ -34,6 +34,9 @@ class RolloutConfig:
         max_new_tokens: tokens of an answer at most.
         temperature: of sampler, policy and reference alike.
         slots: answers decoded at once; None for as many as are asked for, 64 at most.
+        mesh: how the devices of training are divided anew for it, None for as in training. Each
+            decode step reads all weights: split over `tensor` they stay where they are, split over
+            `fsdp` they are gathered for every token.
     """
 
     num_prompts: int = 64
@@ -41,6 +44,7 @@ class RolloutConfig:
     max_new_tokens: int = 256
     temperature: float = 1.0
     slots: int | None = operational(None)
+    mesh: MeshConfig | None = operational(None)
 
     def __post_init__(self) -> None:
         """Raise ValueError for a number that cannot be."""

@@ -13,7 +13,7 @@ from huatuo_jax.ppo.losses import PolicyObjective, policy_row_loss, value_row_lo
 from huatuo_jax.ppo.prompts import Prompts
 from huatuo_jax.ppo.report import Decode, IterationFlops
 from huatuo_jax.ppo.roles import Critic, make_reference
-from huatuo_jax.ppo.rollout import AnswerScorer, Sampler
+from huatuo_jax.ppo.rollout import AnswerScorer, Sampler, mesh_of
 from huatuo_jax.ppo.state import PpoState, abstract_ppo_state, new_ppo_state
 from huatuo_jax.ppo.trainer import Learner, Trainer
 from huatuo_jax.ppo.update import RowLoss, compile_apply, compile_pass
@@ -110,10 +110,14 @@ def make_job(
         normalization: of its scores, where `cfg.score.scale` is `stored`.
         directory: where the run's files are.
         decisive: the settings that decide results.
-        mesh: where everything lies.
+        mesh: where everything lies; answers are generated where `cfg.rollout.mesh` says.
         decode: from tokens to text; None for tokens in `samples.jsonl`.
         scorer_flops: of the reward model; None where there is none.
+
+    Raises:
+        ValueError: `cfg.rollout.mesh` does not divide the devices or the model.
     """
+    rollout_mesh = mesh_of(cfg.rollout, mesh, policy.cfg)
     key = jax.random.key(cfg.seed)
     trained = policy_of(cfg, policy, mesh)
     valued = None if critic is None else critic_of(cfg, critic, mesh)
@@ -140,7 +144,7 @@ def make_job(
                 cfg.rollout,
                 stop_token_ids=prompts.stop_token_ids,
                 max_length=cfg.max_length,
-                mesh=mesh,
+                mesh=rollout_mesh,
             ),
             scorer=make_scorer(),
             make_targets=compile_targets(

@@ -10,7 +10,9 @@ import numpy as np
 import numpy.typing as npt
 from jax.sharding import Mesh
 
+from huatuo_jax.backbone.config import BackboneConfig
 from huatuo_jax.backbone.transformer import Transformer
+from huatuo_jax.generation import weights
 from huatuo_jax.generation.buckets import bucket_of, row_lengths
 from huatuo_jax.generation.engine import Engine
 from huatuo_jax.generation.requests import Answer, Request, SamplingConfig
@@ -99,7 +101,7 @@ class Sampler:
             cfg: how much is sampled, and how.
             stop_token_ids: what ends an answer.
             max_length: tokens of prompt and answer.
-            mesh: where the weights lie.
+            mesh: where it generates, see `mesh_of`.
         """
         self._model, self._cfg, self._mesh = model, cfg, mesh
         self._max_length = max_length
@@ -117,7 +119,8 @@ class Sampler:
         """The policy's answers.
 
         Args:
-            variables: the policy's; let go of again when the answers are there.
+            variables: the policy's, on a mesh of the same devices; what generation holds of them
+                is let go of again when the answers are there.
             prompts: one for each group.
             key: with a prompt's place and an answer's index it decides the answer.
         """
@@ -149,6 +152,17 @@ class Sampler:
             mesh=self._mesh,
         )
         return self._engine
+
+
+def mesh_of(cfg: RolloutConfig, training: Mesh, backbone: BackboneConfig) -> Mesh:
+    """The mesh that a rollout is generated on: that of training, or its devices divided anew.
+
+    Raises:
+        ValueError: the mesh of the config does not divide the devices or the model.
+    """
+    if cfg.mesh is None:
+        return training
+    return weights.mesh_for(backbone, cfg.mesh, training, field="config.ppo.rollout.mesh")
 
 
 def slots_of(cfg: RolloutConfig, mesh: Mesh | None) -> int:

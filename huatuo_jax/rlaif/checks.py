@@ -4,6 +4,8 @@ import os
 
 from transformers import PreTrainedTokenizerBase
 
+from huatuo_jax import sharding
+from huatuo_jax.backbone.config import BackboneConfig
 from huatuo_jax.checkpoint import models
 from huatuo_jax.checkpoint.tokenizer import load_tokenizer
 from huatuo_jax.data import templates
@@ -11,6 +13,8 @@ from huatuo_jax.data.readers import read_comparisons, read_prompts
 from huatuo_jax.data.tokenizing import tokenizer_hash
 from huatuo_jax.evaluation.config import EvaluationConfig
 from huatuo_jax.feedback.questions import read_answered
+from huatuo_jax.generation import weights
+from huatuo_jax.ppo.rollout import mesh_of
 from huatuo_jax.rlaif.config import AnswersConfig, RlaifConfig
 from huatuo_jax.training.evaluation import check_rows
 from huatuo_jax.training.initial_model import InitialModel, open_model
@@ -49,7 +53,8 @@ def check_inputs(cfg: RlaifConfig, workdir: str | os.PathLike[str], wanted: set[
         ("export.reward", "export", cfg.export.reward),
     ):
         if stage in wanted and value is not None:
-            _check_model(name, value, cfg, tokenizer, workdir, made=_makers(wanted))
+            found = _check_model(name, value, cfg, tokenizer, workdir, made=_makers(wanted))
+            _check_mesh(name, found or model.cfg, cfg)
     if "answers" in wanted:
         _check_prompts("answers.prompts", cfg.answers, model, tokenizer, cfg.sft.data.template)
     if "labels" in wanted and not _is_made(cfg.labels.answers, workdir, wanted, "answers"):
@@ -95,11 +100,15 @@ def _check_model(
     workdir: str | os.PathLike[str],
     *,
     made: dict[str, str],
-) -> None:
-    """A folder from elsewhere must hold a model of the right kind that speaks the same tokens."""
+) -> BackboneConfig | None:
+    """A folder from elsewhere must hold a model of the right kind that speaks the same tokens.
+
+    Returns:
+        Its architecture; None for a model that this run is going to make.
+    """
     inside = os.path.relpath(os.path.abspath(place), os.path.abspath(workdir)).split(os.sep)
     if inside[0] in made:
-        return
+        return None
     info = models.find_model(place)
     # A reward model may begin with either head.
     is_reward = name in ("ppo.reward_model", "evaluation.reward", "export.reward")
@@ -107,7 +116,7 @@ def _check_model(
         wanted = "a reward model, with a score head" if is_reward else "a model with a token head"
         raise ValueError(f"config.{name}={place!r} must be {wanted}")
     if inside[0] != os.pardir:  # Made by a stage of this run, with this very tokenizer.
-        return
+        return info.cfg
     if tokenizer_hash(load_tokenizer(info.folder)) != tokenizer_hash(tokenizer):
         raise ValueError(
             f"config.{name}={place!r} has another tokenizer than config.sft.model "
@@ -118,6 +127,17 @@ def _check_model(
             f"config.{name}={place!r} has vocab_size={info.cfg.vocab_size}, less than the "
             f"tokenizer's {len(tokenizer)} tokens"
         )
+    return info.cfg
+
+
+def _check_mesh(name: str, backbone: BackboneConfig, cfg: RlaifConfig) -> None:
+    """The mesh that a model answers on must divide it."""
+    if name == "ppo.model.directory":
+        mesh_of(cfg.ppo.rollout, cfg.ppo.mesh.make(), backbone)
+    for stage, section in (("answers", cfg.answers), ("evaluation", cfg.evaluation)):
+        if name in (f"{stage}.model", f"{stage}.base", f"{stage}.sft", f"{stage}.ppo"):
+            devices = sharding.make_mesh()
+            weights.mesh_for(backbone, section.mesh, devices, field=f"config.{stage}.mesh")
 
 
 def _check_positions(name: str, length: int, model: InitialModel) -> None:

@@ -18,6 +18,7 @@ from huatuo_jax.generation.requests import SamplingConfig
 from huatuo_jax.ppo.config import PpoConfig
 from huatuo_jax.reward.config import RewardConfig
 from huatuo_jax.sft import SftConfig
+from huatuo_jax.sharding import MeshConfig
 from huatuo_jax.training.dialogue_data import SourceConfig
 from huatuo_jax.training.run_directory import operational
 from huatuo_jax.training.sections import placed_in
@@ -59,6 +60,8 @@ class AnswersConfig:
         seed: of the answers.
         chunk_size: prompts whose answers are written together.
         slots: answers decoded at once; None for up to 64.
+        mesh: how the devices are divided; `tensor` leaves weights in their place while answers are
+            decoded, `fsdp` gathers them for every token.
     """
 
     model: str = operational("{workdir}/sft/model")
@@ -68,6 +71,7 @@ class AnswersConfig:
     seed: int = 0
     chunk_size: int = operational(256)
     slots: int | None = operational(None)
+    mesh: MeshConfig = operational(MeshConfig())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from huatuo_jax.ppo.prompts import PromptsConfig as PpoPrompts
 from huatuo_jax.reward.config import RewardConfig
 from huatuo_jax.rlaif.config import AnswersConfig, LabelsConfig, PromptsConfig, RlaifConfig
 from huatuo_jax.sft import SftConfig
+from huatuo_jax.sharding import MeshConfig
 from huatuo_jax.training.dialogue_data import DataConfig, SourceConfig
 from huatuo_jax.training.initial_model import ComputeSection, ModelConfig
 from huatuo_jax.training.loop import LoopConfig
@@ -28,7 +29,7 @@ ANSWER_TOKENS = 512  # A choice; prompts have what is left of the row.
 HELD_OUT = HeldOutConfig(share=0.005)
 
 
-def paper_recipe(directory: str, *, template: str = "huatuogpt") -> RlaifConfig:
+def paper_recipe(directory: str, *, template: str = "huatuogpt", tensor: int = 8) -> RlaifConfig:
     """All stages, from a base model to a released one.
 
     The judge is OpenAI's API, and its model has to be named: the paper's ChatGPT is not served any
@@ -37,15 +38,24 @@ def paper_recipe(directory: str, *, template: str = "huatuogpt") -> RlaifConfig:
     Args:
         directory: of the base model, or its name on the Hub.
         template: the chat template's name.
+        tensor: devices that share the weights while answers are generated, as each decode step
+            reads all of them; it must divide the model's key/value heads, and the devices.
     """
+    generation = MeshConfig(data=-1, fsdp=1, tensor=tensor)
     return RlaifConfig(
         prompts=PromptsConfig(limit=20_000),  # A choice.
         sft=_sft(directory, template),
-        answers=AnswersConfig(num_samples=4, sampling=SamplingConfig(max_new_tokens=ANSWER_TOKENS)),
+        answers=AnswersConfig(
+            num_samples=4,
+            sampling=SamplingConfig(max_new_tokens=ANSWER_TOKENS),
+            mesh=generation,
+        ),
         labels=LabelsConfig(base_url=OPENAI, label=LabelConfig(protocol="score")),
         reward=_reward(template),
-        ppo=_ppo(template),
-        evaluation=EvaluationConfig(template=template, max_new_tokens=ANSWER_TOKENS),
+        ppo=_ppo(template, generation),
+        evaluation=EvaluationConfig(
+            template=template, max_new_tokens=ANSWER_TOKENS, mesh=generation
+        ),
     )
 
 
@@ -94,7 +104,7 @@ def _reward(template: str) -> RewardConfig:
     )
 
 
-def _ppo(template: str) -> PpoConfig:
+def _ppo(template: str, generation: MeshConfig) -> PpoConfig:
     """Rate, batch, passes, KL weight, discount and clip are HuatuoGPT-o1's."""
     return PpoConfig(
         model=ModelConfig(directory="{workdir}/sft/model"),
@@ -110,7 +120,7 @@ def _ppo(template: str) -> PpoConfig:
             optimizer=OptimizerConfig(learning_rate=9e-6, decay="constant", weight_decay=0.0),
             warmup_iterations=10,
         ),
-        rollout=RolloutConfig(num_prompts=128, max_new_tokens=ANSWER_TOKENS),
+        rollout=RolloutConfig(num_prompts=128, max_new_tokens=ANSWER_TOKENS, mesh=generation),
         score=ScoreConfig(clip=5.0),
         kl_coef=0.03,
         gamma=1.0,

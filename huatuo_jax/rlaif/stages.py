@@ -92,6 +92,7 @@ def _answers(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:
         chunk_size=section.chunk_size,
         slots=section.slots,
         drop_oldest_turns=True,
+        mesh=section.mesh,
     )
 
     def run() -> Mapping[str, Any]:

@@ -6,7 +6,7 @@ import importlib.util
 import jax
 import pytest
 
-from huatuo_jax.compiling import report, topology
+from huatuo_jax.compiling import report, topology, units
 from huatuo_jax.compiling.advice import advice
 from huatuo_jax.compiling.analysis import Analysis, Misfit
 from huatuo_jax.compiling.costs import Costs
@@ -189,3 +189,42 @@ def test_settings_of_a_sweep_leave_the_config_itself_alone():
     changed = with_settings(mine, "sft", 8, "dots")
     assert (changed.sft.micro_batch_size, changed.sft.compute.remat) == (8, "dots")
     assert mine.to_json() == before
+
+
+@pytest.mark.parametrize(
+    ("say", "number", "said"),
+    [
+        (units.count, 1.25e15, "1.25 P"),
+        (units.count, 3.4e9, "3.4 G"),
+        (units.count, 12.0, "12"),
+        (units.duration, 1.1, "1.1 s"),
+        (units.duration, 0.00118, "1.18 ms"),
+        (units.duration, 1.79e-7, "179 ns"),
+        (units.duration, 2e-11, "2e-11 s"),
+        (units.size, 104 * GIB, "104 GiB"),
+        (units.size, 10 * 1024, "10 KiB"),
+        (units.size, 3, "3 B"),
+        (units.gib, 1.5 * GIB, "1.50"),
+        (units.gib, 0.0008 * GIB, "0.0008"),
+        (units.share, 0.456, "46%"),
+        (units.share, 0.0012, "0.12%"),
+        (units.rate, 12345.6, "12,346"),
+        (units.rate, 0.25, "0.25"),
+    ],
+)
+def test_a_number_is_told_in_units_of_its_size(say, number, said):
+    assert say(number) == said
+    assert float("".join(c for c in say(0) if c.isdigit() or c == ".")) == 0
+
+
+def test_a_small_program_has_no_figure_that_looks_like_none():
+    found = dataclasses.replace(
+        analysed(program()),
+        costs=Costs(3e6, 2e3, 1e3, 0),
+        roofline=Roofline(2e-8, 1e-9, 0.0, 1e-4),
+    )
+    lines = list(report.lines(found))
+    (flops,) = (line for line in lines if "FLOPs" in line)
+    (bound,) = (line for line in lines if "roofline" in line)
+    assert "3 M compiled" in flops and "2 k attention" in flops
+    assert "compute 20 ns, memory 1 ns, interconnect 0 s" in bound and "at most 0.01%" in bound

@@ -171,6 +171,26 @@ def test_a_kernels_metadata_may_go_on_in_the_next_line():
     assert costs_of(module).attention_flops == 2 * 2 * 2 * 4 * (256 * 257 / 2) * 128
 
 
+@pytest.mark.parametrize(
+    ("blocks", "queries", "batch"),
+    [
+        ("s8[4,1,1]", "bf16[2,4,256,128]", 2),
+        ("s8[4,1,1]", "bf16[4,256,128]", 1),
+        ("s32[1,4,256,128]", "f32[4,256,128]", 1),
+    ],
+)
+def test_a_kernels_queries_are_its_first_floats_with_or_without_a_batch(blocks, queries, batch):
+    module = hlo.parse(MASKED.replace("BLOCKS", blocks).replace("QUERIES", queries))
+    per_row = 2 * 2 * 4 * (256 * 257 / 2) * 128
+    assert costs_of(module).attention_flops == batch * per_row
+
+
+def test_memory_counts_what_a_fusion_in_a_fusion_slices_and_what_is_scattered():
+    costs = costs_of(hlo.parse(NESTED_SLICE))
+    # One layer's kernel of five and the row read, eight numbers written over others.
+    assert costs.memory_bytes == (64 * 64 + 64) * 4 + 64 * 4 + 8 * 4 + 4 + 8 * 4
+
+
 def test_what_is_sent_depends_on_the_kind():
     def sent(kind, payload=800):
         return Collective(
@@ -291,5 +311,57 @@ ENTRY %main (q: bf16[2,4,256,128]) -> bf16[2,4,256,128] {
 "block_q":"512"
 }}, metadata={op_name="jit(step)/layers/attention"}
   ROOT %after = TYPE copy(%splash_mha_fwd_segmented.1)
+}
+"""
+
+MASKED = """HloModule masked
+
+ENTRY %main (m: BLOCKS, q: QUERIES) -> QUERIES {
+  %m = BLOCKS parameter(0)
+  %q = QUERIES parameter(1)
+  ROOT %splash_mha_fwd.1 = QUERIES custom-call(%m, %q, %q), custom_call_target="tpu_custom_call"
+}
+"""
+
+NESTED_SLICE = """HloModule nested_slice
+
+%cut (j: s32[], all: f32[5,64,64]) -> f32[64,64] {
+  %all = f32[5,64,64]{2,1,0} parameter(1)
+  %j = s32[] parameter(0)
+  %none = s32[] constant(0)
+  %one = f32[1,64,64]{2,1,0} dynamic-slice(%all, %j, %none, %none)
+  ROOT %square = f32[64,64]{1,0} bitcast(%one)
+}
+
+%times (i: s32[], stacked: f32[5,64,64], row: f32[64]) -> f32[64] {
+  %i = s32[] parameter(0)
+  %stacked = f32[5,64,64]{2,1,0} parameter(1)
+  %row = f32[64]{0} parameter(2)
+  %same = f32[5,64,64]{2,1,0} bitcast(%stacked)
+  %kernel = f32[64,64]{1,0} fusion(%i, %same), kind=kLoop, calls=%cut
+  ROOT %product = f32[64]{0} dot(%row, %kernel), lhs_contracting_dims={0}, rhs_contracting_dims={0}
+}
+
+%second (old: f32[], added: f32[]) -> f32[] {
+  %old = f32[] parameter(0)
+  ROOT %added = f32[] parameter(1)
+}
+
+%put (pool: f32[1000], where: s32[1], new: f32[8]) -> f32[1000] {
+  %pool = f32[1000]{0} parameter(0)
+  %where = s32[1]{0} parameter(1)
+  %new = f32[8]{0} parameter(2)
+  ROOT %scattered = f32[1000]{0} scatter(%pool, %where, %new), to_apply=%second
+}
+
+ENTRY %main (index: s32[], kernels: f32[5,64,64], x: f32[64], pool: f32[1000]) -> f32[1000] {
+  %index = s32[]{:S(2)} parameter(0)
+  %kernels = f32[5,64,64]{2,1,0} parameter(1)
+  %x = f32[64]{0} parameter(2)
+  %pool.1 = f32[1000]{0} parameter(3)
+  %at = s32[1]{0} parameter(4)
+  %new.1 = f32[8]{0} parameter(5)
+  %y = f32[64]{0} fusion(%index, %kernels, %x), kind=kOutput, calls=%times
+  ROOT %after = f32[1000]{0} fusion(%pool.1, %at, %new.1), kind=kCustom, calls=%put
 }
 """

@@ -14,6 +14,7 @@ from huatuo_jax.compiling.ppo_programs import _row
 from huatuo_jax.compiling.programs import attended_pairs
 from huatuo_jax.compiling.stages import programs_of
 from huatuo_jax.generation.requests import Answer, Usage
+from huatuo_jax.ppo.layout import plain_layout
 from huatuo_jax.ppo.prompts import TokenPrompt
 from huatuo_jax.ppo.rollout import make_rollout
 from huatuo_jax.ppo.trainer import NUMBERS_OF_TOKENS
@@ -110,7 +111,8 @@ def test_a_row_of_ppo_has_the_shapes_of_a_rollouts():
         finish_reason="stop",
         usage=Usage(prompt_tokens=2, completion_tokens=3),
     )
-    rows = make_rollout([TokenPrompt("p", (1, 2))], [answer], lengths=(8,)).rows
+    rollout = make_rollout([TokenPrompt("p", (1, 2))], [answer], lengths=(8,)).rows
+    rows = plain_layout(np.array([0]), np.array([5]), width=8).pack(rollout)
     shapes = {name: (array[0].shape, array.dtype) for name, array in rows.items()}
     shapes |= {name: ((8,), np.dtype(np.float32)) for name in NUMBERS_OF_TOKENS}
     assert {name: (array.shape, array.dtype) for name, array in _row(8).items()} == shapes

@@ -13,6 +13,7 @@ from huatuo_jax.data import templates
 from huatuo_jax.data.records import Message
 from huatuo_jax.generation.bulk import BulkConfig, run_bulk
 from huatuo_jax.generation.requests import SamplingConfig
+from huatuo_jax.sharding import MeshConfig
 from tests.generation import tiny
 from tests.generation.conftest import LINES
 
@@ -30,9 +31,8 @@ def config(model_folder, prompts_file, output, **changed):
         "sampling": SAMPLING,
         "seed": 4,
         "slots": 4,
-        "data": 4,  # of eight virtual devices; the tiny model's heads divide by two
-        "fsdp": 1,
-        "tensor": 2,
+        # Of eight virtual devices; the tiny model's heads divide by two.
+        "mesh": MeshConfig(data=4, fsdp=1, tensor=2),
     }
     return BulkConfig(**(fields | changed))
 
@@ -132,6 +132,8 @@ def test_a_complete_file_is_left_alone(unbroken, model_folder, prompts_file):
         ({"max_length": 513}, "max_length=513 must be at most the model's 512"),
         ({"max_length": 40}, "prompt 'p0' has .* tokens, and 40 .*drop_oldest_turns"),
         ({"slots": 0}, "slots=0 must be at least 1"),
+        ({"mesh": MeshConfig(tensor=3)}, "mesh: .* 3 devices, which does not divide the 8"),
+        ({"mesh": MeshConfig(fsdp=1, tensor=8)}, "mesh: tensor=8 must divide the model's . key"),
         ({"prompts": "missing.jsonl"}, "missing.jsonl"),
     ],
 )

@@ -1,6 +1,7 @@
 """One process of PPO on the tiny world: `run_ppo.py WORKDIR SECONDS_EACH FIELD=NUMBER ...`.
 
-Each rollout waits for SECONDS_EACH. Fields are those of the mesh.
+Each rollout waits for SECONDS_EACH. Fields are those of the mesh; with `rollout_` before their
+names, of the mesh that answers are generated on.
 """
 
 import sys
@@ -13,6 +14,7 @@ from tests.ppo.tiny import Table, config, run_tiny, table
 
 NUM_ITERATIONS = 6
 NUM_ANSWERS = 8
+ROLLOUT = "rollout_"
 
 
 class SlowTable(Table):
@@ -28,12 +30,15 @@ class SlowTable(Table):
 @multi_host.joined()
 def main(arguments):
     workdir, seconds_each, *fields = arguments
-    mesh = MeshConfig(**{name: int(size) for name, size in (one.split("=") for one in fields)})
+    sizes = {name: int(size) for name, size in (one.split("=") for one in fields)}
+    of_rollout = {name: size for name, size in sizes.items() if name.startswith(ROLLOUT)}
+    mesh = MeshConfig(**{name: sizes[name] for name in sizes.keys() - of_rollout.keys()})
+    other = {name.removeprefix(ROLLOUT): size for name, size in of_rollout.items()}
     scorer = SlowTable(table(longest=3).rewards)
     scorer.seconds_each = float(seconds_each)
     settings = config(
         num_iterations=NUM_ITERATIONS,
-        rollout={"num_prompts": NUM_ANSWERS},
+        rollout={"num_prompts": NUM_ANSWERS, "mesh": MeshConfig(**other) if other else None},
         target_kl_per_sequence=0.05,
         score={"scale": "running"},
         loop={"checkpoint_every": 2, "samples_per_iteration": NUM_ANSWERS},

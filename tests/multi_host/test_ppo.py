@@ -70,6 +70,21 @@ def test_several_processes_sample_and_train_as_one_does(by_one, tmp_path, count,
     assert not any("ppo:" in log for log in logs[1:])
 
 
+@pytest.mark.parametrize(
+    ("devices", "rollout"),
+    [
+        (1, {"rollout_fsdp": 1, "rollout_tensor": 2}),
+        (2, {"rollout_data": 2, "rollout_fsdp": 1, "rollout_tensor": 2}),
+        (2, {"rollout_tensor": 2}),
+    ],
+)
+def test_weights_move_between_processes_to_the_mesh_of_generation(
+    by_one, tmp_path, devices, rollout
+):
+    finish(tmp_path, count=2, devices=devices, **rollout)
+    assert_same_run(tmp_path, by_one)
+
+
 def test_sigterm_to_one_of_two_stops_both_at_one_iteration_and_one_goes_on(by_one, tmp_path):
     with start(tmp_path, count=2, seconds_each=2.0) as processes:
         processes.wait_until(lambda: "step 2/" in processes.log(0))

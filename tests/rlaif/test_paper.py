@@ -3,9 +3,14 @@
 import importlib.util
 import pathlib
 
+import jax
+import numpy as np
 import pytest
 
+from huatuo_jax.backbone.presets import preset
+from huatuo_jax.generation.weights import mesh_for
 from huatuo_jax.rlaif.config import STAGES, RlaifConfig
+from huatuo_jax.sharding import AXES
 from huatuo_jax.training.sections import from_section
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
@@ -40,6 +45,26 @@ def test_the_papers_settings_of_fine_tuning_stand_in_the_cards():
     assert (optimizer.learning_rate, optimizer.weight_decay, optimizer.clip_norm) == (5e-5, 0.1, 1)
     assert (optimizer.decay, optimizer.warmup_share) == ("cosine", 0.05)
     assert sft.compute.compute_dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("name", "architecture", "num_devices"),
+    [
+        ("huatuogpt_7b", "baichuan_7b", 64),
+        ("huatuogpt_7b", "baichuan_7b", 8),
+        ("huatuogpt_13b", "ziya_llama_13b", 16),
+        ("qwen2_5_7b", "qwen2.5_7b", 64),
+        ("qwen2_5_7b", "qwen2.5_7b", 8),
+    ],
+)
+def test_weights_are_not_gathered_for_each_token_on_the_hardware_of_a_card(
+    name, architecture, num_devices
+):
+    cfg, devices = recipe(name), np.array([jax.devices()[0]] * num_devices)
+    mesh = jax.sharding.Mesh(devices.reshape(1, num_devices, 1), AXES)
+    for section in (cfg.answers, cfg.ppo.rollout, cfg.evaluation):
+        found = mesh_for(preset(architecture), section.mesh, mesh, field="mesh")
+        assert found.shape["fsdp"] == 1 and found.shape["tensor"] >= 4
 
 
 def test_answers_fit_the_models_rows_in_every_stage():

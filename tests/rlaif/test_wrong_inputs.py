@@ -18,6 +18,7 @@ from huatuo_jax.checkpoint.models import save_orbax
 from huatuo_jax.data import sample
 from huatuo_jax.rlaif import recipe as recipe_module
 from huatuo_jax.rlaif.recipe import run_rlaif
+from huatuo_jax.sharding import MeshConfig
 from tests.rlaif.tiny import BACKBONE, TOKENIZER, section, tiny_recipe, write_dialogues
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -52,6 +53,32 @@ def test_a_file_of_dialogues_that_is_not_there(recipe, tmp_path):
 def test_an_empty_file_of_dialogues(recipe, tmp_path):
     (tmp_path / "empty.jsonl").write_text("")
     refused(recipe, tmp_path, "empty.jsonl: the file is empty", data=str(tmp_path / "empty.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("section_name", "field"),
+    [
+        ("ppo", "config.ppo.rollout.mesh"),
+        ("answers", "config.answers.mesh"),
+        ("evaluation", "config.evaluation.mesh"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("mesh", "said"),
+    [
+        (MeshConfig(data=-1, fsdp=1, tensor=8), "tensor=8 must divide the model's . key/value"),
+        (MeshConfig(data=1, fsdp=1, tensor=3), "needs 3 devices, there are 8"),
+    ],
+)
+def test_a_mesh_of_generation_that_cannot_be(recipe, tmp_path, section_name, field, mesh, said):
+    stage = getattr(recipe, section_name)
+    if section_name == "ppo":
+        changed = dataclasses.replace(stage, rollout=dataclasses.replace(stage.rollout, mesh=mesh))
+    else:
+        changed = dataclasses.replace(stage, mesh=mesh)
+    with pytest.raises(ValueError, match=f"^{field}: .*{said}") as error:
+        run_rlaif(section(dataclasses.replace(recipe, **{section_name: changed})), tmp_path / "run")
+    assert "\n" not in str(error.value)
 
 
 def test_a_misspelt_field(recipe, tmp_path):
