@@ -175,7 +175,11 @@ def _with_advice(
 
 
 def _cube(size: int) -> tuple[int, int, int]:
-    """Three factors of a power of two, the largest last, as near to each other as can be."""
+    """Three factors of a power of two as near to each other as can be, in the order of v5p slices.
+
+    The largest is the last, but ones come after the others: 2x2x4 and 2x2x1.
+    """
     power = math.log2(size)
     first, second = 2 ** int(power // 3), 2 ** int((power + 1) // 3)
-    return first, second, size // (first * second)
+    factors = (first, second, size // (first * second))
+    return tuple(sorted(factors, reverse=1 in factors))

@@ -5,6 +5,9 @@ the paper tells the steps and no numbers: those here are PPO's of HuatuoGPT-o1 (
 by the same group, and where nothing is published, choices of this project, marked as such.
 """
 
+import dataclasses
+
+from huatuo_jax.backbone.lora import LoraConfig
 from huatuo_jax.comparisons.data import ComparisonsConfig, ComparisonSource
 from huatuo_jax.data.held_out import HeldOutConfig
 from huatuo_jax.evaluation.config import EvaluationConfig
@@ -55,6 +58,59 @@ def paper_recipe(directory: str, *, template: str = "huatuogpt", tensor: int = 8
         ppo=_ppo(template, generation),
         evaluation=EvaluationConfig(
             template=template, max_new_tokens=ANSWER_TOKENS, mesh=generation
+        ),
+    )
+
+
+def with_adapters(
+    recipe: RlaifConfig, lora: LoraConfig, *, rows_at_once: int, slots: int
+) -> RlaifConfig:
+    """The recipe with adapters in place of all weights, for a single device of much memory.
+
+    In PPO policy, reference and critic share the frozen weights. Rates are choices: ten times
+    those of all weights and more, as adapters want (arXiv 2106.09685, appendix D).
+
+    Args:
+        recipe: with all weights trained.
+        lora: the adapters of every model.
+        rows_at_once: rows of 2,048 tokens that go through a model together.
+        slots: answers of a rollout that are decoded at once; their keys and values take memory.
+    """
+
+    def adapted(model: ModelConfig) -> ModelConfig:
+        return dataclasses.replace(model, lora=lora)
+
+    def at_rate(optimizer: OptimizerConfig, rate: float) -> OptimizerConfig:
+        return dataclasses.replace(optimizer, learning_rate=rate, weight_decay=0.0)
+
+    sft, reward, ppo = recipe.sft, recipe.reward, recipe.ppo
+    critic = dataclasses.replace(
+        ppo.value,
+        start="shared",
+        lora=lora,
+        optimizer=at_rate(ppo.optimizer, 1e-4),
+    )
+    return dataclasses.replace(
+        recipe,
+        sft=dataclasses.replace(
+            sft,
+            model=adapted(sft.model),
+            optimizer=at_rate(sft.optimizer, 2e-4),
+            micro_batch_size=rows_at_once,
+        ),
+        reward=dataclasses.replace(
+            reward,
+            model=adapted(reward.model),
+            optimizer=at_rate(reward.optimizer, 1e-4),
+            micro_batch_size=max(rows_at_once // 4, 1),
+        ),
+        ppo=dataclasses.replace(
+            ppo,
+            model=adapted(ppo.model),
+            optimizer=at_rate(ppo.optimizer, 1e-5),
+            value=critic,
+            rollout=dataclasses.replace(ppo.rollout, slots=slots),
+            micro_batch_size=rows_at_once,
         ),
     )
 

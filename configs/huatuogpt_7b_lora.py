@@ -1,0 +1,24 @@
+"""HuatuoGPT-7B with adapters (LoRA) on a single GPU of 80 GB: the whole recipe on Baichuan-7B.
+
+    python launch/train.py --config=configs/huatuogpt_7b_lora.py --workdir=runs/huatuogpt_7b_lora \
+        --config.labels.model=JUDGE
+
+Base model, data and judge: see `configs/huatuogpt_7b.py`. Adapters of rank 64 on every projection
+of the layers; weights stay as they are, in 16 bits. Rates and rank are choices of this project
+(`huatuo_jax/rlaif/paper.py`), not the paper's, which trains all weights.
+Fine-tuning alone fits a GPU of 24 GB, a row at a time:
+`--config.stages="('sft',)" --config.sft.micro_batch_size=1`.
+"""
+
+from ml_collections import ConfigDict
+
+from huatuo_jax.backbone.lora import LoraConfig
+from huatuo_jax.rlaif.paper import paper_recipe, with_adapters
+from huatuo_jax.training.sections import to_section
+
+
+def get_config() -> ConfigDict:
+    """All stages, and the settings of each."""
+    recipe = paper_recipe("baichuan-inc/Baichuan-7B", tensor=1)
+    lora = LoraConfig(rank=64, alpha=128.0)
+    return to_section(with_adapters(recipe, lora, rows_at_once=4, slots=16))
