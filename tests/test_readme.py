@@ -1,5 +1,6 @@
-"""The README's map names every file there is, and no other."""
+"""The README's map names every file there is, and no other; its table is that of the figures."""
 
+import importlib.util
 import pathlib
 import re
 
@@ -22,3 +23,14 @@ def test_the_map_names_every_file_and_no_other():
         if path.name != "__init__.py"
     }
     assert named == there
+
+
+def test_the_table_of_hardware_is_made_of_the_results_as_they_stand():
+    spec = importlib.util.spec_from_file_location("hardware", ROOT / "benchmarks" / "hardware.py")
+    hardware = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hardware)
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert (
+        text.split(f"{hardware.BEGIN}\n")[1].split(hardware.END)[0].strip()
+        == hardware.table().strip()
+    )

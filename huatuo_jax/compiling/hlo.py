@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
+_ELEMENT = re.compile(r"\bindex=(\d+)")
 _HEADER = re.compile(r"(ENTRY )?%?([\w.-]+) \(.*\) -> .* \{$")
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.-]+) = (.*)$")
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](\{[^{}]*\})?")
@@ -164,7 +165,7 @@ class Module:
                 )
 
     def _trips(self, loop: Instruction) -> int | None:
-        """The least constant that the condition holds its counter below."""
+        """The least constant that the condition holds its counter below, by the counter's step."""
         name = loop.called("condition")
         assert name is not None
         bounds: list[int] = []
@@ -176,7 +177,23 @@ class Module:
                     waiting.append(self.computations[inner])
                 if one.opcode == "constant" and one.shapes[0].dtype in ("s32", "u32"):
                     bounds += [one.number] if one.number else []
-        return min(bounds, default=None)
+        return -(-min(bounds) // self._step(loop)) if bounds else None
+
+    def _step(self, loop: Instruction) -> int:
+        """What a turn adds to the counter: 2 where the compiler has put two turns into one."""
+        condition, body = (
+            self.computations[loop.called(key) or ""] for key in ("condition", "body")
+        )
+        if condition.root.opcode != "compare":
+            return 1
+        found = _ELEMENT.search(condition.instructions[condition.root.operands[0]].attributes)
+        if found is None or body.root.opcode != "tuple":
+            return 1
+        raised = body.instructions[body.root.operands[int(found[1])]]
+        if raised.opcode != "add":
+            return 1
+        numbers = (body.instructions[name].number for name in raised.operands)
+        return next((number for number in numbers if number), 1)
 
 
 def parse(text: str) -> Module:

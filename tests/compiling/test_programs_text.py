@@ -210,6 +210,12 @@ def test_what_is_sent_depends_on_the_kind():
     assert sent("all-to-all") == 150  # Three quarters of a device's own 200.
 
 
+@pytest.mark.parametrize(("step", "turns"), [(1, 5), (2, 3), (5, 1)])
+def test_a_loop_whose_counter_goes_in_steps_has_fewer_turns(step, turns):
+    module = parse(STEPPED.replace("STEP", str(step)))
+    assert {loop.trips for place in module.places for loop in place.loops} == {turns}
+
+
 NESTED = """HloModule nested
 
 %piece (p0: f32[2]) -> f32[8] {
@@ -247,6 +253,32 @@ ENTRY %main (p: f32[2]) -> (s32[], f32[2]) {
   %zero = s32[] constant(0)
   %t = (s32[], f32[2]{0}) tuple(%zero, %p)
   ROOT %w = (s32[], f32[2]{0}) while(%t), condition=%inner_below, body=%micro_batches
+}
+"""
+
+STEPPED = """HloModule stepped
+
+%below (s0: (f32[2], s32[])) -> pred[] {
+  %s0 = (f32[2]{0}, s32[]) parameter(0)
+  %i0 = s32[] get-tuple-element(%s0), index=1
+  %n0 = s32[] constant(5)
+  ROOT %lt0 = pred[] compare(%i0, %n0), direction=LT
+}
+
+%turn (s1: (f32[2], s32[])) -> (f32[2], s32[]) {
+  %s1 = (f32[2]{0}, s32[]) parameter(0)
+  %x1 = f32[2]{0} get-tuple-element(%s1), index=0
+  %i1 = s32[] get-tuple-element(%s1), index=1
+  %by = s32[] constant(STEP)
+  %next = s32[] add(%i1, %by)
+  ROOT %t1 = (f32[2]{0}, s32[]) tuple(%x1, %next)
+}
+
+ENTRY %main (p: f32[2]) -> (f32[2], s32[]) {
+  %p = f32[2]{0} parameter(0)
+  %zero = s32[] constant(0)
+  %t = (f32[2]{0}, s32[]) tuple(%p, %zero)
+  ROOT %w = (f32[2]{0}, s32[]) while(%t), condition=%below, body=%turn
 }
 """
 

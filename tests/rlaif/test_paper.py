@@ -27,6 +27,7 @@ def recipe(name):
     "name, base, template",
     [
         ("huatuogpt_7b", "baichuan-inc/Baichuan-7B", "huatuogpt"),
+        ("huatuogpt_7b_lora", "baichuan-inc/Baichuan-7B", "huatuogpt"),
         ("huatuogpt_13b", "IDEA-CCNL/Ziya-LLaMA-13B-Pretrain-v1", "huatuogpt"),
         ("qwen2_5_7b", "Qwen/Qwen2.5-7B", "tokenizer"),
     ],
@@ -36,6 +37,13 @@ def test_a_card_is_the_whole_recipe_of_its_base_model(name, base, template, tmp_
     assert cfg.stages == STAGES
     assert cfg.sft.model.directory == base and cfg.sft.data.template == template
     assert cfg.in_workdir(tmp_path).evaluation.base == base
+
+
+def test_with_adapters_no_stage_trains_all_weights_and_the_policys_are_there_once():
+    cfg = recipe("huatuogpt_7b_lora")
+    assert cfg.sft.model.lora == cfg.reward.model.lora == cfg.ppo.model.lora == cfg.ppo.value.lora
+    assert cfg.sft.model.lora is not None and cfg.ppo.value.start == "shared"
+    assert cfg.sft.batch_size == recipe("huatuogpt_7b").sft.batch_size
 
 
 def test_the_papers_settings_of_fine_tuning_stand_in_the_cards():
