@@ -212,7 +212,7 @@ def test_what_is_sent_depends_on_the_kind():
 
 @pytest.mark.parametrize(("step", "turns"), [(1, 5), (2, 3), (5, 1)])
 def test_a_loop_whose_counter_goes_in_steps_has_fewer_turns(step, turns):
-    module = parse(STEPPED.replace("STEP", str(step)))
+    module = hlo.parse(STEPPED.replace("STEP", str(step)))
     assert {loop.trips for place in module.places for loop in place.loops} == {turns}
 
 
