@@ -15,11 +15,11 @@ weight decay 0.1 off norms and biases, gradients clipped to norm 1, all weights 
 compute, layers recomputed in the backward pass. Different from the paper: rows are packed, so a
 step holds more dialogues than 128, and there are fewer steps; `--config.sft.data.packed=False`
 gives one dialogue a row.
-Hardware: 8 GPUs of 80 GB, or a TPU slice v5e:8x8. In fine-tuning, weights, gradients and optimizer
-take 16 bytes a parameter, 112 GB over all devices; in PPO policy and critic both do, and reference
-and reward model 2 bytes each, 252 GB. Answers are generated with the weights split over eight
-devices (`ppo.rollout.mesh`, `answers.mesh`, `evaluation.mesh`), whose number must be a multiple of
-that; on fewer, `--config.ppo.rollout.mesh.tensor=4` and so on.
+Hardware, as `launch/compile.py` found it (all cards: README): on a TPU slice v5e:8x8 a chip holds
+6.5 GiB of its 15.75 in fine-tuning, 6.2 with the reward model and 8.5 in PPO. Fine-tuning reaches a
+utilisation of 64 % at most, 193,000 tokens/s: 90 minutes for a billion tokens, and no less. An
+iteration of PPO takes 16 s at least, all 400 of them under two hours. On a host of 8 H100s: 25.5,
+44.3 and 47.2 GiB of 72.8; 79 %, 148,000 tokens/s; 24 s. Real runs take longer: count on twice that.
 """
 
 from ml_collections import ConfigDict

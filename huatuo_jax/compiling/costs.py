@@ -17,9 +17,9 @@ from huatuo_jax.compiling.kernels import attention_flops, cublas_flops
 
 # They move nothing: their values are others', or nothing at run time.
 _FREE = frozenset(
-    "parameter constant tuple get-tuple-element bitcast while conditional call after-all iota "
-    "partition-id replica-id opt-barrier async-start async-update async-done copy-done "
-    "slice-done dynamic-slice-done".split()
+    "parameter constant tuple get-tuple-element bitcast while conditional call call-start "
+    "call-done after-all iota partition-id replica-id opt-barrier async-start async-update "
+    "async-done copy-done slice-done dynamic-slice-done".split()
 ) | {f"{kind}-done" for kind in KINDS}
 _MOVES_NOTHING = (
     "AllocateBuffer",

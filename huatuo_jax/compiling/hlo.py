@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 _ELEMENT = re.compile(r"\bindex=(\d+)")
 _HEADER = re.compile(r"(ENTRY )?%?([\w.-]+) \(.*\) -> .* \{$")
+# What follows the bracket says which cores a computation runs on, if not the main ones.
+_END = re.compile(r'\}(, execution_thread="[^"]*")?$')
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.-]+) = (.*)$")
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](\{[^{}]*\})?")
 _NAME = re.compile(r"%([\w.-]+)")
@@ -157,7 +159,7 @@ class Module:
                 names += [
                     name for key in ("true", "false") if (name := one.called(f"{key}_computation"))
                 ]
-            elif one.opcode in ("fusion", "async-start", "call"):
+            elif one.opcode in ("fusion", "async-start", "call", "call-start"):
                 names = [name for key in ("calls", "to_apply") if (name := one.called(key))]
             for name in names:
                 yield from self._below(
@@ -206,7 +208,9 @@ def parse(text: str) -> Module:
                 current = Computation(header[2], {})
                 computations[header[2]] = current
                 entry = current if header[1] else entry
-        elif line == "}":
+        elif line.startswith(
+            "}"
+        ):  # What follows says which cores it runs on, if not the main ones.
             current = None
         elif found := _INSTRUCTION.match(line):
             one = _instruction(found[2], found[3], is_root=bool(found[1]))
@@ -219,7 +223,13 @@ def _whole_lines(text: str) -> list[str]:
     """Lines, put together where the metadata of a kernel goes on in the next one."""
     lines: list[str] = []
     for line in text.splitlines():
-        if lines and lines[-1].startswith("  ") and line and line != "}" and line[0] != " ":
+        if (
+            lines
+            and lines[-1].startswith("  ")
+            and line
+            and line[0] != " "
+            and not _END.match(line)
+        ):
             lines[-1] += line
         else:
             lines.append(line)

@@ -210,6 +210,17 @@ def test_what_is_sent_depends_on_the_kind():
     assert sent("all-to-all") == 150  # Three quarters of a device's own 200.
 
 
+def test_what_runs_on_other_cores_is_read_and_ends_where_it_ends():
+    module = hlo.parse(OFFLOADED)
+    assert set(module.computations) == {"elsewhere", "after", "main"}
+    assert [one.opcode for one in module.computations["elsewhere"].instructions.values()] == [
+        "parameter",
+        "copy",
+    ]
+    # Read and written by the copy, by the sum; starting it moves nothing.
+    assert costs_of(module).memory_bytes == 4 * 8
+
+
 @pytest.mark.parametrize(("step", "turns"), [(1, 5), (2, 3), (5, 1)])
 def test_a_loop_whose_counter_goes_in_steps_has_fewer_turns(step, turns):
     module = hlo.parse(STEPPED.replace("STEP", str(step)))
@@ -253,6 +264,26 @@ ENTRY %main (p: f32[2]) -> (s32[], f32[2]) {
   %zero = s32[] constant(0)
   %t = (s32[], f32[2]{0}) tuple(%zero, %p)
   ROOT %w = (s32[], f32[2]{0}) while(%t), condition=%inner_below, body=%micro_batches
+}
+"""
+
+OFFLOADED = """HloModule offloaded
+
+%elsewhere (q: f32[2]) -> f32[2] {
+  %q = f32[2]{0} parameter(0)
+  ROOT %copied = f32[2]{0} copy(%q)
+}, execution_thread="sparsecore"
+
+%after (r: f32[2]) -> f32[2] {
+  %r = f32[2]{0} parameter(0)
+  ROOT %twice = f32[2]{0} add(%r, %r)
+}
+
+ENTRY %main (p: f32[2]) -> f32[2] {
+  %p = f32[2]{0} parameter(0)
+  %start = ((f32[2]{0}), f32[2]{0}, u32[]{:S(8)}) call-start(%p), to_apply=%elsewhere
+  %done = f32[2]{0} call-done(%start)
+  ROOT %sum = f32[2]{0} fusion(%done), kind=kLoop, calls=%after
 }
 """
 
