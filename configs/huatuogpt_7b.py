@@ -19,7 +19,8 @@ Hardware, as `launch/compile.py` found it (all cards: README): on a TPU slice v5
 6.5 GiB of its 15.75 in fine-tuning, 6.2 with the reward model and 8.5 in PPO. Fine-tuning reaches a
 utilisation of 64 % at most, 193,000 tokens/s: 90 minutes for a billion tokens, and no less. An
 iteration of PPO takes 16 s at least, all 400 of them under two hours. On a host of 8 H100s: 25.5,
-44.3 and 47.2 GiB of 72.8; 79 %, 148,000 tokens/s; 24 s. Real runs take longer: count on twice that.
+44.3 and 47.2 GiB of 72.8; 79 %, 148,000 tokens/s; 24 s. On v5p:2x2x2 (v5p-16): 34.5, 58.1 and 52.2
+of 94.8; 78 %, 68,000 tokens/s. Real runs take longer: count on twice that.
 """
 
 from ml_collections import ConfigDict
