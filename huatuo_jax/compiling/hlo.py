@@ -208,9 +208,7 @@ def parse(text: str) -> Module:
                 current = Computation(header[2], {})
                 computations[header[2]] = current
                 entry = current if header[1] else entry
-        elif line.startswith(
-            "}"
-        ):  # What follows says which cores it runs on, if not the main ones.
+        elif _END.match(line):
             current = None
         elif found := _INSTRUCTION.match(line):
             one = _instruction(found[2], found[3], is_root=bool(found[1]))

@@ -43,7 +43,7 @@ class Buckets:
         prefill = row_lengths(max_length)
         rows, pages_per_row = slots // shards, -(-max_length // page_size)
         # A page for every other slot is the least: below it, reading the weights takes longer.
-        pages = _ladder(max(rows // 2, 1), rows * pages_per_row)
+        pages = ladder(max(rows // 2, 1), rows * pages_per_row)
         steps = [rows]
         while narrow and steps[-1] // 4 >= _FEWEST_ROWS:
             steps.append(steps[-1] // 4)
@@ -75,7 +75,7 @@ class Buckets:
 
 def row_lengths(max_length: int) -> tuple[int, ...]:
     """The lengths that rows of tokens are padded to, so that few programs are compiled."""
-    return _ladder(_SHORTEST_PREFILL, max_length)
+    return ladder(_SHORTEST_PREFILL, max_length)
 
 
 def bucket_of(size: int, buckets: tuple[int, ...]) -> int:
@@ -83,7 +83,8 @@ def bucket_of(size: int, buckets: tuple[int, ...]) -> int:
     return buckets[min(bisect.bisect_left(buckets, size), len(buckets) - 1)]
 
 
-def _ladder(first: int, last: int) -> tuple[int, ...]:
+def ladder(first: int, last: int) -> tuple[int, ...]:
+    """Sizes from the first up to the last: its doubles, and one and a half times each."""
     sizes, size = {last}, first
     while size < last:
         sizes |= {size, min(size * 3 // 2, last)}

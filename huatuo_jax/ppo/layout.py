@@ -13,12 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from huatuo_jax.data.packing import best_fit_rows
-from huatuo_jax.generation.buckets import bucket_of
+from huatuo_jax.generation.buckets import bucket_of, ladder
 
 Rows = dict[str, npt.NDArray[Any]]
 Numbers = npt.NDArray[np.int64]
-
-_STEPS = 2  # Sizes from a power of two to the next: at most a third of the rows is empty.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,16 +140,6 @@ def row_counts(minibatch_size: int, *, rows_at_once: int, shards: int) -> tuple[
         rows_at_once: of a micro-batch, which divides it.
         shards: of the mesh, which divide a micro-batch.
     """
-    few = {shards * size for size in _sizes(rows_at_once // shards)}
-    many = {rows_at_once * size for size in _sizes(minibatch_size // rows_at_once)}
+    few = {shards * size for size in ladder(1, rows_at_once // shards)}
+    many = {rows_at_once * size for size in ladder(1, minibatch_size // rows_at_once)}
     return tuple(sorted(few | many))
-
-
-def _sizes(largest: int) -> set[int]:
-    """The largest, and of what is below it two for each power of two."""
-    sizes = {largest}
-    step = 1
-    while step <= largest:
-        sizes |= {size * step for size in range(1, 2 * _STEPS) if size * step < largest}
-        step *= 2
-    return sizes

@@ -97,11 +97,7 @@ def curves(run: Run) -> str:
             svg = plots.curves(lines, name=f"{stage}-{name}", x="step", y=name)
             drawn.append((svg, caption))
     for name, label, caption in (
-        (
-            "score",
-            "score",
-            "PPO: mean score of the answers by the reward model.",
-        ),
+        ("score", "score", "PPO: mean score of the answers by the reward model."),
         ("kl_per_sequence", "KL (nats an answer)", "PPO: KL divergence from the SFT model."),
         ("response_length", "tokens", "PPO: mean length of the policy's answers."),
         ("sampled_entropy", "nats a token", "PPO: entropy of the policy."),
