@@ -2,7 +2,7 @@
 
 Prompts and answers differ much in length. A row has room for the longest that may be, and holds as
 many others as fit: each a segment of its own, with positions from 0, as `data.packing` has it. Rows
-come in few numbers, and in one width, as each shape is compiled.
+come in few numbers, and in one width or two, as each shape is compiled.
 """
 
 import dataclasses
@@ -86,17 +86,30 @@ class Layout:
 
 
 def packed_layout(
-    numbers_n: Numbers, lengths_n: Numbers, *, width: int, row_counts: tuple[int, ...]
+    numbers_n: Numbers,
+    lengths_n: Numbers,
+    *,
+    width: int,
+    narrow: int,
+    row_counts: tuple[int, ...],
 ) -> Layout:
     """Answers packed into as few rows as they need, and then some that nothing stands in.
+
+    A mesh of many devices wants more rows than short answers need. Narrow ones are taken there if
+    they come to fewer slots.
 
     Args:
         numbers_n: of the answers in the rollout.
         lengths_n: tokens of each.
         width: of a row; none is longer.
+        narrow: another width, which none is longer than either.
         row_counts: numbers of rows to choose from; the largest is enough for an answer a row.
     """
     rows_n, num_rows = best_fit_rows(lengths_n, width)
+    if num_rows < row_counts[0]:
+        narrow_rows_n, num_narrow = best_fit_rows(lengths_n, narrow)
+        if bucket_of(num_narrow, row_counts) * narrow < row_counts[0] * width:
+            rows_n, num_rows, width = narrow_rows_n, num_narrow, narrow
     # Within a row they stand in the order of the minibatch.
     order = np.argsort(rows_n, kind="stable")
     is_first = np.append(True, np.diff(rows_n[order]) > 0)

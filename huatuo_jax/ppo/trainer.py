@@ -121,11 +121,15 @@ class Trainer:
         cfg, iteration = self.cfg, int(state.iteration)
         order = permutation(cfg.rollout.num_answers, "rows", cfg.seed, iteration, epoch)
         lengths_N = rollout.rows["segment_ids"].sum(axis=1, dtype=np.int64)
-        make = functools.partial(plain_layout, width=rollout.rows["segment_ids"].shape[1])
+        width = rollout.rows["segment_ids"].shape[1]
+        make = functools.partial(plain_layout, width=width)
         if cfg.packed:
-            shards = batch_shards(self.mesh)
-            counts = row_counts(cfg.minibatch_size, rows_at_once=cfg.rows_at_once, shards=shards)
-            make = functools.partial(packed_layout, width=cfg.max_length, row_counts=counts)
+            counts = row_counts(
+                cfg.minibatch_size, rows_at_once=cfg.rows_at_once, shards=batch_shards(self.mesh)
+            )
+            make = functools.partial(
+                packed_layout, width=cfg.max_length, narrow=width, row_counts=counts
+            )
         numbers = np.split(order, cfg.num_minibatches)
         return [make(numbers_n, lengths_N[numbers_n]) for numbers_n in numbers]
 

@@ -25,7 +25,9 @@ def _rollout(seed=0, answers=20):
 
 
 def _layout(lengths_N, numbers_n, *, counts=tuple(range(1, 21))):
-    return packed_layout(numbers_n, lengths_N[numbers_n], width=WIDTH, row_counts=counts)
+    return packed_layout(
+        numbers_n, lengths_N[numbers_n], width=WIDTH, narrow=WIDTH, row_counts=counts
+    )
 
 
 def test_every_token_is_in_the_minibatch_once_and_comes_back_to_its_place():
@@ -74,6 +76,24 @@ def test_the_plain_layout_is_the_rollout_itself():
     packed = plain_layout(numbers_n, lengths_N[numbers_n], width=WIDTH).pack(rollout)
     for name, array_NT in rollout.items():
         np.testing.assert_array_equal(packed[name], array_NT[numbers_n])
+
+
+@pytest.mark.parametrize(
+    ("length", "shards", "width", "num_rows"),
+    [
+        (5, 8, 8, 16),  # Of the 8 wide rows that the mesh wants at least, 2 would be needed.
+        (5, 1, 64, 2),  # A wide row can be had for itself.
+        (33, 8, 64, 16),  # As many wide rows as the mesh wants.
+    ],
+)
+def test_narrow_rows_are_taken_where_a_mesh_wants_more_rows_than_short_answers_need(
+    length, shards, width, num_rows
+):
+    lengths_n = np.full(16, length)
+    counts = row_counts(16, rows_at_once=16, shards=shards)
+    narrow = 8 if length <= 8 else 48
+    layout = packed_layout(np.arange(16), lengths_n, width=64, narrow=narrow, row_counts=counts)
+    assert (layout.width, layout.num_rows) == (width, num_rows)
 
 
 @pytest.mark.parametrize(
