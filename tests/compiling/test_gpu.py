@@ -2,16 +2,10 @@
 
 import importlib.util
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import pytest
 
-from tests.compiling.small import BACKBONE
-
-ROOT = pathlib.Path(__file__).resolve().parents[2]
+from tests.compiling.small import BACKBONE, compile_small, figures_of, matmul_flops_per_token
 
 pytestmark = [
     pytest.mark.slow,
@@ -24,27 +18,9 @@ pytestmark = [
 ROWS, LENGTH, DEVICES = 32, 512, 8
 
 
-def run(*arguments):
-    """The command in a process of its own, with none of the tests' settings of XLA."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
-    kept.pop("XLA_FLAGS", None)
-    return subprocess.run(
-        [sys.executable, "launch/compile.py", "--config=tests/compiling/small.py", *arguments],
-        cwd=ROOT,
-        env=kept | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
 @pytest.fixture(scope="module")
 def figures(tmp_path_factory):
-    path = tmp_path_factory.mktemp("compiled") / "figures.json"
-    found = run(f"--topology=h100:{DEVICES}", f"--output={path}")
-    assert found.returncode == 0, found.stderr
-    assert "fits" in found.stdout and "roofline" in found.stdout
-    return json.loads(path.read_text())
+    return figures_of(f"h100:{DEVICES}", tmp_path_factory.mktemp("compiled") / "figures.json")
 
 
 def test_attention_is_cudnns(figures):
@@ -56,15 +32,8 @@ def test_attention_is_cudnns(figures):
 
 def test_matrix_products_are_those_of_forward_recomputation_and_backward(figures):
     cfg = BACKBONE
-    heads = cfg.num_heads + 2 * cfg.num_kv_heads
-    qkv = cfg.hidden_size * heads * cfg.head_dim
-    output = cfg.num_heads * cfg.head_dim * cfg.hidden_size
-    gate_up, down = (n * cfg.hidden_size * cfg.intermediate_size for n in (2, 1))
-    # As on TPUs (test_tpu.py): the last product of a layer is not computed again.
-    layer = 8 * (qkv + output + gate_up) + 6 * down
-    per_token = cfg.num_layers * layer + 8 * cfg.hidden_size * cfg.vocab_size
     flops = figures["programs"][0]["flops"]
-    assert flops["compiled_matmul_per_device"] == per_token * ROWS * LENGTH / DEVICES
+    assert flops["compiled_matmul_per_device"] == matmul_flops_per_token() * ROWS * LENGTH / DEVICES
     pairs = ROWS * LENGTH * (LENGTH + 1) / 2
     formula = 12 * cfg.num_layers * cfg.num_heads * cfg.head_dim * pairs / DEVICES
     # Two products forward, which runs twice, and five backward, where the formula counts six.
@@ -77,7 +46,7 @@ def test_the_state_is_written_in_place_of_the_one_that_is_given(figures):
 
 
 def test_what_is_too_large_ends_with_its_buffers_advice_and_code_1():
-    found = run(
+    found = compile_small(
         "--topology=h200:1",
         "--config.sft.batch_size=8192",
         "--config.sft.micro_batch_size=8192",
@@ -90,7 +59,7 @@ def test_what_is_too_large_ends_with_its_buffers_advice_and_code_1():
 
 def test_two_hosts_send_through_their_network(figures, tmp_path):
     path = tmp_path / "figures.json"
-    found = run(f"--topology=h100:{DEVICES // 2}", "--num_slices=2", f"--output={path}")
+    found = compile_small(f"--topology=h100:{DEVICES // 2}", "--num_slices=2", f"--output={path}")
     assert found.returncode == 0, found.stderr
     one_host, two_hosts = (
         one["programs"][0]["roofline"]["interconnect_s"]

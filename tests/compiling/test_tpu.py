@@ -1,17 +1,10 @@
 """A small model compiled for a TPU slice by the command, on a machine without one."""
 
 import importlib.util
-import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import pytest
 
-from tests.compiling.small import BACKBONE
-
-ROOT = pathlib.Path(__file__).resolve().parents[2]
+from tests.compiling.small import BACKBONE, compile_small, figures_of, matmul_flops_per_token
 
 pytestmark = [
     pytest.mark.slow,
@@ -23,27 +16,10 @@ pytestmark = [
 ROWS, LENGTH = 32, 512
 
 
-def run(*arguments):
-    """The command in a process of its own: libtpu is loaded once in each."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
-    kept.pop("XLA_FLAGS", None)
-    return subprocess.run(
-        [sys.executable, "launch/compile.py", "--config=tests/compiling/small.py", *arguments],
-        cwd=ROOT,
-        env=kept | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
 @pytest.fixture(scope="module")
 def figures(tmp_path_factory):
-    path = tmp_path_factory.mktemp("compiled") / "figures.json"
-    found = run("--topology=v5e:2x2", f"--output={path}")
-    assert found.returncode == 0, found.stderr
-    assert "fits" in found.stdout and "roofline" in found.stdout
-    (program,) = json.loads(path.read_text())["programs"]
+    found = figures_of("v5e:2x2", tmp_path_factory.mktemp("compiled") / "figures.json")
+    (program,) = found["programs"]
     return program
 
 
@@ -62,12 +38,8 @@ def test_matrix_products_are_those_of_forward_recomputation_and_backward(figures
     qkv = cfg.hidden_size * heads * cfg.head_dim
     output = cfg.num_heads * cfg.head_dim * cfg.hidden_size
     gate_up, down = (n * cfg.hidden_size * cfg.intermediate_size for n in (2, 1))
-    # Forward 2, backward 4 and recomputed 2 a parameter, but for the last product of a layer, whose
-    # result the backward pass has no use for; the head is recomputed too.
-    layer = 8 * (qkv + output + gate_up) + 6 * down
-    per_token = cfg.num_layers * layer + 8 * cfg.hidden_size * cfg.vocab_size
     tokens = ROWS * LENGTH
-    assert figures["flops"]["compiled_matmul_per_device"] == per_token * tokens / 4
+    assert figures["flops"]["compiled_matmul_per_device"] == matmul_flops_per_token() * tokens / 4
     model = cfg.num_layers * 6 * (qkv + output + gate_up + down)
     model += 6 * cfg.hidden_size * cfg.vocab_size
     pairs = ROWS * LENGTH * (LENGTH + 1) / 2
@@ -88,7 +60,7 @@ def test_arguments_are_weights_and_two_moments(figures):
 
 
 def test_what_is_too_large_ends_with_its_buffers_advice_and_code_1():
-    found = run(
+    found = compile_small(
         "--topology=v5e:2x2",
         "--config.sft.batch_size=4096",
         "--config.sft.micro_batch_size=4096",
