@@ -84,7 +84,8 @@ def test_the_reference_is_the_policy_before_the_first_step_and_then_is_not(passe
 
 @pytest.mark.parametrize("temperature", [pytest.param(0.7, marks=pytest.mark.slow), 1.3])
 def test_at_every_temperature_the_kl_starts_at_0_and_the_sampler_agrees(temperature, tmp_path):
-    cfg = config(rollout={"temperature": temperature}, lora=LORA)
+    # Of so many answers some hold a token that is not the likeliest, cold as they are.
+    cfg = config(rollout={"temperature": temperature, "num_prompts": 64}, lora=LORA)
     trainer, state = _opened(cfg, tmp_path)
     rollout = trainer._sample(state)
     scores_N = trainer.scorer.scores(rollout.given())
