@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
@@ -117,16 +118,46 @@ def write_step(layers: Layers, new: Layers, pages: Pages, positions_B: jax.Array
         pages: who owns what.
         positions_B: int32.
     """
+    write = _write_in_turn if sharding.platform_in_use() == "tpu" else _write_at_once
 
-    def write_layer(pool_PKSH: jax.Array, new_B1KH: jax.Array) -> jax.Array:
-        pages_B, offsets_B = _places(pages, positions_B, page_size=pool_PKSH.shape[2])
-        new_BKH = new_B1KH[:, 0].astype(pool_PKSH.dtype)
-        return pool_PKSH.at[pages_B, :, offsets_B].set(new_BKH, mode="drop")
+    def write_layers(pool: jax.Array, added: jax.Array) -> jax.Array:
+        pages_B, offsets_B = _places(pages, positions_B, page_size=pool.shape[-2])
+        return write(pool, added.squeeze(-3).astype(pool.dtype), pages_B, offsets_B)
 
-    def write(array: jax.Array, added: jax.Array) -> jax.Array:
-        return (jax.vmap(write_layer) if array.ndim == 5 else write_layer)(array, added)
+    return jax.tree.map(write_layers, layers, new)
 
-    return jax.tree.map(write, layers, new)
+
+def _write_at_once(
+    pool: jax.Array, new: jax.Array, pages_B: jax.Array, offsets_B: jax.Array
+) -> jax.Array:
+    """Puts `[..., B, K, H]` into pages `[..., P, K, S, H]`; a page past the last is none."""
+    if pool.ndim == 5:
+        return jax.vmap(_write_at_once, in_axes=(0, 0, None, None))(pool, new, pages_B, offsets_B)
+    return pool.at[pages_B, :, offsets_B].set(new, mode="drop")
+
+
+def _write_in_turn(
+    pool: jax.Array, new: jax.Array, pages_B: jax.Array, offsets_B: jax.Array
+) -> jax.Array:
+    """The same row after row, for TPUs.
+
+    For a scatter, XLA:TPU (libtpu 0.0.42) would lay all pages out anew before each step and after
+    it, as it lays a token's layers beside each other; hence the fixed layout, which is also that
+    of the cache between programs.
+    """
+    as_it_lies = Layout(tuple(range(pool.ndim)))
+    last = pool.shape[-4] - 1
+
+    def write_row(row: jax.Array, pool: jax.Array) -> jax.Array:
+        page, offset = jnp.minimum(pages_B[row], last), offsets_B[row]
+        start: list[Any] = [0] * (pool.ndim - 4) + [page, 0, offset, 0]
+        new_1K1H = jax.lax.dynamic_slice_in_dim(new, row, 1, new.ndim - 3)[..., None, :]
+        old_1K1H = jax.lax.dynamic_slice(pool, start, new_1K1H.shape)
+        new_1K1H = jnp.where(pages_B[row] <= last, new_1K1H, old_1K1H)
+        pool = with_layout_constraint(pool, as_it_lies)
+        return jax.lax.dynamic_update_slice(pool, new_1K1H, start)
+
+    return jax.lax.fori_loop(0, len(pages_B), write_row, pool)
 
 
 def write_tokens(

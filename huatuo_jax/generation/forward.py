@@ -3,9 +3,12 @@
 Layers come stacked, and are scanned, or as a tuple, and are written out one after another. The
 first compiles as fast for many layers as for one; the second reads every weight and key where it
 lies, which on CPU spares a copy of each in every step.
+
+In a step, a tuple's layers take their new keys in before they are read, in place. Stacked ones
+are only read by the scan, which would copy a whole layer to write into it: all their new keys are
+put in after it.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -72,34 +75,22 @@ def decode(
     """
     rows = _rows(model, positions_B[:, None])
     split = isinstance(cache.keys, tuple)
-    attend_and_write = _on_shards(functools.partial(_attend_to_pages, cfg=model.cfg))
+    memory = (cache.keys, cache.values)
+    attend_to_pages = _attending(model.cfg)
 
     def attend(
         q: jax.Array, k: jax.Array, v: jax.Array, memory: KeysValues
     ) -> tuple[jax.Array, KeysValues]:
-        attended_B1NH, written = attend_and_write(
-            q, (k, v), memory, pages, positions_B, slopes(model.cfg)
-        )
-        # A scan would copy whole layers of the stacked cache out: it hands back what is new.
-        return attended_B1NH, written if split else (k, v)
+        own: KeysValues | None = (k, v)
+        if split:
+            memory, own = _written(memory, (k, v), pages, positions_B), None
+        attended = attend_to_pages(q, own, memory, pages, positions_B, slopes(model.cfg))
+        return attended, memory if split else (k, v)
 
     hidden_B1D = _apply_outer(model, variables, tokens_B[:, None], method="embed")
-    hidden_B1D, (keys, values) = _through_layers(
-        model, variables, hidden_B1D, rows, attend, (cache.keys, cache.values)
-    )
+    hidden_B1D, (keys, values) = _through_layers(model, variables, hidden_B1D, rows, attend, memory)
     if not split:
-        memory = (cache.keys, cache.values)
-        write = caches.on_shards(
-            caches.write_step,
-            in_specs=(
-                caches.layer_specs(memory, caches.PAGES_SPEC),
-                caches.layer_specs(memory, caches.HEADS_SPEC),
-                caches.ROWS_SPEC,
-                caches.ROWS_SPEC,
-            ),
-            out_specs=caches.layer_specs(memory, caches.PAGES_SPEC),
-        )
-        keys, values = write(memory, (keys, values), pages, positions_B)
+        keys, values = _written(memory, (keys, values), pages, positions_B)
     write_tokens = caches.on_shards(
         caches.write_tokens, in_specs=(caches.ROWS_SPEC,) * 4, out_specs=caches.ROWS_SPEC
     )
@@ -109,36 +100,45 @@ def decode(
     return logits_B1V[:, 0], Cache(keys, values, tokens_PS)
 
 
-def _attend_to_pages(
-    q_B1NH: jax.Array,
-    new: KeysValues,
-    memory: KeysValues,
-    pages: Pages,
-    positions_B: jax.Array,
-    alibi_slopes_N: jax.Array | None,
-    *,
-    cfg: BackboneConfig,
-) -> tuple[jax.Array, KeysValues]:
-    """What each row's query gathers, its own key and value included, and the pages with these."""
-    keys, values = caches.write_step(memory, new, pages, positions_B)
-    attended_BNH = attend_pages(
-        q_B1NH[:, 0],
-        keys,
-        values,
-        pages,
-        positions_B,
-        sliding_window=cfg.sliding_window,
-        alibi_slopes_N=alibi_slopes_N,
-    )
-    return attended_BNH[:, None].astype(q_B1NH.dtype), (keys, values)
+def _attending(cfg: BackboneConfig) -> Callable[..., jax.Array]:
+    """What each row's query gathers, `[B, 1, N, H]`, from pages on its own shard.
 
+    Queries, keys and slopes are split by heads, the rest by rows.
+    """
 
-def _on_shards(attend: Callable[..., Any]) -> Callable[..., Any]:
-    """The above on each shard: queries, keys and slopes are split by heads, the rest by rows."""
+    def attend(
+        q_B1NH: jax.Array,
+        own: KeysValues | None,
+        memory: KeysValues,
+        pages: Pages,
+        positions_B: jax.Array,
+        alibi_slopes_N: jax.Array | None,
+    ) -> jax.Array:
+        attended_BNH = attend_pages(
+            q_B1NH[:, 0],
+            None if own is None else (own[0][:, 0], own[1][:, 0]),
+            *memory,
+            pages,
+            positions_B,
+            sliding_window=cfg.sliding_window,
+            alibi_slopes_N=alibi_slopes_N,
+        )
+        return attended_BNH[:, None].astype(q_B1NH.dtype)
+
     heads, pool, rows = caches.HEADS_SPEC, caches.PAGES_SPEC, caches.ROWS_SPEC
     return caches.on_shards(
-        attend, in_specs=(heads, heads, pool, rows, rows, P("tensor")), out_specs=(heads, pool)
+        attend, in_specs=(heads, heads, pool, rows, rows, P("tensor")), out_specs=heads
     )
+
+
+def _written(
+    memory: tuple[Any, Any], new: tuple[Any, Any], pages: Pages, positions_B: jax.Array
+) -> tuple[Any, Any]:
+    """Keys and values with each row's new ones, of one layer or of all."""
+    pool = caches.layer_specs(memory, caches.PAGES_SPEC)
+    heads, rows = caches.layer_specs(new, caches.HEADS_SPEC), caches.ROWS_SPEC
+    write = caches.on_shards(caches.write_step, in_specs=(pool, heads, rows, rows), out_specs=pool)
+    return write(memory, new, pages, positions_B)
 
 
 def _rows(model: Transformer, positions_BT: jax.Array) -> Rows:

@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from huatuo_jax import sharding
 from huatuo_jax.backbone.block_attention import attend_block
+from huatuo_jax.generation import cache as caches
 from huatuo_jax.generation.page_table import PageTable
 from huatuo_jax.generation.paged_attention import attend_pages
 
@@ -50,23 +52,32 @@ def shuffled_table(seed, num_pages=40):
     return table.pages
 
 
-def gathered(pages, num_pages, window, slopes, dtype=np.float32):
+def gathered(pages, num_pages, window, slopes, dtype=np.float32, *, apart=False):
+    """`apart` gives the keys and values of the queries apart; the pages hold others then."""
     queries, keys, values = rows_of_keys()
+    last = np.arange(len(LENGTHS)), np.maximum(LENGTHS - 1, 0)
+    own = None
+    if apart:
+        own = tuple(jnp.asarray(rows[last], dtype) for rows in (keys, values))
+        keys[last], values[last] = 1e4, 1e4
     pools = (in_pages(rows, pages, num_pages) for rows in (keys, values))
-    arrays = (jnp.asarray(array, dtype) for array in (queries, *pools))
+    queries, *pools = (jnp.asarray(array, dtype) for array in (queries, *pools))
     return np.asarray(
         jax.jit(attend_pages, static_argnames="sliding_window")(
-            *arrays,
+            queries,
+            own,
+            *pools,
             pages,
-            jnp.asarray(np.maximum(LENGTHS - 1, 0)),
+            jnp.asarray(last[1]),
             sliding_window=window,
             alibi_slopes_N=slopes,
         )
     )
 
 
+@pytest.mark.parametrize("apart", [False, True], ids=["own in pages", "own apart"])
 @pytest.mark.parametrize("case", CASES)
-def test_rows_gather_from_pages_what_they_gather_from_whole_rows(case):
+def test_rows_gather_from_pages_what_they_gather_from_whole_rows(case, apart):
     window, slopes = CASES[case]
     queries, keys, values = rows_of_keys()
     expected = attend_block(
@@ -80,17 +91,18 @@ def test_rows_gather_from_pages_what_they_gather_from_whole_rows(case):
         sliding_window=window,
         alibi_slopes_N=None if slopes is None else jnp.asarray(slopes),
     )[:, 0]
-    found = gathered(shuffled_table(1), 40, window, slopes)
+    found = gathered(shuffled_table(1), 40, window, slopes, apart=apart)
     owned = LENGTHS > 0
     np.testing.assert_allclose(found[owned], np.asarray(expected)[owned], rtol=2e-5, atol=2e-6)
     assert np.isfinite(found).all()
 
 
-def test_what_rows_gather_is_the_same_to_the_bit_wherever_their_pages_lie():
+@pytest.mark.parametrize("apart", [False, True], ids=["own in pages", "own apart"])
+def test_what_rows_gather_is_the_same_to_the_bit_wherever_their_pages_lie(apart):
     window, slopes = CASES["window and alibi"]
     first, second = shuffled_table(1), shuffled_table(2)
     assert not np.array_equal(first.table_BM, second.table_BM)
-    found = [gathered(pages, 40, window, slopes) for pages in (first, second)]
+    found = [gathered(pages, 40, window, slopes, apart=apart) for pages in (first, second)]
     np.testing.assert_array_equal(*(array[LENGTHS > 0] for array in found))
 
 
@@ -101,3 +113,25 @@ def test_sums_over_16_bit_pages_are_those_of_32_bit():
     assert narrow.dtype == jnp.bfloat16
     owned = LENGTHS > 0
     np.testing.assert_allclose(narrow[owned].astype(np.float32), wide[owned], atol=0.15)
+
+
+@pytest.mark.parametrize("stacked", [True, False], ids=["stacked", "one layer"])
+def test_a_step_writes_each_rows_keys_at_its_place_and_nothing_else(stacked, monkeypatch):
+    layers = 3 if stacked else 1
+    generator = np.random.default_rng(1)
+    pages, positions = shuffled_table(4), np.array([1, 16, 5, 0, 23, 11])
+    pool = generator.normal(size=(layers, 40, KV_HEADS, PAGE, WIDTH)).astype(np.float32)
+    new = generator.normal(size=(layers, len(LENGTHS), 1, KV_HEADS, WIDTH)).astype(np.float32)
+    expected = pool.copy()
+    for row, position in enumerate(positions):
+        if LENGTHS[row] > 0:  # The free row has no page.
+            page = pages.table_BM[row, position // PAGE]
+            expected[:, page, :, position % PAGE] = new[:, row, 0]
+    if not stacked:
+        pool, new, expected = pool[0], new[0], expected[0]
+    for platform in ("cpu", "tpu"):  # Each has its own way, which any of them can go.
+        monkeypatch.setattr(sharding, "platform_in_use", lambda platform=platform: platform)
+        found = jax.jit(lambda *arguments: caches.write_step(*arguments))(
+            jnp.asarray(pool), jnp.asarray(new), pages, jnp.asarray(positions)
+        )
+        np.testing.assert_array_equal(found, expected)
