@@ -152,6 +152,24 @@ def make_mesh(
     )
 
 
+def host_mesh() -> Mesh:
+    """A mesh of this host's CPU, for what needs its memory and not an accelerator's speed.
+
+    A whole model of 7B float32 parameters is larger than many an accelerator's memory.
+
+    Raises:
+        ValueError: jax was told to do without the CPU.
+    """
+    try:
+        devices = jax.local_devices(backend="cpu")
+    except RuntimeError as error:
+        raise ValueError(
+            "reading and exporting whole models needs the CPU beside the accelerator: leave "
+            "JAX_PLATFORMS unset, or add cpu to it"
+        ) from error
+    return make_mesh(devices=devices[:1])
+
+
 def mesh_sizes(num_devices: int, *, data: int, fsdp: int, tensor: int) -> dict[str, int]:
     """The size of each axis of a mesh of so many devices; -1 takes what is left.
 

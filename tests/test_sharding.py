@@ -119,6 +119,20 @@ def test_a_parameter_of_another_rank_than_its_rule_is_an_error():
         sharding.parameter_shardings(tree, sharding.make_mesh())
 
 
+def test_the_hosts_mesh_is_its_cpu_alone():
+    mesh = sharding.host_mesh()
+    assert mesh.size == 1 and mesh.devices.item() == jax.local_devices(backend="cpu")[0]
+
+
+def test_a_host_whose_cpu_jax_may_not_use_is_told_how_to_let_it(monkeypatch):
+    def without_cpu(**_):
+        raise RuntimeError("Unknown backend cpu")
+
+    monkeypatch.setattr(jax, "local_devices", without_cpu)
+    with pytest.raises(ValueError, match="leave JAX_PLATFORMS unset"):
+        sharding.host_mesh()
+
+
 def test_several_cpu_devices_never_run_a_program_from_the_compilation_cache(tmp_path):
     program = (
         "import jax; from huatuo_jax import sharding\n"

@@ -4,6 +4,7 @@ import pathlib
 
 from jax.typing import DTypeLike
 
+from huatuo_jax import sharding
 from huatuo_jax.checkpoint import verify as verification
 from huatuo_jax.checkpoint.hf_export import export_model
 from huatuo_jax.checkpoint.hf_load import Progress
@@ -22,6 +23,8 @@ def convert(
     on_progress: Progress | None = None,
 ) -> verification.Agreement | None:
     """Write a Hugging Face model as an Orbax directory of ours, or the other way round.
+
+    All of it is done in the host's memory, whatever accelerators there are.
 
     Args:
         source: a folder of either form, or a hub id.
@@ -46,7 +49,13 @@ def convert(
         raise ValueError("--verify: delta weights have no counterpart in transformers to compare")
     if verify:
         verification.check_can_verify(model)
-    params = load_params(model, dtype=dtype, delta_base=delta_base, on_progress=on_progress)
+    params = load_params(
+        model,
+        mesh=sharding.host_mesh(),
+        dtype=dtype,
+        delta_base=delta_base,
+        on_progress=on_progress,
+    )
     if to_orbax:
         save_orbax(
             params,

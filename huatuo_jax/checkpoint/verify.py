@@ -10,11 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from huatuo_jax import sharding
 from huatuo_jax.backbone.config import BackboneConfig, ComputeConfig
 from huatuo_jax.backbone.transformer import Transformer
 from huatuo_jax.checkpoint import tokenizer
 from huatuo_jax.checkpoint.hf_export_config import exported_layout
 from huatuo_jax.checkpoint.models import ModelInfo, load_params
+from huatuo_jax.sharding import OnMesh
 
 SAMPLE_TEXT = (
     "病人：医生您好，我这两天嗓子疼，有点低烧，需要吃药吗？ "
@@ -68,7 +70,7 @@ def check_can_verify(model: ModelInfo) -> None:
 
 
 def compare_with_transformers(model: ModelInfo, folder: pathlib.Path) -> Agreement:
-    """Run one text through both sides in float32, one model in memory at a time.
+    """Run one text through both sides in float32 on the CPU, one model in memory at a time.
 
     Args:
         model: our side, in either form.
@@ -137,16 +139,17 @@ def _run(model: Any, tokens_T: np.ndarray) -> np.ndarray:
 
 
 def _our_outputs(model: ModelInfo, tokens_T: np.ndarray, method: str) -> np.ndarray:
-    params = load_params(model, dtype=jnp.float32)
+    mesh = sharding.host_mesh()
+    params = load_params(model, mesh=mesh, dtype=jnp.float32)
     module = Transformer(model.cfg, ComputeConfig())
 
-    @jax.jit
     def forward(params: Mapping[str, Any], tokens_BT: jax.Array) -> jax.Array:
         hidden_BTD = module.apply({"params": params}, tokens_BT)
         return module.apply({"params": params}, hidden_BTD, method=method)
 
     with jax.default_matmul_precision("highest"):
-        return np.asarray(forward(params, jnp.asarray(tokens_T)[None, :])[0])
+        outputs = OnMesh(jax.jit(forward), mesh)(params, tokens_T[None, :])
+    return np.asarray(outputs[0])
 
 
 def _log_softmax(logits_TV: np.ndarray) -> np.ndarray:

@@ -6,6 +6,7 @@ from typing import Any
 
 from jax.typing import DTypeLike
 
+from huatuo_jax import sharding
 from huatuo_jax.atomic import writing_directory
 from huatuo_jax.checkpoint import models
 from huatuo_jax.checkpoint.hf_export import export_model
@@ -50,7 +51,7 @@ def export_reward_model(
     if info.head != "score":
         raise ValueError(f"{source}: this model has a token head, a reward model has a score head")
     normalization = load_normalization(info.folder)
-    params = models.load_params(info, dtype=dtype)
+    params = models.load_params(info, mesh=sharding.host_mesh(), dtype=dtype)
     with writing_directory(target, overwrite=overwrite) as folder:
         whole = folder / "model"
         export_model(

@@ -71,6 +71,8 @@ def check_inputs(cfg: RlaifConfig, workdir: str | os.PathLike[str], wanted: set[
         _check_prompts(
             "evaluation.prompts", cfg.evaluation, model, tokenizer, cfg.sft.data.template
         )
+    if "export" in wanted:
+        sharding.host_mesh()  # That would be late to learn.
     for name, section in (("sft", cfg.sft), ("reward", cfg.reward), ("ppo", cfg.ppo)):
         if name in wanted:
             rows = f"config.{name}.micro_batch_size"
