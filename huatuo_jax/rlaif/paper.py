@@ -134,7 +134,6 @@ def _sft(directory: str, template: str) -> SftConfig:
         ),
         num_epochs=3,
         batch_size=128,
-        micro_batch_size=64,
         compute=COMPUTE,
         loop=LoopConfig(evaluate_every=500, checkpoint_every=500),
     )
