@@ -19,6 +19,7 @@ _PUBLISHED = {
     "baichuan-inc/Baichuan-13B-Base": "baichuan_13b",
     "baichuan-inc/Baichuan2-7B-Base": "baichuan2_7b",
     "baichuan-inc/Baichuan2-13B-Base": "baichuan2_13b",
+    "IDEA-CCNL/Ziya-LLaMA-13B-Pretrain-v1": "ziya_llama_13b",
     "IDEA-CCNL/Ziya-LLaMA-13B-v1": "ziya_llama_13b",
     "FreedomIntelligence/HuatuoGPT-7B": "huatuogpt_7b",
     "FreedomIntelligence/HuatuoGPT-13b-delta": "huatuogpt_13b",

@@ -2,20 +2,27 @@
 
 from collections.abc import Callable, Sequence
 
+import jax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from huatuo_jax import sft
 from huatuo_jax.compiling.models import Architectures
 from huatuo_jax.compiling.ppo_programs import ppo_programs
 from huatuo_jax.compiling.programs import Devices, Program, attended_pairs
+from huatuo_jax.dpo import stage as dpo
+from huatuo_jax.dpo.config import DpoConfig
 from huatuo_jax.ppo import stage as ppo
 from huatuo_jax.reward import stage as reward
 from huatuo_jax.reward.config import RewardConfig
 from huatuo_jax.sft import SftConfig
 from huatuo_jax.training.evaluation import check_rows
-from huatuo_jax.training.initial_model import open_model
+from huatuo_jax.training.initial_model import InitialModel, open_model
 from huatuo_jax.training.sections import from_section
+from huatuo_jax.training.step import Step
 from huatuo_jax.training.throughput import ModelFlops
+
+StageConfig = SftConfig | RewardConfig | DpoConfig
 
 # How long a run is follows from its data, where the config does not say; it decides no shape.
 _NUM_STEPS = 10_000
@@ -56,65 +63,86 @@ def programs_of(
 
 def _sft(section: ConfigDict, devices: Devices, architectures: Architectures) -> list[Program]:
     cfg = from_section(SftConfig, section, path="config.sft")
-    mesh = cfg.mesh.make(devices)
-    check_rows(cfg.rows_at_once, name="config.sft.micro_batch_size", mesh=mesh)
+    mesh = _mesh(cfg, devices, stage=sft.STAGE)
     place = architectures.in_place(cfg.model, path="config.sft.model")
     model = open_model(place, cfg.compute.compute_config())
     sft.check_lengths(cfg.data, model.cfg)
     step = sft.sft_step(cfg, model, mesh, num_steps=cfg.num_steps or _NUM_STEPS)
-    rows, length = cfg.batch_size, cfg.data.row_length
     flops = ModelFlops.of(model.cfg, adapters_only=cfg.model.lora is not None)
-    return [
-        Program(
-            name="sft/update",
-            does=f"one optimizer step on {rows} rows of {length} tokens",
-            function=step.update,
-            arguments=(step.state, sft.abstract_rows(cfg, mesh)),
-            mesh=mesh,
-            backbone=model.cfg,
-            rows=rows,
-            rows_at_once=cfg.rows_at_once,
-            tokens=rows * length,
-            model_flops=flops.of_step(
-                tokens=rows * length,
-                scored_tokens=rows * length,
-                attended_pairs=attended_pairs(model.cfg, rows=rows, length=length),
-            ),
-        )
-    ]
+    sizes = _sizes(cfg, model, all_scored=True)
+    batch = sft.abstract_rows(cfg, mesh)
+    return [_update(sft.STAGE, cfg, mesh, model, step, batch, flops.of_step(**sizes))]
 
 
 def _reward(section: ConfigDict, devices: Devices, architectures: Architectures) -> list[Program]:
     cfg = from_section(RewardConfig, section, path="config.reward")
-    mesh = cfg.mesh.make(devices)
-    check_rows(cfg.rows_at_once, name="config.reward.micro_batch_size", mesh=mesh)
+    mesh = _mesh(cfg, devices, stage=reward.STAGE)
     place = architectures.in_place(cfg.model, path="config.reward.model")
     model = reward.open_backbone(cfg, place)
     step = reward.reward_step(cfg, model, mesh, num_steps=cfg.num_steps or _NUM_STEPS)
-    rows, length = cfg.batch_size, cfg.data.row_length
     frozen = cfg.head_only or cfg.model.lora is not None
-    return [
-        Program(
-            name="reward/update",
-            does=f"one optimizer step on {rows} rows of {length} tokens",
-            function=step.update,
-            arguments=(step.state, reward.abstract_rows(cfg, mesh, num_pairs=_PAIRS_OF_A_ROW)),
-            mesh=mesh,
-            backbone=model.cfg,
-            rows=rows,
-            rows_at_once=cfg.rows_at_once,
-            tokens=rows * length,
-            model_flops=ModelFlops.of(model.cfg, adapters_only=frozen).of_step(
-                tokens=rows * length,
-                scored_tokens=0,
-                attended_pairs=attended_pairs(model.cfg, rows=rows, length=length),
-            ),
-        )
-    ]
+    flops = ModelFlops.of(model.cfg, adapters_only=frozen)
+    sizes = _sizes(cfg, model, all_scored=False)
+    batch = reward.abstract_rows(cfg, mesh, num_pairs=_PAIRS_OF_A_ROW)
+    return [_update(reward.STAGE, cfg, mesh, model, step, batch, flops.of_step(**sizes))]
+
+
+def _dpo(section: ConfigDict, devices: Devices, architectures: Architectures) -> list[Program]:
+    cfg = from_section(DpoConfig, section, path="config.dpo")
+    mesh = _mesh(cfg, devices, stage=dpo.STAGE)
+    place = architectures.in_place(cfg.model, path="config.dpo.model")
+    model = open_model(place, cfg.compute.compute_config())
+    step = dpo.dpo_step(cfg, model, mesh, num_steps=cfg.num_steps or _NUM_STEPS)
+    flops = ModelFlops.of(model.cfg, adapters_only=cfg.model.lora is not None)
+    sizes = _sizes(cfg, model, all_scored=True)
+    batch = dpo.abstract_rows(cfg, mesh, num_pairs=_PAIRS_OF_A_ROW)
+    return [_update(dpo.STAGE, cfg, mesh, model, step, batch, dpo.step_flops(flops, **sizes))]
+
+
+def _mesh(cfg: StageConfig, devices: Devices, *, stage: str) -> Mesh:
+    mesh = cfg.mesh.make(devices)
+    check_rows(cfg.rows_at_once, name=f"config.{stage}.micro_batch_size", mesh=mesh)
+    return mesh
+
+
+def _sizes(cfg: StageConfig, model: InitialModel, *, all_scored: bool) -> dict[str, float]:
+    """Of a step: tokens, those that the token head reads, pairs of query and key."""
+    rows, length = cfg.batch_size, cfg.data.row_length
+    return {
+        "tokens": rows * length,
+        "scored_tokens": rows * length if all_scored else 0,
+        "attended_pairs": attended_pairs(model.cfg, rows=rows, length=length),
+    }
+
+
+def _update(
+    stage: str,
+    cfg: StageConfig,
+    mesh: Mesh,
+    model: InitialModel,
+    step: Step,
+    batch: dict[str, jax.ShapeDtypeStruct],
+    model_flops: float,
+) -> Program:
+    """The optimizer step of a stage that has no other program."""
+    rows, length = cfg.batch_size, cfg.data.row_length
+    return Program(
+        name=f"{stage}/update",
+        does=f"one optimizer step on {rows} rows of {length} tokens",
+        function=step.update,
+        arguments=(step.state, batch),
+        mesh=mesh,
+        backbone=model.cfg,
+        rows=rows,
+        rows_at_once=cfg.rows_at_once,
+        tokens=rows * length,
+        model_flops=model_flops,
+    )
 
 
 _MAKERS: dict[str, Callable[[ConfigDict, Devices, Architectures], list[Program]]] = {
     sft.STAGE: _sft,
     reward.STAGE: _reward,
+    dpo.STAGE: _dpo,
     ppo.STAGE: ppo_programs,
 }

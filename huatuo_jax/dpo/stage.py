@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from huatuo_jax.comparisons.data import Comparisons, ComparisonsConfig, open_comparisons
-from huatuo_jax.comparisons.rows import ComparisonBatches, ComparisonRows
+from huatuo_jax.comparisons.rows import ComparisonBatches, ComparisonRows, empty_row
 from huatuo_jax.dpo.config import DpoConfig
 from huatuo_jax.dpo.loss import row_loss
 from huatuo_jax.dpo.policy import abstract_state, make_state
@@ -28,7 +28,7 @@ from huatuo_jax.training.run_directory import (
     identity,
 )
 from huatuo_jax.training.sections import from_section, placed_in
-from huatuo_jax.training.step import make_step
+from huatuo_jax.training.step import Step, abstract_batch, make_step
 from huatuo_jax.training.throughput import ModelFlops
 
 STAGE = "dpo"
@@ -100,14 +100,43 @@ def report_step(metrics: Mapping[str, np.ndarray], *, flops: ModelFlops) -> Step
     fields = numbers(metrics, prefix=STAGE) | step_numbers(metrics)
     if (pairs := float(metrics["pairs"])) > 0:
         fields["train/loss"] = float(metrics["objective"]) / pairs
+    total = step_flops(
+        flops,
+        tokens=tokens,
+        scored_tokens=answered,
+        attended_pairs=float(metrics["attended_pairs"]),
+    )
+    return StepReport(fields, tokens, answered, total)
+
+
+def dpo_step(cfg: DpoConfig, model: InitialModel, mesh: Mesh, *, num_steps: int) -> Step:
+    """The optimizer step of a run of so many steps."""
+    optimizer = make_optimizer(cfg.optimizer, num_steps=num_steps)
+    return make_step(
+        functools.partial(row_loss, model.transformer, beta=cfg.beta, chunk=cfg.compute.loss_chunk),
+        optimizer,
+        abstract_state(model, optimizer, mesh),
+        mesh,
+        num_micro_batches=cfg.batch_size // cfg.rows_at_once,
+    )
+
+
+def abstract_rows(cfg: DpoConfig, mesh: Mesh, *, num_pairs: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """The rows of a step as shapes on a mesh, with places for so many pairs each."""
+    row = empty_row(cfg.rows(shuffled=False), num_pairs=num_pairs)
+    return abstract_batch(row, cfg.batch_size, mesh)
+
+
+def step_flops(
+    flops: ModelFlops, *, tokens: float, scored_tokens: float, attended_pairs: float
+) -> float:
+    """Of the policy's training pass, and the reference's forward pass."""
     sizes = {
         "tokens": tokens,
-        "scored_tokens": answered,
-        "attended_pairs": float(metrics["attended_pairs"]),
+        "scored_tokens": scored_tokens,
+        "attended_pairs": attended_pairs,
     }
-    # The policy's training pass, and the reference's forward pass.
-    total = flops.of_step(**sizes) + flops.of_forward(**sizes)
-    return StepReport(fields, tokens, answered, total)
+    return flops.of_step(**sizes) + flops.of_forward(**sizes)
 
 
 def make_job(
@@ -121,14 +150,7 @@ def make_job(
     """The job of a run; no weights are read before the loop asks for them."""
     rows = ComparisonRows(comparisons.train, cfg.rows(shuffled=True))
     num_steps = cfg.num_steps or -(-rows.first_row(cfg.num_epochs) // cfg.batch_size)
-    optimizer = make_optimizer(cfg.optimizer, num_steps=num_steps)
-    step = make_step(
-        functools.partial(row_loss, model.transformer, beta=cfg.beta, chunk=cfg.compute.loss_chunk),
-        optimizer,
-        abstract_state(model, optimizer, mesh),
-        mesh,
-        num_micro_batches=cfg.batch_size // cfg.rows_at_once,
-    )
+    step = dpo_step(cfg, model, mesh, num_steps=num_steps)
     evaluate = None
     if comparisons.held_out:
         held_out = ComparisonRows(comparisons.held_out, cfg.rows(shuffled=False))
@@ -151,7 +173,7 @@ def make_job(
         decisive=decisive,
         num_steps=num_steps,
         mesh=mesh,
-        make_state=lambda: make_state(model, jax.random.key(cfg.seed), optimizer, mesh),
+        make_state=lambda: make_state(model, jax.random.key(cfg.seed), step.optimizer, mesh),
         abstract_state=step.state,
         update=step.update,
         batches=ComparisonBatches(

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from huatuo_jax.backbone.lora import LoraConfig
 from huatuo_jax.backbone.presets import preset
 from huatuo_jax.comparisons.rows import ComparisonRows, RowsConfig, empty_row
 from huatuo_jax.compiling.models import Architectures
@@ -19,6 +20,8 @@ from huatuo_jax.ppo.prompts import TokenPrompt
 from huatuo_jax.ppo.rollout import make_rollout
 from huatuo_jax.ppo.trainer import NUMBERS_OF_TOKENS
 from huatuo_jax.training.initial_model import ModelConfig
+from huatuo_jax.training.sections import to_section
+from huatuo_jax.training.throughput import ModelFlops
 from tests.comparisons.tiny import token_group
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
@@ -56,6 +59,24 @@ def test_every_program_of_the_recipe_is_traced_from_shapes():
         assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
 
 
+@pytest.mark.parametrize(
+    "lora", [None, LoraConfig(rank=2, alpha=4.0)], ids=["all weights", "adapters"]
+)
+def test_dpo_is_traced_from_shapes_and_counts_the_reference_s_pass(lora):
+    made = config("dpo", **{"sft.batch_size": 8, "dpo.batch_size": 8})
+    if lora is not None:
+        made.dpo.model.lora = to_section(lora)
+    sft, dpo = programs_of(made, jax.devices())
+    assert (sft.name, dpo.name) == ("sft/update", "dpo/update")
+    assert (2048, 128) in {leaf.shape for leaf in jax.tree.leaves(dpo.arguments)}
+    dpo.lower()
+    flops, pairs = ModelFlops.of(dpo.backbone), 8 * (2048 * 2049 / 2)
+    forward = flops.of_forward(tokens=dpo.tokens, scored_tokens=dpo.tokens, attended_pairs=pairs)
+    head_and_layers = 2 * (flops.layers + flops.head) * dpo.tokens
+    trained = 3 * forward if lora is None else 2 * head_and_layers + 3 * (forward - head_and_layers)
+    assert dpo.model_flops == pytest.approx(trained + forward)
+
+
 def test_a_later_stage_has_the_architecture_that_an_earlier_one_trains():
     sft, reward = programs_of(config("rlaif", **ON_EIGHT), jax.devices(), stages=("sft", "reward"))
     assert sft.backbone == reward.backbone
@@ -79,6 +100,14 @@ def test_published_models_need_no_network():
     found = Architectures(None).in_place(section, path="config.sft.model")
     assert found.directory is None
     assert found.backbone == preset("baichuan_7b")
+
+
+@pytest.mark.parametrize(
+    "name", ["huatuogpt_7b", "huatuogpt_7b_lora", "huatuogpt_13b", "qwen2_5_7b"]
+)
+def test_every_card_is_of_a_model_that_is_known_without_a_network(name):
+    directory = config(name).sft.model.directory
+    assert Architectures(None).of(directory, path="config.sft.model").num_layers >= 28
 
 
 def test_a_preset_stands_for_a_model_that_is_not_here():
