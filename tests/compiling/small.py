@@ -50,17 +50,19 @@ def get_config():
     return small_sft()
 
 
-def compile_small(*arguments):
-    """The command on this config, in a process of its own: a compiler is loaded once in each.
-
-    With none of the tests' settings of jax and XLA.
-    """
+def environment():
+    """With none of the tests' settings of jax and XLA."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
     kept.pop("XLA_FLAGS", None)
+    return kept | {"PYTHONPATH": str(ROOT)}
+
+
+def compile_small(*arguments):
+    """The command on this config, in a process of its own: a compiler is loaded once in each."""
     return subprocess.run(
         [sys.executable, "launch/compile.py", "--config=tests/compiling/small.py", *arguments],
         cwd=ROOT,
-        env=kept | {"PYTHONPATH": str(ROOT)},
+        env=environment(),
         capture_output=True,
         text=True,
         check=False,

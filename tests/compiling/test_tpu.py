@@ -1,10 +1,20 @@
 """A small model compiled for a TPU slice by the command, on a machine without one."""
 
 import importlib.util
+import json
+import subprocess
+import sys
 
 import pytest
 
-from tests.compiling.small import BACKBONE, compile_small, figures_of, matmul_flops_per_token
+from tests.compiling.small import (
+    BACKBONE,
+    ROOT,
+    compile_small,
+    environment,
+    figures_of,
+    matmul_flops_per_token,
+)
 
 pytestmark = [
     pytest.mark.slow,
@@ -70,3 +80,16 @@ def test_what_is_too_large_ends_with_its_buffers_advice_and_code_1():
     assert "does NOT fit" in found.stdout and "largest arguments" in found.stdout
     assert "config.sft.compute.remat='full'" in found.stdout
     assert "config.sft.micro_batch_size=4" in found.stdout
+
+
+def test_a_decode_step_reads_weights_and_cache_once_and_copies_neither():
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.compiling.run_decode", "v5e:2x4"],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["needed"] < found["moved"] < 1.1 * found["needed"]
