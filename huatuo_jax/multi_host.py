@@ -135,7 +135,8 @@ def gather(name: str, value: Any = None) -> list[Any]:
     """Waits until all processes are here, and gives each one's JSON value, in their order.
 
     Raises:
-        TimeoutError: names those that did not come within the time-out.
+        TimeoutError: names those that did not come within the time-out, though they are heard of:
+            where one is lost, the watch ends this process.
     """
     if _run is None:
         return [value]
@@ -147,6 +148,7 @@ def gather(name: str, value: Any = None) -> list[Any]:
             return [there[index] for index in range(_run.count)]
         if waited_s >= _run.timeout_s:
             missing = [index for index in range(_run.count) if index not in there]
+            _run.wait_for_the_silent(missing)
             raise TimeoutError(
                 f"{_run.named(missing)} did not come to {name!r} within {_run.timeout_s:g} s"
             )

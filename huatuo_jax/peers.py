@@ -105,6 +105,14 @@ class Peers(threading.Thread):
         for _ in range(round(self.timeout_s / self.interval_s) + 2):
             time.sleep(self.interval_s)
 
+    def wait_for_the_silent(self, indices: Sequence[int]) -> None:
+        """Leaves it to the watch to end this process, where one of these is not heard of.
+
+        The watch may come to its time-out a moment after those who waited for the same process.
+        """
+        while any(self._silent_s.get(index, 0.0) > 2 * self.interval_s for index in indices):
+            time.sleep(self.interval_s)
+
     def fail(self, reason: str) -> None:
         """Tells the others that this process fails; `go` must follow."""
         self.has_failed = True

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import signal
 import time
 
 from huatuo_jax import command_line, multi_host
@@ -15,6 +16,10 @@ def main(arguments):
     if what == "late":
         if is_odd:
             time.sleep(1000)
+        multi_host.barrier("lunch")
+    elif what == "lost":
+        if is_odd:
+            os.kill(os.getpid(), signal.SIGKILL)
         multi_host.barrier("lunch")
     elif what == "failing":
         if is_odd:

@@ -1,5 +1,6 @@
 """Three processes that join: they meet, or those that are missing or failed are named."""
 
+import signal
 import socket
 
 import pytest
@@ -34,6 +35,14 @@ def test_a_barrier_names_the_missing_process(tmp_path):
     assert any(log.startswith(f"error: {line}\n") for log in logs)
     assert all(line in log and len(log.splitlines()) == 1 for log in logs), logs
     assert codes[2] == 75 and all(code in (1, 75) for code in codes)
+
+
+@pytest.mark.slow
+def test_a_process_that_is_lost_right_before_a_barrier_ends_a_run_that_can_go_on(tmp_path):
+    codes, logs = run(tmp_path, "lost", timeout_s=5)
+    assert codes == [75, 75, -signal.SIGKILL], logs
+    line = f"error: process 2 (host {HOST}) not heard of for 5 s; "
+    assert all(logs[index].startswith(line) for index in (0, 1)), logs
 
 
 @pytest.mark.slow

@@ -109,6 +109,18 @@ def test_a_silent_peer_is_named_by_all_others():
     assert time.monotonic() - began >= 1.0
 
 
+def test_who_waited_for_a_silent_peer_leaves_the_end_to_the_watch():
+    one = LocalPeers(Store(), index=0, count=3, timeout_s=1.0)  # Whose watch has not begun.
+    one.wait_for_the_silent([1, 2])  # Nothing is known of silence.
+    one._silent_s[2] = 0.9
+    waiting = threading.Thread(target=one.wait_for_the_silent, args=([1, 2],))
+    waiting.start()
+    waiting.join(timeout=0.5)
+    assert waiting.is_alive()
+    one._silent_s[2] = 0.0  # Heard of again.
+    waiting.join()
+
+
 def test_a_peer_that_failed_is_named_with_its_error():
     made = peers(2, timeout_s=50.0)
     made[0].fail("config.sft.batch_size=3 must be even")
