@@ -48,6 +48,9 @@ class Peers(threading.Thread):
         self._beats: dict[int, int] = {}
         self._silent_s: dict[int, float] = {}
         self._over = threading.Event()
+        self._ending = (
+            threading.Lock()
+        )  # Taken once, by who ends this process: itself, or the watch.
         self._uses = Counter[str]()
         # Held from the moment that any process was asked to stop until all know where.
         self._counting = threading.Lock()
@@ -114,7 +117,12 @@ class Peers(threading.Thread):
             time.sleep(self.interval_s)
 
     def fail(self, reason: str) -> None:
-        """Tells the others that this process fails; `go` must follow."""
+        """Tells the others that this process fails; `go` must follow.
+
+        Does not return where the watch is ending this process, and has said why.
+        """
+        if not self._ending.acquire(blocking=False):
+            threading.Event().wait()
         self.has_failed = True
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             self.publish(failed=reason)
@@ -167,6 +175,8 @@ class Peers(threading.Thread):
             self._leave(f"{self.named(silent)} not heard of for {self.timeout_s:g} s")
 
     def _leave(self, reason: str) -> None:
+        if not self._ending.acquire(blocking=False):
+            return
         line = f"error: {reason}; process {self.index} stops, run the same command again to go on\n"
         os.write(2, line.encode())  # The main thread may hold what `print` would wait for.
         self.go(PEER_LOST_EXIT_CODE)
