@@ -18,7 +18,7 @@ its peak of memory is that of a process.
 
     python benchmarks/accelerator.py --sizes=1b,7b
 
-Exit code 1 says that a part failed; the others' figures are kept.
+Figures are written after each part. Exit code 1 says that one failed; the others' are kept.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -40,8 +40,9 @@ import numpy as np
 from absl import app, flags
 
 from huatuo_jax import sft, sharding
+from huatuo_jax.atomic import write_file
 from huatuo_jax.backbone.attention import attend, choose_kernel
-from huatuo_jax.backbone.config import BackboneConfig, ComputeConfig, Kernel
+from huatuo_jax.backbone.config import BackboneConfig, ComputeConfig, Kernel, Remat
 from huatuo_jax.backbone.lora import LoraConfig
 from huatuo_jax.backbone.presets import preset
 from huatuo_jax.backbone.transformer import Transformer, init_params
@@ -62,8 +63,8 @@ _REPEATS = flags.DEFINE_integer("repeats", 10, "Timed calls.", lower_bound=1)
 _LENGTH = flags.DEFINE_integer("length", 2048, "Tokens of a row, or of prompt and answer.")
 _ROWS = flags.DEFINE_integer("rows", 8, "Rows of an optimizer step.", lower_bound=1)
 _ROWS_AT_ONCE = flags.DEFINE_integer("rows_at_once", 4, "Of them, at once.", lower_bound=1)
-_REMAT = flags.DEFINE_enum("remat", "full", ["none", "dots", "full"], "See ComputeConfig.")
-_SLOTS = flags.DEFINE_integer("slots", 64, "Answers decoded at once.", lower_bound=1)
+_REMAT = flags.DEFINE_enum("remat", "full", [*get_args(Remat)], "See ComputeConfig.")
+_SLOTS = flags.DEFINE_integer("slots", 16, "Answers decoded at once.", lower_bound=1)
 _OUTPUT = flags.DEFINE_string(
     "output", None, "Where to; by default benchmarks/results/accelerator_DEVICE.json."
 )
@@ -72,6 +73,7 @@ _ONE = flags.DEFINE_string("one", None, "Measure this PART/SIZE in this process,
 Figures = dict[str, Any]
 
 FOLDER = pathlib.Path(__file__).resolve().parent
+PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "nvidia-cudnn-cu13", "libtpu")
 SEGMENTS_OF_A_ROW = 4
 COPIED_BYTES = 2**30
 LORA = LoraConfig(rank=64, alpha=128.0)
@@ -98,17 +100,18 @@ def main(_: list[str]) -> None:
         part, size = _ONE.value.split("/")
         print(json.dumps(MEASURES[part](size)))
         return
-    wanted = [f"{part}/{size}" for size in _SIZES.value for part in _PARTS.value]
-    if unknown := [one for one in wanted if not _is_known(*one.split("/"))]:
+    wanted = [(part, size) for size in _SIZES.value for part in _PARTS.value]
+    known = {(part, size) for part in MEASURES for size in MODELS}
+    if unknown := ["/".join(one) for one in wanted if one not in known]:
         raise app.UsageError(f"{', '.join(unknown)}: parts are {[*MEASURES]}, sizes {[*MODELS]}")
+    if _OUTPUT.value is not None:
+        pathlib.Path(_OUTPUT.value).parent.mkdir(parents=True, exist_ok=True)
     found: Figures = {}
-    for one in wanted:
+    for one in map("/".join, wanted):
         print(f"{one} ...", flush=True)
         found[one] = _in_a_process(one)
         print(f"  {_line(found[one])}", flush=True)
-    path = pathlib.Path(_OUTPUT.value or FOLDER / "results" / f"accelerator_{_slug(found)}.json")
-    path.write_text(json.dumps(_heading() | found, indent=2) + "\n", encoding="utf-8")
-    print(f"written: {path}")
+        _write(found)
     sys.exit(any("failed" in one for one in found.values()))
 
 
@@ -313,10 +316,6 @@ def _seconds_of(call: Callable[[], Any]) -> float:
     return (time.perf_counter() - started_s) / _REPEATS.value
 
 
-def _is_known(part: str, size: str) -> bool:
-    return part in MEASURES and size in MODELS
-
-
 def _in_a_process(one: str) -> Figures:
     """What a process of its own prints last; its messages go where ours do."""
     done = subprocess.run(
@@ -346,30 +345,23 @@ def _peak_bytes() -> int | None:
     return None if statistics_ is None else statistics_.get("peak_bytes_in_use")
 
 
-def _slug(found: Figures) -> str:
-    """The device's name as part of a file's."""
+def _write(found: Figures) -> None:
+    """All figures so far, once there are any: the device they are of names the file."""
     devices = [one["device"] for one in found.values() if "device" in one]
-    return "_".join(devices[0].lower().split()) if devices else "failed"
+    if not devices:
+        return
+    slug = "_".join(devices[0].lower().split())
+    path = pathlib.Path(_OUTPUT.value or FOLDER / "results" / f"accelerator_{slug}.json")
+    write_file(path, json.dumps(_heading() | found, indent=2) + "\n")
+    print(f"  written: {path}", flush=True)
 
 
 def _heading() -> Figures:
-    packages = [
-        name
-        for name in ("jax", "jaxlib", "jax-cuda13-plugin", "nvidia-cudnn-cu13", "libtpu")
-        if _is_installed(name)
-    ]
+    installed = {one.name: one.version for one in importlib.metadata.distributions()}
     return {
         "date": datetime.date.today().isoformat(),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "versions": {name: installed[name] for name in PACKAGES if name in installed},
     }
-
-
-def _is_installed(name: str) -> bool:
-    try:
-        importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
 
 
 if __name__ == "__main__":

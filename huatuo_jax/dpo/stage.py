@@ -127,15 +127,8 @@ def abstract_rows(cfg: DpoConfig, mesh: Mesh, *, num_pairs: int) -> dict[str, ja
     return abstract_batch(row, cfg.batch_size, mesh)
 
 
-def step_flops(
-    flops: ModelFlops, *, tokens: float, scored_tokens: float, attended_pairs: float
-) -> float:
-    """Of the policy's training pass, and the reference's forward pass."""
-    sizes = {
-        "tokens": tokens,
-        "scored_tokens": scored_tokens,
-        "attended_pairs": attended_pairs,
-    }
+def step_flops(flops: ModelFlops, **sizes: float) -> float:
+    """Of the policy's training pass, and the reference's forward pass; see `ModelFlops.of_step`."""
     return flops.of_step(**sizes) + flops.of_forward(**sizes)
 
 

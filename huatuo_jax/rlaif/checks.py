@@ -72,7 +72,7 @@ def check_inputs(cfg: RlaifConfig, workdir: str | os.PathLike[str], wanted: set[
             "evaluation.prompts", cfg.evaluation, model, tokenizer, cfg.sft.data.template
         )
     if "export" in wanted:
-        sharding.host_mesh()  # That would be late to learn.
+        sharding.host_mesh()  # Without a CPU the last stage but one would fail.
     for name, section in (("sft", cfg.sft), ("reward", cfg.reward), ("ppo", cfg.ppo)):
         if name in wanted:
             rows = f"config.{name}.micro_batch_size"
