@@ -7,6 +7,7 @@ from absl import flags
 
 from huatuo_jax import command_line, multi_host
 from huatuo_jax.reward.score_file import ScoreConfig, score_file
+from huatuo_jax.rl.rewards import AnswerScoreConfig
 
 _FLAGS = (
     flags.DEFINE_string("model", None, "Reward model: a folder of either form, or a hub id."),
@@ -27,13 +28,26 @@ _FLAGS = (
     flags.DEFINE_integer("fsdp", -1, "Mesh axis; -1 takes the devices that are left."),
     flags.DEFINE_integer("tensor", 1, "Mesh axis."),
 )
+_RULE = (
+    flags.DEFINE_enum(
+        "on_truncation",
+        "subtract",
+        ["subtract", "replace", "keep"],
+        "What an answer that was cut off counts in `reward`, as in PPO.",
+    ),
+    flags.DEFINE_float("penalty", None, "Of such an answer; default: 1, and none with `keep`."),
+    flags.DEFINE_float("clip", None, "Bound of scores in `reward`; default: none."),
+)
 flags.mark_flags_as_required(["model", "input", "output"])
 
 
 @multi_host.joined()
 def main() -> None:
     """Score, and say how it went."""
-    cfg = ScoreConfig(**{flag.name: flag.value for flag in _FLAGS})
+    rule = {flag.name: flag.value for flag in _RULE}
+    if rule["penalty"] is None and rule["on_truncation"] != "keep":
+        rule["penalty"] = 1.0
+    cfg = ScoreConfig(**{f.name: f.value for f in _FLAGS}, rule=AnswerScoreConfig(**rule))
     scored = score_file(cfg)
     if multi_host.is_first():
         print(scored)

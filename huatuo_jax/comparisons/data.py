@@ -17,13 +17,21 @@ import numpy.typing as npt
 
 from huatuo_jax.comparisons.made_comparisons import mismatched_references, spoiled_answers
 from huatuo_jax.data import templates
-from huatuo_jax.data.chat import TruncationPolicy
-from huatuo_jax.data.examples import Dropped, TokenIds, Tokens
+from huatuo_jax.data.answers import (
+    AnswerToTokenize,
+    Sampled,
+    SampledPrompt,
+    sampled_for,
+    says,
+    without_oldest,
+)
+from huatuo_jax.data.chat import ChatTemplate, TruncationPolicy
+from huatuo_jax.data.examples import TokenIds
 from huatuo_jax.data.held_out import HeldOutConfig, dialogue_text
 from huatuo_jax.data.readers import read_comparisons, read_dialogues
 from huatuo_jax.data.records import Comparison, Messages
 from huatuo_jax.data.sources import HeldOutBy
-from huatuo_jax.data.tokenizing import TemplateTokenizer, tokenize_in_chunks
+from huatuo_jax.data.tokenizing import tokenize_in_chunks
 from huatuo_jax.training.run_directory import operational
 
 if TYPE_CHECKING:
@@ -32,6 +40,8 @@ if TYPE_CHECKING:
 Reads = Literal["comparisons", "dialogues", "dialogues_to_spoil"]
 HELD_OUT_ELSEWHERE = "held out by another source"
 SAME_TOKENS = "both answers are the same tokens"
+TOO_LONG = "too long"
+NOT_RENDERED = "cannot be rendered"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,7 +71,9 @@ class AnswersConfig:
     Attributes:
         template: the chat template's name.
         default_system: its system text; None for the template's own.
-        truncation: what becomes of a prompt and answer longer than `max_length`.
+        truncation: what becomes of a prompt and answer longer than `max_length`: the prompt loses
+            its oldest exchanges, the same ones for all answers to it, or the answer is dropped. An
+            answer that does not fit behind the shortest prompt is dropped either way.
         max_length: tokens of a prompt and an answer.
         num_processes: processes that tokenise.
     """
@@ -105,16 +117,34 @@ class ComparisonsConfig(AnswersConfig):
             )
 
 
-class DialogueTokens(NamedTuple):
-    """A dialogue up to its last trained token, the end of the doctor's last turn.
+class AnswersToPrompt(NamedTuple):
+    """A prompt and answers to it that are to become tokens, all behind the same prompt.
 
     Attributes:
-        token_ids: of all turns.
-        is_trained: the doctor's tokens, whatever turn they are in.
+        prompt: it ends with the user.
+        answers: each once.
+        sampled_prompt: what the model was given, where the answers were sampled.
+    """
+
+    prompt: Messages
+    answers: tuple[AnswerToTokenize, ...]
+    sampled_prompt: SampledPrompt | None = None
+
+
+class AnswerTokens(NamedTuple):
+    """A prompt and an answer as tokens.
+
+    Attributes:
+        token_ids: up to the last trained token, the end of the doctor's last turn, or the last
+            sampled one.
+        is_answer: the tokens that a model samples, the ends of the doctor's turns included; what a
+            template writes before an answer is the prompt's.
+        as_sampled: they are the ids that a model sampled, not the text tokenised again.
     """
 
     token_ids: TokenIds
-    is_trained: npt.NDArray[np.bool_]
+    is_answer: npt.NDArray[np.bool_]
+    as_sampled: bool
 
 
 class Answer(NamedTuple):
@@ -125,12 +155,14 @@ class Answer(NamedTuple):
         num_characters: of the doctor's turns in the answer.
         num_turns: doctor's turns in the whole dialogue.
         is_answer: the tokens of the doctor's turns in the answer, their ends included.
+        as_sampled: whether the tokens are those that a model sampled.
     """
 
     token_ids: TokenIds
     num_characters: int
     num_turns: int
     is_answer: npt.NDArray[np.bool_]
+    as_sampled: bool = False
 
 
 class Pair(NamedTuple):
@@ -203,10 +235,9 @@ def open_comparisons(
     always = {one.case for one in told if one.always}
     kept = [one for one in told if one.held_out or one.case not in always]
     dropped = Counter({HELD_OUT_ELSEWHERE: len(told) - len(kept)})
-    dialogues = itertools.chain.from_iterable(
-        (one.comparison.chosen_dialogue, one.comparison.rejected_dialogue) for one in kept
+    tokens = tokenize_answers(
+        (answers_of(one.comparison) for one in kept), cfg, tokenizer, progress
     )
-    tokens = tokenize_answers(dialogues, cfg, tokenizer, progress)
     train = _groups([one for one in kept if not one.held_out], tokens, dropped)
     held_out = _groups([one for one in kept if one.held_out], tokens, dropped)
     if not train:
@@ -217,30 +248,44 @@ def open_comparisons(
     return Comparisons(train, held_out, +dropped)
 
 
+AnswerKey = tuple[Messages, SampledPrompt | None, AnswerToTokenize]
+"""An answer behind its prompt."""
+
+
 def tokenize_answers(
-    dialogues: Iterable[Messages],
+    answers: Iterable[AnswersToPrompt],
     cfg: AnswersConfig,
     tokenizer: "PreTrainedTokenizerBase",
     progress: Callable[[int, int], None] | None = None,
-) -> dict[Messages, DialogueTokens | str]:
-    """The tokens of each different dialogue up to its last trained one, or why it has none.
+) -> dict[AnswerKey, AnswerTokens | str]:
+    """The tokens of each different answer behind its prompt, or why it has none.
+
+    `huatuo_jax.data.answers` has the rule. All answers to one prompt that are given here are
+    tokenised behind the same prompt, however it has to be cut.
 
     Args:
-        dialogues: each ends with the doctor.
-        cfg: how they are said, and how long they may be.
+        answers: answers to one prompt may come in several pieces.
+        cfg: how they are rendered, and how long they may be.
         tokenizer: the model's.
-        progress: called with dialogues done and dialogues in all.
+        progress: called with prompts done and prompts in all.
 
     Raises:
         ValueError: an unknown template.
     """
-    tokenize = TemplateTokenizer(
+    tokenize = AnswersTokenizer(
         template=templates.by_name(cfg.template, default_system=cfg.default_system),
         tokenizer=tokenizer,
         max_tokens=cfg.max_length,
         policy=cfg.truncation,
     )
-    different = list(dict.fromkeys(dialogues))
+    by_prompt: dict[tuple[Messages, SampledPrompt | None], dict[AnswerToTokenize, None]] = {}
+    for one in answers:
+        those = by_prompt.setdefault((one.prompt, one.sampled_prompt), {})
+        those.update(dict.fromkeys(one.answers))
+    different = [
+        AnswersToPrompt(prompt, tuple(those), sampled_prompt)
+        for (prompt, sampled_prompt), those in by_prompt.items()
+    ]
     chunks = tokenize_in_chunks(
         different,
         tokenize,
@@ -250,21 +295,99 @@ def tokenize_answers(
         else lambda done: progress(done.num_done, done.num_dialogues),
     )
     return {
-        messages: str(one.reason) if isinstance(one, Dropped) else _up_to_last_trained(one)
-        for messages, one in zip(different, itertools.chain.from_iterable(chunks), strict=True)
+        (one.prompt, one.sampled_prompt, answer): found
+        for one, tokens in zip(different, itertools.chain.from_iterable(chunks), strict=True)
+        for answer, found in zip(one.answers, tokens, strict=True)
     }
 
 
-def make_answer(tokens: DialogueTokens, prompt: Messages, continuation: Messages) -> Answer:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AnswersTokenizer:
+    """A chat template and a tokenizer, for answers to one prompt at a time.
+
+    Attributes:
+        template: renders prompts and texts.
+        tokenizer: the model's.
+        max_tokens: of a prompt and an answer.
+        policy: see `AnswersConfig.truncation`.
+    """
+
+    template: ChatTemplate
+    tokenizer: "PreTrainedTokenizerBase"
+    max_tokens: int
+    policy: TruncationPolicy
+
+    def __call__(self, one: AnswersToPrompt) -> list[AnswerTokens | str]:
+        """The tokens of each answer behind the same prompt, or why it has none."""
+        are_of_here = sampled_for(one.prompt, one.sampled_prompt, self.template, self.tokenizer)
+        as_sampled = {
+            answer: are_of_here and says(answer, self.template, self.tokenizer)
+            for answer in one.answers
+        }
+        # What the model was not given when it answered is not put before its answer.
+        dropped = 0
+        if any(as_sampled.values()):
+            assert one.sampled_prompt is not None
+            dropped = one.sampled_prompt.messages_dropped
+        whole = self._behind(without_oldest(one.prompt, dropped), as_sampled)
+        num_system = int(bool(one.prompt) and one.prompt[0].role == "system")
+        most = len(one.prompt) - num_system - 1
+        if self.policy == "drop_row" or TOO_LONG not in whole or most <= dropped:
+            return whole
+        shortest = self._behind(without_oldest(one.prompt, most), as_sampled)
+        can_fit = [isinstance(found, AnswerTokens) for found in shortest]
+        for number in range(dropped + 2, most, 2):
+            found = self._behind(without_oldest(one.prompt, number), as_sampled)
+            if [isinstance(one, AnswerTokens) for one in found] == can_fit:
+                return found
+        return shortest
+
+    def _behind(
+        self, prompt: Messages, as_sampled: dict[AnswerToTokenize, bool]
+    ) -> list[AnswerTokens | str]:
+        """The answers behind this prompt; those that are longer than the limit have none."""
+        found: list[AnswerTokens | str] = []
+        for answer, use_ids in as_sampled.items():
+            try:
+                tokens = self._tokens(prompt, answer, use_ids=use_ids)
+            except ValueError:
+                found.append(NOT_RENDERED)
+                continue
+            found.append(tokens if len(tokens.token_ids) <= self.max_tokens else TOO_LONG)
+        return found
+
+    def _tokens(self, prompt: Messages, answer: AnswerToTokenize, *, use_ids: bool) -> AnswerTokens:
+        template, tokenizer = self.template, self.tokenizer
+        if use_ids:
+            assert answer.sampled.token_ids is not None
+            before = template.prompt(prompt, tokenizer)
+            return _all_after(len(before), [*before, *answer.sampled.token_ids], as_sampled=True)
+        if not answer.sampled.ended:
+            *earlier, last = answer.messages
+            before = template.prompt((*prompt, *earlier), tokenizer)
+            whole = template.unfinished((*prompt, *earlier), last.content, tokenizer)
+            if len(whole) == len(before):
+                raise ValueError("an answer that was cut off before its first token")
+            return _all_after(len(before), whole, as_sampled=False)
+        rendered = template.render((*prompt, *answer.messages), tokenizer)
+        trained_T = np.array(rendered.trained_mask, np.bool_)
+        end = np.flatnonzero(trained_T)[-1] + 1
+        is_answer_T = np.zeros(len(trained_T), np.bool_)
+        spoken = [turn for turn in rendered.turns if turn.role == "assistant"]
+        for turn in spoken[-_num_turns(answer.messages) :]:
+            is_answer_T[turn.content_start : turn.end] = True
+        is_answer_T &= trained_T
+        return AnswerTokens(
+            np.array(rendered.token_ids[:end], np.int32), is_answer_T[:end], as_sampled=False
+        )
+
+
+def make_answer(tokens: AnswerTokens, prompt: Messages, continuation: Messages) -> Answer:
     """An answer with what reports tell of it."""
     spoken = [message for message in continuation if message.role == "assistant"]
     characters = sum(len(message.content) for message in spoken)
-    before_T = np.append(False, tokens.is_trained[:-1])
-    starts = np.flatnonzero(tokens.is_trained & ~before_T)  # Of the doctor's turns.
-    # Of a dialogue that was cut, fewer may be left than the answer has.
-    first = starts[-min(len(spoken), len(starts))]
-    is_answer_T = tokens.is_trained & (np.arange(len(before_T)) >= first)
-    return Answer(tokens.token_ids, characters, len(spoken) + _num_turns(prompt), is_answer_T)
+    num_turns = len(spoken) + _num_turns(prompt)
+    return Answer(tokens.token_ids, characters, num_turns, tokens.is_answer, tokens.as_sampled)
 
 
 def _told(cfg: ComparisonsConfig) -> Iterator[_Told]:
@@ -300,7 +423,7 @@ def _case(comparison: Comparison, field: str | None) -> str:
 
 
 def _groups(
-    told: Sequence[_Told], tokens: dict[Messages, DialogueTokens | str], dropped: Counter[str]
+    told: Sequence[_Told], tokens: dict[AnswerKey, AnswerTokens | str], dropped: Counter[str]
 ) -> tuple[Group, ...]:
     """The groups in the order of their first comparisons; what cannot be used is counted."""
     by_prompt: dict[tuple[str, str], list[Comparison]] = {}
@@ -329,25 +452,46 @@ def _groups(
     return tuple(groups)
 
 
+def answers_of(comparison: Comparison) -> AnswersToPrompt:
+    """Chosen and rejected, with what the file says of how they were sampled.
+
+    Raises:
+        ValueError: fields such as `chosen_token_ids` hold something else.
+    """
+    extra = comparison.extra
+    try:
+        answers = tuple(
+            AnswerToTokenize(messages, Sampled.from_fields(extra, prefix=f"{name}_"))
+            for name, messages in (
+                ("chosen", comparison.chosen),
+                ("rejected", comparison.rejected),
+            )
+        )
+        return AnswersToPrompt(comparison.messages, answers, SampledPrompt.from_fields(extra))
+    except ValueError as error:
+        raise ValueError(f"comparison {comparison.id!r}: {error}") from error
+
+
 def _both_answers(
-    comparison: Comparison, tokens: dict[Messages, DialogueTokens | str]
+    comparison: Comparison, tokens: dict[AnswerKey, AnswerTokens | str]
 ) -> tuple[Answer, Answer] | str:
     """Chosen and rejected as tokens, or why the comparison cannot be used."""
+    prompt, both, sampled_prompt = answers_of(comparison)
     answers = []
-    for continuation in (comparison.chosen, comparison.rejected):
-        found = tokens[comparison.messages + continuation]
+    for one in both:
+        found = tokens[prompt, sampled_prompt, one]
         if isinstance(found, str):
             return found
-        answers.append(make_answer(found, comparison.messages, continuation))
+        answers.append(make_answer(found, prompt, one.messages))
     chosen, rejected = answers
     if np.array_equal(chosen.token_ids, rejected.token_ids):
         return SAME_TOKENS
     return chosen, rejected
 
 
-def _up_to_last_trained(example: Tokens) -> DialogueTokens:
-    end = np.flatnonzero(example.trained_mask)[-1] + 1
-    return DialogueTokens(example.token_ids[:end], example.trained_mask[:end])
+def _all_after(start: int, token_ids: Sequence[int], *, as_sampled: bool) -> AnswerTokens:
+    is_answer_T = np.arange(len(token_ids)) >= start
+    return AnswerTokens(np.array(token_ids, np.int32), is_answer_T, as_sampled)
 
 
 def _num_turns(messages: Messages) -> int:

@@ -97,6 +97,25 @@ class ChatTemplate(abc.ABC):
     def to_jinja(self, tokenizer: PreTrainedTokenizerBase) -> str:
         """A `chat_template` for an exported tokenizer, which renders the same text as `text`."""
 
+    @abc.abstractmethod
+    def unfinished(
+        self, messages: Sequence[Message], text: str, tokenizer: PreTrainedTokenizerBase
+    ) -> list[int]:
+        """The ids of a prompt and of an answer that was cut off: no end of turn follows `text`.
+
+        Raises ValueError for a dialogue that does not end with the user.
+        """
+
+    @abc.abstractmethod
+    def content_of(self, text: str, tokenizer: PreTrainedTokenizerBase, *, ended: bool) -> str:
+        """The message content of an answer's sampled text, its end of turn left out.
+
+        A template may write something of its own around the content, such as HuatuoGPT's space
+        before EOS. A model that was trained with the template samples it; it is taken off here, so
+        that rendering the content again adds it once and not twice. What stands after the content
+        is there only if the answer `ended`.
+        """
+
     def render(
         self,
         messages: Sequence[Message],
@@ -145,6 +164,9 @@ class Turn(NamedTuple):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PieceTemplate(ChatTemplate):
     """A template that says its pieces itself; subclasses say what each kind of turn is made of."""
+
+    _before_content: ClassVar[str] = ""
+    """What `_answer` writes before the content."""
 
     @abc.abstractmethod
     def _opening(self, system: str | None, tokenizer: PreTrainedTokenizerBase) -> tuple[Piece, ...]:
@@ -196,6 +218,26 @@ class PieceTemplate(ChatTemplate):
                 num_header += len(piece_ids) if index < len(turn.header) else 0
             tokens.append(TurnTokens(turn.role, token_ids, trained_mask, num_header))
         return tokens
+
+    def unfinished(
+        self, messages: Sequence[Message], text: str, tokenizer: PreTrainedTokenizerBase
+    ) -> list[int]:
+        """The ids of a prompt and of an answer that was cut off; see `ChatTemplate.unfinished`."""
+        check_dialogue(messages, last="user")
+        pieces = [
+            piece for turn in self._turns(messages, tokenizer) for piece in turn.header + turn.body
+        ]
+        finished = self._answer(text, tokenizer)
+        encoder = PieceEncoder(
+            tokenizer, {piece.text for piece in (*pieces, *finished) if piece.control}
+        )
+        # As the first piece of an answer, so that its start is tokenised as in training.
+        cut_off = finished[0]._replace(text=self._before_content + text)
+        return [one for piece in (*pieces, cut_off) for one in encoder.encode(piece)]
+
+    def content_of(self, text: str, tokenizer: PreTrainedTokenizerBase, *, ended: bool) -> str:
+        """The content of an answer's text; see `ChatTemplate.content_of`."""
+        return text
 
     def text(self, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> str:
         """The text of the ids: the training text where the doctor speaks last, else the prompt."""

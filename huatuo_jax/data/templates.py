@@ -66,6 +66,10 @@ class HuatuoGPTTemplate(PieceTemplate):
         text = Piece(f"{content} ", trained=True)
         return (text, control(named_token(tokenizer, "eos_token"), trained=True))
 
+    def content_of(self, text: str, tokenizer: PreTrainedTokenizerBase, *, ended: bool) -> str:
+        """The text without the one space that stands before EOS."""
+        return text.removesuffix(" ") if ended else text
+
     def stop_token_ids(self, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
         """EOS."""
         return (control_id(tokenizer, named_token(tokenizer, "eos_token")),)
@@ -137,6 +141,7 @@ class Llama2Template(PieceTemplate):
     """
 
     name: ClassVar[str] = "llama2"
+    _before_content: ClassVar[str] = " "
 
     def _turns(self, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[Turn]:
         system, spoken = split_system(messages, self.default_system)
@@ -156,8 +161,12 @@ class Llama2Template(PieceTemplate):
         return ()
 
     def _answer(self, content: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Piece, ...]:
-        text = Piece(f" {content.strip()} ", trained=True)
+        text = Piece(f"{self._before_content}{content.strip()} ", trained=True)
         return (text, control(named_token(tokenizer, "eos_token"), trained=True))
+
+    def content_of(self, text: str, tokenizer: PreTrainedTokenizerBase, *, ended: bool) -> str:
+        """The text without white space around it, as the template writes it."""
+        return text.strip() if ended else text.lstrip()
 
     def stop_token_ids(self, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
         """EOS."""
@@ -198,6 +207,10 @@ class Llama3Template(PieceTemplate):
 
     def _answer(self, content: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Piece, ...]:
         return (Piece(content.strip(), trained=True), control("<|eot_id|>", trained=True))
+
+    def content_of(self, text: str, tokenizer: PreTrainedTokenizerBase, *, ended: bool) -> str:
+        """The text without white space around it, as the template writes it."""
+        return text.strip() if ended else text.lstrip()
 
     def _role(self, role: str) -> tuple[Piece, ...]:
         return (control("<|start_header_id|>"), Piece(role), control("<|end_header_id|>"))

@@ -88,6 +88,50 @@ class TokenizerTemplate(ChatTemplate):
         messages = self._with_system(messages)
         return self._jinja_text(messages, tokenizer, prompt=messages[-1].role == "user")
 
+    def unfinished(
+        self, messages: Sequence[Message], text: str, tokenizer: PreTrainedTokenizerBase
+    ) -> list[int]:
+        """The ids of a prompt and of an answer that was cut off; see `ChatTemplate.unfinished`."""
+        check_dialogue(messages, last="user")
+        before, _ = self._around_content(tokenizer)
+        prompt = self._with_system(messages)
+        cut = _unused_character([*prompt, Message("assistant", text)])
+        specials = special_strings(tokenizer)
+        growing = _GrowingText(tokenizer, cut)
+        prompt = [
+            message._replace(content=cut.join(cut_apart(message.content, specials)))
+            for message in prompt
+        ]
+        opened = self._jinja_text(prompt, tokenizer, prompt=True)
+        token_ids = growing.extend(opened)
+        answer = f"{before}{cut.join(cut_apart(text, specials))}"
+        return token_ids + growing.extend(opened + answer)
+
+    def content_of(self, text: str, tokenizer: PreTrainedTokenizerBase, *, ended: bool) -> str:
+        """The content, as a small dialogue shows what the program writes around it."""
+        before, after = self._around_content(tokenizer)
+        text = text.removeprefix(before)
+        return text.removesuffix(after) if ended else text
+
+    def _around_content(self, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+        """What the program writes between prompt and content, and from there to the end of turn.
+
+        Special tokens are left out, as they are of an answer's text; both are empty for a program
+        that changes the content itself.
+        """
+        probe = Message("assistant", "b")
+        question = self._with_system([Message("user", "a")])
+        before = self._jinja_text(question, tokenizer, prompt=True)
+        answer = self._jinja_text([*question, probe], tokenizer, prompt=False)
+        written = answer.removeprefix(before)
+        specials = special_strings(tokenizer)
+        ends = [written.rfind(one) for one in specials if one in written]
+        head, found, tail = written[: max(ends, default=len(written))].partition(probe.content)
+        if not found or written == answer:
+            return "", ""
+        plain = re.compile("|".join(map(re.escape, sorted(specials))) or "(?!)")
+        return plain.sub("", head), plain.sub("", tail)
+
     def stop_token_ids(self, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
         """The end of a turn, as a small dialogue shows it, and EOS where that is another token."""
         rendered = self.render([Message("user", "a"), Message("assistant", "b")], tokenizer)

@@ -11,12 +11,12 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from huatuo_jax.data.chat import ChatTemplate, TrainedTurns, TruncationPolicy, truncate
-from huatuo_jax.data.examples import DialogueTokenizer, Dropped, Tokens
+from huatuo_jax.data.examples import Dropped, Tokens
 from huatuo_jax.data.records import Messages
 
 if TYPE_CHECKING:
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 CHUNK_SIZE = 64  # dialogues a process gets at once
 _CHUNKS_AHEAD = 4  # per process, so that none waits and no more than these stand in memory
+
+Item = TypeVar("Item")
+Found = TypeVar("Found")
 
 _NOT_OF_THE_IDS = ("name_or_path", "is_local", "local_files_only", "padding", "truncation")
 
@@ -106,16 +109,16 @@ class Progress(NamedTuple):
 
 
 def tokenize_in_chunks(
-    dialogues: Sequence[Messages],
-    tokenizer: DialogueTokenizer,
+    dialogues: Sequence[Item],
+    tokenizer: Callable[[Item], Found],
     *,
     num_processes: int,
     progress: Callable[[Progress], None] | None = None,
-) -> Iterator[list[Tokens | Dropped]]:
+) -> Iterator[list[Found]]:
     """Tokenises dialogues in order, some dozens at a time.
 
     Args:
-        dialogues: the messages of each.
+        dialogues: the messages of each, or whatever else the tokenizer takes.
         tokenizer: it is sent to every process once.
         num_processes: 1 works in this process. More are started afresh (not forked: threads of jax
             may hold locks), which takes some seconds, so few dialogues go faster without. The
@@ -146,15 +149,15 @@ def tokenize_in_chunks(
 
 
 def _in_processes(
-    chunks: Iterator[Sequence[Messages]], tokenizer: DialogueTokenizer, num_processes: int
-) -> Iterator[list[Tokens | Dropped]]:
+    chunks: Iterator[Sequence[Item]], tokenizer: Callable[[Item], Found], num_processes: int
+) -> Iterator[list[Found]]:
     pool = ProcessPoolExecutor(
         num_processes,
         mp_context=multiprocessing.get_context("spawn"),
         initializer=_start_process,
         initargs=(tokenizer,),
     )
-    waiting: deque[Future[list[Tokens | Dropped]]] = deque()
+    waiting: deque[Future[list[Found]]] = deque()
     try:
         for chunk in chunks:
             waiting.append(pool.submit(_tokenize_chunk, chunk))
@@ -166,16 +169,16 @@ def _in_processes(
         pool.shutdown(cancel_futures=True)
 
 
-_tokenizer_of_process: DialogueTokenizer | None = None
+_tokenizer_of_process: Callable[[Any], Any] | None = None
 
 
-def _start_process(tokenizer: DialogueTokenizer) -> None:
+def _start_process(tokenizer: Callable[[Any], Any]) -> None:
     """Keeps the tokenizer for all chunks of this process, and lets it use one core."""
     global _tokenizer_of_process
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _tokenizer_of_process = tokenizer
 
 
-def _tokenize_chunk(chunk: Sequence[Messages]) -> list[Tokens | Dropped]:
+def _tokenize_chunk(chunk: Sequence[Any]) -> list[Any]:
     assert _tokenizer_of_process is not None
     return [_tokenizer_of_process(messages) for messages in chunk]

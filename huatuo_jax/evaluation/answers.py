@@ -3,7 +3,6 @@
 import json
 import pathlib
 import sys
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +16,7 @@ from huatuo_jax.feedback.questions import Answered, read_answered
 from huatuo_jax.generation.bulk import BulkConfig, run_bulk
 from huatuo_jax.generation.requests import SamplingConfig
 from huatuo_jax.reward.score_file import ScoreConfig, score_file
+from huatuo_jax.rl.rewards import AnswerScoreConfig
 from huatuo_jax.scoring import GivenAnswer
 
 REFERENCE = "reference"
@@ -28,7 +28,7 @@ class ScoredAnswers(NamedTuple):
 
     Attributes:
         answered: prompts and texts.
-        rewards: the reward model's normalised scores, or raw ones where it has no normalization.
+        rewards: what PPO's reward holds of the reward model's scores, see `score_file`.
         records: of the file, each with `answers` and `prompt_token_ids`.
     """
 
@@ -89,7 +89,7 @@ def answer_prompts(
         mesh=cfg.mesh,
     )
     run_bulk(bulk, lambda done: print(f"  {name}: {done}", file=sys.stderr, flush=True))
-    return _scored(name, bulk.output, cfg, folder)
+    return score_answers_file(name, bulk.output, cfg, folder)
 
 
 def answer_as_referenced(cfg: EvaluationConfig, folder: pathlib.Path) -> ScoredAnswers | None:
@@ -104,10 +104,18 @@ def answer_as_referenced(cfg: EvaluationConfig, folder: pathlib.Path) -> ScoredA
     path = folder / f"answers_{REFERENCE}.jsonl"
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     multi_host.by_first("reference answers", lambda: write_file(path, text))
-    return _scored(REFERENCE, str(path), cfg, folder)
+    return score_answers_file(REFERENCE, str(path), cfg, folder)
 
 
-def _scored(name: str, path: str, cfg: EvaluationConfig, folder: pathlib.Path) -> ScoredAnswers:
+def score_answers_file(
+    name: str, path: str, cfg: EvaluationConfig, folder: pathlib.Path
+) -> ScoredAnswers:
+    """The answers of a file with their scores, which are written to `scored_{name}.jsonl`.
+
+    Raises:
+        ValueError: a file or reward model that cannot be.
+        OSError: the scores cannot be written.
+    """
     output = folder / f"scored_{name}.jsonl"
     score_file(
         ScoreConfig(
@@ -116,13 +124,9 @@ def _scored(name: str, path: str, cfg: EvaluationConfig, folder: pathlib.Path) -
             output=str(output),
             template=cfg.template,
             rows_at_once=cfg.rows_at_once,
+            rule=cfg.score or AnswerScoreConfig(),
         )
     )
     records = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
-    rewards = {record["id"]: _scores_of(record) for record in records}
+    rewards: Values = {record["id"]: list(record["rewards"]) for record in records}
     return ScoredAnswers(read_answered(output), rewards, records)
-
-
-def _scores_of(record: dict[str, Any]) -> Sequence[float | None]:
-    found = record["normalized_scores"] if "normalized_scores" in record else record["scores"]
-    return list(found)

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+from huatuo_jax.rl.rewards import AnswerScoreConfig
 from huatuo_jax.sharding import MeshConfig
 from huatuo_jax.training.run_directory import operational
 
@@ -22,6 +23,8 @@ class EvaluationConfig:
         max_new_tokens: tokens of an answer at most.
         temperature: answers are drawn at; above 0.
         seed: of the answers and of the bootstrap.
+        score: what a score counts, above all that of an answer that was cut off; None for the rule
+            of the run's PPO, and for `AnswerScoreConfig()` where there is none.
         rows_at_once: rows of a batch, where answers are scored.
         chunk_size: prompts whose answers are written together.
         mesh: how the devices are divided for the answers; losses and scores are computed on others.
@@ -37,6 +40,7 @@ class EvaluationConfig:
     max_new_tokens: int = 512
     temperature: float = 1.0
     seed: int = 0
+    score: AnswerScoreConfig | None = None
     rows_at_once: int = operational(8)
     chunk_size: int = operational(256)
     mesh: MeshConfig = operational(MeshConfig())

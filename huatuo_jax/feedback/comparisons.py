@@ -38,8 +38,8 @@ TIE = "tie"
 DISAGREEMENT = "the two orders disagree"
 MAX_PAIRS = "more pairs of the prompt than max_pairs_per_prompt"
 
-# Of an answers record, too large to carry along, or about all answers and not about two.
-_NOT_CARRIED = ("answers", "prompt_token_ids")
+# Of an answers record: about all answers and not about two.
+_NOT_CARRIED = ("answers",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,7 +243,14 @@ def _comparison(
         source=prompt.source,
         p_chosen=label.p_one if one_wins else 1.0 - label.p_one,
         margin=None if label.margin is None else abs(label.margin),
-        extra={**extra, **provenance, "chosen_answer": better, "rejected_answer": worse},
+        extra={
+            **extra,
+            **provenance,
+            "chosen_answer": better,
+            "rejected_answer": worse,
+            **answered.sampled_fields(better, prefix="chosen_"),
+            **answered.sampled_fields(worse, prefix="rejected_"),
+        },
     )
 
 

@@ -4,7 +4,9 @@ import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from huatuo_jax.data.answers import Sampled, SampledPrompt
 from huatuo_jax.data.files import RowError, read_rows
 from huatuo_jax.data.records import Prompt
 from huatuo_jax.feedback.judgements import (
@@ -19,10 +21,23 @@ from huatuo_jax.feedback.judges import Judge, JudgementFailed, Reply
 
 @dataclass(frozen=True)
 class Answered:
-    """A prompt and the texts of its answers, in the order of the file."""
+    """A prompt and the texts of its answers, in the order of the file.
+
+    Attributes:
+        prompt: with its extra fields.
+        answers: their texts.
+        sampled: how each was sampled; nothing where the file has texts alone.
+        sampled_prompt: what the model was given.
+    """
 
     prompt: Prompt
     answers: tuple[str, ...]
+    sampled: tuple[Sampled, ...] = ()
+    sampled_prompt: SampledPrompt | None = None
+
+    def sampled_fields(self, index: int, *, prefix: str) -> dict[str, Any]:
+        """How an answer was sampled, as fields of a record of several answers."""
+        return self.sampled[index].to_fields(prefix=prefix) if self.sampled else {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +177,12 @@ def _answered(row: object) -> Answered:
         value = getattr(prompt, name)
         if not isinstance(value, str) and not (value is None and name != "id"):
             raise ValueError(f"{name} is {value!r}; it should be text")
-    return Answered(prompt, tuple(map(_text, row["answers"])))
+    return Answered(
+        prompt,
+        tuple(map(_text, row["answers"])),
+        tuple(map(Sampled.from_fields, row["answers"])),
+        SampledPrompt.from_fields(row),
+    )
 
 
 def _text(answer: object) -> str:

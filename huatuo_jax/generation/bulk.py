@@ -21,6 +21,7 @@ from huatuo_jax.backbone.transformer import Transformer
 from huatuo_jax.checkpoint import models
 from huatuo_jax.checkpoint.tokenizer import load_tokenizer
 from huatuo_jax.data import templates
+from huatuo_jax.data.chat import ChatTemplate
 from huatuo_jax.data.readers import read_prompts
 from huatuo_jax.generation import weights
 from huatuo_jax.generation.answers_file import AnswersFile
@@ -83,6 +84,7 @@ class _Plan(NamedTuple):
     info: models.ModelInfo
     mesh: Mesh
     tokenizer: transformers.PreTrainedTokenizerBase
+    template: ChatTemplate
     tasks: list[Task]
     sampling: SamplingConfig
     max_length: int
@@ -134,7 +136,10 @@ def run_bulk(
                 for task in chunk
             ]
             groups = _grouped(clock.watch(engine.generate(requests)), len(chunk))
-            records = [make_record(*pair) for pair in zip(chunk, groups, strict=True)]
+            records = [
+                make_record(task, answers, plan.template, plan.tokenizer)
+                for task, answers in zip(chunk, groups, strict=True)
+            ]
             if output is not None:
                 output.append(records)
             clock.chunk_done(start + len(chunk))
@@ -179,7 +184,7 @@ def _plan(cfg: BulkConfig) -> _Plan:
         "max_length": max_length,
         "drop_oldest_turns": cfg.drop_oldest_turns,
     }
-    return _Plan(info, mesh, tokenizer, tasks, sampling, max_length, settings)
+    return _Plan(info, mesh, tokenizer, template, tasks, sampling, max_length, settings)
 
 
 def _open_engine(cfg: BulkConfig, plan: _Plan) -> Engine:

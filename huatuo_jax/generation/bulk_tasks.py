@@ -91,8 +91,19 @@ def make_request(task: Task, sampling: SamplingConfig, *, seed: int, num_samples
     )
 
 
-def make_record(task: Task, answers: Sequence[Answer]) -> dict[str, Any]:
+def make_record(
+    task: Task,
+    answers: Sequence[Answer],
+    template: ChatTemplate,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+) -> dict[str, Any]:
     """The record of a prompt and its answers.
+
+    Args:
+        task: the prompt.
+        answers: in their order.
+        template: the prompt's; what it writes around an answer is left out of the text.
+        tokenizer: the model's.
 
     Raises:
         ValueError: log-probabilities that are no numbers.
@@ -102,18 +113,27 @@ def make_record(task: Task, answers: Sequence[Answer]) -> dict[str, Any]:
         **task.prompt.to_json(),
         **dropped,
         "prompt_token_ids": task.token_ids,
-        "answers": [_answer_fields(task, answer) for answer in answers],
+        "answers": [
+            _answer_fields(
+                task,
+                answer,
+                template.content_of(
+                    answer.text or "", tokenizer, ended=answer.finish_reason == "stop"
+                ),
+            )
+            for answer in answers
+        ],
     }
 
 
-def _answer_fields(task: Task, answer: Answer) -> dict[str, Any]:
+def _answer_fields(task: Task, answer: Answer, text: str) -> dict[str, Any]:
     if not all(map(math.isfinite, answer.log_probs)):
         raise ValueError(
             f"prompt {task.prompt.id!r}: the model gives log-probabilities that are no numbers; "
             "its weights are broken, or its dtype too narrow"
         )
     return {
-        "text": answer.text,
+        "text": text,
         "token_ids": answer.token_ids,
         "log_probs": [round(value, _DIGITS) for value in answer.log_probs],
         "finish_reason": answer.finish_reason,

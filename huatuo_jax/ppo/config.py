@@ -5,7 +5,7 @@ from typing import Literal
 
 from huatuo_jax.backbone.lora import LoraConfig
 from huatuo_jax.ppo.prompts import PromptsConfig
-from huatuo_jax.rl.rewards import TruncationPolicy
+from huatuo_jax.rl.rewards import AnswerScoreConfig
 from huatuo_jax.sharding import MeshConfig
 from huatuo_jax.training.initial_model import ComputeSection, ModelConfig
 from huatuo_jax.training.optimizer import OptimizerConfig
@@ -13,7 +13,6 @@ from huatuo_jax.training.run_directory import operational
 
 Estimator = Literal["gae", "rloo", "grpo"]
 KlPlace = Literal["reward", "sequence_square", "k3"]
-ScoreScale = Literal["stored", "running", "raw"]
 
 
 def _require_positive(name: str, value: float | None, *, whole: bool = False) -> None:
@@ -59,44 +58,26 @@ class RolloutConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ScoreConfig:
+class ScoreConfig(AnswerScoreConfig):
     """From the reward model's score of an answer to its part of the reward.
+
+    Beside the fields of `AnswerScoreConfig`:
 
     Attributes:
         of: the `reward_model`, or the `length` of an answer in tokens, its end included: the
             control that shows what a policy does that only learns to be longer.
-        scale: `stored` takes the mean and deviation that stand beside the reward model, `running`
-            those of all scores of the run so far, `raw` neither.
-        clip: scaled scores are bounded to +-clip; None for no bound.
-        on_truncation: what becomes of the score of an answer without a stop token, see
-            `rl.rewards.answer_scores`.
-        penalty: for `replace` and `subtract`, in units of scaled scores.
         whiten: bring the rewards of a rollout to variance 1, their mean left alone.
     """
 
     of: Literal["reward_model", "length"] = "reward_model"
-    scale: ScoreScale = "stored"
-    clip: float | None = None
-    on_truncation: TruncationPolicy = "subtract"
-    penalty: float | None = 1.0
     whiten: bool = False
 
     def __post_init__(self) -> None:
         """Raise ValueError for rules that cannot be."""
-        _require_positive("clip", self.clip)
+        super().__post_init__()
         if self.of == "length" and self.scale == "stored":
             raise ValueError(
                 "scale='stored' is the reward model's; a score of='length' takes 'running' or 'raw'"
-            )
-        is_penalised = self.on_truncation in ("replace", "subtract")
-        if is_penalised and (self.penalty is None or not 0 <= self.penalty < float("inf")):
-            raise ValueError(
-                f"penalty={self.penalty!r} must be 0 or more for on_truncation="
-                f"{self.on_truncation!r}"
-            )
-        if not is_penalised and self.penalty is not None:
-            raise ValueError(
-                f"penalty={self.penalty!r} must be None for on_truncation={self.on_truncation!r}"
             )
 
 

@@ -210,6 +210,8 @@ class IterationReport:
                     "answer_score": _number(self.targets.scores_N[index]),
                     "kl": _number(self.targets.kl_N[index]),
                     "length": len(answer.token_ids),
+                    "prompt_token_ids": list(prompt.token_ids),
+                    "token_ids": list(answer.token_ids),
                     "finish_reason": answer.finish_reason,
                 }
             )

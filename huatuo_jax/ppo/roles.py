@@ -14,7 +14,8 @@ from huatuo_jax.backbone.lora import init_adapters
 from huatuo_jax.backbone.transformer import Transformer
 from huatuo_jax.checkpoint import models
 from huatuo_jax.checkpoint.tokenizer import load_tokenizer
-from huatuo_jax.ppo.config import PpoConfig, ScoreScale
+from huatuo_jax.ppo.config import PpoConfig
+from huatuo_jax.rl.rewards import ScoreScale
 from huatuo_jax.scoring import Normalization, Scorer, load_normalization
 from huatuo_jax.training.initial_model import InitialModel, ModelConfig, open_model
 from huatuo_jax.training.optimizer import Optimizer, OptimizerConfig

@@ -4,10 +4,19 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from huatuo_jax.comparisons.data import Answer, AnswersConfig, make_answer, tokenize_answers
+from huatuo_jax.comparisons.data import (
+    Answer,
+    AnswerKey,
+    AnswersConfig,
+    AnswersToPrompt,
+    answers_of,
+    make_answer,
+    tokenize_answers,
+)
+from huatuo_jax.data.answers import AnswerToTokenize, Sampled, SampledPrompt
 from huatuo_jax.data.files import Row, read_rows
 from huatuo_jax.data.readers import read_records
-from huatuo_jax.data.records import Comparison, Dialogue, Message, Messages, Prompt
+from huatuo_jax.data.records import Comparison, Dialogue, Message, Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -18,20 +27,19 @@ class Answered(NamedTuple):
 
     Attributes:
         record: as JSON, extra fields kept.
-        prompt: what the answers answer.
-        answers: continuations of it that end with the doctor.
+        to_prompt: the prompt and its answers, which end with the doctor.
         several: whether the record can hold more than one, as opposed to a dialogue.
     """
 
     record: dict[str, Any]
-    prompt: Messages
-    answers: tuple[Messages, ...]
+    to_prompt: AnswersToPrompt
     several: bool
 
     @property
-    def dialogues(self) -> list[Messages]:
-        """Each answer behind its prompt."""
-        return [self.prompt + answer for answer in self.answers]
+    def keys(self) -> list[AnswerKey]:
+        """Each answer behind its prompt, as `tokenize_answers` names it."""
+        prompt, answers, sampled_prompt = self.to_prompt
+        return [(prompt, sampled_prompt, answer) for answer in answers]
 
 
 def read_answered(path: str) -> Iterator[Answered]:
@@ -44,16 +52,16 @@ def read_answered(path: str) -> Iterator[Answered]:
     if first is not None and _is_answers_record(first.value):
         yield from _read_answers_file(path)
         return
-    answers: tuple[Messages, ...]
     for record in read_records(path):
         if isinstance(record, Dialogue):
-            prompt, answers = record.messages[:-1], (record.messages[-1:],)
+            answer = AnswerToTokenize(record.messages[-1:])
+            to_prompt = AnswersToPrompt(record.messages[:-1], (answer,))
         elif isinstance(record, Comparison):
-            prompt, answers = record.messages, (record.chosen, record.rejected)
+            to_prompt = answers_of(record)
         else:
             kind = type(record).__name__
             raise ValueError(f"{path}: record {record.id!r} is a {kind}, which holds no answer")
-        yield Answered(record.to_json(), prompt, answers, isinstance(record, Comparison))
+        yield Answered(record.to_json(), to_prompt, isinstance(record, Comparison))
 
 
 def read_answers(
@@ -65,15 +73,13 @@ def read_answers(
         ValueError: as `read_answered`, or no answer is left.
     """
     records = list(read_answered(path))
-    tokens = tokenize_answers(
-        (dialogue for record in records for dialogue in record.dialogues), cfg, tokenizer
-    )
+    tokens = tokenize_answers((record.to_prompt for record in records), cfg, tokenizer)
     answers = []
     for record in records:
-        for continuation in record.answers:
-            found = tokens[record.prompt + continuation]
+        for key in record.keys:
+            found = tokens[key]
             if not isinstance(found, str):
-                answers.append(make_answer(found, record.prompt, continuation))
+                answers.append(make_answer(found, key[0], key[2].messages))
     if not answers:
         raise ValueError(f"{path}: none of its answers fits max_length={cfg.max_length} tokens")
     return answers
@@ -107,8 +113,15 @@ def _read_answers_file(path: str) -> Iterator[Answered]:
                 "with text), while the first one is"
             )
         prompt = Prompt.from_json(row.value).messages
-        texts = [one["text"] for one in row.value["answers"]]
-        if not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"{row.file} line {row.line}: an answer's text is no text")
-        answers = tuple((Message("assistant", text),) for text in texts)
-        yield Answered(dict(row.value), prompt, answers, True)
+        try:
+            answers = tuple(map(_answer, row.value["answers"]))
+            to_prompt = AnswersToPrompt(prompt, answers, SampledPrompt.from_fields(row.value))
+        except ValueError as error:
+            raise ValueError(f"{row.file} line {row.line}: {error}") from error
+        yield Answered(dict(row.value), to_prompt, True)
+
+
+def _answer(fields: Mapping[str, Any]) -> AnswerToTokenize:
+    if not isinstance(fields["text"], str):
+        raise ValueError("an answer's text is no text")
+    return AnswerToTokenize((Message("assistant", fields["text"]),), Sampled.from_fields(fields))

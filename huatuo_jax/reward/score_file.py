@@ -4,22 +4,28 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from huatuo_jax import multi_host, sharding
 from huatuo_jax.backbone.config import ComputeConfig
 from huatuo_jax.backbone.transformer import Transformer
 from huatuo_jax.checkpoint import models
 from huatuo_jax.checkpoint.tokenizer import load_tokenizer
-from huatuo_jax.comparisons.data import AnswersConfig, DialogueTokens, tokenize_answers
+from huatuo_jax.comparisons.data import (
+    AnswerKey,
+    AnswersConfig,
+    AnswerTokens,
+    tokenize_answers,
+)
 from huatuo_jax.data.chat import TruncationPolicy
-from huatuo_jax.data.records import Messages
 from huatuo_jax.progress import progress_bar
 from huatuo_jax.reward.answers import Answered, read_answered
+from huatuo_jax.rl.rewards import AnswerScoreConfig, answer_scores
 from huatuo_jax.scoring import GivenAnswer, Normalization, Scorer, load_normalization
 
 
@@ -33,7 +39,7 @@ class ScoreConfig:
         input: file of dialogues, of comparisons, or of several answers a prompt.
         output: JSON Lines to write; replaced when all is scored.
         template: chat template by name; `tokenizer` for the tokenizer's own.
-        truncation: what becomes of a dialogue longer than `max_length`.
+        truncation: what becomes of a dialogue longer than `max_length`, see `AnswersConfig`.
         max_length: tokens of a dialogue; None for the model's positions.
         rows_at_once: rows that go through the model together, a multiple of the mesh's shards.
         row_length: tokens of a row, which holds several answers; None for the longest's.
@@ -41,6 +47,7 @@ class ScoreConfig:
         data: mesh axis, see `sharding.make_mesh`.
         fsdp: mesh axis.
         tensor: mesh axis.
+        rule: what a score counts, above all that of an answer that was cut off.
     """
 
     model: str
@@ -55,9 +62,15 @@ class ScoreConfig:
     data: int = 1
     fsdp: int = -1
     tensor: int = 1
+    rule: AnswerScoreConfig = AnswerScoreConfig()
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a size or an output that cannot be."""
+        """Raise ValueError for a size, an output or a rule that cannot be."""
+        if self.rule != self.rule.outside_training:
+            raise ValueError(
+                f"on_truncation={self.rule.on_truncation!r}, scale={self.rule.scale!r}: a critic "
+                "and running scores are there in training only"
+            )
         if not self.output or os.path.isdir(self.output):
             raise ValueError(f"output={self.output!r} is no name of a file to write")
         if os.path.realpath(self.input) == os.path.realpath(self.output):
@@ -69,18 +82,41 @@ class ScoreConfig:
 
 
 class Scored(NamedTuple):
-    """What was done: records, answers, answers without a score, and the mean of the others."""
+    """What was done.
+
+    Attributes:
+        num_records: in the file.
+        num_answers: of all records.
+        num_without: answers without a score.
+        num_as_sampled: answers that were scored by the ids that a model sampled.
+        num_retokenized: answers whose ids are of another tokenizer, template or text, so that
+            their text was scored.
+        num_cut_off: scored answers that have no end.
+        mean: of the raw scores.
+    """
 
     num_records: int
     num_answers: int
     num_without: int
+    num_as_sampled: int
+    num_retokenized: int
+    num_cut_off: int
     mean: float | None
 
     def __str__(self) -> str:
         """One line."""
         line = f"{self.num_records} records, {self.num_answers} answers"
         if self.num_without:
-            line += f", {self.num_without} of them without a score (too long, or not to be said)"
+            line += f", {self.num_without} without a score (too long, or not in the template)"
+        if self.num_as_sampled:
+            line += f", {self.num_as_sampled} scored by their sampled ids"
+        if self.num_retokenized:
+            line += (
+                f", {self.num_retokenized} by their text, as their ids are of another tokenizer, "
+                "template or text"
+            )
+        if self.num_cut_off:
+            line += f", {self.num_cut_off} cut off before their end"
         return line if self.mean is None else f"{line}, mean score {self.mean:.4f}"
 
 
@@ -89,8 +125,9 @@ def score_file(cfg: ScoreConfig) -> Scored:
 
     A dialogue gets `score`, a record of several answers `scores` in their order (of a comparison:
     chosen, rejected). They are raw; where the model was stored with a normalization,
-    `normalized_score` or `normalized_scores` stands beside them. An answer that does not fit, or
-    that the template cannot say, has null.
+    `normalized_score` or `normalized_scores` stands beside them. `reward` or `rewards` is what
+    PPO's reward holds of the score under `cfg.rule`, in raw units where nothing is stored. An
+    answer that does not fit, or that the template cannot render, has null.
 
     Raises:
         ValueError: a file, model or setting that cannot be, before anything is compiled.
@@ -112,15 +149,17 @@ def score_file(cfg: ScoreConfig) -> Scored:
         )
     answers_cfg = AnswersConfig(template=cfg.template, truncation=cfg.truncation, max_length=limit)
     records = list(read_answered(cfg.input))
-    dialogues = [dialogue for record in records for dialogue in record.dialogues]
-    if not dialogues:
+    keys = [key for record in records for key in record.keys]
+    if not keys:
         raise ValueError(f"{cfg.input}: none of its records has an answer to score")
-    tokens = tokenize_answers(dialogues, answers_cfg, load_tokenizer(info.folder))
-    unsayable = [found for found in tokens.values() if isinstance(found, str)]
-    if len(unsayable) == len(tokens):
+    tokens = tokenize_answers(
+        (record.to_prompt for record in records), answers_cfg, load_tokenizer(info.folder)
+    )
+    without = [found for found in tokens.values() if isinstance(found, str)]
+    if len(without) == len(tokens):
         raise ValueError(
-            f"{cfg.input}: none of its {len(dialogues)} answers can be scored with"
-            f" max_length={limit}: {', '.join(sorted(set(unsayable)))}"
+            f"{cfg.input}: none of its {len(keys)} answers can be scored with"
+            f" max_length={limit}: {', '.join(sorted(set(without)))}"
         )
     default = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     compute = ComputeConfig(compute_dtype=jnp.dtype(cfg.compute_dtype or default))
@@ -133,44 +172,77 @@ def score_file(cfg: ScoreConfig) -> Scored:
         row_length=cfg.row_length,
     )
     scores = _scores(scorer, tokens)
-    multi_host.by_first(
-        "scores", lambda: _write(cfg.output, _scored_records(records, scores, normalization))
-    )
-    found = [scores[dialogue] for dialogue in dialogues]
+    fields = _fields(scores, normalization, cfg.rule)
+    multi_host.by_first("scores", lambda: _write(cfg.output, _scored_records(records, fields)))
+    found = [scores[key] for key in keys]
     known = [score for score in found if score is not None]
-    mean = sum(known) / len(known) if known else None
-    return Scored(len(records), len(found), len(found) - len(known), mean)
+    as_sampled = [_is_as_sampled(tokens[key]) for key in keys]
+    has_ids = [key[2].sampled.token_ids is not None for key in keys]
+    return Scored(
+        num_records=len(records),
+        num_answers=len(keys),
+        num_without=len(keys) - len(known),
+        num_as_sampled=sum(as_sampled),
+        num_retokenized=sum(
+            ids and not used and scores[key] is not None
+            for key, ids, used in zip(keys, has_ids, as_sampled, strict=True)
+        ),
+        num_cut_off=sum(not key[2].sampled.ended and scores[key] is not None for key in keys),
+        mean=float(np.mean(known)) if known else None,
+    )
+
+
+def _is_as_sampled(found: AnswerTokens | str) -> bool:
+    return isinstance(found, AnswerTokens) and found.as_sampled
 
 
 def _scores(
-    scorer: Scorer, tokens: dict[Messages, DialogueTokens | str]
-) -> dict[Messages, float | None]:
-    """The raw score of each dialogue, None for one that has no tokens."""
-    scores: dict[Messages, float | None] = dict.fromkeys(tokens)
-    sayable = {key: found for key, found in tokens.items() if not isinstance(found, str)}
-    with progress_bar(f"scoring {len(sayable)} answers", "rows") as on_progress:
+    scorer: Scorer, tokens: dict[AnswerKey, AnswerTokens | str]
+) -> dict[AnswerKey, float | None]:
+    """The raw score of each answer, None for one that has no tokens."""
+    scores: dict[AnswerKey, float | None] = dict.fromkeys(tokens)
+    rendered = {key: found for key, found in tokens.items() if isinstance(found, AnswerTokens)}
+    with progress_bar(f"scoring {len(rendered)} answers", "rows") as on_progress:
         found = scorer.scores(
-            [GivenAnswer(one.token_ids, 0) for one in sayable.values()], on_progress
+            [GivenAnswer(one.token_ids, 0) for one in rendered.values()], on_progress
         )
-    return scores | dict(zip(sayable, map(float, found), strict=True))
+    return scores | dict(zip(rendered, map(float, found), strict=True))
 
 
 def _scored_records(
     records: Sequence[Answered],
-    scores: dict[Messages, float | None],
-    normalization: Normalization | None,
+    fields: Mapping[str, Mapping[AnswerKey, float | None]],
 ) -> Iterator[dict[str, Any]]:
     for record in records:
-        raw = [scores[dialogue] for dialogue in record.dialogues]
-        fields: dict[str, list[float | None]] = {"score": raw}
-        if normalization is not None:
-            fields["normalized_score"] = [
-                None if one is None else float(normalization.apply(one)) for one in raw
-            ]
+        for_record = {name: [of[key] for key in record.keys] for name, of in fields.items()}
         yield record.record | {
             f"{name}s" if record.several else name: values if record.several else values[0]
-            for name, values in fields.items()
+            for name, values in for_record.items()
         }
+
+
+def _fields(
+    scores: Mapping[AnswerKey, float | None],
+    normalization: Normalization | None,
+    rule: AnswerScoreConfig,
+) -> dict[str, Mapping[AnswerKey, float | None]]:
+    """What is written of each answer, by name."""
+    known = {key: score for key, score in scores.items() if score is not None}
+    none: dict[AnswerKey, float | None] = dict.fromkeys(scores)
+    scaled_N = np.array(list(known.values()), np.float64)
+    found: dict[str, Mapping[AnswerKey, float | None]] = {"score": scores}
+    if normalization is not None:
+        normalized_N = normalization.apply(scaled_N)
+        found["normalized_score"] = none | dict(zip(known, normalized_N.tolist(), strict=True))
+        scaled_N = scaled_N if rule.scale == "raw" else normalized_N
+    rewards_N = answer_scores(
+        jnp.asarray(scaled_N, jnp.float32),
+        jnp.array([key[2].sampled.ended for key in known], jnp.bool_),
+        on_truncation=rule.on_truncation,
+        penalty=rule.penalty,
+        clip=rule.clip,
+    )
+    return found | {"reward": none | dict(zip(known, rewards_N.tolist(), strict=True))}
 
 
 def _write(output: str, records: Iterator[dict[str, Any]]) -> None:

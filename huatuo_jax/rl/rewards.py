@@ -1,5 +1,6 @@
 """From a reward model's scores to the reward of each token."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Literal, get_args
 
@@ -9,7 +10,47 @@ import jax.numpy as jnp
 from huatuo_jax.rl.kl import in_reward, log_ratios
 from huatuo_jax.rl.masks import last_tokens, wide
 
+ScoreScale = Literal["stored", "running", "raw"]
 TruncationPolicy = Literal["keep", "replace", "subtract", "bootstrap"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AnswerScoreConfig:
+    """What a score of an answer counts: one rule for PPO, `score.py` and evaluation.
+
+    Attributes:
+        scale: `stored` takes the mean and deviation that stand beside the reward model, `running`
+            those of all scores of the run so far, `raw` neither.
+        clip: scaled scores are bounded to +-clip; None for no bound.
+        on_truncation: what becomes of the score of an answer without a stop token, see
+            `answer_scores`.
+        penalty: for `replace` and `subtract`, in units of scaled scores.
+    """
+
+    scale: ScoreScale = "stored"
+    clip: float | None = None
+    on_truncation: TruncationPolicy = "subtract"
+    penalty: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for rules that cannot be."""
+        _check_rule(clip=self.clip, on_truncation=self.on_truncation, penalty=self.penalty)
+        if self.penalty is not None and self.penalty == float("inf"):
+            raise ValueError(f"penalty={self.penalty!r} must be finite")
+
+    @property
+    def outside_training(self) -> "AnswerScoreConfig":
+        """The same rule where there is neither a critic nor a run whose scores have a mean.
+
+        `bootstrap`, which needs the critic, keeps the score; `running` becomes `stored`.
+        """
+        has_critic = self.on_truncation == "bootstrap"
+        return AnswerScoreConfig(
+            scale="stored" if self.scale == "running" else self.scale,
+            clip=self.clip,
+            on_truncation="keep" if has_critic else self.on_truncation,
+            penalty=self.penalty,
+        )
 
 
 def have_ended(
@@ -71,17 +112,7 @@ def answer_scores(
         ValueError: an unknown policy, a penalty that is missing, negative or has no use, or a
             clip that is not above 0.
     """
-    if on_truncation not in get_args(TruncationPolicy):
-        raise ValueError(
-            f"on_truncation={on_truncation!r} must be one of {list(get_args(TruncationPolicy))}"
-        )
-    is_penalised = on_truncation in ("replace", "subtract")
-    if is_penalised and (penalty is None or not penalty >= 0):
-        raise ValueError(f"penalty={penalty!r} must be 0 or more for {on_truncation!r}")
-    if not is_penalised and penalty is not None:
-        raise ValueError(f"penalty={penalty!r} must be None for {on_truncation!r}")
-    if clip is not None and not clip > 0:
-        raise ValueError(f"clip={clip!r} must be above 0, or None")
+    _check_rule(clip=clip, on_truncation=on_truncation, penalty=penalty)
     scores_B = wide(scores_B)
     if clip is not None:
         scores_B = jnp.clip(scores_B, -clip, clip)
@@ -123,3 +154,19 @@ def token_rewards(
     ratios_BT = log_ratios(old_log_probs_BT, reference_log_probs_BT, mask_BT)
     penalties_BT = -kl_coef * in_reward(estimator, ratios_BT)
     return penalties_BT + jnp.where(last_tokens(mask_BT), wide(scores_B)[:, None], 0)
+
+
+def _check_rule(
+    *, clip: float | None, on_truncation: TruncationPolicy, penalty: float | None
+) -> None:
+    if on_truncation not in get_args(TruncationPolicy):
+        raise ValueError(
+            f"on_truncation={on_truncation!r} must be one of {list(get_args(TruncationPolicy))}"
+        )
+    is_penalised = on_truncation in ("replace", "subtract")
+    if is_penalised and (penalty is None or not penalty >= 0):
+        raise ValueError(f"penalty={penalty!r} must be 0 or more for {on_truncation!r}")
+    if not is_penalised and penalty is not None:
+        raise ValueError(f"penalty={penalty!r} must be None for {on_truncation!r}")
+    if clip is not None and not clip > 0:
+        raise ValueError(f"clip={clip!r} must be above 0, or None")

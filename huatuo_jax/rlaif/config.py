@@ -215,7 +215,8 @@ class RlaifConfig:
         """The config with the run's folder in its paths and one's own data in its sources."""
         cfg = placed_in(self, workdir)
         base = cfg.evaluation.base or cfg.sft.model.directory or f"{workdir}/base/model"
-        evaluation = dataclasses.replace(cfg.evaluation, base=base)
+        rule = cfg.evaluation.score or cfg.ppo.score.outside_training
+        evaluation = dataclasses.replace(cfg.evaluation, base=base, score=rule)
         if cfg.data is None:
             return dataclasses.replace(cfg, evaluation=evaluation)
         sources = tuple(
