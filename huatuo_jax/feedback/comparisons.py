@@ -5,9 +5,7 @@ failed judgement never becomes a number, and everything left out is counted by i
 """
 
 import dataclasses
-import json
 import os
-import pathlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +27,7 @@ from huatuo_jax.feedback.verdicts import (
     pair_verdicts,
     pairs_of,
 )
+from huatuo_jax.json_lines import write_rows
 
 NOT_JUDGED = "not judged"
 JUDGEMENT_FAILED = "a judgement of the pair failed"
@@ -149,18 +148,7 @@ def make_comparisons(
 
 def write_comparisons(path: str | os.PathLike[str], comparisons: Iterable[Comparison]) -> None:
     """Writes the file whole or not at all; one that stands there is replaced."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            for one in comparisons:
-                file.write(json.dumps(one.to_json(), ensure_ascii=False, allow_nan=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_rows(path, (one.to_json() for one in comparisons))
 
 
 def _of_prompt(

@@ -1,9 +1,7 @@
 """Reward scores of every answer in a file, by any reward model on disk."""
 
 import dataclasses
-import json
 import os
-import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -18,6 +16,7 @@ from huatuo_jax.checkpoint.tokenizer import load_tokenizer
 from huatuo_jax.comparisons.data import AnswersConfig, DialogueTokens, tokenize_answers
 from huatuo_jax.data.chat import TruncationPolicy
 from huatuo_jax.data.records import Messages
+from huatuo_jax.json_lines import write_rows
 from huatuo_jax.progress import progress_bar
 from huatuo_jax.reward.answers import Answered, read_answered
 from huatuo_jax.scoring import GivenAnswer, Normalization, Scorer, load_normalization
@@ -134,7 +133,7 @@ def score_file(cfg: ScoreConfig) -> Scored:
     )
     scores = _scores(scorer, tokens)
     multi_host.by_first(
-        "scores", lambda: _write(cfg.output, _scored_records(records, scores, normalization))
+        "scores", lambda: write_rows(cfg.output, _scored_records(records, scores, normalization))
     )
     found = [scores[dialogue] for dialogue in dialogues]
     known = [score for score in found if score is not None]
@@ -171,13 +170,3 @@ def _scored_records(
             f"{name}s" if record.several else name: values if record.several else values[0]
             for name, values in fields.items()
         }
-
-
-def _write(output: str, records: Iterator[dict[str, Any]]) -> None:
-    path = pathlib.Path(output)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.tmp")
-    with beside.open("w", encoding="utf-8") as file:
-        for record in records:
-            file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
-    os.replace(beside, path)
