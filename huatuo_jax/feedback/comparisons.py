@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from huatuo_jax.data.records import Comparison
+from huatuo_jax.data.records import Comparison, same_answer
 from huatuo_jax.data.records import answer as continuation
 from huatuo_jax.feedback import comparison_balance as balancing
 from huatuo_jax.feedback.comparison_config import ComparisonConfig
@@ -161,7 +161,8 @@ def _of_prompt(
     prompt, texts = answered.prompt, answered.answers
     found, reasons = [], Counter[str]()
     for key in pairs_of(prompt.id, len(texts)):
-        label = SAME_TEXT if texts[key.one] == texts[key.other] else label_of(key)
+        same = same_answer(continuation(texts[key.one]), continuation(texts[key.other]))
+        label = SAME_TEXT if same else label_of(key)
         if isinstance(label, str):
             reasons[label] += 1
         else:

@@ -45,7 +45,7 @@ def read_answered(path: str) -> Iterator[Answered]:
         yield from _read_answers_file(path)
         return
     answers: tuple[Messages, ...]
-    for record in read_records(path):
+    for record in read_records(path, empty_answers=True):
         if isinstance(record, Dialogue):
             prompt, answers = record.messages[:-1], (record.messages[-1:],)
         elif isinstance(record, Comparison):

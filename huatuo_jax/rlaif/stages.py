@@ -11,6 +11,7 @@ import jax
 
 from huatuo_jax import multi_host
 from huatuo_jax.checkpoint import models
+from huatuo_jax.data.records import is_empty
 from huatuo_jax.data.sources import content_hash
 from huatuo_jax.evaluation.stage import run_evaluation, write_json
 from huatuo_jax.feedback.label_command import LabelRun, report_path, run_labels
@@ -105,19 +106,21 @@ def _answers(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:
 
 
 def answer_figures(path: pathlib.Path) -> dict[str, float]:
-    """Prompts, answers and tokens of an answers file, and the share that came to an end."""
-    prompts = answers = tokens = stopped = 0
+    """Prompts, answers and tokens of an answers file, and the shares that ended and are empty."""
+    prompts = answers = tokens = stopped = empty = 0
     for line in read_lines(path, unfinished="read"):
         prompts += 1
         for one in line.row["answers"]:
             answers += 1
             tokens += len(one["token_ids"])
             stopped += one["finish_reason"] == "stop"
+            empty += is_empty(one["text"])
     return {
         "prompts": prompts,
         "answers": answers,
         "tokens_per_answer": tokens / answers,
         "stopped": stopped / answers,
+        "empty": empty / answers,
     }
 
 
