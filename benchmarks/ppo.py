@@ -39,6 +39,7 @@ from huatuo_jax.checkpoint.tokenizer import load_tokenizer
 from huatuo_jax.data import templates
 from huatuo_jax.data.readers import read_dialogues
 from huatuo_jax.data.records import Prompt
+from huatuo_jax.json_lines import write_rows
 from huatuo_jax.ppo.prompts import PromptsConfig, open_prompts
 
 _SIZES = flags.DEFINE_list("sizes", ["10m"], "Models: 50m, 10m, tiny.")
@@ -188,14 +189,14 @@ def write_prompts(folder: pathlib.Path, settings: contest.Result, *, real: bool)
             prompt = Prompt.of_dialogue(dialogue)
             records.setdefault(f"{path.stem}:{prompt.id}", prompt)
     named = [{**prompt.to_json(), "id": one} for one, prompt in records.items()]
-    _write_lines(file, named)
+    write_rows(file, named)
     fitting = open_prompts(cfg, tokenizer, max_new_tokens=settings["response_length"]).items
     if len(fitting) < wanted and real:
         raise ValueError(f"{wanted} prompts are wanted and {len(fitting)} fit; fewer --steps")
     # The sample's few prompts come again and again.
     taken = [fitting[number % len(fitting)] for number in range(wanted)]
     by_id = {row["id"]: row for row in named}
-    _write_lines(file, [{**by_id[one.id], "id": f"{n}:{one.id}"} for n, one in enumerate(taken)])
+    write_rows(file, [{**by_id[one.id], "id": f"{n}:{one.id}"} for n, one in enumerate(taken)])
     ids = [list(one.token_ids) for one in taken]
     (folder / "prompts.json").write_text(json.dumps(ids), encoding="utf-8")
     return statistics.mean(map(len, ids))
@@ -245,11 +246,6 @@ def print_table(size: str, result: contest.Result) -> None:
         f"{result['prompt_tokens']:.0f}, {settings['num_epochs']} epochs"
     )
     contest.print_rows(COLUMNS, result["contenders"])
-
-
-def _write_lines(path: pathlib.Path, rows: list[contest.Result]) -> None:
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    path.write_text("".join(lines), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """The real data and the model of 8 million parameters that benchmarks train on it."""
 
 import dataclasses
-import json
 import os
 import pathlib
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from huatuo_jax.backbone.config import BackboneConfig
 from huatuo_jax.data.disc import read_disc_comparisons
 from huatuo_jax.data.held_out import HeldOutConfig
 from huatuo_jax.data.records import Comparison
+from huatuo_jax.json_lines import write_rows
 from huatuo_jax.sft import SftConfig
 from huatuo_jax.training.dialogue_data import DataConfig, SourceConfig
 from huatuo_jax.training.initial_model import ComputeSection, ModelConfig
@@ -124,6 +124,5 @@ def disc_pairs() -> dict[str, list[Comparison]]:
 
 def write_pairs(path: pathlib.Path, pairs: Sequence[Comparison]) -> str:
     """Writes comparisons, one a line."""
-    rows = (json.dumps(pair.to_json(), ensure_ascii=False) for pair in pairs)
-    path.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
+    write_rows(path, (pair.to_json() for pair in pairs))
     return str(path)

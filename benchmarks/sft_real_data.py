@@ -24,6 +24,7 @@ from huatuo_jax.backbone.transformer import abstract_params, count_parameters
 from huatuo_jax.data.examples import ALL_KINDS
 from huatuo_jax.data.token_cache import TokenDataset
 from huatuo_jax.sft import run_sft
+from huatuo_jax.training.metrics import read_rows
 from huatuo_jax.training.sections import to_section
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/real", "The run's folder.")
@@ -43,16 +44,11 @@ def main() -> None:
         run_sft(to_section(cfg), workdir)
     (cache,) = (path for path in (workdir / "data").iterdir() if (path / "index.npz").is_file())
     bigram = bigram_losses(TokenDataset(cache, "train"), TokenDataset(cache, "held_out"))
-    figures = figures_of(read_metrics(workdir / "sft" / "metrics.jsonl"), bigram)
+    figures = figures_of(read_rows(workdir / "sft" / "metrics.jsonl"), bigram)
     print(json.dumps(figures, indent=2))
     output = pathlib.Path(_OUTPUT.value)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-
-
-def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The rows of a run, in order."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def figures_of(rows: list[dict[str, Any]], bigram: dict[str, float]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from huatuo_jax.data.formats import (
     is_question,
     question_prompt,
 )
-from huatuo_jax.data.records import Comparison, Messages, Ranking
+from huatuo_jax.data.records import Comparison, Messages, Ranking, is_empty, same_answer
 from huatuo_jax.data.turns import (
     JsonRow,
     RowLeftOut,
@@ -33,6 +33,8 @@ SAME_TEXT = "chosen and rejected are the same"
 TOO_FEW = "fewer than two answers"
 ALL_TIED = "no two answers differ in text and score"
 SOME_TIED = "pairs left out whose answers do not differ in text and score"
+EMPTY_CHOSEN = "the chosen answer is empty, kept"
+EMPTY_ANSWER = "an empty answer, kept"
 
 _PAIR_KEYS = (
     ("chosen", "rejected"),
@@ -75,11 +77,12 @@ def _from_pair(row: Any, terms: Terms) -> Converted:
         _continuation(prompt, turns, key, terms)
         for turns, key in zip((chosen, rejected), keys, strict=True)
     )
-    if better == worse:
+    if same_answer(better, worse):
         raise RowLeftOut(SAME_TEXT)
     p_chosen = _number(row, "p_chosen")
     if p_chosen is not None and not 0 <= p_chosen <= 1:
         raise RowProblem(f"p_chosen is {p_chosen}, not between 0 and 1")
+    empty = _empty_answers((better, worse), judged=p_chosen is not None)
     used = (*used, *keys, "p_chosen", "margin")
     row_id, source, extra = identity(row, terms, used=used, content=[prompt, better, worse])
     comparison = Comparison(
@@ -92,7 +95,7 @@ def _from_pair(row: Any, terms: Terms) -> Converted:
         margin=_number(row, "margin"),
         extra=extra,
     )
-    return Converted((comparison,), repairs)
+    return Converted((comparison,), (*repairs, *empty))
 
 
 def _prompt_turns(row: JsonRow) -> tuple[list[Turn], tuple[str, ...]]:
@@ -137,12 +140,32 @@ def _shared_start(chosen: Sequence[Turn], rejected: Sequence[Turn]) -> list[Turn
 def _continuation(prompt: Messages, turns: Sequence[Turn], name: str, terms: Terms) -> Messages:
     """The checked messages behind the prompt; they end with the assistant."""
     try:
-        whole, _ = check_turns([*prompt, *turns], max_turn_chars=terms.max_turn_chars)
+        whole, _ = check_turns(
+            [*prompt, *turns], max_turn_chars=terms.max_turn_chars, empty_answer=True
+        )
     except RowProblem as problem:
         raise RowProblem(f"with {name}: {problem}") from None
     if len(whole) == len(prompt) or whole[-1].role != "assistant":
         raise RowProblem(f"{name} does not end with an answer")
     return whole[len(prompt) :]
+
+
+def _empty_answers(answers: Sequence[Messages], *, judged: bool) -> tuple[str, ...]:
+    """What is counted of empty answers, best first.
+
+    Raises:
+        RowProblem: the best one is empty, and no probability or score says that a judge found it
+            so: a missing value rather than a preference.
+    """
+    if not any(is_empty(one[-1].content) for one in answers):
+        return ()
+    if not is_empty(answers[0][-1].content):
+        return (EMPTY_ANSWER,)
+    if not judged:
+        raise RowProblem(
+            "the better answer is empty; where a judge preferred it, p_chosen or scores say so"
+        )
+    return (EMPTY_CHOSEN,)
 
 
 def _number(row: JsonRow, key: str) -> float | None:
@@ -223,7 +246,8 @@ def _ranking(
         raise RowLeftOut(ALL_TIED)
     if len(pairs) < math.comb(len(answers), 2):
         repairs = (*repairs, SOME_TIED)
-    return Converted(pairs, repairs)
+    empty = _empty_answers(answers, judged=scores is not None)
+    return Converted(pairs, (*repairs, *empty))
 
 
 COMPARISON_FORMATS: tuple[Format, ...] = (

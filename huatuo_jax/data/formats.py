@@ -41,12 +41,14 @@ class Terms:
     """What the reader adds to a row: the source's name and kind, and the limits.
 
     A given `source` or `kind` is stronger than the row's own; `file_name` serves where neither is.
+    `empty_answers` takes dialogues whose last answer is empty, too.
     """
 
     file_name: str
     source: str | None = None
     kind: Kind | None = None
     max_turn_chars: int = MAX_TURN_CHARS
+    empty_answers: bool = False
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,9 @@ def is_question(row: object) -> bool:
 def _dialogue(
     row: object, turns: Sequence[Turn], terms: Terms, *, used: Sequence[str]
 ) -> Converted:
-    messages, repairs = dialogue_messages(turns, max_turn_chars=terms.max_turn_chars)
+    messages, repairs = dialogue_messages(
+        turns, max_turn_chars=terms.max_turn_chars, empty_answer=terms.empty_answers
+    )
     kind = terms.kind or (row["kind"] if isinstance(row, Mapping) and has(row, "kind") else None)
     if kind is not None and kind not in KINDS:
         raise RowProblem(f"kind is {str(kind)[:40]!r}, not one of {', '.join(KINDS)}")

@@ -80,6 +80,7 @@ class Keywords(TypedDict, total=False):
     split: str
     max_turn_chars: int
     max_error_share: float
+    empty_answers: bool
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,7 @@ class ReadOptions:
         max_turn_chars: a longer turn makes its row an error.
         max_error_share: reading stops when more than this share of the rows are errors. It is
             judged at the end, and from row 10,000 on also on the way.
+        empty_answers: take dialogues whose last answer is empty: to be scored, not to be trained.
     """
 
     source: str | None = None
@@ -102,6 +104,7 @@ class ReadOptions:
     split: str = "train"
     max_turn_chars: int = MAX_TURN_CHARS
     max_error_share: float = 0.01
+    empty_answers: bool = False
 
     def __post_init__(self) -> None:
         """Refuses an unknown kind or adapter and limits that make no sense."""
@@ -272,6 +275,7 @@ def outcomes_of(
         source=options.source,
         kind=options.kind,
         max_turn_chars=options.max_turn_chars,
+        empty_answers=options.empty_answers,
     )
     rows: Iterable[Row | RowError | LeftOut] = read_rows(path, split=options.split)
     adapter = options.chosen_adapter()

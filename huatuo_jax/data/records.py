@@ -70,6 +70,23 @@ def answer(text: str) -> Messages:
     return (Message("assistant", text),)
 
 
+def is_empty(text: str) -> bool:
+    """Whether an answer says nothing: no character, or white space alone.
+
+    A policy samples such answers by ending its turn at once. They are answers like any other, the
+    worst there are: every stage keeps, judges and scores them. Only training on dialogues refuses
+    them, as nobody should learn to say nothing.
+    """
+    return not text.strip()
+
+
+def same_answer(one: Messages, other: Messages) -> bool:
+    """Whether two continuations leave nothing to compare: the same messages, or both empty."""
+    return one == other or all(
+        len(messages) == 1 and is_empty(messages[0].content) for messages in (one, other)
+    )
+
+
 @dataclass(frozen=True)
 class Dialogue:
     """A conversation to train on: it ends with an assistant message."""
@@ -163,8 +180,8 @@ class Comparison:
 
     `chosen` and `rejected` are messages, not strings: mostly one assistant message each, but where
     whole consultations were compared they hold the rest of the consultation. In JSON the usual
-    single answer is a plain string. `margin` is the difference of the scores behind the choice,
-    in the unit of those scores.
+    single answer is a plain string. The last message of either may be empty (see `is_empty`).
+    `margin` is the difference of the scores behind the choice, in the unit of those scores.
     """
 
     id: str
@@ -249,7 +266,7 @@ class Ranking:
         pairs = []
         for better, worse in itertools.combinations(range(len(self.answers)), 2):
             margin = None if self.scores is None else self.scores[better] - self.scores[worse]
-            if margin == 0 or self.answers[better] == self.answers[worse]:
+            if margin == 0 or same_answer(self.answers[better], self.answers[worse]):
                 continue
             pairs.append(
                 Comparison(

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from huatuo_jax.data.records import Message, Messages, Role
+from huatuo_jax.data.records import Message, Messages, Role, is_empty
 
 Turn = tuple[object, object]
 JsonRow = Mapping[str, Any]
@@ -38,23 +38,32 @@ class RowLeftOut(Exception):
     """A sound row that gives no record, for a reason that is counted by its text."""
 
 
-def check_turns(turns: Iterable[Turn], *, max_turn_chars: int) -> tuple[Messages, tuple[str, ...]]:
+def check_turns(
+    turns: Iterable[Turn], *, max_turn_chars: int, empty_answer: bool = False
+) -> tuple[Messages, tuple[str, ...]]:
     """Messages of the turns, and what had to be mended.
 
     Holds: known roles; text that is there, is not too long and can be written as UTF-8; a system
     message only first; then user and assistant in turns, the user first.
+
+    Args:
+        turns: in order.
+        max_turn_chars: characters of a turn at most.
+        empty_answer: whether the last turn may be an empty one of the assistant.
 
     Raises:
         RowProblem: something of this does not hold.
     """
     messages: list[Message] = []
     repairs: list[str] = []
+    turns = list(turns)
     for number, (name, content) in enumerate(turns, start=1):
         role = _ROLE_OF.get(name.strip().lower()) if isinstance(name, str) else None
         if role is None:
             raise RowProblem(f"turn {number} has the unknown role {repr(name)[:40]}")
         text = _checked_text(content, f"turn {number} ({role})", max_turn_chars)
-        if not text.strip():
+        is_answer = role == "assistant" and number == len(turns)
+        if is_empty(text) and not (is_answer and empty_answer):
             if role != "system":
                 raise RowProblem(f"turn {number} ({role}) is empty")
             repairs.append(EMPTY_SYSTEM)
@@ -67,10 +76,10 @@ def check_turns(turns: Iterable[Turn], *, max_turn_chars: int) -> tuple[Messages
 
 
 def dialogue_messages(
-    turns: Iterable[Turn], *, max_turn_chars: int
+    turns: Iterable[Turn], *, max_turn_chars: int, empty_answer: bool = False
 ) -> tuple[Messages, tuple[str, ...]]:
     """Checked messages that end with the assistant: a last, unanswered question is dropped."""
-    messages, repairs = check_turns(turns, max_turn_chars=max_turn_chars)
+    messages, repairs = check_turns(turns, max_turn_chars=max_turn_chars, empty_answer=empty_answer)
     if not any(message.role == "assistant" for message in messages):
         raise RowProblem("no assistant turn")
     if messages[-1].role == "user":

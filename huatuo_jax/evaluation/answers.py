@@ -1,6 +1,5 @@
 """The answers that an evaluation looks at: drawn from each model, scored by the reward model."""
 
-import json
 import pathlib
 import sys
 from typing import Any, NamedTuple
@@ -8,13 +7,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from huatuo_jax import multi_host
-from huatuo_jax.atomic import write_file
 from huatuo_jax.data.readers import read_prompts
 from huatuo_jax.evaluation.config import EvaluationConfig
 from huatuo_jax.evaluation.statistics import Values
 from huatuo_jax.feedback.questions import Answered, read_answered
 from huatuo_jax.generation.bulk import BulkConfig, run_bulk
 from huatuo_jax.generation.requests import SamplingConfig
+from huatuo_jax.json_lines import read_rows, write_rows
 from huatuo_jax.reward.score_file import ScoreConfig, score_file
 from huatuo_jax.rl.rewards import AnswerScoreConfig
 from huatuo_jax.scoring import GivenAnswer
@@ -102,8 +101,7 @@ def answer_as_referenced(cfg: EvaluationConfig, folder: pathlib.Path) -> ScoredA
     if not rows:
         return None
     path = folder / f"answers_{REFERENCE}.jsonl"
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    multi_host.by_first("reference answers", lambda: write_file(path, text))
+    multi_host.by_first("reference answers", lambda: write_rows(path, rows))
     return score_answers_file(REFERENCE, str(path), cfg, folder)
 
 
@@ -127,6 +125,6 @@ def score_answers_file(
             rule=cfg.score or AnswerScoreConfig(),
         )
     )
-    records = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+    records = read_rows(output, unfinished="read")
     rewards: Values = {record["id"]: list(record["rewards"]) for record in records}
     return ScoredAnswers(read_answered(output), rewards, records)

@@ -5,15 +5,13 @@ failed judgement never becomes a number, and everything left out is counted by i
 """
 
 import dataclasses
-import json
 import os
-import pathlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from huatuo_jax.data.records import Comparison
+from huatuo_jax.data.records import Comparison, same_answer
 from huatuo_jax.data.records import answer as continuation
 from huatuo_jax.feedback import comparison_balance as balancing
 from huatuo_jax.feedback.comparison_config import ComparisonConfig
@@ -29,6 +27,7 @@ from huatuo_jax.feedback.verdicts import (
     pair_verdicts,
     pairs_of,
 )
+from huatuo_jax.json_lines import write_rows
 
 NOT_JUDGED = "not judged"
 JUDGEMENT_FAILED = "a judgement of the pair failed"
@@ -149,18 +148,7 @@ def make_comparisons(
 
 def write_comparisons(path: str | os.PathLike[str], comparisons: Iterable[Comparison]) -> None:
     """Writes the file whole or not at all; one that stands there is replaced."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            for one in comparisons:
-                file.write(json.dumps(one.to_json(), ensure_ascii=False, allow_nan=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_rows(path, (one.to_json() for one in comparisons))
 
 
 def _of_prompt(
@@ -173,7 +161,8 @@ def _of_prompt(
     prompt, texts = answered.prompt, answered.answers
     found, reasons = [], Counter[str]()
     for key in pairs_of(prompt.id, len(texts)):
-        label = SAME_TEXT if texts[key.one] == texts[key.other] else label_of(key)
+        same = same_answer(continuation(texts[key.one]), continuation(texts[key.other]))
+        label = SAME_TEXT if same else label_of(key)
         if isinstance(label, str):
             reasons[label] += 1
         else:

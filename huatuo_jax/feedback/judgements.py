@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, cast, get_args
 
 from huatuo_jax.data.records import Prompt, messages_to_json
+from huatuo_jax.json_lines import read_lines
 
 Protocol = Literal["score", "pairwise"]
 PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
@@ -196,14 +197,12 @@ def read_judgements(path: str | os.PathLike[str]) -> Iterator[Judgement]:
         ValueError: a whole line that is no judgement.
         OSError: the file cannot be read.
     """
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.endswith(b"\n"):
-                return
-            try:
-                yield Judgement.from_json(json.loads(line))
-            except (ValueError, TypeError) as error:
-                raise ValueError(f"{path}:{number}: not a judgement: {error}") from error
+    for line in read_lines(path, unfinished="skip"):
+        try:
+            judgement = Judgement.from_json(line.row)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}:{line.number}: not a judgement: {error}") from error
+        yield judgement
 
 
 def current(judgements: Iterable[Judgement]) -> list[Judgement]:

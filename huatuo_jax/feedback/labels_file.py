@@ -1,14 +1,13 @@
 """The labels file: grows by whole judgements, and goes on where a killed run left it."""
 
-import json
 import os
 import pathlib
 import time
 from collections.abc import Sequence
 from types import TracebackType
 
-from huatuo_jax import atomic
 from huatuo_jax.feedback.judgements import Judgement, read_judgements
+from huatuo_jax.json_lines import AppendedFile
 
 _TO_DISK_EVERY_S = 1.0
 
@@ -35,7 +34,7 @@ class LabelsFile:
             OSError: it cannot be read or written.
         """
         self._path = pathlib.Path(path)
-        self._file: int | None = None
+        self._file: AppendedFile | None = None
         self._synced_s = time.monotonic()
         self.found: list[Judgement] = []
         if self._path.exists():
@@ -53,8 +52,7 @@ class LabelsFile:
     ) -> None:
         """See it onto the disk, and close it."""
         if self._file is not None:
-            os.fsync(self._file)
-            os.close(self._file)
+            self._file.close()
             self._file = None
 
     def append(self, judgements: Sequence[Judgement]) -> None:
@@ -62,32 +60,17 @@ class LabelsFile:
         if self._file is None:
             self._open()
         assert self._file is not None
-        lines = [
-            json.dumps(judgement.to_json(), ensure_ascii=False, allow_nan=False)
-            for judgement in judgements
-        ]
-        # Half a character, which UTF-8 lacks, becomes JSON's escape of it.
-        data = "".join(f"{line}\n" for line in lines).encode("utf-8", "backslashreplace")
-        while data:  # One write as a rule: what a kill can leave is a line or nothing.
-            data = data[os.write(self._file, data) :]
+        self._file.append(judgement.to_json() for judgement in judgements)
         if time.monotonic() - self._synced_s >= _TO_DISK_EVERY_S:
-            os.fsync(self._file)
+            self._file.sync()
             self._synced_s = time.monotonic()
 
     def _open(self) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        self._file = AppendedFile(self._path, locked=True)
         try:
-            atomic.lock_file(self._file, self._path)
             self.found = list(read_judgements(self._path))
-            self._cut_torn_line()
+            self._file.cut_unfinished()
         except BaseException:
-            os.close(self._file)
+            self._file.close()
             self._file = None
             raise
-
-    def _cut_torn_line(self) -> None:
-        whole = self._path.read_bytes()
-        end = whole.rfind(b"\n") + 1
-        if end != len(whole):
-            os.truncate(self._path, end)

@@ -8,7 +8,7 @@ from typing import Any
 
 from huatuo_jax.data.answers import Sampled, SampledPrompt
 from huatuo_jax.data.files import RowError, read_rows
-from huatuo_jax.data.records import Prompt
+from huatuo_jax.data.records import Prompt, answer, same_answer
 from huatuo_jax.feedback.judgements import (
     Judgement,
     Protocol,
@@ -148,7 +148,7 @@ def score_questions(answered: Iterable[Answered], judge: Judge) -> Iterator[Ques
 def pairwise_questions(
     answered: Iterable[Answered], judge: Judge, *, max_pairs: int | None = None
 ) -> Iterator[Question]:
-    """Every two different answers of a prompt, in both orders.
+    """Every two different answers of a prompt, in both orders; empty ones are all the same.
 
     Args:
         answered: prompts and answers.
@@ -160,7 +160,7 @@ def pairwise_questions(
         pairs = [
             pair
             for pair in itertools.combinations(range(len(item.answers)), 2)
-            if item.answers[pair[0]] != item.answers[pair[1]]
+            if not same_answer(*(answer(item.answers[index]) for index in pair))
         ]
         if max_pairs is not None and len(pairs) > max_pairs:
             pairs = sorted(sorted(pairs, key=lambda pair: _lot(item, pair))[:max_pairs])
@@ -185,8 +185,8 @@ def _answered(row: object) -> Answered:
     )
 
 
-def _text(answer: object) -> str:
-    text = answer["text"] if isinstance(answer, dict) and "text" in answer else None
+def _text(item: object) -> str:
+    text = item["text"] if isinstance(item, dict) and "text" in item else None
     if not isinstance(text, str):
         raise ValueError('each of its answers should be an object with a text, {"text": "..."}')
     return text

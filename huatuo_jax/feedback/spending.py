@@ -8,15 +8,14 @@ connection that broke, a killed run, a reply without usage) counts with the most
 
 import dataclasses
 import decimal
-import json
 import os
 import pathlib
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from huatuo_jax import atomic
 from huatuo_jax.feedback.rate_limits import PastCall
+from huatuo_jax.json_lines import AppendedFile, Line
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,7 +78,7 @@ class SpendingFile:
             OSError: it cannot be read or written.
         """
         self._path = None if path is None else pathlib.Path(path)
-        self._file: int | None = None
+        self._file: AppendedFile | None = None
         self._calls: list[_Call] = []
         # Sums are kept on the way, and exact: a budget asks for them before every call.
         self._num_known, self._usage = 0, Usage()
@@ -92,7 +91,7 @@ class SpendingFile:
         if self._file is not None:
             if self._path is not None and all(call.refused for call in self._calls):
                 self._path.unlink()
-            os.close(self._file)
+            self._file.close()
             self._file = None
 
     def start(self, *, max_tokens: int, max_cost: float) -> int:
@@ -153,23 +152,22 @@ class SpendingFile:
 
     def _open(self) -> None:
         assert self._path is not None
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        self._file = AppendedFile(self._path, locked=True)
         try:
-            atomic.lock_file(self._file, self._path)
-        except ValueError:
-            os.close(self._file)
+            for line in self._file.lines():
+                self._read_line(line)
+            self._file.cut_unfinished()
+        except BaseException:
+            self._file.close()
             self._file = None
             raise
-        whole = self._path.read_bytes()
-        end = whole.rfind(b"\n") + 1
-        for index, line in enumerate(whole[:end].splitlines()):
-            try:
-                self._read(json.loads(line))
-            except (ValueError, KeyError, TypeError, IndexError) as error:
-                raise ValueError(f"{self._path}:{index + 1}: no line of a spending file") from error
-        if end != len(whole):
-            os.truncate(self._path, end)
+
+    def _read_line(self, line: Line) -> None:
+        try:
+            self._read(line.row)
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            where = f"{self._path}:{line.number}"
+            raise ValueError(f"{where}: no line of a spending file") from error
 
     def _read(self, row: Mapping[str, Any]) -> None:
         if "outcome" in row:
@@ -197,8 +195,7 @@ class SpendingFile:
 
     def _append(self, row: Mapping[str, Any]) -> None:
         if self._file is not None:
-            # One write: a kill leaves the line or nothing.
-            os.write(self._file, f"{json.dumps(row)}\n".encode())
+            self._file.append([row])
 
 
 def _exact(money: float) -> decimal.Decimal:

@@ -10,9 +10,10 @@ import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 from huatuo_jax import atomic
+from huatuo_jax.json_lines import AppendedFile, Line
 
 
 class AnswersFile:
@@ -45,16 +46,13 @@ class AnswersFile:
         """
         self._path = pathlib.Path(path)
         self._ids, self._chunk_size = ids, chunk_size
-        self._path.parent.mkdir(parents=True, exist_ok=True)
         settings = json.loads(json.dumps(dict(settings)))
         self._check_settings(settings)
-        self._file: IO[bytes] = self._path.open("ab+")
+        self._file = AppendedFile(self._path, locked=True)
         try:
-            atomic.lock_file(self._file.fileno(), self._path)
             self.num_records, end = self._whole_chunks()
             self._write_settings(settings)
-            if end != self._file.seek(0, os.SEEK_END):
-                self._file.truncate(end)
+            self._file.cut(end)
         except BaseException:
             self._file.close()
             raise
@@ -76,10 +74,8 @@ class AnswersFile:
         """Add one chunk, and see it onto the disk."""
         expected = self._ids[self.num_records : self.num_records + self._chunk_size]
         assert [record["id"] for record in records] == list(expected)
-        lines = [json.dumps(record, ensure_ascii=False, allow_nan=False) for record in records]
-        self._file.write("".join(f"{line}\n" for line in lines).encode())
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self._file.append(records)
+        self._file.sync()
         self.num_records += len(records)
 
     @property
@@ -111,24 +107,18 @@ class AnswersFile:
 
     def _whole_chunks(self) -> tuple[int, int]:
         """How many records whole chunks hold, and where in the file they end."""
-        self._file.seek(0)
-        end, num_lines, offset = (0, 0), 0, 0
-        for line in self._file:
-            if not line.endswith(b"\n"):
-                break
-            self._check_line(num_lines, line)
-            num_lines, offset = num_lines + 1, offset + len(line)
-            if num_lines % self._chunk_size == 0 or num_lines == len(self._ids):
-                end = (num_lines, offset)
-        return end
+        whole = (0, 0)
+        for num_records, line in enumerate(self._file.lines(), start=1):
+            self._check_line(num_records - 1, line)
+            if num_records % self._chunk_size == 0 or num_records == len(self._ids):
+                whole = (num_records, line.end)
+        return whole
 
-    def _check_line(self, index: int, line: bytes) -> None:
-        try:
-            found = json.loads(line)["id"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{self._path} line {index + 1}: not an answers record") from error
-        if index >= len(self._ids) or found != self._ids[index]:
+    def _check_line(self, index: int, line: Line) -> None:
+        if "id" not in line.row:
+            raise ValueError(f"{self._path}:{line.number}: not an answers record, it has no id")
+        if index >= len(self._ids) or line.row["id"] != self._ids[index]:
             raise ValueError(
-                f"{self._path} line {index + 1}: id {found!r} is not the one due there: choose "
-                "another output"
+                f"{self._path}:{line.number}: id {line.row['id']!r} is not the one due there: "
+                "choose another output"
             )

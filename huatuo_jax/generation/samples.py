@@ -1,7 +1,6 @@
 """Answers to a few prompts that stay the same while a model trains: its progress, to be read."""
 
 import dataclasses
-import json
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,6 @@ import transformers
 from jax.sharding import Mesh
 
 from huatuo_jax import multi_host
-from huatuo_jax.atomic import write_file
 from huatuo_jax.backbone.transformer import Transformer
 from huatuo_jax.data.chat import ChatTemplate
 from huatuo_jax.data.examples import Example
@@ -21,6 +19,7 @@ from huatuo_jax.generation.engine import Engine
 from huatuo_jax.generation.requests import Answer, Request, SamplingConfig
 from huatuo_jax.generation.slots import slots_for
 from huatuo_jax.generation.texts import text_of
+from huatuo_jax.json_lines import AppendedFile, read_rows
 
 _PROBE = (Message("user", "?"), Message("assistant", "!"))
 
@@ -108,7 +107,7 @@ class Samples:
             self._add(step, groups)
 
     def _add(self, step: int, groups: Sequence[Sequence[Answer]]) -> None:
-        rows = [row for row in read_samples(self._path) if row["step"] < step]
+        rows = []
         for prompt, (answer,) in zip(self._prompts, groups, strict=True):
             rows.append(
                 {
@@ -120,8 +119,9 @@ class Samples:
                     "reference": text_of(self._tokenizer, prompt.reference_ids),
                 }
             )
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        write_file(self._path, text)
+        with AppendedFile(self._path, locked=False) as file:
+            file.keep_while(lambda row: row["step"] < step)
+            file.append(rows)
 
     def _load(self, variables: dict[str, Any]) -> Engine:
         if self._engine is not None:
@@ -142,7 +142,7 @@ def read_samples(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     path = pathlib.Path(path)
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return read_rows(path, unfinished="skip")
 
 
 def sample_prompt(

@@ -6,18 +6,16 @@ what an unbroken one would have given (on the same mesh).
 
 import contextlib
 import dataclasses
-import json
 import math
-import os
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from jax.sharding import Mesh
 
 from huatuo_jax import multi_host
-from huatuo_jax.atomic import write_file
 from huatuo_jax.checkpoint.store import CheckpointStore
+from huatuo_jax.json_lines import AppendedFile
 from huatuo_jax.ppo.config import PpoLoopConfig
 from huatuo_jax.ppo.report import PREFIX, Decode, IterationFlops, IterationReport
 from huatuo_jax.ppo.state import PpoState
@@ -140,7 +138,7 @@ class _Reports(contextlib.AbstractContextManager["_Reports", None]):
         self._job, self._cfg = job, cfg
         self._log: MetricsLog | None = None
         self._progress: ProgressReport = Silent()
-        self._samples = job.directory.folder / SAMPLES_FILE
+        self._samples: AppendedFile | None = None
         if multi_host.is_first():
             self._open(restored)
 
@@ -154,7 +152,7 @@ class _Reports(contextlib.AbstractContextManager["_Reports", None]):
             evaluated=False,
             tensorboard=directory.tensorboard if cfg.tensorboard else None,
         )
-        cut_samples(self._samples, after_step=restored)
+        self._samples = open_samples(directory.folder / SAMPLES_FILE, after_step=restored)
         self._progress = make_progress(
             directory.name, job.num_iterations, start=restored or 0, every=cfg.log_every
         )
@@ -168,21 +166,26 @@ class _Reports(contextlib.AbstractContextManager["_Reports", None]):
         self._progress.close()
         if self._log is not None:
             self._log.close()
+        if self._samples is not None:
+            self._samples.close()
 
     def write(self, iteration: IterationReport) -> dict[str, float]:
         """Adds an iteration; its numbers, those of the clock left aside."""
         fields = {name: value for name, value in iteration.fields().items() if math.isfinite(value)}
-        if self._log is not None:
-            self._tell(self._log, iteration, fields)
+        if self._log is not None and self._samples is not None:
+            self._tell(self._log, self._samples, iteration, fields)
         return fields
 
     def _tell(
-        self, log: MetricsLog, iteration: IterationReport, fields: Mapping[str, float]
+        self,
+        log: MetricsLog,
+        samples: AppendedFile,
+        iteration: IterationReport,
+        fields: Mapping[str, float],
     ) -> None:
         speed = iteration.speed(self._job.flops, peak_flops=self._peak)
         log.write(iteration.iteration, {**fields, **speed})
-        rows = iteration.samples(self._cfg.samples_per_iteration, self._job.decode)
-        _append(self._samples, rows)
+        samples.append(iteration.samples(self._cfg.samples_per_iteration, self._job.decode))
         self._progress.step(
             iteration.iteration,
             loss=fields.get(f"{PREFIX}/policy_loss"),
@@ -202,28 +205,17 @@ class _Reports(contextlib.AbstractContextManager["_Reports", None]):
 
     def flush(self) -> None:
         """Puts all on disk, before a checkpoint says that it is there."""
-        if self._log is None:
-            return
-        self._log.flush()
-        if self._samples.exists():
-            with self._samples.open("rb") as file:
-                os.fsync(file.fileno())
+        if self._log is not None and self._samples is not None:
+            self._log.flush()
+            self._samples.sync()
 
 
-def cut_samples(path: pathlib.Path, *, after_step: int | None) -> None:
-    """Removes, atomically, the samples that were written after a checkpoint, or all of them."""
-    if not path.exists():
-        return
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [
-        line
-        for line in lines
-        if line.endswith("\n") and after_step is not None and json.loads(line)["step"] <= after_step
-    ]
-    write_file(path, "".join(kept))
-
-
-def _append(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+def open_samples(path: pathlib.Path, *, after_step: int | None) -> AppendedFile:
+    """Opens a file of samples without those written after a checkpoint; None removes all."""
+    file = AppendedFile(path, locked=False)
+    try:
+        file.keep_while(lambda row: after_step is not None and row["step"] <= after_step)
+    except BaseException:
+        file.close()
+        raise
+    return file

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from huatuo_jax.data.records import is_empty
 from huatuo_jax.report import plots
 from huatuo_jax.report.markup import (
     ABSENT,
@@ -187,11 +188,9 @@ def _answer(name: str, record: Mapping[str, Any]) -> str:
     first = record["answers"][0]
     scores = record["normalized_scores" if "normalized_scores" in record else "scores"]
     ended = "finish_reason" not in first or first["finish_reason"] == "stop"
+    said = "<em>(an empty answer)</em>" if is_empty(first["text"]) else text(first["text"])
     told = f"score {number(scores[0])}" + ("" if ended else ", cut off at its length limit")
-    return (
-        f'<div class="answer"><h4>{text(name)}</h4><div>{text(first["text"])}</div>'
-        f"<p>{told}</p></div>"
-    )
+    return f'<div class="answer"><h4>{text(name)}</h4><div>{said}</div><p>{told}</p></div>'
 
 
 def _lengths_and_rewards(run: Run, name: str) -> tuple[list[float], list[float]]:

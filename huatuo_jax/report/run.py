@@ -5,7 +5,7 @@ import json
 import pathlib
 from typing import Any
 
-from huatuo_jax.training.metrics import read_rows
+from huatuo_jax.json_lines import read_rows
 from huatuo_jax.training.run_directory import CONFIG_FILE, ENVIRONMENT_FILE
 
 Rows = list[dict[str, Any]]
@@ -92,4 +92,4 @@ def _json(path: pathlib.Path) -> dict[str, Any] | None:
 
 
 def _rows(path: pathlib.Path) -> Rows:
-    return read_rows(path) if path.exists() else []
+    return read_rows(path, unfinished="skip") if path.exists() else []

@@ -35,6 +35,7 @@ _GAVE = {
     "answers": "answers",
     "tokens_per_answer": "tokens an answer",
     "stopped": "share that came to an end",
+    "empty": "share that says nothing",
     "comparisons": "comparisons",
     "ppo/score": "mean score",
     "ppo/kl_per_sequence": "KL from SFT (nats an answer)",

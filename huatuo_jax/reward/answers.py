@@ -52,7 +52,7 @@ def read_answered(path: str) -> Iterator[Answered]:
     if first is not None and _is_answers_record(first.value):
         yield from _read_answers_file(path)
         return
-    for record in read_records(path):
+    for record in read_records(path, empty_answers=True):
         if isinstance(record, Dialogue):
             answer = AnswerToTokenize(record.messages[-1:])
             to_prompt = AnswersToPrompt(record.messages[:-1], (answer,))

@@ -1,9 +1,7 @@
 """Reward scores of every answer in a file, by any reward model on disk."""
 
 import dataclasses
-import json
 import os
-import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -23,6 +21,7 @@ from huatuo_jax.comparisons.data import (
     tokenize_answers,
 )
 from huatuo_jax.data.chat import TruncationPolicy
+from huatuo_jax.json_lines import write_rows
 from huatuo_jax.progress import progress_bar
 from huatuo_jax.reward.answers import Answered, read_answered
 from huatuo_jax.rl.rewards import AnswerScoreConfig, answer_scores
@@ -173,7 +172,7 @@ def score_file(cfg: ScoreConfig) -> Scored:
     )
     scores = _scores(scorer, tokens)
     fields = _fields(scores, normalization, cfg.rule)
-    multi_host.by_first("scores", lambda: _write(cfg.output, _scored_records(records, fields)))
+    multi_host.by_first("scores", lambda: write_rows(cfg.output, _scored_records(records, fields)))
     found = [scores[key] for key in keys]
     known = [score for score in found if score is not None]
     as_sampled = [_is_as_sampled(tokens[key]) for key in keys]
@@ -243,13 +242,3 @@ def _fields(
         clip=rule.clip,
     )
     return found | {"reward": none | dict(zip(known, rewards_N.tolist(), strict=True))}
-
-
-def _write(output: str, records: Iterator[dict[str, Any]]) -> None:
-    path = pathlib.Path(output)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.tmp")
-    with beside.open("w", encoding="utf-8") as file:
-        for record in records:
-            file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
-    os.replace(beside, path)

@@ -2,15 +2,14 @@
 
 import hashlib
 import itertools
-import json
 import pathlib
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from huatuo_jax.atomic import write_file
 from huatuo_jax.data.held_out import dialogue_text
 from huatuo_jax.data.readers import Keywords, read_dialogues
 from huatuo_jax.data.records import Dialogue, Prompt
+from huatuo_jax.json_lines import write_rows
 from huatuo_jax.rlaif.config import PromptsConfig
 from huatuo_jax.training.dialogue_data import DataConfig, SourceConfig
 
@@ -62,8 +61,7 @@ def make_prompts(data: DataConfig, cfg: PromptsConfig) -> Prompts:
 
 def write_prompts(path: pathlib.Path, prompts: Iterable[Prompt]) -> None:
     """Writes a file of prompts whole or not at all."""
-    lines = (json.dumps(prompt.to_json(), ensure_ascii=False) for prompt in prompts)
-    write_file(path, "".join(f"{line}\n" for line in lines))
+    write_rows(path, (prompt.to_json() for prompt in prompts))
 
 
 def _dialogues(data: DataConfig) -> Iterator[tuple[SourceConfig, Dialogue]]:

@@ -1,7 +1,6 @@
 """The stages of the recipe: what each is made from, what it leaves, and the call that runs it."""
 
 import dataclasses
-import json
 import os
 import pathlib
 import sys
@@ -12,10 +11,12 @@ import jax
 
 from huatuo_jax import multi_host
 from huatuo_jax.checkpoint import models
+from huatuo_jax.data.records import is_empty
 from huatuo_jax.data.sources import content_hash
 from huatuo_jax.evaluation.stage import run_evaluation, write_json
 from huatuo_jax.feedback.label_command import LabelRun, report_path, run_labels
 from huatuo_jax.generation.bulk import BulkConfig, run_bulk
+from huatuo_jax.json_lines import read_lines
 from huatuo_jax.ppo.stage import run_ppo
 from huatuo_jax.report.page import write_report
 from huatuo_jax.reward.stage import run_reward
@@ -105,20 +106,21 @@ def _answers(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:
 
 
 def answer_figures(path: pathlib.Path) -> dict[str, float]:
-    """Prompts, answers and tokens of an answers file, and the share that came to an end."""
-    prompts = answers = tokens = stopped = 0
-    with path.open(encoding="utf-8") as file:
-        for record in map(json.loads, file):
-            prompts += 1
-            for one in record["answers"]:
-                answers += 1
-                tokens += len(one["token_ids"])
-                stopped += one["finish_reason"] == "stop"
+    """Prompts, answers and tokens of an answers file, and the shares that ended and are empty."""
+    prompts = answers = tokens = stopped = empty = 0
+    for line in read_lines(path, unfinished="read"):
+        prompts += 1
+        for one in line.row["answers"]:
+            answers += 1
+            tokens += len(one["token_ids"])
+            stopped += one["finish_reason"] == "stop"
+            empty += is_empty(one["text"])
     return {
         "prompts": prompts,
         "answers": answers,
         "tokens_per_answer": tokens / answers,
         "stopped": stopped / answers,
+        "empty": empty / answers,
     }
 
 
@@ -141,8 +143,7 @@ def _labels(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:
 
     def run() -> Mapping[str, Any]:
         multi_host.by_first("labels", ask)
-        with comparisons.open(encoding="utf-8") as file:
-            return {"comparisons": sum(1 for _ in file)}
+        return {"comparisons": sum(1 for _ in read_lines(comparisons, unfinished="read"))}
 
     outputs = (output, comparisons, pathlib.Path(report_path(output)))
     return Stage("labels", identity(section), {"answers": section.answers}, outputs, run)

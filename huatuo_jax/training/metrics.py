@@ -6,17 +6,15 @@ one that was not. A number that is not finite has no place in JSON and is left o
 counters in the row say why (`train/steps_not_finite`).
 """
 
-import json
 import math
-import os
 import pathlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import tensorboardX
 
-from huatuo_jax.atomic import write_file
+from huatuo_jax import json_lines
 
 TIME_PREFIX = "throughput/"
 EVALUATION_PREFIX = "eval/"
@@ -51,7 +49,7 @@ class MetricsLog:
             tensorboard: folder of the event files; None for none.
         """
         cut_rows(path, after_step=after_step, evaluated=evaluated)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = json_lines.AppendedFile(path, locked=False)
         self._stage = stage
         self._events = None
         if tensorboard is not None:
@@ -63,16 +61,14 @@ class MetricsLog:
         """Adds a row."""
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
         now = round(time.time(), 3)
-        row = {"step": step, "time_s": now, "stage": self._stage, **finite}
-        self._file.write(json.dumps(row) + "\n")
+        self._file.append([{"step": step, "time_s": now, "stage": self._stage, **finite}])
         if self._events is not None:
             for name, value in finite.items():
                 self._events.add_scalar(name, value, step, walltime=now)
 
     def flush(self) -> None:
         """Puts all rows on disk, where a kill cannot take them back."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self._file.sync()
         if self._events is not None:
             self._events.flush()
 
@@ -94,11 +90,11 @@ class MetricsLog:
 
 def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
     """The rows of a metrics file, without a last one that a kill cut short."""
-    return [row for row, _ in _rows(path)]
+    return json_lines.read_rows(path, unfinished="skip")
 
 
 def cut_rows(path: pathlib.Path, *, after_step: int | None, evaluated: bool) -> None:
-    """Removes, atomically, what was written after a checkpoint.
+    """Removes what was written after a checkpoint.
 
     Args:
         path: the metrics file; there may be none.
@@ -114,11 +110,5 @@ def cut_rows(path: pathlib.Path, *, after_step: int | None, evaluated: bool) -> 
         is_evaluation = any(name.startswith(EVALUATION_PREFIX) for name in row)
         return row["step"] < after_step or evaluated or not is_evaluation
 
-    kept = [line for row, line in _rows(path) if is_kept(row)]
-    write_file(path, "".join(kept))
-
-
-def _rows(path: pathlib.Path) -> Iterator[tuple[dict[str, Any], str]]:
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n"):
-            yield json.loads(line), line
+    with json_lines.AppendedFile(path, locked=False) as file:
+        file.keep_while(is_kept)

@@ -197,3 +197,62 @@ def test_spoiled_answers_are_held_out_where_fine_tuning_holds_out_their_dialogue
     assert {group.case for group in found.held_out} == wanted
     assert not wanted & {group.case for group in found.train}
     assert all(len(group.answers) == 5 and len(group.pairs) == 4 for group in found.train)
+
+
+def _prompt(num_exchanges):
+    """A consultation of so many exchanges that are over, and a last question."""
+    messages = []
+    for index in range(num_exchanges):
+        messages += [Message("user", f"第{index}天还咳嗽。"), *answer("发烧吗？")]
+    return (*messages, Message("user", "没有。"))
+
+
+@pytest.mark.parametrize("template_name", ["huatuogpt", "llama2", "baichuan"])
+@pytest.mark.parametrize("longer", ["chosen", "rejected"])
+def test_both_answers_of_a_pair_stand_behind_the_same_prompt_however_it_is_cut(
+    tokenizer, tmp_path, template_name, longer
+):
+    prompt, long, short = _prompt(4), answer("先多喝水，注意休息。" * 8), answer("没事。")
+    chosen, rejected = (long, short) if longer == "chosen" else (short, long)
+    pair = Comparison("long", prompt, chosen, rejected, "test")
+    third = Comparison("third", prompt, long, answer("多喝水。"), "test")
+    path = write_rows(tmp_path / "a.jsonl", [pair, third])
+    template = templates.by_name(template_name)
+    # Room for the longer answer behind the last two exchanges.
+    limit = len(template.render([*prompt[4:], *long], tokenizer).token_ids) + 1
+    cfg = _config(
+        ComparisonSource(paths=(path,)),
+        template=template_name,
+        max_length=limit,
+        row_length=3 * limit,
+    )
+    ((group,), dropped) = (
+        (found := open_comparisons(cfg, tokenizer)).train,
+        found.dropped,
+    )
+    assert not dropped and len(group.pairs) == 2 and len(group.answers) == 3
+    expected = template.prompt(prompt[4:], tokenizer)
+    for one in group.answers:
+        assert one.token_ids[: len(expected)].tolist() == expected
+        assert int(np.argmax(one.is_answer)) == len(expected)
+    # Each by itself would keep another history: the short one fits behind more of it.
+    alone = len(template.render([*prompt[2:], *short], tokenizer).token_ids)
+    assert alone <= limit
+
+
+def test_a_pair_whose_answer_fits_behind_no_prompt_is_dropped_and_cuts_nothing(tokenizer, tmp_path):
+    prompt = _prompt(2)
+    rows = [
+        Comparison("long", prompt, answer("疼" * 500), answer("没事。"), "test"),
+        Comparison("fits", prompt, answer("多喝水。"), answer("没事。"), "test"),
+    ]
+    path = write_rows(tmp_path / "a.jsonl", rows)
+    cfg = _config(ComparisonSource(paths=(path,)), max_length=256, row_length=512)
+    found = open_comparisons(cfg, tokenizer)
+    (group,) = found.train
+    assert found.dropped == {"too long": 1} and len(group.answers) == 2
+    whole = templates.by_name("huatuogpt").prompt(prompt, tokenizer)
+    assert all(one.token_ids[: len(whole)].tolist() == whole for one in group.answers)
+    cfg = _config(ComparisonSource(paths=(path,)), truncation="drop_row", max_length=64)
+    with pytest.raises(ValueError, match="no comparison is left .* {'too long': 2}"):
+        open_comparisons(cfg, tokenizer)

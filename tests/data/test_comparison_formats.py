@@ -5,6 +5,8 @@ import pytest
 from huatuo_jax.data.comparison_formats import (
     ALL_TIED,
     COMPARISON_FORMATS,
+    EMPTY_ANSWER,
+    EMPTY_CHOSEN,
     SAME_TEXT,
     SOME_TIED,
     TOO_FEW,
@@ -119,7 +121,8 @@ def test_rows_without_a_preference_are_left_out_by_name(row, reason):
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"prompt": "头痛", "chosen": "", "rejected": BAD}, r"with chosen: turn 2 .* is empty"),
+        ({"prompt": "头痛", "chosen": "", "rejected": BAD}, "the better answer is empty"),
+        ({"prompt": "头痛", "answers": [" ", BAD]}, "the better answer is empty"),
         ({"prompt": "头痛", "chosen": GOOD, "rejected": 3}, r"with rejected: turn 2 .* is int"),
         ({"prompt": "头痛", "chosen": GOOD}, "no known format"),
         ({"chosen": GOOD, "rejected": BAD}, "no known format"),
@@ -136,3 +139,31 @@ def test_rows_without_a_preference_are_left_out_by_name(row, reason):
 def test_broken_comparisons_say_what_is_wrong(row, reason):
     with pytest.raises(RowProblem, match=reason):
         convert(row)
+
+
+@pytest.mark.parametrize("empty", ["", " \n", "\u3000"])
+def test_an_empty_answer_is_an_answer_and_is_counted(empty):
+    worse = convert({"messages": ASK_JSON, "chosen": GOOD, "rejected": empty})
+    assert worse.records[0].rejected == answer(empty) and worse.repairs == (EMPTY_ANSWER,)
+    again = convert(worse.records[0].to_json())
+    assert again.records == worse.records
+    judged = convert({"messages": ASK_JSON, "chosen": empty, "rejected": BAD, "p_chosen": 0.6})
+    assert judged.records[0].chosen == answer(empty) and judged.repairs == (EMPTY_CHOSEN,)
+    scored = convert({"messages": ASK_JSON, "answers": [GOOD, empty, BAD], "scores": [3, 1, 2]})
+    assert [one.rejected for one in scored.records] == [answer(BAD), answer(empty), answer(empty)]
+    tail = [said("多久了？"), {"role": "user", "content": "三天"}, said(empty)]
+    whole = convert({"messages": ASK_JSON, "chosen": GOOD, "rejected": tail})
+    assert whole.records[0].rejected[-1].content == empty
+
+
+def test_an_empty_answer_before_the_last_is_still_a_fault():
+    tail = [said(""), {"role": "user", "content": "三天"}, said(BAD)]
+    with pytest.raises(RowProblem, match=r"with rejected: turn 4 \(assistant\) is empty"):
+        convert({"messages": ASK_JSON, "chosen": GOOD, "rejected": tail})
+
+
+def test_two_empty_answers_are_no_pair():
+    with pytest.raises(RowLeftOut, match=SAME_TEXT):
+        convert({"messages": ASK_JSON, "chosen": "", "rejected": " \n", "p_chosen": 0.5})
+    pairs = convert({"messages": ASK_JSON, "answers": [GOOD, "", "\n"], "scores": [3, 2, 1]})
+    assert len(pairs.records) == 2 and SOME_TIED in pairs.repairs

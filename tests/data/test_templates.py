@@ -383,3 +383,19 @@ def test_templates_are_found_by_name():
     assert by_name("huatuogpt").default_system == HUATUOGPT_SYSTEM
     with pytest.raises(ValueError, match="'vicuna' is not known; known are huatuogpt, chatml"):
         by_name("vicuna")
+
+
+@pytest.mark.parametrize("empty", ["", " \n"])
+def test_an_empty_answer_is_its_header_and_the_end_of_its_turn(
+    byte_tokenizer, llama_tokenizer, empty
+):
+    asked = [Message("user", "头痛三天了怎么办？")]
+    for template, tokenizer in templates_and_tokenizers(byte_tokenizer, llama_tokenizer):
+        prompt = template.prompt(asked, tokenizer)
+        rendered = template.render([*asked, Message("assistant", empty)], tokenizer)
+        assert rendered.token_ids[: len(prompt)] == prompt
+        assert rendered.trained_mask[len(prompt)]
+        last = max(index for index, is_trained in enumerate(rendered.trained_mask) if is_trained)
+        assert rendered.token_ids[last] == template.stop_token_ids(tokenizer)[0]
+        # White space at most stands between header and end.
+        assert not tokenizer.decode(rendered.token_ids[len(prompt) : last]).strip()

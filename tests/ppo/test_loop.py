@@ -1,9 +1,14 @@
 """What the loop does where things go wrong, or far: skipped steps, early stops, a critic alone."""
 
+import dataclasses
+import shutil
+
 import jax
 import numpy as np
 import pytest
 
+from huatuo_jax import json_lines
+from huatuo_jax.ppo.loop import train
 from huatuo_jax.training.loop import Diverged
 from huatuo_jax.training.metrics import read_rows
 from tests.ppo.tiny import PROMPT, Table, config, run_tiny, table, tiny_job
@@ -75,6 +80,21 @@ def test_while_the_critic_warms_up_the_policy_keeps_every_bit(tmp_path):
     assert int(state.value.num_updates) == 8
     state, report = trainer.iterate(state)
     assert len(report.update.policy) == 4 and int(state.policy.num_updates) == 4
+
+
+def test_a_run_goes_on_over_samples_that_hold_unicode_line_separators(tmp_path):
+    cfg = config()
+    job = dataclasses.replace(
+        tiny_job(cfg, tmp_path), decode=lambda ids: "\u2028\u2029\u0085".join(map(str, ids))
+    )
+    train(job, cfg.loop)
+    path = tmp_path / "ppo" / "samples.jsonl"
+    unbroken = path.read_bytes()
+    rows = json_lines.read_rows(path, unfinished="read")
+    assert [row["step"] for row in rows] == [1, 1, 2, 2, 3, 3] and "\u2028" in rows[0]["prompt"]
+    shutil.rmtree(job.directory.checkpoints / "3")  # As a kill right before it leaves things.
+    train(job, cfg.loop)
+    assert path.read_bytes() == unbroken
 
 
 @pytest.mark.slow

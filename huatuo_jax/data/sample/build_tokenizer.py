@@ -8,12 +8,12 @@ import json
 import pathlib
 import sys
 from collections.abc import Iterator
-from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from huatuo_jax.data.sample import FOLDER
 from huatuo_jax.data.templates import HUATUOGPT_SYSTEM
+from huatuo_jax.json_lines import read_rows
 
 VOCAB_SIZE = 2048
 # There is no `<unk>`: whatever has no token of its own is spelt in bytes.
@@ -42,13 +42,13 @@ def corpus() -> Iterator[str]:
     for path in sorted(FOLDER.glob("*_instruction.jsonl")) + sorted(
         FOLDER.glob("*_conversation.jsonl")
     ):
-        for row in _rows(path):
+        for row in read_rows(path, unfinished="read"):
             yield HUATUOGPT_SYSTEM
             for message in row["messages"]:
                 yield f"{_ROLE_PREFIXES[message['role']]}{message['content']} "
-    for row in _rows(FOLDER / "cases.jsonl"):
+    for row in read_rows(FOLDER / "cases.jsonl", unfinished="read"):
         yield f"{row['medical_case']}\n{row['doctor_diagnosis']}"
-    for row in _rows(FOLDER / "exams.jsonl"):
+    for row in read_rows(FOLDER / "exams.jsonl", unfinished="read"):
         options = "\n".join(f"{letter}. {text}" for letter, text in row["options"].items())
         yield f"{row['question']}\n{options}\n{row['explanation']}"
 
@@ -79,11 +79,6 @@ def build(folder: pathlib.Path) -> None:
     train().save(str(folder / "tokenizer.json"))
     config = json.dumps(_CONFIG, ensure_ascii=False, indent=2)
     (folder / "tokenizer_config.json").write_text(f"{config}\n", encoding="utf-8")
-
-
-def _rows(path: pathlib.Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8") as file:
-        yield from map(json.loads, file)
 
 
 def main(arguments: list[str]) -> None:
