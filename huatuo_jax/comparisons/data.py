@@ -329,18 +329,22 @@ class AnswersTokenizer:
         if any(as_sampled.values()):
             assert one.sampled_prompt is not None
             dropped = one.sampled_prompt.messages_dropped
-        whole = self._behind(without_oldest(one.prompt, dropped), as_sampled)
         num_system = int(bool(one.prompt) and one.prompt[0].role == "system")
         most = len(one.prompt) - num_system - 1
-        if self.policy == "drop_row" or TOO_LONG not in whole or most <= dropped:
-            return whole
-        shortest = self._behind(without_oldest(one.prompt, most), as_sampled)
-        can_fit = [isinstance(found, AnswerTokens) for found in shortest]
-        for number in range(dropped + 2, most, 2):
-            found = self._behind(without_oldest(one.prompt, number), as_sampled)
-            if [isinstance(one, AnswerTokens) for one in found] == can_fit:
+
+        def behind(number: int) -> list[AnswerTokens | str]:
+            return self._behind(without_oldest(one.prompt, number), as_sampled)
+
+        found = behind(dropped)
+        if self.policy == "drop_row" or TOO_LONG not in found or most <= dropped:
+            return found
+        shortest = behind(most)
+        # As little is cut as lets every answer in that fits behind the shortest prompt.
+        for number in range(dropped + 2, most + 1, 2):
+            if _which_fit(found) == _which_fit(shortest):
                 return found
-        return shortest
+            found = behind(number) if number < most else shortest
+        return found
 
     def _behind(
         self, prompt: Messages, as_sampled: dict[AnswerToTokenize, bool]
@@ -487,6 +491,10 @@ def _both_answers(
     if np.array_equal(chosen.token_ids, rejected.token_ids):
         return SAME_TOKENS
     return chosen, rejected
+
+
+def _which_fit(tokens: Sequence[AnswerTokens | str]) -> list[bool]:
+    return [isinstance(one, AnswerTokens) for one in tokens]
 
 
 def _all_after(start: int, token_ids: Sequence[int], *, as_sampled: bool) -> AnswerTokens:
