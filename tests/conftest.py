@@ -4,6 +4,8 @@ import os
 import pathlib
 import tempfile
 
+from tests import xla_flags
+
 # Before jax starts. On a machine with few cores, 8 virtual devices starve each other's collectives
 # unless the thread pools are sized as if there were a core for each (jax 0.10 aborts otherwise).
 os.environ.setdefault("NPROC", "16")
@@ -13,14 +15,8 @@ os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), "huatuo_jax_test_cache")
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-# Tests compile much and compute little (XLA compiles twice as fast without its newer emitters of
-# fusions); and on a loaded machine 8 virtual devices may wait long for each other, which XLA takes
-# for a deadlock after 40 s and ends the process.
-os.environ.setdefault(
-    "XLA_FLAGS",
-    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-    " --xla_cpu_collective_call_terminate_timeout_seconds=1200",
-)
+if "XLA_FLAGS" not in os.environ:  # Of several workers the first process asks for all.
+    os.environ["XLA_FLAGS"] = xla_flags.for_tests()
 
 import jax
 import pytest
