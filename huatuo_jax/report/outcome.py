@@ -186,21 +186,19 @@ _SPEAKERS = {"user": "Patient", "assistant": "Doctor"}
 
 def _answer(name: str, record: Mapping[str, Any]) -> str:
     first = record["answers"][0]
-    scores = record["normalized_scores" if "normalized_scores" in record else "scores"]
     ended = "finish_reason" not in first or first["finish_reason"] == "stop"
     said = "<em>(an empty answer)</em>" if is_empty(first["text"]) else text(first["text"])
-    told = f"score {number(scores[0])}" + ("" if ended else ", cut off at its length limit")
+    told = f"reward {number(record['rewards'][0])}" + ("" if ended else ", cut off at its length limit")
     return f'<div class="answer"><h4>{text(name)}</h4><div>{said}</div><p>{told}</p></div>'
 
 
 def _lengths_and_rewards(run: Run, name: str) -> tuple[list[float], list[float]]:
     lengths, rewards = [], []
     for record in run.answers[name]:
-        scores = record["normalized_scores" if "normalized_scores" in record else "scores"]
-        for answer, score in zip(record["answers"], scores, strict=True):
-            if score is not None:
+        for answer, reward in zip(record["answers"], record["rewards"], strict=True):
+            if reward is not None:
                 lengths.append(float(len(answer["text"])))
-                rewards.append(float(score))
+                rewards.append(float(reward))
     return lengths[:_MAX_POINTS], rewards[:_MAX_POINTS]
 
 

@@ -145,6 +145,7 @@ def run(tmp_path):
                 "messages": [{"role": "user", "content": TEXT}],
                 "answers": [{"text": f"{name}说：多喝水。", "finish_reason": "length"}],
                 "normalized_scores": [0.40625],
+                "rewards": [0.40625],
             }
             for index in range(2)
         ]
