@@ -68,6 +68,9 @@ class JudgementFailed(Exception):
         usage: Mapping[str, Any] | None = None,
         cost: float | None = None,
         latency_s: float | None = None,
+        failure: judgements.Failure = "unreadable",
+        max_tokens: int | None = None,
+        doubtful: bool = False,
     ) -> None:
         """Say why, and what it took all the same.
 
@@ -77,9 +80,14 @@ class JudgementFailed(Exception):
             usage: tokens, as the server counted them.
             cost: money.
             latency_s: of the last call.
+            failure: the kind.
+            max_tokens: that the reply was allowed, where it is truncated.
+            doubtful: nothing has shown yet that the judge answers any question at all, so that
+                this may be what every question would meet.
         """
-        super().__init__(message)
+        super().__init__(judgements.printable(message))
         self.raw, self.usage, self.cost, self.latency_s = raw, usage, cost, latency_s
+        self.failure, self.max_tokens, self.doubtful = failure, max_tokens, doubtful
 
 
 class JudgeUnusable(ValueError):
