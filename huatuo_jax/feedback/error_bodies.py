@@ -72,7 +72,7 @@ _SIGNS: Mapping[Meaning, re.Pattern[str]] = {
         r"content[ _-]?(filter|policy|management|moderation|safety|blocked|exists risk)",
         r"data[ _-]?inspection[ _-]?failed|inappropriate|prohibited|harmful|unsafe",
         r"sensitive[ _-]?(content|word|info|data|text)|new_sensitive|responsible ?ai",
-        r"moderation|flagged|high risk|blocked by|policy[ _]violation|violat",
+        r"moderat|flagged|high risk|blocked by|policy[ _]violation|violat",
         r"(usage|safety)[ _](polic|guideline|system)|safety (filter|setting|reason)",
         "敏感|违规|违禁|不安全|风险|审核|不合规",
     ),

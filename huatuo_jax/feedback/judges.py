@@ -70,7 +70,7 @@ class JudgementFailed(Exception):
         latency_s: float | None = None,
         failure: judgements.Failure = "unreadable",
         max_tokens: int | None = None,
-        doubtful: bool = False,
+        ends_after: int | None = None,
     ) -> None:
         """Say why, and what it took all the same.
 
@@ -82,12 +82,13 @@ class JudgementFailed(Exception):
             latency_s: of the last call.
             failure: the kind.
             max_tokens: that the reply was allowed, where it is truncated.
-            doubtful: nothing has shown yet that the judge answers any question at all, so that
-                this may be what every question would meet.
+            ends_after: this may be what every question meets, as the judge has answered none yet:
+                so many questions of that kind, and the judge is of no use. None where the question
+                alone is the matter.
         """
         super().__init__(judgements.printable(message))
         self.raw, self.usage, self.cost, self.latency_s = raw, usage, cost, latency_s
-        self.failure, self.max_tokens, self.doubtful = failure, max_tokens, doubtful
+        self.failure, self.max_tokens, self.ends_after = failure, max_tokens, ends_after
 
 
 class JudgeUnusable(ValueError):

@@ -28,8 +28,6 @@ Protocols = Literal["score", "pairwise", "both"]
 # Refusals of a question, each in a run of its own, before it is left alone: a filter that refuses
 # twice refuses always.
 _MOST_REFUSALS = 2
-# Questions that were refused for a reason that may be every question's, with no verdict on any.
-_MOST_DOUBTFUL = 20
 
 Identity = tuple[str, str, tuple[int, ...]]
 
@@ -246,7 +244,9 @@ class _Run:
         self._plan, self._judge, self._file = plan, judge, file
         self._on_progress = on_progress
         self._done = plan.done + plan.refused + plan.truncated
-        self._verdicts, self._doubtful = plan.done + len(plan.copies), 0
+        # Whether the judge answers at all, and refusals that wait for that to be known.
+        self._answers = bool(plan.done or plan.copies)
+        self._held: list[tuple[Sequence[Question], JudgementFailed]] = []
         self._new: list[Judgement] = []
         self._asked = 0
         self._error: Exception | None = None
@@ -258,6 +258,8 @@ class _Run:
         async with asyncio.TaskGroup() as tasks:
             for _ in range(min(concurrency, len(self._plan.groups))):
                 tasks.create_task(self._work(groups))
+        if self._error is None:
+            self._release()
         return self._labels()
 
     async def _work(self, groups: Iterator[Sequence[Question]]) -> None:
@@ -272,28 +274,39 @@ class _Run:
                     outcome = await group[0].ask(self._judge)
                 except JudgementFailed as failure:
                     outcome = failure
-                self._append(
-                    [
-                        question.judgement(outcome, paid=index == 0)
-                        for index, question in enumerate(group)
-                    ]
-                )
-                self._weigh(outcome)
+                self._record(group, outcome)
             except Exception as error:
                 # The others finish what is under way, as it is paid for.
                 self._error = self._error or error
                 return
 
-    def _weigh(self, outcome: Reply | JudgementFailed) -> None:
-        """Raise JudgeUnusable where no question has a verdict and none will have one, it seems."""
-        if isinstance(outcome, Reply):
-            self._verdicts += 1
-        elif outcome.doubtful and not self._verdicts:
-            self._doubtful += 1
-            if self._doubtful >= _MOST_DOUBTFUL:
+    def _record(self, group: Sequence[Question], outcome: Reply | JudgementFailed) -> None:
+        """Append a group's judgements, or hold back what may be every question's matter.
+
+        Raises:
+            JudgeUnusable: so many questions were refused, and none answered, that it is.
+        """
+        if isinstance(outcome, Reply) or outcome.raw is not None:
+            self._answers = True
+            self._release()
+        elif outcome.ends_after is not None and not self._answers:
+            self._held.append((group, outcome))
+            if len(self._held) >= outcome.ends_after:
                 raise JudgeUnusable(
-                    f"{self._doubtful} questions were refused and none was answered: {outcome}"
+                    f"{len(self._held)} questions were refused and none was answered: {outcome}"
                 )
+            return
+        self._append(
+            [question.judgement(outcome, paid=index == 0) for index, question in enumerate(group)]
+        )
+
+    def _release(self) -> None:
+        """Append the refusals that were held back; they cost nothing."""
+        held, self._held = self._held, []
+        for group, outcome in held:
+            if not self._answers:  # Nobody knows whether the questions are the matter.
+                outcome.failure = "unanswered"
+            self._append([question.judgement(outcome, paid=True) for question in group])
 
     def _append(self, judgements: Sequence[Judgement]) -> None:
         self._file.append(judgements)

@@ -175,8 +175,8 @@ class Server:
             taken: is added to, also where there is no completion.
 
         Raises:
-            JudgementFailed: there is none to this request; "doubtful" where no request has been
-                answered yet, and the server's words do not say whether any will be.
+            JudgementFailed: there is none to this request; with `ends_after` where no request has
+                been answered yet, and the server's words do not say whether any will be.
             JudgeUnusable: there will be none to any.
         """
         if self._price is not None:
@@ -278,20 +278,19 @@ class Server:
 
     async def _react(self, fault: Fault, taken: Taken) -> None:
         """Raise where asking again is no use; make everybody wait where the server asks for it."""
-        consequence = fault.consequence
-        if consequence in ("unclear", "stop unless answered"):
+        if fault.consequence == "stop":
+            raise self._unusable(fault.message)
+        if fault.consequence == "stop unless answered" or fault.ends_after is not None:
             # What is under way may be answered, and would tell.
             while self._under_way and not self._answered:
                 self._ended.clear()
                 await self._ended.wait()
-        if consequence == "stop" or (consequence == "stop unless answered" and not self._answered):
+        if fault.consequence == "stop unless answered" and not self._answered:
             raise self._unusable(fault.message)
-        if consequence != "ask again":
+        if fault.consequence != "ask again":
+            ends_after = None if self._answered else fault.ends_after
             raise JudgementFailed(
-                fault.message,
-                failure="refused",
-                doubtful=consequence == "unclear" and not self._answered,
-                **taken.fields(),
+                fault.message, failure="refused", ends_after=ends_after, **taken.fields()
             )
         if fault.wait_s > self._cfg.max_wait_s:
             raise self._unusable(f"{fault.message}; it asks to wait {fault.wait_s:.0f} s")

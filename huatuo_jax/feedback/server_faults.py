@@ -2,8 +2,8 @@
 
 Servers have few statuses and many words. What they say decides first: of money, a key or a model
 they speak where every question would meet the same, of filters and lengths where this question is
-the matter. Where the words say neither, only another question's answer can tell, which is left to
-the caller ("unclear").
+the matter. Where the words say neither, only another question's answer can tell: such a fault is
+this question's, and ends the run where so many questions have met it and none was answered.
 
 And what such a call may have cost. A server that answers with an error has not worked; but where a
 reply was cut off or never came, it may have, and its price is unknown.
@@ -24,11 +24,14 @@ from huatuo_jax.feedback.error_bodies import Meaning, meanings_of, status_within
 from huatuo_jax.feedback.judgements import printable
 from huatuo_jax.feedback.spending import Usage
 
-# "unclear": where no call has succeeded yet, every question may meet it; otherwise give this one
-# up. "stop unless answered": where no call has succeeded yet, every question will.
-Consequence = Literal["ask again", "give up", "unclear", "stop unless answered", "stop"]
+# "give up": this question. "stop": every question meets it; "stop unless answered": unless another
+# was answered before.
+Consequence = Literal["ask again", "give up", "stop unless answered", "stop"]
 
 _MOST_OF_A_MESSAGE = 300
+# A filter may refuse any question, the first ones too; refusals cost nothing.
+_UNCLEAR_ENDS_AFTER = 20
+_FORBIDDEN_ENDS_AFTER = 3  # Mostly a key without the right to ask.
 _LONGEST_WAIT_S = 366 * 24 * 3600.0  # What asks for more is no number of seconds.
 _SHORTEST_KEY = 8  # A local server takes any word for a key; "none" is no secret.
 _KEY_LIKE = re.compile(r"\bsk-[\w*.-]{4,}")
@@ -45,6 +48,8 @@ class Fault:
         outcome: in a word or two, for the spending file.
         message: for the user, without secrets, with the server's own words.
         consequence: what to do.
+        ends_after: questions without an answer to any that it takes for this to be more than one
+            question's; None where one is enough, or none are.
         unbilled: certain to cost nothing.
         refused: the server did not take the question at all.
         reached: a server answered, if only with an error.
@@ -55,6 +60,7 @@ class Fault:
     outcome: str
     message: str
     consequence: Consequence
+    ends_after: int | None = None
     unbilled: bool
     refused: bool = False
     reached: bool = True
@@ -133,7 +139,7 @@ def _error_fault(
     """
     http = "an error with HTTP 200" if status is None else f"HTTP {status}"
     meant = status_within(body) if status is None else status
-    consequence, reason = _consequence(meant, meanings_of(body), model)
+    consequence, reason, ends_after = _consequence(meant, meanings_of(body), model)
     told = f" {reason} ({http}: {message})" if reason else f": {http}: {message}"
     stops = consequence in ("stop", "stop unless answered")
     return Fault(
@@ -142,7 +148,8 @@ def _error_fault(
         consequence=consequence,
         # A gateway that got no answer in time does not know whether there was one.
         unbilled=status not in (None, 408, 502, 504),
-        refused=status is not None and (stops or consequence == "unclear"),
+        ends_after=ends_after,
+        refused=status is not None and (stops or ends_after is not None),
         wait_s=wait_s if consequence == "ask again" else 0.0,
         usage=usage,
     )
@@ -150,32 +157,33 @@ def _error_fault(
 
 def _consequence(
     status: int | None, meanings: frozenset[Meaning], model: str
-) -> tuple[Consequence, str]:
-    """What to do about an error, and what it is in our words where those are known."""
+) -> tuple[Consequence, str, int | None]:
+    """What to do about an error, what it is in our words where those are known, `ends_after`."""
     failing = status is None or status >= 500
     busy = status in (408, 409, 425, 429) or (
         (failing or status == 403) and Meaning.BUSY in meanings
     )
     if status == 402 or Meaning.NO_MONEY in meanings:
-        return "stop", "has nothing left for this key to spend"
+        return "stop", "has nothing left for this key to spend", None
     if status == 401 or (not busy and Meaning.NO_KEY in meanings):
-        return "stop", "refuses the key in OPENAI_API_KEY"
+        return "stop", "refuses the key in OPENAI_API_KEY", None
     no_model = f"does not know the model {model!r}, or is no such server"
     if not busy and Meaning.NO_MODEL in meanings:
-        return "stop", no_model
+        return "stop", no_model, None
     if status in (404, 405):
-        return "stop unless answered", no_model
+        return "stop unless answered", no_model, None
     if busy:
-        return "ask again", ""
+        return "ask again", "", None
     if status in (413, 451) or meanings & {Meaning.FILTERED, Meaning.TOO_LONG}:
-        return "give up", "will not judge this question"
+        return "give up", "will not judge this question", None
     if failing:
-        return "ask again", ""
+        return "ask again", "", None
     if status == 403:
-        return "stop unless answered", "refuses the key in OPENAI_API_KEY"
+        told = "refuses the key in OPENAI_API_KEY, or this question"
+        return "give up", told, _FORBIDDEN_ENDS_AFTER
     if Meaning.PARAMETER in meanings:
-        return "stop unless answered", "does not take the request as it is"
-    return "unclear", "refuses this question"
+        return "stop unless answered", "does not take the request as it is", None
+    return "give up", "refuses this question", _UNCLEAR_ENDS_AFTER
 
 
 def _wait_s(headers: Mapping[str, str]) -> float:

@@ -35,13 +35,13 @@ def broken(cause):
     [
         (status_error(401), "stop", True),
         (status_error(402), "stop", True),
-        (status_error(403), "stop unless answered", True),
+        (status_error(403), "give up", True),
         (status_error(404), "stop unless answered", True),
         (status_error(429), "ask again", True),
         (status_error(429, body={"code": "insufficient_quota"}), "stop", True),
-        (status_error(400), "unclear", True),
+        (status_error(400), "give up", True),
         (status_error(413), "give up", True),
-        (status_error(422), "unclear", True),
+        (status_error(422), "give up", True),
         (status_error(400, body={"code": "context_length_exceeded"}), "give up", True),
         (status_error(400, body={"message": "maximum context length is 9"}), "give up", True),
         (status_error(400, body={"code": "content_filter"}), "give up", True),
@@ -119,7 +119,7 @@ SERVERS_WORDS = [
     (
         403,
         {"error": {"message": "You are not allowed to sample from this model"}},
-        "stop unless answered",
+        "give up unless all",
     ),
     (400, {"error": {"message": "Incorrect API key provided: xa***"}}, "stop"),
     (400, {"error": {"message": "API key not valid. Please pass a valid API key."}}, "stop"),
@@ -180,8 +180,12 @@ SERVERS_WORDS = [
     (200, {"base_resp": {"status_code": 1002, "status_msg": "rate limit"}}, "ask again"),
     (200, {"error": {"message": "Provider returned error", "code": 502}}, "ask again"),
     # What nobody knows.
-    (400, {"error": {"message": "Bad request"}}, "unclear"),
-    (422, {"detail": [{"msg": "Field required", "input": "余额不足, content_filter"}]}, "unclear"),
+    (400, {"error": {"message": "Bad request"}}, "give up unless all"),
+    (
+        422,
+        {"detail": [{"msg": "Field required", "input": "余额不足, content_filter"}]},
+        "give up unless all",
+    ),
 ]
 
 
@@ -194,7 +198,9 @@ def test_the_words_of_real_servers_tell_a_question_from_all_questions(status, bo
         assert not found.unbilled  # It came with a 200.
     else:  # The client takes off the outer object.
         found = fault(status_error(status, body=body.get("error", body)))
-    assert found.consequence == consequence, found
+    unless_all = consequence.endswith(" unless all")
+    assert found.consequence == consequence.removesuffix(" unless all"), found
+    assert (found.ends_after is not None) == unless_all
     said = words_of(body)
     assert said is None or said[:200] in found.message
 
