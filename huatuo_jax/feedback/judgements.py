@@ -1,8 +1,8 @@
 """What a judge said of one answer or of two, as one line of a labels file.
 
-A labels file is append-only. A judgement that failed is a line with `null` for its verdict and an
-`error`; when the same question is answered later, that line supersedes it. `current` gives what
-stands, and never more than one judgement of a question.
+A labels file is append-only. A judgement that failed is a line with `null` for its verdict, an
+`error` in words and the kind of `failure`; when the same question is answered later, that line
+supersedes it. `current` gives what stands, and never more than one judgement of a question.
 """
 
 import dataclasses
@@ -19,6 +19,10 @@ from huatuo_jax.json_lines import read_lines
 Protocol = Literal["score", "pairwise"]
 PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
 CRITERIA = ("informative", "coherent", "preferred", "accurate", "overall")
+# Why there is no verdict: the server or the model will not judge this question; the reply ended at
+# its limit of tokens; it is not what was asked for; no attempt brought one.
+Failure = Literal["refused", "truncated", "unreadable", "unanswered"]
+FAILURES: tuple[Failure, ...] = get_args(Failure)
 
 # In the order of a line of the file.
 _COMMON = (
@@ -30,10 +34,14 @@ _COMMON = (
     "cost",
     "latency_s",
     "error",
+    "failure",
+    "max_tokens",
     "key",
     "prompt_sha256",
     "answer_sha256",
 )
+# Lines that were written before these fields were known lack them.
+_MAY_LACK = {"failure", "max_tokens"}
 _OF_PROTOCOL: Mapping[Protocol, tuple[str, ...]] = {
     "score": ("answer", "scores"),
     "pairwise": ("first", "second", "p_first"),
@@ -62,6 +70,8 @@ class Judgement:
         cost: money, of all calls this judgement took; None where there is no price.
         latency_s: of the last call.
         error: why it failed; None where it did not.
+        failure: the kind of failure; None where it did not fail, or where nobody told.
+        max_tokens: that the reply was allowed, where it ended there; None otherwise.
         prompt_sha256: of the prompt's messages.
         answer_sha256: of the texts judged, in the order shown.
     """
@@ -82,6 +92,8 @@ class Judgement:
     cost: float | None = None
     latency_s: float | None = None
     error: str | None = None
+    failure: Failure | None = None
+    max_tokens: int | None = None
     prompt_sha256: str
     answer_sha256: tuple[str, ...]
 
@@ -102,6 +114,13 @@ class Judgement:
             raise ValueError(f"{len(self.answer_sha256)} hashes for {len(self.answers)} answers")
         if self.failed == (self.error is None):
             raise ValueError("a judgement needs either a verdict or an error, and not both")
+        if self.failure is not None and (self.error is None or self.failure not in FAILURES):
+            raise ValueError(
+                f"failure is {self.failure!r}; beside an error it should be one of"
+                f" {', '.join(FAILURES)}, and null otherwise"
+            )
+        if (self.failure == "truncated") != (self.max_tokens is not None):
+            raise ValueError("max_tokens belongs to the failure 'truncated', and to no other")
         if self.scores is not None:
             _check_scores(self.scores)
         if self.p_first is not None and not 0.0 <= self.p_first <= 1.0:
@@ -145,8 +164,8 @@ class Judgement:
                 f"protocol is {protocol!r}; it should be one of {', '.join(PROTOCOLS)}"
             )
         names = {"id", "protocol", *_OF_PROTOCOL[protocol], *_COMMON}
-        if names != set(row):
-            lacking, unknown = sorted(names - set(row)), sorted(set(row) - names)
+        lacking, unknown = sorted(names - set(row) - _MAY_LACK), sorted(set(row) - names)
+        if lacking or unknown:
             raise ValueError(f"a judgement that lacks {lacking} and has unknown {unknown}")
         if not isinstance(row["answer_sha256"], list):
             raise ValueError("answer_sha256 should be a list")
@@ -181,6 +200,15 @@ def question_key(
 def prompt_hash(prompt: Prompt) -> str:
     """Hash of a prompt's messages, as it stands in `prompt_sha256`."""
     return sha256(json.dumps(messages_to_json(prompt.messages), ensure_ascii=False))
+
+
+def printable(text: str) -> str:
+    """The text in one line, with a mark for each character that no terminal or file can show.
+
+    Such are control characters and halves of a broken character, which UTF-8 lacks.
+    """
+    line = " ".join(text.split())
+    return "".join(one if one.isprintable() else "\ufffd" for one in line)
 
 
 def sha256(text: str) -> str:

@@ -68,6 +68,9 @@ class JudgementFailed(Exception):
         usage: Mapping[str, Any] | None = None,
         cost: float | None = None,
         latency_s: float | None = None,
+        failure: judgements.Failure = "unreadable",
+        max_tokens: int | None = None,
+        ends_after: int | None = None,
     ) -> None:
         """Say why, and what it took all the same.
 
@@ -77,9 +80,15 @@ class JudgementFailed(Exception):
             usage: tokens, as the server counted them.
             cost: money.
             latency_s: of the last call.
+            failure: the kind.
+            max_tokens: that the reply was allowed, where it is truncated.
+            ends_after: this may be what every question meets, as the judge has answered none yet:
+                so many questions of that kind, and the judge is of no use. None where the question
+                alone is the matter.
         """
-        super().__init__(message)
+        super().__init__(judgements.printable(message))
         self.raw, self.usage, self.cost, self.latency_s = raw, usage, cost, latency_s
+        self.failure, self.max_tokens, self.ends_after = failure, max_tokens, ends_after
 
 
 class JudgeUnusable(ValueError):

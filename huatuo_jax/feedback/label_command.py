@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import pathlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -81,7 +82,7 @@ def run_labels(cfg: LabelRun, say: Say) -> Labels | None:
 
     Raises:
         ValueError: answers, templates, prices or a labels file that cannot be; a judge that cannot
-            go on. What had arrived by then is in the labels file.
+            go on; no verdict on any question. What had arrived by then is in the labels file.
         OSError: a file cannot be read or written.
     """
     answered = read_answered(cfg.answers)
@@ -122,6 +123,7 @@ def run_labels(cfg: LabelRun, say: Say) -> Labels | None:
     if labels.judgements:
         _report(cfg, answered, questions, judge, say)
         say(f"written: {cfg.output}, {report_path(cfg.output)}")
+        _check_verdicts(cfg, labels)
         _compare(cfg, answered, labels.judgements, say)
         say(f"next: {_next_step(cfg)}")
     return labels
@@ -226,6 +228,17 @@ def _report(
     path = pathlib.Path(report_path(cfg.output))
     write_file(path, json.dumps(row, ensure_ascii=False, indent=2))
     say(report.text())
+
+
+def _check_verdicts(cfg: LabelRun, labels: Labels) -> None:
+    """Raise ValueError where every judgement failed."""
+    if labels.verdicts:
+        return
+    ((error, count),) = Counter(one.error for one in labels.judgements).most_common(1)
+    raise ValueError(
+        f"no judgement succeeded: all {len(labels.judgements)} failed, {count} of them so: {error}"
+        f" (they stay in {cfg.output})"
+    )
 
 
 def _compare(

@@ -8,11 +8,12 @@ arrive; what is made of them later is ordered by id.
 import asyncio
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from huatuo_jax.feedback.judgements import Judgement, current
+from huatuo_jax.feedback.judgements import Failure, Judgement, current
 from huatuo_jax.feedback.judges import Estimate, Judge, JudgementFailed, JudgeUnusable, Reply
 from huatuo_jax.feedback.labels_file import LabelsFile
 from huatuo_jax.feedback.questions import (
@@ -23,6 +24,12 @@ from huatuo_jax.feedback.questions import (
 )
 
 Protocols = Literal["score", "pairwise", "both"]
+
+# Refusals of a question, each in a run of its own, before it is left alone: a filter that refuses
+# twice refuses always.
+_MOST_REFUSALS = 2
+
+Identity = tuple[str, str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +64,11 @@ class Plan:
         questions: all that the answers file and the settings make.
         done: of them those with a verdict in the labels file.
         copies: those of which an equal question has a verdict there, with that verdict.
-        groups: the others; equal questions are together and asked once.
+        refused: failed judgements of questions that were refused in two runs; not asked again.
+        truncated: failed judgements whose reply ended at its limit of tokens, where the limit is
+            no higher now; not asked again.
+        groups: the others; equal questions are together and asked once. Those that have not failed
+            yet come first.
         others: judgements in the file that belong to none of the questions.
         estimate: what the calls may take, where none fails.
     """
@@ -65,6 +76,8 @@ class Plan:
     questions: Sequence[Question]
     done: int
     copies: Sequence[tuple[Question, Judgement]]
+    refused: int
+    truncated: int
     groups: Sequence[Sequence[Question]]
     others: int
     estimate: Estimate
@@ -88,6 +101,7 @@ class Plan:
                 else f"cost: about {estimate.cost:.6g} if every reply is as long as it may be, at"
                 f" most {estimate.max_cost:.6g} if no call fails"
             )
+        lines += _not_asked_again(self.refused, self.truncated)
         if self.others:
             lines.append(f"{self.others} judgements of other questions are in the file, and stay")
         return "\n".join(lines)
@@ -101,6 +115,9 @@ class Labels:
         judgements: of all questions of the plan that were asked, by id and answers.
         asked: questions of this run.
         failed: judgements without a verdict.
+        refused: of the failed ones, those that are not asked again, as the question was refused in
+            two runs.
+        truncated: of the failed ones, those that are asked again with more tokens alone.
         missing: questions that were not asked.
         error: what ended the run early.
     """
@@ -108,16 +125,24 @@ class Labels:
     judgements: list[Judgement] = field(default_factory=list)
     asked: int = 0
     failed: int = 0
+    refused: int = 0
+    truncated: int = 0
     missing: int = 0
-    error: JudgeUnusable | OSError | None = None
+    error: Exception | None = None
+
+    @property
+    def verdicts(self) -> int:
+        """Judgements that did not fail."""
+        return len(self.judgements) - self.failed
 
     def __str__(self) -> str:
         """One line."""
-        good = len(self.judgements) - self.failed
-        again = "; run again to ask for them anew" if self.failed or self.missing else ""
+        to_ask = self.failed + self.missing - self.refused - self.truncated
+        again = f"; run again to ask for {to_ask} anew" if to_ask else ""
+        kept = "".join(f"; {one}" for one in _not_asked_again(self.refused, self.truncated))
         return (
-            f"{good} verdicts, {self.failed} failed judgements, {self.missing} not asked"
-            f" ({self.asked} questions asked in this run){again}"
+            f"{self.verdicts} verdicts, {self.failed} failed judgements, {self.missing} not asked"
+            f" ({self.asked} questions asked in this run){again}{kept}"
         )
 
 
@@ -137,9 +162,11 @@ def make_plan(questions: Sequence[Question], found: Iterable[Judgement], judge: 
     Raises:
         ValueError: a prompt that cannot be judged.
     """
+    found = list(found)
     standing = {judgement.identity: judgement for judgement in current(found)}
     verdicts = {judgement.key: judgement for judgement in standing.values() if not judgement.failed}
-    done, copies = 0, []
+    refusals = _refusals(found)
+    done, copies, unasked = 0, [], Counter[str]()
     groups: dict[str, list[Question]] = {}
     for question in questions:
         there = standing.get(question.identity)
@@ -147,14 +174,21 @@ def make_plan(questions: Sequence[Question], found: Iterable[Judgement], judge: 
             done += 1
         elif question.key in verdicts:
             copies.append((question, verdicts[question.key]))
+        elif there is not None and (kind := _settled(question, there, refusals, judge)):
+            unasked[kind] += 1
         else:
             groups.setdefault(question.key, []).append(question)
-    estimates = [judge.estimate(group[0].prompt, group[0].texts) for group in groups.values()]
+    ordered = sorted(
+        groups.values(), key=lambda group: any(one.identity in standing for one in group)
+    )
+    estimates = [judge.estimate(group[0].prompt, group[0].texts) for group in ordered]
     return Plan(
         questions=questions,
         done=done,
         copies=copies,
-        groups=list(groups.values()),
+        refused=unasked["refused"],
+        truncated=unasked["truncated"],
+        groups=ordered,
         others=len(standing.keys() - {question.identity for question in questions}),
         estimate=_sum(estimates),
     )
@@ -209,10 +243,13 @@ class _Run:
     ) -> None:
         self._plan, self._judge, self._file = plan, judge, file
         self._on_progress = on_progress
-        self._done = plan.done
+        self._done = plan.done + plan.refused + plan.truncated
+        # Whether the judge answers at all, and refusals that wait for that to be known.
+        self._answers = bool(plan.done or plan.copies)
+        self._held: list[tuple[Sequence[Question], JudgementFailed]] = []
         self._new: list[Judgement] = []
         self._asked = 0
-        self._error: JudgeUnusable | OSError | None = None
+        self._error: Exception | None = None
 
     async def run(self, concurrency: int) -> Labels:
         for question, judgement in self._plan.copies:
@@ -221,6 +258,8 @@ class _Run:
         async with asyncio.TaskGroup() as tasks:
             for _ in range(min(concurrency, len(self._plan.groups))):
                 tasks.create_task(self._work(groups))
+        if self._error is None:
+            self._release()
         return self._labels()
 
     async def _work(self, groups: Iterator[Sequence[Question]]) -> None:
@@ -229,22 +268,45 @@ class _Run:
             if self._error is not None:
                 return
             outcome: Reply | JudgementFailed
+            self._asked += 1
             try:
-                self._asked += 1
                 try:
                     outcome = await group[0].ask(self._judge)
                 except JudgementFailed as failure:
                     outcome = failure
-                self._append(
-                    [
-                        question.judgement(outcome, paid=index == 0)
-                        for index, question in enumerate(group)
-                    ]
-                )
-            except (JudgeUnusable, OSError) as error:
+                self._record(group, outcome)
+            except Exception as error:
                 # The others finish what is under way, as it is paid for.
                 self._error = self._error or error
                 return
+
+    def _record(self, group: Sequence[Question], outcome: Reply | JudgementFailed) -> None:
+        """Append a group's judgements, or hold back what may be every question's matter.
+
+        Raises:
+            JudgeUnusable: so many questions were refused, and none answered, that it is.
+        """
+        if isinstance(outcome, Reply) or outcome.raw is not None:
+            self._answers = True
+            self._release()
+        elif outcome.ends_after is not None and not self._answers:
+            self._held.append((group, outcome))
+            if len(self._held) >= outcome.ends_after:
+                raise JudgeUnusable(
+                    f"{len(self._held)} questions were refused and none was answered: {outcome}"
+                )
+            return
+        self._append(
+            [question.judgement(outcome, paid=index == 0) for index, question in enumerate(group)]
+        )
+
+    def _release(self) -> None:
+        """Append the refusals that were held back; they cost nothing."""
+        held, self._held = self._held, []
+        for group, outcome in held:
+            if not self._answers:  # Nobody knows whether the questions are the matter.
+                outcome.failure = "unanswered"
+            self._append([question.judgement(outcome, paid=True) for question in group])
 
     def _append(self, judgements: Sequence[Judgement]) -> None:
         self._file.append(judgements)
@@ -260,13 +322,49 @@ class _Run:
             for judgement in current([*self._file.found, *self._new])
             if judgement.identity in wanted
         ]
+        failed = [judgement for judgement in standing if judgement.failed]
+        refusals = _refusals([*self._file.found, *self._new])
         return Labels(
             judgements=standing,
             asked=self._asked,
-            failed=sum(judgement.failed for judgement in standing),
+            failed=len(failed),
+            refused=sum(_is_refused(judgement, refusals) for judgement in failed),
+            truncated=sum(judgement.failure == "truncated" for judgement in failed),
             missing=len(wanted) - len(standing),
             error=self._error,
         )
+
+
+def _refusals(found: Iterable[Judgement]) -> Counter[Identity]:
+    """How often each question was refused."""
+    return Counter(one.identity for one in found if one.failure == "refused")
+
+
+def _is_refused(judgement: Judgement, refusals: Mapping[Identity, int]) -> bool:
+    return judgement.failure == "refused" and refusals[judgement.identity] >= _MOST_REFUSALS
+
+
+def _settled(
+    question: Question, there: Judgement, refusals: Mapping[Identity, int], judge: Judge
+) -> Failure | None:
+    """Why a failed judgement is not asked for again; None where it is."""
+    if _is_refused(there, refusals):
+        return "refused"
+    if there.max_tokens is not None:
+        allowed = judge.estimate(question.prompt, question.texts).max_output_tokens
+        if allowed <= there.max_tokens:
+            return "truncated"
+    return None
+
+
+def _not_asked_again(refused: int, truncated: int) -> list[str]:
+    """What is left alone, and what the user can do about it."""
+    told = []
+    if refused:
+        told.append(f"{refused} were refused in two runs and are not asked again")
+    if truncated:
+        told.append(f"{truncated} have a truncated reply: ask again with more --max_tokens")
+    return told
 
 
 def _num_asked(groups: Iterable[Sequence[Question]]) -> int:

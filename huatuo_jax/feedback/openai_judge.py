@@ -3,16 +3,15 @@
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from openai.types.chat.chat_completion import Choice
-
 from huatuo_jax.data.records import Prompt
 from huatuo_jax.feedback import judgements, replies
+from huatuo_jax.feedback.completions import Completion
 from huatuo_jax.feedback.judge_prompts import JudgePrompt, read_judge_prompt
-from huatuo_jax.feedback.judges import Estimate, JudgementFailed, JudgeUnusable, Reply
+from huatuo_jax.feedback.judges import Estimate, JudgementFailed, Reply
 from huatuo_jax.feedback.prices import SHIPPED, Price, read_price
 from huatuo_jax.feedback.server_calls import Server, ServerConfig, Taken
 from huatuo_jax.feedback.server_faults import scrubbed
@@ -27,6 +26,7 @@ _TOKENS_A_WIDE_CHARACTER = 0.8
 _TOKENS_A_NARROW_CHARACTER = 0.3
 _WIDE = re.compile(r"[\u2e80-\uffff]")
 _TOP_LOG_PROBS = 20
+_MOST_WITHOUT_LOG_PROBS = 3  # Replies without any; then the server gives none.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,10 @@ class OpenAIJudgeConfig:
         model: as the server calls it; the judge's name in every record.
         server: where and how.
         structured: "json_schema" or "json_object" where the server can hold a reply to a form.
-        log_probs: take a comparison's probability from the verdict's token.
+        log_probs: take a comparison's probability from the verdict's token. A judgement without
+            one that can be read, or with one that contradicts the verdict of its reply, fails: a
+            verdict of 1 or 0 would stand among probabilities. Ask at temperature 0, where the
+            likeliest verdict is the one that is said.
         temperature: None to leave it to the server.
         max_tokens: of a reply.
         max_tokens_field: what the server calls it.
@@ -110,6 +113,7 @@ class OpenAIJudge:
                 f" {cfg.model!r}: add it to a copy of the table and name the copy by --prices"
             )
         self._server = Server(cfg.server, key=key, price=self.price, spending=spending)
+        self._replies_without_log_probs, self._has_log_probs = 0, False
 
     @property
     def name(self) -> str:
@@ -118,8 +122,12 @@ class OpenAIJudge:
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """What decides the verdicts. The server's address does not: a server may move."""
-        names = ("model", "structured", "log_probs", "temperature", "max_tokens", "low", "high")
+        """What decides the verdicts.
+
+        The server's address does not: a server may move. Nor do the most tokens of a reply: they
+        decide whether it is whole, and one that was not is a failed judgement.
+        """
+        names = ("model", "structured", "log_probs", "temperature", "low", "high")
         return {name: getattr(self._cfg, name) for name in names}
 
     @property
@@ -150,50 +158,64 @@ class OpenAIJudge:
 
     async def score(self, prompt: Prompt, answer: str) -> Reply:
         """The answer's scores; see `judges.Judge`."""
-        taken = Taken()
-        choice = await self._ask(prompt, [answer], taken)
-        text = self._text_of(choice, taken)
-        try:
-            found = replies.parse_score(text, low=self._cfg.low, high=self._cfg.high)
-        except replies.BadReply as error:
-            raise JudgementFailed(str(error), raw=text, **taken.fields()) from error
-        return Reply(scores=found.scores, reason=found.reason, raw=text, **taken.fields())
+        return await self._ask(prompt, [answer], self._read_scores)
 
     async def compare(self, prompt: Prompt, first: str, second: str) -> Reply:
         """How likely the first answer is the better one; see `judges.Judge`."""
-        taken = Taken()
-        choice = await self._ask(prompt, [first, second], taken)
-        text = self._text_of(choice, taken)
-        try:
-            found = replies.parse_verdict(text)
-            p_first = found.p_first
-            if self._cfg.log_probs:
-                p_first = replies.verdict_probability(_tokens_of(choice, self.name))
-        except replies.BadReply as error:
-            raise JudgementFailed(str(error), raw=text, **taken.fields()) from error
-        return Reply(p_first=p_first, reason=found.reason, raw=text, **taken.fields())
+        return await self._ask(prompt, [first, second], self._read_verdict)
 
     async def close(self) -> None:
         """Close connections and the spending file."""
         await self._server.close()
 
-    async def _ask(self, prompt: Prompt, texts: Sequence[str], taken: Taken) -> Choice:
+    async def _ask(
+        self,
+        prompt: Prompt,
+        texts: Sequence[str],
+        read: Callable[[Completion, str], Mapping[str, Any]],
+    ) -> Reply:
+        taken = Taken()
         request = self._request(prompt, texts)
         completion = await self._server.complete(request, self._estimate(request), taken)
-        if not completion.choices:
-            raise JudgementFailed("the reply has no choice in it", **taken.fields())
-        return completion.choices[0]
+        # Without the key, should the reply hold that.
+        text = scrubbed(completion.text or completion.refusal or "", self._key)
+        failure: judgements.Failure = "unreadable"
+        try:
+            return Reply(**read(completion, text), raw=text, **taken.fields())
+        except replies.BadReply as bad:
+            error: Exception = bad
+            message, failure = str(bad), bad.failure
+        except Exception as other:  # It is paid for, so it is recorded whatever is in it.
+            error, message = other, f"the reply cannot be read: {type(other).__name__}: {other}"
+        raise JudgementFailed(
+            message,
+            raw=text,
+            failure=failure,
+            max_tokens=self._cfg.max_tokens if failure == "truncated" else None,
+            **taken.fields(),
+        ) from error
 
-    def _text_of(self, choice: Choice, taken: Taken) -> str:
-        """The text of a reply that came to its own end, without the key should it hold that."""
-        text = scrubbed(choice.message.content or "", self._key)
-        if choice.finish_reason not in ("stop", None):
-            raise JudgementFailed(
-                f"the reply ended for the reason {choice.finish_reason!r}",
-                raw=text,
-                **taken.fields(),
-            )
-        return text
+    def _read_scores(self, completion: Completion, text: str) -> Mapping[str, Any]:
+        _check_whole(completion)
+        return replies.parse_score(text, low=self._cfg.low, high=self._cfg.high)._asdict()
+
+    def _read_verdict(self, completion: Completion, text: str) -> Mapping[str, Any]:
+        _check_whole(completion)
+        verdict = replies.parse_verdict(text)
+        if not self._cfg.log_probs:
+            return verdict._asdict()
+        if completion.tokens is None:
+            self._replies_without_log_probs += 1
+            message = f"the server gives no log-probabilities with {self.name!r}"
+            if (
+                not self._has_log_probs
+                and self._replies_without_log_probs >= _MOST_WITHOUT_LOG_PROBS
+            ):
+                self._server.stop(f"{message}: ask without log_probs")
+            raise replies.BadReply(message)
+        self._has_log_probs = True
+        p_first = replies.verdict_probability(completion.tokens, text)
+        return verdict._replace(p_first=p_first)._asdict()
 
     def _request(self, prompt: Prompt, texts: Sequence[str]) -> dict[str, Any]:
         cfg = self._cfg
@@ -243,25 +265,10 @@ class OpenAIJudge:
         return self.price.cost(usage)
 
 
-def _tokens_of(choice: Choice, model: str) -> list[replies.Token]:
-    """The tokens of a reply with the likeliest ones at each place.
-
-    Raises:
-        JudgeUnusable: the server gives none.
-    """
-    if choice.logprobs is None or not choice.logprobs.content:
-        raise JudgeUnusable(
-            f"the server gives no log-probabilities with {model!r}: ask without log_probs"
-        )
-    return [
-        replies.Token(
-            _bytes_of(token),
-            {_bytes_of(token): token.logprob}
-            | {_bytes_of(other): other.logprob for other in token.top_logprobs},
-        )
-        for token in choice.logprobs.content
-    ]
-
-
-def _bytes_of(token: Any) -> bytes:
-    return bytes(token.bytes) if token.bytes is not None else token.token.encode()
+def _check_whole(completion: Completion) -> None:
+    """Raise BadReply for a reply without a text, or with one that did not come to its end."""
+    if completion.refusal is not None and completion.text is None:
+        raise replies.BadReply(f"the model refuses: {completion.refusal}", "refused")
+    replies.check_ending(completion.finish_reason)
+    if completion.text is None:
+        raise replies.BadReply("the reply has no text in it")

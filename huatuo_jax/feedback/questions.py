@@ -80,7 +80,6 @@ class Question:
             outcome: of `ask`.
             paid: this record carries tokens and cost; False for a copy of an equal question's.
         """
-        failed = isinstance(outcome, JudgementFailed)
         shown = dict(zip(_index_names(self.protocol), self.answers, strict=True))
         return Judgement(
             id=self.prompt.id,
@@ -98,7 +97,9 @@ class Question:
             usage=outcome.usage if paid else None,
             cost=outcome.cost if paid else 0.0,
             latency_s=outcome.latency_s,
-            error=str(outcome) if failed else None,
+            error=str(outcome) if isinstance(outcome, JudgementFailed) else None,
+            failure=outcome.failure if isinstance(outcome, JudgementFailed) else None,
+            max_tokens=outcome.max_tokens if isinstance(outcome, JudgementFailed) else None,
             prompt_sha256=prompt_hash(self.prompt),
             answer_sha256=tuple(map(sha256, self.texts)),
         )

@@ -1,22 +1,57 @@
-"""From a language model's reply to a verdict: what is not exactly what was asked for is refused."""
+"""From a language model's reply to a verdict: what is not exactly what was asked for is refused.
+
+Around the JSON that was asked for may stand thoughts before the final answer, and a code fence that
+ends the reply. Everything else makes the reply unreadable, as nobody knows then what it says.
+"""
 
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from huatuo_jax.feedback.judgements import CRITERIA, Protocol
+from huatuo_jax.feedback.judgements import CRITERIA, Failure, Protocol
 
 Structured = Literal["json_schema", "json_object", "none"]
 
-_FENCE = re.compile(r"```(?:json)?\s*\n(.*)\n\s*```", re.DOTALL)
-_THOUGHTS = re.compile(r"\s*<think>.*?</think>", re.DOTALL)
+# White space, the byte order mark, and other marks of no width.
+_BLANK = " \t\r\n\v\f\ufeff\u200b\u2060"
+# A code fence; `_candidates` takes those that hold an object up to the end of the reply.
+_FENCE = re.compile(rf"```[ \t]*[\w+-]*[{_BLANK}]*(?=\{{)")
+_FENCE_END = "```"
+# Around the thoughts of a reasoning model, as models and their servers write it. Where the model's
+# template opens them in the prompt, the reply has the end alone.
+_THOUGHTS = re.compile(
+    r"<(?:think|thinking|thought|reasoning|seed:think)>|◁think▷|\[THINK\]|<unused94>"
+    r"|<\|channel\|>analysis<\|message\|>|^## Thinking\b",
+    re.IGNORECASE | re.MULTILINE,
+)
+_THOUGHTS_END = re.compile(
+    r"</(?:think|thinking|thought|reasoning|seed:think)>|◁/think▷|\[/THINK\]|<unused95>"
+    r"|<\|channel\|>final<\|message\|>|^## Final Response\b",
+    re.IGNORECASE | re.MULTILINE,
+)
+_MOST_CANDIDATES = 32
 # In a text inside the JSON the quotation marks would be escaped.
-_VERDICT = re.compile(rb'"better"\s*:\s*([012])')
+_VERDICT = re.compile(r'"better"\s*:\s*([012])(?!\d)')
+# Finish reasons of OpenAI's and of other servers that say more than "the reply came to its end".
+_TRUNCATED = frozenset(
+    "length max_tokens max_output_tokens max_new_tokens max_length model_length token_limit"
+    " model_context_window_exceeded".split()
+)
+_WITHHELD = frozenset(
+    "content_filter content_filtered refusal safety image_safety recitation language sensitive"
+    " blocklist prohibited_content spii guardrail_intervened error_toxic".split()
+)
+_BROKEN_OFF = frozenset(
+    "error abort aborted cancelled canceled timeout network_error insufficient_system_resource"
+    " tool_calls tool_call function_call tool_use malformed_function_call pause_turn load unload"
+    " other".split()
+)
 _P_FIRST = {1: 1.0, 2: 0.0, 0: 0.5}
 # The share of probability that the three verdicts must have together to be renormalised.
 _MIN_MASS = 0.5
+_MAX_MASS = 1.01  # Above rounding: no probabilities.
 
 
 class Score(NamedTuple):
@@ -43,6 +78,11 @@ class Token(NamedTuple):
 class BadReply(Exception):
     """The reply is not what was asked for."""
 
+    def __init__(self, message: str, failure: Failure = "unreadable") -> None:
+        """Say why, and of which kind it is."""
+        super().__init__(message)
+        self.failure: Failure = failure
+
 
 def response_format(
     protocol: Protocol, structured: Structured, *, low: int, high: int
@@ -62,6 +102,28 @@ def response_format(
     }
 
 
+def check_ending(finish_reason: str | None) -> None:
+    """Passes a reply that came to its own end, by its finish reason.
+
+    A reason that is not known says nothing: the text then shows whether the reply is whole, as JSON
+    that was cut is no JSON.
+
+    Raises:
+        BadReply: the server cut the reply off, or withheld a part of it.
+    """
+    reason = (finish_reason or "").lower().rpartition(".")[2]
+    failure: Failure
+    if reason in _TRUNCATED:
+        failure = "truncated"
+    elif reason in _WITHHELD:
+        failure = "refused"
+    elif reason in _BROKEN_OFF:
+        failure = "unreadable"
+    else:
+        return
+    raise BadReply(f"the reply ended for the reason {finish_reason!r}", failure)
+
+
 def parse_score(text: str, *, low: int, high: int) -> Score:
     """The scores in a reply.
 
@@ -69,7 +131,7 @@ def parse_score(text: str, *, low: int, high: int) -> Score:
         BadReply: it is not JSON of exactly the five criteria, each with a reason and a whole number
             from `low` to `high`.
     """
-    found = _json_object(text)
+    _, found = _final_answer(text)
     _check_fields(found, CRITERIA, "the reply")
     scores, reasons = {}, []
     for name in CRITERIA:
@@ -93,7 +155,7 @@ def parse_verdict(text: str) -> Verdict:
     Raises:
         BadReply: it is not JSON of exactly a reason and a verdict of 0, 1 or 2.
     """
-    found = _json_object(text)
+    _, found = _final_answer(text)
     _check_fields(found, ("reason", "better"), "the reply")
     better = found["better"]
     if isinstance(better, bool) or not isinstance(better, int) or better not in _P_FIRST:
@@ -101,20 +163,52 @@ def parse_verdict(text: str) -> Verdict:
     return Verdict(_P_FIRST[better], _reason(found, "the reply"))
 
 
-def verdict_probability(tokens: Sequence[Token]) -> float:
+def verdict_probability(tokens: Sequence[Token], text: str) -> float:
     """The probability of the first answer, from the token that holds the verdict.
 
-    The probabilities of "1", "2" and "0" at that place are brought to a sum of 1; half of what
-    "0" has goes to each answer.
+    The verdict is that of the final answer, whatever thoughts before it say. The probabilities of
+    "1", "2" and "0" at its place are brought to a sum of 1; half of what "0" has goes to each
+    answer.
+
+    Args:
+        tokens: of the reply; those of thoughts may stand before.
+        text: of the reply, which `parse_verdict` takes.
 
     Raises:
-        BadReply: the tokens hold no verdict, or give most of the probability to something else.
+        BadReply: the tokens do not hold the verdict of the text, give most of the probability to
+            something else, or contradict the verdict: the probability prefers the other answer, or
+            makes something else than a stated tie likelier than not.
     """
-    joined = b"".join(token.text for token in tokens)
-    match = _VERDICT.search(joined)
+    answer, _ = _final_answer(text)
+    match = _VERDICT.search(answer)
     if match is None:
-        raise BadReply("the tokens of the reply hold no verdict")
-    place, start = match.start(1), 0
+        raise BadReply("the reply has no verdict to look for among its tokens")
+    joined = b"".join(token.text for token in tokens)
+    # From the verdict on, as the reason may hold characters that tokens cut through.
+    tail = answer[match.start() :].encode("utf-8", "surrogatepass")
+    found = joined.rfind(tail)
+    behind = joined[found + len(tail) :].decode("utf-8", "replace")
+    if found < 0 or _THOUGHTS_END.search(behind):
+        raise BadReply("the tokens of the reply do not hold its verdict")
+    mass = _masses(tokens, found + len(answer[match.start() : match.start(1)].encode()))
+    total = math.fsum(mass.values())
+    # Written so that a log-probability that is no number is refused too.
+    if not _MIN_MASS <= total <= _MAX_MASS:
+        raise BadReply(f"the verdicts have {total:.3f} of the probability at their place")
+    p_first = min(max((mass[1] + 0.5 * mass[0]) / total, 0.0), 1.0)
+    said = int(match[1])
+    other = max(mass[verdict] for verdict in mass if verdict != said) / total
+    if (p_first - 0.5) * (_P_FIRST[said] - 0.5) < 0 or (said == 0 and other > 0.5):
+        raise BadReply(
+            f"the verdict is {said}, but its tokens give the first answer {p_first:.3f} of the"
+            " probability"
+        )
+    return p_first
+
+
+def _masses(tokens: Sequence[Token], place: int) -> dict[int, float]:
+    """The probability of each verdict at a place, in bytes, among the joined tokens."""
+    start = 0
     for token in tokens:
         if start + len(token.text) > place:
             break
@@ -122,31 +216,56 @@ def verdict_probability(tokens: Sequence[Token]) -> float:
     before = token.text[: place - start]
     mass = dict.fromkeys(_P_FIRST, 0.0)
     for text, log_prob in token.alternatives.items():
-        digit = text[len(before) : len(before) + 1]
-        if text.startswith(before) and digit in (b"0", b"1", b"2"):
-            mass[int(digit)] += math.exp(log_prob)
-    total = math.fsum(mass.values())
-    # Written so that a log-probability that is no number is refused too.
-    if not _MIN_MASS <= total:
-        raise BadReply(f"the verdicts have {total:.3f} of the probability at their place")
-    return min(max((mass[1] + 0.5 * mass[0]) / total, 0.0), 1.0)
+        digit, behind = (text[len(before) + at : len(before) + at + 1] for at in (0, 1))
+        if text.startswith(before) and digit in (b"0", b"1", b"2") and not behind.isdigit():
+            mass[int(digit)] += math.exp(min(log_prob, 1.0))
+    return mass
 
 
-def _json_object(text: str) -> dict[str, Any]:
-    thoughts = _THOUGHTS.match(text)
-    body = (text if thoughts is None else text[thoughts.end() :]).strip()
-    fenced = _FENCE.fullmatch(body)
-    if fenced is not None:
-        body = fenced[1]
-    if not body:
+def _final_answer(text: str) -> tuple[str, dict[str, Any]]:
+    """The JSON of a reply's final answer, as its text and as an object."""
+    if not text.strip(_BLANK):
         raise BadReply("the reply is empty")
-    try:
-        found = json.loads(body, object_pairs_hook=_once, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        raise BadReply(f"the reply is not JSON: {_short(str(error))}") from error
-    if not isinstance(found, dict):
-        raise BadReply(f"the reply is {_short(found)}, not a JSON object")
-    return found
+    error: Exception | None = None
+    for candidate in _candidates(text.strip(_BLANK)):
+        try:
+            found = json.loads(candidate, object_pairs_hook=_once, parse_constant=_no_constant)
+        except (BadReply, ValueError, RecursionError) as wrong:
+            error = error or wrong
+            continue
+        if not isinstance(found, dict):
+            raise BadReply(f"the reply is {_short(found)}, not a JSON object")
+        return candidate, found
+    if error is None:
+        raise BadReply("the reply has thoughts and no answer")
+    if isinstance(error, BadReply):
+        raise error
+    raise BadReply(f"the reply is not JSON: {_short(str(error))}") from error
+
+
+def _candidates(text: str) -> Iterator[str]:
+    """What may be the final answer, the likeliest first: the whole, or what is behind thoughts.
+
+    Either bare or in a code fence that ends it. A mark inside the answer's own strings does no
+    harm, as what is behind it is no JSON.
+    """
+    bodies = [] if _THOUGHTS.match(text) else [text]
+    ends = [match.end() for match in _THOUGHTS_END.finditer(text)]
+    bodies += [text[end:].strip(_BLANK) for end in reversed(ends[-_MOST_CANDIDATES:])]
+    for body in filter(None, bodies):
+        yield body
+        if body.endswith(_FENCE_END):
+            fences = list(_FENCE.finditer(body))
+            for fence in reversed(fences[-_MOST_CANDIDATES:]):
+                if not _within_thoughts(body[: fence.start()]):
+                    yield body[fence.end() : -len(_FENCE_END)].strip(_BLANK)
+
+
+def _within_thoughts(before: str) -> bool:
+    """Whether thoughts that began in this text have not ended in it."""
+    began = [match.start() for match in _THOUGHTS.finditer(before)]
+    ended = [match.start() for match in _THOUGHTS_END.finditer(before)]
+    return bool(began) and (not ended or began[-1] > ended[-1])
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

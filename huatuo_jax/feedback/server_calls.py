@@ -16,12 +16,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import openai
-from openai.types import CompletionUsage
-from openai.types.chat import ChatCompletion, ChatCompletionMessage
-from openai.types.chat.chat_completion import Choice
-from openai.types.completion_usage import PromptTokensDetails
 
 from huatuo_jax.feedback.budget import Budget, BudgetConfig, Reservation
+from huatuo_jax.feedback.completions import Completion, read_completion
+from huatuo_jax.feedback.judgements import printable
 from huatuo_jax.feedback.judges import Estimate, JudgementFailed, JudgeUnusable
 from huatuo_jax.feedback.prices import Price
 from huatuo_jax.feedback.rate_limits import RateLimiter, RateLimits
@@ -152,6 +150,9 @@ class Server:
         )
         self._reached = self._answered = False
         self._failures_in_a_row = 0
+        self._under_way = 0
+        self._ended = asyncio.Event()
+        self._most_output_tokens = 0  # Of a call, as the server counted them.
 
     @property
     def totals(self) -> Totals:
@@ -165,7 +166,7 @@ class Server:
 
     async def complete(
         self, request: Mapping[str, Any], estimate: Estimate, taken: Taken
-    ) -> ChatCompletion:
+    ) -> Completion:
         """A chat completion, after as many attempts as it needs.
 
         Args:
@@ -174,7 +175,8 @@ class Server:
             taken: is added to, also where there is no completion.
 
         Raises:
-            JudgementFailed: there is none to this request.
+            JudgementFailed: there is none to this request; with `ends_after` where no request has
+                been answered yet, and the server's words do not say whether any will be.
             JudgeUnusable: there will be none to any.
         """
         if self._price is not None:
@@ -182,11 +184,11 @@ class Server:
         told = ""
         for attempt in range(1, self._cfg.max_attempts + 1):
             outcome = await self._call(request, estimate, taken)
-            if isinstance(outcome, ChatCompletion):
-                self._reached = self._answered = True
+            if isinstance(outcome, Completion):
+                self._reached = True
                 self._failures_in_a_row = 0
                 return outcome
-            self._react(outcome, taken)
+            await self._react(outcome, taken)
             told = f"{attempt} attempts failed, the last one: {outcome.message}"
             if attempt < self._cfg.max_attempts:
                 await self._limiter.rest(self._delay_s(attempt))
@@ -195,20 +197,26 @@ class Server:
             raise self._unusable(told)
         if self._failures_in_a_row >= self._cfg.max_failures:
             raise self._unusable(f"{self._failures_in_a_row} questions in a row failed: {told}")
-        raise JudgementFailed(told, **taken.fields())
+        raise JudgementFailed(told, failure="unanswered", **taken.fields())
+
+    def stop(self, message: str) -> None:
+        """Send nothing any more: who asks from here on gets this error."""
+        self._unusable(message)
 
     async def _call(
         self, request: Mapping[str, Any], estimate: Estimate, taken: Taken
-    ) -> ChatCompletion | Fault:
+    ) -> Completion | Fault:
         """One call, counted whatever becomes of it."""
         reservation = await self._let_through(estimate)
         taken.requests += 1
         started_s = time.monotonic()
+        self._under_way += 1
         try:
             async with asyncio.timeout(self._cfg.timeout_s):
-                completion = await self._client.chat.completions.create(**request)
-            _check(completion)
-        except (openai.OpenAIError, TimeoutError, ValueError) as error:
+                send = self._client.chat.completions.with_raw_response.create
+                response = await send(**request)
+            completion = read_completion(response.content)
+        except Exception as error:  # Whatever a server can cause is a fault of this call alone.
             fault = fault_of(
                 error,
                 key=self._key,
@@ -217,21 +225,25 @@ class Server:
                 timeout_s=self._cfg.timeout_s,
             )
             self._reached |= fault.reached
-            taken.latency_s = time.monotonic() - started_s
-            taken.unknown_requests += not fault.unbilled
-            cost = 0.0 if fault.unbilled else None
-            reservation.end(outcome=fault.outcome, usage=None, cost=cost, refused=fault.refused)
+            self._count(fault.usage, fault, reservation, taken)
             return fault
-        taken.latency_s = time.monotonic() - started_s
-        self._count(completion, reservation, taken)
+        finally:
+            taken.latency_s = time.monotonic() - started_s
+            self._under_way -= 1
+            self._ended.set()
+        self._answered |= completion.text is not None or completion.refusal is not None
+        self._count(completion.usage, None, reservation, taken)
         return completion
 
     async def _let_through(self, estimate: Estimate) -> Reservation:
-        max_tokens = estimate.max_input_tokens + estimate.max_output_tokens
+        # Thoughts may come on top of what a reply is allowed: the longest that came is expected.
+        beyond = max(0, self._most_output_tokens - estimate.max_output_tokens)
+        max_tokens = estimate.max_input_tokens + estimate.max_output_tokens + beyond
+        max_cost = estimate.max_cost or 0.0
+        if self._price is not None:
+            max_cost += self._price.cost(Usage(output_tokens=beyond))
         try:
-            reservation = await self._budget.reserve(
-                max_tokens=max_tokens, max_cost=estimate.max_cost or 0.0
-            )
+            reservation = await self._budget.reserve(max_tokens=max_tokens, max_cost=max_cost)
         except JudgeUnusable as error:
             self._limiter.give_up(error)
             raise
@@ -243,27 +255,43 @@ class Server:
         reservation.start(passage)
         return reservation
 
-    def _count(self, completion: ChatCompletion, reservation: Reservation, taken: Taken) -> None:
-        usage = _usage_of(completion)
+    def _count(
+        self, usage: Usage | None, fault: Fault | None, reservation: Reservation, taken: Taken
+    ) -> None:
+        """Put a call's cost in place of what was held for it."""
         cost = None
-        if usage is None:
-            taken.unknown_requests += 1
-        else:
+        if usage is not None:
             cost = 0.0 if self._price is None else self._price.cost(usage)
             taken.usage += usage
-            if self._price is not None:
-                taken.cost = (taken.cost or 0.0) + cost
-        reservation.end(outcome="answered", usage=usage, cost=cost)
+            taken.cost = None if self._price is None else (taken.cost or 0.0) + cost
+            self._most_output_tokens = max(self._most_output_tokens, usage.output_tokens)
+        elif fault is not None and fault.unbilled:
+            cost = 0.0
+        else:
+            taken.unknown_requests += 1
+        reservation.end(
+            outcome="answered" if fault is None else fault.outcome,
+            usage=usage,
+            cost=cost,
+            refused=fault is not None and fault.refused,
+        )
 
-    def _react(self, fault: Fault, taken: Taken) -> None:
+    async def _react(self, fault: Fault, taken: Taken) -> None:
         """Raise where asking again is no use; make everybody wait where the server asks for it."""
-        consequence = fault.consequence
-        if consequence == "give up unless first":
-            consequence = "give up" if self._answered else "stop"
-        if consequence == "stop":
+        if fault.consequence == "stop":
             raise self._unusable(fault.message)
-        if consequence == "give up":
-            raise JudgementFailed(fault.message, **taken.fields())
+        if fault.consequence == "stop unless answered" or fault.ends_after is not None:
+            # What is under way may be answered, and would tell.
+            while self._under_way and not self._answered:
+                self._ended.clear()
+                await self._ended.wait()
+        if fault.consequence == "stop unless answered" and not self._answered:
+            raise self._unusable(fault.message)
+        if fault.consequence != "ask again":
+            ends_after = None if self._answered else fault.ends_after
+            raise JudgementFailed(
+                fault.message, failure="refused", ends_after=ends_after, **taken.fields()
+            )
         if fault.wait_s > self._cfg.max_wait_s:
             raise self._unusable(f"{fault.message}; it asks to wait {fault.wait_s:.0f} s")
         if fault.wait_s:
@@ -271,7 +299,7 @@ class Server:
 
     def _unusable(self, message: str) -> JudgeUnusable:
         """The error that ends the run, which everyone who waits gets too."""
-        error = JudgeUnusable(message)
+        error = JudgeUnusable(printable(message))
         self._limiter.give_up(error)
         return error
 
@@ -279,28 +307,3 @@ class Server:
         # Half of it is random, so that calls that failed together do not come back together.
         delay_s = min(self._cfg.first_delay_s * 2.0 ** (attempt - 1), self._cfg.max_delay_s)
         return delay_s * random.uniform(0.5, 1.0)
-
-
-def _check(completion: object) -> None:
-    """Raise ValueError for what is no completion; the client does not check what servers send."""
-    choices = completion.choices if isinstance(completion, ChatCompletion) else None
-    if not isinstance(choices, list) or not all(
-        isinstance(choice, Choice)
-        and isinstance(choice.message, ChatCompletionMessage)
-        and isinstance(choice.message.content, str | None)
-        for choice in choices
-    ):
-        raise ValueError("not a chat completion")
-
-
-def _usage_of(completion: ChatCompletion) -> Usage | None:
-    """The server's own count; None where it gives none that can be."""
-    usage = completion.usage
-    if not isinstance(usage, CompletionUsage):
-        return None
-    details = usage.prompt_tokens_details
-    cached = details.cached_tokens if isinstance(details, PromptTokensDetails) else None
-    counts = (usage.prompt_tokens, usage.completion_tokens, cached or 0)
-    if any(not isinstance(count, int) or count < 0 for count in counts) or counts[2] > counts[0]:
-        return None
-    return Usage(input_tokens=counts[0], output_tokens=counts[1], cached_tokens=counts[2])

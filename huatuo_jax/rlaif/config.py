@@ -89,6 +89,7 @@ class LabelsConfig:
         tokens_per_minute: what the server allows.
         timeout_s: of a call.
         structured: "json_schema" or "json_object" where the server can hold a reply to a form.
+        max_tokens: of a reply, its thoughts among them.
         prices: file of the price table; None for the one that is shipped.
         label: what is asked.
         comparison: the policies by which verdicts become comparisons.
@@ -103,6 +104,7 @@ class LabelsConfig:
     tokens_per_minute: int | None = operational(None)
     timeout_s: float = operational(120.0)
     structured: Structured = "json_schema"
+    max_tokens: int = operational(1024)
     prices: str | None = operational(None)
     label: LabelConfig = LabelConfig()
     comparison: ComparisonConfig = ComparisonConfig()
@@ -126,6 +128,7 @@ class LabelsConfig:
         return OpenAIJudgeConfig(
             model=model,
             structured=self.structured,
+            max_tokens=self.max_tokens,
             prices=self.prices,
             require_reference=False,
             server=ServerConfig(

@@ -2,6 +2,8 @@
 
 import openai
 
+from huatuo_jax.feedback.completions import NoCompletion, read_json
+from huatuo_jax.feedback.judgements import printable
 from huatuo_jax.feedback.openai_judge import OpenAIJudgeConfig
 from huatuo_jax.feedback.prices import read_price
 from huatuo_jax.feedback.server_calls import key_from_environment
@@ -51,11 +53,16 @@ def _models(base_url: str, key: str) -> list[str] | None:
     """The names of the server's models; None where it answers but has no list."""
     client = openai.OpenAI(api_key=key, base_url=base_url, timeout=_TIMEOUT_S, max_retries=1)
     try:
-        return [model.id for model in client.models.list().data or ()]
-    except openai.OpenAIError as error:
+        body = read_json(client.models.with_raw_response.list().content)
+        listed = body.get("data") if isinstance(body, dict) else None
+        if not isinstance(listed, list | None):
+            raise NoCompletion("its list of models is no list")
+        ids = [one.get("id") for one in listed or () if isinstance(one, dict)]
+        return [name for name in ids if isinstance(name, str)]
+    except (openai.OpenAIError, NoCompletion) as error:
         if isinstance(error, openai.APIStatusError) and error.status_code in _NO_LIST:
             return None
-        reason = " ".join(scrubbed(str(error), key).split())
+        reason = printable(scrubbed(str(error), key))
         raise ValueError(
             f"the judge at {base_url} does not answer as it should: {reason} "
             "(config.labels.base_url, and the key in OPENAI_API_KEY)"

@@ -41,6 +41,7 @@ def compared(**changed):
     [
         scored(reason="因为", raw="{}", usage={"input_tokens": 3}, cost=0.5, latency_s=1.5),
         scored(scores=None, error="prose"),
+        scored(scores=None, error="cut", failure="truncated", max_tokens=9),
         compared(),
         compared(p_first=None, error="HTTP 500"),
     ],
@@ -48,6 +49,14 @@ def compared(**changed):
 def test_a_judgement_comes_back_from_its_line(judgement):
     line = json.dumps(judgement.to_json(), ensure_ascii=False)
     assert Judgement.from_json(json.loads(line)) == judgement
+
+
+def test_a_line_of_before_kinds_of_failure_were_known_is_read():
+    row = scored(scores=None, error="prose").to_json()
+    old = {name: value for name, value in row.items() if name not in ("failure", "max_tokens")}
+    assert Judgement.from_json(old) == Judgement.from_json(row)
+    with pytest.raises(ValueError, match="lacks .'error'."):
+        Judgement.from_json({name: value for name, value in row.items() if name != "error"})
 
 
 def test_a_line_has_the_fields_of_its_protocol_and_null_for_a_verdict_that_failed():
@@ -64,6 +73,10 @@ def test_a_line_has_the_fields_of_its_protocol_and_null_for_a_verdict_that_faile
     [
         (scored, {"error": "prose"}, "either a verdict or an error"),
         (scored, {"scores": None}, "either a verdict or an error"),
+        (scored, {"failure": "refused"}, "failure is 'refused'; beside an error"),
+        (scored, {"scores": None, "error": "x", "failure": "bored"}, "failure is 'bored'"),
+        (scored, {"scores": None, "error": "x", "failure": "truncated"}, "max_tokens belongs"),
+        (scored, {"max_tokens": 9}, "max_tokens belongs"),
         (scored, {"p_first": 0.5}, "p_first does not belong"),
         (scored, {"answer": None}, "whole numbers"),
         (scored, {"answer": -1}, "whole numbers"),

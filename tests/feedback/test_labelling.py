@@ -180,6 +180,16 @@ def test_a_judge_that_cannot_go_on_ends_the_run_and_keeps_what_came(answered, tm
     assert run(answered, ScriptedJudge(), output).missing == 0
 
 
+def test_an_error_of_any_kind_ends_the_run_and_loses_no_reply_of_the_others(answered, tmp_path):
+    output = tmp_path / "labels.jsonl"
+    counter = iter(range(100))
+    judge = ScriptedJudge(lambda text, count: KeyError("bug") if next(counter) == 9 else None)
+    labels = run(answered, judge, output, concurrency=8)
+    assert isinstance(labels.error, KeyError)
+    assert len(judge.asked) == labels.asked == len(lines_of(output)) + 1 <= 17
+    assert labels.failed == 0 and labels.verdicts == len(lines_of(output)) >= 9
+
+
 def test_a_judge_that_never_started_leaves_no_file(answered, tmp_path):
     output = tmp_path / "labels.jsonl"
     labels = run(answered, ScriptedJudge(lambda text, count: JudgeUnusable("no key")), output)

@@ -89,7 +89,7 @@ def test_scores_and_verdicts_are_those_of_the_server(prices):
 
 
 def test_log_probabilities_give_the_verdict_as_a_probability():
-    what = Planted(utilities=UTILITIES, position_bias=0.4)
+    what = Planted(utilities=UTILITIES, position_bias=0.4, noise=False)
     with PlantedServer(what) as server:
         reply, _ = ask(
             server, lambda judge: judge.compare(PROMPT, "不用管。", "多休息。"), log_probs=True

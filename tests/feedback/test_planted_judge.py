@@ -30,7 +30,8 @@ def asked(tmp_path, *, num_items, log_probs, **fields):
     utilities = make_answers(
         path, num_prompts=1, num_answers=num_items, utility=lambda p, a: lot.gauss(0.0, 1.0)
     )
-    what = Planted(utilities=utilities, **fields)
+    # With log-probabilities the likeliest verdict is said, as at temperature 0.
+    what = Planted(utilities=utilities, noise=not log_probs, **fields)
     answered = read_answered(path)
     with PlantedServer(what) as server:
         cfg = OpenAIJudgeConfig(

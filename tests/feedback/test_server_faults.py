@@ -1,11 +1,14 @@
 import datetime
 import email.utils
 import functools
+import json
 
 import httpx2
 import openai
 import pytest
 
+from huatuo_jax.feedback.completions import NoCompletion, read_completion
+from huatuo_jax.feedback.error_bodies import words_of
 from huatuo_jax.feedback.server_faults import fault_of, scrubbed
 
 KEY = "sk-0123456789abcdef"
@@ -31,12 +34,14 @@ def broken(cause):
     ("error", "consequence", "unbilled"),
     [
         (status_error(401), "stop", True),
-        (status_error(403), "stop", True),
-        (status_error(404), "stop", True),
+        (status_error(402), "stop", True),
+        (status_error(403), "give up", True),
+        (status_error(404), "stop unless answered", True),
         (status_error(429), "ask again", True),
         (status_error(429, body={"code": "insufficient_quota"}), "stop", True),
-        (status_error(400), "give up unless first", True),
-        (status_error(422), "give up unless first", True),
+        (status_error(400), "give up", True),
+        (status_error(413), "give up", True),
+        (status_error(422), "give up", True),
         (status_error(400, body={"code": "context_length_exceeded"}), "give up", True),
         (status_error(400, body={"message": "maximum context length is 9"}), "give up", True),
         (status_error(400, body={"code": "content_filter"}), "give up", True),
@@ -57,6 +62,147 @@ def broken(cause):
 def test_each_failure_has_its_consequence_and_its_price(error, consequence, unbilled):
     found = fault(error)
     assert (found.consequence, found.unbilled) == (consequence, unbilled)
+
+
+ANSWERED = {"choices": None, "usage": None}
+# As servers write them; the status, the body, what to do.
+SERVERS_WORDS = [
+    # A question that cannot be judged.
+    (400, {"code": "data_inspection_failed", "message": "Input data may contain"}, "give up"),
+    (
+        400,
+        {"error": {"message": "Content Exists Risk", "code": "invalid_request_error"}},
+        "give up",
+    ),
+    (400, {"error": {"code": 400, "type": "exceed_context_size_error", "n_ctx": 9}}, "give up"),
+    (
+        400,
+        {"error": {"code": "1301", "message": "系统检测到输入或生成内容可能包含不安全内容"}},
+        "give up",
+    ),
+    (
+        400,
+        {"error": {"type": "content_filter", "message": "it was considered high risk"}},
+        "give up",
+    ),
+    (
+        400,
+        {"error": {"param": "prompt", "innererror": {"code": "ResponsibleAIPolicyViolation"}}},
+        "give up",
+    ),
+    (400, {"message": "Range of input length should be [1, 30720]"}, "give up"),
+    (400, {"message": "prompt is too long: 210000 tokens > 200000 maximum"}, "give up"),
+    (
+        400,
+        {
+            "message": "'max_tokens' or 'max_completion_tokens' is too large: 1024. This model's"
+            " maximum context length is 2048 tokens and your request has 1500 input tokens"
+        },
+        "give up",
+    ),
+    (
+        403,
+        {
+            "error": {
+                "code": 403,
+                "message": "x",
+                "metadata": {"reasons": ["violence"], "flagged_input": "…"},
+            }
+        },
+        "give up",
+    ),
+    (403, {"error": {"message": "Your input was flagged by moderation"}}, "give up"),
+    (422, {"detail": "Input tokens exceed the limit of this model"}, "give up"),
+    (500, {"error": "the request exceeds the available context size"}, "give up"),
+    (200, {"base_resp": {"status_code": 1026, "status_msg": "input new_sensitive"}}, "give up"),
+    # What every question would meet.
+    (
+        403,
+        {"error": {"message": "You are not allowed to sample from this model"}},
+        "give up unless all",
+    ),
+    (400, {"error": {"message": "Incorrect API key provided: xa***"}}, "stop"),
+    (400, {"error": {"message": "API key not valid. Please pass a valid API key."}}, "stop"),
+    (400, {"error": {"message": "Model Not Exist"}}, "stop"),
+    (400, {"error": {"message": "some/thing is not a valid model ID"}}, "stop"),
+    (
+        404,
+        {"error": {"message": "The model `m` does not exist", "code": "model_not_found"}},
+        "stop",
+    ),
+    (400, {"error": {"message": "Your credit balance is too low to access the API"}}, "stop"),
+    (402, {"error": {"message": "Insufficient Balance"}}, "stop"),
+    (403, {"code": 30001, "message": "Sorry, your account balance is insufficient"}, "stop"),
+    (403, {"error": {"code": "AccountOverdueError"}}, "stop"),
+    (403, {"error": {"code": "AllocationQuota.FreeTierOnly"}}, "stop"),
+    (403, {"error": {"code": "insufficient_user_quota", "message": "用户额度不足"}}, "stop"),
+    (429, {"error": {"code": "1113", "message": "余额不足或无可用资源包,请充值。"}}, "stop"),
+    (429, {"error": {"type": "exceeded_current_quota_error"}}, "stop"),
+    (400, {"error": {"type": "budget_exceeded", "message": "Budget has been exceeded!"}}, "stop"),
+    (200, {"base_resp": {"status_code": 1008, "status_msg": "insufficient balance"}}, "stop"),
+    (200, {"error": {"code": 401, "message": "User not found."}}, "stop"),
+    (
+        400,
+        {
+            "message": "Unsupported parameter: 'max_tokens' is not supported with this model. Use"
+            " 'max_completion_tokens' instead."
+        },
+        "stop unless answered",
+    ),
+    (
+        400,
+        {"error": {"param": "max_tokens", "message": "max_tokens is too large: 99999."}},
+        "stop unless answered",
+    ),
+    (
+        400,
+        {"error": {"param": "temperature", "message": "Only 1 is taken"}},
+        "stop unless answered",
+    ),
+    (
+        400,
+        {"error": {"message": "This response_format type is unavailable now"}},
+        "stop unless answered",
+    ),
+    # What passes.
+    (
+        429,
+        {"error": {"message": "You exceeded your current quota, please retry in 34 s"}},
+        "ask again",
+    ),
+    (
+        429,
+        {"error": {"message": "Request too large for m on tokens per min: Limit 9"}},
+        "ask again",
+    ),
+    (503, {"error": {"message": "The model is overloaded, input queue exceeded"}}, "ask again"),
+    (403, {"error": {"message": "Rate limit exceeded"}}, "ask again"),
+    (200, {"base_resp": {"status_code": 1002, "status_msg": "rate limit"}}, "ask again"),
+    (200, {"error": {"message": "Provider returned error", "code": 502}}, "ask again"),
+    # What nobody knows.
+    (400, {"error": {"message": "Bad request"}}, "give up unless all"),
+    (
+        422,
+        {"detail": [{"msg": "Field required", "input": "余额不足, content_filter"}]},
+        "give up unless all",
+    ),
+]
+
+
+@pytest.mark.parametrize(("status", "body", "consequence"), SERVERS_WORDS)
+def test_the_words_of_real_servers_tell_a_question_from_all_questions(status, body, consequence):
+    if status == 200:
+        with pytest.raises(NoCompletion) as error:
+            read_completion(json.dumps(body | ANSWERED).encode())
+        found = fault(error.value)
+        assert not found.unbilled  # It came with a 200.
+    else:  # The client takes off the outer object.
+        found = fault(status_error(status, body=body.get("error", body)))
+    unless_all = consequence.endswith(" unless all")
+    assert found.consequence == consequence.removesuffix(" unless all"), found
+    assert (found.ends_after is not None) == unless_all
+    said = words_of(body)
+    assert said is None or said[:200] in found.message
 
 
 def test_only_what_answered_or_broke_off_was_reached():
@@ -82,6 +228,13 @@ def headers_of(seconds):
         ({"Retry-After": "soon"}, 0, 0),
         ({"Retry-After": "nan"}, 0, 0),
         ({"Retry-After": "-3"}, 0, 0),
+        ({"Retry-After": "1e400"}, 0, 0),
+        ({"Retry-After": "1764341234"}, 0, 0),  # A time of day in seconds, not a time to wait.
+        ({"Retry-After": "Thu, 01 Jan 1970 00:00:99999999999999999999 GMT"}, 0, 0),
+        ({"Retry-After": "99999999999999999999999 Jan 2020 00:00:00"}, 0, 0),
+        ({"Retry-After": "Mon, 99 Jan 2020 00:00:00 GMT"}, 0, 0),
+        ({"Retry-After": "Fri, 31 Dec 9999 23:59:59 -2359"}, 0, 0),
+        ({"Retry-After": "Wed, 21 Oct 2015 07:28:00 +99999999999999999999999"}, 0, 0),
         ({}, 0, 0),
     ],
 )
