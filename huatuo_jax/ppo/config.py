@@ -71,7 +71,8 @@ class ScoreConfig:
         on_truncation: what becomes of the score of an answer without a stop token, see
             `rl.rewards.answer_scores`.
         penalty: for `replace` and `subtract`, in units of scaled scores.
-        whiten: bring the rewards of a rollout to variance 1, their mean left alone.
+        whiten: divide the rewards of a rollout by their standard deviation over its tokens; their
+            mean is not taken off.
     """
 
     of: Literal["reward_model", "length"] = "reward_model"
