@@ -293,7 +293,8 @@ class Normalization:
             ValueError: there are none, they are all the same, or one is not finite.
         """
         scores_N = np.asarray(scores, np.float64)
-        if not len(scores_N) or not np.isfinite(scores_N).all() or not scores_N.std() > 0:
+        # Not by their deviation: that of equal numbers is the rounding of their mean.
+        if not len(scores_N) or not np.isfinite(scores_N).all() or not np.ptp(scores_N) > 0:
             raise ValueError(
                 f"{answers}: {len(scores_N)} scores, which must be finite and differ, so that "
                 "they can be normalized"

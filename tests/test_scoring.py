@@ -203,7 +203,7 @@ def test_normalized_scores_have_mean_0_and_deviation_1_also_when_read_again(tmp_
     assert load_normalization(tmp_path / "nowhere") is None
 
 
-@pytest.mark.parametrize("scores", [[], [1.0], [2.0, 2.0], [1.0, np.nan]])
+@pytest.mark.parametrize("scores", [[], [1.0], [2.0, 2.0], [0.1] * 3, [1.0, np.nan]])
 def test_scores_without_a_spread_cannot_be_normalized(scores):
     with pytest.raises(ValueError, match="must be finite and differ"):
         Normalization.of(scores, answers="these answers")

@@ -181,7 +181,8 @@ class Comparison:
     `chosen` and `rejected` are messages, not strings: mostly one assistant message each, but where
     whole consultations were compared they hold the rest of the consultation. In JSON the usual
     single answer is a plain string. The last message of either may be empty (see `is_empty`).
-    `margin` is the difference of the scores behind the choice, in the unit of those scores.
+    `margin` is the score of the chosen answer less that of the rejected one, in the unit of those
+    scores: of a tie, or where the choice goes against the scores, it may be negative.
     """
 
     id: str

@@ -231,7 +231,7 @@ def _comparison(
         rejected=continuation(texts[worse]),
         source=prompt.source,
         p_chosen=label.p_one if one_wins else 1.0 - label.p_one,
-        margin=None if label.margin is None else abs(label.margin),
+        margin=label.margin if label.margin is None or one_wins else -label.margin,
         extra={
             **extra,
             **provenance,

@@ -292,7 +292,7 @@ def _part_lines(part: JudgePart) -> list[str]:
         lines += [
             f"  order flips: {part.position.flip_rate}; undecided {part.position.undecided}",
             f"  position bias, log-odds for the first shown: {part.position.log_odds}"
-            f" (from {source})",
+            f" (from {source}; left out as too certain: {part.position.left_out})",
             f"  verdicts for the first shown, over a half: {part.position.first_excess}",
         ]
     shown = ", ".join(f"{float(q):.0%} {value:.3f}" for q, value in part.margins.items())

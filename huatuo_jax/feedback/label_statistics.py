@@ -6,7 +6,18 @@ where `d` is by how much that answer is better and `b` the same for all pairs, h
 
     b = (log-odds of one order + log-odds of the other) / 2,
 
-averaged over pairs. Votes are 1 with probability s(d + b) and s(-d + b), where s is the logistic
+averaged over pairs. Of a certain verdict (0 or 1, or nearer to them than its judge's rounding, see
+`verdicts.SMALLEST_PROBABILITY`) only a bound of the log-odds is known, so its pair has no b and
+must not be given one by the bound. Nor may noise in the log-odds choose which pairs have one: those
+whose noise is against b would remain. So the mean is over the pairs with
+
+    |log-odds of one order - log-odds of the other| / 2 <= LARGEST_LOG_ODDS / 2,
+
+which estimates |d|, and whose noise is independent of that of b where both orders have normal noise
+of one variance. Unless |b| is more than the same bound, 6.9, none of them is certain. The other
+pairs are counted as `left_out`; b is the same for all.
+
+Votes are 1 with probability s(d + b) and s(-d + b), where s is the logistic
 function. Of the pairs whose orders contradict each other, those with the first answer preferred
 twice (FF) and those with the second preferred twice (SS) have odds
 
@@ -27,7 +38,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from huatuo_jax.feedback.verdicts import PairKey, Verdicts
+from huatuo_jax.feedback.verdicts import LARGEST_LOG_ODDS, PairKey, Verdicts
 
 # Standard errors over fewer groups than this are themselves too uncertain.
 LEAST_GROUPS = 20
@@ -53,7 +64,10 @@ class PositionBias(NamedTuple):
 
     Attributes:
         log_odds: b, as this module defines it.
-        from_votes: whether it was estimated from votes and not from probabilities.
+        from_votes: whether it was estimated from votes: there is no pair of probabilities, each
+            verdict being certain or a tie.
+        left_out: pairs of verdicts too near to 0 and 1 to count in `log_odds`; none where it is
+            from votes.
         first_excess: the mean verdict for the answer shown first, less a half.
         flip_rate: the share of pairs whose orders prefer different answers, of those where neither
             order is a tie.
@@ -62,6 +76,7 @@ class PositionBias(NamedTuple):
 
     log_odds: Figure
     from_votes: bool
+    left_out: int
     first_excess: Figure
     flip_rate: Figure
     undecided: int
@@ -112,20 +127,23 @@ def position_bias(verdicts: Mapping[PairKey, Verdicts]) -> PositionBias:
     both = {key: found for key, found in verdicts.items() if found.both_orders}
     prompts = [key.id for key in both]
     leanings = [found.leanings() for found in both.values()]
-    from_votes = any(found.voted for found in both.values())
+    from_votes = bool(both) and all(found.voted for found in both.values())
     excess = [
         math.fsum(math.fsum(shown) / len(shown) for shown in found) / 2 - 0.5
         for found in both.values()
     ]
     decided = [place for place, (one, other) in enumerate(leanings) if one and other]
     flips = [float(leanings[place][0] * leanings[place][1] > 0) for place in decided]
+    left_out = 0
     if from_votes:
         log_odds = _bias_of_votes(leanings, prompts)
     else:
-        log_odds = mean_figure([(one + other) / 2 for one, other in leanings], prompts)
+        log_odds = _bias_of_probabilities(both, leanings)
+        left_out = len(both) - log_odds.num_items
     return PositionBias(
         log_odds=log_odds,
         from_votes=from_votes,
+        left_out=left_out,
         first_excess=mean_figure(excess, prompts),
         flip_rate=mean_figure(flips, [prompts[place] for place in decided]),
         undecided=len(both) - len(decided),
@@ -165,6 +183,19 @@ def _kappa(same: Figure, verdicts: Sequence[tuple[int, int]]) -> Figure:
         return Figure(None, None, same.num_items)
     error = None if same.standard_error is None else same.standard_error / (1 - chance)
     return Figure((same.value - chance) / (1 - chance), error, same.num_items)
+
+
+def _bias_of_probabilities(
+    both: Mapping[PairKey, Verdicts], leanings: Sequence[tuple[float, float]]
+) -> Figure:
+    biases, prompts = [], []
+    for (key, found), (one, other) in zip(both.items(), leanings, strict=True):
+        # A pair of votes among probabilities (a tie, say) has no log-odds either.
+        known = not found.certain and not found.voted
+        if known and abs(one - other) <= LARGEST_LOG_ODDS:
+            biases.append((one + other) / 2)
+            prompts.append(key.id)
+    return mean_figure(biases, prompts)
 
 
 def _bias_of_votes(leanings: Sequence[tuple[float, float]], prompts: Sequence[str]) -> Figure:

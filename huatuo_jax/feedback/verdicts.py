@@ -13,6 +13,11 @@ from typing import NamedTuple
 from huatuo_jax.feedback.judgements import Judgement, Protocol, prompt_hash, sha256
 from huatuo_jax.feedback.questions import Answered
 
+SMALLEST_PROBABILITY = 1e-6
+"""A verdict nearer to 0 or 1 than this is certain: how much nearer is the rounding of its judge."""
+LARGEST_LOG_ODDS = math.log1p(-SMALLEST_PROBABILITY) - math.log(SMALLEST_PROBABILITY)
+"""Of that probability: 13.8."""
+
 FAILED = "the judgement failed"
 NO_PROMPT = "no such prompt or answer in the answers file"
 OTHER_TEXT = "judged another text than the answers file holds"
@@ -32,7 +37,7 @@ class Combined(NamedTuple):
     Attributes:
         p_one: the probability that `one` is better.
         contradicts: whether the two orders prefer different answers.
-        voted: whether the judge gave votes (0, 0.5, 1) and no probabilities.
+        voted: whether the judge gave votes (0, 0.5, 1) on the pair and no probabilities.
     """
 
     p_one: float
@@ -55,10 +60,9 @@ class Verdicts(NamedTuple):
         """Both orders in one soft label.
 
         Where the judge gives probabilities, the log-odds of the orders are averaged, which takes
-        out a position bias that is additive in the log-odds exactly. Votes are averaged as they
-        are, so that two orders that contradict each other give 0.5. A pair counts as voted on as
-        soon as one of its verdicts is certain (0 or 1), whose log-odds are not finite; a
-        probability beside it is then the vote of its side.
+        out a position bias that is additive in the log-odds exactly; those of a certain verdict
+        are bounded, see `bounded_log_odds`. Votes are averaged as they are, so that two orders that
+        contradict each other give 0.5.
         """
         assert self.both_orders
         for_one, for_other = self.leanings()
@@ -68,8 +72,13 @@ class Verdicts(NamedTuple):
 
     @property
     def voted(self) -> bool:
-        """Whether a verdict is certain, so that its log-odds are not finite."""
-        return not all(0.0 < p < 1.0 for p in (*self.one_first, *self.other_first))
+        """Whether every verdict is certain or a tie, as a judge gives them that has no others."""
+        return all(p == 0.5 or is_certain(p) for p in (*self.one_first, *self.other_first))
+
+    @property
+    def certain(self) -> bool:
+        """Whether one of the verdicts is certain, so that its log-odds are not known."""
+        return any(map(is_certain, (*self.one_first, *self.other_first)))
 
     def leanings(self) -> tuple[float, float]:
         """How far each order prefers the answer that it shows first.
@@ -77,14 +86,27 @@ class Verdicts(NamedTuple):
         In log-odds; of votes their mean around 0. Of one sign, the two orders contradict each
         other.
         """
-        measured = vote if self.voted else log_odds
+        measured = vote if self.voted else bounded_log_odds
         of_one, of_other = (math.fsum(map(measured, shown)) / len(shown) for shown in self)
         return of_one, of_other
+
+
+def is_certain(p: float) -> bool:
+    """Whether a probability is 0 or 1 but for `SMALLEST_PROBABILITY`."""
+    return min(p, 1.0 - p) <= SMALLEST_PROBABILITY
 
 
 def log_odds(p: float) -> float:
     """The logarithm of p over 1 - p, for a p between 0 and 1, both excluded."""
     return math.log(p) - math.log1p(-p)
+
+
+def bounded_log_odds(p: float) -> float:
+    """The log-odds of a verdict, within +-`LARGEST_LOG_ODDS`.
+
+    So a certain verdict counts the same whether its judge rounds it to 1 or not.
+    """
+    return log_odds(min(max(p, SMALLEST_PROBABILITY), 1.0 - SMALLEST_PROBABILITY))
 
 
 def probability(log_odds: float) -> float:

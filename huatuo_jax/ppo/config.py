@@ -66,7 +66,8 @@ class ScoreConfig(AnswerScoreConfig):
     Attributes:
         of: the `reward_model`, or the `length` of an answer in tokens, its end included: the
             control that shows what a policy does that only learns to be longer.
-        whiten: bring the rewards of a rollout to variance 1, their mean left alone.
+        whiten: divide the rewards of a rollout by their standard deviation over its tokens; their
+            mean is not taken off.
     """
 
     of: Literal["reward_model", "length"] = "reward_model"

@@ -237,8 +237,9 @@ def _scaled(
     if cfg.score.scale == "raw":
         return scores_N
     if cfg.score.scale == "running":
-        # Scores that are all the same are as far from their mean as any.
-        deviation = jnp.where(running.variance > 0, jnp.sqrt(running.variance), 1.0)
+        # Scores that are all the same are at their mean, whatever they are divided by.
+        deviation = running.standard_deviation
+        deviation = jnp.where(deviation > 0, deviation, 1.0)
         return normalised_scores(scores_N, mean=running.mean, standard_deviation=deviation)
     assert normalization is not None
     return normalised_scores(

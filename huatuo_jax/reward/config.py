@@ -26,7 +26,8 @@ class RewardConfig:
         micro_batch_size: rows that go through the model at once; None for all of them.
         denominator: what a step's loss is divided by: its `pairs`, or its `prompts`, where all
             pairs of a prompt together weigh as much as the one pair of another.
-        margin_scale: factor of the labels' margins in the loss; 0 leaves them out.
+        margin_scale: factor of the labels' margins (the chosen answer's score less the rejected
+            one's) in the loss; 0 leaves them out.
         centring: factor of the squared sum of a pair's scores in the loss.
         head_init: a fresh head gives scores of about this standard deviation.
         head_only: train the head alone, on a frozen backbone.

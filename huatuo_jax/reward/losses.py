@@ -30,7 +30,8 @@ def pair_losses(
         p_chosen: how likely the chosen answer is the better one, 0 to 1; 0.5 is a tie.
         margin: how far apart the scores have to be beyond what the label asks for (arXiv
             2307.09288, equation 2), chosen minus rejected: swapping the answers of a pair turns its
-            sign.
+            sign. The loss of a tie is least where the scores differ by it; a negative one asks
+            less of the chosen answer.
         centring: factor of the squared sum of both scores (arXiv 2312.09244, section 2), which
             fixes the level that comparisons leave free.
 

@@ -200,14 +200,20 @@ def fit_slope(feature: Floats, p_chosen: Floats, *, num_steps: int = 50) -> floa
 def correlation(left: npt.ArrayLike, right: npt.ArrayLike) -> float | None:
     """Pearson's; None where either does not vary."""
     one, other = np.asarray(left, np.float64), np.asarray(right, np.float64)
-    if len(one) < 2 or not one.std() > 0 or not other.std() > 0:
+    # Not by their deviation: that of equal numbers is the rounding of their mean.
+    if len(one) < 2 or not np.ptp(one) > 0 or not np.ptp(other) > 0:
         return None
     return float(np.corrcoef(one, other)[0, 1])
 
 
 def within_groups(values: npt.ArrayLike, groups: Ints) -> Floats:
-    """Values less the mean of their group."""
+    """Values less the mean of their group; exactly 0 where a group's are all equal."""
     array = np.asarray(values, np.float64)
+    if not len(array):
+        return array
+    largest = np.full(int(groups.max()) + 1, -np.inf)
+    np.maximum.at(largest, groups, array)
+    array = array - largest[groups]
     counts = np.maximum(np.bincount(groups), 1)
     return array - (np.bincount(groups, array) / counts)[groups]
 

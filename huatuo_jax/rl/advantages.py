@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from huatuo_jax.rl.masks import last_tokens, masked, wide
+from huatuo_jax.rl.moments import mean_of
 from huatuo_jax.training.losses import next_tokens
 
 
@@ -97,7 +98,8 @@ def grpo_advantages(
         rewards_BG: of whole answers, one prompt a row.
         divide_by_deviation: by the root of the mean squared deviation (over G, not G - 1, a
             constant factor) plus epsilon.
-        epsilon: keeps a group whose rewards are all alike at 0.
+        epsilon: bounds how far a small deviation is enlarged; a group whose rewards are all equal
+            is at 0 exactly.
 
     Raises:
         ValueError: there is one answer a prompt.
@@ -112,7 +114,7 @@ def grpo_advantages(
 
 def _from_mean(rewards_BG: jax.Array) -> jax.Array:
     rewards_BG = jax.lax.stop_gradient(wide(rewards_BG))
-    return rewards_BG - rewards_BG.mean(axis=1, keepdims=True)
+    return rewards_BG - mean_of(rewards_BG, jnp.ones_like(rewards_BG, bool), axis=1)
 
 
 def _count_group(rewards_BG: jax.Array) -> int:

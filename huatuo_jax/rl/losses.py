@@ -32,8 +32,9 @@ def policy_loss(
     """The clipped surrogate (arXiv 1707.06347, equation 7), bounded on the log scale.
 
     min(ratio * A, clip(ratio) * A) is A times the exponential of a log-ratio bounded from above
-    where A > 0 and from below elsewhere. Bounded before the exponential, a ratio past all range
-    cannot turn the gradient of a clipped token into 0 * infinity.
+    where A > 0 and from below where A < 0. Bounded before the exponential, a ratio past all range
+    cannot turn the gradient of a clipped token into 0 * infinity; nor that of a token with A = 0,
+    which has loss 0 and gradient 0 at any ratio.
 
     Args:
         log_probs_BT: of the policy that is trained.
@@ -67,6 +68,7 @@ def policy_loss(
     if dual_clip is not None:
         lowered_BT = jnp.minimum(lowered_BT, math.log(dual_clip))
     bounded_BT = jnp.where(advantages_BT > 0, raised_BT, lowered_BT)
+    bounded_BT = jnp.where(advantages_BT == 0, 0, bounded_BT)
     gauges = policy_sums(
         jax.lax.stop_gradient(ratios_BT),
         mask_BT,
@@ -128,11 +130,16 @@ def add_kl_loss(
     Raises:
         ValueError: an unknown kind.
     """
-    penalty = kl_losses(
-        log_probs_BT, reference_log_probs_BT, mask_BT, kind=kind, answers=answers
-    ).sum()
-    others = sums.others | {"kl_loss": jax.lax.stop_gradient(penalty)}
-    return LossSums(sums.loss + kl_coef * penalty, sums.num_terms, others)
+
+    def penalty(log_probs_BT: jax.Array) -> jax.Array:
+        return kl_losses(
+            log_probs_BT, reference_log_probs_BT, mask_BT, kind=kind, answers=answers
+        ).sum()
+
+    # A penalty past all range, or its gradient, times a weight of 0 would be no number.
+    weighed_BT = jnp.where(jnp.asarray(kl_coef) == 0, reference_log_probs_BT, log_probs_BT)
+    others = sums.others | {"kl_loss": penalty(jax.lax.stop_gradient(log_probs_BT))}
+    return LossSums(sums.loss + kl_coef * penalty(weighed_BT), sums.num_terms, others)
 
 
 def value_loss(

@@ -10,6 +10,9 @@ from huatuo_jax.rl.masks import masked
 
 _EPSILON = 1e-8
 
+# Numbers that differ from their mean by no more units in its last place are taken as equal.
+_ROUNDING = 8
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +38,13 @@ class Moments:
         """Squared deviations divided by the count (not by one less)."""
         return self.squares / jnp.maximum(self.count, 1)
 
+    @property
+    def standard_deviation(self) -> jax.Array:
+        """The root of the variance; 0 where it is no more than the rounding of the mean."""
+        deviation = jnp.sqrt(self.variance)
+        rounding = _ROUNDING * jnp.finfo(deviation.dtype).eps * jnp.abs(self.mean)
+        return jnp.where(deviation <= rounding, 0, deviation)
+
 
 def no_moments(dtype: DTypeLike = jnp.float32) -> Moments:
     """Those of no numbers, to start running statistics from."""
@@ -49,8 +59,33 @@ def moments(values: jax.Array, mask: jax.Array) -> Moments:
     """
     values = masked(values, mask)
     count = mask.sum().astype(values.dtype)
-    mean = values.sum() / jnp.maximum(count, 1)
+    mean = mean_of(values, mask)
     return Moments(count, mean, jnp.square(masked(values - mean, mask)).sum())
+
+
+def mean_of(values: jax.Array, mask: jax.Array, *, axis: int | None = None) -> jax.Array:
+    """The mean of the values in a mask of the same shape, exact where they are all equal.
+
+    The sum of n equal numbers, divided by n, is rounded, and what is left when that is taken off
+    them is not 0. So the deviations from one of them are averaged, and once more from that mean,
+    for its last digits where one of them lies far away.
+
+    Args:
+        values: any numbers.
+        mask: which of them count.
+        axis: one mean for each slice along it, which is kept with length 1; None for a scalar.
+
+    Returns:
+        The mean in at least float32, 0 where nothing is in the mask.
+    """
+    values = masked(values, mask)
+    keepdims = axis is not None
+    count = jnp.maximum(mask.sum(axis=axis, keepdims=keepdims), 1).astype(values.dtype)
+    one = jnp.where(mask, values, -jnp.inf).max(axis=axis, keepdims=keepdims)
+    mean = jnp.where(mask.any(axis=axis, keepdims=keepdims), one, 0)
+    for _ in range(2):
+        mean += masked(values - mean, mask).sum(axis=axis, keepdims=keepdims) / count
+    return mean
 
 
 def combine(left: Moments, right: Moments) -> Moments:
@@ -58,7 +93,9 @@ def combine(left: Moments, right: Moments) -> Moments:
     count = left.count + right.count
     right_share = right.count / jnp.maximum(count, 1)
     difference = right.mean - left.mean
-    squares = left.squares + right.squares + jnp.square(difference) * left.count * right_share
+    # In this order nothing is 0 times infinity where one side is empty and the other one large.
+    between = (difference * left.count) * (difference * right_share)
+    squares = left.squares + right.squares + between
     return Moments(count, left.mean + difference * right_share, squares)
 
 
@@ -72,14 +109,20 @@ def whiten(
 ) -> jax.Array:
     """Brings the values in the mask to variance 1 and, if wanted, mean 0; zero elsewhere.
 
+    Values without a spread, which nothing can bring to variance 1, become 0.
+
     Args:
-        values_BT: advantages; or rewards, with `shift_mean` False as arXiv 1909.08593's code has
-            it: a reward's sign is not to change.
+        values_BT: advantages; or rewards, with `shift_mean` False: a reward of 0 stays 0, and no
+            sign changes. The code of arXiv 1909.08593 has another rule for rewards: it takes the
+            mean off, divides, and adds the mean back, so that every token, those of reward 0 too,
+            is moved by mean * (1 - 1 / deviation), and a long answer by more than a short one.
         mask_BT: the answers' tokens.
         statistics: of the whole global batch.
-        shift_mean: take the mean off.
+        shift_mean: take the mean off; without it the mean is divided like the values.
         epsilon: added to the variance.
     """
     values_BT = masked(values_BT, mask_BT)
     shifted_BT = values_BT - statistics.mean if shift_mean else values_BT
-    return masked(shifted_BT * jax.lax.rsqrt(statistics.variance + epsilon), mask_BT)
+    has_spread = statistics.standard_deviation > 0
+    scale = jnp.where(has_spread, jax.lax.rsqrt(statistics.variance + epsilon), 0)
+    return masked(jnp.where(has_spread, shifted_BT, 0) * scale, mask_BT)

@@ -111,7 +111,7 @@ def test_ties_are_dropped_or_kept_as_a_half():
     comparisons, report = made_of(judgements, TWO, tie_margin=0.25)
     assert comparisons == [] and report.pairs_left_out == {made.TIE: 1}
     found = only(judgements, TWO, tie_margin=0.25, ties="half")
-    assert (found.p_chosen, found.margin, found.id) == (0.5, 0.25, "p:0-1")
+    assert (found.p_chosen, found.margin, found.id) == (0.5, -0.25, "p:0-1")
     assert only(judgements, TWO, tie_margin=0.2).p_chosen == 1.0
 
 
@@ -152,12 +152,35 @@ def test_an_additive_position_bias_cancels_in_the_average():
 
 @pytest.mark.parametrize(
     ("one_first", "other_first", "p_one"),
-    [(1.0, 0.0, 1.0), (0.0, 1.0, 0.0), (1.0, 0.5, 0.75), (0.5, 1.0, 0.25), (0.9, 0.0, 1.0)],
+    [(1.0, 0.0, 1.0), (0.0, 1.0, 0.0), (1.0, 0.5, 0.75), (0.5, 1.0, 0.25), (1 - 1e-9, 0.0, 1.0)],
 )
 def test_votes_are_averaged(one_first, other_first, p_one):
     found = only([voted(TWO, 0, 1, one_first), voted(TWO, 1, 0, other_first)], TWO)
     assert found.id == ("p:0-1" if p_one > 0.5 else "p:1-0")
     assert found.p_chosen == max(p_one, 1 - p_one)
+
+
+@pytest.mark.parametrize("certain", [1 - 1e-6, 1 - 1e-9, 1 - 1e-12, 1.0])
+@pytest.mark.parametrize("other", [0.02, 0.4, 0.9])
+def test_a_certain_verdict_counts_the_same_however_its_judge_rounds_it(certain, other):
+    bound = math.log((1 - 1e-6) / 1e-6)
+    expected = 1 / (1 + math.exp(-(bound - math.log(other / (1 - other))) / 2))
+    assert Verdicts((certain,), (other,)).combined().p_one == pytest.approx(expected, abs=1e-12)
+    against = Verdicts((1 - certain,), (1 - other,)).combined()
+    assert against.p_one == pytest.approx(1 - expected, abs=1e-12)
+    # A probability that is not quite certain gives nearly the same.
+    near = Verdicts((1 - 1.1e-6,), (other,)).combined()
+    assert near.p_one == pytest.approx(expected, abs=0.02)
+
+
+def test_scores_that_are_a_tie_keep_the_sign_of_their_margin():
+    """Chosen less rejected, whichever of the two is written down as the chosen one."""
+    for scores in ((6.0, 6.8), (6.8, 6.0), (6.0, 6.0)):
+        found = only(scored(TWO, *scores), TWO, tie_margin=1.0, ties="half")
+        of = dict(zip(TWO.answers, scores, strict=True))
+        expected = of[found.chosen[0].content] - of[found.rejected[0].content]
+        assert (found.p_chosen, found.margin) == (0.5, expected)
+        assert type(found).from_json(found.to_json()).margin == expected
 
 
 @pytest.mark.parametrize("p", [0.0, 1.0])

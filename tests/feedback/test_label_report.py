@@ -144,6 +144,85 @@ def test_the_standard_errors_are_those_of_repeated_samples():
     assert stats.kstest(scaled["bias"], "norm").pvalue > 0.01
 
 
+def with_certain(log_odds_N2, certain, *, every):
+    """Verdicts of both orders, one of each so many pairs replaced by a certain one."""
+    verdicts = {}
+    for place, both in enumerate(logistic(log_odds_N2).tolist()):
+        if place % every == 0:
+            both[place // every % 2] = certain[place // every % len(certain)]
+        verdicts[PairKey(f"p{place}", 0, 1)] = Verdicts((both[0],), (both[1],))
+    return verdicts
+
+
+CERTAIN = {
+    "exactly 1": (1.0,),
+    "exactly 0 or 1": (1.0, 0.0),
+    "nearly 1": (1 - 1e-9,),
+    "nearly 0 or 1": (1e-12, 1 - 1e-7),
+}
+
+
+@pytest.mark.parametrize("certain", CERTAIN.values(), ids=CERTAIN.keys())
+@pytest.mark.parametrize("every", [300, 5, 2])
+@pytest.mark.parametrize("noise", [0.0, 1.0])
+def test_certain_verdicts_leave_the_planted_bias_as_it_is(certain, every, noise):
+    draw = np.random.default_rng(17)
+    d = draw.normal(0.0, 2.0, 300)
+    log_odds_N2 = np.stack([d + 0.8, 0.8 - d], axis=1) + noise * draw.normal(size=(300, 2))
+    found = position_bias(with_certain(log_odds_N2, certain, every=every))
+    assert not found.from_votes and found.left_out >= 300 // every
+    assert found.log_odds.num_items == 300 - found.left_out
+    if noise:
+        expected = noise / math.sqrt(2 * found.log_odds.num_items)
+        assert found.log_odds.standard_error == pytest.approx(expected, rel=0.15)
+        assert near(found.log_odds, 0.8)
+    else:
+        assert found.log_odds.value == pytest.approx(0.8, abs=1e-9)
+
+
+@pytest.mark.parametrize("noise", [0.0, 1.0])
+def test_a_judge_that_is_often_certain_has_the_bias_of_its_other_verdicts(noise):
+    """Answers so far apart that most probabilities are rounded to 0 or 1, as of float32."""
+    errors = []
+    for seed in range(100):
+        draw = np.random.default_rng(seed)
+        d = draw.normal(0.0, 20.0, 300)
+        log_odds_N2 = np.stack([d + 0.8, 0.8 - d], axis=1) + noise * draw.normal(size=(300, 2))
+        rounded = logistic(log_odds_N2).astype(np.float32).astype(float).tolist()
+        verdicts = {
+            PairKey(f"p{place}", 0, 1): Verdicts((one,), (other,))
+            for place, (one, other) in enumerate(rounded)
+        }
+        found = position_bias(verdicts)
+        assert 150 < found.left_out < 270 and not found.from_votes
+        if noise:
+            errors.append((found.log_odds.value - 0.8) / found.log_odds.standard_error)
+        else:
+            assert found.log_odds.value == pytest.approx(0.8, abs=0.05)
+    if noise:  # Standard normal.
+        assert abs(np.mean(errors)) < 3.5 / math.sqrt(100)
+        assert 0.8 < np.std(errors) < 1.2
+
+
+def test_votes_are_read_alike_however_their_judge_rounds_them():
+    draw = np.random.default_rng(3)
+    votes_N2 = draw.random((400, 2)) < logistic(0.8 + np.zeros((400, 2)))
+    found = [
+        position_bias(
+            {
+                PairKey(f"p{place}", 0, 1): Verdicts(
+                    (high if one else low,), (high if other else low,)
+                )
+                for place, (one, other) in enumerate(votes_N2)
+            }
+        )
+        for low, high in ((0.0, 1.0), (1e-9, 1 - 1e-9))
+    ]
+    assert found[0].from_votes and found[0].log_odds == found[1].log_odds
+    assert found[0].flip_rate == found[1].flip_rate
+    assert near(found[0].log_odds, 0.8)
+
+
 def recovered(judgements, *, orders):
     """The utilities that the log-odds of all pairs fit by least squares: the mean of each row."""
     log_odds_NN = np.zeros((ITEMS, ITEMS))

@@ -135,6 +135,48 @@ def test_whitened_advantages_have_mean_0_and_variance_1_and_returns_are_left_alo
     np.testing.assert_array_equal(found.returns_NT, plain.returns_NT)
 
 
+@pytest.mark.parametrize("score", [-1.0, 0.1, 3.3, -127.7])
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"estimator": "rloo"},
+        {"estimator": "grpo"},
+        {"estimator": "grpo", "divide_by_deviation": False},
+        {"estimator": "grpo", "score": {"scale": "running"}},
+        {"score": {"scale": "running"}, "whiten_advantages": True},
+    ],
+    ids=["rloo", "grpo", "undivided", "running", "whitened"],
+)
+def test_equal_scores_at_the_reference_move_nothing(changed, score):
+    experience = _experience()
+    experience = experience._replace(
+        reference_log_probs_NT=experience.old_log_probs_NT,
+        raw_scores_N=np.full(4, score, np.float32),
+        values_NT=np.zeros_like(experience.values_NT),
+    )
+    changed = dict(changed)
+    if "estimator" in changed:
+        changed["rollout"] = {"num_prompts": 1, "answers_per_prompt": 4}
+    running = moments(jnp.full(3, score, jnp.float32), jnp.ones(3, bool))
+    found = _targets(experience, running=running, **changed)
+    np.testing.assert_array_equal(found.advantages_NT, 0)
+
+
+def test_equal_rewards_of_all_tokens_are_whitened_to_0():
+    """One token an answer: each has the whole reward."""
+    experience = _experience()
+    mask_NT = np.zeros_like(experience.mask_NT)
+    mask_NT[:, START] = True
+    experience = experience._replace(
+        mask_NT=mask_NT,
+        reference_log_probs_NT=experience.old_log_probs_NT,
+        raw_scores_N=np.full(4, -1.0, np.float32),
+        values_NT=np.zeros_like(experience.values_NT),
+    )
+    found = _targets(experience, score={"whiten": True})
+    np.testing.assert_array_equal(found.returns_NT, 0)
+
+
 def test_the_coefficient_follows_the_kl_of_a_whole_answer():
     experience = _experience()
     kl_N = (experience.old_log_probs_NT - experience.reference_log_probs_NT).sum(axis=1)

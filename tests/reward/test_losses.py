@@ -97,6 +97,31 @@ def _batch(groups, num_rows=8, **settings):
     return {name: jnp.asarray(np.stack([row[name] for row in read])) for name in read[0]}
 
 
+@pytest.mark.parametrize("margin", [-0.8, 0.0, 0.8])
+def test_the_loss_of_a_tie_is_least_where_the_scores_differ_by_its_margin(margin):
+    differences = np.linspace(-2.0, 2.0, 41)
+    losses = pair_losses(
+        jnp.asarray(differences), jnp.zeros(41), p_chosen=jnp.full(41, 0.5), margin=margin
+    )
+    assert differences[np.argmin(losses)] == pytest.approx(margin)
+
+
+def test_a_negative_margin_asks_less_of_the_chosen_answer_and_never_turns_the_preference():
+    differences = jnp.linspace(-3.0, 3.0, 25)
+
+    def slopes(margin):
+        def total(differences):
+            return pair_losses(
+                differences, jnp.zeros(25), p_chosen=jnp.ones(25), margin=margin
+            ).sum()
+
+        return np.asarray(jax.grad(total)(differences))
+
+    assert (slopes(-0.8) < 0).all()
+    assert (np.abs(slopes(-0.8)) < np.abs(slopes(0.0))).all()
+    assert (np.abs(slopes(0.0)) < np.abs(slopes(0.8))).all()
+
+
 def _loop_loss(params, groups, *, margin_scale, centring, denominator):
     """Every pair by itself, each of its answers alone in the model."""
 

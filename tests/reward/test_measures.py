@@ -108,6 +108,16 @@ def test_the_length_only_model_is_logistic_regression_on_the_length_difference()
     assert measures.fit_slope(-feature, np.zeros(300) + (feature < 0)) > 0.1
 
 
+def test_numbers_that_are_equal_within_their_groups_have_no_correlation_there():
+    for size in range(2, 14):
+        groups = np.repeat([0, 2, 3], size)
+        values = np.repeat([0.1, -3.3, 1e5 / 7], size)
+        within = measures.within_groups(values, groups)
+        np.testing.assert_array_equal(within, 0)
+        assert measures.correlation(within, np.arange(3 * size)) is None
+        assert measures.correlation(np.full(size, 0.1), np.arange(size)) is None
+
+
 def test_margins_fall_into_ranges_that_hold_each_pair_once():
     margin = _pairs(150).margin
     ranges = measures.margin_ranges(margin)

@@ -1,5 +1,7 @@
 """GAE, RLOO and GRPO against loops one can check by eye."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -103,13 +105,28 @@ def test_grpo_compares_with_the_mean_of_the_whole_group(divide):
         assert found_BG[row, answer] == pytest.approx(expected)
 
 
-def test_a_group_whose_rewards_are_alike_moves_nothing():
-    rewards_BG = jnp.full((1, 3), 0.1, jnp.float32)
-    for found in (
-        rloo_advantages(rewards_BG),
-        grpo_advantages(rewards_BG, divide_by_deviation=True),
+@pytest.mark.parametrize("num_answers", range(2, 18))
+def test_a_group_whose_rewards_are_equal_moves_nothing_at_all(num_answers):
+    draw = np.random.default_rng(num_answers)
+    sizes = 10.0 ** np.linspace(-30, 38, 69)
+    rewards_B = np.concatenate([sizes, -sizes, 100 * draw.normal(size=200), [0.0]])
+    rewards_BG = np.repeat(rewards_B.astype(np.float32)[:, None], num_answers, axis=1)
+    for advantages in (
+        rloo_advantages,
+        functools.partial(grpo_advantages, divide_by_deviation=True),
+        functools.partial(grpo_advantages, divide_by_deviation=False),
     ):
-        np.testing.assert_allclose(found, 0, atol=1e-3)
+        found_BG = jax.jit(advantages)(rewards_BG)
+        assert found_BG.dtype == jnp.float32
+        np.testing.assert_array_equal(found_BG, 0)
+
+
+def test_a_reward_far_from_the_others_leaves_them_their_digits():
+    rewards_BG = np.float32([[1000.0, 0.5, 0.25, 0.125], [-1000.0, 3.0, 3.5, 2.0]])
+    exact_BG = np.float64(rewards_BG)
+    found_BG = grpo_advantages(rewards_BG, divide_by_deviation=False)
+    exact_BG -= exact_BG.mean(axis=1, keepdims=True)
+    np.testing.assert_allclose(found_BG, exact_BG, rtol=2e-7)
 
 
 def test_a_group_of_one_is_refused():

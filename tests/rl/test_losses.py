@@ -80,6 +80,49 @@ def test_a_ratio_past_all_range_leaves_the_gradient_of_a_clipped_token_finite(di
     np.testing.assert_array_equal(gradient_BT, 0)
 
 
+@pytest.mark.parametrize("dual_clip", [None, 3.0])
+@pytest.mark.parametrize("log_ratio", [-3e38, -1e4, -89.0, 0.0, 89.0, 1e4, 3e38])
+def test_an_advantage_of_0_has_loss_0_and_gradient_0_at_any_ratio(log_ratio, dual_clip):
+    with jax.enable_x64(False):
+        zeros_BT = jnp.zeros((1, 2), jnp.float32)
+        mask_BT = jnp.ones((1, 2), bool)
+
+        def loss(log_probs_BT):
+            return losses.policy_loss(
+                log_probs_BT, zeros_BT, zeros_BT, mask_BT, dual_clip=dual_clip, **CLIPS
+            ).loss
+
+        far_BT = jnp.array([[log_ratio, 0.5]], jnp.float32)
+        found, gradient_BT = jax.jit(jax.value_and_grad(loss))(far_BT)
+    assert found == 0
+    np.testing.assert_array_equal(gradient_BT, 0)
+
+
+@pytest.mark.parametrize("kl_coef", [0.0, 0.1])
+@pytest.mark.parametrize("kind", ["k3", "sequence_square"])
+@pytest.mark.parametrize("log_ratio", [-1e4, -89.0, 89.0, 1e4])
+def test_no_log_ratio_makes_a_loss_or_a_gauge_that_is_no_number(log_ratio, kind, kl_coef):
+    """Float32 may be too small for one and give infinity: such a step is skipped and counted."""
+    with jax.enable_x64(False):
+        zeros_BT = jnp.zeros((1, 2), jnp.float32)
+        mask_BT = jnp.ones((1, 2), bool)
+
+        def loss(log_probs_BT):
+            sums = losses.policy_loss(log_probs_BT, zeros_BT, zeros_BT, mask_BT, **CLIPS)
+            sums = losses.add_kl_loss(
+                sums, log_probs_BT, zeros_BT, mask_BT, kl_coef=jnp.float32(kl_coef), kind=kind
+            )
+            return sums.loss, sums.others
+
+        far_BT = jnp.array([[log_ratio, 0.5]], jnp.float32)
+        (found, gauges), gradient_BT = jax.jit(jax.value_and_grad(loss, has_aux=True))(far_BT)
+    assert not np.isnan(found) and not np.isnan(gradient_BT).any()
+    assert not any(np.isnan(value) for value in gauges.values())
+    if kl_coef == 0:
+        assert found == 0 and not gradient_BT.any()
+        assert gauges["kl_loss"] > 0
+
+
 def test_at_the_policy_that_sampled_the_ratio_is_one_and_nothing_is_clipped():
     rollout = make_rollout()
     sums = _policy(rollout, rollout.old_BT)

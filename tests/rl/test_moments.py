@@ -60,8 +60,52 @@ def test_whitening_is_over_the_tokens_of_the_whole_batch(shift_mean):
     np.testing.assert_array_equal(found_BT[~rollout.mask_BT], 0)
 
 
-def test_whitening_numbers_that_are_all_alike_gives_zeros():
+@pytest.mark.parametrize("value", [0.7, -1.0, 0.0, 100.3, -3e-20, 7e30])
+@pytest.mark.parametrize("shift_mean", [True, False])
+def test_whitening_numbers_that_are_all_equal_gives_zeros(value, shift_mean):
+    for shape in ((1, 1), (2, 3), (7, 11), (64, 129)):
+        values_BT = jnp.full(shape, value, jnp.float32)
+        mask_BT = jnp.arange(values_BT.size).reshape(shape) % 5 != 3
+        found = jax.jit(moments)(values_BT, mask_BT)
+        assert found.mean == jnp.float32(value) and found.variance == 0
+        whitened_BT = jax.jit(functools.partial(whiten, shift_mean=shift_mean))(
+            values_BT, mask_BT, found
+        )
+        np.testing.assert_array_equal(whitened_BT, 0)
+
+
+def test_whitening_does_not_enlarge_the_rounding_of_a_large_mean():
+    values_BT = jnp.array([[1e4, 1e4, np.nextafter(np.float32(1e4), np.float32(2e4))]])
+    mask_BT = jnp.ones((1, 3), bool)
+    for shift_mean in (True, False):
+        statistics = moments(values_BT, mask_BT)
+        found_BT = whiten(values_BT, mask_BT, statistics, shift_mean=shift_mean)
+        np.testing.assert_array_equal(found_BT, 0)
+
+
+def test_whitening_rewards_keeps_their_signs_and_their_zeros():
+    values_BT = jnp.array([[0.0, 0.0, -1.0], [0.0, 0.5, 3.0]])
     mask_BT = jnp.ones((2, 3), bool)
-    values_BT = jnp.full((2, 3), 0.7)
-    whitened_BT = whiten(values_BT, mask_BT, moments(values_BT, mask_BT))
-    np.testing.assert_allclose(whitened_BT, 0, atol=1e-2)
+    found_BT = whiten(values_BT, mask_BT, moments(values_BT, mask_BT), shift_mean=False)
+    np.testing.assert_array_equal(np.sign(found_BT), np.sign(values_BT))
+    assert np.var(found_BT) == pytest.approx(1, rel=1e-5)
+
+
+@pytest.mark.parametrize("value", [0.1, -3.3, 1e-25, 1e25])
+def test_running_statistics_of_equal_numbers_have_no_variance(value):
+    running = no_moments()
+    for size in (3, 7, 1, 12, 5):
+        values_B = jnp.full(size, value, jnp.float32)
+        running = combine(running, moments(values_B, jnp.ones(size, bool)))
+    assert (running.mean, running.count) == (jnp.float32(value), 28)
+    assert running.standard_deviation == 0
+
+
+def test_a_number_far_from_the_others_leaves_mean_and_variance_their_digits():
+    draw = np.random.default_rng(1)
+    values_N = draw.normal(size=20_000).astype(np.float32)
+    values_N[77] = 1e4
+    found = moments(jnp.asarray(values_N), jnp.ones(20_000, bool))
+    exact_N = values_N.astype(np.float64)
+    assert float(found.mean) == pytest.approx(exact_N.mean(), rel=1e-5)
+    assert float(found.variance) == pytest.approx(exact_N.var(), rel=1e-5)
