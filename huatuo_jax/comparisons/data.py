@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from huatuo_jax.comparisons.made_comparisons import mismatched_references, spoiled_answers
 from huatuo_jax.data import templates
-from huatuo_jax.data.chat import TruncationPolicy
+from huatuo_jax.data.chat import ChatTemplate, TruncationPolicy
 from huatuo_jax.data.examples import Dropped, TokenIds, Tokens
 from huatuo_jax.data.held_out import HeldOutConfig, dialogue_text
 from huatuo_jax.data.readers import read_comparisons, read_dialogues
@@ -61,6 +61,7 @@ class AnswersConfig:
     Attributes:
         template: the chat template's name.
         default_system: its system text; None for the template's own.
+        template_date: the date that a tokenizer's own template prints, see `templates.by_name`.
         truncation: what becomes of a prompt and answer longer than `max_length`.
         max_length: tokens of a prompt and an answer.
         num_processes: processes that tokenise.
@@ -68,9 +69,17 @@ class AnswersConfig:
 
     template: str = "huatuogpt"
     default_system: str | None = None
+    template_date: str | None = None
     truncation: TruncationPolicy = "drop_oldest_turns"
     max_length: int = 1024
     num_processes: int = operational(1)
+
+    @property
+    def chat_template(self) -> ChatTemplate:
+        """The template with its settings."""
+        return templates.by_name(
+            self.template, default_system=self.default_system, date=self.template_date
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -235,7 +244,7 @@ def tokenize_answers(
         ValueError: an unknown template.
     """
     tokenize = TemplateTokenizer(
-        template=templates.by_name(cfg.template, default_system=cfg.default_system),
+        template=cfg.chat_template,
         tokenizer=tokenizer,
         max_tokens=cfg.max_length,
         policy=cfg.truncation,

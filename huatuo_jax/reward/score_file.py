@@ -4,7 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +14,7 @@ from huatuo_jax import multi_host, sharding
 from huatuo_jax.backbone.config import ComputeConfig
 from huatuo_jax.backbone.transformer import Transformer
 from huatuo_jax.checkpoint import models
-from huatuo_jax.checkpoint.tokenizer import load_tokenizer
+from huatuo_jax.checkpoint.tokenizer import check_fits, load_tokenizer
 from huatuo_jax.comparisons.data import AnswersConfig, DialogueTokens, tokenize_answers
 from huatuo_jax.data.chat import TruncationPolicy
 from huatuo_jax.data.records import Messages
@@ -32,7 +32,9 @@ class ScoreConfig:
             one label, or a hub id.
         input: file of dialogues, of comparisons, or of several answers a prompt.
         output: JSON Lines to write; replaced when all is scored.
+        ignore_config_fields: of the model's `config.json`, see `models.find_model`.
         template: chat template by name; `tokenizer` for the tokenizer's own.
+        template_date: the date that a tokenizer's own template prints, see `templates.by_name`.
         truncation: what becomes of a dialogue longer than `max_length`.
         max_length: tokens of a dialogue; None for the model's positions.
         rows_at_once: rows that go through the model together, a multiple of the mesh's shards.
@@ -46,7 +48,9 @@ class ScoreConfig:
     model: str
     input: str
     output: str
+    ignore_config_fields: Collection[str] = ()
     template: str = "huatuogpt"
+    template_date: str | None = None
     truncation: TruncationPolicy = "drop_oldest_turns"
     max_length: int | None = None
     rows_at_once: int = 8
@@ -97,7 +101,7 @@ def score_file(cfg: ScoreConfig) -> Scored:
         FileNotFoundError: there is no such model.
         OSError: the output cannot be written.
     """
-    info = models.find_model(cfg.model)
+    info = models.find_model(cfg.model, ignore_config_fields=cfg.ignore_config_fields)
     if info.head != "score":
         raise ValueError(
             f"{cfg.model}: this model has a token head; scoring needs a reward model (ours, or "
@@ -110,12 +114,21 @@ def score_file(cfg: ScoreConfig) -> Scored:
         raise ValueError(
             f"max_length={limit} must be at most the model's {info.cfg.max_positions} positions"
         )
-    answers_cfg = AnswersConfig(template=cfg.template, truncation=cfg.truncation, max_length=limit)
+    answers_cfg = AnswersConfig(
+        template=cfg.template,
+        template_date=cfg.template_date,
+        truncation=cfg.truncation,
+        max_length=limit,
+    )
     records = list(read_answered(cfg.input))
     dialogues = [dialogue for record in records for dialogue in record.dialogues]
     if not dialogues:
         raise ValueError(f"{cfg.input}: none of its records has an answer to score")
-    tokens = tokenize_answers(dialogues, answers_cfg, load_tokenizer(info.folder))
+    tokenizer = load_tokenizer(info.folder)
+    name = f"{cfg.model}: the tokenizer"
+    check_fits(tokenizer, info.cfg.vocab_size, name=name)
+    answers_cfg.chat_template.check_fits(tokenizer, info.cfg.vocab_size, name=name)
+    tokens = tokenize_answers(dialogues, answers_cfg, tokenizer)
     unsayable = [found for found in tokens.values() if isinstance(found, str)]
     if len(unsayable) == len(tokens):
         raise ValueError(
