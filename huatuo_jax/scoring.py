@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from huatuo_jax import sharding
 from huatuo_jax.atomic import write_file
 from huatuo_jax.backbone.transformer import Transformer
-from huatuo_jax.checkpoint.side_files import CONFIG_FILE
+from huatuo_jax.checkpoint.generation_config import CONFIG_FILE
 from huatuo_jax.data.examples import UNKNOWN_KIND, Example, TokenIds
 from huatuo_jax.data.packing import PackingPlan, Row, pack_row, plan_rows
 from huatuo_jax.training.evaluation import check_rows

@@ -16,7 +16,6 @@ from ml_collections import ConfigDict
 from huatuo_jax import multi_host
 from huatuo_jax.backbone.config import BackboneConfig
 from huatuo_jax.backbone.transformer import Transformer
-from huatuo_jax.data import templates
 from huatuo_jax.data.examples import ALL_KINDS
 from huatuo_jax.data.packing import pack_row
 from huatuo_jax.generation.samples import Samples, SamplesConfig, sample_prompt
@@ -125,7 +124,8 @@ def run_sft(
     check_rows(cfg.rows_at_once, name="micro_batch_size", mesh=mesh)
     model = open_model(cfg.model, cfg.compute.compute_config())
     check_lengths(cfg.data, model.cfg)
-    tokenizer = model.load_tokenizer(STAGE)
+    template = cfg.data.chat_template
+    tokenizer = model.load_tokenizer(STAGE, template)
     with (
         multi_host.first_then_others("tokenising"),
         progress_bar(f"{STAGE}: tokenising", "dialogues") as on_progress,
@@ -144,7 +144,8 @@ def run_sft(
     samples = _samples(cfg, model, data, tokenizer, mesh, directory)
     job = _job(cfg, model, data, directory, decisive, mesh, samples)
     state, evaluation = train(job, cfg.loop)
-    model.save(state.variables, directory.folder / MODEL_FOLDER)
+    place = directory.folder / MODEL_FOLDER
+    model.save(state.variables, place, template=template, tokenizer=tokenizer)
     result = {"step": int(state.step), **evaluation}
     directory.finish(result)
     return result
@@ -267,14 +268,14 @@ def _samples(
     held_out, wanted = data.prepared.held_out, cfg.samples.num_prompts
     if held_out is None or not wanted:
         return None
-    template = templates.by_name(cfg.data.template, default_system=cfg.data.default_system)
+    template = cfg.data.chat_template
     wanted = min(wanted, len(held_out))
     examples = [held_out[number * len(held_out) // wanted] for number in range(wanted)]
     return Samples(
         model.transformer,
         [sample_prompt(example, template, tokenizer) for example in examples],
         tokenizer,
-        stop_token_ids=template.stop_token_ids(tokenizer),
+        stop_token_ids=model.stop_token_ids(template, tokenizer),
         max_new_tokens=cfg.samples.max_new_tokens,
         mesh=mesh,
         path=directory.folder / "samples.jsonl",

@@ -23,6 +23,11 @@ _DTYPE = flags.DEFINE_enum(
 _DELTA_BASE = flags.DEFINE_string(
     "delta_base", None, "Base of a source that holds delta weights (HuatuoGPT-13B)."
 )
+_IGNORE_CONFIG_FIELDS = flags.DEFINE_list(
+    "ignore_config_fields",
+    [],
+    "Fields of config.json, separated by commas, that are unknown here and do not matter.",
+)
 _MAX_SHARD_SIZE = flags.DEFINE_string("max_shard_size", "5GB", "Size of a weights file.")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace a target that is not empty.")
 _VERIFY = flags.DEFINE_bool("verify", False, "Compare logits with transformers on a sample text.")
@@ -38,12 +43,13 @@ def main() -> None:
             target,
             dtype=_DTYPE.value,
             delta_base=_DELTA_BASE.value,
+            ignore_config_fields=_IGNORE_CONFIG_FIELDS.value,
             max_shard_size=_MAX_SHARD_SIZE.value,
             overwrite=_OVERWRITE.value,
             verify=_VERIFY.value,
             on_progress=on_progress,
         )
-    carry_normalization(_SOURCE.value, target)
+    carry_normalization(_SOURCE.value, target, ignore_config_fields=_IGNORE_CONFIG_FIELDS.value)
     if agreement is not None:
         print(f"verified: {agreement}")
     print(f"written: {target}")

@@ -3,7 +3,6 @@
 python launch/generate.py --model=DIR --prompts=FILE.jsonl --output=FILE.jsonl --num_samples=4
 """
 
-import dataclasses
 import sys
 
 from absl import flags
@@ -17,6 +16,8 @@ _TASK = (
     flags.DEFINE_string("prompts", None, "File of prompts."),
     flags.DEFINE_string("output", None, "Answers file to make, or to go on with."),
     flags.DEFINE_string("template", "huatuogpt", "Chat template; `tokenizer` for its own."),
+    flags.DEFINE_string("template_date", None, "Date that a tokenizer's own template prints."),
+    flags.DEFINE_list("ignore_config_fields", [], "Fields of config.json that do not matter."),
     flags.DEFINE_integer("num_samples", 1, "Answers to each prompt."),
     flags.DEFINE_integer("seed", 0, "With a prompt's id it decides that prompt's answers."),
     flags.DEFINE_integer("chunk_size", 256, "Prompts whose answers are written together."),
@@ -27,7 +28,7 @@ _TASK = (
 )
 _MESH = [
     flags.DEFINE_integer(axis, size, "Mesh axis; -1 takes the devices that are left.")
-    for axis, size in dataclasses.asdict(sharding.MeshConfig()).items()
+    for axis, size in vars(sharding.MeshConfig()).items()
 ]
 _SAMPLING = (
     flags.DEFINE_integer("max_new_tokens", 512, "Tokens of an answer at most."),
@@ -52,8 +53,7 @@ def main() -> None:
     cfg = BulkConfig(**task, sampling=SamplingConfig(**sampling), mesh=mesh)
     report = run_bulk(cfg, lambda progress: print(progress, file=sys.stderr, flush=True))
     if multi_host.is_first():
-        print("nothing left to do" if report is None else report)
-        print(f"written: {cfg.output}")
+        print(report or "nothing left to do", f"written: {cfg.output}", sep="\n")
 
 
 if __name__ == "__main__":

@@ -17,9 +17,8 @@ from huatuo_jax.data.templates import by_name
 _ADAPTER = flags.DEFINE_string("adapter", None, "Adapter for all files; an unknown name lists all.")
 _KIND = flags.DEFINE_enum("kind", None, KINDS, "Kind of all dialogues; default: the rows' own.")
 _SPLIT = flags.DEFINE_string("split", "train", "Part of parquet, Arrow or hub data to read.")
-_TEMPLATE = flags.DEFINE_string(
-    "template", "huatuogpt", "Chat template; an unknown name lists all."
-)
+_TEMPLATE = flags.DEFINE_string("template", "huatuogpt", "Chat template; else all are listed.")
+_DATE = flags.DEFINE_string("template_date", None, "Date that a tokenizer's own template prints.")
 _TOKENIZER = flags.DEFINE_string("tokenizer", None, "Folder or hub id; default: the sample data's.")
 _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 2048, "Length limit of a dialogue.")
 _SAMPLES = flags.DEFINE_integer("samples", 1, "Records of each file to show.")
@@ -33,7 +32,7 @@ def main(files: list[str]) -> None:
         check_json_target(_JSON.value, files)
     share = _MAX_ERROR_SHARE.value
     inspector = Inspector(
-        template=by_name(_TEMPLATE.value),
+        template=by_name(_TEMPLATE.value, date=_DATE.value),
         tokenizer=load_tokenizer(_TOKENIZER.value or sample.FOLDER / "tokenizer"),
         max_tokens=_MAX_TOKENS.value,
         num_samples=_SAMPLES.value,

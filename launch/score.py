@@ -14,6 +14,8 @@ _FLAGS = (
     flags.DEFINE_string("input", None, "Dialogues, comparisons, or several answers a prompt."),
     flags.DEFINE_string("output", None, "JSON Lines to write: each record with its scores."),
     flags.DEFINE_string("template", "huatuogpt", "Chat template; `tokenizer` for its own."),
+    flags.DEFINE_string("template_date", None, "Date that a tokenizer's own template prints."),
+    flags.DEFINE_list("ignore_config_fields", [], "Fields of config.json that do not matter."),
     flags.DEFINE_enum(
         "truncation",
         "drop_oldest_turns",

@@ -1,6 +1,7 @@
 """Converting a model between Hugging Face's form and ours, whichever way its source calls for."""
 
 import pathlib
+from collections.abc import Collection
 
 from jax.typing import DTypeLike
 
@@ -8,7 +9,15 @@ from huatuo_jax import sharding
 from huatuo_jax.checkpoint import verify as verification
 from huatuo_jax.checkpoint.hf_export import export_model
 from huatuo_jax.checkpoint.hf_load import Progress
-from huatuo_jax.checkpoint.models import find_model, load_params, save_orbax
+from huatuo_jax.checkpoint.models import (
+    ModelInfo,
+    find_folder,
+    find_model,
+    load_params,
+    save_orbax,
+)
+from huatuo_jax.checkpoint.side_files import SideFiles
+from huatuo_jax.checkpoint.tokenizer import holds_tokenizer
 
 
 def convert(
@@ -17,6 +26,7 @@ def convert(
     *,
     dtype: DTypeLike | None = None,
     delta_base: str | None = None,
+    ignore_config_fields: Collection[str] = (),
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
     verify: bool = False,
@@ -30,7 +40,9 @@ def convert(
         source: a folder of either form, or a hub id.
         target: the folder to make.
         dtype: of the weights; None keeps the stored one.
-        delta_base: the base, where the source holds delta weights.
+        delta_base: the base, where the source holds delta weights; its tokenizer is taken where the
+            delta has none.
+        ignore_config_fields: see `find_model`; they are left out of what is written.
         max_shard_size: of a weights file, where Hugging Face's form is written.
         overwrite: replace a target that is not empty.
         verify: compare the logits of both sides on a sample text.
@@ -43,7 +55,7 @@ def convert(
         ValueError: the source cannot be converted so, or the sides do not agree.
         OSError: the source cannot be read or the target not be written.
     """
-    model = find_model(source)
+    model = find_model(source, ignore_config_fields=ignore_config_fields)
     to_orbax = model.form == "hugging_face"
     if verify and delta_base is not None:
         raise ValueError("--verify: delta weights have no counterpart in transformers to compare")
@@ -62,7 +74,7 @@ def convert(
             model.cfg,
             target,
             head=model.head,
-            source_folder=model.folder,
+            side_files=_side_files(model, delta_base),
             overwrite=overwrite,
         )
     else:
@@ -83,3 +95,16 @@ def convert(
     if not agreement.holds:
         raise ValueError(f"{target}: written, but the logits do not agree: {agreement}")
     return agreement
+
+
+def _side_files(model: ModelInfo, delta_base: str | None) -> SideFiles:
+    """Those of the source; the vocabulary of a delta is its own, and so is its config."""
+    tokenizer_folder = None
+    if delta_base is not None and not holds_tokenizer(model.folder):
+        base = find_folder(delta_base)
+        tokenizer_folder = base if holds_tokenizer(base) else None
+    return SideFiles(
+        model_folder=model.folder,
+        tokenizer_folder=tokenizer_folder,
+        ignored_fields=model.ignored_fields,
+    )

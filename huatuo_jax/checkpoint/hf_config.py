@@ -5,9 +5,11 @@ as one that says nothing about the forward pass. There is no third kind: an unkn
 the one that matters.
 """
 
+import functools
 import json
+import logging
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from huatuo_jax.backbone.config import BackboneConfig, RopeConfig
@@ -31,6 +33,22 @@ _SILENT_FIELDS = frozenset(
     transformers_version typical_p unk_token_id use_bfloat16 use_cache use_return_dict
     max_sequence_length""".split()
 )
+# What other tools and people write into the file: how it was made, by whom, and how transformers
+# is to run it. It is passed over and said once, as these names are nobody's standard.
+_BOOKKEEPING_FIELDS = frozenset(
+    """_attn_implementation _attn_implementation_autoset _attn_implementation_internal
+    _commit_hash _experts_implementation _flash_attn_2_enabled _unsloth_version
+    attn_implementation author authors auto_class axolotl_version base_model base_model_name
+    base_model_name_or_path citation copyright created_at created_by creation_date custom_generate
+    custom_pipelines dataset dataset_name datasets date description finetuned_from flash_attention
+    gradient_checkpointing_kwargs homepage keys_to_ignore_at_inference language languages
+    library_name license license_link license_name loss_type mergekit_version metadata model_card
+    model_creator model_id model_name name neftune_noise_alpha nemo_version organization paper
+    peft_version pipeline_tag release_date summary tags tasks title training_args
+    training_arguments transformers.js_config trl_version unsloth_fixed unsloth_version url
+    use_flash_attention use_flash_attention_2 use_flash_attn version""".split()
+)
+logger = logging.getLogger(__name__)
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -51,14 +69,18 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     return content
 
 
-def from_hugging_face(config: Mapping[str, Any]) -> BackboneConfig:
+def from_hugging_face(
+    config: Mapping[str, Any], *, ignored: Collection[str] = ()
+) -> BackboneConfig:
     """The backbone that a `config.json` describes.
 
     Args:
         config: its content.
+        ignored: fields that are unknown here and that the user says do not matter.
 
     Raises:
-        ValueError: the model type is unknown, or a field holds what this backbone cannot do.
+        ValueError: the model type is unknown, a field holds what this backbone cannot do, or one
+            that is read here is to be ignored.
     """
     model_type = str(config.get("model_type"))
     if model_type not in _READERS:
@@ -70,7 +92,8 @@ def from_hugging_face(config: Mapping[str, Any]) -> BackboneConfig:
         cfg = _READERS[model_type](fields)
     except TypeError as error:
         raise ValueError(f"config.json: a field has the wrong type ({error})") from error
-    fields.refuse_rest()
+    fields.expect("is_causal", True)
+    fields.refuse_rest(ignored)
     return cfg
 
 
@@ -94,10 +117,12 @@ class _Fields:
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self._left = dict(config)
+        self._read: set[str] = set()
         self._model_type = config["model_type"]
 
     def take(self, name: str, *otherwise: Any) -> Any:
         """A field's value, or the default where it is absent or null; without one it must be."""
+        self._read.add(name)
         value = self._left.pop(name, None)
         if value is not None:
             return value
@@ -107,6 +132,7 @@ class _Fields:
 
     def take_nullable(self, name: str, absent: Any) -> Any:
         """A field's value, null included; `absent` only where it is not there."""
+        self._read.add(name)
         return self._left.pop(name, absent)
 
     def expect(self, name: str, supported: Any) -> None:
@@ -118,18 +144,41 @@ class _Fields:
                 f"only {supported!r}"
             )
 
-    def refuse_rest(self) -> None:
+    def refuse_rest(self, ignored: Collection[str]) -> None:
         """Raise for fields that were not taken and that may matter."""
-        unknown = {
+        if taken := sorted(self._read.intersection(ignored)):
+            raise ValueError(
+                f"ignore_config_fields: {', '.join(taken)} of config.json cannot be ignored, the "
+                f"model is computed by it; edit the file if it is wrong"
+            )
+        said = {
             name: value
             for name, value in self._left.items()
             if name not in _SILENT_FIELDS and value is not None and value is not False
         }
+        passed_over = sorted(_BOOKKEEPING_FIELDS.intersection(said))
+        if passed_over:
+            _say_once(
+                f"config.json: passed over, as it says nothing of what the model computes: "
+                f"{', '.join(passed_over)}"
+            )
+        unknown = {
+            name: value
+            for name, value in said.items()
+            if name not in _BOOKKEEPING_FIELDS and name not in ignored
+        }
         if unknown:
             listed = ", ".join(f"{name}={value!r}" for name, value in sorted(unknown.items()))
             raise ValueError(
-                f"config.json: not supported for model_type {self._model_type!r}: {listed}"
+                f"config.json: not supported for model_type {self._model_type!r}: {listed}; if "
+                "they cannot change what the model computes, name them in ignore_config_fields (a "
+                "field of the model's section in a config, a flag of the commands)"
             )
+
+
+@functools.lru_cache
+def _say_once(line: str) -> None:
+    logger.warning("%s", line)
 
 
 def _llama(fields: _Fields, *, default_head_dim: int | None = None) -> dict[str, Any]:
@@ -273,15 +322,19 @@ def _bloom(fields: _Fields) -> BackboneConfig:
 
 def _rope(fields: _Fields, max_positions: int) -> RopeConfig:
     """Rotary settings, in the form of transformers 5 or that of 4."""
-    theta = fields.take("rope_theta", 10_000.0)
+    theta = fields.take("rope_theta", None)
     outer_original = fields.take("original_max_position_embeddings", None)
     legacy, settings = fields.take("rope_scaling", None), fields.take("rope_parameters", None)
+    _check_same_angles(theta, legacy, settings)
     settings = dict(settings or legacy or {})
     kind = settings.pop("rope_type", None) or settings.get("type") or "default"
     settings.pop("type", None)
     if settings.pop("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError("config.json: partial_rotary_factor must be 1 for this model type")
-    chosen: dict[str, Any] = {"rope_type": kind, "theta": settings.pop("rope_theta", theta)}
+    chosen: dict[str, Any] = {
+        "rope_type": kind,
+        "theta": settings.pop("rope_theta", theta or 10_000.0),
+    }
     inner_original = settings.pop("original_max_position_embeddings", None)
     if kind == "dynamic":
         chosen["original_max_positions"] = max_positions
@@ -307,6 +360,28 @@ def _rope(fields: _Fields, max_positions: int) -> RopeConfig:
     if settings:
         raise ValueError(f"config.json: rope_type={kind!r} does not take {sorted(settings)}")
     return RopeConfig(**chosen)
+
+
+def _check_same_angles(
+    theta: float | None, legacy: Mapping[str, Any] | None, settings: Mapping[str, Any] | None
+) -> None:
+    """Refuse two spellings of the rotary settings that differ: each version reads its own."""
+    if not settings:
+        return
+    old = _one_spelling(legacy or {}) if legacy else {}
+    old |= {} if theta is None else {"rope_theta": theta}
+    new = _one_spelling(settings)
+    if any(old[name] != new[name] for name in old.keys() & new.keys()):
+        raise ValueError(
+            f"config.json: rope_parameters={dict(settings)!r} does not say the same as "
+            f"rope_theta={theta!r} with rope_scaling={legacy!r}; take out the wrong one"
+        )
+
+
+def _one_spelling(settings: Mapping[str, Any]) -> dict[str, Any]:
+    found = {name: value for name, value in settings.items() if value is not None}
+    kind = found.pop("type", "default")
+    return {"rope_type": kind, **found}
 
 
 _YARN_FIELDS = (

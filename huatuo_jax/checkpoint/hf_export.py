@@ -3,7 +3,6 @@
 import functools
 import json
 import pathlib
-import shutil
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,11 +14,18 @@ from huatuo_jax.atomic import writing_directory
 from huatuo_jax.backbone.config import BackboneConfig
 from huatuo_jax.backbone.transformer import Head
 from huatuo_jax.checkpoint import tokenizer as tokenizers
+from huatuo_jax.checkpoint.generation_config import (
+    CONFIG_FILE,
+    GENERATION_CONFIG_FILE,
+    ids_in,
+    token_fields_of,
+)
 from huatuo_jax.checkpoint.hf_config import read_json
 from huatuo_jax.checkpoint.hf_export_config import exported_layout, to_hugging_face
 from huatuo_jax.checkpoint.hf_tensors import TensorRule, tensor_rules
 from huatuo_jax.checkpoint.safetensors_files import TensorToWrite, parse_size, write_safetensors
-from huatuo_jax.checkpoint.side_files import CONFIG_FILE, GENERATION_CONFIG_FILE, side_files
+from huatuo_jax.checkpoint.side_files import SIDE_FILES, copy_files, drop_fields
+from huatuo_jax.checkpoint.stored_tensor import common_dtype
 
 # Tensors that share a layer of one of our parameters (query, key, value) are written one after
 # another, mostly; the layer is fetched from its devices once for all of them.
@@ -33,6 +39,7 @@ def export_model(
     *,
     head: Head,
     source_folder: pathlib.Path | None = None,
+    ignored_fields: tuple[str, ...] = (),
     dtype: DTypeLike | None = None,
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
@@ -49,6 +56,7 @@ def export_model(
         head: `lm`, or `score` for a sequence classifier with one label.
         source_folder: the folder the model came from, whose config, generation config, tokenizer
             and chat template are passed on; None for a model with nothing of the kind.
+        ignored_fields: of its config, which are left out.
         dtype: of the weights; None keeps that of the parameters.
         max_shard_size: of a weights file, in bytes or as "5GB".
         overwrite: replace a target that is not empty.
@@ -61,7 +69,7 @@ def export_model(
     """
     shard_size = parse_size(max_shard_size)
     dtypes = {np.dtype(leaf.dtype) for leaf in jax.tree.leaves(params)}
-    source = _source_config(source_folder)
+    source = _source_config(source_folder, ignored_fields)
     tokenizer = _tokenizer_source(source_folder)
     pad_token_id = None
     if head == "score":
@@ -71,13 +79,16 @@ def export_model(
                 "source_folder has none"
             )
         pad_token_id = tokenizers.spare_token_id(
-            tokenizers.load_tokenizer(tokenizer), cfg.vocab_size
+            tokenizers.load_tokenizer(tokenizer),
+            cfg.vocab_size,
+            used_ids=ids_in(tokenizer / GENERATION_CONFIG_FILE),
         )
     config = to_hugging_face(
         cfg,
         head=head,
-        dtype=np.dtype(dtype if dtype is not None else np.result_type(*dtypes)),
+        dtype=np.dtype(dtype if dtype is not None else common_dtype(dtypes)),
         source=source,
+        tokens=token_fields_of(source_folder),
         pad_token_id=pad_token_id,
     )
     layout = exported_layout(cfg)
@@ -85,9 +96,13 @@ def export_model(
     with writing_directory(target, overwrite=overwrite) as folder:
         if source_folder is not None:
             _copy_side_files(source_folder, folder, layout)
+            drop_fields(folder / CONFIG_FILE, ignored_fields)
         if config != source:
             text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
             (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+        if tokenizer is not None:
+            wanted = tokenizers.load_tokenizer(tokenizer)
+            tokenizers.check_loads_as(wanted, folder, name=str(tokenizer))
         if pad_token_id is not None:
             tokenizers.set_pad_token(folder, pad_token_id)
         write_safetensors(folder, tensors, max_shard_size=shard_size)
@@ -128,10 +143,13 @@ def _leaf(params: Mapping[str, Any], path: str) -> jax.Array:
     return node
 
 
-def _source_config(source_folder: pathlib.Path | None) -> dict[str, Any] | None:
+def _source_config(
+    source_folder: pathlib.Path | None, ignored_fields: tuple[str, ...]
+) -> dict[str, Any] | None:
     if source_folder is None or not (source_folder / CONFIG_FILE).is_file():
         return None
-    return read_json(source_folder / CONFIG_FILE)
+    config = read_json(source_folder / CONFIG_FILE)
+    return {name: value for name, value in config.items() if name not in ignored_fields}
 
 
 def _tokenizer_source(source_folder: pathlib.Path | None) -> pathlib.Path | None:
@@ -148,11 +166,6 @@ def _copy_side_files(source_folder: pathlib.Path, folder: pathlib.Path, layout: 
     """
     if layout != "baichuan" and tokenizers.holds_tokenizer(source_folder):
         tokenizers.save_tokenizer(source_folder, folder)
-        kept = [source_folder / CONFIG_FILE, source_folder / GENERATION_CONFIG_FILE]
+        copy_files(source_folder, folder, (CONFIG_FILE, GENERATION_CONFIG_FILE))
     else:
-        kept = side_files(source_folder)
-    for path in kept:
-        if path.is_file():
-            target = folder / path.relative_to(source_folder)
-            target.parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, target)
+        copy_files(source_folder, folder, SIDE_FILES)

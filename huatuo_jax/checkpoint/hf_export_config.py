@@ -34,17 +34,22 @@ def to_hugging_face(
     head: Head,
     dtype: np.dtype,
     source: Mapping[str, Any] | None = None,
+    tokens: Mapping[str, Any] | None = None,
     pad_token_id: int | None = None,
 ) -> dict[str, Any]:
     """The `config.json` under which transformers and vLLM load an exported backbone.
 
     A source's config is passed on with its own fields, changed only where the export differs.
+    Rotary settings that it gives in the words of transformers 5 alone (`rope_parameters`) stand
+    there in those of transformers 4 too (`rope_theta`, `rope_scaling`), which would take the
+    default angles otherwise; one that is made here has both.
 
     Args:
         cfg: the backbone.
         head: `score` makes it a sequence classifier with one label.
         dtype: of the exported weights.
         source: the config the model came with, if it came from Hugging Face.
+        tokens: BOS, EOS and pad ids for a config that is made without one.
         pad_token_id: for `score`: an id that never occurs in text, since transformers reads the
             score at the last id that is not it.
 
@@ -56,8 +61,10 @@ def to_hugging_face(
     if source is not None and source.get("model_type") == layout:
         config = dict(source)
     else:
-        config = _fresh(cfg, layout)
+        config = _fresh(cfg, layout) | dict(tokens or {})
         config |= {name: source[name] for name in _TOKEN_FIELDS if source and name in source}
+    if config.get("rope_parameters") is not None:
+        config |= _in_words_of_4(config["rope_parameters"])
     if head == "score":
         config |= _score_fields(layout, pad_token_id)
     _check_says_the_same(config, cfg, layout)
@@ -152,13 +159,24 @@ def _bloom(cfg: BackboneConfig) -> dict[str, Any]:
     }
 
 
+def _in_words_of_4(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """`rope_theta` and `rope_scaling` that say what `rope_parameters` does.
+
+    Without a theta there it is left out here as well: one beside it is the config's own.
+    """
+    scaling = {name: value for name, value in parameters.items() if name != "rope_theta"}
+    is_default = scaling.get("rope_type", scaling.get("type", "default")) == "default"
+    fields: dict[str, Any] = {"rope_scaling": None if is_default else scaling}
+    return fields | {name: value for name, value in parameters.items() if name == "rope_theta"}
+
+
 def _rope(rope: RopeConfig | None) -> dict[str, Any]:
-    """Rotary settings under the names that transformers 4, 5 and vLLM all read."""
+    """Rotary settings in transformers 5's words; those of 4 follow from them."""
     assert rope is not None
-    fields: dict[str, Any] = {"rope_theta": rope.theta, "rope_scaling": None}
+    scaling: dict[str, Any] = {"rope_theta": rope.theta, "rope_type": rope.rope_type}
     if rope.rope_type == "default":
-        return fields
-    scaling: dict[str, Any] = {"rope_type": rope.rope_type, "factor": rope.factor}
+        return {"rope_parameters": scaling}
+    scaling["factor"] = rope.factor
     if rope.rope_type in ("yarn", "llama3"):
         scaling["original_max_position_embeddings"] = rope.original_max_positions
     if rope.rope_type == "llama3":
@@ -169,4 +187,4 @@ def _rope(rope: RopeConfig | None) -> dict[str, Any]:
         optional = ("attention_factor", "mscale", "mscale_all_dim")
         scaling |= {n: getattr(rope, n) for n in optional if getattr(rope, n) is not None}
         scaling["truncate"] = rope.truncate
-    return fields | {"rope_scaling": scaling}
+    return {"rope_parameters": scaling}

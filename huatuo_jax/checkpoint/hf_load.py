@@ -1,5 +1,6 @@
 """Loading a Hugging Face checkpoint tensor by tensor, straight into its shards."""
 
+import dataclasses
 import math
 import pathlib
 from collections.abc import Callable, Mapping
@@ -14,11 +15,13 @@ from huatuo_jax import sharding
 from huatuo_jax.backbone.config import BackboneConfig, ComputeConfig
 from huatuo_jax.backbone.transformer import Head, abstract_params
 from huatuo_jax.checkpoint.hf_tensors import TensorRule, is_legacy_buffer, tensor_rules
+from huatuo_jax.checkpoint.stored_tensor import common_dtype
 
 Progress = Callable[[int, int], None]
 
 # Base models are saved without the prefix of the class that holds them.
 _BASE_PREFIXES = ("model.", "transformer.")
+_HEAD = "lm_head.weight"
 _LISTED = 5
 _ALIGNMENT = 64  # bytes
 
@@ -76,18 +79,20 @@ def load_params(
     """
     rules = tensor_rules(cfg, layout, head)
     prefix = _prefix(source, rules)
+    source = _with_embedding(source, rules[0].names[0].removeprefix(prefix), cfg)
     total = _check_tensors(source, rules, cfg, head, prefix)
     shapes = _flatten(abstract_params(cfg, ComputeConfig(), head=head))
     done = 0
     flat: dict[str, jax.Array] = {}
     for rule in rules:
         names = [_names(rule, layer, prefix) for layer in _layers(rule, cfg)]
-        kept = np.result_type(*{source.dtype(name) for part in names for name in part})
+        kept = common_dtype({source.dtype(name) for part in names for name in part})
         chosen = np.dtype(kept if dtype is None else dtype)
         place = _sharding(rule.path, shapes[rule.path], chosen, mesh)
         buffers = _Buffers(shapes[rule.path].shape, chosen, place, stacked=rule.stacked)
         for layer, part in enumerate(names):
-            buffers.fill(layer, rule.join([source.read(name) for name in part]))
+            parts = [source.read(name).astype(kept, copy=False) for name in part]
+            buffers.fill(layer, rule.join(parts))
             done += len(part)
             if on_progress is not None:
                 on_progress(done, total)
@@ -161,6 +166,42 @@ def _prefix(source: Tensors, rules: tuple[TensorRule, ...]) -> str:
     return expected if bare else ""
 
 
+@dataclasses.dataclass(frozen=True)
+class _Renamed:
+    """The tensors of a checkpoint, one of them under another name."""
+
+    source: Tensors
+    stored: str
+    name: str
+
+    @property
+    def folder(self) -> pathlib.Path:
+        return self.source.folder
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.name if one == self.stored else one for one in self.source.names())
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.source.shape(self._stored(name))
+
+    def dtype(self, name: str) -> np.dtype:
+        return self.source.dtype(self._stored(name))
+
+    def read(self, name: str) -> np.ndarray:
+        return self.source.read(self._stored(name))
+
+    def _stored(self, name: str) -> str:
+        return self.stored if name == self.name else name
+
+
+def _with_embedding(source: Tensors, embedding: str, cfg: BackboneConfig) -> Tensors:
+    """A tied model may be saved with either name of its one matrix; here it has the embedding's."""
+    names = source.names()
+    if cfg.tie_embeddings and embedding not in names and _HEAD in names:
+        return _Renamed(source, _HEAD, embedding)
+    return source
+
+
 def _layers(rule: TensorRule, cfg: BackboneConfig) -> range:
     return range(cfg.num_layers if rule.stacked else 1)
 
@@ -182,9 +223,9 @@ def _check_tensors(
         for layer in _layers(rule, cfg):
             expected |= dict(zip(_names(rule, layer, prefix), rule.shapes, strict=True))
     found = {name for name in source.names() if not is_legacy_buffer(name)}
-    if cfg.tie_embeddings and head == "lm" and "lm_head.weight" in found:
+    if cfg.tie_embeddings and head == "lm" and _HEAD in found:
         _check_tied(source, rules[0].names[0].removeprefix(prefix))
-        found.remove("lm_head.weight")
+        found.remove(_HEAD)
     problems = _list("lacks tensors", [name for name in expected if name not in found])
     problems += _list("has unexpected tensors", sorted(found - set(expected)))
     problems += _list(
@@ -202,9 +243,9 @@ def _check_tensors(
 
 def _check_tied(source: Tensors, embedding: str) -> None:
     """A tied head that is saved all the same must be the embedding."""
-    if not np.array_equal(source.read("lm_head.weight"), source.read(embedding)):
+    if not np.array_equal(source.read(_HEAD), source.read(embedding)):
         raise ValueError(
-            f"{source.folder}: config.json ties the head to the embedding, but lm_head.weight "
+            f"{source.folder}: config.json ties the head to the embedding, but {_HEAD} "
             f"differs from {embedding}: set tie_word_embeddings to false"
         )
 

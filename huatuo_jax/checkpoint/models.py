@@ -3,6 +3,8 @@
 import dataclasses
 import hashlib
 import pathlib
+import tempfile
+from collections.abc import Collection
 from typing import Any, Literal
 
 import huggingface_hub
@@ -16,8 +18,9 @@ from huatuo_jax.backbone.config import BackboneConfig, ComputeConfig
 from huatuo_jax.backbone.transformer import Head, abstract_params
 from huatuo_jax.checkpoint import hf_load, model_directory, tensor_files
 from huatuo_jax.checkpoint.delta import DeltaSource
+from huatuo_jax.checkpoint.generation_config import CONFIG_FILE
 from huatuo_jax.checkpoint.hf_config import from_hugging_face, is_score_model, read_json
-from huatuo_jax.checkpoint.side_files import CONFIG_FILE, SIDE_FILES, side_files
+from huatuo_jax.checkpoint.side_files import SIDE_FILES, SideFiles
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 _HASHED_BYTES = 1 << 16
@@ -34,6 +37,7 @@ class ModelInfo:
         cfg: the backbone.
         head: `lm` or `score`.
         layout: of a Hugging Face folder: its `model_type`.
+        ignored_fields: of its `config.json`: what the user said does not matter.
     """
 
     folder: pathlib.Path
@@ -41,28 +45,47 @@ class ModelInfo:
     cfg: BackboneConfig
     head: Head
     layout: str | None
+    ignored_fields: tuple[str, ...] = ()
 
 
-def find_model(source: str | pathlib.Path) -> ModelInfo:
+def find_model(
+    source: str | pathlib.Path, *, ignore_config_fields: Collection[str] = ()
+) -> ModelInfo:
     """Tell what a local folder or a hub id holds; a hub model is downloaded into the hub's cache.
+
+    Args:
+        source: folder or hub id.
+        ignore_config_fields: fields of a Hugging Face `config.json` that this project does not know
+            and that, by the caller's word, change nothing of what the model computes.
 
     Raises:
         FileNotFoundError: there is no such folder or hub model, or it holds no model.
         ValueError: its config is not one this project can do; the field is named.
     """
-    folder = pathlib.Path(source)
-    if not folder.is_dir():
-        folder = _download(str(source))
-    if atomic.is_unfinished(folder):
-        raise FileNotFoundError(f"{folder}: the leftover of an interrupted write, it is not whole")
+    folder = find_folder(source)
     if model_directory.is_model_directory(folder):
         config = model_directory.load_model_config(folder)
         cfg = BackboneConfig.from_dict(config["backbone"])
         return ModelInfo(folder, "orbax", cfg, config["head"], None)
     config = read_json(folder / CONFIG_FILE)
     head: Head = "score" if is_score_model(config) else "lm"
-    cfg = from_hugging_face(config)
-    return ModelInfo(folder, "hugging_face", cfg, head, config["model_type"])
+    cfg = from_hugging_face(config, ignored=ignore_config_fields)
+    ignored = tuple(sorted(set(ignore_config_fields) & config.keys()))
+    return ModelInfo(folder, "hugging_face", cfg, head, config["model_type"], ignored)
+
+
+def find_folder(source: str | pathlib.Path) -> pathlib.Path:
+    """The local folder of a model: itself, or that of a hub id in the hub's cache.
+
+    Raises:
+        FileNotFoundError: there is no such folder or hub model, or it is not whole.
+    """
+    folder = pathlib.Path(source)
+    if not folder.is_dir():
+        folder = _download(str(source))
+    if atomic.is_unfinished(folder):
+        raise FileNotFoundError(f"{folder}: the leftover of an interrupted write, it is not whole")
+    return folder
 
 
 def load_params(
@@ -91,7 +114,7 @@ def load_params(
         assert model.layout is not None
         source: hf_load.Tensors = tensor_files.open_tensor_source(model.folder)
         if delta_base is not None:
-            base = tensor_files.open_tensor_source(find_model(delta_base).folder)
+            base = tensor_files.open_tensor_source(find_folder(delta_base))
             source = DeltaSource(source, base)
         return hf_load.load_params(
             source,
@@ -114,6 +137,7 @@ def save_orbax(
     *,
     head: Head,
     source_folder: pathlib.Path | None = None,
+    side_files: SideFiles | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write a model directory of ours, with the side files an export back will need.
@@ -124,6 +148,8 @@ def save_orbax(
         target: the folder to make.
         head: which head the parameters hold.
         source_folder: where config, generation config, tokenizer and template come from.
+        side_files: the same where they come from several places or are changed; in place of
+            `source_folder`.
         overwrite: replace a target that is not empty.
 
     Raises:
@@ -134,13 +160,18 @@ def save_orbax(
         sharding.path_name(path): str(leaf.dtype)
         for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]
     }
-    model_directory.save_model(
-        target,
-        params,
-        config={"backbone": cfg.to_dict(), "head": head, "dtypes": dtypes},
-        extra_files=_side_files(source_folder),
-        overwrite=overwrite,
-    )
+    with tempfile.TemporaryDirectory() as name:
+        staged = pathlib.Path(name)
+        if jax.process_index() == 0:
+            (side_files or SideFiles(model_folder=source_folder)).write(staged)
+        files = sorted(path for path in staged.rglob("*") if path.is_file())
+        model_directory.save_model(
+            target,
+            params,
+            config={"backbone": cfg.to_dict(), "head": head, "dtypes": dtypes},
+            extra_files={path.relative_to(staged).as_posix(): path for path in files},
+            overwrite=overwrite,
+        )
 
 
 def _load_orbax(model: ModelInfo, mesh: Mesh | None, dtype: DTypeLike | None) -> dict[str, Any]:
@@ -163,12 +194,6 @@ def _load_orbax(model: ModelInfo, mesh: Mesh | None, dtype: DTypeLike | None) ->
     if dtype is None:
         return params
     return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
-
-
-def _side_files(source_folder: pathlib.Path | None) -> dict[str, pathlib.Path]:
-    if source_folder is None:
-        return {}
-    return {str(path.relative_to(source_folder)): path for path in side_files(source_folder)}
 
 
 def _download(hub_id: str) -> pathlib.Path:

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import pathlib
+from collections.abc import Collection
 
 import ml_dtypes
 import numpy as np
@@ -23,6 +24,19 @@ SUPPORTED_DTYPES: dict[str, np.dtype] = {
     "uint8": np.dtype(np.uint8),
     "bool": np.dtype(np.bool_),
 }
+
+
+_BOTH_HALVES = {SUPPORTED_DTYPES["float16"], SUPPORTED_DTYPES["bfloat16"]}
+
+
+def common_dtype(dtypes: Collection[np.dtype]) -> np.dtype:
+    """The narrowest dtype that holds every value of these; float32 for float16 beside bfloat16.
+
+    Those two have no common dtype in NumPy: one has the longer mantissa, the other the range.
+    """
+    if _BOTH_HALVES <= set(dtypes):
+        dtypes = [*(set(dtypes) - _BOTH_HALVES), np.dtype(np.float32)]
+    return np.result_type(*dtypes)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

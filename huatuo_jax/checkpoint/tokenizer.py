@@ -41,7 +41,7 @@ def load_tokenizer(source: str | pathlib.Path) -> transformers.PreTrainedTokeniz
         ValueError: The folder holds no tokenizer, a file is broken, a package is missing, the
             tokenizer exists only as remote code, or the hub id cannot be reached.
     """
-    folder = _local_folder(str(source))
+    folder = local_folder(source)
     if not holds_tokenizer(folder):
         wanted = "tokenizer.json, tokenizer.model, or vocab.json with merges.txt"
         raise ValueError(f"{folder}: no tokenizer in this folder; it should hold {wanted}")
@@ -72,25 +72,78 @@ def save_tokenizer(
     target.mkdir(parents=True, exist_ok=True)
     tokenizer: transformers.PreTrainedTokenizerBase
     if isinstance(tokenizer_or_source, str | pathlib.Path):
-        folder = _local_folder(str(tokenizer_or_source))
+        folder = local_folder(tokenizer_or_source)
         tokenizer = load_tokenizer(folder)  # also says what is wrong with a folder before copying
         copied = not _needs_rebuilding(folder)
     else:
         tokenizer = tokenizer_or_source
         folder = pathlib.Path(tokenizer.name_or_path)
         copied = bool(tokenizer.name_or_path) and holds_tokenizer(folder)
-        copied = copied and not _needs_rebuilding(folder) and _equals_files(tokenizer, folder)
+        copied = copied and not _needs_rebuilding(folder) and equals_files(tokenizer, folder)
     if copied:
         for path in [*map(folder.joinpath, TOKENIZER_FILES), *folder.glob(TEMPLATE_FILES)]:
             _copy(path, target / path.relative_to(folder))
         return
+    save_loaded(tokenizer, target)
+    _copy(folder / "tokenizer.model", target / "tokenizer.model")
+
+
+def save_loaded(
+    tokenizer: transformers.PreTrainedTokenizerBase, target: str | pathlib.Path
+) -> None:
+    """Writes a tokenizer as it stands in memory, under a class that transformers 4 knows too."""
     tokenizer.save_pretrained(target)
     if tokenizer.is_fast and type(tokenizer).__name__ == "TokenizersBackend":
         # transformers 4, which many vLLM releases hold, knows this class by its old name only.
-        path = target / "tokenizer_config.json"
+        path = pathlib.Path(target) / "tokenizer_config.json"
         config = _read_json(path) | {"tokenizer_class": "PreTrainedTokenizerFast"}
         path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    _copy(folder / "tokenizer.model", target / "tokenizer.model")
+
+
+def set_chat_template(folder: pathlib.Path, source: str) -> None:
+    """Makes a Jinja source the one chat template of a folder's tokenizer.
+
+    It is written to `chat_template.jinja` and, where `tokenizer_config.json` holds one too, in its
+    place. Further templates that the tokenizer came with are taken away: they are not what the
+    model was trained with.
+    """
+    (folder / "chat_template.jinja").write_text(source, encoding="utf-8")
+    path = folder / "tokenizer_config.json"
+    config = _read_json(path)
+    if "chat_template" in config:
+        config["chat_template"] = source
+        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    for other in (folder / "chat_template.json", *folder.glob(TEMPLATE_FILES)):
+        other.unlink(missing_ok=True)
+
+
+def check_fits(
+    tokenizer: transformers.PreTrainedTokenizerBase, vocab_size: int, *, name: str
+) -> None:
+    """Raises ValueError where a text may hold a token that the model has no embedding for.
+
+    A tokenizer may have ids past the embedding as long as no text becomes them: special tokens that
+    neither open nor end a sequence, such as a pad token that was added to it. A template's own
+    tokens are not looked at here.
+
+    Args:
+        tokenizer: the tokenizer.
+        vocab_size: number of embedding rows.
+        name: of the tokenizer, for the message.
+    """
+    beyond = [one for one in tokenizer.get_vocab().items() if one[1] >= vocab_size]
+    if not beyond:
+        return
+    special = {str(one) for one in tokenizer.added_tokens_decoder.values() if one.special}
+    special.update(tokenizer.all_special_tokens)
+    opening = {*_ids_of_roles(tokenizer), *tokenizer.encode(""), tokenizer.unk_token_id}
+    for token, token_id in sorted(beyond, key=lambda one: one[1]):
+        # A special token of one character is text to the chat templates.
+        if token_id in opening or token not in special or len(token) < 2:
+            raise ValueError(
+                f"{name} has {len(tokenizer)} tokens, more than the model's vocab_size="
+                f"{vocab_size}: {token!r} has id {token_id} and may stand in a text"
+            )
 
 
 def spare_token_id(
@@ -151,9 +204,7 @@ def set_pad_token(folder: pathlib.Path, pad_token_id: int) -> None:
 
 def _ids_in_use(tokenizer: transformers.PreTrainedTokenizerBase) -> set[int]:
     """The ids that any sequence may hold: delimiters, template tokens, a reachable unknown."""
-    roles = [tokenizer.bos_token_id, tokenizer.eos_token_id]
-    roles += [tokenizer.sep_token_id, tokenizer.cls_token_id]
-    used = {token_id for token_id in roles if token_id is not None}
+    used = _ids_of_roles(tokenizer)
     used.update(tokenizer.encode(""))
     templates = tokenizer.chat_template or ""
     if isinstance(templates, dict):
@@ -163,6 +214,13 @@ def _ids_in_use(tokenizer: transformers.PreTrainedTokenizerBase) -> set[int]:
     # Characters that no vocabulary holds: without bytes to fall back on they become unknown.
     used.update(tokenizer.encode("\U0010fffd \u0378", add_special_tokens=False))
     return used
+
+
+def _ids_of_roles(tokenizer: transformers.PreTrainedTokenizerBase) -> set[int]:
+    """The tokens that open, end or separate sequences."""
+    roles = [tokenizer.bos_token_id, tokenizer.eos_token_id]
+    roles += [tokenizer.sep_token_id, tokenizer.cls_token_id]
+    return {token_id for token_id in roles if token_id is not None}
 
 
 def _one_line(error: BaseException) -> str:
@@ -177,13 +235,17 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
         raise ValueError(f"{path}: not a JSON object: {_one_line(error)}") from error
 
 
-def _local_folder(source: str) -> pathlib.Path:
-    """The folder itself, or the hub repository's tokenizer files in the local hub cache."""
+def local_folder(source: str | pathlib.Path) -> pathlib.Path:
+    """The folder itself, or the hub repository's tokenizer files in the local hub cache.
+
+    Raises:
+        ValueError: it is neither a folder nor a hub id that can be reached.
+    """
     if pathlib.Path(source).is_dir():
         return pathlib.Path(source)
     patterns = [*TOKENIZER_FILES, TEMPLATE_FILES, "config.json"]
     try:
-        return pathlib.Path(huggingface_hub.snapshot_download(source, allow_patterns=patterns))
+        return pathlib.Path(huggingface_hub.snapshot_download(str(source), allow_patterns=patterns))
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{source}: neither a local folder nor a hub id that can be reached from here "
@@ -216,7 +278,7 @@ def _copy(source: pathlib.Path, target: pathlib.Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _equals_files(tokenizer: transformers.PreTrainedTokenizerBase, folder: pathlib.Path) -> bool:
+def equals_files(tokenizer: transformers.PreTrainedTokenizerBase, folder: pathlib.Path) -> bool:
     """Whether the tokenizer is still what its folder holds."""
 
     def state(tokenizer: transformers.PreTrainedTokenizerBase) -> list[Any]:
@@ -228,6 +290,27 @@ def _equals_files(tokenizer: transformers.PreTrainedTokenizerBase, folder: pathl
         return [tokenizer.get_vocab(), pipeline, added, sides, roles]
 
     return state(tokenizer) == state(load_tokenizer(folder))
+
+
+def check_loads_as(
+    tokenizer: transformers.PreTrainedTokenizerBase, folder: pathlib.Path, *, name: str
+) -> None:
+    """Raises ValueError where transformers would read a folder's tokenizer as another one.
+
+    Beside a config.json of some model types (`qwen2` is one) it takes the class of that type,
+    whatever `tokenizer_config.json` says.
+
+    Args:
+        tokenizer: what was written.
+        folder: of the whole model.
+        name: of the tokenizer, for the message.
+    """
+    if not equals_files(tokenizer, folder):
+        model_type = _read_json(folder / "config.json").get("model_type")
+        raise ValueError(
+            f"{name}: this tokenizer is read as another one beside a model of type "
+            f"{model_type!r}, whose own class transformers takes; choose a tokenizer of that type"
+        )
 
 
 def _load_sentencepiece(folder: pathlib.Path) -> transformers.PreTrainedTokenizerBase:

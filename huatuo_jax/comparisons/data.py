@@ -71,6 +71,7 @@ class AnswersConfig:
     Attributes:
         template: the chat template's name.
         default_system: its system text; None for the template's own.
+        template_date: the date that a tokenizer's own template prints, see `templates.by_name`.
         truncation: what becomes of a prompt and answer longer than `max_length`: the prompt loses
             its oldest exchanges, the same ones for all answers to it, or the answer is dropped. An
             answer that does not fit behind the shortest prompt is dropped either way.
@@ -80,9 +81,17 @@ class AnswersConfig:
 
     template: str = "huatuogpt"
     default_system: str | None = None
+    template_date: str | None = None
     truncation: TruncationPolicy = "drop_oldest_turns"
     max_length: int = 1024
     num_processes: int = operational(1)
+
+    @property
+    def chat_template(self) -> ChatTemplate:
+        """The template with its settings."""
+        return templates.by_name(
+            self.template, default_system=self.default_system, date=self.template_date
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -273,7 +282,7 @@ def tokenize_answers(
         ValueError: an unknown template.
     """
     tokenize = AnswersTokenizer(
-        template=templates.by_name(cfg.template, default_system=cfg.default_system),
+        template=cfg.chat_template,
         tokenizer=tokenizer,
         max_tokens=cfg.max_length,
         policy=cfg.truncation,

@@ -8,8 +8,8 @@ import huggingface_hub
 from huatuo_jax.backbone.config import BackboneConfig
 from huatuo_jax.backbone.presets import PRESETS, preset
 from huatuo_jax.checkpoint import models
+from huatuo_jax.checkpoint.generation_config import CONFIG_FILE
 from huatuo_jax.checkpoint.hf_config import from_hugging_face, read_json
-from huatuo_jax.checkpoint.side_files import CONFIG_FILE
 from huatuo_jax.training.initial_model import ModelConfig
 from huatuo_jax.training.sections import WORKDIR_MARK
 
@@ -60,12 +60,19 @@ class Architectures:
         return dataclasses.replace(
             section,
             directory=None,
-            backbone=self.of(section.directory, path=f"{path}.directory"),
+            backbone=self.of(
+                section.directory, path=f"{path}.directory", ignored=section.ignore_config_fields
+            ),
             tokenizer=section.tokenizer_source,
         )
 
-    def of(self, directory: str, *, path: str) -> BackboneConfig:
+    def of(self, directory: str, *, path: str, ignored: tuple[str, ...] = ()) -> BackboneConfig:
         """The architecture of a model that an earlier stage makes, of a folder, or of a hub id.
+
+        Args:
+            directory: of the model.
+            path: of the field, for messages.
+            ignored: fields of its `config.json`, see `models.find_model`.
 
         Raises:
             ValueError: there is no such model; names the field.
@@ -79,7 +86,7 @@ class Architectures:
         reason = "no stage of this config makes it"
         if WORKDIR_MARK not in directory:
             try:
-                return _from_config(directory)
+                return _from_config(directory, ignored)
             except OSError as error:
                 reason = f"its {CONFIG_FILE} cannot be read: {str(error).strip().splitlines()[0]}"
         raise ValueError(
@@ -88,9 +95,9 @@ class Architectures:
         )
 
 
-def _from_config(directory: str) -> BackboneConfig:
+def _from_config(directory: str, ignored: tuple[str, ...]) -> BackboneConfig:
     """What the config of a folder or of a hub model says; no weight is downloaded."""
     if pathlib.Path(directory).is_dir():
-        return models.find_model(directory).cfg
+        return models.find_model(directory, ignore_config_fields=ignored).cfg
     path = huggingface_hub.hf_hub_download(directory, CONFIG_FILE)
-    return from_hugging_face(read_json(pathlib.Path(path)))
+    return from_hugging_face(read_json(pathlib.Path(path)), ignored=ignored)

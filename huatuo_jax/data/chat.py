@@ -152,6 +152,23 @@ class ChatTemplate(abc.ABC):
         turns = self.tokenize(messages, tokenizer)
         return list(itertools.chain.from_iterable(turn.token_ids for turn in turns))
 
+    def check_fits(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int, *, name: str) -> None:
+        """Raises ValueError where the template's own tokens lie past a model's embedding.
+
+        Args:
+            tokenizer: the model's.
+            vocab_size: number of embedding rows.
+            name: of the tokenizer, for the message.
+        """
+        probe = [Message("user", "?"), Message("assistant", "!")]
+        largest = max(self.render(probe, tokenizer).token_ids)
+        if largest >= vocab_size:
+            raise ValueError(
+                f"{name}: the template {self.name!r} needs its token {largest} "
+                f"({tokenizer.convert_ids_to_tokens(largest)!r}), and the model's vocab_size is "
+                f"{vocab_size}: add rows to its embedding, or choose another template"
+            )
+
 
 class Turn(NamedTuple):
     """One turn in pieces: a header that is there before generation starts, and the rest."""

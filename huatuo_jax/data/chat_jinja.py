@@ -1,6 +1,57 @@
 """Chat templates in Jinja, for the tokenizer of an exported model."""
 
+from __future__ import annotations
+
 import json
+from typing import TYPE_CHECKING
+
+from huatuo_jax.data.records import Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from huatuo_jax.data.chat import ChatTemplate
+
+_PROBES = (
+    (Message("user", "头痛三天了。"), Message("assistant", "“多喝水”，休息。\n\n再来复查。")),
+    (
+        Message("user", " How long, 2 days? "),
+        Message("assistant", "Rest.\n1. Water"),
+        Message("user", "（好的）"),
+        Message("assistant", "再见！"),
+    ),
+)
+_OTHER_TOKENS = (
+    "{#- This gives the text of training. Its tokens differ where they reach over the border of two"
+    " parts of a dialogue, which training tokenises each by itself. -#}"
+)
+
+
+def exported_source(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """A template in Jinja for a tokenizer's files; None where they hold it already.
+
+    Where tokenising its whole text does not give the tokens of training, a comment says so.
+    """
+    source = template.to_jinja(tokenizer)
+    own = tokenizer.chat_template
+    if isinstance(own, dict):
+        own = own.get("default") if len(own) == 1 else None
+    if source == own or f"{_OTHER_TOKENS}{source}" == own:
+        return None
+    return source if _gives_the_tokens(source, template, tokenizer) else _OTHER_TOKENS + source
+
+
+def _gives_the_tokens(
+    source: str, template: ChatTemplate, tokenizer: PreTrainedTokenizerBase
+) -> bool:
+    """Whether transformers, given the source, tokenises some dialogues as training does."""
+    return all(
+        tokenizer.apply_chat_template(
+            [message._asdict() for message in messages], chat_template=source, return_dict=False
+        )
+        == template.render(messages, tokenizer).token_ids
+        for messages in _PROBES
+    )
 
 
 def literal(text: str | None) -> str:

@@ -190,7 +190,7 @@ class Llama3Template(PieceTemplate):
     """Llama-3-Instruct: role headers, two newlines, stripped content, `<|eot_id|>`.
 
     Trained are the answer and its `<|eot_id|>`. The system text is a turn of its own. Llama 3.1
-    and later write dates into it: use their tokenizer's own template for them.
+    and later write a date into it: use their tokenizer's own template for them.
     """
 
     name: ClassVar[str] = "llama3"
@@ -292,14 +292,26 @@ TEMPLATES: dict[str, type[ChatTemplate]] = {
 }
 
 
-def by_name(name: str, *, default_system: str | None = None) -> ChatTemplate:
+def by_name(
+    name: str, *, default_system: str | None = None, date: str | None = None
+) -> ChatTemplate:
     """The template of that name, its default system text replaced where one is given.
 
-    Raises ValueError for an unknown name. `tokenizer` is the tokenizer's own template.
+    Args:
+        name: `tokenizer` is the tokenizer's own template.
+        default_system: None for the template's own.
+        date: for `tokenizer`: the date that a program which prints one is given for today, as
+            2024-07-26, in training and ever after; None for the program's own default date, or for
+            2024-07-26 where it has none.
+
+    Raises:
+        ValueError: an unknown name, or a date for a template that prints none.
     """
     if name not in TEMPLATES:
         raise ValueError(f"template: {name!r} is not known; known are {', '.join(TEMPLATES)}")
-    template = TEMPLATES[name]()
+    if date is not None and name != TokenizerTemplate.name:
+        raise ValueError(f"template_date={date!r} must be None for {name!r}, which prints no date")
+    template = TEMPLATES[name]() if date is None else TokenizerTemplate(date=date)
     if default_system is None:
         return template
     return dataclasses.replace(template, default_system=default_system)

@@ -9,11 +9,16 @@ of earlier answers do this, or that open a thinking block for the next one only)
 The whole text is tokenised as `apply_chat_template` does; where a token would straddle the start
 of an answer, the text is tokenised apart there, as in `chat_pieces`. Special tokens spelled in the
 dialogue are cut before the program runs, so that they stay text.
+
+A program that asks for today's date (`strftime_now`) is given one fixed date, always the same: what
+is rendered is the very source that is exported, with a definition of that function before it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import datetime
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
@@ -29,6 +34,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _GENERATION_BLOCK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+_DEFAULT_DATE = datetime.date(2024, 7, 26)
+_OWN_DATE = re.compile(r"""["'](\d{1,2} [A-Z][a-z]{2} \d{4})["']""")  # Llama's way to write one.
+_OWN_FORMAT = "%d %b %Y"
+_FIXED_DATE = re.compile(r"\{#- Dates are those of (\d{4}-\d{2}-\d{2})\. -#\}")
+_DIRECTIVES = "aAwdbBmyYHIpMSfjUWcxX"
 _PRIVATE_USE = [chr(code) for code in range(0xE000, 0xF900)]
 
 
@@ -48,14 +58,27 @@ class TokenizerTemplate(ChatTemplate):
     """The chat template a tokenizer brings, with the loss mask by construction.
 
     Trained is each answer up to its last special token, the end of turn; where the program marks
-    what the assistant generates (`{% generation %}`), that and the end of turn. `variables` are
-    handed to the program: one that prints today's date needs a fixed one, such as
-    `{"date_string": "26 Jul 2024"}`, and is refused without. The patient's turns here hold all
-    that stands before the answer, the doctor's header included.
+    what the assistant generates (`{% generation %}`), that and the end of turn. The patient's
+    turns here hold all that stands before the answer, the doctor's header included.
+
+    `variables` are set before the program. `date` is today's date to it, as 2024-07-26; None for
+    the default that the program itself has ("26 Jul 2024" in Llama 3's), or 2024-07-26 where it
+    has none. A program from a model that was trained here keeps the date of that training.
     """
 
     name: ClassVar[str] = "tokenizer"
     variables: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    date: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a date that is none."""
+        if self.date is not None:
+            try:
+                datetime.date.fromisoformat(self.date)
+            except ValueError as error:
+                raise ValueError(
+                    f"template_date={self.date!r} must be a date as {_DEFAULT_DATE.isoformat()}"
+                ) from error
 
     def tokenize(
         self, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase
@@ -140,18 +163,25 @@ class TokenizerTemplate(ChatTemplate):
         return tuple(dict.fromkeys(end_id for end_id in end_ids if end_id is not None))
 
     def to_jinja(self, tokenizer: PreTrainedTokenizerBase) -> str:
-        """The tokenizer's template, with this object's variables and system text set in it."""
-        settings = [
+        """The tokenizer's template, with this object's variables, system text and date in it."""
+        source = self._source(tokenizer)
+        if self.default_system is None:
+            return source
+        system = f"[{{'role': 'system', 'content': {literal(self.default_system)}}}]"
+        setting = (
+            "{%- if messages[0]['role'] != 'system' -%}"
+            f"{{%- set messages = {system} + messages -%}}"
+            "{%- endif -%}"
+        )
+        return source if source.startswith(setting) else setting + source
+
+    def _source(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        """What is rendered: the tokenizer's program behind what this object sets for it."""
+        settings = "".join(
             f"{{%- set {name} = {literal(text)} -%}}" for name, text in self.variables.items()
-        ]
-        if self.default_system is not None:
-            system = f"[{{'role': 'system', 'content': {literal(self.default_system)}}}]"
-            settings.append(
-                "{%- if messages[0]['role'] != 'system' -%}"
-                f"{{%- set messages = {system} + messages -%}}"
-                "{%- endif -%}"
-            )
-        return "".join(settings) + _jinja_source(tokenizer)
+        )
+        source = _with_date(_jinja_source(tokenizer), self.date)
+        return source if source.startswith(settings) else settings + source
 
     def _with_system(self, messages: Sequence[Message]) -> list[Message]:
         if self.default_system is None or messages[0].role == "system":
@@ -185,24 +215,17 @@ class TokenizerTemplate(ChatTemplate):
     def _jinja_text(
         self, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, *, prompt: bool
     ) -> str:
-        source = _jinja_source(tokenizer)
         try:
             text = tokenizer.apply_chat_template(
                 [message._asdict() for message in messages],
+                chat_template=self._source(tokenizer),
                 tokenize=False,
                 add_generation_prompt=prompt,
-                # A text in the function's place: a program that asks for the date fails on it.
-                **{"strftime_now": "no date", **self.variables},
             )
         except (jinja2.TemplateError, TypeError) as problem:
-            hint = ""
-            if "strftime_now" in source and isinstance(problem, TypeError):
-                hint = (
-                    "; it seems to print today's date, which training must not depend on: give "
-                    "the program a fixed one in `variables`"
-                )
             raise ValueError(
-                f"messages: the tokenizer's chat template fails on them: {problem}{hint}"
+                f"messages: the tokenizer's chat template fails on them: {problem}; choose a "
+                "template by its name if it asks for more than messages"
             ) from problem
         return str(text)
 
@@ -212,12 +235,11 @@ class TokenizerTemplate(ChatTemplate):
         """Where the program's `generation` blocks lie in the text, in characters."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        variables = {**tokenizer.special_tokens_map, "strftime_now": "no date", **self.variables}
         _, blocks = render_jinja_template(
             conversations=[[message._asdict() for message in messages]],
-            chat_template=_jinja_source(tokenizer),
+            chat_template=self._source(tokenizer),
             return_assistant_tokens_mask=True,
-            **variables,
+            **tokenizer.special_tokens_map,
         )
         return [(start, end) for start, end in blocks[0]]
 
@@ -308,6 +330,39 @@ def _jinja_source(tokenizer: PreTrainedTokenizerBase) -> str:
             "choose a template by its name"
         )
     return str(tokenizer.get_chat_template())
+
+
+@functools.lru_cache
+def _with_date(source: str, date: str | None) -> str:
+    """A program that prints the same date on every day."""
+    if (fixed := _FIXED_DATE.search(source)) is not None:
+        if date not in (None, fixed[1]):
+            raise ValueError(
+                f"template_date={date!r}: the tokenizer's chat template was fixed to {fixed[1]} in "
+                "training; leave it out, or take the tokenizer of the base model"
+            )
+        return source
+    asks, takes = "strftime_now" in source, "date_string" in source
+    if date is None:
+        if not asks:
+            return source
+        own = _OWN_DATE.search(source)
+        day = datetime.datetime.strptime(own[1], _OWN_FORMAT).date() if own else _DEFAULT_DATE
+    elif not asks and not takes:
+        raise ValueError(
+            f"template_date={date!r} must be None: the tokenizer's chat template prints no date"
+        )
+    else:
+        day = datetime.date.fromisoformat(date)
+    prefix = f"{{#- Dates are those of {day.isoformat()}. -#}}"
+    if takes and date is not None:
+        prefix += f"{{%- set date_string = {literal(day.strftime(_OWN_FORMAT))} -%}}"
+    if asks:
+        known = {f"%{one}": day.strftime(f"%{one}") for one in _DIRECTIVES}
+        known = {"%-d": str(day.day), "%-m": str(day.month)} | known | {"%z": "", "%Z": ""}
+        steps = "".join(f" | replace({literal(a)}, {literal(b)})" for a, b in known.items())
+        prefix += f"{{%- macro strftime_now(format) -%}}{{{{- format{steps} -}}}}{{%- endmacro -%}}"
+    return prefix + source
 
 
 def _unused_character(messages: Sequence[Message]) -> str:

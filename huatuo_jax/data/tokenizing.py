@@ -77,13 +77,18 @@ class TemplateTokenizer:
         )
 
 
-def tokenizer_hash(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """A hash of all that a tokenizer would save, but for where it was loaded from."""
+def tokenizer_hash(tokenizer: "PreTrainedTokenizerBase", *, chat_template: bool = True) -> str:
+    """A hash of all that a tokenizer would save, but for where it was loaded from.
+
+    Args:
+        tokenizer: the tokenizer.
+        chat_template: whether its chat template counts, which says nothing of how text becomes ids.
+    """
     whole = hashlib.sha256()
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         for path in sorted(pathlib.Path(folder).rglob("*")):
-            if not path.is_file():
+            if not path.is_file() or (path.suffix == ".jinja" and not chat_template):
                 continue
             content = path.read_bytes()
             if path.suffix == ".json":

@@ -60,7 +60,8 @@ def run_dpo(
     check_rows(cfg.rows_at_once, name="micro_batch_size", mesh=mesh)
     model = open_model(cfg.model, cfg.compute.compute_config())
     _check_model(cfg.data, model)
-    tokenizer = model.load_tokenizer(STAGE)
+    template = cfg.data.chat_template
+    tokenizer = model.load_tokenizer(STAGE, template)
     with progress_bar(f"{STAGE}: tokenising", "answers") as on_progress:
         comparisons = open_comparisons(cfg.data, tokenizer, on_progress)
     decisive = identity(cfg) | {
@@ -72,7 +73,8 @@ def run_dpo(
         return result
     job = make_job(cfg, model, comparisons, directory, decisive, mesh)
     state, evaluation = train(job, cfg.loop)
-    model.save(state.variables, directory.folder / MODEL_FOLDER)
+    place = directory.folder / MODEL_FOLDER
+    model.save(state.variables, place, template=template, tokenizer=tokenizer)
     result = {"step": int(state.step), **evaluation}
     directory.finish(result)
     return result

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from huatuo_jax import multi_host, sharding
 from huatuo_jax.backbone.config import BackboneConfig, ComputeConfig
 from huatuo_jax.backbone.transformer import Transformer
-from huatuo_jax.checkpoint import models
+from huatuo_jax.checkpoint import generation_config, models
 from huatuo_jax.checkpoint.tokenizer import load_tokenizer
 from huatuo_jax.data import templates
 from huatuo_jax.data.chat import ChatTemplate
@@ -42,9 +42,11 @@ class BulkConfig:
         model: folder of a model of either form, or a hub id.
         prompts: file of prompts, see `huatuo_jax.data.readers`.
         output: the answers file.
+        ignore_config_fields: of the model's `config.json`, see `models.find_model`.
         template: chat template by name; `tokenizer` for the tokenizer's own.
+        template_date: the date that a tokenizer's own template prints, see `templates.by_name`.
         num_samples: answers to each prompt.
-        sampling: how; the template's stop tokens are added.
+        sampling: how; the stop tokens of template, tokenizer and model are added.
         seed: with a prompt's id it decides that prompt's answers.
         chunk_size: prompts whose answers are written together. Slots run empty at a chunk's end,
             so it should be many times the number of slots.
@@ -59,7 +61,9 @@ class BulkConfig:
     model: str
     prompts: str
     output: str
+    ignore_config_fields: Collection[str] = ()
     template: str = "huatuogpt"
+    template_date: str | None = None
     num_samples: int = 1
     sampling: SamplingConfig = SamplingConfig()
     seed: int = 0
@@ -149,13 +153,19 @@ def run_bulk(
 
 def _plan(cfg: BulkConfig) -> _Plan:
     """Everything that can be told without the weights; what a user can cause is raised here."""
-    info = models.find_model(cfg.model)
+    info = models.find_model(cfg.model, ignore_config_fields=cfg.ignore_config_fields)
     if info.head != "lm":
         raise ValueError(f"{cfg.model}: this model scores; generation needs one with a token head")
     mesh = weights.mesh_for(info.cfg, cfg.mesh, sharding.make_mesh(), field="mesh")
     tokenizer = load_tokenizer(info.folder)
-    template = templates.by_name(cfg.template)
-    stops = (*template.stop_token_ids(tokenizer), *cfg.sampling.stop_token_ids)
+    template = templates.by_name(cfg.template, date=cfg.template_date)
+    stops = generation_config.stop_token_ids(
+        info.folder,
+        tokenizer,
+        of_template=template.stop_token_ids(tokenizer),
+        vocab_size=info.cfg.vocab_size,
+    )
+    stops += cfg.sampling.stop_token_ids
     sampling = dataclasses.replace(cfg.sampling, stop_token_ids=tuple(dict.fromkeys(stops)))
     prompts = list(read_prompts(cfg.prompts))
     limit = cfg.max_length or info.cfg.max_positions

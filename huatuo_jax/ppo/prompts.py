@@ -33,6 +33,7 @@ class PromptsConfig:
             patient's first words) or the `last_turns` (up to the last answer) are taken.
         template: the chat template's name.
         default_system: its system text; None for the template's own.
+        template_date: the date that a tokenizer's own template prints, see `templates.by_name`.
         max_prompt_tokens: longer prompts lose their oldest exchanges, or are left out.
         drop_oldest_turns: whether they lose them.
     """
@@ -41,6 +42,7 @@ class PromptsConfig:
     reads: Literal["prompts", "first_turns", "last_turns"] = "prompts"
     template: str = "huatuogpt"
     default_system: str | None = None
+    template_date: str | None = None
     max_prompt_tokens: int = 512
     drop_oldest_turns: bool = True
 
@@ -50,6 +52,13 @@ class PromptsConfig:
             raise ValueError("paths is empty: it must name at least one file of prompts")
         if self.max_prompt_tokens < 1:
             raise ValueError(f"max_prompt_tokens={self.max_prompt_tokens!r} must be at least 1")
+
+    @property
+    def chat_template(self) -> ChatTemplate:
+        """The template with its settings."""
+        return templates.by_name(
+            self.template, default_system=self.default_system, date=self.template_date
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,15 +105,25 @@ class Prompts:
 
 
 def open_prompts(
-    cfg: PromptsConfig, tokenizer: "PreTrainedTokenizerBase", *, max_new_tokens: int
+    cfg: PromptsConfig,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    max_new_tokens: int,
+    stop_token_ids: Sequence[int],
 ) -> Prompts:
     """Reads the files and renders the prompts.
+
+    Args:
+        cfg: which.
+        tokenizer: the policy's.
+        max_new_tokens: of an answer at most.
+        stop_token_ids: what ends an answer of the policy, see `InitialModel.stop_token_ids`.
 
     Raises:
         ValueError: a file that cannot be read or holds something else, an unknown template, or no
             prompt that fits.
     """
-    template = templates.by_name(cfg.template, default_system=cfg.default_system)
+    template = cfg.chat_template
     dropped: Counter[str] = Counter()
     items = []
     for path in cfg.paths:
@@ -120,7 +139,7 @@ def open_prompts(
             f"{', '.join(cfg.paths)}: no prompt fits data.max_prompt_tokens="
             f"{cfg.max_prompt_tokens} ({reasons or 'there is none'})"
         )
-    return Prompts(items, tuple(template.stop_token_ids(tokenizer)), dropped)
+    return Prompts(items, tuple(stop_token_ids), dropped)
 
 
 def _read(path: str, cfg: PromptsConfig) -> Iterator[Prompt]:

@@ -62,7 +62,8 @@ def run_ppo(
     check_rows(cfg.rows_at_once, name="micro_batch_size", mesh=mesh)
     policy = open_model(cfg.model, cfg.compute.compute_config())
     check_policy(cfg, policy)
-    tokenizer = policy.load_tokenizer(STAGE)
+    template = cfg.data.chat_template
+    tokenizer = policy.load_tokenizer(STAGE, template)
     reward = open_reward_model(
         cfg.reward_model,
         scale=cfg.score.scale,
@@ -70,7 +71,12 @@ def run_ppo(
         tokenizer=tokenizer,
     )
     critic = open_critic(cfg, policy, reward)
-    prompts = open_prompts(cfg.data, tokenizer, max_new_tokens=cfg.rollout.max_new_tokens)
+    prompts = open_prompts(
+        cfg.data,
+        tokenizer,
+        max_new_tokens=cfg.rollout.max_new_tokens,
+        stop_token_ids=policy.stop_token_ids(template, tokenizer),
+    )
     decisive = identity(cfg) | {
         "initial_model": policy.identity,
         "reward_model_files": reward.identity,
@@ -106,7 +112,8 @@ def run_ppo(
         scorer_flops=None if by_length else ModelFlops.of(reward.info.cfg),
     )
     state, fields = train(job, cfg.loop)
-    policy.save(state.policy.variables, directory.folder / MODEL_FOLDER)
+    place = directory.folder / MODEL_FOLDER
+    policy.save(state.policy.variables, place, template=template, tokenizer=tokenizer)
     names = (f"{STAGE}/{name}" for name in _RESULT)
     result = {"step": int(state.iteration)}
     result |= {name: fields[name] for name in names if name in fields}

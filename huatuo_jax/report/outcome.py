@@ -188,7 +188,9 @@ def _answer(name: str, record: Mapping[str, Any]) -> str:
     first = record["answers"][0]
     ended = "finish_reason" not in first or first["finish_reason"] == "stop"
     said = "<em>(an empty answer)</em>" if is_empty(first["text"]) else text(first["text"])
-    told = f"reward {number(record['rewards'][0])}" + ("" if ended else ", cut off at its length limit")
+    told = f"reward {number(record['rewards'][0])}" + (
+        "" if ended else ", cut off at its length limit"
+    )
     return f'<div class="answer"><h4>{text(name)}</h4><div>{said}</div><p>{told}</p></div>'
 
 

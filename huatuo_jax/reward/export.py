@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+from collections.abc import Collection
 from typing import Any
 
 from jax.typing import DTypeLike
@@ -9,8 +10,8 @@ from jax.typing import DTypeLike
 from huatuo_jax import sharding
 from huatuo_jax.atomic import writing_directory
 from huatuo_jax.checkpoint import models
+from huatuo_jax.checkpoint.generation_config import CONFIG_FILE
 from huatuo_jax.checkpoint.hf_export import export_model
-from huatuo_jax.checkpoint.side_files import CONFIG_FILE
 from huatuo_jax.scoring import (
     CONFIG_FIELDS,
     Normalization,
@@ -60,6 +61,7 @@ def export_reward_model(
             whole,
             head="score",
             source_folder=info.folder,
+            ignored_fields=info.ignored_fields,
             max_shard_size=max_shard_size,
         )
         for path in whole.iterdir():
@@ -68,16 +70,26 @@ def export_reward_model(
         describe(folder, normalization)
 
 
-def carry_normalization(source: str | pathlib.Path, target: pathlib.Path) -> None:
+def carry_normalization(
+    source: str | pathlib.Path,
+    target: pathlib.Path,
+    *,
+    ignore_config_fields: Collection[str] = (),
+) -> None:
     """Passes a reward model's normalization on to what it was converted to, in either form.
 
     Does nothing for a model with a token head.
+
+    Args:
+        source: what was converted.
+        target: to what.
+        ignore_config_fields: of the source's config, see `models.find_model`.
 
     Raises:
         ValueError: the normalization cannot be read.
         OSError: it cannot be written.
     """
-    info = models.find_model(source)
+    info = models.find_model(source, ignore_config_fields=ignore_config_fields)
     if info.head != "score":
         return
     normalization = load_normalization(info.folder)

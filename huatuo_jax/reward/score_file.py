@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +13,7 @@ from huatuo_jax import multi_host, sharding
 from huatuo_jax.backbone.config import ComputeConfig
 from huatuo_jax.backbone.transformer import Transformer
 from huatuo_jax.checkpoint import models
-from huatuo_jax.checkpoint.tokenizer import load_tokenizer
+from huatuo_jax.checkpoint.tokenizer import check_fits, load_tokenizer
 from huatuo_jax.comparisons.data import (
     AnswerKey,
     AnswersConfig,
@@ -37,7 +37,9 @@ class ScoreConfig:
             one label, or a hub id.
         input: file of dialogues, of comparisons, or of several answers a prompt.
         output: JSON Lines to write; replaced when all is scored.
+        ignore_config_fields: of the model's `config.json`, see `models.find_model`.
         template: chat template by name; `tokenizer` for the tokenizer's own.
+        template_date: the date that a tokenizer's own template prints, see `templates.by_name`.
         truncation: what becomes of a dialogue longer than `max_length`, see `AnswersConfig`.
         max_length: tokens of a dialogue; None for the model's positions.
         rows_at_once: rows that go through the model together, a multiple of the mesh's shards.
@@ -52,7 +54,9 @@ class ScoreConfig:
     model: str
     input: str
     output: str
+    ignore_config_fields: Collection[str] = ()
     template: str = "huatuogpt"
+    template_date: str | None = None
     truncation: TruncationPolicy = "drop_oldest_turns"
     max_length: int | None = None
     rows_at_once: int = 8
@@ -133,7 +137,7 @@ def score_file(cfg: ScoreConfig) -> Scored:
         FileNotFoundError: there is no such model.
         OSError: the output cannot be written.
     """
-    info = models.find_model(cfg.model)
+    info = models.find_model(cfg.model, ignore_config_fields=cfg.ignore_config_fields)
     if info.head != "score":
         raise ValueError(
             f"{cfg.model}: this model has a token head; scoring needs a reward model (ours, or "
@@ -146,14 +150,21 @@ def score_file(cfg: ScoreConfig) -> Scored:
         raise ValueError(
             f"max_length={limit} must be at most the model's {info.cfg.max_positions} positions"
         )
-    answers_cfg = AnswersConfig(template=cfg.template, truncation=cfg.truncation, max_length=limit)
+    answers_cfg = AnswersConfig(
+        template=cfg.template,
+        template_date=cfg.template_date,
+        truncation=cfg.truncation,
+        max_length=limit,
+    )
     records = list(read_answered(cfg.input))
     keys = [key for record in records for key in record.keys]
     if not keys:
         raise ValueError(f"{cfg.input}: none of its records has an answer to score")
-    tokens = tokenize_answers(
-        (record.to_prompt for record in records), answers_cfg, load_tokenizer(info.folder)
-    )
+    tokenizer = load_tokenizer(info.folder)
+    name = f"{cfg.model}: the tokenizer"
+    check_fits(tokenizer, info.cfg.vocab_size, name=name)
+    answers_cfg.chat_template.check_fits(tokenizer, info.cfg.vocab_size, name=name)
+    tokens = tokenize_answers((record.to_prompt for record in records), answers_cfg, tokenizer)
     without = [found for found in tokens.values() if isinstance(found, str)]
     if len(without) == len(tokens):
         raise ValueError(

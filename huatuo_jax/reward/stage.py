@@ -71,7 +71,8 @@ def run_reward(
     mesh = cfg.mesh.make()
     check_rows(cfg.rows_at_once, name="micro_batch_size", mesh=mesh)
     model = open_backbone(cfg, cfg.model)
-    tokenizer = model.load_tokenizer(STAGE)
+    template = cfg.data.chat_template
+    tokenizer = model.load_tokenizer(STAGE, template)
     with progress_bar(f"{STAGE}: tokenising", "answers") as on_progress:
         comparisons = open_comparisons(cfg.data, tokenizer, on_progress)
     sft_answers = None
@@ -86,7 +87,8 @@ def run_reward(
     if (result := directory.result()) is not None:
         return result
     state, evaluation = train(_job(cfg, model, comparisons, directory, decisive, mesh), cfg.loop)
-    model.save(state.variables, directory.folder / MODEL_FOLDER)
+    place = directory.folder / MODEL_FOLDER
+    model.save(state.variables, place, template=template, tokenizer=tokenizer)
     scorer = Scorer(
         model.transformer,
         state.variables,

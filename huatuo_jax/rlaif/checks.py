@@ -7,8 +7,8 @@ from transformers import PreTrainedTokenizerBase
 from huatuo_jax import sharding
 from huatuo_jax.backbone.config import BackboneConfig
 from huatuo_jax.checkpoint import models
-from huatuo_jax.checkpoint.tokenizer import load_tokenizer
-from huatuo_jax.data import templates
+from huatuo_jax.checkpoint.tokenizer import check_fits, load_tokenizer
+from huatuo_jax.data.chat import ChatTemplate
 from huatuo_jax.data.readers import read_comparisons, read_prompts
 from huatuo_jax.data.tokenizing import tokenizer_hash
 from huatuo_jax.evaluation.config import EvaluationConfig
@@ -36,9 +36,9 @@ def check_inputs(cfg: RlaifConfig, workdir: str | os.PathLike[str], wanted: set[
         OSError: a file that is not there, or no model.
     """
     model = open_model(cfg.sft.model, cfg.sft.compute.compute_config())
-    tokenizer = load_tokenizer(cfg.sft.model.tokenizer_source)
+    template = cfg.sft.data.chat_template
+    tokenizer = model.load_tokenizer("sft", template)
     if "sft" in wanted:
-        model.load_tokenizer("sft")
         _check_positions("sft.data.row_length", cfg.sft.data.row_length, model)
     for name, stage, value in (
         ("answers.model", "answers", cfg.answers.model),
@@ -56,7 +56,7 @@ def check_inputs(cfg: RlaifConfig, workdir: str | os.PathLike[str], wanted: set[
             found = _check_model(name, value, cfg, tokenizer, workdir, made=_makers(wanted))
             _check_mesh(name, found or model.cfg, cfg)
     if "answers" in wanted:
-        _check_prompts("answers.prompts", cfg.answers, model, tokenizer, cfg.sft.data.template)
+        _check_prompts("answers.prompts", cfg.answers, model, tokenizer, template)
     if "labels" in wanted and not _is_made(cfg.labels.answers, workdir, wanted, "answers"):
         read_answered(cfg.labels.answers)
     if "reward" in wanted:
@@ -68,9 +68,7 @@ def check_inputs(cfg: RlaifConfig, workdir: str | os.PathLike[str], wanted: set[
     if "ppo" in wanted:
         _check_positions("ppo.data.max_prompt_tokens + rollout", cfg.ppo.max_length, model)
     if "evaluation" in wanted:
-        _check_prompts(
-            "evaluation.prompts", cfg.evaluation, model, tokenizer, cfg.sft.data.template
-        )
+        _check_prompts("evaluation.prompts", cfg.evaluation, model, tokenizer, template)
     if "export" in wanted:
         sharding.host_mesh()  # Without a CPU the last stage but one would fail.
     for name, section in (("sft", cfg.sft), ("reward", cfg.reward), ("ppo", cfg.ppo)):
@@ -119,17 +117,27 @@ def _check_model(
         raise ValueError(f"config.{name}={place!r} must be {wanted}")
     if inside[0] != os.pardir:  # Made by a stage of this run, with this very tokenizer.
         return info.cfg
-    if tokenizer_hash(load_tokenizer(info.folder)) != tokenizer_hash(tokenizer):
+    theirs = load_tokenizer(info.folder)
+    if not _say_alike(theirs, tokenizer, cfg.sft.data.chat_template):
         raise ValueError(
             f"config.{name}={place!r} has another tokenizer than config.sft.model "
             f"({cfg.sft.model.tokenizer_source}): all models of a run share one"
         )
-    if info.cfg.vocab_size < len(tokenizer):
-        raise ValueError(
-            f"config.{name}={place!r} has vocab_size={info.cfg.vocab_size}, less than the "
-            f"tokenizer's {len(tokenizer)} tokens"
-        )
+    check_fits(theirs, info.cfg.vocab_size, name=f"config.{name}={place!r}: its tokenizer")
     return info.cfg
+
+
+def _say_alike(
+    one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, template: ChatTemplate
+) -> bool:
+    """Whether dialogues become the same tokens with two tokenizers.
+
+    Training writes its template beside the weights, so that of the files counts only where it is
+    the run's.
+    """
+    if tokenizer_hash(one, chat_template=False) != tokenizer_hash(other, chat_template=False):
+        return False
+    return template.name != "tokenizer" or template.to_jinja(one) == template.to_jinja(other)
 
 
 def _check_mesh(name: str, backbone: BackboneConfig, cfg: RlaifConfig) -> None:
@@ -155,11 +163,10 @@ def _check_prompts(
     cfg: AnswersConfig | EvaluationConfig,
     model: InitialModel,
     tokenizer: PreTrainedTokenizerBase,
-    template_name: str,
+    template: ChatTemplate,
 ) -> None:
     """All prompts can be read, and leave room for a token of an answer."""
     prompts = list(read_prompts(cfg.prompts))
-    template = templates.by_name(template_name)
     limit = model.cfg.max_positions
     for prompt in prompts:
         # The last question alone, as the oldest turns are dropped where a dialogue is too long.

@@ -213,11 +213,32 @@ class RlaifConfig:
                     f"{name}={other!r} must be sft.data.template={template!r}: all stages have to "
                     "say a dialogue in the same way"
                 )
+        date = self.sft.data.template_date
+        for name, later in (
+            ("reward.data.template_date", self.reward.data.template_date),
+            ("ppo.data.template_date", self.ppo.data.template_date),
+        ):
+            if later not in (None, date):
+                raise ValueError(
+                    f"{name}={later!r} must be None or sft.data.template_date={date!r}, which the "
+                    "model of the SFT stage keeps"
+                )
+
+    @property
+    def base_as_it_is(self) -> str | None:
+        """The base model's directory, where it can be asked as it stands; None where it cannot.
+
+        It can where it brings the tokenizer that the run uses and all that the run says to it.
+        """
+        model, data = self.sft.model, self.sft.data
+        changed = model.tokenizer is not None or model.ignore_config_fields
+        told = data.template_date is not None or data.default_system is not None
+        return None if changed or (told and data.template == "tokenizer") else model.directory
 
     def in_workdir(self, workdir: str | os.PathLike[str]) -> "RlaifConfig":
         """The config with the run's folder in its paths and one's own data in its sources."""
         cfg = placed_in(self, workdir)
-        base = cfg.evaluation.base or cfg.sft.model.directory or f"{workdir}/base/model"
+        base = cfg.evaluation.base or cfg.base_as_it_is or f"{workdir}/base/model"
         rule = cfg.evaluation.score or cfg.ppo.score.outside_training
         evaluation = dataclasses.replace(cfg.evaluation, base=base, score=rule)
         if cfg.data is None:

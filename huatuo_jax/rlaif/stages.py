@@ -187,7 +187,7 @@ def _evaluation(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:
         with multi_host.first_then_others("tokenising"):
             data = open_dialogues(
                 cfg.sft.data,
-                model.load_tokenizer("sft"),
+                model.load_tokenizer("sft", cfg.sft.data.chat_template),
                 seed=cfg.sft.seed,
                 default_cache=workdir / "data",
             )
@@ -242,14 +242,16 @@ def _report(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:
 
 
 def _save_base(cfg: RlaifConfig, target: pathlib.Path) -> None:
-    """The model as fine-tuning begins with it: fresh weights are told by the seed."""
+    """The model as fine-tuning begins with it, its tokenizer and template beside it."""
     if target.exists():
         return
     model = open_model(cfg.sft.model, cfg.sft.compute.compute_config())
     # Any optimizer will do: none of its state is kept.
     optimizer = make_optimizer(OptimizerConfig(learning_rate=1.0), num_steps=1)
     state = model.make_state(jax.random.key(cfg.sft.seed), optimizer, cfg.sft.mesh.make())
-    model.save(state.variables, target)
+    template = cfg.sft.data.chat_template
+    tokenizer = model.load_tokenizer("sft", template)
+    model.save(state.variables, target, template=template, tokenizer=tokenizer)
 
 
 def _files(paths: Iterable[str]) -> dict[str, str]:

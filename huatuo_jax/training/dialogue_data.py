@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from huatuo_jax.data import templates
 from huatuo_jax.data.batches import BatchIterator, PrefetchConfig, evaluation_batches
-from huatuo_jax.data.chat import TrainedTurns, TruncationPolicy
+from huatuo_jax.data.chat import ChatTemplate, TrainedTurns, TruncationPolicy
 from huatuo_jax.data.duplicates import DuplicatesConfig
 from huatuo_jax.data.held_out import HeldOutConfig
 from huatuo_jax.data.mixture import Mixture, SourceShare
@@ -59,6 +59,7 @@ class DataConfig:
         sources: where they are.
         template: the chat template's name.
         default_system: its system text; None for the template's own.
+        template_date: the date that a tokenizer's own template prints, see `templates.by_name`.
         truncation: what becomes of a dialogue longer than a row.
         trained_turns: which of the doctor's turns are trained.
         row_length: tokens of a row.
@@ -74,6 +75,7 @@ class DataConfig:
     sources: tuple[SourceConfig, ...]
     template: str = "huatuogpt"
     default_system: str | None = None
+    template_date: str | None = None
     truncation: TruncationPolicy = "drop_oldest_turns"
     trained_turns: TrainedTurns = "all"
     row_length: int = 2048
@@ -89,6 +91,13 @@ class DataConfig:
         """Raise ValueError where there is nothing to read."""
         if not self.sources:
             raise ValueError("sources is empty: it must name at least one source")
+
+    @property
+    def chat_template(self) -> ChatTemplate:
+        """The template with its settings."""
+        return templates.by_name(
+            self.template, default_system=self.default_system, date=self.template_date
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +166,7 @@ def open_dialogues(
     """
     rows = RowConfig(row_length=cfg.row_length, packed=cfg.packed, window=cfg.window)
     template_tokenizer = TemplateTokenizer(
-        template=templates.by_name(cfg.template, default_system=cfg.default_system),
+        template=cfg.chat_template,
         tokenizer=tokenizer,
         max_tokens=cfg.row_length,
         policy=cfg.truncation,

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 import pathlib
+import tempfile
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
@@ -15,8 +16,11 @@ from huatuo_jax.backbone.config import BackboneConfig, ComputeConfig, Kernel, Re
 from huatuo_jax.backbone.lora import LoraConfig, init_adapters
 from huatuo_jax.backbone.presets import preset
 from huatuo_jax.backbone.transformer import Head, Transformer, init_params
-from huatuo_jax.checkpoint import models
-from huatuo_jax.checkpoint.tokenizer import load_tokenizer
+from huatuo_jax.checkpoint import generation_config, models
+from huatuo_jax.checkpoint import tokenizer as tokenizers
+from huatuo_jax.checkpoint.side_files import SideFiles
+from huatuo_jax.data.chat import ChatTemplate
+from huatuo_jax.data.chat_jinja import exported_source
 from huatuo_jax.training.optimizer import Optimizer
 from huatuo_jax.training.run_directory import operational
 from huatuo_jax.training.state import (
@@ -45,7 +49,10 @@ class ModelConfig:
         directory: a Hugging Face folder or hub id, or an Orbax directory of ours.
         preset: a published architecture with fresh weights.
         backbone: an architecture of its own with fresh weights.
-        tokenizer: folder or hub id of the tokenizer; None for the model directory's own.
+        tokenizer: folder or hub id of the tokenizer, of which nothing else is taken; None for the
+            model directory's own.
+        ignore_config_fields: fields of the directory's `config.json` that are unknown here and
+            change nothing of what the model computes; they are left out of what is written.
         lora: train these adapters beside frozen weights; None trains the weights.
         freeze_embeddings: leave the embedding table as it is (with a tied head, the head too).
         frozen_as_computed: hold what is frozen in the compute dtype; it is cast to it anyway.
@@ -55,6 +62,7 @@ class ModelConfig:
     preset: str | None = None
     backbone: BackboneConfig | None = None
     tokenizer: str | None = operational(None)
+    ignore_config_fields: tuple[str, ...] = operational(())
     lora: LoraConfig | None = None
     freeze_embeddings: bool = False
     frozen_as_computed: bool = True
@@ -181,19 +189,42 @@ class InitialModel:
             return path.startswith("lora/")
         return not (self.section.freeze_embeddings and path == "params/embedding/table")
 
-    def load_tokenizer(self, stage: str) -> "PreTrainedTokenizerBase":
+    def load_tokenizer(self, stage: str, template: ChatTemplate) -> "PreTrainedTokenizerBase":
         """The tokenizer of the model's section.
 
+        All that `save` writes beside the weights is written once, elsewhere, so that nothing of it
+        fails after training.
+
+        Args:
+            stage: that asks, for messages.
+            template: what dialogues are said in.
+
         Raises:
-            ValueError: there is none, or it has more tokens than the model; names the stage.
+            ValueError: there is none, the template or the model does not suit it, or a dialogue may
+                hold a token that the model has no embedding for.
         """
-        tokenizer = load_tokenizer(self.section.tokenizer_source)
-        if len(tokenizer) > self.cfg.vocab_size:
-            raise ValueError(
-                f"config.{stage}.model.tokenizer has {len(tokenizer)} tokens, more than the "
-                f"model's vocab_size={self.cfg.vocab_size}"
-            )
+        tokenizer = tokenizers.load_tokenizer(self.section.tokenizer_source)
+        name, size = f"config.{stage}.model.tokenizer", self.cfg.vocab_size
+        tokenizers.check_fits(tokenizer, size, name=name)
+        template.check_fits(tokenizer, size, name=name)
+        with tempfile.TemporaryDirectory() as folder:
+            self._side_files(template, tokenizer).write(pathlib.Path(folder))
         return tokenizer
+
+    def stop_token_ids(
+        self, template: ChatTemplate, tokenizer: "PreTrainedTokenizerBase"
+    ) -> tuple[int, ...]:
+        """What ends an answer of this model; see `generation_config.stop_token_ids`.
+
+        Raises:
+            ValueError: an id that the model does not have.
+        """
+        return generation_config.stop_token_ids(
+            None if self.info is None else self.info.folder,
+            tokenizer,
+            of_template=template.stop_token_ids(tokenizer),
+            vocab_size=self.cfg.vocab_size,
+        )
 
     def merged(self, variables: Variables) -> dict[str, Any]:
         """The parameters with the adapters' updates added to them."""
@@ -203,19 +234,46 @@ class InitialModel:
         merge = functools.partial(lora.merge, cfg=self.cfg, lora=self.section.lora)
         return jax.jit(merge)(params, variables["lora"])
 
-    def save(self, variables: Variables, target: pathlib.Path) -> None:
-        """Writes the model as a directory of ours, adapters merged, with the tokenizer's files.
+    def save(
+        self,
+        variables: Variables,
+        target: pathlib.Path,
+        *,
+        template: ChatTemplate,
+        tokenizer: "PreTrainedTokenizerBase",
+    ) -> None:
+        """Writes the model as a directory of ours, adapters merged, with its side files.
 
-        Weights keep the dtype they were trained in.
+        Weights keep the dtype they were trained in. Config and generation config are those of the
+        weights' source, the tokenizer's files those of the section's tokenizer; its chat template
+        and what ends an answer become those of training.
+
+        Args:
+            variables: the trained ones.
+            target: the folder to make, or to replace.
+            template: what dialogues were said in.
+            tokenizer: from `load_tokenizer`.
         """
-        tokenizer = pathlib.Path(self.section.tokenizer_source)
         models.save_orbax(
             self.merged(variables),
             self.cfg,
             target,
             head=self.head,
-            source_folder=tokenizer if tokenizer.is_dir() else None,
+            side_files=self._side_files(template, tokenizer),
             overwrite=True,
+        )
+
+    def _side_files(
+        self, template: ChatTemplate, tokenizer: "PreTrainedTokenizerBase"
+    ) -> SideFiles:
+        given = self.section.tokenizer
+        return SideFiles(
+            model_folder=None if self.info is None else self.info.folder,
+            tokenizer_folder=None if given is None else tokenizers.local_folder(given),
+            ignored_fields=() if self.info is None else self.info.ignored_fields,
+            chat_template=exported_source(template, tokenizer),
+            stop_token_ids=self.stop_token_ids(template, tokenizer),
+            vocab_size=self.cfg.vocab_size,
         )
 
     def _fresh(self, key: jax.Array) -> Variables:
@@ -269,7 +327,9 @@ def open_model(
     """
     info = None
     if section.directory is not None:
-        info = models.find_model(section.directory)
+        info = models.find_model(
+            section.directory, ignore_config_fields=section.ignore_config_fields
+        )
         cfg = info.cfg
     elif section.preset is not None:
         cfg = preset(section.preset)

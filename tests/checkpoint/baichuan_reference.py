@@ -17,9 +17,17 @@ import torch.nn.functional as F
 class Baichuan:
     """Weights under their published names, and a forward pass one row at a time."""
 
-    def __init__(self, *, alibi: bool, norm_head: bool, num_heads: int = 6) -> None:
+    def __init__(
+        self,
+        *,
+        alibi: bool,
+        norm_head: bool,
+        num_heads: int = 6,
+        hidden: int = 48,
+        vocab: int = 131,
+    ) -> None:
         self.alibi, self.norm_head, self.num_heads = alibi, norm_head, num_heads
-        self.hidden, self.width, self.layers, self.vocab = 48, 80, 3, 131
+        self.hidden, self.width, self.layers, self.vocab = hidden, 80, 3, vocab
         generator = torch.Generator().manual_seed(11)
 
         def random(*shape: int) -> torch.Tensor:

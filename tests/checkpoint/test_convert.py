@@ -16,6 +16,7 @@ import torch
 from huatuo_jax.checkpoint.convert import convert
 from huatuo_jax.checkpoint.models import find_model
 from tests.checkpoint import baichuan_reference, tiny_checkpoints
+from tests.hub import rewrite_weights
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -40,13 +41,6 @@ def command(*flags, **options):
         env=environment,
         **options,
     )
-
-
-def rewrite_weights(folder, change):
-    path = folder / "model.safetensors"
-    tensors = safetensors.torch.load_file(path)
-    change(tensors)
-    safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
 
 
 def test_the_command_converts_there_and_back_and_verifies(llama, tmp_path):
@@ -268,3 +262,26 @@ def test_the_backbone_config_is_stored_with_the_weights(llama, tmp_path):
     stored = json.loads((tmp_path / "ours" / "backbone.json").read_text(encoding="utf-8"))
     assert stored["head"] == "lm"
     assert stored["backbone"]["num_layers"] == 3
+
+
+def test_the_command_ignores_fields_that_the_user_names(copy, tmp_path):
+    tiny_checkpoints.edit_config(copy, hospital="third")
+    refused = command(f"--source={copy}", f"--target={tmp_path / 'out'}")
+    assert refused.returncode == 1 and "ignore_config_fields" in refused.stderr
+    done = command(
+        f"--source={copy}", f"--target={tmp_path / 'out'}", "--ignore_config_fields=hospital"
+    )
+    assert done.returncode == 0, done.stderr
+    convert(str(tmp_path / "out"), tmp_path / "back")
+    assert "hospital" not in json.loads((tmp_path / "back" / "config.json").read_text())
+
+
+def test_a_delta_without_a_tokenizer_takes_its_bases(llama, copy, tmp_path):
+    from tests.hub import save_chatml_tokenizer
+
+    base = shutil.copytree(llama, tmp_path / "base")
+    save_chatml_tokenizer(base, template=None)
+    tiny_checkpoints.edit_config(base, eos_token_id=77)
+    convert(str(copy), tmp_path / "ours", delta_base=str(base))
+    assert (tmp_path / "ours" / "tokenizer.json").is_file()
+    assert json.loads((tmp_path / "ours" / "config.json").read_text())["eos_token_id"] == 2

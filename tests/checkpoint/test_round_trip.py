@@ -18,6 +18,7 @@ from huatuo_jax.backbone.transformer import Transformer, init_params
 from huatuo_jax.checkpoint.hf_export import export_model
 from huatuo_jax.checkpoint.models import find_model, load_params, save_orbax
 from tests.checkpoint import baichuan_reference, tiny_checkpoints
+from tests.hub import rewrite_weights
 
 
 def weights(folder):
@@ -77,8 +78,64 @@ def test_weights_and_config_come_back_bit_for_bit(case, dtype, tmp_path):
     source = tiny_checkpoints.save(reference, tmp_path / "hf")
     back = there_and_back(source, tmp_path)
     assert_same_bits(weights(source), weights(back))
-    for name in ("config.json", "generation_config.json"):
-        assert (back / name).read_bytes() == (source / name).read_bytes()
+    name = "generation_config.json"
+    assert (back / name).read_bytes() == (source / name).read_bytes()
+    if case.startswith("bloom"):
+        assert (back / "config.json").read_bytes() == (source / "config.json").read_bytes()
+    else:
+        assert_same_but_for_old_words(config_of(source), config_of(back))
+
+
+def config_of(folder):
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+
+
+def assert_same_but_for_old_words(config, exported):
+    """transformers 5 writes `rope_parameters`; transformers 4 reads two other fields."""
+    old = dict(config["rope_parameters"])
+    words = {"rope_theta": old.pop("rope_theta")}
+    words["rope_scaling"] = None if old["rope_type"] == "default" else old
+    assert exported == config | words
+
+
+ROTARY = [case for case in tiny_checkpoints.TRANSFORMERS_CASES if not case.startswith("bloom")]
+
+
+@pytest.mark.parametrize("case", ROTARY)
+def test_both_spellings_of_the_rotary_settings_say_the_same(case, tmp_path):
+    reference = tiny_checkpoints.transformers_model(case)
+    back = there_and_back(tiny_checkpoints.save(reference, tmp_path / "hf"), tmp_path)
+    exported, cfg = config_of(back), find_model(back).cfg
+    for spelling, left_out in {
+        "both": (),
+        "transformers 5": ("rope_theta", "rope_scaling"),
+        "transformers 4": ("rope_parameters",),
+    }.items():
+        folder = tmp_path / spelling
+        folder.mkdir()
+        kept = {name: value for name, value in exported.items() if name not in left_out}
+        (folder / "config.json").write_text(json.dumps(kept), encoding="utf-8")
+        read = transformers.AutoConfig.from_pretrained(folder)
+        assert read.rope_parameters == reference.config.rope_parameters
+        assert find_model(folder).cfg == cfg
+
+
+def test_a_config_made_here_has_both_spellings(tmp_path):
+    for case in ("llama", "llama_llama3", "qwen3_biased_yarn"):
+        source = tiny_checkpoints.save(
+            tiny_checkpoints.transformers_model(case), tmp_path / case / "hf"
+        )
+        model = find_model(source)
+        export_model(load_params(model), model.cfg, tmp_path / case / "fresh", head="lm")
+        made = config_of(tmp_path / case / "fresh")
+        old = made["rope_scaling"] or {"rope_type": "default"}
+        assert made["rope_parameters"] == old | {"rope_theta": made["rope_theta"]}
+        read = transformers.AutoConfig.from_pretrained(tmp_path / case / "fresh")
+        logits = [
+            transformers.AutoModelForCausalLM.from_pretrained(folder)(torch.arange(3, 43)[None])
+            for folder in (source, tmp_path / case / "fresh")
+        ]
+        assert torch.equal(logits[0].logits, logits[1].logits), read.rope_parameters
 
 
 @pytest.mark.parametrize("case", ["llama", "qwen2", "bloom"])
@@ -156,7 +213,7 @@ def test_tokenizer_files_are_carried_over_byte_for_byte(tmp_path):
     source = tiny_checkpoints.save(tiny_checkpoints.transformers_model("llama"), tmp_path / "hf")
     add_tokenizer(source)
     back = there_and_back(source, tmp_path)
-    names = {path.name for path in source.iterdir()} - {"model.safetensors"}
+    names = {path.name for path in source.iterdir()} - {"model.safetensors", "config.json"}
     assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"} <= names
     for name in names:
         assert (back / name).read_bytes() == (source / name).read_bytes(), name
@@ -270,3 +327,39 @@ def test_torch_files_load_like_safetensors(tmp_path):
     torch.save(reference.state_dict(), torch_folder / "pytorch_model.bin")
     one, other = load_params(find_model(source)), load_params(find_model(torch_folder))
     jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def test_a_tied_model_saved_with_its_head_alone_is_read(tmp_path):
+    reference = tiny_checkpoints.transformers_model("llama_multi_head_tied")
+    source = tiny_checkpoints.save(reference, tmp_path / "hf")
+
+    def rename(tensors):
+        tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+
+    rewrite_weights(shutil.copytree(source, tmp_path / "head"), rename)
+    one, other = load_params(find_model(source)), load_params(find_model(tmp_path / "head"))
+    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, one, other)))
+    back = there_and_back(tmp_path / "head", tmp_path)
+    assert_same_bits(weights(back), weights(source))
+
+
+def test_half_precisions_of_both_kinds_in_one_checkpoint_lose_no_bit(tmp_path):
+    """float16 beside bfloat16: within one of our parameters, and over layers."""
+    reference = tiny_checkpoints.transformers_model("llama")
+    source = tiny_checkpoints.save(reference, tmp_path / "hf")
+
+    def mix(tensors):
+        for number, name in enumerate(sorted(tensors)):
+            tensors[name] = tensors[name].to((torch.float16, torch.bfloat16)[number % 2])
+
+    rewrite_weights(source, mix)
+    mixed = weights(source)
+    assert {tensor.dtype for tensor in mixed.values()} == {torch.float16, torch.bfloat16}
+    back = there_and_back(source, tmp_path)
+    found = weights(back)
+    assert found.keys() == mixed.keys()
+    for name, tensor in mixed.items():
+        assert torch.equal(found[name].float(), tensor.float()), name
+    assert config_of(back)["dtype"] == "float32"
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(back)
+    assert torch.equal(loaded.lm_head.weight.float(), mixed["lm_head.weight"].float())

@@ -124,10 +124,6 @@ REFUSED = {
         PLAIN.replace("assistant\\n' -}}{%- endif", "assistant\\n<think>' -}}{%- endif"),
         "or a prompt otherwise than the training text",
     ),
-    "prints today's date": (
-        "{{- strftime_now('%d %b %Y') -}}" + PLAIN,
-        "seems to print today's date",
-    ),
     "never ends an answer": (
         PLAIN.replace("<|im_end|>\\n", "\\n"),
         "puts no special token after an answer",
@@ -159,6 +155,62 @@ def test_a_fixed_date_is_handed_to_the_template_and_exported(byte_tokenizer):
     exported = with_template(byte_tokenizer, template.to_jinja(tokenizer))
     messages = [message._asdict() for message in DIALOGUE]
     assert exported.apply_chat_template(messages, tokenize=False) == text
+
+
+LLAMA_31 = (
+    '{%- if not date_string is defined %}{%- set date_string = "26 Jul 2024" %}{%- endif %}'
+    "{{- 'Today Date: ' + date_string + '\\n' -}}"
+)
+LLAMA_32 = (
+    "{%- if not date_string is defined %}{%- if strftime_now is defined %}"
+    '{%- set date_string = strftime_now("%d %b %Y") %}{%- else %}'
+    '{%- set date_string = "25 Jul 2024" %}{%- endif %}{%- endif %}'
+    "{{- 'Today Date: ' + date_string + '\\n' -}}"
+)
+MISTRAL = "{%- set today = strftime_now('%Y-%m-%d') %}{{- 'Today: ' + today + '\\n' -}}"
+
+
+@pytest.mark.parametrize(
+    ("program", "date", "first_line"),
+    [
+        (LLAMA_31, None, "Today Date: 26 Jul 2024"),
+        (LLAMA_31, "2025-01-02", "Today Date: 02 Jan 2025"),
+        (LLAMA_32, None, "Today Date: 25 Jul 2024"),
+        (LLAMA_32, "2025-01-02", "Today Date: 02 Jan 2025"),
+        (MISTRAL, None, "Today: 2024-07-26"),
+        (MISTRAL, "2025-01-02", "Today: 2025-01-02"),
+        ("{{- strftime_now('%A, %-d %B %y') + '\\n' -}}", "2025-01-02", "Thursday, 2 January 25"),
+    ],
+)
+def test_a_program_that_prints_the_date_prints_one_and_the_same(
+    byte_tokenizer, program, date, first_line
+):
+    tokenizer = with_template(byte_tokenizer, program + PLAIN)
+    template = by_name("tokenizer", date=date)
+    text = template.text(DIALOGUE, tokenizer)
+    assert text.split("\n")[0] == first_line
+    rendered = template.render(DIALOGUE, tokenizer)
+    assert tokenizer.decode(rendered.token_ids) == text
+    # The exported one, in transformers alone, and as the tokenizer of what is trained next.
+    exported = with_template(byte_tokenizer, template.to_jinja(tokenizer))
+    messages = [message._asdict() for message in DIALOGUE]
+    assert exported.apply_chat_template(messages, return_dict=False) == rendered.token_ids
+    assert by_name("tokenizer").render(DIALOGUE, exported) == rendered
+    assert by_name("tokenizer", date=date).to_jinja(exported) == exported.chat_template
+
+
+def test_a_date_that_nothing_would_print_is_refused(byte_tokenizer):
+    with pytest.raises(ValueError, match="template_date='2025-01-02' must be None for 'chatml'"):
+        by_name("chatml", date="2025-01-02")
+    with pytest.raises(ValueError, match="must be a date as 2024-07-26"):
+        by_name("tokenizer", date="2 Jan 2025")
+    dated = by_name("tokenizer", date="2025-01-02")
+    with pytest.raises(ValueError, match="prints no date"):
+        dated.render(DIALOGUE, with_template(byte_tokenizer, PLAIN))
+    trained = with_template(byte_tokenizer, MISTRAL + PLAIN)
+    trained = with_template(trained, by_name("tokenizer").to_jinja(trained))
+    with pytest.raises(ValueError, match="was fixed to 2024-07-26 in training"):
+        dated.render(DIALOGUE, trained)
 
 
 def test_a_template_that_leaves_system_messages_out_is_refused(byte_tokenizer):
