@@ -55,9 +55,9 @@ def _models(base_url: str, key: str) -> list[str] | None:
     try:
         body = read_json(client.models.with_raw_response.list().content)
         listed = body.get("data") if isinstance(body, dict) else None
-        if not isinstance(listed, list | None):
-            raise NoCompletion("its list of models is no list")
-        ids = [one.get("id") for one in listed or () if isinstance(one, dict)]
+        if not isinstance(listed, list):
+            return None
+        ids = [one.get("id") for one in listed if isinstance(one, dict)]
         return [name for name in ids if isinstance(name, str)]
     except (openai.OpenAIError, NoCompletion) as error:
         if isinstance(error, openai.APIStatusError) and error.status_code in _NO_LIST:

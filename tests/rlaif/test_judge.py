@@ -1,0 +1,68 @@
+import json
+
+import httpx2
+import openai
+import pytest
+
+from huatuo_jax.rlaif import judge
+from huatuo_jax.rlaif.config import LabelsConfig
+
+KEY = "sk-0123456789abcdef"
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """Answers the question for the models with what is put into it."""
+    answer = {"status": 200, "content": b""}
+
+    def reply(request):
+        return httpx2.Response(**answer)
+
+    def make(**keywords):
+        client = httpx2.Client(transport=httpx2.MockTransport(reply))
+        return real(**keywords | {"max_retries": 0}, http_client=client)
+
+    real = openai.OpenAI
+    monkeypatch.setattr(judge.openai, "OpenAI", make)
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+
+    def answers(content, status_code=200):
+        answer.clear()
+        body = content if isinstance(content, bytes) else json.dumps(content).encode()
+        answer.update(status_code=status_code, content=body)
+
+    return answers
+
+
+def reach(model="m"):
+    return judge.reach_judge(LabelsConfig(base_url="http://host/v1", model=model, max_tokens=77))
+
+
+def test_the_only_model_of_a_server_is_the_judge(server):
+    server({"data": [{"id": "the-judge"}, None, {"id": None}]})
+    found = reach(model=None)
+    assert (found.model, found.max_tokens) == ("the-judge", 77)
+
+
+@pytest.mark.parametrize("body", [{"data": None}, {"models": [{"name": "m"}]}, [], "m", {}])
+def test_a_server_without_a_list_is_believed_to_have_the_named_model(server, body):
+    server(body)
+    assert reach().model == "m"
+    with pytest.raises(ValueError, match="has several models or none"):
+        reach(model=None)
+
+
+@pytest.mark.parametrize(
+    ("content", "status", "why"),
+    [
+        (b"<html>Sign in</html>", 200, "it begins '<html>Sign in"),
+        ({"error": {"message": f"no {KEY}\n\u001b[31m"}}, 401, r"no \[key\]"),
+        ({"error": {"message": "Insufficient Balance"}}, 402, "Insufficient Balance"),
+        (b"", 503, "503"),
+    ],
+)
+def test_a_server_that_does_not_answer_as_it_should_is_one_line(server, content, status, why):
+    server(content, status)
+    with pytest.raises(ValueError, match=why) as error:
+        reach()
+    assert str(error.value).isprintable() and KEY not in str(error.value)
