@@ -20,7 +20,8 @@ class EvaluationConfig:
         template: chat template by name.
         num_samples: answers of each model to each prompt.
         max_new_tokens: tokens of an answer at most.
-        temperature: answers are drawn at; above 0.
+        temperature: answers are drawn at, above 0; None for that of PPO's rollouts, at which reward
+            and KL are those that PPO trained for.
         seed: of the answers and of the bootstrap.
         rows_at_once: rows of a batch, where answers are scored.
         chunk_size: prompts whose answers are written together.
@@ -35,7 +36,7 @@ class EvaluationConfig:
     template: str = "huatuogpt"
     num_samples: int = 4
     max_new_tokens: int = 512
-    temperature: float = 1.0
+    temperature: float | None = None
     seed: int = 0
     rows_at_once: int = operational(8)
     chunk_size: int = operational(256)
@@ -47,5 +48,5 @@ class EvaluationConfig:
             value = getattr(self, name)
             if value < 1:
                 raise ValueError(f"{name}={value!r} must be at least 1")
-        if not 0 < self.temperature < math.inf:
+        if self.temperature is not None and not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature={self.temperature!r} must be above 0")

@@ -212,10 +212,16 @@ class RlaifConfig:
                 )
 
     def in_workdir(self, workdir: str | os.PathLike[str]) -> "RlaifConfig":
-        """The config with the run's folder in its paths and one's own data in its sources."""
+        """The config with the run's folder in its paths and one's own data in its sources.
+
+        The evaluation has what it takes from other stages: the base model, PPO's temperature.
+        """
         cfg = placed_in(self, workdir)
         base = cfg.evaluation.base or cfg.sft.model.directory or f"{workdir}/base/model"
-        evaluation = dataclasses.replace(cfg.evaluation, base=base)
+        temperature = cfg.evaluation.temperature
+        if temperature is None:
+            temperature = cfg.ppo.rollout.temperature
+        evaluation = dataclasses.replace(cfg.evaluation, base=base, temperature=temperature)
         if cfg.data is None:
             return dataclasses.replace(cfg, evaluation=evaluation)
         sources = tuple(
