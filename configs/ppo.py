@@ -11,7 +11,8 @@ first. The reward model then learns that the sample's answers are better than sp
 Prompts: the first words of the patients in the sample's real dialogues; or, after the directories,
 files of prompts of one's own.
 
-Other ways to go: `--config.ppo.estimator=rloo --config.ppo.rollout.answers_per_prompt=4`,
+Other ways to go: `--config=configs/ppo.py:rloo` or `configs/ppo.py:grpo` (four answers a prompt in
+place of a critic; before the directories where those are named, as `rloo,SFT_DIR,REWARD_DIR`),
 `--config.ppo.kl_in=sequence_square`, `--config.ppo.target_kl_per_sequence=2`.
 
 Curves are in `ppo/metrics.jsonl` (and TensorBoard), answers with score, KL and length in
@@ -26,7 +27,14 @@ from huatuo_jax.comparisons.made_comparisons import WHOLE_DIALOGUE
 from huatuo_jax.data import sample
 from huatuo_jax.data.held_out import HeldOutConfig
 from huatuo_jax.data.records import KINDS
-from huatuo_jax.ppo.config import PpoConfig, PpoLoopConfig, RolloutConfig, ScoreConfig, ValueConfig
+from huatuo_jax.ppo.config import (
+    Estimator,
+    PpoConfig,
+    PpoLoopConfig,
+    RolloutConfig,
+    ScoreConfig,
+    ValueConfig,
+)
 from huatuo_jax.ppo.prompts import PromptsConfig
 from huatuo_jax.reward.config import RewardConfig
 from huatuo_jax.sft import SftConfig
@@ -49,11 +57,17 @@ BACKBONE = BackboneConfig(
     tie_embeddings=True,
 )
 HELD_OUT = HeldOutConfig(share=0.2)
+CRITIC = ValueConfig(
+    optimizer=OptimizerConfig(learning_rate=3e-4, decay="constant", weight_decay=0.0)
+)
 
 
 def get_config(models_and_files: str = "") -> ConfigDict:
     """The stages, and the settings of each; see the module for the argument."""
     given = models_and_files.split(",") if models_and_files else []
+    estimator: Estimator = "gae"
+    if given and given[0] in ("rloo", "grpo"):
+        estimator = "grpo" if given.pop(0) == "grpo" else "rloo"
     if len(given) == 1:
         raise ValueError(f"configs/ppo.py:{given[0]}: name an SFT and a reward model's directory")
     files = tuple(given[2:])
@@ -71,11 +85,12 @@ def get_config(models_and_files: str = "") -> ConfigDict:
         optimizer=OptimizerConfig(
             learning_rate=1e-4, decay="constant", warmup_steps=4, weight_decay=0.0
         ),
-        value=ValueConfig(
-            optimizer=OptimizerConfig(learning_rate=3e-4, decay="constant", weight_decay=0.0)
-        ),
-        rollout=RolloutConfig(num_prompts=32, max_new_tokens=48),
+        value=CRITIC if estimator == "gae" else ValueConfig(),
+        rollout=RolloutConfig(num_prompts=32, max_new_tokens=48)
+        if estimator == "gae"
+        else RolloutConfig(num_prompts=8, answers_per_prompt=4, max_new_tokens=48),
         score=ScoreConfig(clip=5.0),
+        estimator=estimator,
         kl_coef=0.03,
         num_iterations=16,
         num_epochs=2,

@@ -75,6 +75,7 @@ def answer_prompts(
         ValueError: prompts or a model that cannot be, or answers made with other settings.
         OSError: a file cannot be read or written.
     """
+    assert cfg.temperature is not None
     bulk = BulkConfig(
         model=model,
         prompts=cfg.prompts,

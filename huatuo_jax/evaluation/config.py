@@ -21,7 +21,8 @@ class EvaluationConfig:
         template: chat template by name.
         num_samples: answers of each model to each prompt.
         max_new_tokens: tokens of an answer at most.
-        temperature: answers are drawn at; above 0.
+        temperature: answers are drawn at, above 0; None for that of PPO's rollouts, at which reward
+            and KL are those that PPO trained for.
         seed: of the answers and of the bootstrap.
         score: what a score counts, above all that of an answer that was cut off; None for the rule
             of the run's PPO, and for `AnswerScoreConfig()` where there is none.
@@ -38,7 +39,7 @@ class EvaluationConfig:
     template: str = "huatuogpt"
     num_samples: int = 4
     max_new_tokens: int = 512
-    temperature: float = 1.0
+    temperature: float | None = None
     seed: int = 0
     score: AnswerScoreConfig | None = None
     rows_at_once: int = operational(8)
@@ -51,5 +52,5 @@ class EvaluationConfig:
             value = getattr(self, name)
             if value < 1:
                 raise ValueError(f"{name}={value!r} must be at least 1")
-        if not 0 < self.temperature < math.inf:
+        if self.temperature is not None and not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature={self.temperature!r} must be above 0")

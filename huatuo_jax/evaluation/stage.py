@@ -39,17 +39,19 @@ def run_evaluation(
     mesh: Mesh,
     loss_rows: int,
     loss_chunk: int,
+    rollout_temperature: float,
 ) -> dict[str, Any]:
     """Evaluates a run's models; killed and run again, it goes on with the answers it has.
 
     Args:
-        cfg: which models and prompts; `cfg.base` is a folder.
+        cfg: which models and prompts; `cfg.base` is a folder, `cfg.temperature` a number.
         folder: where answers and scores are kept.
         data: the dialogues of fine-tuning, for the held-out loss; None to leave it out.
         compute: how losses and log-probabilities are computed.
         mesh: where.
         loss_rows: rows of a batch of dialogues.
         loss_chunk: positions of each row whose logits are held at once.
+        rollout_temperature: that PPO sampled at; told beside the evaluation's own.
 
     Returns:
         All figures, JSON values; figures over prompts with their 95 % interval.
@@ -59,7 +61,7 @@ def run_evaluation(
         OSError: a file cannot be read or written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    assert cfg.base is not None
+    assert cfg.base is not None and cfg.temperature is not None
     places = {"base": cfg.base, "sft": cfg.sft, "ppo": cfg.ppo}
     answers = {name: answer_prompts(name, places[name], cfg, folder) for name in MODELS}
     referenced = answer_as_referenced(cfg, folder)
@@ -92,6 +94,7 @@ def run_evaluation(
             "num_samples": cfg.num_samples,
             "max_new_tokens": cfg.max_new_tokens,
             "temperature": cfg.temperature,
+            "rollout_temperature": rollout_temperature,
             "seed": cfg.seed,
         },
     }

@@ -1,7 +1,7 @@
 """The settings of a PPO stage."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 from huatuo_jax.backbone.lora import LoraConfig
 from huatuo_jax.ppo.prompts import PromptsConfig
@@ -13,6 +13,7 @@ from huatuo_jax.training.run_directory import operational
 
 Estimator = Literal["gae", "rloo", "grpo"]
 KlPlace = Literal["reward", "sequence_square", "k3"]
+Denominator = Literal["tokens", "max_new_tokens", "answers"]
 
 
 def _require_positive(name: str, value: float | None, *, whole: bool = False) -> None:
@@ -21,6 +22,16 @@ def _require_positive(name: str, value: float | None, *, whole: bool = False) ->
     fits = value >= 1 if whole else value > 0
     if not (fits and value < float("inf")):
         raise ValueError(f"{name}={value!r} must be {'at least 1' if whole else 'above 0'}")
+
+
+def _changed(section: Any, *names: str) -> list[str]:
+    """The fields, of these or of all, that do not have their default; with their plain values."""
+    return [
+        field.name if dataclasses.is_dataclass(value) else f"{field.name}={value!r}"
+        for field in dataclasses.fields(section)
+        if (not names or field.name in names)
+        and (value := getattr(section, field.name)) != field.default
+    ]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,7 +100,9 @@ class ValueConfig:
     Attributes:
         start: where its trunk comes from: the `reward` model, the `policy`'s model (a copy), or
             `shared`: the policy's own frozen trunk, with adapters of its own.
-        head: `zero`, or `keep` the reward model's, brought to the scale of the scores.
+        head: `zero`, or `keep` the reward model's, on the scale of the scores: their mean taken off
+            and divided by their deviation where `score.scale` is `stored`, as it is where scores
+            are `raw`. The scale of `running` scores is not known when the critic is made.
         lora: train these adapters and the head; None trains the whole model.
         optimizer: None for the policy's settings.
         clip: how far a value may move from the old one before its loss is flat; None for no clip.
@@ -159,26 +172,31 @@ class PpoConfig:
         score: how answers are rewarded.
         estimator: `gae` with a critic (PPO); `rloo` (arXiv 2402.14740) and `grpo` (arXiv
             2402.03300) compare the answers to a prompt.
-        divide_by_deviation: `grpo` as published; without it, the gradient of `rloo` but for a
-            factor.
-        gamma: discount of `gae`.
+        divide_by_deviation: `grpo` as published, which also has `denominator='answers'`; without
+            it, the gradient of `rloo` but for a factor.
+        gamma: discount of `gae`; the other estimators have none.
         gae_lambda: of `gae`; 1 for no trust in the critic.
         whiten_advantages: `gae`'s advantages get mean 0 and variance 1 over the rollout.
         kl_coef: weight of the KL penalty, the first one where it adapts.
         kl_in: `reward` takes it off each token's reward (k1); `sequence_square` and `k3` put it
             into the loss, the latter with another optimum, see `rl.kl`.
         target_kl_per_sequence: in nats of a whole answer: the coefficient adapts to it.
-        kl_gain: how fast it does.
+        kl_gain: how fast it does; not while the critic alone is trained.
         clip_low: of the policy's ratio.
         clip_high: of the policy's ratio.
         dual_clip: bound of the ratio where the advantage is negative.
         entropy_coef: weight of the entropy bonus.
-        fixed_denominator: divide losses by `max_new_tokens` an answer, not by the tokens there are.
+        denominator: what the losses of a step are divided by: its `tokens`, all of which weigh the
+            same (DAPO, arXiv 2503.14476); `max_new_tokens` for each answer, however long it is
+            (Dr. GRPO, arXiv 2503.20783); or its `answers`, each of which is the mean over its own
+            tokens, so that a token of a short answer weighs more (GRPO as published, arXiv
+            2402.03300, equation 3).
         num_iterations: rollouts in all.
         num_epochs: passes over each rollout.
         num_minibatches: optimizer steps of a pass.
         stop_at_kl: the passes over a rollout end before a step whose minibatch has a larger
-            approximate KL (k3, nats a token) from the policy that sampled; None for no bound.
+            approximate KL (k3, nats a token) from the policy that sampled; None for no bound. The
+            schedules of the learning rates count the steps that are left out.
         micro_batch_size: rows that go through a model at once; None for a whole minibatch.
         packed: lay several answers of a minibatch into a row, which changes rounding only.
         seed: of everything random.
@@ -207,7 +225,7 @@ class PpoConfig:
     clip_high: float = 0.2
     dual_clip: float | None = None
     entropy_coef: float = 0.0
-    fixed_denominator: bool = False
+    denominator: Denominator = "tokens"
     num_iterations: int = 100
     num_epochs: int = 3
     num_minibatches: int = 1
@@ -239,6 +257,8 @@ class PpoConfig:
             raise ValueError(f"kl_gain={self.kl_gain!r} must be above 0 and below 5")
         self._check_sizes()
         self._check_estimator()
+        self._check_unused()
+        self._check_kept_head()
 
     def _check_sizes(self) -> None:
         answers = self.rollout.num_answers
@@ -267,6 +287,42 @@ class PpoConfig:
             raise ValueError(f"estimator={self.estimator!r} needs rollout.answers_per_prompt >= 2")
         if self.score.on_truncation == "bootstrap":
             raise ValueError("score.on_truncation='bootstrap' needs a critic: estimator='gae'")
+
+    def _check_unused(self) -> None:
+        """Raise ValueError for fields that are set and that other fields leave without a use."""
+        unused: list[tuple[str, list[str]]] = []
+        if not self.has_critic:
+            of_gae = _changed(self, "gamma", "gae_lambda", "whiten_advantages")
+            of_critic = [f"value.{name}" for name in _changed(self.value)]
+            unused.append((f"estimator={self.estimator!r}", of_gae + of_critic))
+        if self.estimator != "grpo":
+            found = _changed(self, "divide_by_deviation")
+            unused.append((f"estimator={self.estimator!r}", found))
+        if self.target_kl_per_sequence is None:
+            unused.append(("target_kl_per_sequence=None", _changed(self, "kl_gain")))
+        if self.kl_coef == 0:  # It is multiplied, and stays 0.
+            unused.append(("kl_coef=0.0", _changed(self, "target_kl_per_sequence")))
+        if self.num_epochs * self.num_minibatches == 1:  # The first step's KL is 0.
+            unused.append(("a rollout of one step", _changed(self, "stop_at_kl")))
+        for reason, names in unused:
+            if names:
+                raise ValueError(f"{reason} has no use for {', '.join(names)}: leave it out")
+
+    def _check_kept_head(self) -> None:
+        """Raise ValueError where rewards have another scale than the reward model's head."""
+        if not self.has_critic or self.value.head != "keep":
+            return
+        score = self.score
+        for name, fits, right in (
+            ("of", score.of == "reward_model", "of='reward_model'"),
+            ("scale", score.scale != "running", "scale='stored' or 'raw'"),
+            ("whiten", not score.whiten, "whiten=False"),
+        ):
+            if not fits:
+                raise ValueError(
+                    f"value.head='keep' needs score.{right}, not {getattr(score, name)!r}: the "
+                    "head is on the scale of the reward model's scores"
+                )
 
     @property
     def has_critic(self) -> bool:

@@ -239,7 +239,7 @@ def _scaled(
     if cfg.score.scale == "running":
         # Scores that are all the same are at their mean, whatever they are divided by.
         deviation = running.standard_deviation
-        deviation = jnp.where(deviation > 0, deviation, 1.0)
+        deviation = jnp.where(deviation == 0, 1.0, deviation)
         return normalised_scores(scores_N, mean=running.mean, standard_deviation=deviation)
     assert normalization is not None
     return normalised_scores(

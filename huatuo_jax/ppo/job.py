@@ -181,7 +181,7 @@ def make_job(
 
 
 def _tokens_allowed(cfg: PpoConfig) -> int | None:
-    return cfg.rollout.max_new_tokens if cfg.fixed_denominator else None
+    return cfg.rollout.max_new_tokens if cfg.denominator == "max_new_tokens" else None
 
 
 def _policy_loss(cfg: PpoConfig, policy: InitialModel) -> RowLoss:
@@ -195,11 +195,16 @@ def _policy_loss(cfg: PpoConfig, policy: InitialModel) -> RowLoss:
         num_answers=cfg.minibatch_size,
         tokens_allowed=_tokens_allowed(cfg),
         chunk=cfg.compute.loss_chunk,
+        mean_per_answer=cfg.denominator == "answers",
     )
     return policy_row_loss(policy.transformer, objective)
 
 
 def _value_loss(cfg: PpoConfig, critic: Critic) -> RowLoss:
     return value_row_loss(
-        critic.model.transformer, clip=cfg.value.clip, tokens_allowed=_tokens_allowed(cfg)
+        critic.model.transformer,
+        clip=cfg.value.clip,
+        tokens_allowed=_tokens_allowed(cfg),
+        mean_per_answer=cfg.denominator == "answers",
+        offset=critic.head_offset,
     )

@@ -6,6 +6,7 @@ Numbers of a token lie in its own slot; the critic's value there is that of the 
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 
@@ -34,6 +35,7 @@ class PolicyObjective:
         num_answers: of a minibatch at most.
         tokens_allowed: the fixed denominator; None for the tokens there are.
         chunk: positions of each row whose logits are held at once.
+        mean_per_answer: the loss is the mean over answers of the mean over their tokens.
     """
 
     temperature: float
@@ -45,6 +47,7 @@ class PolicyObjective:
     num_answers: int
     tokens_allowed: int | None
     chunk: int
+    mean_per_answer: bool = False
 
 
 def policy_row_loss(
@@ -81,8 +84,15 @@ def _policy_row_loss(
         clip_high=objective.clip_high,
         dual_clip=objective.dual_clip,
         tokens_allowed=objective.tokens_allowed,
+        mean_per_answer=objective.mean_per_answer,
     )
-    sums = add_entropy_bonus(sums, entropies_BT, mask_BT, entropy_coef=objective.entropy_coef)
+    sums = add_entropy_bonus(
+        sums,
+        entropies_BT,
+        mask_BT,
+        entropy_coef=objective.entropy_coef,
+        mean_per_answer=objective.mean_per_answer,
+    )
     if objective.kl_loss is not None:
         reference_BT = batch["reference_log_probs"]
         sums = add_kl_loss(
@@ -93,39 +103,52 @@ def _policy_row_loss(
             kl_coef=kl_coef,
             kind=objective.kl_loss,
             answers=Answers(batch["answers"], objective.num_answers),
+            mean_per_answer=objective.mean_per_answer,
         )
     return sums, {"log_probs": jax.lax.stop_gradient(log_probs_BT)}
 
 
 def value_row_loss(
-    model: Transformer, *, clip: float | None, tokens_allowed: int | None
+    model: Transformer,
+    *,
+    clip: float | None,
+    tokens_allowed: int | None,
+    mean_per_answer: bool = False,
+    offset: float = 0.0,
 ) -> "functools.partial[tuple[LossSums, Outputs]]":
     """The critic's loss as a pass takes it.
 
     Its outputs are `values`, those of the states before the tokens, and `values_after`, those of
     the states after them; both mean nothing outside of answers.
+
+    Args:
+        model: a backbone with a score head.
+        clip: see `rl.losses.value_loss`.
+        tokens_allowed: see there.
+        mean_per_answer: see there.
+        offset: added to what the head gives.
     """
-    return functools.partial(_value_row_loss, model, clip, tokens_allowed)
+    return functools.partial(
+        _value_row_loss,
+        model,
+        functools.partial(
+            value_loss, clip=clip, tokens_allowed=tokens_allowed, mean_per_answer=mean_per_answer
+        ),
+        offset,
+    )
 
 
 def _value_row_loss(
     model: Transformer,
-    clip: float | None,
-    tokens_allowed: int | None,
+    loss: Callable[..., LossSums],
+    offset: float,
     variables: Variables,
     batch: Batch,
     kl_coef: jax.Array,
 ) -> tuple[LossSums, Outputs]:
     del kl_coef
-    after_BT = head_scores(model, variables, batch)
+    after_BT = head_scores(model, variables, batch) + offset
     values_BT = at_tokens(after_BT)
-    sums = value_loss(
-        values_BT,
-        batch["old_values"],
-        batch["returns"],
-        batch["mask"],
-        clip=clip,
-        tokens_allowed=tokens_allowed,
-    )
+    sums = loss(values_BT, batch["old_values"], batch["returns"], batch["mask"])
     outputs = {"values": values_BT, "values_after": after_BT}
     return sums, jax.lax.stop_gradient(outputs)

@@ -115,11 +115,13 @@ class Critic:
         model: with a score head.
         shares_trunk: the policy's frozen trunk is its own too; it has adapters and a head.
         head_scale: the head of `model` is multiplied by it, with 0 for values that start at 0.
+        head_offset: added to what the head gives, all through the run; the head has no bias.
     """
 
     model: InitialModel
     shares_trunk: bool
     head_scale: float
+    head_offset: float = 0.0
 
     def make_state(self, key: jax.Array, optimizer: Optimizer, mesh: Mesh) -> TrainState:
         """The state before the first step, in its shards."""
@@ -169,18 +171,26 @@ def open_critic(cfg: PpoConfig, policy: InitialModel, reward: RewardModel | None
     """
     if not cfg.has_critic:
         return None
-    scale = 0.0
+    scale, offset = 0.0, 0.0
     if cfg.value.start == "reward":
         if reward is None:
             raise ValueError("value.start='reward' needs a reward model")
         section = ModelConfig(directory=str(reward.info.folder), lora=cfg.value.lora)
         if cfg.value.head == "keep":
-            found = reward.normalization
-            scale = 1.0 if found is None else 1.0 / found.standard_deviation
+            # Scores are normalised or, without a normalization, raw: as the head gives them.
+            found, scale = reward.normalization, 1.0
+            if found is not None:
+                scale = 1.0 / found.standard_deviation
+                offset = -found.mean / found.standard_deviation
     else:
         section = dataclasses.replace(cfg.model, lora=cfg.value.lora, freeze_embeddings=False)
     model = open_model(section, policy.compute, head="score")
-    return Critic(model=model, shares_trunk=cfg.value.start == "shared", head_scale=scale)
+    return Critic(
+        model=model,
+        shares_trunk=cfg.value.start == "shared",
+        head_scale=scale,
+        head_offset=offset,
+    )
 
 
 def make_reference(policy: InitialModel, key: jax.Array, mesh: Mesh) -> Variables:

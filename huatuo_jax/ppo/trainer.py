@@ -24,6 +24,7 @@ from huatuo_jax.ppo.rollout import AnswerScorer, Rollout, Sampler
 from huatuo_jax.ppo.state import PpoState
 from huatuo_jax.ppo.update import Pass
 from huatuo_jax.sharding import OnMesh, batch_shards, put_whole
+from huatuo_jax.training.optimizer import advance_schedule
 from huatuo_jax.training.state import TrainState, Variables
 
 NUMBERS_OF_TOKENS = (
@@ -80,6 +81,7 @@ class Trainer:
     def iterate(self, state: PpoState) -> tuple[PpoState, IterationReport]:
         """The state after one more iteration; the one before is used up."""
         spent = Spent()
+        trains_policy = int(state.iteration) >= self.cfg.warmup_iterations
         with spent.on("generation"):
             rollout = self._sample(state)
         with spent.on("scoring"):
@@ -90,7 +92,7 @@ class Trainer:
             targets = on_host(self.make_targets(experience, state.kl_coef, state.scores))
         with spent.on("update"):
             rows = self._training_rows(rollout, experience, targets)
-            state, sums = self._update(state, rows, layouts)
+            state, sums = self._update(state, rows, layouts, trains_policy=trains_policy)
         report = IterationReport(
             cfg=self.cfg,
             iteration=int(state.iteration) + 1,
@@ -102,11 +104,13 @@ class Trainer:
             spent=spent,
         )
         place = jax.NamedSharding(self.mesh, jax.P())
+        # Before its first step the policy's KL is 0, which says nothing of the coefficient.
+        kl_coef = targets.kl_coef if trains_policy else state.kl_coef
         return dataclasses.replace(
             state,
             iteration=state.iteration + 1,
             next_prompt=state.next_prompt + self.cfg.rollout.num_prompts,
-            kl_coef=jax.device_put(targets.kl_coef, place),
+            kl_coef=jax.device_put(kl_coef, place),
             scores=jax.device_put(targets.running, place),
         ), report
 
@@ -181,17 +185,27 @@ class Trainer:
         }
 
     def _update(
-        self, state: PpoState, rows: Rows, layouts: Sequence[Sequence[Layout]]
+        self,
+        state: PpoState,
+        rows: Rows,
+        layouts: Sequence[Sequence[Layout]],
+        *,
+        trains_policy: bool,
     ) -> tuple[PpoState, UpdateSums]:
-        """All passes over the rollout, or those up to the bound of the KL."""
+        """All passes over the rollout, or those up to the bound of the KL.
+
+        The learning rates go by the plan of the run: updates that the bound leaves out are passed
+        over in their schedules, which end with the run all the same.
+        """
         sums = UpdateSums()
-        trains_policy = int(state.iteration) >= self.cfg.warmup_iterations
-        for layout in itertools.chain.from_iterable(layouts):
+        planned = list(itertools.chain.from_iterable(layouts))
+        for number, layout in enumerate(planned):
             minibatch = self._placed(rows, layout)
             if trains_policy:
                 found = self._policy_pass(state, minibatch, differentiate=True)
                 if self._is_too_far(found):
                     sums.stopped_early = True
+                    state = _without_updates(state, len(planned) - number)
                     break
                 policy, metrics = self.policy.apply(state.policy, found.sums, found.gradients)
                 sums.policy.append(metrics)
@@ -238,3 +252,16 @@ class Trainer:
 
     def _placed(self, rows: Rows, layout: Layout) -> dict[str, jax.Array]:
         return put_whole(layout.pack(rows), self.mesh)
+
+
+def _without_updates(state: PpoState, number: int) -> PpoState:
+    """The state as it goes on where so many planned updates are not taken."""
+
+    def advanced(part: TrainState) -> TrainState:
+        return dataclasses.replace(part, opt_state=advance_schedule(part.opt_state, number))
+
+    return dataclasses.replace(
+        state,
+        policy=advanced(state.policy),
+        value=None if state.value is None else advanced(state.value),
+    )

@@ -147,10 +147,22 @@ def evaluation(run: Run) -> str:
         paragraph(
             f"{found['num_prompts']} prompts, {found['sampling']['num_samples']} answers of each "
             f"model to each, drawn at temperature {found['sampling']['temperature']:g}.",
+            *_other_temperature(found["sampling"]),
             "Intervals hold 95 % of a bootstrap over prompts; differences are taken prompt by "
             "prompt.",
         ),
     )
+
+
+def _other_temperature(sampling: Mapping[str, Any]) -> list[str]:
+    """That PPO sampled at another temperature, where it did; older runs do not tell."""
+    rollouts = sampling["rollout_temperature"] if "rollout_temperature" in sampling else None
+    if rollouts in (None, sampling["temperature"]):
+        return []
+    return [
+        f"PPO sampled at temperature {rollouts:g}: rewards and KL here are not those that it was "
+        "trained for."
+    ]
 
 
 def answers(run: Run, *, num_prompts: int) -> str:

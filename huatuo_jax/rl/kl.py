@@ -65,6 +65,7 @@ def kl_losses(
     *,
     kind: KlLoss,
     answers: Answers | None = None,
+    mean_per_answer: bool = False,
 ) -> jax.Array:
     """The penalty as a loss, of each answer, to be summed and divided as the policy's is.
 
@@ -77,16 +78,21 @@ def kl_losses(
         mask_BT: the answers' tokens.
         kind: `sequence_square` or `k3`.
         answers: None for one a row.
+        mean_per_answer: divide each answer's by its number of tokens, as `masks.per_token` does.
 
     Raises:
         ValueError: an unknown kind.
     """
     ratios_BT = log_ratios(log_probs_BT, jax.lax.stop_gradient(reference_log_probs_BT), mask_BT)
     if kind == "sequence_square":
-        return jnp.square(sum_by_answer(ratios_BT, mask_BT, answers)) / 2
-    if kind == "k3":
-        return sum_by_answer(k3(ratios_BT), mask_BT, answers)
-    raise ValueError(f"kind={kind!r} must be 'sequence_square' or 'k3'")
+        losses = jnp.square(sum_by_answer(ratios_BT, mask_BT, answers)) / 2
+    elif kind == "k3":
+        losses = sum_by_answer(k3(ratios_BT), mask_BT, answers)
+    else:
+        raise ValueError(f"kind={kind!r} must be 'sequence_square' or 'k3'")
+    if not mean_per_answer:
+        return losses
+    return losses / jnp.maximum(sum_by_answer(jnp.ones_like(ratios_BT), mask_BT, answers), 1)
 
 
 def next_kl_coef(

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from huatuo_jax.rl.gauges import policy_sums, preference_sums, value_sums
 from huatuo_jax.rl.kl import KlLoss, kl_losses, log_ratios
-from huatuo_jax.rl.masks import Answers, count_terms, masked, wide
+from huatuo_jax.rl.masks import Answers, count_terms, masked, per_token, wide
 from huatuo_jax.training.update import LossSums
 
 
@@ -28,6 +28,7 @@ def policy_loss(
     clip_high: float,
     dual_clip: float | None = None,
     tokens_allowed: int | None = None,
+    mean_per_answer: bool = False,
 ) -> LossSums:
     """The clipped surrogate (arXiv 1707.06347, equation 7), bounded on the log scale.
 
@@ -47,6 +48,7 @@ def policy_loss(
         dual_clip: bounds the ratio of tokens with A < 0 to this (arXiv 1912.09729, equation 5),
             None for no bound.
         tokens_allowed: see `masks.count_terms`.
+        mean_per_answer: see there.
 
     Returns:
         Sums of the loss; `others` are `gauges.policy_sums`.
@@ -68,22 +70,32 @@ def policy_loss(
     if dual_clip is not None:
         lowered_BT = jnp.minimum(lowered_BT, math.log(dual_clip))
     bounded_BT = jnp.where(advantages_BT > 0, raised_BT, lowered_BT)
-    bounded_BT = jnp.where(advantages_BT == 0, 0, bounded_BT)
+    # From both sides, which leaves a ratio that is no number as it is.
+    within_BT = jnp.minimum(lowered_BT, highest)
+    bounded_BT = jnp.where(advantages_BT == 0, within_BT, bounded_BT)
     gauges = policy_sums(
         jax.lax.stop_gradient(ratios_BT),
         mask_BT,
         clipped_low_BT=(advantages_BT < 0) & (ratios_BT < lowest),
         clipped_high_BT=(advantages_BT > 0) & (ratios_BT > highest),
     )
+    gains_BT = advantages_BT * jnp.exp(bounded_BT)
     return LossSums(
-        loss=-(advantages_BT * jnp.exp(bounded_BT)).sum(),
-        num_terms=count_terms(mask_BT, tokens_allowed=tokens_allowed),
+        loss=-per_token(gains_BT, mask_BT, mean_per_answer=mean_per_answer).sum(),
+        num_terms=count_terms(
+            mask_BT, tokens_allowed=tokens_allowed, mean_per_answer=mean_per_answer
+        ),
         others=gauges,
     )
 
 
 def add_entropy_bonus(
-    sums: LossSums, entropies_BT: jax.Array, mask_BT: jax.Array, *, entropy_coef: float
+    sums: LossSums,
+    entropies_BT: jax.Array,
+    mask_BT: jax.Array,
+    *,
+    entropy_coef: float,
+    mean_per_answer: bool = False,
 ) -> LossSums:
     """The loss less entropy_coef times the entropy at each token (arXiv 1707.06347, equation 9).
 
@@ -94,13 +106,15 @@ def add_entropy_bonus(
             gradient of its mean is 0.
         mask_BT: the answers' tokens.
         entropy_coef: at least 0.
+        mean_per_answer: as the policy's loss was told.
 
     Returns:
-        The sums, with `entropy` among the others.
+        The sums, with `entropy` (of all tokens alike) among the others.
     """
-    entropy = masked(entropies_BT, mask_BT).sum()
-    others = sums.others | {"entropy": jax.lax.stop_gradient(entropy)}
-    return LossSums(sums.loss - entropy_coef * entropy, sums.num_terms, others)
+    bonus = per_token(entropies_BT, mask_BT, mean_per_answer=mean_per_answer).sum()
+    entropy = masked(jax.lax.stop_gradient(entropies_BT), mask_BT).sum()
+    others = sums.others | {"entropy": entropy}
+    return LossSums(sums.loss - entropy_coef * bonus, sums.num_terms, others)
 
 
 def add_kl_loss(
@@ -112,6 +126,7 @@ def add_kl_loss(
     kl_coef: float | jax.Array,
     kind: KlLoss,
     answers: Answers | None = None,
+    mean_per_answer: bool = False,
 ) -> LossSums:
     """The loss with the KL penalty in it, for rewards that hold none (`kl_coef=0` there).
 
@@ -123,23 +138,30 @@ def add_kl_loss(
         kl_coef: its weight.
         kind: see `kl.kl_losses`; `k3` has another optimum than the penalty in the reward.
         answers: None for one a row.
+        mean_per_answer: as the policy's loss was told.
 
     Returns:
-        The sums, with `kl_loss` (unweighted) among the others.
+        The sums, with `kl_loss` (unweighted, of all tokens alike) among the others.
 
     Raises:
         ValueError: an unknown kind.
     """
 
-    def penalty(log_probs_BT: jax.Array) -> jax.Array:
+    def penalty(log_probs_BT: jax.Array, *, mean_per_answer: bool) -> jax.Array:
         return kl_losses(
-            log_probs_BT, reference_log_probs_BT, mask_BT, kind=kind, answers=answers
+            log_probs_BT,
+            reference_log_probs_BT,
+            mask_BT,
+            kind=kind,
+            answers=answers,
+            mean_per_answer=mean_per_answer,
         ).sum()
 
     # A penalty past all range, or its gradient, times a weight of 0 would be no number.
     weighed_BT = jnp.where(jnp.asarray(kl_coef) == 0, reference_log_probs_BT, log_probs_BT)
-    others = sums.others | {"kl_loss": penalty(jax.lax.stop_gradient(log_probs_BT))}
-    return LossSums(sums.loss + kl_coef * penalty(weighed_BT), sums.num_terms, others)
+    weighed = kl_coef * penalty(weighed_BT, mean_per_answer=mean_per_answer)
+    plain = penalty(jax.lax.stop_gradient(log_probs_BT), mean_per_answer=False)
+    return LossSums(sums.loss + weighed, sums.num_terms, sums.others | {"kl_loss": plain})
 
 
 def value_loss(
@@ -150,6 +172,7 @@ def value_loss(
     *,
     clip: float | None,
     tokens_allowed: int | None = None,
+    mean_per_answer: bool = False,
 ) -> LossSums:
     """Half the squared error of the critic, that of the value held near the old one if larger.
 
@@ -163,6 +186,7 @@ def value_loss(
         mask_BT: the answers' tokens.
         clip: how far from the old value counts; None for the plain squared error.
         tokens_allowed: see `masks.count_terms`; the policy's.
+        mean_per_answer: see there; the policy's.
 
     Returns:
         Sums of the loss; `others` are `gauges.value_sums`.
@@ -188,8 +212,10 @@ def value_loss(
         jax.lax.stop_gradient(values_BT), returns_BT, mask_BT, clipped_BT=is_clipped_BT
     )
     return LossSums(
-        loss=squares_BT.sum() / 2,
-        num_terms=count_terms(mask_BT, tokens_allowed=tokens_allowed),
+        loss=per_token(squares_BT, mask_BT, mean_per_answer=mean_per_answer).sum() / 2,
+        num_terms=count_terms(
+            mask_BT, tokens_allowed=tokens_allowed, mean_per_answer=mean_per_answer
+        ),
         others=gauges,
     )
 

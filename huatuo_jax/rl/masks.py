@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from huatuo_jax.training.losses import next_tokens
+from huatuo_jax.training.losses import at_tokens, next_tokens
 
 
 class Answers(NamedTuple):
@@ -89,21 +89,57 @@ def over_tokens(values_B: jax.Array, mask_BT: jax.Array) -> jax.Array:
     return jnp.where(mask_BT, wide(values_B)[:, None], 0)
 
 
-def count_terms(mask_BT: jax.Array, *, tokens_allowed: int | None = None) -> jax.Array:
+def answer_lengths(mask_BT: jax.Array) -> jax.Array:
+    """How many tokens the answer of each token has, int `[B, T]`; 0 outside of the mask."""
+    num_slots = mask_BT.shape[1]
+    slots_1T = jnp.arange(num_slots)[None, :]
+    starts_BT = mask_BT & ~at_tokens(mask_BT)
+    first_BT = jax.lax.cummax(jnp.where(starts_BT, slots_1T, 0), axis=1)
+    last_BT = jnp.where(last_tokens(mask_BT), slots_1T, num_slots)
+    last_BT = jax.lax.cummin(last_BT, axis=1, reverse=True)
+    return jnp.where(mask_BT, last_BT - first_BT + 1, 0)
+
+
+def per_token(values_BT: jax.Array, mask_BT: jax.Array, *, mean_per_answer: bool) -> jax.Array:
+    """What each token adds to the sum of a loss, zero outside of the mask.
+
+    Args:
+        values_BT: of the tokens.
+        mask_BT: the answers' tokens.
+        mean_per_answer: divide by the number of tokens of the token's answer.
+    """
+    values_BT = masked(values_BT, mask_BT)
+    if not mean_per_answer:
+        return values_BT
+    return values_BT / jnp.maximum(answer_lengths(mask_BT), 1).astype(values_BT.dtype)
+
+
+def count_terms(
+    mask_BT: jax.Array, *, tokens_allowed: int | None = None, mean_per_answer: bool = False
+) -> jax.Array:
     """What the sums of a loss are divided by, once added up over the whole optimizer step.
 
-    Both keep every token's weight independent of the answer it stands in; a mean for each answer
-    would not, and would favour short good answers and long bad ones (arXiv 2503.20783, section 3).
+    The first two keep every token's weight independent of the answer it stands in. The third does
+    not: it favours short good answers and long bad ones (arXiv 2503.20783, section 3).
+
+    - Neither argument: the number of tokens in the step (DAPO, arXiv 2503.14476, equation 8).
+    - `tokens_allowed`: that many for each answer, so that the scale does not move with the lengths
+      and the gradient is an unbiased estimate (Dr. GRPO, arXiv 2503.20783).
+    - `mean_per_answer`: the number of answers, the terms of each being divided by its own tokens
+      (GRPO, arXiv 2402.03300, equation 3).
 
     Args:
         mask_BT: the tokens.
-        tokens_allowed: None divides by the number of tokens in the step; a number counts that many
-            for each answer however long it is, so that the scale does not move with the lengths
-            and the gradient is an unbiased estimate (same source).
+        tokens_allowed: of an answer at most.
+        mean_per_answer: as `per_token` was told.
 
     Raises:
-        ValueError: `tokens_allowed` is less than 1.
+        ValueError: `tokens_allowed` is less than 1, or both are given.
     """
+    if tokens_allowed is not None and mean_per_answer:
+        raise ValueError(f"tokens_allowed={tokens_allowed!r} must be None for mean_per_answer=True")
+    if mean_per_answer:
+        return count_answers(mask_BT)
     if tokens_allowed is None:
         return mask_BT.sum()
     if tokens_allowed < 1:

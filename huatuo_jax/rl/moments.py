@@ -123,6 +123,7 @@ def whiten(
     """
     values_BT = masked(values_BT, mask_BT)
     shifted_BT = values_BT - statistics.mean if shift_mean else values_BT
-    has_spread = statistics.standard_deviation > 0
-    scale = jnp.where(has_spread, jax.lax.rsqrt(statistics.variance + epsilon), 0)
-    return masked(jnp.where(has_spread, shifted_BT, 0) * scale, mask_BT)
+    # Asked so that a spread that is no number stays one.
+    has_none = statistics.standard_deviation == 0
+    scaled_BT = shifted_BT * jax.lax.rsqrt(statistics.variance + epsilon)
+    return masked(jnp.where(has_none, 0, scaled_BT), mask_BT)

@@ -236,11 +236,19 @@ class RlaifConfig:
         return None if changed or (told and data.template == "tokenizer") else model.directory
 
     def in_workdir(self, workdir: str | os.PathLike[str]) -> "RlaifConfig":
-        """The config with the run's folder in its paths and one's own data in its sources."""
+        """The config with the run's folder in its paths and one's own data in its sources.
+
+        The evaluation has what it takes from other stages: the base model, PPO's temperature.
+        """
         cfg = placed_in(self, workdir)
         base = cfg.evaluation.base or cfg.base_as_it_is or f"{workdir}/base/model"
         rule = cfg.evaluation.score or cfg.ppo.score.outside_training
-        evaluation = dataclasses.replace(cfg.evaluation, base=base, score=rule)
+        temperature = cfg.evaluation.temperature
+        if temperature is None:
+            temperature = cfg.ppo.rollout.temperature
+        evaluation = dataclasses.replace(
+            cfg.evaluation, base=base, score=rule, temperature=temperature
+        )
         if cfg.data is None:
             return dataclasses.replace(cfg, evaluation=evaluation)
         sources = tuple(

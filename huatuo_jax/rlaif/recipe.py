@@ -63,6 +63,8 @@ def run_rlaif(
     check_inputs(cfg, folder, wanted)
     if "labels" in wanted and multi_host.is_first():
         reach_judge(cfg.labels)
+    if "evaluation" in wanted and multi_host.is_first():
+        tell_temperatures(cfg)
     # Nothing is begun, nor waited for, before all have looked at everything.
     multi_host.barrier("inputs checked")
     _keep_compiled(folder)
@@ -118,6 +120,17 @@ def run_stages(stages: Sequence[Stage], journal: Journal, wanted: set[str]) -> N
             journal.stop(stage.name)
             raise
         journal.finish(stage.name, result)
+
+
+def tell_temperatures(cfg: RlaifConfig) -> None:
+    """Says where the evaluation is not at the temperature that PPO samples at."""
+    own, rollouts = cfg.evaluation.temperature, cfg.ppo.rollout.temperature
+    if own != rollouts:
+        print(
+            f"evaluation.temperature={own} is not ppo.rollout.temperature={rollouts}: rewards and "
+            "KL of the evaluation are not those that PPO trains for",
+            flush=True,
+        )
 
 
 def _keep_compiled(folder: pathlib.Path) -> None:

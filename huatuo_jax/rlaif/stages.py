@@ -199,6 +199,7 @@ def _evaluation(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:
             mesh=cfg.sft.mesh.make(),
             loss_rows=cfg.sft.rows_at_once,
             loss_chunk=cfg.sft.compute.loss_chunk,
+            rollout_temperature=cfg.ppo.rollout.temperature,
         )
         multi_host.by_first("evaluation", lambda: write_json(output, found))
         return _main_figures(found)

@@ -23,7 +23,7 @@ class OptimizerConfig:
     Attributes:
         learning_rate: the highest one, reached at the end of the warm-up.
         decay: how it falls after the warm-up: `cosine` (arXiv 1608.03983), `linear`, `constant`.
-        final_share: the share of `learning_rate` it falls to.
+        final_share: the share of `learning_rate` it falls to; not with `constant`.
         warmup_share: share of all updates that the linear warm-up takes; the updates are rounded
             up.
         warmup_steps: updates that it takes, instead of a share.
@@ -61,6 +61,8 @@ class OptimizerConfig:
                 raise _wrong(name, getattr(self, name), "at least 0 and below 1")
         if not 0 <= self.final_share <= 1:
             raise _wrong("final_share", self.final_share, "between 0 and 1")
+        if self.decay == "constant" and self.final_share != 0:
+            raise _wrong("final_share", self.final_share, "left out for decay='constant'")
         if self.warmup_share is not None and self.warmup_steps is not None:
             raise _wrong("warmup_steps", self.warmup_steps, "None where warmup_share is given")
         if self.warmup_share is not None and not 0 <= self.warmup_share <= 1:
@@ -145,6 +147,40 @@ def make_optimizer(cfg: OptimizerConfig, *, num_steps: int) -> Optimizer:
         mask=is_decayed,
     )
     return Optimizer(cfg, num_steps, transformation)
+
+
+def schedule_position(opt_state: Any, default: jax.Array) -> jax.Array:
+    """The update that an optimizer's schedule comes to next, counted from 0.
+
+    Args:
+        opt_state: of `make_optimizer`'s transformation.
+        default: for a transformation whose learning rate has no schedule.
+    """
+    found = [leaf for leaf in _with_schedules(opt_state) if _is_schedule(leaf)]
+    return jnp.asarray(found[0].count) if found else default
+
+
+def advance_schedule(opt_state: Any, updates: int) -> Any:
+    """The optimizer's state with its schedule so many updates further on.
+
+    For updates that were planned and are not taken. Adam's own count, that of the gradients it has
+    seen, stays as it is.
+    """
+    if not updates:
+        return opt_state
+    return jax.tree.map(
+        lambda leaf: leaf._replace(count=leaf.count + updates) if _is_schedule(leaf) else leaf,
+        opt_state,
+        is_leaf=_is_schedule,
+    )
+
+
+def _with_schedules(opt_state: Any) -> list[Any]:
+    return jax.tree.leaves(opt_state, is_leaf=_is_schedule)
+
+
+def _is_schedule(node: Any) -> bool:
+    return isinstance(node, optax.ScaleByScheduleState)
 
 
 def is_decayed(params: Any) -> Any:

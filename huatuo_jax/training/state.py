@@ -24,7 +24,8 @@ class TrainState:
 
     Attributes:
         step: batches consumed.
-        num_updates: updates applied; the schedule goes by it.
+        num_updates: updates applied; the schedule goes by a count of its own in `opt_state`, which
+            is the same unless `optimizer.advance_schedule` moved it on.
         num_not_finite: batches skipped because their loss or gradient was not finite.
         not_finite_in_a_row: how many of the last batches those were.
         num_empty: batches skipped because they held no trained token.

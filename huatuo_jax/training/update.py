@@ -9,7 +9,7 @@ import optax
 from jax.sharding import Mesh
 
 from huatuo_jax import sharding
-from huatuo_jax.training.optimizer import Optimizer, clip_by_norm
+from huatuo_jax.training.optimizer import Optimizer, clip_by_norm, schedule_position
 from huatuo_jax.training.state import TrainState, Variables, join
 
 Batch = Mapping[str, jax.Array]
@@ -85,7 +85,9 @@ def apply_gradients(
         "loss": sums.loss,
         "num_terms": sums.num_terms,
         "grad_norm": norm,
-        "learning_rate": optimizer.learning_rate(state.num_updates),
+        "learning_rate": optimizer.learning_rate(
+            schedule_position(state.opt_state, state.num_updates)
+        ),
     }
     counters = _count(state, is_empty=is_empty, is_finite=is_finite)
     new_state = TrainState(

@@ -16,14 +16,14 @@ def _run(tmp_path, *, longest, seed, num_iterations, num_answers, learning_rate,
     """The final policy over all answers, the reference's, and the rewards."""
     scorer = table(longest=longest, seed=seed)
     rollout = {"num_prompts": num_answers // 8, "answers_per_prompt": 8, "max_new_tokens": longest}
+    if changed.get("estimator", "gae") == "gae":
+        changed |= {"whiten_advantages": False, "gae_lambda": 1.0}
     cfg = config(
         rollout=rollout | changed.pop("rollout", {}),
         optimizer={"learning_rate": learning_rate},
         kl_coef=BETA,
         num_iterations=num_iterations,
-        fixed_denominator=True,
-        whiten_advantages=False,
-        gae_lambda=1.0,
+        denominator="max_new_tokens",
         loop={"checkpoint_every": num_iterations, "samples_per_iteration": 0},
         **changed,
     )

@@ -41,7 +41,9 @@ def _experience():
 
 
 def _targets(experience, *, running=None, normalization=None, **changed):
-    cfg = config(**({"gae_lambda": 1.0, "whiten_advantages": False} | changed))
+    if changed.get("estimator", "gae") == "gae":
+        changed = {"gae_lambda": 1.0, "whiten_advantages": False} | changed
+    cfg = config(**changed)
     make = compile_targets(cfg, stop_token_ids=(END,), normalization=normalization)
     return make(experience, jnp.float32(KL_COEF), running or no_moments())
 
@@ -118,7 +120,8 @@ def test_an_answer_that_was_cut_off_goes_on_with_the_value_where_it_was_cut():
 def test_groups_are_compared_by_their_whole_rewards(estimator):
     experience = _experience()
     rollout = {"num_prompts": 2, "answers_per_prompt": 2}
-    found = _targets(experience, estimator=estimator, rollout=rollout, divide_by_deviation=False)
+    undivided = {"divide_by_deviation": False} if estimator == "grpo" else {}
+    found = _targets(experience, estimator=estimator, rollout=rollout, **undivided)
     totals_N = _plain_returns(experience, experience.raw_scores_N)[:, START]
     baseline_N = totals_N.reshape(2, 2)[:, ::-1].reshape(-1)
     advantages_N = (totals_N - baseline_N) * (1.0 if estimator == "rloo" else 0.5)

@@ -111,10 +111,13 @@ def test_rows_come_in_few_numbers_that_micro_batches_and_shards_divide(size, at_
 @pytest.mark.parametrize(
     "changed",
     [
-        {"entropy_coef": 0.05, "fixed_denominator": True},
+        {"entropy_coef": 0.05, "denominator": "max_new_tokens"},
         {"estimator": "rloo", "kl_in": "sequence_square", "micro_batch_size": 2},
+        {"entropy_coef": 0.05, "kl_in": "k3", "denominator": "answers"},
+        {"estimator": "grpo", "kl_in": "sequence_square", "denominator": "answers"}
+        | {"micro_batch_size": 2},
     ],
-    ids=["critic", "sequences in the loss"],
+    ids=["critic", "sequences in the loss", "mean of answers", "mean of micro-batches' answers"],
 )
 def test_packing_changes_only_rounding(changed, tmp_path):
     shape = {"num_prompts": 8, "answers_per_prompt": 2}

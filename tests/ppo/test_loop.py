@@ -5,12 +5,14 @@ import shutil
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 from huatuo_jax import json_lines
 from huatuo_jax.ppo.loop import train
 from huatuo_jax.training.loop import Diverged
 from huatuo_jax.training.metrics import read_rows
+from huatuo_jax.training.optimizer import schedule_position
 from tests.ppo.tiny import PROMPT, Table, config, run_tiny, table, tiny_job
 
 
@@ -95,6 +97,67 @@ def test_a_run_goes_on_over_samples_that_hold_unicode_line_separators(tmp_path):
     shutil.rmtree(job.directory.checkpoints / "3")  # As a kill right before it leaves things.
     train(job, cfg.loop)
     assert path.read_bytes() == unbroken
+
+
+def test_the_coefficient_waits_for_the_policy_to_be_trained(tmp_path):
+    """While the critic alone is trained, the KL is 0 whatever the coefficient is."""
+    cfg = config(
+        value={"warmup_iterations": 3}, num_iterations=6, target_kl_per_sequence=1e-4, kl_coef=0.03
+    )
+    run_tiny(cfg, tmp_path)
+    rows = _rows(tmp_path)
+    coefficients = [row["ppo/kl_coef"] for row in rows]
+    assert coefficients[:4] == pytest.approx([0.03] * 4, rel=1e-6)
+    errors = [row["ppo/kl_per_sequence"] / 1e-4 - 1 for row in rows]
+    for before, after, error in zip(coefficients[3:], coefficients[4:], errors[3:], strict=False):
+        assert after == pytest.approx(before * (1 + 0.1 * np.clip(error, -0.2, 0.2)), rel=1e-5)
+    assert coefficients[4] != coefficients[3]
+
+
+@pytest.mark.parametrize("stop_at_kl", [None, 1e-9])
+def test_learning_rates_come_to_their_end_wherever_the_passes_end(tmp_path, stop_at_kl):
+    """A linear decay over all planned steps; the first step of an iteration is always taken."""
+    cfg = config(
+        num_iterations=5, value={"warmup_iterations": 2}, stop_at_kl=stop_at_kl, num_epochs=3
+    )
+    state, _ = run_tiny(cfg, tmp_path)
+    rows = _rows(tmp_path)
+    a_rollout, peak = 6, cfg.optimizer.learning_rate
+    stops = stop_at_kl == 1e-9
+    last_of = 0 if stops else a_rollout - 1
+    for iteration, row in enumerate(rows):
+        step = iteration * a_rollout + (last_of if iteration >= 2 else a_rollout - 1)
+        expected = peak * (1 - step / (5 * a_rollout))
+        assert row["ppo/value_learning_rate"] == pytest.approx(expected, rel=1e-5)
+        if iteration >= 2:
+            step = (iteration - 2) * a_rollout + last_of
+            expected = peak * (1 - step / (3 * a_rollout))
+            assert row["ppo/policy_learning_rate"] == pytest.approx(expected, rel=1e-5)
+    assert int(state.policy.num_updates) == (3 if stops else 18)
+    for part, planned in ((state.policy, 18), (state.value, 30)):
+        assert int(schedule_position(part.opt_state, part.num_updates)) == planned
+        adam = [one for one in jax.tree.leaves(part.opt_state, is_leaf=_is_adam) if _is_adam(one)]
+        assert int(adam[0].count) == int(part.num_updates)
+
+
+def _is_adam(node):
+    return isinstance(node, optax.ScaleByAdamState)
+
+
+@pytest.mark.slow
+def test_a_bound_that_is_never_met_changes_no_bit(tmp_path):
+    found = [
+        run_tiny(config(stop_at_kl=bound, num_iterations=2), tmp_path / str(bound))
+        for bound in (None, 1e9)
+    ]
+    for left, right in zip(
+        *(jax.tree.leaves((state.policy, state.value)) for state, _ in found), strict=True
+    ):
+        assert (
+            np.array_equal(jax.random.key_data(left), jax.random.key_data(right))
+            if (jax.dtypes.issubdtype(left.dtype, jax.dtypes.prng_key))
+            else np.array_equal(left, right)
+        )
 
 
 @pytest.mark.slow

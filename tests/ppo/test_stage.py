@@ -27,13 +27,16 @@ from huatuo_jax.ppo.config import (
     ScoreConfig,
     ValueConfig,
 )
+from huatuo_jax.ppo.job import critic_of
 from huatuo_jax.ppo.prompts import PromptsConfig, open_prompts
+from huatuo_jax.ppo.roles import open_critic, open_reward_model
 from huatuo_jax.ppo.stage import run_ppo
+from huatuo_jax.ppo.trainer import NUMBERS_OF_TOKENS
 from huatuo_jax.scoring import GivenAnswer, Normalization, Scorer, save_normalization
-from huatuo_jax.training.initial_model import ModelConfig
+from huatuo_jax.training.initial_model import ModelConfig, open_model
 from huatuo_jax.training.metrics import read_rows
 from huatuo_jax.training.optimizer import OptimizerConfig
-from huatuo_jax.training.sections import to_section
+from huatuo_jax.training.sections import from_section, to_section
 
 ROOT = pathlib.Path(__file__).parents[2]
 TOKENIZER = sample.FOLDER / "tokenizer"
@@ -196,13 +199,14 @@ WAYS = {
     },
     "reward model's head and adapters": {
         "value": ValueConfig(head="keep", lora=LoraConfig(rank=2, alpha=4.0)),
-        "score": ScoreConfig(on_truncation="bootstrap", penalty=None, scale="running", whiten=True),
+        "score": ScoreConfig(on_truncation="bootstrap", penalty=None),
     },
     "policy's copy": {
         "value": ValueConfig(start="policy", warmup_iterations=1),
         "micro_batch_size": 1,
         "kl_in": "k3",
         "stop_at_kl": 0.05,
+        "score": ScoreConfig(penalty=0.5, scale="running", whiten=True),
     },
     "rloo": {
         "estimator": "rloo",
@@ -213,6 +217,7 @@ WAYS = {
         "estimator": "grpo",
         "rollout": RolloutConfig(num_prompts=2, answers_per_prompt=2, max_new_tokens=6),
         "entropy_coef": 0.01,
+        "denominator": "answers",
         "score": ScoreConfig(scale="raw"),
     },
 }
@@ -237,6 +242,52 @@ def test_every_way_to_make_the_roles_runs(files, tmp_path, way):
     before = load_params(find_model(files / "sft"))
     kernels = [tree["layers"]["attention"]["qkv"]["kernel"] for tree in (before, after)]
     assert not np.array_equal(*kernels)
+
+
+@pytest.mark.parametrize("scale", ["stored", "raw"])
+def test_a_kept_head_gives_the_scores_as_they_enter_the_reward(files, scale):
+    section = _config(files, value=ValueConfig(head="keep"), score=ScoreConfig(scale=scale))
+    cfg = from_section(PpoConfig, section, path="config.ppo")
+    policy = open_model(cfg.model, cfg.compute.compute_config())
+    reward = open_reward_model(
+        cfg.reward_model,
+        scale=scale,
+        max_length=cfg.max_length,
+        tokenizer=load_tokenizer(TOKENIZER),
+    )
+    critic = open_critic(cfg, policy, reward)
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    valued = critic_of(cfg, critic, mesh)
+    state = critic.make_state(jax.random.key(0), valued.optimizer, mesh)
+    draw = np.random.default_rng(0)
+    answers = [
+        GivenAnswer(draw.integers(3, 2000, length).astype(np.int32), 2) for length in (5, 9, 9, 3)
+    ]
+    scorer = reward.make_scorer(policy.compute, mesh, rows_at_once=4, row_length=16)
+    raw_N = scorer.scores(answers)
+    expected_N = NORMALIZATION.apply(raw_N) if scale == "stored" else raw_N
+    rows = {
+        "token_ids": np.zeros((4, 16), np.int32),
+        "segment_ids": np.zeros((4, 16), np.int32),
+        "answers": np.zeros((4, 16), np.int32),
+        "positions": np.broadcast_to(np.arange(16, dtype=np.int32), (4, 16)),
+    }
+    for row, one in enumerate(answers):
+        rows["token_ids"][row, : len(one.token_ids)] = one.token_ids
+        rows["segment_ids"][row, : len(one.token_ids)] = 1
+    rows["mask"] = rows["segment_ids"] > 0
+    rows |= dict.fromkeys(NUMBERS_OF_TOKENS, np.zeros((4, 16), np.float32))
+    found = valued.learner.run_pass(
+        state.trained,
+        critic.frozen(state.frozen, {}),
+        sharding.put_whole(rows, mesh),
+        jax.numpy.float32(0.0),
+        False,
+    )
+    last_N = [len(one.token_ids) - 1 for one in answers]
+    after_N = np.asarray(found.outputs["values_after"])[range(4), last_N]
+    assert np.ptp(after_N) > 0.1
+    np.testing.assert_allclose(after_N, expected_N, rtol=1e-5, atol=1e-6)
 
 
 def test_a_value_head_that_is_zero_starts_at_0_and_a_kept_one_does_not(files, trained):
@@ -332,6 +383,11 @@ def test_the_default_config_names_its_stages_and_takes_models():
     config = ppo.get_config("one/model,two/model,mine.jsonl")
     assert config.stages == ("ppo",) and config.ppo.data.paths == ("mine.jsonl",)
     assert (config.ppo.model.directory, config.ppo.reward_model) == ("one/model", "two/model")
+    config = ppo.get_config("rloo")
+    assert config.stages == ("sft", "reward", "ppo") and config.ppo.estimator == "rloo"
+    config = ppo.get_config("grpo,one/model,two/model")
+    assert config.stages == ("ppo",) and config.ppo.estimator == "grpo"
+    assert config.ppo.rollout.answers_per_prompt == 4
 
 
 @pytest.mark.slow

@@ -43,10 +43,11 @@ def _model(head):
     )
 
 
-def _loss(head):
+def _loss(head, *, by_answer=False):
+    model = _model(head).transformer
     if head == "lm":
-        return policy_row_loss(_model(head).transformer, OBJECTIVE)
-    return value_row_loss(_model(head).transformer, clip=0.2, tokens_allowed=None)
+        return policy_row_loss(model, dataclasses.replace(OBJECTIVE, mean_per_answer=by_answer))
+    return value_row_loss(model, clip=0.2, tokens_allowed=None, mean_per_answer=by_answer)
 
 
 def _rows(*, junk=None):
@@ -73,12 +74,15 @@ def _rows(*, junk=None):
     return rows
 
 
-def _pass(head, rows, *, num_micro_batches=1, mesh=None, spread=True):
+def _pass(head, rows, *, num_micro_batches=1, mesh=None, by_answer=False):
     """Sums, outputs and gradients as numpy."""
     mesh = mesh or one_device()
     state = _model(head).make_state(jax.random.key(1), _optimizer(), mesh)
     run = compile_pass(
-        _loss(head), state, mesh, rows_at_once=len(rows["mask"]) // num_micro_batches
+        _loss(head, by_answer=by_answer),
+        state,
+        mesh,
+        rows_at_once=len(rows["mask"]) // num_micro_batches,
     )
     found = run(state.trained, state.frozen, put_on_mesh(rows, mesh), jnp.float32(0.1), True)
     return jax.device_get(found)
@@ -149,6 +153,14 @@ def test_micro_batches_change_only_rounding(head, expected, number):
         np.testing.assert_allclose(
             found.outputs[name][mask_BT], array_BT[mask_BT], rtol=0, atol=1e-5
         )
+
+
+@pytest.mark.parametrize("number", [2, 8])
+def test_a_mean_of_answers_is_that_of_the_whole_step_whatever_its_micro_batches(head, number):
+    whole, parts = (_pass(head, _rows(), num_micro_batches=n, by_answer=True) for n in (1, number))
+    _assert_close(parts, whole)
+    assert int(whole.sums.num_terms) == int(parts.sums.num_terms) == ROWS
+    assert float(whole.sums.loss) != pytest.approx(float(_pass(head, _rows()).sums.loss), rel=1e-2)
 
 
 @pytest.mark.parametrize(

@@ -80,10 +80,11 @@ def table(*, longest, seed=0, scale=1.0):
 
 def config(**changed):
     """A run on one prompt; sections are changed as `rollout={"num_prompts": 4}`."""
+    has_critic = changed.get("estimator", "gae") == "gae"
     sections = {
         "rollout": RolloutConfig(num_prompts=8, answers_per_prompt=1, max_new_tokens=3),
         "score": ScoreConfig(scale="raw", on_truncation="keep", penalty=None),
-        "value": ValueConfig(start="policy"),
+        "value": ValueConfig(start="policy") if has_critic else ValueConfig(),
         "compute": ComputeSection(loss_chunk=4),
         "loop": PpoLoopConfig(checkpoint_every=2, tensorboard=False, samples_per_iteration=2),
         "optimizer": OptimizerConfig(

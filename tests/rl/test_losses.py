@@ -98,6 +98,13 @@ def test_an_advantage_of_0_has_loss_0_and_gradient_0_at_any_ratio(log_ratio, dua
     np.testing.assert_array_equal(gradient_BT, 0)
 
 
+def test_a_log_probability_that_is_no_number_is_not_hidden_by_an_advantage_of_0():
+    zeros_BT, mask_BT = jnp.zeros((1, 2)), jnp.ones((1, 2), bool)
+    spoilt_BT = jnp.array([[jnp.nan, 0.0]])
+    sums = losses.policy_loss(spoilt_BT, zeros_BT, zeros_BT, mask_BT, **CLIPS)
+    assert np.isnan(sums.loss)
+
+
 @pytest.mark.parametrize("kl_coef", [0.0, 0.1])
 @pytest.mark.parametrize("kind", ["k3", "sequence_square"])
 @pytest.mark.parametrize("log_ratio", [-1e4, -89.0, 89.0, 1e4])
@@ -190,6 +197,61 @@ def test_the_value_loss_and_its_gradient_equal_a_loop(clip):
     assert bool(clipped) == (clip is not None)
     fixed = losses.value_loss(rollout.values_BT, *arrays, clip=clip, tokens_allowed=50)
     assert fixed.num_terms == 250
+
+
+@pytest.mark.parametrize("kind", ["k3", "sequence_square"])
+def test_the_mean_of_each_answers_mean_equals_a_loop_gradients_included(kind):
+    """As GRPO was published: each answer is the mean over its own tokens, then all are alike."""
+    rollout = make_rollout(5).with_junk(np.nan)
+    _, slopes_BT, _, _ = _policy_by_hand(rollout)
+    loss, critic, num_answers = 0.0, 0.0, 0
+    expected_BT = np.zeros_like(slopes_BT)
+    for row, slots in rollout.places():
+        if not slots:
+            continue
+        num_answers += 1
+        whole = sum(rollout.log_probs_BT[row, t] - rollout.reference_BT[row, t] for t in slots)
+        of_answer = 0.05 * whole**2 / 2 if kind == "sequence_square" else 0.0
+        of_critic = 0.0
+        for t in slots:
+            advantage = rollout.advantages_BT[row, t]
+            ratio = math.exp(rollout.log_probs_BT[row, t] - rollout.old_BT[row, t])
+            of_answer -= min(ratio * advantage, min(max(ratio, 0.8), 1.28) * advantage)
+            of_answer -= 0.01 * rollout.entropies_BT[row, t]
+            apart = rollout.log_probs_BT[row, t] - rollout.reference_BT[row, t]
+            slope = whole if kind == "sequence_square" else 1 - math.exp(-apart)
+            if kind == "k3":
+                of_answer += 0.05 * (math.exp(-apart) - 1 + apart)
+            expected_BT[row, t] = (slopes_BT[row, t] + 0.05 * slope) / len(slots)
+            of_critic += (rollout.values_BT[row, t] - rollout.rewards_BT[row, t]) ** 2 / 2
+        loss += of_answer / len(slots)
+        critic += of_critic / len(slots)
+
+    def summed(log_probs_BT):
+        sums = _policy(rollout, log_probs_BT, mean_per_answer=True)
+        sums = losses.add_entropy_bonus(
+            sums, rollout.entropies_BT, rollout.mask_BT, entropy_coef=0.01, mean_per_answer=True
+        )
+        sums = losses.add_kl_loss(
+            sums,
+            log_probs_BT,
+            rollout.reference_BT,
+            rollout.mask_BT,
+            kl_coef=0.05,
+            kind=kind,
+            mean_per_answer=True,
+        )
+        return sums.loss, sums
+
+    (found, sums), gradient_BT = jax.value_and_grad(summed, has_aux=True)(rollout.log_probs_BT)
+    assert found == pytest.approx(loss, rel=1e-12)
+    np.testing.assert_allclose(gradient_BT, expected_BT, rtol=1e-10, atol=1e-14)
+    assert sums.num_terms == num_answers == 5
+    # Gauges stay those of all tokens alike.
+    assert sums.others["entropy"] == pytest.approx(rollout.entropies_BT[rollout.mask_BT].sum())
+    arrays = (rollout.values_BT, rollout.old_values_BT, rollout.rewards_BT, rollout.mask_BT)
+    valued = losses.value_loss(*arrays, clip=None, mean_per_answer=True)
+    assert valued.loss == pytest.approx(critic, rel=1e-12) and valued.num_terms == 5
 
 
 def _pairs():

@@ -58,5 +58,27 @@ def test_terms_are_tokens_or_a_fixed_number_for_each_answer():
     mask_BT = jnp.asarray(make_rollout().mask_BT)
     assert masks.count_terms(mask_BT) == 16
     assert masks.count_terms(mask_BT, tokens_allowed=10) == 50  # The empty row is no answer.
+    assert masks.count_terms(mask_BT, mean_per_answer=True) == 5
     with pytest.raises(ValueError, match="tokens_allowed=0 must be at least 1"):
         masks.count_terms(mask_BT, tokens_allowed=0)
+    with pytest.raises(ValueError, match="tokens_allowed=9 must be None for mean_per_answer=True"):
+        masks.count_terms(mask_BT, tokens_allowed=9, mean_per_answer=True)
+
+
+def test_each_token_knows_the_length_of_its_answer_where_a_row_holds_several():
+    mask_BT = jnp.array(
+        [
+            [False, True, True, False, True, False, False, True],
+            [True, True, True, True, True, True, True, True],
+            [False] * 8,
+            [True, False, False, True, True, True, False, False],
+        ]
+    )
+    np.testing.assert_array_equal(
+        jax.jit(masks.answer_lengths)(mask_BT),
+        [[0, 2, 2, 0, 1, 0, 0, 1], [8] * 8, [0] * 8, [1, 0, 0, 3, 3, 3, 0, 0]],
+    )
+    values_BT = jnp.where(mask_BT, 6.0, jnp.nan)
+    np.testing.assert_array_equal(
+        masks.per_token(values_BT, mask_BT, mean_per_answer=True)[3], [6, 0, 0, 2, 2, 2, 0, 0]
+    )

@@ -74,6 +74,13 @@ def test_whitening_numbers_that_are_all_equal_gives_zeros(value, shift_mean):
         np.testing.assert_array_equal(whitened_BT, 0)
 
 
+@pytest.mark.parametrize("shift_mean", [True, False])
+def test_whitening_keeps_a_number_that_is_none(shift_mean):
+    values_BT, mask_BT = jnp.array([[1.0, jnp.nan, 1.0]]), jnp.ones((1, 3), bool)
+    found_BT = whiten(values_BT, mask_BT, moments(values_BT, mask_BT), shift_mean=shift_mean)
+    assert np.isnan(found_BT).all()
+
+
 def test_whitening_does_not_enlarge_the_rounding_of_a_large_mean():
     values_BT = jnp.array([[1e4, 1e4, np.nextafter(np.float32(1e4), np.float32(2e4))]])
     mask_BT = jnp.ones((1, 3), bool)

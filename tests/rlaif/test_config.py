@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from huatuo_jax.rlaif.config import STAGES, LabelsConfig, RlaifConfig
+from huatuo_jax.rlaif.recipe import tell_temperatures
 from huatuo_jax.training.sections import from_section
 from tests.rlaif.tiny import section, tiny_recipe
 
@@ -41,6 +42,22 @@ def test_paths_are_put_into_the_runs_folder_wherever_they_stand(recipe, tmp_path
     assert placed.ppo.model.directory == f"{tmp_path}/sft/model"
     assert placed.evaluation.base == f"{tmp_path}/base/model"
     assert "{workdir}" not in repr(placed)
+
+
+def test_the_evaluation_samples_like_ppo_unless_it_is_told_otherwise(recipe, tmp_path, capsys):
+    rollout = dataclasses.replace(recipe.ppo.rollout, temperature=0.7)
+    cooler = dataclasses.replace(recipe, ppo=dataclasses.replace(recipe.ppo, rollout=rollout))
+    assert recipe.in_workdir(tmp_path).evaluation.temperature == 1.0
+    tied = cooler.in_workdir(tmp_path)
+    assert tied.evaluation.temperature == 0.7
+    tell_temperatures(tied)
+    assert capsys.readouterr().out == ""
+    own = dataclasses.replace(cooler.evaluation, temperature=1.0)
+    told = dataclasses.replace(cooler, evaluation=own).in_workdir(tmp_path)
+    assert told.evaluation.temperature == 1.0
+    tell_temperatures(told)
+    message = "evaluation.temperature=1.0 is not ppo.rollout.temperature=0.7"
+    assert message in capsys.readouterr().out
 
 
 def test_data_of_ones_own_replaces_the_sources(recipe, tmp_path):
