@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from huatuo_jax.comparisons.data import Answer, AnswersConfig, make_answer, tokenize_answers
+from huatuo_jax.data.accounting import Account
 from huatuo_jax.data.files import Row, read_rows
 from huatuo_jax.data.readers import read_records
 from huatuo_jax.data.records import Comparison, Dialogue, Message, Messages, Prompt
@@ -21,12 +22,14 @@ class Answered(NamedTuple):
         prompt: what the answers answer.
         answers: continuations of it that end with the doctor.
         several: whether the record can hold more than one, as opposed to a dialogue.
+        place: file and line of the record.
     """
 
     record: dict[str, Any]
     prompt: Messages
     answers: tuple[Messages, ...]
     several: bool
+    place: str
 
     @property
     def dialogues(self) -> list[Messages]:
@@ -34,18 +37,26 @@ class Answered(NamedTuple):
         return [self.prompt + answer for answer in self.answers]
 
 
-def read_answered(path: str) -> Iterator[Answered]:
+def read_answered(path: str, account: Account) -> Iterator[Answered]:
     """The records of a file of dialogues, of comparisons, or of several answers a prompt.
+
+    Args:
+        path: the file.
+        account: is told of its rows.
 
     Raises:
         ValueError: it cannot be read, or holds records without an answer.
     """
     first = next((row for row in read_rows(path) if isinstance(row, Row)), None)
     if first is not None and _is_answers_record(first.value):
-        yield from _read_answers_file(path)
+        for answered in _read_answers_file(path):
+            account.rows += 1
+            account.rows_used += 1
+            yield answered
         return
     answers: tuple[Messages, ...]
-    for record in read_records(path, empty_answers=True):
+    reading = read_records(path, empty_answers=True)
+    for record in reading:
         if isinstance(record, Dialogue):
             prompt, answers = record.messages[:-1], (record.messages[-1:],)
         elif isinstance(record, Comparison):
@@ -53,18 +64,35 @@ def read_answered(path: str) -> Iterator[Answered]:
         else:
             kind = type(record).__name__
             raise ValueError(f"{path}: record {record.id!r} is a {kind}, which holds no answer")
-        yield Answered(record.to_json(), prompt, answers, isinstance(record, Comparison))
+        yield Answered(
+            record.to_json(),
+            prompt,
+            answers,
+            isinstance(record, Comparison),
+            f"{path}:{reading.line}",
+        )
+    account.add_rows(reading)
 
 
 def read_answers(
-    path: str, cfg: AnswersConfig, tokenizer: "PreTrainedTokenizerBase"
+    path: str,
+    cfg: AnswersConfig,
+    tokenizer: "PreTrainedTokenizerBase",
+    account: Account | None = None,
 ) -> list[Answer]:
-    """All answers of a file as tokens; those that cannot be said in the template are left out.
+    """All answers of a file as tokens; those that do not fit are left out and counted.
+
+    Args:
+        path: the file.
+        cfg: how they are said.
+        tokenizer: the model's.
+        account: is told of all rows and answers.
 
     Raises:
-        ValueError: as `read_answered`, or no answer is left.
+        ValueError: as `read_answered`, or more answers do not fit than `cfg.max_left_out_share`.
     """
-    records = list(read_answered(path))
+    account = Account("answers") if account is None else account
+    records = list(read_answered(path, account))
     tokens = tokenize_answers(
         (dialogue for record in records for dialogue in record.dialogues), cfg, tokenizer
     )
@@ -72,10 +100,13 @@ def read_answers(
     for record in records:
         for continuation in record.answers:
             found = tokens[record.prompt + continuation]
-            if not isinstance(found, str):
-                answers.append(make_answer(found, record.prompt, continuation))
-    if not answers:
-        raise ValueError(f"{path}: none of its answers fits max_length={cfg.max_length} tokens")
+            if isinstance(found, str):
+                account.leave_out(found, record.place)
+                continue
+            account.use("to be scored")
+            answers.append(make_answer(found, record.prompt, continuation))
+    limit = f"max_length={cfg.max_length}"
+    account.check(cfg.max_left_out_share, name="max_left_out_share", limit=limit)
     return answers
 
 
@@ -111,4 +142,4 @@ def _read_answers_file(path: str) -> Iterator[Answered]:
         if not all(isinstance(text, str) for text in texts):
             raise ValueError(f"{row.file} line {row.line}: an answer's text is no text")
         answers = tuple((Message("assistant", text),) for text in texts)
-        yield Answered(dict(row.value), prompt, answers, True)
+        yield Answered(dict(row.value), prompt, answers, True, f"{row.file}:{row.line}")

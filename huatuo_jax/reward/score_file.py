@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,10 +14,11 @@ from huatuo_jax.backbone.transformer import Transformer
 from huatuo_jax.checkpoint import models
 from huatuo_jax.checkpoint.tokenizer import load_tokenizer
 from huatuo_jax.comparisons.data import AnswersConfig, DialogueTokens, tokenize_answers
+from huatuo_jax.data.accounting import Account, check_share
 from huatuo_jax.data.chat import TruncationPolicy
 from huatuo_jax.data.records import Messages
 from huatuo_jax.json_lines import write_rows
-from huatuo_jax.progress import progress_bar
+from huatuo_jax.progress import progress_bar, tell
 from huatuo_jax.reward.answers import Answered, read_answered
 from huatuo_jax.scoring import GivenAnswer, Normalization, Scorer, load_normalization
 
@@ -34,6 +35,8 @@ class ScoreConfig:
         template: chat template by name; `tokenizer` for the tokenizer's own.
         truncation: what becomes of a dialogue longer than `max_length`.
         max_length: tokens of a dialogue; None for the model's positions.
+        max_left_out_share: share of the answers that may stay without a score, because they are
+            too long or the template cannot render them.
         rows_at_once: rows that go through the model together, a multiple of the mesh's shards.
         row_length: tokens of a row, which holds several answers; None for the longest's.
         compute_dtype: None for float32 on CPU, bfloat16 elsewhere.
@@ -48,6 +51,7 @@ class ScoreConfig:
     template: str = "huatuogpt"
     truncation: TruncationPolicy = "drop_oldest_turns"
     max_length: int | None = None
+    max_left_out_share: float = 0.1
     rows_at_once: int = 8
     row_length: int | None = None
     compute_dtype: str | None = None
@@ -65,6 +69,7 @@ class ScoreConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
+        check_share(self.max_left_out_share, name="max_left_out_share")
 
 
 class Scored(NamedTuple):
@@ -83,13 +88,18 @@ class Scored(NamedTuple):
         return line if self.mean is None else f"{line}, mean score {self.mean:.4f}"
 
 
-def score_file(cfg: ScoreConfig) -> Scored:
+def score_file(cfg: ScoreConfig, say: Callable[[str], object] = tell) -> Scored:
     """Writes each record of the input with the scores of its answers.
 
     A dialogue gets `score`, a record of several answers `scores` in their order (of a comparison:
     chosen, rejected). They are raw; where the model was stored with a normalization,
     `normalized_score` or `normalized_scores` stands beside them. An answer that does not fit, or
     that the template cannot say, has null.
+
+    Args:
+        cfg: what to score.
+        say: called with what the user should know of the answers before any is scored, in the
+            first process.
 
     Raises:
         ValueError: a file, model or setting that cannot be, before anything is compiled.
@@ -110,7 +120,8 @@ def score_file(cfg: ScoreConfig) -> Scored:
             f"max_length={limit} must be at most the model's {info.cfg.max_positions} positions"
         )
     answers_cfg = AnswersConfig(template=cfg.template, truncation=cfg.truncation, max_length=limit)
-    records = list(read_answered(cfg.input))
+    account = Account("answers")
+    records = list(read_answered(cfg.input, account))
     dialogues = [dialogue for record in records for dialogue in record.dialogues]
     if not dialogues:
         raise ValueError(f"{cfg.input}: none of its records has an answer to score")
@@ -121,6 +132,17 @@ def score_file(cfg: ScoreConfig) -> Scored:
             f"{cfg.input}: none of its {len(dialogues)} answers can be scored with"
             f" max_length={limit}: {', '.join(sorted(set(unsayable)))}"
         )
+    for record in records:
+        for dialogue in record.dialogues:
+            found = tokens[dialogue]
+            if isinstance(found, str):
+                account.leave_out(found, record.place)
+            else:
+                account.use("to score")
+    account.check(cfg.max_left_out_share, name="max_left_out_share", limit=f"max_length={limit}")
+    if multi_host.is_first():
+        for line in account.lines():
+            say(line)
     default = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     compute = ComputeConfig(compute_dtype=jnp.dtype(cfg.compute_dtype or default))
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -135,10 +157,10 @@ def score_file(cfg: ScoreConfig) -> Scored:
     multi_host.by_first(
         "scores", lambda: write_rows(cfg.output, _scored_records(records, scores, normalization))
     )
-    found = [scores[dialogue] for dialogue in dialogues]
-    known = [score for score in found if score is not None]
+    given = [scores[dialogue] for dialogue in dialogues]
+    known = [score for score in given if score is not None]
     mean = sum(known) / len(known) if known else None
-    return Scored(len(records), len(found), len(found) - len(known), mean)
+    return Scored(len(records), len(given), len(given) - len(known), mean)
 
 
 def _scores(
