@@ -12,6 +12,12 @@ from huatuo_jax import multi_host
 _PLAIN_LINE_EVERY_S = 10.0
 
 
+def tell(line: str) -> None:
+    """Prints a line for the person who waits, to standard error; of several processes the first."""
+    if multi_host.is_first():
+        print(line, file=sys.stderr, flush=True)
+
+
 @contextlib.contextmanager
 def progress_bar(label: str, unit: str) -> Iterator[Callable[[int, int], None]]:
     """A bar on a terminal, a plain line now and then elsewhere; of several processes the first's.

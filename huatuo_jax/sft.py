@@ -21,6 +21,7 @@ from huatuo_jax.data.packing import pack_row
 from huatuo_jax.generation.samples import Samples, SamplesConfig, sample_prompt
 from huatuo_jax.progress import progress_bar
 from huatuo_jax.sharding import MeshConfig
+from huatuo_jax.training.data_report import report_data
 from huatuo_jax.training.dialogue_data import DataConfig, DialogueData, open_dialogues
 from huatuo_jax.training.evaluation import check_rows, make_evaluate
 from huatuo_jax.training.initial_model import (
@@ -141,6 +142,8 @@ def run_sft(
     directory = begin_stage(workdir, STAGE, settings=all_fields(cfg), decisive=decisive)
     if (result := directory.result()) is not None:
         return result
+    if data.account is not None:
+        report_data(directory, data.account)
     samples = _samples(cfg, model, data, tokenizer, mesh, directory)
     job = _job(cfg, model, data, directory, decisive, mesh, samples)
     state, evaluation = train(job, cfg.loop)

@@ -3,13 +3,12 @@
 python launch/generate.py --model=DIR --prompts=FILE.jsonl --output=FILE.jsonl --num_samples=4
 """
 
-import sys
-
 from absl import flags
 
 from huatuo_jax import command_line, multi_host, sharding
 from huatuo_jax.generation.bulk import BulkConfig, run_bulk
 from huatuo_jax.generation.requests import SamplingConfig
+from huatuo_jax.progress import tell
 
 _TASK = (
     flags.DEFINE_string("model", None, "Model folder of either form, or a hub id."),
@@ -22,6 +21,7 @@ _TASK = (
     flags.DEFINE_integer("seed", 0, "With a prompt's id it decides that prompt's answers."),
     flags.DEFINE_integer("chunk_size", 256, "Prompts whose answers are written together."),
     flags.DEFINE_bool("drop_oldest_turns", False, "Shorten dialogues that do not fit."),
+    flags.DEFINE_float("max_left_out_share", 0.1, "Of the prompts, those that may not fit."),
     flags.DEFINE_integer("max_length", None, "Tokens of prompt and answer; default: as needed."),
     flags.DEFINE_integer("slots", None, "Answers decoded at once; default: up to 64."),
     flags.DEFINE_enum("compute_dtype", None, ["float32", "bfloat16"], "Default: by platform."),
@@ -51,7 +51,7 @@ def main() -> None:
     task = {flag.name: flag.value for flag in _TASK}
     mesh = sharding.MeshConfig(**{flag.name: flag.value for flag in _MESH})
     cfg = BulkConfig(**task, sampling=SamplingConfig(**sampling), mesh=mesh)
-    report = run_bulk(cfg, lambda progress: print(progress, file=sys.stderr, flush=True))
+    report = run_bulk(cfg, lambda progress: tell(str(progress)))
     if multi_host.is_first():
         print(report or "nothing left to do", f"written: {cfg.output}", sep="\n")
 

@@ -23,6 +23,7 @@ _FLAGS = (
         "What becomes of a dialogue that is too long; a dropped one has null for its score.",
     ),
     flags.DEFINE_integer("max_length", None, "Tokens of a dialogue; default: as the model has."),
+    flags.DEFINE_float("max_left_out_share", 0.1, "Of the answers, those that may not fit."),
     flags.DEFINE_integer("rows_at_once", 8, "Rows that go through the model together."),
     flags.DEFINE_integer("row_length", None, "Tokens of a row; default: the longest dialogue."),
     flags.DEFINE_enum("compute_dtype", None, ["float32", "bfloat16"], "Default: by platform."),

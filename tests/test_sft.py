@@ -90,6 +90,15 @@ def test_held_out_loss_falls_and_is_told_for_each_kind(trained):
     assert result["step"] == 8
 
 
+def test_what_became_of_each_row_stands_beside_the_metrics(trained):
+    workdir, _ = trained
+    account = json.loads((workdir / "sft" / "data.json").read_text(encoding="utf-8"))
+    assert account["rows"] == account["rows_used"] == account["records"] > 100
+    assert account["records"] == sum(
+        sum(account[name].values()) for name in ("used", "set_aside", "left_out")
+    )
+
+
 def test_samples_of_every_evaluation_are_what_the_model_would_say(trained):
     workdir, _ = trained
     rows = read_samples(workdir / "sft" / "samples.jsonl")

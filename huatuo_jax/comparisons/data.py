@@ -17,6 +17,14 @@ import numpy.typing as npt
 
 from huatuo_jax.comparisons.made_comparisons import mismatched_references, spoiled_answers
 from huatuo_jax.data import templates
+from huatuo_jax.data.accounting import (
+    HELD_OUT,
+    NOT_RENDERED,
+    TOO_LONG,
+    TRAINED_ON,
+    Account,
+    placed,
+)
 from huatuo_jax.data.answers import (
     AnswerToTokenize,
     Sampled,
@@ -40,8 +48,6 @@ if TYPE_CHECKING:
 Reads = Literal["comparisons", "dialogues", "dialogues_to_spoil"]
 HELD_OUT_ELSEWHERE = "held out by another source"
 SAME_TOKENS = "both answers are the same tokens"
-TOO_LONG = "too long"
-NOT_RENDERED = "cannot be rendered"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,6 +83,8 @@ class AnswersConfig:
             answer that does not fit behind the shortest prompt is dropped either way.
         max_length: tokens of a prompt and an answer.
         num_processes: processes that tokenise.
+        max_left_out_share: share of what is read that may be left out, because it is too long or
+            the template cannot render it.
     """
 
     template: str = "huatuogpt"
@@ -85,6 +93,7 @@ class AnswersConfig:
     truncation: TruncationPolicy = "drop_oldest_turns"
     max_length: int = 1024
     num_processes: int = operational(1)
+    max_left_out_share: float = operational(0.1)
 
     @property
     def chat_template(self) -> ChatTemplate:
@@ -203,11 +212,19 @@ class Group:
 
 @dataclasses.dataclass(frozen=True)
 class Comparisons:
-    """What a run is trained and judged on, and how many comparisons were dropped, by reason."""
+    """What a run is trained and judged on.
+
+    Attributes:
+        train: to train on.
+        held_out: to judge on.
+        dropped: how many comparisons were dropped, by reason.
+        account: what became of all rows.
+    """
 
     train: tuple[Group, ...]
     held_out: tuple[Group, ...]
     dropped: Counter[str]
+    account: Account = dataclasses.field(default_factory=lambda: Account("comparisons"))
 
     @property
     def identity(self) -> dict[str, str]:
@@ -216,9 +233,10 @@ class Comparisons:
 
 
 class _Told(NamedTuple):
-    """A comparison, what is held out with it, and whether it is."""
+    """A comparison, its place, what is held out with it, and whether it is."""
 
     comparison: Comparison
+    place: str
     case: str
     held_out: bool
     always: bool
@@ -238,23 +256,30 @@ def open_comparisons(
 
     Raises:
         ValueError: a file that cannot be read, an unknown template, a comparison without the
-            group field, or nothing left to train on.
+            group field, too many that do not fit, or nothing left to train on.
     """
-    told = list(_told(cfg))
+    account = Account("comparisons")
+    told = list(_told(cfg, account))
     always = {one.case for one in told if one.always}
     kept = [one for one in told if one.held_out or one.case not in always]
-    dropped = Counter({HELD_OUT_ELSEWHERE: len(told) - len(kept)})
+    account.put_aside(HELD_OUT_ELSEWHERE, len(told) - len(kept))
     tokens = tokenize_answers(
         (answers_of(one.comparison) for one in kept), cfg, tokenizer, progress
     )
-    train = _groups([one for one in kept if not one.held_out], tokens, dropped)
-    held_out = _groups([one for one in kept if one.held_out], tokens, dropped)
+    train = _groups([one for one in kept if not one.held_out], tokens, account, TRAINED_ON)
+    held_out = _groups([one for one in kept if one.held_out], tokens, account, HELD_OUT)
+    dropped = account.set_aside + account.left_out
     if not train:
         raise ValueError(
             f"data.sources: no comparison is left to train on ({len(told)} read, "
             f"{sum(one.held_out for one in told)} held out, dropped: {dict(+dropped)})"
         )
-    return Comparisons(train, held_out, +dropped)
+    account.check(
+        cfg.max_left_out_share,
+        name="data.max_left_out_share",
+        limit=f"data.max_length={cfg.max_length}",
+    )
+    return Comparisons(train, held_out, +dropped, account)
 
 
 AnswerKey = tuple[Messages, SampledPrompt | None, AnswerToTokenize]
@@ -403,25 +428,33 @@ def make_answer(tokens: AnswerTokens, prompt: Messages, continuation: Messages) 
     return Answer(tokens.token_ids, characters, num_turns, tokens.is_answer, tokens.as_sampled)
 
 
-def _told(cfg: ComparisonsConfig) -> Iterator[_Told]:
+def _told(cfg: ComparisonsConfig, account: Account) -> Iterator[_Told]:
     for source in cfg.sources:
         for path in source.paths:
-            for comparison in _read(source, path):
+            for place, comparison in _read(source, path, account):
                 case = _case(comparison, cfg.group_field)
                 held_out = source.held_out_by == "always" or (
                     source.held_out_by == "hash" and cfg.held_out.holds_out(case)
                 )
-                yield _Told(comparison, case, held_out, source.held_out_by == "always")
+                yield _Told(comparison, place, case, held_out, source.held_out_by == "always")
 
 
-def _read(source: ComparisonSource, path: str) -> Sequence[Comparison]:
+def _read(
+    source: ComparisonSource, path: str, account: Account
+) -> Iterator[tuple[str, Comparison]]:
+    """The comparisons of a file with their places."""
     if source.reads == "comparisons":
-        return list(read_comparisons(path, source=source.name))
+        comparisons = read_comparisons(path, source=source.name)
+        yield from placed(comparisons)
+        account.add_rows(comparisons)
+        return
     make = mismatched_references if source.reads == "dialogues" else spoiled_answers
-    made = make(list(read_dialogues(path)))
-    if source.name is None:
-        return made
-    return [dataclasses.replace(one, source=f"{one.source}:{source.name}") for one in made]
+    dialogues = read_dialogues(path)
+    made = make(list(dialogues))
+    account.add_rows(dialogues)
+    for one in made:
+        name = one.source if source.name is None else f"{one.source}:{source.name}"
+        yield f"{path}: {one.id}", dataclasses.replace(one, source=name)
 
 
 def _case(comparison: Comparison, field: str | None) -> str:
@@ -436,21 +469,26 @@ def _case(comparison: Comparison, field: str | None) -> str:
 
 
 def _groups(
-    told: Sequence[_Told], tokens: dict[AnswerKey, AnswerTokens | str], dropped: Counter[str]
+    told: Sequence[_Told],
+    tokens: dict[AnswerKey, AnswerTokens | str],
+    account: Account,
+    purpose: str,
 ) -> tuple[Group, ...]:
     """The groups in the order of their first comparisons; what cannot be used is counted."""
-    by_prompt: dict[tuple[str, str], list[Comparison]] = {}
+    by_prompt: dict[tuple[str, str], list[_Told]] = {}
     for one in told:
-        by_prompt.setdefault((one.case, one.comparison.group), []).append(one.comparison)
+        by_prompt.setdefault((one.case, one.comparison.group), []).append(one)
     groups = []
-    for (case, _), comparisons in by_prompt.items():
+    for (case, _), members in by_prompt.items():
         answers: dict[bytes, tuple[int, Answer]] = {}
         pairs = []
-        for comparison in comparisons:
+        for member in members:
+            comparison = member.comparison
             both = _both_answers(comparison, tokens)
             if isinstance(both, str):
-                dropped[both] += 1
+                account.leave_out(both, member.place)
                 continue
+            account.use(purpose)
             # By their tokens: the model cannot tell answers of the same ones apart.
             chosen, rejected = (
                 answers.setdefault(answer.token_ids.tobytes(), (len(answers), answer))[0]
@@ -461,7 +499,7 @@ def _groups(
             )
         if pairs:
             group = tuple(answer for _, answer in answers.values())
-            groups.append(Group(comparisons[0].id, case, group, tuple(pairs)))
+            groups.append(Group(members[0].comparison.id, case, group, tuple(pairs)))
     return tuple(groups)
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
+from huatuo_jax.data.accounting import TRAINED_ON, Account
 from huatuo_jax.data.duplicates import DuplicatesConfig, find_duplicates
 from huatuo_jax.data.examples import UNKNOWN_KIND, DialogueTokenizer, Dropped, Example
 from huatuo_jax.data.held_out import HeldOutConfig, dialogue_text
@@ -33,6 +34,9 @@ from huatuo_jax.data.tokenizing import Progress, tokenize_in_chunks
 
 _JUDGED_FROM = 1_000  # dialogues; before it, a share of refusals says little
 _STATISTICS_FILE = "statistics.json"
+REPEATED = "the same dialogue again"
+HELD_OUT_TOO = "held out too, word for word"
+NEARLY_HELD_OUT = "nearly a held-out dialogue"
 _DIALOGUES_PER_PROCESS = 4_000  # below it, starting a process takes longer than it saves
 
 
@@ -105,12 +109,19 @@ def prepare(
 
 
 class _Item(NamedTuple):
-    """A dialogue on its way, and its normalised text."""
+    """A dialogue on its way, the file and line it stands in, and its normalised text."""
 
     dialogue: Dialogue
+    file: str
+    line: int
     source: str
     split: Split
     text: str
+
+    @property
+    def place(self) -> str:
+        """The file and line, as messages name them."""
+        return f"{self.file}:{self.line}"
 
 
 def _inputs(
@@ -136,14 +147,23 @@ def _build(
     progress: Callable[[Progress], None] | None,
 ) -> dict[str, Any]:
     began = time.monotonic()
-    items, readings = _read(sources, config.held_out)
-    items, duplicates = _without_duplicates(items, config.duplicates)
+    account = Account("dialogues")
+    items, readings = _read(sources, config.held_out, account)
+    items, duplicates = _without_duplicates(items, config.duplicates, account)
     prepared = time.monotonic()
-    statistics = Statistics()
+    statistics = Statistics(account)
     num_processes = config.num_processes or _num_processes(len(items))
     write_examples(
         folder,
-        _entries(items, tokenizer, statistics, config.max_refused_share, num_processes, progress),
+        _entries(
+            items,
+            tokenizer,
+            statistics,
+            account,
+            config.max_refused_share,
+            num_processes,
+            progress,
+        ),
         sources=[source.name for source in sources],
         description="Dialogues as tokens, with the mask of the trained ones (huatuo_jax).",
     )
@@ -153,6 +173,7 @@ def _build(
     }
     return {
         "readings": readings,
+        "account": account.to_json(),
         **statistics.to_json(),
         "duplicates": duplicates,
         "num_processes": num_processes,
@@ -161,7 +182,7 @@ def _build(
 
 
 def _read(
-    sources: Sequence[DialogueSource], held_out: HeldOutConfig
+    sources: Sequence[DialogueSource], held_out: HeldOutConfig, account: Account
 ) -> tuple[list[_Item], list[str]]:
     """All dialogues, and a line on each file that was read."""
     items: list[_Item] = []
@@ -173,8 +194,9 @@ def _read(
                 by_hash = source.held_out_by == "hash" and held_out.holds_out(text)
                 is_held_out = by_hash or source.held_out_by == "always"
                 split: Split = "held_out" if is_held_out else "train"
-                items.append(_Item(dialogue, source.name, split, text))
+                items.append(_Item(dialogue, reading.file, reading.line, source.name, split, text))
             readings.append(reading.summary())
+            account.add_rows(reading)
     if held_out.share and not any(item.split == "held_out" for item in items):
         raise ValueError(
             f"held_out.share: {held_out.share} of {len(items)} dialogues holds out none, it should "
@@ -184,7 +206,7 @@ def _read(
 
 
 def _without_duplicates(
-    items: list[_Item], config: DuplicatesConfig
+    items: list[_Item], config: DuplicatesConfig, account: Account
 ) -> tuple[list[_Item], dict[str, Any]]:
     """The items to keep, and what was found."""
     train = [item for item in items if item.split == "train"]
@@ -197,6 +219,10 @@ def _without_duplicates(
         held_out=[item.dialogue for item in held_out],
         num_removed=len(removed),
     )
+    in_held_out, repeated = set(report.held_out_too), set(report.repeated_in_train)
+    for index in sorted(removed):
+        reason = HELD_OUT_TOO if index in in_held_out else NEARLY_HELD_OUT
+        account.leave_out(REPEATED if index in repeated else reason, train[index].place)
     kept = [item for index, item in enumerate(train) if index not in removed]
     return kept + held_out, found
 
@@ -205,6 +231,7 @@ def _entries(
     items: Sequence[_Item],
     tokenizer: DialogueTokenizer,
     statistics: Statistics,
+    account: Account,
     max_refused_share: float,
     num_processes: int,
     progress: Callable[[Progress], None] | None,
@@ -221,18 +248,20 @@ def _entries(
     for chunk in chunks:
         entries = []
         for result in chunk:
-            dialogue, source, split, _ = next(waiting)
+            item = next(waiting)
             if isinstance(result, Dropped):
-                statistics.drop(result, dialogue.id)
+                statistics.drop(result, item.dialogue.id, item.place)
                 continue
-            kind = dialogue.kind or UNKNOWN_KIND
-            statistics.add(result, split=split, kind=kind, source=source)
-            example = Example(result.token_ids, result.trained_mask, kind, dialogue.id)
-            entries.append(Entry(split, source, example))
+            kind = item.dialogue.kind or UNKNOWN_KIND
+            statistics.add(result, split=item.split, kind=kind, source=item.source)
+            example = Example(result.token_ids, result.trained_mask, kind, item.dialogue.id)
+            entries.append(Entry(item.split, item.source, example))
         num_done += len(chunk)
         if num_done >= _JUDGED_FROM or num_done == len(items):
             _check_refused(statistics, num_done, max_refused_share)
         yield entries
+    if not account.used[TRAINED_ON]:
+        raise ValueError("\n  ".join(["no dialogue is left to train on", *account.lines()]))
 
 
 def _check_refused(statistics: Statistics, num_dialogues: int, max_share: float) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from huatuo_jax.data.accounting import HELD_OUT, TRAINED_ON, Account
 from huatuo_jax.data.duplicates import DuplicateReport
 from huatuo_jax.data.examples import Dropped, Tokens, num_trained
 from huatuo_jax.data.records import Dialogue
@@ -39,20 +40,23 @@ class Counts:
 class Statistics:
     """Counts examples by split, by kind and by source, and drops by reason."""
 
-    def __init__(self) -> None:
-        """Starts at nothing."""
+    def __init__(self, account: Account) -> None:
+        """Starts at nothing; `account` is told of each example and each drop."""
+        self._account = account
         self._counts: dict[str, dict[str, dict[str, Counts]]] = {}
         self.drops: Counter[str] = Counter()
         self._drops_shown: dict[str, list[str]] = {}
 
     def add(self, tokens: Tokens, *, split: str, kind: str, source: str) -> None:
         """Counts one example in."""
+        self._account.use(TRAINED_ON if split == "train" else HELD_OUT)
         groups = self._counts.setdefault(split, {"all": {}, "by_kind": {}, "by_source": {}})
         for group, name in (("all", "all"), ("by_kind", kind), ("by_source", source)):
             groups[group].setdefault(name, Counts()).add(tokens)
 
-    def drop(self, dropped: Dropped, dialogue_id: str) -> None:
-        """Counts one dialogue that became no example."""
+    def drop(self, dropped: Dropped, dialogue_id: str, place: str) -> None:
+        """Counts one dialogue that became no example; `place` is its file and line."""
+        self._account.leave_out(dropped.reason, place, dropped.detail)
         self.drops[dropped.reason] += 1
         shown = self._drops_shown.setdefault(dropped.reason, [])
         if len(shown) < _SHOWN:

@@ -17,6 +17,7 @@ from huatuo_jax.dpo.loss import row_loss
 from huatuo_jax.dpo.policy import abstract_state, make_state
 from huatuo_jax.progress import progress_bar
 from huatuo_jax.rl.gauges import preference_numbers
+from huatuo_jax.training.data_report import report_data
 from huatuo_jax.training.evaluation import check_rows, make_evaluate
 from huatuo_jax.training.initial_model import InitialModel, open_model
 from huatuo_jax.training.loop import Job, StepReport, host_share, step_numbers, train
@@ -71,6 +72,7 @@ def run_dpo(
     directory = begin_stage(workdir, STAGE, settings=all_fields(cfg), decisive=decisive)
     if (result := directory.result()) is not None:
         return result
+    report_data(directory, comparisons.account)
     job = make_job(cfg, model, comparisons, directory, decisive, mesh)
     state, evaluation = train(job, cfg.loop)
     place = directory.folder / MODEL_FOLDER

@@ -2,6 +2,7 @@
 
 import pathlib
 import sys
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ from huatuo_jax.feedback.questions import Answered, read_answered
 from huatuo_jax.generation.bulk import BulkConfig, run_bulk
 from huatuo_jax.generation.requests import SamplingConfig
 from huatuo_jax.json_lines import read_rows, write_rows
+from huatuo_jax.progress import tell
 from huatuo_jax.reward.score_file import ScoreConfig, score_file
 from huatuo_jax.rl.rewards import AnswerScoreConfig
 from huatuo_jax.scoring import GivenAnswer
@@ -52,6 +54,14 @@ class ScoredAnswers(NamedTuple):
             for record in self.records
         }
 
+    def only(self, ids: Collection[str]) -> "ScoredAnswers":
+        """Those to some of the prompts."""
+        return ScoredAnswers(
+            [one for one in self.answered if one.prompt.id in ids],
+            {name: found for name, found in self.rewards.items() if name in ids},
+            [record for record in self.records if record["id"] in ids],
+        )
+
     def given(self) -> dict[str, list[GivenAnswer]]:
         """The answers as the tokens that were sampled."""
         return {
@@ -86,18 +96,31 @@ def answer_prompts(
         seed=cfg.seed,
         chunk_size=cfg.chunk_size,
         drop_oldest_turns=True,
+        max_left_out_share=cfg.max_left_out_share,
         mesh=cfg.mesh,
     )
-    run_bulk(bulk, lambda done: print(f"  {name}: {done}", file=sys.stderr, flush=True))
+    run_bulk(
+        bulk,
+        lambda done: print(f"  {name}: {done}", file=sys.stderr, flush=True),
+        lambda line: print(f"evaluation: {name}: {line}", flush=True),
+    )
     return score_answers_file(name, bulk.output, cfg, folder)
 
 
-def answer_as_referenced(cfg: EvaluationConfig, folder: pathlib.Path) -> ScoredAnswers | None:
-    """The answers that stand in the data, scored like a model's; None where there are none."""
+def answer_as_referenced(
+    cfg: EvaluationConfig, folder: pathlib.Path, *, ids: Collection[str]
+) -> ScoredAnswers | None:
+    """The answers that stand in the data, scored like a model's; None where there are none.
+
+    Args:
+        cfg: the prompts.
+        folder: where answers and scores are kept.
+        ids: of the prompts that the models answered.
+    """
     rows = [
         prompt.to_json() | {"answers": [{"text": prompt.reference}]}
         for prompt in read_prompts(cfg.prompts)
-        if prompt.reference
+        if prompt.reference and prompt.id in ids
     ]
     if not rows:
         return None
@@ -122,9 +145,12 @@ def score_answers_file(
             input=path,
             output=str(output),
             template=cfg.template,
+            # Answers that do not fit have been paid for, and are counted as unscored.
+            max_left_out_share=1.0,
             rows_at_once=cfg.rows_at_once,
             rule=cfg.score or AnswerScoreConfig(),
-        )
+        ),
+        lambda line: tell(f"  {name}: {line}"),
     )
     records = read_rows(output, unfinished="read")
     rewards: Values = {record["id"]: list(record["rewards"]) for record in records}

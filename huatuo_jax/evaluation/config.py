@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+from huatuo_jax.data.accounting import check_share
 from huatuo_jax.rl.rewards import AnswerScoreConfig
 from huatuo_jax.sharding import MeshConfig
 from huatuo_jax.training.run_directory import operational
@@ -18,6 +19,7 @@ class EvaluationConfig:
         ppo: model folder after PPO.
         reward: reward model's folder.
         prompts: file of prompts that no stage has trained on, with references where there are any.
+        max_left_out_share: share of the prompts that may be left out as too long for the models.
         template: chat template by name.
         num_samples: answers of each model to each prompt.
         max_new_tokens: tokens of an answer at most.
@@ -36,6 +38,7 @@ class EvaluationConfig:
     ppo: str = operational("{workdir}/ppo/model")
     reward: str = operational("{workdir}/reward/model")
     prompts: str = operational("{workdir}/held_out_prompts.jsonl")
+    max_left_out_share: float = operational(0.1)
     template: str = "huatuogpt"
     num_samples: int = 4
     max_new_tokens: int = 512
@@ -54,3 +57,4 @@ class EvaluationConfig:
                 raise ValueError(f"{name}={value!r} must be at least 1")
         if self.temperature is not None and not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature={self.temperature!r} must be above 0")
+        check_share(self.max_left_out_share, name="max_left_out_share")

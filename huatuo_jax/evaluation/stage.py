@@ -64,7 +64,10 @@ def run_evaluation(
     assert cfg.base is not None and cfg.temperature is not None
     places = {"base": cfg.base, "sft": cfg.sft, "ppo": cfg.ppo}
     answers = {name: answer_prompts(name, places[name], cfg, folder) for name in MODELS}
-    referenced = answer_as_referenced(cfg, folder)
+    # Models of fewer positions leave out more prompts: all are compared on the same ones.
+    ids = set.intersection(*(set(found.rewards) for found in answers.values()))
+    answers = {name: found.only(ids) for name, found in answers.items()}
+    referenced = answer_as_referenced(cfg, folder, ids=ids)
     infos = {name: models.find_model(place) for name, place in places.items()}
     losses = {}
     if data is not None and data.held_out is not None:

@@ -7,6 +7,9 @@ import contextlib
 import dataclasses
 import hashlib
 import itertools
+import json
+import os
+import pathlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -16,21 +19,24 @@ import transformers
 from jax.sharding import Mesh
 
 from huatuo_jax import multi_host, sharding
+from huatuo_jax.atomic import write_file
 from huatuo_jax.backbone.config import BackboneConfig, ComputeConfig
 from huatuo_jax.backbone.transformer import Transformer
 from huatuo_jax.checkpoint import generation_config, models
 from huatuo_jax.checkpoint.tokenizer import load_tokenizer
 from huatuo_jax.data import templates
+from huatuo_jax.data.accounting import Account, check_share, placed
 from huatuo_jax.data.chat import ChatTemplate
 from huatuo_jax.data.readers import read_prompts
 from huatuo_jax.generation import weights
 from huatuo_jax.generation.answers_file import AnswersFile
 from huatuo_jax.generation.bulk_progress import BulkProgress, Clock
-from huatuo_jax.generation.bulk_tasks import Task, make_record, make_request, make_task
+from huatuo_jax.generation.bulk_tasks import Task, make_record, make_request, make_tasks
 from huatuo_jax.generation.engine import Engine
 from huatuo_jax.generation.report import EngineReport
 from huatuo_jax.generation.requests import Answer, SamplingConfig
 from huatuo_jax.generation.slots import slots_for
+from huatuo_jax.progress import tell
 from huatuo_jax.sharding import MeshConfig
 
 
@@ -52,6 +58,8 @@ class BulkConfig:
             so it should be many times the number of slots.
         drop_oldest_turns: where a dialogue and `max_new_tokens` do not fit the context, leave out
             its oldest exchanges; the record then says how many messages went.
+        max_left_out_share: share of the prompts that may be left out, because they leave no room
+            for an answer or the template cannot render them.
         max_length: tokens of prompt and answer; None for what the longest prompt needs.
         slots: answers decoded at once; None for as many as a chunk has, 64 at most.
         compute_dtype: None for float32 on CPU, bfloat16 elsewhere.
@@ -69,6 +77,7 @@ class BulkConfig:
     seed: int = 0
     chunk_size: int = 256
     drop_oldest_turns: bool = False
+    max_left_out_share: float = 0.1
     max_length: int | None = None
     slots: int | None = None
     compute_dtype: str | None = None
@@ -80,10 +89,14 @@ class BulkConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
+        check_share(self.max_left_out_share, name="max_left_out_share")
 
 
 class _Plan(NamedTuple):
-    """What is to be done, and `settings`, which decide the output's content."""
+    """What is to be done, and `settings`, which decide the output's content.
+
+    `account` says what became of each prompt.
+    """
 
     info: models.ModelInfo
     mesh: Mesh
@@ -93,17 +106,27 @@ class _Plan(NamedTuple):
     sampling: SamplingConfig
     max_length: int
     settings: dict[str, Any]
+    account: Account
+
+
+def report_path(output: str | os.PathLike[str]) -> str:
+    """The account of an answers file's prompts, which stands beside it."""
+    return f"{os.fspath(output)}.report.json"
 
 
 def run_bulk(
-    cfg: BulkConfig, on_progress: Callable[[BulkProgress], None] | None = None
+    cfg: BulkConfig,
+    on_progress: Callable[[BulkProgress], None] | None = None,
+    say: Callable[[str], object] = tell,
 ) -> EngineReport | None:
-    """Answers every prompt that the output does not hold yet.
+    """Answers every prompt that fits and that the output does not hold yet.
 
     Args:
         cfg: what to do.
         on_progress: called every ten seconds or so, and at the end of each chunk, in the first
             process.
+        say: called with what the user should know of the prompts before any is answered, in the
+            first process.
 
     Returns:
         What the engine did; None where the output was complete. The file is whole for all
@@ -127,6 +150,7 @@ def run_bulk(
                 output = stack.enter_context(
                     AnswersFile(cfg.output, ids=ids, chunk_size=size, settings=plan.settings)
                 )
+                _report(cfg, plan.account, say)
         # Where to go on is told by the one that holds the file.
         first = multi_host.gather("answered", None if output is None else output.num_records)[0]
         if first == len(tasks):
@@ -167,25 +191,31 @@ def _plan(cfg: BulkConfig) -> _Plan:
     )
     stops += cfg.sampling.stop_token_ids
     sampling = dataclasses.replace(cfg.sampling, stop_token_ids=tuple(dict.fromkeys(stops)))
-    prompts = list(read_prompts(cfg.prompts))
+    reading = read_prompts(cfg.prompts)
+    prompts = list(placed(reading))
     limit = cfg.max_length or info.cfg.max_positions
     _check_positions(info.cfg, limit)
-    tasks = [
-        make_task(
-            prompt,
-            template,
-            tokenizer,
-            max_length=limit,
-            max_new_tokens=sampling.max_new_tokens,
-            drop_oldest_turns=cfg.drop_oldest_turns,
-        )
-        for prompt in prompts
-    ]
+    account = Account("prompts")
+    account.add_rows(reading)
+    tasks = make_tasks(
+        prompts,
+        template,
+        tokenizer,
+        max_length=limit,
+        max_new_tokens=sampling.max_new_tokens,
+        drop_oldest_turns=cfg.drop_oldest_turns,
+        least_new_tokens=1,
+        account=account,
+        purpose="to answer",
+    )
+    account.check(
+        cfg.max_left_out_share, name="max_left_out_share", limit=f"a length of {limit} tokens"
+    )
     longest = max(len(task.token_ids) for task in tasks)
     max_length = cfg.max_length or min(longest + sampling.max_new_tokens, limit)
     settings = {
         "model": models.fingerprint(info.folder),
-        "prompts": _hash_of([prompt.to_json() for prompt in prompts]),
+        "prompts": _hash_of([prompt.to_json() for _, prompt in prompts]),
         "template": repr(template),
         "num_samples": cfg.num_samples,
         "sampling": dataclasses.asdict(sampling),
@@ -194,7 +224,14 @@ def _plan(cfg: BulkConfig) -> _Plan:
         "max_length": max_length,
         "drop_oldest_turns": cfg.drop_oldest_turns,
     }
-    return _Plan(info, mesh, tokenizer, template, tasks, sampling, max_length, settings)
+    return _Plan(info, mesh, tokenizer, template, tasks, sampling, max_length, settings, account)
+
+
+def _report(cfg: BulkConfig, account: Account, say: Callable[[str], object]) -> None:
+    text = json.dumps(account.to_json(), ensure_ascii=False, indent=2)
+    write_file(pathlib.Path(report_path(cfg.output)), f"{text}\n")
+    for line in account.lines():
+        say(line)
 
 
 def _open_engine(cfg: BulkConfig, plan: _Plan) -> Engine:

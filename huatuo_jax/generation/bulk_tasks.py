@@ -3,11 +3,12 @@
 import dataclasses
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import transformers
 
+from huatuo_jax.data.accounting import NOT_RENDERED, TOO_LONG, Account
 from huatuo_jax.data.chat import ChatTemplate
 from huatuo_jax.data.records import Message, Prompt
 from huatuo_jax.generation.requests import Answer, Request, SamplingConfig
@@ -42,6 +43,7 @@ def make_task(
     max_length: int,
     max_new_tokens: int,
     drop_oldest_turns: bool,
+    least_new_tokens: int = 1,
 ) -> Task:
     """The prompt's ids, without its oldest exchanges where they have to go.
 
@@ -53,6 +55,7 @@ def make_task(
         max_new_tokens: of them those of the answer.
         drop_oldest_turns: leave out the oldest question with its answer until both fit; the system
             text and the last question stay.
+        least_new_tokens: for how many of those there has to be room.
 
     Raises:
         PromptTooLong: the prompt leaves no room for an answer.
@@ -70,13 +73,62 @@ def make_task(
         messages = _without_oldest(messages, num_system)
         dropped += 2
         token_ids = template.prompt(messages, tokenizer)
-    if len(token_ids) >= max_length:
-        advice = "" if drop_oldest_turns else "; drop_oldest_turns leaves out its oldest turns"
+    if len(token_ids) + least_new_tokens > max_length:
+        advice = ""
+        if not drop_oldest_turns and len(messages) > num_system + 1:
+            advice = "; drop_oldest_turns leaves out its oldest turns"
         raise PromptTooLong(
-            f"prompt {prompt.id!r} has {len(token_ids)} tokens, and {max_length} are the most with "
-            f"the answer{advice}"
+            f"{len(token_ids)} tokens, at most {max_length - least_new_tokens} leave room for the "
+            f"answer{advice}"
         )
     return Task(prompt, token_ids, dropped)
+
+
+def make_tasks(
+    prompts: Iterable[tuple[str, Prompt]],
+    template: ChatTemplate,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    max_new_tokens: int,
+    drop_oldest_turns: bool,
+    least_new_tokens: int,
+    account: Account,
+    purpose: str,
+) -> list[Task]:
+    """The tasks of all prompts that fit; the others are left out and counted.
+
+    Args:
+        prompts: each with its place, see `accounting.placed`.
+        template: as in `make_task`, and so all up to `least_new_tokens`.
+        tokenizer: the model's.
+        max_length: tokens of prompt and answer.
+        max_new_tokens: of them those of the answer.
+        drop_oldest_turns: shorten dialogues that do not fit.
+        least_new_tokens: for how many of those there has to be room.
+        account: what became of each prompt.
+        purpose: what the account calls those that fit.
+    """
+    tasks = []
+    for place, prompt in prompts:
+        try:
+            task = make_task(
+                prompt,
+                template,
+                tokenizer,
+                max_length=max_length,
+                max_new_tokens=max_new_tokens,
+                drop_oldest_turns=drop_oldest_turns,
+                least_new_tokens=least_new_tokens,
+            )
+        except PromptTooLong as error:
+            account.leave_out(TOO_LONG, place, str(error))
+        except ValueError as error:
+            account.leave_out(NOT_RENDERED, place, str(error))
+        else:
+            account.use(purpose)
+            tasks.append(task)
+    return tasks
 
 
 def make_request(task: Task, sampling: SamplingConfig, *, seed: int, num_samples: int) -> Request:

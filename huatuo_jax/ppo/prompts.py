@@ -2,25 +2,22 @@
 
 import dataclasses
 import hashlib
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from huatuo_jax.data import templates
+from huatuo_jax.data.accounting import TRAINED_ON, Account, check_share, placed
 from huatuo_jax.data.chat import ChatTemplate
 from huatuo_jax.data.readers import read_dialogues, read_prompts
 from huatuo_jax.data.records import Dialogue, Prompt
 from huatuo_jax.data.shuffling import permutation
-from huatuo_jax.generation.bulk_tasks import PromptTooLong, make_task
+from huatuo_jax.generation.bulk_tasks import make_tasks
 from huatuo_jax.training.run_directory import operational
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-TOO_LONG = "too long"
-NOT_RENDERED = "cannot be rendered"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,6 +33,8 @@ class PromptsConfig:
         template_date: the date that a tokenizer's own template prints, see `templates.by_name`.
         max_prompt_tokens: longer prompts lose their oldest exchanges, or are left out.
         drop_oldest_turns: whether they lose them.
+        max_left_out_share: share of the prompts that may be left out, because they are too long or
+            the template cannot render them.
     """
 
     paths: tuple[str, ...] = operational(())
@@ -45,6 +44,7 @@ class PromptsConfig:
     template_date: str | None = None
     max_prompt_tokens: int = 512
     drop_oldest_turns: bool = True
+    max_left_out_share: float = operational(0.1)
 
     def __post_init__(self) -> None:
         """Raise ValueError where there is nothing to read, or no room for it."""
@@ -52,6 +52,7 @@ class PromptsConfig:
             raise ValueError("paths is empty: it must name at least one file of prompts")
         if self.max_prompt_tokens < 1:
             raise ValueError(f"max_prompt_tokens={self.max_prompt_tokens!r} must be at least 1")
+        check_share(self.max_left_out_share, name="max_left_out_share")
 
     @property
     def chat_template(self) -> ChatTemplate:
@@ -76,12 +77,12 @@ class Prompts:
     Attributes:
         items: in the order of the files.
         stop_token_ids: what ends an answer to them.
-        dropped: how many were left out, by reason.
+        account: what became of all that was read.
     """
 
     items: Sequence[TokenPrompt]
     stop_token_ids: tuple[int, ...]
-    dropped: Counter[str] = dataclasses.field(default_factory=Counter)
+    account: Account = dataclasses.field(default_factory=lambda: Account("prompts"))
 
     @property
     def identity(self) -> str:
@@ -120,63 +121,48 @@ def open_prompts(
         stop_token_ids: what ends an answer of the policy, see `InitialModel.stop_token_ids`.
 
     Raises:
-        ValueError: a file that cannot be read or holds something else, an unknown template, or no
-            prompt that fits.
+        ValueError: a file that cannot be read or holds something else, an unknown template, no
+            prompt that fits, or too many that do not.
     """
-    template = cfg.chat_template
-    dropped: Counter[str] = Counter()
-    items = []
+    account = Account("prompts")
+    tasks = make_tasks(
+        _read(cfg, account),
+        cfg.chat_template,
+        tokenizer,
+        max_length=cfg.max_prompt_tokens + max_new_tokens,
+        max_new_tokens=max_new_tokens,
+        drop_oldest_turns=cfg.drop_oldest_turns,
+        least_new_tokens=max_new_tokens,
+        account=account,
+        purpose=TRAINED_ON,
+    )
+    account.check(
+        cfg.max_left_out_share,
+        name="data.max_left_out_share",
+        limit=f"data.max_prompt_tokens={cfg.max_prompt_tokens}",
+    )
+    items = [
+        TokenPrompt(task.prompt.id, tuple(np.asarray(task.token_ids).tolist())) for task in tasks
+    ]
+    return Prompts(items, tuple(stop_token_ids), account)
+
+
+def _read(cfg: PromptsConfig, account: Account) -> Iterator[tuple[str, Prompt]]:
+    """The prompts of all files with their places."""
     for path in cfg.paths:
-        for prompt in _read(path, cfg):
-            found = _tokens(prompt, cfg, template, tokenizer, max_new_tokens)
-            if isinstance(found, TokenPrompt):
-                items.append(found)
-            else:
-                dropped[found] += 1
-    if not items:
-        reasons = ", ".join(f"{number} {reason}" for reason, number in dropped.items())
-        raise ValueError(
-            f"{', '.join(cfg.paths)}: no prompt fits data.max_prompt_tokens="
-            f"{cfg.max_prompt_tokens} ({reasons or 'there is none'})"
-        )
-    return Prompts(items, tuple(stop_token_ids), dropped)
-
-
-def _read(path: str, cfg: PromptsConfig) -> Iterator[Prompt]:
-    if cfg.reads == "prompts":
-        yield from read_prompts(path)
-        return
-    for dialogue in read_dialogues(path):
-        yield _first_turns(dialogue) if cfg.reads == "first_turns" else Prompt.of_dialogue(dialogue)
+        if cfg.reads == "prompts":
+            prompts = read_prompts(path)
+            yield from placed(prompts)
+            account.add_rows(prompts)
+            continue
+        dialogues = read_dialogues(path)
+        for place, dialogue in placed(dialogues):
+            first = cfg.reads == "first_turns"
+            yield place, _first_turns(dialogue) if first else Prompt.of_dialogue(dialogue)
+        account.add_rows(dialogues)
 
 
 def _first_turns(dialogue: Dialogue) -> Prompt:
     roles = [message.role for message in dialogue.messages]
     whole = Prompt.of_dialogue(dialogue)
     return dataclasses.replace(whole, messages=dialogue.messages[: roles.index("assistant")])
-
-
-def _tokens(
-    prompt: Prompt,
-    cfg: PromptsConfig,
-    template: ChatTemplate,
-    tokenizer: "PreTrainedTokenizerBase",
-    max_new_tokens: int,
-) -> TokenPrompt | str:
-    """The prompt's tokens, or why there are none."""
-    try:
-        task = make_task(
-            prompt,
-            template,
-            tokenizer,
-            max_length=cfg.max_prompt_tokens + max_new_tokens,
-            max_new_tokens=max_new_tokens,
-            drop_oldest_turns=cfg.drop_oldest_turns,
-        )
-    except PromptTooLong:
-        return TOO_LONG
-    except ValueError:
-        return NOT_RENDERED
-    if len(task.token_ids) > cfg.max_prompt_tokens:
-        return TOO_LONG
-    return TokenPrompt(prompt.id, tuple(np.asarray(task.token_ids).tolist()))

@@ -7,7 +7,6 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from huatuo_jax import multi_host
 from huatuo_jax.generation.texts import text_of
 from huatuo_jax.ppo.config import PpoConfig
 from huatuo_jax.ppo.job import check_policy, make_job
@@ -15,6 +14,7 @@ from huatuo_jax.ppo.loop import train
 from huatuo_jax.ppo.prompts import open_prompts
 from huatuo_jax.ppo.roles import open_critic, open_reward_model
 from huatuo_jax.ppo.rollout import AnswerScorer, LengthScorer
+from huatuo_jax.training.data_report import report_data
 from huatuo_jax.training.evaluation import check_rows
 from huatuo_jax.training.initial_model import open_model
 from huatuo_jax.training.run_directory import all_fields, begin_stage, identity
@@ -85,10 +85,7 @@ def run_ppo(
     directory = begin_stage(workdir, STAGE, settings=all_fields(cfg), decisive=decisive)
     if (result := directory.result()) is not None:
         return result
-    if multi_host.is_first():
-        for reason, number in prompts.dropped.items():
-            print(f"{STAGE}: {number} prompts left out: {reason}", flush=True)
-
+    report_data(directory, prompts.account)
     by_length = cfg.score.of == "length"
 
     def make_scorer() -> AnswerScorer:

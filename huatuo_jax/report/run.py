@@ -6,6 +6,7 @@ import pathlib
 from typing import Any
 
 from huatuo_jax.json_lines import read_rows
+from huatuo_jax.training.data_report import DATA_FILE
 from huatuo_jax.training.run_directory import CONFIG_FILE, ENVIRONMENT_FILE
 
 Rows = list[dict[str, Any]]
@@ -23,6 +24,7 @@ class Run:
         environment: the newest start in `environment.json`.
         dialogues: statistics of the dialogues of fine-tuning.
         metrics: rows of each training stage.
+        accounts: of prompts, answers and each training stage: what became of all that was read.
         labels: the judge's report.
         reward: the reward model's held-out report.
         samples: PPO's answers while it was trained.
@@ -36,6 +38,7 @@ class Run:
     environment: dict[str, Any] | None
     dialogues: dict[str, Any] | None
     metrics: dict[str, Rows]
+    accounts: dict[str, dict[str, Any]]
     labels: dict[str, Any] | None
     reward: dict[str, Any] | None
     samples: Rows
@@ -65,6 +68,7 @@ def read_run(folder: pathlib.Path) -> Run:
         metrics={
             stage: _rows(folder / stage / "metrics.jsonl") for stage in ("sft", "reward", "ppo")
         },
+        accounts=_accounts(folder),
         labels=_json(folder / "labels.jsonl.report.json"),
         reward=_json(folder / "reward" / "reward_report.json"),
         samples=_rows(folder / "ppo" / "samples.jsonl"),
@@ -79,6 +83,20 @@ def _dialogues(folder: pathlib.Path, config: dict[str, Any]) -> dict[str, Any] |
     cache = config["sft"]["settings"]["data"]["cache"] or folder / "data"
     name = config["sft"]["decisive"]["dialogues"]["cache"]
     return _json(pathlib.Path(cache) / name / "statistics.json")
+
+
+def _accounts(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
+    places = {
+        "prompts": folder / "prompts.jsonl.report.json",
+        "answers": folder / "answers.jsonl.report.json",
+        **{stage: folder / stage / DATA_FILE for stage in ("sft", "reward", "dpo", "ppo")},
+        **{
+            f"evaluation of {name}": folder / "evaluation" / f"answers_{name}.jsonl.report.json"
+            for name in MODELS
+        },
+    }
+    found = {name: _json(path) for name, path in places.items()}
+    return {name: account for name, account in found.items() if account is not None}
 
 
 def _json(path: pathlib.Path) -> dict[str, Any] | None:

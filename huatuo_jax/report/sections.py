@@ -26,6 +26,8 @@ OFFLINE_NOTE = (
     "medicine.</p>"
 )
 
+_PLACES_SHOWN = 3
+
 # What a stage's result says in this table, and in which words.
 _GAVE = {
     "step": "steps",
@@ -78,7 +80,42 @@ def data(run: Run) -> str:
     }
     rows = [[text(name), *_trained_on(name, results[name], run)] for name in results]
     parts.append(table(["stage", "made from", "gave"], rows, words=True))
+    parts += _left_out(run)
     return section("data", "What was trained on what", *parts)
+
+
+def _left_out(run: Run) -> list[str]:
+    """Of each stage what was read, used and left out, and by which reasons."""
+    if not run.accounts:
+        return []
+    rows = []
+    reasons = []
+    for name, account in run.accounts.items():
+        left_out = account["rows_left_out"] | account["left_out"]
+        used = ", ".join(
+            f"{text(purpose)} {number(count)}"
+            for purpose, count in (account["used"] | account["set_aside"]).items()
+        )
+        rows.append(
+            [
+                text(name),
+                number(account["rows"]),
+                f"{number(account['records'])} {text(account['unit'])}",
+                used or "none",
+                number(sum(left_out.values())),
+            ]
+        )
+        for reason, count in left_out.items():
+            places = account["places"][reason] if reason in account["places"] else []
+            shown = text("; ".join(places[:_PLACES_SHOWN]))
+            reasons.append([text(name), text(reason), number(count), shown])
+    parts = [
+        table(["stage", "rows read", "made of them", "used", "left out"], rows, words=True),
+    ]
+    if reasons:
+        head = ["stage", "left out because", "number", "such as"]
+        parts.append(table(head, reasons, words=True, caption="What was left out"))
+    return parts
 
 
 def curves(run: Run) -> str:

@@ -13,6 +13,7 @@ from huatuo_jax.comparisons.data import (
     make_answer,
     tokenize_answers,
 )
+from huatuo_jax.data.accounting import Account
 from huatuo_jax.data.answers import AnswerToTokenize, Sampled, SampledPrompt
 from huatuo_jax.data.files import Row, read_rows
 from huatuo_jax.data.readers import read_records
@@ -29,11 +30,13 @@ class Answered(NamedTuple):
         record: as JSON, extra fields kept.
         to_prompt: the prompt and its answers, which end with the doctor.
         several: whether the record can hold more than one, as opposed to a dialogue.
+        place: file and line of the record.
     """
 
     record: dict[str, Any]
     to_prompt: AnswersToPrompt
     several: bool
+    place: str
 
     @property
     def keys(self) -> list[AnswerKey]:
@@ -42,17 +45,25 @@ class Answered(NamedTuple):
         return [(prompt, sampled_prompt, answer) for answer in answers]
 
 
-def read_answered(path: str) -> Iterator[Answered]:
+def read_answered(path: str, account: Account) -> Iterator[Answered]:
     """The records of a file of dialogues, of comparisons, or of several answers a prompt.
+
+    Args:
+        path: the file.
+        account: is told of its rows.
 
     Raises:
         ValueError: it cannot be read, or holds records without an answer.
     """
     first = next((row for row in read_rows(path) if isinstance(row, Row)), None)
     if first is not None and _is_answers_record(first.value):
-        yield from _read_answers_file(path)
+        for answered in _read_answers_file(path):
+            account.rows += 1
+            account.rows_used += 1
+            yield answered
         return
-    for record in read_records(path, empty_answers=True):
+    reading = read_records(path, empty_answers=True)
+    for record in reading:
         if isinstance(record, Dialogue):
             answer = AnswerToTokenize(record.messages[-1:])
             to_prompt = AnswersToPrompt(record.messages[:-1], (answer,))
@@ -61,27 +72,42 @@ def read_answered(path: str) -> Iterator[Answered]:
         else:
             kind = type(record).__name__
             raise ValueError(f"{path}: record {record.id!r} is a {kind}, which holds no answer")
-        yield Answered(record.to_json(), to_prompt, isinstance(record, Comparison))
+        several, place = isinstance(record, Comparison), f"{path}:{reading.line}"
+        yield Answered(record.to_json(), to_prompt, several, place)
+    account.add_rows(reading)
 
 
 def read_answers(
-    path: str, cfg: AnswersConfig, tokenizer: "PreTrainedTokenizerBase"
+    path: str,
+    cfg: AnswersConfig,
+    tokenizer: "PreTrainedTokenizerBase",
+    account: Account | None = None,
 ) -> list[Answer]:
-    """All answers of a file as tokens; those that cannot be said in the template are left out.
+    """All answers of a file as tokens; those that do not fit are left out and counted.
+
+    Args:
+        path: the file.
+        cfg: how they are said.
+        tokenizer: the model's.
+        account: is told of all rows and answers.
 
     Raises:
-        ValueError: as `read_answered`, or no answer is left.
+        ValueError: as `read_answered`, or more answers do not fit than `cfg.max_left_out_share`.
     """
-    records = list(read_answered(path))
+    account = Account("answers") if account is None else account
+    records = list(read_answered(path, account))
     tokens = tokenize_answers((record.to_prompt for record in records), cfg, tokenizer)
     answers = []
     for record in records:
         for key in record.keys:
             found = tokens[key]
-            if not isinstance(found, str):
-                answers.append(make_answer(found, key[0], key[2].messages))
-    if not answers:
-        raise ValueError(f"{path}: none of its answers fits max_length={cfg.max_length} tokens")
+            if isinstance(found, str):
+                account.leave_out(found, record.place)
+                continue
+            account.use("to be scored")
+            answers.append(make_answer(found, key[0], key[2].messages))
+    limit = f"max_length={cfg.max_length}"
+    account.check(cfg.max_left_out_share, name="max_left_out_share", limit=limit)
     return answers
 
 
@@ -118,7 +144,7 @@ def _read_answers_file(path: str) -> Iterator[Answered]:
             to_prompt = AnswersToPrompt(prompt, answers, SampledPrompt.from_fields(row.value))
         except ValueError as error:
             raise ValueError(f"{row.file} line {row.line}: {error}") from error
-        yield Answered(dict(row.value), to_prompt, True)
+        yield Answered(dict(row.value), to_prompt, True, f"{row.file}:{row.line}")
 
 
 def _answer(fields: Mapping[str, Any]) -> AnswerToTokenize:

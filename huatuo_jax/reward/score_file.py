@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,9 +20,10 @@ from huatuo_jax.comparisons.data import (
     AnswerTokens,
     tokenize_answers,
 )
+from huatuo_jax.data.accounting import Account, check_share
 from huatuo_jax.data.chat import TruncationPolicy
 from huatuo_jax.json_lines import write_rows
-from huatuo_jax.progress import progress_bar
+from huatuo_jax.progress import progress_bar, tell
 from huatuo_jax.reward.answers import Answered, read_answered
 from huatuo_jax.rl.rewards import AnswerScoreConfig, answer_scores
 from huatuo_jax.scoring import GivenAnswer, Normalization, Scorer, load_normalization
@@ -42,6 +43,8 @@ class ScoreConfig:
         template_date: the date that a tokenizer's own template prints, see `templates.by_name`.
         truncation: what becomes of a dialogue longer than `max_length`, see `AnswersConfig`.
         max_length: tokens of a dialogue; None for the model's positions.
+        max_left_out_share: share of the answers that may stay without a score, because they are
+            too long or the template cannot render them.
         rows_at_once: rows that go through the model together, a multiple of the mesh's shards.
         row_length: tokens of a row, which holds several answers; None for the longest's.
         compute_dtype: None for float32 on CPU, bfloat16 elsewhere.
@@ -59,6 +62,7 @@ class ScoreConfig:
     template_date: str | None = None
     truncation: TruncationPolicy = "drop_oldest_turns"
     max_length: int | None = None
+    max_left_out_share: float = 0.1
     rows_at_once: int = 8
     row_length: int | None = None
     compute_dtype: str | None = None
@@ -82,6 +86,7 @@ class ScoreConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
+        check_share(self.max_left_out_share, name="max_left_out_share")
 
 
 class Scored(NamedTuple):
@@ -123,7 +128,7 @@ class Scored(NamedTuple):
         return line if self.mean is None else f"{line}, mean score {self.mean:.4f}"
 
 
-def score_file(cfg: ScoreConfig) -> Scored:
+def score_file(cfg: ScoreConfig, say: Callable[[str], object] = tell) -> Scored:
     """Writes each record of the input with the scores of its answers.
 
     A dialogue gets `score`, a record of several answers `scores` in their order (of a comparison:
@@ -131,6 +136,11 @@ def score_file(cfg: ScoreConfig) -> Scored:
     `normalized_score` or `normalized_scores` stands beside them. `reward` or `rewards` is what
     PPO's reward holds of the score under `cfg.rule`, in raw units where nothing is stored. An
     answer that does not fit, or that the template cannot render, has null.
+
+    Args:
+        cfg: what to score.
+        say: called with what the user should know of the answers before any is scored, in the
+            first process.
 
     Raises:
         ValueError: a file, model or setting that cannot be, before anything is compiled.
@@ -156,7 +166,8 @@ def score_file(cfg: ScoreConfig) -> Scored:
         truncation=cfg.truncation,
         max_length=limit,
     )
-    records = list(read_answered(cfg.input))
+    account = Account("answers")
+    records = list(read_answered(cfg.input, account))
     keys = [key for record in records for key in record.keys]
     if not keys:
         raise ValueError(f"{cfg.input}: none of its records has an answer to score")
@@ -171,6 +182,17 @@ def score_file(cfg: ScoreConfig) -> Scored:
             f"{cfg.input}: none of its {len(keys)} answers can be scored with"
             f" max_length={limit}: {', '.join(sorted(set(without)))}"
         )
+    for record in records:
+        for key in record.keys:
+            tokens_of = tokens[key]
+            if isinstance(tokens_of, str):
+                account.leave_out(tokens_of, record.place)
+            else:
+                account.use("to score")
+    account.check(cfg.max_left_out_share, name="max_left_out_share", limit=f"max_length={limit}")
+    if multi_host.is_first():
+        for line in account.lines():
+            say(line)
     default = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     compute = ComputeConfig(compute_dtype=jnp.dtype(cfg.compute_dtype or default))
     shards = mesh.shape["data"] * mesh.shape["fsdp"]

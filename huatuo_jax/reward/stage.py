@@ -11,9 +11,11 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from huatuo_jax import multi_host
 from huatuo_jax.backbone.config import BackboneConfig
 from huatuo_jax.comparisons.data import Answer, Comparisons, ComparisonsConfig, open_comparisons
 from huatuo_jax.comparisons.rows import ComparisonBatches, ComparisonRows, empty_row
+from huatuo_jax.data.accounting import Account
 from huatuo_jax.progress import progress_bar
 from huatuo_jax.reward.answers import answers_hash, read_answers
 from huatuo_jax.reward.config import RewardConfig
@@ -26,6 +28,7 @@ from huatuo_jax.reward.report import (
     write_report,
 )
 from huatuo_jax.scoring import Normalization, Scorer, save_normalization
+from huatuo_jax.training.data_report import report_data
 from huatuo_jax.training.evaluation import check_rows, make_evaluate
 from huatuo_jax.training.initial_model import InitialModel, ModelConfig, open_model
 from huatuo_jax.training.loop import Job, StepReport, host_share, step_numbers, train
@@ -75,9 +78,9 @@ def run_reward(
     tokenizer = model.load_tokenizer(STAGE, template)
     with progress_bar(f"{STAGE}: tokenising", "answers") as on_progress:
         comparisons = open_comparisons(cfg.data, tokenizer, on_progress)
-    sft_answers = None
+    sft_answers, account = None, Account("answers")
     if cfg.normalization_answers is not None:
-        sft_answers = read_answers(cfg.normalization_answers, cfg.data, tokenizer)
+        sft_answers = read_answers(cfg.normalization_answers, cfg.data, tokenizer, account)
     decisive = identity(cfg) | {
         "initial_model": model.identity,
         "comparisons": comparisons.identity,
@@ -86,6 +89,10 @@ def run_reward(
     directory = begin_stage(workdir, STAGE, settings=all_fields(cfg), decisive=decisive)
     if (result := directory.result()) is not None:
         return result
+    report_data(directory, comparisons.account)
+    if sft_answers is not None and multi_host.is_first():
+        for line in account.lines():
+            print(f"{STAGE}: for the normalization: {line}", flush=True)
     state, evaluation = train(_job(cfg, model, comparisons, directory, decisive, mesh), cfg.loop)
     place = directory.folder / MODEL_FOLDER
     model.save(state.variables, place, template=template, tokenizer=tokenizer)

@@ -8,12 +8,15 @@ from huatuo_jax import sharding
 from huatuo_jax.backbone.config import BackboneConfig
 from huatuo_jax.checkpoint import models
 from huatuo_jax.checkpoint.tokenizer import check_fits, load_tokenizer
+from huatuo_jax.data.accounting import Account, placed
 from huatuo_jax.data.chat import ChatTemplate
 from huatuo_jax.data.readers import read_comparisons, read_prompts
 from huatuo_jax.data.tokenizing import tokenizer_hash
 from huatuo_jax.evaluation.config import EvaluationConfig
 from huatuo_jax.feedback.questions import read_answered
 from huatuo_jax.generation import weights
+from huatuo_jax.generation.bulk_tasks import make_tasks
+from huatuo_jax.ppo.prompts import open_prompts
 from huatuo_jax.ppo.rollout import mesh_of
 from huatuo_jax.rlaif.config import AnswersConfig, RlaifConfig
 from huatuo_jax.training.evaluation import check_rows
@@ -56,7 +59,14 @@ def check_inputs(cfg: RlaifConfig, workdir: str | os.PathLike[str], wanted: set[
             found = _check_model(name, value, cfg, tokenizer, workdir, made=_makers(wanted))
             _check_mesh(name, found or model.cfg, cfg)
     if "answers" in wanted:
-        _check_prompts("answers.prompts", cfg.answers, model, tokenizer, template)
+        _check_prompts(
+            "answers",
+            cfg.answers,
+            model,
+            tokenizer,
+            template,
+            max_new_tokens=cfg.answers.sampling.max_new_tokens,
+        )
     if "labels" in wanted and not _is_made(cfg.labels.answers, workdir, wanted, "answers"):
         read_answered(cfg.labels.answers)
     if "reward" in wanted:
@@ -67,8 +77,22 @@ def check_inputs(cfg: RlaifConfig, workdir: str | os.PathLike[str], wanted: set[
                     next(iter(read_comparisons(path)), None)
     if "ppo" in wanted:
         _check_positions("ppo.data.max_prompt_tokens + rollout", cfg.ppo.max_length, model)
+        # That too many of them are too long is told now, and not after the reward model.
+        open_prompts(
+            cfg.ppo.data,
+            tokenizer,
+            max_new_tokens=cfg.ppo.rollout.max_new_tokens,
+            stop_token_ids=template.stop_token_ids(tokenizer),
+        )
     if "evaluation" in wanted:
-        _check_prompts("evaluation.prompts", cfg.evaluation, model, tokenizer, template)
+        _check_prompts(
+            "evaluation",
+            cfg.evaluation,
+            model,
+            tokenizer,
+            template,
+            max_new_tokens=cfg.evaluation.max_new_tokens,
+        )
     if "export" in wanted:
         sharding.host_mesh()  # Without a CPU the last stage but one would fail.
     for name, section in (("sft", cfg.sft), ("reward", cfg.reward), ("ppo", cfg.ppo)):
@@ -164,15 +188,24 @@ def _check_prompts(
     model: InitialModel,
     tokenizer: PreTrainedTokenizerBase,
     template: ChatTemplate,
+    *,
+    max_new_tokens: int,
 ) -> None:
-    """All prompts can be read, and leave room for a token of an answer."""
-    prompts = list(read_prompts(cfg.prompts))
-    limit = model.cfg.max_positions
-    for prompt in prompts:
-        # The last question alone, as the oldest turns are dropped where a dialogue is too long.
-        length = len(template.prompt(list(prompt.messages[-1:]), tokenizer))
-        if length >= limit:
-            raise ValueError(
-                f"config.{name}: prompt {prompt.id!r} has {length} tokens, and {limit} are the "
-                "model's positions with the answer"
-            )
+    """The prompts can be read, and enough of them leave room for a token of an answer."""
+    account = Account("prompts")
+    make_tasks(
+        placed(read_prompts(cfg.prompts)),
+        template,
+        tokenizer,
+        max_length=model.cfg.max_positions,
+        max_new_tokens=max_new_tokens,
+        drop_oldest_turns=True,
+        least_new_tokens=1,
+        account=account,
+        purpose="to answer",
+    )
+    account.check(
+        cfg.max_left_out_share,
+        name=f"config.{name}.max_left_out_share",
+        limit=f"the model's {model.cfg.max_positions} positions",
+    )

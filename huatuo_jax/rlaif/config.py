@@ -55,6 +55,7 @@ class AnswersConfig:
     Attributes:
         model: who answers; the SFT stage's model unless told otherwise.
         prompts: file of prompts; those made of the dialogues unless told otherwise.
+        max_left_out_share: share of the prompts that may be left out as too long for the model.
         num_samples: answers to each prompt.
         sampling: how they are drawn.
         seed: of the answers.
@@ -66,6 +67,7 @@ class AnswersConfig:
 
     model: str = operational("{workdir}/sft/model")
     prompts: str = operational("{workdir}/prompts.jsonl")
+    max_left_out_share: float = operational(0.1)
     num_samples: int = 4
     sampling: SamplingConfig = SamplingConfig()
     seed: int = 0

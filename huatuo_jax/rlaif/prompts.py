@@ -1,11 +1,13 @@
 """Prompts made of the run's dialogues: some to learn from, and held-out ones to evaluate on."""
 
+import dataclasses
 import hashlib
 import itertools
 import pathlib
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+from huatuo_jax.data.accounting import HELD_OUT, READ_FROM, TRAINED_ON, Account
 from huatuo_jax.data.held_out import dialogue_text
 from huatuo_jax.data.readers import Keywords, read_dialogues
 from huatuo_jax.data.records import Dialogue, Prompt
@@ -15,20 +17,27 @@ from huatuo_jax.training.dialogue_data import DataConfig, SourceConfig
 
 TRAIN_FILE = "prompts.jsonl"
 HELD_OUT_FILE = "held_out_prompts.jsonl"
+ACCOUNT_FILE = "prompts.jsonl.report.json"
+
+
+OTHER_KIND = "of kinds that prompts.kinds does not name"
+REPEATED = "the same prompt again"
+IN_BOTH = "held out, but to train on too"
 
 
 class Prompts(NamedTuple):
-    """The prompts of a run."""
+    """The prompts of a run, and what became of each dialogue."""
 
     train: list[Prompt]
     held_out: list[Prompt]
+    account: Account
 
 
 def make_prompts(data: DataConfig, cfg: PromptsConfig) -> Prompts:
     """The prompts of all dialogues of the wanted kinds.
 
     A dialogue that fine-tuning holds out makes a held-out prompt, unless the same prompt stands
-    among those to learn from, too.
+    among those to learn from, too. Each prompt says in `READ_FROM` where its dialogue stands.
 
     Raises:
         ValueError: a file that cannot be read, or no prompt on one of the sides.
@@ -36,19 +45,23 @@ def make_prompts(data: DataConfig, cfg: PromptsConfig) -> Prompts:
     train: dict[str, Prompt] = {}
     held_out: dict[str, Prompt] = {}
     ids: set[str] = set()
-    for source, dialogue in _dialogues(data):
+    account = Account("dialogues")
+    for source, dialogue, place in _dialogues(data, account):
         if dialogue.kind is not None and dialogue.kind not in cfg.kinds:
+            account.put_aside(OTHER_KIND)
             continue
-        prompt = _prompt(dialogue)
+        prompt = _prompt(dialogue, place)
         key = dialogue_text(prompt.messages)
         side = held_out if _is_held_out(source, dialogue, data) else train
         if key in side:
+            account.leave_out(REPEATED, place)
             continue
         if prompt.id in ids:
             prompt = Prompt(**{**vars(prompt), "id": f"{source.name}:{prompt.id}"})
         ids.add(prompt.id)
         side[key] = prompt
-    held_out = {key: prompt for key, prompt in held_out.items() if key not in train}
+    for key in [key for key in held_out if key in train]:
+        account.leave_out(IN_BOTH, str(held_out.pop(key).extra[READ_FROM]))
     for name, found in (("to learn from", train), ("held out", held_out)):
         if not found:
             files = ", ".join(itertools.chain(*(source.paths for source in data.sources)))
@@ -56,7 +69,14 @@ def make_prompts(data: DataConfig, cfg: PromptsConfig) -> Prompts:
                 f"{files}: no prompt {name} comes of these dialogues (prompts.kinds={cfg.kinds}, "
                 f"sft.data.held_out.share={data.held_out.share})"
             )
-    return Prompts(_limited(train, cfg.limit), _limited(held_out, cfg.held_out_limit))
+    limited = Prompts(_limited(train, cfg.limit), _limited(held_out, cfg.held_out_limit), account)
+    for purpose, found, kept, name in (
+        (TRAINED_ON, train, limited.train, "limit"),
+        (HELD_OUT, held_out, limited.held_out, "held_out_limit"),
+    ):
+        account.use(purpose, len(kept))
+        account.put_aside(f"over prompts.{name}", len(found) - len(kept))
+    return limited
 
 
 def write_prompts(path: pathlib.Path, prompts: Iterable[Prompt]) -> None:
@@ -64,7 +84,8 @@ def write_prompts(path: pathlib.Path, prompts: Iterable[Prompt]) -> None:
     write_rows(path, (prompt.to_json() for prompt in prompts))
 
 
-def _dialogues(data: DataConfig) -> Iterator[tuple[SourceConfig, Dialogue]]:
+def _dialogues(data: DataConfig, account: Account) -> Iterator[tuple[SourceConfig, Dialogue, str]]:
+    """Each dialogue with its source, and the name and line of its file."""
     for source in data.sources:
         reading = Keywords(source=source.name)
         if source.kind is not None:
@@ -72,8 +93,11 @@ def _dialogues(data: DataConfig) -> Iterator[tuple[SourceConfig, Dialogue]]:
         if source.adapter is not None:
             reading["adapter"] = source.adapter
         for path in source.paths:
-            for dialogue in read_dialogues(path, **reading):
-                yield source, dialogue
+            dialogues = read_dialogues(path, **reading)
+            for dialogue in dialogues:
+                # The name alone: where a file lies may differ between two starts of a run.
+                yield source, dialogue, f"{pathlib.Path(path).name}:{dialogues.line}"
+            account.add_rows(dialogues)
 
 
 def _is_held_out(source: SourceConfig, dialogue: Dialogue, data: DataConfig) -> bool:
@@ -82,7 +106,7 @@ def _is_held_out(source: SourceConfig, dialogue: Dialogue, data: DataConfig) -> 
     return source.held_out_by == "always"
 
 
-def _prompt(dialogue: Dialogue) -> Prompt:
+def _prompt(dialogue: Dialogue, place: str) -> Prompt:
     """What the doctor's longest answer answers, with that answer as the reference.
 
     The last answer of a conversation is often a goodbye, of which nothing can be learned.
@@ -92,7 +116,11 @@ def _prompt(dialogue: Dialogue) -> Prompt:
         for index, message in enumerate(dialogue.messages)
         if message.role == "assistant" and index
     )
-    cut = Dialogue(**{**vars(dialogue), "messages": dialogue.messages[: 1 - index]})
+    cut = dataclasses.replace(
+        dialogue,
+        messages=dialogue.messages[: 1 - index],
+        extra={**dialogue.extra, READ_FROM: place},
+    )
     return Prompt.of_dialogue(cut)
 
 

@@ -4,6 +4,7 @@ Several processes run it together, in a folder that all of them see. They train 
 mesh; the first of them asks the judge, and writes what is written once.
 """
 
+import json
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -13,11 +14,13 @@ import jax
 from ml_collections import ConfigDict
 
 from huatuo_jax import multi_host
+from huatuo_jax.atomic import write_file
 from huatuo_jax.rlaif.checks import check_inputs
 from huatuo_jax.rlaif.config import RlaifConfig
 from huatuo_jax.rlaif.journal import Journal
 from huatuo_jax.rlaif.judge import reach_judge
 from huatuo_jax.rlaif.prompts import (
+    ACCOUNT_FILE,
     HELD_OUT_FILE,
     TRAIN_FILE,
     Prompts,
@@ -58,6 +61,9 @@ def run_rlaif(
     stages, journal = make_stages(cfg, folder), Journal(folder, writes=multi_host.is_first())
     prompts = make_prompts(cfg.sft.data, cfg.prompts)
     multi_host.by_first("prompts", lambda: _write_prompts(folder, prompts))
+    if multi_host.is_first():
+        for line in prompts.account.lines():
+            print(f"prompts: {line}", flush=True)
     wanted = unfinished_stages(stages, journal)
     multi_host.check_same("the stages to be run", sorted(wanted))
     check_inputs(cfg, folder, wanted)
@@ -79,6 +85,8 @@ def _write_prompts(folder: pathlib.Path, prompts: Prompts) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_prompts(folder / TRAIN_FILE, prompts.train)
     write_prompts(folder / HELD_OUT_FILE, prompts.held_out)
+    account = json.dumps(prompts.account.to_json(), ensure_ascii=False, indent=2)
+    write_file(folder / ACCOUNT_FILE, f"{account}\n")
 
 
 def unfinished_stages(stages: Sequence[Stage], journal: Journal) -> set[str]:

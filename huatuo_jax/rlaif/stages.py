@@ -93,11 +93,16 @@ def _answers(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:
         chunk_size=section.chunk_size,
         slots=section.slots,
         drop_oldest_turns=True,
+        max_left_out_share=section.max_left_out_share,
         mesh=section.mesh,
     )
 
     def run() -> Mapping[str, Any]:
-        report = run_bulk(bulk, lambda done: print(f"  {done}", file=sys.stderr, flush=True))
+        report = run_bulk(
+            bulk,
+            lambda done: print(f"  {done}", file=sys.stderr, flush=True),
+            lambda line: print(f"answers: {line}", flush=True),
+        )
         found = {} if report is None else {"tokens_per_s": report.tokens_per_s}
         return answer_figures(output) | found
 

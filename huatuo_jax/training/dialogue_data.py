@@ -2,12 +2,14 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from jax.sharding import Mesh
 
 from huatuo_jax.data import templates
+from huatuo_jax.data.accounting import TRAINED_ON, Account
 from huatuo_jax.data.batches import BatchIterator, PrefetchConfig, evaluation_batches
 from huatuo_jax.data.chat import ChatTemplate, TrainedTurns, TruncationPolicy
 from huatuo_jax.data.duplicates import DuplicatesConfig
@@ -109,12 +111,14 @@ class DialogueData:
         held_out: one epoch of it is the evaluation.
         prepared: the cache they are read from.
         num_threads: threads that make batches.
+        account: what became of all rows; None where the cache was made without one.
     """
 
     train: RowStream
     held_out: RowStream | None
     prepared: Prepared
     num_threads: int
+    account: Account | None
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -195,7 +199,22 @@ def open_dialogues(
         held_out=None if held_out is None else RowStream(held_out, rows, mixture=None),
         prepared=prepared,
         num_threads=cfg.num_threads,
+        account=_account(prepared, cfg.sources),
     )
+
+
+def _account(prepared: Prepared, sources: Sequence[SourceConfig]) -> Account | None:
+    """The cache's account, with what the sources' limits set aside."""
+    if "account" not in prepared.statistics:
+        return None
+    account = Account.from_json(prepared.statistics["account"])
+    train = prepared.train
+    for source in sources:
+        if source.limit is not None and source.name in train.sources:
+            number = int(np.sum(train.source_ids == train.sources.index(source.name)))
+            over = max(0, number - source.limit)
+            account.put_aside(f"over the limit of {source.name}", over, used_for=TRAINED_ON)
+    return account
 
 
 def _source(source: SourceConfig) -> DialogueSource:

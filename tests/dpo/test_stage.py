@@ -1,5 +1,6 @@
 """The stage as a user runs it: comparisons and a policy to start from, a folder of results."""
 
+import json
 import math
 import os
 import pathlib
@@ -103,6 +104,8 @@ def test_a_preference_that_is_there_is_learned(trained, files):
     assert steps[-1]["train/loss"] < steps[0]["train/loss"] - 0.02
     assert [row["step"] for row in rows if "eval/loss" in row] == [5, 10]
     assert result["step"] == 10 and result["eval/accuracy"] == 1.0 and result["eval/margin"] > 0
+    account = json.loads((workdir / "dpo" / "data.json").read_text())
+    assert sum(account["used"].values()) == account["records"] == account["rows"]
     # The saved model, by another way: log-probabilities of the held-out answers.
     held_out = open_comparisons(_data(files), load_tokenizer(TOKENIZER)).held_out
     answers = [

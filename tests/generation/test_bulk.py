@@ -130,7 +130,10 @@ def test_a_complete_file_is_left_alone(unbroken, model_folder, prompts_file):
         ({"num_samples": 2}, "was made with num_samples 3, now 2"),
         ({"template": "nope"}, "'nope' is not known"),
         ({"max_length": 513}, "max_length=513 must be at most the model's 512"),
-        ({"max_length": 40}, "prompt 'p0' has .* tokens, and 40 .*drop_oldest_turns"),
+        (
+            {"max_length": 40},
+            r"none of the 7 prompts .*40 tokens(.|\n)*prompts\.jsonl:1: ",
+        ),
         ({"slots": 0}, "slots=0 must be at least 1"),
         ({"mesh": MeshConfig(tensor=3)}, "mesh: .* 3 devices, which does not divide the 8"),
         ({"mesh": MeshConfig(fsdp=1, tensor=8)}, "mesh: tensor=8 must divide the model's . key"),
@@ -163,3 +166,31 @@ def test_the_oldest_turns_go_where_a_dialogue_does_not_fit(
     last = [Message(**record["messages"][-1])]
     assert record["messages_dropped"] == 2 and len(record["messages"]) == 3
     assert record["prompt_token_ids"] == templates.by_name("huatuogpt").prompt(last, tokenizer)
+
+
+def test_a_prompt_that_does_not_fit_is_left_out_and_named_by_file_and_line(
+    unbroken, model_folder, prompts_file, tmp_path
+):
+    rows = prompts_file.read_text("utf-8").splitlines()
+    rows.insert(2, json.dumps({"question": LINES[0] * 20}))
+    rows.insert(4, json.dumps({"question": LINES[1] * 20, "read_from": "mine.csv:12"}))
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n".join(rows) + "\n", "utf-8")
+    output, said = tmp_path / "answers.jsonl", []
+    cfg = config(model_folder, path, output, max_left_out_share=0.3)
+    run_bulk(cfg, say=said.append)
+    assert [record["id"] for record in rows_of(output)] == [*(f"p{n}" for n in range(6)), "long"]
+    for record, alone in zip(rows_of(output), rows_of(unbroken), strict=True):
+        assert record["prompt_token_ids"] == alone["prompt_token_ids"]
+    assert said[0] == "9 rows read, 9 prompts: 7 to answer; left out: 2 prompts"
+    assert said[1].startswith(f"left out, too long: 2, such as {path}:3: ")
+    assert said[2].startswith("warning: 22% of the data is left out")
+    account = json.loads((tmp_path / "answers.jsonl.report.json").read_text("utf-8"))
+    assert account["left_out"] == {"too long": 2} and account["used"] == {"to answer": 7}
+    assert account["places"]["too long"][1].startswith("mine.csv:12: ")
+    with pytest.raises(
+        ValueError, match="2 of 9 prompts .* max_left_out_share=0.1 allows"
+    ) as error:
+        run_bulk(config(model_folder, path, tmp_path / "other.jsonl"))
+    assert f"{path}:3: " in str(error.value) and "mine.csv:12: " in str(error.value)
+    assert not (tmp_path / "other.jsonl").exists()

@@ -117,6 +117,8 @@ def test_a_run_leaves_metrics_samples_and_a_model(trained, files):
     assert rows[1]["throughput/tokens_per_s"] > 0
     assert result["step"] == 2 and result["ppo/score"] == rows[1]["ppo/score"]
     assert json.loads((folder / "finished.json").read_text()) == result
+    account = json.loads((folder / "data.json").read_text())
+    assert account["rows"] == 6 and account["used"] == {"to train on": 6}
     samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     assert [one["step"] for one in samples] == [1, 1, 1, 2, 2, 2]
     assert all(one["kl"] == 0.0 for one in samples[:3])
@@ -302,7 +304,11 @@ WRONG = {
     "a reward model that answers": ("reward_model", "sft", "has no score head"),
     "no normalization": ("reward_model", "unnormalized", "holds no normalization"),
     "no such prompts": ("data.paths", ("nowhere.jsonl",), "nowhere.jsonl"),
-    "no prompt that fits": ("data.max_prompt_tokens", 2, "no prompt fits"),
+    "no prompt that fits": (
+        "data.max_prompt_tokens",
+        2,
+        "none of the 6 .*max_prompt_tokens=2",
+    ),
     "too few positions": ("rollout.max_new_tokens", 100, "at most the model's 128 positions"),
     "an unknown template": ("data.template", "alpaca", "template: 'alpaca' is not known"),
     "minibatches": ("num_minibatches", 3, "num_minibatches=3 must divide the 4 answers"),

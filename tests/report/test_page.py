@@ -3,9 +3,11 @@
 import html.parser
 import json
 import re
+from collections import Counter
 
 import pytest
 
+from huatuo_jax.data.accounting import Account
 from huatuo_jax.report.page import write_report
 
 TEXT = "咳嗽三天<b>怎么办</b>？"
@@ -247,3 +249,18 @@ def test_stages_that_did_not_run_are_left_out(run):
 def test_an_empty_folder_gives_a_page_that_says_little(tmp_path):
     page = page_of(tmp_path)
     assert "<h1>Trial &amp; error</h1>" in page and named_numbers(page) == {}
+
+
+def test_what_was_left_out_stands_in_the_page_with_its_reasons(run):
+    assert "left out because" not in page_of(run)
+    account = Account("dialogues", rows=41, rows_used=40, rows_left_out=Counter({"bad row": 1}))
+    account.use("to train on", 5)
+    account.use("held out", 1)
+    for line in range(34):
+        account.leave_out("too long", f"mine<b>.jsonl:{line + 1}", "does not fit 64 tokens")
+    write(run / "sft" / "data.json", account.to_json())
+    page = page_of(run)
+    assert "left out because" in page
+    assert re.search(r"<th scope=row>sft</th><td>too long</td><td>(<[^>]+>)?34", page)
+    assert "mine&lt;b&gt;.jsonl:1: does not fit 64 tokens" in page
+    assert re.search(r"<td>bad row</td><td>(<[^>]+>)?1<", page)

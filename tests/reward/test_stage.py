@@ -99,6 +99,9 @@ def test_a_preference_that_is_there_is_learned_and_reported(trained):
     assert report["loss"] == pytest.approx(result["eval/cross_entropy"], rel=1e-4)
     assert report["length_baseline"]["accuracy"]["value"] == 1.0  # The good answer is longer.
     assert set(report["accuracy_by_source"]) == {"odd", "even"}
+    account = json.loads((workdir / "reward" / "data.json").read_text())
+    assert account["used"]["held out"] == report["num_pairs"] and not account["left_out"]
+    assert sum(account["used"].values()) == account["records"] == account["rows"]
     assert set(report["accuracy_by_turns"]) == {"1", "2 to 3"}
     assert (workdir / "reward" / "reward_reliability.png").read_bytes().startswith(b"\x89PNG")
 

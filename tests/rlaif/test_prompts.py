@@ -4,10 +4,17 @@ import json
 
 import pytest
 
+from huatuo_jax.data.accounting import READ_FROM
 from huatuo_jax.data.held_out import HeldOutConfig, dialogue_text
 from huatuo_jax.data.readers import read_dialogues, read_prompts
 from huatuo_jax.rlaif.config import PromptsConfig
-from huatuo_jax.rlaif.prompts import make_prompts, write_prompts
+from huatuo_jax.rlaif.prompts import (
+    IN_BOTH,
+    OTHER_KIND,
+    REPEATED,
+    make_prompts,
+    write_prompts,
+)
 from huatuo_jax.training.dialogue_data import DataConfig, SourceConfig
 from tests.rlaif.tiny import HELD_OUT, write_dialogues
 
@@ -94,3 +101,20 @@ def test_data_that_leaves_nothing_to_evaluate_on_is_refused(tmp_path):
     write_dialogues(path)
     with pytest.raises(ValueError, match="no prompt held out comes of these dialogues"):
         make_prompts(data(path, held_out=HeldOutConfig(share=0.0)), PromptsConfig())
+
+
+def test_every_dialogue_is_accounted_for_and_each_prompt_says_where_it_stood(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    write_dialogues(path)
+    talk(path, "咳嗽1天了，怎么办？", "再说一遍。", name="again")
+    talk(path, "发烧", "去医院。", kind="distilled_instruction", name="other")
+    cfg = PromptsConfig(kinds=("real_instruction",), limit=10)
+    found = make_prompts(data(path), cfg)
+    places = {prompt.extra[READ_FROM] for prompt in (*found.train, *found.held_out)}
+    assert places <= {f"mine.jsonl:{number}" for number in range(1, 26)}
+    account = found.account
+    assert (account.rows, account.rows_used, account.records) == (26, 26, 26)
+    assert account.used == {"to train on": 10, "held out": len(found.held_out)}
+    assert account.set_aside[OTHER_KIND] == 1 and account.set_aside["over prompts.limit"] > 0
+    assert account.left_out in ({REPEATED: 1}, {IN_BOTH: 1})
+    account.to_json()  # Where the sums are checked.

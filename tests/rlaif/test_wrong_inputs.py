@@ -5,6 +5,7 @@ import http.server
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import threading
@@ -176,6 +177,37 @@ def test_answers_of_someone_else_that_are_none(recipe, tmp_path):
         recipe.labels, answers=str(sample.FOLDER / "real_instruction.jsonl")
     )
     refused(recipe, tmp_path, "not an answers record", labels=labels)
+
+
+def ask_at_length(path, *, characters, count):
+    """Adds questions of so many characters, none the beginning of another."""
+    text = "头咳胃失腰发耳乏疼嗽胀眠酸烧鸣力" * (-(-characters // 16))
+    with path.open("a", encoding="utf-8") as file:
+        for number in range(count):
+            row = {"question": f"{number}{text[:characters]}", "answer": "休息。"}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def test_one_question_that_is_too_long_stops_nothing(recipe, tmp_path, capsys):
+    ask_at_length(tmp_path / "mine.jsonl", characters=400, count=1)
+    with pytest.raises(AssertionError, match="a stage was reached"):
+        run_rlaif(section(recipe), tmp_path / "run")
+    assert "prompts: 25 rows read, 25 dialogues: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("characters", "limit"),
+    [(400, "the model's 256 positions"), (90, "data.max_prompt_tokens=100")],
+    ids=["answers", "ppo"],
+)
+def test_too_many_long_questions_are_named_by_the_users_own_file(
+    recipe, tmp_path, characters, limit
+):
+    ask_at_length(tmp_path / "mine.jsonl", characters=characters, count=12)
+    with pytest.raises(ValueError, match=r"max_left_out_share=0\.1 allows .too long ") as error:
+        run_rlaif(section(recipe), tmp_path / "run")
+    assert f"prompts cannot be used with {limit}" in str(error.value)
+    assert re.search(r"\n  mine\.jsonl:(2[5-9]|3\d): \d+ tokens, at most", str(error.value))
 
 
 @pytest.mark.slow
