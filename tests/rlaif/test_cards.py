@@ -8,10 +8,12 @@ import json
 import pathlib
 import sys
 
+import jax
 import pytest
 import torch
 import transformers
 
+from huatuo_jax import sharding
 from huatuo_jax.checkpoint.convert import convert
 from huatuo_jax.checkpoint.tokenizer import load_tokenizer
 from huatuo_jax.data.records import Message
@@ -48,6 +50,17 @@ def hub(folders, tmp_path, monkeypatch):
     made.add(hubs.QWEN, folders / "qwen")
     made.patch(monkeypatch)
     return made
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """Meshes of all devices have one, in this test and not in the next."""
+    make_mesh = sharding.make_mesh
+
+    def make(*, devices=None, **sizes):
+        return make_mesh(**sizes, devices=devices or jax.devices()[:1])
+
+    monkeypatch.setattr(sharding, "make_mesh", make)
 
 
 @pytest.fixture
@@ -93,6 +106,9 @@ def shrink(config, *, batch=8):
         change(config["ppo"], rollout__num_prompts=batch, rollout__max_new_tokens=ANSWER)
         change(config["ppo"], data__max_prompt_tokens=300, num_iterations=1, num_epochs=1)
         change(config["ppo"], num_minibatches=1, value__warmup_iterations=0)
+        change(config["ppo"], optimizer__warmup_steps=0)
+        if config["ppo"]["value"]["optimizer"] is not None:
+            change(config["ppo"], value__optimizer__warmup_steps=0)
         change(config["ppo"]["loop"], checkpoint_every=1, tensorboard=False)
 
 
@@ -169,7 +185,7 @@ def test_the_7b_recipe_runs_from_its_hub_id_to_its_export(hub, data, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("on_one_device")
+@pytest.mark.usefixtures("one_device")
 def test_the_7b_card_with_adapters_runs_on_its_one_device(hub, data, tmp_path):
     config = card("huatuogpt_7b_lora")
     shrink_recipe(config, data)
