@@ -190,7 +190,12 @@ def write_prompts(folder: pathlib.Path, settings: contest.Result, *, real: bool)
             records.setdefault(f"{path.stem}:{prompt.id}", prompt)
     named = [{**prompt.to_json(), "id": one} for one, prompt in records.items()]
     write_rows(file, named)
-    fitting = open_prompts(cfg, tokenizer, max_new_tokens=settings["response_length"]).items
+    fitting = open_prompts(
+        cfg,
+        tokenizer,
+        max_new_tokens=settings["response_length"],
+        stop_token_ids=cfg.chat_template.stop_token_ids(tokenizer),
+    ).items
     if len(fitting) < wanted and real:
         raise ValueError(f"{wanted} prompts are wanted and {len(fitting)} fit; fewer --steps")
     # The sample's few prompts come again and again.

@@ -17,7 +17,7 @@ from huatuo_jax.data.templates import by_name
 _ADAPTER = flags.DEFINE_string("adapter", None, "Adapter for all files; an unknown name lists all.")
 _KIND = flags.DEFINE_enum("kind", None, KINDS, "Kind of all dialogues; default: the rows' own.")
 _SPLIT = flags.DEFINE_string("split", "train", "Part of parquet, Arrow or hub data to read.")
-_TEMPLATE = flags.DEFINE_string("template", "huatuogpt", "Chat template; else all are listed.")
+_TEMPLATE = flags.DEFINE_string("template", "huatuogpt", "Chat template; an unknown one lists all.")
 _DATE = flags.DEFINE_string("template_date", None, "Date that a tokenizer's own template prints.")
 _TOKENIZER = flags.DEFINE_string("tokenizer", None, "Folder or hub id; default: the sample data's.")
 _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 2048, "Length limit of a dialogue.")

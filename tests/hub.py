@@ -22,7 +22,7 @@ BAICHUAN = "baichuan-inc/Baichuan-7B"
 ZIYA = "IDEA-CCNL/Ziya-LLaMA-13B-Pretrain-v1"
 QWEN = "Qwen/Qwen2.5-7B"
 VOCAB = 2048
-POSITIONS = 256
+POSITIONS = 512
 SIZES = {
     "vocab_size": VOCAB,
     "hidden_size": 64,

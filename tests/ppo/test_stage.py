@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -18,6 +19,7 @@ from huatuo_jax.checkpoint.models import find_model, load_params, save_orbax
 from huatuo_jax.checkpoint.tokenizer import load_tokenizer
 from huatuo_jax.data import sample, templates
 from huatuo_jax.data.records import Message
+from huatuo_jax.generation.bulk import BulkConfig, run_bulk
 from huatuo_jax.generation.engine import Engine
 from huatuo_jax.generation.requests import Request, SamplingConfig
 from huatuo_jax.ppo.config import (
@@ -169,7 +171,8 @@ def _sampled_again(files, prompt, shown):
         optimizer=OptimizerConfig(learning_rate=1e-3),
     )
     tokenizer = load_tokenizer(TOKENIZER)
-    prompts = open_prompts(cfg.data, tokenizer, max_new_tokens=6)
+    stops = (tokenizer.eos_token_id,)
+    prompts = open_prompts(cfg.data, tokenizer, max_new_tokens=6, stop_token_ids=stops)
     row = [one.id for one in prompts.rows(0, 4, seed=0)].index(shown["id"])
     key = jax.random.fold_in(jax.random.key(0), 0)
     seed = int(jax.random.bits(key, (4,), "uint32")[row])
@@ -350,14 +353,53 @@ def test_a_reward_model_of_another_tokenizer_is_refused(files, tmp_path):
         run_ppo(_config(files, reward_model=str(other)), tmp_path / "run")
 
 
+def test_an_answer_that_ends_with_any_stop_id_of_the_model_is_finished_and_not_penalised(
+    files, tmp_path
+):
+    """The policy's generation config lists every token that a greedy answer can begin with."""
+    policy = tmp_path / "policy"
+    shutil.copytree(files / "sft", policy)
+    run_bulk(
+        BulkConfig(
+            model=str(policy),
+            prompts=str(files / "prompts.jsonl"),
+            output=str(tmp_path / "answers.jsonl"),
+            sampling=SamplingConfig(max_new_tokens=1, temperature=0.0),
+        )
+    )
+    lines = (tmp_path / "answers.jsonl").read_text(encoding="utf-8").split("\n")
+    first = {json.loads(line)["answers"][0]["token_ids"][0] for line in lines if line}
+    content = {"eos_token_id": sorted(first)}
+    (policy / "generation_config.json").write_text(json.dumps(content), encoding="utf-8")
+    config = _config(
+        files,
+        model=ModelConfig(directory=str(policy)),
+        rollout=RolloutConfig(num_prompts=4, max_new_tokens=6, temperature=1e-3),
+        num_iterations=1,
+    )
+    result = run_ppo(config, tmp_path)
+    assert (result["ppo/eos_rate"], result["ppo/response_length"]) == (1.0, 1.0)
+    folder = tmp_path / "ppo"
+    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().split("\n")[:-1]]
+    for one in samples:
+        assert (one["finish_reason"], one["length"]) == ("stop", 1)
+        assert one["answer_score"] == pytest.approx(NORMALIZATION.apply(one["score"]), abs=1e-4)
+    # What the policy was trained to stop at goes on with it.
+    written = json.loads((folder / "model" / "generation_config.json").read_text())
+    assert set(written["eos_token_id"]) == {load_tokenizer(TOKENIZER).eos_token_id, *first}
+
+
 def test_dialogues_give_their_first_words_or_all_before_the_last_answer():
     tokenizer = load_tokenizer(TOKENIZER)
     path = str(sample.FOLDER / "real_conversation.jsonl")
-    first = open_prompts(
-        PromptsConfig(paths=(path,), reads="first_turns"), tokenizer, max_new_tokens=4
-    )
-    last = open_prompts(
-        PromptsConfig(paths=(path,), reads="last_turns"), tokenizer, max_new_tokens=4
+    first, last = (
+        open_prompts(
+            PromptsConfig(paths=(path,), reads=reads),
+            tokenizer,
+            max_new_tokens=4,
+            stop_token_ids=(tokenizer.eos_token_id,),
+        )
+        for reads in ("first_turns", "last_turns")
     )
     assert len(first.items) == len(last.items) > 50
     shorter = [
@@ -371,7 +413,8 @@ def test_dialogues_give_their_first_words_or_all_before_the_last_answer():
 def test_each_pass_over_the_prompts_has_every_prompt_once_in_an_order_of_its_own(files):
     tokenizer = load_tokenizer(TOKENIZER)
     cfg = PromptsConfig(paths=(str(files / "prompts.jsonl"),))
-    prompts = open_prompts(cfg, tokenizer, max_new_tokens=4)
+    stops = (tokenizer.eos_token_id,)
+    prompts = open_prompts(cfg, tokenizer, max_new_tokens=4, stop_token_ids=stops)
     ids = [one.id for one in prompts.rows(0, 18, seed=3)]
     passes = [ids[:6], ids[6:12], ids[12:]]
     assert all(sorted(one) == [f"p{index}" for index in range(6)] for one in passes)

@@ -6,6 +6,7 @@ import pytest
 
 from huatuo_jax.rlaif.config import STAGES, LabelsConfig, RlaifConfig
 from huatuo_jax.rlaif.recipe import tell_temperatures
+from huatuo_jax.training.initial_model import ModelConfig
 from huatuo_jax.training.sections import from_section
 from tests.rlaif.tiny import section, tiny_recipe
 
@@ -58,6 +59,46 @@ def test_the_evaluation_samples_like_ppo_unless_it_is_told_otherwise(recipe, tmp
     tell_temperatures(told)
     message = "evaluation.temperature=1.0 is not ppo.rollout.temperature=0.7"
     assert message in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "kept"),
+    [
+        ({}, {}, True),
+        ({"tokenizer": "someone/tokenizer"}, {}, False),
+        ({"ignore_config_fields": ("hospital",)}, {}, False),
+        ({}, {"template": "tokenizer"}, True),
+        ({}, {"template": "tokenizer", "template_date": "2025-01-02"}, False),
+        ({}, {"template": "tokenizer", "default_system": "医生"}, False),
+        ({}, {"default_system": "医生"}, True),
+    ],
+)
+def test_a_base_model_is_evaluated_as_it_stands_or_with_what_the_run_adds_to_it(
+    recipe, tmp_path, model, data, kept
+):
+    data = dataclasses.replace(recipe.sft.data, **data)
+    sft = dataclasses.replace(
+        recipe.sft, model=ModelConfig(directory="someone/tiny", **model), data=data
+    )
+    others = {
+        name: dataclasses.replace(
+            getattr(recipe, name),
+            data=dataclasses.replace(getattr(recipe, name).data, template=data.template),
+        )
+        for name in ("reward", "ppo")
+    }
+    evaluation = dataclasses.replace(recipe.evaluation, template=data.template)
+    changed = dataclasses.replace(recipe, sft=sft, evaluation=evaluation, **others)
+    expected = "someone/tiny" if kept else f"{tmp_path}/base/model"
+    assert changed.in_workdir(tmp_path).evaluation.base == expected
+
+
+def test_stages_that_print_another_date_are_refused(recipe):
+    reward = dataclasses.replace(
+        recipe.reward, data=dataclasses.replace(recipe.reward.data, template_date="2025-01-02")
+    )
+    with pytest.raises(ValueError, match="reward.data.template_date='2025-01-02' must be None or"):
+        dataclasses.replace(recipe, reward=reward)
 
 
 def test_data_of_ones_own_replaces_the_sources(recipe, tmp_path):

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -16,8 +17,10 @@ import pytest
 from huatuo_jax.backbone.config import ComputeConfig
 from huatuo_jax.backbone.transformer import init_params
 from huatuo_jax.checkpoint.models import save_orbax
+from huatuo_jax.checkpoint.tokenizer import load_tokenizer
 from huatuo_jax.data import sample
 from huatuo_jax.rlaif import recipe as recipe_module
+from huatuo_jax.rlaif.checks import check_inputs
 from huatuo_jax.rlaif.recipe import run_rlaif
 from huatuo_jax.sharding import MeshConfig
 from tests.rlaif.tiny import BACKBONE, TOKENIZER, section, tiny_recipe, write_dialogues
@@ -150,6 +153,24 @@ def test_a_model_of_another_vocabulary(recipe, tmp_path):
     save_orbax(params, other, tmp_path / "other", head="lm", source_folder=pathlib.Path(TOKENIZER))
     answers = dataclasses.replace(recipe.answers, model=str(tmp_path / "other"))
     refused(recipe, tmp_path, "config.answers.model=.* vocab_size=512", answers=answers)
+
+
+def test_a_model_trained_elsewhere_is_taken_whatever_chat_template_lies_beside_it(recipe, tmp_path):
+    """Its own stage wrote that; what counts is how text becomes tokens, and the run's template."""
+    params = init_params(jax.random.key(0), BACKBONE, ComputeConfig(), head="score")
+    source = tmp_path / "tokenizer"
+    shutil.copytree(TOKENIZER, source)
+    (source / "chat_template.jinja").write_text("{{ messages[0].content }}", encoding="utf-8")
+    save_orbax(params, BACKBONE, tmp_path / "elsewhere", head="score", source_folder=source)
+    ppo = dataclasses.replace(recipe.ppo, reward_model=str(tmp_path / "elsewhere"))
+    cfg = dataclasses.replace(recipe, ppo=ppo).in_workdir(tmp_path / "run")
+    check_inputs(cfg, tmp_path / "run", {"sft", "ppo"})
+    tokenizer = load_tokenizer(source)
+    tokenizer.add_tokens(["咳嗽"])
+    tokenizer.save_pretrained(source)
+    save_orbax(params, BACKBONE, tmp_path / "other", head="score", source_folder=source)
+    ppo = dataclasses.replace(recipe.ppo, reward_model=str(tmp_path / "other"))
+    refused(recipe, tmp_path, "config.ppo.reward_model=.* has another tokenizer", ppo=ppo)
 
 
 def test_a_reward_model_where_a_policy_should_be(recipe, tmp_path):
