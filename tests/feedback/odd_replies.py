@@ -249,11 +249,11 @@ def response(lot, status, body, *, plain=False):
     return httpx2.Response(status, headers=headers, content=content)
 
 
-def draft_of(row):
-    """Another verdict, as thoughts may hold it."""
+def draft_of(lot, row):
+    """Another verdict, or the same one, as thoughts may hold it."""
     other = json.loads(json.dumps(row))
     if "better" in other:
-        other["better"] = (other["better"] + 1) % 3
+        other["better"] = (other["better"] + lot.randrange(3)) % 3
     else:
         other["overall"]["score"] = other["overall"]["score"] % 5 + 1
     return json.dumps(other)
@@ -261,7 +261,7 @@ def draft_of(row):
 
 def dressed(lot, row, text):
     """The text in one of the ways in which models hand it over; it says the same."""
-    draft = draft_of(row)
+    draft = draft_of(lot, row)
     answer = lot.choice(
         [
             text,
