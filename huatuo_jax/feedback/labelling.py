@@ -296,17 +296,15 @@ class _Run:
                     f"{len(self._held)} questions were refused and none was answered: {outcome}"
                 )
             return
-        self._append(
-            [question.judgement(outcome, paid=index == 0) for index, question in enumerate(group)]
-        )
+        self._append(_judgements(group, outcome))
 
     def _release(self) -> None:
-        """Append the refusals that were held back; they cost nothing."""
+        """Append the refusals that were held back."""
         held, self._held = self._held, []
         for group, outcome in held:
             if not self._answers:  # Nobody knows whether the questions are the matter.
                 outcome.failure = "unanswered"
-            self._append([question.judgement(outcome, paid=True) for question in group])
+            self._append(_judgements(group, outcome))
 
     def _append(self, judgements: Sequence[Judgement]) -> None:
         self._file.append(judgements)
@@ -333,6 +331,11 @@ class _Run:
             missing=len(wanted) - len(standing),
             error=self._error,
         )
+
+
+def _judgements(group: Sequence[Question], outcome: Reply | JudgementFailed) -> list[Judgement]:
+    """Of equal questions, of which the first one carries what the reply took."""
+    return [question.judgement(outcome, paid=index == 0) for index, question in enumerate(group)]
 
 
 def _refusals(found: Iterable[Judgement]) -> Counter[Identity]:

@@ -230,6 +230,18 @@ def test_a_command_with_a_wrong_key_ends_in_one_line(answers, prices, tmp_path):
     assert not any(output.parent.glob("*"))
 
 
+@pytest.mark.parametrize("num_good", [0, 1])
+def test_the_exit_code_says_whether_anything_was_judged(answers, prices, tmp_path, num_good):
+    output = tmp_path / "out" / "labels.jsonl"
+    what = Planted(utilities=answers[1], fault=lambda n: None if n < num_good else "prose")
+    with PlantedServer(what) as server:
+        done = command(key=KEY, output=output, judge=MODEL, answers=answers[0], base_url=server.url)
+    assert done.returncode == (0 if num_good else 1)
+    assert f"{num_good} verdicts, {9 - num_good} failed judgements, 0 not asked" in done.stdout
+    assert ("no judgement succeeded: all 9 failed" in done.stderr) == (not num_good)
+    assert "Traceback" not in done.stderr and len(list(read_judgements(output))) == 9
+
+
 def test_a_dry_run_counts_and_sends_nothing_and_needs_no_key(
     answers, prices, tmp_path, monkeypatch
 ):
