@@ -91,8 +91,9 @@ def grpo_advantages(
     """Each answer's reward less the mean of all to its prompt, itself included.
 
     With the deviation: arXiv 2402.03300, section 4.1.2, which weighs prompts by how alike their
-    answers' rewards are and so has another optimum. Without: arXiv 2503.20783, equation 5, whose
-    gradient is (G - 1) / G times that of RLOO.
+    answers' rewards are and so has another optimum; its loss is the mean over answers of each one's
+    mean, see `masks.count_terms`. Without: arXiv 2503.20783, equation 5, whose gradient is
+    (G - 1) / G times that of RLOO.
 
     Args:
         rewards_BG: of whole answers, one prompt a row.

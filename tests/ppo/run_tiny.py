@@ -30,6 +30,8 @@ if __name__ == "__main__":
         num_iterations=NUM_ITERATIONS,
         target_kl_per_sequence=0.05,
         score={"scale": "running"},
+        value={"warmup_iterations": 2},
+        stop_at_kl=1e-3,
         loop={"checkpoint_every": 3},
     )
     try:

@@ -114,8 +114,15 @@ def test_rows_come_in_few_numbers_that_micro_batches_and_shards_divide(size, at_
         {"entropy_coef": 0.05, "denominator": "max_new_tokens"},
         {"estimator": "rloo", "kl_in": "sequence_square", "micro_batch_size": 2},
         {"entropy_coef": 0.05, "kl_in": "k3", "denominator": "answers"},
-        {"estimator": "grpo", "kl_in": "sequence_square", "denominator": "answers"}
-        | {"micro_batch_size": 2},
+        pytest.param(
+            {
+                "estimator": "grpo",
+                "kl_in": "sequence_square",
+                "denominator": "answers",
+                "micro_batch_size": 2,
+            },
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["critic", "sequences in the loss", "mean of answers", "mean of micro-batches' answers"],
 )

@@ -40,6 +40,8 @@ def test_a_checkpoint_holds_all_that_moves(unbroken):
     values = [path for path in arrays if path.startswith("['value']") and "score_head" in path]
     assert values
     assert len({row["ppo/kl_coef"] for row in rows}) > 3
+    assert {row["ppo/stopped_early"] for row in rows} == {0.0, 1.0}
+    assert rows[-1]["ppo/policy_updates"] < 4 * (NUM_ITERATIONS - 2)
 
 
 def _kill(workdir, moments, *, seed):
