@@ -15,6 +15,7 @@ from huatuo_jax.generation.requests import SamplingConfig
 _TASK = (
     flags.DEFINE_string("model", None, "Model folder of either form, or a hub id."),
     flags.DEFINE_string("prompts", None, "File of prompts."),
+    flags.DEFINE_string("encoding", None, "Of the prompts' text; default: told by evidence."),
     flags.DEFINE_string("output", None, "Answers file to make, or to go on with."),
     flags.DEFINE_string("template", "huatuogpt", "Chat template; `tokenizer` for its own."),
     flags.DEFINE_integer("num_samples", 1, "Answers to each prompt."),

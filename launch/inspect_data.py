@@ -17,6 +17,9 @@ from huatuo_jax.data.templates import by_name
 _ADAPTER = flags.DEFINE_string("adapter", None, "Adapter for all files; an unknown name lists all.")
 _KIND = flags.DEFINE_enum("kind", None, KINDS, "Kind of all dialogues; default: the rows' own.")
 _SPLIT = flags.DEFINE_string("split", "train", "Part of parquet, Arrow or hub data to read.")
+_ENCODING = flags.DEFINE_string(
+    "encoding", None, "Of text files, such as cp1252 or big5; default: told by evidence."
+)
 _TEMPLATE = flags.DEFINE_string(
     "template", "huatuogpt", "Chat template; an unknown name lists all."
 )
@@ -38,7 +41,11 @@ def main(files: list[str]) -> None:
         max_tokens=_MAX_TOKENS.value,
         num_samples=_SAMPLES.value,
         read=ReadOptions(
-            kind=_KIND.value, adapter=_ADAPTER.value, split=_SPLIT.value, max_error_share=share
+            kind=_KIND.value,
+            adapter=_ADAPTER.value,
+            split=_SPLIT.value,
+            encoding=_ENCODING.value,
+            max_error_share=share,
         ),
     )
     reports, width = [], command_line.terminal_width()

@@ -21,7 +21,7 @@ from huatuo_jax.data.chat import TruncationPolicy
 from huatuo_jax.data.examples import Dropped, TokenIds, Tokens
 from huatuo_jax.data.held_out import HeldOutConfig, dialogue_text
 from huatuo_jax.data.readers import read_comparisons, read_dialogues
-from huatuo_jax.data.records import Comparison, Messages
+from huatuo_jax.data.records import Comparison, Messages, unmarked
 from huatuo_jax.data.sources import HeldOutBy
 from huatuo_jax.data.tokenizing import TemplateTokenizer, tokenize_in_chunks
 from huatuo_jax.training.run_directory import operational
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 Reads = Literal["comparisons", "dialogues", "dialogues_to_spoil"]
 HELD_OUT_ELSEWHERE = "held out by another source"
+NOT_TO_LEARN = "dialogue with an answer that is marked as not to be trained"
 SAME_TOKENS = "both answers are the same tokens"
 
 
@@ -46,12 +47,14 @@ class ComparisonSource:
             `made_comparisons.mismatched_references` (`dialogues`) or `spoiled_answers`
             (`dialogues_to_spoil`).
         held_out_by: `hash`, `never` or `always`.
+        encoding: of text files; None tells it by evidence, see `huatuo_jax.data.encodings`.
     """
 
     name: str | None = None
     paths: tuple[str, ...] = operational(())
     reads: Reads = "comparisons"
     held_out_by: HeldOutBy = "hash"
+    encoding: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -199,10 +202,11 @@ def open_comparisons(
         ValueError: a file that cannot be read, an unknown template, a comparison without the
             group field, or nothing left to train on.
     """
-    told = list(_told(cfg))
+    dropped: Counter[str] = Counter()
+    told = list(_told(cfg, dropped))
     always = {one.case for one in told if one.always}
     kept = [one for one in told if one.held_out or one.case not in always]
-    dropped = Counter({HELD_OUT_ELSEWHERE: len(told) - len(kept)})
+    dropped[HELD_OUT_ELSEWHERE] += len(told) - len(kept)
     dialogues = itertools.chain.from_iterable(
         (one.comparison.chosen_dialogue, one.comparison.rejected_dialogue) for one in kept
     )
@@ -242,7 +246,7 @@ def tokenize_answers(
     )
     different = list(dict.fromkeys(dialogues))
     chunks = tokenize_in_chunks(
-        different,
+        [unmarked(messages) for messages in different],
         tokenize,
         num_processes=cfg.num_processes,
         progress=None
@@ -267,10 +271,10 @@ def make_answer(tokens: DialogueTokens, prompt: Messages, continuation: Messages
     return Answer(tokens.token_ids, characters, len(spoken) + _num_turns(prompt), is_answer_T)
 
 
-def _told(cfg: ComparisonsConfig) -> Iterator[_Told]:
+def _told(cfg: ComparisonsConfig, dropped: Counter[str]) -> Iterator[_Told]:
     for source in cfg.sources:
         for path in source.paths:
-            for comparison in _read(source, path):
+            for comparison in _read(source, path, dropped):
                 case = _case(comparison, cfg.group_field)
                 held_out = source.held_out_by == "always" or (
                     source.held_out_by == "hash" and cfg.held_out.holds_out(case)
@@ -278,11 +282,15 @@ def _told(cfg: ComparisonsConfig) -> Iterator[_Told]:
                 yield _Told(comparison, case, held_out, source.held_out_by == "always")
 
 
-def _read(source: ComparisonSource, path: str) -> Sequence[Comparison]:
+def _read(source: ComparisonSource, path: str, dropped: Counter[str]) -> Sequence[Comparison]:
     if source.reads == "comparisons":
-        return list(read_comparisons(path, source=source.name))
+        return list(read_comparisons(path, source=source.name, encoding=source.encoding))
     make = mismatched_references if source.reads == "dialogues" else spoiled_answers
-    made = make(list(read_dialogues(path)))
+    dialogues = list(read_dialogues(path, encoding=source.encoding))
+    # What is not to be learned is not to be chosen either.
+    good = [one for one in dialogues if one.messages == unmarked(one.messages)]
+    dropped[NOT_TO_LEARN] += len(dialogues) - len(good)
+    made = make(good)
     if source.name is None:
         return made
     return [dataclasses.replace(one, source=f"{one.source}:{source.name}") for one in made]

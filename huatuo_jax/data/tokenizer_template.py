@@ -144,7 +144,7 @@ class TokenizerTemplate(ChatTemplate):
         source = _jinja_source(tokenizer)
         try:
             text = tokenizer.apply_chat_template(
-                [message._asdict() for message in messages],
+                _role_and_content(messages),
                 tokenize=False,
                 add_generation_prompt=prompt,
                 # A text in the function's place: a program that asks for the date fails on it.
@@ -170,7 +170,7 @@ class TokenizerTemplate(ChatTemplate):
 
         variables = {**tokenizer.special_tokens_map, "strftime_now": "no date", **self.variables}
         _, blocks = render_jinja_template(
-            conversations=[[message._asdict() for message in messages]],
+            conversations=[_role_and_content(messages)],
             chat_template=_jinja_source(tokenizer),
             return_assistant_tokens_mask=True,
             **variables,
@@ -251,6 +251,10 @@ def _parts(answer: _Answer) -> list[tuple[int, bool]]:
             "it would not be trained; choose another template"
         )
     return [*parts, (len(answer.after), False)]
+
+
+def _role_and_content(messages: Sequence[Message]) -> list[dict[str, str]]:
+    return [{"role": message.role, "content": message.content} for message in messages]
 
 
 def _untrained(role: Role, token_ids: list[int]) -> TurnTokens:

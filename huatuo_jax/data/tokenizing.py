@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from huatuo_jax.data.chat import ChatTemplate, TrainedTurns, TruncationPolicy, truncate
+from huatuo_jax.data.chat import (
+    ChatTemplate,
+    NothingToTrain,
+    TrainedTurns,
+    TruncationPolicy,
+    truncate,
+)
 from huatuo_jax.data.examples import DialogueTokenizer, Dropped, Tokens
 from huatuo_jax.data.records import Messages
 
@@ -53,7 +59,10 @@ class TemplateTokenizer:
         )
 
     def __call__(self, messages: Messages) -> Tokens | Dropped:
-        """Renders a dialogue; one that the template refuses is dropped with its words."""
+        """Renders a dialogue; one that the template refuses is dropped with its words.
+
+        One whose answers are all marked as not to be trained is dropped too, by that reason.
+        """
         try:
             rendered, num_messages_dropped = truncate(
                 self.template,
@@ -63,6 +72,8 @@ class TemplateTokenizer:
                 policy=self.policy,
                 trained=self.trained,
             )
+        except NothingToTrain as error:
+            return Dropped("nothing to train", str(error))
         except ValueError as error:
             return Dropped("cannot be rendered", str(error))
         if rendered is None:

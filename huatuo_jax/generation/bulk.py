@@ -40,6 +40,7 @@ class BulkConfig:
     Attributes:
         model: folder of a model of either form, or a hub id.
         prompts: file of prompts, see `huatuo_jax.data.readers`.
+        encoding: of the prompts; None tells it by evidence, see `huatuo_jax.data.encodings`.
         output: the answers file.
         template: chat template by name; `tokenizer` for the tokenizer's own.
         num_samples: answers to each prompt.
@@ -58,6 +59,7 @@ class BulkConfig:
     model: str
     prompts: str
     output: str
+    encoding: str | None = None
     template: str = "huatuogpt"
     num_samples: int = 1
     sampling: SamplingConfig = SamplingConfig()
@@ -152,7 +154,7 @@ def _plan(cfg: BulkConfig) -> _Plan:
     template = templates.by_name(cfg.template)
     stops = (*template.stop_token_ids(tokenizer), *cfg.sampling.stop_token_ids)
     sampling = dataclasses.replace(cfg.sampling, stop_token_ids=tuple(dict.fromkeys(stops)))
-    prompts = list(read_prompts(cfg.prompts))
+    prompts = list(read_prompts(cfg.prompts, encoding=cfg.encoding))
     limit = cfg.max_length or info.cfg.max_positions
     _check_positions(info.cfg, limit)
     tasks = [

@@ -33,6 +33,7 @@ class PromptsConfig:
             patient's first words) or the `last_turns` (up to the last answer) are taken.
         template: the chat template's name.
         default_system: its system text; None for the template's own.
+        encoding: of text files; None tells it by evidence, see `huatuo_jax.data.encodings`.
         max_prompt_tokens: longer prompts lose their oldest exchanges, or are left out.
         drop_oldest_turns: whether they lose them.
     """
@@ -41,6 +42,7 @@ class PromptsConfig:
     reads: Literal["prompts", "first_turns", "last_turns"] = "prompts"
     template: str = "huatuogpt"
     default_system: str | None = None
+    encoding: str | None = None
     max_prompt_tokens: int = 512
     drop_oldest_turns: bool = True
 
@@ -125,9 +127,9 @@ def open_prompts(
 
 def _read(path: str, cfg: PromptsConfig) -> Iterator[Prompt]:
     if cfg.reads == "prompts":
-        yield from read_prompts(path)
+        yield from read_prompts(path, encoding=cfg.encoding)
         return
-    for dialogue in read_dialogues(path):
+    for dialogue in read_dialogues(path, encoding=cfg.encoding):
         yield _first_turns(dialogue) if cfg.reads == "first_turns" else Prompt.of_dialogue(dialogue)
 
 

@@ -34,18 +34,19 @@ class Answered(NamedTuple):
         return [self.prompt + answer for answer in self.answers]
 
 
-def read_answered(path: str) -> Iterator[Answered]:
+def read_answered(path: str, *, encoding: str | None = None) -> Iterator[Answered]:
     """The records of a file of dialogues, of comparisons, or of several answers a prompt.
 
     Raises:
         ValueError: it cannot be read, or holds records without an answer.
     """
-    first = next((row for row in read_rows(path) if isinstance(row, Row)), None)
+    rows = read_rows(path, encoding=encoding)
+    first = next((row for row in rows if isinstance(row, Row)), None)
     if first is not None and _is_answers_record(first.value):
-        yield from _read_answers_file(path)
+        yield from _read_answers_file(path, encoding)
         return
     answers: tuple[Messages, ...]
-    for record in read_records(path):
+    for record in read_records(path, encoding=encoding):
         if isinstance(record, Dialogue):
             prompt, answers = record.messages[:-1], (record.messages[-1:],)
         elif isinstance(record, Comparison):
@@ -97,8 +98,8 @@ def _is_answers_record(row: object) -> bool:
     )
 
 
-def _read_answers_file(path: str) -> Iterator[Answered]:
-    for row in read_rows(path):
+def _read_answers_file(path: str, encoding: str | None) -> Iterator[Answered]:
+    for row in read_rows(path, encoding=encoding):
         if not isinstance(row, Row):
             raise ValueError(str(row))
         if not _is_answers_record(row.value):

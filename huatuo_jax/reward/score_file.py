@@ -31,6 +31,7 @@ class ScoreConfig:
         model: folder of a reward model of ours, or of transformers' sequence classification with
             one label, or a hub id.
         input: file of dialogues, of comparisons, or of several answers a prompt.
+        encoding: of the input; None tells it by evidence, see `huatuo_jax.data.encodings`.
         output: JSON Lines to write; replaced when all is scored.
         template: chat template by name; `tokenizer` for the tokenizer's own.
         truncation: what becomes of a dialogue longer than `max_length`.
@@ -46,6 +47,7 @@ class ScoreConfig:
     model: str
     input: str
     output: str
+    encoding: str | None = None
     template: str = "huatuogpt"
     truncation: TruncationPolicy = "drop_oldest_turns"
     max_length: int | None = None
@@ -111,7 +113,7 @@ def score_file(cfg: ScoreConfig) -> Scored:
             f"max_length={limit} must be at most the model's {info.cfg.max_positions} positions"
         )
     answers_cfg = AnswersConfig(template=cfg.template, truncation=cfg.truncation, max_length=limit)
-    records = list(read_answered(cfg.input))
+    records = list(read_answered(cfg.input, encoding=cfg.encoding))
     dialogues = [dialogue for record in records for dialogue in record.dialogues]
     if not dialogues:
         raise ValueError(f"{cfg.input}: none of its records has an answer to score")

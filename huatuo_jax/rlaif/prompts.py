@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from huatuo_jax.atomic import write_file
 from huatuo_jax.data.held_out import dialogue_text
-from huatuo_jax.data.readers import Keywords, read_dialogues
+from huatuo_jax.data.readers import read_dialogues
 from huatuo_jax.data.records import Dialogue, Prompt
 from huatuo_jax.rlaif.config import PromptsConfig
 from huatuo_jax.training.dialogue_data import DataConfig, SourceConfig
@@ -40,6 +40,8 @@ def make_prompts(data: DataConfig, cfg: PromptsConfig) -> Prompts:
     for source, dialogue in _dialogues(data):
         if dialogue.kind is not None and dialogue.kind not in cfg.kinds:
             continue
+        if not any(message.trained for message in dialogue.messages if message.role == "assistant"):
+            continue  # All its answers are marked as not to be learned from.
         prompt = _prompt(dialogue)
         key = dialogue_text(prompt.messages)
         side = held_out if _is_held_out(source, dialogue, data) else train
@@ -68,13 +70,8 @@ def write_prompts(path: pathlib.Path, prompts: Iterable[Prompt]) -> None:
 
 def _dialogues(data: DataConfig) -> Iterator[tuple[SourceConfig, Dialogue]]:
     for source in data.sources:
-        reading = Keywords(source=source.name)
-        if source.kind is not None:
-            reading["kind"] = source.kind
-        if source.adapter is not None:
-            reading["adapter"] = source.adapter
         for path in source.paths:
-            for dialogue in read_dialogues(path, **reading):
+            for dialogue in read_dialogues(path, **source.reading()):
                 yield source, dialogue
 
 
@@ -87,12 +84,13 @@ def _is_held_out(source: SourceConfig, dialogue: Dialogue, data: DataConfig) -> 
 def _prompt(dialogue: Dialogue) -> Prompt:
     """What the doctor's longest answer answers, with that answer as the reference.
 
-    The last answer of a conversation is often a goodbye, of which nothing can be learned.
+    Answers that are marked as not to be learned from are no references. The last answer of a
+    conversation is often a goodbye, of which nothing can be learned.
     """
     _, index = max(
         (len(message.content), -index)
         for index, message in enumerate(dialogue.messages)
-        if message.role == "assistant" and index
+        if message.role == "assistant" and index and message.trained
     )
     cut = Dialogue(**{**vars(dialogue), "messages": dialogue.messages[: 1 - index]})
     return Prompt.of_dialogue(cut)

@@ -109,7 +109,7 @@ def convert(row, terms=TERMS, formats=DIALOGUE_FORMATS):
         ({"instruction": "a", "output": ["b", "c"]}, r"turn 2 \(assistant\) is list"),
         ({"instruction": "a", "input": 3, "output": "b"}, r"turn 1 \(user\) is int"),
         ({"instruction": "a", "output": ""}, r"turn 2 \(assistant\) is empty"),
-        ({"question": "a", "answer": "b", "kind": "poem"}, "kind is 'poem', not one of"),
+        ({"question": "a", "answer": "b", "kind": "real_conversaton"}, "did you mean 'real_conv"),
     ],
 )
 def test_rows_that_fit_no_format_say_what_they_have(row, said):
@@ -137,7 +137,7 @@ def test_the_rows_own_id_source_and_kind_are_kept():
 
 def test_a_given_source_and_kind_are_stronger_than_the_rows():
     terms = Terms("talks", source="mine", kind="distilled_conversation")
-    row = {"source": "clinic", "kind": "poem", "messages": openai(TWO)}
+    row = {"source": "clinic", "kind": "real_conversation", "messages": openai(TWO)}
     (dialogue,) = convert(row, terms).records
     assert (dialogue.source, dialogue.kind) == ("mine", "distilled_conversation")
     assert dialogue.extra == {"original_source": "clinic"}

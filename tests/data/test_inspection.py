@@ -280,7 +280,7 @@ def test_a_file_that_breaks_off_is_reported_up_to_there(tmp_path, inspect):
 
 def test_files_that_are_no_data_are_one_line_each(tmp_path, inspect):
     (tmp_path / "empty.json").write_bytes(b"")
-    (tmp_path / "wide.json").write_bytes("[1]".encode("utf-16"))
+    (tmp_path / "wide.json").write_bytes("[1, 2]".encode("utf-16-le"))
     (tmp_path / "image.png").write_bytes(b"\x89PNG")
     names = ["absent.jsonl", "empty.json", "wide.json", "image.png"]
     reports = [inspect(tmp_path / name) for name in names]
