@@ -46,9 +46,8 @@ flags.mark_flags_as_required(["model", "prompts", "output"])
 @multi_host.joined()
 def main() -> None:
     """Generate, and say how it went."""
-    sampling = {flag.name: flag.value for flag in _SAMPLING}
+    sampling, task = ({flag.name: flag.value for flag in group} for group in (_SAMPLING, _TASK))
     sampling["stop_strings"] = tuple(sampling["stop_strings"])
-    task = {flag.name: flag.value for flag in _TASK}
     mesh = sharding.MeshConfig(**{flag.name: flag.value for flag in _MESH})
     cfg = BulkConfig(**task, sampling=SamplingConfig(**sampling), mesh=mesh)
     report = run_bulk(cfg, lambda progress: print(progress, file=sys.stderr, flush=True))

@@ -35,6 +35,7 @@ from huatuo_jax.data.turns import (
     structured,
 )
 
+NO_PROBABILITY = "p_chosen is absent in a row that has the field: taken for 1"
 SAME_TEXT = "chosen and rejected are the same"
 TOO_FEW = "fewer than two answers"
 ALL_TIED = "no two answers differ in text and score"
@@ -86,6 +87,8 @@ def _from_pair(row: Any, terms: Terms) -> Converted:
     p_chosen = _number(row, "p_chosen")
     if p_chosen is not None and not 0 <= p_chosen <= 1:
         raise RowProblem(f"p_chosen is {p_chosen}, not between 0 and 1")
+    if "p_chosen" in row and p_chosen is None:
+        repairs = (*repairs, NO_PROBABILITY)
     used = (*used, *keys, "p_chosen", "margin")
     row_id, source, extra = identity(row, terms, used=used, content=[prompt, better, worse])
     comparison = Comparison(

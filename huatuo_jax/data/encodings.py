@@ -87,8 +87,7 @@ def checked_encoding(name: str | None) -> str | None:
         return None
     try:
         found = codecs.lookup(name).name
-        b"a".decode(found)
-        "\n".encode(found)
+        "a\n".encode(found).decode(found)  # Refused by codecs of bytes, such as base64.
     except (LookupError, UnicodeError, TypeError, ValueError):
         raise ValueError(
             f"encoding is {name!r}; it should be a text encoding that Python knows, such as utf-8,"

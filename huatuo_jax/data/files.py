@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+from huatuo_jax.data.encodings import choose_encoding
 from huatuo_jax.data.json_values import NotJson, json_value, shown
 from huatuo_jax.data.text_lines import Line, read_lines
 from huatuo_jax.data.turns import FIELD_NAMES, is_huatuo_list, is_turn
@@ -133,6 +134,7 @@ def find_layout(path: str | os.PathLike[str], encoding: str | None = None) -> La
     if suffix in (".parquet", ".arrow"):
         return "datasets"
     if suffix in (".csv", ".tsv"):
+        choose_encoding(file, encoding)
         return "csv"
     sample = _first_lines(file, encoding)
     if not sample:
@@ -409,7 +411,7 @@ def _dataset_rows(
 
 def _one_split(parts: Any, path: str, split: str) -> Any:
     if split not in parts:
-        raise ValueError(f"{path} has no split {split!r}; it has {', '.join(parts)}")
+        raise ValueError(f"{path} has no split {split!r}; it has {', '.join(map(str, parts))}")
     return parts[split]
 
 

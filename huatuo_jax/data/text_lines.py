@@ -1,7 +1,7 @@
 """Lines of a text file, every one decoded strictly; see `encodings` for what they are decoded by.
 
-Lines end at a line feed, or at a carriage return in a file that has those alone (as old Macs wrote
-them), and nowhere else: U+2028, U+2029 and U+0085 may stand inside a JSON string.
+Lines end at a line feed, or at a carriage return in a file whose first line ends with one alone (as
+old Macs wrote them), and nowhere else: U+2028, U+2029 and U+0085 may stand inside a JSON string.
 """
 
 import pathlib
@@ -50,7 +50,11 @@ def _raw_lines(file: BinaryIO, encoding: str) -> Iterator[bytes]:
     feed, carriage = "\n".encode(encoding), "\r".encode(encoding)
     start = file.read(_BLOCK)
     file.seek(0)
-    end = feed if _find(start, feed, 0) >= 0 or _find(start, carriage, 0) < 0 else carriage
+    first_feed, first_carriage = _find(start, feed, 0), _find(start, carriage, 0)
+    behind = first_carriage  # Of all carriage returns there: some programs write two of them.
+    while behind >= 0 and start.startswith(carriage, behind):
+        behind += len(carriage)
+    end = feed if first_carriage < 0 or 0 <= first_feed <= behind else carriage
     if end == b"\n":
         yield from file
         return

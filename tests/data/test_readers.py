@@ -279,7 +279,7 @@ def test_no_spoilt_row_breaks_a_reader_and_every_row_is_accounted_for(tmp_path):
             assert reading.rows_used + len(reading.errors) + left_out == reading.rows
             assert all(1 <= error.line <= len(rows) and error.reason for error in reading.errors)
             for record in records:
-                json.dumps(record.to_json())
+                json.dumps(record.to_json(), ensure_ascii=False, allow_nan=False).encode()
 
 
 def test_no_spoilt_row_raises_anything_but_its_reason_in_any_format():

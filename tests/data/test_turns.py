@@ -9,6 +9,7 @@ from huatuo_jax.data.turns import (
     dialogue_messages,
     history_turns,
     huatuo_turns,
+    is_blank,
     listed_turns,
     prompt_messages,
 )
@@ -56,6 +57,32 @@ def test_good_turns_stand_as_they_were_written():
 def test_turns_that_no_dialogue_has_are_named(turns, said):
     with pytest.raises(RowProblem, match=said):
         checked(*turns)
+
+
+@pytest.mark.parametrize(
+    ("text", "blank"),
+    [
+        ("", True),
+        (" \n\u3000\u00a0\u2003\u2028", True),
+        ("\u200b\u200c\u200d\u2060\ufeff\u00ad", True),
+        ("\u202a\u202e\u2066\u200e", True),
+        ("\x00\x07\x1b\x7f\x85", True),
+        ("\u3164\u115f\u1160\uffa0\u2800", True),
+        ("\u0301\ufe0f\u034f\U000e0100", True),
+        ("\U000e0041\U000e007f", True),
+        ("\u200b好", False),
+        ("。", False),
+        ("❤\ufe0f", False),
+        ("0", False),
+        ("\ufffd", False),
+        ("\ue000", False),
+    ],
+)
+def test_a_text_that_shows_nothing_is_empty(text, blank):
+    assert is_blank(text) == blank
+    if blank:
+        with pytest.raises(RowProblem, match=r"turn 2 \(assistant\) is empty"):
+            checked(ASK, ("assistant", text))
 
 
 def test_a_five_megabyte_turn_is_reported_by_its_length_alone():
