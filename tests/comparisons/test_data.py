@@ -1,6 +1,7 @@
 """From files to groups: each answer once, no prompt on both sides, everything dropped counted."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -8,16 +9,18 @@ import pytest
 from huatuo_jax.checkpoint.tokenizer import load_tokenizer
 from huatuo_jax.comparisons.data import (
     HELD_OUT_ELSEWHERE,
+    NOT_TO_LEARN,
     SAME_TOKENS,
     ComparisonsConfig,
     ComparisonSource,
     open_comparisons,
+    tokenize_answers,
 )
 from huatuo_jax.comparisons.made_comparisons import WHOLE_DIALOGUE, mismatched_references
 from huatuo_jax.data import sample, templates
 from huatuo_jax.data.held_out import HeldOutConfig, dialogue_text
 from huatuo_jax.data.readers import read_dialogues
-from huatuo_jax.data.records import Comparison, Message, answer
+from huatuo_jax.data.records import Comparison, Message, answer, unmarked
 from tests.comparisons.tiny import TOKENIZER, comparisons, write_rows
 
 
@@ -197,3 +200,30 @@ def test_spoiled_answers_are_held_out_where_fine_tuning_holds_out_their_dialogue
     assert {group.case for group in found.held_out} == wanted
     assert not wanted & {group.case for group in found.train}
     assert all(len(group.answers) == 5 and len(group.pairs) == 4 for group in found.train)
+
+
+def test_what_is_not_to_be_trained_is_never_chosen_but_compared_and_scored_whole(
+    tokenizer, tmp_path
+):
+    rows = [
+        {
+            "id": f"d{number}",
+            "messages": [
+                {"role": "user", "content": f"头疼{number}天了"},
+                {"role": "assistant", "content": f"第{number}个说法。", "weight": number % 2},
+            ],
+        }
+        for number in range(8)
+    ]
+    path = tmp_path / "marked.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    for reads in ("dialogues", "dialogues_to_spoil"):
+        source = ComparisonSource(paths=(str(path),), reads=reads)
+        found = open_comparisons(_config(source), tokenizer)
+        assert found.dropped[NOT_TO_LEARN] == 4 and len(found.train) == 4
+    # A mark takes no token off what is scored.
+    marked = (Message("user", "头疼"), Message("assistant", "休息。", trained=False))
+    tokens = tokenize_answers([marked], _config(source), tokenizer)
+    rendered = templates.by_name("huatuogpt").render(unmarked(marked), tokenizer)
+    assert tokens[marked].token_ids.tolist() == rendered.token_ids
+    assert tokens[marked].is_trained.tolist() == rendered.trained_mask

@@ -26,7 +26,14 @@ CHINESE = [
     "请问体温多少？有没有量过血压？",
     "血压没有问题，就是有时候心里很不舒服。",
 ]
-OTHERS = ["a", "It hurts. Since Monday?", '"quoted", and; more', "¿Qué puedo hacer?", "😀👍🏽", "[1]"]
+OTHERS = [
+    "a",
+    "It hurts. Since Monday?",
+    '"quoted", and; more',
+    "¿Qué puedo hacer?",
+    "😀👍🏽",
+    "[1]",
+]
 # What cuts a line in many a reader, or ends a text in others.
 SEPARATORS = ["\u2028", "\u2029", "\u0085", "\x0b", "\x0c", "\x1c", "\n", "\r", "\r\n", "\t", "\0"]
 BLANK = ["", " ", "\n\n", "\u200b", "\ufeff\u200d", "\u3164", "\u2800 ", "\u0301"]
@@ -117,7 +124,10 @@ class Generator:
             return self.turns_row(messages), messages
         if shape == "trl":
             prompt, completion = map(self.turn, messages[:-1]), [self.turn(messages[-1])]
-            return {"prompt": self.listed([*prompt]), "completion": self.listed(completion)}, messages
+            return {
+                "prompt": self.listed([*prompt]),
+                "completion": self.listed(completion),
+            }, messages
         if shape == "huatuo":
             marks = {"user": "问：", "assistant": "答："}
             talk = [marks[one.role] + one.content for one in messages]
@@ -179,8 +189,7 @@ class Generator:
         """A row of turns, of which one is changed so that the row is refused."""
         messages = self.messages(2)
         turns = [
-            {"role": one.role, "content": one.content}
-            | ({} if one.trained else {"weight": 0})
+            {"role": one.role, "content": one.content} | ({} if one.trained else {"weight": 0})
             for one in messages
         ]
         turns = change(turns, self.draw.randrange(len(turns)))
@@ -311,7 +320,9 @@ UTF8 = ("utf-8", "utf-8-sig", "utf-16")
 @pytest.mark.parametrize("layout", ["lines", "blank lines", "list", "indented list"])
 def test_every_row_of_json_is_used_rightly_or_named(tmp_path, layout, seed):
     for number, (line_end, encoding) in enumerate(WAYS):
-        generator = Generator(f"{seed} {layout} {number}", encoding="utf-8" if encoding in UTF8 else "gbk")
+        generator = Generator(
+            f"{seed} {layout} {number}", encoding="utf-8" if encoding in UTF8 else "gbk"
+        )
         cases = generator.cases(40)
         escaped = generator.draw.random() < 0.4
         indent = 1 if layout == "indented list" else None
