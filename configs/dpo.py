@@ -17,8 +17,6 @@ accuracy rises far above one half. A `LoraConfig` in `model` trains adapters ins
 Curves are in `dpo/metrics.jsonl` (and TensorBoard), the policy in `dpo/model`.
 """
 
-import pathlib
-
 from ml_collections import ConfigDict
 
 from huatuo_jax.backbone.config import BackboneConfig
@@ -27,6 +25,7 @@ from huatuo_jax.comparisons.made_comparisons import WHOLE_DIALOGUE
 from huatuo_jax.data import sample
 from huatuo_jax.data.held_out import HeldOutConfig
 from huatuo_jax.data.records import KINDS
+from huatuo_jax.data.sources import source_names
 from huatuo_jax.dpo.config import DpoConfig
 from huatuo_jax.sft import SftConfig
 from huatuo_jax.training.dialogue_data import DataConfig, SourceConfig
@@ -56,7 +55,8 @@ def get_config(model_and_files: str = "") -> ConfigDict:
     model, *files = model_and_files.split(",")
     if files:
         sources = tuple(
-            ComparisonSource(name=pathlib.Path(one).stem, paths=(one,)) for one in files
+            ComparisonSource(name=name, paths=(one,))
+            for name, one in zip(source_names(files), files, strict=True)
         )
     else:
         sources = tuple(

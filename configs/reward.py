@@ -19,8 +19,6 @@ The report is `reward/reward_report.json`, its `accuracy_by_source` names the fo
 is `reward/model`, ready for `launch/score.py`.
 """
 
-import pathlib
-
 from ml_collections import ConfigDict
 
 from huatuo_jax.backbone.config import BackboneConfig
@@ -29,6 +27,7 @@ from huatuo_jax.comparisons.made_comparisons import WHOLE_DIALOGUE
 from huatuo_jax.data import sample
 from huatuo_jax.data.held_out import HeldOutConfig
 from huatuo_jax.data.records import KINDS
+from huatuo_jax.data.sources import source_names
 from huatuo_jax.reward.config import RewardConfig
 from huatuo_jax.sft import SftConfig
 from huatuo_jax.training.dialogue_data import DataConfig, SourceConfig
@@ -58,7 +57,8 @@ def get_config(model_and_files: str = "") -> ConfigDict:
     model, *files = model_and_files.split(",")
     if files:
         sources = tuple(
-            ComparisonSource(name=pathlib.Path(one).stem, paths=(one,)) for one in files
+            ComparisonSource(name=name, paths=(one,))
+            for name, one in zip(source_names(files), files, strict=True)
         )
     else:
         sources = tuple(

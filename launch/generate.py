@@ -13,6 +13,7 @@ from huatuo_jax.progress import tell
 _TASK = (
     flags.DEFINE_string("model", None, "Model folder of either form, or a hub id."),
     flags.DEFINE_string("prompts", None, "File of prompts."),
+    flags.DEFINE_string("encoding", None, "Of the prompts' text; default: told by evidence."),
     flags.DEFINE_string("output", None, "Answers file to make, or to go on with."),
     flags.DEFINE_string("template", "huatuogpt", "Chat template; `tokenizer` for its own."),
     flags.DEFINE_string("template_date", None, "Date that a tokenizer's own template prints."),
@@ -46,9 +47,8 @@ flags.mark_flags_as_required(["model", "prompts", "output"])
 @multi_host.joined()
 def main() -> None:
     """Generate, and say how it went."""
-    sampling = {flag.name: flag.value for flag in _SAMPLING}
+    sampling, task = ({flag.name: flag.value for flag in group} for group in (_SAMPLING, _TASK))
     sampling["stop_strings"] = tuple(sampling["stop_strings"])
-    task = {flag.name: flag.value for flag in _TASK}
     mesh = sharding.MeshConfig(**{flag.name: flag.value for flag in _MESH})
     cfg = BulkConfig(**task, sampling=SamplingConfig(**sampling), mesh=mesh)
     report = run_bulk(cfg, lambda progress: tell(str(progress)))

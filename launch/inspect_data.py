@@ -14,15 +14,18 @@ from huatuo_jax.data.readers import ReadOptions
 from huatuo_jax.data.records import KINDS
 from huatuo_jax.data.templates import by_name
 
-_ADAPTER = flags.DEFINE_string("adapter", None, "Adapter for all files; an unknown name lists all.")
-_KIND = flags.DEFINE_enum("kind", None, KINDS, "Kind of all dialogues; default: the rows' own.")
-_SPLIT = flags.DEFINE_string("split", "train", "Part of parquet, Arrow or hub data to read.")
-_TEMPLATE = flags.DEFINE_string("template", "huatuogpt", "Chat template; an unknown one lists all.")
+_READ = (
+    flags.DEFINE_string("adapter", None, "Adapter for all files; an unknown name lists all."),
+    flags.DEFINE_enum("kind", None, KINDS, "Kind of all dialogues; default: the rows' own."),
+    flags.DEFINE_string("split", "train", "Part of parquet, Arrow or hub data to read."),
+    flags.DEFINE_string("encoding", None, "Of text, such as cp1252; default: told by evidence."),
+    flags.DEFINE_float("max_error_share", 0.01, "Share of bad rows that is allowed."),
+)
+_TEMPLATE = flags.DEFINE_string("template", "huatuogpt", "Chat template; a wrong name lists all.")
 _DATE = flags.DEFINE_string("template_date", None, "Date that a tokenizer's own template prints.")
 _TOKENIZER = flags.DEFINE_string("tokenizer", None, "Folder or hub id; default: the sample data's.")
 _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 2048, "Length limit of a dialogue.")
 _SAMPLES = flags.DEFINE_integer("samples", 1, "Records of each file to show.")
-_MAX_ERROR_SHARE = flags.DEFINE_float("max_error_share", 0.01, "Share of bad rows that is allowed.")
 _JSON = flags.DEFINE_string("json", None, "File to write all of it to, every bad row included.")
 
 
@@ -30,15 +33,13 @@ def main(files: list[str]) -> None:
     """Report on the files; end in an error if one should not be trained on as it is."""
     if _JSON.value is not None:
         check_json_target(_JSON.value, files)
-    share = _MAX_ERROR_SHARE.value
+    read = ReadOptions(**{flag.name: flag.value for flag in _READ})
     inspector = Inspector(
         template=by_name(_TEMPLATE.value, date=_DATE.value),
         tokenizer=load_tokenizer(_TOKENIZER.value or sample.FOLDER / "tokenizer"),
         max_tokens=_MAX_TOKENS.value,
         num_samples=_SAMPLES.value,
-        read=ReadOptions(
-            kind=_KIND.value, adapter=_ADAPTER.value, split=_SPLIT.value, max_error_share=share
-        ),
+        read=read,
     )
     reports, width = [], command_line.terminal_width()
     for number, file in enumerate(files, start=1):
@@ -51,7 +52,7 @@ def main(files: list[str]) -> None:
         print(totals_text(reports, width=width), flush=True)
     if _JSON.value is not None:
         write_json(reports, _JSON.value)
-    if problem := complaint(reports, max_error_share=share):
+    if problem := complaint(reports, max_error_share=read.max_error_share):
         raise ValueError(problem)
 
 

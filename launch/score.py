@@ -12,6 +12,7 @@ from huatuo_jax.rl.rewards import AnswerScoreConfig
 _FLAGS = (
     flags.DEFINE_string("model", None, "Reward model: a folder of either form, or a hub id."),
     flags.DEFINE_string("input", None, "Dialogues, comparisons, or several answers a prompt."),
+    flags.DEFINE_string("encoding", None, "Of the input's text; default: told by evidence."),
     flags.DEFINE_string("output", None, "JSON Lines to write: each record with its scores."),
     flags.DEFINE_string("template", "huatuogpt", "Chat template; `tokenizer` for its own."),
     flags.DEFINE_string("template_date", None, "Date that a tokenizer's own template prints."),

@@ -37,7 +37,7 @@ from huatuo_jax.data.chat import ChatTemplate, TruncationPolicy
 from huatuo_jax.data.examples import TokenIds
 from huatuo_jax.data.held_out import HeldOutConfig, dialogue_text
 from huatuo_jax.data.readers import read_comparisons, read_dialogues
-from huatuo_jax.data.records import Comparison, Messages
+from huatuo_jax.data.records import Comparison, Messages, unmarked
 from huatuo_jax.data.sources import HeldOutBy
 from huatuo_jax.data.tokenizing import tokenize_in_chunks
 from huatuo_jax.training.run_directory import operational
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 
 Reads = Literal["comparisons", "dialogues", "dialogues_to_spoil"]
 HELD_OUT_ELSEWHERE = "held out by another source"
+NOT_TO_LEARN = "dialogue with an answer that is marked as not to be trained"
 SAME_TOKENS = "both answers are the same tokens"
 
 
@@ -62,12 +63,14 @@ class ComparisonSource:
             `made_comparisons.mismatched_references` (`dialogues`) or `spoiled_answers`
             (`dialogues_to_spoil`).
         held_out_by: `hash`, `never` or `always`.
+        encoding: of text files; None tells it by evidence, see `huatuo_jax.data.encodings`.
     """
 
     name: str | None = None
     paths: tuple[str, ...] = operational(())
     reads: Reads = "comparisons"
     held_out_by: HeldOutBy = "hash"
+    encoding: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -444,15 +447,18 @@ def _read(
 ) -> Iterator[tuple[str, Comparison]]:
     """The comparisons of a file with their places."""
     if source.reads == "comparisons":
-        comparisons = read_comparisons(path, source=source.name)
+        comparisons = read_comparisons(path, source=source.name, encoding=source.encoding)
         yield from placed(comparisons)
         account.add_rows(comparisons)
         return
     make = mismatched_references if source.reads == "dialogues" else spoiled_answers
-    dialogues = read_dialogues(path)
-    made = make(list(dialogues))
-    account.add_rows(dialogues)
-    for one in made:
+    reading = read_dialogues(path, encoding=source.encoding)
+    dialogues = list(reading)
+    account.add_rows(reading)
+    # What is not to be learned is not to be chosen either.
+    good = [one for one in dialogues if one.messages == unmarked(one.messages)]
+    account.put_aside(NOT_TO_LEARN, len(dialogues) - len(good))
+    for one in make(good):
         name = one.source if source.name is None else f"{one.source}:{source.name}"
         yield f"{path}: {one.id}", dataclasses.replace(one, source=name)
 
@@ -512,13 +518,14 @@ def answers_of(comparison: Comparison) -> AnswersToPrompt:
     extra = comparison.extra
     try:
         answers = tuple(
-            AnswerToTokenize(messages, Sampled.from_fields(extra, prefix=f"{name}_"))
+            AnswerToTokenize(unmarked(messages), Sampled.from_fields(extra, prefix=f"{name}_"))
             for name, messages in (
                 ("chosen", comparison.chosen),
                 ("rejected", comparison.rejected),
             )
         )
-        return AnswersToPrompt(comparison.messages, answers, SampledPrompt.from_fields(extra))
+        prompt = unmarked(comparison.messages)
+        return AnswersToPrompt(prompt, answers, SampledPrompt.from_fields(extra))
     except ValueError as error:
         raise ValueError(f"comparison {comparison.id!r}: {error}") from error
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from huatuo_jax.data.files import Row, RowError
 from huatuo_jax.data.formats import describe
-from huatuo_jax.data.turns import RowProblem, has, is_huatuo_list, listed_turns
+from huatuo_jax.data.turns import RowProblem, has, is_huatuo_list, listed_turns, present
 
 LAST_TURNS_ONLY = "turn that a later line of its dialogue repeats"
 
@@ -90,8 +90,10 @@ def _without(row: dict[str, Any], *keys: str) -> dict[str, Any]:
 
 def _toyhom(row: Any) -> Any:
     """The patient's question is a title and a text; `无` (none) stands for a missing text."""
-    _need_text(row, "title", "ask")
-    title, ask = row["title"].strip(), row["ask"].strip()
+    if not isinstance(row, dict) or not {"title", "ask"} <= row.keys():
+        _need(row, "title", "ask")
+    _need_text(row, *present(row, ("title", "ask")) or ("title",))  # One cell may be blank.
+    title, ask = (row[key].strip() if has(row, key) else "" for key in ("title", "ask"))
     parts = [part for part in (title, ask) if part not in ("", "无")]
     question = ask if title and ask.startswith(title) else "\n".join(parts)
     return {**_without(row, "title", "ask"), "question": question}
@@ -143,6 +145,13 @@ def _single(value: Any) -> Any:
     if not isinstance(value, list) or len(value) != 1:
         raise RowProblem("instruction and output should be lists of one text each")
     return value[0]
+
+
+def _huatuo_o1(row: Any) -> Any:
+    """The chain of thought stands before the answer as HuatuoGPT-o1 is trained (2412.18925)."""
+    _need_text(row, "Question", "Complex_CoT", "Response")
+    thought = f"## Thinking\n\n{row['Complex_CoT']}\n\n## Final Response\n\n{row['Response']}"
+    return {**_without(row, "Complex_CoT"), "Response": thought}
 
 
 def _cmb_clin(row: Any) -> Any:
@@ -256,6 +265,7 @@ ADAPTERS: tuple[Adapter, ...] = (
     row_adapter("apollo_exam", "ApolloCorpus exams: option, anwer", _apollo_exam),
     row_adapter("disc_scores", "DISC-MedLLM: dialogues inside the judge's prompts", _disc_scores),
     row_adapter("huatuo26m", "Huatuo-26M test set: lists of one", _huatuo26m),
+    row_adapter("huatuo_o1", "medical-o1: Complex_CoT trained before Response", _huatuo_o1),
     row_adapter("cmb_clin", "CMB-Clin: a case and questions about it", _cmb_clin),
     row_adapter("pubmedqa", "PubMedQA: yes, no or maybe", _pubmedqa),
     Adapter("remedi", "ReMeDi: tagged text, one turn a line", _remedi),

@@ -56,6 +56,10 @@ class Rendered(NamedTuple):
     turns: list[TurnSpan]
 
 
+class NothingToTrain(ValueError):
+    """A dialogue of which no token would be trained."""
+
+
 class TurnTokens(NamedTuple):
     """One turn's tokens; the first `num_header` of them are there before generation starts."""
 
@@ -125,9 +129,24 @@ class ChatTemplate(abc.ABC):
     ) -> Rendered:
         """Renders a dialogue for training; `trained` says which of the doctor's turns are learned.
 
-        Raises ValueError for a dialogue that is out of order, does not end with the doctor, cannot
-        be said in this template, or would train no token.
+        A turn whose message is not `trained` is never learned.
+
+        Raises ValueError for a dialogue that is out of order, does not end with the doctor, or
+        cannot be said in this template, NothingToTrain for one that would train no token.
         """
+        rendered = self.render_any(messages, tokenizer, trained=trained)
+        if not any(rendered.trained_mask):
+            raise NothingToTrain(f"messages: template {self.name!r} would train no token of them")
+        return rendered
+
+    def render_any(
+        self,
+        messages: Sequence[Message],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        trained: TrainedTurns = "all",
+    ) -> Rendered:
+        """As `render`, also of a dialogue that would train no token."""
         if trained not in get_args(TrainedTurns):
             raise ValueError(f"trained: {trained!r} is not one of {get_args(TrainedTurns)}")
         check_dialogue(messages, last="assistant")
@@ -135,15 +154,15 @@ class ChatTemplate(abc.ABC):
         token_ids: list[int] = []
         trained_mask: list[bool] = []
         spans: list[TurnSpan] = []
+        marks = iter([message.trained for message in messages if message.role == "assistant"])
         for turn in turns:
             start = len(token_ids)
-            learned = trained == "all" or turn is turns[-1]
+            learned = turn.role != "assistant" or next(marks)
+            learned = learned and (trained == "all" or turn is turns[-1])
             token_ids += turn.token_ids
             trained_mask += turn.trained_mask if learned else [False] * len(turn.token_ids)
             content_start = start + (turn.num_header if turn.role == "assistant" else 0)
             spans.append(TurnSpan(turn.role, start, content_start, len(token_ids)))
-        if not any(trained_mask):
-            raise ValueError(f"messages: template {self.name!r} would train no token of them")
         return Rendered(token_ids, trained_mask, spans)
 
     def prompt(self, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -313,8 +332,9 @@ def truncate(
     """Renders a dialogue in at most `max_tokens` tokens, and never cuts into a turn.
 
     `drop_oldest_turns` keeps the system text and drops the oldest question with its answer until
-    the rest fits; a dialogue whose last exchange alone is too long is dropped. `drop_row` drops
-    every dialogue that is too long. Raises ValueError as `render` does.
+    the rest fits; a dialogue whose last exchange alone is too long is dropped, and so is one of
+    which nothing would be trained then. `drop_row` drops every dialogue that is too long. Raises
+    ValueError as `render` does.
     """
     if policy not in get_args(TruncationPolicy):
         raise ValueError(f"policy: {policy!r} is not one of {get_args(TruncationPolicy)}")
@@ -326,11 +346,13 @@ def truncate(
         return dropped_row
     num_system = int(messages[0].role == "system")
     system, spoken = messages[:num_system], messages[num_system:]
-    last_exchange = template.render([*system, *spoken[-2:]], tokenizer, trained=trained)
+    last_exchange = template.render_any([*system, *spoken[-2:]], tokenizer, trained=trained)
     if len(last_exchange.token_ids) > max_tokens:
         return dropped_row
-    for start in range(2, len(spoken) - 2, 2):
-        rendered = template.render([*system, *spoken[start:]], tokenizer, trained=trained)
-        if len(rendered.token_ids) <= max_tokens:
-            return Truncated(rendered, start)
-    return Truncated(last_exchange, len(spoken) - 2)
+    shortened, start = last_exchange, len(spoken) - 2
+    for start in range(2, len(spoken), 2):
+        shortened = template.render_any([*system, *spoken[start:]], tokenizer, trained=trained)
+        if len(shortened.token_ids) <= max_tokens:
+            break
+    # What was to be learned may have been in the turns that went.
+    return Truncated(shortened, start) if any(shortened.trained_mask) else dropped_row

@@ -8,6 +8,7 @@ from huatuo_jax.data.formats import (
     Converted,
     Format,
     Terms,
+    answer_turns,
     dialogue_key,
     identity,
     instruction_prompt,
@@ -16,19 +17,32 @@ from huatuo_jax.data.formats import (
     is_question,
     question_prompt,
 )
-from huatuo_jax.data.records import Comparison, Messages, Ranking, is_empty, same_answer
+from huatuo_jax.data.json_values import shown
+from huatuo_jax.data.records import (
+    Comparison,
+    Messages,
+    Ranking,
+    is_empty,
+    same_answer,
+    unmarked,
+)
 from huatuo_jax.data.turns import (
     JsonRow,
     RowLeftOut,
     RowProblem,
     Turn,
+    TurnLike,
+    as_list,
+    as_turns,
     check_turns,
     has,
     listed_turns,
     present,
     prompt_messages,
+    structured,
 )
 
+NO_PROBABILITY = "p_chosen is absent in a row that has the field: taken for 1"
 SAME_TEXT = "chosen and rejected are the same"
 TOO_FEW = "fewer than two answers"
 ALL_TIED = "no two answers differ in text and score"
@@ -54,7 +68,7 @@ def _is_pair(row: Any) -> bool:
     if keys is None:
         return False
     # Without a prompt of its own, the pair must be two whole dialogues.
-    return _has_prompt(row) or all(isinstance(row[key], list) for key in keys)
+    return _has_prompt(row) or all(as_turns(row[key]) is not None for key in keys)
 
 
 def _has_prompt(row: Any) -> bool:
@@ -64,7 +78,7 @@ def _has_prompt(row: Any) -> bool:
 def _from_pair(row: Any, terms: Terms) -> Converted:
     keys = _pair_keys(row)
     assert keys is not None
-    chosen, rejected = (_answer_turns(row[key], key) for key in keys)
+    chosen, rejected = (answer_turns(row[key], key) for key in keys)
     if _has_prompt(row):
         prompt_turns, used = _prompt_turns(row)
         chosen = _without_prompt(chosen, prompt_turns)
@@ -83,6 +97,8 @@ def _from_pair(row: Any, terms: Terms) -> Converted:
     if p_chosen is not None and not 0 <= p_chosen <= 1:
         raise RowProblem(f"p_chosen is {p_chosen}, not between 0 and 1")
     empty = _empty_answers((better, worse), judged=p_chosen is not None)
+    if "p_chosen" in row and p_chosen is None:
+        repairs = (*repairs, NO_PROBABILITY)
     used = (*used, *keys, "p_chosen", "margin")
     row_id, source, extra = identity(row, terms, used=used, content=[prompt, better, worse])
     comparison = Comparison(
@@ -101,35 +117,24 @@ def _from_pair(row: Any, terms: Terms) -> Converted:
 def _prompt_turns(row: JsonRow) -> tuple[list[Turn], tuple[str, ...]]:
     if is_listed(row):
         key = dialogue_key(row)
-        system: list[Turn] = [("system", row["system"])] if has(row, "system") else []
+        system = [Turn("system", row["system"])] if has(row, "system") else []
         return [*system, *listed_turns(row[key], key)], (key, "system")
     if is_instruction(row):
         return instruction_prompt(row)
-    turns, used = question_prompt(row)
-    question = turns[-1][1]
-    if isinstance(question, list):  # `prompt` may hold messages.
-        return [*turns[:-1], *listed_turns(question, used[0])], used
-    return turns, used
-
-
-def _answer_turns(value: object, name: str) -> list[Turn]:
-    """An answer as text, as one message, or as messages; the text is checked later."""
-    if isinstance(value, Mapping):
-        return listed_turns([value], name)
-    return listed_turns(value, name) if isinstance(value, list) else [("assistant", value)]
+    return question_prompt(row)
 
 
 def _without_prompt(turns: list[Turn], prompt: Sequence[Turn]) -> list[Turn]:
     """Some files repeat the prompt in front of both answers."""
-    contents = [content for _, content in prompt]
-    starts_with_prompt = [content for _, content in turns[: len(prompt)]] == contents
+    contents = [turn.content for turn in prompt]
+    starts_with_prompt = [turn.content for turn in turns[: len(prompt)]] == contents
     return turns[len(prompt) :] if starts_with_prompt else turns
 
 
 def _shared_start(chosen: Sequence[Turn], rejected: Sequence[Turn]) -> list[Turn]:
     shared: list[Turn] = []
     for one, other in zip(chosen, rejected, strict=False):
-        if one != other:
+        if one[:2] != other[:2]:
             break
         shared.append(one)
     if len(shared) in (len(chosen), len(rejected)):
@@ -137,7 +142,7 @@ def _shared_start(chosen: Sequence[Turn], rejected: Sequence[Turn]) -> list[Turn
     return shared
 
 
-def _continuation(prompt: Messages, turns: Sequence[Turn], name: str, terms: Terms) -> Messages:
+def _continuation(prompt: Messages, turns: Sequence[TurnLike], name: str, terms: Terms) -> Messages:
     """The checked messages behind the prompt; they end with the assistant."""
     try:
         whole, _ = check_turns(
@@ -147,7 +152,7 @@ def _continuation(prompt: Messages, turns: Sequence[Turn], name: str, terms: Ter
         raise RowProblem(f"with {name}: {problem}") from None
     if len(whole) == len(prompt) or whole[-1].role != "assistant":
         raise RowProblem(f"{name} does not end with an answer")
-    return whole[len(prompt) :]
+    return unmarked(whole[len(prompt) :])
 
 
 def _empty_answers(answers: Sequence[Messages], *, judged: bool) -> tuple[str, ...]:
@@ -174,40 +179,50 @@ def _number(row: JsonRow, key: str) -> float | None:
 
 
 def _as_number(value: object, name: str) -> float:
-    # The bound also refuses NaN and infinity, which JSON readers let through.
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e30:
-        raise RowProblem(f"{name} is {str(value)[:40]!r}, not a number")
-    return float(value)
+    number = value
+    if isinstance(value, str):  # As all cells of CSV are.
+        try:
+            number = float(value)
+        except ValueError:
+            number = None
+    # The bound also refuses NaN and infinity.
+    if isinstance(number, bool) or not isinstance(number, int | float) or not abs(number) < 1e30:
+        raise RowProblem(f"{name} is {shown(value)!r}, not a number")
+    return float(number)
 
 
 def _answers_key(row: Any) -> str | None:
-    found = [key for key in present(row, _ANSWERS_KEYS) if isinstance(row[key], list)]
+    found = [key for key in present(row, _ANSWERS_KEYS) if as_list(row[key]) is not None]
     return found[0] if found and _has_prompt(row) else None
 
 
-def _is_scored(row: Any) -> bool:
+def _answers(row: JsonRow) -> tuple[str, list[Any]]:
     key = _answers_key(row)
-    if key is None:
+    assert key is not None
+    return key, as_list(row[key]) or []
+
+
+def _is_scored(row: Any) -> bool:
+    if _answers_key(row) is None:
         return False
-    return has(row, "scores") or (bool(row[key]) and all(has(one, "score") for one in row[key]))
+    _, answers = _answers(row)
+    return has(row, "scores") or (bool(answers) and all(has(one, "score") for one in answers))
 
 
 def _from_scored(row: Any, terms: Terms) -> Converted:
-    key = _answers_key(row)
-    assert key is not None
-    scores = row["scores"] if has(row, "scores") else [item["score"] for item in row[key]]
-    if not isinstance(scores, list) or len(scores) != len(row[key]):
+    key, items = _answers(row)
+    scores = structured(row["scores"]) if has(row, "scores") else [item["score"] for item in items]
+    if not isinstance(scores, list) or len(scores) != len(items):
         raise RowProblem(f"scores and {key} are not lists of one length")
     scores = [_as_number(score, f"score {number}") for number, score in enumerate(scores, 1)]
     order = sorted(range(len(scores)), key=lambda index: -scores[index])
-    answers = [_text_of(row[key][index], key) for index in order]
+    answers = [_text_of(items[index], key) for index in order]
     return _ranking(row, answers, [scores[index] for index in order], terms, key)
 
 
 def _from_ranked(row: Any, terms: Terms) -> Converted:
-    key = _answers_key(row)
-    assert key is not None
-    return _ranking(row, [_text_of(item, key) for item in row[key]], None, terms, key)
+    key, items = _answers(row)
+    return _ranking(row, [_text_of(item, key) for item in items], None, terms, key)
 
 
 def _text_of(item: object, name: str) -> object:
@@ -226,7 +241,7 @@ def _ranking(
     prompt_turns, used = _prompt_turns(row)
     prompt, repairs = prompt_messages(prompt_turns, max_turn_chars=terms.max_turn_chars)
     answers = tuple(
-        _continuation(prompt, [("assistant", text)], f"{key}[{rank}]", terms)
+        _continuation(prompt, [Turn("assistant", text)], f"{key}[{rank}]", terms)
         for rank, text in enumerate(texts)
     )
     if len(answers) < 2:
@@ -271,7 +286,7 @@ COMPARISON_FORMATS: tuple[Format, ...] = (
         f"a prompt and a list of answers, best first, under {', '.join(_ANSWERS_KEYS)}",
         lambda row: (
             _answers_key(row) is not None
-            and all(isinstance(item, str) for item in row[_answers_key(row)])
+            and all(isinstance(item, str) for item in _answers(row)[1])
         ),
         _from_ranked,
     ),

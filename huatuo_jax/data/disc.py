@@ -13,7 +13,7 @@ from typing import NamedTuple, Unpack, cast
 
 from huatuo_jax.data.adapters import LeftOut, disc_scores_of
 from huatuo_jax.data.comparison_formats import ALL_TIED, SOME_TIED
-from huatuo_jax.data.files import RowError, find_layout, read_rows
+from huatuo_jax.data.files import Row, RowError, find_layout, read_rows
 from huatuo_jax.data.formats import Converted, describe
 from huatuo_jax.data.readers import Keywords, Outcome, Reading, ReadOptions, Used, outcomes_of
 from huatuo_jax.data.records import Comparison, Dialogue
@@ -35,7 +35,7 @@ class _Key(NamedTuple):
 class _Scored:
     """One score row with its dialogue; `mean` is over the judge's criteria, 1 to 5."""
 
-    line: int
+    row: Row
     key: _Key
     dialogue: Dialogue
     mean: float
@@ -66,7 +66,7 @@ def read_disc_comparisons(
 def _join(
     dialogue_files: Sequence[Path], score_files: Sequence[Path], options: ReadOptions
 ) -> Iterator[Outcome]:
-    dialogues: dict[_Key, tuple[int, Dialogue]] = {}
+    dialogues: dict[_Key, tuple[Row, Dialogue]] = {}
     for path in dialogue_files:
         for outcome in outcomes_of(path, "dialogue", options):
             if not isinstance(outcome, Used):
@@ -77,7 +77,7 @@ def _join(
             if key.model == "" or key in dialogues:
                 yield RowError(str(path), outcome.line, f"no model, or a second dialogue for {key}")
             else:
-                dialogues[key] = (outcome.line, dialogue)
+                dialogues[key] = (Row(outcome.file, outcome.line, None), dialogue)
     cases: dict[tuple[str, str, str], list[_Scored]] = {}
     scored_keys: set[_Key] = set()
     for path in score_files:
@@ -86,15 +86,17 @@ def _join(
                 yield row
                 continue
             try:
-                scored = _scored(row.value, row.line, dialogues, scored_keys)
+                scored = _scored(row, dialogues, scored_keys)
             except RowProblem as problem:
                 yield RowError(row.file, row.line, str(problem))
                 continue
             opening = scored.dialogue.messages[0].content
             cases.setdefault((scored.key.source, scored.key.id, opening), []).append(scored)
-    for key, (line, _) in dialogues.items():
-        used = key in scored_keys
-        yield Used(line, "disc dialogue", Converted(())) if used else LeftOut(line, NOT_SCORED)
+    for key, (row, _) in dialogues.items():
+        if key in scored_keys:
+            yield Used(row.file, row.line, "disc dialogue", Converted(()))
+        else:
+            yield LeftOut(row.line, NOT_SCORED)
     for rows in cases.values():
         yield from _compare(rows, options.source)
 
@@ -105,9 +107,8 @@ def _dialogue_key(dialogue: Dialogue) -> _Key:
     return _Key(str(source), dialogue.id, str(dialogue.extra.get("model", "")))
 
 
-def _scored(
-    row: object, line: int, dialogues: dict[_Key, tuple[int, Dialogue]], taken: set[_Key]
-) -> _Scored:
+def _scored(place: Row, dialogues: dict[_Key, tuple[Row, Dialogue]], taken: set[_Key]) -> _Scored:
+    row = place.value
     if not isinstance(row, dict) or not has(row, "source", "id", "model"):
         raise RowProblem(f"{describe(row)}; a score needs source, id, model, scores")
     key = _Key(str(row["source"]), str(row["id"]), str(row["model"]))
@@ -117,7 +118,7 @@ def _scored(
         raise RowProblem(f"a second score for {key}")
     scores = disc_scores_of(row)
     taken.add(key)
-    return _Scored(line, key, dialogues[key][1], sum(scores.values()) / len(scores))
+    return _Scored(place, key, dialogues[key][1], sum(scores.values()) / len(scores))
 
 
 def _compare(rows: Sequence[_Scored], source: str | None) -> Iterator[Outcome]:
@@ -130,12 +131,12 @@ def _compare(rows: Sequence[_Scored], source: str | None) -> Iterator[Outcome]:
     )
     if not pairs:
         reason = ALONE if len(rows) == 1 else ALL_TIED
-        yield from (LeftOut(row.line, reason) for row in rows)
+        yield from (LeftOut(one.row.line, reason) for one in rows)
         return
     repairs = (SOME_TIED,) if len(pairs) < math.comb(len(rows), 2) else ()
-    for number, row in enumerate(rows):
+    for number, one in enumerate(rows):
         converted = Converted(pairs, repairs) if number == 0 else Converted(())
-        yield Used(row.line, "disc score", converted)
+        yield Used(one.row.file, one.row.line, "disc score", converted)
 
 
 def _comparison(better: _Scored, worse: _Scored, source: str | None) -> Comparison:

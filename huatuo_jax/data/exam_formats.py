@@ -6,7 +6,7 @@ from typing import Any
 
 from huatuo_jax.data.formats import Converted, Format, Terms, identity, only_key
 from huatuo_jax.data.records import Case, ExamQuestion
-from huatuo_jax.data.turns import JsonRow, RowProblem, checked_text, has, present
+from huatuo_jax.data.turns import JsonRow, RowProblem, checked_text, has, present, structured
 
 _DEPARTMENT_KEYS = ("department", "Department")
 _QUESTION_KEYS = ("question", "Question")
@@ -83,15 +83,16 @@ def _explanation_keys(row: JsonRow) -> tuple[str, ...]:
 def _options(row: JsonRow) -> tuple[dict[str, str], tuple[str, ...]]:
     """The options by letter, and the keys that they came from."""
     found = present(row, _OPTIONS_KEYS)
+    given = structured(row[found[0]]) if found else None
     if not found:
         keys = tuple(letter for letter in _LETTERS if has(row, letter))
         options = {letter: row[letter] for letter in keys}
-    elif isinstance(row[found[0]], Mapping):
-        options, keys = dict(row[found[0]]), found
-    elif isinstance(row[found[0]], list):
-        options, keys = dict(zip(_LETTERS, row[found[0]], strict=False)), found
+    elif isinstance(given, Mapping):
+        options, keys = dict(given), found
+    elif isinstance(given, list):
+        options, keys = dict(zip(_LETTERS, given, strict=False)), found
     else:
-        options, keys = options_from_text(row[found[0]]), found
+        options, keys = options_from_text(given), found
     # Tables keep a column for the fifth option of questions that have four.
     options = {key: text for key, text in options.items() if text not in (None, "")}
     if len(options) < 2 or not all(isinstance(text, str) for text in options.values()):

@@ -15,7 +15,7 @@ from huatuo_jax.data.records import KINDS, Messages
 TokenIds = npt.NDArray[np.int32]
 Mask = npt.NDArray[np.bool_]
 
-DropReason = Literal["too long", "cannot be rendered"]
+DropReason = Literal["too long", "cannot be rendered", "nothing to train"]
 
 UNKNOWN_KIND = "unknown"
 """The kind of a dialogue whose source names none."""

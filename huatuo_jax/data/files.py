@@ -1,9 +1,10 @@
 """Rows out of files: JSON, JSON Lines, CSV, plain lines, parquet, Arrow folders, the hub.
 
 What a file holds is told from its content where that is possible, so that JSON Lines under a
-`.json` ending reads as what it is. Text is UTF-8 (a byte-order mark is taken off) or GB18030,
-decoded strictly. What is wrong with one row comes out as a `RowError` in its place; what is wrong
-with the file as a whole is a `ValueError`.
+`.json` ending reads as what it is. How text is decoded stands in `encodings`. Every row is made of
+JSON's own types (`json_values`), so that whatever carries it along can write it. What is wrong with
+one row comes out as a `RowError` in its place; what is wrong with the file as a whole is a
+`ValueError`.
 """
 
 import csv
@@ -11,31 +12,36 @@ import json
 import os
 import pathlib
 import re
-from collections import deque
-from collections.abc import Iterator
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+from huatuo_jax.data.encodings import choose_encoding
+from huatuo_jax.data.json_values import NotJson, json_value, shown
 from huatuo_jax.data.text_lines import Line, read_lines
+from huatuo_jax.data.turns import FIELD_NAMES, is_huatuo_list, is_turn
 
 Layout = Literal["json lines", "json list", "json object", "csv", "lines", "datasets", "hub"]
 
 _SAMPLE_LINES = 20
+_REASON_CHARS = (220, 100)  # of the start and the end of a longer reason
 _ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".txt", ".parquet", ".arrow")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_DECODER = json.JSONDecoder()
 _SPACE = re.compile(r"\s*")
 
 
 class Row(NamedTuple):
     """One row as it stood in the file; `line` is where it begins, counted from 1.
 
-    In parquet, Arrow and hub data, which have no lines, `line` is the number of the row.
+    In parquet, Arrow and hub data, which have no lines, `line` is the number of the row. `mended`
+    says what was converted so that the value is JSON.
     """
 
     file: str
     line: int
     value: Any
+    mended: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -46,44 +52,76 @@ class RowError:
     line: int
     reason: str
 
+    def __post_init__(self) -> None:
+        """Shortens a reason that quotes much of the row."""
+        object.__setattr__(self, "reason", shortened(self.reason))
+
     def __str__(self) -> str:
         """`file:line: reason`, as compilers write it."""
         return f"{self.file}:{self.line}: {self.reason}"
 
 
-def read_rows(path: str | os.PathLike[str], *, split: str = "train") -> Iterator[Row | RowError]:
+def shortened(reason: str) -> str:
+    """A reason of some hundred characters at most; a longer one loses its middle."""
+    first, last = _REASON_CHARS
+    if len(reason) <= first + last + 5:
+        return reason
+    return f"{reason[:first]} ... {reason[-last:]}"
+
+
+def read_rows(
+    path: str | os.PathLike[str], *, split: str = "train", encoding: str | None = None
+) -> Iterator[Row | RowError]:
     """Yields the rows of a file, a folder or a hub data set (`owner/name`), in order.
 
-    JSON Lines, CSV, plain lines and parquet are streamed; a JSON list is loaded whole.
+    JSON Lines, CSV, plain lines and parquet are streamed; a JSON list is loaded whole. The files of
+    a folder are read one after the other, each by itself, so their columns may differ.
 
     Args:
         path: the file, the folder, or the name on the hub.
         split: which part to read where the data has named parts.
+        encoding: of text files; None to tell it by evidence, see `encodings`.
 
     Raises:
-        ValueError: there is no such file, nothing here reads it, it is neither UTF-8 nor GB18030,
-            or a JSON list breaks off (the rows behind the break cannot be counted).
+        ValueError: there is no such file, nothing here reads it, its encoding cannot be told,
+            a CSV header names a column twice, or a JSON list breaks off (the rows behind the break
+            cannot be counted).
     """
-    layout = find_layout(path)
+    for row in _rows_as_written(path, split, encoding):
+        if isinstance(row, RowError):
+            yield row
+            continue
+        try:
+            value, mended = json_value(row.value)
+        except NotJson as problem:
+            yield RowError(row.file, row.line, str(problem))
+        else:
+            yield Row(row.file, row.line, value, mended)
+
+
+def _rows_as_written(
+    path: str | os.PathLike[str], split: str, encoding: str | None
+) -> Iterator[Row | RowError]:
+    layout, file = find_layout(path, encoding), pathlib.Path(path)
     if layout in ("datasets", "hub"):
-        yield from _dataset_rows(str(path), layout, split)
+        yield from _dataset_rows(str(path), layout, split, encoding)
     elif layout == "json lines":
-        yield from _json_lines(pathlib.Path(path))
+        yield from _json_lines(file, encoding)
     elif layout == "csv":
-        yield from _csv_rows(pathlib.Path(path))
+        yield from _csv_rows(file, encoding)
     elif layout == "lines":
-        for line in read_lines(pathlib.Path(path)):
+        for line in read_lines(file, encoding):
             if line.text.strip():
                 yield _line_row(str(path), line, line.text.rstrip("\r\n"))
     else:
-        yield from _json_document(pathlib.Path(path), layout)
+        yield from _json_document(file, layout, encoding)
 
 
-def find_layout(path: str | os.PathLike[str]) -> Layout:
+def find_layout(path: str | os.PathLike[str], encoding: str | None = None) -> Layout:
     """Tells how the rows of a file are laid out, from its content before its ending.
 
     Raises:
-        ValueError: there is no such file, or nothing here reads it.
+        ValueError: there is no such file, nothing here reads it, or its encoding cannot be told.
     """
     file = pathlib.Path(path)
     if file.is_dir():
@@ -96,8 +134,9 @@ def find_layout(path: str | os.PathLike[str]) -> Layout:
     if suffix in (".parquet", ".arrow"):
         return "datasets"
     if suffix in (".csv", ".tsv"):
+        choose_encoding(file, encoding)
         return "csv"
-    sample = _first_lines(file)
+    sample = _first_lines(file, encoding)
     if not sample:
         raise ValueError(f"{path}: the file is empty")
     if sample[0].lstrip()[0] in "{[":
@@ -112,10 +151,10 @@ def find_layout(path: str | os.PathLike[str]) -> Layout:
     )
 
 
-def _first_lines(path: pathlib.Path) -> list[str]:
+def _first_lines(path: pathlib.Path, encoding: str | None) -> list[str]:
     """The first lines that are not blank, as far as telling the layout needs them."""
     sample: list[str] = []
-    for line in read_lines(path):
+    for line in read_lines(path, encoding):
         if line.text.strip():
             sample.append(line.text)
         if len(sample) == _SAMPLE_LINES:
@@ -153,15 +192,31 @@ def _line_row(file: str, line: Line, value: object) -> Row | RowError:
     return RowError(file, line.number, line.fault) if line.fault else Row(file, line.number, value)
 
 
-def _json_lines(path: pathlib.Path) -> Iterator[Row | RowError]:
-    for line in read_lines(path):
+def _fields_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of a JSON text; a field that stands twice would lose its first value unsaid."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        repeated = _repeated(name for name, _ in pairs)
+        raise ValueError(f"the field {shown(repeated[0])!r} stands twice in one object")
+    return fields
+
+
+def _repeated(names: Iterable[str]) -> list[str]:
+    return [name for name, count in Counter(names).items() if count > 1]
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_fields_once)
+
+
+def _json_lines(path: pathlib.Path, encoding: str | None) -> Iterator[Row | RowError]:
+    for line in read_lines(path, encoding):
         if not line.text.strip():
             continue
         if line.fault:
             yield RowError(str(path), line.number, line.fault)
             continue
         try:
-            yield Row(str(path), line.number, json.loads(line.text.strip()))
+            yield Row(str(path), line.number, _DECODER.decode(line.text.strip()))
         except (ValueError, RecursionError) as problem:
             yield RowError(str(path), line.number, _json_reason(problem, line.text))
 
@@ -174,25 +229,43 @@ def _json_reason(problem: Exception, text: str) -> str:
     return f"not JSON: {problem.msg} at column {problem.colno}{hint}"
 
 
-def _json_document(path: pathlib.Path, layout: Layout) -> Iterator[Row]:
+def _json_document(path: pathlib.Path, layout: Layout, encoding: str | None) -> Iterator[Row]:
     """The rows of a JSON list, or of an object that maps ids to rows, or the object itself."""
     lines = []
-    for line in read_lines(path):
+    for line in read_lines(path, encoding):
         if line.fault:
             raise ValueError(f"{path}:{line.number}: {line.fault}")
-        lines.append(line.text)
-    text = "".join(lines)
+        lines.append(line.text.rstrip("\r\n"))
+    text = "\n".join(lines)
     items = _scan(path, text, "]" if layout == "json list" else "}")
     if layout == "json list":
         for _, line_number, value in items:
             yield Row(str(path), line_number, value)
         return
     fields = list(items)
-    if len(fields) > 1 and all(isinstance(value, dict) for _, _, value in fields):
+    if len(fields) > 1 and all(_is_row_by_id(key, value) for key, _, value in fields):
         for key, line_number, value in fields:
-            yield Row(str(path), line_number, {"id": key, **value})
+            yield Row(str(path), line_number, _row_with_id(key, value))
     else:
-        yield Row(str(path), 1, {key: value for key, _, value in fields})
+        try:
+            yield Row(str(path), 1, _fields_once([(key, value) for key, _, value in fields]))
+        except ValueError as problem:
+            raise ValueError(f"{path}: {problem}") from None
+
+
+def _is_row_by_id(key: str, value: object) -> bool:
+    """Whether a field of the whole document is a row under its id, and not a field of one row."""
+    if key in FIELD_NAMES:
+        return False
+    if isinstance(value, list):
+        return is_huatuo_list(value) or (bool(value) and all(map(is_turn, value)))
+    return isinstance(value, dict)
+
+
+def _row_with_id(key: str, value: Any) -> dict[str, Any]:
+    if isinstance(value, list):
+        return {"id": key, ("data" if is_huatuo_list(value) else "messages"): value}
+    return {"id": key, **value}
 
 
 def _scan(path: pathlib.Path, text: str, closing: str) -> Iterator[tuple[str, int, Any]]:
@@ -214,8 +287,8 @@ def _scan(path: pathlib.Path, text: str, closing: str) -> Iterator[tuple[str, in
             position = _skip_space(text, position)
         if text[position + 1 :].strip():
             raise json.JSONDecodeError("Text after the end", text, position + 1)
-    except (json.JSONDecodeError, IndexError, RecursionError) as problem:
-        broken = text.count("\n", 0, getattr(problem, "pos", len(text))) + 1
+    except (ValueError, IndexError, RecursionError) as problem:
+        broken = text.count("\n", 0, getattr(problem, "pos", position)) + 1
         reason = getattr(problem, "msg", None)
         if reason is None:
             ended = isinstance(problem, IndexError)
@@ -257,10 +330,13 @@ class _LineFeed:
         self._again.extendleft(reversed(self.taken[1:]))
 
 
-def _csv_rows(path: pathlib.Path) -> Iterator[Row | RowError]:
-    """CSV rows as dicts by header; `line` is where the row begins, quoted line breaks counted."""
+def _csv_rows(path: pathlib.Path, encoding: str | None) -> Iterator[Row | RowError]:
+    """CSV rows as dicts by header; `line` is where the row begins, quoted line breaks counted.
+
+    A blank cell is an absent value.
+    """
     csv.field_size_limit(2**31 - 1)  # A turn that is too long is reported later, by its length.
-    feed = _LineFeed(read_lines(path))
+    feed = _LineFeed(read_lines(path, encoding))
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     reader = csv.reader(feed, delimiter=delimiter, strict=True)
     header: list[str] | None = None
@@ -280,19 +356,37 @@ def _csv_rows(path: pathlib.Path) -> Iterator[Row | RowError]:
         if header is None:
             if fault:
                 raise ValueError(f"{path}:{first}: {fault}")
-            header = fields
+            header = _csv_header(fields, f"{path}:{first}")
         elif fault:
             yield RowError(str(path), first, fault)
         elif len(fields) not in (0, len(header)):
             yield RowError(str(path), first, f"{len(fields)} fields, the header has {len(header)}")
         elif fields:
-            yield Row(str(path), first, dict(zip(header, fields, strict=True)))
+            cells = (cell if cell.strip() else None for cell in fields)
+            yield Row(str(path), first, dict(zip(header, cells, strict=True)))
 
 
-def _dataset_rows(path: str, layout: Layout, split: str) -> Iterator[Row]:
+def _csv_header(fields: Sequence[str], place: str) -> list[str]:
+    """The names of the columns; several without a name are called by their places."""
+    names = [field.strip() for field in fields]
+    repeated = [name for name in _repeated(names) if name]
+    if repeated:
+        raise ValueError(f"{place}: the header names the column {shown(repeated[0])!r} twice")
+    if names.count("") > 1:
+        names = [name or f"column {number}" for number, name in enumerate(names, start=1)]
+    return names
+
+
+def _dataset_rows(
+    path: str, layout: Layout, split: str, encoding: str | None
+) -> Iterator[Row | RowError]:
     import datasets  # Takes seconds to import, and plain files do not need it.
 
     folder = pathlib.Path(path)
+    if files := _files_of_folder(folder, split):
+        for file in files:
+            yield from _rows_as_written(file, split, encoding)
+        return
     try:
         if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
             rows = datasets.load_from_disk(path)
@@ -307,7 +401,7 @@ def _dataset_rows(path: str, layout: Layout, split: str) -> Iterator[Row]:
         for number, value in enumerate(rows, start=1):
             yield Row(path, number, value)
     except Exception as problem:  # The library raises whatever its many back ends raise.
-        first_line = str(problem).strip().split("\n")[0]
+        first_line = shortened(str(problem).strip().split("\n")[0])
         hint = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
         where = f"the hub{hint}" if layout == "hub" else f"split {split!r}"
         raise ValueError(
@@ -317,5 +411,25 @@ def _dataset_rows(path: str, layout: Layout, split: str) -> Iterator[Row]:
 
 def _one_split(parts: Any, path: str, split: str) -> Any:
     if split not in parts:
-        raise ValueError(f"{path} has no split {split!r}; it has {', '.join(parts)}")
+        raise ValueError(f"{path} has no split {split!r}; it has {', '.join(map(str, parts))}")
     return parts[split]
+
+
+def _files_of_folder(folder: pathlib.Path, split: str) -> list[str]:
+    """The files of a part of a folder, by the library's rules; none where it has to read them.
+
+    The library itself wants the same columns in all of them.
+    """
+    import datasets
+
+    saved = (folder / "state.json").exists() or (folder / "dataset_dict.json").exists()
+    if saved or not folder.is_dir():
+        return []
+    try:
+        parts = datasets.load_dataset_builder(str(folder)).config.data_files or {}
+    except Exception as problem:  # As in `_dataset_rows`.
+        first_line = shortened(str(problem).strip().split("\n")[0])
+        raise ValueError(f"{folder}: cannot be read: {first_line}") from problem
+    files = list(map(str, _one_split(parts, str(folder), split)))
+    known = all(pathlib.Path(file).suffix.lower() in _ENDINGS for file in files)
+    return files if known else []

@@ -4,19 +4,25 @@ A `Format` is tried row by row, so that a file may mix shapes. Here stand the fo
 and prompts; comparisons, and cases and exams, have files of their own.
 """
 
+import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from huatuo_jax.data.records import KINDS, Dialogue, Kind, Prompt, Record, content_id
+from huatuo_jax.data.json_values import shown
+from huatuo_jax.data.records import KINDS, Dialogue, Kind, Prompt, Record, content_id, is_empty
 from huatuo_jax.data.turns import (
+    ANSWER_KEYS,
     DIALOGUE_KEYS,
     INSTRUCTION_KEYS,
     MAX_TURN_CHARS,
     QUESTION_KEYS,
     JsonRow,
+    RowLeftOut,
     RowProblem,
     Turn,
+    as_list,
+    as_turns,
     checked_text,
     dialogue_messages,
     has,
@@ -27,12 +33,20 @@ from huatuo_jax.data.turns import (
     listed_turns,
     present,
     prompt_messages,
+    structured,
 )
 
 Family = Literal["dialogue", "prompt", "comparison", "case", "exam"]
 
-ANSWER_KEYS = ("answer", "response", "output", "completion", "reply", "回答", "答案", "Answer")
+LABELLED_BAD = "answer labelled as a bad one (KTO's label: false)"
+BAD_REFERENCE = "answer labelled as a bad one not taken for a reference"
+REASONING_COLUMN = (
+    "chain of thought (Complex_CoT) carried along, not trained (adapter huatuo_o1 trains it)"
+)
+
 EXAM_KEYS = ("options", "option", "Options", "A")
+_LABEL_KEYS = ("label", "kto_tag")
+_KEYS_SHOWN = 12
 _ID_KEYS = ("id", "_id", "conversation_id", "dialogue_id")
 
 
@@ -87,7 +101,10 @@ def describe(row: object) -> str:
     """The keys that hold something, for messages."""
     if not isinstance(row, Mapping):
         return f"a row that is a {type(row).__name__}, not an object"
-    return f"a row with the keys {', '.join(sorted(map(str, present(row, row)))) or '(none)'}"
+    keys = sorted(map(str, present(row, row)))
+    more = len(keys) - _KEYS_SHOWN
+    names = ", ".join(shown(key) for key in keys[:_KEYS_SHOWN]) or "(none)"
+    return f"a row with the keys {names}" + (f" and {more:,} more" if more > 0 else "")
 
 
 def identity(
@@ -131,12 +148,24 @@ def only_key(row: JsonRow, keys: Sequence[str], what: str) -> str:
 
 def dialogue_key(row: JsonRow) -> str:
     """The key under which the row lists its turns."""
-    return only_key(row, DIALOGUE_KEYS, "list of turns")
+    return only_key(row, _list_keys(row) or DIALOGUE_KEYS, "list of turns")
+
+
+def _list_keys(row: JsonRow) -> tuple[str, ...]:
+    """The usual keys of turns that hold a list, and no name or number of a conversation."""
+    return tuple(
+        key
+        for key in present(row, DIALOGUE_KEYS)
+        if isinstance(structured(row[key]), list | Mapping)
+    )
 
 
 def is_listed(row: object) -> bool:
     """Whether the row lists turns under one of the usual keys."""
-    return bool(present(row, DIALOGUE_KEYS))
+    found = present(row, DIALOGUE_KEYS)
+    if not found or not isinstance(row, Mapping):
+        return False
+    return bool(_list_keys(row)) or not (is_instruction(row) or is_question(row))
 
 
 def is_question(row: object) -> bool:
@@ -144,25 +173,55 @@ def is_question(row: object) -> bool:
     return bool(present(row, (*QUESTION_KEYS, "input")))
 
 
+def is_labelled_bad(row: object) -> bool:
+    """Whether the row's answer is one to learn away from, as KTO's data says by `label`."""
+    return any(
+        row[key] is False or str(row[key]).strip().lower() == "false"
+        for key in present(row, _LABEL_KEYS)
+        if isinstance(row, Mapping)
+    )
+
+
 def _dialogue(
     row: object, turns: Sequence[Turn], terms: Terms, *, used: Sequence[str]
 ) -> Converted:
+    if is_labelled_bad(row):
+        raise RowLeftOut(LABELLED_BAD)
     messages, repairs = dialogue_messages(
         turns, max_turn_chars=terms.max_turn_chars, empty_answer=terms.empty_answers
     )
-    kind = terms.kind or (row["kind"] if isinstance(row, Mapping) and has(row, "kind") else None)
-    if kind is not None and kind not in KINDS:
-        raise RowProblem(f"kind is {str(kind)[:40]!r}, not one of {', '.join(KINDS)}")
-    used = (*used, "kind")
-    row_id, source, extra = identity(row, terms, used=used, content=messages)
-    return Converted((Dialogue(row_id, messages, kind, source, extra),), repairs)
+    fields, renamed = _other_meanings(row)
+    row_id, source, extra = identity(fields, terms, used=used, content=messages)
+    own_kind = extra.pop("kind", None)
+    if has(row, "Complex_CoT"):
+        repairs = (*repairs, REASONING_COLUMN)
+    dialogue = Dialogue(row_id, messages, terms.kind or own_kind, source, extra)
+    return Converted((dialogue,), (*repairs, *renamed))
+
+
+def _other_meanings(row: object) -> tuple[object, tuple[str, ...]]:
+    """The row with own columns that have a field's name, but not its meaning, named `original_...`.
+
+    A kind is meant as ours if it is one of ours, or nearly: that is an error of spelling.
+    """
+    if not isinstance(row, Mapping):
+        return row, ()
+    others = [key for key in ("diagnosis",) if not isinstance(row.get(key), str | None)]
+    if has(row, "kind") and row["kind"] not in KINDS:
+        near = difflib.get_close_matches(str(row["kind"]), KINDS, n=1, cutoff=0.8)
+        if near:
+            raise RowProblem(f"kind is {shown(repr(row['kind']))}; did you mean {near[0]!r}?")
+        others.append("kind")
+    fields = {f"original_{key}" if key in others else key: row[key] for key in row}
+    return fields, tuple(f"own column {key!r} carried along as 'original_{key}'" for key in others)
 
 
 def _from_huatuo(row: Any, terms: Terms) -> Converted:
     if isinstance(row, list):
         return _dialogue(row, huatuo_turns(row), terms, used=())
     key = "json_dialogue" if has(row, "json_dialogue") else "data"
-    return _dialogue(row, huatuo_turns(row[key]), terms, used=(key,))
+    turns = huatuo_turns(row[key] if key == "json_dialogue" else structured(row[key]))
+    return _dialogue(row, turns, terms, used=(key,))
 
 
 def _from_listed(row: Any, terms: Terms) -> Converted:
@@ -173,24 +232,19 @@ def _from_listed(row: Any, terms: Terms) -> Converted:
 
 def _with_system(row: JsonRow, turns: list[Turn]) -> list[Turn]:
     """ShareGPT keeps the system text beside the turns now and then."""
-    return [("system", row["system"]), *turns] if has(row, "system") else turns
+    return [Turn("system", row["system"]), *turns] if has(row, "system") else turns
 
 
 def _ends_open(row: Any) -> bool:
-    if not is_listed(row) or not has(row, "reference"):
+    if not is_listed(row) or not isinstance(row.get("reference"), str):
         return False
-    turns = row[present(row, DIALOGUE_KEYS)[0]]
-    return (
-        isinstance(turns, list)
-        and bool(turns)
-        and has(turns[-1], "role", "content")
-        and (turns[-1]["role"] == "user")
-    )
+    turns = as_turns(row[present(row, DIALOGUE_KEYS)[0]])
+    return turns is not None and has(turns[-1], "role") and turns[-1]["role"] == "user"
 
 
 def _from_referenced(row: Any, terms: Terms) -> Converted:
     key = dialogue_key(row)
-    turns = [*listed_turns(row[key], key), ("assistant", row["reference"])]
+    turns = [*listed_turns(row[key], key), Turn("assistant", row["reference"])]
     return _dialogue(row, turns, terms, used=(key, "reference"))
 
 
@@ -210,19 +264,38 @@ def instruction_prompt(row: JsonRow) -> tuple[list[Turn], tuple[str, ...]]:
 
 
 def question_prompt(row: JsonRow) -> tuple[list[Turn], tuple[str, ...]]:
-    """The turns up to a question in a column of its own, and the keys that they came from."""
+    """The turns up to a question in a column of its own, and the keys that they came from.
+
+    The question may be a list of turns, as TRL's conversational `prompt`.
+    """
     # `input` is context below the question, and the question itself where there is no other.
     asked = present(row, QUESTION_KEYS)
     key = only_key(row, QUESTION_KEYS, "question") if asked else "input"
     used = (key, "input", "history", "system")
+    if as_turns(row[key]) is not None:
+        return [*history_turns(row), *listed_turns(row[key], key)], used
     if key == "input":
-        return [*history_turns(row), ("user", row[key])], used
+        return [*history_turns(row), Turn("user", row[key])], used
     return instruction_turns(row, key), used
+
+
+def answer_turns(value: object, name: str) -> list[Turn]:
+    """An answer as text, as one message, or as messages; the text is checked later."""
+    items = as_list(value)
+    if isinstance(value, Mapping) and items is None:
+        return listed_turns([value], name)
+    if isinstance(value, str | list) and as_turns(value) is None and not _holds_object(value):
+        return [Turn("assistant", value)]
+    return listed_turns(items, name) if items is not None else [Turn("assistant", value)]
+
+
+def _holds_object(value: object) -> bool:
+    return isinstance(value, list) and any(isinstance(item, Mapping) for item in value)
 
 
 def _from_alpaca(row: Any, terms: Terms) -> Converted:
     turns, used = instruction_prompt(row)
-    turns = [*turns, ("assistant", row["output"])]
+    turns = [*turns, *answer_turns(row["output"], "output")]
     return _dialogue(row, turns, terms, used=(*used, "output"))
 
 
@@ -233,13 +306,15 @@ def _is_question_answer(row: Any) -> bool:
 def _from_question_answer(row: Any, terms: Terms) -> Converted:
     turns, used = question_prompt(row)
     key = only_key(row, ANSWER_KEYS, "answer")
-    return _dialogue(row, [*turns, ("assistant", row[key])], terms, used=(*used, key))
+    return _dialogue(row, [*turns, *answer_turns(row[key], key)], terms, used=(*used, key))
 
 
 def _is_huatuo(row: Any) -> bool:
     if isinstance(row, list):
         return is_huatuo_list(row)
-    return has(row, "json_dialogue") or (has(row, "data") and isinstance(row["data"], list))
+    return has(row, "json_dialogue") or (
+        has(row, "data") and isinstance(structured(row["data"]), list)
+    )
 
 
 DIALOGUE_FORMATS: tuple[Format, ...] = (
@@ -284,20 +359,24 @@ DIALOGUE_FORMATS: tuple[Format, ...] = (
 def _prompt(
     row: JsonRow, turns: Sequence[Turn], terms: Terms, *, used: Sequence[str], reference: str | None
 ) -> Converted:
-    limit = terms.max_turn_chars
-    messages, repairs = prompt_messages(turns, max_turn_chars=limit)
-    reference_text = checked_text(row, reference, max_turn_chars=limit) if reference else None
-    diagnosis = (
-        checked_text(row, "diagnosis", max_turn_chars=limit) if has(row, "diagnosis") else None
-    )
-    taken = (
-        (*used, "diagnosis", "reference")
-        if reference is None
-        else (*used, "diagnosis", "reference", reference)
-    )
+    messages, mended = prompt_messages(turns, max_turn_chars=terms.max_turn_chars)
+    repairs = list(mended)
+    texts: dict[str, str] = {}
+    for key in present(row, ("diagnosis", *([] if reference is None else [reference]))):
+        turns = answer_turns(row[key], key)
+        text = turns[0].content if len(turns) == 1 else row[key]
+        if isinstance(text, str) and is_empty(text):
+            repairs.append(f"empty {key} read as none")
+        elif key == reference != "reference" and is_labelled_bad(row):
+            repairs.append(BAD_REFERENCE)
+        else:
+            texts[key] = checked_text({key: text}, key, max_turn_chars=terms.max_turn_chars)
+    taken = (*used, "diagnosis", "reference", *([] if reference is None else [reference]))
     row_id, source, extra = identity(row, terms, used=taken, content=messages)
-    prompt = Prompt(row_id, messages, source, reference_text, diagnosis, extra)
-    return Converted((prompt,), repairs)
+    prompt = Prompt(
+        row_id, messages, source, texts.get(reference or ""), texts.get("diagnosis"), extra
+    )
+    return Converted((prompt,), tuple(repairs))
 
 
 def _reference_key(row: JsonRow) -> str | None:

@@ -23,6 +23,7 @@ import numpy as np
 
 from huatuo_jax.data.adapters import ADAPTERS, Adapter
 from huatuo_jax.data.chat import ChatTemplate
+from huatuo_jax.data.encodings import choose_encoding
 from huatuo_jax.data.files import Row, RowError, find_layout, read_rows
 from huatuo_jax.data.formats import Family, Format, Terms, recognise
 from huatuo_jax.data.inspection_measures import Measurer, Tally
@@ -35,7 +36,6 @@ from huatuo_jax.data.readers import (
     read_records,
 )
 from huatuo_jax.data.records import Case, Comparison, Dialogue, ExamQuestion, Message, Record
-from huatuo_jax.data.text_lines import choose_encoding
 from huatuo_jax.data.turns import RowLeftOut, RowProblem
 
 if TYPE_CHECKING:
@@ -187,7 +187,7 @@ class Inspector:
         tally = Tally(max_tokens=self.max_tokens)
         layout: str | None = None
         try:
-            layout = _layout_of(path)
+            layout = _layout_of(path, self.read.encoding)
             reading = read_records(path, **vars(replace(self.read, max_error_share=1.0)))
         except ValueError as problem:
             return FileReport(name=str(path), layout=layout, failure=str(problem), tally=tally)
@@ -283,13 +283,13 @@ def _complaint(report: FileReport, max_error_share: float) -> str | None:
     return f"{text}; no row is in a known format" if report.known_formats else text
 
 
-def _layout_of(path: Path) -> str:
-    layout = find_layout(path)
+def _layout_of(path: Path, encoding: str | None) -> str:
+    layout = find_layout(path, encoding)
     if layout == "hub":
         return "a data set on the hub"
     if layout == "datasets":
         return "parquet or Arrow"
-    return f"{layout}, {choose_encoding(path).upper()}"
+    return f"{layout}, {choose_encoding(path, encoding).upper()}"
 
 
 def _take(reading: Reading[Record]) -> tuple[list[tuple[int, Record]], str | None]:
@@ -318,10 +318,14 @@ def _family_of(records: Iterable[Record]) -> Family | None:
 
 def fitting_adapters(path: Path, options: ReadOptions) -> tuple[Adapter, ...]:
     """The adapters that make records of most of the first rows, where none was named."""
-    if options.adapter is not None or find_layout(path) == "hub":
+    if options.adapter is not None or find_layout(path, options.encoding) == "hub":
         return ()
     try:
-        first = list(itertools.islice(read_rows(path, split=options.split), _ROWS_TRIED))
+        first = list(
+            itertools.islice(
+                read_rows(path, split=options.split, encoding=options.encoding), _ROWS_TRIED
+            )
+        )
     except ValueError:  # The file breaks off early, which its report says.
         return ()
     rows = [row for row in first if isinstance(row, Row)]

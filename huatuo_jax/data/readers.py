@@ -8,6 +8,7 @@ Each row of the source ends as records, as an error (file, line, reason), or und
 for leaving it out; `rows == rows_used + len(errors) + exclusions.total()` always holds.
 """
 
+import dataclasses
 import os
 import pathlib
 from collections import Counter
@@ -17,6 +18,7 @@ from typing import Generic, NamedTuple, TypedDict, TypeVar, Unpack, cast
 
 from huatuo_jax.data.adapters import Adapter, LeftOut, find_adapter
 from huatuo_jax.data.comparison_formats import COMPARISON_FORMATS
+from huatuo_jax.data.encodings import checked_encoding
 from huatuo_jax.data.exam_formats import CASE_FORMATS, EXAM_FORMATS
 from huatuo_jax.data.files import Row, RowError, find_layout, read_rows
 from huatuo_jax.data.formats import (
@@ -56,6 +58,7 @@ NO_FORMAT = "no known format"
 REPEATED_PROMPT = "prompt that stood before, word for word"
 _JUDGED_FROM_ROW = 10_000
 _ERRORS_SHOWN = 5
+_COUNTS_SHOWN = 10
 
 RecordT = TypeVar("RecordT", bound=Record, covariant=True)
 
@@ -63,6 +66,7 @@ RecordT = TypeVar("RecordT", bound=Record, covariant=True)
 class Used(NamedTuple):
     """A row that gave records, or (with none of its own) a part of one."""
 
+    file: str
     line: int
     format_name: str
     converted: Converted
@@ -78,6 +82,7 @@ class Keywords(TypedDict, total=False):
     kind: Kind | None
     adapter: str | Adapter | None
     split: str
+    encoding: str | None
     max_turn_chars: int
     max_error_share: float
     empty_answers: bool
@@ -92,6 +97,7 @@ class ReadOptions:
         kind: the kind of all dialogues; by default the row's own, where it has one.
         adapter: the name of an adapter (or an adapter) for a source that is not in a common format.
         split: which part of parquet, Arrow or hub data to read.
+        encoding: of text files, as Python names it; None tells it by evidence (`encodings`).
         max_turn_chars: a longer turn makes its row an error.
         max_error_share: reading stops when more than this share of the rows are errors. It is
             judged at the end, and from row 10,000 on also on the way.
@@ -102,12 +108,13 @@ class ReadOptions:
     kind: Kind | None = None
     adapter: str | Adapter | None = None
     split: str = "train"
+    encoding: str | None = None
     max_turn_chars: int = MAX_TURN_CHARS
     max_error_share: float = 0.01
     empty_answers: bool = False
 
     def __post_init__(self) -> None:
-        """Refuses an unknown kind or adapter and limits that make no sense."""
+        """Refuses an unknown kind, adapter or encoding, and limits that make no sense."""
         if self.kind is not None and self.kind not in KINDS:
             raise ValueError(f"kind is {self.kind!r}; it should be one of {', '.join(KINDS)}")
         if self.max_turn_chars < 1:
@@ -117,6 +124,7 @@ class ReadOptions:
                 f"max_error_share is {self.max_error_share}; it should lie between 0 and 1"
             )
         self.chosen_adapter()
+        checked_encoding(self.encoding)
 
     def chosen_adapter(self) -> Adapter | None:
         """The adapter itself where a name was given."""
@@ -132,7 +140,8 @@ class Reading(Generic[RecordT]):
         records: records given. `formats`: used rows by the name of their format.
         errors: what could not be read. `exclusions`: rows left out, by reason.
         repairs: rows that gave a record after something was mended, by what it was.
-        known: the formats that its rows may have. `line`: where the latest record's row stands.
+        known: the formats that its rows may have. `line`: where the latest record's row stands;
+            `place`: the same behind the name of its file, of which a folder has several.
 
     Raises:
         ValueError: on iteration, when the file as a whole cannot be read, holds no rows, or too
@@ -144,6 +153,7 @@ class Reading(Generic[RecordT]):
     max_error_share: float
     known: tuple[Format, ...] = ()
     line: int = 0
+    place: str = ""
     rows: int = 0
     rows_used: int = 0
     records: int = 0
@@ -171,7 +181,7 @@ class Reading(Generic[RecordT]):
                 self.formats[outcome.format_name] += 1
                 self.repairs.update(converted.repairs)
                 self.records += len(converted.records)
-                self.line = outcome.line
+                self.line, self.place = outcome.line, f"{outcome.file}:{outcome.line}"
                 yield from cast(tuple[RecordT, ...], converted.records)
         self._judge()
         assert self.rows == self.rows_used + len(self.errors) + self.exclusions.total()
@@ -186,8 +196,12 @@ class Reading(Generic[RecordT]):
                 f"{self.file}: {len(self.errors)} of {self.rows} rows are bad, more than"
                 f" max_error_share={self.max_error_share:g} allows:{shown}"
                 + (f"\n  and {more} more" if more > 0 else "")
-                + (f"\n  known formats: {describe_formats(self.known)}" if self.unknown() else "")
+                + (f"\n  known formats: {self._known_formats()}" if self.unknown() else "")
             )
+
+    def _known_formats(self) -> str:
+        names = ", ".join(one.name for one in self.known)
+        return f"{names} (launch/inspect_data.py says what each looks like)"
 
     def unknown(self) -> bool:
         """Whether no row was used, and some for want of a known format."""
@@ -252,18 +266,15 @@ def read_records(path: str | os.PathLike[str], **keywords: Unpack[Keywords]) -> 
 def _reading(
     path: str | os.PathLike[str], family: Family | None, options: ReadOptions
 ) -> Reading[RecordT]:
-    find_layout(path)  # A missing or unreadable file is an error here and not at the first record.
+    find_layout(
+        path, options.encoding
+    )  # A missing or unreadable file is an error here and not at the first record.
     return Reading(
         file=str(path),
         outcomes=lambda: outcomes_of(path, family, options),
         max_error_share=options.max_error_share,
         known=FORMATS[family] if family else ALL_FORMATS,
     )
-
-
-def describe_formats(formats: Iterable[Format]) -> str:
-    """The formats with what they are recognised by, in one line."""
-    return "; ".join(f"{one.name} ({one.keys})" for one in formats)
 
 
 def outcomes_of(
@@ -277,7 +288,9 @@ def outcomes_of(
         max_turn_chars=options.max_turn_chars,
         empty_answers=options.empty_answers,
     )
-    rows: Iterable[Row | RowError | LeftOut] = read_rows(path, split=options.split)
+    rows: Iterable[Row | RowError | LeftOut] = read_rows(
+        path, split=options.split, encoding=options.encoding
+    )
     adapter = options.chosen_adapter()
     if adapter is not None:
         rows = _adapted(cast(Iterable[Row | RowError], rows), adapter)
@@ -296,7 +309,8 @@ def outcomes_of(
             yield LeftOut(row.line, str(reason))
         else:
             name = last_format.name if adapter is None else f"{adapter.name}: {last_format.name}"
-            yield Used(row.line, name, converted)
+            mended = tuple(dict.fromkeys((*row.mended, *converted.repairs)))
+            yield Used(row.file, row.line, name, dataclasses.replace(converted, repairs=mended))
 
 
 def _adapted(
@@ -359,4 +373,6 @@ def _ids_once(file: str, outcomes: Iterable[Outcome]) -> Iterator[Outcome]:
 
 
 def _counts(counter: Counter[str]) -> str:
-    return ", ".join(f"{name} {count}" for name, count in counter.most_common()) or "none"
+    shown = [f"{name} {count}" for name, count in counter.most_common(_COUNTS_SHOWN)]
+    more = len(counter) - _COUNTS_SHOWN
+    return ", ".join(shown + ([f"and {more} more"] if more > 0 else [])) or "none"

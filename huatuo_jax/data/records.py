@@ -7,9 +7,12 @@ comes back from it (`from_json`). Fields that a record does not know are kept in
 import hashlib
 import itertools
 import json
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, get_args
+
+from huatuo_jax.data.json_values import shown
 
 Role = Literal["system", "user", "assistant"]
 Kind = Literal[
@@ -20,15 +23,27 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 Json = dict[str, Any]
 
+# Letters and symbols that show nothing: the fillers of Hangul, the empty Braille cell.
+_FILLERS = "\u115f\u1160\u2800\u3164\uffa0"
+
 
 class Message(NamedTuple):
-    """One turn of a dialogue: who speaks, and the text as it stood in the file."""
+    """One turn of a dialogue: who speaks, and the text as it stood in the file.
+
+    `trained` is False for an assistant's turn that its source marks as not to be learned from.
+    """
 
     role: Role
     content: str
+    trained: bool = True
 
 
 Messages = tuple[Message, ...]
+
+
+def unmarked(messages: Sequence[Message]) -> Messages:
+    """The messages without their marks, where they are a prompt, or compared or scored."""
+    return tuple(message._replace(trained=True) for message in messages)
 
 
 def content_id(source: str, content: object) -> str:
@@ -36,20 +51,35 @@ def content_id(source: str, content: object) -> str:
 
     For rows that bring no id of their own: it stays the same when rows are added or reordered.
     """
-    text = json.dumps([source, content], ensure_ascii=False, sort_keys=True, default=str)
+    plain = [source, _without_defaults(content)]
+    text = json.dumps(plain, ensure_ascii=False, sort_keys=True, default=str)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
+def _without_defaults(content: object) -> object:
+    """Messages as pairs of role and content, with a mark only where there is one."""
+    if isinstance(content, Message):
+        return list(content if not content.trained else content[:2])
+    if isinstance(content, list | tuple):
+        return [_without_defaults(item) for item in content]
+    return content
+
+
 def messages_to_json(messages: Sequence[Message]) -> list[Json]:
-    """The messages as a list of `{"role", "content"}`."""
-    return [{"role": message.role, "content": message.content} for message in messages]
+    """The messages as a list of `{"role", "content"}`, with `"weight": 0` where not trained."""
+    return [
+        {"role": message.role, "content": message.content}
+        | ({} if message.trained else {"weight": 0})
+        for message in messages
+    ]
 
 
 def messages_from_json(value: object, *, name: str = "messages") -> Messages:
-    """The messages of a list of `{"role", "content"}`.
+    """The messages of a list of `{"role", "content", "weight"?}`.
 
     Raises:
-        ValueError: an item has another role, or a content that is not text.
+        ValueError: an item has another role, a content that is not text, or a weight that is
+            neither 0 nor 1.
     """
     if not isinstance(value, list):
         raise ValueError(f"{name} is a {type(value).__name__}, not a list of role and content")
@@ -61,7 +91,9 @@ def messages_from_json(value: object, *, name: str = "messages") -> Messages:
                 f"{name}[{index}] has role {role!r} and a {type(content).__name__} as content;"
                 f" it needs one of {', '.join(ROLES)} and text"
             )
-        messages.append(Message(role, content))
+        if (weight := item.get("weight")) not in (None, 0, 1):
+            raise ValueError(f"{name}[{index}].weight is {weight!r}; it should be 0 or 1")
+        messages.append(Message(role, content, weight != 0))
     return tuple(messages)
 
 
@@ -71,13 +103,21 @@ def answer(text: str) -> Messages:
 
 
 def is_empty(text: str) -> bool:
-    """Whether an answer says nothing: no character, or white space alone.
+    """Whether an answer says nothing: it has no character that shows.
+
+    White space, controls, format characters (zero-width ones, byte order marks) and fillers do not
+    show; marks that combine with a letter do not without one.
 
     A policy samples such answers by ending its turn at once. They are answers like any other, the
     worst there are: every stage keeps, judges and scores them. Only training on dialogues refuses
     them, as nobody should learn to say nothing.
     """
-    return not text.strip()
+    return all(_is_invisible(character) for character in text)
+
+
+def _is_invisible(character: str) -> bool:
+    category = unicodedata.category(character)
+    return (category[0] in "ZMC" and category not in ("Co", "Cn")) or character in _FILLERS
 
 
 def same_answer(one: Messages, other: Messages) -> bool:
@@ -135,11 +175,12 @@ class Prompt:
 
     @classmethod
     def of_dialogue(cls, dialogue: Dialogue) -> "Prompt":
-        """The dialogue up to its last answer, which becomes the reference.
+        """The dialogue up to its last answer, which becomes the reference if it may be learned.
 
         Raises:
             ValueError: the dialogue's `diagnosis` is not text.
         """
+        last = dialogue.messages[-1]
         diagnosis = dialogue.extra["diagnosis"] if "diagnosis" in dialogue.extra else None
         if not isinstance(diagnosis, str | None):
             raise ValueError(
@@ -148,11 +189,14 @@ class Prompt:
             )
         return cls(
             id=dialogue.id,
-            messages=dialogue.messages[:-1],
+            messages=unmarked(dialogue.messages[:-1]),
             source=dialogue.source,
-            reference=dialogue.messages[-1].content,
+            reference=last.content if last.trained else None,
             diagnosis=diagnosis if diagnosis and diagnosis.strip() else None,
-            extra={**_others(dialogue.extra, "diagnosis"), **_present(kind=dialogue.kind)},
+            extra={
+                **_others(dialogue.extra, "diagnosis", "reference"),
+                **_present(kind=dialogue.kind, original_reference=dialogue.extra.get("reference")),
+            },
         )
 
     def to_json(self) -> Json:
@@ -378,7 +422,7 @@ def _continuation_from_json(value: object, name: str) -> Messages:
 def _field(row: object, name: str, where: str = "the record") -> Any:
     if not isinstance(row, Mapping) or name not in row:
         keys = sorted(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
-        raise ValueError(f"{where} lacks {name!r}; it has {keys}")
+        raise ValueError(f"{where} lacks {name!r}; it has {shown(keys, 200)}")
     return row[name]
 
 

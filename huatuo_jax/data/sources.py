@@ -4,7 +4,8 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -58,6 +59,26 @@ class DialogueSource:
             "reading": reading,
             "held_out_by": self.held_out_by,
         }
+
+
+def source_names(paths: Sequence[str]) -> list[str]:
+    """A name for the source of each file: its own, with as much before and behind it as tells it.
+
+    `a/train.jsonl` and `b/train.jsonl` are `a/train` and `b/train`.
+    """
+    files = [pathlib.Path(path) for path in paths]
+    names = [file.stem for file in files]
+    parents = [f"{file.parent.name}/{file.stem}" for file in files]
+    for finer in ([file.name for file in files], parents, [str(path) for path in paths]):
+        counts = Counter(names)
+        if max(counts.values(), default=1) == 1:
+            break
+        told = Counter(finer)
+        names = [
+            fine if counts[name] > 1 and told[fine] == 1 else name
+            for name, fine in zip(names, finer, strict=True)
+        ]
+    return names
 
 
 def content_hash(path: str | os.PathLike[str]) -> str:

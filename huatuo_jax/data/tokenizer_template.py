@@ -217,7 +217,7 @@ class TokenizerTemplate(ChatTemplate):
     ) -> str:
         try:
             text = tokenizer.apply_chat_template(
-                [message._asdict() for message in messages],
+                _role_and_content(messages),
                 chat_template=self._source(tokenizer),
                 tokenize=False,
                 add_generation_prompt=prompt,
@@ -236,7 +236,7 @@ class TokenizerTemplate(ChatTemplate):
         from transformers.utils.chat_template_utils import render_jinja_template
 
         _, blocks = render_jinja_template(
-            conversations=[[message._asdict() for message in messages]],
+            conversations=[_role_and_content(messages)],
             chat_template=self._source(tokenizer),
             return_assistant_tokens_mask=True,
             **tokenizer.special_tokens_map,
@@ -317,6 +317,10 @@ def _parts(answer: _Answer) -> list[tuple[int, bool]]:
             "it would not be trained; choose another template"
         )
     return [*parts, (len(answer.after), False)]
+
+
+def _role_and_content(messages: Sequence[Message]) -> list[dict[str, str]]:
+    return [{"role": message.role, "content": message.content} for message in messages]
 
 
 def _untrained(role: Role, token_ids: list[int]) -> TurnTokens:

@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from huatuo_jax.data.chat import ChatTemplate, TrainedTurns, TruncationPolicy, truncate
+from huatuo_jax.data.chat import (
+    ChatTemplate,
+    NothingToTrain,
+    TrainedTurns,
+    TruncationPolicy,
+    truncate,
+)
 from huatuo_jax.data.examples import Dropped, Tokens
 from huatuo_jax.data.records import Messages
 
@@ -56,7 +62,10 @@ class TemplateTokenizer:
         )
 
     def __call__(self, messages: Messages) -> Tokens | Dropped:
-        """Renders a dialogue; one that the template refuses is dropped with its words."""
+        """Renders a dialogue; one that the template refuses is dropped with its words.
+
+        One whose answers are all marked as not to be trained is dropped too, by that reason.
+        """
         try:
             rendered, num_messages_dropped = truncate(
                 self.template,
@@ -66,6 +75,8 @@ class TemplateTokenizer:
                 policy=self.policy,
                 trained=self.trained,
             )
+        except NothingToTrain as error:
+            return Dropped("nothing to train", str(error))
         except ValueError as error:
             return Dropped("cannot be rendered", str(error))
         if rendered is None:

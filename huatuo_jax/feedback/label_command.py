@@ -36,6 +36,7 @@ class LabelRun:
 
     Attributes:
         answers: the answers file.
+        encoding: of its text; None tells it by evidence, see `huatuo_jax.data.encodings`.
         output: the labels file, to make or to go on with.
         openai: the judge behind a server; None for the offline one.
         label: what to ask about each prompt.
@@ -46,6 +47,7 @@ class LabelRun:
 
     answers: str
     output: str
+    encoding: str | None = None
     openai: OpenAIJudgeConfig | None = None
     label: LabelConfig = LabelConfig()
     dry_run: bool = False
@@ -85,7 +87,7 @@ def run_labels(cfg: LabelRun, say: Say) -> Labels | None:
             go on; no verdict on any question. What had arrived by then is in the labels file.
         OSError: a file cannot be read or written.
     """
-    answered = read_answered(cfg.answers)
+    answered = read_answered(cfg.answers, encoding=cfg.encoding)
     if cfg.comparisons is not None:  # What is mixed in is looked at before anything is paid for.
         read_mixed(cfg.comparison.mix, num_own=0, seed=cfg.comparison.seed)
     judge = open_judge(cfg)

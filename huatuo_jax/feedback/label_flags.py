@@ -88,6 +88,7 @@ def _values(group: Group) -> dict[str, Any]:
 def _run_flags() -> Group:
     return (
         flags.DEFINE_string("answers", None, "Answers file."),
+        flags.DEFINE_string("encoding", None, "Of the answers' text; default: told by evidence."),
         flags.DEFINE_string("output", None, "Labels file to make, or to go on with."),
         flags.DEFINE_string("judge", OFFLINE, f"`{OFFLINE}`, or a model behind `--base_url`."),
         flags.DEFINE_bool("dry_run", False, "Count calls and cost, and send nothing."),

@@ -116,7 +116,7 @@ class Question:
         return self.judgement(reply, paid=False)
 
 
-def read_answered(path: str | os.PathLike[str]) -> list[Answered]:
+def read_answered(path: str | os.PathLike[str], *, encoding: str | None = None) -> list[Answered]:
     """The records of an answers file.
 
     Raises:
@@ -124,7 +124,7 @@ def read_answered(path: str | os.PathLike[str]) -> list[Answered]:
             stood before.
     """
     found: dict[str, Answered] = {}
-    for row in read_rows(path):
+    for row in read_rows(path, encoding=encoding):
         if isinstance(row, RowError):
             raise ValueError(str(row))
         try:

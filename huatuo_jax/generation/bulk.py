@@ -47,6 +47,7 @@ class BulkConfig:
     Attributes:
         model: folder of a model of either form, or a hub id.
         prompts: file of prompts, see `huatuo_jax.data.readers`.
+        encoding: of the prompts; None tells it by evidence, see `huatuo_jax.data.encodings`.
         output: the answers file.
         ignore_config_fields: of the model's `config.json`, see `models.find_model`.
         template: chat template by name; `tokenizer` for the tokenizer's own.
@@ -70,6 +71,7 @@ class BulkConfig:
     prompts: str
     output: str
     ignore_config_fields: Collection[str] = ()
+    encoding: str | None = None
     template: str = "huatuogpt"
     template_date: str | None = None
     num_samples: int = 1
@@ -191,7 +193,7 @@ def _plan(cfg: BulkConfig) -> _Plan:
     )
     stops += cfg.sampling.stop_token_ids
     sampling = dataclasses.replace(cfg.sampling, stop_token_ids=tuple(dict.fromkeys(stops)))
-    reading = read_prompts(cfg.prompts)
+    reading = read_prompts(cfg.prompts, encoding=cfg.encoding)
     prompts = list(placed(reading))
     limit = cfg.max_length or info.cfg.max_positions
     _check_positions(info.cfg, limit)

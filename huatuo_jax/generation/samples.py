@@ -148,7 +148,7 @@ def read_samples(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 def sample_prompt(
     example: Example, template: ChatTemplate, tokenizer: transformers.PreTrainedTokenizerBase
 ) -> SamplePrompt:
-    """A tokenised dialogue up to its last answer, the answer's header included.
+    """A tokenised dialogue up to its last trained answer, the answer's header included.
 
     The ids are those of training; the header is the end of the template's prompt, where the
     template trains it with the answer.
@@ -161,4 +161,6 @@ def sample_prompt(
     end = start + len(header)
     ids = np.asarray(example.token_ids).tolist()
     assert ids[start:end] == header, f"example {example.id!r} is of another template"
-    return SamplePrompt(example.id, ids[:end], ids[end:])
+    # Behind it may stand turns that are not trained.
+    answer_end = start + int(np.argmin(np.append(trained[start:], False)))
+    return SamplePrompt(example.id, ids[:end], ids[end:answer_end])

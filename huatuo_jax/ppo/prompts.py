@@ -31,6 +31,7 @@ class PromptsConfig:
         template: the chat template's name.
         default_system: its system text; None for the template's own.
         template_date: the date that a tokenizer's own template prints, see `templates.by_name`.
+        encoding: of text files; None tells it by evidence, see `huatuo_jax.data.encodings`.
         max_prompt_tokens: longer prompts lose their oldest exchanges, or are left out.
         drop_oldest_turns: whether they lose them.
         max_left_out_share: share of the prompts that may be left out, because they are too long or
@@ -42,6 +43,7 @@ class PromptsConfig:
     template: str = "huatuogpt"
     default_system: str | None = None
     template_date: str | None = None
+    encoding: str | None = None
     max_prompt_tokens: int = 512
     drop_oldest_turns: bool = True
     max_left_out_share: float = operational(0.1)
@@ -151,11 +153,11 @@ def _read(cfg: PromptsConfig, account: Account) -> Iterator[tuple[str, Prompt]]:
     """The prompts of all files with their places."""
     for path in cfg.paths:
         if cfg.reads == "prompts":
-            prompts = read_prompts(path)
+            prompts = read_prompts(path, encoding=cfg.encoding)
             yield from placed(prompts)
             account.add_rows(prompts)
             continue
-        dialogues = read_dialogues(path)
+        dialogues = read_dialogues(path, encoding=cfg.encoding)
         for place, dialogue in placed(dialogues):
             first = cfg.reads == "first_turns"
             yield place, _first_turns(dialogue) if first else Prompt.of_dialogue(dialogue)

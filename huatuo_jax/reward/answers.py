@@ -17,7 +17,7 @@ from huatuo_jax.data.accounting import Account
 from huatuo_jax.data.answers import AnswerToTokenize, Sampled, SampledPrompt
 from huatuo_jax.data.files import Row, read_rows
 from huatuo_jax.data.readers import read_records
-from huatuo_jax.data.records import Comparison, Dialogue, Message, Prompt
+from huatuo_jax.data.records import Comparison, Dialogue, Message, Prompt, unmarked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,28 +45,32 @@ class Answered(NamedTuple):
         return [(prompt, sampled_prompt, answer) for answer in answers]
 
 
-def read_answered(path: str, account: Account) -> Iterator[Answered]:
+def read_answered(
+    path: str, account: Account, *, encoding: str | None = None
+) -> Iterator[Answered]:
     """The records of a file of dialogues, of comparisons, or of several answers a prompt.
 
     Args:
         path: the file.
         account: is told of its rows.
+        encoding: of a text file; None tells it by evidence.
 
     Raises:
         ValueError: it cannot be read, or holds records without an answer.
     """
-    first = next((row for row in read_rows(path) if isinstance(row, Row)), None)
+    rows = read_rows(path, encoding=encoding)
+    first = next((row for row in rows if isinstance(row, Row)), None)
     if first is not None and _is_answers_record(first.value):
-        for answered in _read_answers_file(path):
+        for answered in _read_answers_file(path, encoding):
             account.rows += 1
             account.rows_used += 1
             yield answered
         return
-    reading = read_records(path, empty_answers=True)
+    reading = read_records(path, encoding=encoding, empty_answers=True)
     for record in reading:
         if isinstance(record, Dialogue):
-            answer = AnswerToTokenize(record.messages[-1:])
-            to_prompt = AnswersToPrompt(record.messages[:-1], (answer,))
+            *prompt, answer = unmarked(record.messages)
+            to_prompt = AnswersToPrompt(tuple(prompt), (AnswerToTokenize((answer,)),))
         elif isinstance(record, Comparison):
             to_prompt = answers_of(record)
         else:
@@ -129,8 +133,8 @@ def _is_answers_record(row: object) -> bool:
     )
 
 
-def _read_answers_file(path: str) -> Iterator[Answered]:
-    for row in read_rows(path):
+def _read_answers_file(path: str, encoding: str | None) -> Iterator[Answered]:
+    for row in read_rows(path, encoding=encoding):
         if not isinstance(row, Row):
             raise ValueError(str(row))
         if not _is_answers_record(row.value):

@@ -37,6 +37,7 @@ class ScoreConfig:
         model: folder of a reward model of ours, or of transformers' sequence classification with
             one label, or a hub id.
         input: file of dialogues, of comparisons, or of several answers a prompt.
+        encoding: of the input; None tells it by evidence, see `huatuo_jax.data.encodings`.
         output: JSON Lines to write; replaced when all is scored.
         ignore_config_fields: of the model's `config.json`, see `models.find_model`.
         template: chat template by name; `tokenizer` for the tokenizer's own.
@@ -58,6 +59,7 @@ class ScoreConfig:
     input: str
     output: str
     ignore_config_fields: Collection[str] = ()
+    encoding: str | None = None
     template: str = "huatuogpt"
     template_date: str | None = None
     truncation: TruncationPolicy = "drop_oldest_turns"
@@ -167,7 +169,7 @@ def score_file(cfg: ScoreConfig, say: Callable[[str], object] = tell) -> Scored:
         max_length=limit,
     )
     account = Account("answers")
-    records = list(read_answered(cfg.input, account))
+    records = list(read_answered(cfg.input, account, encoding=cfg.encoding))
     keys = [key for record in records for key in record.keys]
     if not keys:
         raise ValueError(f"{cfg.input}: none of its records has an answer to score")

@@ -2,10 +2,10 @@
 
 import dataclasses
 import os
-import pathlib
 from typing import Literal
 
 from huatuo_jax.data.records import Kind
+from huatuo_jax.data.sources import source_names
 from huatuo_jax.evaluation.config import EvaluationConfig
 from huatuo_jax.feedback.budget import BudgetConfig
 from huatuo_jax.feedback.comparison_config import ComparisonConfig
@@ -253,9 +253,10 @@ class RlaifConfig:
         )
         if cfg.data is None:
             return dataclasses.replace(cfg, evaluation=evaluation)
+        paths = cfg.data.split(",")
         sources = tuple(
-            SourceConfig(name=pathlib.Path(path).stem, paths=(path,))
-            for path in cfg.data.split(",")
+            SourceConfig(name=name, paths=(path,))
+            for name, path in zip(source_names(paths), paths, strict=True)
         )
         data = dataclasses.replace(cfg.sft.data, sources=sources)
         sft = dataclasses.replace(cfg.sft, data=data)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from huatuo_jax.data.accounting import HELD_OUT, READ_FROM, TRAINED_ON, Account
 from huatuo_jax.data.held_out import dialogue_text
-from huatuo_jax.data.readers import Keywords, read_dialogues
+from huatuo_jax.data.readers import read_dialogues
 from huatuo_jax.data.records import Dialogue, Prompt
 from huatuo_jax.json_lines import write_rows
 from huatuo_jax.rlaif.config import PromptsConfig
@@ -21,6 +21,7 @@ ACCOUNT_FILE = "prompts.jsonl.report.json"
 
 
 OTHER_KIND = "of kinds that prompts.kinds does not name"
+NOT_TO_LEARN = "all its answers are marked as not to be trained"
 REPEATED = "the same prompt again"
 IN_BOTH = "held out, but to train on too"
 
@@ -49,6 +50,9 @@ def make_prompts(data: DataConfig, cfg: PromptsConfig) -> Prompts:
     for source, dialogue, place in _dialogues(data, account):
         if dialogue.kind is not None and dialogue.kind not in cfg.kinds:
             account.put_aside(OTHER_KIND)
+            continue
+        if not any(message.trained for message in dialogue.messages if message.role == "assistant"):
+            account.leave_out(NOT_TO_LEARN, place)
             continue
         prompt = _prompt(dialogue, place)
         key = dialogue_text(prompt.messages)
@@ -87,13 +91,8 @@ def write_prompts(path: pathlib.Path, prompts: Iterable[Prompt]) -> None:
 def _dialogues(data: DataConfig, account: Account) -> Iterator[tuple[SourceConfig, Dialogue, str]]:
     """Each dialogue with its source, and the name and line of its file."""
     for source in data.sources:
-        reading = Keywords(source=source.name)
-        if source.kind is not None:
-            reading["kind"] = source.kind
-        if source.adapter is not None:
-            reading["adapter"] = source.adapter
         for path in source.paths:
-            dialogues = read_dialogues(path, **reading)
+            dialogues = read_dialogues(path, **source.reading())
             for dialogue in dialogues:
                 # The name alone: where a file lies may differ between two starts of a run.
                 yield source, dialogue, f"{pathlib.Path(path).name}:{dialogues.line}"
@@ -109,12 +108,13 @@ def _is_held_out(source: SourceConfig, dialogue: Dialogue, data: DataConfig) -> 
 def _prompt(dialogue: Dialogue, place: str) -> Prompt:
     """What the doctor's longest answer answers, with that answer as the reference.
 
-    The last answer of a conversation is often a goodbye, of which nothing can be learned.
+    Answers that are marked as not to be learned from are no references. The last answer of a
+    conversation is often a goodbye, of which nothing can be learned.
     """
     _, index = max(
         (len(message.content), -index)
         for index, message in enumerate(dialogue.messages)
-        if message.role == "assistant" and index
+        if message.role == "assistant" and index and message.trained
     )
     cut = dataclasses.replace(
         dialogue,

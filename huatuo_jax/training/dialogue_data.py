@@ -37,6 +37,7 @@ class SourceConfig:
         paths: files, folders or hub names; their content decides, not their place.
         kind: the kind of all its dialogues; None takes the rows' own.
         adapter: the name of the adapter of an odd format; None for the common ones.
+        encoding: of text files; None tells it by evidence, see `huatuo_jax.data.encodings`.
         epochs: passes over it in an epoch of the mixture, 1 unless a weight is given.
         weight: its share of the mixture's examples instead.
         limit: so many of its dialogues at most.
@@ -47,10 +48,22 @@ class SourceConfig:
     paths: tuple[str, ...] = operational(())
     kind: Kind | None = None
     adapter: str | None = None
+    encoding: str | None = None
     epochs: float | None = None
     weight: float | None = None
     limit: int | None = None
     held_out_by: HeldOutBy = "hash"
+
+    def reading(self) -> Keywords:
+        """How the readers read its files."""
+        reading = Keywords(source=self.name)
+        if self.kind is not None:
+            reading["kind"] = self.kind
+        if self.adapter is not None:
+            reading["adapter"] = self.adapter
+        if self.encoding is not None:
+            reading["encoding"] = self.encoding
+        return reading
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -177,7 +190,15 @@ def open_dialogues(
         trained=cfg.trained_turns,
     )
     prepared = prepare(
-        [_source(source) for source in cfg.sources],
+        [
+            DialogueSource(
+                name=source.name,
+                paths=source.paths,
+                reading=source.reading(),
+                held_out_by=source.held_out_by,
+            )
+            for source in cfg.sources
+        ],
         template_tokenizer,
         PrepareConfig(
             held_out=cfg.held_out, duplicates=cfg.duplicates, num_processes=cfg.num_processes
@@ -215,14 +236,3 @@ def _account(prepared: Prepared, sources: Sequence[SourceConfig]) -> Account | N
             over = max(0, number - source.limit)
             account.put_aside(f"over the limit of {source.name}", over, used_for=TRAINED_ON)
     return account
-
-
-def _source(source: SourceConfig) -> DialogueSource:
-    reading = Keywords(source=source.name)
-    if source.kind is not None:
-        reading["kind"] = source.kind
-    if source.adapter is not None:
-        reading["adapter"] = source.adapter
-    return DialogueSource(
-        name=source.name, paths=source.paths, reading=reading, held_out_by=source.held_out_by
-    )

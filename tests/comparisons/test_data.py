@@ -1,6 +1,7 @@
 """From files to groups: each answer once, no prompt on both sides, everything dropped counted."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from huatuo_jax.checkpoint.tokenizer import load_tokenizer
 from huatuo_jax.comparisons.data import (
     HELD_OUT_ELSEWHERE,
+    NOT_TO_LEARN,
     SAME_TOKENS,
     ComparisonsConfig,
     ComparisonSource,
@@ -17,7 +19,8 @@ from huatuo_jax.comparisons.made_comparisons import WHOLE_DIALOGUE, mismatched_r
 from huatuo_jax.data import sample, templates
 from huatuo_jax.data.held_out import HeldOutConfig, dialogue_text
 from huatuo_jax.data.readers import read_dialogues
-from huatuo_jax.data.records import Comparison, Message, answer
+from huatuo_jax.data.records import Comparison, Message, answer, unmarked
+from huatuo_jax.reward.answers import read_answers
 from tests.comparisons.tiny import TOKENIZER, comparisons, write_rows
 
 
@@ -256,3 +259,33 @@ def test_a_pair_whose_answer_fits_behind_no_prompt_is_dropped_and_cuts_nothing(t
     cfg = _config(ComparisonSource(paths=(path,)), truncation="drop_row", max_length=64)
     with pytest.raises(ValueError, match="no comparison is left .* {'too long': 2}"):
         open_comparisons(cfg, tokenizer)
+
+
+def test_what_is_not_to_be_trained_is_never_chosen_but_compared_and_scored_whole(
+    tokenizer, tmp_path
+):
+    rows = [
+        {
+            "id": f"d{number}",
+            "messages": [
+                {"role": "user", "content": f"头疼{number}天了"},
+                {"role": "assistant", "content": f"第{number}个说法。", "weight": number % 2},
+            ],
+        }
+        for number in range(8)
+    ]
+    path = tmp_path / "marked.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    for reads in ("dialogues", "dialogues_to_spoil"):
+        source = ComparisonSource(paths=(str(path),), reads=reads)
+        found = open_comparisons(_config(source), tokenizer)
+        assert found.dropped[NOT_TO_LEARN] == 4 and len(found.train) == 4
+    # A mark takes no token off what is scored.
+    marked = (Message("user", "头疼"), Message("assistant", "休息。", trained=False))
+    row = {"id": "m", "messages": rows[0]["messages"]}
+    path.write_text(json.dumps(row), encoding="utf-8")
+    (answered,) = read_answers(str(path), _config(source), tokenizer)
+    marked = (Message("user", "头疼0天了"), Message("assistant", "第0个说法。", trained=False))
+    rendered = templates.by_name("huatuogpt").render(unmarked(marked), tokenizer)
+    assert answered.token_ids.tolist() == rendered.token_ids
+    assert answered.is_answer[-1]

@@ -1,12 +1,13 @@
 """What every template does: order of turns, which turns are trained, truncation, real dialogues."""
 
+import itertools
 import json
 import random
 
 import pytest
 from transformers import AutoTokenizer
 
-from huatuo_jax.data.chat import truncate
+from huatuo_jax.data.chat import NothingToTrain, truncate
 from huatuo_jax.data.chat_pieces import cut_apart
 from huatuo_jax.data.records import Message
 from huatuo_jax.data.templates import (
@@ -14,6 +15,7 @@ from huatuo_jax.data.templates import (
     ChatMLTemplate,
     HuatuoGPTTemplate,
     Llama2Template,
+    Llama3Template,
 )
 
 SYSTEM = Message("system", "你是医生。")
@@ -58,6 +60,53 @@ def test_only_the_last_answer_is_trained_when_asked(byte_tokenizer):
     assert last.trained_mask[start:] == every.trained_mask[start:]
     with pytest.raises(ValueError, match="trained: 'first' is not one of"):
         template.render(dialogue(1), byte_tokenizer, trained="first")
+
+
+@pytest.mark.parametrize("template", [HuatuoGPTTemplate(), ChatMLTemplate(), Llama3Template()])
+def test_an_answer_that_is_marked_as_not_to_be_trained_is_not(byte_tokenizer, template):
+    messages = [SYSTEM, *dialogue(4)]
+    every = template.render(messages, byte_tokenizer)
+    spans = [turn for turn in every.turns if turn.role == "assistant"]
+    for marked in itertools.product([True, False], repeat=4):
+        if not any(marked):
+            continue
+        answers = iter(marked)
+        some = [
+            one._replace(trained=next(answers)) if one.role == "assistant" else one
+            for one in messages
+        ]
+        rendered = template.render(some, byte_tokenizer)
+        expected = list(every.trained_mask)
+        for span, trained in zip(spans, marked, strict=True):
+            if not trained:
+                expected[span.start : span.end] = [False] * (span.end - span.start)
+        assert rendered == (every.token_ids, expected, every.turns)
+    none = [one._replace(trained=False) for one in messages]
+    with pytest.raises(NothingToTrain, match="would train no token"):
+        template.render(none, byte_tokenizer)
+    last = [*messages[:-1], messages[-1]._replace(trained=False)]
+    with pytest.raises(NothingToTrain):
+        template.render(last, byte_tokenizer, trained="last")
+
+
+def test_truncation_drops_a_dialogue_whose_trained_answers_went_with_its_oldest_turns(
+    byte_tokenizer,
+):
+    template = ChatMLTemplate()
+    messages = dialogue(4)
+    for number, trained_left in ((1, False), (7, True)):
+        marked = [
+            one._replace(trained=index == number) if one.role == "assistant" else one
+            for index, one in enumerate(messages)
+        ]
+        limit = len(template.render(messages[4:], byte_tokenizer).token_ids)
+        truncated = truncate(
+            template, marked, byte_tokenizer, max_tokens=limit, policy="drop_oldest_turns"
+        )
+        if trained_left:
+            assert truncated == (template.render(marked[4:], byte_tokenizer), 4)
+        else:
+            assert truncated == (None, 8)
 
 
 def test_a_template_that_trains_no_token_is_an_error(byte_tokenizer):
@@ -161,7 +210,7 @@ def test_real_dialogues_in_chatml_equal_transformers(shared_data):
         tokenizer = AutoTokenizer.from_pretrained(shared_data / "tokenizers" / name)
         chat_template = template.to_jinja(tokenizer)
         for messages in dialogues:
-            conversation = [message._asdict() for message in messages]
+            conversation = [{"role": one.role, "content": one.content} for one in messages]
             ids = tokenizer.apply_chat_template(
                 conversation, chat_template=chat_template, return_dict=False
             )

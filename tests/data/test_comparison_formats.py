@@ -1,4 +1,5 @@
 import itertools
+import json
 
 import pytest
 
@@ -7,6 +8,7 @@ from huatuo_jax.data.comparison_formats import (
     COMPARISON_FORMATS,
     EMPTY_ANSWER,
     EMPTY_CHOSEN,
+    NO_PROBABILITY,
     SAME_TEXT,
     SOME_TIED,
     TOO_FEW,
@@ -44,6 +46,8 @@ PAIR = {"chosen": GOOD, "rejected": BAD}
         ({"conversations": [{"from": "human", "value": "头痛怎么办？"}], **PAIR}, ASKED),
         ({"messages": ASK_JSON, **PAIR}, LATER),
         ({"prompt": ASK_JSON, "chosen": [said(GOOD)], "rejected": [said(BAD)]}, LATER),
+        ({"prompt": str(ASK_JSON), "chosen": str([said(GOOD)]), "rejected": BAD}, LATER),
+        ({"messages": json.dumps(ASK_JSON), **PAIR}, LATER),
         ({"messages": ASK_JSON, "chosen": said(GOOD), "rejected": said(BAD)}, LATER),
         ({"messages": ASK_JSON, "chosen": {"from": "gpt", "value": GOOD}, "rejected": BAD}, LATER),
         ({"chosen": [*ASK_JSON, said(GOOD)], "rejected": [*ASK_JSON, said(BAD)]}, LATER),
@@ -167,3 +171,30 @@ def test_two_empty_answers_are_no_pair():
         convert({"messages": ASK_JSON, "chosen": "", "rejected": " \n", "p_chosen": 0.5})
     pairs = convert({"messages": ASK_JSON, "answers": [GOOD, "", "\n"], "scores": [3, 2, 1]})
     assert len(pairs.records) == 2 and SOME_TIED in pairs.repairs
+
+
+def test_numbers_in_cells_of_text_are_numbers():
+    (pair,) = convert({"prompt": "头痛", **PAIR, "margin": "0.5", "p_chosen": "0.75"}).records
+    assert (pair.margin, pair.p_chosen) == (0.5, 0.75)
+    row = {"prompt": "头痛", "answers": json.dumps([BAD, GOOD]), "scores": "[1, 2.5]"}
+    (pair,) = convert(row).records
+    assert (pair.chosen, pair.margin) == (answer(GOOD), 1.5)
+    row = {"prompt": "头痛", "answers": {"text": [BAD, GOOD], "score": [1, "2"]}}
+    (pair,) = convert(row).records
+    assert (pair.chosen, pair.margin) == (answer(GOOD), 1.0)
+    for wrong in ("x", "nan", "inf", "1e99", ""):
+        with pytest.raises(RowProblem, match="margin is .*, not a number"):
+            convert({"prompt": "头痛", **PAIR, "margin": wrong})
+
+
+def test_an_absent_probability_is_one_and_that_is_counted():
+    converted = convert({"prompt": "头痛", **PAIR, "p_chosen": None, "margin": None})
+    assert converted.records[0].p_chosen == 1.0 and converted.repairs == (NO_PROBABILITY,)
+    assert convert({"prompt": "头痛", **PAIR}).repairs == ()
+
+
+def test_marks_of_what_is_trained_do_not_change_a_comparison():
+    plain = convert({"messages": ASK_JSON, "chosen": [said(GOOD)], "rejected": [said(BAD)]})
+    marked = [{**one, "weight": 0} for one in ASK_JSON]
+    pair = {"chosen": [{**said(GOOD), "weight": 0}], "rejected": [{**said(BAD), "weight": 1}]}
+    assert convert({"messages": marked, **pair}).records == plain.records

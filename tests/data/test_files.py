@@ -1,4 +1,5 @@
 import csv
+import decimal
 import io
 import json
 import os
@@ -9,6 +10,7 @@ import sys
 import pytest
 
 from huatuo_jax.data.files import Row, RowError, find_layout, read_rows
+from huatuo_jax.data.readers import read_dialogues
 
 ROWS = [{"ask": f"第{number}个问题：\n怎么办？", "answer": f"回答{number}"} for number in range(40)]
 
@@ -58,6 +60,132 @@ def test_an_object_of_objects_gives_its_values_with_their_keys_as_ids(tmp_path):
     assert [row.line for row in rows] == [2, 5]
     single = json.dumps({"ask": "a", "answer": "b"}, indent=2)
     assert [r.value for r in read_rows(write(tmp_path, "s.json", single))] == [json.loads(single)]
+
+
+def test_an_object_of_lists_of_turns_gives_its_dialogues_with_their_ids(tmp_path):
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    path = write(tmp_path, "d.json", json.dumps({"11": turns, "12": turns}, indent=1))
+    assert [row.value for row in read_rows(path)] == [
+        {"id": "11", "messages": turns},
+        {"id": "12", "messages": turns},
+    ]
+    talk = ["问：a", "答：b"]
+    path = write(tmp_path, "h.json", dump({"11": talk, "12": talk}))
+    assert [row.value for row in read_rows(path)] == [
+        {"id": "11", "data": talk},
+        {"id": "12", "data": talk},
+    ]
+    for single in (
+        {"prompt": turns[:1], "completion": turns[1:]},
+        {"conversations": {"from": ["human"], "value": ["a"]}, "options": {}},
+        {"messages": turns, "answers": [{"text": "b"}]},
+    ):
+        path = write(tmp_path, "s.json", json.dumps(single, indent=1))
+        assert [row.value for row in read_rows(path)] == [single]
+
+
+def test_the_reason_of_a_row_with_thousands_of_fields_is_short(tmp_path):
+    entries = {f"id{number}": ["a", "b"] for number in range(3000)}
+    reading = read_dialogues(write(tmp_path, "d.json", dump(entries)), max_error_share=1.0)
+    assert list(reading) == [] and len(str(reading.errors[0])) < 400 + len(str(tmp_path))
+    with pytest.raises(ValueError) as caught:
+        list(read_dialogues(tmp_path / "d.json"))
+    assert len(str(caught.value)) < 900 + 3 * len(str(tmp_path))
+    long = RowError("f", 1, "a" * 50_000)
+    assert len(long.reason) < 400 and long.reason.startswith("aaa") and " ... " in long.reason
+
+
+def test_a_field_that_stands_twice_in_an_object_is_an_error_by_its_name(tmp_path):
+    text = '{"q": "a", "answer": "b", "answer": "c"}\n' + dump(ROWS[0])
+    bad, good = read_rows(write(tmp_path, "d.jsonl", text))
+    assert bad.line == 1 and "the field 'answer' stands twice in one object" in bad.reason
+    assert good.value == ROWS[0]
+    for whole in ('[{"a": 1, "a": 2}, {"a": 3}]', '{"a": 1, "a": 2}'):
+        with pytest.raises(ValueError, match="'a' stands twice"):
+            list(read_rows(write(tmp_path, "d.json", whole)))
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv"])
+def test_carriage_returns_alone_end_lines_too(tmp_path, name):
+    if name.endswith(".csv"):
+        text = "ask,answer\r" + "\r".join(f"a{n},b{n}" for n in range(3))
+    else:
+        text = "\r".join(dump({"ask": f"a{n}", "answer": f"b{n}"}) for n in range(3))
+    rows = list(read_rows(write(tmp_path, name, text)))
+    assert [row.value for row in rows] == [{"ask": f"a{n}", "answer": f"b{n}"} for n in range(3)]
+    assert [row.line for row in rows] == [number + name.endswith(".csv") for number in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+def test_unicodes_line_separators_inside_a_text_end_no_line(tmp_path, line_end, name):
+    rows = [{"ask": f"a\u2028b\u2029c\u0085{number}", "answer": "\x1c"} for number in range(3)]
+    text = line_end.join(map(dump, rows)).replace("\x1c", "\\u001c")
+    found = list(read_rows(write(tmp_path, name, text)))
+    assert [row.value for row in found] == rows and [row.line for row in found] == [1, 2, 3]
+
+
+def test_values_that_json_lacks_are_converted_and_named_or_refuse_their_row(tmp_path):
+    text = '{"a": "x\\ud83d", "b": [NaN]}\n{"a": Infinity}\n{"a": 1e999}\n{"a": 1}'
+    first, second, third, fourth = read_rows(write(tmp_path, "d.jsonl", text))
+    assert first.value == {"a": "x\ufffd", "b": [None]}
+    assert first.mended == ("a: half a character replaced by U+FFFD", "b: NaN read as null")
+    for bad, line in ((second, 2), (third, 3)):
+        assert bad == RowError(
+            str(tmp_path / "d.jsonl"), line, "a: holds an infinite number, which JSON cannot write"
+        )
+    assert fourth.value == {"a": 1} and fourth.mended == ()
+
+
+def test_parquet_columns_of_any_type_become_json(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = pyarrow.table(
+        {
+            "question": ["a", "b", "c"],
+            "answer": ["x", "y", "z"],
+            "seen": pyarrow.array([1, 2, None], pyarrow.timestamp("ns", tz="UTC")),
+            "price": pyarrow.array([decimal.Decimal("1.50"), None, None]),
+            "share": [float("nan"), 0.5, None],
+            "note": pyarrow.array(["\u5934".encode(), None, b"\xff\xd8"], pyarrow.binary()),
+        }
+    )
+    parquet.write_table(table, tmp_path / "d.parquet")
+    reading = read_dialogues(tmp_path / "d.parquet", max_error_share=0.5)
+    first, second = reading
+    assert first.extra["seen"].startswith("1970-01-01T00:00:00.000000001") or (
+        first.extra["seen"] == "1970-01-01T00:00:00+00:00"
+    )
+    assert {**first.extra, "seen": 0} == {"seen": 0, "price": 1.5, "note": "头"}
+    assert second.extra["share"] == 0.5
+    (error,) = reading.errors
+    assert error.line == 3 and error.reason == "note: holds bytes that are not UTF-8 text"
+    assert reading.repairs == {
+        "seen: time written as ISO 8601 text": 2,
+        "price: Decimal written as a number, or as text where a float is not exact": 1,
+        "share: NaN read as null": 1,
+        "note: bytes read as UTF-8 text": 1,
+    }
+
+
+def test_a_folder_of_files_with_different_columns_reads_file_by_file(tmp_path):
+    pytest.importorskip("datasets")
+    write(tmp_path, "a.jsonl", dump({"question": "a", "answer": "b", "n": 1}))
+    write(tmp_path, "b.jsonl", dump({"question": "c", "answer": "d", "n": "x"}) + "\n{")
+    write(tmp_path, "c.jsonl", dump({"messages": [{"role": "user", "content": "e"}]}))
+    rows = list(read_rows(tmp_path))
+    assert [(pathlib.Path(row.file).name, row.line) for row in rows] == [
+        ("a.jsonl", 1),
+        ("b.jsonl", 1),
+        ("b.jsonl", 2),
+        ("c.jsonl", 1),
+    ]
+    assert [row.value["n"] for row in rows[:2]] == [1, "x"] and isinstance(rows[2], RowError)
+    reading = read_dialogues(tmp_path, max_error_share=0.9)
+    places = [reading.place for _ in reading]
+    assert places == [f"{tmp_path / name}:1" for name in ("a.jsonl", "b.jsonl")]
+    with pytest.raises(ValueError, match="no split 'test'; it has train"):
+        list(read_rows(tmp_path, split="test"))
 
 
 def test_cut_lines_are_errors_with_their_line_and_the_rest_reads(tmp_path):
@@ -134,6 +262,24 @@ def test_csv_rows_of_another_width_are_errors(tmp_path):
     ]
     errors = [(row.line, row.reason) for row in rows if isinstance(row, RowError)]
     assert errors == [(3, "1 fields, the header has 2"), (4, "3 fields, the header has 2")]
+
+
+def test_blank_cells_are_absent_and_names_of_columns_are_taken_without_blanks(tmp_path):
+    text = 'ask, answer ,note\na,b,\n," ",c\n'
+    rows = list(read_rows(write(tmp_path, "t.csv", text)))
+    assert [row.value for row in rows] == [
+        {"ask": "a", "answer": "b", "note": None},
+        {"ask": None, "answer": None, "note": "c"},
+    ]
+
+
+def test_a_column_that_the_header_names_twice_is_refused_by_its_name(tmp_path):
+    path = write(tmp_path, "t.csv", "ask,answer,ask \na,b,c\n")
+    with pytest.raises(ValueError, match=r"t\.csv:1: the header names the column 'ask' twice"):
+        list(read_rows(path))
+    path = write(tmp_path, "t.csv", "ask,,answer,\na,1,b,\n")  # Without a name there may be more.
+    (row,) = read_rows(path)
+    assert row.value == {"ask": "a", "column 2": "1", "answer": "b", "column 4": None}
 
 
 @pytest.mark.parametrize("rest_is_quoted", [True, False])

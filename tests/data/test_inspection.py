@@ -278,14 +278,46 @@ def test_a_file_that_breaks_off_is_reported_up_to_there(tmp_path, inspect):
     assert complaint([report], max_error_share=1.0) == report.failure
 
 
+def test_an_answer_that_is_not_to_be_trained_is_shown_without_the_mark(tmp_path, inspect):
+    row = spoken("头痛", "休息", "还有呢", "喝水")
+    row["messages"][1]["weight"] = 0
+    report = inspect(write(tmp_path / "a.jsonl", [row]))
+    segments = [one for one in report.samples[0].segments if one.label == "assistant"]
+    assert not any(one.marked for one in segments if "休息" in one.text)
+    assert any(one.marked for one in segments if "喝水" in one.text)
+    whole = inspect(write(tmp_path / "b.jsonl", [spoken("头痛", "休息", "还有呢", "喝水")]))
+    assert report.tally.sizes["tokens"] == whole.tally.sizes["tokens"]
+    assert report.tally.sizes["trained tokens"][0] < whole.tally.sizes["trained tokens"][0]
+
+
+def test_columns_that_json_lacks_are_named_in_the_report(tmp_path, inspect):
+    rows = [json.dumps({**talk(n), "share": float("nan"), "note": "\ud83d"}) for n in range(3)]
+    report = inspect(write(tmp_path / "a.jsonl", rows))
+    text = file_text(report)
+    for said in ("3  share: NaN read as null", "3  note: half a character replaced by U+FFFD"):
+        assert said in text
+    write_json([report], tmp_path / "report.json")
+    read = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert read["files"][0]["repairs"]["share: NaN read as null"] == 3
+
+
+def test_another_encoding_is_read_when_it_is_said(tmp_path, inspect):
+    path = tmp_path / "a.csv"
+    path.write_bytes("question,answer\nRücken,Müde\n".encode("cp1252"))
+    assert "cp1252" in inspect(path).failure
+    report = inspect(path, encoding="cp1252")
+    assert report.failure is None and report.layout == "csv, CP1252"
+    assert any("Müde" in one.text for one in report.samples[0].segments)
+
+
 def test_files_that_are_no_data_are_one_line_each(tmp_path, inspect):
     (tmp_path / "empty.json").write_bytes(b"")
-    (tmp_path / "wide.json").write_bytes("[1]".encode("utf-16"))
+    (tmp_path / "wide.json").write_bytes("[1, 2]".encode("utf-16-le"))
     (tmp_path / "image.png").write_bytes(b"\x89PNG")
     names = ["absent.jsonl", "empty.json", "wide.json", "image.png"]
     reports = [inspect(tmp_path / name) for name in names]
     for report, message in zip(
-        reports, ["no such file", "is empty", "UTF-16", "ending|UTF-8"], strict=True
+        reports, ["no such file", "is empty", "utf-16-le", "ending|UTF-8"], strict=True
     ):
         assert any(part in report.failure for part in message.split("|"))
         assert "\n" not in report.failure and report.rows == 0

@@ -254,3 +254,30 @@ def test_real_dialogues_pack_into_rows_that_are_almost_full(shared_data, tmp_pat
     evaluation = RowStream(prepared.held_out, RowConfig(row_length=2048), mixture=None)
     tokens = sum((b["segment_ids"] > 0).sum() for b in evaluation_batches(evaluation, batch_size=8))
     assert tokens == prepared.held_out.lengths.sum()
+
+
+def test_marks_of_a_file_reach_the_masks_of_its_examples_and_all_else_is_counted(
+    tokenizer, byte_tokenizer, tmp_path
+):
+    def turns(number, *weights):
+        row = invented(number)
+        contents = [row["question"], row["answer"], "还有吗？", "没有。"]
+        roles = ("user", "assistant") * 2
+        messages = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)]
+        for index, weight in zip((1, 3), weights, strict=True):
+            messages[index]["weight"] = weight
+        return {"id": str(number), "messages": messages}
+
+    rows = [turns(0, 1, 1), turns(1, 0, 1), turns(2, 1, 0), turns(3, 0, 0)]
+    source = DialogueSource(name="mine", paths=write(tmp_path / "mine.jsonl", rows))
+    config = PrepareConfig(held_out=HeldOutConfig(share=0.0))
+    prepared = prepare([source], tokenizer, config, folder=tmp_path / "cache")
+    assert len(prepared.train) == 3
+    assert prepared.statistics["dropped"] == {"nothing to train": 1}
+    for index in range(3):
+        example = prepared.train[index]
+        row = rows[int(example.id)]
+        learned = byte_tokenizer.decode(example.token_ids[example.trained_mask])
+        for turn in row["messages"]:
+            is_learned = turn["role"] == "assistant" and turn["weight"] == 1
+            assert (turn["content"] in learned) == is_learned

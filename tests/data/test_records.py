@@ -14,6 +14,8 @@ from huatuo_jax.data.records import (
     Ranking,
     answer,
     content_id,
+    messages_from_json,
+    unmarked,
 )
 
 ASKED = (Message("user", "孩子咳嗽三天了。"),)
@@ -146,3 +148,24 @@ def test_records_refuse_values_out_of_range():
         Comparison("c", ASKED, answer("a"), answer("b"), "s", p_chosen=1.5)
     with pytest.raises(ValueError, match="answer is 'D'; it should be letters out of 'AB'"):
         ExamQuestion("e", "?", {"A": "甲", "B": "乙"}, "D", "exam")
+
+
+def test_marks_stand_in_json_as_a_weight_and_change_no_id_of_what_has_none():
+    marked = (*ASKED, Message("assistant", "好", trained=False))
+    dialogue = Dialogue("d", marked, None, "clinic")
+    assert dialogue.to_json()["messages"][-1] == {"role": "assistant", "content": "好", "weight": 0}
+    assert Dialogue.from_json(dialogue.to_json()) == dialogue
+    assert content_id("a", marked) != content_id("a", unmarked(marked))
+    for weight in (1, None):
+        row = {"role": "assistant", "content": "好", "weight": weight}
+        assert messages_from_json([row]) == (Message("assistant", "好"),)
+    with pytest.raises(ValueError, match=r"messages\[0\].weight is 0.5; it should be 0 or 1"):
+        messages_from_json([{"role": "assistant", "content": "好", "weight": 0.5}])
+
+
+def test_an_answer_that_is_not_to_be_learned_is_no_reference():
+    messages = (*ASKED, Message("assistant", "坏", trained=False))
+    prompt = Prompt.of_dialogue(Dialogue("d", messages, None, "clinic", {"reference": "书"}))
+    assert prompt.reference is None and prompt.messages == ASKED
+    assert prompt.extra == {"original_reference": "书"}
+    assert "reference" not in prompt.to_json()

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from huatuo_jax.data.adapters import find_adapter
-from huatuo_jax.data.sources import DialogueSource, content_hash
+from huatuo_jax.data.sources import DialogueSource, content_hash, source_names
 
 
 def write(path, question="咳嗽怎么办？"):
@@ -33,6 +33,7 @@ def test_the_identity_follows_the_content_and_the_reading_but_not_the_folder(tmp
         DialogueSource(name="one", paths=(first, first)),
         DialogueSource(name="one", paths=(first,), reading={"kind": "real_instruction"}),
         DialogueSource(name="one", paths=(first,), reading={"adapter": find_adapter("toyhom")}),
+        DialogueSource(name="one", paths=(first,), reading={"encoding": "cp1252"}),
         DialogueSource(name="one", paths=(first,), held_out_by="always"),
     ]
     identities = [json.dumps(other.identity) for other in (source, *others)]
@@ -50,3 +51,13 @@ def test_a_folder_is_known_by_all_its_files(tmp_path):
 def test_a_source_without_files_is_refused():
     with pytest.raises(ValueError, match="sources.empty.paths"):
         DialogueSource(name="empty", paths=())
+
+
+def test_sources_of_files_of_one_name_have_names_of_their_own():
+    assert source_names(["a/train.jsonl", "b/dev.csv"]) == ["train", "dev"]
+    assert source_names(["a/train.jsonl", "b/train.jsonl", "c.csv"]) == ["a/train", "b/train", "c"]
+    assert source_names(["train.jsonl", "train.csv"]) == ["train.jsonl", "train.csv"]
+    deep = ["x/a/train.jsonl", "y/a/train.jsonl"]
+    assert source_names(deep) == deep
+    assert source_names([]) == []
+    assert source_names(["a.jsonl", "a.jsonl"]) == ["a", "a"]  # The same file twice is refused.

@@ -71,6 +71,20 @@ def test_a_dialogue_that_becomes_no_example_is_dropped_with_its_reason(byte_toke
     assert refused.reason == "cannot be rendered" and "user" in refused.detail
 
 
+def test_marks_reach_the_mask_and_a_dialogue_without_a_trained_answer_is_dropped(tokenizer):
+    messages = dialogue(1, num_exchanges=2)
+    every = tokenizer(messages)
+    marked = (messages[0], messages[1]._replace(trained=False), *messages[2:])
+    tokens = tokenizer(marked)
+    assert tokens.token_ids.tolist() == every.token_ids.tolist()
+    assert not tokens.trained_mask[: len(tokens.trained_mask) // 2].any()
+    half = len(every.trained_mask) // 2 + 1
+    assert (tokens.trained_mask[half:] == every.trained_mask[half:]).all()
+    assert tokens.trained_mask.any()
+    dropped = tokenizer((*marked[:3], messages[3]._replace(trained=False)))
+    assert dropped.reason == "nothing to train"
+
+
 def test_several_processes_give_what_one_gives_in_the_same_order(tokenizer):
     dialogues = [dialogue(number) for number in range(3 * CHUNK_SIZE + 5)]
     dialogues[70] = dialogues[70][:1]

@@ -1,6 +1,6 @@
 import pytest
 
-from huatuo_jax.data.records import Message
+from huatuo_jax.data.records import Message, is_empty
 from huatuo_jax.data.turns import (
     EMPTY_SYSTEM,
     UNANSWERED,
@@ -58,6 +58,32 @@ def test_turns_that_no_dialogue_has_are_named(turns, said):
         checked(*turns)
 
 
+@pytest.mark.parametrize(
+    ("text", "blank"),
+    [
+        ("", True),
+        (" \n\u3000\u00a0\u2003\u2028", True),
+        ("\u200b\u200c\u200d\u2060\ufeff\u00ad", True),
+        ("\u202a\u202e\u2066\u200e", True),
+        ("\x00\x07\x1b\x7f\x85", True),
+        ("\u3164\u115f\u1160\uffa0\u2800", True),
+        ("\u0301\ufe0f\u034f\U000e0100", True),
+        ("\U000e0041\U000e007f", True),
+        ("\u200b好", False),
+        ("。", False),
+        ("❤\ufe0f", False),
+        ("0", False),
+        ("\ufffd", False),
+        ("\ue000", False),
+    ],
+)
+def test_a_text_that_shows_nothing_is_empty(text, blank):
+    assert is_empty(text) == blank
+    if blank:
+        with pytest.raises(RowProblem, match=r"turn 2 \(assistant\) is empty"):
+            checked(ASK, ("assistant", text))
+
+
 def test_a_five_megabyte_turn_is_reported_by_its_length_alone():
     with pytest.raises(RowProblem) as caught:
         checked(("user", "药" * 1_700_000), limit=100_000)
@@ -91,8 +117,9 @@ def test_huatuo_marks_give_the_roles_and_leave_the_text():
         ("user", "还有呢"),
         ("assistant", "休息"),
     ]
-    assert huatuo_turns(talk) == expected
-    assert huatuo_turns('["问：头痛。问：是什么？", "答：先量体温 "]') == expected[:2]
+    assert [turn[:2] for turn in huatuo_turns(talk)] == expected
+    as_text = '["问：头痛。问：是什么？", "答：先量体温 "]'
+    assert [turn[:2] for turn in huatuo_turns(as_text)] == expected[:2]
     for wrong, said in [
         (["问：头痛", "先量体温"], "turn 2 begins with neither"),
         (["问：头痛", 3], "turn 2 is int, not text"),

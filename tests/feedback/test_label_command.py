@@ -12,6 +12,7 @@ import time
 
 import pytest
 
+from huatuo_jax.data.readers import read_comparisons
 from huatuo_jax.feedback.budget import BudgetConfig
 from huatuo_jax.feedback.comparison_config import ComparisonConfig, MixedFile
 from huatuo_jax.feedback.judgements import current, read_judgements
@@ -372,3 +373,22 @@ def test_help_shows_the_flags_and_one_that_would_do_nothing_is_refused(answers, 
 def test_a_run_that_cannot_be_is_refused(changed, why):
     with pytest.raises(ValueError, match=why):
         LabelRun(**({"answers": "a.jsonl", "output": "l.jsonl"} | changed))
+
+
+def test_half_a_character_in_an_answer_ends_no_step_on_the_way_to_comparisons(tmp_path):
+    record = {
+        "id": "a\ud83d",
+        "messages": [{"role": "user", "content": "头疼怎么办？"}],
+        "reference": "先量血压，注意休息。",
+        "answers": [{"text": "祝好\ud83d"}, {"text": "先量血压，注意休息，多喝水。"}],
+        "own": {"\ud83d": "\ud83d"},
+    }
+    answers, comparisons = tmp_path / "a.jsonl", tmp_path / "c.jsonl"
+    answers.write_text(json.dumps(record), encoding="utf-8")
+    run = LabelRun(
+        answers=str(answers), output=str(tmp_path / "l.jsonl"), comparisons=str(comparisons)
+    )
+    run_labels(run, lambda line: None)
+    (pair,) = read_comparisons(comparisons)
+    assert pair.rejected[0].content == "祝好\ufffd"
+    assert pair.id.startswith("a\ufffd")

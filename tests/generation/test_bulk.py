@@ -1,3 +1,5 @@
+import datetime
+import decimal
 import json
 import os
 import pathlib
@@ -194,3 +196,38 @@ def test_a_prompt_that_does_not_fit_is_left_out_and_named_by_file_and_line(
         run_bulk(config(model_folder, path, tmp_path / "other.jsonl"))
     assert f"{path}:3: " in str(error.value) and "mine.csv:12: " in str(error.value)
     assert not (tmp_path / "other.jsonl").exists()
+
+
+def test_columns_that_json_lacks_are_written_as_what_they_were_read_as(model_folder, tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = pyarrow.table(
+        {
+            "id": ["a", "b"],
+            "question": [LINES[0], LINES[1]],
+            "seen": pyarrow.array([0, None], pyarrow.timestamp("us")),
+            "price": pyarrow.array([decimal.Decimal("0.1"), None]),
+            "share": [float("nan"), 0.5],
+            "raw": pyarrow.array([b"x", None], pyarrow.binary()),
+            "at": pyarrow.array([datetime.date(2020, 1, 2), None]),
+        }
+    )
+    parquet.write_table(table, tmp_path / "prompts.parquet")
+    (tmp_path / "prompts.jsonl").write_text(
+        json.dumps({"id": "c\ud83d", "question": LINES[0], "note": "\ud83d", "n": float("nan")})
+    )
+    own = [
+        {"seen": "1970-01-01T00:00:00", "price": 0.1, "raw": "x", "at": "2020-01-02"},
+        {"share": 0.5},
+    ]
+    for name, ids, extras in (
+        ("prompts.parquet", ["a", "b"], own),
+        ("prompts.jsonl", ["c\ufffd"], [{"note": "\ufffd"}]),
+    ):
+        output = tmp_path / f"{name}.answers.jsonl"
+        run_bulk(config(model_folder, tmp_path / name, output, num_samples=1))
+        records = rows_of(output)
+        assert [record["id"] for record in records] == ids
+        fields = ("id", "messages", "source", "prompt_token_ids", "answers")
+        for record, extra in zip(records, extras, strict=True):
+            assert {key: record[key] for key in record if key not in fields} == extra

@@ -180,3 +180,23 @@ def test_what_cannot_be_scored_ends_in_one_clear_message(models, dialogues, tmp_
     with pytest.raises(ValueError, match="row_length=0 must be at least 1"):
         _score(models / "ours", dialogues, tmp_path, row_length=0)
     assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_half_a_character_in_an_answer_is_scored_and_written(models, tmp_path):
+    record = {
+        "id": "a\ud83d",
+        "messages": [{"role": "user", "content": "头疼"}],
+        "source": "sft",
+        "seen": float("nan"),
+        "answers": [{"text": "祝好\ud83d"}, {"text": "祝好\ufffd"}],
+    }
+    path = tmp_path / "in.jsonl"
+    path.write_text(json.dumps(record), encoding="utf-8")
+    cfg = ScoreConfig(
+        model=str(models / "ours"), input=str(path), output=str(tmp_path / "out.jsonl")
+    )
+    score_file(cfg)
+    (row,) = [json.loads(line) for line in open(cfg.output, encoding="utf-8")]
+    assert row["id"] == "a\ufffd" and row["seen"] is None
+    assert [answer["text"] for answer in row["answers"]] == ["祝好\ufffd"] * 2
+    assert row["scores"][0] == row["scores"][1] is not None

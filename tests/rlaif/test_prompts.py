@@ -118,3 +118,23 @@ def test_every_dialogue_is_accounted_for_and_each_prompt_says_where_it_stood(tmp
     assert account.set_aside[OTHER_KIND] == 1 and account.set_aside["over prompts.limit"] > 0
     assert account.left_out in ({REPEATED: 1}, {IN_BOTH: 1})
     account.to_json()  # Where the sums are checked.
+
+
+def test_an_answer_that_is_not_to_be_learned_is_no_reference(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    write_dialogues(path)
+    marked = tmp_path / "marked.jsonl"
+    rows = [
+        [("user", "头疼", 1), ("assistant", "先量血压，再来看，不要着急。", 0)],
+        [("user", "牙疼", 1), ("assistant", "一直疼吗？", 1), ("user", "一直", 1)]
+        + [("assistant", "先拔牙，再吃药，然后休息三天。", 0)],
+    ]
+    with marked.open("w", encoding="utf-8") as file:
+        for name, turns in zip(("no", "yes"), rows, strict=True):
+            messages = [{"role": r, "content": c, "weight": w} for r, c, w in turns]
+            file.write(json.dumps({"id": name, "messages": messages}) + "\n")
+    found = make_prompts(data(path, marked), PromptsConfig())
+    (prompt,) = [p for p in (*found.train, *found.held_out) if p.id in ("no", "yes")]
+    assert (prompt.id, prompt.reference) == ("yes", "一直疼吗？")
+    write_prompts(tmp_path / "prompts.jsonl", [prompt])
+    assert list(read_prompts(tmp_path / "prompts.jsonl")) == [prompt]
