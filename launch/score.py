@@ -9,6 +9,7 @@ from huatuo_jax import command_line, multi_host
 from huatuo_jax.reward.score_file import ScoreConfig, score_file
 from huatuo_jax.rl.rewards import AnswerScoreConfig
 
+_CUT = ("drop_oldest_turns", ["drop_oldest_turns", "drop_row"])
 _FLAGS = (
     flags.DEFINE_string("model", None, "Reward model: a folder of either form, or a hub id."),
     flags.DEFINE_string("input", None, "Dialogues, comparisons, or several answers a prompt."),
@@ -17,12 +18,7 @@ _FLAGS = (
     flags.DEFINE_string("template", "huatuogpt", "Chat template; `tokenizer` for its own."),
     flags.DEFINE_string("template_date", None, "Date that a tokenizer's own template prints."),
     flags.DEFINE_list("ignore_config_fields", [], "Fields of config.json that do not matter."),
-    flags.DEFINE_enum(
-        "truncation",
-        "drop_oldest_turns",
-        ["drop_oldest_turns", "drop_row"],
-        "What becomes of a dialogue that is too long; a dropped one has null for its score.",
-    ),
+    flags.DEFINE_enum("truncation", *_CUT, "Of a long dialogue; a dropped one has null as score."),
     flags.DEFINE_integer("max_length", None, "Tokens of a dialogue; default: as the model has."),
     flags.DEFINE_float("max_left_out_share", 0.1, "Of the answers, those that may not fit."),
     flags.DEFINE_integer("rows_at_once", 8, "Rows that go through the model together."),
