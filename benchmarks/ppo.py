@@ -181,6 +181,7 @@ def write_prompts(folder: pathlib.Path, settings: contest.Result, *, real: bool)
         template=settings["template"],
         max_prompt_tokens=settings["max_prompt_tokens"],
         drop_oldest_turns=False,
+        max_left_out_share=1.0,  # Those that fit are what is looked for.
     )
     tokenizer = load_tokenizer(folder / "policy")
     records: dict[str, Prompt] = {}

@@ -125,6 +125,7 @@ def config(name: str) -> PpoConfig:
             reads="first_turns",
             template=_TEMPLATE.value,
             max_prompt_tokens=_PROMPT_LENGTH.value,
+            max_left_out_share=1.0,
         ),
         optimizer=real_data.ppo_optimizer(_LEARNING_RATE.value),
         value=ValueConfig(

@@ -76,6 +76,7 @@ def read_all() -> tuple[str, Sequence[Group], pathlib.Path]:
         template=template,
         truncation="drop_row",
         max_length=_MAX_LENGTH.value,
+        max_left_out_share=1.0,
         row_length=_ROW_LENGTH.value,
         held_out=HeldOutConfig(share=0.0),
     )

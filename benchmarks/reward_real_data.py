@@ -147,6 +147,7 @@ def run_fold(fold: int, by_case: dict[str, list[Comparison]]) -> Fold:
         ),
         template=_TEMPLATE.value,
         max_length=_MAX_LENGTH.value,
+        max_left_out_share=1.0,
         row_length=_ROW_LENGTH.value,
         group_field="case",
     )

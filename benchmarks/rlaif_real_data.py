@@ -138,6 +138,7 @@ def _ppo() -> PpoConfig:
             paths=("{workdir}/prompts.jsonl",),
             template=real_data.TEMPLATE,
             max_prompt_tokens=160,
+            max_left_out_share=1.0,
         ),
         optimizer=real_data.ppo_optimizer(1e-4),
         value=ValueConfig(
