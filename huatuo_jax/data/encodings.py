@@ -33,7 +33,7 @@ _SINGLE_BYTE = ("cp1252", "cp1250", "cp1251", "latin-1")
 _NAMES_SHOWN = 4
 _WAY_OUT = "save it as UTF-8, or say which with --encoding=NAME (a config's sources: `encoding`)"
 
-_SAMPLE_BYTES = 4 << 20  # of lines that are not plain ASCII
+_SAMPLE_BYTES = 1 << 20  # of lines that are not plain ASCII
 _SEARCHED_BYTES = 64 << 20  # that such lines are looked for in
 # Text of another encoding of this many bytes is practically never valid UTF-8 by chance.
 TELLING_BYTES = 24

@@ -26,7 +26,7 @@ from huatuo_jax.data.shuffling import Indices
 Split = Literal["train", "held_out"]
 
 _DATASET_NAME = "dialogues"
-_FORMAT = "1.0.0"  # A cache of another format has another key.
+_FORMAT = "1.1.0"  # A cache of another format has another key.
 _EXAMPLES_PER_FILE = 50_000
 _INDEX_FILE = "index.npz"
 

@@ -44,12 +44,25 @@ def test_an_unknown_adapter_gets_the_list_of_known_ones():
         ("头痛怎么办", "头痛怎么办，三天了。", "头痛怎么办，三天了。"),
         ("头痛怎么办", "无", "头痛怎么办"),
         ("无", "我头痛三天了。", "我头痛三天了。"),
+        ("头痛怎么办", None, "头痛怎么办"),
+        (None, "我头痛三天了。", "我头痛三天了。"),
     ],
 )
 def test_toyhom_asks_with_title_and_text(title, ask, question):
     row = {"department": "内科", "title": title, "ask": ask, "answer": "休息。"}
     expected = {"department": "内科", "question": question, "answer": "休息。"}
     assert value("toyhom", row) == expected
+
+
+def test_huatuo_o1_trains_the_chain_of_thought_before_the_answer():
+    row = {"Question": "头痛", "Complex_CoT": "先想。", "Response": "休息。", "id": 3}
+    assert value("huatuo_o1", row) == {
+        "id": 3,
+        "Question": "头痛",
+        "Response": "## Thinking\n\n先想。\n\n## Final Response\n\n休息。",
+    }
+    (error,) = rewrite("huatuo_o1", {"Question": "头痛", "Response": "休息。"})
+    assert "this adapter needs Question, Complex_CoT, Response" in error.reason
 
 
 def test_bentsao_unfolds_its_flattened_turns():
