@@ -292,9 +292,8 @@ class PpoConfig:
         """Raise ValueError for fields that are set and that other fields leave without a use."""
         unused: list[tuple[str, list[str]]] = []
         if not self.has_critic:
-            of_gae = _changed(self, "gamma", "gae_lambda", "whiten_advantages")
-            of_critic = [f"value.{name}" for name in _changed(self.value)]
-            unused.append((f"estimator={self.estimator!r}", of_gae + of_critic))
+            found = _changed(self, "gamma", "gae_lambda", "whiten_advantages")
+            unused.append((f"estimator={self.estimator!r}", found))
         if self.estimator != "grpo":
             found = _changed(self, "divide_by_deviation")
             unused.append((f"estimator={self.estimator!r}", found))
@@ -307,6 +306,15 @@ class PpoConfig:
         for reason, names in unused:
             if names:
                 raise ValueError(f"{reason} has no use for {', '.join(names)}: leave it out")
+
+    @property
+    def without_use(self) -> str | None:
+        """The fields of the critic's section that are not used, in a line; None where it is.
+
+        They are not refused: another estimator may be tried on a card that describes a critic.
+        """
+        names = [] if self.has_critic else [f"value.{name}" for name in _changed(self.value)]
+        return f"estimator={self.estimator!r} has no use for {', '.join(names)}" if names else None
 
     def _check_kept_head(self) -> None:
         """Raise ValueError where rewards have another scale than the reward model's head."""

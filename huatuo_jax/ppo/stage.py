@@ -14,6 +14,7 @@ from huatuo_jax.ppo.loop import train
 from huatuo_jax.ppo.prompts import open_prompts
 from huatuo_jax.ppo.roles import open_critic, open_reward_model
 from huatuo_jax.ppo.rollout import AnswerScorer, LengthScorer
+from huatuo_jax.progress import tell
 from huatuo_jax.training.data_report import report_data
 from huatuo_jax.training.evaluation import check_rows
 from huatuo_jax.training.initial_model import open_model
@@ -58,6 +59,8 @@ def run_ppo(
         OSError: something cannot be read or written.
     """
     cfg = placed_in(from_section(PpoConfig, config, path=f"config.{STAGE}"), workdir)
+    if cfg.without_use is not None:
+        tell(f"{STAGE}: {cfg.without_use}")
     mesh = cfg.mesh.make()
     check_rows(cfg.rows_at_once, name="micro_batch_size", mesh=mesh)
     policy = open_model(cfg.model, cfg.compute.compute_config())

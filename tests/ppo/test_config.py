@@ -17,14 +17,17 @@ UNUSED = {
     "gamma": ({"gamma": 0.9}, "gamma=0.9"),
     "gae_lambda": ({"gae_lambda": 1.0}, "gae_lambda=1.0"),
     "whitening": ({"whiten_advantages": False}, "whiten_advantages=False"),
-    "critic's start": ({"value": ValueConfig(start="policy")}, "value.start='policy'"),
-    "critic's head": ({"value": ValueConfig(head="keep")}, "value.head='keep'"),
-    "critic's clip": ({"value": ValueConfig(clip=None)}, "value.clip=None"),
-    "warm-up": ({"value": ValueConfig(warmup_iterations=1)}, "value.warmup_iterations=1"),
-    "critic's optimizer": ({"value": ValueConfig(optimizer=OPTIMIZER)}, "value.optimizer"),
     "several": (
-        {"gamma": 0.9, "value": ValueConfig(clip=None, warmup_iterations=2)},
-        "gamma=0.9, value.clip=None, value.warmup_iterations=2",
+        {"gamma": 0.9, "whiten_advantages": False},
+        "gamma=0.9, whiten_advantages=False",
+    ),
+}
+OF_A_CRITIC = {
+    "start": (ValueConfig(start="policy"), "value.start='policy'"),
+    "optimizer": (ValueConfig(optimizer=OPTIMIZER), "value.optimizer"),
+    "several": (
+        ValueConfig(head="keep", clip=None, warmup_iterations=2),
+        "value.head='keep', value.clip=None, value.warmup_iterations=2",
     ),
 }
 
@@ -35,6 +38,14 @@ def test_what_an_estimator_without_a_critic_does_not_use_is_refused(estimator, c
     message = f"estimator='{estimator}' has no use for {names}: leave it out"
     with pytest.raises(ValueError, match=re.escape(message)):
         config(estimator=estimator, **GROUPS, **changed)
+
+
+@pytest.mark.parametrize(("value", "names"), OF_A_CRITIC.values(), ids=OF_A_CRITIC.keys())
+def test_a_card_with_a_critic_takes_another_estimator_and_says_what_that_does_not_use(value, names):
+    cfg = config(estimator="rloo", **GROUPS, value=value)
+    assert cfg.without_use == f"estimator='rloo' has no use for {names}"
+    assert dataclasses.replace(cfg, value=ValueConfig()).without_use is None
+    assert config(value=value, score={"scale": "raw"}).without_use is None
 
 
 ALONE = {
