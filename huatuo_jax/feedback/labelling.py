@@ -244,8 +244,10 @@ class _Run:
         self._plan, self._judge, self._file = plan, judge, file
         self._on_progress = on_progress
         self._done = plan.done + plan.refused + plan.truncated
+        # Whether any question has a verdict, and replies that say none may have one.
+        self._has_verdict, self._num_in_vain = bool(plan.done or plan.copies), 0
         # Whether the judge answers at all, and refusals that wait for that to be known.
-        self._answers = bool(plan.done or plan.copies)
+        self._answers = self._has_verdict
         self._held: list[tuple[Sequence[Question], JudgementFailed]] = []
         self._new: list[Judgement] = []
         self._asked = 0
@@ -281,22 +283,31 @@ class _Run:
                 return
 
     def _record(self, group: Sequence[Question], outcome: Reply | JudgementFailed) -> None:
-        """Append a group's judgements, or hold back what may be every question's matter.
+        """Append a group's judgements, or hold back a refusal that may be every question's matter.
 
         Raises:
-            JudgeUnusable: so many questions were refused, and none answered, that it is.
+            JudgeUnusable: so many questions had this outcome, and none a verdict, that it is.
         """
+        ends_after = None
+        if isinstance(outcome, Reply):
+            self._has_verdict = True
+        elif not self._has_verdict:
+            ends_after = outcome.ends_after
         if isinstance(outcome, Reply) or outcome.raw is not None:
             self._answers = True
             self._release()
-        elif outcome.ends_after is not None and not self._answers:
+        elif ends_after is not None and not self._answers:
             self._held.append((group, outcome))
-            if len(self._held) >= outcome.ends_after:
+            if len(self._held) >= ends_after:
                 raise JudgeUnusable(
                     f"{len(self._held)} questions were refused and none was answered: {outcome}"
                 )
             return
         self._append(_judgements(group, outcome))
+        if ends_after is not None and outcome.raw is not None:
+            self._num_in_vain += 1
+            if self._num_in_vain >= ends_after:
+                raise JudgeUnusable(str(outcome))
 
     def _release(self) -> None:
         """Append the refusals that were held back."""

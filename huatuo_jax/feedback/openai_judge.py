@@ -26,7 +26,7 @@ _TOKENS_A_WIDE_CHARACTER = 0.8
 _TOKENS_A_NARROW_CHARACTER = 0.3
 _WIDE = re.compile(r"[\u2e80-\uffff]")
 _TOP_LOG_PROBS = 20
-_MOST_WITHOUT_LOG_PROBS = 3  # Replies without any; then the server gives none.
+_NO_LOG_PROBS_ENDS_AFTER = 3  # Replies, without a verdict on any question.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +83,10 @@ class OpenAIJudgeConfig:
             raise ValueError(f"max_tokens={self.max_tokens} must be at least 1")
 
 
+class _NoLogProbs(replies.BadReply):
+    """The reply has no log-probabilities at all."""
+
+
 class OpenAIJudge:
     """Asks a language model behind a server; see `judges.Judge`."""
 
@@ -113,7 +117,7 @@ class OpenAIJudge:
                 f" {cfg.model!r}: add it to a copy of the table and name the copy by --prices"
             )
         self._server = Server(cfg.server, key=key, price=self.price, spending=spending)
-        self._replies_without_log_probs, self._has_log_probs = 0, False
+        self._has_log_probs = False  # Whether any reply had them.
 
     @property
     def name(self) -> str:
@@ -180,11 +184,14 @@ class OpenAIJudge:
         # Without the key, should the reply hold that.
         text = scrubbed(completion.text or completion.refusal or "", self._key)
         failure: judgements.Failure = "unreadable"
+        ends_after: int | None = None
         try:
             return Reply(**read(completion, text), raw=text, **taken.fields())
         except replies.BadReply as bad:
             error: Exception = bad
             message, failure = str(bad), bad.failure
+            if isinstance(bad, _NoLogProbs) and not self._has_log_probs:
+                ends_after = _NO_LOG_PROBS_ENDS_AFTER
         except Exception as other:  # It is paid for, so it is recorded whatever is in it.
             error, message = other, f"the reply cannot be read: {type(other).__name__}: {other}"
         raise JudgementFailed(
@@ -192,6 +199,7 @@ class OpenAIJudge:
             raw=text,
             failure=failure,
             max_tokens=self._cfg.max_tokens if failure == "truncated" else None,
+            ends_after=ends_after,
             **taken.fields(),
         ) from error
 
@@ -205,14 +213,9 @@ class OpenAIJudge:
         if not self._cfg.log_probs:
             return verdict._asdict()
         if completion.tokens is None:
-            self._replies_without_log_probs += 1
-            message = f"the server gives no log-probabilities with {self.name!r}"
-            if (
-                not self._has_log_probs
-                and self._replies_without_log_probs >= _MOST_WITHOUT_LOG_PROBS
-            ):
-                self._server.stop(f"{message}: ask without log_probs")
-            raise replies.BadReply(message)
+            raise _NoLogProbs(
+                f"the server gives no log-probabilities with {self.name!r}: ask without log_probs"
+            )
         self._has_log_probs = True
         p_first = replies.verdict_probability(completion.tokens, text)
         return verdict._replace(p_first=p_first)._asdict()

@@ -199,10 +199,6 @@ class Server:
             raise self._unusable(f"{self._failures_in_a_row} questions in a row failed: {told}")
         raise JudgementFailed(told, failure="unanswered", **taken.fields())
 
-    def stop(self, message: str) -> None:
-        """Send nothing any more: who asks from here on gets this error."""
-        self._unusable(message)
-
     async def _call(
         self, request: Mapping[str, Any], estimate: Estimate, taken: Taken
     ) -> Completion | Fault:

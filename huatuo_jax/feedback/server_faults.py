@@ -19,7 +19,7 @@ from typing import Literal
 
 import openai
 
-from huatuo_jax.feedback.completions import NoCompletion
+from huatuo_jax.feedback.completions import NoCompletion, read_json
 from huatuo_jax.feedback.error_bodies import Meaning, meanings_of, status_within, words_of
 from huatuo_jax.feedback.judgements import printable
 from huatuo_jax.feedback.spending import Usage
@@ -90,9 +90,10 @@ def fault_of(error: Exception, *, key: str, model: str, where: str, timeout_s: f
         return printable(scrubbed(words, key))[:_MOST_OF_A_MESSAGE]
 
     if isinstance(error, openai.APIStatusError):
-        message = told(words_of(error.body) or str(error.message))
+        body = _body_of(error)
+        message = told(words_of(body) or str(error.message))
         wait_s = _wait_s(error.response.headers)
-        return _error_fault(error.status_code, error.body, message, model, where, wait_s)
+        return _error_fault(error.status_code, body, message, model, where, wait_s)
     if isinstance(error, NoCompletion) and error.body is not None:
         message = told(words_of(error.body) or str(error.body))
         return _error_fault(None, error.body, message, model, where, 0.0, error.usage)
@@ -115,6 +116,14 @@ def fault_of(error: Exception, *, key: str, model: str, where: str, timeout_s: f
         refused=not_sent,
         reached=not (not_sent or outcome == "time-out"),
     )
+
+
+def _body_of(error: openai.APIStatusError) -> object:
+    """The body of an error as it came: the client reads none behind a byte order mark."""
+    try:
+        return read_json(error.response.content)
+    except NoCompletion:
+        return error.body
 
 
 def _error_fault(

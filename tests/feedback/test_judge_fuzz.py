@@ -92,7 +92,11 @@ def fuzz(seed, tmp_path, monkeypatch):
             )
             ended = [number for number, one in enumerate(odd.said) if one.kind == "end"]
             if ended:
-                assert len(odd.said) - max(ended[0], before) <= concurrency
+                assert len(odd.said) - max(ended[0], before) <= concurrency, (
+                    seed,
+                    odd.end,
+                    ran.error,
+                )
             check_lines(ran.lines, odd.said)
             if not (output.exists() or any(one.delivered for one in odd.said)):
                 assert ran.error is not None

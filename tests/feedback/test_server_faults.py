@@ -64,6 +64,13 @@ def test_each_failure_has_its_consequence_and_its_price(error, consequence, unbi
     assert (found.consequence, found.unbilled) == (consequence, unbilled)
 
 
+def test_an_error_behind_a_byte_order_mark_is_read():
+    content = b"\xef\xbb\xbf" + json.dumps({"error": {"param": "temperature"}}).encode()
+    response = httpx2.Response(400, content=content, request=REQUEST)
+    error = openai.APIStatusError("said", response=response, body=content.decode())
+    assert fault(error).consequence == "stop unless answered"
+
+
 ANSWERED = {"choices": None, "usage": None}
 # As servers write them; the status, the body, what to do.
 SERVERS_WORDS = [
