@@ -16,6 +16,7 @@ _TASK = (
     flags.DEFINE_string("encoding", None, "Of the prompts' text; default: told by evidence."),
     flags.DEFINE_string("output", None, "Answers file to make, or to go on with."),
     flags.DEFINE_string("template", "huatuogpt", "Chat template; `tokenizer` for its own."),
+    flags.DEFINE_string("default_system", None, "System text; default: the template's own."),
     flags.DEFINE_string("template_date", None, "Date that a tokenizer's own template prints."),
     flags.DEFINE_list("ignore_config_fields", [], "Fields of config.json that do not matter."),
     flags.DEFINE_integer("num_samples", 1, "Answers to each prompt."),
@@ -39,18 +40,17 @@ _SAMPLING = (
     flags.DEFINE_float("top_p", 1.0, "Keep the best tokens of this probability; 1 for all."),
     flags.DEFINE_float("min_p", 0.0, "Keep tokens of this share of the best; 0 for all."),
     flags.DEFINE_float("repetition_penalty", 1.0, "1 for none."),
-    flags.DEFINE_multi_string("stop_strings", [], "Text that ends an answer; may be repeated."),
 )
+_STOP = flags.DEFINE_multi_string("stop_strings", [], "Text that ends an answer; repeatable.")
 flags.mark_flags_as_required(["model", "prompts", "output"])
 
 
 @multi_host.joined()
 def main() -> None:
     """Generate, and say how it went."""
-    sampling, task = ({flag.name: flag.value for flag in group} for group in (_SAMPLING, _TASK))
-    sampling["stop_strings"] = tuple(sampling["stop_strings"])
-    mesh = sharding.MeshConfig(**{flag.name: flag.value for flag in _MESH})
-    cfg = BulkConfig(**task, sampling=SamplingConfig(**sampling), mesh=mesh)
+    task, sampling, mesh = ({f.name: f.value for f in group} for group in (_TASK, _SAMPLING, _MESH))
+    how = SamplingConfig(**sampling, stop_strings=tuple(_STOP.value))
+    cfg = BulkConfig(**task, sampling=how, mesh=sharding.MeshConfig(**mesh))
     report = run_bulk(cfg, lambda progress: tell(str(progress)))
     if multi_host.is_first():
         print(report or "nothing left to do", f"written: {cfg.output}", sep="\n")

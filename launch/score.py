@@ -16,6 +16,7 @@ _FLAGS = (
     flags.DEFINE_string("encoding", None, "Of the input's text; default: told by evidence."),
     flags.DEFINE_string("output", None, "JSON Lines to write: each record with its scores."),
     flags.DEFINE_string("template", "huatuogpt", "Chat template; `tokenizer` for its own."),
+    flags.DEFINE_string("default_system", None, "System text; default: the template's own."),
     flags.DEFINE_string("template_date", None, "Date that a tokenizer's own template prints."),
     flags.DEFINE_list("ignore_config_fields", [], "Fields of config.json that do not matter."),
     flags.DEFINE_enum("truncation", *_CUT, "Of a long dialogue; a dropped one has null as score."),

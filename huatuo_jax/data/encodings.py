@@ -31,7 +31,7 @@ _CHINESE = ("gb18030", "big5hkscs")
 _OTHERS = ("shift_jis", "euc_jp", "euc_kr", "cp1252", "cp1250", "cp1251", "latin-1")
 _SINGLE_BYTE = ("cp1252", "cp1250", "cp1251", "latin-1")
 _NAMES_SHOWN = 4
-_WAY_OUT = "save it as UTF-8, or say which with --encoding=NAME (a config's sources: `encoding`)"
+_WAY_OUT = "save it as UTF-8, or say which with --encoding=NAME (config.data: data_encoding)"
 
 _SAMPLE_BYTES = 1 << 20  # of lines that are not plain ASCII
 _SEARCHED_BYTES = 64 << 20  # that such lines are looked for in

@@ -91,6 +91,7 @@ def answer_prompts(
         prompts=cfg.prompts,
         output=str(folder / f"answers_{name}.jsonl"),
         template=cfg.template,
+        default_system=cfg.default_system,
         num_samples=cfg.num_samples,
         sampling=SamplingConfig(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature),
         seed=cfg.seed,
@@ -145,6 +146,7 @@ def score_answers_file(
             input=path,
             output=str(output),
             template=cfg.template,
+            default_system=cfg.default_system,
             # Answers that do not fit have been paid for, and are counted as unscored.
             max_left_out_share=1.0,
             rows_at_once=cfg.rows_at_once,

@@ -21,6 +21,7 @@ class EvaluationConfig:
         prompts: file of prompts that no stage has trained on, with references where there are any.
         max_left_out_share: share of the prompts that may be left out as too long for the models.
         template: chat template by name.
+        default_system: its system text; None for that of the run's fine-tuning, or the template's.
         num_samples: answers of each model to each prompt.
         max_new_tokens: tokens of an answer at most.
         temperature: answers are drawn at, above 0; None for that of PPO's rollouts, at which reward
@@ -40,6 +41,7 @@ class EvaluationConfig:
     prompts: str = operational("{workdir}/held_out_prompts.jsonl")
     max_left_out_share: float = operational(0.1)
     template: str = "huatuogpt"
+    default_system: str | None = None
     num_samples: int = 4
     max_new_tokens: int = 512
     temperature: float | None = None

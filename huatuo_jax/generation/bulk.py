@@ -51,6 +51,7 @@ class BulkConfig:
         output: the answers file.
         ignore_config_fields: of the model's `config.json`, see `models.find_model`.
         template: chat template by name; `tokenizer` for the tokenizer's own.
+        default_system: its system text; None for the template's own.
         template_date: the date that a tokenizer's own template prints, see `templates.by_name`.
         num_samples: answers to each prompt.
         sampling: how; the stop tokens of template, tokenizer and model are added.
@@ -73,6 +74,7 @@ class BulkConfig:
     ignore_config_fields: Collection[str] = ()
     encoding: str | None = None
     template: str = "huatuogpt"
+    default_system: str | None = None
     template_date: str | None = None
     num_samples: int = 1
     sampling: SamplingConfig = SamplingConfig()
@@ -184,7 +186,9 @@ def _plan(cfg: BulkConfig) -> _Plan:
         raise ValueError(f"{cfg.model}: this model scores; generation needs one with a token head")
     mesh = weights.mesh_for(info.cfg, cfg.mesh, sharding.make_mesh(), field="mesh")
     tokenizer = load_tokenizer(info.folder)
-    template = templates.by_name(cfg.template, date=cfg.template_date)
+    template = templates.by_name(
+        cfg.template, default_system=cfg.default_system, date=cfg.template_date
+    )
     stops = generation_config.stop_token_ids(
         info.folder,
         tokenizer,

@@ -41,6 +41,7 @@ class ScoreConfig:
         output: JSON Lines to write; replaced when all is scored.
         ignore_config_fields: of the model's `config.json`, see `models.find_model`.
         template: chat template by name; `tokenizer` for the tokenizer's own.
+        default_system: its system text; None for the template's own.
         template_date: the date that a tokenizer's own template prints, see `templates.by_name`.
         truncation: what becomes of a dialogue longer than `max_length`, see `AnswersConfig`.
         max_length: tokens of a dialogue; None for the model's positions.
@@ -61,6 +62,7 @@ class ScoreConfig:
     ignore_config_fields: Collection[str] = ()
     encoding: str | None = None
     template: str = "huatuogpt"
+    default_system: str | None = None
     template_date: str | None = None
     truncation: TruncationPolicy = "drop_oldest_turns"
     max_length: int | None = None
@@ -164,6 +166,7 @@ def score_file(cfg: ScoreConfig, say: Callable[[str], object] = tell) -> Scored:
         )
     answers_cfg = AnswersConfig(
         template=cfg.template,
+        default_system=cfg.default_system,
         template_date=cfg.template_date,
         truncation=cfg.truncation,
         max_length=limit,

@@ -175,6 +175,7 @@ class RlaifConfig:
         recipe: says that a config is of this kind.
         stages: which of them are run, in this order.
         data: files of dialogues of one's own, separated by commas; None for `sft.data.sources`.
+        data_encoding: of those files, such as cp1252; None tells it by evidence.
         prompts: which prompts are made of the dialogues.
         sft: supervised fine-tuning.
         answers: answers of its model, to be judged.
@@ -189,6 +190,7 @@ class RlaifConfig:
     recipe: Literal["rlaif"] = "rlaif"
     stages: tuple[str, ...] = STAGES
     data: str | None = None
+    data_encoding: str | None = None
     prompts: PromptsConfig = PromptsConfig()
     sft: SftConfig
     answers: AnswersConfig = AnswersConfig()
@@ -215,15 +217,19 @@ class RlaifConfig:
                     f"{name}={other!r} must be sft.data.template={template!r}: all stages have to "
                     "say a dialogue in the same way"
                 )
-        date = self.sft.data.template_date
-        for name, later in (
-            ("reward.data.template_date", self.reward.data.template_date),
-            ("ppo.data.template_date", self.ppo.data.template_date),
+        system, date = self.sft.data.default_system, self.sft.data.template_date
+        for name, later, told in (
+            ("reward.data.template_date", self.reward.data.template_date, date),
+            ("ppo.data.template_date", self.ppo.data.template_date, date),
+            ("reward.data.default_system", self.reward.data.default_system, system),
+            ("ppo.data.default_system", self.ppo.data.default_system, system),
+            ("evaluation.default_system", self.evaluation.default_system, system),
         ):
-            if later not in (None, date):
+            if later not in (None, told):
+                field = name.rpartition(".")[2]
                 raise ValueError(
-                    f"{name}={later!r} must be None or sft.data.template_date={date!r}, which the "
-                    "model of the SFT stage keeps"
+                    f"{name}={later!r} must be None or sft.data.{field}={told!r}, which the model "
+                    "of the SFT stage is trained with"
                 )
 
     @property
@@ -240,9 +246,10 @@ class RlaifConfig:
     def in_workdir(self, workdir: str | os.PathLike[str]) -> "RlaifConfig":
         """The config with the run's folder in its paths and one's own data in its sources.
 
-        The evaluation has what it takes from other stages: the base model, PPO's temperature.
+        The evaluation has what it takes from other stages: the base model, PPO's temperature and
+        rule of scores. All stages have fine-tuning's system text.
         """
-        cfg = placed_in(self, workdir)
+        cfg = placed_in(self, workdir)._with_system_text()
         base = cfg.evaluation.base or cfg.base_as_it_is or f"{workdir}/base/model"
         rule = cfg.evaluation.score or cfg.ppo.score.outside_training
         temperature = cfg.evaluation.temperature
@@ -255,9 +262,22 @@ class RlaifConfig:
             return dataclasses.replace(cfg, evaluation=evaluation)
         paths = cfg.data.split(",")
         sources = tuple(
-            SourceConfig(name=name, paths=(path,))
+            SourceConfig(name=name, paths=(path,), encoding=cfg.data_encoding)
             for name, path in zip(source_names(paths), paths, strict=True)
         )
         data = dataclasses.replace(cfg.sft.data, sources=sources)
         sft = dataclasses.replace(cfg.sft, data=data)
         return dataclasses.replace(cfg, evaluation=evaluation, sft=sft)
+
+    def _with_system_text(self) -> "RlaifConfig":
+        system = self.sft.data.default_system
+        data = {
+            stage: dataclasses.replace(getattr(self, stage).data, default_system=system)
+            for stage in ("reward", "ppo")
+        }
+        return dataclasses.replace(
+            self,
+            reward=dataclasses.replace(self.reward, data=data["reward"]),
+            ppo=dataclasses.replace(self.ppo, data=data["ppo"]),
+            evaluation=dataclasses.replace(self.evaluation, default_system=system),
+        )

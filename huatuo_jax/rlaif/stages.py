@@ -87,6 +87,7 @@ def _answers(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:
         prompts=section.prompts,
         output=str(output),
         template=cfg.sft.data.template,
+        default_system=cfg.sft.data.default_system,
         num_samples=section.num_samples,
         sampling=section.sampling,
         seed=section.seed,

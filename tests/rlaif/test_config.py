@@ -115,3 +115,27 @@ def test_what_the_offline_judge_would_ignore_is_refused():
         LabelsConfig(max_cost=3.0)
     with pytest.raises(ValueError, match="base_url should be like"):
         LabelsConfig(base_url="localhost:8000")
+
+
+def test_every_stage_has_the_system_text_that_fine_tuning_has(recipe, tmp_path):
+    data = dataclasses.replace(recipe.sft.data, default_system="你是医生。")
+    told = dataclasses.replace(recipe, sft=dataclasses.replace(recipe.sft, data=data))
+    cfg = told.in_workdir(tmp_path)
+    assert {
+        cfg.reward.data.default_system,
+        cfg.ppo.data.default_system,
+        cfg.evaluation.default_system,
+    } == {"你是医生。"}
+    with pytest.raises(ValueError, match="evaluation.default_system='护士' must be None or sft.d"):
+        dataclasses.replace(
+            told, evaluation=dataclasses.replace(told.evaluation, default_system="护士")
+        )
+
+
+def test_own_files_are_read_in_the_encoding_that_is_named(recipe, tmp_path):
+    own = dataclasses.replace(recipe, data="a.csv,b.csv", data_encoding="cp1252")
+    sources = own.in_workdir(tmp_path).sft.data.sources
+    assert [(one.paths, one.encoding) for one in sources] == [
+        (("a.csv",), "cp1252"),
+        (("b.csv",), "cp1252"),
+    ]
