@@ -21,6 +21,7 @@ from huatuo_jax.checkpoint.tokenizer import load_tokenizer
 from huatuo_jax.data import sample
 from huatuo_jax.rlaif import recipe as recipe_module
 from huatuo_jax.rlaif.checks import check_inputs
+from huatuo_jax.rlaif.prompts import make_prompts, write_prompts
 from huatuo_jax.rlaif.recipe import run_rlaif
 from huatuo_jax.sharding import MeshConfig
 from tests.rlaif.tiny import BACKBONE, TOKENIZER, section, tiny_recipe, write_dialogues
@@ -164,6 +165,8 @@ def test_a_model_trained_elsewhere_is_taken_whatever_chat_template_lies_beside_i
     save_orbax(params, BACKBONE, tmp_path / "elsewhere", head="score", source_folder=source)
     ppo = dataclasses.replace(recipe.ppo, reward_model=str(tmp_path / "elsewhere"))
     cfg = dataclasses.replace(recipe, ppo=ppo).in_workdir(tmp_path / "run")
+    prompts = make_prompts(cfg.sft.data, cfg.prompts).train
+    write_prompts(tmp_path / "run" / "prompts.jsonl", prompts)
     check_inputs(cfg, tmp_path / "run", {"sft", "ppo"})
     tokenizer = load_tokenizer(source)
     tokenizer.add_tokens(["咳嗽"])
