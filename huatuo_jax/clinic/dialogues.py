@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 from huatuo_jax.clinic.doctors import DistilledDoctor, RealDoctor
 from huatuo_jax.clinic.draws import Draws
-from huatuo_jax.clinic.patient import Patient, Turn
+from huatuo_jax.clinic.patient import Patient
 from huatuo_jax.clinic.reading import heard
 from huatuo_jax.clinic.world import Case, draw_case
 from huatuo_jax.clinic.writing import Writer
@@ -53,7 +53,7 @@ def dialogues(kind: Kind, count: int, *, seed: int, held_out: bool = False) -> I
     ):
         yield Dialogue(
             id=f"clinic_{side}_{kind}_{number:04d}",
-            messages=_messages(messages),
+            messages=tuple(messages),
             kind=kind,
             source=SOURCE,
             extra={"diagnosis": case.disease, "case": case.to_json()},
@@ -77,9 +77,9 @@ def prompts(count: int, *, seed: int, held_out: bool = False) -> Iterator[Prompt
     ):
         yield Prompt(
             id=f"clinic_{side}_{number:04d}",
-            messages=_messages(messages[:-1]),
+            messages=tuple(messages[:-1]),
             source=SOURCE,
-            reference=messages[-1][1],
+            reference=messages[-1].content,
             diagnosis=case.disease,
             extra={"case": case.to_json()},
         )
@@ -88,10 +88,10 @@ def prompts(count: int, *, seed: int, held_out: bool = False) -> Iterator[Prompt
 def _different(
     key: tuple[object, ...],
     count: int,
-    write: Callable[[Writer, Case], list[Turn]],
+    write: Callable[[Writer, Case], list[Message]],
     *,
     held_out: bool,
-) -> Iterator[tuple[Case, list[Turn]]]:
+) -> Iterator[tuple[Case, list[Message]]]:
     """Cases with dialogues whose messages up to the last one differ; drawn again where they do not."""
     seen: set[str] = set()
     for number in range(1, count + 1):
@@ -116,57 +116,60 @@ def _instruction(writer: Writer, case: Case) -> tuple[Patient, str]:
     return patient, patient.open_fully(2 + writer.draws.below(2), person=person)
 
 
-def _real_instruction(writer: Writer, case: Case) -> list[Turn]:
+def _real_instruction(writer: Writer, case: Case) -> list[Message]:
     _, question = _instruction(writer, case)
-    messages = [("user", question)]
-    return [*messages, ("assistant", RealDoctor(writer, case).answer(heard(messages)))]
+    messages = [Message("user", question)]
+    return [*messages, Message("assistant", RealDoctor(writer, case).answer(heard(messages)))]
 
 
-def _distilled_instruction(writer: Writer, case: Case) -> list[Turn]:
+def _distilled_instruction(writer: Writer, case: Case) -> list[Message]:
     _, question = _instruction(writer, case)
-    messages = [("user", question)]
-    return [*messages, ("assistant", DistilledDoctor(writer, case).answer(heard(messages)))]
+    messages = [Message("user", question)]
+    return [*messages, Message("assistant", DistilledDoctor(writer, case).answer(heard(messages)))]
 
 
-def _real_conversation(writer: Writer, case: Case) -> list[Turn]:
+def _real_conversation(writer: Writer, case: Case) -> list[Message]:
     messages, patient = _to_the_diagnosis(writer, case)
     if messages and writer.draws.chance(ENDS_POLITELY):
-        messages += [("user", patient.goodbye()), ("assistant", writer.say("real_bye"))]
+        messages += [
+            Message("user", patient.goodbye()),
+            Message("assistant", writer.say("real_bye")),
+        ]
     return messages
 
 
-def _to_the_diagnosis(writer: Writer, case: Case) -> tuple[list[Turn], Patient]:
+def _to_the_diagnosis(writer: Writer, case: Case) -> tuple[list[Message], Patient]:
     """A real doctor's conversation up to the diagnosis; empty where there is nothing to ask."""
     patient, doctor = Patient.written_by(writer, case), RealDoctor(writer, case)
-    messages: list[Turn] = [("user", patient.open())]
+    messages: list[Message] = [Message("user", patient.open())]
     if not doctor.asks(heard(messages)):
         return [], patient
     while doctor.asks(observation := heard(messages)):
         question = doctor.answer(observation)
-        messages += [("assistant", question), ("user", patient.reply(question))]
-    return [*messages, ("assistant", doctor.answer(observation))], patient
+        messages += [Message("assistant", question), Message("user", patient.reply(question))]
+    return [*messages, Message("assistant", doctor.answer(observation))], patient
 
 
-def _distilled_conversation(writer: Writer, case: Case) -> list[Turn]:
+def _distilled_conversation(writer: Writer, case: Case) -> list[Message]:
     patient, doctor = Patient.written_by(writer, case), DistilledDoctor(writer, case)
-    messages: list[Turn] = [("user", patient.open())]
-    messages.append(("assistant", doctor.first_answer(heard(messages))))
-    messages.append(("user", patient.add(2)))
-    messages.append(("assistant", doctor.answer(heard(messages))))
-    return [*messages, ("user", patient.goodbye()), ("assistant", writer.say("kind_bye"))]
+    messages: list[Message] = [Message("user", patient.open())]
+    messages.append(Message("assistant", doctor.first_answer(heard(messages))))
+    messages.append(Message("user", patient.add(2)))
+    messages.append(Message("assistant", doctor.answer(heard(messages))))
+    return [
+        *messages,
+        Message("user", patient.goodbye()),
+        Message("assistant", writer.say("kind_bye")),
+    ]
 
 
-def _prompt(writer: Writer, case: Case) -> list[Turn]:
+def _prompt(writer: Writer, case: Case) -> list[Message]:
     if writer.draws.chance(PROMPTS_OF_CONVERSATIONS):
         return _to_the_diagnosis(writer, case)[0]
     return _real_instruction(writer, case)
 
 
-def _messages(turns: list[Turn]) -> tuple[Message, ...]:
-    return tuple(Message(role, text) for role, text in turns)
-
-
-_WRITERS: dict[Kind, Callable[[Writer, Case], list[Turn]]] = {
+_WRITERS: dict[Kind, Callable[[Writer, Case], list[Message]]] = {
     "distilled_instruction": _distilled_instruction,
     "real_instruction": _real_instruction,
     "distilled_conversation": _distilled_conversation,

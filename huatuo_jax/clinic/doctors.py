@@ -87,7 +87,9 @@ class RealDoctor:
         if writer.draws.chance(CURT):
             return opening + writer.draws.choice((visit, drug))
         advice = writer.say("advise", *_two_advices(writer, disease))
-        return opening + "".join(writer.draws.choice(((visit, drug, advice), (visit, advice, drug))))
+        return opening + "".join(
+            writer.draws.choice(((visit, drug, advice), (visit, advice, drug)))
+        )
 
     def _prescribe(self, disease: Disease, observation: Observation) -> str:
         writer = self._writer

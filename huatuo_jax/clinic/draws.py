@@ -77,4 +77,3 @@ def fraction(text: str) -> float:
 def number(text: str) -> int:
     """A large whole number that is told by a text."""
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")
-

@@ -1,23 +1,18 @@
-"""A simulated patient of this world, and a consultation with one.
+"""A simulated patient of this world.
 
 The patient begins vaguely, answers what is asked from the case, tells what must not be overlooked
 (a pregnancy, an allergy) at the first reply at the latest, and says 再见 when there is advice.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 from huatuo_jax.clinic.draws import Draws
 from huatuo_jax.clinic.reading import asked, calls_emergency, read
-from huatuo_jax.clinic.symptoms import SYMPTOMS
 from huatuo_jax.clinic.world import Case, told_in_order
 from huatuo_jax.clinic.writing import Writer
 
 ADVICE_KINDS = ("disease", "test", "department", "advice", "drug")
-GOODBYE = "再见"
 TELLS_CONDITION_FIRST = 0.5
-
-Turn = tuple[str, str]
 
 
 class Patient:
@@ -76,9 +71,7 @@ class Patient:
         first = writer.symptom(self._untold.pop(0))
         others = writer.symptoms([self._untold.pop(0) for _ in range(count - 1)])
         if person:
-            text = writer.say(
-                "full", self._who, str(case.age), self.sex, first, others, case.since
-            )
+            text = writer.say("full", self._who, str(case.age), self.sex, first, others, case.since)
         else:
             text = writer.say("since", self._who, first, others, case.since)
         return text + self._tell_conditions()
@@ -140,52 +133,3 @@ class Patient:
         ]
         self._conditions = []
         return "".join(told)
-
-
-@dataclass(frozen=True)
-class Consultation:
-    """A consultation that came to its end, or to the limit of turns.
-
-    Attributes:
-        case: the truth.
-        messages: role ("user" or "assistant") and text of each, the patient first.
-        num_turns: how often the doctor spoke before the patient said goodbye.
-        ended: whether the patient said goodbye.
-    """
-
-    case: Case
-    messages: tuple[Turn, ...]
-    num_turns: int
-    ended: bool
-
-
-def consult(
-    case: Case,
-    doctor: Callable[[tuple[Turn, ...]], str],
-    *,
-    max_turns: int = 8,
-    seed: int = 0,
-    held_out: bool = True,
-) -> Consultation:
-    """A consultation of a doctor with the patient of a case.
-
-    Args:
-        case: the truth.
-        doctor: gives the next answer to the messages so far.
-        max_turns: answers of the doctor before the patient gives up.
-        seed: as `Patient`.
-        held_out: as `Patient`.
-    """
-    patient = Patient(case, seed=seed, held_out=held_out)
-    messages: list[Turn] = [("user", patient.open())]
-    num_turns = 0
-    while num_turns < max_turns and not patient.done:
-        answer = doctor(tuple(messages))
-        num_turns += 1
-        messages += [("assistant", answer), ("user", patient.reply(answer))]
-    return Consultation(case, tuple(messages), num_turns, patient.done)
-
-
-def red_flags(case: Case) -> tuple[str, ...]:
-    """The symptoms of a case that cannot wait."""
-    return tuple(name for name in case.symptoms if SYMPTOMS[name].red_flag)

@@ -1,14 +1,14 @@
 """Reads what patients and doctors write: terms of the tables, and what is said of them.
 
 It does not look for the sentences of the grammar but for terms, longest first, and for the cues
-around each ("不是", "可以排除", "要排除", "可能", "不能用", "如果"), so that answers of any model can
-be read. Full width and half width, and capitals, make no difference.
+around each ("不是", "可以排除", "要排除", "可能", "不能用", "如果"), so that answers of any model
+can be read. Full width and half width, and capitals, make no difference.
 """
 
 import functools
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from huatuo_jax.clinic.care import ADVICE, CONDITIONS, DEPARTMENTS, DRUGS, TESTS
@@ -36,7 +36,10 @@ _MASK = "\x00"
 _IF = re.compile(r"如果|假如|要是|一旦|倘若|万一|若|如有|如出现|出现[^,]{0,20}(?:时|的话|后)")
 # Before a disease, the last of these in its clause tells what is said of it.
 _BEFORE_DISEASE = (
-    ("hedged", "不排除|不能排除|没有排除|难以排除|可能|可能是|可能为|怀疑是|大概是|也许是|也许|或许|怀疑|大概|估计|疑似|倾向|像是|像"),
+    (
+        "hedged",
+        "不排除|不能排除|没有排除|难以排除|可能|可能是|可能为|怀疑是|大概是|也许是|也许|或许|怀疑|大概|估计|疑似|倾向|像是|像",
+    ),
     ("other", "要排除|需排除|需要排除|应排除|先排除|以排除|为了排除|鉴别|区别|筛查"),
     (
         "denied",
@@ -87,9 +90,7 @@ _ASKED = {
     "more": r"还有(?:什么|哪些|别的|其他)|哪里不舒服|怎么不舒服|什么症状|哪些症状|具体说",
 }
 _DENIAL = re.compile(r"没有|没|不|无|未")
-_DURATION = re.compile(
-    r"(\d+|半|[一二两三四五六七八九十]+)个?多?(小时|天|日|周|星期|礼拜|月|年)"
-)
+_DURATION = re.compile(r"(\d+|半|[一二两三四五六七八九十]+)个?多?(小时|天|日|周|星期|礼拜|月|年)")
 _AGE = re.compile(r"(\d{1,3})\s*岁")
 _SEX = re.compile(r"[男女]")
 
@@ -201,12 +202,17 @@ def asked(text: str) -> Asked:
     return Asked(tuple(dict.fromkeys(symptoms)), frozenset(topics), bool(questions))
 
 
-def heard(messages: Sequence[tuple[str, str]]) -> Observation:
+def heard(messages: Iterable[tuple[str, str]]) -> Observation:
     """What a patient has told in a dialogue.
 
     Args:
         messages: role and text of each; texts of the patient have the role "user".
     """
+    return _heard(tuple(messages))
+
+
+@functools.lru_cache(maxsize=20_000)
+def _heard(messages: tuple[tuple[str, str], ...]) -> Observation:
     found = Observation()
     questions = Asked((), frozenset(), False)
     for role, text in messages:
@@ -236,8 +242,8 @@ def _hear(before: Observation, text: str, questions: Asked) -> Observation:
     age, sex, lasts = _AGE.search(rest), _SEX.search(rest), _DURATION.search(rest)
     if age and found.age is None:
         found = replace(found, age=int(age.group(1)))
-    if "孩子" in plain and not found.child:
-        found = replace(found, child=True)
+    if found.child is None and re.search("我|孩子", plain):
+        found = replace(found, child="孩子" in plain)
     if sex and found.sex is None:
         found = replace(found, sex=sex.group())
     if lasts and found.lasts is None:

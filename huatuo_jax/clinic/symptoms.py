@@ -80,7 +80,7 @@ _COMPLAINTS = """
 怕热多汗 怕热爱出汗
 怕冷 比别人怕冷
 体重下降 人瘦了
-没胃口 不想吃饭
+胃口差 吃不下饭
 手抖 双手发抖
 脸色苍白 脸色发白
 """
@@ -118,7 +118,7 @@ _DETAILS = """
 吃海鲜后发作 吃海鲜后出现
 很快消退 一天内消退
 经期疼 来月经就疼
-停经 月经没来
+停经 月经推迟
 血压高 血压偏高
 掉头发 头发掉得多
 指甲脆 指甲容易断
@@ -145,6 +145,5 @@ _RED_FLAGS = """
 
 _FLAGGED = _of(_RED_FLAGS, opens=False, red_flag=True)
 SYMPTOMS: dict[str, Symptom] = {
-    symptom.name: symptom
-    for symptom in (*_of(_COMPLAINTS), *_of(_DETAILS, opens=False), *_FLAGGED)
+    symptom.name: symptom for symptom in (*_of(_COMPLAINTS), *_of(_DETAILS, opens=False), *_FLAGGED)
 }

@@ -128,7 +128,7 @@ class Observation:
         confirmed: symptoms the patient was asked about, and has.
         denied: symptoms the patient has not.
         age: in years; None where it was not told.
-        child: whether a parent speaks, and the patient is below `CHILD_BELOW`.
+        child: whether a parent speaks, and the patient is below `CHILD_BELOW`; None: not known.
         sex: one of `SEXES`, or None.
         lasts: one of `DURATIONS`, or None.
         conditions: those told.
@@ -139,7 +139,7 @@ class Observation:
     confirmed: frozenset[str] = frozenset()
     denied: frozenset[str] = frozenset()
     age: int | None = None
-    child: bool = False
+    child: bool | None = None
     sex: str | None = None
     lasts: str | None = None
     conditions: frozenset[str] = frozenset()
@@ -184,7 +184,7 @@ class Belief:
         """Whether a doctor should ask before he names a disease."""
         return self.probabilities[self.best] < AMBIGUOUS_BELOW
 
-    @property
+    @functools.cached_property
     def should_ask(self) -> bool:
         """Whether questions come first: it is ambiguous, no emergency, and there is one to ask."""
         if not self.ambiguous or self.emergency:
@@ -290,9 +290,7 @@ def draw_case(draws: Draws, case_id: str) -> Case:
         draws: where chance comes from.
         case_id: the name of the case.
     """
-    disease = DISEASES[
-        draws.weighted({name: disease.weight for name, disease in DISEASES.items()})
-    ]
+    disease = DISEASES[draws.weighted({name: disease.weight for name, disease in DISEASES.items()})]
     band = draws.weighted(dict(zip(AGE_BANDS, disease.ages, strict=True)))
     low, high = AGE_BANDS[band]
     age = low + draws.below(high - low + 1)
@@ -366,16 +364,17 @@ def _demography(disease: Disease, observation: Observation) -> float:
     sex = SEXES[1] if pregnant else observation.sex
     value = 1.0 if sex is None else disease.male if sex == SEXES[0] else 1.0 - disease.male
     total = math.fsum(disease.ages)
-    age = observation.age_for_drugs
-    if age is not None:
-        band = _band(age)
-        value *= disease.ages[list(AGE_BANDS).index(band)] / total
+    if observation.age is not None:
+        value *= disease.ages[list(AGE_BANDS).index(_band(observation.age))] / total
     elif pregnant:
         low, high = PREGNANCY_AGES
         value *= math.fsum(
             weight / total * max(0, min(top, high) - max(bottom, low) + 1) / (top - bottom + 1)
             for weight, (bottom, top) in zip(disease.ages, AGE_BANDS.values(), strict=True)
         )
+    elif observation.child is not None:
+        children = disease.ages[list(AGE_BANDS).index("child")] / total
+        value *= children if observation.child else 1.0 - children
     return value
 
 
