@@ -92,7 +92,7 @@ def _different(
     *,
     held_out: bool,
 ) -> Iterator[tuple[Case, list[Message]]]:
-    """Cases with dialogues whose messages up to the last one differ; drawn again where they do not."""
+    """Cases with dialogues that differ before the last message; drawn again where they do not."""
     seen: set[str] = set()
     for number in range(1, count + 1):
         for attempt in range(_LAST_TRY):
