@@ -40,14 +40,14 @@ DRUGS: dict[str, Drug] = {
     drug.words[0]: drug
     for drug in (
         _drug("对乙酰氨基酚", "扑热息痛", not_with=("肝功能不好",)),
-        _drug("布洛芬", not_with=("怀孕", "胃出血史", "肾功能不好")),
+        _drug("布洛芬", not_with=("怀孕", "胃出血史", "肾功能不好", "肝功能不好")),
         _drug("阿司匹林", not_with=("怀孕", "胃出血史"), from_age=18),
         _drug("阿莫西林", not_with=("青霉素过敏",)),
         _drug("阿奇霉素", not_with=("肝功能不好",)),
         _drug("左氧氟沙星", not_with=("怀孕",), from_age=18),
         _drug("磷霉素", from_age=12),
         _drug("奥司他韦"),
-        _drug("氨溴索"),
+        _drug("氨溴索", not_with=("怀孕",)),
         _drug("氯雷他定", not_with=("肝功能不好",)),
         _drug("西替利嗪", not_with=("肾功能不好",)),
         _drug("鼻用激素", from_age=3),
@@ -57,7 +57,7 @@ DRUGS: dict[str, Drug] = {
         _drug("蒙脱石散"),
         _drug("口服补液盐"),
         _drug("匹维溴铵", not_with=("怀孕",), from_age=18),
-        _drug("痔疮膏"),
+        _drug("痔疮膏", not_with=("怀孕",)),
         _drug("硝酸甘油", from_age=18),
         _drug("氨氯地平", not_with=("怀孕", "肝功能不好"), from_age=18),
         _drug("缬沙坦", not_with=("怀孕", "肾功能不好"), from_age=18),
@@ -65,7 +65,7 @@ DRUGS: dict[str, Drug] = {
         _drug("铁剂"),
         _drug("二甲双胍", not_with=("怀孕", "肾功能不好", "肝功能不好"), from_age=10),
         _drug("甲钴胺"),
-        _drug("坦索罗辛", from_age=18),
+        _drug("坦索罗辛", not_with=("怀孕",), from_age=18),
         _drug("炉甘石洗剂"),
         _drug("激素软膏"),
         _drug("舍曲林", not_with=("怀孕",), from_age=18),
@@ -99,8 +99,10 @@ TESTS = _named("""
 甲状腺功能 甲功
 血糖 血糖检查
 头颅CT 头部CT
-颈椎片 颈椎核磁
-腰椎核磁 腰椎CT
+头颅核磁 头部磁共振
+颈椎片 颈椎X光
+颈椎核磁 颈椎磁共振
+腰椎核磁 腰椎磁共振
 变位试验 体位试验
 尿常规 尿检
 尿培养 小便培养
@@ -112,6 +114,9 @@ TESTS = _named("""
 心理量表 心理评估
 血清铁 铁蛋白
 """)
+
+# Tests with X-rays, which a pregnant woman does not get.
+X_RAYS = ("胸片", "冠脉检查", "头颅CT", "颈椎片")
 
 DEPARTMENTS = _named("""
 呼吸内科 呼吸科
@@ -178,3 +183,11 @@ ADVICE = _named("""
 天天记血压 每天记血压
 保暖 穿暖和些
 """)
+# Advice that makes no sense for a child, and advice for the way to emergency care.
+ADULT_ADVICE = ("不抽烟", "不喝酒", "控制体重")
+ON_THE_WAY = ("先不吃东西", "躺下别动")
+
+
+def forbidden_test(name: str, conditions: frozenset[str]) -> bool:
+    """Whether a patient of these conditions must not have a test."""
+    return name in X_RAYS and "怀孕" in conditions

@@ -24,7 +24,7 @@ class Outcome:
         num_questions: useful ones among all questions.
         ended: the patient had advice and said goodbye.
         red_flag_missed: emergency care was needed after what was told, and no answer called for it.
-        contraindicated: drugs that were recommended to a patient who had told why not.
+        contraindicated: drugs and tests that were ordered for a patient who had told why not.
     """
 
     diagnosis: Diagnosis

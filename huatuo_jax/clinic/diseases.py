@@ -23,7 +23,7 @@ class Disease:
         male: share of men.
         lasts: weight of each of `DURATIONS`, in their order: since when a patient has had it.
         department: where it is treated.
-        tests: each of them is right; the first is what a doctor of this world orders.
+        tests: each of them is right; a doctor of this world orders the first that is allowed.
         advice: each of them is right.
         drugs: in order of preference; may be empty.
         emergency: needs emergency care at once.
@@ -206,7 +206,7 @@ _ROWS = (
         "一侧手脚无力 85 说话不清 70 嘴歪 60 头晕 50 头痛 30 恶心 20 天旋地转 30 血压高 50 呕吐 20",
         ages="0 0 4 6",
         lasts="9 1 0 0",
-        care="急诊 | 头颅CT | 躺下别动 先不吃东西",
+        care="急诊 | 头颅CT 头颅核磁 | 躺下别动 先不吃东西",
         emergency=True,
         watch="昏迷",
         cause="脑血管堵塞或出血",
@@ -262,7 +262,7 @@ _ROWS = (
         ages="0 6 3 1",
         male=0.4,
         lasts="0 0 3 7",
-        care="消化内科 | 肠镜 大便检查 | 放松心情 清淡饮食 规律睡眠",
+        care="消化内科 | 大便检查 肠镜 | 放松心情 清淡饮食 规律睡眠",
         drugs="匹维溴铵 蒙脱石散",
         watch="大便带血",
         cause="肠道过于敏感",
@@ -301,7 +301,7 @@ _ROWS = (
     ),
     _row(
         "痔疮",
-        "便血 88 肛门疼 60 便秘 60 劳累后加重 55 脸色苍白 12 乏力 15",
+        "便血 88 肛门疼 60 便秘 65 劳累后加重 30 肚子疼 15 脸色苍白 12 乏力 15",
         ages="0 5 4 2",
         lasts="0 3 4 3",
         care="肛肠科 | 肛门检查 肠镜 | 热水坐浴 多吃蔬菜 别久坐",
@@ -316,7 +316,7 @@ _ROWS = (
         ages="0 6 4 1",
         male=0.3,
         lasts="3 3 1 3",
-        care="神经内科 | 头颅CT | 安静避光 规律睡眠",
+        care="神经内科 | 头颅CT 头颅核磁 | 安静避光 规律睡眠",
         drugs="布洛芬 对乙酰氨基酚",
         watch="突然剧烈头痛",
         cause="脑血管和神经敏感",
@@ -327,7 +327,7 @@ _ROWS = (
         ages="0 5 4 2",
         male=0.4,
         lasts="0 3 4 3",
-        care="神经内科 | 头颅CT | 放松心情 规律睡眠 热敷",
+        care="神经内科 | 头颅CT 头颅核磁 | 放松心情 规律睡眠 热敷",
         drugs="布洛芬 对乙酰氨基酚",
         watch="突然剧烈头痛",
         cause="压力大、肌肉紧张",
@@ -347,7 +347,7 @@ _ROWS = (
         "脖子疼 90 手麻 65 头晕 50 头痛 30 劳累后加重 55 天旋地转 25 恶心 20",
         ages="0 3 5 3",
         lasts="0 1 4 5",
-        care="骨科 | 颈椎片 | 少低头 热敷 适量运动",
+        care="骨科 | 颈椎片 颈椎核磁 | 少低头 热敷 适量运动",
         drugs="甲钴胺 布洛芬",
         watch="走路不稳",
         cause="颈椎退变压迫神经",
@@ -394,7 +394,7 @@ _ROWS = (
         lasts="0 0 4 6",
         care="心理科 | 心理量表 甲状腺功能 | 放松心情 规律睡眠 适量运动",
         drugs="舍曲林",
-        watch="有轻生的念头",
+        watch="情绪崩溃",
         cause="长期压力大",
     ),
     # Urine and women's health.

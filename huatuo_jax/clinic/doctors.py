@@ -6,9 +6,16 @@ distilled one is detailed, structured, friendly and hedging, never asks, and nam
 plausible disease in a third of the answers.
 """
 
-from huatuo_jax.clinic.care import DRUGS, EMERGENCY
+from huatuo_jax.clinic.care import (
+    ADULT_ADVICE,
+    DRUGS,
+    EMERGENCY,
+    ON_THE_WAY,
+    forbidden_test,
+)
 from huatuo_jax.clinic.diseases import AGE_BANDS, DISEASES, Disease
 from huatuo_jax.clinic.world import (
+    CHILD_BELOW,
     LEAST_GAIN,
     SEXES,
     Belief,
@@ -35,6 +42,19 @@ def allowed_drugs(disease: Disease, observation: Observation) -> list[str]:
     ]
 
 
+def first_test(disease: Disease, observation: Observation) -> str:
+    """The first of the disease's tests that a patient of whom this is known may have."""
+    allowed = [name for name in disease.tests if not forbidden_test(name, observation.conditions)]
+    return allowed[0]
+
+
+def fitting_advice(disease: Disease, observation: Observation) -> list[str]:
+    """The disease's advice, without what makes no sense for a child."""
+    age = observation.age_for_drugs
+    child = age is not None and age < CHILD_BELOW
+    return [name for name in disease.advice if not (child and name in ADULT_ADVICE)]
+
+
 class RealDoctor:
     """Knows the truth of the case once he has asked enough."""
 
@@ -46,6 +66,7 @@ class RealDoctor:
             case: the truth.
         """
         self._writer, self._case = writer, case
+        self._rounds = 0
         self._asked_conditions = False
 
     def asks(self, observation: Observation) -> bool:
@@ -55,6 +76,7 @@ class RealDoctor:
     def answer(self, observation: Observation) -> str:
         """The next answer to a patient who has told this."""
         if self.asks(observation):
+            self._rounds += 1
             return self._ask(posterior(observation))
         return self._conclude(observation)
 
@@ -63,6 +85,8 @@ class RealDoctor:
         gains = [name for name, gain in belief.gains().items() if gain >= LEAST_GAIN]
         names = gains[: 2 + writer.draws.below(2)]
         parts = [writer.say("ask", writer.symptom(name)) for name in names]
+        if self._rounds > 1:
+            parts.append(writer.say("ask_more"))
         if observation.lasts is None and writer.draws.chance(0.6):
             parts.append(writer.say("ask_duration"))
         if observation.age is None and writer.draws.chance(0.4):
@@ -74,19 +98,20 @@ class RealDoctor:
 
     def _conclude(self, observation: Observation) -> str:
         writer, disease = self._writer, self._case.truth
-        name, test = writer.disease(disease.name), writer.test(disease.tests[0])
+        name, test = writer.disease(disease.name), writer.test(first_test(disease, observation))
         if posterior(observation).emergency or disease.emergency:
             urgent = writer.say("urgent", name)
             if not disease.emergency:
                 return urgent + writer.say("visit", EMERGENCY, test)
-            advice = writer.advice(writer.draws.choice(disease.advice))
+            on_the_way = [name for name in disease.advice if name in ON_THE_WAY]
+            advice = writer.advice(writer.draws.choice(on_the_way))
             return urgent + writer.say("urgent_test", test, advice)
         opening = writer.say("conclude", name)
         visit = writer.say("visit", writer.department(disease.department), test)
         drug = self._prescribe(disease, observation)
         if writer.draws.chance(CURT):
             return opening + writer.draws.choice((visit, drug))
-        advice = writer.say("advise", *_two_advices(writer, disease))
+        advice = writer.say("advise", *_two_advices(writer, disease, observation))
         return opening + "".join(
             writer.draws.choice(((visit, drug, advice), (visit, advice, drug)))
         )
@@ -125,8 +150,8 @@ class DistilledDoctor:
         disease = DISEASES[two[0]]
         parts = [
             writer.say("greet") + writer.say("guess_two", *map(writer.disease, two)),
-            "1. " + self._visit(disease),
-            "2. " + writer.say("guided_advice", *_two_advices(writer, disease)),
+            "1. " + self._visit(disease, observation),
+            "2. " + writer.say("guided_advice", *_two_advices(writer, disease, observation)),
         ]
         if belief.emergency and not writer.draws.chance(DISTILLED_CALM):
             parts.append(writer.say("guided_urgent"))
@@ -140,8 +165,8 @@ class DistilledDoctor:
         if writer.draws.chance(0.7):
             opening += writer.say("explain", disease.cause)
         items = [
-            self._visit(disease),
-            writer.say("guided_advice", *_two_advices(writer, disease)),
+            self._visit(disease, observation),
+            writer.say("guided_advice", *_two_advices(writer, disease, observation)),
             self._drug(disease, observation),
         ]
         numbered = [
@@ -166,10 +191,10 @@ class DistilledDoctor:
             return self._writer.draws.weighted(others)
         return self._writer.draws.choice(wrong_but_near(self._case))
 
-    def _visit(self, disease: Disease) -> str:
+    def _visit(self, disease: Disease, observation: Observation) -> str:
         writer = self._writer
         department = writer.department(disease.department)
-        return writer.say("guided_visit", department, writer.test(disease.tests[0]))
+        return writer.say("guided_visit", department, writer.test(first_test(disease, observation)))
 
     def _drug(self, disease: Disease, observation: Observation) -> str:
         writer = self._writer
@@ -193,6 +218,6 @@ def wrong_but_near(case: Case) -> list[str]:
     return fitting[:3]
 
 
-def _two_advices(writer: Writer, disease: Disease) -> tuple[str, str]:
-    first, second = writer.draws.shuffled(disease.advice)[:2]
+def _two_advices(writer: Writer, disease: Disease, observation: Observation) -> tuple[str, str]:
+    first, second = writer.draws.shuffled(fitting_advice(disease, observation))[:2]
     return writer.advice(first), writer.advice(second)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from huatuo_jax.clinic.care import DRUGS, EMERGENCY
+from huatuo_jax.clinic.care import DRUGS, EMERGENCY, forbidden_test
 from huatuo_jax.clinic.diseases import DISEASES, Disease
 from huatuo_jax.clinic.reading import (
     Mention,
@@ -75,7 +75,8 @@ class Findings:
         hedged: it is not sure of what it claims.
         many_diagnoses: names more than `MOST_DISEASES`.
         items: what it orders.
-        contraindicated: drugs it recommends that this patient must not have after what was told.
+        contraindicated: drugs and tests it orders that this patient must not have after what was
+            told.
         should_ask: after what the patient told, questions come first.
         asks: asks the patient something.
         useful_questions: questions about what is not known and tells diseases apart, or about
@@ -166,7 +167,7 @@ class Findings:
             "wrong_test": "test" in wrong_kinds,
             "wrong_department": "department" in wrong_kinds,
             "wrong_drug": "drug" in wrong_kinds,
-            "contraindicated_drug": bool(self.contraindicated),
+            "contraindicated": bool(self.contraindicated),
             "red_flag_missed": self.red_flag_missed,
             "false_alarm": self.false_alarm,
             "not_asked": self.should_ask and self.useful_questions == 0,
@@ -213,7 +214,6 @@ def find(prompt: Prompt, answer: str, *, with_reference: bool = True) -> Finding
     urgent = calls_emergency(answer)
     useful, idle, asks = _questions(answer, belief)
     age = observation.age_for_drugs
-    drugs = [item.name for item in items if item.kind == "drug"]
     known = any(sentence.mentions for sentence in parts)
     text = normal(answer)
     return Findings(
@@ -223,7 +223,10 @@ def find(prompt: Prompt, answer: str, *, with_reference: bool = True) -> Finding
         many_diagnoses=len(named) > MOST_DISEASES,
         items=items,
         contraindicated=tuple(
-            name for name in drugs if DRUGS[name].forbidden(observation.conditions, age)
+            item.name
+            for item in items
+            if (item.kind == "drug" and DRUGS[item.name].forbidden(observation.conditions, age))
+            or (item.kind == "test" and forbidden_test(item.name, observation.conditions))
         ),
         should_ask=belief.should_ask,
         asks=asks,

@@ -51,7 +51,7 @@ _ENOUGH_FRIENDLY = 4
 _CEILINGS: Mapping[str, float] = {
     "wrong_diagnosis": 0.4,
     "many_diagnoses": 0.3,
-    "contraindicated_drug": 0.25,
+    "contraindicated": 0.25,
     "red_flag_missed": 0.25,
     "says_nothing": 0.05,
     "broken_characters": 0.2,

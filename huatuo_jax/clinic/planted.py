@@ -9,10 +9,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from huatuo_jax.clinic.care import ADVICE, DEPARTMENTS, DRUGS, EMERGENCY, TESTS
+from huatuo_jax.clinic.care import (
+    ADVICE,
+    DEPARTMENTS,
+    DRUGS,
+    EMERGENCY,
+    TESTS,
+    forbidden_test,
+)
 from huatuo_jax.clinic.dialogues import SOURCE, prompts
 from huatuo_jax.clinic.diseases import DISEASES
-from huatuo_jax.clinic.doctors import allowed_drugs
+from huatuo_jax.clinic.doctors import allowed_drugs, first_test, fitting_advice
 from huatuo_jax.clinic.draws import Draws
 from huatuo_jax.clinic.findings import truth_of
 from huatuo_jax.clinic.reading import heard
@@ -44,7 +51,7 @@ FAULTS = (
     "wrong_test",
     "wrong_department",
     "wrong_drug",
-    "contraindicated_drug",
+    "contraindicated",
     "red_flag_missed",
     "false_alarm",
     "not_asked",
@@ -80,9 +87,9 @@ class _Answer:
         self.belief: Belief = posterior(self.observation)
         self.disease = truth_of(prompt)
         self.named = [self.disease.name]
-        self.test = self.disease.tests[0]
+        self.test = first_test(self.disease, self.observation)
         self.department = self.disease.department
-        self.advice = writer.draws.shuffled(self.disease.advice)[:2]
+        self.advice = writer.draws.shuffled(fitting_advice(self.disease, self.observation))[:2]
         drugs = allowed_drugs(self.disease, self.observation)
         self.drug = writer.draws.choice(drugs) if drugs else None
         self.urgent = self.belief.emergency
@@ -227,10 +234,9 @@ def _differs_in_truth(prompt: Prompt, draws: Draws, held_out: bool) -> _Pair:
     true_text = written.text()
     truth = written.disease
     wrong = DISEASES[draws.choice(near_misses(truth.name)[:3])]
-    for word in sorted(truth.words, key=len, reverse=True):
-        if word in true_text:
-            return true_text, true_text.replace(word, wrong.name)
-    return None
+    # The diagnosis comes before a test that has the same word in its name.
+    word = next(word for word in sorted(truth.words, key=len, reverse=True) if word in true_text)
+    return true_text, true_text.replace(word, wrong.name, 1)
 
 
 def _differs_in_manner(prompt: Prompt, draws: Draws, held_out: bool) -> _Pair:
@@ -313,7 +319,12 @@ def _many_diagnoses(written: _Answer) -> set[str] | None:
 
 
 def _wrong_test(written: _Answer) -> set[str] | None:
-    wrong = [name for name in TESTS if name not in written.disease.tests]
+    conditions = written.observation.conditions
+    wrong = [
+        name
+        for name in TESTS
+        if name not in written.disease.tests and not forbidden_test(name, conditions)
+    ]
     written.test = written.writer.draws.choice(wrong)
     return set() if written.concludes else None
 
@@ -337,7 +348,7 @@ def _wrong_drug(written: _Answer) -> set[str] | None:
     return set() if written.concludes else None
 
 
-def _contraindicated_drug(written: _Answer) -> set[str] | None:
+def _contraindicated(written: _Answer) -> set[str] | None:
     allowed = allowed_drugs(written.disease, written.observation)
     banned = [name for name in written.disease.drugs if name not in allowed]
     if not banned or not written.concludes:
@@ -408,7 +419,7 @@ _ON_PARTS: dict[str, Callable[[_Answer], set[str] | None]] = {
     "wrong_test": _wrong_test,
     "wrong_department": _wrong_department,
     "wrong_drug": _wrong_drug,
-    "contraindicated_drug": _contraindicated_drug,
+    "contraindicated": _contraindicated,
     "red_flag_missed": _red_flag_missed,
     "false_alarm": _false_alarm,
     "not_asked": _not_asked,

@@ -53,11 +53,13 @@ _BEFORE_DISEASE = (
 _AFTER_DISEASE = (
     (
         "denied",
-        "可能性不大|可能性很小|可能性小|可能性较小|可能性低|可能不大|不太可能|不大可能|不可能"
+        "可能性不大|可能性都不大|可能性也不大|可能性并不大|可能性很小|可能性都很小|可能性小|可能性都小"
+        "|可能性较小|可能性比较小|可能性低|可能性很低|可能不大|不太可能|不大可能|不可能"
         "|不像|可以排除|已排除|已经排除|排除了|可排除|除外|不支持|不符合|不考虑",
     ),
     ("hedged", "待排|不排除|不能排除|不除外|可能性大|可能性较大|可能性很大|可能大|可能"),
     ("past", "病史|史"),
+    ("other", "鉴别|区别|区分"),
 )
 _SECONDARY = re.compile(r"其次|也可能|也要考虑|也不排除|不排除|不能排除|也像|少数|另外考虑")
 _BEFORE_ORDER = (
@@ -74,8 +76,8 @@ _AFTER_ORDER = (
         "不能|禁用|慎用|不宜|不要|别|不可|不适合|不合适|不建议|不推荐|不用|不必|没必要|不需要|停",
     ),
 )
-_ASKS_AT_END = re.compile(
-    r"(?:吗|呢|没有|有没有[^,]*|是不是[^,]*|多久了?|多长时间了?|几天了?|几岁了?|多大(?:年纪|岁数)?了?"
+_ASKS = re.compile(
+    r"(?:^|,)(?:请问|那|那么|您|你|另外)*(?:有没有|是不是|有无|会不会)|(?:吗|呢|没有|多久了?|多长时间了?|几天了?|几岁了?|多大(?:年纪|岁数)?了?"
     r"|什么时候开始的?|哪里不舒服|怎么不舒服)$"
 )
 _POLITE = re.compile(
@@ -87,7 +89,7 @@ _ASKED = {
     "age": r"多大|几岁|年龄|年纪|岁数",
     "sex": r"男的|女的|性别|男还是女",
     "conditions": r"过敏|怀孕|别的病|其他病|其它病|病史|慢性病|什么药|胃出血|肾功能|肝功能",
-    "more": r"还有(?:什么|哪些|别的|其他)|哪里不舒服|怎么不舒服|什么症状|哪些症状|具体说",
+    "more": r"还有(?:什么|哪些|别的|其他)|别的症状|哪里不舒服|怎么不舒服|什么症状|哪些症状|具体说",
 }
 _DENIAL = re.compile(r"没有|没|不|无|未")
 _DURATION = re.compile(r"(\d+|半|[一二两三四五六七八九十]+)个?多?(小时|天|日|周|星期|礼拜|月|年)")
@@ -307,15 +309,17 @@ def _lexicon() -> tuple[re.Pattern[str], Mapping[str, tuple[str, str]]]:
 def _read_sentence(text: str) -> Sentence:
     mentions = find_terms(text)
     masked = _masked(text, mentions)
-    question = _is_question(text)
-    read_mentions = tuple(_read_mention(masked, mention, question) for mention in mentions)
-    return Sentence(text, read_mentions, question)
-
-
-def _is_question(text: str) -> bool:
     bare = text.rstrip("。!?;…~ \n")
-    asks = "?" in text[len(bare) :] or _ASKS_AT_END.search(bare) is not None
-    return asks and _POLITE.search(bare) is None
+    asks = "?" in text[len(bare) :] or _ASKS.search(bare) is not None
+    offer = _POLITE.search(bare)
+    # What stands before an offer ("做个胃镜，好吗？") is said, and not asked.
+    asked_from = 0 if asks else len(text)
+    if asks and offer:
+        asked_from = bare.rfind(",", 0, offer.start()) + 1
+    read_mentions = tuple(
+        _read_mention(masked, mention, mention.start >= asked_from) for mention in mentions
+    )
+    return Sentence(text, read_mentions, asks and not offer)
 
 
 def _read_mention(masked: str, mention: Mention, question: bool) -> Mention:

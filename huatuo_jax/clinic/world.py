@@ -8,6 +8,7 @@ an exact probability under each disease, and Bayes' rule gives the probability o
 no doctor can be right more often than the most probable one is.
 
 Not counted as evidence: that a patient says nothing of a pregnancy, an allergy or another disease.
+What a patient tells unasked after questions counts as if it had been told before them.
 """
 
 import functools
