@@ -246,10 +246,14 @@ def posterior(observation: Observation) -> Belief:
     Where what was told fits no disease, a symptom that a disease does not list gets probability
     .01 under it.
     """
+    # In the order of the table, because a set has none, and products round by their order.
+    told = tuple(
+        (name, name in observation.present) for name in SYMPTOMS if name in observation.known
+    )
     weights: dict[str, float] = {}
     for surprise in (0.0, _SURPRISE):
         weights = {
-            name: disease.weight * _likelihood(disease, observation, surprise)
+            name: disease.weight * _likelihood(disease, observation, told, surprise)
             for name, disease in DISEASES.items()
         }
         if any(weights.values()):
@@ -338,15 +342,17 @@ def _draw_conditions(draws: Draws, disease: Disease, age: int, sex: str) -> tupl
     return ()
 
 
-def _likelihood(disease: Disease, observation: Observation, surprise: float) -> float:
+def _likelihood(
+    disease: Disease,
+    observation: Observation,
+    told: tuple[tuple[str, bool], ...],
+    surprise: float,
+) -> float:
     """The probability of what was told under a disease, up to a factor that is the same for all."""
     shares = disease.symptoms
     value = 1.0
-    for name in SYMPTOMS:
-        if name in observation.present:
-            value *= shares.get(name, surprise)
-        elif name in observation.denied:
-            value *= 1.0 - shares.get(name, 0.0)
+    for name, there in told:
+        value *= shares.get(name, surprise) if there else 1.0 - shares.get(name, 0.0)
     if value == 0.0:
         return 0.0
     value *= _demography(disease, observation)

@@ -21,7 +21,7 @@ from huatuo_jax.clinic.world import (
     told_in_order,
 )
 
-CASES = [draw_case(Draws("test", number), str(number)) for number in range(3_000)]
+CASES = [draw_case(Draws("test", number), str(number)) for number in range(2_000)]
 
 
 def told(case, count, *, person):
