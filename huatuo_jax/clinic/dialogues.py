@@ -20,7 +20,7 @@ PAPER_COUNTS: dict[Kind, int] = {
     "distilled_conversation": 68_888,
     "real_conversation": 25_986,
 }
-VAGUE_SHARE = 0.25  # Of instructions, which name one symptom only.
+VAGUE_SHARE = 0.25  # Of real instructions, which name one symptom only.
 PERSON_SHARE = 0.7  # Of the other instructions, which tell age and sex.
 ENDS_POLITELY = 0.6  # Of real conversations.
 PROMPTS_OF_CONVERSATIONS = 0.4
@@ -108,23 +108,21 @@ def _different(
         yield case, messages
 
 
-def _instruction(writer: Writer, case: Case) -> tuple[Patient, str]:
+def _question(writer: Writer, case: Case, *, vague_share: float) -> list[Message]:
     patient = Patient.written_by(writer, case)
-    if writer.draws.chance(VAGUE_SHARE):
-        return patient, patient.open(tells_conditions=True)
+    if writer.draws.chance(vague_share):
+        return [Message("user", patient.open(tells_conditions=True))]
     person = writer.draws.chance(PERSON_SHARE)
-    return patient, patient.open_fully(2 + writer.draws.below(2), person=person)
+    return [Message("user", patient.open_fully(2 + writer.draws.below(2), person=person))]
 
 
 def _real_instruction(writer: Writer, case: Case) -> list[Message]:
-    _, question = _instruction(writer, case)
-    messages = [Message("user", question)]
+    messages = _question(writer, case, vague_share=VAGUE_SHARE)
     return [*messages, Message("assistant", RealDoctor(writer, case).answer(heard(messages)))]
 
 
 def _distilled_instruction(writer: Writer, case: Case) -> list[Message]:
-    _, question = _instruction(writer, case)
-    messages = [Message("user", question)]
+    messages = _question(writer, case, vague_share=0.0)
     return [*messages, Message("assistant", DistilledDoctor(writer, case).answer(heard(messages)))]
 
 

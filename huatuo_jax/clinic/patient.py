@@ -38,7 +38,7 @@ class Patient:
     def _start(self, case: Case, writer: Writer) -> None:
         self.case, self.done = case, False
         self._writer = writer
-        self._who = "孩子" if case.child else "我"
+        self._who = "孩子" if case.child else ""
         self._untold = list(told_in_order(writer.draws, case))
         self._conditions = list(case.conditions)
 

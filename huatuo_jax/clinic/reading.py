@@ -244,7 +244,8 @@ def _hear(before: Observation, text: str, questions: Asked) -> Observation:
     age, sex, lasts = _AGE.search(rest), _SEX.search(rest), _DURATION.search(rest)
     if age and found.age is None:
         found = replace(found, age=int(age.group(1)))
-    if found.child is None and re.search("我|孩子", plain):
+    if "孩子" in plain or found.child is None:
+        # Who speaks for a child says so at once.
         found = replace(found, child="孩子" in plain)
     if sex and found.sex is None:
         found = replace(found, sex=sex.group())

@@ -16,10 +16,14 @@ from huatuo_jax.clinic.draws import Draws, number
 from huatuo_jax.clinic.reading import find_terms, normal, sentences
 from huatuo_jax.clinic.symptoms import SYMPTOMS
 
+# How often the usual word for a thing is taken, and not a synonym.
+USUAL = 0.8
+
 # What is said -> the ways to say it, each one sentence. Places are filled in order.
 TEMPLATES: dict[str, tuple[str, ...]] = {
-    # The patient. Places: who (我, 孩子), symptoms, age, sex, since.
-    "vague": (
+    # The patient. Places: who (孩子 or nothing), symptoms, age, sex, since. Symptoms stand between
+    # marks: so a tokenizer trained on the texts finds the same pieces in all of them.
+    "vague": (  # who, symptom
         "医生，{}{}，怎么办？",
         "您好，{}{}，要紧吗？",
         "{}{}，是怎么回事？",
@@ -29,20 +33,20 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
     ),
     "since": (  # who, first symptom, other symptoms, since
         "医生，{}{}、{}，{}了，怎么办？",
-        "{}{}，还有{}，{}了，是什么病？",
-        "你好，{}{}，{}，已经{}了，怎么治？",
-        "您好，{}{}，也有{}，{}了，要紧吗？",
-        "{}{}，同时{}，大概{}了，怎么回事？",
+        "{}{}、{}，{}了，是什么病？",
+        "你好，{}{}、{}，已经{}了，怎么治？",
+        "您好，{}{}、{}，{}了，要紧吗？",
+        "想问一下，{}{}、{}，大概{}了，怎么回事？",
     ),
     "full": (  # who, age, sex, first symptom, other symptoms, since
         "{}{}岁，{}，{}、{}，{}了，怎么办？",
-        "医生，{}今年{}岁，{}，{}，还有{}，{}了，是什么病？",
-        "您好，{}{}岁，{}，{}，{}，有{}了，怎么治？",
-        "{}，{}岁，{}，主要是{}，也有{}，{}了，要紧吗？",
-        "你好，{}{}岁，{}，{}，同时{}，大概{}了，怎么回事？",
+        "医生，{}{}岁，{}，{}、{}，{}了，是什么病？",
+        "您好，{}{}岁，{}，{}、{}，有{}了，怎么治？",
+        "你好，{}{}岁，{}，{}、{}，大概{}了，要紧吗？",
+        "想问一下，{}{}岁，{}，{}、{}，{}了，怎么回事？",
     ),
     "condition": (  # who, condition
-        "另外{}{}。",
+        "另外，{}{}。",
         "对了，{}{}。",
         "说一下，{}{}。",
         "补充一点，{}{}。",
@@ -58,11 +62,11 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
         "没有{}的情况。",
     ),
     "more": (  # who, symptoms, since
-        "{}还有{}，{}了，怎么办？",
-        "还有就是{}{}，{}了，严重吗？",
-        "{}另外也有{}，差不多{}了，要查什么？",
+        "{}还有，{}，{}了，怎么办？",
+        "{}另外，{}，{}了，严重吗？",
+        "{}也有，{}，差不多{}了，要查什么？",
         "补充一下，{}{}，{}了，该怎么治？",
-        "{}同时{}，有{}了，吃什么药？",
+        "还有就是，{}{}，有{}了，吃什么药？",
     ),
     "one_more": ("还有{}。", "另外，{}。", "再有就是{}。", "也{}。", "还{}。"),
     "duration": ("{}了。", "有{}了。", "大概{}。", "差不多{}。"),
@@ -239,13 +243,21 @@ class Writer:
             return templates[kept].format(*fillers)
         return self.draws.choice(templates[:kept] + templates[kept + 1 :]).format(*fillers)
 
+    def _word(self, words: Sequence[str]) -> str:
+        """Mostly the first, which stands in the table; the others are synonyms."""
+        return (
+            words[0]
+            if len(words) == 1 or self.draws.chance(USUAL)
+            else self.draws.choice(words[1:])
+        )
+
     def disease(self, name: str) -> str:
         """One of a disease's names."""
-        return self.draws.choice(DISEASES[name].words)
+        return self._word(DISEASES[name].words)
 
     def symptom(self, name: str) -> str:
         """One of a symptom's wordings."""
-        return self.draws.choice(SYMPTOMS[name].words)
+        return self._word(SYMPTOMS[name].words)
 
     def symptoms(self, names: Sequence[str]) -> str:
         """Several symptoms in one list."""
@@ -253,23 +265,23 @@ class Writer:
 
     def test(self, name: str) -> str:
         """One of a test's names."""
-        return self.draws.choice(care.TESTS[name])
+        return self._word(care.TESTS[name])
 
     def department(self, name: str) -> str:
         """One of a department's names."""
-        return self.draws.choice(care.DEPARTMENTS[name])
+        return self._word(care.DEPARTMENTS[name])
 
     def advice(self, name: str) -> str:
         """One of the ways to give a piece of advice."""
-        return self.draws.choice(care.ADVICE[name])
+        return self._word(care.ADVICE[name])
 
     def drug(self, name: str) -> str:
         """One of a drug's names."""
-        return self.draws.choice(care.DRUGS[name].words)
+        return self._word(care.DRUGS[name].words)
 
     def condition(self, name: str) -> str:
         """One of the ways to tell of a condition."""
-        return self.draws.choice(care.CONDITIONS[name])
+        return self._word(care.CONDITIONS[name])
 
 
 def counted_sentences(texts: Iterable[str]) -> set[str]:
