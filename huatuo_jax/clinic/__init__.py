@@ -1,0 +1,1 @@
+"""A small world of consultations with a known truth: diseases, dialogues, a judge, a patient."""

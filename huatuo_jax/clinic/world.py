@@ -1,0 +1,439 @@
+"""Cases of this world, and what can be known of them: the posterior over diseases.
+
+A case is drawn from the table: a disease by its weight, then age, sex, duration and each symptom by
+its probability, independent of each other given the disease. It is drawn again while it has fewer
+than `LEAST_SYMPTOMS`, or none to come with. A patient first names one of the symptoms that a
+patient may come with, each as likely, then any of the others, each as likely. So what was said has
+an exact probability under each disease, and Bayes' rule gives the probability of each disease:
+no doctor can be right more often than the most probable one is.
+
+Not counted as evidence: that a patient says nothing of a pregnancy, an allergy or another disease.
+What a patient tells unasked after questions counts as if it had been told before them.
+"""
+
+import functools
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from huatuo_jax.clinic.care import CONDITIONS
+from huatuo_jax.clinic.diseases import AGE_BANDS, DISEASES, DURATIONS, Disease
+from huatuo_jax.clinic.draws import Draws
+from huatuo_jax.clinic.symptoms import SYMPTOMS
+
+LEAST_SYMPTOMS = 3
+# Below this probability of the best diagnosis a doctor should ask before he names one.
+AMBIGUOUS_BELOW = 0.6
+# A disease of at least this probability is worth naming.
+PLAUSIBLE_FROM = 0.1
+# From this probability of such diseases on a patient is sent to emergency care.
+EMERGENCY_FROM = 0.5
+# A question that gains less (see `Belief.gains`) is not worth asking.
+LEAST_GAIN = 0.02
+
+SEXES = ("男", "女")
+CHILD_BELOW = 13
+PREGNANCY_AGES = (18, 45)
+CONDITION_SHARE = 0.2
+PREGNANT_SHARE = 0.12
+
+_SPANS = {"hours": (1, 12), "days": (1, 6), "weeks": (1, 3), "months": (1, 11)}
+_UNITS = {"hours": "小时", "days": "天", "weeks": "周", "months": "个月"}
+# Of a symptom that the table does not list, used only where what was said fits no disease at all.
+_SURPRISE = 0.01
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A patient and the truth about him.
+
+    Attributes:
+        id: of the case.
+        disease: a name of the table.
+        age: in years.
+        sex: one of `SEXES`.
+        since: how long, as the patient says it ("3天").
+        lasts: the one of `DURATIONS` that this is.
+        symptoms: names, in the order of the table of symptoms.
+        conditions: keys of `CONDITIONS`.
+    """
+
+    id: str
+    disease: str
+    age: int
+    sex: str
+    since: str
+    lasts: str
+    symptoms: tuple[str, ...]
+    conditions: tuple[str, ...] = ()
+
+    @property
+    def child(self) -> bool:
+        """Whether a parent speaks for the patient."""
+        return self.age < CHILD_BELOW
+
+    @property
+    def truth(self) -> Disease:
+        """The row of the table."""
+        return DISEASES[self.disease]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, as they stand in a record's `case`."""
+        return {
+            "id": self.id,
+            "disease": self.disease,
+            "age": self.age,
+            "sex": self.sex,
+            "since": self.since,
+            "lasts": self.lasts,
+            "symptoms": list(self.symptoms),
+            "conditions": list(self.conditions),
+        }
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> "Case":
+        """The case that `to_json` wrote.
+
+        Raises:
+            ValueError: a field is missing or unknown, or names what this world does not have.
+        """
+        names = ("id", "disease", "age", "sex", "since", "lasts", "symptoms", "conditions")
+        if sorted(row) != sorted(names):
+            raise ValueError(f"a case has the fields {', '.join(names)}; this one {sorted(row)}")
+        unknown = [
+            name
+            for names_found, known in (
+                ([row["disease"]], DISEASES),
+                ([row["sex"]], SEXES),
+                ([row["lasts"]], DURATIONS),
+                (row["symptoms"], SYMPTOMS),
+                (row["conditions"], CONDITIONS),
+            )
+            for name in names_found
+            if name not in known
+        ]
+        if unknown:
+            raise ValueError(f"case {row['id']!r}: the clinic has no {unknown[0]!r}")
+        fields = {**row, "symptoms": tuple(row["symptoms"]), "conditions": tuple(row["conditions"])}
+        return cls(**fields)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observation:
+    """What a patient has told.
+
+    Attributes:
+        opening: the symptom named first.
+        volunteered: symptoms told unasked after it.
+        confirmed: symptoms the patient was asked about, and has.
+        denied: symptoms the patient has not.
+        age: in years; None where it was not told.
+        child: whether a parent speaks, and the patient is below `CHILD_BELOW`; None: not known.
+        sex: one of `SEXES`, or None.
+        lasts: one of `DURATIONS`, or None.
+        conditions: those told.
+    """
+
+    opening: str | None = None
+    volunteered: frozenset[str] = frozenset()
+    confirmed: frozenset[str] = frozenset()
+    denied: frozenset[str] = frozenset()
+    age: int | None = None
+    child: bool | None = None
+    sex: str | None = None
+    lasts: str | None = None
+    conditions: frozenset[str] = frozenset()
+
+    @property
+    def present(self) -> frozenset[str]:
+        """All symptoms told."""
+        opening = frozenset() if self.opening is None else frozenset((self.opening,))
+        return opening | self.volunteered | self.confirmed
+
+    @property
+    def age_for_drugs(self) -> int | None:
+        """The age, or the most that a child may have whose age was not told."""
+        return CHILD_BELOW - 1 if self.age is None and self.child else self.age
+
+    @property
+    def known(self) -> frozenset[str]:
+        """All symptoms told, or denied."""
+        return self.present | self.denied
+
+
+class Belief:
+    """The probability of each disease, given what a patient has told."""
+
+    def __init__(self, probabilities: Mapping[str, float], observation: Observation) -> None:
+        """Hold them.
+
+        Args:
+            probabilities: of each disease that has any; they add up to 1.
+            observation: what they follow from.
+        """
+        self.probabilities = probabilities
+        self.observation = observation
+
+    @property
+    def best(self) -> str:
+        """The most probable disease; of equals the first in the table."""
+        return max(self.probabilities, key=self.probabilities.__getitem__)
+
+    @property
+    def ambiguous(self) -> bool:
+        """Whether a doctor should ask before he names a disease."""
+        return self.probabilities[self.best] < AMBIGUOUS_BELOW
+
+    @functools.cached_property
+    def should_ask(self) -> bool:
+        """Whether questions come first: it is ambiguous, no emergency, and there is one to ask."""
+        if not self.ambiguous or self.emergency:
+            return False
+        return max(self.gains().values(), default=0.0) >= LEAST_GAIN
+
+    @property
+    def plausible(self) -> tuple[str, ...]:
+        """The diseases worth naming, the most probable first."""
+        found = [name for name, value in self.probabilities.items() if value >= PLAUSIBLE_FROM]
+        return tuple(sorted(found, key=lambda name: -self.probabilities[name]))
+
+    @property
+    def emergency(self) -> bool:
+        """Whether the patient needs emergency care: a red flag, or probably such a disease."""
+        flagged = any(SYMPTOMS[name].red_flag for name in self.observation.present)
+        weight = math.fsum(
+            value for name, value in self.probabilities.items() if DISEASES[name].emergency
+        )
+        return flagged or weight >= EMERGENCY_FROM
+
+    def gains(self) -> dict[str, float]:
+        """Symptoms not yet known -> by how much asking for one raises the expected sum of squares.
+
+        The sum of squared probabilities is 1 where one disease is certain. Symptoms that every
+        disease has alike gain nothing. The most gainful come first, then in the table's order.
+        """
+        now = math.fsum(value * value for value in self.probabilities.values())
+        candidates = {
+            symptom
+            for name, value in self.probabilities.items()
+            if value >= 0.02
+            for symptom in DISEASES[name].symptoms
+        }
+        gains = {}
+        for symptom in SYMPTOMS:
+            if symptom in candidates and symptom not in self.observation.known:
+                gains[symptom] = round(self._expected(symptom) - now, 9)
+        return dict(sorted(gains.items(), key=lambda item: -item[1]))
+
+    def _expected(self, symptom: str) -> float:
+        total = 0.0
+        for answer in (True, False):
+            weights = []
+            for name, value in self.probabilities.items():
+                share = DISEASES[name].symptoms.get(symptom, 0.0)
+                weights.append(value * (share if answer else 1.0 - share))
+            sum_of_weights = math.fsum(weights)
+            if sum_of_weights > 0:
+                total += math.fsum(weight * weight for weight in weights) / sum_of_weights
+        return total
+
+
+@functools.lru_cache(maxsize=50_000)
+def posterior(observation: Observation) -> Belief:
+    """The probability of each disease by Bayes' rule, see this module's top.
+
+    Where what was told fits no disease, a symptom that a disease does not list gets probability
+    .01 under it.
+    """
+    # In the order of the table, because a set has none, and products round by their order.
+    told = tuple(
+        (name, name in observation.present) for name in SYMPTOMS if name in observation.known
+    )
+    weights: dict[str, float] = {}
+    for surprise in (0.0, _SURPRISE):
+        weights = {
+            name: disease.weight * _likelihood(disease, observation, told, surprise)
+            for name, disease in DISEASES.items()
+        }
+        if any(weights.values()):
+            break
+    total = math.fsum(weights.values())
+    if total == 0.0:  # A contradiction, such as a pregnant man: it says nothing.
+        weights, total = dict.fromkeys(DISEASES, 1.0), float(len(DISEASES))
+    found = {name: weight / total for name, weight in weights.items() if weight > 0}
+    return Belief(found, observation)
+
+
+def near_misses(name: str) -> tuple[str, ...]:
+    """The other diseases that share symptoms with one, those that share most first.
+
+    Shared is the sum over symptoms of the smaller of the two probabilities.
+    """
+    mine = DISEASES[name].symptoms
+    shared = {
+        other: round(math.fsum(min(p, row.symptoms.get(s, 0.0)) for s, p in mine.items()), 9)
+        for other, row in DISEASES.items()
+        if other != name
+    }
+    return tuple(
+        other for other, value in sorted(shared.items(), key=lambda item: -item[1]) if value > 0
+    )
+
+
+def best_accuracy(observations: Iterable[Observation]) -> float:
+    """The share of right diagnoses that no doctor can beat in the long run, knowing only these."""
+    beliefs = [posterior(observation) for observation in observations]
+    best = math.fsum(belief.probabilities[belief.best] for belief in beliefs)
+    return best / len(beliefs)
+
+
+def draw_case(draws: Draws, case_id: str) -> Case:
+    """A patient of this world.
+
+    Args:
+        draws: where chance comes from.
+        case_id: the name of the case.
+    """
+    disease = DISEASES[draws.weighted({name: disease.weight for name, disease in DISEASES.items()})]
+    band = draws.weighted(dict(zip(AGE_BANDS, disease.ages, strict=True)))
+    low, high = AGE_BANDS[band]
+    age = low + draws.below(high - low + 1)
+    sex = SEXES[0] if draws.chance(disease.male) else SEXES[1]
+    lasts = draws.weighted(dict(zip(DURATIONS, disease.lasts, strict=True)))
+    least, most = _SPANS[lasts]
+    since = f"{least + draws.below(most - least + 1)}{_UNITS[lasts]}"
+    while True:
+        symptoms = tuple(
+            name
+            for name in SYMPTOMS
+            if name in disease.symptoms and draws.chance(disease.symptoms[name])
+        )
+        if len(symptoms) >= LEAST_SYMPTOMS and any(SYMPTOMS[name].opens for name in symptoms):
+            break
+    return Case(
+        id=case_id,
+        disease=disease.name,
+        age=age,
+        sex=sex,
+        since=since,
+        lasts=lasts,
+        symptoms=symptoms,
+        conditions=_draw_conditions(draws, disease, age, sex),
+    )
+
+
+def told_in_order(draws: Draws, case: Case) -> tuple[str, ...]:
+    """The case's symptoms in the order in which this patient names them unasked."""
+    openers = [name for name in case.symptoms if SYMPTOMS[name].opens]
+    first = draws.choice(openers)
+    return (first, *draws.shuffled([name for name in case.symptoms if name != first]))
+
+
+def _draw_conditions(draws: Draws, disease: Disease, age: int, sex: str) -> tuple[str, ...]:
+    low, high = PREGNANCY_AGES
+    can_be_pregnant = sex == SEXES[1] and low <= age <= high and not disease.no_pregnancy
+    if can_be_pregnant and draws.chance(PREGNANT_SHARE):
+        return ("怀孕",)
+    if draws.chance(CONDITION_SHARE):
+        others = [name for name in CONDITIONS if name != "怀孕"]
+        # Bleeding and bad organs are rare in the young.
+        return (draws.choice(others),) if age >= low else ("青霉素过敏",)
+    return ()
+
+
+def _likelihood(
+    disease: Disease,
+    observation: Observation,
+    told: tuple[tuple[str, bool], ...],
+    surprise: float,
+) -> float:
+    """The probability of what was told under a disease, up to a factor that is the same for all."""
+    shares = disease.symptoms
+    value = 1.0
+    for name, there in told:
+        value *= shares.get(name, surprise) if there else 1.0 - shares.get(name, 0.0)
+    if value == 0.0:
+        return 0.0
+    value *= _demography(disease, observation)
+    if observation.lasts is not None:
+        place = DURATIONS.index(observation.lasts)
+        value *= max(disease.lasts[place] / math.fsum(disease.lasts), surprise)
+    if value == 0.0:
+        return 0.0
+    return value * _selection(disease, observation) / _drawn(disease.name)
+
+
+def _demography(disease: Disease, observation: Observation) -> float:
+    pregnant = "怀孕" in observation.conditions
+    if pregnant and disease.no_pregnancy:
+        return 0.0
+    sex = SEXES[1] if pregnant else observation.sex
+    value = 1.0 if sex is None else disease.male if sex == SEXES[0] else 1.0 - disease.male
+    total = math.fsum(disease.ages)
+    if observation.age is not None:
+        value *= disease.ages[list(AGE_BANDS).index(_band(observation.age))] / total
+    elif pregnant:
+        low, high = PREGNANCY_AGES
+        value *= math.fsum(
+            weight / total * max(0, min(top, high) - max(bottom, low) + 1) / (top - bottom + 1)
+            for weight, (bottom, top) in zip(disease.ages, AGE_BANDS.values(), strict=True)
+        )
+    elif observation.child is not None:
+        children = disease.ages[list(AGE_BANDS).index("child")] / total
+        value *= children if observation.child else 1.0 - children
+    return value
+
+
+def _band(age: int) -> str:
+    """The band of an age; one between two bands counts to the lower."""
+    found = "child"
+    for name, (low, _) in AGE_BANDS.items():
+        if age >= low:
+            found = name
+    return found
+
+
+def _selection(disease: Disease, observation: Observation) -> float:
+    """The probability that the patient named just these first, over the symptoms not yet known."""
+    if observation.opening is None:
+        return 1.0
+    present, extra = observation.present, len(observation.volunteered)
+    openers = sum(SYMPTOMS[name].opens for name in present)
+    rest = tuple(
+        (SYMPTOMS[name].opens, share)
+        for name, share in disease.symptoms.items()
+        if name not in observation.known
+    )
+    return math.fsum(
+        chance / max(1, openers + more_openers) / math.comb(count - 1, extra)
+        for (more_openers, more), chance in _counts(rest).items()
+        if (count := len(present) + more_openers + more) >= LEAST_SYMPTOMS
+    )
+
+
+@functools.cache
+def _drawn(disease_name: str) -> float:
+    """The probability that the symptoms of a disease make a case."""
+    shares = tuple(
+        (SYMPTOMS[name].opens, share) for name, share in DISEASES[disease_name].symptoms.items()
+    )
+    return math.fsum(
+        chance
+        for (openers, others), chance in _counts(shares).items()
+        if openers >= 1 and openers + others >= LEAST_SYMPTOMS
+    )
+
+
+@functools.lru_cache(maxsize=20_000)
+def _counts(shares: tuple[tuple[bool, float], ...]) -> dict[tuple[int, int], float]:
+    """The distribution of how many symptoms there are: (those to come with, others) -> chance."""
+    found = {(0, 0): 1.0}
+    for opens, share in shares:
+        grown: dict[tuple[int, int], float] = {}
+        for (openers, others), chance in found.items():
+            here = (openers + 1, others) if opens else (openers, others + 1)
+            grown[here] = grown.get(here, 0.0) + chance * share
+            grown[(openers, others)] = grown.get((openers, others), 0.0) + chance * (1.0 - share)
+        found = grown
+    return found

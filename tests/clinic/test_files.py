@@ -1,0 +1,102 @@
+"""The same seed gives the same bytes, with the standard library alone, on any Python."""
+
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+import huatuo_jax
+from huatuo_jax.clinic.files import ClinicSizes, write_clinic
+from huatuo_jax.data.readers import read_dialogues
+from huatuo_jax.data.records import KINDS
+
+SIZES = {
+    "dialogues": 120,
+    "held_out_dialogues": 40,
+    "prompts": 40,
+    "held_out_prompts": 20,
+    "cases": 20,
+    "exams": 24,
+}
+# Of all files of seed 0 in these sizes. It changes with the tables and the grammar, and then
+# training data does, too.
+DIGEST = "ffee192fc223b1976fc16e1547cb9a6bcc0270a751a33be24bf2f632988bbffa"
+PROGRAM = f"""
+import hashlib, pathlib, sys
+from huatuo_jax.clinic import consultations, judge, planted
+from huatuo_jax.clinic.files import ClinicSizes, write_clinic
+paths = write_clinic(sys.argv[1], seed=0, sizes=ClinicSizes(**{SIZES!r}))
+digest = hashlib.sha256()
+for name in sorted(paths):
+    digest.update(name.encode() + paths[name].read_bytes())
+print(digest.hexdigest())
+"""
+ROOT = pathlib.Path(huatuo_jax.__file__).resolve().parents[1]
+
+
+def digest_of(python, folder, *flags):
+    done = subprocess.run(
+        [python, *flags, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{PROGRAM}", folder],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONHASHSEED": "7"},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_the_bytes_are_known_and_need_the_standard_library_only(tmp_path):
+    assert digest_of(sys.executable, tmp_path, "-I", "-S") == DIGEST
+
+
+@pytest.mark.parametrize("python", ["python3.12", "python3.13", "python3.14"])
+def test_other_versions_of_python_give_the_same_bytes(python, tmp_path):
+    there = shutil.which(python)
+    if there is None or subprocess.run([there, "-c", ""], capture_output=True).returncode:
+        pytest.skip(f"{python} is not there")
+    assert digest_of(there, tmp_path) == DIGEST
+
+
+def test_another_seed_gives_another_clinic(tmp_path):
+    sizes = ClinicSizes(**SIZES)
+    one, two = (write_clinic(tmp_path / str(seed), seed=seed, sizes=sizes) for seed in (0, 1))
+    assert all(one[name].read_bytes() != two[name].read_bytes() for name in one)
+
+
+def test_every_file_has_the_rows_asked_for_and_is_read_by_the_projects_readers(tmp_path):
+    paths = write_clinic(tmp_path, sizes=ClinicSizes(**SIZES))
+    counts = {
+        name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in paths.items()
+    }
+    assert sum(counts[f"{kind}.jsonl"] for kind in KINDS) == SIZES["dialogues"]
+    assert sum(counts[f"held_out_{kind}.jsonl"] for kind in KINDS) == SIZES["held_out_dialogues"]
+    assert counts["prompts.jsonl"] == 40 and counts["held_out_prompts.jsonl"] == 20
+    assert counts["cases.jsonl"] == 20 and counts["exams.jsonl"] == 24
+    ids = [
+        json.loads(line)["id"]
+        for path in paths.values()
+        for line in path.read_text(encoding="utf-8").splitlines()
+    ]
+    assert len(set(ids)) == len(ids)
+    for kind in KINDS:
+        rows = list(read_dialogues(paths[f"{kind}.jsonl"], kind=kind, source="clinic"))
+        assert len(rows) == counts[f"{kind}.jsonl"]
+        assert all(row.extra["diagnosis"] for row in rows)
+
+
+def test_the_hash_is_that_of_what_was_written(tmp_path):
+    paths = write_clinic(tmp_path, seed=0, sizes=ClinicSizes(**SIZES))
+    digest = hashlib.sha256()
+    for name in sorted(paths):
+        digest.update(name.encode() + paths[name].read_bytes())
+    assert digest.hexdigest() == DIGEST
+
+
+def test_less_than_none_is_refused():
+    with pytest.raises(ValueError, match="prompts is -1; it should be 0 or more"):
+        ClinicSizes(prompts=-1)
