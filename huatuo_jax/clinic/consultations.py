@@ -93,15 +93,15 @@ def outcome_of(case: Case, messages: tuple[Message, ...], *, ended: bool) -> Out
         ended: whether the patient said goodbye.
     """
     found: list[Findings] = []
-    for place, (role, text) in enumerate(messages):
-        if role == "assistant":
+    for place, message in enumerate(messages):
+        if message.role == "assistant":
             prompt = Prompt(
                 id=case.id,
                 messages=messages[:place],
                 source="consultation",
                 diagnosis=case.disease,
             )
-            found.append(find(prompt, text))
+            found.append(find(prompt, message.content))
     named = [finding.diagnosis for finding in found if finding.diagnosis != "absent"]
     belief = posterior(heard(messages))
     return Outcome(

@@ -99,7 +99,7 @@ def _different(
             draws = Draws(*key, number, attempt)
             case = draw_case(draws, "-".join(map(str, (*key, number))))
             messages = write(Writer(draws, held_out=held_out), case)
-            shown = "\n".join(text for _, text in messages[:-1])
+            shown = "\n".join(message.content for message in messages[:-1])
             if messages and shown not in seen:
                 break
         else:

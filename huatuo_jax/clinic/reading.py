@@ -15,6 +15,7 @@ from huatuo_jax.clinic.care import ADVICE, CONDITIONS, DEPARTMENTS, DRUGS, TESTS
 from huatuo_jax.clinic.diseases import DISEASES
 from huatuo_jax.clinic.symptoms import SYMPTOMS
 from huatuo_jax.clinic.world import Observation
+from huatuo_jax.data.records import Message
 
 TERMS: dict[str, dict[str, tuple[str, ...]]] = {
     "disease": {name: row.words for name, row in DISEASES.items()},
@@ -204,13 +205,13 @@ def asked(text: str) -> Asked:
     return Asked(tuple(dict.fromkeys(symptoms)), frozenset(topics), bool(questions))
 
 
-def heard(messages: Iterable[tuple[str, str]]) -> Observation:
+def heard(messages: Iterable[Message | tuple[str, str]]) -> Observation:
     """What a patient has told in a dialogue.
 
     Args:
         messages: role and text of each; texts of the patient have the role "user".
     """
-    return _heard(tuple(messages))
+    return _heard(tuple((message[0], message[1]) for message in messages))
 
 
 @functools.lru_cache(maxsize=20_000)
