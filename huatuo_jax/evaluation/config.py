@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 from huatuo_jax.data.accounting import check_share
+from huatuo_jax.feedback.label_command import OfflineName
 from huatuo_jax.rl.rewards import AnswerScoreConfig
 from huatuo_jax.sharding import MeshConfig
 from huatuo_jax.training.run_directory import operational
@@ -27,6 +28,7 @@ class EvaluationConfig:
         temperature: answers are drawn at, above 0; None for that of PPO's rollouts, at which reward
             and KL are those that PPO trained for.
         seed: of the answers and of the bootstrap.
+        judge: the offline judge of the answers; None for that of the run's labels, else the rubric.
         score: what a score counts, above all that of an answer that was cut off; None for the rule
             of the run's PPO, and for `AnswerScoreConfig()` where there is none.
         rows_at_once: rows of a batch, where answers are scored.
@@ -46,6 +48,7 @@ class EvaluationConfig:
     max_new_tokens: int = 512
     temperature: float | None = None
     seed: int = 0
+    judge: OfflineName | None = None
     score: AnswerScoreConfig | None = None
     rows_at_once: int = operational(8)
     chunk_size: int = operational(256)

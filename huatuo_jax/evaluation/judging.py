@@ -1,4 +1,4 @@
-"""Two models' answers to the same prompts before the offline judge, in both orders."""
+"""Two models' answers to the same prompts before an offline judge, in both orders."""
 
 import asyncio
 from collections.abc import Mapping, Sequence
@@ -8,6 +8,7 @@ from huatuo_jax.evaluation.statistics import Interval, mean_over_prompts
 from huatuo_jax.feedback.judgements import CRITERIA
 from huatuo_jax.feedback.judges import Judge
 from huatuo_jax.feedback.questions import Answered
+from huatuo_jax.feedback.truth_judge import TRUTHS, TruthJudge
 
 
 class Verdict(NamedTuple):
@@ -69,6 +70,18 @@ def score_answers(
         return found
 
     return asyncio.run(run())
+
+
+def truth_values(
+    answered: Sequence[Answered], judge: TruthJudge
+) -> dict[str, dict[str, list[float | None]]]:
+    """What is true of each answer, as `truth_{name}` by `TRUTHS`, then by prompt."""
+    found: dict[str, dict[str, list[float | None]]] = {f"truth_{name}": {} for name in TRUTHS}
+    for one in answered:
+        truths = [judge.truths(one.prompt, text) for text in one.answers]
+        for name in TRUTHS:
+            found[f"truth_{name}"][one.prompt.id] = [values[name] for values in truths]
+    return found
 
 
 def win_rates(verdicts: Mapping[str, Sequence[Verdict]], *, seed: int) -> dict[str, Any]:

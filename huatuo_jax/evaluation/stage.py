@@ -19,10 +19,12 @@ from huatuo_jax.evaluation.answers import (
     answer_prompts,
 )
 from huatuo_jax.evaluation.config import EvaluationConfig
-from huatuo_jax.evaluation.judging import judge_pairs, score_answers, win_rates
+from huatuo_jax.evaluation.judging import judge_pairs, score_answers, truth_values, win_rates
 from huatuo_jax.evaluation.likelihood import held_out_loss, sequence_kl
 from huatuo_jax.evaluation.statistics import Interval, Values
+from huatuo_jax.feedback.label_command import open_offline
 from huatuo_jax.feedback.offline_judge import OfflineJudge
+from huatuo_jax.feedback.truth_judge import TruthJudge
 from huatuo_jax.training.dialogue_data import DialogueData
 
 MODELS = ("base", "sft", "ppo")
@@ -90,7 +92,8 @@ def run_evaluation(
         temperature=cfg.temperature,
     )
     everyone = answers if referenced is None else answers | {REFERENCE: referenced}
-    return compare(everyone, seed=cfg.seed) | {
+    judge = open_offline(cfg.judge or "rubric")
+    return compare(everyone, judge=judge, seed=cfg.seed) | {
         "held_out_loss": losses,
         "kl": _kl(ratios, num_tokens, seed=cfg.seed),
         "sampling": {
@@ -103,20 +106,28 @@ def run_evaluation(
     }
 
 
-def compare(answers: Mapping[str, ScoredAnswers], *, seed: int) -> dict[str, Any]:
+def compare(
+    answers: Mapping[str, ScoredAnswers], *, judge: OfflineJudge | TruthJudge, seed: int
+) -> dict[str, Any]:
     """The figures that follow from answers and scores alone.
 
     Args:
         answers: of `MODELS`, and of `REFERENCE` where there is one, to the same prompts.
+        judge: of the answers; the clinic's also tells what is true of them (`truth_...`).
         seed: of the bootstrap.
+
+    Raises:
+        ValueError: prompts that the judge cannot judge.
     """
-    judge = OfflineJudge()
     verdicts = {name: score_answers(found.answered, judge) for name, found in answers.items()}
     figures: dict[str, dict[str, Values]] = {
         name: {"reward": found.rewards, "characters": found.characters}
         | {f"judge_{criterion}": values for criterion, values in verdicts[name].items()}
         for name, found in answers.items()
     }
+    if isinstance(judge, TruthJudge):
+        for name, found in answers.items():
+            figures[name] |= truth_values(found.answered, judge)
     for name in MODELS:
         figures[name]["stopped"] = answers[name].field("finish_reason", "stop")
     return {

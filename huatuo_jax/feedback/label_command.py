@@ -6,8 +6,9 @@ import json
 import os
 import pathlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from huatuo_jax.atomic import write_file
 from huatuo_jax.feedback.budget import BudgetConfig
@@ -24,9 +25,13 @@ from huatuo_jax.feedback.openai_judge import OpenAIJudge, OpenAIJudgeConfig
 from huatuo_jax.feedback.questions import Answered, Question, read_answered
 from huatuo_jax.feedback.server_calls import key_from_environment
 from huatuo_jax.feedback.spending import Totals
+from huatuo_jax.feedback.truth_judge import TruthJudge
 from huatuo_jax.progress import progress_bar
 
-OFFLINE = "offline"
+OfflineName = Literal["rubric", "clinic"]
+OFFLINE: Mapping[str, OfflineName] = {"offline": "rubric", "clinic": "clinic"}
+"""Names of judges that need no server, as the command takes them."""
+
 Say = Callable[[str], object]
 
 
@@ -38,7 +43,8 @@ class LabelRun:
         answers: the answers file.
         encoding: of its text; None tells it by evidence, see `huatuo_jax.data.encodings`.
         output: the labels file, to make or to go on with.
-        openai: the judge behind a server; None for the offline one.
+        openai: the judge behind a server; None for an offline one.
+        offline: which one: the `rubric`, or the `clinic`'s own truth, for its prompts only.
         label: what to ask about each prompt.
         dry_run: count calls and cost, and send nothing.
         comparisons: the comparisons file to make; None for none.
@@ -49,6 +55,7 @@ class LabelRun:
     output: str
     encoding: str | None = None
     openai: OpenAIJudgeConfig | None = None
+    offline: OfflineName = "rubric"
     label: LabelConfig = LabelConfig()
     dry_run: bool = False
     comparisons: str | None = None
@@ -139,7 +146,7 @@ def open_judge(cfg: LabelRun) -> Judge:
             of money for a model without a price.
     """
     if cfg.openai is None:
-        return OfflineJudge()
+        return open_offline(cfg.offline)
     if cfg.dry_run:  # It sends nothing, and needs no key.
         key = "none"
     else:
@@ -148,9 +155,14 @@ def open_judge(cfg: LabelRun) -> Judge:
         except JudgeUnusable as error:
             raise JudgeUnusable(
                 f"{error}; judge={cfg.openai.model!r} is asked for at {cfg.openai.server.base_url},"
-                f" only judge={OFFLINE!r} needs no server"
+                f" only judge={' and '.join(OFFLINE)} need no server"
             ) from error
     return OpenAIJudge(cfg.openai, key=key, spending=spending_path(cfg.output))
+
+
+def open_offline(name: OfflineName) -> OfflineJudge | TruthJudge:
+    """A judge that needs no server, by its name."""
+    return OfflineJudge() if name == "rubric" else TruthJudge()
 
 
 def spending_path(output: str | os.PathLike[str]) -> str:
@@ -173,7 +185,7 @@ def _told_before(
         if judge.price is not None:
             yield str(judge.price)
         yield from _budget_lacks(cfg.openai.server.budget, plan.estimate, judge.totals)
-    else:
+    elif isinstance(judge, OfflineJudge):
         num_bare = sum(not (one.prompt.reference or one.prompt.diagnosis) for one in answered)
         if num_bare:
             yield (

@@ -16,6 +16,7 @@ from huatuo_jax.feedback.server_calls import OPENAI_URL, ServerConfig
 # With it `launch/label.py --help` shows these as the command's own flags.
 flags.disclaim_key_flags()
 
+_NAMES = ", ".join(f"`{name}`" for name in OFFLINE)
 Group = tuple[flags.FlagHolder[Any], ...]
 
 
@@ -38,9 +39,9 @@ class LabelFlags:
         run = _values(self._run)
         judge = run.pop("judge")
         if not judge:
-            raise ValueError(f"judge is empty; it should be {OFFLINE!r} or a model of the server")
-        if judge == OFFLINE:
-            _refuse((*self._server, *self._openai), "the offline judge; give --judge=MODEL too, or")
+            raise ValueError(f"judge is empty; it should be {_NAMES} or a model of the server")
+        if judge in OFFLINE:
+            _refuse((*self._server, *self._openai), "an offline judge; give --judge=MODEL too, or")
         if run["comparisons"] is None:
             _refuse(
                 [flag for flag in self._comparison if flag.name != "criterion"],
@@ -52,7 +53,8 @@ class LabelFlags:
             **run,
             label=LabelConfig(**_values(self._label)),
             comparison=ComparisonConfig(**comparison, mix=mix),
-            openai=None if judge == OFFLINE else self._openai_config(judge),
+            openai=None if judge in OFFLINE else self._openai_config(judge),
+            offline=OFFLINE[judge] if judge in OFFLINE else "rubric",
         )
 
     def _openai_config(self, model: str) -> OpenAIJudgeConfig:
@@ -90,7 +92,7 @@ def _run_flags() -> Group:
         flags.DEFINE_string("answers", None, "Answers file."),
         flags.DEFINE_string("encoding", None, "Of the answers' text; default: told by evidence."),
         flags.DEFINE_string("output", None, "Labels file to make, or to go on with."),
-        flags.DEFINE_string("judge", OFFLINE, f"`{OFFLINE}`, or a model behind `--base_url`."),
+        flags.DEFINE_string("judge", "offline", f"{_NAMES}, or a model behind `--base_url`."),
         flags.DEFINE_bool("dry_run", False, "Count calls and cost, and send nothing."),
         flags.DEFINE_string("comparisons", None, "Comparisons file to make of the labels."),
     )

@@ -91,7 +91,11 @@ def evaluation(run: Run) -> str:
         return ""
     there = [name for name in MODELS if name in found["models"]]
     measures = (
-        ("reward", "score (normalised)", 3),
+        ("reward", "reward (normalised score, cut-off answers as PPO counts them)", 3),
+        ("truth_diagnosis_right", "names the right disease, where it can be known", 3),
+        ("truth_asks_when_needed", "asks back, where it cannot", 3),
+        ("truth_contraindicated", "orders what this patient must not have", 3),
+        ("truth_red_flag_missed", "misses an emergency", 3),
         ("judge_overall", "judge, overall (1 to 5)", 3),
         ("judge_accurate", "judge, accurate", 3),
         ("characters", "characters", 1),
@@ -108,6 +112,7 @@ def evaluation(run: Run) -> str:
             ),
         ]
         for field, label, digits in measures
+        if any(field in found["models"][name] for name in there)
     ]
     rows += [
         [f"distinct-{n}", *(number(found["models"][name][f"distinct_{n}"]) for name in there)]

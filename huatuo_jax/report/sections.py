@@ -26,6 +26,14 @@ OFFLINE_NOTE = (
     "medicine.</p>"
 )
 
+TRUTH_NOTE = (
+    '<p class="note"><strong>What the clinic\'s judge is.</strong> It '
+    "(<code>clinic-truth-v1</code>) reads an answer by the grammar of a small invented world and "
+    "holds it against that world's table of diseases: the right disease, the tests, departments, "
+    "advice and drugs that belong to it, questions where they are needed, dangers missed. "
+    "<strong>What it is not:</strong> it knows no other patients and no other medicine.</p>"
+)
+
 _PLACES_SHOWN = 3
 
 # What a stage's result says in this table, and in which words.
@@ -187,6 +195,8 @@ def judge(run: Run) -> str:
     names = {part["judge"] for part in run.labels["judges"]}
     if any(name.startswith("offline") for name in names):
         parts.insert(0, OFFLINE_NOTE)
+    if any(name.startswith("clinic") for name in names):
+        parts.insert(0, TRUTH_NOTE)
     return section("judge", "The judge", *parts)
 
 

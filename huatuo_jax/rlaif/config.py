@@ -9,6 +9,7 @@ from huatuo_jax.data.sources import source_names
 from huatuo_jax.evaluation.config import EvaluationConfig
 from huatuo_jax.feedback.budget import BudgetConfig
 from huatuo_jax.feedback.comparison_config import ComparisonConfig
+from huatuo_jax.feedback.label_command import OfflineName
 from huatuo_jax.feedback.labelling import LabelConfig
 from huatuo_jax.feedback.openai_judge import OpenAIJudgeConfig
 from huatuo_jax.feedback.rate_limits import RateLimits
@@ -82,8 +83,9 @@ class LabelsConfig:
 
     Attributes:
         answers: the answers file.
-        base_url: an OpenAI-compatible server's address, with its `/v1`; None for the offline judge,
-            which is a fixed rubric and no substitute for a judge that reads.
+        base_url: an OpenAI-compatible server's address, with its `/v1`; None for an offline judge.
+        offline: which one: the `rubric`, which is fixed and no substitute for a judge that reads,
+            or the `clinic`, which knows the truth of that world's prompts, and no others.
         model: the judge's name on the server; None where the server has only one.
         max_cost: money that all runs may spend, in the currency of the price table.
         max_requests: calls that all runs may make.
@@ -99,6 +101,7 @@ class LabelsConfig:
 
     answers: str = operational("{workdir}/answers.jsonl")
     base_url: str | None = operational(None)
+    offline: OfflineName = "rubric"
     model: str | None = None
     max_cost: float | None = operational(None)
     max_requests: int | None = operational(None)
@@ -247,7 +250,7 @@ class RlaifConfig:
         """The config with the run's folder in its paths and one's own data in its sources.
 
         The evaluation has what it takes from other stages: the base model, PPO's temperature and
-        rule of scores. All stages have fine-tuning's system text.
+        rule of scores, and the labels' offline judge. All stages have fine-tuning's system text.
         """
         cfg = placed_in(self, workdir)._with_system_text()
         base = cfg.evaluation.base or cfg.base_as_it_is or f"{workdir}/base/model"
@@ -255,8 +258,9 @@ class RlaifConfig:
         temperature = cfg.evaluation.temperature
         if temperature is None:
             temperature = cfg.ppo.rollout.temperature
+        judge = cfg.evaluation.judge or cfg.labels.offline
         evaluation = dataclasses.replace(
-            cfg.evaluation, base=base, score=rule, temperature=temperature
+            cfg.evaluation, base=base, score=rule, temperature=temperature, judge=judge
         )
         if cfg.data is None:
             return dataclasses.replace(cfg, evaluation=evaluation)

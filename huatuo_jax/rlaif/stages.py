@@ -140,6 +140,7 @@ def _labels(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:
                 answers=section.answers,
                 output=str(output),
                 openai=reach_judge(section),
+                offline=section.offline,
                 label=section.label,
                 comparisons=str(comparisons),
                 comparison=section.comparison,

@@ -14,6 +14,7 @@ from huatuo_jax.data.records import Message, Prompt
 from huatuo_jax.evaluation.answers import ScoredAnswers
 from huatuo_jax.evaluation.likelihood import sequence_kl
 from huatuo_jax.evaluation.stage import compare
+from huatuo_jax.feedback.offline_judge import OfflineJudge
 from huatuo_jax.feedback.questions import Answered
 from huatuo_jax.scoring import GivenAnswer
 from huatuo_jax.sharding import make_mesh
@@ -59,7 +60,7 @@ def scored(seed, shift, reasons=("stop", "length")):
 
 def test_figures_are_means_over_prompts_and_differences_of_them():
     answers = {"base": scored(0, -1.0), "sft": scored(1, 0.0), "ppo": scored(2, 2.0)}
-    found = compare(answers, seed=0)
+    found = compare(answers, judge=OfflineJudge(), seed=0)
     means = {
         name: np.mean([np.mean(values) for values in one.rewards.values()])
         for name, one in answers.items()
@@ -77,7 +78,7 @@ def test_figures_are_means_over_prompts_and_differences_of_them():
 
 def test_gain_by_length_and_gain_at_equal_length_add_up_to_the_gain():
     answers = {"base": scored(0, 0.0), "sft": scored(1, 0.0), "ppo": scored(2, 1.0)}
-    found = compare(answers, seed=0)
+    found = compare(answers, judge=OfflineJudge(), seed=0)
     parts = found["length"]
     assert parts["gain_by_length"]["value"] + parts["gain_at_equal_length"]["value"] == (
         pytest.approx(found["differences"]["ppo_over_sft"]["reward"]["value"])
@@ -94,7 +95,7 @@ def test_a_reward_that_is_length_alone_leaves_nothing_at_equal_length():
         )
         for name, one in answers.items()
     }
-    parts = compare(by_length, seed=0)["length"]
+    parts = compare(by_length, judge=OfflineJudge(), seed=0)["length"]
     assert parts["reward_per_character"] == pytest.approx(0.1)
     assert parts["gain_at_equal_length"]["value"] == pytest.approx(0.0, abs=1e-12)
 

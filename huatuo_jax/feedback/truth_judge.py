@@ -1,0 +1,84 @@
+"""The judge of the clinic, as the labels ask it: the world's own truth, no model and no network.
+
+It judges prompts of `huatuo_jax.clinic` only, whose diagnosis is a name of that world's table. What
+it finds in an answer, and how that becomes scores and verdicts, is in `huatuo_jax.clinic.judge`.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from huatuo_jax.clinic.findings import truth_of
+from huatuo_jax.clinic.judge import NAME, ClinicJudge
+from huatuo_jax.data.records import Prompt
+from huatuo_jax.feedback.judgements import Protocol, sha256
+from huatuo_jax.feedback.judges import NOTHING, Estimate, Reply
+
+TRUTHS = (
+    "diagnosis_right",
+    "asks_when_needed",
+    "contraindicated",
+    "red_flag_missed",
+)
+"""What `truths` tells of an answer."""
+
+
+class TruthJudge:
+    """Scores and compares answers by the clinic's table; equal questions get equal verdicts."""
+
+    def __init__(self, judge: ClinicJudge | None = None) -> None:
+        """Takes a judge with planted biases; None for the exact one."""
+        self._judge = judge or ClinicJudge()
+
+    @property
+    def name(self) -> str:
+        """`clinic-truth-v1`."""
+        return NAME
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """The judge's fields, and a hash of the world it judges by."""
+        return self._judge.settings()
+
+    def template_hash(self, protocol: Protocol) -> str:
+        """Hash of the settings, which stand for a prompt template."""
+        return sha256(f"{protocol} {sorted(self.settings.items())}")
+
+    def estimate(self, prompt: Prompt, texts: Sequence[str]) -> Estimate:
+        """Nothing: no request, no token, no money.
+
+        Raises:
+            ValueError: the prompt is none of the clinic's.
+        """
+        truth_of(prompt)
+        return NOTHING
+
+    async def score(self, prompt: Prompt, answer: str) -> Reply:
+        """The answer's scores, 1 to 5, not rounded."""
+        scores = self._judge.scores(prompt, answer)
+        return Reply(scores=scores, reason=self._judge.reason(prompt, answer), cost=0.0)
+
+    async def compare(self, prompt: Prompt, first: str, second: str) -> Reply:
+        """The probability that the first is better."""
+        reasons = [self._judge.reason(prompt, text) for text in (first, second)]
+        return Reply(
+            p_first=self._judge.p_first(prompt, first, second),
+            reason=f"first: {reasons[0]}; second: {reasons[1]}",
+            cost=0.0,
+        )
+
+    async def close(self) -> None:
+        """There is nothing to let go of."""
+
+    def truths(self, prompt: Prompt, answer: str) -> dict[str, float | None]:
+        """What is true of an answer, by `TRUTHS`: 1 or 0, None where the question does not arise.
+
+        `diagnosis_right` is of answers to prompts that tell enough for a diagnosis,
+        `asks_when_needed` of the others, `red_flag_missed` of those that need emergency care.
+        """
+        found = self._judge.findings(prompt, answer)
+        return {
+            "diagnosis_right": None if found.should_ask else float(found.diagnosis == "right"),
+            "asks_when_needed": float(found.asks_when_needed) if found.should_ask else None,
+            "contraindicated": float(bool(found.contraindicated)),
+            "red_flag_missed": float(found.red_flag_missed) if found.emergency else None,
+        }
