@@ -14,6 +14,7 @@ from huatuo_jax.clinic.care import (
     forbidden_test,
 )
 from huatuo_jax.clinic.diseases import AGE_BANDS, DISEASES, Disease
+from huatuo_jax.clinic.symptoms import SYMPTOMS
 from huatuo_jax.clinic.world import (
     CHILD_BELOW,
     LEAST_GAIN,
@@ -53,6 +54,16 @@ def fitting_advice(disease: Disease, observation: Observation) -> list[str]:
     age = observation.age_for_drugs
     child = age is not None and age < CHILD_BELOW
     return [name for name in disease.advice if not (child and name in ADULT_ADVICE)]
+
+
+def echo(writer: Writer, observation: Observation) -> str:
+    """What a doctor takes up of what the patient told: the first symptom, and up to two others."""
+    others = [
+        name for name in SYMPTOMS if name in observation.present and name != observation.opening
+    ]
+    # Those that say more about a complaint stand last in the table, and tell most.
+    first = [] if observation.opening is None else [observation.opening]
+    return writer.symptoms([*first, *others[-2:]])
 
 
 class RealDoctor:
@@ -100,13 +111,16 @@ class RealDoctor:
         writer, disease = self._writer, self._case.truth
         name, test = writer.disease(disease.name), writer.test(first_test(disease, observation))
         if posterior(observation).emergency or disease.emergency:
-            urgent = writer.say("urgent", name)
+            urgent = writer.say("urgent", echo(writer, observation), name)
             if not disease.emergency:
                 return urgent + writer.say("visit", EMERGENCY, test)
             on_the_way = [name for name in disease.advice if name in ON_THE_WAY]
             advice = writer.advice(writer.draws.choice(on_the_way))
             return urgent + writer.say("urgent_test", test, advice)
-        opening = writer.say("conclude", name)
+        if writer.draws.chance(CURT):
+            opening = writer.say("conclude", name)
+        else:
+            opening = writer.say("conclude_from", echo(writer, observation), name)
         visit = writer.say("visit", writer.department(disease.department), test)
         drug = self._prescribe(disease, observation)
         if writer.draws.chance(CURT):
@@ -149,7 +163,8 @@ class DistilledDoctor:
         two = [*ranked[:2], *near_misses(ranked[0])][:2]
         disease = DISEASES[two[0]]
         parts = [
-            writer.say("greet") + writer.say("guess_two", *map(writer.disease, two)),
+            writer.say("greet")
+            + writer.say("guess_two", echo(writer, observation), *map(writer.disease, two)),
             "1. " + self._visit(disease, observation),
             "2. " + writer.say("guided_advice", *_two_advices(writer, disease, observation)),
         ]
@@ -161,7 +176,9 @@ class DistilledDoctor:
         """The whole answer."""
         writer = self._writer
         disease = DISEASES[self._named(observation)]
-        opening = writer.say("greet") + writer.say("guess", writer.disease(disease.name))
+        opening = writer.say("greet") + writer.say(
+            "guess_from", echo(writer, observation), writer.disease(disease.name)
+        )
         if writer.draws.chance(0.7):
             opening += writer.say("explain", disease.cause)
         items = [

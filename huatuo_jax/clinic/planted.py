@@ -19,7 +19,7 @@ from huatuo_jax.clinic.care import (
 )
 from huatuo_jax.clinic.dialogues import SOURCE, prompts
 from huatuo_jax.clinic.diseases import DISEASES
-from huatuo_jax.clinic.doctors import allowed_drugs, first_test, fitting_advice
+from huatuo_jax.clinic.doctors import allowed_drugs, echo, first_test, fitting_advice
 from huatuo_jax.clinic.draws import Draws
 from huatuo_jax.clinic.findings import truth_of
 from huatuo_jax.clinic.reading import heard
@@ -104,6 +104,17 @@ class _Answer:
     def _questions(self) -> str:
         return "".join(self.writer.say("ask", self.writer.symptom(name)) for name in self.asks)
 
+    def _claims(self, first: str, further: str) -> str:
+        """A sentence for each disease; the first takes up what the patient told."""
+        writer = self.writer
+        told = echo(writer, self.observation)
+        return "".join(
+            writer.say(further, writer.disease(name))
+            if place
+            else writer.say(first, told, writer.disease(name))
+            for place, name in enumerate(self.named)
+        )
+
     def _remark(self) -> str:
         """A sentence about another disease or drug that claims and orders nothing."""
         if not self.remarks:
@@ -128,8 +139,7 @@ class _Answer:
         writer = self.writer
         if not self.concludes:
             return self._questions()
-        parts = [writer.say("conclude", writer.disease(name)) for name in self.named]
-        parts.append(self._remark())
+        parts = [self._claims("conclude_from", "conclude"), self._remark()]
         parts.append(
             writer.say("visit", writer.department(self.department), writer.test(self.test))
         )
@@ -144,8 +154,7 @@ class _Answer:
         writer = self.writer
         if not self.concludes:
             return writer.say("greet") + self._questions() + writer.say("wish")
-        opening = writer.say("greet")
-        opening += "".join(writer.say("guess", writer.disease(name)) for name in self.named)
+        opening = writer.say("greet") + self._claims("guess_from", "guess")
         visit = writer.say(
             "guided_visit", writer.department(self.department), writer.test(self.test)
         )
