@@ -17,13 +17,13 @@ from huatuo_jax.data.formats import (
     is_question,
     question_prompt,
 )
-from huatuo_jax.data.json_values import shown
 from huatuo_jax.data.records import (
     Comparison,
     Messages,
     Ranking,
     is_empty,
     same_answer,
+    shown,
     unmarked,
 )
 from huatuo_jax.data.turns import (

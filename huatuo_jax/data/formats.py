@@ -9,8 +9,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from huatuo_jax.data.json_values import shown
-from huatuo_jax.data.records import KINDS, Dialogue, Kind, Prompt, Record, content_id, is_empty
+from huatuo_jax.data.records import (
+    KINDS,
+    Dialogue,
+    Kind,
+    Prompt,
+    Record,
+    content_id,
+    is_empty,
+    shown,
+)
 from huatuo_jax.data.turns import (
     ANSWER_KEYS,
     DIALOGUE_KEYS,

@@ -23,6 +23,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from huatuo_jax.data.records import shown
+
 MAX_DEPTH = 100
 HALF_CHARACTER = "half a character replaced by U+FFFD"
 NOT_A_NUMBER = "NaN read as null"
@@ -31,8 +33,6 @@ DURATION = "duration written as seconds"
 DECIMAL = "Decimal written as a number, or as text where a float is not exact"
 BYTES = "bytes read as UTF-8 text"
 AS_TEXT = "identifier or path written as text"
-
-_SHOWN = 40  # characters of a column's name
 
 
 class NotJson(ValueError):
@@ -65,15 +65,6 @@ def json_value(value: object) -> Converted:
     except RecursionError:
         raise NotJson(f"nested deeper than {MAX_DEPTH} levels") from None
     return Converted(whole, tuple(notes))
-
-
-def shown(text: object, limit: int = _SHOWN) -> str:
-    """A text as a message may show it: shortened, its line breaks and controls escaped."""
-    whole = str(text)
-    cut = whole if len(whole) <= limit else f"{whole[: limit - 3]}..."
-    return "".join(
-        one if one.isprintable() else one.encode("unicode_escape").decode() for one in cut
-    )
 
 
 class _Walk:

@@ -12,8 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, get_args
 
-from huatuo_jax.data.json_values import shown
-
 Role = Literal["system", "user", "assistant"]
 Kind = Literal[
     "distilled_instruction", "real_instruction", "distilled_conversation", "real_conversation"
@@ -44,6 +42,15 @@ Messages = tuple[Message, ...]
 def unmarked(messages: Sequence[Message]) -> Messages:
     """The messages without their marks, where they are a prompt, or compared or scored."""
     return tuple(message._replace(trained=True) for message in messages)
+
+
+def shown(text: object, limit: int = 40) -> str:
+    """A text as a message may show it: shortened, its line breaks and controls escaped."""
+    whole = str(text)
+    cut = whole if len(whole) <= limit else f"{whole[: limit - 3]}..."
+    return "".join(
+        one if one.isprintable() else one.encode("unicode_escape").decode() for one in cut
+    )
 
 
 def content_id(source: str, content: object) -> str:

@@ -9,8 +9,8 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from huatuo_jax.data.json_values import NotJson, json_value, shown
-from huatuo_jax.data.records import Message, Messages, Role, is_empty, unmarked
+from huatuo_jax.data.json_values import NotJson, json_value
+from huatuo_jax.data.records import Message, Messages, Role, is_empty, shown, unmarked
 
 JsonRow = Mapping[str, Any]
 
