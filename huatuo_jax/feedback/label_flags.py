@@ -41,7 +41,7 @@ class LabelFlags:
         if not judge:
             raise ValueError(f"judge is empty; it should be {_NAMES} or a model of the server")
         if judge in OFFLINE:
-            _refuse((*self._server, *self._openai), "an offline judge; give --judge=MODEL too, or")
+            _refuse((*self._server, *self._openai), f"judge={judge}; give --judge=MODEL, or")
         if run["comparisons"] is None:
             _refuse(
                 [flag for flag in self._comparison if flag.name != "criterion"],
@@ -80,7 +80,7 @@ def _refuse(group: Iterable[flags.FlagHolder[Any]], what: str) -> None:
     """Raise ValueError for a flag that was given and would do nothing."""
     for flag in group:
         if flags.FLAGS[flag.name].present:
-            raise ValueError(f"--{flag.name} says nothing to {what} leave it out")
+            raise ValueError(f"--{flag.name} is ignored by {what} leave it out")
 
 
 def _values(group: Group) -> dict[str, Any]:

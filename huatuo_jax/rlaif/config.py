@@ -119,7 +119,9 @@ class LabelsConfig:
         if self.base_url is None:
             for name in ("model", "max_cost", "max_requests"):
                 if getattr(self, name) is not None:
-                    raise ValueError(f"{name} says nothing to the offline judge; give base_url too")
+                    raise ValueError(
+                        f"{name} is ignored by the offline judge; set base_url to use a model"
+                    )
         else:
             self.openai(self.model or "the server's")
         if self.label.protocol == "both":

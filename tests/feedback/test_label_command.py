@@ -356,7 +356,7 @@ def test_a_file_to_mix_in_that_is_not_there_is_found_before_anything_is_asked(an
 
 def test_help_shows_the_flags_and_one_that_would_do_nothing_is_refused(answers, tmp_path):
     assert "--max_cost" in command("--help").stdout
-    for flag, why in (("max_cost=1", "to the offline judge"), ("ties=half", "to labels alone")):
+    for flag, why in (("max_cost=1", "by judge=offline"), ("ties=half", "by labels alone")):
         done = command(f"--{flag}", answers=answers[0], output=tmp_path / "l.jsonl")
         assert done.returncode == 1 and why in done.stderr and done.stderr.count("error:") == 1
 

@@ -111,7 +111,7 @@ def test_data_of_ones_own_replaces_the_sources(recipe, tmp_path):
 
 
 def test_what_the_offline_judge_would_ignore_is_refused():
-    with pytest.raises(ValueError, match="max_cost says nothing to the offline judge"):
+    with pytest.raises(ValueError, match="max_cost is ignored by the offline judge"):
         LabelsConfig(max_cost=3.0)
     with pytest.raises(ValueError, match="base_url should be like"):
         LabelsConfig(base_url="localhost:8000")
