@@ -243,7 +243,12 @@ def distinct_numbers(sums: Mapping[str, Any], *, n: int, prefix: str) -> dict[st
 
 
 def preference_sums(
-    chosen_B: jax.Array, rejected_B: jax.Array, p_chosen_B: jax.Array, mask_B: jax.Array
+    chosen_B: jax.Array,
+    rejected_B: jax.Array,
+    p_chosen_B: jax.Array,
+    mask_B: jax.Array,
+    *,
+    rounding_B: jax.Array | float = 0.0,
 ) -> Sums:
     """What DPO's implicit rewards say of the pairs.
 
@@ -252,12 +257,15 @@ def preference_sums(
         rejected_B: of the rejected one.
         p_chosen_B: the labels.
         mask_B: bool, rows that hold a pair.
+        rounding_B: rewards that differ by no more are a tie, as they are before the first step.
 
     Returns:
         `pairs`, and sums over them of `chosen_reward`, `rejected_reward`, and `agreed`: 1 where
         the rewards order the pair as its label does, 0.5 where either sees a tie.
     """
-    order_B = jnp.sign(chosen_B - rejected_B) * jnp.sign(p_chosen_B - 0.5)
+    margin_B = chosen_B - rejected_B
+    margin_B = jnp.where(jnp.abs(margin_B) <= rounding_B, 0, margin_B)
+    order_B = jnp.sign(margin_B) * jnp.sign(p_chosen_B - 0.5)
     return {
         "pairs": mask_B.sum(),
         "chosen_reward": chosen_B.sum(),

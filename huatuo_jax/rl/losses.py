@@ -17,6 +17,9 @@ from huatuo_jax.rl.kl import KlLoss, kl_losses, log_ratios
 from huatuo_jax.rl.masks import Answers, count_terms, masked, per_token, wide
 from huatuo_jax.training.update import LossSums
 
+# Units in the last place.
+_ROUNDING = 8
+
 
 def policy_loss(
     log_probs_BT: jax.Array,
@@ -268,6 +271,15 @@ def dpo_loss(
         loss=-masked(likelihood_B, mask_B).sum(),
         num_terms=mask_B.sum(),
         others=preference_sums(
-            *jax.lax.stop_gradient((beta * chosen_B, beta * rejected_B)), p_chosen_B, mask_B
+            *jax.lax.stop_gradient((beta * chosen_B, beta * rejected_B)),
+            p_chosen_B,
+            mask_B,
+            rounding_B=beta * _rounding(chosen_log_probs_B, rejected_log_probs_B, mask_B),
         ),
     )
+
+
+def _rounding(chosen_B: jax.Array, rejected_B: jax.Array, mask_B: jax.Array) -> jax.Array:
+    """By how much the log-probabilities of two programs may differ for the same weights, `[B]`."""
+    size_B = jnp.abs(masked(wide(chosen_B), mask_B)) + jnp.abs(masked(wide(rejected_B), mask_B))
+    return jax.lax.stop_gradient(_ROUNDING * jnp.finfo(size_B.dtype).eps * size_B)

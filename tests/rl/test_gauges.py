@@ -185,3 +185,12 @@ def test_gauges_of_preferences_are_means_over_pairs():
             "dpo/accuracy": 2.5 / 3,
         }
     )
+
+
+def test_rewards_that_differ_by_rounding_alone_are_a_tie():
+    chosen_B = jnp.array([1e-7, 2e-7, -1e-7, 0.5])
+    sums = gauges.preference_sums(
+        chosen_B, jnp.zeros(4), jnp.ones(4), jnp.ones(4, bool), rounding_B=jnp.full(4, 1.5e-7)
+    )
+    assert float(sums["agreed"]) == 0.5 + 1 + 0.5 + 1
+    assert float(sums["chosen_reward"]) == pytest.approx(float(chosen_B.sum()))
