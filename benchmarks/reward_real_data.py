@@ -10,7 +10,7 @@ the doctor's answers alone, whose slope is fitted on each fold's training pairs.
 Both consultations of a pair are whole: one that is longer than `--max_length` is left out with its
 pairs, and counted. (`results/reward_real_data.json` was made before that rule: it looked at the
 last 512 tokens of each consultation, some 450,000 tokens a pass, 6 minutes a fold on two cores.)
-A run that ended goes on with its folds.
+An interrupted run resumes with the next fold.
 
 The intervals are over cases. They leave out what another seed, or another division, would change.
 

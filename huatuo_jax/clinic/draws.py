@@ -69,11 +69,11 @@ class Draws:
 
 
 def fraction(text: str) -> float:
-    """A number from 0 to 1 (not included) that is told by a text."""
+    """Returns a number in [0, 1) computed from a hash of the text."""
     digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
     return (int.from_bytes(digest[:8], "big") >> (64 - _BITS)) / 2**_BITS
 
 
 def number(text: str) -> int:
-    """A large whole number that is told by a text."""
+    """Returns a large whole number computed from a hash of the text."""
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")

@@ -2,7 +2,7 @@
 
 Without bias its verdict is a logistic function of the difference of the two overall scores. Each
 bias is an amount of log-odds that is added, so that a measurement can be held against it. Equal
-questions get equal verdicts: chance is told by the texts.
+questions get equal verdicts: noise is seeded by the texts.
 
 It has the numbers only; what carries them through the labels is the feedback's concern.
 """

@@ -44,7 +44,7 @@ class Patient:
 
     @property
     def sex(self) -> str:
-        """How the patient's sex is told."""
+        """The word for the patient's sex."""
         return f"{self.case.sex}孩" if self.case.child else self.case.sex
 
     def open(self, *, tells_conditions: bool | None = None) -> str:
@@ -65,7 +65,7 @@ class Patient:
 
         Args:
             count: how many symptoms, 2 at least.
-            person: whether age and sex are told.
+            person: whether the patient states age and sex.
         """
         writer, case = self._writer, self.case
         first = writer.symptom(self._untold.pop(0))

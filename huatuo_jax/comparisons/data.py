@@ -6,6 +6,7 @@ field names one), so no prompt has pairs on both sides.
 """
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 from collections import Counter
@@ -387,22 +388,21 @@ class AnswersTokenizer:
         self, prompt: Messages, as_sampled: dict[AnswerToTokenize, bool]
     ) -> list[AnswerTokens | str]:
         """The answers behind this prompt; those that are longer than the limit have none."""
+        prompt_ids = functools.cache(lambda: self.template.prompt(prompt, self.tokenizer))
         found: list[AnswerTokens | str] = []
         for answer, use_ids in as_sampled.items():
             try:
-                tokens = self._tokens(prompt, answer, use_ids=use_ids)
+                tokens = (
+                    _behind_ids(prompt_ids(), answer) if use_ids else self._rendered(prompt, answer)
+                )
             except ValueError:
                 found.append(NOT_RENDERED)
                 continue
             found.append(tokens if len(tokens.token_ids) <= self.max_tokens else TOO_LONG)
         return found
 
-    def _tokens(self, prompt: Messages, answer: AnswerToTokenize, *, use_ids: bool) -> AnswerTokens:
+    def _rendered(self, prompt: Messages, answer: AnswerToTokenize) -> AnswerTokens:
         template, tokenizer = self.template, self.tokenizer
-        if use_ids:
-            assert answer.sampled.token_ids is not None
-            before = template.prompt(prompt, tokenizer)
-            return _all_after(len(before), [*before, *answer.sampled.token_ids], as_sampled=True)
         if not answer.sampled.ended:
             *earlier, last = answer.messages
             before = template.prompt((*prompt, *earlier), tokenizer)
@@ -549,6 +549,12 @@ def _both_answers(
 
 def _which_fit(tokens: Sequence[AnswerTokens | str]) -> list[bool]:
     return [isinstance(one, AnswerTokens) for one in tokens]
+
+
+def _behind_ids(prompt_ids: Sequence[int], answer: AnswerToTokenize) -> AnswerTokens:
+    """An answer as it was sampled, behind its prompt."""
+    assert answer.sampled.token_ids is not None
+    return _all_after(len(prompt_ids), [*prompt_ids, *answer.sampled.token_ids], as_sampled=True)
 
 
 def _all_after(start: int, token_ids: Sequence[int], *, as_sampled: bool) -> AnswerTokens:

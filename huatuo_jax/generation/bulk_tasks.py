@@ -9,8 +9,9 @@ from typing import Any
 import transformers
 
 from huatuo_jax.data.accounting import NOT_RENDERED, TOO_LONG, Account
+from huatuo_jax.data.answers import without_oldest
 from huatuo_jax.data.chat import ChatTemplate
-from huatuo_jax.data.records import Message, Prompt
+from huatuo_jax.data.records import Prompt
 from huatuo_jax.generation.requests import Answer, Request, SamplingConfig
 
 _DIGITS = 6  # Of log-probabilities in the file.
@@ -61,7 +62,7 @@ def make_task(
         PromptTooLong: the prompt leaves no room for an answer.
         ValueError: the template cannot render it.
     """
-    messages = list(prompt.messages)
+    messages = prompt.messages
     num_system = int(messages[0].role == "system")
     token_ids = template.prompt(messages, tokenizer)
     dropped = 0
@@ -70,7 +71,7 @@ def make_task(
         and len(token_ids) + max_new_tokens > max_length
         and len(messages) > num_system + 1
     ):
-        messages = _without_oldest(messages, num_system)
+        messages = without_oldest(messages, 2)
         dropped += 2
         token_ids = template.prompt(messages, tokenizer)
     if len(token_ids) + least_new_tokens > max_length:
@@ -190,7 +191,3 @@ def _answer_fields(task: Task, answer: Answer, text: str) -> dict[str, Any]:
         "log_probs": [round(value, _DIGITS) for value in answer.log_probs],
         "finish_reason": answer.finish_reason,
     }
-
-
-def _without_oldest(messages: Sequence[Message], num_system: int) -> list[Message]:
-    return [*messages[:num_system], *messages[num_system + 2 :]]
