@@ -221,14 +221,17 @@ class Comparisons:
     Attributes:
         train: to train on.
         held_out: to judge on.
-        dropped: how many comparisons were dropped, by reason.
         account: what became of all rows.
     """
 
     train: tuple[Group, ...]
     held_out: tuple[Group, ...]
-    dropped: Counter[str]
-    account: Account = dataclasses.field(default_factory=lambda: Account("comparisons"))
+    account: Account
+
+    @property
+    def dropped(self) -> Counter[str]:
+        """How many comparisons were dropped, by reason."""
+        return self.account.set_aside + self.account.left_out
 
     @property
     def identity(self) -> dict[str, str]:
@@ -272,18 +275,18 @@ def open_comparisons(
     )
     train = _groups([one for one in kept if not one.held_out], tokens, account, TRAINED_ON)
     held_out = _groups([one for one in kept if one.held_out], tokens, account, HELD_OUT)
-    dropped = account.set_aside + account.left_out
+    comparisons = Comparisons(train, held_out, account)
     if not train:
         raise ValueError(
             f"data.sources: no comparison is left to train on ({len(told)} read, "
-            f"{sum(one.held_out for one in told)} held out, dropped: {dict(+dropped)})"
+            f"{sum(one.held_out for one in told)} held out, dropped: {dict(comparisons.dropped)})"
         )
     account.check(
         cfg.max_left_out_share,
         name="data.max_left_out_share",
         limit=f"data.max_length={cfg.max_length}",
     )
-    return Comparisons(train, held_out, +dropped, account)
+    return comparisons
 
 
 AnswerKey = tuple[Messages, SampledPrompt | None, AnswerToTokenize]

@@ -139,6 +139,15 @@ def sampled_for(
         return False
 
 
+def text_of(tokenizer: "PreTrainedTokenizerBase", token_ids: Sequence[int]) -> str:
+    """The text of an answer's ids, special tokens left out."""
+    text = tokenizer.decode(
+        list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+    assert isinstance(text, str)
+    return text
+
+
 def says(
     answer: AnswerToTokenize, template: ChatTemplate, tokenizer: "PreTrainedTokenizerBase"
 ) -> bool:
@@ -152,10 +161,7 @@ def says(
         return False
     # The token that ended it has no part in the text, even if the tokenizer calls it ordinary.
     for those in (ids[:-1], ids) if ended else (ids,):
-        text = tokenizer.decode(
-            list(those), skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        assert isinstance(text, str)
+        text = text_of(tokenizer, those)
         if template.content_of(text, tokenizer, ended=ended) == answer.messages[0].content:
             return True
     return False

@@ -2,9 +2,10 @@
 
 import transformers
 
+from huatuo_jax.data.answers import text_of
 from huatuo_jax.generation.requests import Answer, FinishReason, Usage
 from huatuo_jax.generation.slots import Running
-from huatuo_jax.generation.texts import find_stop, text_of
+from huatuo_jax.generation.texts import find_stop
 
 
 def finished(

@@ -12,13 +12,13 @@ from jax.sharding import Mesh
 
 from huatuo_jax import multi_host
 from huatuo_jax.backbone.transformer import Transformer
+from huatuo_jax.data.answers import text_of
 from huatuo_jax.data.chat import ChatTemplate
 from huatuo_jax.data.examples import Example
 from huatuo_jax.data.records import Message
 from huatuo_jax.generation.engine import Engine
 from huatuo_jax.generation.requests import Answer, Request, SamplingConfig
 from huatuo_jax.generation.slots import slots_for
-from huatuo_jax.generation.texts import text_of
 from huatuo_jax.json_lines import AppendedFile, read_rows
 
 _PROBE = (Message("user", "?"), Message("assistant", "!"))

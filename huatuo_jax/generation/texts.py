@@ -5,21 +5,14 @@ from typing import NamedTuple
 
 import transformers
 
+from huatuo_jax.data.answers import text_of
+
 
 class Cut(NamedTuple):
     """An answer that a stop string ends: its ids, and its text before that string."""
 
     num_tokens: int
     text: str
-
-
-def text_of(tokenizer: transformers.PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
-    """The text of an answer's ids, special tokens left out."""
-    text = tokenizer.decode(
-        list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
-    )
-    assert isinstance(text, str)
-    return text
 
 
 def find_stop(

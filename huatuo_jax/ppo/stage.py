@@ -7,7 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from huatuo_jax.generation.texts import text_of
+from huatuo_jax.data.answers import text_of
 from huatuo_jax.ppo.config import PpoConfig
 from huatuo_jax.ppo.job import check_policy, make_job
 from huatuo_jax.ppo.loop import train

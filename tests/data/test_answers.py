@@ -10,10 +10,10 @@ from huatuo_jax.data.answers import (
     SampledPrompt,
     sampled_for,
     says,
+    text_of,
     without_oldest,
 )
 from huatuo_jax.data.records import Message, answer
-from huatuo_jax.generation.texts import text_of
 from tests.comparisons.tiny import TOKENIZER
 from tests.data.test_templates import LLAMA2_JINJA, LLAMA3_JINJA, QWEN_JINJA
 

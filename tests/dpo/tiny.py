@@ -1,12 +1,12 @@
 """Tiny DPO runs on groups of token ids: what the tests of DPO share."""
 
 import pathlib
-from collections import Counter
 
 import jax
 
 from huatuo_jax import sharding
 from huatuo_jax.comparisons.data import Comparisons, ComparisonsConfig, ComparisonSource
+from huatuo_jax.data.accounting import Account
 from huatuo_jax.dpo.config import DpoConfig
 from huatuo_jax.dpo.stage import make_job
 from huatuo_jax.training.initial_model import ComputeSection, ModelConfig, open_model
@@ -48,7 +48,7 @@ def tiny_job(cfg, workdir, groups, held_out=(), *, mesh=None):
     return make_job(
         cfg,
         tiny_model(cfg),
-        Comparisons(tuple(groups), tuple(held_out), Counter()),
+        Comparisons(tuple(groups), tuple(held_out), Account("comparisons")),
         begin_stage(pathlib.Path(workdir), "dpo", settings=decisive, decisive=decisive),
         decisive,
         mesh or one_device(),

@@ -2,7 +2,8 @@ import dataclasses
 
 import pytest
 
-from huatuo_jax.generation.texts import find_stop, text_of
+from huatuo_jax.data.answers import text_of
+from huatuo_jax.generation.texts import find_stop
 from tests.generation import tiny
 
 

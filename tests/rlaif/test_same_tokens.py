@@ -18,12 +18,12 @@ from huatuo_jax.checkpoint.models import save_orbax
 from huatuo_jax.checkpoint.tokenizer import load_tokenizer
 from huatuo_jax.comparisons.data import ComparisonsConfig, ComparisonSource, open_comparisons
 from huatuo_jax.data import templates
+from huatuo_jax.data.answers import text_of
 from huatuo_jax.data.held_out import HeldOutConfig
 from huatuo_jax.data.records import Message
 from huatuo_jax.evaluation.answers import score_answers_file
 from huatuo_jax.evaluation.config import EvaluationConfig
 from huatuo_jax.feedback.label_command import LabelRun, run_labels
-from huatuo_jax.generation.texts import text_of
 from huatuo_jax.ppo.config import PpoConfig, PpoLoopConfig, RolloutConfig, ScoreConfig, ValueConfig
 from huatuo_jax.ppo.prompts import PromptsConfig
 from huatuo_jax.ppo.stage import run_ppo
