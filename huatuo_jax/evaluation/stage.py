@@ -19,12 +19,13 @@ from huatuo_jax.evaluation.answers import (
     answer_prompts,
 )
 from huatuo_jax.evaluation.config import EvaluationConfig
-from huatuo_jax.evaluation.judging import judge_pairs, score_answers, truth_values, win_rates
+from huatuo_jax.evaluation.judging import judge_pairs, score_answers, truth_values
 from huatuo_jax.evaluation.likelihood import held_out_loss, sequence_kl
 from huatuo_jax.evaluation.statistics import Interval, Values
 from huatuo_jax.feedback.label_command import open_offline
 from huatuo_jax.feedback.offline_judge import OfflineJudge
 from huatuo_jax.feedback.truth_judge import TruthJudge
+from huatuo_jax.feedback.win_rates import win_rates
 from huatuo_jax.training.dialogue_data import DialogueData
 
 MODELS = ("base", "sft", "ppo")
