@@ -186,6 +186,12 @@ def by_first(name: str, do: Callable[[], T]) -> T | None:
         return do() if is_first() else None
 
 
+def told_by_first(name: str, do: Callable[[], T]) -> T:
+    """Lets the first process do a thing, and gives all of them what came of it, a JSON value."""
+    found: T = gather(name, by_first(name, do))[0]
+    return found
+
+
 def check_same(name: str, value: Any) -> None:
     """Raises ValueError in all processes unless they came with the same JSON value."""
     values = gather(name, value)

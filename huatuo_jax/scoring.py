@@ -6,6 +6,7 @@ the end of the doctor's last turn. Rows are packed or padded, on either side, on
 no difference but rounding.
 """
 
+import copy
 import dataclasses
 import functools
 import json
@@ -178,6 +179,13 @@ class Scorer:
         self._rows_at_once, self._row_length = rows_at_once, row_length
         self._packed, self._pad_token_id = packed, pad_token_id
         self._scores = compile_values(functools.partial(head_scores, model), mesh)
+        self._log_probs: dict[tuple[float, int], sharding.OnMesh] = {}
+
+    def of(self, variables: Variables) -> "Scorer":
+        """The same programs, compiled once for both, with other variables of the model."""
+        other = copy.copy(self)
+        other._variables = variables
+        return other
 
     def scores(
         self, answers: Sequence[GivenAnswer], on_progress: Progress | None = None
@@ -208,10 +216,13 @@ class Scorer:
         for index, one in enumerate(answers):
             if not one.prompt_length:
                 raise ValueError(f"answers[{index}]: prompt_length=0 must be at least 1")
-        compiled = compile_values(
-            functools.partial(answer_log_probs, self._model, temperature=temperature, chunk=chunk),
-            self._mesh,
-        )
+        settings = (temperature, chunk)
+        if settings not in self._log_probs:
+            values = functools.partial(
+                answer_log_probs, self._model, temperature=temperature, chunk=chunk
+            )
+            self._log_probs[settings] = compile_values(values, self._mesh)
+        compiled = self._log_probs[settings]
         log_probs: list[npt.NDArray[np.float32]] = [np.zeros(0, np.float32)] * len(answers)
         for index, start, end, values_T in self._values(compiled, answers, on_progress):
             log_probs[index] = values_T[start + answers[index].prompt_length : end].copy()

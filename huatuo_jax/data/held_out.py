@@ -7,10 +7,13 @@ one held out.
 
 import hashlib
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from huatuo_jax.data.records import Message
+
+Item = TypeVar("Item")
 
 _TURN_BREAK = "\n"  # Stands in no normalised text, so turns cannot run into each other unseen.
 
@@ -49,6 +52,23 @@ def dialogue_text(messages: Sequence[Message]) -> str:
     """
     spoken = (message for message in messages if message.role != "system")
     return _TURN_BREAK.join(normalised(message.content) for message in spoken)
+
+
+def chosen_by_content(
+    items: Sequence[Item], limit: int | None, *, text: Callable[[Item], str]
+) -> list[Item]:
+    """At most so many in the order given; which ones is told by their content.
+
+    Args:
+        items: to choose from.
+        limit: how many; None for all.
+        text: the content of one.
+    """
+    if limit is None or len(items) <= limit:
+        return list(items)
+    digests = [hashlib.sha256(text(one).encode("utf-8", "surrogatepass")).digest() for one in items]
+    kept = sorted(range(len(items)), key=digests.__getitem__)[:limit]
+    return [items[index] for index in sorted(kept)]
 
 
 def _salt_key(salt: str) -> bytes:

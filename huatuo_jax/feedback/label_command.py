@@ -46,6 +46,8 @@ class LabelRun:
         openai: the judge behind a server; None for an offline one.
         offline: which one: the `rubric`, or the `clinic`'s own truth, for its prompts only.
         label: what to ask about each prompt.
+        spending: file of what calls cost, which several labels files may share: a budget is for all
+            of them together; None for one beside the output.
         dry_run: count calls and cost, and send nothing.
         comparisons: the comparisons file to make; None for none.
         comparison: the policies by which judgements become comparisons.
@@ -57,6 +59,7 @@ class LabelRun:
     openai: OpenAIJudgeConfig | None = None
     offline: OfflineName = "rubric"
     label: LabelConfig = LabelConfig()
+    spending: str | None = None
     dry_run: bool = False
     comparisons: str | None = None
     comparison: ComparisonConfig = ComparisonConfig()
@@ -157,7 +160,7 @@ def open_judge(cfg: LabelRun) -> Judge:
                 f"{error}; judge={cfg.openai.model!r} is asked for at {cfg.openai.server.base_url},"
                 f" only judge={' and '.join(OFFLINE)} need no server"
             ) from error
-    return OpenAIJudge(cfg.openai, key=key, spending=spending_path(cfg.output))
+    return OpenAIJudge(cfg.openai, key=key, spending=cfg.spending or spending_path(cfg.output))
 
 
 def open_offline(name: OfflineName) -> OfflineJudge | TruthJudge:

@@ -146,6 +146,11 @@ def score_questions(answered: Iterable[Answered], judge: Judge) -> Iterator[Ques
             yield _question(item, "score", (index,), judge)
 
 
+def differ(text: str, other: str) -> bool:
+    """Whether two texts are worth a question; empty ones are all the same."""
+    return not same_answer(answer(text), answer(other))
+
+
 def pairwise_questions(
     answered: Iterable[Answered], judge: Judge, *, max_pairs: int | None = None
 ) -> Iterator[Question]:
@@ -161,7 +166,7 @@ def pairwise_questions(
         pairs = [
             pair
             for pair in itertools.combinations(range(len(item.answers)), 2)
-            if not same_answer(*(answer(item.answers[index]) for index in pair))
+            if differ(*(item.answers[index] for index in pair))
         ]
         if max_pairs is not None and len(pairs) > max_pairs:
             pairs = sorted(sorted(pairs, key=lambda pair: _lot(item, pair))[:max_pairs])

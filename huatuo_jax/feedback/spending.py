@@ -37,7 +37,7 @@ class Usage:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Totals:
-    """What all calls of a labels file took, in this run and those before.
+    """What all calls of a spending file took, in this run and those before.
 
     Attributes:
         requests: calls sent.

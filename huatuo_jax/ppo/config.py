@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any, Literal
 
 from huatuo_jax.backbone.lora import LoraConfig
+from huatuo_jax.ppo.judging import JudgingConfig
 from huatuo_jax.ppo.prompts import PromptsConfig
 from huatuo_jax.rl.rewards import AnswerScoreConfig
 from huatuo_jax.sharding import MeshConfig
@@ -203,6 +204,9 @@ class PpoConfig:
         compute: how a pass is computed.
         mesh: how the devices are divided.
         loop: checkpoints, logging.
+        judging: held-out answers go to the judge anew every few iterations, the policy that it
+            likes best is kept, and the run stops where it turns; None for none of that: the last
+            policy is kept.
     """
 
     model: ModelConfig
@@ -236,6 +240,7 @@ class PpoConfig:
     compute: ComputeSection = ComputeSection()
     mesh: MeshConfig = operational(MeshConfig())
     loop: PpoLoopConfig = operational(PpoLoopConfig())
+    judging: JudgingConfig | None = None
 
     def __post_init__(self) -> None:
         """Raise ValueError for a number that cannot be, or settings that contradict each other."""

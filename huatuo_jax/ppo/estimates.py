@@ -22,7 +22,7 @@ from huatuo_jax.rl.gauges import (
 from huatuo_jax.rl.kl import next_kl_coef
 from huatuo_jax.rl.masks import last_tokens, masked, over_tokens, sum_by_answer
 from huatuo_jax.rl.moments import Moments, combine, moments, whiten
-from huatuo_jax.rl.rewards import answer_scores, have_ended, normalised_scores, token_rewards
+from huatuo_jax.rl.rewards import have_ended, normalised_scores, token_rewards
 from huatuo_jax.scoring import Normalization
 
 _DISTINCT = (1, 2)
@@ -124,14 +124,7 @@ def make_targets(
     seen = combine(running, moments(scores_N, jnp.ones_like(ended_N)))
     # Numbers that are not finite skip this update; they are not to spoil all later ones.
     running = _keep_finite(seen, running)
-    rules = cfg.score
-    answer_scores_N = answer_scores(
-        _scaled(scores_N, cfg, running, normalization),
-        ended_N,
-        on_truncation=rules.on_truncation,
-        penalty=rules.penalty,
-        clip=rules.clip,
-    )
+    answer_scores_N = cfg.score.rewards(_scaled(scores_N, cfg, running, normalization), ended_N)
     rewards_NT = token_rewards(
         answer_scores_N,
         experience.old_log_probs_NT,
@@ -139,7 +132,7 @@ def make_targets(
         mask_NT,
         kl_coef=kl_coef if cfg.kl_in == "reward" else 0.0,
     )
-    if rules.whiten:
+    if cfg.score.whiten:
         rewards_NT = whiten(rewards_NT, mask_NT, moments(rewards_NT, mask_NT), shift_mean=False)
     estimates = _estimates(rewards_NT, ended_N, experience, cfg)
     sums = rollout_sums(

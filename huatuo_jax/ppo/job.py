@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 
 from huatuo_jax.ppo.config import PpoConfig
 from huatuo_jax.ppo.estimates import compile_targets
+from huatuo_jax.ppo.held_out import HeldOutJudging
 from huatuo_jax.ppo.loop import PpoJob
 from huatuo_jax.ppo.losses import PolicyObjective, policy_row_loss, value_row_loss
 from huatuo_jax.ppo.prompts import Prompts
@@ -98,6 +99,7 @@ def make_job(
     mesh: Mesh,
     decode: Decode | None,
     scorer_flops: ModelFlops | None,
+    judging: HeldOutJudging | None = None,
 ) -> PpoJob:
     """The job of a run; no weights are read before the loop asks for them.
 
@@ -113,6 +115,7 @@ def make_job(
         mesh: where everything lies; answers are generated where `cfg.rollout.mesh` says.
         decode: from tokens to text; None for tokens in `samples.jsonl`.
         scorer_flops: of the reward model; None where there is none.
+        judging: of held-out answers; None for none.
 
     Raises:
         ValueError: `cfg.rollout.mesh` does not divide the devices or the model.
@@ -177,6 +180,7 @@ def make_job(
             scorer=scorer_flops,
         ),
         decode=decode,
+        judging=judging,
     )
 
 

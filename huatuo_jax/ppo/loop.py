@@ -9,7 +9,7 @@ import dataclasses
 import math
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 from jax.sharding import Mesh
 
@@ -17,8 +17,11 @@ from huatuo_jax import multi_host
 from huatuo_jax.checkpoint.store import CheckpointStore
 from huatuo_jax.json_lines import AppendedFile
 from huatuo_jax.ppo.config import PpoLoopConfig
+from huatuo_jax.ppo.held_out import HeldOutJudging
+from huatuo_jax.ppo.judging import Judged
 from huatuo_jax.ppo.report import PREFIX, Decode, IterationFlops, IterationReport
 from huatuo_jax.ppo.state import PpoState
+from huatuo_jax.ppo.trainer import Trainer
 from huatuo_jax.training.loop import Diverged
 from huatuo_jax.training.metrics import MetricsLog
 from huatuo_jax.training.preemption import Interrupted, StopSignals
@@ -37,13 +40,6 @@ _TOLD = (
 )
 
 
-class Iterates(Protocol):
-    """A `trainer.Trainer`."""
-
-    def iterate(self, state: PpoState) -> tuple[PpoState, IterationReport]:
-        """One more iteration."""
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PpoJob:
     """A stage as the loop sees it.
@@ -58,6 +54,7 @@ class PpoJob:
         make_trainer: makes what iterates, once the state is there.
         flops: of the models.
         decode: from tokens to text; None for tokens in `samples.jsonl`.
+        judging: of held-out answers; it keeps the best policy and may end the run early.
     """
 
     directory: StageDirectory
@@ -66,16 +63,18 @@ class PpoJob:
     mesh: Mesh
     make_state: Callable[[], PpoState]
     abstract_state: PpoState
-    make_trainer: Callable[[], Iterates]
+    make_trainer: Callable[[], Trainer]
     flops: IterationFlops
     decode: Decode | None
+    judging: HeldOutJudging | None = None
 
 
 def train(job: PpoJob, cfg: PpoLoopConfig) -> tuple[PpoState, dict[str, float]]:
     """Runs a stage to its end, from its newest checkpoint if it has one.
 
     Returns:
-        The last state, whose checkpoint is on disk, and the numbers of its iteration.
+        The last state, whose checkpoint is on disk, and the numbers of its iteration. The policy
+        to keep is another one where the job has judgings.
 
     Raises:
         Interrupted: SIGTERM or Ctrl-C came; the state is saved.
@@ -91,24 +90,40 @@ def train(job: PpoJob, cfg: PpoLoopConfig) -> tuple[PpoState, dict[str, float]]:
         newest = store.latest_step()
         multi_host.check_same("the newest checkpoint", newest)
         step, fields = newest or 0, {}
+        extra: dict[str, Any] = {}
         if newest is None:
             state = job.make_state()
         else:
             found = store.restore(newest, abstract_state=job.abstract_state, config=job.decisive)
-            state, fields = found.state, found.extra["fields"]
+            state, extra = found.state, found.extra
+            fields = extra["fields"]
         report = stack.enter_context(_Reports(job, cfg, newest))
-        if step == job.num_iterations:
+        judging = job.judging
+        if judging is not None:
+            judging.open(extra["judging"] if newest is not None else [], restored=newest)
+        elif step == job.num_iterations:
             return state, fields
         trainer = job.make_trainer()
-        while step < job.num_iterations:
+        while True:
+            if judging is not None and judging.is_due(step):
+                report.write_judged(judging.judge(state, trainer))
+            if step == job.num_iterations or (judging is not None and judging.turned):
+                break
             state, iteration = trainer.iterate(state)
             step = iteration.iteration
             fields = report.write(iteration)
             _check_finite(iteration, cfg)
             stopping = stop.requested()
-            if stopping or step % cfg.checkpoint_every == 0 or step == job.num_iterations:
+            is_due = judging is not None and judging.is_due(step)
+            is_last = step == job.num_iterations
+            if stopping or is_due or is_last or step % cfg.checkpoint_every == 0:
                 report.flush()
-                store.save(step, state, config=job.decisive, extra={"fields": fields})
+                extra = {"fields": fields}
+                if judging is not None:
+                    extra["judging"] = judging.to_json()
+                store.save(step, state, config=job.decisive, extra=extra)
+            if is_due:  # Nothing is asked about a policy that a kill could take away.
+                store.wait()
             if stopping:
                 store.wait()
                 raise Interrupted(
@@ -202,6 +217,12 @@ class _Reports(contextlib.AbstractContextManager["_Reports", None]):
         skipped = iteration.not_finite_in_a_row
         if skipped:
             self._progress.say(f"the last {skipped} steps were not finite and were skipped")
+
+    def write_judged(self, judged: Judged) -> None:
+        """Adds a judging."""
+        if self._log is not None:
+            self._log.write(judged.iteration, judged.fields())
+            self._progress.say(str(judged))
 
     def flush(self) -> None:
         """Puts all on disk, before a checkpoint says that it is there."""

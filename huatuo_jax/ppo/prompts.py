@@ -13,7 +13,7 @@ from huatuo_jax.data.chat import ChatTemplate
 from huatuo_jax.data.readers import read_dialogues, read_prompts
 from huatuo_jax.data.records import Dialogue, Prompt
 from huatuo_jax.data.shuffling import permutation
-from huatuo_jax.generation.bulk_tasks import make_tasks
+from huatuo_jax.generation.bulk_tasks import Task, make_tasks
 from huatuo_jax.training.run_directory import operational
 
 if TYPE_CHECKING:
@@ -127,6 +127,32 @@ def open_prompts(
             prompt that fits, or too many that do not.
     """
     account = Account("prompts")
+    tasks = read_tasks(
+        cfg, tokenizer, max_new_tokens=max_new_tokens, account=account, purpose=TRAINED_ON
+    )
+    items = [
+        TokenPrompt(task.prompt.id, tuple(np.asarray(task.token_ids).tolist())) for task in tasks
+    ]
+    return Prompts(items, tuple(stop_token_ids), account)
+
+
+def read_tasks(
+    cfg: PromptsConfig,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    max_new_tokens: int,
+    account: Account,
+    purpose: str,
+) -> list[Task]:
+    """The prompts of the files that leave room for an answer, rendered; see `open_prompts`.
+
+    Args:
+        cfg: which.
+        tokenizer: the policy's.
+        max_new_tokens: of an answer at most.
+        account: what becomes of each prompt.
+        purpose: what the account calls those that fit.
+    """
     tasks = make_tasks(
         _read(cfg, account),
         cfg.chat_template,
@@ -136,17 +162,14 @@ def open_prompts(
         drop_oldest_turns=cfg.drop_oldest_turns,
         least_new_tokens=max_new_tokens,
         account=account,
-        purpose=TRAINED_ON,
+        purpose=purpose,
     )
     account.check(
         cfg.max_left_out_share,
         name="data.max_left_out_share",
         limit=f"data.max_prompt_tokens={cfg.max_prompt_tokens}",
     )
-    items = [
-        TokenPrompt(task.prompt.id, tuple(np.asarray(task.token_ids).tolist())) for task in tasks
-    ]
-    return Prompts(items, tuple(stop_token_ids), account)
+    return tasks
 
 
 def _read(cfg: PromptsConfig, account: Account) -> Iterator[tuple[str, Prompt]]:

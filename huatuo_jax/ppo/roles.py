@@ -14,7 +14,7 @@ from huatuo_jax.backbone.lora import init_adapters
 from huatuo_jax.backbone.transformer import Transformer
 from huatuo_jax.checkpoint import models
 from huatuo_jax.checkpoint.tokenizer import load_tokenizer
-from huatuo_jax.ppo.config import PpoConfig
+from huatuo_jax.ppo.config import PpoConfig, ScoreConfig
 from huatuo_jax.rl.rewards import ScoreScale
 from huatuo_jax.scoring import Normalization, Scorer, load_normalization
 from huatuo_jax.training.initial_model import InitialModel, ModelConfig, open_model
@@ -51,6 +51,15 @@ class RewardModel:
     def identity(self) -> str:
         """A hash of its files."""
         return models.fingerprint(self.info.folder)
+
+    def normalization_outside_training(self, cfg: ScoreConfig) -> Normalization | None:
+        """That of its scores by the rule that holds outside of training.
+
+        It is there for `running` scores too, where it was stored; None for raw ones.
+        """
+        if cfg.of == "length" or cfg.scale == "raw":
+            return None
+        return load_normalization(self.info.folder)
 
     def make_scorer(
         self, compute: ComputeConfig, mesh: Mesh, *, rows_at_once: int, row_length: int

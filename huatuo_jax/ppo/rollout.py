@@ -83,7 +83,11 @@ class Rollout:
 
 
 class Sampler:
-    """Lets a policy answer prompts; holds an engine, which holds no weights in between."""
+    """Lets a policy answer prompts; holds an engine, which holds no weights in between.
+
+    Attributes:
+        sampling: how an answer of a rollout is drawn.
+    """
 
     def __init__(
         self,
@@ -106,7 +110,7 @@ class Sampler:
         self._model, self._cfg, self._mesh = model, cfg, mesh
         self._max_length = max_length
         self._lengths = row_lengths(max_length)
-        self._sampling = SamplingConfig(
+        self.sampling = SamplingConfig(
             max_new_tokens=cfg.max_new_tokens,
             temperature=cfg.temperature,
             stop_token_ids=tuple(stop_token_ids),
@@ -128,17 +132,21 @@ class Sampler:
         requests = [
             Request(
                 prompt_token_ids=prompt.token_ids,
-                sampling=self._sampling,
+                sampling=self.sampling,
                 seed=seed,
                 num_answers=self._cfg.answers_per_prompt,
             )
             for prompt, seed in zip(prompts, seeds, strict=True)
         ]
+        answers = [answer for group in self.answers(variables, requests) for answer in group]
+        return make_rollout(prompts, answers, lengths=self._lengths)
+
+    def answers(self, variables: Variables, requests: Sequence[Request]) -> list[list[Answer]]:
+        """The policy's answers to each request, in order; of the weights nothing is held on to."""
         engine = self._load(variables)
         groups = engine.generate_in_order(requests)
         engine.unload()
-        answers = [answer for group in groups for answer in group]
-        return make_rollout(prompts, answers, lengths=self._lengths)
+        return groups
 
     def _load(self, variables: Variables) -> Engine:
         if self._engine is not None:

@@ -7,8 +7,17 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from huatuo_jax import multi_host
 from huatuo_jax.data.answers import text_of
+from huatuo_jax.feedback.judge_config import reach_judge
 from huatuo_jax.ppo.config import PpoConfig
+from huatuo_jax.ppo.held_out import FOLDER as JUDGED_FOLDER
+from huatuo_jax.ppo.held_out import (
+    HeldOutJudging,
+    identity_of,
+    open_held_out,
+    record_of,
+)
 from huatuo_jax.ppo.job import check_policy, make_job
 from huatuo_jax.ppo.loop import train
 from huatuo_jax.ppo.prompts import open_prompts
@@ -20,6 +29,7 @@ from huatuo_jax.training.evaluation import check_rows
 from huatuo_jax.training.initial_model import open_model
 from huatuo_jax.training.run_directory import all_fields, begin_stage, identity
 from huatuo_jax.training.sections import from_section, placed_in
+from huatuo_jax.training.state import Variables
 from huatuo_jax.training.throughput import ModelFlops
 
 STAGE = "ppo"
@@ -48,8 +58,10 @@ def run_ppo(
         workdir: the run's folder.
 
     Returns:
-        The number of iterations and the main gauges of the last one. The policy is in
-        `WORKDIR/ppo/model`, an Orbax directory with the tokenizer, adapters merged.
+        The number of iterations and the main gauges of the last one; with `judging`, which
+        iteration's policy was kept, its share of points, whether the initial policy is better
+        (`best_is_initial`), and why the run ended. The policy is in `WORKDIR/ppo/model`, an Orbax
+        directory with the tokenizer, adapters merged.
 
     Raises:
         ValueError: a config, a file, a model or a mesh that cannot be; before anything is compiled.
@@ -80,11 +92,21 @@ def run_ppo(
         max_new_tokens=cfg.rollout.max_new_tokens,
         stop_token_ids=policy.stop_token_ids(template, tokenizer),
     )
+    tasks, server = [], None
+    if cfg.judging is not None:
+        tasks = open_held_out(cfg, tokenizer)
+        judge = cfg.judging.judge
+        assert judge is not None
+        server = multi_host.by_first(
+            "judge", lambda: reach_judge(judge, field="config.ppo.judging.judge")
+        )
     decisive = identity(cfg) | {
         "initial_model": policy.identity,
         "reward_model_files": reward.identity,
         "prompts": prompts.identity,
     }
+    if cfg.judging is not None:
+        decisive["judging_prompts"] = identity_of(tasks)
     directory = begin_stage(workdir, STAGE, settings=all_fields(cfg), decisive=decisive)
     if (result := directory.result()) is not None:
         return result
@@ -98,6 +120,22 @@ def run_ppo(
         rows, length = cfg.rows_at_once, cfg.max_length
         return reward.make_scorer(compute, mesh, rows_at_once=rows, row_length=length)
 
+    def keep(variables: Variables) -> None:
+        place = directory.folder / MODEL_FOLDER
+        policy.save(variables, place, template=template, tokenizer=tokenizer)
+
+    judging = None
+    if cfg.judging is not None:
+        judging = HeldOutJudging(
+            cfg=cfg,
+            folder=directory.folder / JUDGED_FOLDER,
+            tasks=tasks,
+            server=server,
+            make_record=functools.partial(record_of, template=template, tokenizer=tokenizer),
+            normalization=reward.normalization_outside_training(cfg.score),
+            transformer=policy.transformer,
+            keep=keep,
+        )
     job = make_job(
         cfg,
         policy=policy,
@@ -110,12 +148,15 @@ def run_ppo(
         mesh=mesh,
         decode=functools.partial(text_of, tokenizer),
         scorer_flops=None if by_length else ModelFlops.of(reward.info.cfg),
+        judging=judging,
     )
     state, fields = train(job, cfg.loop)
-    place = directory.folder / MODEL_FOLDER
-    policy.save(state.policy.variables, place, template=template, tokenizer=tokenizer)
+    if judging is None:
+        keep(state.policy.variables)
     names = (f"{STAGE}/{name}" for name in _RESULT)
     result = {"step": int(state.iteration)}
     result |= {name: fields[name] for name in names if name in fields}
+    if judging is not None:
+        result |= judging.result()
     directory.finish(result)
     return result

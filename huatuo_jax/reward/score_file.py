@@ -25,7 +25,7 @@ from huatuo_jax.data.chat import TruncationPolicy
 from huatuo_jax.json_lines import write_rows
 from huatuo_jax.progress import progress_bar, tell
 from huatuo_jax.reward.answers import Answered, read_answered
-from huatuo_jax.rl.rewards import AnswerScoreConfig, answer_scores
+from huatuo_jax.rl.rewards import AnswerScoreConfig
 from huatuo_jax.scoring import GivenAnswer, Normalization, Scorer, load_normalization
 
 
@@ -272,11 +272,8 @@ def _fields(
         normalized_N = normalization.apply(scaled_N)
         found["normalized_score"] = none | dict(zip(known, normalized_N.tolist(), strict=True))
         scaled_N = scaled_N if rule.scale == "raw" else normalized_N
-    rewards_N = answer_scores(
+    rewards_N = rule.rewards(
         jnp.asarray(scaled_N, jnp.float32),
         jnp.array([key[2].sampled.ended for key in known], jnp.bool_),
-        on_truncation=rule.on_truncation,
-        penalty=rule.penalty,
-        clip=rule.clip,
     )
     return found | {"reward": none | dict(zip(known, rewards_N.tolist(), strict=True))}

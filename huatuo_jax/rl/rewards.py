@@ -52,6 +52,21 @@ class AnswerScoreConfig:
             penalty=self.penalty,
         )
 
+    def rewards(self, scores_B: jax.Array, ended_B: jax.Array) -> jax.Array:
+        """`answer_scores` by this rule.
+
+        Args:
+            scores_B: scaled already.
+            ended_B: from `have_ended`.
+        """
+        return answer_scores(
+            scores_B,
+            ended_B,
+            on_truncation=self.on_truncation,
+            penalty=self.penalty,
+            clip=self.clip,
+        )
+
 
 def have_ended(
     token_ids_BT: jax.Array, mask_BT: jax.Array, *, stop_token_ids: Sequence[int]

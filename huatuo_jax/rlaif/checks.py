@@ -16,6 +16,7 @@ from huatuo_jax.evaluation.config import EvaluationConfig
 from huatuo_jax.feedback.questions import read_answered
 from huatuo_jax.generation import weights
 from huatuo_jax.generation.bulk_tasks import make_tasks
+from huatuo_jax.ppo.held_out import open_held_out
 from huatuo_jax.ppo.prompts import open_prompts
 from huatuo_jax.ppo.rollout import mesh_of
 from huatuo_jax.rlaif.config import AnswersConfig, RlaifConfig
@@ -84,6 +85,8 @@ def check_inputs(cfg: RlaifConfig, workdir: str | os.PathLike[str], wanted: set[
             max_new_tokens=cfg.ppo.rollout.max_new_tokens,
             stop_token_ids=template.stop_token_ids(tokenizer),
         )
+        if cfg.ppo.judging is not None:
+            open_held_out(cfg.ppo, tokenizer)
     if "evaluation" in wanted:
         _check_prompts(
             "evaluation",

@@ -7,14 +7,10 @@ from typing import Literal
 from huatuo_jax.data.records import Kind
 from huatuo_jax.data.sources import source_names
 from huatuo_jax.evaluation.config import EvaluationConfig
-from huatuo_jax.feedback.budget import BudgetConfig
 from huatuo_jax.feedback.comparison_config import ComparisonConfig
-from huatuo_jax.feedback.label_command import OfflineName
+from huatuo_jax.feedback.judge_config import JudgeConfig
+from huatuo_jax.feedback.label_command import spending_path
 from huatuo_jax.feedback.labelling import LabelConfig
-from huatuo_jax.feedback.openai_judge import OpenAIJudgeConfig
-from huatuo_jax.feedback.rate_limits import RateLimits
-from huatuo_jax.feedback.replies import Structured
-from huatuo_jax.feedback.server_calls import ServerConfig
 from huatuo_jax.generation.requests import SamplingConfig
 from huatuo_jax.ppo.config import PpoConfig
 from huatuo_jax.reward.config import RewardConfig
@@ -23,6 +19,9 @@ from huatuo_jax.sharding import MeshConfig
 from huatuo_jax.training.dialogue_data import SourceConfig
 from huatuo_jax.training.run_directory import operational
 from huatuo_jax.training.sections import placed_in
+
+LABELS_FILE = "labels.jsonl"
+HELD_OUT_FILE = "held_out_prompts.jsonl"
 
 STAGES = ("sft", "answers", "labels", "reward", "ppo", "evaluation", "export", "report")
 
@@ -78,70 +77,26 @@ class AnswersConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LabelsConfig:
+class LabelsConfig(JudgeConfig):
     """The judge, what it is asked, and which comparisons its verdicts make.
+
+    Beside the fields of `JudgeConfig`:
 
     Attributes:
         answers: the answers file.
-        base_url: an OpenAI-compatible server's address, with its `/v1`; None for an offline judge.
-        offline: which one: the `rubric`, which is fixed and no substitute for a judge that reads,
-            or the `clinic`, which knows the truth of that world's prompts, and no others.
-        model: the judge's name on the server; None where the server has only one.
-        max_cost: money that all runs may spend, in the currency of the price table.
-        max_requests: calls that all runs may make.
-        requests_per_minute: what the server allows.
-        tokens_per_minute: what the server allows.
-        timeout_s: of a call.
-        structured: "json_schema" or "json_object" where the server can hold a reply to a form.
-        max_tokens: of a reply, its thoughts among them.
-        prices: file of the price table; None for the one that is shipped.
         label: what is asked.
         comparison: the policies by which verdicts become comparisons.
     """
 
     answers: str = operational("{workdir}/answers.jsonl")
-    base_url: str | None = operational(None)
-    offline: OfflineName = "rubric"
-    model: str | None = None
-    max_cost: float | None = operational(None)
-    max_requests: int | None = operational(None)
-    requests_per_minute: int | None = operational(None)
-    tokens_per_minute: int | None = operational(None)
-    timeout_s: float = operational(120.0)
-    structured: Structured = "json_schema"
-    max_tokens: int = operational(1024)
-    prices: str | None = operational(None)
     label: LabelConfig = LabelConfig()
     comparison: ComparisonConfig = ComparisonConfig()
 
     def __post_init__(self) -> None:
-        """Raise ValueError where the judge cannot be, or is told what the offline one ignores."""
-        if self.base_url is None:
-            for name in ("model", "max_cost", "max_requests"):
-                if getattr(self, name) is not None:
-                    raise ValueError(
-                        f"{name} is ignored by the offline judge; set base_url to use a model"
-                    )
-        else:
-            self.openai(self.model or "the server's")
+        """Raise ValueError where the judge cannot be, or its verdicts would make no comparisons."""
+        super().__post_init__()
         if self.label.protocol == "both":
             raise ValueError("label.protocol='both' makes no comparisons; take score or pairwise")
-
-    def openai(self, model: str) -> OpenAIJudgeConfig:
-        """The judge behind the server, by its name there."""
-        assert self.base_url is not None
-        limits = RateLimits(requests=self.requests_per_minute, tokens=self.tokens_per_minute)
-        budget = BudgetConfig(max_requests=self.max_requests, max_cost=self.max_cost)
-        return OpenAIJudgeConfig(
-            model=model,
-            structured=self.structured,
-            max_tokens=self.max_tokens,
-            prices=self.prices,
-            require_reference=False,
-            server=ServerConfig(
-                base_url=self.base_url, budget=budget, limits=limits, timeout_s=self.timeout_s
-            ),
-        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -252,9 +207,10 @@ class RlaifConfig:
         """The config with the run's folder in its paths and one's own data in its sources.
 
         The evaluation has what it takes from other stages: the base model, PPO's temperature and
-        rule of scores, and the labels' offline judge. All stages have fine-tuning's system text.
+        rule of scores, and the labels' offline judge; PPO's judgings have the labels' judge, who
+        spends on one account, and the held-out prompts. All stages have fine-tuning's system text.
         """
-        cfg = placed_in(self, workdir)._with_system_text()
+        cfg = placed_in(self, workdir)._with_system_text()._with_judging(workdir)
         base = cfg.evaluation.base or cfg.base_as_it_is or f"{workdir}/base/model"
         rule = cfg.evaluation.score or cfg.ppo.score.outside_training
         temperature = cfg.evaluation.temperature
@@ -274,6 +230,19 @@ class RlaifConfig:
         data = dataclasses.replace(cfg.sft.data, sources=sources)
         sft = dataclasses.replace(cfg.sft, data=data)
         return dataclasses.replace(cfg, evaluation=evaluation, sft=sft)
+
+    def _with_judging(self, workdir: str | os.PathLike[str]) -> "RlaifConfig":
+        judging = self.ppo.judging
+        if judging is None:
+            return self
+        judge, spending = judging.judge, judging.spending
+        if judge is None:
+            fields = dataclasses.fields(JudgeConfig)
+            judge = JudgeConfig(**{one.name: getattr(self.labels, one.name) for one in fields})
+            spending = spending or spending_path(f"{workdir}/{LABELS_FILE}")
+        prompts = judging.prompts or f"{workdir}/{HELD_OUT_FILE}"
+        judging = dataclasses.replace(judging, judge=judge, prompts=prompts, spending=spending)
+        return dataclasses.replace(self, ppo=dataclasses.replace(self.ppo, judging=judging))
 
     def _with_system_text(self) -> "RlaifConfig":
         system = self.sft.data.default_system

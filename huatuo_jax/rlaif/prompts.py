@@ -1,14 +1,13 @@
 """Prompts made of the run's dialogues: some to learn from, and held-out ones to evaluate on."""
 
 import dataclasses
-import hashlib
 import itertools
 import pathlib
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from huatuo_jax.data.accounting import HELD_OUT, READ_FROM, TRAINED_ON, Account
-from huatuo_jax.data.held_out import dialogue_text
+from huatuo_jax.data.held_out import chosen_by_content, dialogue_text
 from huatuo_jax.data.readers import read_dialogues
 from huatuo_jax.data.records import Dialogue, Prompt
 from huatuo_jax.json_lines import write_rows
@@ -16,7 +15,6 @@ from huatuo_jax.rlaif.config import PromptsConfig
 from huatuo_jax.training.dialogue_data import DataConfig, SourceConfig
 
 TRAIN_FILE = "prompts.jsonl"
-HELD_OUT_FILE = "held_out_prompts.jsonl"
 ACCOUNT_FILE = "prompts.jsonl.report.json"
 
 
@@ -55,7 +53,7 @@ def make_prompts(data: DataConfig, cfg: PromptsConfig) -> Prompts:
             account.leave_out(NOT_TO_LEARN, place)
             continue
         prompt = _prompt(dialogue, place)
-        key = dialogue_text(prompt.messages)
+        key = _content(prompt)
         side = held_out if _is_held_out(source, dialogue, data) else train
         if key in side:
             account.leave_out(REPEATED, place)
@@ -73,7 +71,11 @@ def make_prompts(data: DataConfig, cfg: PromptsConfig) -> Prompts:
                 f"{files}: no prompt {name} comes of these dialogues (prompts.kinds={cfg.kinds}, "
                 f"sft.data.held_out.share={data.held_out.share})"
             )
-    limited = Prompts(_limited(train, cfg.limit), _limited(held_out, cfg.held_out_limit), account)
+    limited = Prompts(
+        chosen_by_content(list(train.values()), cfg.limit, text=_content),
+        chosen_by_content(list(held_out.values()), cfg.held_out_limit, text=_content),
+        account,
+    )
     for purpose, found, kept, name in (
         (TRAINED_ON, train, limited.train, "limit"),
         (HELD_OUT, held_out, limited.held_out, "held_out_limit"),
@@ -124,12 +126,5 @@ def _prompt(dialogue: Dialogue, place: str) -> Prompt:
     return Prompt.of_dialogue(cut)
 
 
-def _limited(prompts: dict[str, Prompt], limit: int | None) -> list[Prompt]:
-    """At most so many in the order given; which ones is told by their content."""
-    if limit is None or len(prompts) <= limit:
-        return list(prompts.values())
-    digests = {
-        key: hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest() for key in prompts
-    }
-    kept = set(sorted(prompts, key=digests.__getitem__)[:limit])
-    return [prompt for key, prompt in prompts.items() if key in kept]
+def _content(prompt: Prompt) -> str:
+    return dialogue_text(prompt.messages)

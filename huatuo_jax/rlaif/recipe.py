@@ -15,13 +15,12 @@ from ml_collections import ConfigDict
 
 from huatuo_jax import multi_host
 from huatuo_jax.atomic import write_file
+from huatuo_jax.feedback.judge_config import reach_judge
 from huatuo_jax.rlaif.checks import check_inputs
-from huatuo_jax.rlaif.config import RlaifConfig
+from huatuo_jax.rlaif.config import HELD_OUT_FILE, RlaifConfig
 from huatuo_jax.rlaif.journal import Journal
-from huatuo_jax.rlaif.judge import reach_judge
 from huatuo_jax.rlaif.prompts import (
     ACCOUNT_FILE,
-    HELD_OUT_FILE,
     TRAIN_FILE,
     Prompts,
     make_prompts,
@@ -69,6 +68,10 @@ def run_rlaif(
     check_inputs(cfg, folder, wanted)
     if "labels" in wanted and multi_host.is_first():
         reach_judge(cfg.labels)
+    judging = cfg.ppo.judging
+    if "ppo" in wanted and judging is not None and multi_host.is_first():
+        assert judging.judge is not None
+        reach_judge(judging.judge, field="config.ppo.judging.judge")
     if "evaluation" in wanted and multi_host.is_first():
         tell_temperatures(cfg)
     # Nothing is begun, nor waited for, before all have looked at everything.

@@ -14,15 +14,15 @@ from huatuo_jax.checkpoint import models
 from huatuo_jax.data.records import is_empty
 from huatuo_jax.data.sources import content_hash
 from huatuo_jax.evaluation.stage import run_evaluation, write_json
+from huatuo_jax.feedback.judge_config import reach_judge
 from huatuo_jax.feedback.label_command import LabelRun, report_path, run_labels
 from huatuo_jax.generation.bulk import BulkConfig, run_bulk
 from huatuo_jax.json_lines import read_lines
 from huatuo_jax.ppo.stage import run_ppo
 from huatuo_jax.report.page import write_report
 from huatuo_jax.reward.stage import run_reward
-from huatuo_jax.rlaif.config import RlaifConfig
+from huatuo_jax.rlaif.config import LABELS_FILE, RlaifConfig
 from huatuo_jax.rlaif.export import run_export
-from huatuo_jax.rlaif.judge import reach_judge
 from huatuo_jax.sft import run_sft
 from huatuo_jax.training.dialogue_data import open_dialogues
 from huatuo_jax.training.initial_model import open_model
@@ -132,7 +132,7 @@ def answer_figures(path: pathlib.Path) -> dict[str, float]:
 
 def _labels(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:
     section = cfg.labels
-    output, comparisons = workdir / "labels.jsonl", workdir / "comparisons.jsonl"
+    output, comparisons = workdir / LABELS_FILE, workdir / "comparisons.jsonl"
 
     def ask() -> None:
         run_labels(
@@ -173,6 +173,8 @@ def _reward(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:
 def _ppo(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:
     section = cfg.ppo
     inputs = _files(section.data.paths)
+    if section.judging is not None and section.judging.prompts is not None:
+        inputs["judged prompts"] = section.judging.prompts
     inputs["reward model"] = section.reward_model
     if section.model.directory is not None:
         inputs["model"] = section.model.directory

@@ -18,6 +18,7 @@ from huatuo_jax import json_lines
 
 TIME_PREFIX = "throughput/"
 EVALUATION_PREFIX = "eval/"
+JUDGED_PREFIX = "judged/"
 
 
 def is_time_field(name: str) -> bool:
@@ -99,7 +100,7 @@ def cut_rows(path: pathlib.Path, *, after_step: int | None, evaluated: bool) -> 
     Args:
         path: the metrics file; there may be none.
         after_step: the checkpoint's step; None removes all rows.
-        evaluated: whether the evaluation of that step belongs to what is kept.
+        evaluated: whether the evaluation or judging of that step belongs to what is kept.
     """
     if not path.exists():
         return
@@ -107,7 +108,7 @@ def cut_rows(path: pathlib.Path, *, after_step: int | None, evaluated: bool) -> 
     def is_kept(row: dict[str, Any]) -> bool:
         if after_step is None or row["step"] > after_step:
             return False
-        is_evaluation = any(name.startswith(EVALUATION_PREFIX) for name in row)
+        is_evaluation = any(name.startswith((EVALUATION_PREFIX, JUDGED_PREFIX)) for name in row)
         return row["step"] < after_step or evaluated or not is_evaluation
 
     with json_lines.AppendedFile(path, locked=False) as file:

@@ -1,5 +1,6 @@
 """The PPO stage from config to model directory: what it writes, and what it refuses."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -9,6 +10,7 @@ import sys
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from huatuo_jax import sharding
@@ -19,6 +21,7 @@ from huatuo_jax.checkpoint.models import find_model, load_params, save_orbax
 from huatuo_jax.checkpoint.tokenizer import load_tokenizer
 from huatuo_jax.data import sample, templates
 from huatuo_jax.data.records import Message
+from huatuo_jax.feedback.judge_config import JudgeConfig
 from huatuo_jax.generation.bulk import BulkConfig, run_bulk
 from huatuo_jax.generation.engine import Engine
 from huatuo_jax.generation.requests import Request, SamplingConfig
@@ -30,10 +33,13 @@ from huatuo_jax.ppo.config import (
     ValueConfig,
 )
 from huatuo_jax.ppo.job import critic_of
+from huatuo_jax.ppo.judging import JudgingConfig
 from huatuo_jax.ppo.prompts import PromptsConfig, open_prompts
 from huatuo_jax.ppo.roles import open_critic, open_reward_model
 from huatuo_jax.ppo.stage import run_ppo
 from huatuo_jax.ppo.trainer import NUMBERS_OF_TOKENS
+from huatuo_jax.reward.score_file import ScoreConfig as FileScoreConfig
+from huatuo_jax.reward.score_file import score_file
 from huatuo_jax.scoring import GivenAnswer, Normalization, Scorer, save_normalization
 from huatuo_jax.training.initial_model import ModelConfig, open_model
 from huatuo_jax.training.metrics import read_rows
@@ -293,6 +299,105 @@ def test_a_kept_head_gives_the_scores_as_they_enter_the_reward(files, scale):
     after_N = np.asarray(found.outputs["values_after"])[range(4), last_N]
     assert np.ptp(after_N) > 0.1
     np.testing.assert_allclose(after_N, expected_N, rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def held_out(files):
+    """Prompts with references that no stage trains on."""
+    rows = [
+        {
+            "id": f"q{index}",
+            "messages": [{"role": "user", "content": f"头痛{index}天，怎么办？"}],
+            "reference": "多喝水，注意休息。",
+            "source": "test",
+        }
+        for index in range(5)
+    ]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (files / "held_out.jsonl").write_text(text, encoding="utf-8")
+    return str(files / "held_out.jsonl")
+
+
+def test_a_stage_that_judges_keeps_the_best_policy_and_says_which(files, held_out, tmp_path):
+    """By the offline rubric; two of the held-out prompts, two answers each."""
+    judging = JudgingConfig(
+        every=1, prompts=held_out, num_prompts=2, num_samples=2, judge=JudgeConfig()
+    )
+    loop = PpoLoopConfig(tensorboard=False, keep_checkpoints=9)
+    config = _config(files, judging=judging, num_iterations=3, loop=loop)
+    result = run_ppo(config, tmp_path)
+    folder = tmp_path / "ppo"
+    assert result["step"] == 3 and result["ended"] == "all iterations"
+    rows = {row["step"]: row for row in read_rows(folder / "metrics.jsonl") if _is_judged(row)}
+    assert list(rows) == [0, 1, 2, 3] and rows[3]["judged/pairs"] == 4
+    best = max((1, 2, 3), key=lambda step: (rows[step]["judged/share"], -step))
+    assert result["kept_iteration"] == best and result["kept_share"] == rows[best]["judged/share"]
+    assert json.loads((folder / "finished.json").read_text()) == result
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        found = checkpointer.restore(folder / "checkpoints" / str(best) / "state")
+    trained = found["policy"]["trained"]["params"]["lm_head"]["kernel"]
+    kept = load_params(find_model(folder / "model"))["lm_head"]["kernel"]
+    assert np.asarray(trained).tobytes() == np.asarray(kept).tobytes()
+    # The rewards are those that the scores of a file would have by PPO's rule.
+    path = folder / "judged" / str(best) / "answers.jsonl"
+    score_file(
+        FileScoreConfig(
+            model=str(files / "reward"),
+            input=str(path),
+            output=str(tmp_path / "scored.jsonl"),
+            rule=ScoreConfig(penalty=0.5).outside_training,
+        )
+    )
+    lines = (tmp_path / "scored.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+    records = [json.loads(line) for line in lines]
+    assert len({record["messages"][0]["content"] for record in records}) == 2
+    rewards = [record["rewards"][1] for record in records]
+    assert rows[best]["judged/reward"] == pytest.approx(np.mean(rewards), abs=1e-4)
+    assert run_ppo(config, tmp_path) == result
+    with pytest.raises(ValueError, match="judging.num_samples: saved 2, now 1"):
+        changed = dataclasses.replace(judging, num_samples=1)
+        run_ppo(_config(files, judging=changed, num_iterations=3, loop=loop), tmp_path)
+
+
+def _is_judged(row):
+    return "judged/share" in row
+
+
+WRONG_JUDGINGS = {
+    "no judge": ({"judge": None}, r"config.ppo.judging.judge=None must be named"),
+    "no prompts": ({"prompts": None}, r"config.ppo.judging.prompts=None must be named"),
+    "no such prompts": ({"prompts": "nowhere.jsonl"}, "nowhere.jsonl"),
+    "a judge of another world": (
+        {"judge": JudgeConfig(offline="clinic")},
+        "the clinic's judge needs one of the clinic's diseases",
+    ),
+    "a model for an offline judge": (
+        {"judge": {"model": "m"}},
+        "config.ppo.judging.judge: model is ignored by the offline judge",
+    ),
+    "never": ({"every": 0}, "config.ppo.judging: every=0 must be at least 1"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG_JUDGINGS.values(), ids=WRONG_JUDGINGS.keys())
+def test_a_wrong_judging_ends_in_one_clear_message(files, held_out, tmp_path, change, message):
+    config = _config(files).to_dict()
+    settings = {"prompts": held_out, "judge": JudgeConfig()} | change
+    judge = settings["judge"]
+    if isinstance(judge, JudgeConfig):
+        settings["judge"] = dataclasses.asdict(judge)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run_ppo(config | {"judging": settings}, tmp_path)
+    assert not (tmp_path / "ppo").exists()
+
+
+def test_held_out_prompts_of_one_id_are_refused(files, held_out, tmp_path):
+    text = pathlib.Path(held_out).read_text(encoding="utf-8")
+    twice = tmp_path / "twice.jsonl"
+    twice.write_text(text.replace('"q1"', '"q0"'), encoding="utf-8")
+    judging = JudgingConfig(prompts=str(twice), judge=JudgeConfig())
+    with pytest.raises(ValueError, match="q0"):
+        run_ppo(_config(files, judging=judging), tmp_path / "run")
 
 
 def test_a_value_head_that_is_zero_starts_at_0_and_a_kept_one_does_not(files, trained):

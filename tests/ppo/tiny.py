@@ -9,6 +9,8 @@ import numpy as np
 
 from huatuo_jax import sharding
 from huatuo_jax.backbone.config import BackboneConfig
+from huatuo_jax.data.records import Message, Prompt
+from huatuo_jax.generation.bulk_tasks import Task
 from huatuo_jax.ppo.config import (
     PpoConfig,
     PpoLoopConfig,
@@ -16,6 +18,7 @@ from huatuo_jax.ppo.config import (
     ScoreConfig,
     ValueConfig,
 )
+from huatuo_jax.ppo.held_out import HeldOutJudging
 from huatuo_jax.ppo.job import check_policy, make_job
 from huatuo_jax.ppo.loop import train
 from huatuo_jax.ppo.prompts import Prompts, PromptsConfig, TokenPrompt
@@ -113,6 +116,48 @@ def one_device():
     return sharding.make_mesh(devices=jax.devices()[:1])
 
 
+def token_record(task, answers):
+    """A record whose texts are the token ids."""
+    found = [
+        {
+            "text": " ".join(map(str, one.token_ids)),
+            "token_ids": one.token_ids,
+            "finish_reason": one.finish_reason,
+        }
+        for one in answers
+    ]
+    return task.prompt.to_json() | {"prompt_token_ids": list(task.token_ids), "answers": found}
+
+
+def tiny_judging(cfg, workdir, policy, *, num_prompts=16):
+    """Judgings of so many prompts of the same tokens; what is kept is in `kept.npz`."""
+    folder = pathlib.Path(workdir) / "ppo"
+
+    def keep(variables):
+        leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(variables))
+        arrays = {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+        np.savez(folder / "kept.npz", **arrays)
+
+    tasks = [
+        Task(
+            Prompt(id=f"h{index}", messages=(Message("user", f"{index}"),), source="test"),
+            list(PROMPT.token_ids),
+            0,
+        )
+        for index in range(num_prompts)
+    ]
+    return HeldOutJudging(
+        cfg=cfg,
+        folder=folder / "judged",
+        tasks=tasks,
+        server=None,
+        make_record=token_record,
+        normalization=None,
+        transformer=policy.transformer,
+        keep=keep,
+    )
+
+
 def tiny_job(cfg, workdir, *, scorer=None, mesh=None, prompts=(PROMPT,), normalization=None):
     """A whole stage on the tiny world."""
     policy = open_model(cfg.model, cfg.compute.compute_config())
@@ -131,6 +176,7 @@ def tiny_job(cfg, workdir, *, scorer=None, mesh=None, prompts=(PROMPT,), normali
         mesh=mesh or one_device(),
         decode=None,
         scorer_flops=None,
+        judging=None if cfg.judging is None else tiny_judging(cfg, workdir, policy),
     )
 
 

@@ -4,8 +4,7 @@ import httpx2
 import openai
 import pytest
 
-from huatuo_jax.rlaif import judge
-from huatuo_jax.rlaif.config import LabelsConfig
+from huatuo_jax.feedback import judge_config
 
 KEY = "sk-0123456789abcdef"
 
@@ -23,7 +22,7 @@ def server(monkeypatch):
         return real(**keywords | {"max_retries": 0}, http_client=client)
 
     real = openai.OpenAI
-    monkeypatch.setattr(judge.openai, "OpenAI", make)
+    monkeypatch.setattr(judge_config.openai, "OpenAI", make)
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
 
     def answers(content, status_code=200):
@@ -35,7 +34,9 @@ def server(monkeypatch):
 
 
 def reach(model="m"):
-    return judge.reach_judge(LabelsConfig(base_url="http://host/v1", model=model, max_tokens=77))
+    return judge_config.reach_judge(
+        judge_config.JudgeConfig(base_url="http://host/v1", model=model, max_tokens=77)
+    )
 
 
 def test_the_only_model_of_a_server_is_the_judge(server):
