@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -59,15 +58,16 @@ def open_held_out(cfg: PpoConfig, tokenizer: "PreTrainedTokenizerBase") -> list[
     """The prompts whose answers are judged, as the policy is given them.
 
     Raises:
-        ValueError: judge or prompts are not named, or the file holds none that fit, several of
-            one id, or one that the offline judge cannot judge.
+        ValueError: judge or prompts are not named, or the file holds none that fit, or one that the
+            offline judge cannot judge.
         OSError: the file cannot be read.
     """
-    name = "config.ppo.judging"
     assert cfg.judging is not None
     for field in ("judge", "prompts"):
         if getattr(cfg.judging, field) is None:
-            raise ValueError(f"{name}.{field}=None must be named where PPO is run by itself")
+            raise ValueError(
+                f"config.ppo.judging.{field}=None must be named where PPO is run by itself"
+            )
     path = cfg.judging.prompts
     assert path is not None
     data = dataclasses.replace(cfg.data, paths=(path,), reads="prompts", encoding=None)
@@ -78,9 +78,6 @@ def open_held_out(cfg: PpoConfig, tokenizer: "PreTrainedTokenizerBase") -> list[
         account=Account("prompts"),
         purpose="to judge",
     )
-    ids = Counter(task.prompt.id for task in tasks)
-    if repeated := [one for one, count in ids.items() if count > 1]:
-        raise ValueError(f"{name}.prompts={path}: id {repeated[0]!r} stands there more than once")
     tasks = chosen_by_content(
         tasks, cfg.judging.num_prompts, text=lambda task: dialogue_text(task.prompt.messages)
     )

@@ -45,6 +45,7 @@ from huatuo_jax.training.initial_model import ModelConfig, open_model
 from huatuo_jax.training.metrics import read_rows
 from huatuo_jax.training.optimizer import OptimizerConfig
 from huatuo_jax.training.sections import from_section, to_section
+from tests.feedback.planted_server import KEY, MODEL, Planted, PlantedServer
 
 ROOT = pathlib.Path(__file__).parents[2]
 TOKENIZER = sample.FOLDER / "tokenizer"
@@ -391,13 +392,51 @@ def test_a_wrong_judging_ends_in_one_clear_message(files, held_out, tmp_path, ch
     assert not (tmp_path / "ppo").exists()
 
 
-def test_held_out_prompts_of_one_id_are_refused(files, held_out, tmp_path):
-    text = pathlib.Path(held_out).read_text(encoding="utf-8")
-    twice = tmp_path / "twice.jsonl"
-    twice.write_text(text.replace('"q1"', '"q0"'), encoding="utf-8")
-    judging = JudgingConfig(prompts=str(twice), judge=JudgeConfig())
-    with pytest.raises(ValueError, match="q0"):
-        run_ppo(_config(files, judging=judging), tmp_path / "run")
+class ByLength(dict):
+    """Utilities of texts that nobody knows beforehand: the longer one is the better one."""
+
+    def __missing__(self, text):
+        return len(text)
+
+
+def test_a_judge_behind_a_server_is_paid_once_for_each_question_whatever_ends_the_run(
+    files, held_out, tmp_path, monkeypatch
+):
+    """The budget ends in the middle of a judging; with more of it the run goes on there."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+
+    def config(max_requests):
+        judging = JudgingConfig(
+            every=1,
+            prompts=held_out,
+            judge=JudgeConfig(base_url=server.url, model=MODEL, max_requests=max_requests),
+            concurrency=1,
+            spending=str(tmp_path / "shared.spending.jsonl"),
+        )
+        return _config(files, judging=judging)
+
+    with PlantedServer(Planted(utilities=ByLength(), noise=False)) as server:
+        with pytest.raises(ValueError, match="max_requests=13"):
+            run_ppo(config(13), tmp_path)
+        assert len(server.calls) == 13
+        steps = [row["step"] for row in read_rows(tmp_path / "ppo" / "metrics.jsonl")]
+        assert steps == [0, 1, 1, 2]  # The second judging was under way.
+        result = run_ppo(config(99), tmp_path)
+        asked = [call.texts for call in server.calls]
+    assert len(asked) == len(set(asked)) == 20  # Five prompts, two orders, two judgings.
+    spent = (tmp_path / "shared.spending.jsonl").read_text(encoding="utf-8").splitlines()
+    assert sum("outcome" in json.loads(line) for line in spent) == 20
+    rows = read_rows(tmp_path / "ppo" / "metrics.jsonl")
+    judged = {row["step"]: row for row in rows if _is_judged(row)}
+    for step in (1, 2):
+        path = tmp_path / "ppo" / "judged" / str(step) / "answers.jsonl"
+        records = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+        points = []
+        for record in records:
+            initial, new = (len(one["text"].strip()) for one in record["answers"])
+            points.append(0.5 if initial == new else float(new > initial))
+        assert judged[step]["judged/share"] == pytest.approx(np.mean(points))
+    assert result["ended"] == "all iterations"
 
 
 def test_a_value_head_that_is_zero_starts_at_0_and_a_kept_one_does_not(files, trained):

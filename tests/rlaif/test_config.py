@@ -4,6 +4,8 @@ import dataclasses
 
 import pytest
 
+from huatuo_jax.feedback.judge_config import JudgeConfig
+from huatuo_jax.ppo.judging import JudgingConfig
 from huatuo_jax.rlaif.config import STAGES, LabelsConfig, RlaifConfig
 from huatuo_jax.rlaif.recipe import tell_temperatures
 from huatuo_jax.training.initial_model import ModelConfig
@@ -14,6 +16,24 @@ from tests.rlaif.tiny import section, tiny_recipe
 @pytest.fixture
 def recipe(tmp_path):
     return tiny_recipe(tmp_path / "mine.jsonl")
+
+
+def test_the_judgings_of_ppo_have_the_judge_of_the_labels_its_account_and_held_out_prompts(
+    recipe, tmp_path
+):
+    labels = LabelsConfig(base_url="http://host/v1", model="m", max_cost=3.0, max_tokens=77)
+    found = dataclasses.replace(recipe, labels=labels).in_workdir(tmp_path).ppo.judging
+    assert (found.judge.base_url, found.judge.model) == ("http://host/v1", "m")
+    assert (found.judge.max_cost, found.judge.max_tokens) == (3.0, 77)
+    assert found.prompts == f"{tmp_path}/held_out_prompts.jsonl"
+    assert found.spending == f"{tmp_path}/labels.jsonl.spending.jsonl"
+    own = JudgingConfig(judge=JudgeConfig(offline="clinic"), prompts="{workdir}/mine.jsonl")
+    ppo = dataclasses.replace(recipe.ppo, judging=own)
+    found = dataclasses.replace(recipe, ppo=ppo, labels=labels).in_workdir(tmp_path).ppo.judging
+    assert (found.judge.offline, found.spending) == ("clinic", None)
+    assert found.prompts == f"{tmp_path}/mine.jsonl"
+    off = dataclasses.replace(recipe, ppo=dataclasses.replace(recipe.ppo, judging=None))
+    assert off.in_workdir(tmp_path).ppo.judging is None
 
 
 def test_a_config_goes_through_its_section_unchanged(recipe):

@@ -69,6 +69,7 @@ def what_stands(folder):
         name: (folder / name).read_text(encoding="utf-8")
         for name in ("prompts.jsonl", "answers.jsonl", "comparisons.jsonl", "evaluation.json")
     }
+    lines["ppo result"] = (folder / "ppo" / "finished.json").read_text(encoding="utf-8")
     names = ("base/model", "sft/model", "reward/model", "ppo/model", "export/policy")
     return lines, {name: leaves(folder / name) for name in names}
 

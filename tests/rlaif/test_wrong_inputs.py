@@ -165,8 +165,9 @@ def test_a_model_trained_elsewhere_is_taken_whatever_chat_template_lies_beside_i
     save_orbax(params, BACKBONE, tmp_path / "elsewhere", head="score", source_folder=source)
     ppo = dataclasses.replace(recipe.ppo, reward_model=str(tmp_path / "elsewhere"))
     cfg = dataclasses.replace(recipe, ppo=ppo).in_workdir(tmp_path / "run")
-    prompts = make_prompts(cfg.sft.data, cfg.prompts).train
-    write_prompts(tmp_path / "run" / "prompts.jsonl", prompts)
+    prompts = make_prompts(cfg.sft.data, cfg.prompts)
+    write_prompts(tmp_path / "run" / "prompts.jsonl", prompts.train)
+    write_prompts(tmp_path / "run" / "held_out_prompts.jsonl", prompts.held_out)
     check_inputs(cfg, tmp_path / "run", {"sft", "ppo"})
     tokenizer = load_tokenizer(source)
     tokenizer.add_tokens(["咳嗽"])

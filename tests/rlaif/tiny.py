@@ -11,6 +11,7 @@ from huatuo_jax.data.held_out import HeldOutConfig
 from huatuo_jax.evaluation.config import EvaluationConfig
 from huatuo_jax.generation.requests import SamplingConfig
 from huatuo_jax.ppo.config import PpoConfig, PpoLoopConfig, RolloutConfig
+from huatuo_jax.ppo.judging import JudgingConfig
 from huatuo_jax.ppo.prompts import PromptsConfig
 from huatuo_jax.reward.config import RewardConfig
 from huatuo_jax.rlaif.config import AnswersConfig, RlaifConfig
@@ -91,6 +92,7 @@ def tiny_recipe(data: pathlib.Path) -> RlaifConfig:
             num_iterations=2,
             num_epochs=1,
             loop=PpoLoopConfig(checkpoint_every=1, tensorboard=False),
+            judging=JudgingConfig(every=1, num_prompts=3),
         ),
         evaluation=EvaluationConfig(num_samples=2, max_new_tokens=ANSWER_TOKENS),
     )
