@@ -1,6 +1,6 @@
 """The parts of a report from PPO on: its trade-offs, the evaluation, answers side by side."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from huatuo_jax.data.records import is_empty
@@ -15,32 +15,27 @@ from huatuo_jax.report.markup import (
     table,
     text,
 )
-from huatuo_jax.report.run import MODELS, Run
+from huatuo_jax.report.run import MODELS, Rows, Run
 
 NAMES = {"base": "base", "sft": "SFT", "ppo": "PPO", "reference": "doctor (data)"}
 _MAX_POINTS = 600
+_KL = "KL from SFT (nats an answer)"
+_SHARE = (("value", ""), ("low", "_low"), ("high", "_high"))
 
 
 def ppo(run: Run) -> str:
-    """The score against what it cost: KL, and length."""
+    """The score against what it cost: KL, and length; and what the judge says meanwhile."""
     _, scores = run.series("ppo", "ppo/score")
     steps, divergences = run.series("ppo", "ppo/kl_per_sequence")
     if not scores:
         return ""
-    drawn = [
-        (
-            plots.scatter(
-                divergences,
-                scores,
-                name="score-kl",
-                x="KL from SFT (nats an answer)",
-                y="mean score",
-                colour_by=steps,
-                colour_name="iteration",
-            ),
-            "Score against KL, one dot an iteration: what the score costs in distance from SFT.",
-        )
-    ]
+    judged = [row for row in run.metrics["ppo"] if "judged/share" in row]
+    title, lead, drawn = "PPO: score against KL and against length", [], []
+    if judged:
+        title = "PPO: reward and judge against KL, and length"
+        lead = [_kept(run, judged), figures(_reward_and_judge(run, judged))]
+    else:
+        drawn.append(_score_against_kl(divergences, scores, steps))
     _, lengths = run.series("ppo", "ppo/response_length")
     drawn.append(
         (
@@ -81,7 +76,64 @@ def ppo(run: Run) -> str:
     if groups:
         svg = plots.clouds(groups, name="answers-length", x="characters", y="score")
         drawn.append((svg, "Held-out answers: score against length, one dot an answer."))
-    return section("ppo", "PPO: score against KL and against length", figures(*drawn))
+    return section("ppo", title, *lead, figures(*drawn))
+
+
+def _score_against_kl(
+    divergences: Sequence[float], scores: Sequence[float], steps: Sequence[float]
+) -> tuple[str, str]:
+    svg = plots.scatter(
+        divergences,
+        scores,
+        name="score-kl",
+        x=_KL,
+        y="mean score",
+        colour_by=steps,
+        colour_name="iteration",
+    )
+    return svg, "Score against KL, one dot an iteration: what the score costs in distance from SFT."
+
+
+def _reward_and_judge(run: Run, judged: Rows) -> tuple[str, str]:
+    """The plot that shows whether the judge still follows where the reward goes."""
+    svg = plots.reward_and_judge(judged, kept=_result(run, "kept_iteration"), name="judged", x=_KL)
+    return svg, (
+        f"Held-out answers of {len(judged)} policies, the initial one first: mean reward above, "
+        "below it the judge's share of points against the initial policy with its 95 % interval. "
+        "Where the reward rises and the judge falls, the policy learns the reward model's errors."
+    )
+
+
+def _kept(run: Run, judged: Rows) -> str:
+    """Which policy was kept, and why the run ended."""
+    kept, ended = _result(run, "kept_iteration"), _result(run, "ended")
+    if kept is None:
+        return ""
+    (row,) = (one for one in judged if one["step"] == kept)
+    share = {name: row[f"judged/share{end}"] for name, end in _SHARE}
+    sentences = [
+        f"The policy of iteration {number(kept, name='kept_iteration')} was kept: its answers to "
+        f"held-out prompts have {interval(share, name='kept_share')} of the points against the "
+        "initial policy.",
+        "The run ended after all iterations."
+        if ended == "all iterations"
+        else f"The run ended early: {text(ended)}.",
+    ]
+    if _result(run, "best_is_initial"):
+        sentences.append(
+            "<strong>No iteration has more than half of the points: the judge does not prefer any "
+            "of them to the initial policy.</strong>"
+        )
+    if cost := sum(one["judged/cost"] for one in judged if "judged/cost" in one):
+        sentences.append(f"These verdicts cost {number(cost, digits=4)}.")
+    return paragraph(*sentences)
+
+
+def _result(run: Run, name: str) -> Any:
+    """A field of what PPO reported at its end; None before it, or without judgings."""
+    entry = run.journal["ppo"] if "ppo" in run.journal else {"result": None}
+    result = entry["result"] or {}
+    return result[name] if name in result else None
 
 
 def evaluation(run: Run) -> str:

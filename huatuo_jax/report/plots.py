@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -71,6 +72,48 @@ def scatter(
     return _svg(draw, name)
 
 
+def reward_and_judge(
+    rows: Sequence[Mapping[str, float]], *, kept: int | None, name: str, x: str
+) -> str:
+    """The reward and the judge's share of points over the same KL, in the order of iterations.
+
+    Args:
+        rows: of metrics, each of a judging (`judged/...`).
+        kept: the iteration whose policy was kept, to be marked.
+        name: of the plot, unlike any other of the page.
+        x: of the horizontal axis.
+    """
+
+    def column(field: str) -> npt.NDArray[np.float64]:
+        return np.array([row[f"judged/{field}"] for row in rows], np.float64)
+
+    kl_N, reward_N, share_N = column("kl_per_sequence"), column("reward"), column("share")
+    errors_2N = np.stack([share_N - column("share_low"), column("share_high") - share_N])
+
+    def draw(reward: "Axes", judge: "Axes") -> None:
+        style: Any = {"marker": "o", "markersize": 3.5, "linewidth": 1.2}
+        reward.plot(kl_N, reward_N, color=COLOURS["other"], **style)
+        reward.set(ylabel="reward")
+        judge.axhline(0.5, color="#8a94a0", linestyle="--", linewidth=1)
+        judge.errorbar(
+            kl_N, share_N, yerr=errors_2N, color=COLOURS["held out"], capsize=2.5, **style
+        )
+        judge.set(xlabel=x, ylabel="judge's share of points")
+        for row in rows:
+            if row["step"] == kept:
+                place = row["judged/kl_per_sequence"]
+                for axes in (reward, judge):
+                    axes.axvline(place, color=COLOURS["length"], linewidth=1, linestyle=":")
+                mark: Any = {"marker": "*", "markersize": 10, "zorder": 5, "linestyle": "none"}
+                mark["color"] = COLOURS["length"]
+                label = f"kept: iteration {kept}"
+                reward.plot([place], [row["judged/reward"]], label=label, **mark)
+                judge.plot([place], [row["judged/share"]], **mark)
+                reward.legend(frameon=False, loc="best")
+
+    return _svg(draw, name, panels=2)
+
+
 def clouds(groups: Mapping[str, Series], *, name: str, x: str, y: str) -> str:
     """Points of several groups, each in its colour."""
 
@@ -122,8 +165,14 @@ def _moving_mean(values: Sequence[float]) -> list[float]:
     return ((sums[ends] - sums[starts]) / (ends - starts)).tolist()
 
 
-def _svg(draw: Any, name: str) -> str:
-    """The drawing without the heading of a file, its ids unlike those of other plots."""
+def _svg(draw: Any, name: str, *, panels: int = 1) -> str:
+    """The drawing without the heading of a file, its ids unlike those of other plots.
+
+    Args:
+        draw: is called with the axes of each panel, which share their horizontal axis.
+        name: of the plot.
+        panels: one above the other.
+    """
     # Imported here: it is slow to, and only a report needs it.
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -143,9 +192,10 @@ def _svg(draw: Any, name: str) -> str:
         "axes.edgecolor": "#8a94a0",
     }
     with matplotlib.rc_context(settings):
-        figure = Figure(figsize=_SIZE, layout="constrained")
+        width, height = _SIZE
+        figure = Figure(figsize=(width, height * (1 + panels) / 2), layout="constrained")
         FigureCanvasSVG(figure)
-        draw(figure.add_subplot())
+        draw(*figure.subplots(panels, sharex=True, squeeze=False)[:, 0])
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     drawn = buffer.getvalue()

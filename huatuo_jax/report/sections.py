@@ -47,6 +47,7 @@ _GAVE = {
     "stopped": "share that came to an end",
     "empty": "share that says nothing",
     "comparisons": "comparisons",
+    "kept_iteration": "kept iteration",
     "ppo/score": "mean score",
     "ppo/kl_per_sequence": "KL from SFT (nats an answer)",
     "reward_gain_value": "PPO's gain in score",

@@ -236,6 +236,43 @@ def test_the_verdict_says_what_the_interval_says(run, gain, low, told):
     assert told in page_of(run)
 
 
+def judged_rows(*points):
+    """Rows of judgings: step, KL, reward and share."""
+    return [
+        {
+            "step": step,
+            "judged/kl_per_sequence": divergence,
+            "judged/reward": reward,
+            "judged/share": share,
+            "judged/share_low": share - 0.0625,
+            "judged/share_high": share + 0.0625,
+            "judged/cost": 0.5,
+        }
+        for step, divergence, reward, share in points
+    ]
+
+
+def test_a_judged_run_says_what_was_kept_and_why_it_ended(run):
+    rows = judged_rows((0, 0.0, 0.1, 0.5), (2, 1.5, 0.4, 0.6875), (4, 3.0, 0.9, 0.4375))
+    path = run / "ppo" / "metrics.jsonl"
+    text = path.read_text() + "".join(json.dumps(row) + "\n" for row in rows)
+    path.write_text(text)
+    ended = "the judge turned at iteration 4 while the reward rose from 0.400 to 0.900"
+    result = {"kept_iteration": 2, "best_is_initial": False, "ended": ended}
+    write(run / "recipe.json", {"ppo": entry(30.25, step=4, **result)})
+    page = page_of(run)
+    numbers = named_numbers(page)
+    assert numbers["kept_iteration"] == 2 and numbers["kept_share"] == 0.6875
+    assert f"The run ended early: {ended}." in page and 'aria-label="judged"' in page
+    assert "kept: iteration 2" in page and "score-kl" not in page
+    assert page.index('aria-label="judged"') < page.index('aria-label="score-length"')
+    assert "does not prefer any" not in page
+    result |= {"best_is_initial": True, "ended": "all iterations"}
+    write(run / "recipe.json", {"ppo": entry(30.25, step=4, **result)})
+    page = page_of(run)
+    assert "does not prefer any" in page and "ended after all iterations" in page
+
+
 def test_stages_that_did_not_run_are_left_out(run):
     for name in ("evaluation.json", "labels.jsonl.report.json"):
         (run / name).unlink()
