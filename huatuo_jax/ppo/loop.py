@@ -107,7 +107,11 @@ def train(job: PpoJob, cfg: PpoLoopConfig) -> tuple[PpoState, dict[str, float]]:
         while True:
             if judging is not None and judging.is_due(step):
                 report.write_judged(judging.judge(state, trainer))
-            if step == job.num_iterations or (judging is not None and judging.turned):
+                if judging.turned:
+                    break
+                if step and stop.requested():  # Its checkpoint is there, and so is the outcome.
+                    raise _interrupted(step, job)
+            if step == job.num_iterations:
                 break
             state, iteration = trainer.iterate(state)
             step = iteration.iteration
@@ -126,12 +130,16 @@ def train(job: PpoJob, cfg: PpoLoopConfig) -> tuple[PpoState, dict[str, float]]:
                 store.wait()
             if stopping:
                 store.wait()
-                raise Interrupted(
-                    f"stopped after iteration {step} of {job.num_iterations} and saved; run the "
-                    "same command again to go on"
-                )
+                raise _interrupted(step, job)
         store.wait()
         return state, fields
+
+
+def _interrupted(step: int, job: PpoJob) -> Interrupted:
+    return Interrupted(
+        f"stopped after iteration {step} of {job.num_iterations} and saved; run the same command "
+        "again to go on"
+    )
 
 
 def _check_finite(iteration: IterationReport, cfg: PpoLoopConfig) -> None:

@@ -106,7 +106,9 @@ def run_ppo(
         "prompts": prompts.identity,
     }
     if cfg.judging is not None:
-        decisive["judging_prompts"] = identity_of(tasks)
+        name = None if server is None else server.model
+        decisive["judged_prompts"] = identity_of(tasks)
+        decisive["judging_model"] = multi_host.gather("judging model", name)[0]
     directory = begin_stage(workdir, STAGE, settings=all_fields(cfg), decisive=decisive)
     if (result := directory.result()) is not None:
         return result

@@ -26,7 +26,7 @@ def judged_config(*, judging=None, **changed):
         "kl_coef": 0.0,
         "rollout": {"num_prompts": 32},
         "optimizer": {"learning_rate": 4e-3, "decay": "constant"},
-        "loop": {"keep_checkpoints": 20},
+        "loop": {"keep_checkpoints": 20, "checkpoint_every": 5},
     }
     judging = {"every": 2, "num_samples": 4, "patience": 2} | (judging or {})
     section = JudgingConfig(judge=JudgeConfig(), prompts="none", **judging)

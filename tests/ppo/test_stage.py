@@ -364,6 +364,26 @@ def _is_judged(row):
     return "judged/share" in row
 
 
+@pytest.mark.slow
+def test_adapters_are_judged_against_the_model_without_them(files, held_out, tmp_path):
+    """The initial answers that were deleted come back from the reference, token by token."""
+    judging = JudgingConfig(every=1, prompts=held_out, judge=JudgeConfig())
+    model = ModelConfig(directory=str(files / "sft"), lora=LoraConfig(rank=2, alpha=4.0))
+    optimizer = OptimizerConfig(learning_rate=1e-1, weight_decay=0.0)
+    config = _config(files, judging=judging, model=model, optimizer=optimizer, num_iterations=3)
+    run_ppo(config, tmp_path)
+    folder = tmp_path / "ppo"
+    rows = {row["step"]: row for row in read_rows(folder / "metrics.jsonl") if _is_judged(row)}
+    assert rows[0]["judged/kl_per_sequence"] == 0.0 != rows[3]["judged/kl_per_sequence"]
+    initial = folder / "judged" / "0" / "answers.jsonl"
+    before = initial.read_bytes()
+    for name in ("judged/0/answers.jsonl", "judged/3/answers.jsonl", "judged/3/outcome.json"):
+        (folder / name).unlink()
+    (folder / "finished.json").unlink()
+    run_ppo(config, tmp_path)
+    assert initial.read_bytes() == before
+
+
 WRONG_JUDGINGS = {
     "no judge": ({"judge": None}, r"config.ppo.judging.judge=None must be named"),
     "no prompts": ({"prompts": None}, r"config.ppo.judging.prompts=None must be named"),
