@@ -23,6 +23,7 @@ from huatuo_jax.data.accounting import Account
 from huatuo_jax.data.answers import text_of
 from huatuo_jax.data.chat import ChatTemplate
 from huatuo_jax.data.held_out import chosen_by_content, dialogue_text
+from huatuo_jax.feedback.judge_config import reach_judge
 from huatuo_jax.feedback.label_command import LabelRun, open_offline, run_labels
 from huatuo_jax.feedback.labelling import LabelConfig
 from huatuo_jax.feedback.openai_judge import OpenAIJudgeConfig
@@ -89,13 +90,28 @@ def open_held_out(cfg: PpoConfig, tokenizer: "PreTrainedTokenizerBase") -> list[
     return tasks
 
 
-def identity_of(tasks: Sequence[Task]) -> str:
-    """A hash of prompts as they are answered and judged."""
+def identity_of(cfg: PpoConfig, tasks: Sequence[Task]) -> dict[str, Any]:
+    """What shares of points depend on, beside the config: the prompts, and the kind of judge."""
+    assert cfg.judging is not None and cfg.judging.judge is not None
     whole = hashlib.sha256()
     for task in tasks:
         judged = (task.prompt.id, task.token_ids, task.prompt.reference, task.prompt.diagnosis)
         whole.update(repr(judged).encode("utf-8", "surrogatepass"))
-    return whole.hexdigest()[:32]
+    by_server = cfg.judging.judge.base_url is not None
+    return {"prompts": whole.hexdigest()[:32], "judged_by_server": by_server}
+
+
+def reach_server(cfg: PpoConfig) -> OpenAIJudgeConfig | None:
+    """The judge behind a server, reached by the first process; None in others and for offline ones.
+
+    Raises:
+        ValueError: as `reach_judge`.
+    """
+    assert cfg.judging is not None and cfg.judging.judge is not None
+    judge = cfg.judging.judge
+    return multi_host.by_first(
+        "judge", lambda: reach_judge(judge, field="config.ppo.judging.judge")
+    )
 
 
 def record_of(

@@ -7,15 +7,14 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from huatuo_jax import multi_host
 from huatuo_jax.data.answers import text_of
-from huatuo_jax.feedback.judge_config import reach_judge
 from huatuo_jax.ppo.config import PpoConfig
 from huatuo_jax.ppo.held_out import FOLDER as JUDGED_FOLDER
 from huatuo_jax.ppo.held_out import (
     HeldOutJudging,
     identity_of,
     open_held_out,
+    reach_server,
     record_of,
 )
 from huatuo_jax.ppo.job import check_policy, make_job
@@ -92,23 +91,14 @@ def run_ppo(
         max_new_tokens=cfg.rollout.max_new_tokens,
         stop_token_ids=policy.stop_token_ids(template, tokenizer),
     )
-    tasks, server = [], None
-    if cfg.judging is not None:
-        tasks = open_held_out(cfg, tokenizer)
-        judge = cfg.judging.judge
-        assert judge is not None
-        server = multi_host.by_first(
-            "judge", lambda: reach_judge(judge, field="config.ppo.judging.judge")
-        )
+    tasks = None if cfg.judging is None else open_held_out(cfg, tokenizer)
     decisive = identity(cfg) | {
         "initial_model": policy.identity,
         "reward_model_files": reward.identity,
         "prompts": prompts.identity,
     }
-    if cfg.judging is not None:
-        name = None if server is None else server.model
-        decisive["judged_prompts"] = identity_of(tasks)
-        decisive["judging_model"] = multi_host.gather("judging model", name)[0]
+    if tasks is not None:
+        decisive["held_out"] = identity_of(cfg, tasks)
     directory = begin_stage(workdir, STAGE, settings=all_fields(cfg), decisive=decisive)
     if (result := directory.result()) is not None:
         return result
@@ -127,12 +117,12 @@ def run_ppo(
         policy.save(variables, place, template=template, tokenizer=tokenizer)
 
     judging = None
-    if cfg.judging is not None:
+    if tasks is not None:
         judging = HeldOutJudging(
             cfg=cfg,
             folder=directory.folder / JUDGED_FOLDER,
             tasks=tasks,
-            server=server,
+            server=reach_server(cfg),
             make_record=functools.partial(record_of, template=template, tokenizer=tokenizer),
             normalization=reward.normalization_outside_training(cfg.score),
             transformer=policy.transformer,

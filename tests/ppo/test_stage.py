@@ -355,6 +355,9 @@ def test_a_stage_that_judges_keeps_the_best_policy_and_says_which(files, held_ou
     rewards = [record["rewards"][1] for record in records]
     assert rows[best]["judged/reward"] == pytest.approx(np.mean(rewards), abs=1e-4)
     assert run_ppo(config, tmp_path) == result
+    server = dataclasses.replace(judging, judge=JudgeConfig(base_url="http://host/v1"))
+    with pytest.raises(ValueError, match="judged_by_server: saved false, now true"):
+        run_ppo(_config(files, judging=server, num_iterations=3, loop=loop), tmp_path)
     with pytest.raises(ValueError, match="judging.num_samples: saved 2, now 1"):
         changed = dataclasses.replace(judging, num_samples=1)
         run_ppo(_config(files, judging=changed, num_iterations=3, loop=loop), tmp_path)
