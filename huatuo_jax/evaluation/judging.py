@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from huatuo_jax.evaluation.statistics import Interval, mean_over_prompts
 from huatuo_jax.feedback.judgements import CRITERIA
-from huatuo_jax.feedback.judges import Judge
+from huatuo_jax.feedback.judges import Judge, JudgementFailed
 from huatuo_jax.feedback.questions import Answered
 from huatuo_jax.feedback.truth_judge import TRUTHS, TruthJudge
 
@@ -26,27 +26,21 @@ class Verdict(NamedTuple):
 
 def judge_pairs(
     answered: Sequence[Answered], others: Sequence[Answered], judge: Judge
-) -> dict[str, list[Verdict]]:
-    """The verdicts on the answers of the same index, by prompt.
+) -> dict[str, list[Verdict | None]]:
+    """The verdicts on the answers of the same index, by prompt; None where the judge gave none.
 
     Args:
         answered: one model's answers.
         others: the other's, to the same prompts in the same order, as many to each.
         judge: is asked twice about each pair, in both orders.
-
-    Raises:
-        JudgementFailed: the judge gave no verdict.
     """
 
-    async def run() -> dict[str, list[Verdict]]:
-        found: dict[str, list[Verdict]] = {}
+    async def run() -> dict[str, list[Verdict | None]]:
+        found: dict[str, list[Verdict | None]] = {}
         for one, other in zip(answered, others, strict=True):
             assert one.prompt.id == other.prompt.id
             found[one.prompt.id] = [
-                Verdict(
-                    await _points(judge, one, text, against),
-                    1.0 - await _points(judge, one, against, text),
-                )
+                await _verdict(judge, one, text, against)
                 for text, against in zip(one.answers, other.answers, strict=True)
             ]
         return found
@@ -84,22 +78,42 @@ def truth_values(
     return found
 
 
-def win_rates(verdicts: Mapping[str, Sequence[Verdict]], *, seed: int) -> dict[str, Any]:
-    """Wins, ties and losses of the first model, and its share of the points with its interval."""
-    flat = [one for found in verdicts.values() for one in found]
+def win_rates(verdicts: Mapping[str, Sequence[Verdict | None]], *, seed: int) -> dict[str, Any]:
+    """Wins, ties and losses of the first model, and its share of the points with its interval.
+
+    Pairs without a verdict are counted as `failed`, and in no other figure.
+    """
+    everything = [one for found in verdicts.values() for one in found]
+    flat = [one for one in everything if one is not None]
     points = [one.points for one in flat]
     share: Interval | None = mean_over_prompts(
-        {name: [one.points for one in found] for name, found in verdicts.items()}, seed=seed
+        {
+            name: [None if one is None else one.points for one in found]
+            for name, found in verdicts.items()
+        },
+        seed=seed,
     )
     return {
         "wins": points.count(1.0),
         "ties": points.count(0.5),
         "losses": points.count(0.0),
+        "failed": len(everything) - len(flat),
         "share": None if share is None else share.to_json(),
         "wins_shown_first": sum(one.shown_first == 1.0 for one in flat),
         "wins_shown_second": sum(one.shown_second == 1.0 for one in flat),
         "orders_disagree": sum({one.shown_first, one.shown_second} == {0.0, 1.0} for one in flat),
     }
+
+
+async def _verdict(judge: Judge, one: Answered, text: str, against: str) -> Verdict | None:
+    """Both orders; None where the judge failed on either."""
+    try:
+        return Verdict(
+            await _points(judge, one, text, against),
+            1.0 - await _points(judge, one, against, text),
+        )
+    except JudgementFailed:
+        return None
 
 
 async def _points(judge: Judge, one: Answered, first: str, second: str) -> float:

@@ -13,6 +13,7 @@ from huatuo_jax.checkpoint.models import find_model, save_orbax
 from huatuo_jax.data.records import Message, Prompt
 from huatuo_jax.evaluation.answers import ScoredAnswers
 from huatuo_jax.evaluation.likelihood import sequence_kl
+from huatuo_jax.evaluation.release import COMPARED
 from huatuo_jax.evaluation.stage import compare
 from huatuo_jax.feedback.offline_judge import OfflineJudge
 from huatuo_jax.feedback.questions import Answered
@@ -58,8 +59,24 @@ def scored(seed, shift, reasons=("stop", "length")):
     return ScoredAnswers(answers, rewards, records)
 
 
+def four(base, sft, ppo):
+    """With one answer of best-of-n to each prompt, which came to its end."""
+    best = scored(3, 1.5, reasons=("stop",))
+    return {"base": base, "sft": sft, "ppo": ppo, "best_of_n": best}
+
+
+def test_best_of_n_stands_with_its_one_answer_against_each_of_the_others():
+    answers = four(scored(0, -1.0), scored(1, 0.0), scored(2, 2.0))
+    found = compare(answers, judge=OfflineJudge(), seed=0)
+    for other in ("sft", "base", "ppo"):
+        won = found["win_rates"][f"best_of_n_over_{other}"]
+        assert won["wins"] + won["ties"] + won["losses"] == 6 * 2
+        assert won["share"]["num_prompts"] == 6
+    assert found["models"]["best_of_n"]["stopped"]["value"] == 1.0
+
+
 def test_figures_are_means_over_prompts_and_differences_of_them():
-    answers = {"base": scored(0, -1.0), "sft": scored(1, 0.0), "ppo": scored(2, 2.0)}
+    answers = four(scored(0, -1.0), scored(1, 0.0), scored(2, 2.0))
     found = compare(answers, judge=OfflineJudge(), seed=0)
     means = {
         name: np.mean([np.mean(values) for values in one.rewards.values()])
@@ -67,8 +84,8 @@ def test_figures_are_means_over_prompts_and_differences_of_them():
     }
     for name in means:
         assert found["models"][name]["reward"]["value"] == pytest.approx(means[name])
-        assert found["models"][name]["stopped"]["value"] == 0.5
-    for one, other in (("sft", "base"), ("ppo", "sft"), ("ppo", "base")):
+        assert found["models"][name]["stopped"]["value"] == (1.0 if name == "best_of_n" else 0.5)
+    for one, other in COMPARED:
         gain = found["differences"][f"{one}_over_{other}"]["reward"]
         assert gain["value"] == pytest.approx(means[one] - means[other])
         assert gain["low"] < gain["value"] < gain["high"]
@@ -77,7 +94,7 @@ def test_figures_are_means_over_prompts_and_differences_of_them():
 
 
 def test_gain_by_length_and_gain_at_equal_length_add_up_to_the_gain():
-    answers = {"base": scored(0, 0.0), "sft": scored(1, 0.0), "ppo": scored(2, 1.0)}
+    answers = four(scored(0, 0.0), scored(1, 0.0), scored(2, 1.0))
     found = compare(answers, judge=OfflineJudge(), seed=0)
     parts = found["length"]
     assert parts["gain_by_length"]["value"] + parts["gain_at_equal_length"]["value"] == (
@@ -86,7 +103,7 @@ def test_gain_by_length_and_gain_at_equal_length_add_up_to_the_gain():
 
 
 def test_a_reward_that_is_length_alone_leaves_nothing_at_equal_length():
-    answers = {"base": scored(0, 0.0), "sft": scored(1, 0.0), "ppo": scored(2, 0.0)}
+    answers = four(scored(0, 0.0), scored(1, 0.0), scored(2, 0.0))
     by_length = {
         name: one._replace(
             rewards={
