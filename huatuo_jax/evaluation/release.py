@@ -65,9 +65,10 @@ def release(figures: Mapping[str, Any], *, best_of_n: int) -> dict[str, Any]:
         best_of_n: the n.
 
     Returns:
-        `pick` and `reason`; `comparisons` with share, interval and pairs without a verdict;
-        `best_of_n`; where the judge knows the truth, `truth` of pick and SFT with the interval of
-        the difference; `warnings`.
+        `pick` and `reason`; `comparisons` with share, interval, pairs without a verdict, and which
+        model is `preferred` (its name, `neither`, or `too few prompts`); `best_of_n`; where the
+        judge knows the truth, `truth` of pick and SFT with the interval of the difference;
+        `warnings`.
     """
     pick, reason = decide(
         figures["win_rates"],
@@ -76,15 +77,19 @@ def release(figures: Mapping[str, Any], *, best_of_n: int) -> dict[str, Any]:
         best_of_n=best_of_n,
     )
     truth = _truth(figures, pick)
+    shares = _Shares(figures["win_rates"])
     return {
         "pick": pick,
         "reason": reason,
         "num_prompts": figures["num_prompts"],
         "judge": figures["judge"],
         "comparisons": {
-            pair: {"share": figures["win_rates"][pair]["share"]}
-            | {"failed": figures["win_rates"][pair]["failed"]}
-            for pair in map(_pair, *zip(*COMPARED, strict=True))
+            _pair(one, other): {
+                "share": figures["win_rates"][_pair(one, other)]["share"],
+                "failed": figures["win_rates"][_pair(one, other)]["failed"],
+                "preferred": shares.preferred(one, other),
+            }
+            for one, other in COMPARED
         },
         "best_of_n": {"n": best_of_n, "kl_upper_bound": kl_upper_bound(best_of_n)},
         "truth": truth,
@@ -136,9 +141,8 @@ class _Shares:
     """The judge's shares where enough prompts tell them."""
 
     def __init__(self, win_rates: Mapping[str, Mapping[str, Any]]) -> None:
-        self._found = {
-            pair: win_rates[pair]["share"] for pair in map(_pair, *zip(*COMPARED, strict=True))
-        }
+        pairs = [_pair(one, other) for one, other in COMPARED]
+        self._found = {pair: win_rates[pair]["share"] for pair in pairs}
 
     def told(self, one: str, other: str) -> Mapping[str, Any] | None:
         share: Mapping[str, Any] | None = self._found[_pair(one, other)]
@@ -151,6 +155,13 @@ class _Shares:
     def loses(self, one: str, other: str) -> bool:
         share = self.told(one, other)
         return share is not None and bool(share["high"] < 0.5)
+
+    def preferred(self, one: str, other: str) -> str:
+        if self.told(one, other) is None:
+            return "too few prompts"
+        if self.wins(one, other):
+            return one
+        return other if self.loses(one, other) else "neither"
 
     def value(self, one: str, other: str) -> float:
         share = self.told(one, other)
@@ -213,6 +224,7 @@ def _truth(figures: Mapping[str, Any], pick: Candidate) -> dict[str, Any] | None
     for name in TRUTHS:
         field = f"truth_{name}"
         found[name] = {
+            "words": TRUTHS[name][0],
             "pick": models[pick][field],
             "sft": models["sft"][field],
             "difference": _over_sft(figures["differences"], pick, field),

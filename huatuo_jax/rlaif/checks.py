@@ -52,7 +52,7 @@ def check_inputs(cfg: RlaifConfig, workdir: str | os.PathLike[str], wanted: set[
         ("evaluation.sft", "evaluation", cfg.evaluation.sft),
         ("evaluation.ppo", "evaluation", cfg.evaluation.ppo),
         ("evaluation.reward", "evaluation", cfg.evaluation.reward),
-        ("export.policy", "export", cfg.export.policy),
+        ("export.policy", "export", cfg.exported_policy),
         ("export.reward", "export", cfg.export.reward),
     ):
         if stage in wanted and value is not None:

@@ -223,5 +223,10 @@ def test_a_judge_without_truth_gives_none_and_all_comparisons_are_kept():
     assert found["truth"] is None and found["warnings"] == []
     assert found["pick"] == "best_of_n" and found["num_prompts"] == 40
     assert list(found["comparisons"]) == [f"{one}_over_{other}" for one, other in COMPARED]
-    assert found["comparisons"]["best_of_n_over_sft"] == {"share": share(*BETTER), "failed": 0}
+    assert found["comparisons"]["best_of_n_over_sft"] == {
+        "share": share(*BETTER),
+        "failed": 0,
+        "preferred": "best_of_n",
+    }
+    assert found["comparisons"]["ppo_over_sft"]["preferred"] == "neither"
     assert found["best_of_n"]["n"] == 4
