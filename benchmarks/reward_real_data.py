@@ -36,6 +36,7 @@ from huatuo_jax.checkpoint.tokenizer import load_tokenizer
 from huatuo_jax.comparisons.data import ComparisonsConfig, ComparisonSource, Group, open_comparisons
 from huatuo_jax.data.records import Comparison
 from huatuo_jax.data.shuffling import permutation
+from huatuo_jax.feedback.intervals import NUM_RESAMPLES
 from huatuo_jax.reward import measures
 from huatuo_jax.reward.config import RewardConfig
 from huatuo_jax.reward.measures import ScoredPairs
@@ -227,7 +228,7 @@ def calibration_interval(pairs: ScoredPairs) -> list[float]:
     of_case = [np.flatnonzero(pairs.cases == case) for case in np.unique(pairs.cases)]
     draw = np.random.default_rng(SEED)
     errors = []
-    for _ in range(measures.NUM_RESAMPLES):
+    for _ in range(NUM_RESAMPLES):
         drawn = np.concatenate(
             [of_case[case] for case in draw.integers(len(of_case), size=len(of_case))]
         )

@@ -1,27 +1,13 @@
 """Two models' answers to the same prompts before an offline judge, in both orders."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
 
-from huatuo_jax.evaluation.statistics import Interval, mean_over_prompts
 from huatuo_jax.feedback.judgements import CRITERIA
 from huatuo_jax.feedback.judges import Judge, JudgementFailed
 from huatuo_jax.feedback.questions import Answered
 from huatuo_jax.feedback.truth_judge import TRUTHS, TruthJudge
-
-
-class Verdict(NamedTuple):
-    """What became of one pair: the first model's points in each order, 1, 1/2 or 0."""
-
-    shown_first: float
-    shown_second: float
-
-    @property
-    def points(self) -> float:
-        """1 for a win, 1/2 for a tie, 0 for a loss; orders that contradict each other tie."""
-        total = self.shown_first + self.shown_second
-        return 0.5 if total == 1.0 else float(total > 1.0)
+from huatuo_jax.feedback.win_rates import Verdict, points_of
 
 
 def judge_pairs(
@@ -78,33 +64,6 @@ def truth_values(
     return found
 
 
-def win_rates(verdicts: Mapping[str, Sequence[Verdict | None]], *, seed: int) -> dict[str, Any]:
-    """Wins, ties and losses of the first model, and its share of the points with its interval.
-
-    Pairs without a verdict are counted as `failed`, and in no other figure.
-    """
-    everything = [one for found in verdicts.values() for one in found]
-    flat = [one for one in everything if one is not None]
-    points = [one.points for one in flat]
-    share: Interval | None = mean_over_prompts(
-        {
-            name: [None if one is None else one.points for one in found]
-            for name, found in verdicts.items()
-        },
-        seed=seed,
-    )
-    return {
-        "wins": points.count(1.0),
-        "ties": points.count(0.5),
-        "losses": points.count(0.0),
-        "failed": len(everything) - len(flat),
-        "share": None if share is None else share.to_json(),
-        "wins_shown_first": sum(one.shown_first == 1.0 for one in flat),
-        "wins_shown_second": sum(one.shown_second == 1.0 for one in flat),
-        "orders_disagree": sum({one.shown_first, one.shown_second} == {0.0, 1.0} for one in flat),
-    }
-
-
 async def _verdict(judge: Judge, one: Answered, text: str, against: str) -> Verdict | None:
     """Both orders; None where the judge failed on either."""
     try:
@@ -120,4 +79,4 @@ async def _points(judge: Judge, one: Answered, first: str, second: str) -> float
     """1 where the first text is the better one, 0 where the second is."""
     reply = await judge.compare(one.prompt, first, second)
     assert reply.p_first is not None
-    return 0.5 if reply.p_first == 0.5 else float(reply.p_first > 0.5)
+    return points_of(reply.p_first)

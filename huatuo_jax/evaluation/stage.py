@@ -21,13 +21,14 @@ from huatuo_jax.evaluation.answers import (
 )
 from huatuo_jax.evaluation.best_of_n import BEST_OF_N, best_answers, kl_upper_bound, repeated
 from huatuo_jax.evaluation.config import EvaluationConfig
-from huatuo_jax.evaluation.judging import judge_pairs, score_answers, truth_values, win_rates
+from huatuo_jax.evaluation.judging import judge_pairs, score_answers, truth_values
 from huatuo_jax.evaluation.likelihood import held_out_loss, sequence_kl
 from huatuo_jax.evaluation.release import COMPARED, release
 from huatuo_jax.evaluation.statistics import Interval, Values
 from huatuo_jax.feedback.label_command import open_offline
 from huatuo_jax.feedback.offline_judge import OfflineJudge
 from huatuo_jax.feedback.truth_judge import TruthJudge
+from huatuo_jax.feedback.win_rates import win_rates
 from huatuo_jax.json_lines import write_rows
 from huatuo_jax.training.dialogue_data import DialogueData
 

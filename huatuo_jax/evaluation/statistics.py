@@ -5,56 +5,38 @@ on the same prompts, so a difference is taken prompt by prompt before anything i
 bootstrap).
 """
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
-from huatuo_jax.reward.measures import NUM_RESAMPLES, bootstrap_mean
+from huatuo_jax.feedback.intervals import (
+    NUM_RESAMPLES,
+    Interval,
+    Values,
+    interval_of,
+    mean_over_prompts,
+    prompt_means,
+)
 
-Values = Mapping[str, Sequence[float | None]]
-"""The values of each prompt's answers; None where an answer has none."""
+__all__ = [
+    "NGRAMS",
+    "Interval",
+    "Values",
+    "bootstrap_settings",
+    "distinct",
+    "mean_difference",
+    "mean_over_prompts",
+    "prompt_means",
+    "slope_within_prompts",
+]
 
 NGRAMS = (1, 2)
-
-
-class Interval(NamedTuple):
-    """A mean over prompts and its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-    num_prompts: int
-
-    @property
-    def without_zero(self) -> bool:
-        """Whether the interval lies on one side of 0."""
-        return self.low > 0 or self.high < 0
-
-    def to_json(self) -> dict[str, float | int]:
-        """The numbers by name."""
-        return self._asdict()
-
-
-def mean_over_prompts(values: Values, *, seed: int = 0) -> Interval | None:
-    """The mean of the prompts' means; None where no answer has a value."""
-    means = prompt_means(values)
-    return _interval(list(means.values()), seed)
 
 
 def mean_difference(values: Values, others: Values, *, seed: int = 0) -> Interval | None:
     """How much higher the first is, over the prompts that have a value in both."""
     one, other = prompt_means(values), prompt_means(others)
-    return _interval([one[name] - other[name] for name in one if name in other], seed)
-
-
-def prompt_means(values: Values) -> dict[str, float]:
-    """The mean of each prompt that has a value, in the order given."""
-    known = {
-        name: [value for value in found if value is not None] for name, found in values.items()
-    }
-    return {name: float(np.mean(found)) for name, found in known.items() if found}
+    return interval_of([one[name] - other[name] for name in one if name in other], seed=seed)
 
 
 def slope_within_prompts(values: Values, lengths: Values) -> float:
@@ -95,11 +77,3 @@ def distinct(texts: Sequence[str], ngram: int) -> float | None:
 def bootstrap_settings(seed: int) -> dict[str, str | int]:
     """What a reader must know of the intervals."""
     return {"resampled": "prompts", "paired": "by prompt", "num": NUM_RESAMPLES, "seed": seed}
-
-
-def _interval(per_prompt: Sequence[float], seed: int) -> Interval | None:
-    if not per_prompt:
-        return None
-    values_P: npt.NDArray[np.float64] = np.asarray(per_prompt, np.float64)
-    share = bootstrap_mean(values_P, np.arange(len(values_P)), seed=seed)
-    return Interval(share.value, share.low, share.high, share.num_cases)

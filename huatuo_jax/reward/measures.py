@@ -1,9 +1,8 @@
 """What a reward model is worth on labelled pairs, as pure functions of numbers.
 
 Agreement with a label: 1 where the answer with the higher score is the preferred one, 0 where it is
-the other, 1/2 for equal scores; a tie (`p_chosen` of 1/2) has no agreement. Intervals are
-percentiles of a bootstrap that draws whole cases with replacement (Efron and Tibshirani 1993,
-chapter 13), as pairs of one case are not independent.
+the other, 1/2 for equal scores; a tie (`p_chosen` of 1/2) has no agreement. Intervals are those of
+`feedback.intervals`, over cases.
 """
 
 import dataclasses
@@ -12,12 +11,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
+from huatuo_jax.feedback.intervals import Floats, Ints, Share, bootstrap_mean
 
-NUM_RESAMPLES = 2000
 NUM_BINS = 10
-_BYTES_AT_ONCE = 1 << 26
 _MARGIN_GROUPS = 4
 
 
@@ -58,20 +54,6 @@ class ScoredPairs:
         return self.p_chosen != 0.5
 
 
-class Share(NamedTuple):
-    """A mean over pairs with its 95 % interval, and over how many pairs and cases it is."""
-
-    value: float
-    low: float
-    high: float
-    num_pairs: int
-    num_cases: int
-
-    def to_json(self) -> dict[str, float | int]:
-        """The numbers by name."""
-        return self._asdict()
-
-
 class Bin(NamedTuple):
     """Pairs of like confidence: how sure the model is on average, and how often it is right."""
 
@@ -85,32 +67,6 @@ class Bin(NamedTuple):
 def agreement(difference: Floats, p_chosen: Floats) -> Floats:
     """1, 1/2 or 0 for each pair; the pairs are no ties."""
     return (np.sign(difference) * np.sign(p_chosen - 0.5) + 1) / 2
-
-
-def bootstrap_mean(
-    values: Floats, cases: Ints, *, seed: int = 0, num_resamples: int = NUM_RESAMPLES
-) -> Share:
-    """The mean of all values and its interval over resampled cases.
-
-    Raises:
-        ValueError: there are no values.
-    """
-    if not len(values):
-        raise ValueError("values: a mean needs at least one")
-    _, cases = np.unique(cases, return_inverse=True)
-    num_cases = int(cases.max()) + 1
-    totals = np.bincount(cases, values, num_cases)
-    counts = np.bincount(cases, minlength=num_cases).astype(np.float64)
-    draw = np.random.default_rng(seed)
-    at_once = max(1, _BYTES_AT_ONCE // (8 * num_cases))
-    means: list[Floats] = []
-    for first in range(0, num_resamples, at_once):
-        size = min(at_once, num_resamples - first)
-        drawn = draw.multinomial(num_cases, np.full(num_cases, 1 / num_cases), size=size)
-        means.append((drawn @ totals) / (drawn @ counts))
-    low, high = np.quantile(np.concatenate(means), (0.025, 0.975))
-    mean = float(values.mean())
-    return Share(mean, float(low), float(high), len(values), num_cases)
 
 
 def accuracy(pairs: ScoredPairs, *, seed: int = 0) -> Share | None:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from huatuo_jax.atomic import write_file
 from huatuo_jax.comparisons.data import Answer, Group
+from huatuo_jax.feedback.intervals import NUM_RESAMPLES
 from huatuo_jax.reward import measures
 from huatuo_jax.reward.measures import ScoredPairs
 from huatuo_jax.scoring import GivenAnswer
@@ -91,7 +92,7 @@ def make_report(
         "num_pairs": len(pairs),
         "num_ties": int((~pairs.labelled).sum()),
         "num_cases": len(np.unique(pairs.cases)),
-        "bootstrap": {"resampled": "cases", "num": measures.NUM_RESAMPLES, "seed": seed},
+        "bootstrap": {"resampled": "cases", "num": NUM_RESAMPLES, "seed": seed},
         "accuracy": _share(measures.accuracy(pairs, seed=seed)),
         "loss": measures.cross_entropy(pairs.difference, pairs.p_chosen),
         "calibration": _calibration(pairs.difference, pairs),

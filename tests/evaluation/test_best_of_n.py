@@ -10,9 +10,10 @@ from huatuo_jax.data.records import Message, Prompt
 from huatuo_jax.evaluation.answers import ScoredAnswers
 from huatuo_jax.evaluation.best_of_n import best_answers, kl_upper_bound, repeated
 from huatuo_jax.evaluation.config import EvaluationConfig
-from huatuo_jax.evaluation.judging import judge_pairs, win_rates
+from huatuo_jax.evaluation.judging import judge_pairs
 from huatuo_jax.feedback.judges import Reply
 from huatuo_jax.feedback.questions import Answered
+from huatuo_jax.feedback.win_rates import win_rates
 
 
 class RewardJudge:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
+from huatuo_jax.feedback.intervals import bootstrap_mean
 from huatuo_jax.reward import measures
 from huatuo_jax.reward.measures import ScoredPairs
 from huatuo_jax.reward.report import make_report, reliability_plot, scored_pairs
@@ -47,7 +48,7 @@ def test_the_interval_holds_the_truth_as_often_as_it_says():
     for seed in range(200):
         draw = np.random.default_rng(seed)
         values = np.repeat((draw.uniform(size=60) < truth).astype(float), 10)
-        share = measures.bootstrap_mean(values, np.repeat(np.arange(60), 10), num_resamples=400)
+        share = bootstrap_mean(values, np.repeat(np.arange(60), 10), num_resamples=400)
         inside += share.low <= truth <= share.high
         assert share.num_cases == 60 and share.num_pairs == 600
     assert 0.89 <= inside / 200 <= 0.98
@@ -55,7 +56,7 @@ def test_the_interval_holds_the_truth_as_often_as_it_says():
 
 def test_the_interval_is_as_wide_as_the_central_limit_says():
     values = (np.random.default_rng(0).uniform(size=2000) < 0.6).astype(float)
-    share = measures.bootstrap_mean(values, np.arange(2000))
+    share = bootstrap_mean(values, np.arange(2000))
     half = 1.96 * values.std() / np.sqrt(2000)
     assert share.high - share.value == pytest.approx(half, rel=0.1)
     assert share.value - share.low == pytest.approx(half, rel=0.1)

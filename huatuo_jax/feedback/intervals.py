@@ -1,0 +1,101 @@
+"""Means with the interval of a bootstrap that draws whole groups, such as prompts or cases.
+
+What belongs to one group is not independent, so groups are drawn with replacement and the interval
+is made of percentiles of their means (Efron and Tibshirani 1993, chapter 13).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+Values = Mapping[str, Sequence[float | None]]
+"""The values of each prompt's answers; None where an answer has none."""
+
+NUM_RESAMPLES = 2000
+_BYTES_AT_ONCE = 1 << 26
+
+
+class Share(NamedTuple):
+    """A mean over pairs with its 95 % interval, and over how many pairs and cases it is."""
+
+    value: float
+    low: float
+    high: float
+    num_pairs: int
+    num_cases: int
+
+    def to_json(self) -> dict[str, float | int]:
+        """The numbers by name."""
+        return self._asdict()
+
+
+class Interval(NamedTuple):
+    """A mean over prompts and its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+    num_prompts: int
+
+    @property
+    def without_zero(self) -> bool:
+        """Whether the interval lies on one side of 0."""
+        return self.low > 0 or self.high < 0
+
+    def to_json(self) -> dict[str, float | int]:
+        """The numbers by name."""
+        return self._asdict()
+
+
+def bootstrap_mean(
+    values: Floats, cases: Ints, *, seed: int = 0, num_resamples: int = NUM_RESAMPLES
+) -> Share:
+    """The mean of all values and its interval over resampled cases.
+
+    Raises:
+        ValueError: there are no values.
+    """
+    if not len(values):
+        raise ValueError("values: a mean needs at least one")
+    _, cases = np.unique(cases, return_inverse=True)
+    num_cases = int(cases.max()) + 1
+    totals = np.bincount(cases, values, num_cases)
+    counts = np.bincount(cases, minlength=num_cases).astype(np.float64)
+    draw = np.random.default_rng(seed)
+    at_once = max(1, _BYTES_AT_ONCE // (8 * num_cases))
+    means: list[Floats] = []
+    for first in range(0, num_resamples, at_once):
+        size = min(at_once, num_resamples - first)
+        drawn = draw.multinomial(num_cases, np.full(num_cases, 1 / num_cases), size=size)
+        means.append((drawn @ totals) / (drawn @ counts))
+    low, high = np.quantile(np.concatenate(means), (0.025, 0.975))
+    mean = float(values.mean())
+    return Share(mean, float(low), float(high), len(values), num_cases)
+
+
+def mean_over_prompts(values: Values, *, seed: int = 0) -> Interval | None:
+    """The mean of the prompts' means; None where no answer has a value."""
+    means = prompt_means(values)
+    return interval_of(list(means.values()), seed=seed)
+
+
+def prompt_means(values: Values) -> dict[str, float]:
+    """The mean of each prompt that has a value, in the order given."""
+    known = {
+        name: [value for value in found if value is not None] for name, found in values.items()
+    }
+    return {name: float(np.mean(found)) for name, found in known.items() if found}
+
+
+def interval_of(per_prompt: Sequence[float], *, seed: int) -> Interval | None:
+    """The mean of one number a prompt; None where there is none."""
+    if not per_prompt:
+        return None
+    values_P: Floats = np.asarray(per_prompt, np.float64)
+    share = bootstrap_mean(values_P, np.arange(len(values_P)), seed=seed)
+    return Interval(share.value, share.low, share.high, share.num_cases)
