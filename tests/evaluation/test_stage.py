@@ -10,13 +10,16 @@ import pytest
 from huatuo_jax.backbone.config import BackboneConfig, ComputeConfig
 from huatuo_jax.backbone.transformer import Transformer, init_params
 from huatuo_jax.checkpoint.models import find_model, save_orbax
+from huatuo_jax.clinic.dialogues import prompts
+from huatuo_jax.clinic.diseases import DISEASES
 from huatuo_jax.data.records import Message, Prompt
 from huatuo_jax.evaluation.answers import ScoredAnswers
 from huatuo_jax.evaluation.likelihood import sequence_kl
-from huatuo_jax.evaluation.release import COMPARED
+from huatuo_jax.evaluation.release import COMPARED, LEAST_PROMPTS, release
 from huatuo_jax.evaluation.stage import compare
 from huatuo_jax.feedback.offline_judge import OfflineJudge
 from huatuo_jax.feedback.questions import Answered
+from huatuo_jax.feedback.truth_judge import TruthJudge
 from huatuo_jax.scoring import GivenAnswer
 from huatuo_jax.sharding import make_mesh
 
@@ -91,6 +94,37 @@ def test_figures_are_means_over_prompts_and_differences_of_them():
         assert gain["low"] < gain["value"] < gain["high"]
     lengths = [len(text) for item in answers["ppo"].answered for text in item.answers]
     assert found["models"]["ppo"]["characters"]["value"] == pytest.approx(np.mean(lengths))
+
+
+def test_the_clinics_truth_stands_beside_a_pick_that_its_judge_prefers():
+    """PPO says what the doctor says, SFT names another disease, base says little."""
+    asked = list(prompts(LEAST_PROMPTS, seed=0))
+
+    def saying(text_of):
+        answered, records = [], []
+        for prompt in asked:
+            text = text_of(prompt)
+            answered.append(Answered(prompt, (text,)))
+            answer = {"text": text, "token_ids": [1], "finish_reason": "stop"}
+            records.append({"id": prompt.id, "prompt_token_ids": [1], "answers": [answer]})
+        return ScoredAnswers(answered, {prompt.id: [0.0] for prompt in asked}, records)
+
+    def wrong(prompt):
+        return f"考虑{next(name for name in DISEASES if name != prompt.diagnosis)}。"
+
+    sft = saying(wrong)
+    answers = {
+        "base": saying(lambda prompt: "好。"),
+        "sft": sft,
+        "ppo": saying(lambda prompt: prompt.reference),
+        "best_of_n": sft,
+    }
+    found = release(compare(answers, judge=TruthJudge(), seed=0), best_of_n=2)
+    assert found["pick"] == "ppo" and found["warnings"] == []
+    assert "clinic-truth-v1 prefers it to SFT (share " in found["reason"]
+    right = found["truth"]["diagnosis_right"]
+    assert right["sft"]["value"] == 0.0 and right["pick"]["value"] > 0.5
+    assert right["difference"]["low"] > 0
 
 
 def test_gain_by_length_and_gain_at_equal_length_add_up_to_the_gain():
