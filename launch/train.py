@@ -2,8 +2,7 @@
 
 python launch/train.py --config=configs/rlaif.py --workdir=runs/demo [--config.sft.batch_size=8]
 
-Running the same command again goes on from the newest checkpoint; finished stages are not run
-again. Exit code 75 says that the run was stopped (SIGTERM, Ctrl-C), has saved, and can go on.
+Run again, it resumes and skips finished stages. Exit code 75: stopped (SIGTERM, Ctrl-C), saved.
 """
 
 from collections.abc import Callable
@@ -39,7 +38,8 @@ def main() -> None:
         except Diverged as error:
             raise ValueError(f"{name}: {error}") from error
         if multi_host.is_first():
-            print(f"{name}: finished in {_WORKDIR.value}: {_summary(result)}")
+            told = [f"{key}: {result[key]}" for key in ("released", "report") if key in result]
+            print(f"{name}: finished in {_WORKDIR.value}: {_summary(result)}", *told, sep="\n")
 
 
 def _runs(config: ConfigDict) -> list[tuple[str, Callable[..., dict[str, Any]], ConfigDict]]:

@@ -1,8 +1,9 @@
 """The answers that an evaluation looks at: drawn from each model, scored by the reward model."""
 
+import dataclasses
 import pathlib
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +23,9 @@ from huatuo_jax.scoring import GivenAnswer
 
 REFERENCE = "reference"
 """In place of a model's name: the answers that stand in the data."""
+
+SCORE_FIELDS = ("scores", "normalized_scores", "rewards")
+"""What a record of scored answers has for each of them, beside the answers themselves."""
 
 
 class ScoredAnswers(NamedTuple):
@@ -62,6 +66,33 @@ class ScoredAnswers(NamedTuple):
             [record for record in self.records if record["id"] in ids],
         )
 
+    def pick(self, places: Mapping[str, slice]) -> "ScoredAnswers":
+        """Some of the answers to each prompt, by its id: in the records, too."""
+        return ScoredAnswers(
+            [
+                dataclasses.replace(
+                    one,
+                    answers=one.answers[places[one.prompt.id]],
+                    sampled=one.sampled[places[one.prompt.id]],
+                )
+                for one in self.answered
+            ],
+            {name: found[places[name]] for name, found in self.rewards.items()},
+            [
+                record
+                | {
+                    field: record[field][places[record["id"]]]
+                    for field in ("answers", *SCORE_FIELDS)
+                    if field in record
+                }
+                for record in self.records
+            ],
+        )
+
+    def part(self, which: slice) -> "ScoredAnswers":
+        """The answers at these places, of every prompt."""
+        return self.pick({name: which for name in self.rewards})
+
     def given(self) -> dict[str, list[GivenAnswer]]:
         """The answers as the tokens that were sampled."""
         return {
@@ -77,9 +108,16 @@ class ScoredAnswers(NamedTuple):
 
 
 def answer_prompts(
-    name: str, model: str, cfg: EvaluationConfig, folder: pathlib.Path
+    name: str, model: str, cfg: EvaluationConfig, folder: pathlib.Path, *, num_samples: int
 ) -> ScoredAnswers:
     """A model's answers with their scores; a killed run goes on with those it has.
+
+    Args:
+        name: of the files in `folder`.
+        model: its folder.
+        cfg: the prompts, and how they are answered.
+        folder: where answers and scores are kept.
+        num_samples: answers to each prompt.
 
     Raises:
         ValueError: prompts or a model that cannot be, or answers made with other settings.
@@ -92,7 +130,7 @@ def answer_prompts(
         output=str(folder / f"answers_{name}.jsonl"),
         template=cfg.template,
         default_system=cfg.default_system,
-        num_samples=cfg.num_samples,
+        num_samples=num_samples,
         sampling=SamplingConfig(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature),
         seed=cfg.seed,
         chunk_size=cfg.chunk_size,

@@ -24,6 +24,9 @@ class EvaluationConfig:
         template: chat template by name.
         default_system: its system text; None for that of the run's fine-tuning, or the template's.
         num_samples: answers of each model to each prompt.
+        best_of_n: answers of the SFT model of which the reward model takes the best one; they are
+            drawn beside the `num_samples` that stand for SFT. None for `num_samples`, and 2 at
+            least.
         max_new_tokens: tokens of an answer at most.
         temperature: answers are drawn at, above 0; None for that of PPO's rollouts, at which reward
             and KL are those that PPO trained for.
@@ -45,6 +48,7 @@ class EvaluationConfig:
     template: str = "huatuogpt"
     default_system: str | None = None
     num_samples: int = 4
+    best_of_n: int | None = None
     max_new_tokens: int = 512
     temperature: float | None = None
     seed: int = 0
@@ -60,6 +64,16 @@ class EvaluationConfig:
             value = getattr(self, name)
             if value < 1:
                 raise ValueError(f"{name}={value!r} must be at least 1")
+        if self.best_of_n is not None and self.best_of_n < 2:
+            raise ValueError(
+                f"best_of_n={self.best_of_n!r} must be at least 2, or None for num_samples: the "
+                "best of one answer is SFT's own"
+            )
         if self.temperature is not None and not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature={self.temperature!r} must be above 0")
         check_share(self.max_left_out_share, name="max_left_out_share")
+
+    @property
+    def num_candidates(self) -> int:
+        """The n of best-of-n."""
+        return max(2, self.num_samples) if self.best_of_n is None else self.best_of_n

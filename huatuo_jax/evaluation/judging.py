@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Sequence
 
 from huatuo_jax.feedback.judgements import CRITERIA
-from huatuo_jax.feedback.judges import Judge
+from huatuo_jax.feedback.judges import Judge, JudgementFailed
 from huatuo_jax.feedback.questions import Answered
 from huatuo_jax.feedback.truth_judge import TRUTHS, TruthJudge
 from huatuo_jax.feedback.win_rates import Verdict, points_of
@@ -12,27 +12,21 @@ from huatuo_jax.feedback.win_rates import Verdict, points_of
 
 def judge_pairs(
     answered: Sequence[Answered], others: Sequence[Answered], judge: Judge
-) -> dict[str, list[Verdict]]:
-    """The verdicts on the answers of the same index, by prompt.
+) -> dict[str, list[Verdict | None]]:
+    """The verdicts on the answers of the same index, by prompt; None where the judge gave none.
 
     Args:
         answered: one model's answers.
         others: the other's, to the same prompts in the same order, as many to each.
         judge: is asked twice about each pair, in both orders.
-
-    Raises:
-        JudgementFailed: the judge gave no verdict.
     """
 
-    async def run() -> dict[str, list[Verdict]]:
-        found: dict[str, list[Verdict]] = {}
+    async def run() -> dict[str, list[Verdict | None]]:
+        found: dict[str, list[Verdict | None]] = {}
         for one, other in zip(answered, others, strict=True):
             assert one.prompt.id == other.prompt.id
             found[one.prompt.id] = [
-                Verdict(
-                    await _points(judge, one, text, against),
-                    1.0 - await _points(judge, one, against, text),
-                )
+                await _verdict(judge, one, text, against)
                 for text, against in zip(one.answers, other.answers, strict=True)
             ]
         return found
@@ -68,6 +62,17 @@ def truth_values(
         for name in TRUTHS:
             found[f"truth_{name}"][one.prompt.id] = [values[name] for values in truths]
     return found
+
+
+async def _verdict(judge: Judge, one: Answered, text: str, against: str) -> Verdict | None:
+    """Both orders; None where the judge failed on either."""
+    try:
+        return Verdict(
+            await _points(judge, one, text, against),
+            1.0 - await _points(judge, one, against, text),
+        )
+    except JudgementFailed:
+        return None
 
 
 async def _points(judge: Judge, one: Answered, first: str, second: str) -> float:

@@ -8,6 +8,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from huatuo_jax import multi_host
 from huatuo_jax.atomic import write_file
 from huatuo_jax.backbone.config import ComputeConfig
 from huatuo_jax.checkpoint import models
@@ -18,19 +19,20 @@ from huatuo_jax.evaluation.answers import (
     answer_as_referenced,
     answer_prompts,
 )
+from huatuo_jax.evaluation.best_of_n import BEST_OF_N, best_answers, kl_upper_bound, repeated
 from huatuo_jax.evaluation.config import EvaluationConfig
 from huatuo_jax.evaluation.judging import judge_pairs, score_answers, truth_values
 from huatuo_jax.evaluation.likelihood import held_out_loss, sequence_kl
+from huatuo_jax.evaluation.release import COMPARED, release
 from huatuo_jax.evaluation.statistics import Interval, Values
 from huatuo_jax.feedback.label_command import open_offline
 from huatuo_jax.feedback.offline_judge import OfflineJudge
 from huatuo_jax.feedback.truth_judge import TruthJudge
 from huatuo_jax.feedback.win_rates import win_rates
+from huatuo_jax.json_lines import write_rows
 from huatuo_jax.training.dialogue_data import DialogueData
 
 MODELS = ("base", "sft", "ppo")
-# The later model first: what did this stage gain over that one?
-PAIRS = (("sft", "base"), ("ppo", "sft"), ("ppo", "base"))
 
 
 def run_evaluation(
@@ -66,10 +68,27 @@ def run_evaluation(
     folder.mkdir(parents=True, exist_ok=True)
     assert cfg.base is not None and cfg.temperature is not None
     places = {"base": cfg.base, "sft": cfg.sft, "ppo": cfg.ppo}
-    answers = {name: answer_prompts(name, places[name], cfg, folder) for name in MODELS}
+    candidates = cfg.num_candidates
+    answers = {
+        name: answer_prompts(
+            name,
+            places[name],
+            cfg,
+            folder,
+            # The first ones stand for SFT, the others are those that the best one is chosen from.
+            num_samples=cfg.num_samples + (candidates if name == "sft" else 0),
+        )
+        for name in MODELS
+    }
     # Models of fewer positions leave out more prompts: all are compared on the same ones.
     ids = set.intersection(*(set(found.rewards) for found in answers.values()))
     answers = {name: found.only(ids) for name, found in answers.items()}
+    answers[BEST_OF_N] = best_answers(answers["sft"].part(slice(cfg.num_samples, None)))
+    answers["sft"] = answers["sft"].part(slice(cfg.num_samples))
+    multi_host.by_first(
+        "best of n",
+        lambda: write_rows(folder / f"scored_{BEST_OF_N}.jsonl", answers[BEST_OF_N].records),
+    )
     referenced = answer_as_referenced(cfg, folder, ids=ids)
     infos = {name: models.find_model(place) for name, place in places.items()}
     losses = {}
@@ -94,11 +113,15 @@ def run_evaluation(
     )
     everyone = answers if referenced is None else answers | {REFERENCE: referenced}
     judge = open_offline(cfg.judge or "rubric")
-    return compare(everyone, judge=judge, seed=cfg.seed) | {
+    figures = compare(everyone, judge=judge, seed=cfg.seed)
+    return figures | {
+        "release": release(figures, best_of_n=candidates),
         "held_out_loss": losses,
-        "kl": _kl(ratios, num_tokens, seed=cfg.seed),
+        "kl": _kl(ratios, num_tokens, seed=cfg.seed)
+        | {"best_of_n_upper_bound": kl_upper_bound(candidates)},
         "sampling": {
             "num_samples": cfg.num_samples,
+            "best_of_n": candidates,
             "max_new_tokens": cfg.max_new_tokens,
             "temperature": cfg.temperature,
             "rollout_temperature": rollout_temperature,
@@ -113,7 +136,8 @@ def compare(
     """The figures that follow from answers and scores alone.
 
     Args:
-        answers: of `MODELS`, and of `REFERENCE` where there is one, to the same prompts.
+        answers: of `MODELS` and of `BEST_OF_N`, one a prompt, and of `REFERENCE` where there is
+            one, to the same prompts.
         judge: of the answers; the clinic's also tells what is true of them (`truth_...`).
         seed: of the bootstrap.
 
@@ -129,8 +153,9 @@ def compare(
     if isinstance(judge, TruthJudge):
         for name, found in answers.items():
             figures[name] |= truth_values(found.answered, judge)
-    for name in MODELS:
+    for name in (*MODELS, BEST_OF_N):
         figures[name]["stopped"] = answers[name].field("finish_reason", "stop")
+    shown = {**answers, BEST_OF_N: repeated(answers[BEST_OF_N], as_often_as=answers["sft"])}
     return {
         "num_prompts": len(answers[MODELS[0]].answered),
         "judge": judge.name,
@@ -156,13 +181,13 @@ def compare(
                 )
                 for field in figures[one]
             }
-            for one, other in PAIRS
+            for one, other in COMPARED
         },
         "win_rates": {
             f"{one}_over_{other}": win_rates(
-                judge_pairs(answers[one].answered, answers[other].answered, judge), seed=seed
+                judge_pairs(shown[one].answered, shown[other].answered, judge), seed=seed
             )
-            for one, other in PAIRS
+            for one, other in COMPARED
         },
         "length": _length(answers, seed=seed),
     }

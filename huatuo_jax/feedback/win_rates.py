@@ -45,17 +45,26 @@ def verdicts_of(judgements: Iterable[Judgement], *, one: int, other: int) -> dic
     }
 
 
-def win_rates(verdicts: Mapping[str, Sequence[Verdict]], *, seed: int) -> dict[str, Any]:
-    """Wins, ties and losses of the first model, and its share of the points with its interval."""
-    flat = [one for found in verdicts.values() for one in found]
+def win_rates(verdicts: Mapping[str, Sequence[Verdict | None]], *, seed: int) -> dict[str, Any]:
+    """Wins, ties and losses of the first model, and its share of the points with its interval.
+
+    Pairs without a verdict are counted as `failed`, and in no other figure.
+    """
+    everything = [one for found in verdicts.values() for one in found]
+    flat = [one for one in everything if one is not None]
     points = [one.points for one in flat]
     share: Interval | None = mean_over_prompts(
-        {name: [one.points for one in found] for name, found in verdicts.items()}, seed=seed
+        {
+            name: [None if one is None else one.points for one in found]
+            for name, found in verdicts.items()
+        },
+        seed=seed,
     )
     return {
         "wins": points.count(1.0),
         "ties": points.count(0.5),
         "losses": points.count(0.0),
+        "failed": len(everything) - len(flat),
         "share": None if share is None else share.to_json(),
         "wins_shown_first": sum(one.shown_first == 1.0 for one in flat),
         "wins_shown_second": sum(one.shown_second == 1.0 for one in flat),

@@ -1,4 +1,4 @@
-"""The parts of a report from PPO on: its trade-offs, the evaluation, answers side by side."""
+"""The parts of a report on what came out: release, PPO's trade-offs, evaluation, answers."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,10 +17,78 @@ from huatuo_jax.report.markup import (
 )
 from huatuo_jax.report.run import MODELS, Rows, Run
 
-NAMES = {"base": "base", "sft": "SFT", "ppo": "PPO", "reference": "doctor (data)"}
+NAMES = {
+    "base": "base",
+    "sft": "SFT",
+    "best_of_n": "best-of-n",
+    "ppo": "PPO",
+    "reference": "doctor (data)",
+}
 _MAX_POINTS = 600
 _KL = "KL from SFT (nats an answer)"
 _SHARE = (("value", ""), ("low", "_low"), ("high", "_high"))
+
+
+def release(run: Run) -> str:
+    """Which model is released, why, and the comparisons that decided it."""
+    decided = None
+    if run.evaluation is not None and "release" in run.evaluation:
+        decided = run.evaluation["release"]
+    if decided is None and run.release is None:
+        return ""
+    told = []
+    if run.release is not None and (decided is None or run.release["policy"] != decided["pick"]):
+        told.append(f"<strong>{text(run.release['sentence'])}</strong>")
+    elif decided is not None:
+        told.append(f"<strong>{text(decided['reason'])}</strong>")
+    if decided is None:
+        return section("release", "What is released", paragraph(*told))
+    told += [text(warning) for warning in decided["warnings"]]
+    rows = [
+        [
+            _versus(pair),
+            interval(found["share"], name=f"release_{pair}"),
+            NAMES[found["preferred"]] if found["preferred"] in NAMES else text(found["preferred"]),
+            number(found["share"]["num_prompts"] if found["share"] else 0),
+            number(found["failed"]),
+        ]
+        for pair, found in decided["comparisons"].items()
+    ]
+    best = decided["best_of_n"]
+    parts = [
+        paragraph(*told),
+        table(
+            ["", "share of points", "the judge prefers", "prompts", "pairs without a verdict"],
+            rows,
+            caption=f"Judged by {text(decided['judge'])}, in both orders",
+        ),
+        paragraph(
+            "SFT is released unless the judge prefers another model with the 95 % interval of the "
+            "share above one half; best-of-n has to be preferred to PPO, too, where PPO may be "
+            f"released. Best-of-n takes the answer of {number(best['n'])} that the reward model "
+            f"scores highest, is compared with other SFT answers than those, and is at most "
+            f"{number(best['kl_upper_bound'])} nats of KL from SFT."
+        ),
+    ]
+    if decided["truth"] is not None:
+        parts.insert(2, _truth(decided))
+    return section("release", "What is released", *parts)
+
+
+def _truth(decided: Mapping[str, Any]) -> str:
+    """What is true of the pick's answers beside SFT's."""
+    pick = NAMES[decided["pick"]]
+    rows = [
+        [
+            text(found["words"]),
+            interval(found["pick"]),
+            interval(found["sft"]),
+            interval(found["difference"]),
+        ]
+        for found in decided["truth"].values()
+    ]
+    head = ["", pick, "SFT", "difference"]
+    return table(head, rows, caption="What is true of the answers")
 
 
 def ppo(run: Run) -> str:

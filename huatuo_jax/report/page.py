@@ -11,6 +11,7 @@ from huatuo_jax.report.run import Run, read_run
 from huatuo_jax.report.style import STYLE
 
 _CONTENTS = {
+    "release": "Release",
     "data": "Data",
     "curves": "Curves",
     "judge": "Judge",
@@ -44,6 +45,7 @@ def write_report(
 def make_page(run: Run, *, title: str, num_prompts: int) -> str:
     """The report as one HTML page; parts of stages that did not run are left out."""
     parts = [
+        outcome.release(run),
         sections.data(run),
         sections.curves(run),
         sections.judge(run),

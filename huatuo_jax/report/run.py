@@ -10,7 +10,7 @@ from huatuo_jax.training.data_report import DATA_FILE
 from huatuo_jax.training.run_directory import CONFIG_FILE, ENVIRONMENT_FILE
 
 Rows = list[dict[str, Any]]
-MODELS = ("base", "sft", "ppo", "reference")
+MODELS = ("base", "sft", "best_of_n", "ppo", "reference")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Run:
         reward: the reward model's held-out report.
         samples: PPO's answers while it was trained.
         evaluation: `evaluation.json`.
+        release: `export/release.json`.
         answers: scored answers of each model to the held-out prompts.
     """
 
@@ -43,6 +44,7 @@ class Run:
     reward: dict[str, Any] | None
     samples: Rows
     evaluation: dict[str, Any] | None
+    release: dict[str, Any] | None
     answers: dict[str, Rows]
 
     def series(self, stage: str, name: str) -> tuple[list[int], list[float]]:
@@ -73,6 +75,7 @@ def read_run(folder: pathlib.Path) -> Run:
         reward=_json(folder / "reward" / "reward_report.json"),
         samples=_rows(folder / "ppo" / "samples.jsonl"),
         evaluation=_json(folder / "evaluation.json"),
+        release=_json(folder / "export" / "release.json"),
         answers={name: _rows(folder / "evaluation" / f"scored_{name}.jsonl") for name in MODELS},
     )
 

@@ -13,13 +13,14 @@ from huatuo_jax.data.chat import ChatTemplate
 from huatuo_jax.data.readers import read_comparisons, read_prompts
 from huatuo_jax.data.tokenizing import tokenizer_hash
 from huatuo_jax.evaluation.config import EvaluationConfig
+from huatuo_jax.evaluation.release import CANDIDATES
 from huatuo_jax.feedback.questions import read_answered
 from huatuo_jax.generation import weights
 from huatuo_jax.generation.bulk_tasks import make_tasks
 from huatuo_jax.ppo.held_out import open_held_out
 from huatuo_jax.ppo.prompts import open_prompts
 from huatuo_jax.ppo.rollout import mesh_of
-from huatuo_jax.rlaif.config import AnswersConfig, RlaifConfig
+from huatuo_jax.rlaif.config import RELEASED, AnswersConfig, RlaifConfig
 from huatuo_jax.training.evaluation import check_rows
 from huatuo_jax.training.initial_model import InitialModel, open_model
 
@@ -53,7 +54,7 @@ def check_inputs(cfg: RlaifConfig, workdir: str | os.PathLike[str], wanted: set[
         ("evaluation.sft", "evaluation", cfg.evaluation.sft),
         ("evaluation.ppo", "evaluation", cfg.evaluation.ppo),
         ("evaluation.reward", "evaluation", cfg.evaluation.reward),
-        ("export.policy", "export", cfg.export.policy),
+        ("export.policy", "export", cfg.exported_policy),
         ("export.reward", "export", cfg.export.reward),
     ):
         if stage in wanted and value is not None:
@@ -136,7 +137,12 @@ def _check_model(
     inside = os.path.relpath(os.path.abspath(place), os.path.abspath(workdir)).split(os.sep)
     if inside[0] in made:
         return None
-    info = models.find_model(place)
+    try:
+        info = models.find_model(place)
+    except FileNotFoundError as error:
+        names = f"; or one of {', '.join((RELEASED, *CANDIDATES))}"
+        others = names if name == "export.policy" else ""
+        raise FileNotFoundError(f"config.{name}: {error}{others}") from error
     # A reward model may begin with either head.
     is_reward = name in ("ppo.reward_model", "evaluation.reward", "export.reward")
     if is_reward != (info.head == "score") and name != "reward.model.directory":

@@ -7,6 +7,7 @@ from typing import Literal
 from huatuo_jax.data.records import Kind
 from huatuo_jax.data.sources import source_names
 from huatuo_jax.evaluation.config import EvaluationConfig
+from huatuo_jax.evaluation.release import CANDIDATES, Candidate
 from huatuo_jax.feedback.comparison_config import ComparisonConfig
 from huatuo_jax.feedback.judge_config import JudgeConfig
 from huatuo_jax.feedback.label_command import spending_path
@@ -22,6 +23,8 @@ from huatuo_jax.training.sections import placed_in
 
 LABELS_FILE = "labels.jsonl"
 HELD_OUT_FILE = "held_out_prompts.jsonl"
+RELEASED: Literal["released"] = "released"
+"""As `export.policy`: what the evaluation decides."""
 
 STAGES = ("sft", "answers", "labels", "reward", "ppo", "evaluation", "export", "report")
 
@@ -104,14 +107,22 @@ class ExportConfig:
     """What is released, in Hugging Face format.
 
     Attributes:
-        policy: model folder, to `export/policy`.
+        policy: what becomes `export/policy`: `released` for what the evaluation decides; `base`,
+            `sft`, `best_of_n` or `ppo` for that model of the evaluation, whatever it decides; or
+            a model folder. Best-of-n is the SFT model, with the reward model that chooses.
         reward: reward model's folder, to `export/reward`.
         dtype: of the weights; None keeps the stored one.
     """
 
-    policy: str = operational("{workdir}/ppo/model")
+    policy: str = operational(RELEASED)
     reward: str = operational("{workdir}/reward/model")
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
+
+    @property
+    def choice(self) -> Candidate | Literal["released", "folder"]:
+        """The name that `policy` is; `folder` where it is none."""
+        names: tuple[Candidate | Literal["released"], ...] = (RELEASED, *CANDIDATES)
+        return next((name for name in names if name == self.policy), "folder")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -166,6 +177,19 @@ class RlaifConfig:
         places = [STAGES.index(name) for name in self.stages if name in STAGES]
         if len(places) < len(self.stages) or places != sorted(set(places)):
             raise ValueError(f"stages={self.stages} must be some of {STAGES}, in this order")
+        undecided = "export" in self.stages and "evaluation" not in self.stages
+        if undecided and self.export.policy == RELEASED:
+            raise ValueError(
+                f"export.policy={RELEASED!r} is what the evaluation decides, and stages="
+                f"{self.stages} has no 'evaluation': add it, or name {', '.join(CANDIDATES)} or a "
+                "model folder"
+            )
+        chooser = self.evaluation.reward
+        if self.export.choice in (RELEASED, "best_of_n") and self.export.reward != chooser:
+            raise ValueError(
+                f"export.reward={self.export.reward!r} must be evaluation.reward={chooser!r}: "
+                "best-of-n is released with the reward model that chose its answers"
+            )
         template = self.sft.data.template
         for name, other in (
             ("reward.data.template", self.reward.data.template),
@@ -191,6 +215,25 @@ class RlaifConfig:
                     f"{name}={later!r} must be None or sft.data.{field}={told!r}, which the model "
                     "of the SFT stage is trained with"
                 )
+
+    @property
+    def exported_policy(self) -> str | None:
+        """The folder that `export/policy` is made of; None where the evaluation decides."""
+        choice = self.export.choice
+        if choice == RELEASED:
+            return None
+        return self.export.policy if choice == "folder" else self.candidates[choice]
+
+    @property
+    def candidates(self) -> dict[Candidate, str]:
+        """The folder of each model that may be released; best-of-n has the weights of SFT."""
+        assert self.evaluation.base is not None
+        return {
+            "base": self.evaluation.base,
+            "sft": self.evaluation.sft,
+            "best_of_n": self.evaluation.sft,
+            "ppo": self.evaluation.ppo,
+        }
 
     @property
     def base_as_it_is(self) -> str | None:

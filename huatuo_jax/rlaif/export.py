@@ -1,43 +1,158 @@
 """The release of a run: policy and reward model in Hugging Face format, read back and compared."""
 
+import dataclasses
 import importlib.util
+import json
 import pathlib
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 
 from huatuo_jax import sharding
+from huatuo_jax.atomic import write_file
 from huatuo_jax.checkpoint import models
 from huatuo_jax.checkpoint.convert import convert
 from huatuo_jax.checkpoint.hf_export_config import exported_layout
 from huatuo_jax.checkpoint.models import ModelInfo
 from huatuo_jax.checkpoint.verify import Agreement, compare_with_transformers
-from huatuo_jax.reward.export import export_reward_model
-from huatuo_jax.rlaif.config import ExportConfig
+from huatuo_jax.evaluation.release import Candidate
+from huatuo_jax.reward.export import CARD_FILE, export_reward_model
+from huatuo_jax.rl.rewards import AnswerScoreConfig
+from huatuo_jax.rlaif.config import RELEASED, ExportConfig, RlaifConfig
+
+RELEASE_FILE = "release.json"
+"""Beside the exported models: which policy it is, and why."""
 
 
-def run_export(cfg: ExportConfig, folder: pathlib.Path) -> dict[str, Any]:
-    """Writes `policy/` and `reward/`, and checks them.
+class Policy(NamedTuple):
+    """What becomes `export/policy`.
+
+    Attributes:
+        name: of the evaluation's model; `folder` for one from elsewhere.
+        source: its folder.
+        release: what `release.json` says of it.
+    """
+
+    name: Candidate | Literal["folder"]
+    source: str
+    release: dict[str, Any]
+
+
+def choose_policy(cfg: RlaifConfig, evaluation: pathlib.Path | None) -> Policy:
+    """The policy that the evaluation has decided on, or that the config names.
+
+    Args:
+        cfg: in its workdir.
+        evaluation: `evaluation.json`; None where the recipe runs without an evaluation.
+
+    Raises:
+        ValueError: the evaluation is no JSON.
+    """
+    decision = None if evaluation is None else read_json(evaluation)["release"]
+    choice = cfg.export.choice
+    name: Candidate | Literal["folder"]
+    if choice == RELEASED:
+        assert decision is not None
+        name, sentence = decision["pick"], decision["reason"]
+    else:
+        name = choice
+        sentence = f"config.export.policy={cfg.export.policy!r} is exported, as the config says"
+        sentence += "." if decision is None else f"; the evaluation's own: {decision['reason']}"
+    release = {"policy": name, "sentence": sentence, "decision": decision}
+    if name == "folder":
+        return Policy(name, cfg.export.policy, release)
+    if name == "best_of_n":
+        release["best_of_n"] = {
+            "n": cfg.evaluation.num_candidates,
+            "temperature": cfg.evaluation.temperature,
+            "max_new_tokens": cfg.evaluation.max_new_tokens,
+            "score": dataclasses.asdict(cfg.evaluation.score or AnswerScoreConfig()),
+        }
+    return Policy(name, cfg.candidates[name], release)
+
+
+def run_export(cfg: ExportConfig, chosen: Policy, folder: pathlib.Path) -> dict[str, Any]:
+    """Writes `policy/`, `reward/` and `release.json`, and checks the models.
 
     This needs the memory of the host, twice the larger of the two, and of no accelerator. Both are
     read back and must be the weights they came from, bit for bit; where PyTorch is installed,
     transformers must give the same logits and scores up to rounding.
 
     Returns:
-        For each the number of weights, and what transformers said.
+        Which policy it is, and for each model the number of weights and what transformers said.
 
     Raises:
         ValueError: a model that cannot be exported so, or an export that differs.
         OSError: something cannot be read or written.
     """
     policy, reward = folder / "policy", folder / "reward"
-    convert(cfg.policy, policy, dtype=cfg.dtype, overwrite=True)
+    # What it says is of this export alone: an interrupted one leaves none.
+    (folder / RELEASE_FILE).unlink(missing_ok=True)
+    convert(chosen.source, policy, dtype=cfg.dtype, overwrite=True)
+    write_file(policy / CARD_FILE, policy_card(chosen))
     export_reward_model(cfg.reward, reward, dtype=cfg.dtype, overwrite=True)
-    return {
-        "policy": _checked(cfg.policy, policy, cfg.dtype),
+    found = {
+        "released": chosen.name,
+        "policy": _checked(chosen.source, policy, cfg.dtype),
         "reward": _checked(cfg.reward, reward, cfg.dtype),
     }
+    text = json.dumps(chosen.release, ensure_ascii=False, indent=2)
+    write_file(folder / RELEASE_FILE, f"{text}\n")
+    return found
+
+
+def policy_card(chosen: Policy) -> str:
+    """The policy's card: which model it is and why, and what best-of-n needs beside it."""
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags: [medical]",
+        "---",
+        "",
+        f"# Policy: {_TITLES[chosen.name]}",
+        "",
+        chosen.release["sentence"],
+        "",
+    ]
+    if chosen.name == "best_of_n":
+        how = chosen.release["best_of_n"]
+        rule = ", ".join(f"{name} {value}" for name, value in how["score"].items())
+        lines += [
+            "The weights are those of the SFT model, and alone they are not what was released.",
+            f"For each prompt {how['n']} answers are drawn at temperature {how['temperature']:g},",
+            f"of at most {how['max_new_tokens']} tokens, and the reward model beside this folder",
+            f"(`../reward`) takes the one with the highest score ({rule}). This costs",
+            f"{how['n']} times the inference.",
+            "",
+        ]
+    lines += ["A model of this run is no doctor, and nothing it says is medical advice."]
+    return "\n".join(lines) + "\n"
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """A file of the run.
+
+    Raises:
+        ValueError: it is no JSON.
+        OSError: it cannot be read.
+    """
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error})") from error
+    return found
+
+
+_TITLES: Mapping[Candidate | Literal["folder"], str] = {
+    "base": "the base model",
+    "sft": "the SFT model",
+    "best_of_n": "the SFT model, for best-of-n",
+    "ppo": "the model after PPO",
+    "folder": "a model that the config names",
+}
 
 
 def _checked(source: str, target: pathlib.Path, dtype: str | None) -> dict[str, Any]:

@@ -59,8 +59,10 @@ class Journal:
         """Whether a stage is."""
         return name in self.stages and self.stages[name]["finished"] is not None
 
-    def check(self, name: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> None:
-        """Raise ValueError where a finished stage was made with other settings or inputs."""
+    def changes(
+        self, name: str, settings: Mapping[str, Any], inputs: Mapping[str, str]
+    ) -> list[str]:
+        """Which settings and inputs of a finished stage are not those that it was made with."""
         entry = self.stages[name]
         settings = as_json(settings, name=name)
         changed = differences(entry["settings"], settings)
@@ -69,7 +71,11 @@ class Journal:
             for which, content in inputs.items()
             if which not in entry["inputs"] or entry["inputs"][which] != content
         ]
-        changed += [f"{which}: is gone" for which in entry["inputs"] if which not in inputs]
+        return changed + [f"{which}: is gone" for which in entry["inputs"] if which not in inputs]
+
+    def check(self, name: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> None:
+        """Raise ValueError where a finished stage was made with other settings or inputs."""
+        changed = self.changes(name, settings, inputs)
         if changed:
             raise ValueError(
                 f"stage {name!r} is finished in {self._path.parent}, with other settings: "

@@ -18,6 +18,7 @@ from huatuo_jax.atomic import write_file
 from huatuo_jax.feedback.judge_config import reach_judge
 from huatuo_jax.rlaif.checks import check_inputs
 from huatuo_jax.rlaif.config import HELD_OUT_FILE, RlaifConfig
+from huatuo_jax.rlaif.export import RELEASE_FILE, read_json
 from huatuo_jax.rlaif.journal import Journal
 from huatuo_jax.rlaif.prompts import (
     ACCOUNT_FILE,
@@ -44,7 +45,9 @@ def run_rlaif(
         workdir: the run's folder.
 
     Returns:
-        The main figures: what PPO gained in reward, how far it went from SFT, and the time.
+        The main figures: what PPO gained in reward, how far it went from SFT, and the time. Where
+        they were made, `released` says in a sentence what is released and why, and `report` is the
+        report's path.
 
     Raises:
         ValueError: a config, a file, a judge or a folder that cannot be; names the field. Or the
@@ -81,7 +84,12 @@ def run_rlaif(
     figures: dict[str, Any] = {}
     if journal.is_finished("evaluation"):
         figures |= journal.stages["evaluation"]["result"] or {}
-    return figures | {"seconds": sum(journal.stages[stage.name]["seconds"] for stage in stages)}
+    figures["seconds"] = sum(journal.stages[stage.name]["seconds"] for stage in stages)
+    if "export" in cfg.stages:
+        figures["released"] = read_json(folder / "export" / RELEASE_FILE)["sentence"]
+    if "report" in cfg.stages:
+        figures["report"] = str(folder / "report.html")
+    return figures
 
 
 def _write_prompts(folder: pathlib.Path, prompts: Prompts) -> None:
@@ -95,16 +103,22 @@ def _write_prompts(folder: pathlib.Path, prompts: Prompts) -> None:
 def unfinished_stages(stages: Sequence[Stage], journal: Journal) -> set[str]:
     """The stages that are to be run; the report is cheap and is made anew each time.
 
+    A stage that follows the others is run again after any of them, and where its own settings or
+    inputs have changed.
+
     Raises:
-        ValueError: a finished one was made with other settings, or from other files.
+        ValueError: another finished one was made with other settings, or from other files.
     """
-    wanted = set()
+    wanted: set[str] = set()
     for stage in stages:
         stands = journal.is_finished(stage.name) and all(path.exists() for path in stage.outputs)
+        if stands and stage.follows:
+            hashes = stage.input_hashes()
+            stands = not wanted and not journal.changes(stage.name, stage.settings, hashes)
+        elif stands:
+            journal.check(stage.name, stage.settings, stage.input_hashes())
         if not stands or stage.name == "report":
             wanted.add(stage.name)
-        else:
-            journal.check(stage.name, stage.settings, stage.input_hashes())
     return wanted
 
 

@@ -22,7 +22,7 @@ from huatuo_jax.ppo.stage import run_ppo
 from huatuo_jax.report.page import write_report
 from huatuo_jax.reward.stage import run_reward
 from huatuo_jax.rlaif.config import LABELS_FILE, RlaifConfig
-from huatuo_jax.rlaif.export import run_export
+from huatuo_jax.rlaif.export import RELEASE_FILE, choose_policy, run_export
 from huatuo_jax.sft import run_sft
 from huatuo_jax.training.dialogue_data import open_dialogues
 from huatuo_jax.training.initial_model import open_model
@@ -40,6 +40,8 @@ class Stage(NamedTuple):
         outputs: what stands when it is finished.
         run: does it, or goes on with it, and returns its main figures. All processes have to call
             it; those of what only the first one does are returned by the first one.
+        follows: it is made anew where anything that it is made from has changed; other stages,
+            which take long or cost money, refuse to.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Stage(NamedTuple):
     inputs: Mapping[str, str]
     outputs: tuple[pathlib.Path, ...]
     run: Callable[[], Mapping[str, Any]]
+    follows: bool = False
 
     def input_hashes(self) -> dict[str, str]:
         """A hash of the content of each input, wherever it lies."""
@@ -229,13 +232,25 @@ def _main_figures(evaluation: Mapping[str, Any]) -> dict[str, float]:
 
 def _export(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:
     section, folder = cfg.export, workdir / "export"
-    inputs = {"policy": section.policy, "reward": section.reward}
-    outputs = (folder / "policy", folder / "reward")
+    evaluation = workdir / "evaluation.json" if "evaluation" in cfg.stages else None
+    policy = cfg.exported_policy
+    inputs = {"reward": section.reward}
+    if policy is None:
+        inputs |= {str(name): place for name, place in cfg.candidates.items()}
+    else:
+        inputs["policy"] = policy
+    if evaluation is not None:
+        inputs["evaluation"] = str(evaluation)
+    outputs = (folder / "policy", folder / "reward", folder / RELEASE_FILE)
 
     def run() -> Mapping[str, Any]:
-        return multi_host.by_first("export", lambda: run_export(section, folder)) or {}
+        def export() -> Mapping[str, Any]:
+            return run_export(section, choose_policy(cfg, evaluation), folder)
 
-    return Stage("export", identity(section), inputs, outputs, run)
+        return multi_host.by_first("export", export) or {}
+
+    settings = identity(section) | {"policy": section.choice}
+    return Stage("export", settings, inputs, outputs, run, follows=True)
 
 
 def _report(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:

@@ -6,7 +6,7 @@ import pytest
 
 from huatuo_jax.data.records import Message, Prompt
 from huatuo_jax.evaluation.judging import judge_pairs, score_answers
-from huatuo_jax.feedback.judges import Reply
+from huatuo_jax.feedback.judges import JudgementFailed, Reply
 from huatuo_jax.feedback.offline_judge import OfflineJudge, score_answer
 from huatuo_jax.feedback.questions import Answered
 from huatuo_jax.feedback.win_rates import win_rates
@@ -48,6 +48,25 @@ def test_a_judge_that_prefers_a_place_gives_ties_and_is_told_of():
     assert (found["wins"], found["ties"], found["losses"]) == (0, 2, 0)
     assert found["orders_disagree"] == 2
     assert found["wins_shown_first"] == 2 and found["wins_shown_second"] == 0
+
+
+class FailingJudge(PlantedJudge):
+    """Has nothing to say where the second text shown is `bad`."""
+
+    async def compare(self, prompt, first, second):
+        if second == "bad":
+            raise JudgementFailed("no verdict")
+        return await super().compare(prompt, first, second)
+
+
+def test_pairs_without_a_verdict_in_either_order_are_counted_and_in_no_share():
+    one, other = answered(a=["long one", "bad", "x"]), answered(a=["bad", "y", "zz"])
+    found = win_rates(judge_pairs(one, other, FailingJudge()), seed=0)
+    assert found["failed"] == 2
+    assert (found["wins"], found["ties"], found["losses"]) == (0, 0, 1)
+    assert found["share"]["value"] == 0.0
+    none = win_rates(judge_pairs(answered(a=["bad"]), answered(a=["x"]), FailingJudge()), seed=0)
+    assert none["failed"] == 1 and none["share"] is None
 
 
 def test_the_offline_judges_scores_are_passed_on_by_criterion():

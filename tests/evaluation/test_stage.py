@@ -10,12 +10,16 @@ import pytest
 from huatuo_jax.backbone.config import BackboneConfig, ComputeConfig
 from huatuo_jax.backbone.transformer import Transformer, init_params
 from huatuo_jax.checkpoint.models import find_model, save_orbax
+from huatuo_jax.clinic.dialogues import prompts
+from huatuo_jax.clinic.diseases import DISEASES
 from huatuo_jax.data.records import Message, Prompt
 from huatuo_jax.evaluation.answers import ScoredAnswers
 from huatuo_jax.evaluation.likelihood import sequence_kl
+from huatuo_jax.evaluation.release import COMPARED, LEAST_PROMPTS, release
 from huatuo_jax.evaluation.stage import compare
 from huatuo_jax.feedback.offline_judge import OfflineJudge
 from huatuo_jax.feedback.questions import Answered
+from huatuo_jax.feedback.truth_judge import TruthJudge
 from huatuo_jax.scoring import GivenAnswer
 from huatuo_jax.sharding import make_mesh
 
@@ -58,8 +62,24 @@ def scored(seed, shift, reasons=("stop", "length")):
     return ScoredAnswers(answers, rewards, records)
 
 
+def four(base, sft, ppo):
+    """With one answer of best-of-n to each prompt, which came to its end."""
+    best = scored(3, 1.5, reasons=("stop",))
+    return {"base": base, "sft": sft, "ppo": ppo, "best_of_n": best}
+
+
+def test_best_of_n_stands_with_its_one_answer_against_each_of_the_others():
+    answers = four(scored(0, -1.0), scored(1, 0.0), scored(2, 2.0))
+    found = compare(answers, judge=OfflineJudge(), seed=0)
+    for other in ("sft", "base", "ppo"):
+        won = found["win_rates"][f"best_of_n_over_{other}"]
+        assert won["wins"] + won["ties"] + won["losses"] == 6 * 2
+        assert won["share"]["num_prompts"] == 6
+    assert found["models"]["best_of_n"]["stopped"]["value"] == 1.0
+
+
 def test_figures_are_means_over_prompts_and_differences_of_them():
-    answers = {"base": scored(0, -1.0), "sft": scored(1, 0.0), "ppo": scored(2, 2.0)}
+    answers = four(scored(0, -1.0), scored(1, 0.0), scored(2, 2.0))
     found = compare(answers, judge=OfflineJudge(), seed=0)
     means = {
         name: np.mean([np.mean(values) for values in one.rewards.values()])
@@ -67,8 +87,8 @@ def test_figures_are_means_over_prompts_and_differences_of_them():
     }
     for name in means:
         assert found["models"][name]["reward"]["value"] == pytest.approx(means[name])
-        assert found["models"][name]["stopped"]["value"] == 0.5
-    for one, other in (("sft", "base"), ("ppo", "sft"), ("ppo", "base")):
+        assert found["models"][name]["stopped"]["value"] == (1.0 if name == "best_of_n" else 0.5)
+    for one, other in COMPARED:
         gain = found["differences"][f"{one}_over_{other}"]["reward"]
         assert gain["value"] == pytest.approx(means[one] - means[other])
         assert gain["low"] < gain["value"] < gain["high"]
@@ -76,8 +96,39 @@ def test_figures_are_means_over_prompts_and_differences_of_them():
     assert found["models"]["ppo"]["characters"]["value"] == pytest.approx(np.mean(lengths))
 
 
+def test_the_clinics_truth_stands_beside_a_pick_that_its_judge_prefers():
+    """PPO says what the doctor says, SFT names another disease, base says little."""
+    asked = list(prompts(LEAST_PROMPTS, seed=0))
+
+    def saying(text_of):
+        answered, records = [], []
+        for prompt in asked:
+            text = text_of(prompt)
+            answered.append(Answered(prompt, (text,)))
+            answer = {"text": text, "token_ids": [1], "finish_reason": "stop"}
+            records.append({"id": prompt.id, "prompt_token_ids": [1], "answers": [answer]})
+        return ScoredAnswers(answered, {prompt.id: [0.0] for prompt in asked}, records)
+
+    def wrong(prompt):
+        return f"考虑{next(name for name in DISEASES if name != prompt.diagnosis)}。"
+
+    sft = saying(wrong)
+    answers = {
+        "base": saying(lambda prompt: "好。"),
+        "sft": sft,
+        "ppo": saying(lambda prompt: prompt.reference),
+        "best_of_n": sft,
+    }
+    found = release(compare(answers, judge=TruthJudge(), seed=0), best_of_n=2)
+    assert found["pick"] == "ppo" and found["warnings"] == []
+    assert "clinic-truth-v1 prefers it to SFT (share " in found["reason"]
+    right = found["truth"]["diagnosis_right"]
+    assert right["sft"]["value"] == 0.0 and right["pick"]["value"] > 0.5
+    assert right["difference"]["low"] > 0
+
+
 def test_gain_by_length_and_gain_at_equal_length_add_up_to_the_gain():
-    answers = {"base": scored(0, 0.0), "sft": scored(1, 0.0), "ppo": scored(2, 1.0)}
+    answers = four(scored(0, 0.0), scored(1, 0.0), scored(2, 1.0))
     found = compare(answers, judge=OfflineJudge(), seed=0)
     parts = found["length"]
     assert parts["gain_by_length"]["value"] + parts["gain_at_equal_length"]["value"] == (
@@ -86,7 +137,7 @@ def test_gain_by_length_and_gain_at_equal_length_add_up_to_the_gain():
 
 
 def test_a_reward_that_is_length_alone_leaves_nothing_at_equal_length():
-    answers = {"base": scored(0, 0.0), "sft": scored(1, 0.0), "ppo": scored(2, 0.0)}
+    answers = four(scored(0, 0.0), scored(1, 0.0), scored(2, 0.0))
     by_length = {
         name: one._replace(
             rewards={

@@ -53,6 +53,22 @@ def evaluation(*, gain=0.8125, low=None):
     }
 
 
+def released(*, pick="sft", share=0.5, warnings=(), truth=None):
+    """A decision; all shares are alike."""
+    pairs = ("sft_over_base", "ppo_over_sft", "best_of_n_over_ppo")
+    shown = {"share": interval(share), "failed": 3, "preferred": "too few prompts"}
+    return {
+        "pick": pick,
+        "reason": f"{pick} is released: so says <the judge>.",
+        "judge": "offline-rubric-v1",
+        "comparisons": dict.fromkeys(pairs, shown)
+        | {"best_of_n_over_sft": {"share": None, "failed": 8, "preferred": "best_of_n"}},
+        "best_of_n": {"n": 4, "kl_upper_bound": 0.63671875},
+        "truth": truth,
+        "warnings": list(warnings),
+    }
+
+
 def reward_report():
     accuracy = {"value": 0.78125, "low": 0.7, "high": 0.85, "num_pairs": 64, "num_cases": 9}
     bins = [
@@ -271,6 +287,49 @@ def test_a_judged_run_says_what_was_kept_and_why_it_ended(run):
     write(run / "recipe.json", {"ppo": entry(30.25, step=4, **result)})
     page = page_of(run)
     assert "does not prefer any" in page and "ended after all iterations" in page
+
+
+def test_what_is_released_stands_first_with_its_reason_and_its_comparisons(run):
+    assert 'id="release"' not in page_of(run)
+    truth = {
+        "diagnosis_right": {
+            "words": "names the right disease",
+            "pick": interval(0.25),
+            "sft": interval(0.75),
+            "difference": interval(-0.5),
+        }
+    }
+    decided = released(pick="ppo", share=0.6875, warnings=["Truth fell."], truth=truth)
+    write(run / "evaluation.json", evaluation() | {"release": decided})
+    page = page_of(run)
+    assert page.index('id="release"') < page.index('id="curves"')
+    assert "ppo is released: so says &lt;the judge&gt;." in page and "Truth fell." in page
+    assert named_numbers(page)["release_ppo_over_sft"] == 0.6875
+    assert "best-of-n over SFT</th><td>–</td><td>best-of-n</td>" in page
+    assert "<td>too few prompts</td>" in page
+    assert "<th scope=row>names the right disease</th>" in page and "−0.500" in page
+
+
+def test_what_was_exported_all_the_same_stands_in_place_of_the_reason(run):
+    write(run / "evaluation.json", evaluation() | {"release": released()})
+    told = {"policy": "ppo", "sentence": "config.export.policy='ppo' is exported."}
+    write(run / "export" / "release.json", told)
+    page = page_of(run)
+    assert "config.export.policy=&#x27;ppo&#x27; is exported." in page
+    assert "so says" not in page
+    (run / "evaluation.json").unlink()
+    assert "config.export.policy=&#x27;ppo&#x27; is exported." in page_of(run)
+
+
+def test_best_of_n_has_its_column_and_its_answers(run):
+    found = evaluation()
+    found["models"]["best_of_n"] = found["models"]["sft"]
+    write(run / "evaluation.json", found)
+    records = (run / "evaluation" / "scored_sft.jsonl").read_text(encoding="utf-8")
+    (run / "evaluation" / "scored_best_of_n.jsonl").write_text(records.replace("sft说", "最好"))
+    page = page_of(run)
+    assert "<th>SFT</th><th>best-of-n</th><th>PPO</th>" in page
+    assert "最好：多喝水。" in page and "<h4>best-of-n</h4>" in page
 
 
 def test_stages_that_did_not_run_are_left_out(run):

@@ -21,8 +21,8 @@ from tests.rlaif.tiny import tiny_recipe
 class Planted:
     """Three stages that write a file each, from the file before, and count their runs."""
 
-    def __init__(self, folder, *, factor=2):
-        self.folder, self.factor = folder, factor
+    def __init__(self, folder, *, factor=2, following=()):
+        self.folder, self.factor, self.following = folder, factor, following
         self.runs: list[str] = []
         self.during = {}
 
@@ -36,6 +36,7 @@ class Planted:
                 {"before": str(places[index - 1])} if index else {},
                 (places[index],),
                 lambda name=name, index=index: self._run(name, places, index),
+                follows=name in self.following,
             )
             for index, name in enumerate(names)
         ]
@@ -108,6 +109,18 @@ def test_a_stage_whose_output_was_removed_is_run_again(tmp_path):
     planted.run()
     (tmp_path / "three").unlink()
     assert planted.run() == 12 and planted.runs[3:] == ["three"]
+
+
+def test_a_stage_that_follows_is_made_anew_after_any_before_it_and_where_it_has_changed(tmp_path):
+    planted = Planted(tmp_path, following=("two", "three"))
+    assert planted.run() == 12
+    (tmp_path / "two").unlink()
+    assert planted.run() == 12 and planted.runs[3:] == ["two", "three"]
+    (tmp_path / "one").write_text("4")
+    assert planted.run() == 16 and planted.runs[5:] == ["two", "three"]
+    assert planted.run() == 16 and len(planted.runs) == 7
+    changed = Planted(tmp_path, factor=5, following=("two", "three"))
+    assert changed.run() == 100 and changed.runs == ["two", "three"]
 
 
 def test_the_base_model_is_what_fine_tuning_begins_with_whatever_its_warm_up(tmp_path):

@@ -67,7 +67,14 @@ def what_stands(folder):
     """All that a run is for, without its times."""
     lines = {
         name: (folder / name).read_text(encoding="utf-8")
-        for name in ("prompts.jsonl", "answers.jsonl", "comparisons.jsonl", "evaluation.json")
+        for name in (
+            "prompts.jsonl",
+            "answers.jsonl",
+            "comparisons.jsonl",
+            "evaluation.json",
+            "evaluation/scored_best_of_n.jsonl",
+            "export/release.json",
+        )
     }
     lines["ppo result"] = (folder / "ppo" / "finished.json").read_text(encoding="utf-8")
     names = ("base/model", "sft/model", "reward/model", "ppo/model", "export/policy")
@@ -107,6 +114,64 @@ def test_the_exports_load_in_transformers_and_say_the_same(unbroken):
     for name in ("policy", "reward"):
         found = result[name]["transformers"]
         assert found["max_difference"] <= 1e-4 * found["output_range"]
+
+
+def test_what_the_evaluation_decided_is_exported_bit_for_bit(unbroken):
+    """Four held-out prompts tell nothing, so it is SFT whatever the models are."""
+    folder, _ = unbroken
+    decided = json.loads((folder / "evaluation.json").read_text())["release"]
+    assert decided["pick"] == "sft" and decided["num_prompts"] == 4
+    assert "only 4 prompts were judged" in decided["reason"]
+    exported, sft = leaves(folder / "export" / "policy"), leaves(folder / "sft" / "model")
+    for path, leaf in sft.items():
+        np.testing.assert_array_equal(exported[path], leaf, err_msg=path)
+    assert any(
+        not np.array_equal(exported[path], leaf)
+        for path, leaf in leaves(folder / "ppo" / "model").items()
+    )
+    told = json.loads((folder / "export" / "release.json").read_text())
+    assert (told["policy"], told["sentence"]) == ("sft", decided["reason"])
+    assert decided["reason"] in (folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_best_of_n_is_chosen_among_answers_that_do_not_stand_for_sft(unbroken):
+    folder = unbroken[0] / "evaluation"
+    sft, best = (
+        [json.loads(line) for line in (folder / f"scored_{name}.jsonl").read_text().splitlines()]
+        for name in ("sft", "best_of_n")
+    )
+    for drawn, chosen in zip(sft, best, strict=True):
+        assert len(drawn["answers"]) == 2 + 2
+        assert chosen["rewards"] == [max(drawn["rewards"][2:])]
+        place = 2 + drawn["rewards"][2:].index(chosen["rewards"][0])
+        assert chosen["answers"] == [drawn["answers"][place]]
+    found = json.loads((unbroken[0] / "evaluation.json").read_text())["models"]
+    mean = np.mean([np.mean(one["rewards"][:2]) for one in sft])
+    assert found["sft"]["reward"]["value"] == pytest.approx(mean)
+    mean = np.mean([one["rewards"][0] for one in best])
+    assert found["best_of_n"]["reward"]["value"] == pytest.approx(mean)
+
+
+def test_the_last_lines_say_what_is_released_and_where_the_report_is(unbroken, data, tmp_path):
+    folder, _ = unbroken
+    config = tmp_path / "config.py"
+    config.write_text(
+        "import pathlib\n"
+        "from tests.rlaif.tiny import section, tiny_recipe\n"
+        f"def get_config():\n    return section(tiny_recipe(pathlib.Path({str(data)!r})))\n"
+    )
+    command = [ROOT / "launch" / "train.py", f"--config={config}", f"--workdir={folder}"]
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    reason = json.loads((folder / "evaluation.json").read_text())["release"]["reason"]
+    last = [f"released: {reason}", f"report: {folder / 'report.html'}"]
+    assert done.stdout.splitlines()[-2:] == last
 
 
 def test_run_again_nothing_but_the_report_is_made_anew(unbroken, data):

@@ -86,6 +86,26 @@ def test_a_mesh_of_generation_that_cannot_be(recipe, tmp_path, section_name, fie
     assert "\n" not in str(error.value)
 
 
+def test_an_export_of_what_no_evaluation_decides(recipe, tmp_path):
+    stages = ("sft", "answers", "labels", "reward", "ppo", "export")
+    message = "export.policy='released' is what the evaluation decides, and stages=.*: add it, or"
+    refused(recipe, tmp_path, message, stages=stages)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_exported_policy_that_is_neither_a_name_nor_a_folder(recipe, tmp_path):
+    export = dataclasses.replace(recipe.export, policy="pqo")
+    message = "config.export.policy: pqo: no such folder.*; or one of released, base, sft, best_of_"
+    refused(recipe, tmp_path, message, FileNotFoundError, export=export)
+
+
+def test_an_exported_policy_that_is_a_reward_model(recipe, tmp_path):
+    params = init_params(jax.random.key(0), BACKBONE, ComputeConfig(), head="score")
+    save_orbax(params, BACKBONE, tmp_path / "scores", head="score")
+    export = dataclasses.replace(recipe.export, policy=str(tmp_path / "scores"))
+    refused(recipe, tmp_path, "config.export.policy=.* must be a model with a token", export=export)
+
+
 def test_a_misspelt_field(recipe, tmp_path):
     config = section(recipe).to_dict() | {"sfft": {}}
     with pytest.raises(ValueError, match="config has no field sfft; it has "):
