@@ -4,6 +4,8 @@ import dataclasses
 import os
 from typing import Literal
 
+from huatuo_jax.clinic import files as clinic_files
+from huatuo_jax.clinic.files import ClinicConfig
 from huatuo_jax.data.records import Kind
 from huatuo_jax.data.sources import source_names
 from huatuo_jax.evaluation.config import EvaluationConfig
@@ -18,25 +20,31 @@ from huatuo_jax.feedback.server_calls import ServerConfig
 from huatuo_jax.generation.requests import SamplingConfig
 from huatuo_jax.ppo.config import PpoConfig
 from huatuo_jax.reward.config import RewardConfig
-from huatuo_jax.sft import SftConfig
+from huatuo_jax.sft import CLINIC_FOLDER, SftConfig
 from huatuo_jax.sharding import MeshConfig
 from huatuo_jax.training.dialogue_data import SourceConfig
 from huatuo_jax.training.run_directory import operational
-from huatuo_jax.training.sections import placed_in
+from huatuo_jax.training.sections import WORKDIR_MARK, placed_in
 
 STAGES = ("sft", "answers", "labels", "reward", "ppo", "evaluation", "export", "report")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PromptsConfig:
-    """Which prompts are made of the dialogues: each up to the doctor's longest answer.
+    """The prompts: of files, or made of the dialogues, each up to the doctor's longest answer.
 
     Attributes:
+        files: of prompts to learn from, separated by commas; None makes them of the dialogues that
+            fine-tuning trains on, or takes those of the run's clinic.
+        held_out_files: of held-out prompts; None makes them of the dialogues that fine-tuning holds
+            out, or takes those of the run's clinic. A prompt in files on both sides is refused.
         kinds: dialogues of these kinds are taken, and those that tell no kind.
         limit: so many prompts to learn from at most, chosen by their content; None for all.
         held_out_limit: so many held-out prompts at most.
     """
 
+    files: str | None = operational(None)  # Their content decides.
+    held_out_files: str | None = operational(None)
     kinds: tuple[Kind, ...] = ("real_instruction", "real_conversation")
     limit: int | None = None
     held_out_limit: int | None = 200
@@ -85,7 +93,8 @@ class LabelsConfig:
         answers: the answers file.
         base_url: an OpenAI-compatible server's address, with its `/v1`; None for an offline judge.
         offline: which one: the `rubric`, which is fixed and no substitute for a judge that reads,
-            or the `clinic`, which knows the truth of that world's prompts, and no others.
+            or the `clinic`, which knows the truth of that world's prompts, and no others; `auto`
+            for the clinic where all prompts that are judged are of it, else the rubric.
         model: the judge's name on the server; None where the server has only one.
         max_cost: money that all runs may spend, in the currency of the price table.
         max_requests: calls that all runs may make.
@@ -101,7 +110,7 @@ class LabelsConfig:
 
     answers: str = operational("{workdir}/answers.jsonl")
     base_url: str | None = operational(None)
-    offline: OfflineName = "rubric"
+    offline: Literal["auto"] | OfflineName = "auto"
     model: str | None = None
     max_cost: float | None = operational(None)
     max_requests: int | None = operational(None)
@@ -181,7 +190,10 @@ class RlaifConfig:
         stages: which of them are run, in this order.
         data: files of dialogues of one's own, separated by commas; None for `sft.data.sources`.
         data_encoding: of those files, such as cp1252; None tells it by evidence.
-        prompts: which prompts are made of the dialogues.
+        clinic: which clinic is written to `{workdir}/clinic` before anything is read there. Its
+            prompts are the run's, unless `prompts` names files. None for none, and `data` leaves it
+            out.
+        prompts: to learn from, and held out.
         sft: supervised fine-tuning.
         answers: answers of its model, to be judged.
         labels: the judge's verdicts, and comparisons of them.
@@ -196,6 +208,7 @@ class RlaifConfig:
     stages: tuple[str, ...] = STAGES
     data: str | None = None
     data_encoding: str | None = None
+    clinic: ClinicConfig | None = None
     prompts: PromptsConfig = PromptsConfig()
     sft: SftConfig
     answers: AnswersConfig = AnswersConfig()
@@ -211,6 +224,8 @@ class RlaifConfig:
         places = [STAGES.index(name) for name in self.stages if name in STAGES]
         if len(places) < len(self.stages) or places != sorted(set(places)):
             raise ValueError(f"stages={self.stages} must be some of {STAGES}, in this order")
+        if self.sft.clinic not in (None, self.clinic):
+            raise ValueError("sft.clinic must be None: in the recipe the clinic's field is clinic")
         template = self.sft.data.template
         for name, other in (
             ("reward.data.template", self.reward.data.template),
@@ -249,31 +264,56 @@ class RlaifConfig:
         return None if changed or (told and data.template == "tokenizer") else model.directory
 
     def in_workdir(self, workdir: str | os.PathLike[str]) -> "RlaifConfig":
-        """The config with the run's folder in its paths and one's own data in its sources.
+        """The config with the run's folder in its paths, and one's own data or the clinic's.
 
         The evaluation has what it takes from other stages: the base model, PPO's temperature and
-        rule of scores, and the labels' offline judge. All stages have fine-tuning's system text.
+        rule of scores. All stages have fine-tuning's system text.
         """
-        cfg = placed_in(self, workdir)._with_system_text()
+        cfg = placed_in(self._with_data(), workdir)._with_system_text()
         base = cfg.evaluation.base or cfg.base_as_it_is or f"{workdir}/base/model"
         rule = cfg.evaluation.score or cfg.ppo.score.outside_training
         temperature = cfg.evaluation.temperature
         if temperature is None:
             temperature = cfg.ppo.rollout.temperature
-        judge = cfg.evaluation.judge or cfg.labels.offline
         evaluation = dataclasses.replace(
-            cfg.evaluation, base=base, score=rule, temperature=temperature, judge=judge
+            cfg.evaluation, base=base, score=rule, temperature=temperature
         )
-        if cfg.data is None:
-            return dataclasses.replace(cfg, evaluation=evaluation)
-        paths = cfg.data.split(",")
-        sources = tuple(
-            SourceConfig(name=name, paths=(path,), encoding=cfg.data_encoding)
-            for name, path in zip(source_names(paths), paths, strict=True)
+        return dataclasses.replace(cfg, evaluation=evaluation)
+
+    def with_offline_judge(self, name: OfflineName) -> "RlaifConfig":
+        """The config with an offline judge in place of "auto", and wherever none is named."""
+        named = name if self.labels.offline == "auto" else self.labels.offline
+        return dataclasses.replace(
+            self,
+            labels=dataclasses.replace(self.labels, offline=named),
+            evaluation=dataclasses.replace(self.evaluation, judge=self.evaluation.judge or named),
         )
-        data = dataclasses.replace(cfg.sft.data, sources=sources)
-        sft = dataclasses.replace(cfg.sft, data=data)
-        return dataclasses.replace(cfg, evaluation=evaluation, sft=sft)
+
+    def _with_data(self) -> "RlaifConfig":
+        """One's own files, which leave the clinic out, or what the clinic writes."""
+        if self.data is not None:
+            paths = self.data.split(",")
+            sources = tuple(
+                SourceConfig(name=name, paths=(path,), encoding=self.data_encoding)
+                for name, path in zip(source_names(paths), paths, strict=True)
+            )
+            data = dataclasses.replace(self.sft.data, sources=sources)
+            sft = dataclasses.replace(self.sft, data=data, clinic=None)
+            return dataclasses.replace(self, clinic=None, sft=sft)
+        if self.clinic is None:
+            return self
+        folder = f"{WORKDIR_MARK}/{CLINIC_FOLDER}"
+        held_out = f"{folder}/{clinic_files.HELD_OUT}{clinic_files.PROMPTS}"
+        prompts = dataclasses.replace(
+            self.prompts,
+            files=self.prompts.files or f"{folder}/{clinic_files.PROMPTS}",
+            held_out_files=self.prompts.held_out_files or held_out,
+        )
+        return dataclasses.replace(
+            self,
+            prompts=prompts,
+            sft=dataclasses.replace(self.sft, clinic=self.clinic),
+        )
 
     def _with_system_text(self) -> "RlaifConfig":
         system = self.sft.data.default_system

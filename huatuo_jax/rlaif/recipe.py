@@ -18,7 +18,7 @@ from huatuo_jax.atomic import write_file
 from huatuo_jax.rlaif.checks import check_inputs
 from huatuo_jax.rlaif.config import RlaifConfig
 from huatuo_jax.rlaif.journal import Journal
-from huatuo_jax.rlaif.judge import reach_judge
+from huatuo_jax.rlaif.judge import choose_offline_judge, reach_judge
 from huatuo_jax.rlaif.prompts import (
     ACCOUNT_FILE,
     HELD_OUT_FILE,
@@ -28,6 +28,7 @@ from huatuo_jax.rlaif.prompts import (
     write_prompts,
 )
 from huatuo_jax.rlaif.stages import Stage, make_stages
+from huatuo_jax.sft import write_clinic_of
 from huatuo_jax.training.preemption import Interrupted
 from huatuo_jax.training.sections import from_section
 
@@ -58,12 +59,16 @@ def run_rlaif(
     cfg = from_section(RlaifConfig, config, path="config").in_workdir(folder)
     multi_host.check_joined()
     multi_host.check_shared(folder)
-    stages, journal = make_stages(cfg, folder), Journal(folder, writes=multi_host.is_first())
+    write_clinic_of(folder, cfg.clinic)
     prompts = make_prompts(cfg.sft.data, cfg.prompts)
     multi_host.by_first("prompts", lambda: _write_prompts(folder, prompts))
     if multi_host.is_first():
         for line in prompts.account.lines():
             print(f"prompts: {line}", flush=True)
+    cfg, told = choose_offline_judge(cfg, folder)
+    if multi_host.is_first():
+        print(told, flush=True)
+    stages, journal = make_stages(cfg, folder), Journal(folder, writes=multi_host.is_first())
     wanted = unfinished_stages(stages, journal)
     multi_host.check_same("the stages to be run", sorted(wanted))
     check_inputs(cfg, folder, wanted)

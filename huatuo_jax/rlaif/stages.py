@@ -131,7 +131,8 @@ def answer_figures(path: pathlib.Path) -> dict[str, float]:
 
 
 def _labels(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:
-    section = cfg.labels
+    section, offline = cfg.labels, cfg.labels.offline
+    assert offline != "auto", "with_offline_judge puts one in its place"
     output, comparisons = workdir / "labels.jsonl", workdir / "comparisons.jsonl"
 
     def ask() -> None:
@@ -140,7 +141,7 @@ def _labels(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:
                 answers=section.answers,
                 output=str(output),
                 openai=reach_judge(section),
-                offline=section.offline,
+                offline=offline,
                 label=section.label,
                 comparisons=str(comparisons),
                 comparison=section.comparison,
