@@ -6,6 +6,7 @@ from typing import Literal
 
 from huatuo_jax.clinic import files as clinic_files
 from huatuo_jax.clinic.files import ClinicConfig
+from huatuo_jax.clinic.planted import Difference
 from huatuo_jax.data.records import Kind
 from huatuo_jax.data.sources import source_names
 from huatuo_jax.evaluation.config import EvaluationConfig
@@ -19,7 +20,7 @@ from huatuo_jax.feedback.replies import Structured
 from huatuo_jax.feedback.server_calls import ServerConfig
 from huatuo_jax.generation.requests import SamplingConfig
 from huatuo_jax.ppo.config import PpoConfig
-from huatuo_jax.reward.config import RewardConfig
+from huatuo_jax.reward.config import ProbeConfig, RewardConfig
 from huatuo_jax.sft import CLINIC_FOLDER, SftConfig
 from huatuo_jax.sharding import MeshConfig
 from huatuo_jax.training.dialogue_data import SourceConfig
@@ -181,6 +182,24 @@ class ReportConfig:
     num_prompts: int = 8
 
 
+def clinic_probes() -> tuple[ProbeConfig, ...]:
+    """The clinic's pairs that differ in one thing alone, as it writes them into a run's folder."""
+    kinds: tuple[tuple[Difference, str, bool], ...] = (
+        ("truth", "true", False),
+        ("manner", "friendlier", True),
+        ("length", "longer", True),
+    )
+    return tuple(
+        ProbeConfig(
+            name=name,
+            paths=(f"{WORKDIR_MARK}/{CLINIC_FOLDER}/{clinic_files.pairs_file(name)}",),
+            chosen=chosen,
+            neutral=neutral,
+        )
+        for name, chosen, neutral in kinds
+    )
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RlaifConfig:
     """The recipe. `{workdir}` in a path stands for the run's folder.
@@ -191,8 +210,8 @@ class RlaifConfig:
         data: files of dialogues of one's own, separated by commas; None for `sft.data.sources`.
         data_encoding: of those files, such as cp1252; None tells it by evidence.
         clinic: which clinic is written to `{workdir}/clinic` before anything is read there. Its
-            prompts are the run's, unless `prompts` names files. None for none, and `data` leaves it
-            out.
+            prompts are the run's, unless `prompts` names files; its pairs that differ in one thing
+            alone are probes of the reward model. None for none, and `data` leaves it out.
         prompts: to learn from, and held out.
         sft: supervised fine-tuning.
         answers: answers of its model, to be judged.
@@ -309,9 +328,12 @@ class RlaifConfig:
             files=self.prompts.files or f"{folder}/{clinic_files.PROMPTS}",
             held_out_files=self.prompts.held_out_files or held_out,
         )
+        probes = clinic_probes() if self.clinic.sizes.pairs else ()
+        reward = dataclasses.replace(self.reward, probes=(*self.reward.probes, *probes))
         return dataclasses.replace(
             self,
             prompts=prompts,
+            reward=reward,
             sft=dataclasses.replace(self.sft, clinic=self.clinic),
         )
 

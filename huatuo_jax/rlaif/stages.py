@@ -159,7 +159,8 @@ def _labels(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:
 
 def _reward(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:
     section = cfg.reward
-    inputs = _files(path for source in section.data.sources for path in source.paths)
+    paths = [path for source in section.data.sources for path in source.paths]
+    inputs = _files([*paths, *(path for probe in section.probes for path in probe.paths)])
     if section.model.directory is not None:
         inputs["model"] = section.model.directory
     return Stage(

@@ -149,6 +149,12 @@ def test_the_clinics_files_are_those_of_the_runs_folder(tmp_path):
     assert cfg.prompts.files == f"{tmp_path}/clinic/prompts.jsonl"
     assert cfg.prompts.held_out_files == f"{tmp_path}/clinic/held_out_prompts.jsonl"
     assert cfg.sft.clinic == cfg.clinic == CLINIC
+    probes = {probe.name: (probe.paths, probe.neutral) for probe in cfg.reward.probes}
+    assert probes == {
+        "truth": ((f"{tmp_path}/clinic/pairs_truth.jsonl",), False),
+        "manner": ((f"{tmp_path}/clinic/pairs_manner.jsonl",), True),
+        "length": ((f"{tmp_path}/clinic/pairs_length.jsonl",), True),
+    }
     sources = {one.name: (one.paths, one.held_out_by) for one in cfg.sft.data.sources}
     assert sources["real_instruction"] == ((f"{tmp_path}/clinic/real_instruction.jsonl",), "never")
     assert sources["held_out_real_instruction"][1] == "always" and len(sources) == 8
@@ -164,7 +170,7 @@ def test_prompts_of_ones_own_stand_in_for_the_clinics(tmp_path):
 def test_data_of_ones_own_leaves_nothing_of_the_clinic(tmp_path):
     cfg = dataclasses.replace(tiny_clinic_recipe(), data="mine.jsonl").in_workdir(tmp_path)
     assert (cfg.clinic, cfg.sft.clinic, cfg.prompts) == (None, None, PromptsConfig())
-    assert f"{tmp_path}/clinic" not in repr(cfg)
+    assert f"{tmp_path}/clinic" not in repr(cfg) and not cfg.reward.probes
 
 
 def test_a_clinic_that_the_recipe_does_not_name_is_refused_in_fine_tuning(recipe):
