@@ -18,7 +18,8 @@ from huatuo_jax.atomic import write_file
 from huatuo_jax.rlaif.checks import check_inputs
 from huatuo_jax.rlaif.config import RlaifConfig
 from huatuo_jax.rlaif.journal import Journal
-from huatuo_jax.rlaif.judge import choose_offline_judge, reach_judge
+from huatuo_jax.rlaif.judge import reach_judge
+from huatuo_jax.rlaif.offline_judge import choose_offline_judge
 from huatuo_jax.rlaif.prompts import (
     ACCOUNT_FILE,
     HELD_OUT_FILE,
