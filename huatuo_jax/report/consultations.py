@@ -53,22 +53,24 @@ def consultations(run: Run) -> str:
         return ""
     shown = [_consultation(kind, chosen[kind], records) for kind in _TITLES if kind in chosen]
     told = paragraph(
-        "Of each kind the first held-out prompt in which the doctor has spoken before, else the "
-        "first, and the first answer of each model: not chosen by their looks. The lines below the "
-        "answers are read from them, and held against the table of the invented world that the "
+        "Of each kind the first held-out prompt in which the doctor has spoken once, else the "
+        "shortest, and the first answer of each model: not chosen by their looks. The lines below "
+        "the answers are read from them, and held against the table of the invented world that the "
         "patients are of."
     )
     return section(SECTION, "Consultations side by side", told, *shown)
 
 
 def choose(prompts: Sequence[Prompt]) -> dict[Situation, Prompt]:
-    """Of each situation the first prompt with a doctor's turn, else the first; clinic's only."""
+    """Of each situation the clinic's first prompt with one doctor's turn, else the shortest."""
+
+    def rank(prompt: Prompt) -> tuple[bool, int]:
+        spoken = sum(turn.role == "assistant" for turn in prompt.messages)
+        return spoken != 1, spoken
+
     chosen: dict[Situation, Prompt] = {}
-    for spoken in (True, False):
-        for prompt in prompts:
-            has_spoken = any(turn.role == "assistant" for turn in prompt.messages)
-            if has_spoken == spoken and is_of_clinic(prompt):
-                chosen.setdefault(situation(prompt), prompt)
+    for prompt in sorted(filter(is_of_clinic, prompts), key=rank):  # Equal ones keep their order.
+        chosen.setdefault(situation(prompt), prompt)
     return chosen
 
 
