@@ -1,4 +1,4 @@
-"""The whole recipe on the sample data: no key, no download, no accelerator.
+"""The whole recipe on the clinic: no key, no download, no accelerator.
 
     python launch/train.py --config=configs/rlaif.py --workdir=runs/demo
     python launch/train.py --config=configs/rlaif.py --workdir=runs/mine \
@@ -7,11 +7,18 @@
 Stages: fine-tuning (SFT), answers of its model, AI labels and comparisons, reward model, PPO,
 evaluation, export in Hugging Face format, report. Stopped or killed, the same command goes on; a
 finished stage is not run again.
-Data: the package's sample dialogues, a fifth of them held out; prompts from the real ones.
+Data: the clinic, a small invented world of diseases and consultations whose truth is known. It is
+written to `clinic/` in the run's folder: dialogues of the four kinds, prompts to learn from, and
+held-out ones in wording that no dialogue to train on has. `--config.clinic.seed=3` and
+`--config.clinic.sizes.dialogues=4000` take another clinic.
 `--config.data` takes files of your own, such as JSON Lines of {question, answer}, separated by
-commas. Judge: the offline rubric, which is no substitute for a judge that reads;
-`--config.labels.base_url` asks a model behind any OpenAI-compatible server, with the key from
-OPENAI_API_KEY (`--config.labels.model` where the server has several).
+commas, and leaves the clinic out: a fifth is held out, and prompts come from the real ones.
+`--config.prompts.files` and `--config.prompts.held_out_files` take prompts of your own. Without the
+clinic a tokenizer of your own says more in a row: `--config.sft.model.tokenizer=DIR`.
+Judge: of the clinic's prompts its own, which knows the truth; of others the offline rubric, which
+is no substitute for a judge that reads. `--config.labels.base_url` asks a model behind any
+OpenAI-compatible server, with the key from OPENAI_API_KEY (`--config.labels.model` where the server
+has several).
 Hardware: any CPU.
 Expected (seed 0, six to seven minutes on two cores): held-out loss 7.66 before fine-tuning and 4.95
 after; the reward model agrees with 72 % of the held-out comparisons (length alone: 50 %); PPO's
@@ -24,10 +31,9 @@ That is what the report is for.
 from ml_collections import ConfigDict
 
 from huatuo_jax.backbone.config import BackboneConfig
+from huatuo_jax.clinic.files import TOKENIZER, ClinicConfig
 from huatuo_jax.comparisons.data import ComparisonsConfig, ComparisonSource
-from huatuo_jax.data import sample
 from huatuo_jax.data.held_out import HeldOutConfig
-from huatuo_jax.data.records import KINDS
 from huatuo_jax.evaluation.config import EvaluationConfig
 from huatuo_jax.generation.requests import SamplingConfig
 from huatuo_jax.generation.samples import SamplesConfig
@@ -35,8 +41,8 @@ from huatuo_jax.ppo.config import PpoConfig, PpoLoopConfig, RolloutConfig, Score
 from huatuo_jax.ppo.prompts import PromptsConfig
 from huatuo_jax.reward.config import RewardConfig
 from huatuo_jax.rlaif.config import AnswersConfig, RlaifConfig
-from huatuo_jax.sft import SftConfig
-from huatuo_jax.training.dialogue_data import DataConfig, SourceConfig
+from huatuo_jax.sft import SftConfig, clinic_sources
+from huatuo_jax.training.dialogue_data import DataConfig
 from huatuo_jax.training.initial_model import ModelConfig
 from huatuo_jax.training.loop import LoopConfig
 from huatuo_jax.training.optimizer import OptimizerConfig
@@ -61,6 +67,7 @@ ANSWER_TOKENS = 64
 def get_config() -> ConfigDict:
     """All stages, and the settings of each."""
     config = RlaifConfig(
+        clinic=ClinicConfig(),
         sft=_sft(),
         answers=AnswersConfig(
             num_samples=6, sampling=SamplingConfig(max_new_tokens=ANSWER_TOKENS), chunk_size=64
@@ -73,13 +80,9 @@ def get_config() -> ConfigDict:
 
 
 def _sft() -> SftConfig:
-    sources = tuple(
-        SourceConfig(name=kind, paths=(str(sample.FOLDER / f"{kind}.jsonl"),), kind=kind)
-        for kind in KINDS
-    )
     return SftConfig(
-        model=ModelConfig(backbone=BACKBONE, tokenizer=str(sample.FOLDER / "tokenizer")),
-        data=DataConfig(sources=sources, row_length=512, held_out=HELD_OUT),
+        model=ModelConfig(backbone=BACKBONE, tokenizer=str(TOKENIZER)),
+        data=DataConfig(sources=clinic_sources(), row_length=512, held_out=HELD_OUT),
         optimizer=OptimizerConfig(learning_rate=2e-3, warmup_share=0.05),
         num_epochs=6,
         batch_size=4,
@@ -108,7 +111,7 @@ def _reward() -> RewardConfig:
 def _ppo() -> PpoConfig:
     return PpoConfig(
         model=ModelConfig(directory="{workdir}/sft/model"),
-        data=PromptsConfig(paths=("{workdir}/prompts.jsonl",), max_prompt_tokens=96),
+        data=PromptsConfig(paths=("{workdir}/prompts.jsonl",), max_prompt_tokens=192),
         optimizer=OptimizerConfig(learning_rate=3e-4, decay="constant", weight_decay=0.0),
         value=ValueConfig(
             optimizer=OptimizerConfig(learning_rate=1e-3, decay="constant", weight_decay=0.0)

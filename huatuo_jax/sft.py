@@ -16,13 +16,22 @@ from ml_collections import ConfigDict
 from huatuo_jax import multi_host
 from huatuo_jax.backbone.config import BackboneConfig
 from huatuo_jax.backbone.transformer import Transformer
+from huatuo_jax.clinic import files as clinic_files
+from huatuo_jax.clinic.files import ClinicConfig, prepare_clinic
 from huatuo_jax.data.examples import ALL_KINDS
 from huatuo_jax.data.packing import pack_row
+from huatuo_jax.data.records import KINDS, Kind
+from huatuo_jax.data.sources import HeldOutBy
 from huatuo_jax.generation.samples import Samples, SamplesConfig, sample_prompt
 from huatuo_jax.progress import progress_bar
 from huatuo_jax.sharding import MeshConfig
 from huatuo_jax.training.data_report import report_data
-from huatuo_jax.training.dialogue_data import DataConfig, DialogueData, open_dialogues
+from huatuo_jax.training.dialogue_data import (
+    DataConfig,
+    DialogueData,
+    SourceConfig,
+    open_dialogues,
+)
 from huatuo_jax.training.evaluation import check_rows, make_evaluate
 from huatuo_jax.training.initial_model import (
     ComputeSection,
@@ -38,9 +47,10 @@ from huatuo_jax.training.run_directory import (
     all_fields,
     begin_stage,
     identity,
+    is_begun,
     operational,
 )
-from huatuo_jax.training.sections import from_section
+from huatuo_jax.training.sections import from_section, placed_in
 from huatuo_jax.training.state import TrainState, Variables
 from huatuo_jax.training.step import Step, abstract_batch, make_step
 from huatuo_jax.training.throughput import ModelFlops
@@ -48,15 +58,18 @@ from huatuo_jax.training.update import Batch, LossSums
 
 STAGE = "sft"
 MODEL_FOLDER = "model"
+CLINIC_FOLDER = "clinic"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SftConfig:
-    """A run of supervised fine-tuning.
+    """A run of supervised fine-tuning. `{workdir}` in a path stands for the run's folder.
 
     Attributes:
         model: what is trained.
         data: on what.
+        clinic: which clinic is written to `{workdir}/clinic` before anything is read there, see
+            `clinic_sources`; None for none.
         optimizer: how.
         num_epochs: passes over the mixture.
         num_steps: optimizer steps instead, where given.
@@ -72,6 +85,7 @@ class SftConfig:
 
     model: ModelConfig
     data: DataConfig
+    clinic: ClinicConfig | None = operational(None)  # The content of its files decides.
     optimizer: OptimizerConfig
     num_epochs: int = 3
     num_steps: int | None = None
@@ -120,13 +134,14 @@ def run_sft(
         Diverged: too many steps in a row were not finite.
         OSError: something cannot be read or written.
     """
-    cfg = from_section(SftConfig, config, path=f"config.{STAGE}")
+    cfg = placed_in(from_section(SftConfig, config, path=f"config.{STAGE}"), workdir)
     mesh = cfg.mesh.make()
     check_rows(cfg.rows_at_once, name="micro_batch_size", mesh=mesh)
     model = open_model(cfg.model, cfg.compute.compute_config())
     check_lengths(cfg.data, model.cfg)
     template = cfg.data.chat_template
     tokenizer = model.load_tokenizer(STAGE, template)
+    write_clinic_of(workdir, cfg.clinic)
     with (
         multi_host.first_then_others("tokenising"),
         progress_bar(f"{STAGE}: tokenising", "dialogues") as on_progress,
@@ -152,6 +167,40 @@ def run_sft(
     result = {"step": int(state.step), **evaluation}
     directory.finish(result)
     return result
+
+
+def clinic_sources(kinds: tuple[Kind, ...] = KINDS) -> tuple[SourceConfig, ...]:
+    """The dialogues of the clinic that a run writes: a source a kind, and its held-out ones."""
+    sides: tuple[tuple[str, HeldOutBy], ...] = (("", "never"), (clinic_files.HELD_OUT, "always"))
+    return tuple(
+        SourceConfig(
+            name=f"{prefix}{kind}",
+            paths=(f"{{workdir}}/{CLINIC_FOLDER}/{prefix}{kind}.jsonl",),
+            kind=kind,
+            held_out_by=held_out_by,
+        )
+        for prefix, held_out_by in sides
+        for kind in kinds
+    )
+
+
+def write_clinic_of(workdir: str | os.PathLike[str], cfg: ClinicConfig | None) -> None:
+    """Writes a run's clinic, where it has one, by the first process; the others wait.
+
+    Raises:
+        ValueError: another clinic stands there, and a stage was trained.
+        OSError: it cannot be written.
+    """
+    if cfg is None:
+        return
+    multi_host.check_joined()
+    multi_host.check_shared(pathlib.Path(workdir))
+    multi_host.by_first(
+        CLINIC_FOLDER,
+        lambda: prepare_clinic(
+            pathlib.Path(workdir) / CLINIC_FOLDER, cfg, in_use=is_begun(workdir)
+        ),
+    )
 
 
 def sft_step(cfg: SftConfig, model: InitialModel, mesh: Mesh, *, num_steps: int) -> Step:

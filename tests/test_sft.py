@@ -1,5 +1,6 @@
 """The stage as a user runs it: sample data, a model to start from, a folder with the results."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -18,18 +19,20 @@ from huatuo_jax.backbone.lora import LoraConfig
 from huatuo_jax.backbone.transformer import Transformer
 from huatuo_jax.checkpoint.models import find_model, load_params
 from huatuo_jax.checkpoint.tokenizer import load_tokenizer
+from huatuo_jax.clinic.files import TOKENIZER as TOKENIZER_OF_CLINIC
+from huatuo_jax.clinic.files import ClinicConfig, ClinicSizes
 from huatuo_jax.data import sample, templates
 from huatuo_jax.data.held_out import HeldOutConfig
 from huatuo_jax.data.readers import read_dialogues
 from huatuo_jax.data.records import KINDS
 from huatuo_jax.generation.samples import SamplesConfig, read_samples
-from huatuo_jax.sft import SftConfig, run_sft
+from huatuo_jax.sft import SftConfig, clinic_sources, run_sft
 from huatuo_jax.training.dialogue_data import DataConfig, SourceConfig
 from huatuo_jax.training.initial_model import ModelConfig
 from huatuo_jax.training.loop import LoopConfig
 from huatuo_jax.training.metrics import read_rows
 from huatuo_jax.training.optimizer import OptimizerConfig
-from huatuo_jax.training.sections import to_section
+from huatuo_jax.training.sections import from_section, to_section
 
 ROOT = pathlib.Path(__file__).parents[1]
 TOKENIZER = str(sample.FOLDER / "tokenizer")
@@ -263,6 +266,28 @@ def _launch(*arguments):
     )
 
 
+def test_the_clinic_is_written_before_it_is_read_and_found_again(tmp_path):
+    cfg = from_section(SftConfig, _config(tmp_path / "cache"), path="config")
+    sizes = ClinicSizes(
+        dialogues=24, held_out_dialogues=12, prompts=2, held_out_prompts=2, cases=2, exams=2
+    )
+    cfg = dataclasses.replace(
+        cfg,
+        clinic=ClinicConfig(seed=4, sizes=sizes),
+        model=dataclasses.replace(cfg.model, tokenizer=str(TOKENIZER_OF_CLINIC)),
+        data=dataclasses.replace(cfg.data, sources=clinic_sources()),
+        num_steps=2,
+        samples=SamplesConfig(num_prompts=0),
+    )
+    result = run_sft(to_section(cfg), tmp_path / "run")
+    assert result["step"] == 2 and {f"eval/loss/{kind}" for kind in KINDS} <= set(result)
+    assert (tmp_path / "run" / "clinic" / "clinic.json").is_file()
+    assert run_sft(to_section(cfg), tmp_path / "run") == result
+    other = dataclasses.replace(cfg, clinic=ClinicConfig(seed=5, sizes=sizes))
+    with pytest.raises(ValueError, match="another clinic .*seed: 4 before, 5 now"):
+        run_sft(to_section(other), tmp_path / "run")
+
+
 @pytest.mark.slow
 def test_the_command_runs_the_default_config_for_a_few_steps(tmp_path):
     done = _launch(
@@ -270,8 +295,12 @@ def test_the_command_runs_the_default_config_for_a_few_steps(tmp_path):
         f"--workdir={tmp_path}",
         "--config.sft.num_steps=2",
         "--config.sft.batch_size=2",
+        "--config.sft.clinic.seed=3",
+        "--config.sft.clinic.sizes.dialogues=60",
     )
     assert done.returncode == 0, done.stderr
+    clinic = json.loads((tmp_path / "clinic" / "clinic.json").read_text())
+    assert (clinic["seed"], clinic["sizes"]["dialogues"]) == (3, 60)
     assert "sft: finished in" in done.stdout and "eval/loss" in done.stdout
     assert json.loads((tmp_path / "config.json").read_text())["sft"]["settings"]["batch_size"] == 2
 

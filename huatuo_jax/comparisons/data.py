@@ -236,10 +236,10 @@ class Comparisons:
     @property
     def identity(self) -> dict[str, str]:
         """A hash of all tokens and labels on each side."""
-        return {"train": _hash_of(self.train), "held_out": _hash_of(self.held_out)}
+        return {"train": groups_hash(self.train), "held_out": groups_hash(self.held_out)}
 
 
-class _Told(NamedTuple):
+class Told(NamedTuple):
     """A comparison, its place, what is held out with it, and whether it is."""
 
     comparison: Comparison
@@ -273,8 +273,8 @@ def open_comparisons(
     tokens = tokenize_answers(
         (answers_of(one.comparison) for one in kept), cfg, tokenizer, progress
     )
-    train = _groups([one for one in kept if not one.held_out], tokens, account, TRAINED_ON)
-    held_out = _groups([one for one in kept if one.held_out], tokens, account, HELD_OUT)
+    train = groups_of([one for one in kept if not one.held_out], tokens, account, TRAINED_ON)
+    held_out = groups_of([one for one in kept if one.held_out], tokens, account, HELD_OUT)
     comparisons = Comparisons(train, held_out, account)
     if not train:
         raise ValueError(
@@ -434,15 +434,15 @@ def make_answer(tokens: AnswerTokens, prompt: Messages, continuation: Messages) 
     return Answer(tokens.token_ids, characters, num_turns, tokens.is_answer, tokens.as_sampled)
 
 
-def _told(cfg: ComparisonsConfig, account: Account) -> Iterator[_Told]:
+def _told(cfg: ComparisonsConfig, account: Account) -> Iterator[Told]:
     for source in cfg.sources:
         for path in source.paths:
             for place, comparison in _read(source, path, account):
-                case = _case(comparison, cfg.group_field)
+                case = case_of(comparison, cfg.group_field)
                 held_out = source.held_out_by == "always" or (
                     source.held_out_by == "hash" and cfg.held_out.holds_out(case)
                 )
-                yield _Told(comparison, place, case, held_out, source.held_out_by == "always")
+                yield Told(comparison, place, case, held_out, source.held_out_by == "always")
 
 
 def _read(
@@ -466,7 +466,12 @@ def _read(
         yield f"{path}: {one.id}", dataclasses.replace(one, source=name)
 
 
-def _case(comparison: Comparison, field: str | None) -> str:
+def case_of(comparison: Comparison, field: str | None) -> str:
+    """What is held out and resampled as a whole, see `ComparisonsConfig.group_field`.
+
+    Raises:
+        ValueError: the comparison has no such field.
+    """
     if field is None:
         return dialogue_text(comparison.messages)
     if field not in comparison.extra:
@@ -477,14 +482,14 @@ def _case(comparison: Comparison, field: str | None) -> str:
     return str(comparison.extra[field])
 
 
-def _groups(
-    told: Sequence[_Told],
+def groups_of(
+    told: Sequence[Told],
     tokens: dict[AnswerKey, AnswerTokens | str],
     account: Account,
     purpose: str,
 ) -> tuple[Group, ...]:
     """The groups in the order of their first comparisons; what cannot be used is counted."""
-    by_prompt: dict[tuple[str, str], list[_Told]] = {}
+    by_prompt: dict[tuple[str, str], list[Told]] = {}
     for one in told:
         by_prompt.setdefault((one.case, one.comparison.group), []).append(one)
     groups = []
@@ -569,7 +574,8 @@ def _num_turns(messages: Messages) -> int:
     return sum(message.role == "assistant" for message in messages)
 
 
-def _hash_of(groups: Sequence[Group]) -> str:
+def groups_hash(groups: Sequence[Group]) -> str:
+    """A hash of all tokens and labels of some groups."""
     whole = hashlib.sha256()
     for group in groups:
         whole.update(repr((group.case, group.pairs, len(group.answers))).encode())

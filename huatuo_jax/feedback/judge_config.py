@@ -1,9 +1,12 @@
 """The judge of a run: who it is, and reaching it before hours of training depend on it."""
 
 import dataclasses
+from collections.abc import Iterable
+from typing import Literal
 
 import openai
 
+from huatuo_jax.data.records import Prompt
 from huatuo_jax.feedback.budget import BudgetConfig
 from huatuo_jax.feedback.completions import NoCompletion, read_json
 from huatuo_jax.feedback.judgements import printable
@@ -14,6 +17,7 @@ from huatuo_jax.feedback.rate_limits import RateLimits
 from huatuo_jax.feedback.replies import Structured
 from huatuo_jax.feedback.server_calls import ServerConfig, key_from_environment
 from huatuo_jax.feedback.server_faults import scrubbed
+from huatuo_jax.feedback.truth_judge import is_of_clinic
 from huatuo_jax.training.run_directory import operational
 
 _TIMEOUT_S = 20.0
@@ -28,7 +32,8 @@ class JudgeConfig:
     Attributes:
         base_url: an OpenAI-compatible server's address, with its `/v1`; None for an offline judge.
         offline: which one: the `rubric`, which is fixed and no substitute for a judge that reads,
-            or the `clinic`, which knows the truth of that world's prompts, and no others.
+            or the `clinic`, which knows the truth of that world's prompts, and no others; `auto`
+            for the clinic where all prompts that are judged are of it, else the rubric.
         model: the judge's name on the server; None where the server has only one.
         max_cost: money that all runs may spend, in the currency of the price table.
         max_requests: calls that all runs may make.
@@ -41,7 +46,7 @@ class JudgeConfig:
     """
 
     base_url: str | None = operational(None)
-    offline: OfflineName = "rubric"
+    offline: Literal["auto"] | OfflineName = "auto"
     model: str | None = None
     max_cost: float | None = operational(None)
     max_requests: int | None = operational(None)
@@ -62,6 +67,12 @@ class JudgeConfig:
                     )
         else:
             self.openai(self.model or "the server's")
+
+    def offline_for(self, prompts: Iterable[Prompt]) -> OfflineName:
+        """The offline judge of some prompts."""
+        if self.offline != "auto":
+            return self.offline
+        return "clinic" if all(map(is_of_clinic, prompts)) else "rubric"
 
     def openai(self, model: str) -> OpenAIJudgeConfig:
         """The judge behind the server, by its name there."""

@@ -7,6 +7,7 @@ it finds in an answer, and how that becomes scores and verdicts, is in `huatuo_j
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from huatuo_jax.clinic.dialogues import SOURCE
 from huatuo_jax.clinic.findings import truth_of
 from huatuo_jax.clinic.judge import NAME, ClinicJudge
 from huatuo_jax.data.records import Prompt
@@ -20,6 +21,20 @@ TRUTHS = (
     "red_flag_missed",
 )
 """What `truths` tells of an answer."""
+
+
+def is_of_clinic(prompt: Prompt) -> bool:
+    """Whether the clinic wrote a prompt: it says so, and its diagnosis is of that world's table."""
+    return prompt.source == SOURCE and has_truth(prompt)
+
+
+def has_truth(prompt: Prompt) -> bool:
+    """Whether a prompt's diagnosis is of the clinic's table, so that its judge can judge it."""
+    try:
+        truth_of(prompt)
+    except ValueError:
+        return False
+    return True
 
 
 class TruthJudge:

@@ -84,7 +84,8 @@ def open_held_out(cfg: PpoConfig, tokenizer: "PreTrainedTokenizerBase") -> list[
     )
     assert cfg.judging.judge is not None
     if cfg.judging.judge.base_url is None:
-        offline = open_offline(cfg.judging.judge.offline)
+        prompts = [task.prompt for task in tasks]
+        offline = open_offline(cfg.judging.judge.offline_for(prompts))
         for task in tasks:
             offline.estimate(task.prompt, ("", ""))
     return tasks
@@ -284,7 +285,7 @@ class HeldOutJudging:
                     answers=str(answers),
                     output=str(output),
                     openai=self.server,
-                    offline=self._judging.judge.offline,
+                    offline=self._judging.judge.offline_for(task.prompt for task in self.tasks),
                     label=LabelConfig(protocol="pairwise", concurrency=self._judging.concurrency),
                     spending=self._judging.spending,
                 ),

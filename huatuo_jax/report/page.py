@@ -3,7 +3,7 @@
 import pathlib
 
 from huatuo_jax.atomic import write_file
-from huatuo_jax.report import outcome, sections
+from huatuo_jax.report import consultations, outcome, sections
 from huatuo_jax.report.costs import costs
 from huatuo_jax.report.headline import headline
 from huatuo_jax.report.markup import text
@@ -11,6 +11,7 @@ from huatuo_jax.report.run import Run, read_run
 from huatuo_jax.report.style import STYLE
 
 _CONTENTS = {
+    consultations.SECTION: "Consultations",
     "release": "Release",
     "data": "Data",
     "curves": "Curves",
@@ -45,6 +46,7 @@ def write_report(
 def make_page(run: Run, *, title: str, num_prompts: int) -> str:
     """The report as one HTML page; parts of stages that did not run are left out."""
     parts = [
+        consultations.consultations(run),
         outcome.release(run),
         sections.data(run),
         sections.curves(run),

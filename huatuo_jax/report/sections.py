@@ -1,6 +1,6 @@
 """The parts of a report up to the reward model: data, curves, judge, reward model."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from huatuo_jax.report import plots
@@ -243,9 +243,33 @@ def reward_model(run: Run) -> str:
         ),
         figures((drawn, caption)),
     ]
+    if "probes" in found and found["probes"]:  # Older reports have none.
+        parts += _probes(found["probes"])
     if by_margin:
         parts.append(table(["judge's margin", "accuracy"], by_margin))
     return section("reward", "The reward model", *parts)
+
+
+def _probes(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the reward model makes of pairs that differ in one thing alone."""
+    rows = [
+        [
+            text(one["name"]),
+            f"the {text(one['chosen'])} one" + (" (neither is right)" if one["neutral"] else ""),
+            interval(one["accuracy"], name=f"probe_{one['name']}"),
+            interval(one["length_accuracy"]),
+            number(one["accuracy"]["num_pairs"]),
+        ]
+        for one in found
+    ]
+    head = ["what differs", "scores higher", "reward model", "length alone", "pairs"]
+    told = "Where neither side is right, .5 is indifference, and better than any preference."
+    return [
+        table(
+            head, rows, caption="Pairs that differ in one thing alone; no other figure holds them"
+        ),
+        *([paragraph(told)] if any(one["neutral"] for one in found) else []),
+    ]
 
 
 def _trained_on(name: str, result: Mapping[str, Any], run: Run) -> tuple[str, str]:

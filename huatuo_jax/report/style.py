@@ -2,7 +2,7 @@
 
 STYLE = """
 :root { color-scheme: light; --ink: #1c2430; --soft: #5b6675; --line: #dfe4ea; --back: #f5f7f9;
-  --accent: #0b6e69; --warn: #8a5a00; --warn-back: #fff6e0; }
+  --accent: #0b6e69; --warn: #8a5a00; --warn-back: #fff6e0; --bad: #b3261e; }
 * { box-sizing: border-box; }
 body { margin: 0; color: var(--ink); background: var(--back); line-height: 1.5;
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "PingFang SC",
@@ -51,6 +51,10 @@ figcaption { font-size: .85rem; color: var(--soft); max-width: 60ch; }
 .answer h4 { margin: 0 0 4px; font-size: .85rem; color: var(--accent); }
 .answer div { white-space: pre-wrap; overflow-wrap: anywhere; }
 .answer p { margin: 6px 0 0; font-size: .8rem; color: var(--soft); }
+.truth { margin: 8px 0 0; padding: 0; list-style: none; font-size: .85rem; }
+.truth li { padding-left: 1.3em; text-indent: -1.3em; }
+.truth .good::before { content: "✓ "; color: var(--accent); font-weight: 700; }
+.truth .bad::before { content: "✗ "; color: var(--bad); font-weight: 700; }
 details { margin: 8px 0; } summary { cursor: pointer; color: var(--accent); }
 code { font-size: .88em; overflow-wrap: anywhere; }
 footer { color: var(--soft); font-size: .85rem; padding: 4px 0 32px; }

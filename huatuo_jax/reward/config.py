@@ -12,6 +12,33 @@ from huatuo_jax.training.run_directory import operational
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ProbeConfig:
+    """Pairs that differ in one thing alone, to measure the reward model by: none is trained on.
+
+    Attributes:
+        name: what differs, such as `truth`; reports call it so.
+        paths: files of comparisons. How often the `chosen` side of a pair gets the higher score is
+            what is reported, whatever `p_chosen` says.
+        chosen: what the `chosen` side is, such as `true` or `longer`.
+        neutral: neither side is the right one, so that 1/2, indifference, is what is wished for.
+        encoding: of text files; None tells it by evidence, see `huatuo_jax.data.encodings`.
+    """
+
+    name: str
+    paths: tuple[str, ...] = operational(())
+    chosen: str = "better"
+    neutral: bool = False
+    encoding: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a probe without a name or a file."""
+        if not self.name:
+            raise ValueError("name is empty: a probe is reported by its name")
+        if not self.paths:
+            raise ValueError(f"paths is empty: probe {self.name!r} must name at least one file")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RewardConfig:
     """A run of reward training.
 
@@ -19,6 +46,8 @@ class RewardConfig:
         model: the backbone, mostly an SFT model's directory (`{workdir}/sft/model` is that of this
             run); its token head is left out. All of it is trained, or adapters and the head.
         data: the comparisons.
+        probes: pairs that differ in one thing alone; the held-out report has each apart, and no
+            other figure holds them.
         optimizer: how.
         num_epochs: passes over the comparisons.
         num_steps: optimizer steps instead, where given.
@@ -41,6 +70,7 @@ class RewardConfig:
 
     model: ModelConfig
     data: ComparisonsConfig
+    probes: tuple[ProbeConfig, ...] = ()
     optimizer: OptimizerConfig
     num_epochs: int = 1
     num_steps: int | None = None
@@ -63,6 +93,9 @@ class RewardConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value!r} must be at least 1")
+        names = [probe.name for probe in self.probes]
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"probes: {', '.join(repeated)} stands twice; each needs its own name")
         for name in ("margin_scale", "centring"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be 0 or more")

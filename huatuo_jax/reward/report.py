@@ -13,6 +13,7 @@ from huatuo_jax.atomic import write_file
 from huatuo_jax.comparisons.data import Answer, Group
 from huatuo_jax.feedback.intervals import NUM_RESAMPLES
 from huatuo_jax.reward import measures
+from huatuo_jax.reward.config import ProbeConfig
 from huatuo_jax.reward.measures import ScoredPairs
 from huatuo_jax.scoring import GivenAnswer
 
@@ -116,6 +117,37 @@ def make_report(
             | (_share(measures.accuracy(pairs.only(_between(pairs, low, high)), seed=seed)) or {})
             for low, high in measures.margin_ranges(pairs.margin)
         ],
+    }
+
+
+def probe_report(
+    groups: Sequence[Group],
+    scores: npt.ArrayLike,
+    *,
+    probe: ProbeConfig,
+    slope: float,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """How often the `chosen` side of a probe's pairs gets the higher of two raw scores.
+
+    Args:
+        groups: of `comparisons.data.open_probe`, at least one.
+        scores: of `all_answers(groups)`, in their order.
+        probe: what it measures.
+        slope: of the length-only model, from `length_slope`.
+        seed: of the bootstrap.
+
+    Returns:
+        JSON values; equal scores count as one half, and shares stand with their 95 % interval.
+    """
+    pairs = scored_pairs(groups, scores)
+    by_length = _with(pairs, slope * pairs.length_difference)
+    return {
+        "name": probe.name,
+        "chosen": probe.chosen,
+        "neutral": probe.neutral,
+        "accuracy": _share(measures.accuracy(pairs, seed=seed)),
+        "length_accuracy": _share(measures.accuracy(by_length, seed=seed)),
     }
 
 

@@ -3,17 +3,26 @@
 import functools
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+import transformers
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from huatuo_jax import multi_host
 from huatuo_jax.backbone.config import BackboneConfig
-from huatuo_jax.comparisons.data import Answer, Comparisons, ComparisonsConfig, open_comparisons
+from huatuo_jax.comparisons.data import (
+    Answer,
+    Comparisons,
+    ComparisonsConfig,
+    Group,
+    groups_hash,
+    open_comparisons,
+)
+from huatuo_jax.comparisons.probes import open_probe
 from huatuo_jax.comparisons.rows import ComparisonBatches, ComparisonRows, empty_row
 from huatuo_jax.data.accounting import Account
 from huatuo_jax.progress import progress_bar
@@ -25,6 +34,7 @@ from huatuo_jax.reward.report import (
     given,
     length_slope,
     make_report,
+    probe_report,
     write_report,
 )
 from huatuo_jax.scoring import Normalization, Scorer, save_normalization
@@ -78,6 +88,7 @@ def run_reward(
     tokenizer = model.load_tokenizer(STAGE, template)
     with progress_bar(f"{STAGE}: tokenising", "answers") as on_progress:
         comparisons = open_comparisons(cfg.data, tokenizer, on_progress)
+    probes = _open_probes(cfg, tokenizer, trained_on=comparisons.train)
     sft_answers, account = None, Account("answers")
     if cfg.normalization_answers is not None:
         sft_answers = read_answers(cfg.normalization_answers, cfg.data, tokenizer, account)
@@ -86,6 +97,8 @@ def run_reward(
         "comparisons": comparisons.identity,
         "normalization_answers": None if sft_answers is None else answers_hash(sft_answers),
     }
+    if probes:
+        decisive["probe_pairs"] = {name: groups_hash(groups) for name, groups in probes.items()}
     directory = begin_stage(workdir, STAGE, settings=all_fields(cfg), decisive=decisive)
     if (result := directory.result()) is not None:
         return result
@@ -109,7 +122,7 @@ def run_reward(
     result |= {f"normalization/{k}": v for k, v in normalization.to_json().items()}
     if jax.process_index() == 0:
         save_normalization(directory.folder / MODEL_FOLDER, normalization)
-    result |= _report(cfg, scorer, comparisons, directory)
+    result |= _report(cfg, scorer, comparisons, probes, directory)
     directory.finish(result)
     return result
 
@@ -252,16 +265,69 @@ def _normalize(
     return Normalization.of(scores, answers=which)
 
 
+def _open_probes(
+    cfg: RewardConfig,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    *,
+    trained_on: Sequence[Group],
+) -> dict[str, tuple[Group, ...]]:
+    """The pairs of each probe; what is left out, and what is trained on too, is said."""
+    found = {}
+    # Where a field names the cases they are not told by the prompts, which is all that probes have.
+    by_prompt = cfg.data.group_field is None
+    trained = {group.case for group in trained_on} if by_prompt else set()
+    for probe in cfg.probes:
+        groups, account = open_probe(
+            probe.paths, cfg.data, tokenizer, name=probe.name, encoding=probe.encoding
+        )
+        found[probe.name] = groups
+        if multi_host.is_first():
+            lines = account.lines()
+            if shared := sum(group.case in trained for group in groups):
+                lines.append(f"warning: {shared} of {len(groups)} prompts are trained on, too")
+            for line in lines:
+                print(f"{STAGE}: probe {probe.name}: {line}", flush=True)
+    return found
+
+
+def _measure_probes(
+    cfg: RewardConfig, scorer: Scorer, probes: Mapping[str, tuple[Group, ...]], *, slope: float
+) -> list[dict[str, Any]]:
+    """The report of each probe, which is also said in a line."""
+    reports = []
+    for probe in cfg.probes:
+        groups = probes[probe.name]
+        scores = scorer.scores([given(one) for one in all_answers(groups)])
+        found = probe_report(groups, scores, probe=probe, slope=slope, seed=cfg.seed)
+        reports.append(found)
+        if multi_host.is_first():
+            share, length = found["accuracy"], found["length_accuracy"]
+            print(
+                f"{STAGE}: pairs that differ in {probe.name}: the {probe.chosen} one scores higher "
+                f"in {share['value']:.3f} ({share['low']:.3f} to {share['high']:.3f}) of "
+                f"{share['num_pairs']}; by length alone {length['value']:.3f}"
+                + (" (0.5 is indifference)" if probe.neutral else ""),
+                flush=True,
+            )
+    return reports
+
+
 def _report(
-    cfg: RewardConfig, scorer: Scorer, comparisons: Comparisons, directory: StageDirectory
+    cfg: RewardConfig,
+    scorer: Scorer,
+    comparisons: Comparisons,
+    probes: Mapping[str, tuple[Group, ...]],
+    directory: StageDirectory,
 ) -> dict[str, Any]:
     """Writes the held-out report; the main figures for the stage's result."""
+    slope = length_slope(comparisons.train)
+    measured = _measure_probes(cfg, scorer, probes, slope=slope)
+    apart = {f"report/{one['name']}_accuracy": one["accuracy"]["value"] for one in measured}
     if not comparisons.held_out:
-        return {}
+        return apart
     scores = scorer.scores([given(one) for one in all_answers(comparisons.held_out)])
-    report = make_report(
-        comparisons.held_out, scores, slope=length_slope(comparisons.train), seed=cfg.seed
-    )
+    report = make_report(comparisons.held_out, scores, slope=slope, seed=cfg.seed)
+    report["probes"] = measured
     report["comparisons"] = {
         "train_pairs": sum(len(group.pairs) for group in comparisons.train),
         "train_prompts": len(comparisons.train),
@@ -279,7 +345,7 @@ def _report(
     ):
         if share is not None:
             result[f"report/{name}"] = share["value"]
-    return result
+    return result | apart
 
 
 def _check_lengths(data: ComparisonsConfig, backbone: BackboneConfig) -> None:

@@ -77,6 +77,9 @@ def check_inputs(cfg: RlaifConfig, workdir: str | os.PathLike[str], wanted: set[
             for path in source.paths:
                 if source.reads == "comparisons" and not _is_made(path, workdir, wanted, "labels"):
                     next(iter(read_comparisons(path)), None)
+        for probe in cfg.reward.probes:
+            for path in probe.paths:
+                next(iter(read_comparisons(path, encoding=probe.encoding)), None)
     if "ppo" in wanted:
         _check_positions("ppo.data.max_prompt_tokens + rollout", cfg.ppo.max_length, model)
         # That too many of them are too long is told now, and not after the reward model.

@@ -4,25 +4,29 @@ import dataclasses
 import os
 from typing import Literal
 
+from huatuo_jax.clinic import files as clinic_files
+from huatuo_jax.clinic.files import ClinicConfig
+from huatuo_jax.clinic.planted import Difference
 from huatuo_jax.data.records import Kind
 from huatuo_jax.data.sources import source_names
 from huatuo_jax.evaluation.config import EvaluationConfig
 from huatuo_jax.evaluation.release import CANDIDATES, Candidate
 from huatuo_jax.feedback.comparison_config import ComparisonConfig
 from huatuo_jax.feedback.judge_config import JudgeConfig
-from huatuo_jax.feedback.label_command import spending_path
+from huatuo_jax.feedback.label_command import OfflineName, spending_path
 from huatuo_jax.feedback.labelling import LabelConfig
 from huatuo_jax.generation.requests import SamplingConfig
 from huatuo_jax.ppo.config import PpoConfig
-from huatuo_jax.reward.config import RewardConfig
-from huatuo_jax.sft import SftConfig
+from huatuo_jax.reward.config import ProbeConfig, RewardConfig
+from huatuo_jax.sft import CLINIC_FOLDER, SftConfig
 from huatuo_jax.sharding import MeshConfig
 from huatuo_jax.training.dialogue_data import SourceConfig
 from huatuo_jax.training.run_directory import operational
-from huatuo_jax.training.sections import placed_in
+from huatuo_jax.training.sections import WORKDIR_MARK, placed_in
 
 LABELS_FILE = "labels.jsonl"
 HELD_OUT_FILE = "held_out_prompts.jsonl"
+JUDGED_FILE = "judged_prompts.jsonl"
 RELEASED: Literal["released"] = "released"
 """As `export.policy`: what the evaluation decides."""
 
@@ -31,14 +35,20 @@ STAGES = ("sft", "answers", "labels", "reward", "ppo", "evaluation", "export", "
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PromptsConfig:
-    """Which prompts are made of the dialogues: each up to the doctor's longest answer.
+    """The prompts: of files, or made of the dialogues, each up to the doctor's longest answer.
 
     Attributes:
+        files: of prompts to learn from, separated by commas; None makes them of the dialogues that
+            fine-tuning trains on, or takes those of the run's clinic.
+        held_out_files: of held-out prompts; None makes them of the dialogues that fine-tuning holds
+            out, or takes those of the run's clinic. A prompt in files on both sides is refused.
         kinds: dialogues of these kinds are taken, and those that tell no kind.
         limit: so many prompts to learn from at most, chosen by their content; None for all.
         held_out_limit: so many held-out prompts at most.
     """
 
+    files: str | None = operational(None)  # Their content decides.
+    held_out_files: str | None = operational(None)
     kinds: tuple[Kind, ...] = ("real_instruction", "real_conversation")
     limit: int | None = None
     held_out_limit: int | None = 200
@@ -138,6 +148,24 @@ class ReportConfig:
     num_prompts: int = 8
 
 
+def clinic_probes() -> tuple[ProbeConfig, ...]:
+    """The clinic's pairs that differ in one thing alone, as it writes them into a run's folder."""
+    kinds: tuple[tuple[Difference, str, bool], ...] = (
+        ("truth", "true", False),
+        ("manner", "friendlier", True),
+        ("length", "longer", True),
+    )
+    return tuple(
+        ProbeConfig(
+            name=name,
+            paths=(f"{WORKDIR_MARK}/{CLINIC_FOLDER}/{clinic_files.pairs_file(name)}",),
+            chosen=chosen,
+            neutral=neutral,
+        )
+        for name, chosen, neutral in kinds
+    )
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RlaifConfig:
     """The recipe. `{workdir}` in a path stands for the run's folder.
@@ -147,7 +175,10 @@ class RlaifConfig:
         stages: which of them are run, in this order.
         data: files of dialogues of one's own, separated by commas; None for `sft.data.sources`.
         data_encoding: of those files, such as cp1252; None tells it by evidence.
-        prompts: which prompts are made of the dialogues.
+        clinic: which clinic is written to `{workdir}/clinic` before anything is read there. Its
+            prompts are the run's, unless `prompts` names files; its pairs that differ in one thing
+            alone are probes of the reward model. None for none, and `data` leaves it out.
+        prompts: to learn from, and held out.
         sft: supervised fine-tuning.
         answers: answers of its model, to be judged.
         labels: the judge's verdicts, and comparisons of them.
@@ -162,6 +193,7 @@ class RlaifConfig:
     stages: tuple[str, ...] = STAGES
     data: str | None = None
     data_encoding: str | None = None
+    clinic: ClinicConfig | None = None
     prompts: PromptsConfig = PromptsConfig()
     sft: SftConfig
     answers: AnswersConfig = AnswersConfig()
@@ -190,6 +222,8 @@ class RlaifConfig:
                 f"export.reward={self.export.reward!r} must be evaluation.reward={chooser!r}: "
                 "best-of-n is released with the reward model that chose its answers"
             )
+        if self.sft.clinic not in (None, self.clinic):
+            raise ValueError("sft.clinic must be None: in the recipe the clinic's field is clinic")
         template = self.sft.data.template
         for name, other in (
             ("reward.data.template", self.reward.data.template),
@@ -247,32 +281,76 @@ class RlaifConfig:
         return None if changed or (told and data.template == "tokenizer") else model.directory
 
     def in_workdir(self, workdir: str | os.PathLike[str]) -> "RlaifConfig":
-        """The config with the run's folder in its paths and one's own data in its sources.
+        """The config with the run's folder in its paths, and one's own data or the clinic's.
 
         The evaluation has what it takes from other stages: the base model, PPO's temperature and
-        rule of scores, and the labels' offline judge; PPO's judgings have the labels' judge, who
-        spends on one account, and the held-out prompts. All stages have fine-tuning's system text.
+        rule of scores; PPO's judgings have the labels' judge, who spends on one account. All stages
+        have fine-tuning's system text.
         """
-        cfg = placed_in(self, workdir)._with_system_text()._with_judging(workdir)
+        cfg = placed_in(self._with_data(), workdir)._with_system_text()._with_judging(workdir)
         base = cfg.evaluation.base or cfg.base_as_it_is or f"{workdir}/base/model"
         rule = cfg.evaluation.score or cfg.ppo.score.outside_training
         temperature = cfg.evaluation.temperature
         if temperature is None:
             temperature = cfg.ppo.rollout.temperature
-        judge = cfg.evaluation.judge or cfg.labels.offline
         evaluation = dataclasses.replace(
-            cfg.evaluation, base=base, score=rule, temperature=temperature, judge=judge
+            cfg.evaluation, base=base, score=rule, temperature=temperature
         )
-        if cfg.data is None:
-            return dataclasses.replace(cfg, evaluation=evaluation)
-        paths = cfg.data.split(",")
-        sources = tuple(
-            SourceConfig(name=name, paths=(path,), encoding=cfg.data_encoding)
-            for name, path in zip(source_names(paths), paths, strict=True)
+        return dataclasses.replace(cfg, evaluation=evaluation)
+
+    def with_offline_judge(self, name: OfflineName) -> "RlaifConfig":
+        """The config with an offline judge in place of "auto", and wherever none is named."""
+        named = name if self.labels.offline == "auto" else self.labels.offline
+        ppo, judging = self.ppo, self.ppo.judging
+        if judging is not None and judging.judge is not None and judging.judge.offline == "auto":
+            judge = dataclasses.replace(judging.judge, offline=named)
+            judging = dataclasses.replace(judging, judge=judge)
+            ppo = dataclasses.replace(ppo, judging=judging)
+        return dataclasses.replace(
+            self,
+            labels=dataclasses.replace(self.labels, offline=named),
+            ppo=ppo,
+            evaluation=dataclasses.replace(self.evaluation, judge=self.evaluation.judge or named),
         )
-        data = dataclasses.replace(cfg.sft.data, sources=sources)
-        sft = dataclasses.replace(cfg.sft, data=data)
-        return dataclasses.replace(cfg, evaluation=evaluation, sft=sft)
+
+    def num_judged_prompts(self, workdir: str | os.PathLike[str]) -> int | None:
+        """How many held-out prompts PPO's judgings want for themselves; None for as many as can be.
+
+        None are set aside where the judgings are off, or have prompts of their own.
+        """
+        judging = self.ppo.judging
+        if judging is None or judging.prompts != f"{workdir}/{JUDGED_FILE}":
+            return 0
+        return judging.num_prompts
+
+    def _with_data(self) -> "RlaifConfig":
+        """One's own files, which leave the clinic out, or what the clinic writes."""
+        if self.data is not None:
+            paths = self.data.split(",")
+            sources = tuple(
+                SourceConfig(name=name, paths=(path,), encoding=self.data_encoding)
+                for name, path in zip(source_names(paths), paths, strict=True)
+            )
+            data = dataclasses.replace(self.sft.data, sources=sources)
+            sft = dataclasses.replace(self.sft, data=data, clinic=None)
+            return dataclasses.replace(self, clinic=None, sft=sft)
+        if self.clinic is None:
+            return self
+        folder = f"{WORKDIR_MARK}/{CLINIC_FOLDER}"
+        held_out = f"{folder}/{clinic_files.HELD_OUT}{clinic_files.PROMPTS}"
+        prompts = dataclasses.replace(
+            self.prompts,
+            files=self.prompts.files or f"{folder}/{clinic_files.PROMPTS}",
+            held_out_files=self.prompts.held_out_files or held_out,
+        )
+        probes = clinic_probes() if self.clinic.sizes.pairs else ()
+        reward = dataclasses.replace(self.reward, probes=(*self.reward.probes, *probes))
+        return dataclasses.replace(
+            self,
+            prompts=prompts,
+            reward=reward,
+            sft=dataclasses.replace(self.sft, clinic=self.clinic),
+        )
 
     def _with_judging(self, workdir: str | os.PathLike[str]) -> "RlaifConfig":
         judging = self.ppo.judging
@@ -283,7 +361,7 @@ class RlaifConfig:
             fields = dataclasses.fields(JudgeConfig)
             judge = JudgeConfig(**{one.name: getattr(self.labels, one.name) for one in fields})
             spending = spending or spending_path(f"{workdir}/{LABELS_FILE}")
-        prompts = judging.prompts or f"{workdir}/{HELD_OUT_FILE}"
+        prompts = judging.prompts or f"{workdir}/{JUDGED_FILE}"
         judging = dataclasses.replace(judging, judge=judge, prompts=prompts, spending=spending)
         return dataclasses.replace(self, ppo=dataclasses.replace(self.ppo, judging=judging))
 

@@ -17,9 +17,10 @@ from huatuo_jax import multi_host
 from huatuo_jax.atomic import write_file
 from huatuo_jax.feedback.judge_config import reach_judge
 from huatuo_jax.rlaif.checks import check_inputs
-from huatuo_jax.rlaif.config import HELD_OUT_FILE, RlaifConfig
+from huatuo_jax.rlaif.config import HELD_OUT_FILE, JUDGED_FILE, RlaifConfig
 from huatuo_jax.rlaif.export import RELEASE_FILE, read_json
 from huatuo_jax.rlaif.journal import Journal
+from huatuo_jax.rlaif.offline_judge import choose_offline_judge
 from huatuo_jax.rlaif.prompts import (
     ACCOUNT_FILE,
     TRAIN_FILE,
@@ -28,6 +29,7 @@ from huatuo_jax.rlaif.prompts import (
     write_prompts,
 )
 from huatuo_jax.rlaif.stages import Stage, make_stages
+from huatuo_jax.sft import write_clinic_of
 from huatuo_jax.training.preemption import Interrupted
 from huatuo_jax.training.sections import from_section
 
@@ -60,12 +62,16 @@ def run_rlaif(
     cfg = from_section(RlaifConfig, config, path="config").in_workdir(folder)
     multi_host.check_joined()
     multi_host.check_shared(folder)
-    stages, journal = make_stages(cfg, folder), Journal(folder, writes=multi_host.is_first())
-    prompts = make_prompts(cfg.sft.data, cfg.prompts)
+    write_clinic_of(folder, cfg.clinic)
+    prompts = make_prompts(cfg.sft.data, cfg.prompts, num_judged=cfg.num_judged_prompts(folder))
     multi_host.by_first("prompts", lambda: _write_prompts(folder, prompts))
     if multi_host.is_first():
         for line in prompts.account.lines():
             print(f"prompts: {line}", flush=True)
+    cfg, told = choose_offline_judge(cfg, folder)
+    if multi_host.is_first():
+        print(told, flush=True)
+    stages, journal = make_stages(cfg, folder), Journal(folder, writes=multi_host.is_first())
     wanted = unfinished_stages(stages, journal)
     multi_host.check_same("the stages to be run", sorted(wanted))
     check_inputs(cfg, folder, wanted)
@@ -96,6 +102,8 @@ def _write_prompts(folder: pathlib.Path, prompts: Prompts) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_prompts(folder / TRAIN_FILE, prompts.train)
     write_prompts(folder / HELD_OUT_FILE, prompts.held_out)
+    if prompts.judged:
+        write_prompts(folder / JUDGED_FILE, prompts.judged)
     account = json.dumps(prompts.account.to_json(), ensure_ascii=False, indent=2)
     write_file(folder / ACCOUNT_FILE, f"{account}\n")
 

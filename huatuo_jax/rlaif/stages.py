@@ -134,7 +134,8 @@ def answer_figures(path: pathlib.Path) -> dict[str, float]:
 
 
 def _labels(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:
-    section = cfg.labels
+    section, offline = cfg.labels, cfg.labels.offline
+    assert offline != "auto", "with_offline_judge puts one in its place"
     output, comparisons = workdir / LABELS_FILE, workdir / "comparisons.jsonl"
 
     def ask() -> None:
@@ -143,7 +144,7 @@ def _labels(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:
                 answers=section.answers,
                 output=str(output),
                 openai=reach_judge(section),
-                offline=section.offline,
+                offline=offline,
                 label=section.label,
                 comparisons=str(comparisons),
                 comparison=section.comparison,
@@ -161,7 +162,8 @@ def _labels(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:
 
 def _reward(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:
     section = cfg.reward
-    inputs = _files(path for source in section.data.sources for path in source.paths)
+    paths = [path for source in section.data.sources for path in source.paths]
+    inputs = _files([*paths, *(path for probe in section.probes for path in probe.paths)])
     if section.model.directory is not None:
         inputs["model"] = section.model.directory
     return Stage(

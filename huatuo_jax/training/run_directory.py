@@ -140,6 +140,15 @@ def begin_stage(
     return stage
 
 
+def is_begun(workdir: str | os.PathLike[str]) -> bool:
+    """Whether any stage in a run's folder has a checkpoint or is finished."""
+    folder = pathlib.Path(workdir)
+    if not folder.is_dir():
+        return False
+    stages = [StageDirectory(path) for path in folder.iterdir() if path.is_dir()]
+    return any(stage.has_checkpoint() or stage.result() is not None for stage in stages)
+
+
 def environment() -> dict[str, Any]:
     """Versions, devices and commit of this process."""
     devices = jax.devices()

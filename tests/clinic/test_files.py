@@ -11,8 +11,14 @@ import sys
 import pytest
 
 import huatuo_jax
-from huatuo_jax.clinic.files import ClinicSizes, write_clinic
-from huatuo_jax.data.readers import read_dialogues
+from huatuo_jax.clinic.files import (
+    SETTINGS_FILE,
+    ClinicConfig,
+    ClinicSizes,
+    prepare_clinic,
+    write_clinic,
+)
+from huatuo_jax.data.readers import read_comparisons, read_dialogues
 from huatuo_jax.data.records import KINDS
 
 SIZES = {
@@ -22,10 +28,11 @@ SIZES = {
     "held_out_prompts": 20,
     "cases": 20,
     "exams": 24,
+    "pairs": 6,
 }
 # Of all files of seed 0 in these sizes. It changes with the tables and the grammar, and then
 # training data does, too.
-DIGEST = "783284b3ef0aee6109ab369be58f0ffb9718d6c391670afdfef1237248a5f746"
+DIGEST = "bb0699e2cc7d4302aad4483b07b82a69f5ac1d1879e97062426cd929df8ecba4"
 PROGRAM = f"""
 import hashlib, pathlib, sys
 from huatuo_jax.clinic import consultations, judge, planted
@@ -77,6 +84,9 @@ def test_every_file_has_the_rows_asked_for_and_is_read_by_the_projects_readers(t
     assert sum(counts[f"held_out_{kind}.jsonl"] for kind in KINDS) == SIZES["held_out_dialogues"]
     assert counts["prompts.jsonl"] == 40 and counts["held_out_prompts.jsonl"] == 20
     assert counts["cases.jsonl"] == 20 and counts["exams.jsonl"] == 24
+    for difference in ("truth", "manner", "length"):
+        pairs = list(read_comparisons(paths[f"pairs_{difference}.jsonl"]))
+        assert [pair.extra["differs_in"] for pair in pairs] == [difference] * SIZES["pairs"]
     ids = [
         json.loads(line)["id"]
         for path in paths.values()
@@ -100,3 +110,59 @@ def test_the_hash_is_that_of_what_was_written(tmp_path):
 def test_less_than_none_is_refused():
     with pytest.raises(ValueError, match="prompts is -1; it should be 0 or more"):
         ClinicSizes(prompts=-1)
+
+
+TINY = ClinicSizes(
+    dialogues=24, held_out_dialogues=12, prompts=6, held_out_prompts=4, cases=2, exams=2, pairs=2
+)
+
+
+def bytes_in(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_clinic_that_stands_is_found_and_not_written_again(tmp_path):
+    cfg = ClinicConfig(seed=1, sizes=TINY)
+    prepare_clinic(tmp_path / "clinic", cfg, in_use=False)
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "clinic").iterdir()}
+    prepare_clinic(tmp_path / "clinic", cfg, in_use=True)
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+
+
+def test_another_clinic_takes_the_place_of_one_that_nothing_was_made_of(tmp_path):
+    prepare_clinic(tmp_path / "one", ClinicConfig(seed=1, sizes=TINY), in_use=False)
+    prepare_clinic(tmp_path / "one", ClinicConfig(seed=2, sizes=TINY), in_use=False)
+    prepare_clinic(tmp_path / "two", ClinicConfig(seed=2, sizes=TINY), in_use=False)
+    assert bytes_in(tmp_path / "one") == bytes_in(tmp_path / "two")
+
+
+def test_another_clinic_than_the_one_in_use_is_refused_by_what_differs(tmp_path):
+    folder = tmp_path / "clinic"
+    prepare_clinic(folder, ClinicConfig(seed=1, sizes=TINY), in_use=False)
+    before = bytes_in(folder)
+    with pytest.raises(ValueError, match="another clinic .*seed: 1 before, 2 now") as error:
+        prepare_clinic(folder, ClinicConfig(seed=2, sizes=TINY), in_use=True)
+    assert "\n" not in str(error.value) and bytes_in(folder) == before
+
+
+def test_files_that_were_cut_or_changed_are_mended_or_refused(tmp_path):
+    cfg, folder = ClinicConfig(sizes=TINY), tmp_path / "clinic"
+    prepare_clinic(folder, cfg, in_use=False)
+    before = bytes_in(folder)
+    (folder / SETTINGS_FILE).unlink()  # As a write that was killed leaves it.
+    (folder / "exams.jsonl").unlink()
+    prepare_clinic(folder, cfg, in_use=False)
+    assert bytes_in(folder) == before
+    (folder / "exams.jsonl").write_text("{}\n")
+    with pytest.raises(ValueError, match="another clinic"):
+        prepare_clinic(folder, cfg, in_use=True)
+
+
+def test_code_that_changed_and_writes_the_same_bytes_is_no_other_clinic(tmp_path):
+    cfg, folder = ClinicConfig(sizes=TINY), tmp_path / "clinic"
+    prepare_clinic(folder, cfg, in_use=False)
+    before = bytes_in(folder)
+    settings = json.loads(before[SETTINGS_FILE]) | {"code": "of another version"}
+    (folder / SETTINGS_FILE).write_text(json.dumps(settings))
+    prepare_clinic(folder, cfg, in_use=True)
+    assert bytes_in(folder) == before

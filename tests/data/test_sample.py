@@ -10,8 +10,9 @@ import sys
 import pytest
 from transformers import AutoTokenizer
 
+from huatuo_jax.data import build_tokenizer
 from huatuo_jax.data.records import KINDS, Case, Dialogue, ExamQuestion
-from huatuo_jax.data.sample import FOLDER, build_tokenizer
+from huatuo_jax.data.sample import FOLDER
 from huatuo_jax.data.templates import HuatuoGPTTemplate
 
 
@@ -204,9 +205,9 @@ def tokenizer():
 
 
 def test_building_the_tokenizer_again_gives_the_same_files(tmp_path):
-    build_tokenizer.build(tmp_path / "here")
+    build_tokenizer.build(FOLDER, tmp_path / "here")
     # Another process with one thread: no dependence on hash seeds or the number of cores.
-    command = [sys.executable, "-m", "huatuo_jax.data.sample.build_tokenizer", tmp_path / "there"]
+    command = [sys.executable, "-m", "huatuo_jax.data.build_tokenizer", FOLDER, tmp_path / "there"]
     environment = os.environ | {"PYTHONHASHSEED": "7", "RAYON_NUM_THREADS": "1"}
     subprocess.run(command, check=True, env=environment, cwd=FOLDER.parents[2])
     for name in ("tokenizer.json", "tokenizer_config.json"):

@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 
+from huatuo_jax.clinic.dialogues import prompts
 from huatuo_jax.data.accounting import Account
 from huatuo_jax.report.page import write_report
 
@@ -330,6 +331,99 @@ def test_best_of_n_has_its_column_and_its_answers(run):
     page = page_of(run)
     assert "<th>SFT</th><th>best-of-n</th><th>PPO</th>" in page
     assert "最好：多喝水。" in page and "<h4>best-of-n</h4>" in page
+
+
+@pytest.mark.parametrize(
+    ("gain", "truth", "contraindicated", "told"),
+    [
+        (
+            0.8,
+            -0.5,
+            0.0,
+            "Reward rose and truth fell:</strong> PPO names the right disease less",
+        ),
+        (
+            0.8,
+            0.0,
+            0.5,
+            "Reward rose and truth fell:</strong> PPO orders what the patient must",
+        ),
+        (0.8, 0.5, 0.0, "Reward and truth rose:</strong> PPO names the right disease more often"),
+        (0.8, 0.0, 0.0, "Reward rose and truth did not:</strong> PPO's answers are neither truer"),
+        (-0.8, -0.5, 0.0, "<strong>Truth fell:</strong> PPO names the right disease less often"),
+        (-0.8, 0.0, 0.0, "<p>PPO's answers are neither truer nor less true"),
+    ],
+)
+def test_the_verdict_begins_with_truth_where_it_is_known(run, gain, truth, contraindicated, told):
+    found = with_truth(evaluation(gain=gain))
+    differences = found["differences"]["ppo_over_sft"]
+    differences["truth_diagnosis_right"] = interval(truth)
+    differences["truth_contraindicated"] = interval(contraindicated)
+    write(run / "evaluation.json", found)
+    assert told in page_of(run)
+
+
+def with_truth(found):
+    """An evaluation whose judge knows the truth."""
+    shares = {"base": 0.0, "sft": 0.625, "ppo": 0.375, "reference": 1.0}
+    found["models"] = {
+        name: found["models"]["sft"] | {"truth_diagnosis_right": interval(share)}
+        for name, share in shares.items()
+    }
+    return found
+
+
+def test_truth_stands_before_judge_and_reward(run):
+    assert "Right disease" not in page_of(run)
+    write(run / "evaluation.json", with_truth(evaluation()))
+    page = page_of(run)
+    numbers = named_numbers(page)
+    assert numbers["right_disease_sft"] == 62.5 and numbers["right_disease_reference"] == 100.0
+    shown = ("Right disease: base", "Right disease: PPO", "Judge prefers PPO", "Reward, PPO over")
+    places = [page.index(one) for one in shown]
+    assert places == sorted(places)
+
+
+def test_pairs_that_differ_in_one_thing_have_a_table(run):
+    report = reward_report()
+    share = report["accuracy"]
+    report["probes"] = [
+        {
+            "name": name,
+            "chosen": chosen,
+            "neutral": neutral,
+            "accuracy": share | {"value": value},
+            "length_accuracy": share,
+        }
+        for name, chosen, neutral, value in (
+            ("truth", "true", False, 0.84375),
+            ("length", "longer<b>", True, 0.5625),
+        )
+    ]
+    write(run / "reward" / "reward_report.json", report)
+    page = page_of(run)
+    numbers = named_numbers(page)
+    assert (numbers["probe_truth"], numbers["probe_length"]) == (0.84375, 0.5625)
+    assert "the longer&lt;b&gt; one (neither is right)" in page and ".5 is indifference" in page
+
+
+def test_consultations_are_shown_where_the_clinic_asked_and_nowhere_else(run):
+    assert "consultations" not in page_of(run)
+    asked = list(prompts(30, seed=0, held_out=True))
+    for name in ("sft", "ppo", "reference"):
+        rows = [
+            one.to_json() | {"answers": [{"text": f"{name}：<i>多喝水。"}], "rewards": [0.5]}
+            for one in asked
+        ]
+        write_lines(run / "evaluation" / f"scored_{name}.jsonl", rows)
+    page = page_of(run)
+    part = page[page.index('<section id="consultations">') :]
+    part = part[: part.index("</section>")]
+    assert part.count('<div class="answer">') == 9 and part.count("ppo：&lt;i&gt;多喝水。") == 3
+    assert page.index('id="consultations"') < page.index('id="judge"')
+    titles = ("A clear case", "Asking comes first", "Something must not be missed")
+    assert [title in part for title in titles] == [True] * 3
+    assert "names no disease; it is " in part and "should have asked first" in part
 
 
 def test_stages_that_did_not_run_are_left_out(run):

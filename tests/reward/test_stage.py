@@ -1,8 +1,10 @@
 """The stage as a user runs it: comparisons and a model to start from, a folder with the results."""
 
+import dataclasses
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import time
@@ -21,7 +23,7 @@ from huatuo_jax.comparisons.data import ComparisonsConfig, ComparisonSource, ope
 from huatuo_jax.data import sample
 from huatuo_jax.data.held_out import HeldOutConfig
 from huatuo_jax.reward.answers import read_answers
-from huatuo_jax.reward.config import RewardConfig
+from huatuo_jax.reward.config import ProbeConfig, RewardConfig
 from huatuo_jax.reward.stage import run_reward
 from huatuo_jax.scoring import load_normalization
 from huatuo_jax.training.initial_model import ComputeSection, ModelConfig, open_model
@@ -104,6 +106,77 @@ def test_a_preference_that_is_there_is_learned_and_reported(trained):
     assert sum(account["used"].values()) == account["records"] == account["rows"]
     assert set(report["accuracy_by_turns"]) == {"1", "2 to 3"}
     assert (workdir / "reward" / "reward_reliability.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_probes_are_reported_apart_and_change_nothing_else(trained, files, tmp_path, capsys):
+    """The good answer, which is the longer one, is `chosen` in one file and `rejected` in another.
+
+    Both call it a tie, which no accuracy counts.
+    """
+    made = [
+        dataclasses.replace(one, id=f"probe {one.id}", p_chosen=0.5)
+        for one in comparisons(100)[80:]
+    ]
+    reversed_ones = [
+        dataclasses.replace(one, chosen=one.rejected, rejected=one.chosen) for one in made
+    ]
+    probes = (
+        ProbeConfig(name="right", paths=(write_rows(tmp_path / "a.jsonl", made),), chosen="true"),
+        ProbeConfig(
+            name="wrong",
+            paths=(write_rows(tmp_path / "b.jsonl", reversed_ones),),
+            chosen="shorter",
+            neutral=True,
+        ),
+    )
+    before, result = trained
+    found = run_reward(_config(files, probes=probes), tmp_path / "run")
+    assert {name: found.pop(f"report/{name}_accuracy") for name in ("right", "wrong")} == {
+        "right": 1.0,
+        "wrong": 0.0,
+    }
+    assert found == result
+    old, new = (
+        json.loads((folder / "reward" / "reward_report.json").read_text())
+        for folder in (before, tmp_path / "run")
+    )
+    assert old.pop("probes") == []
+    right, wrong = new.pop("probes")
+    assert new == old
+    assert right["accuracy"] == {
+        "value": 1.0,
+        "low": 1.0,
+        "high": 1.0,
+        "num_pairs": 20,
+        "num_cases": 20,
+    }
+    assert (right["length_accuracy"]["value"], wrong["length_accuracy"]["value"]) == (1.0, 0.0)
+    assert (wrong["chosen"], wrong["neutral"]) == ("shorter", True)
+    told = capsys.readouterr().out
+    assert (
+        "differ in wrong: the shorter one scores higher in 0.000 (0.000 to 0.000) of 20; " in told
+    )
+    assert "warning" not in told
+    again = _config(files, probes=probes[:1])
+    with pytest.raises(ValueError, match="probe"):
+        run_reward(again, tmp_path / "run")
+
+
+def test_a_probe_whose_prompts_are_trained_on_says_so(trained, files, tmp_path, capsys):
+    path = write_rows(tmp_path / "same.jsonl", comparisons(80))
+    probes = (ProbeConfig(name="seen", paths=(path,)),)
+    run_reward(_config(files, probes=probes, num_steps=2), tmp_path / "run")
+    assert re.search(
+        r"probe seen: warning: \d+ of 80 prompts are trained on", capsys.readouterr().out
+    )
+
+
+def test_probes_of_one_name_and_without_files_are_refused():
+    with pytest.raises(ValueError, match="paths is empty: probe 'truth' must name"):
+        ProbeConfig(name="truth")
+    probe = ProbeConfig(name="truth", paths=("a.jsonl",))
+    with pytest.raises(ValueError, match="probes: truth stands twice"):
+        _config(pathlib.Path("none"), probes=(probe, probe))
 
 
 def test_scores_are_normalized_on_the_compared_answers_where_there_are_no_others(trained, files):

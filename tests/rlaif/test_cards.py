@@ -3,6 +3,7 @@
 Only sizes are changed, and what would leave the machine: the data set and the judge's server.
 """
 
+import dataclasses
 import importlib
 import json
 import pathlib
@@ -25,7 +26,7 @@ from huatuo_jax.reward.stage import run_reward
 from huatuo_jax.rlaif.recipe import run_rlaif
 from huatuo_jax.sft import run_sft
 from tests import hub as hubs
-from tests.rlaif.tiny import write_dialogues
+from tests.rlaif.tiny import CLINIC, write_dialogues
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 STAGES = {"sft": run_sft, "reward": run_reward, "dpo": run_dpo, "ppo": run_ppo}
@@ -237,6 +238,7 @@ def test_the_demo_card_runs_to_its_export(data, tmp_path):
     config = card("rlaif")
     tokenizer = config["sft"]["model"]["tokenizer"]
     shrink(config)
+    change(config, clinic=dataclasses.asdict(CLINIC))
     change(config, prompts__limit=8, prompts__held_out_limit=4, evaluation__num_samples=2)
     change(config, answers__sampling__max_new_tokens=ANSWER, evaluation__max_new_tokens=ANSWER)
     run_recipe(config, tmp_path / "run", template="huatuogpt", tokenizer=tokenizer)

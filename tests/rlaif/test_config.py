@@ -4,13 +4,14 @@ import dataclasses
 
 import pytest
 
+from huatuo_jax.clinic.files import ClinicConfig
 from huatuo_jax.feedback.judge_config import JudgeConfig
 from huatuo_jax.ppo.judging import JudgingConfig
-from huatuo_jax.rlaif.config import STAGES, LabelsConfig, RlaifConfig
+from huatuo_jax.rlaif.config import STAGES, LabelsConfig, PromptsConfig, RlaifConfig
 from huatuo_jax.rlaif.recipe import tell_temperatures
 from huatuo_jax.training.initial_model import ModelConfig
 from huatuo_jax.training.sections import from_section
-from tests.rlaif.tiny import section, tiny_recipe
+from tests.rlaif.tiny import CLINIC, section, tiny_clinic_recipe, tiny_recipe
 
 
 @pytest.fixture
@@ -159,3 +160,40 @@ def test_own_files_are_read_in_the_encoding_that_is_named(recipe, tmp_path):
         (("a.csv",), "cp1252"),
         (("b.csv",), "cp1252"),
     ]
+
+
+def test_the_clinics_files_are_those_of_the_runs_folder(tmp_path):
+    recipe = tiny_clinic_recipe()
+    assert from_section(RlaifConfig, section(recipe), path="config") == recipe
+    cfg = recipe.in_workdir(tmp_path)
+    assert cfg.prompts.files == f"{tmp_path}/clinic/prompts.jsonl"
+    assert cfg.prompts.held_out_files == f"{tmp_path}/clinic/held_out_prompts.jsonl"
+    assert cfg.sft.clinic == cfg.clinic == CLINIC
+    probes = {probe.name: (probe.paths, probe.neutral) for probe in cfg.reward.probes}
+    assert probes == {
+        "truth": ((f"{tmp_path}/clinic/pairs_truth.jsonl",), False),
+        "manner": ((f"{tmp_path}/clinic/pairs_manner.jsonl",), True),
+        "length": ((f"{tmp_path}/clinic/pairs_length.jsonl",), True),
+    }
+    sources = {one.name: (one.paths, one.held_out_by) for one in cfg.sft.data.sources}
+    assert sources["real_instruction"] == ((f"{tmp_path}/clinic/real_instruction.jsonl",), "never")
+    assert sources["held_out_real_instruction"][1] == "always" and len(sources) == 8
+
+
+def test_prompts_of_ones_own_stand_in_for_the_clinics(tmp_path):
+    prompts = PromptsConfig(files="mine.jsonl")
+    cfg = dataclasses.replace(tiny_clinic_recipe(), prompts=prompts).in_workdir(tmp_path)
+    assert cfg.prompts.files == "mine.jsonl"
+    assert cfg.prompts.held_out_files == f"{tmp_path}/clinic/held_out_prompts.jsonl"
+
+
+def test_data_of_ones_own_leaves_nothing_of_the_clinic(tmp_path):
+    cfg = dataclasses.replace(tiny_clinic_recipe(), data="mine.jsonl").in_workdir(tmp_path)
+    assert (cfg.clinic, cfg.sft.clinic, cfg.prompts) == (None, None, PromptsConfig())
+    assert f"{tmp_path}/clinic" not in repr(cfg) and not cfg.reward.probes
+
+
+def test_a_clinic_that_the_recipe_does_not_name_is_refused_in_fine_tuning(recipe):
+    sft = dataclasses.replace(recipe.sft, clinic=ClinicConfig(seed=3))
+    with pytest.raises(ValueError, match="sft.clinic must be None: .* field is clinic"):
+        dataclasses.replace(recipe, sft=sft)

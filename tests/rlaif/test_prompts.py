@@ -1,4 +1,4 @@
-"""Prompts out of dialogues."""
+"""Prompts of files, and out of dialogues."""
 
 import json
 
@@ -10,6 +10,7 @@ from huatuo_jax.data.readers import read_dialogues, read_prompts
 from huatuo_jax.rlaif.config import PromptsConfig
 from huatuo_jax.rlaif.prompts import (
     IN_BOTH,
+    OF_FILES,
     OTHER_KIND,
     REPEATED,
     make_prompts,
@@ -138,3 +139,57 @@ def test_an_answer_that_is_not_to_be_learned_is_no_reference(tmp_path):
     assert (prompt.id, prompt.reference) == ("yes", "一直疼吗？")
     write_prompts(tmp_path / "prompts.jsonl", [prompt])
     assert list(read_prompts(tmp_path / "prompts.jsonl")) == [prompt]
+
+
+def ask(path, *texts, **fields):
+    """A file of prompts."""
+    rows = [
+        {"id": str(number), "messages": [{"role": "user", "content": text}], **fields}
+        for number, text in enumerate(texts)
+    ]
+    path.write_text("".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows))
+    return str(path)
+
+
+def test_prompts_of_files_are_taken_as_they_are_and_no_dialogue_is_read(tmp_path):
+    cfg = PromptsConfig(
+        files=f"{ask(tmp_path / 'a.jsonl', '头疼', '牙疼')},{ask(tmp_path / 'b.jsonl', '腰疼')}",
+        held_out_files=ask(tmp_path / "c.jsonl", "肚子疼", diagnosis="胃炎"),
+    )
+    found = make_prompts(data(tmp_path / "nowhere.jsonl"), cfg)
+    assert [(p.id, p.messages[0].content) for p in found.train] == [
+        ("0", "头疼"),
+        ("1", "牙疼"),
+        ("b:0", "腰疼"),
+    ]
+    (held_out,) = found.held_out
+    assert (held_out.id, held_out.diagnosis) == ("c:0", "胃炎")
+    assert held_out.extra[READ_FROM] == "c.jsonl:1"
+    assert found.account.used == {"to train on": 3, "held out": 1} and found.account.rows == 4
+
+
+def test_a_side_without_files_is_made_of_its_dialogues_alone(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    write_dialogues(path)
+    both = make_prompts(data(path), PromptsConfig())
+    cfg = PromptsConfig(held_out_files=ask(tmp_path / "own.jsonl", "头疼"))
+    found = make_prompts(data(path), cfg)
+    assert found.train == both.train and [p.messages[0].content for p in found.held_out] == ["头疼"]
+    assert found.account.set_aside[OF_FILES] == len(both.held_out)
+    found.account.to_json()
+
+
+def test_files_that_share_a_prompt_are_refused_by_its_lines(tmp_path):
+    cfg = PromptsConfig(
+        files=ask(tmp_path / "a.jsonl", "头疼", "牙疼"),
+        held_out_files=ask(tmp_path / "b.jsonl", "腰疼", "牙 疼"),
+    )
+    with pytest.raises(ValueError, match="1 of 2 held-out .* b.jsonl:2 is a.jsonl:2") as error:
+        make_prompts(data(tmp_path / "nowhere.jsonl"), cfg)
+    assert "\n" not in str(error.value)
+    path = tmp_path / "mine.jsonl"
+    write_dialogues(path)
+    question = make_prompts(data(path), PromptsConfig()).train[0].messages[0].content
+    cfg = PromptsConfig(held_out_files=ask(tmp_path / "c.jsonl", question))
+    with pytest.raises(ValueError, match="c.jsonl:1 is mine.jsonl:"):
+        make_prompts(data(path), cfg)

@@ -24,7 +24,15 @@ from huatuo_jax.rlaif.checks import check_inputs
 from huatuo_jax.rlaif.prompts import make_prompts, write_prompts
 from huatuo_jax.rlaif.recipe import run_rlaif
 from huatuo_jax.sharding import MeshConfig
-from tests.rlaif.tiny import BACKBONE, TOKENIZER, section, tiny_recipe, write_dialogues
+from tests.rlaif.tiny import (
+    BACKBONE,
+    CLINIC,
+    TOKENIZER,
+    section,
+    tiny_clinic_recipe,
+    tiny_recipe,
+    write_dialogues,
+)
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -255,15 +263,28 @@ def test_too_many_long_questions_are_named_by_the_users_own_file(
     assert re.search(r"\n  mine\.jsonl:(2[5-9]|3\d): \d+ tokens, at most", str(error.value))
 
 
-@pytest.mark.slow
-def test_the_command_ends_in_one_line_and_a_code(tmp_path):
-    found = subprocess.run(
+def test_the_clinics_judge_for_data_of_ones_own(recipe, tmp_path):
+    labels = dataclasses.replace(recipe.labels, offline="clinic")
+    refused(recipe, tmp_path, "config.labels.offline='clinic' judges prompts of the", labels=labels)
+
+
+def test_another_clinic_in_a_folder_in_which_something_was_trained(recipe, tmp_path):
+    clinic = tiny_clinic_recipe()
+    with pytest.raises(AssertionError, match="a stage was reached"):
+        run_rlaif(section(clinic), tmp_path / "run")
+    (tmp_path / "run" / "sft" / "checkpoints" / "2").mkdir(parents=True)
+    other = dataclasses.replace(CLINIC, seed=3)
+    refused(clinic, tmp_path, "another clinic than seed=3 .*seed: 0 before, 3 now", clinic=other)
+
+
+def launch(tmp_path, *flags):
+    return subprocess.run(
         [
             sys.executable,
             "launch/train.py",
             "--config=configs/rlaif.py",
             f"--workdir={tmp_path / 'run'}",
-            "--config.data=nowhere.jsonl",
+            *flags,
         ],
         cwd=ROOT,
         env=os.environ | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"},
@@ -271,6 +292,19 @@ def test_the_command_ends_in_one_line_and_a_code(tmp_path):
         text=True,
         check=False,
     )
+
+
+def test_a_clinic_that_cannot_be_is_named_by_its_field_from_the_shell(tmp_path):
+    found = launch(tmp_path, "--config.clinic.seed=3", "--config.clinic.sizes.prompts=-1")
+    assert found.returncode == 1
+    assert found.stderr.strip().splitlines()[-1] == (
+        "error: config.clinic.sizes: prompts is -1; it should be 0 or more"
+    )
+
+
+@pytest.mark.slow
+def test_the_command_ends_in_one_line_and_a_code(tmp_path):
+    found = launch(tmp_path, "--config.data=nowhere.jsonl")
     assert found.returncode == 1 and found.stdout == ""
     assert found.stderr.startswith("error: ") and found.stderr.count("\n") == 1
     assert "nowhere.jsonl" in found.stderr

@@ -5,6 +5,8 @@ import json
 import pathlib
 
 from huatuo_jax.backbone.config import BackboneConfig
+from huatuo_jax.clinic import files as clinic_files
+from huatuo_jax.clinic.files import ClinicConfig, ClinicSizes
 from huatuo_jax.comparisons.data import ComparisonsConfig, ComparisonSource
 from huatuo_jax.data import sample
 from huatuo_jax.data.held_out import HeldOutConfig
@@ -15,7 +17,7 @@ from huatuo_jax.ppo.judging import JudgingConfig
 from huatuo_jax.ppo.prompts import PromptsConfig
 from huatuo_jax.reward.config import RewardConfig
 from huatuo_jax.rlaif.config import AnswersConfig, RlaifConfig
-from huatuo_jax.sft import SftConfig
+from huatuo_jax.sft import SftConfig, clinic_sources
 from huatuo_jax.training.dialogue_data import DataConfig, SourceConfig
 from huatuo_jax.training.initial_model import ModelConfig
 from huatuo_jax.training.loop import LoopConfig
@@ -37,6 +39,17 @@ BACKBONE = BackboneConfig(
 HELD_OUT = HeldOutConfig(share=0.25)
 LOOP = LoopConfig(evaluate_every=2, checkpoint_every=2, log_every=1, tensorboard=False)
 ANSWER_TOKENS = 12
+CLINIC = ClinicConfig(
+    sizes=ClinicSizes(
+        dialogues=24,
+        held_out_dialogues=12,
+        prompts=12,
+        held_out_prompts=8,
+        cases=2,
+        exams=2,
+        pairs=4,
+    )
+)
 
 
 def write_dialogues(path: pathlib.Path, *, count: int = 24) -> None:
@@ -95,6 +108,25 @@ def tiny_recipe(data: pathlib.Path) -> RlaifConfig:
             judging=JudgingConfig(every=1, num_prompts=3),
         ),
         evaluation=EvaluationConfig(num_samples=2, max_new_tokens=ANSWER_TOKENS),
+    )
+
+
+def tiny_clinic_recipe() -> RlaifConfig:
+    """The same on a clinic of a few dozen dialogues."""
+    recipe = tiny_recipe(pathlib.Path("none"))
+    sft, ppo = recipe.sft, recipe.ppo
+    return dataclasses.replace(
+        recipe,
+        clinic=CLINIC,
+        sft=dataclasses.replace(
+            sft,
+            model=dataclasses.replace(sft.model, tokenizer=str(clinic_files.TOKENIZER)),
+            data=dataclasses.replace(sft.data, sources=clinic_sources(), row_length=256),
+        ),
+        reward=dataclasses.replace(
+            recipe.reward, data=dataclasses.replace(recipe.reward.data, max_length=256)
+        ),
+        ppo=dataclasses.replace(ppo, data=dataclasses.replace(ppo.data, max_prompt_tokens=200)),
     )
 
 

@@ -1,4 +1,4 @@
-"""The sample data the project ships, so that the whole recipe runs with no download."""
+"""The sample data the project ships: an example of each file format, with a tokenizer."""
 
 import pathlib
 

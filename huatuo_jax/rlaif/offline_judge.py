@@ -1,0 +1,84 @@
+"""Which offline judge a run has, told from the prompts that are judged."""
+
+import os
+from collections.abc import Iterator
+
+from huatuo_jax.data.accounting import placed
+from huatuo_jax.data.readers import read_prompts
+from huatuo_jax.data.records import Prompt
+from huatuo_jax.feedback.questions import read_answered
+from huatuo_jax.feedback.truth_judge import has_truth, is_of_clinic
+from huatuo_jax.rlaif.config import RlaifConfig
+
+
+def choose_offline_judge(
+    cfg: RlaifConfig, workdir: str | os.PathLike[str]
+) -> tuple[RlaifConfig, str]:
+    """Puts the offline judge of a run's prompts in place of "auto".
+
+    Args:
+        cfg: in its workdir, whose files of prompts are written.
+        workdir: the run's folder.
+
+    Returns:
+        The config, and a line that says who judges, and why.
+
+    Raises:
+        ValueError: the clinic's judge is asked for, and a prompt is none that it knows. Or a file
+            of prompts cannot be read.
+        OSError: a file of prompts is not there.
+    """
+    judged = list(_judged(cfg, workdir))
+    foreign = [place for _, place, prompt in judged if not is_of_clinic(prompt)]
+    chosen = cfg.with_offline_judge("rubric" if foreign or not judged else "clinic")
+    own = cfg.evaluation.judge is not None
+    judges = {
+        "labels": ("labels.offline", None if cfg.labels.base_url else chosen.labels.offline),
+        "evaluation": ("evaluation.judge" if own else "labels.offline", chosen.evaluation.judge),
+    }
+    for stage, place, prompt in judged:
+        field, judge = judges[stage]
+        if judge == "clinic" and not has_truth(prompt):
+            raise ValueError(
+                f"config.{field}='clinic' judges prompts of the clinic alone, and {place} has "
+                f"diagnosis={prompt.diagnosis!r}, which is none of its diseases: take 'auto' or "
+                "'rubric'"
+            )
+    return chosen, _told(cfg, chosen, len(judged), foreign)
+
+
+def _judged(cfg: RlaifConfig, workdir: str | os.PathLike[str]) -> Iterator[tuple[str, str, Prompt]]:
+    """The stage that has a prompt judged, the prompt's place, and the prompt."""
+    if "labels" in cfg.stages:
+        answers = cfg.labels.answers
+        inside = os.path.dirname(os.path.abspath(answers)) == os.path.abspath(workdir)
+        if inside and "answers" in cfg.stages:
+            for place, prompt in placed(read_prompts(cfg.answers.prompts)):
+                yield "labels", place, prompt
+        else:
+            for one in read_answered(answers):
+                yield "labels", f"{answers}: prompt {one.prompt.id!r}", one.prompt
+    if {"ppo", "evaluation"} & set(cfg.stages):
+        for place, prompt in placed(read_prompts(cfg.evaluation.prompts)):
+            yield "evaluation", place, prompt
+
+
+def _told(cfg: RlaifConfig, chosen: RlaifConfig, number: int, foreign: list[str]) -> str:
+    if not number:
+        return "judge: nothing is judged"
+    why = f"all {number} prompts are the clinic's"
+    if foreign:
+        why = f"{len(foreign)} of {number} prompts are not the clinic's, such as {foreign[0]}"
+    shown = {
+        "clinic": "the clinic's, which knows the truth",
+        "rubric": "the rubric, which is fixed",
+    }
+    labels, later = chosen.labels.offline, chosen.evaluation.judge
+    assert labels != "auto" and later is not None
+    reason = why if cfg.labels.offline == "auto" else f"labels.offline={cfg.labels.offline!r}"
+    of_labels = shown[labels]
+    if cfg.labels.base_url is not None:
+        of_labels = f"{cfg.labels.model or 'the model'} at {cfg.labels.base_url}"
+    if of_labels == shown[later]:
+        return f"judge: {of_labels} ({reason})"
+    return f"judge: of the labels {of_labels}; of later answers {shown[later]} ({reason})"

@@ -1,0 +1,24 @@
+"""Processes that need a clinic: `run_clinic.py SHARED_FOLDER`; each says what it finds."""
+
+import json
+import pathlib
+
+from huatuo_jax import command_line, multi_host
+from huatuo_jax.clinic import files
+from huatuo_jax.sft import write_clinic_of
+from tests.rlaif.tiny import CLINIC
+
+
+@multi_host.joined()
+def main(arguments):
+    workdir = pathlib.Path(arguments[0])
+    if not multi_host.is_first():  # Only the first one may write.
+        files._write = None
+    write_clinic_of(workdir, CLINIC)
+    settings = json.loads((workdir / "clinic" / files.SETTINGS_FILE).read_text())
+    found = [name for name in settings["files"] if (workdir / "clinic" / name).is_file()]
+    print(f"found {len(found)} of {len(settings['files'])}", flush=True)
+
+
+if __name__ == "__main__":
+    command_line.run(main, positional="ARGUMENTS")

@@ -1,0 +1,75 @@
+"""Which judge a run has follows from its prompts, and is said in a line."""
+
+import dataclasses
+import json
+
+import pytest
+
+from huatuo_jax.rlaif.config import LabelsConfig
+from huatuo_jax.rlaif.offline_judge import choose_offline_judge
+from huatuo_jax.rlaif.prompts import make_prompts, write_prompts
+from huatuo_jax.sft import write_clinic_of
+from tests.rlaif.tiny import tiny_clinic_recipe, tiny_recipe, write_dialogues
+
+
+def chosen(recipe, workdir, **labels):
+    """The config with its judge, and the line that is printed, after the prompts are written."""
+    cfg = dataclasses.replace(recipe, labels=LabelsConfig(**labels)).in_workdir(workdir)
+    write_clinic_of(workdir, cfg.clinic)
+    prompts = make_prompts(cfg.sft.data, cfg.prompts)
+    workdir.mkdir(exist_ok=True)
+    write_prompts(workdir / "prompts.jsonl", prompts.train)
+    write_prompts(workdir / "held_out_prompts.jsonl", prompts.held_out)
+    return choose_offline_judge(cfg, workdir)
+
+
+@pytest.fixture
+def own_data(tmp_path):
+    write_dialogues(tmp_path / "mine.jsonl")
+    return tiny_recipe(tmp_path / "mine.jsonl")
+
+
+def judges_of(cfg):
+    return cfg.labels.offline, cfg.evaluation.judge
+
+
+def test_the_clinic_judges_its_own_prompts_and_says_so(tmp_path):
+    cfg, told = chosen(tiny_clinic_recipe(), tmp_path / "run")
+    assert judges_of(cfg) == ("clinic", "clinic")
+    assert told == ("judge: the clinic's, which knows the truth (all 20 prompts are the clinic's)")
+
+
+def test_the_rubric_judges_data_of_ones_own_and_says_why(own_data, tmp_path):
+    cfg, told = chosen(own_data, tmp_path / "run")
+    assert judges_of(cfg) == ("rubric", "rubric")
+    assert told.startswith(
+        "judge: the rubric, which is fixed (24 of 24 prompts are not the clinic's, such as mine.js"
+    )
+
+
+def test_one_prompt_of_someone_else_is_enough_for_the_rubric(tmp_path):
+    row = {"id": "own", "question": "头疼怎么办？", "diagnosis": "偏头痛"}
+    (tmp_path / "own.jsonl").write_text(json.dumps(row) + "\n")
+    recipe = tiny_clinic_recipe()
+    prompts = dataclasses.replace(recipe.prompts, held_out_files=str(tmp_path / "own.jsonl"))
+    cfg, told = chosen(dataclasses.replace(recipe, prompts=prompts), tmp_path / "run")
+    assert judges_of(cfg) == ("rubric", "rubric")
+    assert "1 of 13 prompts are not the clinic's, such as own.jsonl:1" in told
+
+
+def test_the_clinics_judge_is_refused_for_prompts_that_it_does_not_know(own_data, tmp_path):
+    with pytest.raises(ValueError, match="labels.offline='clinic' judges .* mine.jsonl") as error:
+        chosen(own_data, tmp_path / "run", offline="clinic")
+    assert "\n" not in str(error.value)
+
+
+def test_a_judge_that_is_named_is_kept(tmp_path):
+    cfg, told = chosen(tiny_clinic_recipe(), tmp_path / "run", offline="rubric")
+    assert judges_of(cfg) == ("rubric", "rubric")
+    assert told == "judge: the rubric, which is fixed (labels.offline='rubric')"
+
+
+def test_a_model_that_labels_leaves_later_answers_to_the_judge_of_the_prompts(tmp_path):
+    cfg, told = chosen(tiny_clinic_recipe(), tmp_path / "run", base_url="http://host/v1", model="m")
+    assert cfg.evaluation.judge == "clinic"
+    assert "of the labels m at http://host/v1; of later answers the clinic's" in told
