@@ -23,7 +23,9 @@ PAPER_COUNTS: dict[Kind, int] = {
 VAGUE_SHARE = 0.25  # Of real instructions, which name one symptom only.
 PERSON_SHARE = 0.7  # Of the other instructions, which tell age and sex.
 ENDS_POLITELY = 0.6  # Of real conversations.
-PROMPTS_OF_CONVERSATIONS = 0.4
+PROMPTS_OF_CONVERSATIONS = PAPER_COUNTS["real_conversation"] / (
+    PAPER_COUNTS["real_instruction"] + PAPER_COUNTS["real_conversation"]
+)
 
 _LAST_TRY = 2_000
 
@@ -63,8 +65,8 @@ def dialogues(kind: Kind, count: int, *, seed: int, held_out: bool = False) -> I
 def prompts(count: int, *, seed: int, held_out: bool = False) -> Iterator[Prompt]:
     """What a model is to answer, with the real doctor's answer as the reference.
 
-    Six in ten are a patient's first message, the others a conversation before the diagnosis. Where
-    the patient has not told enough, the reference is questions.
+    As many are conversations before the diagnosis as among the paper's real dialogues, the others a
+    patient's first message. Where the patient has not told enough, the reference is questions.
 
     Args:
         count: how many.

@@ -17,7 +17,7 @@ from huatuo_jax.clinic.reading import find_terms, normal, sentences
 from huatuo_jax.clinic.symptoms import SYMPTOMS
 
 # How often the usual word for a thing is taken, and not a synonym.
-USUAL = 0.8
+USUAL = 0.9
 
 # What is said -> the ways to say it, each one sentence. Places are filled in order.
 TEMPLATES: dict[str, tuple[str, ...]] = {

@@ -1,17 +1,21 @@
-"""Trains a tokenizer on a folder of data: byte-level BPE of 2,048 tokens.
+"""Trains a tokenizer on a folder of data: BPE of 2,048 tokens over characters, bytes for others.
 
 Run as `python -m huatuo_jax.data.build_tokenizer FOLDER_OF_DATA TARGET`. The same data give the
 same files, byte for byte. The tokenizers that are shipped with the sample and with the clinic are
 made so.
+
+A token holds whole characters: a model that is sampled from cannot put one together wrongly of the
+bytes of two. Rare characters are spelt in bytes, as LLaMA's tokenizer does.
 """
 
+import collections
 import json
 import os
 import pathlib
 import sys
 from collections.abc import Iterator
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from huatuo_jax.data.templates import HUATUOGPT_SYSTEM
 from huatuo_jax.json_lines import read_rows
@@ -19,9 +23,12 @@ from huatuo_jax.json_lines import read_rows
 VOCAB_SIZE = 2048
 # There is no `<unk>`: whatever has no token of its own is spelt in bytes.
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>")
-# Eight Chinese characters: the system text, the same in every dialogue, stays a phrase of tokens
-# and does not grow into a few tokens that nothing else uses.
-MAX_TOKEN_BYTES = 24
+# The most frequent characters; others are spelt in bytes, so that words have room, too.
+MAX_CHARACTERS = 1024
+BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
+# What tokens are made within: a role prefix, one digit, a run of letters or of Chinese characters.
+# A sentence of the system text, which stands in every row, becomes one token so.
+_PIECES = r"<病人>：|<HuatuoGPT>：|\d|[A-Za-z]+|[\u4e00-\u9fff]+|[^A-Za-z\d\u4e00-\u9fff]"
 
 _HELD_OUT = "held_out_"
 _ROLE_PREFIXES = {"user": "<病人>：", "assistant": "<HuatuoGPT>："}
@@ -75,17 +82,24 @@ def corpus(folder: str | os.PathLike[str]) -> Iterator[str]:
 
 def train(folder: str | os.PathLike[str]) -> Tokenizer:
     """The tokenizer of a folder's data: any text round-trips, `<s>` is put before a text."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
+    texts = list(corpus(folder))
+    counts = collections.Counter("".join(texts))
+    alphabet = sorted(counts, key=lambda one: (-counts[one], one))[:MAX_CHARACTERS]
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(_PIECES), behavior="isolated")
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB_SIZE,
-        special_tokens=list(SPECIAL_TOKENS),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        max_token_length=MAX_TOKEN_BYTES,
+        special_tokens=[*SPECIAL_TOKENS, *BYTES],
+        initial_alphabet=alphabet,
+        limit_alphabet=len(alphabet),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(corpus(folder), trainer)
+    tokenizer.train_from_iterator(texts, trainer)
+    # The trainer knows no other way to reserve the bytes' places: they are ordinary tokens.
+    made = json.loads(tokenizer.to_str())
+    made["added_tokens"] = [one for one in made["added_tokens"] if one["content"] not in BYTES]
+    tokenizer = Tokenizer.from_str(json.dumps(made))
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     start = ("<s>", tokenizer.token_to_id("<s>"))
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A <s> $B:1", special_tokens=[start]
