@@ -53,6 +53,7 @@ _CEILINGS: Mapping[str, float] = {
     "many_diagnoses": 0.3,
     "contraindicated": 0.25,
     "red_flag_missed": 0.25,
+    "false_alarm": 0.5,
     "says_nothing": 0.05,
     "broken_characters": 0.2,
     "repetitive": 0.3,
@@ -213,7 +214,7 @@ def _informative(found: Findings) -> float:
         return min(1.0, 0.4 + 0.6 * found.useful_questions / _ENOUGH_QUESTIONS)
     right = {kind: sum(item.right for item in found.items if item.kind == kind) for kind in _ORDERS}
     weights = dict(_ORDERS)
-    if found.emergency or found.urgent:  # There, the call is what counts; a drug is none.
+    if found.emergency:  # There, the call is what counts; a drug is none.
         weights = {"test": 0.3, "department": 0.5, "advice": 0.2, "drug": 0.0}
         right["department"] = max(right["department"], int(found.urgent))
     enough = {**dict.fromkeys(_ORDERS, 1), "advice": _ENOUGH_ADVICE}
