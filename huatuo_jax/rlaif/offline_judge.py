@@ -31,11 +31,14 @@ def choose_offline_judge(
     judged = list(_judged(cfg, workdir))
     foreign = [place for _, place, prompt in judged if not is_of_clinic(prompt)]
     chosen = cfg.with_offline_judge("rubric" if foreign or not judged else "clinic")
-    own = cfg.evaluation.judge is not None
+    own, judging = cfg.evaluation.judge is not None, chosen.ppo.judging
     judges = {
         "labels": ("labels.offline", None if cfg.labels.base_url else chosen.labels.offline),
         "evaluation": ("evaluation.judge" if own else "labels.offline", chosen.evaluation.judge),
     }
+    if judging is not None and judging.judge is not None:
+        offline = None if judging.judge.base_url else judging.judge.offline
+        judges["ppo"] = ("ppo.judging.judge.offline", offline)
     for stage, place, prompt in judged:
         field, judge = judges[stage]
         if judge == "clinic" and not has_truth(prompt):
@@ -58,7 +61,11 @@ def _judged(cfg: RlaifConfig, workdir: str | os.PathLike[str]) -> Iterator[tuple
         else:
             for one in read_answered(answers):
                 yield "labels", f"{answers}: prompt {one.prompt.id!r}", one.prompt
-    if {"ppo", "evaluation"} & set(cfg.stages):
+    judging = cfg.ppo.judging
+    if "ppo" in cfg.stages and judging is not None and judging.prompts is not None:
+        for place, prompt in placed(read_prompts(judging.prompts)):
+            yield "ppo", place, prompt
+    if "evaluation" in cfg.stages:
         for place, prompt in placed(read_prompts(cfg.evaluation.prompts)):
             yield "evaluation", place, prompt
 

@@ -256,7 +256,7 @@ def test_a_pair_whose_answer_fits_behind_no_prompt_is_dropped_and_cuts_nothing(t
     assert found.dropped == {"too long": 1} and len(group.answers) == 2
     whole = templates.by_name("huatuogpt").prompt(prompt, tokenizer)
     assert all(one.token_ids[: len(whole)].tolist() == whole for one in group.answers)
-    cfg = _config(ComparisonSource(paths=(path,)), truncation="drop_row", max_length=64)
+    cfg = _config(ComparisonSource(paths=(path,)), truncation="drop_row", max_length=len(whole))
     with pytest.raises(ValueError, match="no comparison is left .* {'too long': 2}"):
         open_comparisons(cfg, tokenizer)
 

@@ -1,9 +1,11 @@
+import dataclasses
 import json
 
 import httpx2
 import openai
 import pytest
 
+from huatuo_jax.clinic import dialogues as clinic
 from huatuo_jax.feedback import judge_config
 
 KEY = "sk-0123456789abcdef"
@@ -67,3 +69,14 @@ def test_a_server_that_does_not_answer_as_it_should_is_one_line(server, content,
     with pytest.raises(ValueError, match=why) as error:
         reach()
     assert str(error.value).isprintable() and KEY not in str(error.value)
+
+
+def test_auto_is_the_clinics_judge_where_all_prompts_are_of_it_and_else_the_rubric():
+    auto = judge_config.JudgeConfig()
+    prompts = list(clinic.prompts(4, seed=0))
+    assert auto.offline_for(prompts) == "clinic"
+    for field, value in (("source", "elsewhere"), ("diagnosis", "偏头"), ("diagnosis", None)):
+        foreign = dataclasses.replace(prompts[2], **{field: value})
+        assert auto.offline_for([*prompts, foreign]) == "rubric"
+    named = judge_config.JudgeConfig(offline="rubric")
+    assert named.offline_for(prompts) == "rubric"

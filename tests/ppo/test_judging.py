@@ -9,6 +9,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from huatuo_jax.clinic import dialogues as clinic
 from huatuo_jax.feedback import label_command
 from huatuo_jax.feedback.judge_config import JudgeConfig
 from huatuo_jax.feedback.judgements import read_judgements
@@ -328,3 +329,26 @@ def test_a_number_below_1_is_refused(field, value):
 def test_a_temperature_of_0_is_refused():
     with pytest.raises(ValueError, match=r"^temperature=0.0 must be above 0$"):
         JudgingConfig(temperature=0.0)
+
+
+@pytest.mark.parametrize("judge_of", ["clinic", "rubric"])
+def test_the_offline_judge_of_a_run_of_ppo_alone_is_that_of_its_prompts(
+    tmp_path, monkeypatch, judge_of
+):
+    """One prompt that the clinic does not know is enough for the rubric."""
+    asked = []
+    monkeypatch.setattr(
+        label_command, "open_judge", lambda cfg: asked.append(cfg.offline) or PlantedJudge()
+    )
+    cfg = judged_config(num_iterations=2, judging={"num_samples": 1})
+    assert cfg.judging.judge.offline == "auto"
+    job = tiny_job(cfg, tmp_path, scorer=goes_past_the_optimum())
+    tasks = [
+        dataclasses.replace(task, prompt=prompt)
+        for task, prompt in zip(job.judging.tasks, clinic.prompts(16, seed=0), strict=True)
+    ]
+    if judge_of == "rubric":
+        tasks[-1] = job.judging.tasks[-1]
+    job.judging.tasks = tasks
+    train(job, cfg.loop)
+    assert asked == [judge_of]

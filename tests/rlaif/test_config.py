@@ -26,7 +26,7 @@ def test_the_judgings_of_ppo_have_the_judge_of_the_labels_its_account_and_held_o
     found = dataclasses.replace(recipe, labels=labels).in_workdir(tmp_path).ppo.judging
     assert (found.judge.base_url, found.judge.model) == ("http://host/v1", "m")
     assert (found.judge.max_cost, found.judge.max_tokens) == (3.0, 77)
-    assert found.prompts == f"{tmp_path}/held_out_prompts.jsonl"
+    assert found.prompts == f"{tmp_path}/judged_prompts.jsonl"
     assert found.spending == f"{tmp_path}/labels.jsonl.spending.jsonl"
     own = JudgingConfig(judge=JudgeConfig(offline="clinic"), prompts="{workdir}/mine.jsonl")
     ppo = dataclasses.replace(recipe.ppo, judging=own)
@@ -35,6 +35,34 @@ def test_the_judgings_of_ppo_have_the_judge_of_the_labels_its_account_and_held_o
     assert found.prompts == f"{tmp_path}/mine.jsonl"
     off = dataclasses.replace(recipe, ppo=dataclasses.replace(recipe.ppo, judging=None))
     assert off.in_workdir(tmp_path).ppo.judging is None
+
+
+def test_held_out_prompts_are_set_aside_only_for_judgings_that_have_none_of_their_own(
+    recipe, tmp_path
+):
+    def number(judging):
+        ppo = dataclasses.replace(recipe.ppo, judging=judging)
+        cfg = dataclasses.replace(recipe, ppo=ppo).in_workdir(tmp_path)
+        return cfg.num_judged_prompts(tmp_path)
+
+    assert number(JudgingConfig(num_prompts=5)) == 5
+    assert number(JudgingConfig(num_prompts=None)) is None
+    assert number(JudgingConfig(prompts="mine.jsonl")) == 0
+    assert number(None) == 0
+
+
+def test_the_offline_judge_of_a_run_reaches_the_judgings_of_ppo_where_none_is_named(
+    recipe, tmp_path
+):
+    def judge(judging, labels=None):
+        ppo = dataclasses.replace(recipe.ppo, judging=judging)
+        cfg = dataclasses.replace(recipe, ppo=ppo, labels=labels or recipe.labels)
+        return cfg.in_workdir(tmp_path).with_offline_judge("clinic").ppo.judging.judge.offline
+
+    assert judge(JudgingConfig()) == "clinic"
+    assert judge(JudgingConfig(judge=JudgeConfig())) == "clinic"
+    assert judge(JudgingConfig(judge=JudgeConfig(offline="rubric"))) == "rubric"
+    assert judge(JudgingConfig(), LabelsConfig(offline="rubric")) == "rubric"
 
 
 def test_a_config_goes_through_its_section_unchanged(recipe):

@@ -105,7 +105,7 @@ def recipe(tmp_path, *, policy="released", stages=STAGES):
     )
     exported = ExportConfig(policy=policy, reward=reward)
     changed = dataclasses.replace(tiny, evaluation=evaluation, export=exported, stages=stages)
-    return changed.in_workdir(tmp_path / "run")
+    return changed.in_workdir(tmp_path / "run").with_offline_judge("rubric")
 
 
 def write_decision(folder, pick):

@@ -5,6 +5,9 @@ import json
 
 import pytest
 
+from huatuo_jax.clinic import dialogues as clinic
+from huatuo_jax.feedback.judge_config import JudgeConfig
+from huatuo_jax.ppo.judging import JudgingConfig
 from huatuo_jax.rlaif.config import LabelsConfig
 from huatuo_jax.rlaif.offline_judge import choose_offline_judge
 from huatuo_jax.rlaif.prompts import make_prompts, write_prompts
@@ -16,10 +19,12 @@ def chosen(recipe, workdir, **labels):
     """The config with its judge, and the line that is printed, after the prompts are written."""
     cfg = dataclasses.replace(recipe, labels=LabelsConfig(**labels)).in_workdir(workdir)
     write_clinic_of(workdir, cfg.clinic)
-    prompts = make_prompts(cfg.sft.data, cfg.prompts)
+    prompts = make_prompts(cfg.sft.data, cfg.prompts, num_judged=cfg.num_judged_prompts(workdir))
     workdir.mkdir(exist_ok=True)
     write_prompts(workdir / "prompts.jsonl", prompts.train)
     write_prompts(workdir / "held_out_prompts.jsonl", prompts.held_out)
+    if prompts.judged:
+        write_prompts(workdir / "judged_prompts.jsonl", prompts.judged)
     return choose_offline_judge(cfg, workdir)
 
 
@@ -30,31 +35,60 @@ def own_data(tmp_path):
 
 
 def judges_of(cfg):
-    return cfg.labels.offline, cfg.evaluation.judge
+    """Of the labels, of the judgings of PPO, and of the evaluation."""
+    return cfg.labels.offline, cfg.ppo.judging.judge.offline, cfg.evaluation.judge
 
 
 def test_the_clinic_judges_its_own_prompts_and_says_so(tmp_path):
     cfg, told = chosen(tiny_clinic_recipe(), tmp_path / "run")
-    assert judges_of(cfg) == ("clinic", "clinic")
+    assert judges_of(cfg) == ("clinic",) * 3
     assert told == ("judge: the clinic's, which knows the truth (all 20 prompts are the clinic's)")
 
 
 def test_the_rubric_judges_data_of_ones_own_and_says_why(own_data, tmp_path):
     cfg, told = chosen(own_data, tmp_path / "run")
-    assert judges_of(cfg) == ("rubric", "rubric")
+    assert judges_of(cfg) == ("rubric",) * 3
     assert told.startswith(
         "judge: the rubric, which is fixed (24 of 24 prompts are not the clinic's, such as mine.js"
     )
 
 
 def test_one_prompt_of_someone_else_is_enough_for_the_rubric(tmp_path):
+    """And where it is among those that PPO is judged on, or evaluated on, does not matter."""
     row = {"id": "own", "question": "头疼怎么办？", "diagnosis": "偏头痛"}
-    (tmp_path / "own.jsonl").write_text(json.dumps(row) + "\n")
+    known = [prompt.to_json() for prompt in clinic.prompts(1, seed=1, held_out=True)]
+    text = "".join(json.dumps(one) + "\n" for one in (row, *known))
+    (tmp_path / "own.jsonl").write_text(text)
     recipe = tiny_clinic_recipe()
     prompts = dataclasses.replace(recipe.prompts, held_out_files=str(tmp_path / "own.jsonl"))
     cfg, told = chosen(dataclasses.replace(recipe, prompts=prompts), tmp_path / "run")
-    assert judges_of(cfg) == ("rubric", "rubric")
-    assert "1 of 13 prompts are not the clinic's, such as own.jsonl:1" in told
+    assert judges_of(cfg) == ("rubric",) * 3
+    assert "1 of 14 prompts are not the clinic's, such as own.jsonl:1" in told
+
+
+def test_prompts_of_ones_own_for_the_judgings_of_ppo_count_too(tmp_path):
+    row = {"id": "own", "question": "头疼怎么办？", "diagnosis": "偏头痛"}
+    (tmp_path / "own.jsonl").write_text(json.dumps(row) + "\n")
+    recipe = tiny_clinic_recipe()
+    judging = JudgingConfig(prompts=str(tmp_path / "own.jsonl"))
+    recipe = dataclasses.replace(recipe, ppo=dataclasses.replace(recipe.ppo, judging=judging))
+    cfg, told = chosen(recipe, tmp_path / "run")
+    assert judges_of(cfg) == ("rubric",) * 3
+    assert "(1 of 21 prompts are not the clinic's, such as " in told and "own.jsonl:1" in told
+    assert not (tmp_path / "run" / "judged_prompts.jsonl").exists()
+
+
+def test_the_clinics_judge_is_refused_for_prompts_of_judgings_that_it_does_not_know(tmp_path):
+    row = {"id": "own", "question": "头疼怎么办？"}
+    (tmp_path / "own.jsonl").write_text(json.dumps(row) + "\n")
+    recipe = tiny_clinic_recipe()
+    judging = JudgingConfig(
+        prompts=str(tmp_path / "own.jsonl"), judge=JudgeConfig(offline="clinic")
+    )
+    recipe = dataclasses.replace(recipe, ppo=dataclasses.replace(recipe.ppo, judging=judging))
+    with pytest.raises(ValueError, match="ppo.judging.judge.offline='clinic' .*own.jsonl") as found:
+        chosen(recipe, tmp_path / "run")
+    assert "\n" not in str(found.value)
 
 
 def test_the_clinics_judge_is_refused_for_prompts_that_it_does_not_know(own_data, tmp_path):
@@ -65,7 +99,7 @@ def test_the_clinics_judge_is_refused_for_prompts_that_it_does_not_know(own_data
 
 def test_a_judge_that_is_named_is_kept(tmp_path):
     cfg, told = chosen(tiny_clinic_recipe(), tmp_path / "run", offline="rubric")
-    assert judges_of(cfg) == ("rubric", "rubric")
+    assert judges_of(cfg) == ("rubric",) * 3
     assert told == "judge: the rubric, which is fixed (labels.offline='rubric')"
 
 

@@ -9,6 +9,7 @@ from huatuo_jax.data.held_out import HeldOutConfig, dialogue_text
 from huatuo_jax.data.readers import read_dialogues, read_prompts
 from huatuo_jax.rlaif.config import PromptsConfig
 from huatuo_jax.rlaif.prompts import (
+    FOR_JUDGINGS,
     IN_BOTH,
     OF_FILES,
     OTHER_KIND,
@@ -193,3 +194,52 @@ def test_files_that_share_a_prompt_are_refused_by_its_lines(tmp_path):
     cfg = PromptsConfig(held_out_files=ask(tmp_path / "c.jsonl", question))
     with pytest.raises(ValueError, match="c.jsonl:1 is mine.jsonl:"):
         make_prompts(data(path), cfg)
+
+
+def ids(prompts):
+    return [prompt.id for prompt in prompts]
+
+
+@pytest.mark.parametrize(
+    ("num_held_out", "wanted", "number"),
+    [(12, 3, 3), (12, 4, 4), (12, 5, 4), (12, None, 4), (11, None, 3), (3, 64, 1), (2, 64, 1)],
+)
+def test_at_most_a_third_of_the_held_out_prompts_is_set_aside_for_judgings(
+    tmp_path, num_held_out, wanted, number
+):
+    cfg = PromptsConfig(
+        files=ask(tmp_path / "a.jsonl", "头疼"),
+        held_out_files=ask(tmp_path / "b.jsonl", *(f"腰疼{day}天" for day in range(num_held_out))),
+    )
+    none = data(tmp_path / "nowhere.jsonl")
+    whole, found = make_prompts(none, cfg), make_prompts(none, cfg, num_judged=wanted)
+    assert len(found.judged) == number
+    assert sorted(ids([*found.held_out, *found.judged])) == sorted(ids(whole.held_out))
+    assert found.train == whole.train and not whole.judged
+    assert found.account.set_aside[FOR_JUDGINGS] == number
+    assert whole.account.set_aside[FOR_JUDGINGS] == 0
+    found.account.to_json()
+
+
+def test_prompts_for_judgings_come_before_the_limit_and_are_chosen_by_their_content(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    write_dialogues(path, count=48)
+    found = make_prompts(data(path), PromptsConfig(held_out_limit=2), num_judged=3)
+    assert (len(found.judged), len(found.held_out)) == (3, 2)
+    turned = tmp_path / "turned" / "mine.jsonl"
+    turned.parent.mkdir()
+    turned.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))
+    again = make_prompts(data(turned), PromptsConfig(held_out_limit=2), num_judged=3)
+    for side, other in ((found.judged, again.judged), (found.held_out, again.held_out)):
+        assert {one.messages for one in side} == {one.messages for one in other}
+
+
+def test_a_single_held_out_prompt_cannot_serve_judgings_and_evaluation(tmp_path):
+    cfg = PromptsConfig(
+        files=ask(tmp_path / "a.jsonl", "头疼"), held_out_files=ask(tmp_path / "b.jsonl", "腰疼")
+    )
+    none = data(tmp_path / "nowhere.jsonl")
+    with pytest.raises(ValueError, match="there is 1 held-out prompt, and ppo.judging") as error:
+        make_prompts(none, cfg, num_judged=8)
+    assert "\n" not in str(error.value)
+    assert len(make_prompts(none, cfg, num_judged=0).held_out) == 1
