@@ -12,7 +12,7 @@ import inspect
 import math
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 from huatuo_jax.clinic import (
     care,
@@ -90,6 +90,19 @@ class ClinicJudge:
                 raise ValueError(f"{name} is {getattr(self, name)}; it should be a number")
         if self.noise < 0:
             raise ValueError(f"noise is {self.noise}; it should be 0 or more")
+
+    @property
+    def changes(self) -> tuple[str, ...]:
+        """What makes it another judge than the exact one, as `length_bias=1.0`; empty for none.
+
+        A seed without noise decides nothing.
+        """
+        return tuple(
+            f"{field.name}={value!r}"
+            for field in fields(self)
+            if (value := getattr(self, field.name)) != field.default
+            and (field.name != "seed" or self.noise)
+        )
 
     def settings(self) -> dict[str, object]:
         """The name, the fields, and the hash of all that decides: tables and code."""

@@ -6,18 +6,19 @@ from typing import Literal
 
 import openai
 
+from huatuo_jax.clinic.judge import ClinicJudge
 from huatuo_jax.data.records import Prompt
 from huatuo_jax.feedback.budget import BudgetConfig
 from huatuo_jax.feedback.completions import NoCompletion, read_json
 from huatuo_jax.feedback.judgements import printable
-from huatuo_jax.feedback.label_command import OfflineName
+from huatuo_jax.feedback.label_command import OfflineName, refuse_unused_judge
 from huatuo_jax.feedback.openai_judge import OpenAIJudgeConfig
 from huatuo_jax.feedback.prices import read_price
 from huatuo_jax.feedback.rate_limits import RateLimits
 from huatuo_jax.feedback.replies import Structured
 from huatuo_jax.feedback.server_calls import ServerConfig, key_from_environment
 from huatuo_jax.feedback.server_faults import scrubbed
-from huatuo_jax.feedback.truth_judge import is_of_clinic
+from huatuo_jax.feedback.truth_judge import EXACT, is_of_clinic
 from huatuo_jax.training.run_directory import operational
 
 _TIMEOUT_S = 20.0
@@ -34,6 +35,8 @@ class JudgeConfig:
         offline: which one: the `rubric`, which is fixed and no substitute for a judge that reads,
             or the `clinic`, which knows the truth of that world's prompts, and no others; `auto`
             for the clinic where all prompts that are judged are of it, else the rubric.
+        clinic_judge: the fields of the clinic's judge: noise, biases to plant, and whether it knows
+            the true disease. The evaluation asks the exact one, whatever stands here.
         model: the judge's name on the server; None where the server has only one.
         max_cost: money that all runs may spend, in the currency of the price table.
         max_requests: calls that all runs may make.
@@ -47,6 +50,7 @@ class JudgeConfig:
 
     base_url: str | None = operational(None)
     offline: Literal["auto"] | OfflineName = "auto"
+    clinic_judge: ClinicJudge = EXACT
     model: str | None = None
     max_cost: float | None = operational(None)
     max_requests: int | None = operational(None)
@@ -67,12 +71,21 @@ class JudgeConfig:
                     )
         else:
             self.openai(self.model or "the server's")
+        refuse_unused_judge(
+            self.clinic_judge, offline=self.offline, by_server=self.base_url is not None
+        )
 
     def offline_for(self, prompts: Iterable[Prompt]) -> OfflineName:
-        """The offline judge of some prompts."""
-        if self.offline != "auto":
-            return self.offline
-        return "clinic" if all(map(is_of_clinic, prompts)) else "rubric"
+        """The offline judge of some prompts.
+
+        Raises:
+            ValueError: it is the rubric, and fields of the clinic's judge are given.
+        """
+        name = self.offline
+        if name == "auto":
+            name = "clinic" if all(map(is_of_clinic, prompts)) else "rubric"
+        refuse_unused_judge(self.clinic_judge, offline=name, by_server=self.base_url is not None)
+        return name
 
     def openai(self, model: str) -> OpenAIJudgeConfig:
         """The judge behind the server, by its name there."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from huatuo_jax.atomic import write_file
+from huatuo_jax.clinic.judge import ClinicJudge
 from huatuo_jax.feedback.budget import BudgetConfig
 from huatuo_jax.feedback.comparison_config import ComparisonConfig
 from huatuo_jax.feedback.comparison_mixing import read_mixed
@@ -25,7 +26,7 @@ from huatuo_jax.feedback.openai_judge import OpenAIJudge, OpenAIJudgeConfig
 from huatuo_jax.feedback.questions import Answered, Question, read_answered
 from huatuo_jax.feedback.server_calls import key_from_environment
 from huatuo_jax.feedback.spending import Totals
-from huatuo_jax.feedback.truth_judge import TruthJudge
+from huatuo_jax.feedback.truth_judge import EXACT, TruthJudge
 from huatuo_jax.progress import progress_bar
 
 OfflineName = Literal["rubric", "clinic"]
@@ -45,6 +46,7 @@ class LabelRun:
         output: the labels file, to make or to go on with.
         openai: the judge behind a server; None for an offline one.
         offline: which one: the `rubric`, or the `clinic`'s own truth, for its prompts only.
+        clinic_judge: the fields of the clinic's judge, above all planted biases.
         label: what to ask about each prompt.
         spending: file of what calls cost, which several labels files may share: a budget is for all
             of them together; None for one beside the output.
@@ -58,6 +60,7 @@ class LabelRun:
     encoding: str | None = None
     openai: OpenAIJudgeConfig | None = None
     offline: OfflineName = "rubric"
+    clinic_judge: ClinicJudge = EXACT
     label: LabelConfig = LabelConfig()
     spending: str | None = None
     dry_run: bool = False
@@ -65,7 +68,7 @@ class LabelRun:
     comparison: ComparisonConfig = ComparisonConfig()
 
     def __post_init__(self) -> None:
-        """Raise ValueError for files that are one, and for comparisons of two protocols."""
+        """Raise ValueError for files that are one, comparisons of two protocols, unused fields."""
         files = [self.answers, self.output, *([self.comparisons] if self.comparisons else [])]
         if len({os.path.realpath(path) for path in files}) < len(files):
             raise ValueError(f"answers, output and comparisons are {files}; they should differ")
@@ -77,6 +80,9 @@ class LabelRun:
                 "comparisons are made of one protocol: label with protocol=both, then run again"
                 " with score or pairwise, which costs nothing more"
             )
+        refuse_unused_judge(
+            self.clinic_judge, offline=self.offline, by_server=self.openai is not None
+        )
 
 
 def run_labels(cfg: LabelRun, say: Say) -> Labels | None:
@@ -149,7 +155,7 @@ def open_judge(cfg: LabelRun) -> Judge:
             of money for a model without a price.
     """
     if cfg.openai is None:
-        return open_offline(cfg.offline)
+        return open_offline(cfg.offline, cfg.clinic_judge)
     if cfg.dry_run:  # It sends nothing, and needs no key.
         key = "none"
     else:
@@ -163,9 +169,20 @@ def open_judge(cfg: LabelRun) -> Judge:
     return OpenAIJudge(cfg.openai, key=key, spending=cfg.spending or spending_path(cfg.output))
 
 
-def open_offline(name: OfflineName) -> OfflineJudge | TruthJudge:
-    """A judge that needs no server, by its name."""
-    return OfflineJudge() if name == "rubric" else TruthJudge()
+def open_offline(name: OfflineName, clinic_judge: ClinicJudge = EXACT) -> OfflineJudge | TruthJudge:
+    """A judge that needs no server, by its name; the clinic's has these fields."""
+    return OfflineJudge() if name == "rubric" else TruthJudge(clinic_judge)
+
+
+def refuse_unused_judge(
+    clinic_judge: ClinicJudge, *, offline: Literal["auto"] | OfflineName, by_server: bool
+) -> None:
+    """Raise ValueError where fields of the clinic's judge are given, and another one judges."""
+    if clinic_judge == EXACT or (offline != "rubric" and not by_server):
+        return
+    told = ", ".join(f"clinic_judge.{change}" for change in clinic_judge.changes) or "clinic_judge"
+    judge = "a model behind a server" if by_server else "the rubric"
+    raise ValueError(f"{told} is for the clinic's judge alone, and {judge} judges: leave it out")
 
 
 def spending_path(output: str | os.PathLike[str]) -> str:

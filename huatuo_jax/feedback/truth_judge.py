@@ -14,6 +14,9 @@ from huatuo_jax.data.records import Prompt
 from huatuo_jax.feedback.judgements import Protocol, sha256
 from huatuo_jax.feedback.judges import NOTHING, Estimate, Reply
 
+EXACT = ClinicJudge()
+"""The judge without noise and biases, which knows the true disease."""
+
 TRUTHS = (
     "diagnosis_right",
     "asks_when_needed",
@@ -40,14 +43,15 @@ def has_truth(prompt: Prompt) -> bool:
 class TruthJudge:
     """Scores and compares answers by the clinic's table; equal questions get equal verdicts."""
 
-    def __init__(self, judge: ClinicJudge | None = None) -> None:
-        """Takes a judge with planted biases; None for the exact one."""
-        self._judge = judge or ClinicJudge()
+    def __init__(self, judge: ClinicJudge = EXACT) -> None:
+        """Takes a judge, which may have planted biases."""
+        self._judge = judge
 
     @property
     def name(self) -> str:
-        """`clinic-truth-v1`."""
-        return NAME
+        """`clinic-truth-v1`, and what makes it another judge than the exact one."""
+        changes = ", ".join(self._judge.changes)
+        return f"{NAME} ({changes})" if changes else NAME
 
     @property
     def settings(self) -> Mapping[str, Any]:

@@ -85,7 +85,8 @@ def open_held_out(cfg: PpoConfig, tokenizer: "PreTrainedTokenizerBase") -> list[
     assert cfg.judging.judge is not None
     if cfg.judging.judge.base_url is None:
         prompts = [task.prompt for task in tasks]
-        offline = open_offline(cfg.judging.judge.offline_for(prompts))
+        judge = cfg.judging.judge
+        offline = open_offline(judge.offline_for(prompts), judge.clinic_judge)
         for task in tasks:
             offline.estimate(task.prompt, ("", ""))
     return tasks
@@ -286,6 +287,7 @@ class HeldOutJudging:
                     output=str(output),
                     openai=self.server,
                     offline=self._judging.judge.offline_for(task.prompt for task in self.tasks),
+                    clinic_judge=self._judging.judge.clinic_judge,
                     label=LabelConfig(protocol="pairwise", concurrency=self._judging.concurrency),
                     spending=self._judging.spending,
                 ),

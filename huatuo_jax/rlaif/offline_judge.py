@@ -24,13 +24,16 @@ def choose_offline_judge(
         The config, and a line that says who judges, and why.
 
     Raises:
-        ValueError: the clinic's judge is asked for, and a prompt is none that it knows. Or a file
-            of prompts cannot be read.
+        ValueError: the clinic's judge is asked for, or its fields are given, and a prompt is none
+            that it knows. Or a file of prompts cannot be read.
         OSError: a file of prompts is not there.
     """
     judged = list(_judged(cfg, workdir))
     foreign = [place for _, place, prompt in judged if not is_of_clinic(prompt)]
-    chosen = cfg.with_offline_judge("rubric" if foreign or not judged else "clinic")
+    try:
+        chosen = cfg.with_offline_judge("rubric" if foreign or not judged else "clinic")
+    except ValueError as error:
+        raise ValueError(f"config.labels: {error}; {_why(len(judged), foreign)}") from error
     own, judging = cfg.evaluation.judge is not None, chosen.ppo.judging
     judges = {
         "labels": ("labels.offline", None if cfg.labels.base_url else chosen.labels.offline),
@@ -73,9 +76,7 @@ def _judged(cfg: RlaifConfig, workdir: str | os.PathLike[str]) -> Iterator[tuple
 def _told(cfg: RlaifConfig, chosen: RlaifConfig, number: int, foreign: list[str]) -> str:
     if not number:
         return "judge: nothing is judged"
-    why = f"all {number} prompts are the clinic's"
-    if foreign:
-        why = f"{len(foreign)} of {number} prompts are not the clinic's, such as {foreign[0]}"
+    why = _why(number, foreign)
     shown = {
         "clinic": "the clinic's, which knows the truth",
         "rubric": "the rubric, which is fixed",
@@ -84,8 +85,16 @@ def _told(cfg: RlaifConfig, chosen: RlaifConfig, number: int, foreign: list[str]
     assert labels != "auto" and later is not None
     reason = why if cfg.labels.offline == "auto" else f"labels.offline={cfg.labels.offline!r}"
     of_labels = shown[labels]
+    if changes := chosen.labels.clinic_judge.changes:
+        of_labels = f"the clinic's with {', '.join(changes)}"
     if cfg.labels.base_url is not None:
         of_labels = f"{cfg.labels.model or 'the model'} at {cfg.labels.base_url}"
     if of_labels == shown[later]:
         return f"judge: {of_labels} ({reason})"
     return f"judge: of the labels {of_labels}; of later answers {shown[later]} ({reason})"
+
+
+def _why(number: int, foreign: list[str]) -> str:
+    if foreign:
+        return f"{len(foreign)} of {number} prompts are not the clinic's, such as {foreign[0]}"
+    return f"all {number} prompts are the clinic's"

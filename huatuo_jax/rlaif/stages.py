@@ -145,6 +145,7 @@ def _labels(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:
                 output=str(output),
                 openai=reach_judge(section),
                 offline=offline,
+                clinic_judge=section.clinic_judge,
                 label=section.label,
                 comparisons=str(comparisons),
                 comparison=section.comparison,

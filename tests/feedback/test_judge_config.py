@@ -6,7 +6,13 @@ import openai
 import pytest
 
 from huatuo_jax.clinic import dialogues as clinic
+from huatuo_jax.clinic.dialogues import prompts
+from huatuo_jax.clinic.judge import ClinicJudge
+from huatuo_jax.data.records import Message, Prompt
 from huatuo_jax.feedback import judge_config
+from huatuo_jax.feedback.judge_config import JudgeConfig
+from huatuo_jax.training.run_directory import identity
+from huatuo_jax.training.sections import from_section, to_section
 
 KEY = "sk-0123456789abcdef"
 
@@ -80,3 +86,40 @@ def test_auto_is_the_clinics_judge_where_all_prompts_are_of_it_and_else_the_rubr
         assert auto.offline_for([*prompts, foreign]) == "rubric"
     named = judge_config.JudgeConfig(offline="rubric")
     assert named.offline_for(prompts) == "rubric"
+
+
+BIASED = ClinicJudge(length_bias=1.0, self_preference=2.0)
+
+
+def test_the_fields_of_the_clinics_judge_are_a_section_and_decide_results():
+    cfg = JudgeConfig(clinic_judge=BIASED)
+    config = to_section(JudgeConfig())
+    config.clinic_judge.length_bias = 1.0
+    config.clinic_judge.self_preference = 2.0
+    assert from_section(JudgeConfig, config, path="config.labels") == cfg
+    assert identity(cfg)["clinic_judge"]["length_bias"] == 1.0
+    assert identity(cfg) != identity(JudgeConfig())
+    config.clinic_judge.noise = -1.0
+    with pytest.raises(ValueError, match="config.labels.clinic_judge: noise is -1.0"):
+        from_section(JudgeConfig, config, path="config.labels")
+
+
+@pytest.mark.parametrize(
+    ("other", "judge"),
+    [
+        ({"offline": "rubric"}, "the rubric"),
+        ({"base_url": "http://host/v1"}, "a model behind a server"),
+    ],
+)
+def test_fields_of_the_clinics_judge_are_refused_where_another_one_judges(other, judge):
+    with pytest.raises(ValueError, match=f"clinic_judge.length_bias=1.0, .* and {judge} judges"):
+        JudgeConfig(clinic_judge=BIASED, **other)
+    assert JudgeConfig(**other).clinic_judge == ClinicJudge()
+
+
+def test_they_are_refused_where_the_prompts_make_it_the_rubric():
+    cfg = JudgeConfig(clinic_judge=BIASED)
+    own = list(prompts(2, seed=0))
+    assert cfg.offline_for(own) == "clinic"
+    with pytest.raises(ValueError, match="clinic_judge.length_bias=1.0.* the rubric judges"):
+        cfg.offline_for([*own, Prompt("mine", (Message("user", "头疼"),), "mine")])

@@ -89,3 +89,29 @@ def test_what_is_true_of_answers_is_told_by_prompt():
     asked = [v for v in found["truth_asks_when_needed"].values() if v[0] is not None]
     assert asked and all(values == [1.0, 0.0, 0.0] for values in asked)
     assert len(told) + len(asked) == len(PROMPTS)
+
+
+def test_the_labels_and_their_report_name_the_biases_of_the_judge(tmp_path):
+    cfg = LabelRun(
+        answers=_write_answers(tmp_path / "answers.jsonl"),
+        output=str(tmp_path / "labels.jsonl"),
+        offline="clinic",
+        clinic_judge=ClinicJudge(length_bias=50.0, with_reference=False),
+        label=LabelConfig(protocol="pairwise"),
+        comparisons=str(tmp_path / "comparisons.jsonl"),
+    )
+    said = []
+    labels = run_labels(cfg, said.append)
+    name = "clinic-truth-v1 (length_bias=50.0, with_reference=False)"
+    assert {one.judge for one in labels.judgements} == {name}
+    report = json.loads((tmp_path / "labels.jsonl.report.json").read_text(encoding="utf-8"))
+    (part,) = report["judges"]
+    assert part["judge"] == name and any(name in line for line in said)
+    assert part["longer_wins"]["value"] == 1.0
+    pairs = json_lines.read_rows(cfg.comparisons, unfinished="read")
+    assert all(len(one["chosen"]) > len(one["rejected"]) for one in pairs)
+
+
+def test_a_seed_without_noise_makes_no_other_judge():
+    assert TruthJudge(ClinicJudge(seed=3)).name == TruthJudge().name == "clinic-truth-v1"
+    assert TruthJudge(ClinicJudge(seed=3, noise=0.5)).name == "clinic-truth-v1 (noise=0.5, seed=3)"

@@ -6,7 +6,9 @@ import json
 import pytest
 
 from huatuo_jax.clinic import dialogues as clinic
+from huatuo_jax.clinic.judge import ClinicJudge
 from huatuo_jax.feedback.judge_config import JudgeConfig
+from huatuo_jax.feedback.label_command import open_offline
 from huatuo_jax.ppo.judging import JudgingConfig
 from huatuo_jax.rlaif.config import LabelsConfig
 from huatuo_jax.rlaif.offline_judge import choose_offline_judge
@@ -107,3 +109,20 @@ def test_a_model_that_labels_leaves_later_answers_to_the_judge_of_the_prompts(tm
     cfg, told = chosen(tiny_clinic_recipe(), tmp_path / "run", base_url="http://host/v1", model="m")
     assert cfg.evaluation.judge == "clinic"
     assert "of the labels m at http://host/v1; of later answers the clinic's" in told
+
+
+def test_a_biased_judge_labels_and_the_exact_one_evaluates(tmp_path):
+    biased = ClinicJudge(length_bias=1.0)
+    cfg, told = chosen(tiny_clinic_recipe(), tmp_path / "run", clinic_judge=biased)
+    assert cfg.labels.clinic_judge == cfg.ppo.judging.judge.clinic_judge == biased
+    assert told == (
+        "judge: of the labels the clinic's with length_bias=1.0; of later answers the clinic's, "
+        "which knows the truth (all 20 prompts are the clinic's)"
+    )
+    assert open_offline(cfg.evaluation.judge).name == "clinic-truth-v1"
+
+
+def test_fields_of_the_clinics_judge_are_refused_for_prompts_of_someone_else(own_data, tmp_path):
+    with pytest.raises(ValueError, match="config.labels: .*length_bias=1.0.*mine.js") as error:
+        chosen(own_data, tmp_path / "run", clinic_judge=ClinicJudge(length_bias=1.0))
+    assert "\n" not in str(error.value)
