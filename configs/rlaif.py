@@ -19,6 +19,9 @@ Judge: of the clinic's prompts its own, which knows the truth; of others the off
 is no substitute for a judge that reads. `--config.labels.base_url` asks a model behind any
 OpenAI-compatible server, with the key from OPENAI_API_KEY (`--config.labels.model` where the server
 has several).
+PPO: the judge compares held-out answers of the policy with SFT's every few iterations, and
+`ppo/model` holds the policy that it prefers (`--config.ppo.judging.every=2`). What is exported is
+decided by the evaluation; `--config.export.policy=ppo` exports PPO's model in any case.
 Hardware: any CPU.
 Expected (seed 0, six to seven minutes on two cores): held-out loss 7.66 before fine-tuning and 4.95
 after; the reward model agrees with 72 % of the held-out comparisons (length alone: 50 %); PPO's

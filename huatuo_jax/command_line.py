@@ -62,7 +62,9 @@ def _parse_flags(arguments: list[str]) -> list[str]:
     try:
         return app.parse_flags_with_usage(arguments)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        print(f"error: a flag cannot be taken: {' '.join(str(error).split())}", file=sys.stderr)
+        # A KeyError's own text is its argument's repr, line ends and quotes written as escapes.
+        text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+        print(f"error: a flag cannot be taken: {' '.join(text.split())}", file=sys.stderr)
         sys.exit(1)
 
 

@@ -83,3 +83,4 @@ def test_an_override_of_no_field_ends_in_one_line():
     assert done.returncode == 1
     (line,) = done.stderr.strip().splitlines()
     assert line.startswith("error: ") and "batchsize" in line
+    assert "\\" not in line, "no escapes of Python's"

@@ -135,6 +135,11 @@ def _one_of(value: Any, choices: tuple[Any, ...], path: str) -> Any:
     if value is None and type(None) in choices:
         return None
     choices = tuple(choice for choice in choices if choice is not type(None))
+    if all(get_origin(choice) is Literal for choice in choices):
+        right = [one for choice in choices for one in get_args(choice)]
+        if value not in right:
+            raise _mistyped(path, value, f"one of {right}")
+        return value
     if len(choices) == 1:
         return _value(value, choices[0], path)
     for choice in choices:
@@ -142,7 +147,14 @@ def _one_of(value: Any, choices: tuple[Any, ...], path: str) -> Any:
             return _value(value, choice, path)
         except ValueError:
             continue
-    raise _mistyped(path, value, " or ".join(str(choice) for choice in choices))
+    raise _mistyped(path, value, " or ".join(_in_words(choice) for choice in choices))
+
+
+def _in_words(wanted: Any) -> str:
+    """A field's type as a message names it."""
+    if get_origin(wanted) is Literal:
+        return f"one of {list(get_args(wanted))}"
+    return wanted.__name__ if isinstance(wanted, type) else str(wanted)
 
 
 def _mistyped(path: str, value: Any, right: str) -> ValueError:

@@ -70,3 +70,18 @@ def test_a_field_that_is_none_can_be_overridden_in_its_type():
 def test_a_wrong_field_is_named_with_what_would_be_right(section, message):
     with pytest.raises(ValueError, match=message):
         from_section(_Outer, section, path="config")
+
+
+def test_of_several_types_all_that_is_right_is_told_in_words():
+    @dataclasses.dataclass(frozen=True)
+    class Choosing:
+        judge: Literal["auto"] | Literal["rubric", "clinic"] = "auto"
+        limit: int | Literal["none"] = 1
+
+    assert from_section(Choosing, {"judge": "clinic"}, path="config").judge == "clinic"
+    with pytest.raises(
+        ValueError, match=r"^config.judge='x' must be one of \['auto', 'rubric', 'c"
+    ):
+        from_section(Choosing, {"judge": "x"}, path="config")
+    with pytest.raises(ValueError, match=r"^config.limit=1.5 must be int or one of \['none'\]$"):
+        from_section(Choosing, {"limit": 1.5}, path="config")
