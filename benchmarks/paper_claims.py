@@ -17,7 +17,6 @@ own table, after every seed; the third makes a page and a plot of it. Each part 
 `WORKDIR/seed_N/PART`: stopped, the same command goes on.
 """
 
-import dataclasses
 import gc
 import json
 import os
@@ -46,6 +45,8 @@ from paper_claims_parts import (
 
 from huatuo_jax import command_line
 from huatuo_jax.atomic import write_file
+from huatuo_jax.checkpoint.differences import as_json
+from huatuo_jax.clinic.judge import ClinicJudge
 from huatuo_jax.evaluation.stage import write_json
 from huatuo_jax.evaluation.statistics import bootstrap_settings
 from huatuo_jax.rlaif.config import RlaifConfig
@@ -174,6 +175,8 @@ def keep_compiled(workdir: pathlib.Path) -> None:
         folder = os.path.abspath(workdir / "compiled")
         os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
         jax.config.update("jax_compilation_cache_dir", folder)
+        # Small programs are many, and each part has them again.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def figures_of(folder: pathlib.Path, parts: list[Part], *, seed: int) -> figures.SeedFigures:
@@ -279,10 +282,10 @@ def minutes_by_part(steps: list[Step]) -> dict[str, float]:
 def _told(part: Part) -> dict[str, Any]:
     """A part for the figures' file."""
     changes = {
-        name: dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+        name: ", ".join(value.changes) if isinstance(value, ClinicJudge) else value
         for name, value in (part.changes or {}).items()
     }
-    return {"title": part.title, "kinds": list(part.kinds), "changes": changes}
+    return {"title": part.title, "kinds": part.kinds, "changes": as_json(changes, name=part.name)}
 
 
 def _versions() -> dict[str, Any]:
