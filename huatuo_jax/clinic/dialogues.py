@@ -40,7 +40,9 @@ def counts_of_kinds(total: int) -> dict[Kind, int]:
     return found
 
 
-def dialogues(kind: Kind, count: int, *, seed: int, held_out: bool = False) -> Iterator[Dialogue]:
+def dialogues(
+    kind: Kind, count: int, *, seed: int, held_out: bool = False, diseases: int | None = None
+) -> Iterator[Dialogue]:
     """Dialogues of one kind, no two of them alike; fewer are the first of more.
 
     Args:
@@ -48,10 +50,11 @@ def dialogues(kind: Kind, count: int, *, seed: int, held_out: bool = False) -> I
         count: how many.
         seed: other dialogues for another one.
         held_out: other cases, and sentences that stand in no training text.
+        diseases: patients have one of so many, the most common ones; None for all.
     """
     side = "held_out" if held_out else "training"
     for number, (case, messages) in enumerate(
-        _different((side, kind, seed), count, _WRITERS[kind], held_out=held_out), start=1
+        _different((side, kind, seed), count, _WRITERS[kind], diseases, held_out=held_out), start=1
     ):
         yield Dialogue(
             id=f"clinic_{side}_{kind}_{number:04d}",
@@ -62,7 +65,9 @@ def dialogues(kind: Kind, count: int, *, seed: int, held_out: bool = False) -> I
         )
 
 
-def prompts(count: int, *, seed: int, held_out: bool = False) -> Iterator[Prompt]:
+def prompts(
+    count: int, *, seed: int, held_out: bool = False, diseases: int | None = None
+) -> Iterator[Prompt]:
     """What a model is to answer, with the real doctor's answer as the reference.
 
     As many are conversations before the diagnosis as among the paper's real dialogues, the others a
@@ -72,10 +77,11 @@ def prompts(count: int, *, seed: int, held_out: bool = False) -> Iterator[Prompt
         count: how many.
         seed: other prompts for another one.
         held_out: other cases, and sentences that stand in no training text.
+        diseases: patients have one of so many, the most common ones; None for all.
     """
     side = "held_out_prompt" if held_out else "prompt"
     for number, (case, messages) in enumerate(
-        _different((side, seed), count, _prompt, held_out=held_out), start=1
+        _different((side, seed), count, _prompt, diseases, held_out=held_out), start=1
     ):
         yield Prompt(
             id=f"clinic_{side}_{number:04d}",
@@ -91,6 +97,7 @@ def _different(
     key: tuple[object, ...],
     count: int,
     write: Callable[[Writer, Case], list[Message]],
+    diseases: int | None,
     *,
     held_out: bool,
 ) -> Iterator[tuple[Case, list[Message]]]:
@@ -99,7 +106,8 @@ def _different(
     for number in range(1, count + 1):
         for attempt in range(_LAST_TRY):
             draws = Draws(*key, number, attempt)
-            case = draw_case(draws, "-".join(map(str, (*key, number))))
+            name = "-".join(map(str, (*key, number)))
+            case = draw_case(draws, name, diseases=diseases)
             messages = write(Writer(draws, held_out=held_out), case)
             shown = "\n".join(message.content for message in messages[:-1])
             if messages and shown not in seen:

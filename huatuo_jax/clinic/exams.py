@@ -64,17 +64,18 @@ def exam_questions(count: int, *, seed: int) -> Iterator[records.ExamQuestion]:
         )
 
 
-def written_cases(count: int, *, seed: int) -> Iterator[records.Case]:
+def written_cases(count: int, *, seed: int, diseases: int | None = None) -> Iterator[records.Case]:
     """Cases as a doctor writes them down, with the diagnosis, the department and the case itself.
 
     Args:
         count: how many.
         seed: other cases for another one.
+        diseases: patients have one of so many, the most common ones; None for all.
     """
     for number in range(1, count + 1):
         case_id = f"clinic_case_{number:04d}"
         draws = Draws("case", seed, number)
-        case = draw_case(draws, case_id)
+        case = draw_case(draws, case_id, diseases=diseases)
         yield records.Case(
             id=case_id,
             medical_case=_written(draws, case),

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from huatuo_jax.atomic import write_file
 from huatuo_jax.clinic.dialogues import counts_of_kinds, dialogues, prompts
+from huatuo_jax.clinic.diseases import DISEASES
 from huatuo_jax.clinic.exams import exam_questions, written_cases
 from huatuo_jax.clinic.planted import DIFFERENCES, Difference, pairs_that_differ
 
@@ -32,6 +33,8 @@ class ClinicSizes:
         held_out_prompts: to evaluate on.
         cases: written cases, each of them a simulated patient.
         exams: exam questions.
+        diseases: so many different ones the patients have, the most common of the table. Doctors
+            consider all of the table, and exams ask about all.
         pairs: held-out pairs of answers that differ in truth alone, as many in manner, and in
             length.
     """
@@ -42,10 +45,13 @@ class ClinicSizes:
     held_out_prompts: int = 150
     cases: int = 200
     exams: int = 200
+    diseases: int = len(DISEASES)
     pairs: int = 100
 
     def __post_init__(self) -> None:
-        """Refuse less than none."""
+        """Refuse less than none, and diseases that the table does not have."""
+        if not 1 <= self.diseases <= len(DISEASES):
+            raise ValueError(f"diseases is {self.diseases}; it should be 1 to {len(DISEASES)}")
         for field in fields(self):
             if getattr(self, field.name) < 0:
                 raise ValueError(
@@ -131,14 +137,18 @@ def clinic_records(*, seed: int, sizes: ClinicSizes) -> Mapping[str, Iterable[_R
         prefix = HELD_OUT if held_out else ""
         for kind, count in counts_of_kinds(total).items():
             name = f"{prefix}{kind}.jsonl"
-            found[name] = dialogues(kind, count, seed=seed, held_out=held_out)
-    found[PROMPTS] = prompts(sizes.prompts, seed=seed)
-    found[HELD_OUT + PROMPTS] = prompts(sizes.held_out_prompts, seed=seed, held_out=True)
-    found[CASES] = written_cases(sizes.cases, seed=seed)
+            found[name] = dialogues(
+                kind, count, seed=seed, held_out=held_out, diseases=sizes.diseases
+            )
+    found[PROMPTS] = prompts(sizes.prompts, seed=seed, diseases=sizes.diseases)
+    found[HELD_OUT + PROMPTS] = prompts(
+        sizes.held_out_prompts, seed=seed, held_out=True, diseases=sizes.diseases
+    )
+    found[CASES] = written_cases(sizes.cases, seed=seed, diseases=sizes.diseases)
     found[EXAMS] = exam_questions(sizes.exams, seed=seed)
     for difference in DIFFERENCES:
         found[pairs_file(difference)] = pairs_that_differ(
-            difference, sizes.pairs, seed=seed, held_out=True
+            difference, sizes.pairs, seed=seed, held_out=True, diseases=sizes.diseases
         )
     return found
 

@@ -193,7 +193,12 @@ def planted_answers(count: int, *, seed: int, held_out: bool = False) -> Iterato
 
 
 def pairs_that_differ(
-    difference: Difference, count: int, *, seed: int, held_out: bool = False
+    difference: Difference,
+    count: int,
+    *,
+    seed: int,
+    held_out: bool = False,
+    diseases: int | None = None,
 ) -> Iterator[Comparison]:
     """Pairs of answers that differ in one thing alone.
 
@@ -207,6 +212,7 @@ def pairs_that_differ(
         count: how many.
         seed: other pairs for another one.
         held_out: to held-out prompts, in held-out wording.
+        diseases: patients have one of so many, the most common ones; None for all.
 
     Raises:
         ValueError: no such difference, or too few prompts.
@@ -214,7 +220,8 @@ def pairs_that_differ(
     if difference not in DIFFERENCES:
         raise ValueError(f"difference is {difference!r}; it should be in {', '.join(DIFFERENCES)}")
     made = 0
-    for prompt in prompts(2 * count + 20, seed=seed, held_out=held_out):
+    pool = prompts(2 * count + 20, seed=seed, held_out=held_out, diseases=diseases)
+    for prompt in pool:
         draws = Draws("pair", difference, seed, held_out, prompt.id)
         pair = _PAIRS[difference](prompt, draws, held_out)
         if pair is None or made == count:

@@ -288,14 +288,17 @@ def best_accuracy(observations: Iterable[Observation]) -> float:
     return best / len(beliefs)
 
 
-def draw_case(draws: Draws, case_id: str) -> Case:
+def draw_case(draws: Draws, case_id: str, *, diseases: int | None = None) -> Case:
     """A patient of this world.
 
     Args:
         draws: where chance comes from.
         case_id: the name of the case.
+        diseases: the patient has one of so many, the most common ones; None for all.
     """
-    disease = DISEASES[draws.weighted({name: disease.weight for name, disease in DISEASES.items()})]
+    common = sorted(DISEASES, key=lambda name: -DISEASES[name].weight)[:diseases]
+    weights = {name: row.weight for name, row in DISEASES.items() if name in common}
+    disease = DISEASES[draws.weighted(weights)]
     band = draws.weighted(dict(zip(AGE_BANDS, disease.ages, strict=True)))
     low, high = AGE_BANDS[band]
     age = low + draws.below(high - low + 1)

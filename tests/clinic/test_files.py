@@ -11,10 +11,13 @@ import sys
 import pytest
 
 import huatuo_jax
+from huatuo_jax.clinic.diseases import DISEASES
 from huatuo_jax.clinic.files import (
+    EXAMS,
     SETTINGS_FILE,
     ClinicConfig,
     ClinicSizes,
+    clinic_records,
     prepare_clinic,
     write_clinic,
 )
@@ -166,3 +169,22 @@ def test_code_that_changed_and_writes_the_same_bytes_is_no_other_clinic(tmp_path
     (folder / SETTINGS_FILE).write_text(json.dumps(settings))
     prepare_clinic(folder, cfg, in_use=True)
     assert bytes_in(folder) == before
+
+
+def test_patients_have_the_most_common_diseases_where_a_clinic_has_few():
+    sizes = ClinicSizes(**SIZES | {"diseases": 5})
+    weights = sorted((row.weight for row in DISEASES.values()), reverse=True)
+    found = set()
+    for name, rows in clinic_records(seed=0, sizes=sizes).items():
+        for row in rows:
+            if name != EXAMS:
+                record = row.to_json()
+                found.add(record.get("diagnosis") or record["doctor_diagnosis"])
+    assert len(found) == 5
+    assert min(DISEASES[name].weight for name in found) >= weights[4]
+
+
+@pytest.mark.parametrize("number", [0, len(DISEASES) + 1])
+def test_more_diseases_than_the_table_has_are_refused(number):
+    with pytest.raises(ValueError, match=f"diseases is {number}; it should be 1 to"):
+        ClinicSizes(diseases=number)
