@@ -51,11 +51,11 @@ CONTROLS: Mapping[str, Changes] = {
 }
 
 ABLATIONS: Mapping[str, Changes] = {
-    "tie_margin": {"labels.comparison.tie_margin": 0.0},
-    "reward_epochs": {"reward.num_epochs": 1},
+    "balanced_length": {"labels.comparison.max_length_ratio": None},
+    "second_reward_epoch": {"reward.num_epochs": 1},
     "judged_early_stopping": {"ppo.judging": None},
-    "kl_target": {"ppo.target_kl_per_sequence": 8.0},
-    "policy_learning_rate": {"ppo.optimizer.learning_rate": 3e-4},
+    "kl_target": {"ppo.target_kl_per_sequence": 10.0},
+    "small_policy_learning_rate": {"ppo.optimizer.learning_rate": 3e-4},
 }
 """Change -> the fields that undo it alone; one that undoes nothing of the card is left out."""
 

@@ -8,13 +8,13 @@ clinic writes to `clinic/` in the run's folder; `--config.sft.clinic.seed=3` or
 `--config.sft.clinic.sizes.dialogues=4000` take another clinic. Or, after a colon, files of one's
 own, each a source named as its file, a tenth of them held out; then no clinic is written, and the
 tokenizer is that of the sample.
-Expected: 133 steps; the held-out loss falls from 7.6 to 4.9.
+Expected: 3,927 steps in two and a half minutes; the held-out loss falls from 7.65 to .52.
 """
 
 from ml_collections import ConfigDict
 
 from huatuo_jax.backbone.config import BackboneConfig
-from huatuo_jax.clinic.files import TOKENIZER, ClinicConfig
+from huatuo_jax.clinic.files import TOKENIZER, ClinicConfig, ClinicSizes
 from huatuo_jax.data import sample
 from huatuo_jax.data.held_out import HeldOutConfig
 from huatuo_jax.data.sources import source_names
@@ -31,7 +31,7 @@ BACKBONE = BackboneConfig(
     vocab_size=2048,
     hidden_size=128,
     intermediate_size=352,
-    num_layers=4,
+    num_layers=2,
     num_heads=4,
     num_kv_heads=2,
     head_dim=32,
@@ -51,15 +51,15 @@ def get_config(files: str = "") -> ConfigDict:
         clinic, tokenizer = None, sample.FOLDER / "tokenizer"
     else:
         sources = clinic_sources()
-        clinic, tokenizer = ClinicConfig(), TOKENIZER
+        clinic, tokenizer = ClinicConfig(sizes=ClinicSizes(dialogues=6_000)), TOKENIZER
     sft = SftConfig(
         model=ModelConfig(backbone=BACKBONE, tokenizer=str(tokenizer)),
         clinic=clinic,
         data=DataConfig(sources=sources, row_length=512, held_out=HeldOutConfig(share=0.1)),
-        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_share=0.05),
-        num_epochs=5,
-        batch_size=4,
+        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_share=0.05, beta2=0.99),
+        num_epochs=3,
+        batch_size=1,  # So small a model learns more of many small steps than of few large ones.
         samples=SamplesConfig(num_prompts=4),
-        loop=LoopConfig(evaluate_every=20, checkpoint_every=20, log_every=5),
+        loop=LoopConfig(evaluate_every=500, checkpoint_every=500, log_every=50),
     )
     return ConfigDict({"stages": ("sft",), "sft": to_section(sft)})

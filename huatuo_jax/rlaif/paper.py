@@ -14,6 +14,7 @@ from huatuo_jax.evaluation.config import EvaluationConfig
 from huatuo_jax.feedback.labelling import LabelConfig
 from huatuo_jax.generation.requests import SamplingConfig
 from huatuo_jax.ppo.config import PpoConfig, PpoLoopConfig, RolloutConfig, ScoreConfig, ValueConfig
+from huatuo_jax.ppo.judging import JudgingConfig
 from huatuo_jax.ppo.prompts import PromptsConfig as PpoPrompts
 from huatuo_jax.reward.config import RewardConfig
 from huatuo_jax.rlaif.config import AnswersConfig, LabelsConfig, PromptsConfig, RlaifConfig
@@ -182,6 +183,7 @@ def _ppo(template: str, generation: MeshConfig) -> PpoConfig:
         gae_lambda=0.95,
         num_epochs=3,
         num_iterations=400,
+        judging=JudgingConfig(every=20, num_prompts=100),
         compute=COMPUTE,
         loop=PpoLoopConfig(checkpoint_every=20),
     )
