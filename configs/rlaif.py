@@ -87,7 +87,7 @@ def get_config() -> ConfigDict:
         labels=LabelsConfig(comparison=ComparisonConfig(max_length_ratio=1.0)),
         reward=_reward(),
         ppo=_ppo(),
-        evaluation=EvaluationConfig(num_samples=4, max_new_tokens=ANSWER_TOKENS),
+        evaluation=EvaluationConfig(num_samples=2, best_of_n=4, max_new_tokens=ANSWER_TOKENS),
     )
     return to_section(config)
 
@@ -135,7 +135,7 @@ def _ppo() -> PpoConfig:
         score=ScoreConfig(clip=5.0),
         kl_coef=0.03,
         target_kl_per_sequence=5.0,
-        num_iterations=30,
+        num_iterations=20,
         num_epochs=2,
         num_minibatches=2,
         judging=JudgingConfig(every=5, num_prompts=64, num_samples=2, patience=2),

@@ -156,8 +156,6 @@ def _verdict_of_truth(evaluation: Mapping[str, Any]) -> str:
     if worse:
         fell = "Reward rose and truth fell" if rose else "Truth fell"
         parts = [f"<strong>{fell}:</strong> PPO {', '.join(worse)} than SFT."]
-        if rose:
-            parts.append("What it gained is the reward model's alone.")
         if better:
             parts.append(f"It {', '.join(better)}.")
         return " ".join(parts)
