@@ -62,10 +62,19 @@ def _parse_flags(arguments: list[str]) -> list[str]:
     try:
         return app.parse_flags_with_usage(arguments)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        # A KeyError's own text is its argument's repr, line ends and quotes written as escapes.
-        text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
-        print(f"error: a flag cannot be taken: {' '.join(text.split())}", file=sys.stderr)
+        print(f"error: a flag cannot be taken: {' '.join(_text(error).split())}", file=sys.stderr)
         sys.exit(1)
+
+
+def _text(error: BaseException) -> str:
+    """What an error says, or the error that it was made of.
+
+    A KeyError's own text is its argument's repr, line ends and quotes written as escapes.
+    """
+    (first, *more) = error.args or ("",)
+    if isinstance(first, BaseException) and not more:
+        return _text(first)
+    return str(first if isinstance(error, KeyError) else error)
 
 
 def terminal_width() -> int | None:

@@ -90,7 +90,7 @@ def test_a_stage_that_is_not_there_is_named():
 
 def test_rows_that_the_mesh_does_not_divide_are_refused():
     with pytest.raises(
-        ValueError, match=r"config\.sft\.micro_batch_size=4 rows must be a multiple"
+        ValueError, match=r"config\.sft\.micro_batch_size=1 rows must be a multiple"
     ):
         programs_of(config("sft"), jax.devices())
 
