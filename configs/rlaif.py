@@ -29,7 +29,7 @@ to 72), the reference in all. The reward model agrees with 61 % of the held-out 
 alone: 49 %), but with the truth in 55 of 100 pairs that differ in nothing else, and with the
 friendlier manner in 97: so PPO gains .75 of reward (.61 to .88) at a KL of 1.9 nats an answer, the
 judge asked anew prefers it to SFT (58 of 100, 54 to 63), and it names the right disease in 60 of
-100 (difference -.05, -.10 to .00). That is what the report is for.
+100 (difference -.05, -.10 to .00). One seed, and the settings were chosen on these prompts.
 """
 
 from ml_collections import ConfigDict
