@@ -49,8 +49,8 @@ from huatuo_jax.checkpoint.differences import as_json
 from huatuo_jax.clinic.judge import ClinicJudge
 from huatuo_jax.evaluation.stage import write_json
 from huatuo_jax.evaluation.statistics import bootstrap_settings
+from huatuo_jax.report.run import read_json
 from huatuo_jax.rlaif.config import RlaifConfig
-from huatuo_jax.rlaif.export import read_json
 from huatuo_jax.rlaif.journal import Journal
 from huatuo_jax.rlaif.recipe import run_rlaif
 from huatuo_jax.training.loop import Diverged
@@ -143,10 +143,10 @@ def size_changes() -> dict[str, Any]:
 
 
 def run_step(step: Step, cfg: RlaifConfig) -> None:
-    """Runs a part's recipe, or goes on with it, or finds it finished.
+    """Runs a part's recipe, resuming it; returns at once if it already finished.
 
     Raises:
-        ValueError: a training stage's steps were not finite, or a config that cannot be.
+        ValueError: a training stage diverged, or the config is invalid.
     """
     both = step.folder.parent / BOTH
     updates = None if step.part.name == BOTH else sft_updates(both)

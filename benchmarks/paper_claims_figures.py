@@ -15,11 +15,12 @@ import scipy.stats
 from paper_claims_parts import BOTH, Part
 
 from huatuo_jax.evaluation.judging import judge_pairs, score_answers, truth_values
-from huatuo_jax.evaluation.statistics import Values, mean_difference
+from huatuo_jax.evaluation.statistics import mean_difference
+from huatuo_jax.feedback.intervals import Values
 from huatuo_jax.feedback.questions import Answered, read_answered
 from huatuo_jax.feedback.truth_judge import TruthJudge
 from huatuo_jax.feedback.win_rates import win_rates
-from huatuo_jax.rlaif.export import read_json
+from huatuo_jax.report.run import read_json
 
 Verdict = Literal["holds", "does not hold", "undecided"]
 Figures = dict[str, Any]

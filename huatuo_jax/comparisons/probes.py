@@ -43,7 +43,7 @@ def open_probe(
         The pairs by prompt, and what became of all rows.
 
     Raises:
-        ValueError: a file that cannot be read, or too many pairs that do not fit.
+        ValueError: a file is not readable, or too many pairs exceed `max_length`.
     """
     account = Account("comparisons")
     told = []

@@ -72,7 +72,7 @@ class Account:
         self.used[purpose] += number
 
     def leave_out(self, reason: str, place: str, detail: str = "") -> None:
-        """Counts a record that cannot be used, with `file:line` of its row."""
+        """Counts an unusable record, with `file:line` of its row."""
         self.records += 1
         self.left_out[reason] += 1
         self._show(reason, f"{place}: {detail}" if detail else place)

@@ -57,7 +57,7 @@ def dialogue_text(messages: Sequence[Message]) -> str:
 def chosen_by_content(
     items: Sequence[Item], limit: int | None, *, text: Callable[[Item], str]
 ) -> list[Item]:
-    """At most so many in the order given; which ones is told by their content.
+    """Selects at most `limit` items by a hash of their text, in the order given.
 
     Args:
         items: to choose from.

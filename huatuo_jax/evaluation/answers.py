@@ -11,7 +11,7 @@ import numpy as np
 from huatuo_jax import multi_host
 from huatuo_jax.data.readers import read_prompts
 from huatuo_jax.evaluation.config import EvaluationConfig
-from huatuo_jax.evaluation.statistics import Values
+from huatuo_jax.feedback.intervals import Values
 from huatuo_jax.feedback.questions import Answered, read_answered
 from huatuo_jax.generation.bulk import BulkConfig, run_bulk
 from huatuo_jax.generation.requests import SamplingConfig

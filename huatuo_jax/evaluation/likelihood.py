@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from huatuo_jax.backbone.config import ComputeConfig
 from huatuo_jax.backbone.transformer import Transformer
 from huatuo_jax.checkpoint import models
-from huatuo_jax.evaluation.statistics import Values
+from huatuo_jax.feedback.intervals import Values
 from huatuo_jax.scoring import GivenAnswer, Scorer
 from huatuo_jax.sft import evaluation_numbers, token_loss
 from huatuo_jax.training.dialogue_data import DialogueData

@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
 from huatuo_jax.evaluation.best_of_n import BEST_OF_N, kl_upper_bound
+from huatuo_jax.feedback.truth_judge import TRUTHS
 
 Candidate = Literal["base", "sft", "best_of_n", "ppo"]
 CANDIDATES: tuple[Candidate, ...] = get_args(Candidate)
@@ -35,14 +36,6 @@ COMPARED = (
 LEAST_PROMPTS = 20
 """A bootstrap's interval over fewer prompts is too narrow: of judges without a preference up to one
 in twelve would seem to have one with 4 prompts, one in thirty with 20 (one in forty is meant)."""
-
-TRUTHS: Mapping[str, tuple[str, bool]] = {
-    "diagnosis_right": ("names the right disease", True),
-    "asks_when_needed": ("asks back where it is needed", True),
-    "contraindicated": ("orders what the patient must not have", False),
-    "red_flag_missed": ("misses an emergency", False),
-}
-"""What is true of an answer: in words, and whether more of it is better."""
 
 
 class Decision(NamedTuple):

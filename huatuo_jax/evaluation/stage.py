@@ -24,7 +24,7 @@ from huatuo_jax.evaluation.config import EvaluationConfig
 from huatuo_jax.evaluation.judging import judge_pairs, score_answers, truth_values
 from huatuo_jax.evaluation.likelihood import held_out_loss, sequence_kl
 from huatuo_jax.evaluation.release import COMPARED, release
-from huatuo_jax.evaluation.statistics import Interval, Values
+from huatuo_jax.feedback.intervals import Interval, Values, mean_over_prompts
 from huatuo_jax.feedback.label_command import open_offline
 from huatuo_jax.feedback.offline_judge import OfflineJudge
 from huatuo_jax.feedback.truth_judge import TruthJudge
@@ -162,7 +162,7 @@ def compare(
         "bootstrap": statistics.bootstrap_settings(seed),
         "models": {
             name: {
-                field: _json(statistics.mean_over_prompts(values, seed=seed))
+                field: _json(mean_over_prompts(values, seed=seed))
                 for field, values in found.items()
             }
             | {
@@ -239,7 +239,7 @@ def _less(values: Sequence[float | None], others: Sequence[float | None]) -> lis
 
 
 def _kl(ratios: Values, num_tokens: int, *, seed: int) -> dict[str, Any]:
-    per_sequence = statistics.mean_over_prompts(ratios, seed=seed)
+    per_sequence = mean_over_prompts(ratios, seed=seed)
     total = sum(one for one in itertools.chain(*ratios.values()) if one is not None)
     return {
         "per_sequence": _json(per_sequence),

@@ -14,21 +14,8 @@ from huatuo_jax.feedback.intervals import (
     Interval,
     Values,
     interval_of,
-    mean_over_prompts,
     prompt_means,
 )
-
-__all__ = [
-    "NGRAMS",
-    "Interval",
-    "Values",
-    "bootstrap_settings",
-    "distinct",
-    "mean_difference",
-    "mean_over_prompts",
-    "prompt_means",
-    "slope_within_prompts",
-]
 
 NGRAMS = (1, 2)
 

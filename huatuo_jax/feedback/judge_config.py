@@ -62,7 +62,7 @@ class JudgeConfig:
     prices: str | None = operational(None)
 
     def __post_init__(self) -> None:
-        """Raise ValueError where the judge cannot be, or is told what the offline one ignores."""
+        """Raise ValueError for an invalid judge, or fields that an offline one ignores."""
         if self.base_url is None:
             for name in ("model", "max_cost", "max_requests"):
                 if getattr(self, name) is not None:

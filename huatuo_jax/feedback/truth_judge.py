@@ -17,13 +17,13 @@ from huatuo_jax.feedback.judges import NOTHING, Estimate, Reply
 EXACT = ClinicJudge()
 """The judge without noise and biases, which knows the true disease."""
 
-TRUTHS = (
-    "diagnosis_right",
-    "asks_when_needed",
-    "contraindicated",
-    "red_flag_missed",
-)
-"""What `truths` tells of an answer."""
+TRUTHS: Mapping[str, tuple[str, bool]] = {
+    "diagnosis_right": ("names the right disease", True),
+    "asks_when_needed": ("asks back where it is needed", True),
+    "contraindicated": ("orders what the patient must not have", False),
+    "red_flag_missed": ("misses an emergency", False),
+}
+"""What `truths` tells of an answer: in words, and whether more of it is better."""
 
 
 def is_of_clinic(prompt: Prompt) -> bool:

@@ -291,7 +291,7 @@ class HeldOutJudging:
                     label=LabelConfig(protocol="pairwise", concurrency=self._judging.concurrency),
                     spending=self._judging.spending,
                 ),
-                lambda line: None,  # One line a judging is told, once it is done.
+                lambda line: None,  # The loop prints one line per judging.
             )
             assert labels is not None
             verdicts |= verdicts_of(labels.judgements, one=1, other=0)

@@ -7,7 +7,7 @@ from huatuo_jax.clinic.findings import Findings, find, truth_of
 from huatuo_jax.clinic.situations import Situation, conditions_against, situation
 from huatuo_jax.data.records import Prompt, is_empty
 from huatuo_jax.feedback.truth_judge import is_of_clinic
-from huatuo_jax.report.markup import paragraph, section, text
+from huatuo_jax.report.markup import paragraph, section, text, turns
 from huatuo_jax.report.run import Run
 
 SECTION = "consultations"
@@ -130,19 +130,14 @@ def _diagnosis(prompt: Prompt, found: Findings) -> list[Remark]:
 def _consultation(
     kind: Situation, prompt: Prompt, records: Mapping[str, Mapping[str, Mapping[str, Any]]]
 ) -> str:
-    speakers = {"user": "Patient", "assistant": "Doctor"}
-    turns = "".join(
-        f'<p class="turn"><b>{speakers[turn.role]}</b>{text(turn.content)}</p>'
-        for turn in prompt.messages
-        if turn.role != "system"
-    )
+    asked = turns((turn.role, turn.content) for turn in prompt.messages)
     boxes = "".join(
         _box(SHOWN[name], prompt, found[prompt.id]["answers"][0]["text"])
         for name, found in records.items()
         if prompt.id in found
     )
     title = f"<h3>{_TITLES[kind]}</h3>"
-    return f'<div class="prompt">{title}{turns}<div class="answers">{boxes}</div></div>'
+    return f'<div class="prompt">{title}{asked}<div class="answers">{boxes}</div></div>'
 
 
 def _box(name: str, prompt: Prompt, answer: str) -> str:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from huatuo_jax.feedback.truth_judge import TRUTHS
 from huatuo_jax.report.markup import (
     bounds,
     card,
@@ -23,13 +24,8 @@ _MODELS = {
     "reference": "reference answers",
 }
 _TRUTH = "truth_diagnosis_right"
-# What is true of answers, in words between "PPO" and "more often", and whether more is better.
-_TRUTHS = {
-    _TRUTH: ("names the right disease", True),
-    "truth_asks_when_needed": ("asks where it has to", True),
-    "truth_contraindicated": ("orders what the patient must not have", False),
-    "truth_red_flag_missed": ("misses an emergency", False),
-}
+# The evaluation's fields.
+_TRUTHS = {f"truth_{name}": found for name, found in TRUTHS.items()}
 
 
 def headline(run: Run) -> str:

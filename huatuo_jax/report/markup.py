@@ -98,6 +98,18 @@ def paragraph(*sentences: str) -> str:
     return f"<p>{' '.join(sentences)}</p>"
 
 
+def turns(messages: Iterable[tuple[str, str]]) -> str:
+    """The turns of a prompt, each a role and a text; the system's is left out."""
+    return "".join(
+        f'<p class="turn"><b>{_SPEAKERS[role]}</b>{text(said)}</p>'
+        for role, said in messages
+        if role != "system"
+    )
+
+
+_SPEAKERS = {"user": "Patient", "assistant": "Doctor"}
+
+
 def figures(*drawn: tuple[str, str]) -> str:
     """Plots side by side where there is room, each with its caption."""
     shown = "".join(

@@ -14,6 +14,7 @@ from huatuo_jax.report.markup import (
     section,
     table,
     text,
+    turns,
 )
 from huatuo_jax.report.run import MODELS, Rows, Run
 
@@ -298,17 +299,13 @@ def answers(run: Run, *, num_prompts: int) -> str:
     wanted = [ids[index * len(ids) // num_prompts] for index in range(min(num_prompts, len(ids)))]
     for prompt_id in dict.fromkeys(wanted):
         record = by_id["ppo"][prompt_id]
-        turns = "".join(
-            f'<p class="turn"><b>{text(_SPEAKERS[turn["role"]])}</b>{text(turn["content"])}</p>'
-            for turn in record["messages"]
-            if turn["role"] != "system"
-        )
+        asked = turns((turn["role"], turn["content"]) for turn in record["messages"])
         boxes = "".join(
             _answer(NAMES[name], found[prompt_id])
             for name, found in by_id.items()
             if prompt_id in found
         )
-        shown.append(f'<div class="prompt">{turns}<div class="answers">{boxes}</div></div>')
+        shown.append(f'<div class="prompt">{asked}<div class="answers">{boxes}</div></div>')
     if not shown:
         return ""
     told = paragraph(
@@ -316,9 +313,6 @@ def answers(run: Run, *, num_prompts: int) -> str:
         "their looks. None of this is medical advice."
     )
     return section("answers", "Answers side by side", told, *shown)
-
-
-_SPEAKERS = {"user": "Patient", "assistant": "Doctor"}
 
 
 def _answer(name: str, record: Mapping[str, Any]) -> str:

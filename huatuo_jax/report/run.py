@@ -80,6 +80,20 @@ def read_run(folder: pathlib.Path) -> Run:
     )
 
 
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """A file of the run.
+
+    Raises:
+        ValueError: it is no JSON.
+        OSError: it cannot be read.
+    """
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error})") from error
+    return found
+
+
 def _dialogues(folder: pathlib.Path, config: dict[str, Any]) -> dict[str, Any] | None:
     if "sft" not in config:
         return None
@@ -103,13 +117,7 @@ def _accounts(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
 
 
 def _json(path: pathlib.Path) -> dict[str, Any] | None:
-    if not path.exists():
-        return None
-    try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error})") from error
-    return found
+    return read_json(path) if path.exists() else None
 
 
 def _rows(path: pathlib.Path) -> Rows:

@@ -131,7 +131,7 @@ def probe_report(
     """How often the `chosen` side of a probe's pairs gets the higher of two raw scores.
 
     Args:
-        groups: of `comparisons.data.open_probe`, at least one.
+        groups: of `comparisons.probes.open_probe`, at least one.
         scores: of `all_answers(groups)`, in their order.
         probe: what it measures.
         slope: of the length-only model, from `length_slope`.

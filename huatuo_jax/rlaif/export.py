@@ -18,6 +18,7 @@ from huatuo_jax.checkpoint.hf_export_config import exported_layout
 from huatuo_jax.checkpoint.models import ModelInfo
 from huatuo_jax.checkpoint.verify import Agreement, compare_with_transformers
 from huatuo_jax.evaluation.release import Candidate
+from huatuo_jax.report.run import read_json
 from huatuo_jax.reward.export import CARD_FILE, export_reward_model
 from huatuo_jax.rl.rewards import AnswerScoreConfig
 from huatuo_jax.rlaif.config import RELEASED, ExportConfig, RlaifConfig
@@ -130,20 +131,6 @@ def policy_card(chosen: Policy) -> str:
         ]
     lines += ["A model of this run is no doctor, and nothing it says is medical advice."]
     return "\n".join(lines) + "\n"
-
-
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """A file of the run.
-
-    Raises:
-        ValueError: it is no JSON.
-        OSError: it cannot be read.
-    """
-    try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error})") from error
-    return found
 
 
 _TITLES: Mapping[Candidate | Literal["folder"], str] = {

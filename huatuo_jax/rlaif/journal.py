@@ -10,6 +10,7 @@ from typing import Any, TypedDict
 
 from huatuo_jax.atomic import write_file
 from huatuo_jax.checkpoint.differences import as_json, differences
+from huatuo_jax.report.run import read_json
 
 JOURNAL_FILE = "recipe.json"
 
@@ -50,10 +51,7 @@ class Journal:
         self._path, self._writes = pathlib.Path(workdir) / JOURNAL_FILE, writes
         self.stages: dict[str, Entry] = {}
         if self._path.exists():
-            try:
-                self.stages = json.loads(self._path.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise ValueError(f"{self._path} is no JSON ({error})") from error
+            self.stages = read_json(self._path)
 
     def is_finished(self, name: str) -> bool:
         """Whether a stage is."""

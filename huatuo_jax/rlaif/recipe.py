@@ -16,9 +16,10 @@ from ml_collections import ConfigDict
 from huatuo_jax import multi_host
 from huatuo_jax.atomic import write_file
 from huatuo_jax.feedback.judge_config import reach_judge
+from huatuo_jax.report.run import read_json
 from huatuo_jax.rlaif.checks import check_inputs
 from huatuo_jax.rlaif.config import HELD_OUT_FILE, JUDGED_FILE, RlaifConfig
-from huatuo_jax.rlaif.export import RELEASE_FILE, read_json
+from huatuo_jax.rlaif.export import RELEASE_FILE
 from huatuo_jax.rlaif.journal import Journal
 from huatuo_jax.rlaif.offline_judge import choose_offline_judge
 from huatuo_jax.rlaif.prompts import (

@@ -5,16 +5,16 @@ import itertools
 import numpy as np
 import pytest
 
+from huatuo_jax.clinic import dialogues as clinic
 from huatuo_jax.evaluation.release import (
     CANDIDATES,
     COMPARED,
     LEAST_PROMPTS,
-    TRUTHS,
     decide,
     release,
 )
-from huatuo_jax.evaluation.statistics import mean_over_prompts
-from huatuo_jax.feedback import truth_judge
+from huatuo_jax.feedback.intervals import mean_over_prompts
+from huatuo_jax.feedback.truth_judge import TRUTHS, TruthJudge
 
 EVEN = (0.5, 0.4, 0.6)
 BETTER = (0.7, 0.6, 0.8)
@@ -185,7 +185,9 @@ def figures(*, pick="ppo", **truths):
 
 
 def test_the_truths_are_those_that_the_judge_tells():
-    assert tuple(TRUTHS) == truth_judge.TRUTHS
+    (prompt,) = clinic.prompts(1, seed=0)
+    told = TruthJudge().truths(prompt, prompt.reference)
+    assert tuple(told) == tuple(TRUTHS)
 
 
 def test_truth_stands_beside_the_pick_and_a_loss_of_it_is_a_warning():
