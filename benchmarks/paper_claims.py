@@ -15,14 +15,20 @@ The second line tells what each setting of `configs/rlaif.py` contributes: each 
 from the same SFT model, prompts, answers and number of verdicts. Both write to `--output`, each its
 own table, after every seed; the third makes a page and a plot of it. Each part is a recipe in
 `WORKDIR/seed_N/PART`: stopped, the same command goes on.
+
+Models this small do not keep two cores busy. Two processes, each with half of the `--seeds` and an
+`--output` of its own, take less time; the command with all seeds then finds every part finished and
+writes the whole table.
 """
 
+import datetime
 import gc
 import json
+import math
 import os
 import pathlib
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -60,7 +66,7 @@ from huatuo_jax.training.sections import to_section
 
 SIZES: Mapping[str, tuple[str, int | None]] = {
     "dialogues": ("clinic.sizes.dialogues", None),
-    "prompts": ("clinic.sizes.prompts", 300),
+    "prompts": ("clinic.sizes.prompts", 600),
     "held_out_prompts": ("clinic.sizes.held_out_prompts", None),
     "sft_epochs": ("sft.num_epochs", None),
     "answers": ("answers.num_samples", None),
@@ -70,7 +76,7 @@ SIZES: Mapping[str, tuple[str, int | None]] = {
 """Flag -> the field it sets, and its default; None leaves the card's value."""
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/paper_claims", "Folder of all runs.")
-_SEEDS = flags.DEFINE_integer("seeds", 5, "So many, from 0.", lower_bound=1)
+_SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2", "3", "4"], "Seeds, separated by commas.")
 _TABLE = flags.DEFINE_enum("table", "claims", ["claims", "contributions"], "What is run.")
 _PARTS = flags.DEFINE_list("parts", None, "Parts of the table to run; `both` always is.")
 _OUTPUT = flags.DEFINE_string(
@@ -108,7 +114,8 @@ def main() -> None:
     parts = chosen_parts(parts, _PARTS.value)
     workdir = pathlib.Path(_WORKDIR.value)
     keep_compiled(workdir)
-    steps = steps_of(parts, cfg, workdir, num_seeds=_SEEDS.value)
+    seeds = read_seeds(_SEEDS.value)
+    steps = steps_of(parts, cfg, workdir, seeds=seeds)
     found: dict[int, figures.SeedFigures] = {}
     for number, step in enumerate(steps):
         print(f"[{number + 1} of {len(steps)}] {time_told(steps, number)}", flush=True)
@@ -116,17 +123,31 @@ def main() -> None:
         if step.part is parts[-1]:
             found[step.seed] = figures_of(step.folder.parent, parts, seed=step.seed)
             write_table(output, table(found, parts, cfg, steps[: number + 1], undone))
-            print(f"written: {output}, {len(found)} of {_SEEDS.value} seeds", flush=True)
+            print(f"written: {output}, {len(found)} of {len(seeds)} seeds", flush=True)
+
+
+def read_seeds(values: Sequence[str]) -> list[int]:
+    """The seeds of the flag, each once.
+
+    Raises:
+        ValueError: one that is no whole number from 0, or one given twice, or none.
+    """
+    if not values or not all(value.isdecimal() for value in values):
+        raise ValueError(f"--seeds={','.join(values)} must be whole numbers, such as 0,1,2,3,4")
+    seeds = [int(value) for value in values]
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"--seeds={','.join(values)}: a seed stands there twice")
+    return seeds
 
 
 def steps_of(
-    parts: list[Part], cfg: RlaifConfig, workdir: pathlib.Path, *, num_seeds: int
+    parts: list[Part], cfg: RlaifConfig, workdir: pathlib.Path, *, seeds: Sequence[int]
 ) -> list[Step]:
     """All parts of all seeds; a seed's parts stand together, `both` before its branches."""
     stages = {part.name: recipe_of(part, cfg, workdir, sft_steps=1).stages for part in parts}
     return [
         Step(seed, part, workdir / f"seed_{seed}" / part.name, stages[part.name])
-        for seed in range(num_seeds)
+        for seed in seeds
         for part in parts
     ]
 
@@ -203,6 +224,7 @@ def table(
         "settings": _without_places(identity(cfg)),
         "tiny": _TINY.value,
         "minutes": minutes_by_part(steps),
+        "minutes_in_all": minutes_in_all(steps),
         "versions": _versions(),
         "intervals": {
             "of_a_seed": bootstrap_settings(seed=0) | {"seed": "that of the clinic"},
@@ -277,6 +299,21 @@ def minutes_by_part(steps: list[Step]) -> dict[str, float]:
         minutes = sum(stage_seconds(step.folder).values()) / 60
         found.setdefault(step.part.name, []).append(minutes)
     return {name: round(statistics.mean(minutes), 2) for name, minutes in found.items()}
+
+
+def minutes_in_all(steps: list[Step]) -> float:
+    """How long anything was running; stages that ran at the same time count once."""
+    spans = []
+    for step in steps:
+        for one in Journal(step.folder, writes=False).stages.values():
+            if one["finished"] is not None:
+                end = datetime.datetime.fromisoformat(one["finished"]).timestamp()
+                spans.append((end - one["seconds"], end))
+    seconds, reached = 0.0, -math.inf
+    for start, end in sorted(spans):
+        seconds += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return round(seconds / 60, 1)
 
 
 def _told(part: Part) -> dict[str, Any]:

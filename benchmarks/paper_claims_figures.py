@@ -45,7 +45,7 @@ KEPT: Mapping[str, float] = {"friendliness": 0.25, "diagnosis_accuracy": 0.05}
 
 
 class Model(NamedTuple):
-    """A model of a part: `sft` or `ppo`."""
+    """A model of a part: `sft`, `best_of_n` (of SFT's answers) or `ppo`."""
 
     part: str
     model: str
@@ -75,7 +75,7 @@ class Claim(NamedTuple):
     conditions: tuple[Condition, ...]
 
 
-SFT, PPO = Model(BOTH, "sft"), Model(BOTH, "ppo")
+SFT, BEST, PPO = (Model(BOTH, name) for name in ("sft", "best_of_n", "ppo"))
 CLAIMS = (
     Claim(
         "both_over_distilled",
@@ -174,7 +174,7 @@ def verdict_of_all(verdicts: Sequence[Verdict]) -> Verdict:
 def pairs_of_claims() -> list[tuple[Model, Model]]:
     """Which models are compared, each two once."""
     claimed = [(one.one, one.other) for claim in CLAIMS for one in claim.conditions]
-    return list(dict.fromkeys([*GAINS, *claimed, *CONTROL_PAIRS]))
+    return list(dict.fromkeys([*GAINS, (BEST, SFT), (PPO, BEST), *claimed, *CONTROL_PAIRS]))
 
 
 def pairs_of_contributions(parts: Sequence[Part]) -> list[tuple[Model, Model]]:

@@ -12,7 +12,12 @@ if TYPE_CHECKING:
 
 Row = Mapping[str, Any]
 
-MODELS = {"sft": "SFT", "ppo": "SFT, then RLAIF", "reference": "the doctor's own answers"}
+MODELS = {
+    "sft": "SFT",
+    "best_of_n": "SFT, best of n by the reward model",
+    "ppo": "SFT, then RLAIF",
+    "reference": "the doctor's own answers",
+}
 COLUMNS = {
     "diagnosis_accuracy": "right diagnosis",
     "informativeness": "informative",
@@ -232,7 +237,6 @@ def _made_with(table: Mapping[str, Any]) -> str:
     packages = ", ".join(f"{name} {version}" for name, version in versions["packages"].items())
     seeds = max((f["num_seeds"] for row in table["rows"] for f in _known(row)), default=0)
     tiny = "**Sizes to try it out: these figures say nothing.** " if table["tiny"] else ""
-    minutes = sum(table["minutes"].values()) * seeds
     return (
         f"{tiny}{seeds} seeds, each with a clinic of its own: {sizes['dialogues']} dialogues, "
         f"{sizes['prompts']} prompts with {settings['answers']['num_samples']} answers each to "
@@ -243,8 +247,9 @@ def _made_with(table: Mapping[str, Any]) -> str:
         f"Figures of a seed have the interval of a bootstrap over prompts; figures over seeds are "
         f"the mean with the "
         f"95 % interval of Student's t. A condition holds where its interval lies above the bound, "
-        f"does not hold where it lies below, and is undecided otherwise. {minutes:.0f} minutes in "
-        f"all on {versions['cores']} cores ({versions['devices']['kind']}); Python "
+        f"does not hold where it lies below, and is undecided otherwise. "
+        f"{table['minutes_in_all']:.0f} minutes in all on {versions['cores']} cores "
+        f"({versions['devices']['kind']}); Python "
         f"{versions['python']}, {packages}, commit {versions['git_commit']}."
     )
 
@@ -314,7 +319,12 @@ def _line(cells: Sequence[str]) -> str:
 
 def _dots(axes: "Axes", rows: Sequence[Row], name: str, title: str) -> None:
     """A row of the table a line: its seeds, and the mean with its interval."""
-    colours = {"sft": "#3a6ea5", "ppo": "#0b6e69", "reference": "#8a94a0"}
+    colours = {
+        "sft": "#3a6ea5",
+        "best_of_n": "#b0682a",
+        "ppo": "#0b6e69",
+        "reference": "#8a94a0",
+    }
     for place, row in enumerate(rows):
         figure = row["figures"][name]
         if figure is None:

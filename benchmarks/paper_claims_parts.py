@@ -54,7 +54,6 @@ ABLATIONS: Mapping[str, Changes] = {
     "balanced_length": {"labels.comparison.max_length_ratio": None},
     "second_reward_epoch": {"reward.num_epochs": 1},
     "judged_early_stopping": {"ppo.judging": None},
-    "kl_target": {"ppo.target_kl_per_sequence": 10.0},
     "small_policy_learning_rate": {"ppo.optimizer.learning_rate": 3e-4},
 }
 """Change -> the fields that undo it alone; one that undoes nothing of the card is left out."""
@@ -132,7 +131,7 @@ def claims_parts() -> list[Part]:
         Part(
             name=name,
             title=TITLES[name],
-            models=("reference", "sft", "ppo") if name == BOTH else ("sft", "ppo"),
+            models=("reference", "sft", "best_of_n", "ppo") if name == BOTH else ("sft", "ppo"),
             kinds=kinds,
         )
         for name, kinds in DATA.items()

@@ -206,7 +206,7 @@ def experiment(*flags):
 @pytest.mark.slow
 def test_a_tiny_run_fills_the_tables_and_goes_on_where_it_stands(tmp_path):
     output, where = tmp_path / "found.json", f"--workdir={tmp_path / 'runs'}"
-    flags = ("--tiny", where, f"--output={output}", "--seeds=2", "--parts=distilled,length_alone")
+    flags = ("--tiny", where, f"--output={output}", "--seeds=0,1", "--parts=distilled,length_alone")
     done = experiment(*flags)
     assert done.returncode == 0, done.stderr
     found = json.loads(output.read_text(encoding="utf-8"))
@@ -214,6 +214,7 @@ def test_a_tiny_run_fills_the_tables_and_goes_on_where_it_stands(tmp_path):
     assert set(rows) == {
         ("both", "reference"),
         ("both", "sft"),
+        ("both", "best_of_n"),
         ("both", "ppo"),
         ("distilled", "sft"),
         ("distilled", "ppo"),
@@ -233,7 +234,7 @@ def test_a_tiny_run_fills_the_tables_and_goes_on_where_it_stands(tmp_path):
     ]
     assert timeless[0] == timeless[1]
 
-    done = experiment("--tiny", where, f"--output={output}", "--seeds=1", "--table=contributions")
+    done = experiment("--tiny", where, f"--output={output}", "--seeds=0", "--table=contributions")
     assert done.returncode == 0, done.stderr
     found = json.loads(output.read_text(encoding="utf-8"))
     assert set(found) == {"claims", "contributions"}
