@@ -30,7 +30,6 @@ setup(
         "jax>=0.10.2,<0.13",
         "jinja2>=3.1.6",
         "matplotlib>=3.9",
-        "ml_collections>=1.1",
         "ml_dtypes>=0.5",
         "numpy>=2.0",
         "openai>=3.54,<4",
@@ -44,6 +43,8 @@ setup(
         "tensorflow-datasets>=4.9.9",
         "tokenizers>=0.22",
         "transformers>=5.0,<6",
+        "typeguard>=4.4",
+        "tyro>=1.0.17,<2",
     ],
     extras_require={
         "cuda": ["jax[cuda13]"],

@@ -11,12 +11,13 @@ run can be faster. An iteration of PPO takes its prompts, all tokens of its answ
 scores, passes and steps; a pass without gradients counts as a third of one with them.
 """
 
-import importlib.util
 import json
 import pathlib
 from typing import Any
 
 from absl import app
+
+from huatuo_jax.config import load_card
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "compiled"
@@ -111,11 +112,7 @@ def iteration_seconds(name: str, programs: dict[str, Figures]) -> float:
 
 def load_config(name: str) -> Any:
     """The settings of a card."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config()
+    return load_card(str(ROOT / "configs" / f"{name}.py"))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ Models this small do not keep two cores busy. Two processes, each with half of t
 writes the whole table.
 """
 
+import dataclasses
 import datetime
 import gc
 import json
@@ -29,12 +30,11 @@ import os
 import pathlib
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import paper_claims_figures as figures
 import paper_claims_page as page
-from absl import flags
 from paper_claims_parts import (
     BOTH,
     ROOT,
@@ -62,32 +62,60 @@ from huatuo_jax.rlaif.recipe import run_rlaif
 from huatuo_jax.training.loop import Diverged
 from huatuo_jax.training.preemption import INTERRUPTED_EXIT_CODE, Interrupted
 from huatuo_jax.training.run_directory import environment, identity
-from huatuo_jax.training.sections import to_section
 
-SIZES: Mapping[str, tuple[str, int | None]] = {
-    "dialogues": ("clinic.sizes.dialogues", None),
-    "prompts": ("clinic.sizes.prompts", 600),
-    "held_out_prompts": ("clinic.sizes.held_out_prompts", None),
-    "sft_epochs": ("sft.num_epochs", None),
-    "answers": ("answers.num_samples", None),
-    "iterations": ("ppo.num_iterations", None),
-    "evaluation_answers": ("evaluation.num_samples", None),
-}
-"""Flag -> the field it sets, and its default; None leaves the card's value."""
 
-_WORKDIR = flags.DEFINE_string("workdir", "runs/paper_claims", "Folder of all runs.")
-_SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2", "3", "4"], "Seeds, separated by commas.")
-_TABLE = flags.DEFINE_enum("table", "claims", ["claims", "contributions"], "What is run.")
-_PARTS = flags.DEFINE_list("parts", None, "Parts of the table to run; `both` always is.")
-_OUTPUT = flags.DEFINE_string(
-    "output", "benchmarks/results/paper_claims.json", "File for the figures."
-)
-_PAGE = flags.DEFINE_string("page", None, "Write this page and a plot of the figures; run nothing.")
-_TINY = flags.DEFINE_bool("tiny", False, "Sizes to try it out, whose figures say nothing.")
-_SIZES = {
-    name: flags.DEFINE_integer(name, default, f"`{field}` of the card.", lower_bound=1)
-    for name, (field, default) in SIZES.items()
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Flags:
+    """Run the experiment on the paper's claims, or write its page.
+
+    Attributes:
+        workdir: folder of all runs.
+        seeds: which seeds.
+        table: what is run.
+        parts: of the table; none for all; `both` always is run.
+        output: file for the figures.
+        page: write this page and a plot of the figures, and run nothing.
+        tiny: sizes to try it out, whose figures say nothing.
+        dialogues: to fine-tune on; None, here and below, leaves the card's value.
+        prompts: to learn from.
+        held_out_prompts: to evaluate on.
+        sft_epochs: of fine-tuning.
+        answers: to each prompt.
+        iterations: of PPO.
+        evaluation_answers: to each held-out prompt.
+    """
+
+    workdir: str = "runs/paper_claims"
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    table: Literal["claims", "contributions"] = "claims"
+    parts: tuple[str, ...] = ()
+    output: str = "benchmarks/results/paper_claims.json"
+    page: str | None = None
+    tiny: bool = False
+    dialogues: int | None = None
+    prompts: int | None = 600
+    held_out_prompts: int | None = None
+    sft_epochs: int | None = None
+    answers: int | None = None
+    iterations: int | None = None
+    evaluation_answers: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for seeds that are none, below 0, or given twice."""
+        if not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds={self.seeds} must be different whole numbers from 0")
+
+
+SIZES: Mapping[str, str] = {
+    "dialogues": "clinic.sizes.dialogues",
+    "prompts": "clinic.sizes.prompts",
+    "held_out_prompts": "clinic.sizes.held_out_prompts",
+    "sft_epochs": "sft.num_epochs",
+    "answers": "answers.num_samples",
+    "iterations": "ppo.num_iterations",
+    "evaluation_answers": "evaluation.num_samples",
 }
+"""Flag -> the field of the card that it sets."""
 
 
 class Step(NamedTuple):
@@ -99,45 +127,31 @@ class Step(NamedTuple):
     stages: tuple[str, ...]
 
 
-def main() -> None:
+def main(flags: Flags) -> None:
     """Run what is not finished, and write the figures; or write the page of them."""
-    output = pathlib.Path(_OUTPUT.value)
-    if _PAGE.value is not None:
-        write_page(output, pathlib.Path(_PAGE.value))
+    output = pathlib.Path(flags.output)
+    if flags.page is not None:
+        write_page(output, pathlib.Path(flags.page))
         return
-    cfg = read_card(size_changes())
+    cfg = read_card(size_changes(flags))
     parts, undone = claims_parts(), list[str]()
-    if _TABLE.value == "contributions":
+    if flags.table == "contributions":
         parts, undone = contributions_parts(cfg)
         for name in undone:
             print(f"{name}: the card is without it already; left out", flush=True)
-    parts = chosen_parts(parts, _PARTS.value)
-    workdir = pathlib.Path(_WORKDIR.value)
+    parts = chosen_parts(parts, flags.parts or None)
+    workdir = pathlib.Path(flags.workdir)
     keep_compiled(workdir)
-    seeds = read_seeds(_SEEDS.value)
-    steps = steps_of(parts, cfg, workdir, seeds=seeds)
+    steps = steps_of(parts, cfg, workdir, seeds=flags.seeds)
     found: dict[int, figures.SeedFigures] = {}
     for number, step in enumerate(steps):
         print(f"[{number + 1} of {len(steps)}] {time_told(steps, number)}", flush=True)
         run_step(step, cfg)
         if step.part is parts[-1]:
-            found[step.seed] = figures_of(step.folder.parent, parts, seed=step.seed)
-            write_table(output, table(found, parts, cfg, steps[: number + 1], undone))
-            print(f"written: {output}, {len(found)} of {len(seeds)} seeds", flush=True)
-
-
-def read_seeds(values: Sequence[str]) -> list[int]:
-    """The seeds of the flag, each once.
-
-    Raises:
-        ValueError: one that is no whole number from 0, or one given twice, or none.
-    """
-    if not values or not all(value.isdecimal() for value in values):
-        raise ValueError(f"--seeds={','.join(values)} must be whole numbers, such as 0,1,2,3,4")
-    seeds = [int(value) for value in values]
-    if len(set(seeds)) < len(seeds):
-        raise ValueError(f"--seeds={','.join(values)}: a seed stands there twice")
-    return seeds
+            found[step.seed] = figures_of(step.folder.parent, parts, flags, seed=step.seed)
+            made = table(found, parts, cfg, steps[: number + 1], undone, flags)
+            write_table(output, made, name=flags.table)
+            print(f"written: {output}, {len(found)} of {len(flags.seeds)} seeds", flush=True)
 
 
 def steps_of(
@@ -152,14 +166,14 @@ def steps_of(
     ]
 
 
-def size_changes() -> dict[str, Any]:
+def size_changes(flags: Flags) -> dict[str, Any]:
     """The card's fields that the flags set."""
-    if _TINY.value:
+    if flags.tiny:
         return dict(TINY)
     return {
-        field: _SIZES[name].value
-        for name, (field, _) in SIZES.items()
-        if _SIZES[name].value is not None
+        field: getattr(flags, name)
+        for name, field in SIZES.items()
+        if getattr(flags, name) is not None
     }
 
 
@@ -175,7 +189,7 @@ def run_step(step: Step, cfg: RlaifConfig) -> None:
     if step.part.changes is not None:
         share_answers(both, step.folder)
     try:
-        run_rlaif(to_section(recipe), step.folder)
+        run_rlaif(recipe, step.folder)
     except Interrupted as stopped:
         print(f"seed {step.seed}, {step.part.name}: {stopped}", flush=True)
         raise SystemExit(INTERRUPTED_EXIT_CODE) from None
@@ -200,10 +214,12 @@ def keep_compiled(workdir: pathlib.Path) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
-def figures_of(folder: pathlib.Path, parts: list[Part], *, seed: int) -> figures.SeedFigures:
+def figures_of(
+    folder: pathlib.Path, parts: list[Part], flags: Flags, *, seed: int
+) -> figures.SeedFigures:
     """The figures of a seed's finished parts."""
     pairs = figures.pairs_of_claims()
-    if _TABLE.value == "contributions":
+    if flags.table == "contributions":
         pairs = figures.pairs_of_contributions(parts)
     return figures.figures_of_seed(folder, parts, pairs, seed=seed)
 
@@ -214,6 +230,7 @@ def table(
     cfg: RlaifConfig,
     steps: list[Step],
     undone: list[str],
+    flags: Flags,
 ) -> dict[str, Any]:
     """A table of all seeds by now, with all that it was made with."""
     rows = figures.table_of(found, parts)
@@ -222,7 +239,7 @@ def table(
         "parts": {part.name: _told(part) for part in parts},
         "not_in_the_card": undone,
         "settings": _without_places(identity(cfg)),
-        "tiny": _TINY.value,
+        "tiny": flags.tiny,
         "minutes": minutes_by_part(steps),
         "minutes_in_all": minutes_in_all(steps),
         "versions": _versions(),
@@ -231,16 +248,16 @@ def table(
             "over_seeds": "mean and 95 % t-interval of the seeds' values",
         },
     }
-    if _TABLE.value == "claims":
+    if flags.table == "claims":
         made["claims"] = figures.verdicts_on_claims(rows["comparisons"])
     return made
 
 
-def write_table(output: pathlib.Path, made: Mapping[str, Any]) -> None:
+def write_table(output: pathlib.Path, made: Mapping[str, Any], *, name: str) -> None:
     """Writes a table in the place of its last one; the other table stays as it is."""
     before = read_json(output) if output.exists() else {}
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_json(output, {**before, _TABLE.value: made})
+    write_json(output, {**before, name: made})
 
 
 def write_page(output: pathlib.Path, path: pathlib.Path) -> None:
@@ -338,4 +355,4 @@ def _without_places(settings: Mapping[str, Any]) -> Any:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    command_line.run(main, Flags)

@@ -6,7 +6,6 @@ folder. So they have the same model, prompts and held-out prompts, and nothing i
 """
 
 import dataclasses
-import importlib.util
 import os
 import pathlib
 import shutil
@@ -15,11 +14,11 @@ from typing import Any
 
 from huatuo_jax.clinic.files import ClinicSizes
 from huatuo_jax.clinic.judge import ClinicJudge
+from huatuo_jax.config import WORKDIR_MARK, checked, load_card, replaced
 from huatuo_jax.data.records import KINDS, Kind
 from huatuo_jax.rlaif.config import HELD_OUT_FILE, JUDGED_FILE, RlaifConfig
 from huatuo_jax.rlaif.prompts import TRAIN_FILE
 from huatuo_jax.sft import clinic_sources
-from huatuo_jax.training.sections import WORKDIR_MARK, from_section
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CARD = ROOT / "configs" / "rlaif.py"
@@ -153,7 +152,7 @@ def contributions_parts(
     parts = [Part(name=BOTH, title="today's settings", models=("sft", "ppo"))]
     undone = []
     for name, changes in ablations.items():
-        if changed(cfg, changes) == cfg:
+        if replaced(cfg, changes) == cfg:
             undone.append(name)
             continue
         title = f"without: {name.replace('_', ' ')}"
@@ -163,20 +162,16 @@ def contributions_parts(
 
 def read_card(changes: Changes, *, path: pathlib.Path = CARD) -> RlaifConfig:
     """The recipe of a card with its settings, but for these changes, up to the evaluation."""
-    spec = importlib.util.spec_from_file_location("paper_claims_card", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    cfg = from_section(RlaifConfig, module.get_config(), path="config")
+    cfg = checked(load_card(str(path)), RlaifConfig, path="config")
     if cfg.clinic is None:
         raise ValueError(f"{path}: clinic=None; truth is known of the clinic's prompts alone")
-    return changed(cfg, {"stages": STAGES, **changes})
+    return replaced(cfg, {"stages": STAGES, **changes})
 
 
 def with_seed(cfg: RlaifConfig, seed: int) -> RlaifConfig:
     """The recipe with another clinic, and this seed in all that is random."""
     names = ("clinic", "sft", "answers", "labels.comparison", "reward", "ppo", "evaluation")
-    return changed(cfg, {f"{name}.seed": seed for name in names})
+    return replaced(cfg, {f"{name}.seed": seed for name in names})
 
 
 def recipe_of(
@@ -196,7 +191,7 @@ def recipe_of(
         return cfg
     assert sft_steps is not None
     sources = clinic_sources(part.kinds)
-    return changed(cfg, {"sft.data.sources": sources, "sft.num_steps": sft_steps})
+    return replaced(cfg, {"sft.data.sources": sources, "sft.num_steps": sft_steps})
 
 
 def branch(cfg: RlaifConfig, parent: pathlib.Path, changes: Changes) -> RlaifConfig:
@@ -221,15 +216,15 @@ def branch(cfg: RlaifConfig, parent: pathlib.Path, changes: Changes) -> RlaifCon
     made = [path for stage in order[: first + 1] for path in _EARLIER[stage]]
     made.append(f"{WORKDIR_MARK}/{HELD_OUT_FILE}")
     places = {path: path.replace(WORKDIR_MARK, os.fspath(parent)) for path in made}
-    found = changed(cfg, changes)
+    found = replaced(cfg, changes)
     judging = found.ppo.judging
     if judging is not None:
         if cfg.ppo.judging is None:
             raise ValueError("ppo.judging: the other recipe is evaluated on the prompts it needs")
         prompts = judging.prompts or os.fspath(parent / JUDGED_FILE)
-        found = changed(found, {"ppo.judging.prompts": prompts})
+        found = replaced(found, {"ppo.judging.prompts": prompts})
     base = cfg.evaluation.base or cfg.base_as_it_is or os.fspath(parent / "base" / "model")
-    found = changed(found, {"evaluation.base": base, "stages": STAGES[first + 1 :]})
+    found = replaced(found, {"evaluation.base": base, "stages": STAGES[first + 1 :]})
     return _with_paths(found, places)
 
 
@@ -245,31 +240,6 @@ def share_answers(parent: pathlib.Path, folder: pathlib.Path) -> None:
         for path in source.glob(f"answers_{name}.*"):
             shutil.copy2(path, part / path.name)
     part.rename(target)
-
-
-def changed(cfg: Any, changes: Changes) -> Any:
-    """A config with other values; a section is changed once, so that values that go together can.
-
-    Raises:
-        ValueError: a field that there is not, or a value that the config refuses.
-    """
-    below: dict[str, dict[str, Any]] = {}
-    for name, value in changes.items():
-        first, _, rest = name.partition(".")
-        below.setdefault(first, {})[rest] = value
-    known = [field.name for field in dataclasses.fields(cfg)]
-    values = {}
-    for name, inner in below.items():
-        if name not in known:
-            raise ValueError(f"{type(cfg).__name__} has no field {name!r}; it has {known}")
-        value = getattr(cfg, name)
-        if "" in inner:
-            values[name] = inner[""]
-        elif dataclasses.is_dataclass(value):
-            values[name] = changed(value, inner)
-        else:
-            raise ValueError(f"{name}={value!r} has no field {', '.join(inner)}")
-    return dataclasses.replace(cfg, **values)
 
 
 def _with_paths(settings: Any, places: Mapping[str, str]) -> Any:

@@ -38,7 +38,6 @@ def ours(folder: pathlib.Path, settings: Settings) -> Result:
     from huatuo_jax.training.initial_model import ComputeSection, ModelConfig
     from huatuo_jax.training.metrics import read_rows
     from huatuo_jax.training.optimizer import OptimizerConfig
-    from huatuo_jax.training.sections import to_section
 
     cfg = PpoConfig(
         model=ModelConfig(directory=str(folder / "policy")),
@@ -68,7 +67,7 @@ def ours(folder: pathlib.Path, settings: Settings) -> Result:
         ),
     )
     with tempfile.TemporaryDirectory() as workdir:
-        run_ppo(to_section(cfg), workdir)
+        run_ppo(cfg, workdir)
         rows = read_rows(pathlib.Path(workdir) / "ppo" / "metrics.jsonl")
     first, timed = rows[0], rows[settings["num_warmup"] :]
     moments = [row["time_s"] for row in rows[settings["num_warmup"] - 1 :]]

@@ -23,16 +23,14 @@ from typing import Any
 
 import numpy as np
 import real_data
-from absl import flags
+from absl import app, flags
 
-from huatuo_jax import command_line
 from huatuo_jax.checkpoint import models
 from huatuo_jax.ppo.config import PpoConfig, PpoLoopConfig, RolloutConfig, ScoreConfig, ValueConfig
 from huatuo_jax.ppo.prompts import PromptsConfig
 from huatuo_jax.ppo.stage import run_ppo
 from huatuo_jax.training.initial_model import ModelConfig
 from huatuo_jax.training.metrics import read_rows
-from huatuo_jax.training.sections import to_section
 
 _SFT = flags.DEFINE_string("sft", None, "Directory of the fine-tuned policy, with tokenizer.")
 _REWARD = flags.DEFINE_string("reward", None, "Directory of the reward model.")
@@ -108,7 +106,7 @@ def run(name: str) -> list[dict[str, Any]]:
         ValueError: a model or a file that cannot be used.
     """
     workdir = pathlib.Path(_WORKDIR.value) / name
-    run_ppo(to_section(config(name)), workdir)
+    run_ppo(config(name), workdir)
     rows = read_rows(workdir / "ppo" / "metrics.jsonl")
     return [row for row in rows if "ppo/score" in row]
 
@@ -215,4 +213,4 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    app.run(lambda _: main())

@@ -27,9 +27,9 @@ from typing import Any
 
 import numpy as np
 import real_data
-from absl import flags
+from absl import app, flags
 
-from huatuo_jax import command_line, sharding
+from huatuo_jax import sharding
 from huatuo_jax.backbone.transformer import Transformer
 from huatuo_jax.checkpoint.models import find_model, load_params
 from huatuo_jax.checkpoint.tokenizer import load_tokenizer
@@ -46,7 +46,6 @@ from huatuo_jax.scoring import Scorer
 from huatuo_jax.training.initial_model import ModelConfig
 from huatuo_jax.training.loop import LoopConfig
 from huatuo_jax.training.optimizer import OptimizerConfig
-from huatuo_jax.training.sections import to_section
 
 _SFT = flags.DEFINE_string("sft", None, "Directory of the fine-tuned backbone, with tokenizer.")
 _WORKDIR = flags.DEFINE_string("workdir", "runs/reward_real", "Folder of the five runs.")
@@ -168,7 +167,7 @@ def run_fold(fold: int, by_case: dict[str, list[Comparison]]) -> Fold:
         seed=SEED,
         loop=LoopConfig(evaluate_every=1000, checkpoint_every=25, tensorboard=False),
     )
-    run_reward(to_section(settings), workdir)
+    run_reward(settings, workdir)
     comparisons = open_comparisons(data, load_tokenizer(_SFT.value))
     slope = length_slope(comparisons.train)
     pairs = scored_pairs(comparisons.held_out, saved_scores(workdir, comparisons.held_out))
@@ -248,4 +247,4 @@ def json_of(share: measures.Share | None) -> dict[str, float | int] | None:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    app.run(lambda _: main())

@@ -21,9 +21,8 @@ import time
 from typing import Any
 
 import real_data
-from absl import flags
+from absl import app, flags
 
-from huatuo_jax import command_line
 from huatuo_jax.comparisons.data import ComparisonsConfig, ComparisonSource
 from huatuo_jax.data.held_out import HeldOutConfig
 from huatuo_jax.evaluation.config import EvaluationConfig
@@ -47,7 +46,6 @@ from huatuo_jax.training.initial_model import ModelConfig
 from huatuo_jax.training.loop import LoopConfig
 from huatuo_jax.training.metrics import read_rows
 from huatuo_jax.training.optimizer import OptimizerConfig
-from huatuo_jax.training.sections import to_section
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/rlaif_real", "The run's folder.")
 _SFT_STEPS = flags.DEFINE_integer("sft_steps", 800, "Steps of fine-tuning.", lower_bound=1)
@@ -72,7 +70,7 @@ def main() -> None:
     pairs = list(itertools.chain(*real_data.disc_pairs().values()))
     disc = real_data.write_pairs(workdir / "disc_comparisons.jsonl", pairs)
     cfg = recipe(disc)
-    run_rlaif(to_section(cfg), workdir)
+    run_rlaif(cfg, workdir)
     began = time.monotonic()
     evaluation, rows = control(cfg.in_workdir(workdir), workdir / CONTROL)
     figures = {
@@ -158,7 +156,7 @@ def _ppo() -> PpoConfig:
 def control(cfg: RlaifConfig, folder: pathlib.Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """PPO for length alone, its evaluation by the reward model, and its metrics."""
     score = dataclasses.replace(cfg.ppo.score, of="length", scale="running")
-    run_ppo(to_section(dataclasses.replace(cfg.ppo, score=score)), folder)
+    run_ppo(dataclasses.replace(cfg.ppo, score=score), folder)
     answers = folder / "evaluation"
     if not answers.exists():
         # The other models' answers are the recipe's own.
@@ -212,4 +210,4 @@ def of_evaluation(evaluation: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    app.run(lambda _: main())

@@ -16,16 +16,14 @@ from typing import Any
 
 import numpy as np
 import real_data
-from absl import flags
+from absl import app, flags
 
-from huatuo_jax import command_line
 from huatuo_jax.backbone.config import ComputeConfig
 from huatuo_jax.backbone.transformer import abstract_params, count_parameters
 from huatuo_jax.data.examples import ALL_KINDS
 from huatuo_jax.data.token_cache import TokenDataset
 from huatuo_jax.sft import run_sft
 from huatuo_jax.training.metrics import read_rows
-from huatuo_jax.training.sections import to_section
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/real", "The run's folder.")
 _STEPS = flags.DEFINE_integer("steps", 2000, "Optimizer steps.", lower_bound=1)
@@ -41,7 +39,7 @@ def main() -> None:
     cfg = real_data.sft_settings(steps=_STEPS.value, batch_size=_BATCH_SIZE.value)
     workdir = pathlib.Path(_WORKDIR.value)
     if not _SO_FAR.value:
-        run_sft(to_section(cfg), workdir)
+        run_sft(cfg, workdir)
     (cache,) = (path for path in (workdir / "data").iterdir() if (path / "index.npz").is_file())
     bigram = bigram_losses(TokenDataset(cache, "train"), TokenDataset(cache, "held_out"))
     figures = figures_of(read_rows(workdir / "sft" / "metrics.jsonl"), bigram)
@@ -155,4 +153,4 @@ class Bigram:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    app.run(lambda _: main())

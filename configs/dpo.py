@@ -17,8 +17,6 @@ accuracy rises far above one half. A `LoraConfig` in `model` trains adapters ins
 Curves are in `dpo/metrics.jsonl` (and TensorBoard), the policy in `dpo/model`.
 """
 
-from ml_collections import ConfigDict
-
 from huatuo_jax.backbone.config import BackboneConfig
 from huatuo_jax.comparisons.data import ComparisonsConfig, ComparisonSource
 from huatuo_jax.comparisons.made_comparisons import WHOLE_DIALOGUE
@@ -28,11 +26,11 @@ from huatuo_jax.data.records import KINDS
 from huatuo_jax.data.sources import source_names
 from huatuo_jax.dpo.config import DpoConfig
 from huatuo_jax.sft import SftConfig
+from huatuo_jax.stages import StagesConfig
 from huatuo_jax.training.dialogue_data import DataConfig, SourceConfig
 from huatuo_jax.training.initial_model import ModelConfig
 from huatuo_jax.training.loop import LoopConfig
 from huatuo_jax.training.optimizer import OptimizerConfig
-from huatuo_jax.training.sections import to_section
 
 BACKBONE = BackboneConfig(
     family="llama",
@@ -50,7 +48,7 @@ BACKBONE = BackboneConfig(
 HELD_OUT = HeldOutConfig(share=0.2)
 
 
-def get_config(model_and_files: str = "") -> ConfigDict:
+def get_config(model_and_files: str = "") -> StagesConfig:
     """The stages, and the settings of each; see the module for the argument."""
     model, *files = model_and_files.split(",")
     if files:
@@ -80,9 +78,8 @@ def get_config(model_and_files: str = "") -> ConfigDict:
         loop=LoopConfig(evaluate_every=40, checkpoint_every=40, log_every=5),
     )
     if model:
-        return ConfigDict({"stages": ("dpo",), "dpo": to_section(dpo)})
-    sft = to_section(_short_sft())
-    return ConfigDict({"stages": ("sft", "dpo"), "sft": sft, "dpo": to_section(dpo)})
+        return StagesConfig(dpo=dpo)
+    return StagesConfig(sft=_short_sft(), dpo=dpo)
 
 
 def _short_sft() -> SftConfig:

@@ -15,12 +15,10 @@ Fine-tuning reaches a utilisation of 78 % at most, 72,000 tokens/s: 3.9 hours fo
 and no less. An iteration of PPO takes 31 s at least.
 """
 
-from ml_collections import ConfigDict
-
+from huatuo_jax.rlaif.config import RlaifConfig
 from huatuo_jax.rlaif.paper import paper_recipe
-from huatuo_jax.training.sections import to_section
 
 
-def get_config() -> ConfigDict:
+def get_config() -> RlaifConfig:
     """All stages, and the settings of each."""
-    return to_section(paper_recipe("IDEA-CCNL/Ziya-LLaMA-13B-Pretrain-v1"))
+    return paper_recipe("IDEA-CCNL/Ziya-LLaMA-13B-Pretrain-v1")

@@ -26,12 +26,10 @@ Where there is memory to spare, the products of a layer can be kept rather than 
 reach 97 %, 182,000 tokens/s.
 """
 
-from ml_collections import ConfigDict
-
+from huatuo_jax.rlaif.config import RlaifConfig
 from huatuo_jax.rlaif.paper import paper_recipe
-from huatuo_jax.training.sections import to_section
 
 
-def get_config() -> ConfigDict:
+def get_config() -> RlaifConfig:
     """All stages, and the settings of each."""
-    return to_section(paper_recipe("baichuan-inc/Baichuan-7B"))
+    return paper_recipe("baichuan-inc/Baichuan-7B")

@@ -13,15 +13,13 @@ Fine-tuning alone fits a GPU of 24 GB, a row at a time (17.3 GiB):
 `--config.stages="('sft',)" --config.sft.micro_batch_size=1`.
 """
 
-from ml_collections import ConfigDict
-
 from huatuo_jax.backbone.lora import LoraConfig
+from huatuo_jax.rlaif.config import RlaifConfig
 from huatuo_jax.rlaif.paper import paper_recipe, with_adapters
-from huatuo_jax.training.sections import to_section
 
 
-def get_config() -> ConfigDict:
+def get_config() -> RlaifConfig:
     """All stages, and the settings of each."""
     recipe = paper_recipe("baichuan-inc/Baichuan-7B", tensor=1)
     lora = LoraConfig(rank=64, alpha=128.0)
-    return to_section(with_adapters(recipe, lora, rows_at_once=4, slots=16))
+    return with_adapters(recipe, lora, rows_at_once=4, slots=16)

@@ -19,8 +19,6 @@ Curves are in `ppo/metrics.jsonl` (and TensorBoard), answers with score, KL and 
 `ppo/samples.jsonl`, the policy in `ppo/model`.
 """
 
-from ml_collections import ConfigDict
-
 from huatuo_jax.backbone.config import BackboneConfig
 from huatuo_jax.comparisons.data import ComparisonsConfig, ComparisonSource
 from huatuo_jax.comparisons.made_comparisons import WHOLE_DIALOGUE
@@ -38,11 +36,11 @@ from huatuo_jax.ppo.config import (
 from huatuo_jax.ppo.prompts import PromptsConfig
 from huatuo_jax.reward.config import RewardConfig
 from huatuo_jax.sft import SftConfig
+from huatuo_jax.stages import StagesConfig
 from huatuo_jax.training.dialogue_data import DataConfig, SourceConfig
 from huatuo_jax.training.initial_model import ModelConfig
 from huatuo_jax.training.loop import LoopConfig
 from huatuo_jax.training.optimizer import OptimizerConfig
-from huatuo_jax.training.sections import to_section
 
 BACKBONE = BackboneConfig(
     family="llama",
@@ -62,7 +60,7 @@ CRITIC = ValueConfig(
 )
 
 
-def get_config(models_and_files: str = "") -> ConfigDict:
+def get_config(models_and_files: str = "") -> StagesConfig:
     """The stages, and the settings of each; see the module for the argument."""
     given = models_and_files.split(",") if models_and_files else []
     estimator: Estimator = "gae"
@@ -98,15 +96,8 @@ def get_config(models_and_files: str = "") -> ConfigDict:
         loop=PpoLoopConfig(checkpoint_every=4, samples_per_iteration=4),
     )
     if given:
-        return ConfigDict({"stages": ("ppo",), "ppo": to_section(ppo)})
-    return ConfigDict(
-        {
-            "stages": ("sft", "reward", "ppo"),
-            "sft": to_section(_short_sft()),
-            "reward": to_section(_short_reward()),
-            "ppo": to_section(ppo),
-        }
-    )
+        return StagesConfig(ppo=ppo)
+    return StagesConfig(sft=_short_sft(), reward=_short_reward(), ppo=ppo)
 
 
 def _short_sft() -> SftConfig:

@@ -11,13 +11,11 @@ reaches a utilisation of 79 % at most, 229,000 tokens/s: 73 minutes for a billio
 less. An iteration of PPO takes 13 s at least.
 """
 
-from ml_collections import ConfigDict
-
+from huatuo_jax.rlaif.config import RlaifConfig
 from huatuo_jax.rlaif.paper import paper_recipe
-from huatuo_jax.training.sections import to_section
 
 
-def get_config() -> ConfigDict:
+def get_config() -> RlaifConfig:
     """All stages, and the settings of each."""
     # It has four key/value heads.
-    return to_section(paper_recipe("Qwen/Qwen2.5-7B", template="tokenizer", tensor=4))
+    return paper_recipe("Qwen/Qwen2.5-7B", template="tokenizer", tensor=4)

@@ -19,8 +19,6 @@ The report is `reward/reward_report.json`, its `accuracy_by_source` names the fo
 is `reward/model`, ready for `launch/score.py`.
 """
 
-from ml_collections import ConfigDict
-
 from huatuo_jax.backbone.config import BackboneConfig
 from huatuo_jax.comparisons.data import ComparisonsConfig, ComparisonSource
 from huatuo_jax.comparisons.made_comparisons import WHOLE_DIALOGUE
@@ -30,11 +28,11 @@ from huatuo_jax.data.records import KINDS
 from huatuo_jax.data.sources import source_names
 from huatuo_jax.reward.config import RewardConfig
 from huatuo_jax.sft import SftConfig
+from huatuo_jax.stages import StagesConfig
 from huatuo_jax.training.dialogue_data import DataConfig, SourceConfig
 from huatuo_jax.training.initial_model import ModelConfig
 from huatuo_jax.training.loop import LoopConfig
 from huatuo_jax.training.optimizer import OptimizerConfig
-from huatuo_jax.training.sections import to_section
 
 BACKBONE = BackboneConfig(
     family="llama",
@@ -52,7 +50,7 @@ BACKBONE = BackboneConfig(
 HELD_OUT = HeldOutConfig(share=0.2)
 
 
-def get_config(model_and_files: str = "") -> ConfigDict:
+def get_config(model_and_files: str = "") -> StagesConfig:
     """The stages, and the settings of each; see the module for the argument."""
     model, *files = model_and_files.split(",")
     if files:
@@ -82,9 +80,8 @@ def get_config(model_and_files: str = "") -> ConfigDict:
         loop=LoopConfig(evaluate_every=40, checkpoint_every=40, log_every=5),
     )
     if model:
-        return ConfigDict({"stages": ("reward",), "reward": to_section(reward)})
-    sft = to_section(short_sft())
-    return ConfigDict({"stages": ("sft", "reward"), "sft": sft, "reward": to_section(reward)})
+        return StagesConfig(reward=reward)
+    return StagesConfig(sft=short_sft(), reward=reward)
 
 
 def short_sft() -> SftConfig:

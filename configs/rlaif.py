@@ -32,8 +32,6 @@ judge asked anew prefers it to SFT (58 of 100, 54 to 63), and it names the right
 100 (difference -.05, -.10 to .00). One seed, and the settings were chosen on these prompts.
 """
 
-from ml_collections import ConfigDict
-
 from huatuo_jax.backbone.config import BackboneConfig
 from huatuo_jax.clinic.files import TOKENIZER, ClinicConfig, ClinicSizes
 from huatuo_jax.comparisons.data import ComparisonsConfig, ComparisonSource
@@ -52,7 +50,6 @@ from huatuo_jax.training.dialogue_data import DataConfig
 from huatuo_jax.training.initial_model import ModelConfig
 from huatuo_jax.training.loop import LoopConfig
 from huatuo_jax.training.optimizer import OptimizerConfig
-from huatuo_jax.training.sections import to_section
 
 # Two layers learn as much in as many steps as four do, in half the time.
 BACKBONE = BackboneConfig(
@@ -72,9 +69,9 @@ ANSWER_TOKENS = 100
 TEMPERATURE = 0.5  # Of the policy; the answers that are compared differ more at 0.7.
 
 
-def get_config() -> ConfigDict:
+def get_config() -> RlaifConfig:
     """All stages, and the settings of each."""
-    config = RlaifConfig(
+    return RlaifConfig(
         clinic=ClinicConfig(
             sizes=ClinicSizes(dialogues=6_000, prompts=1_500, held_out_prompts=214)
         ),
@@ -90,7 +87,6 @@ def get_config() -> ConfigDict:
         ppo=_ppo(),
         evaluation=EvaluationConfig(num_samples=2, best_of_n=4, max_new_tokens=ANSWER_TOKENS),
     )
-    return to_section(config)
 
 
 def _sft() -> SftConfig:

@@ -11,8 +11,6 @@ tokenizer is that of the sample.
 Expected: 3,927 steps in two and a half minutes; the held-out loss falls from 7.65 to .52.
 """
 
-from ml_collections import ConfigDict
-
 from huatuo_jax.backbone.config import BackboneConfig
 from huatuo_jax.clinic.files import TOKENIZER, ClinicConfig, ClinicSizes
 from huatuo_jax.data import sample
@@ -20,11 +18,11 @@ from huatuo_jax.data.held_out import HeldOutConfig
 from huatuo_jax.data.sources import source_names
 from huatuo_jax.generation.samples import SamplesConfig
 from huatuo_jax.sft import SftConfig, clinic_sources
+from huatuo_jax.stages import StagesConfig
 from huatuo_jax.training.dialogue_data import DataConfig, SourceConfig
 from huatuo_jax.training.initial_model import ModelConfig
 from huatuo_jax.training.loop import LoopConfig
 from huatuo_jax.training.optimizer import OptimizerConfig
-from huatuo_jax.training.sections import to_section
 
 BACKBONE = BackboneConfig(
     family="llama",
@@ -40,7 +38,7 @@ BACKBONE = BackboneConfig(
 )
 
 
-def get_config(files: str = "") -> ConfigDict:
+def get_config(files: str = "") -> StagesConfig:
     """The stages, and the settings of each; `files` are dialogues of one's own."""
     if files:
         paths = files.split(",")
@@ -62,4 +60,4 @@ def get_config(files: str = "") -> ConfigDict:
         samples=SamplesConfig(num_prompts=4),
         loop=LoopConfig(evaluate_every=500, checkpoint_every=500, log_every=50),
     )
-    return ConfigDict({"stages": ("sft",), "sft": to_section(sft)})
+    return StagesConfig(sft=sft)

@@ -11,13 +11,13 @@ import jax
 import numpy as np
 import transformers
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from huatuo_jax import multi_host
 from huatuo_jax.backbone.config import BackboneConfig
 from huatuo_jax.backbone.transformer import Transformer
 from huatuo_jax.clinic import files as clinic_files
 from huatuo_jax.clinic.files import ClinicConfig, prepare_clinic
+from huatuo_jax.config import checked, placed_in
 from huatuo_jax.data.examples import ALL_KINDS
 from huatuo_jax.data.packing import pack_row
 from huatuo_jax.data.records import KINDS, Kind
@@ -50,7 +50,6 @@ from huatuo_jax.training.run_directory import (
     is_begun,
     operational,
 )
-from huatuo_jax.training.sections import from_section, placed_in
 from huatuo_jax.training.state import TrainState, Variables
 from huatuo_jax.training.step import Step, abstract_batch, make_step
 from huatuo_jax.training.throughput import ModelFlops
@@ -114,13 +113,11 @@ class SftConfig:
         return self.micro_batch_size or self.batch_size
 
 
-def run_sft(
-    config: ConfigDict | Mapping[str, Any], workdir: str | os.PathLike[str]
-) -> dict[str, Any]:
+def run_sft(config: SftConfig, workdir: str | os.PathLike[str]) -> dict[str, Any]:
     """Runs the stage in a run's folder, or goes on with it, or finds it done.
 
     Args:
-        config: the fields of `SftConfig`, as a ConfigDict or a dict.
+        config: of the stage; `{workdir}` in a path stands for the run's folder.
         workdir: the run's folder.
 
     Returns:
@@ -134,7 +131,7 @@ def run_sft(
         Diverged: too many steps in a row were not finite.
         OSError: something cannot be read or written.
     """
-    cfg = placed_in(from_section(SftConfig, config, path=f"config.{STAGE}"), workdir)
+    cfg = placed_in(checked(config, SftConfig, path=f"config.{STAGE}"), workdir)
     mesh = cfg.mesh.make()
     check_rows(cfg.rows_at_once, name="micro_batch_size", mesh=mesh)
     model = open_model(cfg.model, cfg.compute.compute_config())

@@ -65,7 +65,14 @@ ACTIVATION_RULES: Mapping[str, P] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """How the devices are divided, see `make_mesh`; -1 takes what is left."""
+    """How the devices are divided, see `make_mesh`.
+
+    Attributes:
+        data: mesh axis over which batches are split and parameters are copies; -1 takes the
+            devices that are left, as of every axis.
+        fsdp: mesh axis over which batches and parameters are split.
+        tensor: mesh axis over which heads, feed-forward and vocabulary are split.
+    """
 
     data: int = 1
     fsdp: int = -1

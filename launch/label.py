@@ -7,17 +7,7 @@ python launch/label.py --answers=FILE.jsonl --output=FILE.jsonl --judge=MODEL --
 The key is taken from OPENAI_API_KEY. With `--dry_run` nothing is sent, and the cost is told.
 """
 
-from huatuo_jax import command_line
-from huatuo_jax.feedback.label_command import run_labels
-from huatuo_jax.feedback.label_flags import LabelFlags
-
-_FLAGS = LabelFlags()
-
-
-def main() -> None:
-    """Label, and say how it went."""
-    run_labels(_FLAGS.read(), print)
-
+from huatuo_jax import cli
 
 if __name__ == "__main__":
-    command_line.run(main)
+    cli.run("label")

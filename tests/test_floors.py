@@ -8,6 +8,7 @@ PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "huatuo_jax"
 # Room -> floor. A file imports from its own room and from floors below.
 FLOORS = {
     "atomic": 0,
+    "config": 0,
     "json_lines": 1,
     "clinic": 4,
     "multi_host": 1,
@@ -27,12 +28,15 @@ FLOORS = {
     "reward": 7,
     "dpo": 7,
     "ppo": 7,
-    "compiling": 8,
     "evaluation": 8,
     "report": 8,
     "serving": 8,
+    "stages": 8,
     "rlaif": 9,
+    "compiling": 10,
     "command_line": 9,
+    "commands": 11,
+    "cli": 12,
 }
 
 

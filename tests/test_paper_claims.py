@@ -11,10 +11,10 @@ import pytest
 
 from huatuo_jax.clinic.dialogues import prompts
 from huatuo_jax.clinic.judge import ClinicJudge
+from huatuo_jax.config import checked
 from huatuo_jax.feedback.questions import Answered
 from huatuo_jax.ppo.judging import JudgingConfig
 from huatuo_jax.rlaif.config import RlaifConfig
-from huatuo_jax.training.sections import from_section, to_section
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -139,7 +139,7 @@ def test_a_part_takes_what_comes_before_its_first_change_from_both(parts, card, 
     assert later.stages == ("ppo", "evaluation")
     assert later.ppo.reward_model == later.evaluation.reward == f"{tmp_path}/reward/model"
     assert (later.ppo.score.of, later.ppo.judging) == ("length", None)
-    assert from_section(RlaifConfig, to_section(later), path="config") == later
+    assert checked(later, RlaifConfig, path="config") == later
 
 
 @pytest.mark.parametrize("changes", [{}, {"sft.seed": 1}, {"clinic.seed": 1}])
@@ -149,10 +149,10 @@ def test_what_all_branches_share_is_not_changed(parts, card, tmp_path, changes):
 
 
 def test_a_branch_that_is_judged_has_the_prompts_that_were_set_aside(parts, card, tmp_path):
-    judged = parts.changed(card, {"ppo.judging": JudgingConfig()})
+    judged = parts.replaced(card, {"ppo.judging": JudgingConfig()})
     cfg = parts.branch(judged, tmp_path, {"ppo.kl_coef": 0.5})
     assert cfg.ppo.judging.prompts == f"{tmp_path}/judged_prompts.jsonl"
-    unjudged = parts.changed(card, {"ppo.judging": None})
+    unjudged = parts.replaced(card, {"ppo.judging": None})
     with pytest.raises(ValueError, match="ppo.judging"):
         parts.branch(unjudged, tmp_path, {"ppo.judging": JudgingConfig()})
 

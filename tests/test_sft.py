@@ -21,18 +21,19 @@ from huatuo_jax.checkpoint.models import find_model, load_params
 from huatuo_jax.checkpoint.tokenizer import load_tokenizer
 from huatuo_jax.clinic.files import TOKENIZER as TOKENIZER_OF_CLINIC
 from huatuo_jax.clinic.files import ClinicConfig, ClinicSizes
+from huatuo_jax.config import replaced
 from huatuo_jax.data import sample, templates
 from huatuo_jax.data.held_out import HeldOutConfig
 from huatuo_jax.data.readers import read_dialogues
 from huatuo_jax.data.records import KINDS
 from huatuo_jax.generation.samples import SamplesConfig, read_samples
 from huatuo_jax.sft import SftConfig, clinic_sources, run_sft
+from huatuo_jax.sharding import MeshConfig
 from huatuo_jax.training.dialogue_data import DataConfig, SourceConfig
 from huatuo_jax.training.initial_model import ModelConfig
 from huatuo_jax.training.loop import LoopConfig
 from huatuo_jax.training.metrics import read_rows
 from huatuo_jax.training.optimizer import OptimizerConfig
-from huatuo_jax.training.sections import from_section, to_section
 
 ROOT = pathlib.Path(__file__).parents[1]
 TOKENIZER = str(sample.FOLDER / "tokenizer")
@@ -70,7 +71,7 @@ def _config(cache, **model):
         samples=SamplesConfig(num_prompts=3, max_new_tokens=8),
         loop=LoopConfig(evaluate_every=4, checkpoint_every=4, tensorboard=False),
     )
-    return to_section(settings)
+    return settings
 
 
 @pytest.fixture(scope="module")
@@ -154,9 +155,8 @@ def test_a_finished_stage_is_not_run_again(trained, cache):
 
 
 def test_a_setting_that_decides_results_may_not_change(trained, cache):
-    config = _config(cache)
-    config.optimizer.learning_rate = 1e-4
-    config.data.template = "chatml"
+    changes = {"optimizer.learning_rate": 1e-4, "data.template": "chatml"}
+    config = replaced(_config(cache), changes)
     with pytest.raises(ValueError) as error:
         run_sft(config, trained[0])
     message = str(error.value)
@@ -167,32 +167,28 @@ def test_a_setting_that_decides_results_may_not_change(trained, cache):
 
 def test_settings_of_the_machine_may_change(trained, cache):
     workdir, result = trained
-    config = _config(cache)
-    config.micro_batch_size = 4
-    config.mesh.fsdp, config.mesh.tensor = 4, 2
-    config.mesh.data = 1
-    config.compute.remat = "full"
-    config.loop.evaluate_every = 2
+    config = replaced(
+        _config(cache),
+        {
+            "micro_batch_size": 4,
+            "mesh": MeshConfig(data=1, fsdp=4, tensor=2),
+            "compute.remat": "full",
+            "loop.evaluate_every": 2,
+        },
+    )
     # One key/value head does not divide over two tensor shards: but nothing is run again.
     assert run_sft(config, workdir) == result
 
 
 def _changed(cache, path, value):
-    config = _config(cache)
-    *sections, field = path.split(".")
-    below = config
-    for section in sections:
-        below = below[section]
-    with below.unlocked():
-        below[field] = value
-    return config
+    return replaced(_config(cache), {path: value})
 
 
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("optimiser", {}, "config.sft has no field optimiser; it has batch_size"),
-        ("optimizer.lr", 1e-3, "config.sft.optimizer has no field lr"),
+        ("optimiser", {}, "SftConfig has no field 'optimiser'; it has .*batch_size"),
+        ("optimizer.lr", 1e-3, "OptimizerConfig has no field 'lr'"),
         ("batch_size", 12, "micro_batch_size=12 rows must be a multiple of the 8 shards"),
         ("mesh.fsdp", 3, "mesh data=1 x fsdp=3 x tensor=1 needs 3 devices, there are 8"),
         ("micro_batch_size", 3, "micro_batch_size=3 must divide batch_size=8"),
@@ -229,8 +225,7 @@ def base_model(tmp_path_factory):
 @pytest.mark.slow
 def test_adapters_are_trained_beside_a_model_from_disk_and_merged(base_model, cache, tmp_path):
     config = _config(cache, directory=str(base_model), lora=LoraConfig(rank=4, alpha=8.0))
-    config.num_steps = 2
-    run_sft(config, tmp_path)
+    run_sft(replaced(config, {"num_steps": 2}), tmp_path)
     before = load_params(find_model(base_model))
     after = load_params(find_model(tmp_path / "sft" / "model"))
     for name, is_adapted in (("qkv", True), ("output", True)):
@@ -267,7 +262,7 @@ def _launch(*arguments):
 
 
 def test_the_clinic_is_written_before_it_is_read_and_found_again(tmp_path):
-    cfg = from_section(SftConfig, _config(tmp_path / "cache"), path="config")
+    cfg = _config(tmp_path / "cache")
     sizes = ClinicSizes(
         dialogues=24, held_out_dialogues=12, prompts=2, held_out_prompts=2, cases=2, exams=2
     )
@@ -279,13 +274,13 @@ def test_the_clinic_is_written_before_it_is_read_and_found_again(tmp_path):
         num_steps=2,
         samples=SamplesConfig(num_prompts=0),
     )
-    result = run_sft(to_section(cfg), tmp_path / "run")
+    result = run_sft(cfg, tmp_path / "run")
     assert result["step"] == 2 and {f"eval/loss/{kind}" for kind in KINDS} <= set(result)
     assert (tmp_path / "run" / "clinic" / "clinic.json").is_file()
-    assert run_sft(to_section(cfg), tmp_path / "run") == result
+    assert run_sft(cfg, tmp_path / "run") == result
     other = dataclasses.replace(cfg, clinic=ClinicConfig(seed=5, sizes=sizes))
     with pytest.raises(ValueError, match="another clinic .*seed: 4 before, 5 now"):
-        run_sft(to_section(other), tmp_path / "run")
+        run_sft(other, tmp_path / "run")
 
 
 @pytest.mark.slow

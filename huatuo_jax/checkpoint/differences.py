@@ -67,7 +67,7 @@ def _text(value: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Turns mappings that are no dicts (a ConfigDict) into dicts, which JSON can take."""
+    """Turns mappings that are no dicts into dicts, which JSON can take."""
     if isinstance(value, Mapping):
         return {str(key): _plain(below) for key, below in value.items()}
     if isinstance(value, list | tuple):

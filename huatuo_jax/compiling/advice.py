@@ -1,24 +1,28 @@
 """What to change in a config whose program does not fit."""
 
-from ml_collections import ConfigDict
-
 from huatuo_jax import sharding
 from huatuo_jax.compiling.chips import GIB
 from huatuo_jax.compiling.memory import bytes_on_device
 from huatuo_jax.compiling.programs import Program
+from huatuo_jax.dpo.config import DpoConfig
+from huatuo_jax.ppo.config import PpoConfig
+from huatuo_jax.reward.config import RewardConfig
+from huatuo_jax.sft import SftConfig
+
+StageConfig = SftConfig | RewardConfig | DpoConfig | PpoConfig
 
 
-def advice(program: Program, section: ConfigDict, *, capacity: int) -> list[str]:
+def advice(program: Program, cfg: StageConfig, *, capacity: int) -> list[str]:
     """The fields that would help, those first that cost least.
 
     Args:
         program: the one that does not fit.
-        section: of its stage.
+        cfg: of its stage.
         capacity: bytes of a device.
     """
     name, found = f"config.{program.stage}", []
     given = bytes_on_device((program.arguments, program.beside))
-    compute, shards = section.compute, sharding.batch_shards(program.mesh)
+    compute, shards = cfg.compute, sharding.batch_shards(program.mesh)
     if compute.compute_dtype == "float32":
         found.append(f"{name}.compute.compute_dtype='bfloat16' halves activations")
     if program.attends and compute.remat != "full" and not _of_engine(program):
@@ -28,7 +32,7 @@ def advice(program: Program, section: ConfigDict, *, capacity: int) -> list[str]
         )
     if program.attends and program.rows_at_once > shards and not _of_engine(program):
         found.append(
-            f"{name}.micro_batch_size={shards} (now {section.micro_batch_size}): one row at once "
+            f"{name}.micro_batch_size={shards} (now {cfg.micro_batch_size}): one row at once "
             "on each device; activations shrink with it, the result stays"
         )
     if _of_engine(program):
@@ -37,7 +41,7 @@ def advice(program: Program, section: ConfigDict, *, capacity: int) -> list[str]
         found.append(
             f"weights, moments and what else is held take {given / GIB:.1f} GiB of each device's "
             f"{capacity / GIB:.0f} before anything is computed: "
-            + "; ".join(_smaller_states(name, section, program))
+            + "; ".join(_smaller_states(name, cfg, program))
         )
     elif program.attends and compute.loss_chunk > 128:
         found.append(f"{name}.compute.loss_chunk=128 (now {compute.loss_chunk}): fewer logits")
@@ -53,10 +57,10 @@ def _of_engine(program: Program) -> bool:
     return program.name.endswith(("move", "decode", "prefill"))
 
 
-def _smaller_states(name: str, section: ConfigDict, program: Program) -> list[str]:
+def _smaller_states(name: str, cfg: StageConfig, program: Program) -> list[str]:
     ways = []
     if program.mesh.shape["data"] > 1:
         ways.append(f"{name}.mesh.data=1 with more fsdp, as data holds copies")
-    if section.model.lora is None:
+    if cfg.model.lora is None:
         ways.append(f"{name}.model.lora trains adapters, which alone have gradients and moments")
     return [*ways, "or a larger slice"]

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
 
 from huatuo_jax.atomic import write_file
 from huatuo_jax.backbone.config import Remat
@@ -18,7 +17,7 @@ from huatuo_jax.compiling import report
 from huatuo_jax.compiling.advice import advice
 from huatuo_jax.compiling.analysis import Analysis, Misfit, compile_program
 from huatuo_jax.compiling.programs import Program
-from huatuo_jax.compiling.stages import programs_of
+from huatuo_jax.compiling.stages import TrainingConfig, programs_of
 from huatuo_jax.compiling.sweep import recommended, sweep, with_settings
 from huatuo_jax.compiling.topology import Slice, open_slice, prepare_environment
 
@@ -49,7 +48,7 @@ class CompileConfig:
 
 
 def compile_config(
-    config: ConfigDict, cfg: CompileConfig, tell: Callable[[str], None]
+    config: TrainingConfig, cfg: CompileConfig, tell: Callable[[str], None]
 ) -> dict[str, Any]:
     """Compiles the programs of a config's stages.
 
@@ -82,7 +81,7 @@ def compile_config(
 
 
 def sweep_config(
-    config: ConfigDict, cfg: CompileConfig, tell: Callable[[str], None]
+    config: TrainingConfig, cfg: CompileConfig, tell: Callable[[str], None]
 ) -> dict[str, Any]:
     """Tries micro-batches and rematerialisation for each stage of a config.
 
@@ -145,19 +144,19 @@ def _heading(of: Slice) -> dict[str, Any]:
 
 
 def _programs(
-    config: ConfigDict, cfg: CompileConfig, devices: Sequence[jax.Device]
+    config: TrainingConfig, cfg: CompileConfig, devices: Sequence[jax.Device]
 ) -> list[Program]:
     return programs_of(config, devices, stages=cfg.stages, architecture=cfg.preset)
 
 
 def _with_advice(
-    result: Analysis | Misfit, config: ConfigDict, cfg: CompileConfig, of: Slice
+    result: Analysis | Misfit, config: TrainingConfig, cfg: CompileConfig, of: Slice
 ) -> Analysis | Misfit:
     """The result, with what would help where it does not fit."""
     if result.fits:
         return result
     program = result.program
-    lines = advice(program, config[program.stage], capacity=of.chip.usable_memory)
+    lines = advice(program, getattr(config, program.stage), capacity=of.chip.usable_memory)
     if isinstance(result, Analysis) or of.chip.switched:
         return dataclasses.replace(result, advice=lines)
     roomy = open_slice(f"{_ROOMY}:{'x'.join(map(str, _cube(len(of.devices))))}")

@@ -10,8 +10,8 @@ from huatuo_jax.backbone.presets import PRESETS, preset
 from huatuo_jax.checkpoint import models
 from huatuo_jax.checkpoint.generation_config import CONFIG_FILE
 from huatuo_jax.checkpoint.hf_config import from_hugging_face, read_json
+from huatuo_jax.config import WORKDIR_MARK
 from huatuo_jax.training.initial_model import ModelConfig
-from huatuo_jax.training.sections import WORKDIR_MARK
 
 # Models on the hub that a preset describes, so that no network is needed for them.
 _PUBLISHED = {

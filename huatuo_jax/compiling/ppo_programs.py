@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from huatuo_jax import sharding
 from huatuo_jax.backbone.casting import store_as_computed
@@ -32,7 +31,6 @@ from huatuo_jax.scoring import compile_values, head_scores
 from huatuo_jax.sharding import OnMesh
 from huatuo_jax.training.evaluation import check_rows
 from huatuo_jax.training.initial_model import InitialModel, ModelConfig, open_model
-from huatuo_jax.training.sections import from_section
 from huatuo_jax.training.step import abstract_batch
 from huatuo_jax.training.throughput import ModelFlops
 
@@ -70,15 +68,13 @@ class Roles(NamedTuple):
         return () if self.valued is None else self.valued.state
 
 
-def ppo_programs(
-    section: ConfigDict, devices: Devices, architectures: Architectures
-) -> list[Program]:
+def ppo_programs(cfg: PpoConfig, devices: Devices, architectures: Architectures) -> list[Program]:
     """The programs of the stage on these devices.
 
     Raises:
-        ValueError: the section, or a model of it, cannot be.
+        ValueError: the config, or a model of it, cannot be.
     """
-    roles = _roles(from_section(PpoConfig, section, path="config.ppo"), devices, architectures)
+    roles = _roles(cfg, devices, architectures)
     programs = [*_generation(roles), _scoring(roles), *_training(roles, "policy", roles.trained)]
     if roles.valued is not None:
         programs += _training(roles, "value", roles.valued)

@@ -1,10 +1,10 @@
 """The programs of a config's stages, each made by the function that the stage itself uses."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from huatuo_jax import sft
 from huatuo_jax.compiling.models import Architectures
@@ -15,14 +15,16 @@ from huatuo_jax.dpo.config import DpoConfig
 from huatuo_jax.ppo import stage as ppo
 from huatuo_jax.reward import stage as reward
 from huatuo_jax.reward.config import RewardConfig
+from huatuo_jax.rlaif.config import RlaifConfig
 from huatuo_jax.sft import SftConfig
+from huatuo_jax.stages import StagesConfig
 from huatuo_jax.training.evaluation import check_rows
 from huatuo_jax.training.initial_model import InitialModel, open_model
-from huatuo_jax.training.sections import from_section
 from huatuo_jax.training.step import Step
 from huatuo_jax.training.throughput import ModelFlops
 
 StageConfig = SftConfig | RewardConfig | DpoConfig
+TrainingConfig = StagesConfig | RlaifConfig
 
 # How long a run is follows from its data, where the config does not say; it decides no shape.
 _NUM_STEPS = 10_000
@@ -31,7 +33,7 @@ _PAIRS_OF_A_ROW = 32
 
 
 def programs_of(
-    config: ConfigDict,
+    config: TrainingConfig,
     devices: Devices,
     *,
     stages: Sequence[str] = (),
@@ -40,13 +42,13 @@ def programs_of(
     """The programs of the stages that a config names.
 
     Args:
-        config: with `stages` and a section for each, or a recipe.
+        config: stages, or a recipe.
         devices: to compile for.
         stages: some of them; none for all that have programs.
         architecture: the preset of models that no stage makes; None looks at their configs.
 
     Raises:
-        ValueError: a stage that the config does not have, or a section that cannot be.
+        ValueError: a stage that the config does not have, or a config that cannot be.
     """
     there = [name for name in config.stages if name in _MAKERS]
     if missing := [name for name in stages if name not in there]:
@@ -54,15 +56,14 @@ def programs_of(
     architectures = Architectures(architecture)
     programs = []
     for name in there:
-        found = _MAKERS[name](config[name], devices, architectures)
+        found = _MAKERS[name](getattr(config, name), devices, architectures)
         architectures.add(name, found[0].backbone)
         if name in stages or not stages:
             programs += found
     return programs
 
 
-def _sft(section: ConfigDict, devices: Devices, architectures: Architectures) -> list[Program]:
-    cfg = from_section(SftConfig, section, path="config.sft")
+def _sft(cfg: SftConfig, devices: Devices, architectures: Architectures) -> list[Program]:
     mesh = _mesh(cfg, devices, stage=sft.STAGE)
     place = architectures.in_place(cfg.model, path="config.sft.model")
     model = open_model(place, cfg.compute.compute_config())
@@ -74,8 +75,7 @@ def _sft(section: ConfigDict, devices: Devices, architectures: Architectures) ->
     return [_update(sft.STAGE, cfg, mesh, model, step, batch, flops.of_step(**sizes))]
 
 
-def _reward(section: ConfigDict, devices: Devices, architectures: Architectures) -> list[Program]:
-    cfg = from_section(RewardConfig, section, path="config.reward")
+def _reward(cfg: RewardConfig, devices: Devices, architectures: Architectures) -> list[Program]:
     mesh = _mesh(cfg, devices, stage=reward.STAGE)
     place = architectures.in_place(cfg.model, path="config.reward.model")
     model = reward.open_backbone(cfg, place)
@@ -87,8 +87,7 @@ def _reward(section: ConfigDict, devices: Devices, architectures: Architectures)
     return [_update(reward.STAGE, cfg, mesh, model, step, batch, flops.of_step(**sizes))]
 
 
-def _dpo(section: ConfigDict, devices: Devices, architectures: Architectures) -> list[Program]:
-    cfg = from_section(DpoConfig, section, path="config.dpo")
+def _dpo(cfg: DpoConfig, devices: Devices, architectures: Architectures) -> list[Program]:
     mesh = _mesh(cfg, devices, stage=dpo.STAGE)
     place = architectures.in_place(cfg.model, path="config.dpo.model")
     model = open_model(place, cfg.compute.compute_config())
@@ -140,7 +139,7 @@ def _update(
     )
 
 
-_MAKERS: dict[str, Callable[[ConfigDict, Devices, Architectures], list[Program]]] = {
+_MAKERS: dict[str, Callable[[Any, Devices, Architectures], list[Program]]] = {
     sft.STAGE: _sft,
     reward.STAGE: _reward,
     dpo.STAGE: _dpo,

@@ -4,14 +4,14 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
-from ml_collections import ConfigDict
-
 from huatuo_jax import sharding
 from huatuo_jax.backbone.config import Remat
 from huatuo_jax.compiling import units
 from huatuo_jax.compiling.analysis import Analysis, Misfit
 from huatuo_jax.compiling.chips import GIB
 from huatuo_jax.compiling.programs import Program
+from huatuo_jax.compiling.stages import TrainingConfig
+from huatuo_jax.config import replaced
 
 # From what computes least to what holds least.
 REMAT: tuple[Remat, ...] = ("none", "outputs", "dots", "full")
@@ -113,15 +113,15 @@ def recommended(found: Iterable[Choice]) -> Choice | None:
 
 
 def with_settings(
-    config: ConfigDict, stage: str, micro_batch_size: int | None, remat: Remat | None
-) -> ConfigDict:
+    config: TrainingConfig, stage: str, micro_batch_size: int | None, remat: Remat | None
+) -> TrainingConfig:
     """The config with these settings of a stage; None leaves one as it is."""
-    changed = config.copy_and_resolve_references()
+    changes: dict[str, object] = {}
     if micro_batch_size is not None:
-        changed[stage].micro_batch_size = micro_batch_size
+        changes[f"{stage}.micro_batch_size"] = micro_batch_size
     if remat is not None:
-        changed[stage].compute.remat = remat
-    return changed
+        changes[f"{stage}.compute.remat"] = remat
+    return replaced(config, changes)
 
 
 def _swept(programs: list[Program]) -> Program:

@@ -8,10 +8,10 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from huatuo_jax.comparisons.data import Comparisons, ComparisonsConfig, open_comparisons
 from huatuo_jax.comparisons.rows import ComparisonBatches, ComparisonRows, empty_row
+from huatuo_jax.config import checked, placed_in
 from huatuo_jax.dpo.config import DpoConfig
 from huatuo_jax.dpo.loss import row_loss
 from huatuo_jax.dpo.policy import abstract_state, make_state
@@ -28,7 +28,6 @@ from huatuo_jax.training.run_directory import (
     begin_stage,
     identity,
 )
-from huatuo_jax.training.sections import from_section, placed_in
 from huatuo_jax.training.step import Step, abstract_batch, make_step
 from huatuo_jax.training.throughput import ModelFlops
 
@@ -36,13 +35,11 @@ STAGE = "dpo"
 MODEL_FOLDER = "model"
 
 
-def run_dpo(
-    config: ConfigDict | Mapping[str, Any], workdir: str | os.PathLike[str]
-) -> dict[str, Any]:
+def run_dpo(config: DpoConfig, workdir: str | os.PathLike[str]) -> dict[str, Any]:
     """Runs the stage in a run's folder, or goes on with it, or finds it done.
 
     Args:
-        config: the fields of `DpoConfig`, as a ConfigDict or a dict.
+        config: of the stage; `{workdir}` in a path stands for the run's folder.
         workdir: the run's folder.
 
     Returns:
@@ -56,7 +53,7 @@ def run_dpo(
         Diverged: too many steps in a row were not finite.
         OSError: something cannot be read or written.
     """
-    cfg = placed_in(from_section(DpoConfig, config, path=f"config.{STAGE}"), workdir)
+    cfg = placed_in(checked(config, DpoConfig, path=f"config.{STAGE}"), workdir)
     mesh = cfg.mesh.make()
     check_rows(cfg.rows_at_once, name="micro_batch_size", mesh=mesh)
     model = open_model(cfg.model, cfg.compute.compute_config())

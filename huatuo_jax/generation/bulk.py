@@ -10,7 +10,7 @@ import itertools
 import json
 import os
 import pathlib
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -71,7 +71,7 @@ class BulkConfig:
     model: str
     prompts: str
     output: str
-    ignore_config_fields: Collection[str] = ()
+    ignore_config_fields: tuple[str, ...] = ()
     encoding: str | None = None
     template: str = "huatuogpt"
     default_system: str | None = None

@@ -2,11 +2,9 @@
 
 import functools
 import os
-from collections.abc import Mapping
 from typing import Any
 
-from ml_collections import ConfigDict
-
+from huatuo_jax.config import checked, placed_in
 from huatuo_jax.data.answers import text_of
 from huatuo_jax.ppo.config import PpoConfig
 from huatuo_jax.ppo.held_out import FOLDER as JUDGED_FOLDER
@@ -27,7 +25,6 @@ from huatuo_jax.training.data_report import report_data
 from huatuo_jax.training.evaluation import check_rows
 from huatuo_jax.training.initial_model import open_model
 from huatuo_jax.training.run_directory import all_fields, begin_stage, identity
-from huatuo_jax.training.sections import from_section, placed_in
 from huatuo_jax.training.state import Variables
 from huatuo_jax.training.throughput import ModelFlops
 
@@ -47,13 +44,11 @@ _RESULT = (
 )
 
 
-def run_ppo(
-    config: ConfigDict | Mapping[str, Any], workdir: str | os.PathLike[str]
-) -> dict[str, Any]:
+def run_ppo(config: PpoConfig, workdir: str | os.PathLike[str]) -> dict[str, Any]:
     """Runs the stage in a run's folder, or goes on with it, or finds it done.
 
     Args:
-        config: the fields of `PpoConfig`, as a ConfigDict or a dict.
+        config: of the stage; `{workdir}` in a path stands for the run's folder.
         workdir: the run's folder.
 
     Returns:
@@ -69,7 +64,7 @@ def run_ppo(
         Diverged: too many steps in a row were not finite.
         OSError: something cannot be read or written.
     """
-    cfg = placed_in(from_section(PpoConfig, config, path=f"config.{STAGE}"), workdir)
+    cfg = placed_in(checked(config, PpoConfig, path=f"config.{STAGE}"), workdir)
     if cfg.without_use is not None:
         tell(f"{STAGE}: {cfg.without_use}")
     mesh = cfg.mesh.make()

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -59,7 +59,7 @@ class ScoreConfig:
     model: str
     input: str
     output: str
-    ignore_config_fields: Collection[str] = ()
+    ignore_config_fields: tuple[str, ...] = ()
     encoding: str | None = None
     template: str = "huatuogpt"
     default_system: str | None = None

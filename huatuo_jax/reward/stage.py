@@ -10,7 +10,6 @@ import jax
 import numpy as np
 import transformers
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from huatuo_jax import multi_host
 from huatuo_jax.backbone.config import BackboneConfig
@@ -24,6 +23,7 @@ from huatuo_jax.comparisons.data import (
 )
 from huatuo_jax.comparisons.probes import open_probe
 from huatuo_jax.comparisons.rows import ComparisonBatches, ComparisonRows, empty_row
+from huatuo_jax.config import checked, placed_in
 from huatuo_jax.data.accounting import Account
 from huatuo_jax.progress import progress_bar
 from huatuo_jax.reward.answers import answers_hash, read_answers
@@ -49,7 +49,6 @@ from huatuo_jax.training.run_directory import (
     begin_stage,
     identity,
 )
-from huatuo_jax.training.sections import from_section, placed_in
 from huatuo_jax.training.step import Step, abstract_batch, make_step
 from huatuo_jax.training.throughput import ModelFlops
 
@@ -58,13 +57,11 @@ MODEL_FOLDER = "model"
 TRAINING_ANSWERS = "the chosen and rejected answers of the training comparisons, each once"
 
 
-def run_reward(
-    config: ConfigDict | Mapping[str, Any], workdir: str | os.PathLike[str]
-) -> dict[str, Any]:
+def run_reward(config: RewardConfig, workdir: str | os.PathLike[str]) -> dict[str, Any]:
     """Runs the stage in a run's folder, or goes on with it, or finds it done.
 
     Args:
-        config: the fields of `RewardConfig`, as a ConfigDict or a dict.
+        config: of the stage; `{workdir}` in a path stands for the run's folder.
         workdir: the run's folder.
 
     Returns:
@@ -80,7 +77,7 @@ def run_reward(
         Diverged: too many steps in a row were not finite.
         OSError: something cannot be read or written.
     """
-    cfg = placed_in(from_section(RewardConfig, config, path=f"config.{STAGE}"), workdir)
+    cfg = placed_in(checked(config, RewardConfig, path=f"config.{STAGE}"), workdir)
     mesh = cfg.mesh.make()
     check_rows(cfg.rows_at_once, name="micro_batch_size", mesh=mesh)
     model = open_backbone(cfg, cfg.model)

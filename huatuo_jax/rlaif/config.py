@@ -7,6 +7,7 @@ from typing import Literal
 from huatuo_jax.clinic import files as clinic_files
 from huatuo_jax.clinic.files import ClinicConfig
 from huatuo_jax.clinic.planted import Difference
+from huatuo_jax.config import WORKDIR_MARK, placed_in
 from huatuo_jax.data.records import Kind
 from huatuo_jax.data.sources import source_names
 from huatuo_jax.evaluation.config import EvaluationConfig
@@ -22,7 +23,6 @@ from huatuo_jax.sft import CLINIC_FOLDER, SftConfig
 from huatuo_jax.sharding import MeshConfig
 from huatuo_jax.training.dialogue_data import SourceConfig
 from huatuo_jax.training.run_directory import operational
-from huatuo_jax.training.sections import WORKDIR_MARK, placed_in
 
 LABELS_FILE = "labels.jsonl"
 HELD_OUT_FILE = "held_out_prompts.jsonl"

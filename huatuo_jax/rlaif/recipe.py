@@ -7,14 +7,14 @@ mesh; the first of them asks the judge, and writes what is written once.
 import json
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
 
 from huatuo_jax import multi_host
 from huatuo_jax.atomic import write_file
+from huatuo_jax.config import checked
 from huatuo_jax.feedback.judge_config import reach_judge
 from huatuo_jax.report.run import read_json
 from huatuo_jax.rlaif.checks import check_inputs
@@ -32,19 +32,16 @@ from huatuo_jax.rlaif.prompts import (
 from huatuo_jax.rlaif.stages import Stage, make_stages
 from huatuo_jax.sft import write_clinic_of
 from huatuo_jax.training.preemption import Interrupted
-from huatuo_jax.training.sections import from_section
 
 
-def run_rlaif(
-    config: ConfigDict | Mapping[str, Any], workdir: str | os.PathLike[str]
-) -> dict[str, Any]:
+def run_rlaif(config: RlaifConfig, workdir: str | os.PathLike[str]) -> dict[str, Any]:
     """Runs the recipe in a run's folder, or goes on with it.
 
     A finished stage is not run again. All inputs are looked at first, the judge's server too, so
     that nothing is trained in vain.
 
     Args:
-        config: the fields of `RlaifConfig`, as a ConfigDict or a dict.
+        config: of the recipe; `{workdir}` in a path stands for the run's folder.
         workdir: the run's folder.
 
     Returns:
@@ -60,7 +57,7 @@ def run_rlaif(
         OSError: something cannot be read or written.
     """
     folder = pathlib.Path(workdir)
-    cfg = from_section(RlaifConfig, config, path="config").in_workdir(folder)
+    cfg = checked(config, RlaifConfig, path="config").in_workdir(folder)
     multi_host.check_joined()
     multi_host.check_shared(folder)
     write_clinic_of(folder, cfg.clinic)

@@ -1,6 +1,5 @@
 """The stages of the recipe: what each is made from, what it leaves, and the call that runs it."""
 
-import dataclasses
 import os
 import pathlib
 import sys
@@ -72,7 +71,7 @@ def _sft(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:
     def run() -> Mapping[str, Any]:
         if cfg.evaluation.base == f"{workdir}/base/model":
             _save_base(cfg, workdir / "base" / "model")
-        return run_sft(dataclasses.asdict(cfg.sft), workdir)
+        return run_sft(cfg.sft, workdir)
 
     return Stage(
         "sft",
@@ -172,7 +171,7 @@ def _reward(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:
         identity(section),
         inputs,
         (workdir / "reward" / "model",),
-        lambda: run_reward(dataclasses.asdict(section), workdir),
+        lambda: run_reward(section, workdir),
     )
 
 
@@ -189,7 +188,7 @@ def _ppo(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:
         identity(section),
         inputs,
         (workdir / "ppo" / "model",),
-        lambda: run_ppo(dataclasses.asdict(section), workdir),
+        lambda: run_ppo(section, workdir),
     )
 
 

@@ -6,14 +6,13 @@ import pathlib
 import subprocess
 import sys
 
-from ml_collections import ConfigDict
-
 from huatuo_jax.backbone.config import BackboneConfig
+from huatuo_jax.config import replaced
 from huatuo_jax.sft import SftConfig
+from huatuo_jax.stages import StagesConfig
 from huatuo_jax.training.dialogue_data import DataConfig, SourceConfig
 from huatuo_jax.training.initial_model import ComputeSection, ModelConfig
 from huatuo_jax.training.optimizer import OptimizerConfig
-from huatuo_jax.training.sections import to_section
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -40,9 +39,7 @@ def small_sft(**changed):
         micro_batch_size=16,
         compute=ComputeSection(compute_dtype="bfloat16", remat="full"),
     )
-    config = ConfigDict({"stages": ("sft",), "sft": to_section(sft)})
-    config.update_from_flattened_dict(changed)
-    return config
+    return replaced(StagesConfig(sft=sft), changed)
 
 
 def get_config():

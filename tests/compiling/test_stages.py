@@ -1,6 +1,5 @@
 """What is compiled is what the stages run, on the shapes that they give it."""
 
-import importlib.util
 import pathlib
 
 import jax
@@ -14,13 +13,13 @@ from huatuo_jax.compiling.models import Architectures
 from huatuo_jax.compiling.ppo_programs import _row
 from huatuo_jax.compiling.programs import attended_pairs
 from huatuo_jax.compiling.stages import programs_of
+from huatuo_jax.config import load_card, replaced
 from huatuo_jax.generation.requests import Answer, Usage
 from huatuo_jax.ppo.layout import plain_layout
 from huatuo_jax.ppo.prompts import TokenPrompt
 from huatuo_jax.ppo.rollout import make_rollout
 from huatuo_jax.ppo.trainer import NUMBERS_OF_TOKENS
 from huatuo_jax.training.initial_model import ModelConfig
-from huatuo_jax.training.sections import to_section
 from huatuo_jax.training.throughput import ModelFlops
 from tests.comparisons.tiny import token_group
 
@@ -28,12 +27,7 @@ CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
 
 
 def config(name, **changed):
-    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    made = module.get_config()
-    made.update_from_flattened_dict(changed)
-    return made
+    return replaced(load_card(str(CONFIGS / f"{name}.py")), changed)
 
 
 ON_EIGHT = {"sft.batch_size": 8, "reward.batch_size": 8}
@@ -65,7 +59,7 @@ def test_every_program_of_the_recipe_is_traced_from_shapes():
 def test_dpo_is_traced_from_shapes_and_counts_the_reference_s_pass(lora):
     made = config("dpo", **{"sft.batch_size": 8, "dpo.batch_size": 8})
     if lora is not None:
-        made.dpo.model.lora = to_section(lora)
+        made = replaced(made, {"dpo.model.lora": lora})
     sft, dpo = programs_of(made, jax.devices())
     assert (sft.name, dpo.name) == ("sft/update", "dpo/update")
     assert (2048, 128) in {leaf.shape for leaf in jax.tree.leaves(dpo.arguments)}

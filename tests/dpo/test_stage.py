@@ -19,6 +19,7 @@ from huatuo_jax.checkpoint.models import find_model, load_params, save_orbax
 from huatuo_jax.checkpoint.tokenizer import load_tokenizer
 from huatuo_jax.comparisons import rows as comparison_rows
 from huatuo_jax.comparisons.data import ComparisonsConfig, ComparisonSource, open_comparisons
+from huatuo_jax.config import replaced
 from huatuo_jax.data.held_out import HeldOutConfig
 from huatuo_jax.dpo.config import DpoConfig
 from huatuo_jax.dpo.stage import run_dpo
@@ -27,7 +28,6 @@ from huatuo_jax.training.initial_model import ModelConfig
 from huatuo_jax.training.loop import LoopConfig
 from huatuo_jax.training.metrics import is_time_field, read_rows
 from huatuo_jax.training.optimizer import OptimizerConfig
-from huatuo_jax.training.sections import to_section
 from tests.comparisons.tiny import BACKBONE, TOKENIZER, comparisons, write_rows
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -68,7 +68,7 @@ def _config(files, *, head="lm", lora=None, **changed):
         "batch_size": 4,
         "loop": LoopConfig(evaluate_every=5, checkpoint_every=2, tensorboard=False),
     }
-    return to_section(DpoConfig(**(settings | changed)))
+    return DpoConfig(**(settings | changed))
 
 
 @pytest.fixture(scope="module")
@@ -166,8 +166,7 @@ def test_what_cannot_be_is_told_before_anything_is_compiled(files, tmp_path):
         _config(files, beta=0.0)
     with pytest.raises(ValueError, match="micro_batch_size=3 must divide batch_size=4"):
         _config(files, micro_batch_size=3)
-    config = _config(files)
-    config.data.max_length, config.data.row_length = 256, 512
+    config = replaced(_config(files), {"data.max_length": 256, "data.row_length": 512})
     with pytest.raises(ValueError, match="max_length=256 must be at most the model's 128"):
         run_dpo(config, tmp_path)
 

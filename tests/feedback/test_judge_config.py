@@ -12,7 +12,6 @@ from huatuo_jax.data.records import Message, Prompt
 from huatuo_jax.feedback import judge_config
 from huatuo_jax.feedback.judge_config import JudgeConfig
 from huatuo_jax.training.run_directory import identity
-from huatuo_jax.training.sections import from_section, to_section
 
 KEY = "sk-0123456789abcdef"
 
@@ -93,15 +92,8 @@ BIASED = ClinicJudge(length_bias=1.0, self_preference=2.0)
 
 def test_the_fields_of_the_clinics_judge_are_a_section_and_decide_results():
     cfg = JudgeConfig(clinic_judge=BIASED)
-    config = to_section(JudgeConfig())
-    config.clinic_judge.length_bias = 1.0
-    config.clinic_judge.self_preference = 2.0
-    assert from_section(JudgeConfig, config, path="config.labels") == cfg
     assert identity(cfg)["clinic_judge"]["length_bias"] == 1.0
     assert identity(cfg) != identity(JudgeConfig())
-    config.clinic_judge.noise = -1.0
-    with pytest.raises(ValueError, match="config.labels.clinic_judge: noise is -1.0"):
-        from_section(JudgeConfig, config, path="config.labels")
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,6 @@ from huatuo_jax.sharding import MeshConfig
 from huatuo_jax.training.initial_model import ModelConfig
 from huatuo_jax.training.loop import LoopConfig
 from huatuo_jax.training.optimizer import OptimizerConfig
-from huatuo_jax.training.sections import to_section
 from tests.comparisons.tiny import BACKBONE, TOKENIZER
 
 NUM_STEPS = 4
@@ -41,8 +40,8 @@ def settings(config, file, **mesh):
 def main(arguments):
     workdir, file, *fields = arguments
     mesh = {name: int(number) for name, number in (field.split("=") for field in fields)}
-    run_reward(to_section(settings(RewardConfig, file, **mesh)), workdir)
-    run_dpo(to_section(settings(DpoConfig, file, **mesh)), workdir)
+    run_reward(settings(RewardConfig, file, **mesh), workdir)
+    run_dpo(settings(DpoConfig, file, **mesh), workdir)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,6 @@ from huatuo_jax.training.initial_model import ModelConfig
 from huatuo_jax.training.loop import LoopConfig
 from huatuo_jax.training.optimizer import OptimizerConfig
 from huatuo_jax.training.preemption import INTERRUPTED_EXIT_CODE, Interrupted
-from huatuo_jax.training.sections import to_section
 
 SOURCE = "real_instruction"
 BACKBONE = BackboneConfig(
@@ -68,7 +67,7 @@ def config(cache, *, num_steps, **mesh):
         mesh=MeshConfig(**mesh),
         loop=LoopConfig(evaluate_every=4, checkpoint_every=4, log_every=1, tensorboard=False),
     )
-    return to_section(settings)
+    return settings
 
 
 def record_rows(folder, seconds_each):

@@ -19,6 +19,7 @@ from huatuo_jax.backbone.lora import LoraConfig
 from huatuo_jax.backbone.transformer import Transformer, init_params
 from huatuo_jax.checkpoint.models import find_model, load_params, save_orbax
 from huatuo_jax.checkpoint.tokenizer import load_tokenizer
+from huatuo_jax.config import replaced
 from huatuo_jax.data import sample, templates
 from huatuo_jax.data.records import Message
 from huatuo_jax.feedback.judge_config import JudgeConfig
@@ -44,7 +45,6 @@ from huatuo_jax.scoring import GivenAnswer, Normalization, Scorer, save_normaliz
 from huatuo_jax.training.initial_model import ModelConfig, open_model
 from huatuo_jax.training.metrics import read_rows
 from huatuo_jax.training.optimizer import OptimizerConfig
-from huatuo_jax.training.sections import from_section, to_section
 from tests.feedback.planted_server import KEY, MODEL, Planted, PlantedServer
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -106,7 +106,7 @@ def _config(files, **changed):
         "num_minibatches": 2,
         "loop": PpoLoopConfig(tensorboard=False, samples_per_iteration=3),
     }
-    return to_section(PpoConfig(**(settings | changed)))
+    return PpoConfig(**(settings | changed))
 
 
 @pytest.fixture(scope="module")
@@ -258,8 +258,7 @@ def test_every_way_to_make_the_roles_runs(files, tmp_path, way):
 
 @pytest.mark.parametrize("scale", ["stored", "raw"])
 def test_a_kept_head_gives_the_scores_as_they_enter_the_reward(files, scale):
-    section = _config(files, value=ValueConfig(head="keep"), score=ScoreConfig(scale=scale))
-    cfg = from_section(PpoConfig, section, path="config.ppo")
+    cfg = _config(files, value=ValueConfig(head="keep"), score=ScoreConfig(scale=scale))
     policy = open_model(cfg.model, cfg.compute.compute_config())
     reward = open_reward_model(
         cfg.reward_model,
@@ -395,23 +394,15 @@ WRONG_JUDGINGS = {
         {"judge": JudgeConfig(offline="clinic")},
         "the clinic's judge needs one of the clinic's diseases",
     ),
-    "a model for an offline judge": (
-        {"judge": {"model": "m"}},
-        "config.ppo.judging.judge: model is ignored by the offline judge",
-    ),
-    "never": ({"every": 0}, "config.ppo.judging: every=0 must be at least 1"),
+    "never": ({"every": 0}, "every=0 must be at least 1"),
 }
 
 
 @pytest.mark.parametrize(("change", "message"), WRONG_JUDGINGS.values(), ids=WRONG_JUDGINGS.keys())
 def test_a_wrong_judging_ends_in_one_clear_message(files, held_out, tmp_path, change, message):
-    config = _config(files).to_dict()
-    settings = {"prompts": held_out, "judge": JudgeConfig()} | change
-    judge = settings["judge"]
-    if isinstance(judge, JudgeConfig):
-        settings["judge"] = dataclasses.asdict(judge)
+    settings = {"every": 1, "prompts": held_out, "judge": JudgeConfig()} | change
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        run_ppo(config | {"judging": settings}, tmp_path)
+        run_ppo(_config(files, judging=JudgingConfig(**settings)), tmp_path)
     assert not (tmp_path / "ppo").exists()
 
 
@@ -486,23 +477,16 @@ WRONG = {
     "k2": ("kl_in", "k2", "kl_in='k2' must be one of"),
     "penalty": ("score.penalty", None, "penalty=None must be 0 or more"),
     "the scale of another score": ("score.of", "length", "scale='stored' is the reward model's"),
-    "unknown field": ("learning_rate", 1.0, "config.ppo has no field learning_rate"),
+    "unknown field": ("learning_rate", 1.0, "PpoConfig has no field 'learning_rate'"),
 }
 
 
 @pytest.mark.parametrize(("path", "value", "message"), WRONG.values(), ids=WRONG.keys())
 def test_a_wrong_setting_ends_in_one_clear_message(files, tmp_path, path, value, message):
-    config = _config(files)
-    *sections, field = path.split(".")
-    below = config
-    for section in sections:
-        below = below[section]
     if isinstance(value, str) and (files / value).is_dir():
         value = str(files / value)
-    with below.unlocked():
-        below[field] = value
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        run_ppo(config, tmp_path)
+        run_ppo(replaced(_config(files), {path: value}), tmp_path)
     assert not (tmp_path / "ppo" / "metrics.jsonl").exists()
 
 

@@ -4,8 +4,8 @@ import pathlib
 import sys
 
 from huatuo_jax.rlaif.recipe import run_rlaif
-from tests.rlaif.tiny import section, tiny_recipe
+from tests.rlaif.tiny import tiny_recipe
 
 if __name__ == "__main__":
     data, workdir = map(pathlib.Path, sys.argv[1:])
-    run_rlaif(section(tiny_recipe(data)), workdir)
+    run_rlaif(tiny_recipe(data), workdir)

@@ -3,11 +3,8 @@
 Only sizes are changed, and what would leave the machine: the data set and the judge's server.
 """
 
-import dataclasses
-import importlib
 import json
 import pathlib
-import sys
 
 import jax
 import pytest
@@ -17,19 +14,21 @@ import transformers
 from huatuo_jax import sharding
 from huatuo_jax.checkpoint.convert import convert
 from huatuo_jax.checkpoint.tokenizer import load_tokenizer
+from huatuo_jax.config import load_card, replaced
+from huatuo_jax.data.held_out import HeldOutConfig
 from huatuo_jax.data.records import Message
 from huatuo_jax.data.templates import by_name
-from huatuo_jax.dpo.stage import run_dpo
-from huatuo_jax.ppo.stage import run_ppo
+from huatuo_jax.generation.samples import SamplesConfig
 from huatuo_jax.reward.export import export_reward_model
-from huatuo_jax.reward.stage import run_reward
 from huatuo_jax.rlaif.recipe import run_rlaif
 from huatuo_jax.sft import run_sft
+from huatuo_jax.stages import STAGES
+from huatuo_jax.training.dialogue_data import SourceConfig
+from huatuo_jax.training.loop import LoopConfig
 from tests import hub as hubs
 from tests.rlaif.tiny import CLINIC, write_dialogues
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
-STAGES = {"sft": run_sft, "reward": run_reward, "dpo": run_dpo, "ppo": run_ppo}
 ROW, ANSWER = 320, 8
 DIALOGUE = [Message("user", "咳嗽三天了。"), Message("assistant", "多喝水。")]
 
@@ -71,55 +70,69 @@ def data(tmp_path):
 
 
 def card(name, *argument):
-    """The card's config as plain dicts."""
-    sys.path.insert(0, str(CONFIGS))
-    try:
-        return importlib.import_module(name).get_config(*argument).to_dict()
-    finally:
-        sys.path.pop(0)
+    return load_card(":".join([str(CONFIGS / f"{name}.py"), *argument]))
 
 
-def change(config, **fields):
-    """Sets fields by their path, double underscores between its parts; each has to be there."""
-    for path, value in fields.items():
-        *parents, last = path.split("__")
-        section = config
-        for part in parents:
-            section = section[part]
-        assert last in section, path
-        section[last] = value
-
-
-LOOP = {"evaluate_every": 2, "checkpoint_every": 2, "log_every": 1, "tensorboard": False}
+LOOP = LoopConfig(evaluate_every=2, checkpoint_every=2, log_every=1, tensorboard=False)
+HELD_OUT = HeldOutConfig(share=0.25)
 
 
 def shrink(config, *, batch=8):
     """Few steps of short rows, in every stage that the card has."""
-    if "sft" in config:
-        change(config, sft__data__row_length=ROW, sft__data__held_out={"share": 0.25})
-        change(config, sft__data__num_threads=0, sft__num_steps=2, sft__batch_size=batch)
-        change(config, sft__loop=LOOP, sft__samples={"num_prompts": 1, "max_new_tokens": ANSWER})
-    for name in ("reward", "dpo"):
-        if name in config:
-            change(config[name], data__max_length=ROW, data__row_length=2 * ROW, loop=LOOP)
-            change(config[name], data__held_out={"share": 0.25}, num_steps=2, batch_size=batch)
+    changes = {}
+    if "sft" in config.stages:
+        changes |= {
+            "sft.data.row_length": ROW,
+            "sft.data.held_out": HELD_OUT,
+            "sft.data.num_threads": 0,
+            "sft.num_steps": 2,
+            "sft.batch_size": batch,
+            "sft.loop": LOOP,
+            "sft.samples": SamplesConfig(num_prompts=1, max_new_tokens=ANSWER),
+        }
+    for name in {"reward", "dpo"} & set(config.stages):
+        changes |= {
+            f"{name}.data.max_length": ROW,
+            f"{name}.data.row_length": 2 * ROW,
+            f"{name}.data.held_out": HELD_OUT,
             # The sample's answers are longer than these rows, above all in another vocabulary.
-            change(config[name], data__max_left_out_share=1.0)
-    if "ppo" in config:
-        change(config["ppo"], rollout__num_prompts=batch, rollout__max_new_tokens=ANSWER)
-        change(config["ppo"], data__max_prompt_tokens=300, num_iterations=1, num_epochs=1)
-        change(config["ppo"], num_minibatches=1, value__warmup_iterations=0)
-        change(config["ppo"], optimizer__warmup_steps=0)
-        if config["ppo"]["value"]["optimizer"] is not None:
-            change(config["ppo"], value__optimizer__warmup_steps=0)
-        change(config["ppo"]["loop"], checkpoint_every=1, tensorboard=False)
+            f"{name}.data.max_left_out_share": 1.0,
+            f"{name}.loop": LOOP,
+            f"{name}.num_steps": 2,
+            f"{name}.batch_size": batch,
+        }
+    if "ppo" in config.stages:
+        changes |= {
+            "ppo.rollout.num_prompts": batch,
+            "ppo.rollout.max_new_tokens": ANSWER,
+            "ppo.data.max_prompt_tokens": 300,
+            "ppo.num_iterations": 1,
+            "ppo.num_epochs": 1,
+            "ppo.num_minibatches": 1,
+            "ppo.value.warmup_iterations": 0,
+            "ppo.optimizer.warmup_steps": 0,
+            "ppo.loop.checkpoint_every": 1,
+            "ppo.loop.tensorboard": False,
+        }
+        if config.ppo.value.optimizer is not None:
+            changes["ppo.value.optimizer.warmup_steps"] = 0
+    return replaced(config, changes)
 
 
 def shrink_recipe(config, data):
-    shrink(config)
-    change(config, data=data, labels__base_url=None, prompts__limit=8, prompts__held_out_limit=4)
-    change(config, answers__num_samples=3, answers__sampling__max_new_tokens=ANSWER)
-    change(config, evaluation__num_samples=2, evaluation__max_new_tokens=ANSWER)
+    return replaced(
+        shrink(config),
+        {
+            "data": data,
+            "labels.base_url": None,
+            "prompts.limit": 8,
+            "prompts.held_out_limit": 4,
+            "answers.num_samples": 3,
+            "answers.sampling.max_new_tokens": ANSWER,
+            "evaluation.num_samples": 2,
+            "evaluation.max_new_tokens": ANSWER,
+        },
+    )
 
 
 def read(folder, name):
@@ -170,10 +183,10 @@ def run_recipe(config, workdir, **expected):
 def test_the_7b_card_runs_from_its_hub_id_to_its_export(hub, data, tmp_path):
     """Fine-tuning, then the export: the shortest way through what a Hub id has to carry."""
     config = card("huatuogpt_7b")
-    assert config["sft"]["model"]["directory"] == hubs.BAICHUAN
-    shrink(config)
-    config["sft"]["data"]["sources"] = ({"name": "mine", "paths": (data,)},)
-    run_sft(config["sft"], tmp_path / "run")
+    assert config.sft.model.directory == hubs.BAICHUAN
+    sources = (SourceConfig(name="mine", paths=(data,)),)
+    config = replaced(shrink(config), {"sft.data.sources": sources})
+    run_sft(config.sft, tmp_path / "run")
     trained, export = tmp_path / "run" / "sft" / "model", tmp_path / "export"
     convert(str(trained), export)
     check_policy(export, trained, template="huatuogpt", tokenizer=hubs.BAICHUAN)
@@ -183,7 +196,7 @@ def test_the_7b_card_runs_from_its_hub_id_to_its_export(hub, data, tmp_path):
 @pytest.mark.slow
 def test_the_7b_recipe_runs_from_its_hub_id_to_its_export(hub, data, tmp_path):
     config = card("huatuogpt_7b")
-    shrink_recipe(config, data)
+    config = shrink_recipe(config, data)
     run_recipe(config, tmp_path / "run", template="huatuogpt", tokenizer=hubs.BAICHUAN)
 
 
@@ -191,15 +204,15 @@ def test_the_7b_recipe_runs_from_its_hub_id_to_its_export(hub, data, tmp_path):
 @pytest.mark.usefixtures("one_device")
 def test_the_7b_card_with_adapters_runs_on_its_one_device(hub, data, tmp_path):
     config = card("huatuogpt_7b_lora")
-    shrink_recipe(config, data)
-    assert config["sft"]["model"]["lora"] is not None
+    config = shrink_recipe(config, data)
+    assert config.sft.model.lora is not None
     run_recipe(config, tmp_path / "run", template="huatuogpt", tokenizer=hubs.BAICHUAN)
 
 
 @pytest.mark.slow
 def test_the_13b_card_runs_from_its_hub_id(hub, data, tmp_path):
     config = card("huatuogpt_13b")
-    shrink_recipe(config, data)
+    config = shrink_recipe(config, data)
     run_recipe(config, tmp_path / "run", template="huatuogpt", tokenizer=hubs.ZIYA)
 
 
@@ -219,15 +232,14 @@ def test_the_13b_card_runs_from_a_delta_and_its_base(hub, folders, data, tmp_pat
     hub.add("someone/base", tmp_path / "base")
     convert("someone/delta", tmp_path / "whole", delta_base="someone/base")
     config = card("huatuogpt_13b")
-    shrink_recipe(config, data)
-    change(config, sft__model__directory=str(tmp_path / "whole"))
+    config = replaced(shrink_recipe(config, data), {"sft.model.directory": str(tmp_path / "whole")})
     run_recipe(config, tmp_path / "run", template="huatuogpt", tokenizer="someone/base")
 
 
 @pytest.mark.slow
 def test_the_qwen_card_runs_in_the_template_of_its_tokenizer(hub, data, tmp_path):
     config = card("qwen2_5_7b")
-    shrink_recipe(config, data)
+    config = shrink_recipe(config, data)
     run_recipe(config, tmp_path / "run", template="tokenizer", tokenizer=hubs.QWEN)
     template = load_tokenizer(tmp_path / "run" / "export" / "policy").chat_template
     assert template == hubs.QWEN_TEMPLATE
@@ -236,11 +248,18 @@ def test_the_qwen_card_runs_in_the_template_of_its_tokenizer(hub, data, tmp_path
 @pytest.mark.slow
 def test_the_demo_card_runs_to_its_export(data, tmp_path):
     config = card("rlaif")
-    tokenizer = config["sft"]["model"]["tokenizer"]
-    shrink(config)
-    change(config, clinic=dataclasses.asdict(CLINIC))
-    change(config, prompts__limit=8, prompts__held_out_limit=4, evaluation__num_samples=2)
-    change(config, answers__sampling__max_new_tokens=ANSWER, evaluation__max_new_tokens=ANSWER)
+    tokenizer = config.sft.model.tokenizer
+    config = replaced(
+        shrink(config),
+        {
+            "clinic": CLINIC,
+            "prompts.limit": 8,
+            "prompts.held_out_limit": 4,
+            "evaluation.num_samples": 2,
+            "answers.sampling.max_new_tokens": ANSWER,
+            "evaluation.max_new_tokens": ANSWER,
+        },
+    )
     run_recipe(config, tmp_path / "run", template="huatuogpt", tokenizer=tokenizer)
 
 
@@ -248,9 +267,9 @@ def test_the_demo_card_runs_to_its_export(data, tmp_path):
 @pytest.mark.parametrize("name", ["sft", "reward", "dpo", "ppo"])
 def test_a_card_of_single_stages_runs_to_the_export(name, tmp_path):
     config = card(name)
-    tokenizer = config["sft"]["model"]["tokenizer"]
+    tokenizer = config.sft.model.tokenizer
     run_stages(config, tmp_path / "run")
-    assert config["stages"][-1] == name
+    assert config.stages[-1] == name
     export_last(name, tmp_path, tokenizer=tokenizer)
 
 
@@ -267,15 +286,15 @@ def test_a_card_of_single_stages_takes_a_hub_id_for_its_model(name, hub, folders
         argument = f"{hubs.BAICHUAN},{tmp_path / 'before' / 'reward' / 'model'}"
         argument += f",{tmp_path / 'prompts.jsonl'}"
     config = card(name, argument)
-    assert config["stages"] == (name,)
+    assert config.stages == (name,)
     run_stages(config, tmp_path / "run")
     export_last(name, tmp_path, tokenizer=hubs.BAICHUAN)
 
 
 def run_stages(config, workdir):
-    shrink(config)
-    for stage in config["stages"]:
-        STAGES[stage](config[stage], workdir)
+    config = shrink(config)
+    for stage in config.stages:
+        STAGES[stage](getattr(config, stage), workdir)
 
 
 def export_last(name, folder, *, tokenizer):

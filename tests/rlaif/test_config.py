@@ -7,11 +7,10 @@ import pytest
 from huatuo_jax.clinic.files import ClinicConfig
 from huatuo_jax.feedback.judge_config import JudgeConfig
 from huatuo_jax.ppo.judging import JudgingConfig
-from huatuo_jax.rlaif.config import STAGES, LabelsConfig, PromptsConfig, RlaifConfig
+from huatuo_jax.rlaif.config import STAGES, LabelsConfig, PromptsConfig
 from huatuo_jax.rlaif.recipe import tell_temperatures
 from huatuo_jax.training.initial_model import ModelConfig
-from huatuo_jax.training.sections import from_section
-from tests.rlaif.tiny import CLINIC, section, tiny_clinic_recipe, tiny_recipe
+from tests.rlaif.tiny import CLINIC, tiny_clinic_recipe, tiny_recipe
 
 
 @pytest.fixture
@@ -63,10 +62,6 @@ def test_the_offline_judge_of_a_run_reaches_the_judgings_of_ppo_where_none_is_na
     assert judge(JudgingConfig(judge=JudgeConfig())) == "clinic"
     assert judge(JudgingConfig(judge=JudgeConfig(offline="rubric"))) == "rubric"
     assert judge(JudgingConfig(), LabelsConfig(offline="rubric")) == "rubric"
-
-
-def test_a_config_goes_through_its_section_unchanged(recipe):
-    assert from_section(RlaifConfig, section(recipe), path="config") == recipe
 
 
 @pytest.mark.parametrize("stages", [("labels", "sft"), ("sft", "sft"), ("sft", "judge")])
@@ -192,7 +187,6 @@ def test_own_files_are_read_in_the_encoding_that_is_named(recipe, tmp_path):
 
 def test_the_clinics_files_are_those_of_the_runs_folder(tmp_path):
     recipe = tiny_clinic_recipe()
-    assert from_section(RlaifConfig, section(recipe), path="config") == recipe
     cfg = recipe.in_workdir(tmp_path)
     assert cfg.prompts.files == f"{tmp_path}/clinic/prompts.jsonl"
     assert cfg.prompts.held_out_files == f"{tmp_path}/clinic/held_out_prompts.jsonl"

@@ -7,7 +7,7 @@ from huatuo_jax.rlaif.journal import Journal
 from huatuo_jax.rlaif.recipe import run_rlaif
 from tests.feedback.planted_answers import make_answers
 from tests.feedback.planted_server import KEY, MODEL, Planted, PlantedServer
-from tests.rlaif.tiny import section, tiny_recipe, write_dialogues
+from tests.rlaif.tiny import tiny_recipe, write_dialogues
 
 
 def test_a_servers_judge_is_asked_once_about_each_answer_whatever_is_run_again(
@@ -24,7 +24,7 @@ def test_a_servers_judge_is_asked_once_about_each_answer_whatever_is_run_again(
         labels = dataclasses.replace(
             cfg.labels, answers=str(answers), base_url=server.url, model=MODEL
         )
-        config = section(cfg, labels=labels, stages=("labels",))
+        config = dataclasses.replace(cfg, labels=labels, stages=("labels",))
         run_rlaif(config, tmp_path / "run")
         assert len(server.calls) == 9
         (tmp_path / "run" / "comparisons.jsonl").unlink()  # So that the stage is run again.

@@ -1,6 +1,5 @@
 """The recipe at real size: its cards hold together, and what the paper tells stands in them."""
 
-import importlib.util
 import pathlib
 
 import jax
@@ -8,19 +7,16 @@ import numpy as np
 import pytest
 
 from huatuo_jax.backbone.presets import preset
+from huatuo_jax.config import checked, load_card
 from huatuo_jax.generation.weights import mesh_for
 from huatuo_jax.rlaif.config import STAGES, RlaifConfig
 from huatuo_jax.sharding import AXES
-from huatuo_jax.training.sections import from_section
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 
 
 def recipe(name):
-    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return from_section(RlaifConfig, module.get_config(), path="config")
+    return checked(load_card(str(CONFIGS / f"{name}.py")), RlaifConfig, path="config")
 
 
 @pytest.mark.parametrize(

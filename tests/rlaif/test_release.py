@@ -15,7 +15,6 @@ from huatuo_jax.training.dialogue_data import DataConfig, SourceConfig
 from huatuo_jax.training.initial_model import ModelConfig
 from huatuo_jax.training.loop import LoopConfig
 from huatuo_jax.training.optimizer import OptimizerConfig
-from huatuo_jax.training.sections import to_section
 from tests import hub as hubs
 
 pytestmark = pytest.mark.usefixtures("on_one_device")
@@ -47,7 +46,7 @@ def trained(base, workdir, **data):
         batch_size=2,
         loop=LoopConfig(evaluate_every=40, checkpoint_every=40, log_every=40, tensorboard=False),
     )
-    run_sft(to_section(config), workdir)
+    run_sft(config, workdir)
     return workdir / "sft" / "model"
 
 

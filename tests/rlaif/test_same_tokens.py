@@ -34,7 +34,6 @@ from huatuo_jax.rl.rewards import AnswerScoreConfig
 from huatuo_jax.scoring import Normalization, save_normalization
 from huatuo_jax.training.initial_model import ModelConfig
 from huatuo_jax.training.optimizer import OptimizerConfig
-from huatuo_jax.training.sections import to_section
 from tests.comparisons.tiny import TOKENIZER
 from tests.data.test_templates import LLAMA2_JINJA
 
@@ -116,7 +115,7 @@ def _sample(folder, template, tokenizer):
         num_minibatches=1,
         loop=PpoLoopConfig(samples_per_iteration=NUM_PROMPTS * NUM_SAMPLES, tensorboard=False),
     )
-    run_ppo(to_section(cfg), folder / "run")
+    run_ppo(cfg, folder / "run")
     samples = json_lines.read_rows(folder / "run" / "ppo" / "samples.jsonl", unfinished="read")
     return prompts, samples
 

@@ -17,7 +17,7 @@ from huatuo_jax.rlaif.config import STAGES
 from huatuo_jax.rlaif.journal import Journal
 from huatuo_jax.rlaif.recipe import run_rlaif
 from huatuo_jax.sharding import path_name
-from tests.rlaif.tiny import section, tiny_recipe, write_dialogues
+from tests.rlaif.tiny import tiny_recipe, write_dialogues
 
 ROOT = pathlib.Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
@@ -157,8 +157,8 @@ def test_the_last_lines_say_what_is_released_and_where_the_report_is(unbroken, d
     config = tmp_path / "config.py"
     config.write_text(
         "import pathlib\n"
-        "from tests.rlaif.tiny import section, tiny_recipe\n"
-        f"def get_config():\n    return section(tiny_recipe(pathlib.Path({str(data)!r})))\n"
+        "from tests.rlaif.tiny import tiny_recipe\n"
+        f"def get_config():\n    return tiny_recipe(pathlib.Path({str(data)!r}))\n"
     )
     command = [ROOT / "launch" / "train.py", f"--config={config}", f"--workdir={folder}"]
     done = subprocess.run(
@@ -213,10 +213,10 @@ def test_another_setting_on_a_finished_run_is_refused_and_names_the_stage(unbrok
     cfg = tiny_recipe(data)
     answers = dataclasses.replace(cfg.answers, num_samples=5)
     with pytest.raises(ValueError, match="stage 'answers' is finished .*num_samples: saved 3"):
-        run_rlaif(section(cfg, answers=answers), unbroken[0])
+        run_rlaif(dataclasses.replace(cfg, answers=answers), unbroken[0])
 
 
 def test_other_data_on_a_finished_run_is_refused_and_names_the_file(unbroken, tmp_path):
     write_dialogues(tmp_path / "mine.jsonl", count=30)
     with pytest.raises(ValueError, match="stage 'sft' is finished .*mine.jsonl: the stage was"):
-        run_rlaif(section(tiny_recipe(tmp_path / "mine.jsonl")), unbroken[0])
+        run_rlaif(tiny_recipe(tmp_path / "mine.jsonl"), unbroken[0])

@@ -28,7 +28,6 @@ from tests.rlaif.tiny import (
     BACKBONE,
     CLINIC,
     TOKENIZER,
-    section,
     tiny_clinic_recipe,
     tiny_recipe,
     write_dialogues,
@@ -51,12 +50,12 @@ def recipe(tmp_path, monkeypatch):
 
 def refused(cfg, tmp_path, message, error=ValueError, **changes):
     with pytest.raises(error, match=message):
-        run_rlaif(section(cfg, **changes), tmp_path / "run")
+        run_rlaif(dataclasses.replace(cfg, **changes), tmp_path / "run")
 
 
 def test_the_planted_recipe_itself_reaches_its_stages(recipe, tmp_path):
     with pytest.raises(AssertionError, match="a stage was reached"):
-        run_rlaif(section(recipe), tmp_path / "run")
+        run_rlaif(recipe, tmp_path / "run")
 
 
 def test_a_file_of_dialogues_that_is_not_there(recipe, tmp_path):
@@ -90,7 +89,7 @@ def test_a_mesh_of_generation_that_cannot_be(recipe, tmp_path, section_name, fie
     else:
         changed = dataclasses.replace(stage, mesh=mesh)
     with pytest.raises(ValueError, match=f"^{field}: .*{said}") as error:
-        run_rlaif(section(dataclasses.replace(recipe, **{section_name: changed})), tmp_path / "run")
+        run_rlaif(dataclasses.replace(recipe, **{section_name: changed}), tmp_path / "run")
     assert "\n" not in str(error.value)
 
 
@@ -114,10 +113,11 @@ def test_an_exported_policy_that_is_a_reward_model(recipe, tmp_path):
     refused(recipe, tmp_path, "config.export.policy=.* must be a model with a token", export=export)
 
 
-def test_a_misspelt_field(recipe, tmp_path):
-    config = section(recipe).to_dict() | {"sfft": {}}
-    with pytest.raises(ValueError, match="config has no field sfft; it has "):
-        run_rlaif(config, tmp_path / "run")
+def test_a_config_of_another_class_or_with_a_field_of_another_type(recipe, tmp_path):
+    with pytest.raises(ValueError, match="^config=.* must be a RlaifConfig$"):
+        run_rlaif(recipe.sft, tmp_path / "run")
+    wrong = dataclasses.replace(recipe.sft, seed="3")
+    refused(recipe, tmp_path, "config.sft.seed='3' must be of type int", sft=wrong)
 
 
 def test_a_judge_without_a_key(recipe, tmp_path, monkeypatch):
@@ -244,7 +244,7 @@ def ask_at_length(path, *, characters, count):
 def test_one_question_that_is_too_long_stops_nothing(recipe, tmp_path, capsys):
     ask_at_length(tmp_path / "mine.jsonl", characters=400, count=1)
     with pytest.raises(AssertionError, match="a stage was reached"):
-        run_rlaif(section(recipe), tmp_path / "run")
+        run_rlaif(recipe, tmp_path / "run")
     assert "prompts: 25 rows read, 25 dialogues: " in capsys.readouterr().out
 
 
@@ -258,7 +258,7 @@ def test_too_many_long_questions_are_named_by_the_users_own_file(
 ):
     ask_at_length(tmp_path / "mine.jsonl", characters=characters, count=12)
     with pytest.raises(ValueError, match=r"max_left_out_share=0\.1 allows .too long ") as error:
-        run_rlaif(section(recipe), tmp_path / "run")
+        run_rlaif(recipe, tmp_path / "run")
     assert f"prompts cannot be used with {limit}" in str(error.value)
     assert re.search(r"\n  mine\.jsonl:(2[5-9]|3\d): \d+ tokens, at most", str(error.value))
 
@@ -271,7 +271,7 @@ def test_the_clinics_judge_for_data_of_ones_own(recipe, tmp_path):
 def test_another_clinic_in_a_folder_in_which_something_was_trained(recipe, tmp_path):
     clinic = tiny_clinic_recipe()
     with pytest.raises(AssertionError, match="a stage was reached"):
-        run_rlaif(section(clinic), tmp_path / "run")
+        run_rlaif(clinic, tmp_path / "run")
     (tmp_path / "run" / "sft" / "checkpoints" / "2").mkdir(parents=True)
     other = dataclasses.replace(CLINIC, seed=3)
     refused(clinic, tmp_path, "another clinic than seed=3 .*seed: 0 before, 3 now", clinic=other)

@@ -22,7 +22,6 @@ from huatuo_jax.training.dialogue_data import DataConfig, SourceConfig
 from huatuo_jax.training.initial_model import ModelConfig
 from huatuo_jax.training.loop import LoopConfig
 from huatuo_jax.training.optimizer import OptimizerConfig
-from huatuo_jax.training.sections import to_section
 
 TOKENIZER = str(sample.FOLDER / "tokenizer")
 BACKBONE = BackboneConfig(
@@ -128,8 +127,3 @@ def tiny_clinic_recipe() -> RlaifConfig:
         ),
         ppo=dataclasses.replace(ppo, data=dataclasses.replace(ppo.data, max_prompt_tokens=200)),
     )
-
-
-def section(cfg: RlaifConfig, **changes):
-    """The config as a file would give it."""
-    return to_section(dataclasses.replace(cfg, **changes))

@@ -1,0 +1,63 @@
+"""`huatuo`: all commands behind one name."""
+
+import importlib
+import sys
+from typing import NamedTuple
+
+
+class Command(NamedTuple):
+    """A command, whose module is imported when it is run.
+
+    Attributes:
+        module: in `huatuo_jax.commands`.
+        does: what, for the list of all.
+        with_config: whether it takes `--config`.
+    """
+
+    module: str
+    does: str
+    with_config: bool = False
+
+
+COMMANDS = {
+    "train": Command("train", "run the stages of a config, or the whole recipe", True),
+    "generate": Command("generate", "answer a file of prompts"),
+    "label": Command("label", "have answers judged, and make comparisons"),
+    "score": Command("score", "score answers with a reward model"),
+    "convert": Command("convert", "convert a model between Hugging Face and Orbax"),
+    "inspect": Command("inspect_data", "look into data files"),
+    "compile": Command("compile", "compile a config for TPUs or GPUs without one", True),
+}
+
+
+def run(name: str, *, shown_as: str | None = None) -> None:
+    """Runs a command with the process's arguments.
+
+    Args:
+        name: of `COMMANDS`.
+        shown_as: its name in help; None for the file that Python runs.
+    """
+    from huatuo_jax import command_line
+
+    command = COMMANDS[name]
+    module = importlib.import_module(f"huatuo_jax.commands.{command.module}")
+    command_line.run(module.main, module.Flags, with_config=command.with_config, name=shown_as)
+
+
+def main() -> None:
+    """The console command: `huatuo COMMAND [FLAGS]`."""
+    given = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if given in ("-h", "--help", "help"):
+        width = max(map(len, COMMANDS))
+        print("usage: huatuo COMMAND [FLAGS]; huatuo COMMAND --help lists the flags of one\n")
+        for name, command in COMMANDS.items():
+            print(f"  {name:{width}}  {command.does}")
+        return
+    if given not in COMMANDS:
+        print(
+            f"error: huatuo has no command {given!r}; it has {', '.join(COMMANDS)}",
+            file=sys.stderr,
+        )
+        sys.exit(1)
+    del sys.argv[1]
+    run(given, shown_as=f"huatuo {given}")

@@ -1,0 +1,1 @@
+"""Commands: the flags of each and what it prints; `launch/` and `huatuo` run them."""
