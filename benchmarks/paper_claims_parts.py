@@ -45,8 +45,8 @@ CONTROLS: Mapping[str, Changes] = {
         "ppo.score.scale": "running",
         "ppo.judging": None,
     },
-    "judge_without_reference": {"labels.clinic_judge": ClinicJudge(with_reference=False)},
-    "biased_judge": {"labels.clinic_judge": BIASED_JUDGE},
+    "judge_without_reference": {"judge.clinic_judge": ClinicJudge(with_reference=False)},
+    "biased_judge": {"judge.clinic_judge": BIASED_JUDGE},
 }
 
 ABLATIONS: Mapping[str, Changes] = {
@@ -206,7 +206,8 @@ def branch(cfg: RlaifConfig, parent: pathlib.Path, changes: Changes) -> RlaifCon
         ValueError: a change of what all branches share, or PPO is to be judged where the other
             recipe set no prompts aside for that.
     """
-    stages = {name.partition(".")[0] for name in changes}
+    sections = {name.partition(".")[0] for name in changes}
+    stages = {"labels" if name == "judge" else name for name in sections}
     if not stages or not stages <= set(_EARLIER):
         raise ValueError(
             f"changes={sorted(changes)} must be of {', '.join(_EARLIER)}: branches share the rest"

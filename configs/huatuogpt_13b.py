@@ -1,7 +1,7 @@
 """HuatuoGPT-13B: the whole recipe on Ziya-LLaMA-13B (arXiv 2305.15075).
 
     python launch/train.py --config=configs/huatuogpt_13b.py --workdir=runs/huatuogpt_13b \
-        --config.labels.model=JUDGE
+        --config.judge.model=JUDGE
 
 Base model: Ziya-LLaMA-13B-Pretrain-v1; `--config.sft.model.directory=DIR` takes it from a folder.
 Where weights are published as a delta, the base is added first:

@@ -1,13 +1,13 @@
 """HuatuoGPT-7B: the whole recipe on Baichuan-7B (arXiv 2305.15075).
 
     python launch/train.py --config=configs/huatuogpt_7b.py --workdir=runs/huatuogpt_7b \
-        --config.labels.model=JUDGE
+        --config.judge.model=JUDGE
 
-Fine-tuning alone, which needs no judge: `--config.stages="('sft',)"`.
+Fine-tuning alone, which needs no judge: `--config.stages=sft`.
 Base model: Baichuan-7B; `--config.sft.model.directory=DIR` takes it from a folder. Data: the
 published 226,042 dialogues; `--config.data=FILES` takes others.
 Judge: OpenAI's API with the key in OPENAI_API_KEY, its model to be named; another server by
-`--config.labels.base_url=URL`. `--config.labels.max_cost=MONEY` bounds what it may cost: 80,000
+`--config.judge.base_url=URL`. `--config.judge.max_cost=MONEY` bounds what it may cost: 80,000
 answers are scored.
 Settings: `huatuo_jax/rlaif/paper.py` tells which are the paper's. Fine-tuning: rows of 2,048
 tokens, 128 a step, learning rate 5e-5 with cosine decay after 5 % warm-up, 3 epochs, AdamW with

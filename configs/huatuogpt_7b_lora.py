@@ -1,7 +1,7 @@
 """HuatuoGPT-7B with adapters (LoRA) on a single GPU of 80 GB: the whole recipe on Baichuan-7B.
 
     python launch/train.py --config=configs/huatuogpt_7b_lora.py --workdir=runs/huatuogpt_7b_lora \
-        --config.labels.model=JUDGE
+        --config.judge.model=JUDGE
 
 Base model, data and judge: see `configs/huatuogpt_7b.py`. Adapters of rank 64 on every projection
 of the layers; weights stay as they are, in 16 bits. Rates and rank are choices of this project
@@ -10,7 +10,7 @@ Hardware, as `launch/compile.py` found it: of an H100's 72.8 GiB fine-tuning tak
 model 19.4, PPO 60.4 (16 answers at once). Fine-tuning reaches a utilisation of 69 % at most, 24,000
 tokens/s: 11.6 hours for a billion tokens, and no less; an iteration of PPO takes 2.6 minutes.
 Fine-tuning alone fits a GPU of 24 GB, a row at a time (17.3 GiB):
-`--config.stages="('sft',)" --config.sft.micro_batch_size=1`.
+`--config.stages=sft --config.sft.micro_batch_size=1`.
 """
 
 from huatuo_jax.backbone.lora import LoraConfig

@@ -1,7 +1,7 @@
 """The whole recipe on Qwen2.5-7B, with the chat template that its tokenizer brings.
 
     python launch/train.py --config=configs/qwen2_5_7b.py --workdir=runs/qwen2_5_7b \
-        --config.labels.model=JUDGE
+        --config.judge.model=JUDGE
 
 Base model: Qwen2.5-7B; `--config.sft.model.directory=DIR` takes it from a folder. Data, judge and
 settings: see `configs/huatuogpt_7b.py`; only base model and template differ.

@@ -2,7 +2,7 @@
 
     python launch/train.py --config=configs/rlaif.py --workdir=runs/demo
     python launch/train.py --config=configs/rlaif.py --workdir=runs/mine \
-        --config.data=mine.jsonl --config.labels.base_url=http://localhost:8000/v1
+        --config.data=mine.jsonl --config.judge.base_url=http://localhost:8000/v1
 
 Stages: fine-tuning (SFT), answers of its model, AI labels and comparisons, reward model, PPO,
 evaluation, export in Hugging Face format, report. Stopped or killed, the same command goes on; a
@@ -16,8 +16,8 @@ commas, and leaves the clinic out: a tenth is held out, and prompts come from th
 `--config.prompts.files` and `--config.prompts.held_out_files` take prompts of your own. Without the
 clinic a tokenizer of your own says more in a row: `--config.sft.model.tokenizer=DIR`.
 Judge: of the clinic's prompts its own, which knows the truth; of others the offline rubric, which
-is no substitute for a judge that reads. `--config.labels.base_url` asks a model behind any
-OpenAI-compatible server, with the key from OPENAI_API_KEY (`--config.labels.model` where the server
+is no substitute for a judge that reads. `--config.judge.base_url` asks a model behind any
+OpenAI-compatible server, with the key from OPENAI_API_KEY (`--config.judge.model` where the server
 has several).
 PPO: the judge compares held-out answers of the policy with SFT's every few iterations, and
 `ppo/model` holds the policy that it prefers (`--config.ppo.judging.every=2`). What is exported is

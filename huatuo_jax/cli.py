@@ -41,7 +41,19 @@ def run(name: str, *, shown_as: str | None = None) -> None:
 
     command = COMMANDS[name]
     module = importlib.import_module(f"huatuo_jax.commands.{command.module}")
-    command_line.run(module.main, module.Flags, with_config=command.with_config, name=shown_as)
+    if not command.with_config:
+        command_line.run(module.main, module.Flags, name=shown_as)
+        return
+    from huatuo_jax.rlaif import base_model
+
+    command_line.run(
+        module.main,
+        module.Flags,
+        with_config=True,
+        first=base_model.FIRST,
+        adapt=base_model.adapted,
+        name=shown_as,
+    )
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ import shutil
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Annotated, Any, NamedTuple, TypeVar, Union, cast, get_args, get_origin
 
 import tyro
@@ -35,6 +35,8 @@ def run(
     flags: type[Any],
     *,
     with_config: bool = False,
+    first: Sequence[str] = (),
+    adapt: Callable[[Any], Any] = lambda config: config,
     name: str | None = None,
     arguments: Sequence[str] | None = None,
 ) -> None:
@@ -46,6 +48,8 @@ def run(
         flags: the dataclass whose fields are its flags; those of its sections are flags without
             the section's name.
         with_config: whether `--config=CARD` and `--config.FIELD=VALUE` are flags of it.
+        first: fields of the config that the defaults of others follow from.
+        adapt: takes the config with those fields and gives the one that the others replace.
         name: of the command in its help; None for the file that Python runs.
         arguments: those of the command line; None for the process's own.
     """
@@ -55,7 +59,7 @@ def run(
     logging.set_verbosity(logging.WARNING)
     try:
         if with_config:
-            main(*parse_with_config(flags, given, name=name))
+            main(*parse_with_config(flags, given, name=name, first=first, adapt=adapt))
         else:
             main(parse(flags, given, name=name))
     except BrokenPipeError:
@@ -95,12 +99,17 @@ def parse(flags: type[Flags], arguments: Sequence[str], *, name: str) -> Flags:
 
 
 def parse_with_config(
-    flags: type[Flags], arguments: Sequence[str], *, name: str
+    flags: type[Flags],
+    arguments: Sequence[str],
+    *,
+    name: str,
+    first: Sequence[str] = (),
+    adapt: Callable[[Any], Any] = lambda config: config,
 ) -> tuple[Flags, Any]:
     """The flags of a command, and the config of its card with the fields that are given.
 
     Flags are as in `parse`. A field of a section that is None makes the section, and
-    `--config.SECTION=None` takes one away.
+    `--config.SECTION=None` takes one away. See `run` for `first` and `adapt`.
 
     Raises:
         ValueError: as `parse`; no `--config`, a card that cannot be read (see `config.load_card`),
@@ -117,6 +126,11 @@ def parse_with_config(
         raise ValueError("--config is missing; name a card, such as --config=configs/rlaif.py")
     settings = load_card(card)
     fields = _fields_of(type(settings), settings, prefix=_CONFIG)
+    names = {f"{_CONFIG}{one}" for one in first} & fields.keys()
+    sought = _sought(rest, names)
+    if sought:
+        settings = adapt(_config_of(settings, sought, fields, name=name))
+        fields = _fields_of(type(settings), settings, prefix=_CONFIG)
     if _wants_help(rest):
         _print_help(flags, None, name=name, flat=True)
         _print_help(type(settings), settings, name=name, prefix=_CONFIG)
@@ -238,6 +252,18 @@ def _without_card(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
     if len(cards) > 1 or "" in cards:
         raise ValueError(f"--config={','.join(cards)} must be one card")
     return (cards[0] if cards else None), rest
+
+
+def _sought(arguments: Sequence[str], names: Collection[str]) -> Given:
+    """The values of some plain fields, whatever else stands among the arguments."""
+    found: Given = {}
+    tokens = list(arguments)
+    while tokens:
+        flag, equals, value = tokens.pop(0).partition("=")
+        name = flag.lstrip("-").replace("-", "_")
+        if flag.startswith("-") and name in names:
+            found[name] = [value if equals or not tokens else tokens.pop(0)]
+    return found
 
 
 def _wants_help(arguments: Sequence[str]) -> bool:

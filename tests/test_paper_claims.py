@@ -127,7 +127,7 @@ def test_seeds_below_are_counted_by_value_and_by_whole_interval(figures):
 
 
 def test_a_part_takes_what_comes_before_its_first_change_from_both(parts, card, tmp_path):
-    cfg = parts.branch(card, tmp_path, {"labels.clinic_judge": ClinicJudge(length_bias=1.0)})
+    cfg = parts.branch(card, tmp_path, {"judge.clinic_judge": ClinicJudge(length_bias=1.0)})
     assert cfg.stages == ("labels", "reward", "ppo", "evaluation")
     assert cfg.labels.answers == cfg.reward.normalization_answers == f"{tmp_path}/answers.jsonl"
     assert cfg.reward.model.directory == cfg.evaluation.sft == f"{tmp_path}/sft/model"

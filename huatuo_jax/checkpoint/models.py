@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 
 from huatuo_jax import atomic, sharding
 from huatuo_jax.backbone.config import BackboneConfig, ComputeConfig
+from huatuo_jax.backbone.presets import preset
 from huatuo_jax.backbone.transformer import Head, abstract_params
 from huatuo_jax.checkpoint import hf_load, model_directory, tensor_files
 from huatuo_jax.checkpoint.delta import DeltaSource
@@ -25,6 +26,23 @@ from huatuo_jax.checkpoint.side_files import SIDE_FILES, SideFiles
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 _HASHED_BYTES = 1 << 16
 _TORCH_WEIGHTS = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
+
+
+# Models on the Hub that a preset describes, so that no network is needed for them.
+_PUBLISHED = {
+    "baichuan-inc/Baichuan-7B": "baichuan_7b",
+    "baichuan-inc/Baichuan-13B-Base": "baichuan_13b",
+    "baichuan-inc/Baichuan2-7B-Base": "baichuan2_7b",
+    "baichuan-inc/Baichuan2-13B-Base": "baichuan2_13b",
+    "IDEA-CCNL/Ziya-LLaMA-13B-Pretrain-v1": "ziya_llama_13b",
+    "IDEA-CCNL/Ziya-LLaMA-13B-v1": "ziya_llama_13b",
+    "FreedomIntelligence/HuatuoGPT-7B": "huatuogpt_7b",
+    "FreedomIntelligence/HuatuoGPT-13b-delta": "huatuogpt_13b",
+    "Qwen/Qwen2.5-0.5B": "qwen2.5_0.5b",
+    "Qwen/Qwen2.5-1.5B": "qwen2.5_1.5b",
+    "Qwen/Qwen2.5-7B": "qwen2.5_7b",
+    "Qwen/Qwen2.5-14B": "qwen2.5_14b",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +90,25 @@ def find_model(
     cfg = from_hugging_face(config, ignored=ignore_config_fields)
     ignored = tuple(sorted(set(ignore_config_fields) & config.keys()))
     return ModelInfo(folder, "hugging_face", cfg, head, config["model_type"], ignored)
+
+
+def architecture_of(source: str, *, ignored: Collection[str] = ()) -> BackboneConfig:
+    """The architecture of a local folder or of a Hub model, whose weights are not downloaded.
+
+    Args:
+        source: folder or Hub id.
+        ignored: fields of its `config.json`, see `find_model`.
+
+    Raises:
+        OSError: there is no such folder or Hub model, or it holds no config.
+        ValueError: its config is not one this project can do; the field is named.
+    """
+    if source in _PUBLISHED:
+        return preset(_PUBLISHED[source])
+    if pathlib.Path(source).is_dir():
+        return find_model(source, ignore_config_fields=ignored).cfg
+    path = huggingface_hub.hf_hub_download(source, CONFIG_FILE)
+    return from_hugging_face(read_json(pathlib.Path(path)), ignored=ignored)
 
 
 def find_folder(source: str | pathlib.Path) -> pathlib.Path:

@@ -104,7 +104,7 @@ class JudgeConfig:
         )
 
 
-def reach_judge(cfg: JudgeConfig, *, field: str = "config.labels") -> OpenAIJudgeConfig | None:
+def reach_judge(cfg: JudgeConfig, *, field: str = "config.judge") -> OpenAIJudgeConfig | None:
     """Asks the server for its models, which costs nothing; None for the offline judge.
 
     Args:

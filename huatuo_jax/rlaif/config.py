@@ -90,10 +90,8 @@ class AnswersConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LabelsConfig(JudgeConfig):
-    """The judge, what it is asked, and which comparisons its verdicts make.
-
-    Beside the fields of `JudgeConfig`:
+class LabelsConfig:
+    """What the judge is asked, and which comparisons its verdicts make.
 
     Attributes:
         answers: the answers file.
@@ -106,8 +104,7 @@ class LabelsConfig(JudgeConfig):
     comparison: ComparisonConfig = ComparisonConfig()
 
     def __post_init__(self) -> None:
-        """Raise ValueError where the judge cannot be, or its verdicts would make no comparisons."""
-        super().__post_init__()
+        """Raise ValueError where the verdicts would make no comparisons."""
         if self.label.protocol == "both":
             raise ValueError("label.protocol='both' makes no comparisons; take score or pairwise")
 
@@ -172,12 +169,17 @@ class RlaifConfig:
 
     Attributes:
         recipe: says that a config is of this kind.
+        base_model: the model that fine-tuning starts from, instead of the card's: a Hub id, a
+            folder in Hugging Face format or of ours, or a preset's name. Template and settings
+            follow from it, see `huatuo_jax.rlaif.base_model`; fields given beside it replace them.
+        trained: `weights` or `adapters` of the base model; None decides by its size.
         stages: which of them are run, in this order.
         data: files of dialogues of one's own, separated by commas; None for `sft.data.sources`.
         data_encoding: of those files, such as cp1252; None tells it by evidence.
         clinic: which clinic is written to `{workdir}/clinic` before anything is read there. Its
             prompts are the run's, unless `prompts` names files; its pairs that differ in one thing
             alone are probes of the reward model. None for none, and `data` leaves it out.
+        judge: of the answers, and of PPO's where `ppo.judging` has none of its own.
         prompts: to learn from, and held out.
         sft: supervised fine-tuning.
         answers: answers of its model, to be judged.
@@ -190,10 +192,13 @@ class RlaifConfig:
     """
 
     recipe: Literal["rlaif"] = "rlaif"
+    base_model: str | None = operational(None)  # Its files decide.
+    trained: Literal["weights", "adapters"] | None = None
     stages: tuple[str, ...] = STAGES
     data: str | None = None
     data_encoding: str | None = None
     clinic: ClinicConfig | None = None
+    judge: JudgeConfig = JudgeConfig()
     prompts: PromptsConfig = PromptsConfig()
     sft: SftConfig
     answers: AnswersConfig = AnswersConfig()
@@ -284,7 +289,7 @@ class RlaifConfig:
         """The config with the run's folder in its paths, and one's own data or the clinic's.
 
         The evaluation has what it takes from other stages: the base model, PPO's temperature and
-        rule of scores; PPO's judgings have the labels' judge, who spends on one account. All stages
+        rule of scores; PPO's judgings have the run's judge, who spends on one account. All stages
         have fine-tuning's system text.
         """
         cfg = placed_in(self._with_data(), workdir)._with_system_text()._with_judging(workdir)
@@ -300,7 +305,7 @@ class RlaifConfig:
 
     def with_offline_judge(self, name: OfflineName) -> "RlaifConfig":
         """The config with an offline judge in place of "auto", and wherever none is named."""
-        named = name if self.labels.offline == "auto" else self.labels.offline
+        named = name if self.judge.offline == "auto" else self.judge.offline
         ppo, judging = self.ppo, self.ppo.judging
         if judging is not None and judging.judge is not None and judging.judge.offline == "auto":
             judge = dataclasses.replace(judging.judge, offline=named)
@@ -308,7 +313,7 @@ class RlaifConfig:
             ppo = dataclasses.replace(ppo, judging=judging)
         return dataclasses.replace(
             self,
-            labels=dataclasses.replace(self.labels, offline=named),
+            judge=dataclasses.replace(self.judge, offline=named),
             ppo=ppo,
             evaluation=dataclasses.replace(self.evaluation, judge=self.evaluation.judge or named),
         )
@@ -358,8 +363,7 @@ class RlaifConfig:
             return self
         judge, spending = judging.judge, judging.spending
         if judge is None:
-            fields = dataclasses.fields(JudgeConfig)
-            judge = JudgeConfig(**{one.name: getattr(self.labels, one.name) for one in fields})
+            judge = self.judge
             spending = spending or spending_path(f"{workdir}/{LABELS_FILE}")
         prompts = judging.prompts or f"{workdir}/{JUDGED_FILE}"
         judging = dataclasses.replace(judging, judge=judge, prompts=prompts, spending=spending)

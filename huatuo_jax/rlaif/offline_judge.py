@@ -33,11 +33,11 @@ def choose_offline_judge(
     try:
         chosen = cfg.with_offline_judge("rubric" if foreign or not judged else "clinic")
     except ValueError as error:
-        raise ValueError(f"config.labels: {error}; {_why(len(judged), foreign)}") from error
+        raise ValueError(f"config.judge: {error}; {_why(len(judged), foreign)}") from error
     own, judging = cfg.evaluation.judge is not None, chosen.ppo.judging
     judges = {
-        "labels": ("labels.offline", None if cfg.labels.base_url else chosen.labels.offline),
-        "evaluation": ("evaluation.judge" if own else "labels.offline", chosen.evaluation.judge),
+        "labels": ("judge.offline", None if cfg.judge.base_url else chosen.judge.offline),
+        "evaluation": ("evaluation.judge" if own else "judge.offline", chosen.evaluation.judge),
     }
     if judging is not None and judging.judge is not None:
         offline = None if judging.judge.base_url else judging.judge.offline
@@ -81,14 +81,14 @@ def _told(cfg: RlaifConfig, chosen: RlaifConfig, number: int, foreign: list[str]
         "clinic": "the clinic's, which knows the truth",
         "rubric": "the rubric, which is fixed",
     }
-    labels, later = chosen.labels.offline, chosen.evaluation.judge
+    labels, later = chosen.judge.offline, chosen.evaluation.judge
     assert labels != "auto" and later is not None
-    reason = why if cfg.labels.offline == "auto" else f"labels.offline={cfg.labels.offline!r}"
+    reason = why if cfg.judge.offline == "auto" else f"judge.offline={cfg.judge.offline!r}"
     of_labels = shown[labels]
-    if changes := chosen.labels.clinic_judge.changes:
+    if changes := chosen.judge.clinic_judge.changes:
         of_labels = f"the clinic's with {', '.join(changes)}"
-    if cfg.labels.base_url is not None:
-        of_labels = f"{cfg.labels.model or 'the model'} at {cfg.labels.base_url}"
+    if cfg.judge.base_url is not None:
+        of_labels = f"{cfg.judge.model or 'the model'} at {cfg.judge.base_url}"
     if of_labels == shown[later]:
         return f"judge: {of_labels} ({reason})"
     return f"judge: of the labels {of_labels}; of later answers {shown[later]} ({reason})"

@@ -11,6 +11,7 @@ from huatuo_jax.backbone.lora import LoraConfig
 from huatuo_jax.comparisons.data import ComparisonsConfig, ComparisonSource
 from huatuo_jax.data.held_out import HeldOutConfig
 from huatuo_jax.evaluation.config import EvaluationConfig
+from huatuo_jax.feedback.judge_config import JudgeConfig
 from huatuo_jax.feedback.labelling import LabelConfig
 from huatuo_jax.generation.requests import SamplingConfig
 from huatuo_jax.ppo.config import PpoConfig, PpoLoopConfig, RolloutConfig, ScoreConfig, ValueConfig
@@ -54,7 +55,8 @@ def paper_recipe(directory: str, *, template: str = "huatuogpt", tensor: int = 8
             sampling=SamplingConfig(max_new_tokens=ANSWER_TOKENS),
             mesh=generation,
         ),
-        labels=LabelsConfig(base_url=OPENAI, label=LabelConfig(protocol="score")),
+        judge=JudgeConfig(base_url=OPENAI),
+        labels=LabelsConfig(label=LabelConfig(protocol="score")),
         reward=_reward(template),
         ppo=_ppo(template, generation),
         evaluation=EvaluationConfig(

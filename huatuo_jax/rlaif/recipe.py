@@ -74,7 +74,7 @@ def run_rlaif(config: RlaifConfig, workdir: str | os.PathLike[str]) -> dict[str,
     multi_host.check_same("the stages to be run", sorted(wanted))
     check_inputs(cfg, folder, wanted)
     if "labels" in wanted and multi_host.is_first():
-        reach_judge(cfg.labels)
+        reach_judge(cfg.judge)
     judging = cfg.ppo.judging
     if "ppo" in wanted and judging is not None and multi_host.is_first():
         assert judging.judge is not None

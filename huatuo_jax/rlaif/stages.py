@@ -133,7 +133,7 @@ def answer_figures(path: pathlib.Path) -> dict[str, float]:
 
 
 def _labels(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:
-    section, offline = cfg.labels, cfg.labels.offline
+    section, judge, offline = cfg.labels, cfg.judge, cfg.judge.offline
     assert offline != "auto", "with_offline_judge puts one in its place"
     output, comparisons = workdir / LABELS_FILE, workdir / "comparisons.jsonl"
 
@@ -142,9 +142,9 @@ def _labels(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:
             LabelRun(
                 answers=section.answers,
                 output=str(output),
-                openai=reach_judge(section),
+                openai=reach_judge(judge),
                 offline=offline,
-                clinic_judge=section.clinic_judge,
+                clinic_judge=judge.clinic_judge,
                 label=section.label,
                 comparisons=str(comparisons),
                 comparison=section.comparison,
@@ -157,7 +157,8 @@ def _labels(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:
         return {"comparisons": sum(1 for _ in read_lines(comparisons, unfinished="read"))}
 
     outputs = (output, comparisons, pathlib.Path(report_path(output)))
-    return Stage("labels", identity(section), {"answers": section.answers}, outputs, run)
+    settings = identity(section) | {"judge": identity(judge)}
+    return Stage("labels", settings, {"answers": section.answers}, outputs, run)
 
 
 def _reward(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:

@@ -124,7 +124,7 @@ def shrink_recipe(config, data):
         shrink(config),
         {
             "data": data,
-            "labels.base_url": None,
+            "judge.base_url": None,
             "prompts.limit": 8,
             "prompts.held_out_limit": 4,
             "answers.num_samples": 3,

@@ -7,7 +7,7 @@ import pytest
 from huatuo_jax.clinic.files import ClinicConfig
 from huatuo_jax.feedback.judge_config import JudgeConfig
 from huatuo_jax.ppo.judging import JudgingConfig
-from huatuo_jax.rlaif.config import STAGES, LabelsConfig, PromptsConfig
+from huatuo_jax.rlaif.config import STAGES, PromptsConfig
 from huatuo_jax.rlaif.recipe import tell_temperatures
 from huatuo_jax.training.initial_model import ModelConfig
 from tests.rlaif.tiny import CLINIC, tiny_clinic_recipe, tiny_recipe
@@ -21,15 +21,15 @@ def recipe(tmp_path):
 def test_the_judgings_of_ppo_have_the_judge_of_the_labels_its_account_and_held_out_prompts(
     recipe, tmp_path
 ):
-    labels = LabelsConfig(base_url="http://host/v1", model="m", max_cost=3.0, max_tokens=77)
-    found = dataclasses.replace(recipe, labels=labels).in_workdir(tmp_path).ppo.judging
+    judge = JudgeConfig(base_url="http://host/v1", model="m", max_cost=3.0, max_tokens=77)
+    found = dataclasses.replace(recipe, judge=judge).in_workdir(tmp_path).ppo.judging
     assert (found.judge.base_url, found.judge.model) == ("http://host/v1", "m")
     assert (found.judge.max_cost, found.judge.max_tokens) == (3.0, 77)
     assert found.prompts == f"{tmp_path}/judged_prompts.jsonl"
     assert found.spending == f"{tmp_path}/labels.jsonl.spending.jsonl"
     own = JudgingConfig(judge=JudgeConfig(offline="clinic"), prompts="{workdir}/mine.jsonl")
     ppo = dataclasses.replace(recipe.ppo, judging=own)
-    found = dataclasses.replace(recipe, ppo=ppo, labels=labels).in_workdir(tmp_path).ppo.judging
+    found = dataclasses.replace(recipe, ppo=ppo, judge=judge).in_workdir(tmp_path).ppo.judging
     assert (found.judge.offline, found.spending) == ("clinic", None)
     assert found.prompts == f"{tmp_path}/mine.jsonl"
     off = dataclasses.replace(recipe, ppo=dataclasses.replace(recipe.ppo, judging=None))
@@ -53,15 +53,15 @@ def test_held_out_prompts_are_set_aside_only_for_judgings_that_have_none_of_thei
 def test_the_offline_judge_of_a_run_reaches_the_judgings_of_ppo_where_none_is_named(
     recipe, tmp_path
 ):
-    def judge(judging, labels=None):
+    def judge(judging, of_run=None):
         ppo = dataclasses.replace(recipe.ppo, judging=judging)
-        cfg = dataclasses.replace(recipe, ppo=ppo, labels=labels or recipe.labels)
+        cfg = dataclasses.replace(recipe, ppo=ppo, judge=of_run or recipe.judge)
         return cfg.in_workdir(tmp_path).with_offline_judge("clinic").ppo.judging.judge.offline
 
     assert judge(JudgingConfig()) == "clinic"
     assert judge(JudgingConfig(judge=JudgeConfig())) == "clinic"
     assert judge(JudgingConfig(judge=JudgeConfig(offline="rubric"))) == "rubric"
-    assert judge(JudgingConfig(), LabelsConfig(offline="rubric")) == "rubric"
+    assert judge(JudgingConfig(), JudgeConfig(offline="rubric")) == "rubric"
 
 
 @pytest.mark.parametrize("stages", [("labels", "sft"), ("sft", "sft"), ("sft", "judge")])
@@ -156,9 +156,9 @@ def test_data_of_ones_own_replaces_the_sources(recipe, tmp_path):
 
 def test_what_the_offline_judge_would_ignore_is_refused():
     with pytest.raises(ValueError, match="max_cost is ignored by the offline judge"):
-        LabelsConfig(max_cost=3.0)
+        JudgeConfig(max_cost=3.0)
     with pytest.raises(ValueError, match="base_url should be like"):
-        LabelsConfig(base_url="localhost:8000")
+        JudgeConfig(base_url="localhost:8000")
 
 
 def test_every_stage_has_the_system_text_that_fine_tuning_has(recipe, tmp_path):

@@ -21,10 +21,9 @@ def test_a_servers_judge_is_asked_once_about_each_answer_whatever_is_run_again(
     )
     with PlantedServer(Planted(utilities=utilities, noise=False)) as server:
         cfg = tiny_recipe(tmp_path / "mine.jsonl")
-        labels = dataclasses.replace(
-            cfg.labels, answers=str(answers), base_url=server.url, model=MODEL
-        )
-        config = dataclasses.replace(cfg, labels=labels, stages=("labels",))
+        labels = dataclasses.replace(cfg.labels, answers=str(answers))
+        judge = dataclasses.replace(cfg.judge, base_url=server.url, model=MODEL)
+        config = dataclasses.replace(cfg, labels=labels, judge=judge, stages=("labels",))
         run_rlaif(config, tmp_path / "run")
         assert len(server.calls) == 9
         (tmp_path / "run" / "comparisons.jsonl").unlink()  # So that the stage is run again.

@@ -10,16 +10,15 @@ from huatuo_jax.clinic.judge import ClinicJudge
 from huatuo_jax.feedback.judge_config import JudgeConfig
 from huatuo_jax.feedback.label_command import open_offline
 from huatuo_jax.ppo.judging import JudgingConfig
-from huatuo_jax.rlaif.config import LabelsConfig
 from huatuo_jax.rlaif.offline_judge import choose_offline_judge
 from huatuo_jax.rlaif.prompts import make_prompts, write_prompts
 from huatuo_jax.sft import write_clinic_of
 from tests.rlaif.tiny import tiny_clinic_recipe, tiny_recipe, write_dialogues
 
 
-def chosen(recipe, workdir, **labels):
+def chosen(recipe, workdir, **judge):
     """The config with its judge, and the line that is printed, after the prompts are written."""
-    cfg = dataclasses.replace(recipe, labels=LabelsConfig(**labels)).in_workdir(workdir)
+    cfg = dataclasses.replace(recipe, judge=JudgeConfig(**judge)).in_workdir(workdir)
     write_clinic_of(workdir, cfg.clinic)
     prompts = make_prompts(cfg.sft.data, cfg.prompts, num_judged=cfg.num_judged_prompts(workdir))
     workdir.mkdir(exist_ok=True)
@@ -38,7 +37,7 @@ def own_data(tmp_path):
 
 def judges_of(cfg):
     """Of the labels, of the judgings of PPO, and of the evaluation."""
-    return cfg.labels.offline, cfg.ppo.judging.judge.offline, cfg.evaluation.judge
+    return cfg.judge.offline, cfg.ppo.judging.judge.offline, cfg.evaluation.judge
 
 
 def test_the_clinic_judges_its_own_prompts_and_says_so(tmp_path):
@@ -94,7 +93,7 @@ def test_the_clinics_judge_is_refused_for_prompts_of_judgings_that_it_does_not_k
 
 
 def test_the_clinics_judge_is_refused_for_prompts_that_it_does_not_know(own_data, tmp_path):
-    with pytest.raises(ValueError, match="labels.offline='clinic' judges .* mine.jsonl") as error:
+    with pytest.raises(ValueError, match="judge.offline='clinic' judges .* mine.jsonl") as error:
         chosen(own_data, tmp_path / "run", offline="clinic")
     assert "\n" not in str(error.value)
 
@@ -102,7 +101,7 @@ def test_the_clinics_judge_is_refused_for_prompts_that_it_does_not_know(own_data
 def test_a_judge_that_is_named_is_kept(tmp_path):
     cfg, told = chosen(tiny_clinic_recipe(), tmp_path / "run", offline="rubric")
     assert judges_of(cfg) == ("rubric",) * 3
-    assert told == "judge: the rubric, which is fixed (labels.offline='rubric')"
+    assert told == "judge: the rubric, which is fixed (judge.offline='rubric')"
 
 
 def test_a_model_that_labels_leaves_later_answers_to_the_judge_of_the_prompts(tmp_path):
@@ -114,7 +113,7 @@ def test_a_model_that_labels_leaves_later_answers_to_the_judge_of_the_prompts(tm
 def test_a_biased_judge_labels_and_the_exact_one_evaluates(tmp_path):
     biased = ClinicJudge(length_bias=1.0)
     cfg, told = chosen(tiny_clinic_recipe(), tmp_path / "run", clinic_judge=biased)
-    assert cfg.labels.clinic_judge == cfg.ppo.judging.judge.clinic_judge == biased
+    assert cfg.judge.clinic_judge == cfg.ppo.judging.judge.clinic_judge == biased
     assert told == (
         "judge: of the labels the clinic's with length_bias=1.0; of later answers the clinic's, "
         "which knows the truth (all 20 prompts are the clinic's)"
@@ -123,6 +122,6 @@ def test_a_biased_judge_labels_and_the_exact_one_evaluates(tmp_path):
 
 
 def test_fields_of_the_clinics_judge_are_refused_for_prompts_of_someone_else(own_data, tmp_path):
-    with pytest.raises(ValueError, match="config.labels: .*length_bias=1.0.*mine.js") as error:
+    with pytest.raises(ValueError, match="config.judge: .*length_bias=1.0.*mine.js") as error:
         chosen(own_data, tmp_path / "run", clinic_judge=ClinicJudge(length_bias=1.0))
     assert "\n" not in str(error.value)

@@ -122,14 +122,14 @@ def test_a_config_of_another_class_or_with_a_field_of_another_type(recipe, tmp_p
 
 def test_a_judge_without_a_key(recipe, tmp_path, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    labels = dataclasses.replace(recipe.labels, base_url="http://127.0.0.1:9/v1")
-    refused(recipe, tmp_path, "OPENAI_API_KEY is not set", labels=labels)
+    judge = dataclasses.replace(recipe.judge, base_url="http://127.0.0.1:9/v1")
+    refused(recipe, tmp_path, "OPENAI_API_KEY is not set", judge=judge)
 
 
 def test_a_judge_that_is_down(recipe, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "any")
-    labels = dataclasses.replace(recipe.labels, base_url="http://127.0.0.1:9/v1")
-    refused(recipe, tmp_path, "judge at http://127.0.0.1:9/v1 does not answer", labels=labels)
+    judge = dataclasses.replace(recipe.judge, base_url="http://127.0.0.1:9/v1")
+    refused(recipe, tmp_path, "judge at http://127.0.0.1:9/v1 does not answer", judge=judge)
 
 
 @pytest.fixture
@@ -164,16 +164,16 @@ def judges():
 
 def test_a_judge_that_the_server_does_not_have(recipe, tmp_path, monkeypatch, judges):
     monkeypatch.setenv("OPENAI_API_KEY", "any")
-    labels = dataclasses.replace(recipe.labels, base_url=judges, model="medium-judge")
-    refused(recipe, tmp_path, "model='medium-judge' is not at .* large-judge", labels=labels)
-    labels = dataclasses.replace(recipe.labels, base_url=judges)
-    refused(recipe, tmp_path, "several models or none: large-judge, small-judge", labels=labels)
+    judge = dataclasses.replace(recipe.judge, base_url=judges, model="medium-judge")
+    refused(recipe, tmp_path, "model='medium-judge' is not at .* large-judge", judge=judge)
+    judge = dataclasses.replace(recipe.judge, base_url=judges)
+    refused(recipe, tmp_path, "several models or none: large-judge, small-judge", judge=judge)
 
 
 def test_a_budget_of_money_for_a_judge_without_a_price(recipe, tmp_path, monkeypatch, judges):
     monkeypatch.setenv("OPENAI_API_KEY", "any")
-    labels = dataclasses.replace(recipe.labels, base_url=judges, model="small-judge", max_cost=1.0)
-    refused(recipe, tmp_path, "max_cost=1 needs a price for 'small-judge'", labels=labels)
+    judge = dataclasses.replace(recipe.judge, base_url=judges, model="small-judge", max_cost=1.0)
+    refused(recipe, tmp_path, "max_cost=1 needs a price for 'small-judge'", judge=judge)
 
 
 def test_a_model_of_another_vocabulary(recipe, tmp_path):
@@ -264,8 +264,8 @@ def test_too_many_long_questions_are_named_by_the_users_own_file(
 
 
 def test_the_clinics_judge_for_data_of_ones_own(recipe, tmp_path):
-    labels = dataclasses.replace(recipe.labels, offline="clinic")
-    refused(recipe, tmp_path, "config.labels.offline='clinic' judges prompts of the", labels=labels)
+    judge = dataclasses.replace(recipe.judge, offline="clinic")
+    refused(recipe, tmp_path, "config.judge.offline='clinic' judges prompts of the", judge=judge)
 
 
 def test_another_clinic_in_a_folder_in_which_something_was_trained(recipe, tmp_path):

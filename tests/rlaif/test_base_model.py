@@ -1,0 +1,117 @@
+"""A base model of one's own in the recipe: which settings follow from it, and what is refused."""
+
+import dataclasses
+import json
+
+import pytest
+
+from huatuo_jax.backbone.presets import preset
+from huatuo_jax.checkpoint.models import find_model
+from huatuo_jax.command_line import parse_with_config
+from huatuo_jax.config import checked, load_card
+from huatuo_jax.rlaif import base_model
+from huatuo_jax.rlaif.base_model import SIZES, adapted, num_parameters
+from huatuo_jax.rlaif.config import RlaifConfig
+from tests import hub as hubs
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Workdir:
+    workdir: str = "w"
+
+
+def parse(*arguments):
+    """The config as `launch/train.py` has it."""
+    _, config = parse_with_config(
+        Workdir,
+        ["--config=configs/rlaif.py", *arguments],
+        name="x",
+        first=base_model.FIRST,
+        adapt=adapted,
+    )
+    return checked(config, RlaifConfig, path="config")
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("qwen")
+    hubs.save_qwen(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama")
+    hubs.save_llama(folder)
+    return str(folder)
+
+
+def test_without_a_base_model_the_card_stays_as_it_is():
+    assert parse("--config.base_model=None") == load_card("rlaif")
+
+
+def test_template_model_and_settings_follow_from_the_base_model(qwen):
+    cfg = parse(f"--config.base_model={qwen}", "--config.data=mine.jsonl")
+    card = load_card("rlaif")
+    assert (cfg.sft.model.directory, cfg.sft.model.backbone) == (qwen, None)
+    templates = {cfg.sft.data.template, cfg.reward.data.template, cfg.ppo.data.template}
+    assert templates | {cfg.evaluation.template} == {"tokenizer"}
+    assert cfg.sft.optimizer.learning_rate == SIZES[0].rates[0]
+    assert cfg.sft.data.row_length == hubs.POSITIONS
+    assert cfg.ppo.data.max_prompt_tokens + cfg.ppo.rollout.max_new_tokens == hubs.POSITIONS
+    kept = ("data", "clinic", "judge", "labels", "stages", "export", "report")
+    assert [getattr(cfg, name) for name in kept] == [
+        "mine.jsonl",
+        *(getattr(card, name) for name in kept[1:]),
+    ]
+
+
+def test_a_tokenizer_without_a_template_speaks_huatuogpts(llama):
+    assert parse(f"--config.base_model={llama}").sft.data.template == "huatuogpt"
+
+
+def test_fields_given_beside_a_base_model_replace_what_follows_from_it(qwen):
+    cfg = parse("--config.sft.num_epochs=1", f"--config.base_model={qwen}", "--config.ppo.seed=7")
+    assert (cfg.sft.num_epochs, cfg.ppo.seed, cfg.sft.batch_size) == (1, 7, SIZES[0].rows[0])
+
+
+def test_adapters_are_trained_where_asked_for_and_in_models_too_large_for_all_weights(qwen):
+    cfg = parse(f"--config.base_model={qwen}", "--config.trained=adapters")
+    assert None not in {cfg.sft.model.lora, cfg.reward.model.lora, cfg.ppo.model.lora}
+    assert (cfg.ppo.value.start, cfg.sft.batch_size) == ("shared", SIZES[0].rows[0])
+    large = adapted(dataclasses.replace(load_card("rlaif"), base_model="Qwen/Qwen2.5-7B"))
+    assert large.sft.model.lora == base_model.LORA
+    weights = dataclasses.replace(load_card("rlaif"), base_model="Qwen/Qwen2.5-7B")
+    weights = adapted(dataclasses.replace(weights, trained="weights"))
+    assert weights.sft.model.lora is None and weights.sft.optimizer.learning_rate == 5e-5
+
+
+@pytest.fixture(autouse=True)
+def hub(tmp_path, monkeypatch, qwen):
+    """A Hub with the tokenizer that a published name has."""
+    made = hubs.Hub(tmp_path / "cache")
+    made.add("Qwen/Qwen2.5-7B", qwen)
+    made.patch(monkeypatch)
+
+
+def test_parameters_are_counted_as_they_are_stored(qwen):
+    weights = json.loads((find_model(qwen).folder / "config.json").read_text(encoding="utf-8"))
+    assert num_parameters(find_model(qwen).cfg) >= weights["vocab_size"] * weights["hidden_size"]
+    assert num_parameters(preset("qwen2.5_0.5b")) == pytest.approx(494e6, rel=0.01)
+    assert num_parameters(preset("baichuan_7b")) == pytest.approx(7.0e9, rel=0.01)
+
+
+def test_what_cannot_be_a_base_model_is_one_clear_message(tmp_path, qwen):
+    with pytest.raises(OSError, match="config.base_model='nowhere/at-all': "):
+        parse("--config.base_model=nowhere/at-all")
+    with pytest.raises(ValueError, match="is a preset, .*: give sft.model.tokenizer"):
+        adapted(
+            dataclasses.replace(load_card("configs/huatuogpt_7b.py"), base_model="qwen2.5_0.5b")
+        )
+    with pytest.raises(ValueError, match="trained='adapters' needs a base_model"):
+        parse("--config.trained=adapters")
+    (tmp_path / "config.json").write_text('{"model_type": "mamba"}', encoding="utf-8")
+    with pytest.raises(ValueError, match="config.base_model=.*mamba"):
+        parse(f"--config.base_model={tmp_path}")
+    with pytest.raises(ValueError, match="invalid choice 'some' for argument '--config.trained'"):
+        parse(f"--config.base_model={qwen}", "--config.trained=some")
