@@ -126,7 +126,7 @@ def parse_with_config(
         raise ValueError("--config is missing; name a card, such as --config=configs/rlaif.py")
     settings = load_card(card)
     fields = _fields_of(type(settings), settings, prefix=_CONFIG)
-    names = {f"{_CONFIG}{one}" for one in first} & fields.keys()
+    names = {one for one in fields if one.removeprefix(_CONFIG).partition(".")[0] in first}
     sought = _sought(rest, names)
     if sought:
         settings = adapt(_config_of(settings, sought, fields, name=name))
