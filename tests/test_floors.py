@@ -32,6 +32,7 @@ FLOORS = {
     "report": 8,
     "serving": 8,
     "rlaif": 9,
+    "hub": 10,
     "command_line": 9,
 }
 
