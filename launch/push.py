@@ -2,8 +2,9 @@
 
 python launch/push.py --run=runs/demo --repo=NAME [--what=policy,reward,data] [--dry_run]
 
-Repositories are private unless --public is given. The token is that of --token, of HF_TOKEN, or of
-the stored login (`hf auth login`).
+Repositories are private unless --public is given. The token is that of --token (which other users
+of the machine can see in its list of processes), of HF_TOKEN, or of the stored login
+(`hf auth login`).
 """
 
 import os

@@ -8,6 +8,8 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabl
 
 _MOST_OF_A_MESSAGE = 400
 _QUOTA = re.compile(r"storage|quota|\blimit|exceed|upgrade|payment", re.IGNORECASE)
+# The Xet client (Rust) raises ConnectionError for a status too, and keeps the Hub's words back.
+_XET_STATUS = re.compile(r"HTTP status \w+ error \((\d{3})\b")
 
 
 def reason_of(error: BaseException, *, endpoint: str) -> str:
@@ -20,7 +22,11 @@ def reason_of(error: BaseException, *, endpoint: str) -> str:
     causes = list(_causes(error))
     for cause in causes:
         if isinstance(cause, HfHubHTTPError) and cause.response is not None:
-            return _of_status(cause)
+            said = _one_line(cause.server_message or "")
+            wait = cause.response.headers.get("Retry-After")
+            return _of_status(cause.response.status_code, said, wait)
+        if status := _XET_STATUS.search(str(cause)):
+            return _of_status(int(status[1]), "", None)
     for cause in causes:
         if isinstance(cause, OfflineModeIsEnabled):
             return "HF_HUB_OFFLINE is set, so that nothing may be sent; unset it"
@@ -31,14 +37,13 @@ def reason_of(error: BaseException, *, endpoint: str) -> str:
     return _named(error)
 
 
-def _of_status(error: HfHubHTTPError) -> str:
-    status = error.response.status_code
-    said = _one_line(error.server_message or "")
+def _of_status(status: int, said: str, wait: str | None) -> str:
+    """What a status of HTTP means, with the Hub's words and the seconds that it asks to wait."""
     meaning = {
         400: "the Hub refuses it",
         401: "the Hub does not accept the token, or hides the repository from it",
         402: "the plan or storage quota of the account does not allow it",
-        403: "the token may not do this",
+        403: "the token may not do this" if said else "the token may not, or the quota is full",
         404: "the Hub has no such repository or revision, or hides it from this token",
         409: "something else is at work on the repository, or it is there already",
         412: "the repository has changed meanwhile",
@@ -49,7 +54,6 @@ def _of_status(error: HfHubHTTPError) -> str:
         meaning = "the storage quota of the account is full"
     advice = ""
     if status == 429:
-        wait = error.response.headers.get("Retry-After")
         advice = f"; wait {wait} s" if wait and wait.isdigit() else "; wait some minutes"
     if status >= 500:
         advice = "; wait a while"

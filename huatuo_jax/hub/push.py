@@ -87,7 +87,7 @@ class _Hub:
     def __init__(self, cfg: PushConfig, token: Token, tell: Tell) -> None:
         self._cfg, self._token, self._tell = cfg, token, tell
         endpoint = (cfg.endpoint or constants.ENDPOINT).rstrip("/")
-        self._api = HfApi(endpoint=endpoint, token=token.value, library_name="huatuo_jax")
+        self._api = HfApi(endpoint=endpoint, token=token.value)
 
     def push(self, uploads: Sequence[Upload], folder: pathlib.Path) -> tuple[Pushed, ...]:
         account = self._account()

@@ -136,8 +136,14 @@ def _check_exported(run: pathlib.Path, journal: Journal) -> None:
             f"{folder}: no such folder; it is made by the stage 'export' of the recipe "
             "(launch/train.py --config=configs/rlaif.py)"
         )
-    started = "export" in journal.stages
-    if (started and not journal.is_finished("export")) or not (folder / RELEASE_FILE).is_file():
+    # A stage that was begun again makes the export one of an earlier state; the report is made of
+    # it, and not the other way round.
+    open_stages = [
+        name for name in journal.stages if name != "report" and not journal.is_finished(name)
+    ]
+    if open_stages:
+        raise ValueError(f"{run}: the stage {open_stages[0]!r} is not finished; {again}")
+    if not (folder / RELEASE_FILE).is_file():
         raise ValueError(f"{folder}: the export is not finished; {again}")
     read_json(folder / RELEASE_FILE)
 

@@ -10,6 +10,7 @@ import pytest
 
 from huatuo_jax.checkpoint.tensor_files import open_tensor_source
 from huatuo_jax.hub.config import PushConfig
+from huatuo_jax.hub.faults import reason_of
 from huatuo_jax.hub.push import push
 from huatuo_jax.rlaif.journal import Journal
 from tests.push import stub
@@ -107,6 +108,10 @@ def interrupted(run):
     Journal(run).start("export", {}, {})
 
 
+def begun_again(run):
+    Journal(run).start("ppo", {}, {})
+
+
 def no_release(run):
     (run / "export" / "release.json").unlink()
 
@@ -157,7 +162,8 @@ def key_in_release(run):
     ("change", "expected"),
     [
         (no_export, r"export: no such folder; it is made by the stage 'export' of the recipe"),
-        (interrupted, r"export: the export is not finished; run the recipe again"),
+        (interrupted, r"run: the stage 'export' is not finished; run the recipe again"),
+        (begun_again, r"run: the stage 'ppo' is not finished; run the recipe again"),
         (no_release, r"export: the export is not finished; run the recipe again"),
         (no_shard, r"export/policy: incomplete \(.*00002-of-.*: absent, though .* names it"),
         (cut_shard, r"export/policy: incomplete \(.*00002-of-.*: damaged or cut short"),
@@ -275,6 +281,21 @@ def test_what_the_hub_refuses_is_said_in_its_words(run, hub, at, fault, expected
     )
     assert not hub.asked("/commit/") or fault.status in (403, 412)
     assert all(hub.files(repo) == {} for _, repo in hub.repos)
+
+
+@pytest.mark.parametrize(
+    ("status", "expected"),
+    [
+        ("client error (403 Forbidden)", "the token may not, or the quota is full (HTTP 403)"),
+        ("client error (413 Payload Too Large)", "it is too large for the Hub, or the storage"),
+        ("server error (502 Bad Gateway)", "the Hub has failed (HTTP 502); wait a while"),
+    ],
+)
+def test_a_status_within_an_error_of_the_xet_client_is_told_by_its_meaning(status, expected):
+    error = ConnectionError(f"Network error: Request error: HTTP status {status}, domain: http://x")
+    assert reason_of(error, endpoint="http://x").startswith(expected)
+    refused = reason_of(ConnectionError("Network error: refused"), endpoint="http://x")
+    assert refused.startswith("http://x cannot be reached (ConnectionError: Network error: refused")
 
 
 def test_large_files_that_the_hub_refuses_one_by_one_are_said_so(run, hub):
