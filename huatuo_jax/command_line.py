@@ -308,7 +308,7 @@ def _read(arguments: Sequence[str], known: Mapping[str, _Field]) -> Given:
         else:
             raise ValueError(f"{flag} needs a value")
         if name in given and not _takes_many(hint):
-            raise ValueError(f"{flag} is given twice: {given[name][0]!r} and {found[0]!r}")
+            raise ValueError(f"{flag} is given twice")  # A value may be a secret.
         given[name] = found
     return given
 
