@@ -1,7 +1,6 @@
 """Run the stages that a config names, or the whole recipe, or go on with them.
 
 python launch/train.py --config=configs/rlaif.py --workdir=runs/demo [--config.sft.batch_size=8]
-
 Run again, it resumes and skips finished stages. Exit code 75: stopped (SIGTERM, Ctrl-C), saved.
 """
 
@@ -11,11 +10,12 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from huatuo_jax import command_line, multi_host, sft
+from huatuo_jax import command_line, multi_host
 from huatuo_jax.dpo import stage as dpo
 from huatuo_jax.ppo import stage as ppo
 from huatuo_jax.reward import stage as reward
 from huatuo_jax.rlaif.recipe import run_rlaif
+from huatuo_jax.sft import run_sft
 from huatuo_jax.training.loop import Diverged
 from huatuo_jax.training.preemption import INTERRUPTED_EXIT_CODE, Interrupted
 
@@ -23,7 +23,7 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "File with `get_config
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; made if it is not there.")
 flags.mark_flags_as_required(["config", "workdir"])
 
-STAGES = {"sft": sft.run_sft, "reward": reward.run_reward, "dpo": dpo.run_dpo, "ppo": ppo.run_ppo}
+STAGES = {"sft": run_sft, "reward": reward.run_reward, "dpo": dpo.run_dpo, "ppo": ppo.run_ppo}
 
 
 @multi_host.joined()

@@ -33,6 +33,7 @@ FLOORS = {
     "serving": 8,
     "rlaif": 9,
     "command_line": 9,
+    "api": 10,
 }
 
 
