@@ -7,14 +7,14 @@ print(model.chat("头痛三天了，怎么办？"))
 import dataclasses
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypedDict, Unpack
 
 from huatuo_jax.api.in_use import ModelInUse, SaveFormat, Settings, open_for_use
 from huatuo_jax.api.responses import LogProbs, Response
 from huatuo_jax.backbone.config import ComputeConfig
-from huatuo_jax.data.python_data import DialogueLike, as_prompt, as_prompts
-from huatuo_jax.data.records import Message, Prompt
+from huatuo_jax.data.python_data import DialogueLike, as_prompt, as_prompts, prompt_of
+from huatuo_jax.data.records import Message, Messages, Prompt, is_empty
 from huatuo_jax.generation.bulk_tasks import Task, make_record, make_request, make_task
 from huatuo_jax.generation.engines import Engines
 from huatuo_jax.generation.requests import Answer, SamplingConfig
@@ -79,15 +79,8 @@ class Model(ModelInUse):
             ValueError: the dialogue is empty, out of order or too long, or a field cannot be.
         """
         prompt = as_prompt(dialogue)
-        how = dataclasses.replace(self._saved.default_sampling(), **sampling)
-        ((response,),) = self._respond(
-            [("dialogue", prompt)],
-            how,
-            num_samples=1,
-            seed=seed,
-            drop_oldest_turns=drop_oldest_turns,
-        )
-        return response.text
+        how = self._default_sampling(sampling)
+        return self._answer(prompt, how, seed=seed, drop_oldest_turns=drop_oldest_turns)
 
     def start_chat(
         self,
@@ -104,15 +97,20 @@ class Model(ModelInUse):
             seed: as for `chat`.
             drop_oldest_turns: as for `chat`.
             **sampling: as for `chat`.
+
+        Raises:
+            ValueError: the system text is empty, or a field cannot be.
         """
-        dataclasses.replace(self._saved.default_sampling(), **sampling)
-        return Chat(
-            self,
-            system=system,
-            seed=seed,
-            drop_oldest_turns=drop_oldest_turns,
-            sampling=sampling,
-        )
+        how = self._default_sampling(sampling)
+        opening = () if system is None else (Message("system", system),)
+        if system is not None and is_empty(system):
+            raise ValueError("system is empty; None takes the template's default")
+
+        def answer(messages: Messages) -> str:
+            prompt = prompt_of(messages)
+            return self._answer(prompt, how, seed=seed, drop_oldest_turns=drop_oldest_turns)
+
+        return Chat(opening, answer)
 
     def generate(
         self,
@@ -223,6 +221,22 @@ class Model(ModelInUse):
             max_length=self.max_length,
         )
 
+    def _default_sampling(self, changed: SamplingFields) -> SamplingConfig:
+        return dataclasses.replace(self._saved.default_sampling(), **changed)
+
+    def _answer(
+        self, prompt: Prompt, sampling: SamplingConfig, *, seed: int, drop_oldest_turns: bool
+    ) -> str:
+        """The text of one response to one dialogue."""
+        ((response,),) = self._respond(
+            [("dialogue", prompt)],
+            sampling,
+            num_samples=1,
+            seed=seed,
+            drop_oldest_turns=drop_oldest_turns,
+        )
+        return response.text
+
     def _respond(
         self,
         prompts: Sequence[tuple[str, Prompt]],
@@ -277,39 +291,27 @@ class Chat:
     """A conversation with a model; see `Model.start_chat`.
 
     Attributes:
-        messages: all turns so far, each with role and content.
+        messages: all turns so far.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        *,
-        system: str | None,
-        seed: int,
-        drop_oldest_turns: bool,
-        sampling: SamplingFields,
-    ) -> None:
-        """Made by `Model.start_chat`."""
-        self._model, self._seed, self._sampling = model, seed, sampling
-        self._drop_oldest_turns = drop_oldest_turns
-        self.messages: list[Message] = []
-        if system is not None:
-            self.messages.append(Message("system", system))
+    def __init__(self, opening: Messages, answer: Callable[[Messages], str]) -> None:
+        """Made by `Model.start_chat`.
+
+        Args:
+            opening: what stands before the user's first words.
+            answer: gives the answer to a dialogue that ends with the user.
+        """
+        self.messages, self._answer = opening, answer
 
     def send(self, text: str) -> str:
-        """The answer to the user's next words; both are kept.
+        """The answer to the user's next words; both are kept, an empty answer too.
 
         Raises:
             ValueError: as for `Model.chat`; the conversation stays as it was.
         """
-        asked = [*self.messages, Message("user", text)]
-        response = self._model.chat(
-            asked,
-            seed=self._seed,
-            drop_oldest_turns=self._drop_oldest_turns,
-            **self._sampling,
-        )
-        self.messages = [*asked, Message("assistant", response)]
+        asked = (*self.messages, *as_prompt(text, name="text").messages)
+        response = self._answer(asked)
+        self.messages = (*asked, Message("assistant", response))
         return response
 
 

@@ -271,7 +271,10 @@ def _run(
     workdir: str | os.PathLike[str],
 ) -> dict[str, Any]:
     """Hands a config to its stage in the form that stages take."""
-    return stage(to_section(cfg), workdir)
+    try:
+        return stage(to_section(cfg), workdir)
+    except FileNotFoundError as error:
+        raise ValueError(str(error)) from error
 
 
 def _trained(

@@ -114,7 +114,12 @@ def as_prompt(dialogue: DialogueLike, *, name: str = "dialogue") -> Prompt:
         messages, _ = prompt_messages(turns, max_turn_chars=MAX_TURN_CHARS)
     except (RowProblem, RowLeftOut, NotJson) as problem:
         raise ValueError(f"{name}: {problem}") from None
-    return whole or Prompt(content_id(_SOURCE, messages), messages, _SOURCE)
+    return whole or prompt_of(messages)
+
+
+def prompt_of(messages: Messages) -> Prompt:
+    """The prompt of messages that were checked, or that a model gave; its id follows from them."""
+    return Prompt(content_id(_SOURCE, messages), messages, _SOURCE)
 
 
 def as_prompts(dialogues: Iterable[DialogueLike], *, name: str) -> list[Prompt]:

@@ -17,6 +17,7 @@ from huatuo_jax.generation.bulk import BulkConfig, run_bulk
 from huatuo_jax.generation.requests import SamplingConfig
 from huatuo_jax.sharding import MeshConfig
 from tests.api import tiny
+from tests.checkpoint import tiny_checkpoints
 
 SYSTEM = "你是一位医生。"
 
@@ -129,17 +130,26 @@ def test_a_chat_samples_as_the_folders_generation_config_says(folder, tmp_path):
 def test_a_conversation_keeps_its_turns(model):
     chat = model.start_chat(system=SYSTEM, max_new_tokens=6)
     first = chat.send("咳嗽一周了。")
-    # A tiny model may say nothing, which no later turn can follow.
-    chat.messages[-1] = Message("assistant", first or "有痰吗？")
+    assert first
     second = chat.send("没有。")
-    turns = [("system", SYSTEM), ("user", "咳嗽一周了。"), ("assistant", first or "有痰吗？")]
-    messages = [Message(*turn) for turn in (*turns, ("user", "没有。"))]
+    turns = [("system", SYSTEM), ("user", "咳嗽一周了。"), ("assistant", first), ("user", "没有。")]
+    messages = [Message(*turn) for turn in turns]
     assert second == model.chat(messages, max_new_tokens=6)
-    assert chat.messages == [*messages, Message("assistant", second)]
-    before = list(chat.messages)
-    with pytest.raises(ValueError, match="empty"):
+    assert chat.messages == (*messages, Message("assistant", second))
+    before = chat.messages
+    with pytest.raises(ValueError, match=r"^text: turn 1 \(user\) is empty"):
         chat.send("")
     assert chat.messages == before
+
+
+def test_a_conversation_goes_on_after_an_empty_answer(model):
+    (chat, other) = (model.start_chat(max_new_tokens=4) for _ in range(2))
+    chat.send("咳嗽一周了。")
+    chat.messages = (*chat.messages[:1], Message("assistant", ""))
+    assert isinstance(chat.send("没有。"), str)
+    assert len(chat.messages) == 4 and not other.messages
+    with pytest.raises(ValueError, match="^system is empty; None takes"):
+        model.start_chat(system=" ")
 
 
 def test_a_second_call_of_other_shapes_compiles_nothing(model, compiled):
@@ -274,3 +284,47 @@ def test_what_cannot_be_loaded_ends_in_one_clear_message(folder, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             hj.load_model(source, **options)
+
+
+QWEN_LIKE = (
+    "{%- for message in messages -%}{{- '<|im_start|>' + message['role'] + '\\n' "
+    "+ message['content'] + '<|im_end|>\\n' -}}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
+)
+
+
+@pytest.mark.parametrize(
+    ("case", "chat_template", "template"),
+    [("qwen2", QWEN_LIKE, "tokenizer"), ("bloom", None, "huatuogpt")],
+)
+def test_a_hugging_face_folder_answers_in_its_own_template_as_in_transformers(
+    tmp_path, case, chat_template, template
+):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny.TOKENIZER)
+    tokenizer.chat_template = chat_template
+    # Read beside a Qwen2 the tokenizer has a token more, which its class adds.
+    sizes = {"vocab_size": 2052, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    positions = {} if case == "bloom" else {"max_position_embeddings": 256}
+    theirs = tiny_checkpoints.transformers_model(case, **sizes, **positions)
+    for place in (theirs, tokenizer):
+        place.save_pretrained(tmp_path / "source")
+    model = hj.load_model(tmp_path / "source")
+    assert model.template.name == template
+    model.save(tmp_path / "saved")
+    saved = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
+    ends = saved.generation_config.eos_token_id
+    assert ends == (2 if case == "bloom" else [4, 2])
+    given = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved").apply_chat_template(
+        tiny.TURNS, add_generation_prompt=True, return_tensors="pt", return_dict=False
+    )
+    ((response,),) = model.generate([tiny.TURNS], temperature=0.0, max_new_tokens=8)
+    assert given[0].tolist() == list(response.prompt_token_ids)
+    with torch.no_grad():
+        found = saved.generate(given, max_new_tokens=8, do_sample=False)[0, given.shape[1] :]
+        assert found.tolist() == list(response.token_ids)
+        whole = torch.tensor([[*response.prompt_token_ids, *response.token_ids]])
+        logits_TV = theirs(whole).logits[0, given.shape[1] - 1 : -1].double()
+    wanted = torch.log_softmax(logits_TV, -1).numpy()[np.arange(len(found)), found]
+    log_probs = model.log_probs(tiny.TURNS, response)
+    assert log_probs.token_ids == response.token_ids
+    np.testing.assert_allclose(log_probs.log_probs, wanted, atol=1e-4)
