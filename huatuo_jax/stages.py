@@ -5,14 +5,14 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from huatuo_jax import sft
 from huatuo_jax.dpo import stage as dpo
 from huatuo_jax.dpo.config import DpoConfig
 from huatuo_jax.ppo import stage as ppo
 from huatuo_jax.ppo.config import PpoConfig
 from huatuo_jax.reward import stage as reward
 from huatuo_jax.reward.config import RewardConfig
-from huatuo_jax.sft import SftConfig
+from huatuo_jax.sft import STAGE as SFT
+from huatuo_jax.sft import SftConfig, run_sft
 from huatuo_jax.sharding import MeshConfig
 from huatuo_jax.training.initial_model import ComputeSection
 from huatuo_jax.training.run_directory import operational
@@ -20,7 +20,7 @@ from huatuo_jax.training.run_directory import operational
 Run = Callable[[Any, str | os.PathLike[str]], dict[str, Any]]
 
 STAGES: Mapping[str, Run] = {
-    sft.STAGE: sft.run_sft,
+    SFT: run_sft,
     reward.STAGE: reward.run_reward,
     dpo.STAGE: dpo.run_dpo,
     ppo.STAGE: ppo.run_ppo,

@@ -38,6 +38,7 @@ FLOORS = {
     "command_line": 9,
     "commands": 11,
     "cli": 12,
+    "api": 10,
 }
 
 

@@ -42,6 +42,7 @@ from huatuo_jax.training.initial_model import ComputeSection, ModelConfig
 
 Config = RlaifConfig | StagesConfig
 Trained = Literal["weights", "adapters"]
+Trainer = Literal["sft", "reward", "ppo", "dpo"]
 FIRST = ("base_model", "trained", "data", "template", "max_length", "compute", "mesh")
 """Fields that other fields' defaults follow from; those given beside them replace what follows."""
 
@@ -74,6 +75,13 @@ class Size(NamedTuple):
     num_iterations: int
     prompts: int
 
+    def rate(self, stage: Trainer, trained: Trained) -> float:
+        """The learning rate of a stage."""
+        if trained == "adapters":
+            return _RATES_OF_ADAPTERS[stage]
+        places: dict[Trainer, int] = {"sft": 0, "reward": 1, "ppo": 2, "dpo": 4}
+        return self.rates[places[stage]]
+
 
 SIZES = (
     Size(5e7, "weights", 512, 128, (8, 8), (5e-4, 2e-4, 5e-5, 5e-4, 5e-5), 64, 20, 1_000),
@@ -82,7 +90,12 @@ SIZES = (
         math.inf, "adapters", 2048, 512, (128, 64), (5e-5, 9e-6, 5e-7, 9e-6, 5e-7), 128, 400, 20_000
     ),
 )
-_DPO_RATE_OF_ADAPTERS = 5e-6
+_RATES_OF_ADAPTERS: dict[Trainer, float] = {
+    "sft": 2e-4,
+    "reward": 1e-4,
+    "ppo": 1e-5,
+    "dpo": 5e-6,
+}
 
 
 def recipe(card: str = "rlaif", **fields: Any) -> Config:
@@ -240,9 +253,9 @@ def _stages(config: StagesConfig, found: RlaifConfig) -> StagesConfig:
         }
         made["reward"] = replaced(found.reward, own_data)
     if config.dpo is not None:
-        reward, adapters = found.reward, own.lora is not None
+        reward = found.reward
         size = size_of(_look_at(config.base_model or "", own.tokenizer)[0])
-        rate = _DPO_RATE_OF_ADAPTERS if adapters else size.rates[4]
+        rate = size.rate("dpo", "weights" if own.lora is None else "adapters")
         made["dpo"] = dataclasses.replace(
             config.dpo,
             model=model(config.dpo.model),
