@@ -31,8 +31,10 @@ from huatuo_jax.checkpoint import models
 from huatuo_jax.checkpoint.tokenizer import load_tokenizer
 from huatuo_jax.comparisons.data import ComparisonSource
 from huatuo_jax.config import WORKDIR_MARK, load_card, replaced
+from huatuo_jax.data.chat import ChatTemplate
 from huatuo_jax.data.held_out import HeldOutConfig
 from huatuo_jax.data.sources import source_names
+from huatuo_jax.data.templates import for_tokenizer
 from huatuo_jax.rlaif.config import RlaifConfig
 from huatuo_jax.rlaif.paper import paper_recipe, with_adapters
 from huatuo_jax.sharding import MeshConfig
@@ -202,7 +204,9 @@ def _recipe_of(config: Config) -> RlaifConfig:
     given = None if config.sft is None else config.sft.model.tokenizer
     architecture, model, template = _look_at(config.base_model, given)
     size = size_of(architecture)
-    found = _sized(paper_recipe(config.base_model, template=template), architecture, size)
+    found = _sized(paper_recipe(config.base_model, template=template.name), architecture, size)
+    if template.default_system != type(template)().default_system:  # An export's own.
+        found = replaced(found, {"sft.data.default_system": template.default_system})
     if (config.trained or size.trained) == "adapters":
         found = with_adapters(found, LORA, rows_at_once=1, slots=16)
         found = replaced(
@@ -306,7 +310,7 @@ def num_parameters(architecture: BackboneConfig) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
-def _look_at(name: str, tokenizer: str | None) -> tuple[BackboneConfig, ModelConfig, str]:
+def _look_at(name: str, tokenizer: str | None) -> tuple[BackboneConfig, ModelConfig, ChatTemplate]:
     """Architecture, model section and chat template of a base model."""
     if name in PRESETS:
         if tokenizer is None:
@@ -314,15 +318,15 @@ def _look_at(name: str, tokenizer: str | None) -> tuple[BackboneConfig, ModelCon
                 f"base_model={name!r} is a preset, whose weights are fresh and which has no "
                 "tokenizer: give sft.model.tokenizer"
             )
-        return preset(name), ModelConfig(preset=name, tokenizer=tokenizer), "huatuogpt"
+        given = for_tokenizer(load_tokenizer(tokenizer))
+        return preset(name), ModelConfig(preset=name, tokenizer=tokenizer), given
     try:
         architecture = models.architecture_of(name)
         source = load_tokenizer(name)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise type(error)(f"config.base_model={name!r}: {reason}") from error
-    template = "tokenizer" if source.chat_template else "huatuogpt"
-    return architecture, ModelConfig(directory=name), template
+    return architecture, ModelConfig(directory=name), for_tokenizer(source)
 
 
 def _sized(recipe: RlaifConfig, architecture: BackboneConfig, size: Size) -> RlaifConfig:
