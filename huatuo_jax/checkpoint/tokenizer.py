@@ -5,6 +5,7 @@ model alone, as a `tokenizers` pipeline that gives the same ids, because an expo
 transformers and vLLM with nothing but its own files.
 """
 
+import copy
 import json
 import pathlib
 import re
@@ -98,6 +99,28 @@ def save_loaded(
         path = pathlib.Path(target) / "tokenizer_config.json"
         config = _read_json(path) | {"tokenizer_class": "PreTrainedTokenizerFast"}
         path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def with_special_tokens(
+    tokenizer: transformers.PreTrainedTokenizerBase, tokens: Collection[str]
+) -> transformers.PreTrainedTokenizerBase:
+    """A tokenizer that reads tokens of its vocabulary as special ones; itself where there are none.
+
+    Raises:
+        ValueError: a token that it does not have.
+    """
+    if not tokens:
+        return tokenizer
+    known = tokenizer.get_vocab()
+    if missing := sorted(set(tokens) - known.keys()):
+        raise ValueError(f"tokenizer: has no token {missing[0]!r}")
+    changed = copy.deepcopy(tokenizer)
+    added = [AddedToken(text, normalized=False, special=True) for text in tokens]
+    changed.add_tokens(added, special_tokens=True)
+    assert {text: changed.convert_tokens_to_ids(text) for text in tokens} == {
+        text: known[text] for text in tokens
+    }
+    return changed
 
 
 def set_chat_template(folder: pathlib.Path, source: str) -> None:

@@ -98,6 +98,10 @@ class ChatTemplate(abc.ABC):
         """The ids that end an answer, the template's own end of turn first."""
 
     @abc.abstractmethod
+    def control_tokens(self, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+        """The strings of the tokens that the template writes by their id, in order, each once."""
+
+    @abc.abstractmethod
     def to_jinja(self, tokenizer: PreTrainedTokenizerBase) -> str:
         """A `chat_template` for an exported tokenizer, which renders the same text as `text`."""
 
@@ -274,6 +278,13 @@ class PieceTemplate(ChatTemplate):
     def content_of(self, text: str, tokenizer: PreTrainedTokenizerBase, *, ended: bool) -> str:
         """The content of an answer's text; see `ChatTemplate.content_of`."""
         return text
+
+    def control_tokens(self, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+        """Those of a small dialogue; see `ChatTemplate.control_tokens`."""
+        probe = [Message("system", "a"), Message("user", "b"), Message("assistant", "c")]
+        turns = self._turns(probe, tokenizer)
+        pieces = (piece for turn in turns for piece in turn.header + turn.body)
+        return tuple(dict.fromkeys(piece.text for piece in pieces if piece.control))
 
     def text(self, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> str:
         """The text of the ids: the training text where the doctor speaks last, else the prompt."""

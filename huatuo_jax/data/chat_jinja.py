@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
+from huatuo_jax.data.chat_pieces import special_strings
 from huatuo_jax.data.records import Message
 
 if TYPE_CHECKING:
@@ -27,10 +28,26 @@ _OTHER_TOKENS = (
 )
 
 
+def unread_tokens(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """The template's control tokens that the tokenizer would read as plain text.
+
+    In an exported tokenizer they have to be special tokens: there the template is a text. Baichuan
+    names its turns by tokens of that kind. Tokens of one character are left out: such a character
+    stands in texts, too.
+    """
+    special = special_strings(tokenizer)
+    controls = template.control_tokens(tokenizer)
+    return tuple(text for text in controls if len(text) > 1 and text not in special)
+
+
 def exported_source(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> str | None:
     """A template in Jinja for a tokenizer's files; None where they hold it already.
 
     Where tokenising its whole text does not give the tokens of training, a comment says so.
+
+    Args:
+        template: of training.
+        tokenizer: as it will be exported: the `unread_tokens` are special ones.
     """
     source = template.to_jinja(tokenizer)
     own = tokenizer.chat_template

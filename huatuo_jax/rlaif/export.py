@@ -13,15 +13,21 @@ import numpy as np
 from huatuo_jax import sharding
 from huatuo_jax.atomic import write_file
 from huatuo_jax.checkpoint import models
-from huatuo_jax.checkpoint.convert import convert
+from huatuo_jax.checkpoint.generation_config import set_sampling, stop_token_ids
+from huatuo_jax.checkpoint.hf_export import export_model
 from huatuo_jax.checkpoint.hf_export_config import exported_layout
 from huatuo_jax.checkpoint.models import ModelInfo
+from huatuo_jax.checkpoint.tokenizer import load_tokenizer
 from huatuo_jax.checkpoint.verify import Agreement, compare_with_transformers
+from huatuo_jax.data.chat import ChatTemplate
+from huatuo_jax.evaluation.answers import sampling_of
 from huatuo_jax.evaluation.release import Candidate
+from huatuo_jax.generation.requests import SamplingConfig
 from huatuo_jax.report.run import read_json
 from huatuo_jax.reward.export import CARD_FILE, export_reward_model
 from huatuo_jax.rl.rewards import AnswerScoreConfig
 from huatuo_jax.rlaif.config import RELEASED, ExportConfig, RlaifConfig
+from huatuo_jax.training.initial_model import talk_of
 
 RELEASE_FILE = "release.json"
 """Beside the exported models: which policy it is, and why."""
@@ -34,11 +40,16 @@ class Policy(NamedTuple):
         name: of the evaluation's model; `folder` for one from elsewhere.
         source: its folder.
         release: what `release.json` says of it.
+        template: that the run speaks to it in; None for a model from elsewhere, which keeps what
+            its folder says of that.
+        sampling: how the evaluation samples its answers.
     """
 
     name: Candidate | Literal["folder"]
     source: str
     release: dict[str, Any]
+    template: ChatTemplate | None = None
+    sampling: SamplingConfig | None = None
 
 
 def choose_policy(cfg: RlaifConfig, evaluation: pathlib.Path | None) -> Policy:
@@ -71,7 +82,8 @@ def choose_policy(cfg: RlaifConfig, evaluation: pathlib.Path | None) -> Policy:
             "max_new_tokens": cfg.evaluation.max_new_tokens,
             "score": dataclasses.asdict(cfg.evaluation.score or AnswerScoreConfig()),
         }
-    return Policy(name, cfg.candidates[name], release)
+    template = cfg.sft.data.chat_template
+    return Policy(name, cfg.candidates[name], release, template, sampling_of(cfg.evaluation))
 
 
 def run_export(cfg: ExportConfig, chosen: Policy, folder: pathlib.Path) -> dict[str, Any]:
@@ -91,7 +103,7 @@ def run_export(cfg: ExportConfig, chosen: Policy, folder: pathlib.Path) -> dict[
     policy, reward = folder / "policy", folder / "reward"
     # What it says is of this export alone: an interrupted one leaves none.
     (folder / RELEASE_FILE).unlink(missing_ok=True)
-    convert(chosen.source, policy, dtype=cfg.dtype, overwrite=True)
+    export_policy(chosen, policy, dtype=cfg.dtype)
     write_file(policy / CARD_FILE, policy_card(chosen))
     export_reward_model(cfg.reward, reward, dtype=cfg.dtype, overwrite=True)
     found = {
@@ -102,6 +114,55 @@ def run_export(cfg: ExportConfig, chosen: Policy, folder: pathlib.Path) -> dict[
     text = json.dumps(chosen.release, ensure_ascii=False, indent=2)
     write_file(folder / RELEASE_FILE, f"{text}\n")
     return found
+
+
+def export_policy(chosen: Policy, target: pathlib.Path, *, dtype: str | None = None) -> None:
+    """Writes a policy for transformers and the servers that take its form, ready to talk.
+
+    The chat template, the special tokens that it needs, the ids that end an answer and the sampling
+    are those of the run, whatever the source's folder says.
+
+    Args:
+        chosen: the policy.
+        target: the folder to make, or to replace.
+        dtype: of the weights; None keeps the stored one.
+
+    Raises:
+        ValueError: a model that cannot be exported so.
+        OSError: something cannot be read or written.
+    """
+    info = models.find_model(chosen.source)
+    export_model(
+        models.load_params(info, mesh=sharding.host_mesh(), dtype=dtype),
+        info.cfg,
+        target,
+        head=info.head,
+        source_folder=info.folder,
+        ignored_fields=info.ignored_fields,
+        overwrite=True,
+    )
+    if chosen.template is not None:
+        _set_talk(target, chosen.template, vocab_size=info.cfg.vocab_size)
+    if chosen.sampling is not None:
+        set_sampling(
+            target,
+            temperature=chosen.sampling.temperature,
+            top_p=chosen.sampling.top_p,
+            top_k=chosen.sampling.top_k,
+            max_new_tokens=chosen.sampling.max_new_tokens,
+            vocab_size=info.cfg.vocab_size,
+        )
+
+
+def _set_talk(folder: pathlib.Path, template: ChatTemplate, *, vocab_size: int) -> None:
+    tokenizer = load_tokenizer(folder)
+    stops = stop_token_ids(
+        folder,
+        tokenizer,
+        of_template=template.stop_token_ids(tokenizer),
+        vocab_size=vocab_size,
+    )
+    talk_of(template, tokenizer, stop_token_ids=stops, vocab_size=vocab_size).write(folder)
 
 
 def policy_card(chosen: Policy) -> str:
