@@ -16,6 +16,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["huatuo_jax", "huatuo_jax.*"]),
     package_data={
+        "huatuo_jax.cards": ["*.md"],
         "huatuo_jax.clinic": ["tokenizer/*"],
         "huatuo_jax.data.sample": ["*.jsonl", "*.md", "tokenizer/*"],
         "huatuo_jax.feedback": ["prompts/*.txt", "prices.json"],

@@ -9,6 +9,7 @@ PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "huatuo_jax"
 FLOORS = {
     "atomic": 0,
     "json_lines": 1,
+    "markdown": 1,
     "clinic": 4,
     "multi_host": 1,
     "peers": 0,
@@ -31,8 +32,9 @@ FLOORS = {
     "evaluation": 8,
     "report": 8,
     "serving": 8,
-    "rlaif": 9,
-    "command_line": 9,
+    "cards": 9,
+    "rlaif": 10,
+    "command_line": 10,
 }
 
 

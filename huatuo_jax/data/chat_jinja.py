@@ -58,6 +58,11 @@ def exported_source(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) 
     return source if _gives_the_tokens(source, template, tokenizer) else _OTHER_TOKENS + source
 
 
+def gives_the_tokens_of_training(source: str) -> bool:
+    """Whether an exported source does not say that its tokens are others."""
+    return not source.startswith(_OTHER_TOKENS)
+
+
 def _gives_the_tokens(
     source: str, template: ChatTemplate, tokenizer: PreTrainedTokenizerBase
 ) -> bool:

@@ -12,22 +12,29 @@ import numpy as np
 
 from huatuo_jax import sharding
 from huatuo_jax.atomic import write_file
+from huatuo_jax.cards.model_cards import policy_card, reward_card
+from huatuo_jax.cards.origin import find_origin
 from huatuo_jax.checkpoint import models
 from huatuo_jax.checkpoint.generation_config import set_sampling, stop_token_ids
 from huatuo_jax.checkpoint.hf_export import export_model
 from huatuo_jax.checkpoint.hf_export_config import exported_layout
-from huatuo_jax.checkpoint.models import ModelInfo
+from huatuo_jax.checkpoint.models import CARD_FILE, ModelInfo
 from huatuo_jax.checkpoint.tokenizer import load_tokenizer
 from huatuo_jax.checkpoint.verify import Agreement, compare_with_transformers
 from huatuo_jax.data.chat import ChatTemplate
+from huatuo_jax.data.chat_jinja import gives_the_tokens_of_training
 from huatuo_jax.evaluation.answers import sampling_of
 from huatuo_jax.evaluation.release import Candidate
 from huatuo_jax.generation.requests import SamplingConfig
-from huatuo_jax.report.run import read_json
-from huatuo_jax.reward.export import CARD_FILE, export_reward_model
+from huatuo_jax.report.run import read_json, read_run
+from huatuo_jax.reward.export import export_reward_model
 from huatuo_jax.rl.rewards import AnswerScoreConfig
-from huatuo_jax.rlaif.config import RELEASED, ExportConfig, RlaifConfig
-from huatuo_jax.training.initial_model import talk_of
+from huatuo_jax.rlaif.config import HELD_OUT_FILE, RELEASED, RlaifConfig
+from huatuo_jax.rlaif.prompts import TRAIN_FILE
+from huatuo_jax.scoring import load_normalization
+from huatuo_jax.training.initial_model import ModelConfig, talk_of
+
+_MODELS = ("policy", "reward")
 
 RELEASE_FILE = "release.json"
 """Beside the exported models: which policy it is, and why."""
@@ -86,12 +93,17 @@ def choose_policy(cfg: RlaifConfig, evaluation: pathlib.Path | None) -> Policy:
     return Policy(name, cfg.candidates[name], release, template, sampling_of(cfg.evaluation))
 
 
-def run_export(cfg: ExportConfig, chosen: Policy, folder: pathlib.Path) -> dict[str, Any]:
-    """Writes `policy/`, `reward/` and `release.json`, and checks the models.
+def run_export(cfg: RlaifConfig, chosen: Policy, folder: pathlib.Path) -> dict[str, Any]:
+    """Writes `policy/`, `reward/` with their cards, and `release.json`, and checks the models.
 
     This needs the memory of the host, twice the larger of the two, and of no accelerator. Both are
     read back and must be the weights they came from, bit for bit; where PyTorch is installed,
     transformers must give the same logits and scores up to rounding.
+
+    Args:
+        cfg: in its workdir.
+        chosen: the policy.
+        folder: `export` in the run's folder, whose files the cards tell of.
 
     Returns:
         Which policy it is, and for each model the number of weights and what transformers said.
@@ -103,14 +115,15 @@ def run_export(cfg: ExportConfig, chosen: Policy, folder: pathlib.Path) -> dict[
     policy, reward = folder / "policy", folder / "reward"
     # What it says is of this export alone: an interrupted one leaves none.
     (folder / RELEASE_FILE).unlink(missing_ok=True)
-    export_policy(chosen, policy, dtype=cfg.dtype)
-    write_file(policy / CARD_FILE, policy_card(chosen))
-    export_reward_model(cfg.reward, reward, dtype=cfg.dtype, overwrite=True)
-    found = {
+    dtype = cfg.export.dtype
+    export_policy(chosen, policy, dtype=dtype)
+    export_reward_model(cfg.export.reward, reward, dtype=dtype, overwrite=True)
+    found: dict[str, Any] = {
         "released": chosen.name,
-        "policy": _checked(chosen.source, policy, cfg.dtype),
-        "reward": _checked(cfg.reward, reward, cfg.dtype),
+        "policy": _checked(chosen.source, policy, dtype),
+        "reward": _checked(cfg.export.reward, reward, dtype),
     }
+    _write_cards(cfg, chosen, folder, {name: found[name]["weights"] for name in _MODELS})
     text = json.dumps(chosen.release, ensure_ascii=False, indent=2)
     write_file(folder / RELEASE_FILE, f"{text}\n")
     return found
@@ -154,6 +167,49 @@ def export_policy(chosen: Policy, target: pathlib.Path, *, dtype: str | None = N
         )
 
 
+def _write_cards(
+    cfg: RlaifConfig, chosen: Policy, folder: pathlib.Path, num_weights: Mapping[str, int]
+) -> None:
+    run, workdir = read_run(folder.parent), folder.parent
+    prompts = [workdir / TRAIN_FILE, workdir / HELD_OUT_FILE]
+    origin = find_origin(
+        cfg.sft.model,
+        cfg.sft.data.sources,
+        prompts,
+        license=cfg.export.license,
+        languages=cfg.export.languages,
+        is_clinic=cfg.clinic is not None,
+    )
+    policy_origin = origin
+    if chosen.name == "folder":
+        model = ModelConfig(directory=chosen.source)
+        policy_origin = origin.of_model(model, license=cfg.export.license, has_data=False)
+    template = load_tokenizer(folder / "policy").chat_template
+    card = policy_card(
+        run,
+        chosen.release,
+        policy_origin,
+        title=cfg.report.title,
+        num_weights=num_weights["policy"],
+        num_samples=cfg.export.card_samples,
+        same_tokens=template is not None and gives_the_tokens_of_training(template),
+    )
+    write_file(folder / "policy" / CARD_FILE, card)
+    is_of_run = pathlib.Path(cfg.export.reward) == workdir / "reward" / "model"
+    begun = cfg.reward.model if is_of_run else ModelConfig(directory=cfg.export.reward)
+    if begun.directory is None or pathlib.Path(begun.directory) != workdir / "sft" / "model":
+        origin = origin.of_model(begun, license=cfg.export.license, has_data=is_of_run)
+    card = reward_card(
+        run,
+        origin,
+        load_normalization(folder / "reward"),
+        title=cfg.report.title,
+        num_weights=num_weights["reward"],
+        is_of_run=is_of_run,
+    )
+    write_file(folder / "reward" / CARD_FILE, card)
+
+
 def _set_talk(folder: pathlib.Path, template: ChatTemplate, *, vocab_size: int) -> None:
     tokenizer = load_tokenizer(folder)
     stops = stop_token_ids(
@@ -163,44 +219,6 @@ def _set_talk(folder: pathlib.Path, template: ChatTemplate, *, vocab_size: int) 
         vocab_size=vocab_size,
     )
     talk_of(template, tokenizer, stop_token_ids=stops, vocab_size=vocab_size).write(folder)
-
-
-def policy_card(chosen: Policy) -> str:
-    """The policy's card: which model it is and why, and what best-of-n needs beside it."""
-    lines = [
-        "---",
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        "tags: [medical]",
-        "---",
-        "",
-        f"# Policy: {_TITLES[chosen.name]}",
-        "",
-        chosen.release["sentence"],
-        "",
-    ]
-    if chosen.name == "best_of_n":
-        how = chosen.release["best_of_n"]
-        rule = ", ".join(f"{name} {value}" for name, value in how["score"].items())
-        lines += [
-            "The weights are those of the SFT model, and alone they are not what was released.",
-            f"For each prompt {how['n']} answers are drawn at temperature {how['temperature']:g},",
-            f"of at most {how['max_new_tokens']} tokens, and the reward model beside this folder",
-            f"(`../reward`) takes the one with the highest score ({rule}). This costs",
-            f"{how['n']} times the inference.",
-            "",
-        ]
-    lines += ["A model of this run is no doctor, and nothing it says is medical advice."]
-    return "\n".join(lines) + "\n"
-
-
-_TITLES: Mapping[Candidate | Literal["folder"], str] = {
-    "base": "the base model",
-    "sft": "the SFT model",
-    "best_of_n": "the SFT model, for best-of-n",
-    "ppo": "the model after PPO",
-    "folder": "a model that the config names",
-}
 
 
 def _checked(source: str, target: pathlib.Path, dtype: str | None) -> dict[str, Any]:

@@ -32,11 +32,11 @@ def cfg(tmp_path):
         models.save_orbax(
             params, BACKBONE, tmp_path / name, head=head, source_folder=pathlib.Path(TOKENIZER)
         )
-    return ExportConfig(policy=str(tmp_path / "policy"), reward=str(tmp_path / "reward"))
+    return recipe(tmp_path, policy=str(tmp_path / "policy"))
 
 
 def chosen(cfg):
-    return export.Policy("folder", cfg.policy, {"policy": "folder", "sentence": "As told."})
+    return export.Policy("folder", cfg.export.policy, {"policy": "folder", "sentence": "As told."})
 
 
 @pytest.fixture
@@ -113,8 +113,18 @@ def recipe(tmp_path, *, policy="released", stages=STAGES):
 
 def write_decision(folder, pick):
     folder.mkdir(exist_ok=True)
-    decision = {"pick": pick, "reason": f"{pick} is released: a judge says so."}
-    text = json.dumps({"release": decision})
+    decision = {"pick": pick, "reason": f"{pick} is released: a judge says so.", "warnings": []}
+    figures = {
+        "num_prompts": 30,
+        "judge": "a-judge",
+        "models": {name: {} for name in ("base", "sft", "best_of_n", "ppo")},
+        "win_rates": {},
+        "held_out_loss": {},
+        "kl": {"per_sequence": None},
+        "sampling": {"num_samples": 1, "temperature": 1.0, "max_new_tokens": 12},
+        "release": decision,
+    }
+    text = json.dumps(figures)
     (folder / "evaluation.json").write_text(text, encoding="utf-8")
 
 
@@ -142,7 +152,8 @@ def test_what_the_evaluation_decides_is_exported_and_anew_where_it_changes(tmp_p
         assert read(run)["sentence"] == f"{pick} is released: a judge says so."
         assert not run_stage(cfg, run)
     card = (run / "export" / "policy" / "README.md").read_text(encoding="utf-8")
-    assert "base is released: a judge says so." in card and "best-of" not in card
+    assert "base is released: a judge says so." in card
+    assert "not what was released" not in card
 
 
 @pytest.mark.usefixtures("weights_of")
