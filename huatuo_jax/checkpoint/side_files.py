@@ -5,7 +5,9 @@ import json
 import pathlib
 import shutil
 
-from huatuo_jax.checkpoint import tokenizer
+import transformers
+
+from huatuo_jax.checkpoint import tokenizer as tokenizers
 from huatuo_jax.checkpoint.generation_config import (
     CONFIG_FILE,
     GENERATION_CONFIG_FILE,
@@ -15,7 +17,7 @@ from huatuo_jax.checkpoint.hf_config import read_json
 
 # As patterns. A family with code of its own keeps it: it is carried along and never run.
 _MODEL_FILES = (CONFIG_FILE, GENERATION_CONFIG_FILE, "*.py")
-_TOKENIZER_FILES = (*tokenizer.TOKENIZER_FILES, tokenizer.TEMPLATE_FILES)
+_TOKENIZER_FILES = (*tokenizers.TOKENIZER_FILES, tokenizers.TEMPLATE_FILES)
 SIDE_FILES = (*_MODEL_FILES, *_TOKENIZER_FILES)
 
 
@@ -24,13 +26,13 @@ class Talk:
     """How a model is talked to and where its answers end, for the files beside its weights.
 
     Attributes:
-        special_tokens: tokens of the tokenizer's vocabulary that it shall read as special ones.
+        tokenizer: that takes the place of the folder's; None leaves that.
         chat_template: Jinja that takes the place of the tokenizer's own; None leaves that.
         stop_token_ids: what ends an answer, for the configs; at least one.
         vocab_size: of the model.
     """
 
-    special_tokens: tuple[str, ...]
+    tokenizer: transformers.PreTrainedTokenizerBase | None
     chat_template: str | None
     stop_token_ids: tuple[int, ...]
     vocab_size: int
@@ -42,17 +44,15 @@ class Talk:
             ValueError: transformers would read the changed tokenizer as another one.
             OSError: a file cannot be read or written.
         """
-        if self.special_tokens:
-            loaded = tokenizer.load_tokenizer(folder)
-            changed = tokenizer.with_special_tokens(loaded, self.special_tokens)
-            tokenizer.save_loaded(changed, folder)
-            tokenizer.check_loads_as(changed, folder, name=str(folder))
+        if self.tokenizer is not None:
+            tokenizers.save_loaded(self.tokenizer, folder)
+            tokenizers.check_loads_as(self.tokenizer, folder, name=str(folder))
         if self.chat_template is not None:
-            tokenizer.set_chat_template(folder, self.chat_template)
+            tokenizers.set_chat_template(folder, self.chat_template)
         set_stop_token_ids(
             folder,
             self.stop_token_ids,
-            tokenizer.load_tokenizer(folder),
+            tokenizers.load_tokenizer(folder),
             vocab_size=self.vocab_size,
         )
 
@@ -99,15 +99,15 @@ class SideFiles:
         What class a tokenizer has may stand in the config.json of its folder alone, which is not
         taken along.
         """
-        tokenizer.save_tokenizer(folder, target)
-        wanted = tokenizer.load_tokenizer(folder)
-        if tokenizer.equals_files(wanted, target):
+        tokenizers.save_tokenizer(folder, target)
+        wanted = tokenizers.load_tokenizer(folder)
+        if tokenizers.equals_files(wanted, target):
             return
         for pattern in _TOKENIZER_FILES:
             for path in target.glob(pattern):
                 path.unlink()
-        tokenizer.save_loaded(wanted, target)
-        tokenizer.check_loads_as(wanted, target, name=str(folder))
+        tokenizers.save_loaded(wanted, target)
+        tokenizers.check_loads_as(wanted, target, name=str(folder))
 
 
 def copy_files(folder: pathlib.Path, target: pathlib.Path, patterns: tuple[str, ...]) -> None:

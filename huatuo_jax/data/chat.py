@@ -78,6 +78,8 @@ class ChatTemplate(abc.ABC):
     """
 
     name: ClassVar[str]
+    turn_marks: ClassVar[tuple[str, ...]] = ()
+    """Plain texts that begin a turn which is tokenised as a text of its own."""
     default_system: str | None = None
 
     @abc.abstractmethod

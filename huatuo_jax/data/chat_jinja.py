@@ -47,7 +47,7 @@ def exported_source(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) 
 
     Args:
         template: of training.
-        tokenizer: as it will be exported: the `unread_tokens` are special ones.
+        tokenizer: as it will be exported.
     """
     source = template.to_jinja(tokenizer)
     own = tokenizer.chat_template
@@ -55,7 +55,7 @@ def exported_source(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) 
         own = own.get("default") if len(own) == 1 else None
     if source == own or f"{_OTHER_TOKENS}{source}" == own:
         return None
-    return source if _gives_the_tokens(source, template, tokenizer) else _OTHER_TOKENS + source
+    return source if gives_the_tokens(template, tokenizer) else _OTHER_TOKENS + source
 
 
 def gives_the_tokens_of_training(source: str) -> bool:
@@ -63,10 +63,9 @@ def gives_the_tokens_of_training(source: str) -> bool:
     return not source.startswith(_OTHER_TOKENS)
 
 
-def _gives_the_tokens(
-    source: str, template: ChatTemplate, tokenizer: PreTrainedTokenizerBase
-) -> bool:
-    """Whether transformers, given the source, tokenises some dialogues as training does."""
+def gives_the_tokens(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether transformers, given the template in Jinja, tokenises dialogues as training does."""
+    source = template.to_jinja(tokenizer)
     return all(
         tokenizer.apply_chat_template(
             [message._asdict() for message in messages], chat_template=source, return_dict=False

@@ -12,6 +12,7 @@ import numpy as np
 
 from huatuo_jax import sharding
 from huatuo_jax.atomic import write_file
+from huatuo_jax.backbone.config import BackboneConfig
 from huatuo_jax.cards.model_cards import policy_card, reward_card
 from huatuo_jax.cards.origin import find_origin
 from huatuo_jax.checkpoint import models
@@ -32,7 +33,8 @@ from huatuo_jax.rl.rewards import AnswerScoreConfig
 from huatuo_jax.rlaif.config import HELD_OUT_FILE, RELEASED, RlaifConfig
 from huatuo_jax.rlaif.prompts import TRAIN_FILE
 from huatuo_jax.scoring import load_normalization
-from huatuo_jax.training.initial_model import ModelConfig, talk_of
+from huatuo_jax.training.initial_model import ModelConfig
+from huatuo_jax.training.talk import talk_of
 
 _MODELS = ("policy", "reward")
 
@@ -155,7 +157,7 @@ def export_policy(chosen: Policy, target: pathlib.Path, *, dtype: str | None = N
         overwrite=True,
     )
     if chosen.template is not None:
-        _set_talk(target, chosen.template, vocab_size=info.cfg.vocab_size)
+        _set_talk(target, chosen.template, info.cfg)
     if chosen.sampling is not None:
         set_sampling(
             target,
@@ -210,15 +212,15 @@ def _write_cards(
     write_file(folder / "reward" / CARD_FILE, card)
 
 
-def _set_talk(folder: pathlib.Path, template: ChatTemplate, *, vocab_size: int) -> None:
+def _set_talk(folder: pathlib.Path, template: ChatTemplate, cfg: BackboneConfig) -> None:
     tokenizer = load_tokenizer(folder)
     stops = stop_token_ids(
         folder,
         tokenizer,
         of_template=template.stop_token_ids(tokenizer),
-        vocab_size=vocab_size,
+        vocab_size=cfg.vocab_size,
     )
-    talk_of(template, tokenizer, stop_token_ids=stops, vocab_size=vocab_size).write(folder)
+    talk_of(template, tokenizer, stop_token_ids=stops, cfg=cfg).write(folder)
 
 
 def _checked(source: str, target: pathlib.Path, dtype: str | None) -> dict[str, Any]:

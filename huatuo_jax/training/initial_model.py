@@ -18,9 +18,8 @@ from huatuo_jax.backbone.presets import preset
 from huatuo_jax.backbone.transformer import Head, Transformer, init_params
 from huatuo_jax.checkpoint import generation_config, models
 from huatuo_jax.checkpoint import tokenizer as tokenizers
-from huatuo_jax.checkpoint.side_files import SideFiles, Talk
+from huatuo_jax.checkpoint.side_files import SideFiles
 from huatuo_jax.data.chat import ChatTemplate
-from huatuo_jax.data.chat_jinja import exported_source, unread_tokens
 from huatuo_jax.training.optimizer import Optimizer
 from huatuo_jax.training.run_directory import operational
 from huatuo_jax.training.state import (
@@ -32,6 +31,7 @@ from huatuo_jax.training.state import (
     new_state,
     split,
 )
+from huatuo_jax.training.talk import talk_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -275,7 +275,7 @@ class InitialModel:
                 template,
                 tokenizer,
                 stop_token_ids=self.stop_token_ids(template, tokenizer),
-                vocab_size=self.cfg.vocab_size,
+                cfg=self.cfg,
             ),
         )
 
@@ -305,31 +305,6 @@ class InitialModel:
             # A tied head reads the table as the embedding does: cast.
             variables = join(trained, stored)
         return new_state(variables, is_trained=self.is_trained, optimizer=optimizer, key=key)
-
-
-def talk_of(
-    template: ChatTemplate,
-    tokenizer: "PreTrainedTokenizerBase",
-    *,
-    stop_token_ids: tuple[int, ...],
-    vocab_size: int,
-) -> Talk:
-    """What stands beside a model that is talked to in a template.
-
-    Args:
-        template: of its dialogues.
-        tokenizer: the model's.
-        stop_token_ids: all that end an answer, see `generation_config.stop_token_ids`.
-        vocab_size: of the model.
-    """
-    special = unread_tokens(template, tokenizer)
-    exported = tokenizers.with_special_tokens(tokenizer, special)
-    return Talk(
-        special_tokens=special,
-        chat_template=exported_source(template, exported),
-        stop_token_ids=stop_token_ids,
-        vocab_size=vocab_size,
-    )
 
 
 def open_model(

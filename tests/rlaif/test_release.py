@@ -51,6 +51,14 @@ def llama(folder):
     save_loaded(tokenizer, folder)
 
 
+def straddling(folder):
+    """A base model whose tokens reach over the border of two turns, unless that is a border."""
+    said = "".join(text for texts in DIALOGUES for text in texts)
+    hubs.save_straddling_tokenizer(folder, template=hubs.QWEN_TEMPLATE, alphabet=said)
+    config = transformers.LlamaConfig(**hubs.SIZES, num_key_value_heads=8)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+
+
 def baichuan(folder):
     """A base model of Baichuan's kind: the tokens of its turns are no special ones."""
     hubs.save_baichuan(folder)
@@ -72,7 +80,7 @@ def _quieten(tensors):
 
 # Each template with a base that brings another one, but for the tokenizer's own.
 BASES = {
-    "huatuogpt": qwen,
+    "huatuogpt": straddling,
     "chatml": qwen,
     "llama2": llama,
     "llama3": llama,
@@ -138,7 +146,7 @@ def read(folder, name):
     return json.loads((folder / name).read_text(encoding="utf-8"))
 
 
-FAST = ("chatml", "baichuan")
+FAST = ("huatuogpt", "chatml")
 
 
 @pytest.mark.parametrize(
