@@ -17,6 +17,7 @@ setup(
     packages=find_packages(include=["huatuo_jax", "huatuo_jax.*"]),
     package_data={
         "huatuo_jax": ["py.typed"],
+        "huatuo_jax.cards": ["*.md"],
         "huatuo_jax.clinic": ["tokenizer/*"],
         "huatuo_jax.data.sample": ["*.jsonl", "*.md", "tokenizer/*"],
         "huatuo_jax.feedback": ["prompts/*.txt", "prices.json"],

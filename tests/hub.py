@@ -11,8 +11,9 @@ import safetensors.torch
 import sentencepiece
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from huatuo_jax.checkpoint.tokenizer import save_loaded
 from huatuo_jax.data import sample
 from huatuo_jax.data.records import KINDS
 from tests.checkpoint import tiny_checkpoints
@@ -23,6 +24,7 @@ ZIYA = "IDEA-CCNL/Ziya-LLaMA-13B-Pretrain-v1"
 QWEN = "Qwen/Qwen2.5-7B"
 VOCAB = 2048
 POSITIONS = 512
+SPEAKERS = ("病人", "HuatuoGPT")
 SIZES = {
     "vocab_size": VOCAB,
     "hidden_size": 64,
@@ -86,6 +88,29 @@ def save_chatml_tokenizer(folder: pathlib.Path, *, template: str | None) -> None
     )
     fast.chat_template = template
     fast.save_pretrained(folder)
+
+
+def save_straddling_tokenizer(
+    folder: pathlib.Path, *, template: str | None, alphabet: str = ""
+) -> None:
+    """One whose tokens reach over the border of HuatuoGPT's turns, as Baichuan's do."""
+    made = Tokenizer(models.BPE())
+    made.normalizer = normalizers.Replace(" ", "▁")
+    made.decoder = decoders.Replace("▁", " ")
+    ends = [f"{text[-1]} <{name}>：{text[0]}" for text in sample_texts() for name in SPEAKERS]
+    trainer = trainers.BpeTrainer(
+        vocab_size=1900,
+        special_tokens=["<unk>", "<s>", "</s>"],
+        initial_alphabet=list(alphabet),
+        show_progress=False,
+        max_token_length=4,
+    )
+    made.train_from_iterator([*sample_texts()[:200], *ends], trainer)
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    fast.chat_template = template
+    save_loaded(fast, folder)
 
 
 def save_baichuan(folder: pathlib.Path) -> None:

@@ -16,13 +16,13 @@ from huatuo_jax.checkpoint.convert import write_model
 from huatuo_jax.checkpoint.models import Form
 from huatuo_jax.checkpoint.side_files import SideFiles
 from huatuo_jax.data.chat import ChatTemplate
-from huatuo_jax.data.chat_jinja import exported_source
 from huatuo_jax.data.python_data import DialogueLike
 from huatuo_jax.generation.buckets import ladder
 from huatuo_jax.generation.saved_model import SavedModel, compute_config, open_saved_model
 from huatuo_jax.generation.slots import slots_for
 from huatuo_jax.scoring import GivenAnswer, Scorer
 from huatuo_jax.sharding import MeshConfig
+from huatuo_jax.training.talk import talk_of
 
 SaveFormat = Literal["hf", "orbax"]
 
@@ -112,9 +112,12 @@ class ModelInUse:
         side_files = SideFiles(
             model_folder=saved.info.folder,
             ignored_fields=saved.info.ignored_fields,
-            chat_template=exported_source(saved.template, saved.tokenizer),
-            stop_token_ids=saved.stop_token_ids,
-            vocab_size=saved.info.cfg.vocab_size,
+            talk=talk_of(
+                saved.template,
+                saved.tokenizer,
+                stop_token_ids=saved.stop_token_ids,
+                cfg=saved.info.cfg,
+            ),
         )
         write_model(
             self.params,

@@ -12,6 +12,12 @@ from huatuo_jax.checkpoint.hf_config import read_json
 CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
 _FIELD = "eos_token_id"
+_TOKEN_FIELDS = ("bos_token_id", _FIELD, "pad_token_id")
+# Fields of a generation config that say nothing of the answers, and of a model's config, too.
+_NOT_OF_ANSWERS = frozenset(
+    """_from_model_config output_attentions output_hidden_states return_dict_in_generate
+    transformers_version use_cache""".split()
+)
 
 
 def stop_token_ids(
@@ -77,8 +83,44 @@ def set_stop_token_ids(
         # Transformers would take it for a copy of config.json, and make it anew from there.
         config.pop("_from_model_config", None)
         config |= _token_fields(config, stop_ids, tokenizer, vocab_size)
-        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-        path.write_text(text, encoding="utf-8")
+        _write(path, config)
+
+
+def set_sampling(
+    folder: pathlib.Path,
+    *,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    max_new_tokens: int,
+    vocab_size: int,
+) -> None:
+    """Writes how answers are sampled unless told otherwise, in place of all that was said of it.
+
+    Of a `generation_config.json` the ids stay, and fields that transformers does not know, which a
+    family's own code may read. What else decides an answer (penalties, beams, forced tokens) goes,
+    there and in `config.json`: it is the source's.
+
+    Args:
+        folder: of a model.
+        temperature: 0 for the best token.
+        top_p: 1 for all tokens.
+        top_k: 0 for all tokens, written as the size of the vocabulary: 0 is refused by SGLang, -1
+            by transformers, and transformers takes 50 where nothing is said.
+        max_new_tokens: of an answer at most.
+        vocab_size: of the model.
+    """
+    known = set(transformers.GenerationConfig().to_dict()) - {*_TOKEN_FIELDS, *_NOT_OF_ANSWERS}
+    for name in (CONFIG_FILE, GENERATION_CONFIG_FILE):
+        path = folder / name
+        given = read_json(path) if path.is_file() else {}
+        kept = {field: value for field, value in given.items() if field not in known}
+        if name == GENERATION_CONFIG_FILE:
+            kept |= {"do_sample": temperature > 0, "max_new_tokens": max_new_tokens}
+            if temperature > 0:
+                kept |= {"temperature": temperature, "top_p": top_p, "top_k": top_k or vocab_size}
+        if kept != given:
+            _write(path, kept)
 
 
 def token_fields_of(folder: pathlib.Path | None) -> dict[str, Any]:
@@ -90,7 +132,7 @@ def token_fields_of(folder: pathlib.Path | None) -> dict[str, Any]:
     if folder is None or not (folder / GENERATION_CONFIG_FILE).is_file():
         return {}
     config = read_json(folder / GENERATION_CONFIG_FILE)
-    return {name: config.get(name) for name in ("bos_token_id", _FIELD, "pad_token_id")}
+    return {name: config.get(name) for name in _TOKEN_FIELDS}
 
 
 def _token_fields(
@@ -107,6 +149,10 @@ def _token_fields(
         one for one in candidates if one is not None and 0 <= one < vocab_size
     )
     return fields
+
+
+def _write(path: pathlib.Path, config: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _file_of_ids(folder: pathlib.Path) -> pathlib.Path:

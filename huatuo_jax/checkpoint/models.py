@@ -25,6 +25,7 @@ from huatuo_jax.checkpoint.side_files import SIDE_FILES, SideFiles
 
 Form = Literal["orbax", "hugging_face"]
 
+CARD_FILE = "README.md"
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 _HASHED_BYTES = 1 << 16
 _TORCH_WEIGHTS = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
@@ -237,7 +238,7 @@ def _load_orbax(model: ModelInfo, mesh: Mesh | None, dtype: DTypeLike | None) ->
 
 def _download(hub_id: str) -> pathlib.Path:
     """The hub model's files in the local cache: safetensors where it has them."""
-    patterns = list(SIDE_FILES)
+    patterns = [*SIDE_FILES, CARD_FILE]
     try:
         folder = huggingface_hub.snapshot_download(hub_id, allow_patterns=[*patterns, *_WEIGHTS])
         if not any(pathlib.Path(folder).glob("*.safetensors")):
@@ -255,10 +256,12 @@ def fingerprint(folder: pathlib.Path) -> str:
     """A hash that tells one model's files from another's, wherever they lie.
 
     It covers names, sizes, and the first and last 64 KiB of each file: fine-tuned models of one
-    architecture differ there, and a large model is not read twice.
+    architecture differ there, and a large model is not read twice. A card says nothing of a model.
     """
     whole = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        if path.name == CARD_FILE:
+            continue
         size = path.stat().st_size
         whole.update(f"{path.relative_to(folder).as_posix()}\0{size}\0".encode())
         with path.open("rb") as file:

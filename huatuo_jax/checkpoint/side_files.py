@@ -5,7 +5,9 @@ import json
 import pathlib
 import shutil
 
-from huatuo_jax.checkpoint import tokenizer
+import transformers
+
+from huatuo_jax.checkpoint import tokenizer as tokenizers
 from huatuo_jax.checkpoint.generation_config import (
     CONFIG_FILE,
     GENERATION_CONFIG_FILE,
@@ -15,8 +17,44 @@ from huatuo_jax.checkpoint.hf_config import read_json
 
 # As patterns. A family with code of its own keeps it: it is carried along and never run.
 _MODEL_FILES = (CONFIG_FILE, GENERATION_CONFIG_FILE, "*.py")
-_TOKENIZER_FILES = (*tokenizer.TOKENIZER_FILES, tokenizer.TEMPLATE_FILES)
+_TOKENIZER_FILES = (*tokenizers.TOKENIZER_FILES, tokenizers.TEMPLATE_FILES)
 SIDE_FILES = (*_MODEL_FILES, *_TOKENIZER_FILES)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Talk:
+    """How a model is talked to and where its answers end, for the files beside its weights.
+
+    Attributes:
+        tokenizer: that takes the place of the folder's; None leaves that.
+        chat_template: Jinja that takes the place of the tokenizer's own; None leaves that.
+        stop_token_ids: what ends an answer, for the configs; at least one.
+        vocab_size: of the model.
+    """
+
+    tokenizer: transformers.PreTrainedTokenizerBase | None
+    chat_template: str | None
+    stop_token_ids: tuple[int, ...]
+    vocab_size: int
+
+    def write(self, folder: pathlib.Path) -> None:
+        """Writes it into a folder that holds the tokenizer.
+
+        Raises:
+            ValueError: transformers would read the changed tokenizer as another one.
+            OSError: a file cannot be read or written.
+        """
+        if self.tokenizer is not None:
+            tokenizers.save_loaded(self.tokenizer, folder)
+            tokenizers.check_loads_as(self.tokenizer, folder, name=str(folder))
+        if self.chat_template is not None:
+            tokenizers.set_chat_template(folder, self.chat_template)
+        set_stop_token_ids(
+            folder,
+            self.stop_token_ids,
+            tokenizers.load_tokenizer(folder),
+            vocab_size=self.vocab_size,
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,17 +67,13 @@ class SideFiles:
         tokenizer_folder: where the tokenizer comes from, and nothing else; None for
             `model_folder`.
         ignored_fields: fields of `config.json` that are left out.
-        chat_template: Jinja that takes the place of the tokenizer's own; None leaves that.
-        stop_token_ids: what ends an answer, for the configs; () leaves them as they are.
-        vocab_size: of the model; needed with `stop_token_ids`.
+        talk: what takes the place of what they say of talking; None leaves that.
     """
 
     model_folder: pathlib.Path | None = None
     tokenizer_folder: pathlib.Path | None = None
     ignored_fields: tuple[str, ...] = ()
-    chat_template: str | None = None
-    stop_token_ids: tuple[int, ...] = ()
-    vocab_size: int | None = None
+    talk: Talk | None = None
 
     def write(self, target: pathlib.Path) -> None:
         """Writes them into a folder, unchanged where nothing asks for a change.
@@ -56,16 +90,8 @@ class SideFiles:
             copy_files(tokenizer_folder, target, _TOKENIZER_FILES)
         elif tokenizer_folder is not None:
             self._write_foreign_tokenizer(tokenizer_folder, target)
-        if self.chat_template is not None:
-            tokenizer.set_chat_template(target, self.chat_template)
-        if self.stop_token_ids:
-            assert self.vocab_size is not None
-            set_stop_token_ids(
-                target,
-                self.stop_token_ids,
-                tokenizer.load_tokenizer(target),
-                vocab_size=self.vocab_size,
-            )
+        if self.talk is not None:
+            self.talk.write(target)
 
     def _write_foreign_tokenizer(self, folder: pathlib.Path, target: pathlib.Path) -> None:
         """Writes the tokenizer of another folder so that it loads as the same one here.
@@ -73,15 +99,15 @@ class SideFiles:
         What class a tokenizer has may stand in the config.json of its folder alone, which is not
         taken along.
         """
-        tokenizer.save_tokenizer(folder, target)
-        wanted = tokenizer.load_tokenizer(folder)
-        if tokenizer.equals_files(wanted, target):
+        tokenizers.save_tokenizer(folder, target)
+        wanted = tokenizers.load_tokenizer(folder)
+        if tokenizers.equals_files(wanted, target):
             return
         for pattern in _TOKENIZER_FILES:
             for path in target.glob(pattern):
                 path.unlink()
-        tokenizer.save_loaded(wanted, target)
-        tokenizer.check_loads_as(wanted, target, name=str(folder))
+        tokenizers.save_loaded(wanted, target)
+        tokenizers.check_loads_as(wanted, target, name=str(folder))
 
 
 def copy_files(folder: pathlib.Path, target: pathlib.Path, patterns: tuple[str, ...]) -> None:

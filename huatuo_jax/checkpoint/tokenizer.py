@@ -5,16 +5,18 @@ model alone, as a `tokenizers` pipeline that gives the same ids, because an expo
 transformers and vLLM with nothing but its own files.
 """
 
+import copy
 import json
 import pathlib
 import re
 import shutil
+import tempfile
 from collections.abc import Collection
 from typing import Any
 
 import huggingface_hub
 import transformers
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Regex, pre_tokenizers
 
 from huatuo_jax.checkpoint import sentencepiece_bpe
 
@@ -98,6 +100,55 @@ def save_loaded(
         path = pathlib.Path(target) / "tokenizer_config.json"
         config = _read_json(path) | {"tokenizer_class": "PreTrainedTokenizerFast"}
         path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def with_special_tokens(
+    tokenizer: transformers.PreTrainedTokenizerBase, tokens: Collection[str]
+) -> transformers.PreTrainedTokenizerBase:
+    """A tokenizer that reads tokens of its vocabulary as special ones; itself where there are none.
+
+    Raises:
+        ValueError: a token that it does not have.
+    """
+    if not tokens:
+        return tokenizer
+    known = tokenizer.get_vocab()
+    if missing := sorted(set(tokens) - known.keys()):
+        raise ValueError(f"tokenizer: has no token {missing[0]!r}")
+    changed = copy.deepcopy(tokenizer)
+    added = [AddedToken(text, normalized=False, special=True) for text in tokens]
+    changed.add_tokens(added, special_tokens=True)
+    assert {text: changed.convert_tokens_to_ids(text) for text in tokens} == {
+        text: known[text] for text in tokens
+    }
+    return changed
+
+
+def with_splits_before(
+    tokenizer: transformers.PreTrainedTokenizerBase, marks: Collection[str]
+) -> transformers.PreTrainedTokenizerBase:
+    """A fast tokenizer in which no token reaches over the start of one of these texts."""
+    changed = copy.deepcopy(tokenizer)
+    backend = changed.backend_tokenizer
+    texts = "|".join(re.escape(mark) for mark in marks)
+    steps = [pre_tokenizers.Split(Regex(texts), behavior="merged_with_next")]
+    if backend.pre_tokenizer is not None:
+        steps.append(backend.pre_tokenizer)
+    backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    return changed
+
+
+def loads_beside(tokenizer: transformers.PreTrainedTokenizerBase, model_type: str) -> bool:
+    """Whether a tokenizer, once written, is read as the same one beside a model of a type.
+
+    Some types (`llama` and `qwen2` are two) may have a class that makes its pipeline anew.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        save_loaded(tokenizer, folder)
+        config = json.dumps({"model_type": model_type})
+        (folder / "config.json").write_text(config, encoding="utf-8")
+        return equals_files(tokenizer, folder)
 
 
 def set_chat_template(folder: pathlib.Path, source: str) -> None:

@@ -78,6 +78,8 @@ class ChatTemplate(abc.ABC):
     """
 
     name: ClassVar[str]
+    turn_marks: ClassVar[tuple[str, ...]] = ()
+    """Plain texts that begin a turn which is tokenised as a text of its own."""
     default_system: str | None = None
 
     @abc.abstractmethod
@@ -96,6 +98,10 @@ class ChatTemplate(abc.ABC):
     @abc.abstractmethod
     def stop_token_ids(self, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
         """The ids that end an answer, the template's own end of turn first."""
+
+    @abc.abstractmethod
+    def control_tokens(self, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+        """The strings of the tokens that the template writes by their id, in order, each once."""
 
     @abc.abstractmethod
     def to_jinja(self, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -274,6 +280,13 @@ class PieceTemplate(ChatTemplate):
     def content_of(self, text: str, tokenizer: PreTrainedTokenizerBase, *, ended: bool) -> str:
         """The content of an answer's text; see `ChatTemplate.content_of`."""
         return text
+
+    def control_tokens(self, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+        """Those of a small dialogue; see `ChatTemplate.control_tokens`."""
+        probe = [Message("system", "a"), Message("user", "b"), Message("assistant", "c")]
+        turns = self._turns(probe, tokenizer)
+        pieces = (piece for turn in turns for piece in turn.header + turn.body)
+        return tuple(dict.fromkeys(piece.text for piece in pieces if piece.control))
 
     def text(self, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> str:
         """The text of the ids: the training text where the doctor speaks last, else the prompt."""

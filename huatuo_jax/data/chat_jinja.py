@@ -6,6 +6,7 @@ import json
 import re
 from typing import TYPE_CHECKING
 
+from huatuo_jax.data.chat_pieces import special_strings
 from huatuo_jax.data.records import Message
 
 if TYPE_CHECKING:
@@ -31,15 +32,31 @@ _DEFAULT_SYSTEM = re.compile(
 )
 
 
+def unread_tokens(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """The template's control tokens that the tokenizer would read as plain text.
+
+    In an exported tokenizer they have to be special tokens: there the template is a text. Baichuan
+    names its turns by tokens of that kind. Tokens of one character are left out: such a character
+    stands in texts, too.
+    """
+    special = special_strings(tokenizer)
+    controls = template.control_tokens(tokenizer)
+    return tuple(text for text in controls if len(text) > 1 and text not in special)
+
+
 def exported_source(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> str | None:
     """A template in Jinja for a tokenizer's files; None where they hold it already.
 
     Where tokenising its whole text does not give the tokens of training, a comment says so.
+
+    Args:
+        template: of training.
+        tokenizer: as it will be exported.
     """
     source = template.to_jinja(tokenizer)
     if is_held(source, tokenizer):
         return None
-    return source if _gives_the_tokens(source, template, tokenizer) else _OTHER_TOKENS + source
+    return source if gives_the_tokens(template, tokenizer) else _OTHER_TOKENS + source
 
 
 def is_held(source: str, tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -67,10 +84,14 @@ def default_system_in(source: str) -> tuple[str | None] | None:
     return (None,) if found[1] == literal(None) else (str(json.loads(found[1])),)
 
 
-def _gives_the_tokens(
-    source: str, template: ChatTemplate, tokenizer: PreTrainedTokenizerBase
-) -> bool:
-    """Whether transformers, given the source, tokenises some dialogues as training does."""
+def gives_the_tokens_of_training(source: str) -> bool:
+    """Whether an exported source does not say that its tokens are others."""
+    return not source.startswith(_OTHER_TOKENS)
+
+
+def gives_the_tokens(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether transformers, given the template in Jinja, tokenises dialogues as training does."""
+    source = template.to_jinja(tokenizer)
     return all(
         tokenizer.apply_chat_template(
             [message._asdict() for message in messages], chat_template=source, return_dict=False

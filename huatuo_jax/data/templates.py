@@ -52,10 +52,12 @@ class HuatuoGPTTemplate(PieceTemplate):
     The training script lets an answer's first character merge with the `：` before it, which
     generation cannot; here the role prefix keeps its tokens (Baichuan's vocabulary has no such
     merge, Qwen's has `：“`). Exported as Jinja, the text is the same, but tokenising it whole may
-    merge across turns: send ids, or render here.
+    merge across turns, unless the exported tokenizer splits a text there
+    (`huatuo_jax.training.talk`).
     """
 
     name: ClassVar[str] = "huatuogpt"
+    turn_marks: ClassVar[tuple[str, ...]] = ("<病人>：", "<HuatuoGPT>：")
     default_system: str | None = HUATUOGPT_SYSTEM
 
     def _opening(self, system: str | None, tokenizer: PreTrainedTokenizerBase) -> tuple[Piece, ...]:

@@ -162,6 +162,10 @@ class TokenizerTemplate(ChatTemplate):
         end_ids = [rendered.token_ids[last], tokenizer.eos_token_id]
         return tuple(dict.fromkeys(end_id for end_id in end_ids if end_id is not None))
 
+    def control_tokens(self, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+        """None: the program writes a text, which is tokenised as a whole."""
+        return ()
+
     def to_jinja(self, tokenizer: PreTrainedTokenizerBase) -> str:
         """The tokenizer's template, with this object's variables, system text and date in it."""
         source = self._source(tokenizer)

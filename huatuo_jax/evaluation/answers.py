@@ -107,6 +107,12 @@ class ScoredAnswers(NamedTuple):
         }
 
 
+def sampling_of(cfg: EvaluationConfig) -> SamplingConfig:
+    """How each model's answers are drawn."""
+    assert cfg.temperature is not None
+    return SamplingConfig(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature)
+
+
 def answer_prompts(
     name: str, model: str, cfg: EvaluationConfig, folder: pathlib.Path, *, num_samples: int
 ) -> ScoredAnswers:
@@ -123,7 +129,6 @@ def answer_prompts(
         ValueError: prompts or a model that cannot be, or answers made with other settings.
         OSError: a file cannot be read or written.
     """
-    assert cfg.temperature is not None
     bulk = BulkConfig(
         model=model,
         prompts=cfg.prompts,
@@ -131,7 +136,7 @@ def answer_prompts(
         template=cfg.template,
         default_system=cfg.default_system,
         num_samples=num_samples,
-        sampling=SamplingConfig(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature),
+        sampling=sampling_of(cfg),
         seed=cfg.seed,
         chunk_size=cfg.chunk_size,
         drop_oldest_turns=True,

@@ -25,6 +25,19 @@ NAMES = {
     "ppo": "PPO",
     "reference": "doctor (data)",
 }
+MEASURES = (
+    ("reward", "reward (normalised score, cut-off answers as PPO counts them)", 3),
+    ("truth_diagnosis_right", "names the right disease, where it can be known", 3),
+    ("truth_asks_when_needed", "asks back, where it cannot", 3),
+    ("truth_contraindicated", "orders what this patient must not have", 3),
+    ("truth_red_flag_missed", "misses an emergency", 3),
+    ("judge_overall", "judge, overall (1 to 5)", 3),
+    ("judge_accurate", "judge, accurate", 3),
+    ("characters", "characters", 1),
+    ("stopped", "came to an end", 3),
+)
+"""What an evaluation has of each model: field, words, digits after the point."""
+
 _MAX_POINTS = 600
 _KL = "KL from SFT (nats an answer)"
 _SHARE = (("value", ""), ("low", "_low"), ("high", "_high"))
@@ -211,17 +224,6 @@ def evaluation(run: Run) -> str:
     if found is None:
         return ""
     there = [name for name in MODELS if name in found["models"]]
-    measures = (
-        ("reward", "reward (normalised score, cut-off answers as PPO counts them)", 3),
-        ("truth_diagnosis_right", "names the right disease, where it can be known", 3),
-        ("truth_asks_when_needed", "asks back, where it cannot", 3),
-        ("truth_contraindicated", "orders what this patient must not have", 3),
-        ("truth_red_flag_missed", "misses an emergency", 3),
-        ("judge_overall", "judge, overall (1 to 5)", 3),
-        ("judge_accurate", "judge, accurate", 3),
-        ("characters", "characters", 1),
-        ("stopped", "came to an end", 3),
-    )
     rows = [
         [
             label,
@@ -232,7 +234,7 @@ def evaluation(run: Run) -> str:
                 for name in there
             ),
         ]
-        for field, label, digits in measures
+        for field, label, digits in MEASURES
         if any(field in found["models"][name] for name in there)
     ]
     rows += [

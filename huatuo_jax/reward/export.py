@@ -5,6 +5,7 @@ import pathlib
 from collections.abc import Collection
 from typing import Any
 
+from huggingface_hub import ModelCardData
 from jax.typing import DTypeLike
 
 from huatuo_jax import sharding
@@ -12,14 +13,14 @@ from huatuo_jax.atomic import writing_directory
 from huatuo_jax.checkpoint import models
 from huatuo_jax.checkpoint.generation_config import CONFIG_FILE
 from huatuo_jax.checkpoint.hf_export import export_model
+from huatuo_jax.checkpoint.models import CARD_FILE
+from huatuo_jax.markdown import inline, table
 from huatuo_jax.scoring import (
     CONFIG_FIELDS,
     Normalization,
     load_normalization,
     save_normalization,
 )
-
-CARD_FILE = "README.md"
 
 
 def export_reward_model(
@@ -117,45 +118,80 @@ def describe(folder: pathlib.Path, normalization: Normalization | None) -> None:
 
 
 def model_card(normalization: Normalization | None) -> str:
-    """The model's card."""
-    lines = [
-        "---",
-        "library_name: transformers",
-        "pipeline_tag: text-classification",
-        "tags: [reward-model, medical]",
-        "---",
-        "",
-        "# Reward model",
-        "",
-        "One score for a dialogue that ends with the doctor: higher is better. It is read at the",
-        "last token that is not padding, which has to be the end of the doctor's last turn (the",
-        "model was trained on dialogues cut right there). Padding uses an id of its own; a causal",
-        "model's score does not depend on what is padded after it.",
-        "",
-        "    from transformers import AutoModelForSequenceClassification",
-        "    model = AutoModelForSequenceClassification.from_pretrained(FOLDER)",
-        "    score = model(input_ids).logits[0, 0]",
-        "",
-        "Scores tell answers to the same prompt apart. They are no measure of medical correctness,",
-        "and no advice.",
-        "",
-        "## Normalization",
-        "",
+    """The card of a reward model of which nothing more is known than its folder says."""
+    metadata = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-classification",
+        tags=["reward-model", "medical"],
+    )
+    return (
+        f"---\n{metadata.to_yaml()}\n---\n\n# Reward model\n\n"
+        "One score for a dialogue that ends with the doctor: higher is better. Scores tell answers "
+        "to the same\nprompt apart. They are no measure of medical correctness, and no advice.\n\n"
+        f"{usage(normalization)}\n"
+    )
+
+
+def usage(normalization: Normalization | None) -> str:
+    """How to score with an exported reward model, as the sections of a card."""
+    return f"{_USAGE}\n\n## Normalization\n\n{_normalization(normalization)}"
+
+
+def _normalization(found: Normalization | None) -> str:
+    if found is None:
+        return "None is stored: the scores have no fixed level or scale."
+    rows = [
+        ["mean", repr(found.mean)],
+        ["standard deviation", repr(found.standard_deviation)],
+        ["number of answers", str(found.num_answers)],
+        ["answers", inline(found.answers)],
     ]
-    if normalization is None:
-        lines.append("None is stored: the scores have no fixed level or scale.")
-    else:
-        lines += [
-            "The model gives raw scores. On the answers below they have this mean and standard",
-            "deviation, so that `(score - mean) / standard_deviation` has mean 0 and standard",
-            "deviation 1 there. The numbers stand in `config.json` too, under",
-            f"`{'.'.join(CONFIG_FIELDS)}`.",
-            "",
-            "| | |",
-            "|---|---|",
-            f"| mean | {normalization.mean!r} |",
-            f"| standard deviation | {normalization.standard_deviation!r} |",
-            f"| number of answers | {normalization.num_answers} |",
-            f"| answers | {normalization.answers} |",
-        ]
-    return "\n".join(lines) + "\n"
+    return (
+        "The model gives raw scores. On the answers below they have this mean and standard\n"
+        "deviation, so that `(score - mean) / standard_deviation` has mean 0 and standard\n"
+        "deviation 1 there. The numbers stand in `config.json` too, under\n"
+        f"`{'.'.join(CONFIG_FIELDS)}`.\n\n{table(['', ''], rows)}"
+    )
+
+
+USAGE_FOLDER = "MODEL"
+"""What stands in a card's lines for the model's folder or the name of its repository."""
+
+_USAGE = """\
+## How to score
+
+The score is read at the last token that is not padding, which has to be the end of the doctor's
+last turn: the model was trained on dialogues cut right there. Padding uses an id of its own; a
+causal model's score does not depend on what is padded after it. Replace `MODEL` by this folder or
+by the repository's name.
+
+With transformers:
+
+```python
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("MODEL")
+model = AutoModelForSequenceClassification.from_pretrained("MODEL")
+messages = [
+    {"role": "user", "content": "头痛三天了，怎么办？"},
+    {"role": "assistant", "content": "注意休息，多喝水，再痛就去神经内科。"},
+]
+token_ids = tokenizer.apply_chat_template(messages, return_dict=False)
+ends = model.config.eos_token_id
+ends = ends if isinstance(ends, list) else [ends]
+while token_ids[-1] not in ends:  # Up to the end of the turn.
+    token_ids.pop()
+score = model(torch.tensor([token_ids])).logits[0, 0].item()
+```
+
+With vLLM, `/classify` puts the score through a sigmoid unless told otherwise. Raw scores, which
+the normalization below is for, need `use_activation` to be false; the score is
+`data[0].probs[0]` of the reply, and `input` are the token ids from above:
+
+```bash
+vllm serve MODEL --runner pooling --port 8000
+curl http://localhost:8000/classify -H "Content-Type: application/json" -d '{
+  "model": "MODEL", "input": [TOKEN_IDS], "use_activation": false
+}'
+```"""

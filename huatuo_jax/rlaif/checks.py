@@ -7,10 +7,12 @@ from transformers import PreTrainedTokenizerBase
 from huatuo_jax import sharding
 from huatuo_jax.backbone.config import BackboneConfig
 from huatuo_jax.checkpoint import models
+from huatuo_jax.checkpoint.hf_export_config import exported_layout
 from huatuo_jax.checkpoint.tokenizer import check_fits, load_tokenizer
 from huatuo_jax.data.accounting import Account, placed
 from huatuo_jax.data.chat import ChatTemplate
 from huatuo_jax.data.readers import read_comparisons, read_prompts
+from huatuo_jax.data.tokenizer_template import TokenizerTemplate
 from huatuo_jax.data.tokenizing import tokenizer_hash
 from huatuo_jax.evaluation.config import EvaluationConfig
 from huatuo_jax.evaluation.release import CANDIDATES
@@ -23,6 +25,7 @@ from huatuo_jax.ppo.rollout import mesh_of
 from huatuo_jax.rlaif.config import RELEASED, AnswersConfig, RlaifConfig
 from huatuo_jax.training.evaluation import check_rows
 from huatuo_jax.training.initial_model import InitialModel, open_model
+from huatuo_jax.training.talk import exported_tokenizer
 
 
 def check_inputs(cfg: RlaifConfig, workdir: str | os.PathLike[str], wanted: set[str]) -> None:
@@ -154,7 +157,7 @@ def _check_model(
     if inside[0] != os.pardir:  # Made by a stage of this run, with this very tokenizer.
         return info.cfg
     theirs = load_tokenizer(info.folder)
-    if not _say_alike(theirs, tokenizer, cfg.sft.data.chat_template):
+    if not _say_alike(theirs, tokenizer, cfg.sft.data.chat_template, info.cfg):
         raise ValueError(
             f"config.{name}={place!r} has another tokenizer than config.sft.model "
             f"({cfg.sft.model.tokenizer_source}): all models of a run share one"
@@ -164,16 +167,24 @@ def _check_model(
 
 
 def _say_alike(
-    one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, template: ChatTemplate
+    one: PreTrainedTokenizerBase,
+    other: PreTrainedTokenizerBase,
+    template: ChatTemplate,
+    cfg: BackboneConfig,
 ) -> bool:
     """Whether dialogues become the same tokens with two tokenizers.
 
     Training writes its template beside the weights, so that of the files counts only where it is
-    the run's.
+    the run's, and what it needs of a tokenizer, which the base model's need not have.
     """
+    is_own = template.name == TokenizerTemplate.name
+    if not is_own:
+        layout = exported_layout(cfg)
+        one = exported_tokenizer(template, one, model_type=layout)
+        other = exported_tokenizer(template, other, model_type=layout)
     if tokenizer_hash(one, chat_template=False) != tokenizer_hash(other, chat_template=False):
         return False
-    return template.name != "tokenizer" or template.to_jinja(one) == template.to_jinja(other)
+    return not is_own or template.to_jinja(one) == template.to_jinja(other)
 
 
 def _check_mesh(name: str, backbone: BackboneConfig, cfg: RlaifConfig) -> None:

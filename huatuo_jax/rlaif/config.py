@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 from typing import Literal
 
 from huatuo_jax.clinic import files as clinic_files
@@ -120,11 +121,32 @@ class ExportConfig:
             a model folder. Best-of-n is the SFT model, with the reward model that chooses.
         reward: reward model's folder, to `export/reward`.
         dtype: of the weights; None keeps the stored one.
+        license: of the models, for their cards, such as `apache-2.0`; None for that of the base
+            model's own card, and unknown where it has none.
+        languages: of the models, for their cards, such as `zh`; () tells Chinese and English by
+            the data.
+        card_samples: held-out prompts that the policy's card shows with their answers. They are
+            words of the data: 0 for none.
     """
 
     policy: str = operational(RELEASED)
     reward: str = operational("{workdir}/reward/model")
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    license: str | None = None
+    languages: tuple[str, ...] = ()
+    card_samples: int = 3
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for what no card can say."""
+        if self.license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", self.license):
+            raise ValueError(
+                f"license={self.license!r} must be a licence's name on the Hub, such as apache-2.0"
+            )
+        for language in self.languages:
+            if not re.fullmatch("[a-z]{2,3}", language):
+                raise ValueError(f"languages: {language!r} must be an ISO 639 code, such as zh")
+        if self.card_samples < 0:
+            raise ValueError(f"card_samples={self.card_samples!r} must be 0 or more")
 
     @property
     def choice(self) -> Candidate | Literal["released", "folder"]:

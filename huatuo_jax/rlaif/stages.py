@@ -1,5 +1,6 @@
 """The stages of the recipe: what each is made from, what it leaves, and the call that runs it."""
 
+import dataclasses
 import os
 import pathlib
 import sys
@@ -12,6 +13,7 @@ from huatuo_jax import multi_host
 from huatuo_jax.checkpoint import models
 from huatuo_jax.data.records import is_empty
 from huatuo_jax.data.sources import content_hash
+from huatuo_jax.evaluation.answers import sampling_of
 from huatuo_jax.evaluation.stage import run_evaluation, write_json
 from huatuo_jax.feedback.judge_config import reach_judge
 from huatuo_jax.feedback.label_command import LabelRun, report_path, run_labels
@@ -248,11 +250,12 @@ def _export(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:
 
     def run() -> Mapping[str, Any]:
         def export() -> Mapping[str, Any]:
-            return run_export(section, choose_policy(cfg, evaluation), folder)
+            return run_export(cfg, choose_policy(cfg, evaluation), folder)
 
         return multi_host.by_first("export", export) or {}
 
-    settings = identity(section) | {"policy": section.choice}
+    sampling = dataclasses.asdict(sampling_of(cfg.evaluation))
+    settings = identity(section) | {"policy": section.choice, "sampling": sampling}
     return Stage("export", settings, inputs, outputs, run, follows=True)
 
 

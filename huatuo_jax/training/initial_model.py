@@ -20,7 +20,6 @@ from huatuo_jax.checkpoint import generation_config, models
 from huatuo_jax.checkpoint import tokenizer as tokenizers
 from huatuo_jax.checkpoint.side_files import SideFiles
 from huatuo_jax.data.chat import ChatTemplate
-from huatuo_jax.data.chat_jinja import exported_source
 from huatuo_jax.training.optimizer import Optimizer
 from huatuo_jax.training.run_directory import operational
 from huatuo_jax.training.state import (
@@ -32,6 +31,7 @@ from huatuo_jax.training.state import (
     new_state,
     split,
 )
+from huatuo_jax.training.talk import talk_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -271,9 +271,12 @@ class InitialModel:
             model_folder=None if self.info is None else self.info.folder,
             tokenizer_folder=None if given is None else tokenizers.local_folder(given),
             ignored_fields=() if self.info is None else self.info.ignored_fields,
-            chat_template=exported_source(template, tokenizer),
-            stop_token_ids=self.stop_token_ids(template, tokenizer),
-            vocab_size=self.cfg.vocab_size,
+            talk=talk_of(
+                template,
+                tokenizer,
+                stop_token_ids=self.stop_token_ids(template, tokenizer),
+                cfg=self.cfg,
+            ),
         )
 
     def _fresh(self, key: jax.Array) -> Variables:

@@ -7,16 +7,19 @@ import pathlib
 import jax
 import numpy as np
 import pytest
+import transformers
 
 from huatuo_jax import sharding
 from huatuo_jax.backbone.config import ComputeConfig
 from huatuo_jax.backbone.transformer import init_params
-from huatuo_jax.checkpoint import convert, models, verify
+from huatuo_jax.checkpoint import models, verify
 from huatuo_jax.rlaif import export
 from huatuo_jax.rlaif.config import STAGES, ExportConfig
 from huatuo_jax.rlaif.journal import Journal
 from huatuo_jax.rlaif.recipe import run_stages, unfinished_stages
 from huatuo_jax.rlaif.stages import make_stages
+from tests import hub as hubs
+from tests.checkpoint.tiny_checkpoints import edit_config
 from tests.rlaif.tiny import BACKBONE, TOKENIZER, tiny_recipe
 
 HOST = 5  # The device that stands for the host's CPU: no other of the eight may hold a weight.
@@ -29,11 +32,11 @@ def cfg(tmp_path):
         models.save_orbax(
             params, BACKBONE, tmp_path / name, head=head, source_folder=pathlib.Path(TOKENIZER)
         )
-    return ExportConfig(policy=str(tmp_path / "policy"), reward=str(tmp_path / "reward"))
+    return recipe(tmp_path, policy=str(tmp_path / "policy"))
 
 
 def chosen(cfg):
-    return export.Policy("folder", cfg.policy, {"policy": "folder", "sentence": "As told."})
+    return export.Policy("folder", cfg.export.policy, {"policy": "folder", "sentence": "As told."})
 
 
 @pytest.fixture
@@ -48,7 +51,7 @@ def places(monkeypatch):
 
     host = sharding.make_mesh(devices=jax.devices()[HOST : HOST + 1])
     monkeypatch.setattr(sharding, "host_mesh", lambda: host)
-    for module in (convert, models, verify):
+    for module in (models, verify):
         monkeypatch.setattr(module, "load_params", load)
     return found
 
@@ -110,8 +113,18 @@ def recipe(tmp_path, *, policy="released", stages=STAGES):
 
 def write_decision(folder, pick):
     folder.mkdir(exist_ok=True)
-    decision = {"pick": pick, "reason": f"{pick} is released: a judge says so."}
-    text = json.dumps({"release": decision})
+    decision = {"pick": pick, "reason": f"{pick} is released: a judge says so.", "warnings": []}
+    figures = {
+        "num_prompts": 30,
+        "judge": "a-judge",
+        "models": {name: {} for name in ("base", "sft", "best_of_n", "ppo")},
+        "win_rates": {},
+        "held_out_loss": {},
+        "kl": {"per_sequence": None},
+        "sampling": {"num_samples": 1, "temperature": 1.0, "max_new_tokens": 12},
+        "release": decision,
+    }
+    text = json.dumps(figures)
     (folder / "evaluation.json").write_text(text, encoding="utf-8")
 
 
@@ -139,7 +152,8 @@ def test_what_the_evaluation_decides_is_exported_and_anew_where_it_changes(tmp_p
         assert read(run)["sentence"] == f"{pick} is released: a judge says so."
         assert not run_stage(cfg, run)
     card = (run / "export" / "policy" / "README.md").read_text(encoding="utf-8")
-    assert "base is released: a judge says so." in card and "best-of" not in card
+    assert "base is released: a judge says so." in card
+    assert "not what was released" not in card
 
 
 @pytest.mark.usefixtures("weights_of")
@@ -173,6 +187,56 @@ def test_a_policy_that_the_config_names_is_exported_all_the_same(tmp_path, weigh
     # Another choice is another export, and no reason to refuse the run.
     assert run_stage(recipe(tmp_path, policy="released"), run)
     assert read(run)["policy"] == "best_of_n"
+
+
+@pytest.mark.usefixtures("weights_of")
+def test_a_base_model_as_it_stands_is_exported_as_the_run_talks_to_it(tmp_path):
+    """Though its folder brings a template, settings and ids of its own."""
+    base = tmp_path / "hub_base"
+    base.mkdir()
+    hubs.save_qwen(base)
+    generation = {"eos_token_id": 9, "bos_token_id": 8, "pad_token_id": 7, "of_its_code": 5}
+    generation |= {"do_sample": True, "temperature": 1.3, "top_k": 3, "repetition_penalty": 1.7}
+    generation |= {"max_length": 9, "num_beams": 2, "transformers_version": "4.40.0"}
+    (base / "generation_config.json").write_text(json.dumps(generation), encoding="utf-8")
+    edit_config(base, temperature=1.3, repetition_penalty=1.7, use_cache=True)
+    cfg, run = recipe(tmp_path, policy="base"), tmp_path / "run"
+    sft = dataclasses.replace(
+        cfg.sft, data=dataclasses.replace(cfg.sft.data, default_system="Say little.")
+    )
+    evaluation = dataclasses.replace(
+        cfg.evaluation, base=str(base), temperature=0.6, max_new_tokens=17
+    )
+    cfg = dataclasses.replace(cfg, sft=sft, evaluation=evaluation)
+    write_decision(run, "sft")
+    run_stage(cfg, run)
+    policy = run / "export" / "policy"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(policy)
+    messages = [{"role": "user", "content": "咳嗽"}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert text == "Say little.<病人>：咳嗽 <HuatuoGPT>："
+    found = json.loads((policy / "generation_config.json").read_text(encoding="utf-8"))
+    assert found == {
+        "eos_token_id": [tokenizer.eos_token_id, 9],
+        "bos_token_id": 8,
+        "pad_token_id": tokenizer.pad_token_id,
+        "of_its_code": 5,
+        "transformers_version": "4.40.0",
+        "do_sample": True,
+        "max_new_tokens": 17,
+        "temperature": 0.6,
+        "top_p": 1.0,
+        "top_k": hubs.VOCAB,  # All tokens, in the words of all that read it.
+    }
+    config = json.loads((policy / "config.json").read_text(encoding="utf-8"))
+    assert {name: config[name] for name in ("eos_token_id", "pad_token_id", "use_cache")} == {
+        "eos_token_id": found["eos_token_id"],
+        "pad_token_id": found["pad_token_id"],
+        "use_cache": True,
+    }
+    assert not {"temperature", "repetition_penalty"} & config.keys()
+    model = transformers.AutoModelForCausalLM.from_pretrained(policy)
+    assert model.generation_config.temperature == 0.6
 
 
 @pytest.mark.usefixtures("weights_of")

@@ -13,11 +13,24 @@ from huatuo_jax.checkpoint.convert import convert
 from huatuo_jax.checkpoint.tokenizer import load_tokenizer, save_tokenizer
 from huatuo_jax.data.records import Message
 from huatuo_jax.data.templates import by_name
+from huatuo_jax.rlaif.checks import _say_alike
 from huatuo_jax.sharding import MeshConfig
 from huatuo_jax.training.initial_model import ComputeSection, ModelConfig, open_model
 from huatuo_jax.training.optimizer import OptimizerConfig, make_optimizer
 from tests import hub as hubs
+from tests.rlaif.tiny import TOKENIZER
 
+TINY = BackboneConfig(
+    family="llama",
+    vocab_size=hubs.VOCAB,
+    hidden_size=32,
+    intermediate_size=64,
+    num_layers=1,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=16,
+    max_positions=64,
+)
 DIALOGUE = [Message("user", "头痛三天了。"), Message("assistant", "多喝水。")]
 pytestmark = pytest.mark.usefixtures("on_one_device")
 
@@ -138,18 +151,7 @@ def test_a_tokenizer_that_transformers_reads_as_another_is_refused_before_traini
 
 
 def test_fresh_weights_have_no_config_of_the_tokenizers_folder(folders, tmp_path):
-    backbone = BackboneConfig(
-        family="llama",
-        vocab_size=hubs.VOCAB,
-        hidden_size=32,
-        intermediate_size=64,
-        num_layers=1,
-        num_heads=2,
-        num_kv_heads=1,
-        head_dim=16,
-        max_positions=64,
-    )
-    folder = saved(tmp_path, backbone=backbone, tokenizer=str(folders / "qwen"))
+    folder = saved(tmp_path, backbone=TINY, tokenizer=str(folders / "qwen"))
     assert not (folder / "config.json").exists()
     convert(str(folder), tmp_path / "export")
     exported = read(tmp_path / "export", "config.json")
@@ -188,6 +190,54 @@ def test_the_written_template_gives_the_tokens_of_training_or_says_that_it_does_
     assert same == ("Its tokens differ" not in found.chat_template)
     again = saved(tmp_path / "again", template=template, directory=str(folder))
     assert load_tokenizer(again).chat_template == found.chat_template
+
+
+def straddling(shared_data, tmp_path, name):
+    """A folder of a tokenizer whose tokens reach over the border of two turns."""
+    if name == "baichuan":
+        return shared_data / "tokenizers" / "baichuan_rebuilt"
+    (tmp_path / "straddling").mkdir()
+    hubs.save_straddling_tokenizer(tmp_path / "straddling", template=hubs.QWEN_TEMPLATE)
+    return tmp_path / "straddling"
+
+
+def dialogues():
+    """Of one to four exchanges, of the words of the sample."""
+    texts = iter(hubs.sample_texts())
+    for number in (1, 2, 3, 4) * 5:
+        roles = ("user", "assistant") * number
+        yield [Message(role, text) for role, text in zip(roles, texts, strict=False)]
+
+
+@pytest.mark.parametrize(
+    ("name", "template"),
+    [("made", "huatuogpt"), ("baichuan", "huatuogpt"), ("baichuan", "baichuan")],
+)
+def test_the_exported_tokenizer_reads_the_template_as_training_does(
+    request, tmp_path, name, template
+):
+    shared = request.getfixturevalue("shared_data") if name == "baichuan" else None
+    source, chosen = straddling(shared, tmp_path, name), by_name(template)
+    before = load_tokenizer(source)
+    cfg = BackboneConfig.from_dict(TINY.to_dict() | {"vocab_size": len(before)})
+    folder = saved(tmp_path, template=template, backbone=cfg, tokenizer=str(source))
+    convert(str(folder), tmp_path / "export")
+    after = load_tokenizer(folder)
+    found = transformers.AutoTokenizer.from_pretrained(tmp_path / "export")
+    others = 0
+    for messages in dialogues():
+        trained = chosen.render(messages, before).token_ids
+        asked = [message._asdict() for message in messages]
+        assert found.apply_chat_template(asked, return_dict=False) == trained
+        # The stages that follow tokenise as before.
+        assert chosen.render(messages, after).token_ids == trained
+        unchanged = before.apply_chat_template(
+            asked, chat_template=found.chat_template, return_dict=False
+        )
+        others += unchanged != trained
+    assert others  # Without the changes it would not be so.
+    assert _say_alike(before, after, chosen, cfg)
+    assert not _say_alike(before, load_tokenizer(TOKENIZER), chosen, cfg)
 
 
 def with_tokens_past_the_embedding(source, folder, tokens, **roles):
