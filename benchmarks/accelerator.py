@@ -39,7 +39,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from huatuo_jax import sft, sharding
+from huatuo_jax import sharding
 from huatuo_jax.atomic import write_file
 from huatuo_jax.backbone.attention import attend, choose_kernel
 from huatuo_jax.backbone.config import BackboneConfig, ComputeConfig, Kernel, Remat
@@ -51,7 +51,7 @@ from huatuo_jax.data.packing import pack_row
 from huatuo_jax.generation import cache as caches
 from huatuo_jax.generation.engine import Engine
 from huatuo_jax.generation.requests import Request, SamplingConfig
-from huatuo_jax.sft import SftConfig
+from huatuo_jax.sft import SftConfig, sft_step
 from huatuo_jax.training.dialogue_data import DataConfig, SourceConfig
 from huatuo_jax.training.initial_model import ComputeSection, ModelConfig, open_model
 from huatuo_jax.training.optimizer import OptimizerConfig
@@ -120,7 +120,7 @@ def measure_sft(size: str) -> Figures:
     cfg = _sft_config(size)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     model = open_model(cfg.model, cfg.compute.compute_config())
-    step = sft.sft_step(cfg, model, mesh, num_steps=1000)
+    step = sft_step(cfg, model, mesh, num_steps=1000)
     state = model.make_state(jax.random.key(0), step.optimizer, mesh)
     rows = [_random_row(seed, model.cfg.vocab_size) for seed in range(cfg.batch_size)]
     batch = sharding.put_whole(

@@ -350,9 +350,17 @@ def _outcomes(answered: Sequence[Answered], judge: TruthJudge) -> dict[str, Valu
 
 
 def _answers(folder: pathlib.Path, model: str, evaluation: Mapping[str, Any]) -> list[Answered]:
-    """A model's held-out answers, without those of SFT that best-of-n chooses from."""
+    """A model's held-out answers, without those of SFT that best-of-n chooses from.
+
+    Best-of-n has one answer to a prompt, which stands against each answer of another model.
+    """
     number = evaluation["sampling"]["num_samples"]
     read = read_answered(folder / "evaluation" / f"scored_{model}.jsonl")
+    if model == "best_of_n":
+        return [
+            dataclasses.replace(one, answers=one.answers * number, sampled=one.sampled * number)
+            for one in read
+        ]
     return [
         dataclasses.replace(one, answers=one.answers[:number], sampled=one.sampled[:number])
         for one in read

@@ -30,6 +30,7 @@ COMMANDS = {
     "convert": Command("convert", "convert a model between Hugging Face and Orbax"),
     "inspect": Command("inspect_data", "look into data files"),
     "compile": Command("compile", "compile a config for TPUs or GPUs without one", True),
+    "push": Command("push", "push a run to the Hugging Face Hub"),
 }
 
 

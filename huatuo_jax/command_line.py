@@ -127,7 +127,7 @@ def parse_with_config(
         raise ValueError("--config is missing; name a card, such as --config=rlaif")
     settings = load_card(card)
     fields = _fields_of(type(settings), settings, prefix=_CONFIG)
-    names = {f"{_CONFIG}{one}" for one in first} & fields.keys()
+    names = {one for one in fields if one.removeprefix(_CONFIG).partition(".")[0] in first}
     sought = _sought(rest, names)
     if sought:
         settings = adapt(_config_of(settings, sought, fields, name=name))
@@ -305,7 +305,7 @@ def _read(arguments: Sequence[str], known: Mapping[str, _Field]) -> Given:
         else:
             raise ValueError(f"{flag} needs a value")
         if name in given and not _takes_many(hint):
-            raise ValueError(f"{flag} is given twice: {given[name][0]!r} and {found[0]!r}")
+            raise ValueError(f"{flag} is given twice")  # A value may be a secret.
         given[name] = found
     return given
 

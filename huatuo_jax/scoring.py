@@ -27,6 +27,7 @@ from huatuo_jax.backbone.transformer import Transformer
 from huatuo_jax.checkpoint.generation_config import CONFIG_FILE
 from huatuo_jax.data.examples import UNKNOWN_KIND, Example, TokenIds
 from huatuo_jax.data.packing import PackingPlan, Row, pack_row, plan_rows
+from huatuo_jax.generation.buckets import bucket_of
 from huatuo_jax.training.evaluation import check_rows
 from huatuo_jax.training.losses import at_tokens, hidden_of, next_tokens, token_scores
 from huatuo_jax.training.state import Variables
@@ -156,7 +157,7 @@ class Scorer:
         *,
         mesh: Mesh,
         rows_at_once: int,
-        row_length: int | None = None,
+        row_length: int | Sequence[int] | None = None,
         packed: bool = True,
         pad_token_id: int = 0,
     ) -> None:
@@ -167,7 +168,8 @@ class Scorer:
             variables: on the mesh.
             mesh: rows are divided over it.
             rows_at_once: rows of a batch.
-            row_length: tokens of a row; None for the longest answer's.
+            row_length: tokens of a row; of several, in rising order, the first that holds the
+                longest answer; None for the longest answer's.
             packed: several answers a row.
             pad_token_id: what padding is filled with; nothing looks at it.
 
@@ -261,7 +263,12 @@ class Scorer:
                 f"than the model's {backbone.max_positions} positions"
             )
         backbone.require_fixed_angles(longest, purpose="scoring in batches")
-        row_length = self._row_length or -(-longest // _LENGTHS) * _LENGTHS
+        if self._row_length is None:
+            row_length = -(-longest // _LENGTHS) * _LENGTHS
+        elif isinstance(self._row_length, int):
+            row_length = self._row_length
+        else:
+            row_length = bucket_of(longest, tuple(self._row_length))
         order = np.arange(len(answers))
         return plan_rows(lengths, order, row_length=row_length, packed=self._packed)
 

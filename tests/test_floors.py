@@ -34,9 +34,11 @@ FLOORS = {
     "stages": 8,
     "rlaif": 9,
     "compiling": 10,
+    "hub": 10,
     "command_line": 9,
     "commands": 11,
     "cli": 12,
+    "api": 10,
 }
 
 

@@ -216,3 +216,13 @@ def test_a_spoilt_normalization_is_an_error_and_not_ignored(tmp_path):
         path.write_text(content)
         with pytest.raises(ValueError, match="reward_normalization.json"):
             load_normalization(tmp_path)
+
+
+def test_of_several_row_lengths_the_first_that_holds_the_longest_is_taken(reward, answers, alone):
+    mesh = sharding.make_mesh()
+    scorer = Scorer(MODEL, reward, mesh=mesh, rows_at_once=8, row_length=(16, 40, 64))
+    short = [place for place, one in enumerate(answers) if len(one.token_ids) <= 16]
+    for places in (range(len(answers)), short):
+        found = scorer.scores([answers[place] for place in places])
+        np.testing.assert_allclose(found, alone[list(places)], rtol=0, atol=1e-5)
+    assert [scorer._plan(given).row_length for given in (answers, answers[:1])] == [40, 16]

@@ -1,7 +1,9 @@
 """Converting a model between Hugging Face's form and ours, whichever way its source calls for."""
 
 import pathlib
+import tempfile
 from collections.abc import Collection
+from typing import Any
 
 from jax.typing import DTypeLike
 
@@ -10,6 +12,7 @@ from huatuo_jax.checkpoint import verify as verification
 from huatuo_jax.checkpoint.hf_export import export_model
 from huatuo_jax.checkpoint.hf_load import Progress
 from huatuo_jax.checkpoint.models import (
+    Form,
     ModelInfo,
     find_folder,
     find_model,
@@ -68,25 +71,15 @@ def convert(
         delta_base=delta_base,
         on_progress=on_progress,
     )
-    if to_orbax:
-        save_orbax(
-            params,
-            model.cfg,
-            target,
-            head=model.head,
-            side_files=_side_files(model, delta_base),
-            overwrite=overwrite,
-        )
-    else:
-        export_model(
-            params,
-            model.cfg,
-            target,
-            head=model.head,
-            source_folder=model.folder,
-            max_shard_size=max_shard_size,
-            overwrite=overwrite,
-        )
+    write_model(
+        params,
+        model,
+        target,
+        form="orbax" if to_orbax else "hugging_face",
+        side_files=_side_files(model, delta_base),
+        max_shard_size=max_shard_size,
+        overwrite=overwrite,
+    )
     del params  # Two models in memory is what the comparison needs already.
     if not verify:
         return None
@@ -95,6 +88,55 @@ def convert(
     if not agreement.holds:
         raise ValueError(f"{target}: written, but the logits do not agree: {agreement}")
     return agreement
+
+
+def write_model(
+    params: dict[str, Any],
+    model: ModelInfo,
+    target: pathlib.Path,
+    *,
+    form: Form,
+    side_files: SideFiles,
+    max_shard_size: int | str = "5GB",
+    overwrite: bool = False,
+) -> None:
+    """Writes a model that was loaded, in either form.
+
+    Args:
+        params: its parameters, every shard on this host.
+        model: where they came from.
+        target: the folder to make.
+        form: of the target.
+        side_files: what goes beside the weights.
+        max_shard_size: of a weights file, where Hugging Face's form is written.
+        overwrite: replace a target that is not empty.
+
+    Raises:
+        ValueError: it cannot be written so.
+        OSError: the target cannot be written.
+    """
+    if form == "orbax":
+        save_orbax(
+            params,
+            model.cfg,
+            target,
+            head=model.head,
+            side_files=side_files,
+            overwrite=overwrite,
+        )
+        return
+    with tempfile.TemporaryDirectory() as name:
+        source_folder = pathlib.Path(name)
+        side_files.write(source_folder)
+        export_model(
+            params,
+            model.cfg,
+            target,
+            head=model.head,
+            source_folder=source_folder,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+        )
 
 
 def _side_files(model: ModelInfo, delta_base: str | None) -> SideFiles:

@@ -23,6 +23,8 @@ from huatuo_jax.checkpoint.generation_config import CONFIG_FILE
 from huatuo_jax.checkpoint.hf_config import from_hugging_face, is_score_model, read_json
 from huatuo_jax.checkpoint.side_files import SIDE_FILES, SideFiles
 
+Form = Literal["orbax", "hugging_face"]
+
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 _HASHED_BYTES = 1 << 16
 _TORCH_WEIGHTS = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
@@ -59,7 +61,7 @@ class ModelInfo:
     """
 
     folder: pathlib.Path
-    form: Literal["orbax", "hugging_face"]
+    form: Form
     cfg: BackboneConfig
     head: Head
     layout: str | None

@@ -6,7 +6,6 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from huatuo_jax import sft
 from huatuo_jax.compiling.models import Architectures
 from huatuo_jax.compiling.ppo_programs import ppo_programs
 from huatuo_jax.compiling.programs import Devices, Program, attended_pairs
@@ -16,7 +15,8 @@ from huatuo_jax.ppo import stage as ppo
 from huatuo_jax.reward import stage as reward
 from huatuo_jax.reward.config import RewardConfig
 from huatuo_jax.rlaif.config import RlaifConfig
-from huatuo_jax.sft import SftConfig
+from huatuo_jax.sft import STAGE as SFT
+from huatuo_jax.sft import SftConfig, abstract_rows, check_lengths, sft_step
 from huatuo_jax.stages import StagesConfig
 from huatuo_jax.training.evaluation import check_rows
 from huatuo_jax.training.initial_model import InitialModel, open_model
@@ -64,15 +64,15 @@ def programs_of(
 
 
 def _sft(cfg: SftConfig, devices: Devices, architectures: Architectures) -> list[Program]:
-    mesh = _mesh(cfg, devices, stage=sft.STAGE)
+    mesh = _mesh(cfg, devices, stage=SFT)
     place = architectures.in_place(cfg.model, path="config.sft.model")
     model = open_model(place, cfg.compute.compute_config())
-    sft.check_lengths(cfg.data, model.cfg)
-    step = sft.sft_step(cfg, model, mesh, num_steps=cfg.num_steps or _NUM_STEPS)
+    check_lengths(cfg.data, model.cfg)
+    step = sft_step(cfg, model, mesh, num_steps=cfg.num_steps or _NUM_STEPS)
     flops = ModelFlops.of(model.cfg, adapters_only=cfg.model.lora is not None)
     sizes = _sizes(cfg, model, all_scored=True)
-    batch = sft.abstract_rows(cfg, mesh)
-    return [_update(sft.STAGE, cfg, mesh, model, step, batch, flops.of_step(**sizes))]
+    batch = abstract_rows(cfg, mesh)
+    return [_update(SFT, cfg, mesh, model, step, batch, flops.of_step(**sizes))]
 
 
 def _reward(cfg: RewardConfig, devices: Devices, architectures: Architectures) -> list[Program]:
@@ -140,7 +140,7 @@ def _update(
 
 
 _MAKERS: dict[str, Callable[[Any, Devices, Architectures], list[Program]]] = {
-    sft.STAGE: _sft,
+    SFT: _sft,
     reward.STAGE: _reward,
     dpo.STAGE: _dpo,
     ppo.STAGE: ppo_programs,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import TYPE_CHECKING
 
 from huatuo_jax.data.records import Message
@@ -25,6 +26,9 @@ _OTHER_TOKENS = (
     "{#- This gives the text of training. Its tokens differ where they reach over the border of two"
     " parts of a dialogue, which training tokenises each by itself. -#}"
 )
+_DEFAULT_SYSTEM = re.compile(
+    r'^\{%- set system = (none|".*") -%\}\{%- set turns = messages -%\}$', re.MULTILINE
+)
 
 
 def exported_source(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -33,12 +37,34 @@ def exported_source(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) 
     Where tokenising its whole text does not give the tokens of training, a comment says so.
     """
     source = template.to_jinja(tokenizer)
+    if is_held(source, tokenizer):
+        return None
+    return source if _gives_the_tokens(source, template, tokenizer) else _OTHER_TOKENS + source
+
+
+def is_held(source: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a tokenizer's chat template is this source, as `exported_source` gives it."""
+    own = own_source(tokenizer)
+    return own is not None and own.removeprefix(_OTHER_TOKENS) == source
+
+
+def own_source(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The one chat template of a tokenizer; None where it has none, or several."""
     own = tokenizer.chat_template
     if isinstance(own, dict):
         own = own.get("default") if len(own) == 1 else None
-    if source == own or f"{_OTHER_TOKENS}{source}" == own:
+    return own if isinstance(own, str) else None
+
+
+def default_system_in(source: str) -> tuple[str | None] | None:
+    """The default system text of a source that `jinja_source` made, as a tuple of one.
+
+    None for any other source.
+    """
+    found = _DEFAULT_SYSTEM.search(source)
+    if found is None:
         return None
-    return source if _gives_the_tokens(source, template, tokenizer) else _OTHER_TOKENS + source
+    return (None,) if found[1] == literal(None) else (str(json.loads(found[1])),)
 
 
 def _gives_the_tokens(

@@ -11,7 +11,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from huatuo_jax.data.chat import ChatTemplate, PieceTemplate, Turn, split_system
-from huatuo_jax.data.chat_jinja import jinja_source, literal
+from huatuo_jax.data.chat_jinja import (
+    default_system_in,
+    is_held,
+    jinja_source,
+    literal,
+    own_source,
+)
 from huatuo_jax.data.chat_pieces import (
     Piece,
     control,
@@ -315,3 +321,55 @@ def by_name(
     if default_system is None:
         return template
     return dataclasses.replace(template, default_system=default_system)
+
+
+def for_tokenizer(
+    tokenizer: PreTrainedTokenizerBase,
+    name: str | None = None,
+    *,
+    default_system: str | None = None,
+    date: str | None = None,
+) -> ChatTemplate:
+    """The template of that name; without one, the tokenizer's own, else HuatuoGPT's.
+
+    A tokenizer whose chat template was exported from a named template here has that template, with
+    the same default system text: its tokens are those of training.
+
+    Args:
+        tokenizer: the model's.
+        name: as for `by_name`; None leaves the choice to the tokenizer.
+        default_system: as for `by_name`.
+        date: as for `by_name`.
+
+    Raises:
+        ValueError: as `by_name`.
+    """
+    if name is not None:
+        return by_name(name, default_system=default_system, date=date)
+    exported = _exported_here(tokenizer)
+    if exported is None:
+        has_own = tokenizer.chat_template is not None
+        name = TokenizerTemplate.name if has_own else HuatuoGPTTemplate.name
+        return by_name(name, default_system=default_system, date=date)
+    if default_system is None:
+        default_system = exported.default_system
+    return dataclasses.replace(by_name(exported.name, date=date), default_system=default_system)
+
+
+def _exported_here(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate | None:
+    """The named template that a tokenizer's chat template was exported from; None for others."""
+    source = own_source(tokenizer)
+    system = None if source is None else default_system_in(source)
+    if system is None:
+        return None
+    for kind in TEMPLATES.values():
+        if kind is TokenizerTemplate:
+            continue
+        template = kind(default_system=system[0])
+        try:
+            found = is_held(template.to_jinja(tokenizer), tokenizer)
+        except ValueError:  # The tokenizer lacks tokens of this template.
+            continue
+        if found:
+            return template
+    return None

@@ -192,12 +192,7 @@ def _evaluation_numbers(sums: Mapping[str, np.ndarray]) -> dict[str, float]:
 
 
 def _check_model(data: ComparisonsConfig, model: InitialModel) -> None:
-    info, backbone = model.info, model.cfg
-    if info is not None and info.head != "lm":
-        raise ValueError(
-            f"config.{STAGE}.model.directory={info.folder}: this model scores; a policy needs a "
-            "token head"
-        )
+    backbone = model.cfg
     if data.max_length > backbone.max_positions:
         raise ValueError(
             f"config.{STAGE}.data.max_length={data.max_length} must be at most the model's "

@@ -34,7 +34,8 @@ _UNCLEAR_ENDS_AFTER = 20
 _FORBIDDEN_ENDS_AFTER = 3  # Mostly a key without the right to ask.
 _LONGEST_WAIT_S = 366 * 24 * 3600.0  # What asks for more is no number of seconds.
 _SHORTEST_KEY = 8  # A local server takes any word for a key; "none" is no secret.
-_KEY_LIKE = re.compile(r"\bsk-[\w*.-]{4,}")
+# In ASCII alone: Chinese writes no blank before a key, and its characters are letters too.
+_KEY_LIKE = re.compile(r"(?<![A-Za-z0-9])sk-[A-Za-z0-9_*.-]{4,}")
 # Nothing has left this machine. Named by their classes' names, as the library below the openai
 # client has changed between its versions.
 _NOT_SENT = frozenset({"ConnectError", "ConnectTimeout", "PoolTimeout"})

@@ -13,28 +13,19 @@ import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
-import transformers
-from jax.sharding import Mesh
-
-from huatuo_jax import multi_host, sharding
+from huatuo_jax import multi_host
 from huatuo_jax.atomic import write_file
-from huatuo_jax.backbone.config import BackboneConfig, ComputeConfig
-from huatuo_jax.backbone.transformer import Transformer
-from huatuo_jax.checkpoint import generation_config, models
-from huatuo_jax.checkpoint.tokenizer import load_tokenizer
-from huatuo_jax.data import templates
+from huatuo_jax.backbone.config import BackboneConfig
+from huatuo_jax.checkpoint import models
 from huatuo_jax.data.accounting import Account, check_share, placed
-from huatuo_jax.data.chat import ChatTemplate
 from huatuo_jax.data.readers import read_prompts
-from huatuo_jax.generation import weights
 from huatuo_jax.generation.answers_file import AnswersFile
 from huatuo_jax.generation.bulk_progress import BulkProgress, Clock
 from huatuo_jax.generation.bulk_tasks import Task, make_record, make_request, make_tasks
 from huatuo_jax.generation.engine import Engine
 from huatuo_jax.generation.report import EngineReport
 from huatuo_jax.generation.requests import Answer, SamplingConfig
+from huatuo_jax.generation.saved_model import SavedModel, compute_config, open_saved_model
 from huatuo_jax.generation.slots import slots_for
 from huatuo_jax.progress import tell
 from huatuo_jax.sharding import MeshConfig
@@ -102,10 +93,7 @@ class _Plan(NamedTuple):
     `account` says what became of each prompt.
     """
 
-    info: models.ModelInfo
-    mesh: Mesh
-    tokenizer: transformers.PreTrainedTokenizerBase
-    template: ChatTemplate
+    model: SavedModel
     tasks: list[Task]
     sampling: SamplingConfig
     max_length: int
@@ -169,7 +157,7 @@ def run_bulk(
             ]
             groups = _grouped(clock.watch(engine.generate(requests)), len(chunk))
             records = [
-                make_record(task, answers, plan.template, plan.tokenizer)
+                make_record(task, answers, plan.model.template, plan.model.tokenizer)
                 for task, answers in zip(chunk, groups, strict=True)
             ]
             if output is not None:
@@ -181,32 +169,26 @@ def run_bulk(
 
 def _plan(cfg: BulkConfig) -> _Plan:
     """Everything that can be told without the weights; what a user can cause is raised here."""
-    info = models.find_model(cfg.model, ignore_config_fields=cfg.ignore_config_fields)
-    if info.head != "lm":
-        raise ValueError(f"{cfg.model}: this model scores; generation needs one with a token head")
-    mesh = weights.mesh_for(info.cfg, cfg.mesh, sharding.make_mesh(), field="mesh")
-    tokenizer = load_tokenizer(info.folder)
-    template = templates.by_name(
-        cfg.template, default_system=cfg.default_system, date=cfg.template_date
+    model = open_saved_model(
+        cfg.model,
+        head="lm",
+        template=cfg.template,
+        default_system=cfg.default_system,
+        template_date=cfg.template_date,
+        mesh=cfg.mesh,
+        ignore_config_fields=cfg.ignore_config_fields,
     )
-    stops = generation_config.stop_token_ids(
-        info.folder,
-        tokenizer,
-        of_template=template.stop_token_ids(tokenizer),
-        vocab_size=info.cfg.vocab_size,
-    )
-    stops += cfg.sampling.stop_token_ids
-    sampling = dataclasses.replace(cfg.sampling, stop_token_ids=tuple(dict.fromkeys(stops)))
+    backbone, sampling = model.info.cfg, model.with_stops(cfg.sampling)
     reading = read_prompts(cfg.prompts, encoding=cfg.encoding)
     prompts = list(placed(reading))
-    limit = cfg.max_length or info.cfg.max_positions
-    _check_positions(info.cfg, limit)
+    limit = cfg.max_length or backbone.max_positions
+    _check_positions(backbone, limit)
     account = Account("prompts")
     account.add_rows(reading)
     tasks = make_tasks(
         prompts,
-        template,
-        tokenizer,
+        model.template,
+        model.tokenizer,
         max_length=limit,
         max_new_tokens=sampling.max_new_tokens,
         drop_oldest_turns=cfg.drop_oldest_turns,
@@ -220,9 +202,9 @@ def _plan(cfg: BulkConfig) -> _Plan:
     longest = max(len(task.token_ids) for task in tasks)
     max_length = cfg.max_length or min(longest + sampling.max_new_tokens, limit)
     settings = {
-        "model": models.fingerprint(info.folder),
+        "model": models.fingerprint(model.info.folder),
         "prompts": _hash_of([prompt.to_json() for _, prompt in prompts]),
-        "template": repr(template),
+        "template": repr(model.template),
         "num_samples": cfg.num_samples,
         "sampling": dataclasses.asdict(sampling),
         "seed": cfg.seed,
@@ -230,7 +212,7 @@ def _plan(cfg: BulkConfig) -> _Plan:
         "max_length": max_length,
         "drop_oldest_turns": cfg.drop_oldest_turns,
     }
-    return _Plan(info, mesh, tokenizer, template, tasks, sampling, max_length, settings, account)
+    return _Plan(model, tasks, sampling, max_length, settings, account)
 
 
 def _report(cfg: BulkConfig, account: Account, say: Callable[[str], object]) -> None:
@@ -241,16 +223,11 @@ def _report(cfg: BulkConfig, account: Account, say: Callable[[str], object]) -> 
 
 
 def _open_engine(cfg: BulkConfig, plan: _Plan) -> Engine:
-    default = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    compute = ComputeConfig(compute_dtype=jnp.dtype(cfg.compute_dtype or default))
-    slots = slots_for(cfg.slots or min(cfg.chunk_size * cfg.num_samples, 64), plan.mesh)
-    return Engine(
-        Transformer(plan.info.cfg, compute),
-        {"params": models.load_params(plan.info, mesh=plan.mesh)},
-        slots=slots,
+    return plan.model.make_engine(
+        plan.model.load_params(),
+        compute_config(cfg.compute_dtype),
+        slots=slots_for(cfg.slots or min(cfg.chunk_size * cfg.num_samples, 64), plan.model.mesh),
         max_length=plan.max_length,
-        mesh=plan.mesh,
-        tokenizer=plan.tokenizer,
     )
 
 

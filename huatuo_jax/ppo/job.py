@@ -28,12 +28,7 @@ from huatuo_jax.training.throughput import ModelFlops
 
 def check_policy(cfg: PpoConfig, policy: InitialModel) -> None:
     """Raise ValueError where a model cannot be the policy of a run."""
-    info, backbone = policy.info, policy.cfg
-    if info is not None and info.head != "lm":
-        raise ValueError(
-            f"config.ppo.model.directory={info.folder}: this model scores; a policy needs a token "
-            "head"
-        )
+    backbone = policy.cfg
     if cfg.max_length > backbone.max_positions:
         raise ValueError(
             f"config.ppo: data.max_prompt_tokens={cfg.data.max_prompt_tokens} and "

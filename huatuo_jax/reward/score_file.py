@@ -5,15 +5,11 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from huatuo_jax import multi_host, sharding
-from huatuo_jax.backbone.config import ComputeConfig
+from huatuo_jax import multi_host
 from huatuo_jax.backbone.transformer import Transformer
-from huatuo_jax.checkpoint import models
-from huatuo_jax.checkpoint.tokenizer import check_fits, load_tokenizer
 from huatuo_jax.comparisons.data import (
     AnswerKey,
     AnswersConfig,
@@ -22,11 +18,14 @@ from huatuo_jax.comparisons.data import (
 )
 from huatuo_jax.data.accounting import Account, check_share
 from huatuo_jax.data.chat import TruncationPolicy
+from huatuo_jax.generation.saved_model import compute_config, open_saved_model
+from huatuo_jax.generation.slots import slots_for
 from huatuo_jax.json_lines import write_rows
 from huatuo_jax.progress import progress_bar, tell
 from huatuo_jax.reward.answers import Answered, read_answered
 from huatuo_jax.rl.rewards import AnswerScoreConfig
 from huatuo_jax.scoring import GivenAnswer, Normalization, Scorer, load_normalization
+from huatuo_jax.sharding import MeshConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -151,19 +150,19 @@ def score_file(cfg: ScoreConfig, say: Callable[[str], object] = tell) -> Scored:
         FileNotFoundError: there is no such model.
         OSError: the output cannot be written.
     """
-    info = models.find_model(cfg.model, ignore_config_fields=cfg.ignore_config_fields)
-    if info.head != "score":
-        raise ValueError(
-            f"{cfg.model}: this model has a token head; scoring needs a reward model (ours, or "
-            "ForSequenceClassification with one label)"
-        )
-    normalization = load_normalization(info.folder)
-    mesh = sharding.make_mesh(data=cfg.data, fsdp=cfg.fsdp, tensor=cfg.tensor)
-    limit = cfg.max_length or min(info.cfg.max_positions, cfg.row_length or info.cfg.max_positions)
-    if limit > info.cfg.max_positions:
-        raise ValueError(
-            f"max_length={limit} must be at most the model's {info.cfg.max_positions} positions"
-        )
+    model = open_saved_model(
+        cfg.model,
+        head="score",
+        template=cfg.template,
+        default_system=cfg.default_system,
+        template_date=cfg.template_date,
+        mesh=MeshConfig(data=cfg.data, fsdp=cfg.fsdp, tensor=cfg.tensor),
+        ignore_config_fields=cfg.ignore_config_fields,
+    )
+    normalization, positions = load_normalization(model.info.folder), model.info.cfg.max_positions
+    limit = cfg.max_length or min(positions, cfg.row_length or positions)
+    if limit > positions:
+        raise ValueError(f"max_length={limit} must be at most the model's {positions} positions")
     answers_cfg = AnswersConfig(
         template=cfg.template,
         default_system=cfg.default_system,
@@ -176,11 +175,8 @@ def score_file(cfg: ScoreConfig, say: Callable[[str], object] = tell) -> Scored:
     keys = [key for record in records for key in record.keys]
     if not keys:
         raise ValueError(f"{cfg.input}: none of its records has an answer to score")
-    tokenizer = load_tokenizer(info.folder)
-    name = f"{cfg.model}: the tokenizer"
-    check_fits(tokenizer, info.cfg.vocab_size, name=name)
-    answers_cfg.chat_template.check_fits(tokenizer, info.cfg.vocab_size, name=name)
-    tokens = tokenize_answers((record.to_prompt for record in records), answers_cfg, tokenizer)
+    to_prompts = (record.to_prompt for record in records)
+    tokens = tokenize_answers(to_prompts, answers_cfg, model.tokenizer)
     without = [found for found in tokens.values() if isinstance(found, str)]
     if len(without) == len(tokens):
         raise ValueError(
@@ -198,14 +194,11 @@ def score_file(cfg: ScoreConfig, say: Callable[[str], object] = tell) -> Scored:
     if multi_host.is_first():
         for line in account.lines():
             say(line)
-    default = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    compute = ComputeConfig(compute_dtype=jnp.dtype(cfg.compute_dtype or default))
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
     scorer = Scorer(
-        Transformer(info.cfg, compute),
-        {"params": models.load_params(info, mesh=mesh)},
-        mesh=mesh,
-        rows_at_once=-(-cfg.rows_at_once // shards) * shards,
+        Transformer(model.info.cfg, compute_config(cfg.compute_dtype)),
+        {"params": model.load_params()},
+        mesh=model.mesh,
+        rows_at_once=slots_for(cfg.rows_at_once, model.mesh),
         row_length=cfg.row_length,
     )
     scores = _scores(scorer, tokens)

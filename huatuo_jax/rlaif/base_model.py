@@ -2,12 +2,12 @@
 
 Learning rates, and rows of an optimizer step or prompts of an iteration:
 
-| parameters | trained | SFT | reward model | PPO: policy, critic |
-|---|---|---|---|---|
-| up to 50 M | weights | 5e-4, 8 rows | 2e-4, 8 rows | 5e-5, 5e-4; 20 times 64 prompts |
-| up to 3 B | weights | 2e-5, 64 rows | 1e-5, 64 rows | 1e-6, 5e-6; 200 times 128 |
-| more | adapters | 2e-4, 128 rows | 1e-4, 64 rows | 1e-5, 1e-4; 400 times 128 |
-| more | weights | 5e-5, 128 rows | 9e-6, 64 rows | 5e-7, 9e-6; 400 times 128 |
+| parameters | trained | SFT | reward model | PPO: policy, critic | DPO |
+|---|---|---|---|---|---|
+| up to 50 M | weights | 5e-4, 8 rows | 2e-4, 8 rows | 5e-5, 5e-4; 20 times 64 prompts | 5e-5 |
+| up to 3 B | weights | 2e-5, 64 rows | 1e-5, 64 rows | 1e-6, 5e-6; 200 times 128 | 1e-6 |
+| more | adapters | 2e-4, 128 rows | 1e-4, 64 rows | 1e-5, 1e-4; 400 times 128 | 5e-6 |
+| more | weights | 5e-5, 128 rows | 9e-6, 64 rows | 5e-7, 9e-6; 400 times 128 | 5e-7 |
 
 Fine-tuning takes 3 epochs of rows of 2,048 tokens, and responses have up to 512; 512 and 128 for
 the smallest; never more than the model has positions for, and a quarter of a row for a response.
@@ -18,7 +18,8 @@ fine-tuning of such models commonly takes, and smaller batches for the smaller d
 
 import dataclasses
 import math
-from typing import Literal, NamedTuple
+from collections.abc import Collection
+from typing import Any, Literal, NamedTuple
 
 import jax
 
@@ -28,16 +29,22 @@ from huatuo_jax.backbone.presets import PRESETS, preset
 from huatuo_jax.backbone.transformer import init_params
 from huatuo_jax.checkpoint import models
 from huatuo_jax.checkpoint.tokenizer import load_tokenizer
-from huatuo_jax.config import replaced
+from huatuo_jax.comparisons.data import ComparisonSource
+from huatuo_jax.config import WORKDIR_MARK, load_card, replaced
 from huatuo_jax.data.held_out import HeldOutConfig
+from huatuo_jax.data.sources import source_names
 from huatuo_jax.rlaif.config import RlaifConfig
 from huatuo_jax.rlaif.paper import paper_recipe, with_adapters
 from huatuo_jax.sharding import MeshConfig
+from huatuo_jax.stages import StagesConfig
+from huatuo_jax.training.dialogue_data import SourceConfig
 from huatuo_jax.training.initial_model import ComputeSection, ModelConfig
 
+Config = RlaifConfig | StagesConfig
 Trained = Literal["weights", "adapters"]
-FIRST = ("base_model", "trained")
-"""Fields of a recipe that other fields' defaults follow from."""
+Trainer = Literal["sft", "reward", "ppo", "dpo"]
+FIRST = ("base_model", "trained", "data", "template", "max_length", "compute", "mesh")
+"""Fields that other fields' defaults follow from; those given beside them replace what follows."""
 
 LORA = LoraConfig(rank=64, alpha=128.0)
 HELD_OUT = HeldOutConfig(share=0.1)
@@ -51,8 +58,8 @@ class Size(NamedTuple):
         trained: unless told otherwise.
         row_length: tokens.
         response_length: tokens.
-        rows: of an optimizer step of fine-tuning, and of the reward model.
-        rates: of fine-tuning, reward model, policy and critic, where weights are trained.
+        rows: of an optimizer step of fine-tuning, and of the reward model (DPO takes as many).
+        rates: of fine-tuning, reward model, policy, critic and DPO, where weights are trained.
         num_prompts: of an iteration of PPO.
         num_iterations: of PPO.
         prompts: to learn from, at most.
@@ -63,61 +70,232 @@ class Size(NamedTuple):
     row_length: int
     response_length: int
     rows: tuple[int, int]
-    rates: tuple[float, float, float, float]
+    rates: tuple[float, float, float, float, float]
     num_prompts: int
     num_iterations: int
     prompts: int
 
+    def rate(self, stage: Trainer, trained: Trained) -> float:
+        """The learning rate of a stage."""
+        if trained == "adapters":
+            return _RATES_OF_ADAPTERS[stage]
+        places: dict[Trainer, int] = {"sft": 0, "reward": 1, "ppo": 2, "dpo": 4}
+        return self.rates[places[stage]]
+
 
 SIZES = (
-    Size(5e7, "weights", 512, 128, (8, 8), (5e-4, 2e-4, 5e-5, 5e-4), 64, 20, 1_000),
-    Size(3e9, "weights", 2048, 512, (64, 64), (2e-5, 1e-5, 1e-6, 5e-6), 128, 200, 10_000),
-    Size(math.inf, "adapters", 2048, 512, (128, 64), (5e-5, 9e-6, 5e-7, 9e-6), 128, 400, 20_000),
+    Size(5e7, "weights", 512, 128, (8, 8), (5e-4, 2e-4, 5e-5, 5e-4, 5e-5), 64, 20, 1_000),
+    Size(3e9, "weights", 2048, 512, (64, 64), (2e-5, 1e-5, 1e-6, 5e-6, 1e-6), 128, 200, 10_000),
+    Size(
+        math.inf, "adapters", 2048, 512, (128, 64), (5e-5, 9e-6, 5e-7, 9e-6, 5e-7), 128, 400, 20_000
+    ),
 )
+_RATES_OF_ADAPTERS: dict[Trainer, float] = {
+    "sft": 2e-4,
+    "reward": 1e-4,
+    "ppo": 1e-5,
+    "dpo": 5e-6,
+}
 
 
-def adapted(config: RlaifConfig) -> RlaifConfig:
-    """A recipe for its `base_model`: model, template and settings are replaced.
+def recipe(card: str = "rlaif", **fields: Any) -> Config:
+    """The config of a card, with fields replaced as on the command line.
 
-    Data, clinic, judge, stages, labels, export and report stay. Without a base model the recipe is
-    returned as it is.
+    Args:
+        card: see `config.load_card`.
+        fields: by name; dots of a path are double underscores, as `sft__num_epochs=3`.
+
+    Raises:
+        ValueError: a field that there is not, or a value that is refused.
+        OSError: the card or the base model cannot be read.
+    """
+    changes = {name.replace("__", "."): value for name, value in fields.items()}
+    first = {name: value for name, value in changes.items() if name.partition(".")[0] in FIRST}
+    config = adapted(replaced(load_card(card), first))
+    return replaced(config, {name: changes[name] for name in changes if name not in first})
+
+
+def adapted(config: Config) -> Config:
+    """A config in which the stages follow from its fields of `FIRST`.
+
+    With a base model, model, template and settings of all stages are replaced; data, clinic, judge,
+    stages, labels, export and report stay. `template`, `max_length`, `compute` and `mesh` are those
+    of all training stages.
 
     Raises:
         ValueError: a base model of an unsupported family or without a tokenizer, or `trained` is
             given without a base model.
         OSError: the base model cannot be found.
     """
-    name = config.base_model
-    if name is None:
-        if config.trained is not None:
-            raise ValueError(f"trained={config.trained!r} needs a base_model")
-        return config
-    architecture, model, template = _look_at(name, config.sft.model.tokenizer)
-    size = next(one for one in SIZES if num_parameters(architecture) <= one.up_to)
-    trained = config.trained or size.trained
-    recipe = _sized(paper_recipe(name, template=template), architecture, size)
-    if trained == "adapters":
-        recipe = with_adapters(recipe, LORA, rows_at_once=1, slots=16)
-        recipe = replaced(
-            recipe,
-            {f"{stage}.micro_batch_size": None for stage in ("sft", "reward", "ppo")}
+    if isinstance(config, StagesConfig):
+        config = _with_data(config)
+    if config.base_model is not None:
+        base = _recipe_of(config)
+        config = (
+            _of_recipe(config, base) if isinstance(config, RlaifConfig) else _stages(config, base)
+        )
+    elif config.trained is not None:
+        raise ValueError(f"trained={config.trained!r} needs a base_model")
+    return replaced(config, _shared(config))
+
+
+def check_adapted(config: RlaifConfig) -> None:
+    """Refuses a config with a field of `FIRST` that no stage follows.
+
+    Raises:
+        ValueError: such a field.
+    """
+    model = config.sft.model
+    found: dict[str, Collection[Any]] = {
+        "base_model": (model.directory, model.preset),
+        "template": (config.sft.data.template,),
+        "compute": [getattr(config, name).compute for name in _TRAINING],
+        "mesh": [getattr(config, name).mesh for name in _TRAINING],
+        "max_length": (config.sft.data.row_length,),
+    }
+    for name, values in found.items():
+        value = getattr(config, name)
+        if value is not None and value not in values:
+            raise ValueError(
+                f"config.{name}={value!r} is followed by no stage; huatuo_jax.recipe({name}=...) "
+                "makes a config in which all stages do"
+            )
+
+
+_TRAINING = ("sft", "reward", "ppo")
+
+
+def _shared(config: Config) -> dict[str, Any]:
+    """The fields of stages that stand once at the top."""
+    stages = [name for name in ("sft", "reward", "dpo", "ppo") if getattr(config, name, None)]
+    changes: dict[str, Any] = {}
+    for name in ("compute", "mesh"):
+        if (value := getattr(config, name)) is not None:
+            changes |= {f"{stage}.{name}": value for stage in stages}
+    if config.template is not None:
+        changes |= {f"{stage}.data.template": config.template for stage in stages}
+        if isinstance(config, RlaifConfig):
+            changes["evaluation.template"] = config.template
+    if (length := config.max_length) is not None:
+        for stage in stages:
+            if stage == "sft":
+                changes["sft.data.row_length"] = length
+            elif stage == "ppo":
+                assert config.ppo is not None
+                response = config.ppo.rollout.max_new_tokens
+                if response >= length:
+                    raise ValueError(
+                        f"max_length={length} must be more than "
+                        f"ppo.rollout.max_new_tokens={response}"
+                    )
+                changes["ppo.data.max_prompt_tokens"] = length - response
+            else:
+                rows = getattr(config, stage).data.row_length
+                changes[f"{stage}.data.max_length"] = length
+                changes[f"{stage}.data.row_length"] = max(rows, 2 * length)
+    return changes
+
+
+def _recipe_of(config: Config) -> RlaifConfig:
+    """The paper's recipe for a base model, with the settings of its size."""
+    assert config.base_model is not None
+    given = None if config.sft is None else config.sft.model.tokenizer
+    architecture, model, template = _look_at(config.base_model, given)
+    size = size_of(architecture)
+    found = _sized(paper_recipe(config.base_model, template=template), architecture, size)
+    if (config.trained or size.trained) == "adapters":
+        found = with_adapters(found, LORA, rows_at_once=1, slots=16)
+        found = replaced(
+            found,
+            {f"{stage}.micro_batch_size": None for stage in _TRAINING}
             | {"ppo.rollout.slots": None},
         )
-    model = dataclasses.replace(model, lora=recipe.sft.model.lora)
-    data = dataclasses.replace(recipe.sft.data, sources=config.sft.data.sources)
-    prompts = dataclasses.replace(config.prompts, limit=config.prompts.limit or size.prompts)
+    model = dataclasses.replace(model, lora=found.sft.model.lora)
+    return replaced(found, {"sft.model": model, "prompts.limit": size.prompts})
+
+
+def size_of(architecture: BackboneConfig) -> Size:
+    """The line of the table that a model is in."""
+    number = num_parameters(architecture)
+    return next(one for one in SIZES if number <= one.up_to)
+
+
+def _of_recipe(config: RlaifConfig, found: RlaifConfig) -> RlaifConfig:
+    """The recipe for a base model on the data, with the judge, and to the ends of another one."""
+    names = ("stages", "data", "data_encoding", "clinic", "judge", "labels", "export", "report")
+    limit = config.prompts.limit or found.prompts.limit
     return dataclasses.replace(
-        recipe,
-        base_model=name,
-        trained=config.trained,
-        sft=dataclasses.replace(recipe.sft, model=model, data=data),
-        prompts=prompts,
-        labels=config.labels,
-        **{
-            field: getattr(config, field)
-            for field in ("stages", "data", "data_encoding", "clinic", "judge", "export", "report")
-        },
+        found,
+        **{name: getattr(config, name) for name in (*names, *FIRST)},
+        prompts=dataclasses.replace(config.prompts, limit=limit),
+        sft=replaced(found.sft, {"data.sources": config.sft.data.sources}),
     )
+
+
+def _stages(config: StagesConfig, found: RlaifConfig) -> StagesConfig:
+    """The stages with the settings of a base model, which the first of them begins with."""
+    own = found.sft.model
+
+    def model(now: ModelConfig) -> ModelConfig:
+        made = WORKDIR_MARK in (now.directory or "")
+        return dataclasses.replace(now, lora=own.lora) if made else own
+
+    made: dict[str, Any] = {}
+    if config.sft is not None:
+        sources = {"data.sources": config.sft.data.sources, "clinic": config.sft.clinic}
+        made["sft"] = replaced(found.sft, sources)
+    if config.reward is not None:
+        own_data = {
+            "data.sources": config.reward.data.sources,
+            "data.group_field": config.reward.data.group_field,
+            "normalization_answers": config.reward.normalization_answers,
+            "model": model(config.reward.model),
+        }
+        made["reward"] = replaced(found.reward, own_data)
+    if config.dpo is not None:
+        reward = found.reward
+        size = size_of(_look_at(config.base_model or "", own.tokenizer)[0])
+        rate = size.rate("dpo", "weights" if own.lora is None else "adapters")
+        made["dpo"] = dataclasses.replace(
+            config.dpo,
+            model=model(config.dpo.model),
+            data=dataclasses.replace(
+                reward.data,
+                sources=config.dpo.data.sources,
+                group_field=config.dpo.data.group_field,
+            ),
+            optimizer=dataclasses.replace(config.dpo.optimizer, learning_rate=rate),
+            batch_size=reward.batch_size,
+            compute=reward.compute,
+        )
+    if config.ppo is not None:
+        made["ppo"] = replaced(
+            found.ppo,
+            {
+                "model": model(config.ppo.model),
+                "reward_model": config.ppo.reward_model,
+                "data.paths": config.ppo.data.paths,
+                "data.reads": config.ppo.data.reads,
+                "judging": config.ppo.judging,
+            },
+        )
+    return dataclasses.replace(config, **made)
+
+
+def _with_data(config: StagesConfig) -> StagesConfig:
+    """The stages on files of one's own, which the first of them reads."""
+    if config.data is None:
+        return config
+    paths = tuple(config.data.split(","))
+    first = config.stages[0]
+    if first == "ppo":
+        return replaced(config, {"ppo.data.paths": paths, "ppo.data.reads": "prompts"})
+    named = list(zip(source_names(paths), paths, strict=True))
+    if first == "sft":
+        dialogues = tuple(SourceConfig(name=name, paths=(path,)) for name, path in named)
+        return replaced(config, {"sft.data.sources": dialogues, "sft.clinic": None})
+    pairs = tuple(ComparisonSource(name=name, paths=(path,)) for name, path in named)
+    return replaced(config, {f"{first}.data.sources": pairs, f"{first}.data.group_field": None})
 
 
 def num_parameters(architecture: BackboneConfig) -> int:
@@ -151,7 +329,7 @@ def _sized(recipe: RlaifConfig, architecture: BackboneConfig, size: Size) -> Rla
     """The paper's recipe with the settings of a size."""
     row = min(size.row_length, architecture.max_positions)
     response = min(size.response_length, row // 4)
-    of_sft, of_reward, of_policy, of_critic = size.rates
+    of_sft, of_reward, of_policy, of_critic, _ = size.rates
     small = size is SIZES[0]
     # All devices hold copies of a small model's weights while it generates.
     mesh = MeshConfig(data=-1, fsdp=1) if size is not SIZES[-1] else MeshConfig()

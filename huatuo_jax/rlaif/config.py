@@ -22,6 +22,7 @@ from huatuo_jax.reward.config import ProbeConfig, RewardConfig
 from huatuo_jax.sft import CLINIC_FOLDER, SftConfig
 from huatuo_jax.sharding import MeshConfig
 from huatuo_jax.training.dialogue_data import SourceConfig
+from huatuo_jax.training.initial_model import ComputeSection
 from huatuo_jax.training.run_directory import operational
 
 LABELS_FILE = "labels.jsonl"
@@ -173,6 +174,11 @@ class RlaifConfig:
             folder in Hugging Face format or of ours, or a preset's name. Template and settings
             follow from it, see `huatuo_jax.rlaif.base_model`; fields given beside it replace them.
         trained: `weights` or `adapters` of the base model; None decides by its size.
+        template: chat template of all stages, by name; None for that of each stage.
+        max_length: tokens of a dialogue in all stages: rows of fine-tuning, prompt and response in
+            the others; None for that of each stage.
+        compute: how all training stages compute; None for that of each stage.
+        mesh: how all training stages divide the devices; None for that of each stage.
         stages: which of them are run, in this order.
         data: files of dialogues of one's own, separated by commas; None for `sft.data.sources`.
         data_encoding: of those files, such as cp1252; None tells it by evidence.
@@ -193,7 +199,11 @@ class RlaifConfig:
 
     recipe: Literal["rlaif"] = "rlaif"
     base_model: str | None = operational(None)  # Its files decide.
-    trained: Literal["weights", "adapters"] | None = None
+    trained: Literal["weights", "adapters"] | None = operational(None)
+    template: str | None = operational(None)  # Each of these decides through the stages' fields.
+    max_length: int | None = operational(None)
+    compute: ComputeSection | None = operational(None)
+    mesh: MeshConfig | None = operational(None)
     stages: tuple[str, ...] = STAGES
     data: str | None = None
     data_encoding: str | None = None

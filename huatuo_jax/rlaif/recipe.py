@@ -17,6 +17,7 @@ from huatuo_jax.atomic import write_file
 from huatuo_jax.config import checked
 from huatuo_jax.feedback.judge_config import reach_judge
 from huatuo_jax.report.run import read_json
+from huatuo_jax.rlaif.base_model import check_adapted
 from huatuo_jax.rlaif.checks import check_inputs
 from huatuo_jax.rlaif.config import HELD_OUT_FILE, JUDGED_FILE, RlaifConfig
 from huatuo_jax.rlaif.export import RELEASE_FILE
@@ -57,7 +58,8 @@ def run_rlaif(config: RlaifConfig, workdir: str | os.PathLike[str]) -> dict[str,
         OSError: something cannot be read or written.
     """
     folder = pathlib.Path(workdir)
-    cfg = checked(config, RlaifConfig, path="config").in_workdir(folder)
+    check_adapted(checked(config, RlaifConfig, path="config"))
+    cfg = config.in_workdir(folder)
     multi_host.check_joined()
     multi_host.check_shared(folder)
     write_clinic_of(folder, cfg.clinic)

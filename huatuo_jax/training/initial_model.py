@@ -323,13 +323,19 @@ def open_model(
 
     Raises:
         FileNotFoundError: there is no such model.
-        ValueError: there is no such preset, or the config is not one this project can do.
+        ValueError: there is no such preset, the config is not one this project can do, or the model
+            scores and tokens are wanted.
     """
     info = None
     if section.directory is not None:
         info = models.find_model(
             section.directory, ignore_config_fields=section.ignore_config_fields
         )
+        if head == "lm" and info.head != "lm":
+            raise ValueError(
+                f"model.directory={section.directory}: this model scores; a policy needs a token "
+                "head"
+            )
         cfg = info.cfg
     elif section.preset is not None:
         cfg = preset(section.preset)

@@ -1,5 +1,6 @@
 """The named templates against transformers, a plain loop, and the makers' own code."""
 
+import copy
 import dataclasses
 import random
 
@@ -8,6 +9,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from huatuo_jax.data.chat import Rendered
+from huatuo_jax.data.chat_jinja import exported_source
 from huatuo_jax.data.records import Message
 from huatuo_jax.data.templates import (
     HUATUOGPT_SYSTEM,
@@ -17,7 +19,9 @@ from huatuo_jax.data.templates import (
     Llama2Template,
     Llama3Template,
     by_name,
+    for_tokenizer,
 )
+from huatuo_jax.data.tokenizer_template import TokenizerTemplate
 
 # The chat templates that the makers publish with their models, tools left out.
 QWEN_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
@@ -399,3 +403,32 @@ def test_an_empty_answer_is_its_header_and_the_end_of_its_turn(
         assert rendered.token_ids[last] == template.stop_token_ids(tokenizer)[0]
         # White space at most stands between header and end.
         assert not tokenizer.decode(rendered.token_ids[len(prompt) : last]).strip()
+
+
+@pytest.mark.parametrize("system", [None, HUATUOGPT_SYSTEM, '他说："好。"\n{%- set x -%}'])
+@pytest.mark.parametrize(
+    "kind", [HuatuoGPTTemplate, ChatMLTemplate, Llama3Template, BaichuanTemplate]
+)
+def test_a_template_that_was_exported_is_known_again(byte_tokenizer, kind, system):
+    template = kind(default_system=system)
+    tokenizer = copy.deepcopy(byte_tokenizer)
+    source = exported_source(template, tokenizer)
+    for own in (source, {"default": source}):
+        tokenizer.chat_template = own
+        assert for_tokenizer(tokenizer) == template
+    found = for_tokenizer(tokenizer, default_system="你好。")
+    assert found == dataclasses.replace(template, default_system="你好。")
+    assert for_tokenizer(tokenizer, "chatml") == ChatMLTemplate()
+
+
+def test_without_a_name_a_tokenizers_own_template_is_taken_else_huatuogpts(byte_tokenizer):
+    tokenizer = copy.deepcopy(byte_tokenizer)
+    tokenizer.chat_template = None
+    assert for_tokenizer(tokenizer) == HuatuoGPTTemplate()
+    tokenizer.chat_template = QWEN_JINJA
+    assert for_tokenizer(tokenizer) == TokenizerTemplate()
+    tokenizer.chat_template = ChatMLTemplate().to_jinja(tokenizer) + "{{- ' ' -}}"
+    assert for_tokenizer(tokenizer) == TokenizerTemplate()
+    assert for_tokenizer(tokenizer, date="2025-01-02") == TokenizerTemplate(date="2025-01-02")
+    tokenizer.chat_template = {"default": QWEN_JINJA, "tools": QWEN_JINJA}
+    assert for_tokenizer(tokenizer) == TokenizerTemplate()

@@ -271,3 +271,4 @@ def test_no_message_holds_the_key_or_a_part_of_it(status, body):
 def test_a_word_instead_of_a_key_is_left_in_texts():
     assert scrubbed("none of these", "none") == "none of these"
     assert scrubbed("my-secret-key here", "my-secret-key") == "[key] here"
+    assert scrubbed("您的密钥sk-01234****cdef无效", KEY) == "您的密钥[key]无效"

@@ -10,8 +10,10 @@ from huatuo_jax.checkpoint.models import find_model
 from huatuo_jax.command_line import parse_with_config
 from huatuo_jax.config import checked, load_card
 from huatuo_jax.rlaif import base_model
-from huatuo_jax.rlaif.base_model import SIZES, adapted, num_parameters
+from huatuo_jax.rlaif.base_model import SIZES, adapted, num_parameters, recipe
 from huatuo_jax.rlaif.config import RlaifConfig
+from huatuo_jax.rlaif.recipe import run_rlaif
+from huatuo_jax.sharding import MeshConfig
 from tests import hub as hubs
 
 
@@ -99,6 +101,62 @@ def test_parameters_are_counted_as_they_are_stored(qwen):
     assert num_parameters(find_model(qwen).cfg) >= weights["vocab_size"] * weights["hidden_size"]
     assert num_parameters(preset("qwen2.5_0.5b")) == pytest.approx(494e6, rel=0.01)
     assert num_parameters(preset("baichuan_7b")) == pytest.approx(7.0e9, rel=0.01)
+
+
+def test_fields_of_all_stages_stand_once_and_a_stages_own_replaces_them(qwen):
+    cfg = parse(
+        "--config.template=chatml",
+        "--config.max_length=256",
+        "--config.compute.remat=full",
+        "--config.mesh.fsdp=4",
+        "--config.mesh.data=2",
+        "--config.reward.compute.remat=none",
+        "--config.ppo.rollout.max_new_tokens=56",
+    )
+    assert {cfg.sft.data.template, cfg.ppo.data.template, cfg.evaluation.template} == {"chatml"}
+    assert [getattr(cfg, name).compute.remat for name in ("sft", "reward", "ppo")] == [
+        "full",
+        "none",
+        "full",
+    ]
+    assert {getattr(cfg, name).mesh for name in ("sft", "reward", "ppo")} == {
+        MeshConfig(data=2, fsdp=4)
+    }
+    assert (cfg.sft.data.row_length, cfg.reward.data.max_length) == (256, 256)
+    assert cfg.ppo.data.max_prompt_tokens == 256 - 100  # The card's responses.
+    with pytest.raises(ValueError, match="max_length=50 must be more than ppo.rollout.max_new_"):
+        parse("--config.max_length=50")
+
+
+def test_a_field_that_no_stage_follows_is_refused(tmp_path):
+    config = dataclasses.replace(load_card("rlaif"), template="chatml")
+    with pytest.raises(ValueError, match="config.template='chatml' is followed by no stage; hua"):
+        run_rlaif(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    base_model.check_adapted(recipe(template="chatml"))
+
+
+def test_from_python_the_same_fields_make_the_same_config(qwen):
+    made = recipe(base_model=qwen, data="mine.jsonl", sft__num_epochs=1)
+    arguments = (f"--config.base_model={qwen}", "--config.data=mine.jsonl")
+    assert made == parse(*arguments, "--config.sft.num_epochs=1")
+
+
+@pytest.mark.parametrize("card", ["sft", "reward", "dpo", "ppo"])
+def test_cards_of_single_stages_take_the_same_fields(card, qwen):
+    cfg = recipe(card, base_model=qwen, data="mine.jsonl", max_length=256)
+    assert cfg.sft.model.directory == qwen and cfg.sft.data.sources[0].paths == ("mine.jsonl",)
+    last = getattr(cfg, cfg.stages[-1])
+    assert last.data.template == "tokenizer" and cfg.stages == load_card(card).stages
+    if card != "sft":
+        assert last.model.directory == "{workdir}/sft/model"
+
+
+@pytest.mark.parametrize("card", ["reward", "dpo"])
+def test_a_stage_of_its_own_starts_from_the_base_model_and_reads_the_data(card, qwen):
+    cfg = recipe(f"{card}:some/model,some.jsonl", base_model=qwen, data="mine.jsonl")
+    stage = getattr(cfg, card)
+    assert (stage.model.directory, stage.data.sources[0].paths) == (qwen, ("mine.jsonl",))
 
 
 def test_what_cannot_be_a_base_model_is_one_clear_message(tmp_path, qwen):

@@ -1,0 +1,1 @@
+"""The Python surface: models that answer and score, and the stages on data in memory."""

@@ -1,0 +1,186 @@
+"""What a loaded policy and a loaded reward model have in common."""
+
+import dataclasses
+import functools
+import os
+import pathlib
+from collections.abc import Collection, Sequence
+from typing import Any, Literal
+
+import transformers
+
+from huatuo_jax.api.responses import Response, given_answers
+from huatuo_jax.backbone.config import ComputeConfig
+from huatuo_jax.backbone.transformer import Head, Transformer
+from huatuo_jax.checkpoint.convert import write_model
+from huatuo_jax.checkpoint.models import Form
+from huatuo_jax.checkpoint.side_files import SideFiles
+from huatuo_jax.data.chat import ChatTemplate
+from huatuo_jax.data.chat_jinja import exported_source
+from huatuo_jax.data.python_data import DialogueLike
+from huatuo_jax.generation.buckets import ladder
+from huatuo_jax.generation.saved_model import SavedModel, compute_config, open_saved_model
+from huatuo_jax.generation.slots import slots_for
+from huatuo_jax.scoring import GivenAnswer, Scorer
+from huatuo_jax.sharding import MeshConfig
+
+SaveFormat = Literal["hf", "orbax"]
+
+_FORMS: dict[SaveFormat, Form] = {"hf": "hugging_face", "orbax": "orbax"}
+_ROWS_AT_ONCE = 8  # Of a batch of responses; a single one takes a row a batch shard.
+_SHORTEST_ROW = 64
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a model is loaded; shared by policies and reward models.
+
+    Attributes:
+        template: chat template by name; None for the model's own, see `templates.for_tokenizer`.
+        default_system: its system text; None for the template's own.
+        template_date: the date that a tokenizer's own template prints, see `templates.by_name`.
+        mesh: how the devices are divided; None for all of them along `fsdp`.
+        compute_dtype: None for float32 on CPU, bfloat16 elsewhere.
+        max_length: tokens of a dialogue and a response; None for the model's positions.
+        ignore_config_fields: of its `config.json`, see `models.find_model`.
+    """
+
+    template: str | None = None
+    default_system: str | None = None
+    template_date: str | None = None
+    mesh: MeshConfig | None = None
+    compute_dtype: str | None = None
+    max_length: int | None = None
+    ignore_config_fields: Collection[str] = ()
+
+
+class ModelInUse:
+    """A model on disk; its weights are read when they are first needed."""
+
+    def __init__(
+        self,
+        saved: SavedModel,
+        compute: ComputeConfig,
+        *,
+        max_length: int,
+        result: dict[str, Any] | None = None,
+    ) -> None:
+        """Reads no weights yet.
+
+        Args:
+            saved: the model.
+            compute: how it is computed.
+            max_length: tokens of a dialogue and a response.
+            result: what the stage reported that made it; None for a model from elsewhere.
+        """
+        self._saved, self._compute = saved, compute
+        self._scorers: dict[int, Scorer] = {}
+        self.max_length = max_length
+        self.result = result
+
+    @property
+    def folder(self) -> pathlib.Path:
+        """Where it lies on this machine."""
+        return self._saved.info.folder
+
+    @property
+    def tokenizer(self) -> transformers.PreTrainedTokenizerBase:
+        """Its tokenizer, of transformers."""
+        return self._saved.tokenizer
+
+    @property
+    def template(self) -> ChatTemplate:
+        """What dialogues are rendered with."""
+        return self._saved.template
+
+    @property
+    def ignored_config_fields(self) -> tuple[str, ...]:
+        """Fields of its `config.json` that were said not to matter."""
+        return self._saved.info.ignored_fields
+
+    @functools.cached_property
+    def params(self) -> dict[str, Any]:
+        """Its parameters on the devices, in the dtype that they are stored in."""
+        return self._saved.load_params()
+
+    def _write(self, target: str | os.PathLike[str], save_format: str, overwrite: bool) -> None:
+        """Writes the model with its tokenizer, template and what ends an answer."""
+        form = next((form for name, form in _FORMS.items() if name == save_format), None)
+        if form is None:
+            raise ValueError(f"format={save_format!r} must be one of {list(_FORMS)}")
+        saved = self._saved
+        side_files = SideFiles(
+            model_folder=saved.info.folder,
+            ignored_fields=saved.info.ignored_fields,
+            chat_template=exported_source(saved.template, saved.tokenizer),
+            stop_token_ids=saved.stop_token_ids,
+            vocab_size=saved.info.cfg.vocab_size,
+        )
+        write_model(
+            self.params,
+            saved.info,
+            pathlib.Path(target),
+            form=form,
+            side_files=side_files,
+            overwrite=overwrite,
+        )
+
+    def _given(
+        self,
+        dialogues: Sequence[DialogueLike],
+        responses: Sequence[str | Response],
+        drop_oldest_turns: bool,
+    ) -> list[GivenAnswer]:
+        return given_answers(
+            dialogues,
+            responses,
+            self._saved,
+            max_length=self.max_length,
+            drop_oldest_turns=drop_oldest_turns,
+        )
+
+    def _scorer(self, num_answers: int) -> Scorer:
+        """What scores so many; its rows have few lengths, so that few programs are compiled."""
+        rows = slots_for(1 if num_answers == 1 else _ROWS_AT_ONCE, self._saved.mesh)
+        if rows not in self._scorers:
+            self._scorers[rows] = Scorer(
+                Transformer(self._saved.info.cfg, self._compute),
+                {"params": self.params},
+                mesh=self._saved.mesh,
+                rows_at_once=rows,
+                row_length=ladder(min(_SHORTEST_ROW, self.max_length), self.max_length),
+            )
+        return self._scorers[rows]
+
+
+def open_for_use(
+    source: str | os.PathLike[str], head: Head, settings: Settings
+) -> tuple[SavedModel, ComputeConfig, int]:
+    """The model, how it is computed, and how many tokens a dialogue and a response may have.
+
+    Raises:
+        ValueError: there is no such model, it has another head, or a setting that cannot be.
+    """
+    try:
+        saved = open_saved_model(
+            os.fspath(source),
+            head=head,
+            template=settings.template,
+            default_system=settings.default_system,
+            template_date=settings.template_date,
+            mesh=settings.mesh or MeshConfig(),
+            ignore_config_fields=settings.ignore_config_fields,
+        )
+    except FileNotFoundError as error:
+        raise ValueError(f"{source} is no model: {error}") from error
+    backbone = saved.info.cfg
+    rope, most = backbone.rope, backbone.max_positions
+    if rope is not None and rope.rope_type == "dynamic":
+        most = min(most, rope.original_max_positions or most)
+    limit = settings.max_length or most
+    if not 2 <= limit <= backbone.max_positions:
+        raise ValueError(
+            f"max_length={limit} must lie between 2 and the model's {backbone.max_positions} "
+            "positions"
+        )
+    return saved, compute_config(settings.compute_dtype), limit

@@ -1,0 +1,376 @@
+"""The training stages and the recipe as functions, on files or on data in memory.
+
+Each takes the fields of its stage's config as keywords, runs in a run's folder, goes on there if it
+is called again, and gives back the model that it left. What is to be decided beside them has the
+defaults below.
+"""
+
+import os
+import pathlib
+from collections.abc import Callable, Iterable
+from typing import Any, TypedDict, TypeVar, Unpack
+
+from huatuo_jax.api.in_use import ModelInUse, Settings
+from huatuo_jax.api.policy import Model, open_policy
+from huatuo_jax.api.reward_model import RewardModel, open_reward_model
+from huatuo_jax.api.stage_fields import DpoFields, PpoFields, RewardFields, SftFields
+from huatuo_jax.backbone.config import BackboneConfig, ComputeConfig
+from huatuo_jax.checkpoint.tokenizer import load_tokenizer
+from huatuo_jax.comparisons.data import ComparisonsConfig, ComparisonSource
+from huatuo_jax.data import templates
+from huatuo_jax.data.held_out import HeldOutConfig
+from huatuo_jax.data.python_data import DialogueLike, Rows, as_file, as_prompts
+from huatuo_jax.dpo.config import DpoConfig
+from huatuo_jax.dpo.stage import run_dpo
+from huatuo_jax.ppo.config import PpoConfig, RolloutConfig
+from huatuo_jax.ppo.prompts import PromptsConfig
+from huatuo_jax.ppo.stage import run_ppo
+from huatuo_jax.reward.config import RewardConfig
+from huatuo_jax.reward.stage import run_reward
+from huatuo_jax.rlaif.base_model import Trained, Trainer, size_of
+from huatuo_jax.rlaif.config import RlaifConfig
+from huatuo_jax.rlaif.recipe import run_rlaif
+from huatuo_jax.sft import SftConfig, run_sft
+from huatuo_jax.training.dialogue_data import DataConfig, SourceConfig
+from huatuo_jax.training.initial_model import ModelConfig, open_model
+from huatuo_jax.training.optimizer import OptimizerConfig
+
+ModelLike = str | os.PathLike[str] | Model | RewardModel | ModelConfig
+"""A folder of either form or a hub id; a model in use; or a section, for adapters or presets."""
+
+Prompts = str | os.PathLike[str] | Iterable[DialogueLike]
+"""A path, or dialogues: the user's words, messages, or rows of a file of prompts."""
+
+Made = TypeVar("Made", bound=ModelInUse)
+
+_ROW_LENGTH = 2048
+_COMPARED_LENGTH = 1024
+_PROMPT_LENGTH = 512
+_HELD_OUT_SHARE = 0.1
+_WARMUP_SHARE = 0.05
+
+
+class _Template(TypedDict):
+    """The fields of a section of data that say how its dialogues are rendered."""
+
+    template: str
+    default_system: str | None
+    template_date: str | None
+
+
+def sft(
+    model: ModelLike,
+    data: Rows | DataConfig,
+    *,
+    workdir: str | os.PathLike[str],
+    template: str | None = None,
+    default_system: str | None = None,
+    max_length: int | None = None,
+    held_out_share: float | None = None,
+    **fields: Unpack[SftFields],
+) -> Model:
+    """Fine-tunes a model on dialogues; see `huatuo_jax.sft`.
+
+    Args:
+        model: what to start from.
+        data: dialogues, as a path or as rows in any format that files may have; or a section.
+        workdir: the run's folder; the model is left in `{workdir}/sft/model`.
+        template: chat template by name; None for the model's own, else HuatuoGPT's.
+        default_system: its system text; None for the template's own.
+        max_length: tokens of a row; None for 2,048, or the model's positions where they are fewer.
+        held_out_share: of the dialogues, to evaluate on, chosen by their content; None for 0.1.
+        **fields: of `SftConfig`; without `optimizer` and `batch_size` those that
+            `huatuo_jax.rlaif.base_model` has for models of this size.
+
+    Raises:
+        ValueError: data, a model or a field that cannot be, or a folder that holds another run.
+        Interrupted: the run was stopped and saved; called again, it goes on.
+        Diverged: too many steps in a row were not finite.
+        OSError: something cannot be read or written.
+    """
+    if isinstance(data, DataConfig):
+        _check_unused(
+            template=template,
+            default_system=default_system,
+            max_length=max_length,
+            held_out_share=held_out_share,
+        )
+        section, dialogues = _section(model), data
+    else:
+        section, backbone, rendered = _opened(model, template, default_system)
+        dialogues = DataConfig(
+            sources=(SourceConfig(name="data", paths=(as_file(data, workdir, "dialogues"),)),),
+            row_length=max_length or min(_ROW_LENGTH, backbone.max_positions),
+            held_out=_held_out(held_out_share),
+            **rendered,
+        )
+    rows, rate = _of_size(section, "sft")
+    optimizer = OptimizerConfig(learning_rate=rate, warmup_share=_WARMUP_SHARE)
+    chosen: SftFields = {"optimizer": optimizer, "batch_size": rows, **fields}
+    cfg = SftConfig(model=section, data=dialogues, **chosen)
+    return _trained(run_sft, cfg, workdir, "sft", open_policy)
+
+
+def train_reward_model(
+    model: ModelLike,
+    comparisons: Rows | ComparisonsConfig,
+    *,
+    workdir: str | os.PathLike[str],
+    template: str | None = None,
+    default_system: str | None = None,
+    max_length: int | None = None,
+    held_out_share: float | None = None,
+    **fields: Unpack[RewardFields],
+) -> RewardModel:
+    """Trains a score head, and the model under it, on comparisons; see `huatuo_jax.reward`.
+
+    Args:
+        model: what to start from, mostly the SFT model.
+        comparisons: as a path or as rows, `{"messages", "chosen", "rejected"}` or any other format
+            that files may have; or a section.
+        workdir: the run's folder; the model is left in `{workdir}/reward/model`.
+        template: as for `sft`.
+        default_system: as for `sft`.
+        max_length: tokens of a prompt and an answer; None for 1,024, or the model's positions where
+            they are fewer.
+        held_out_share: of the prompts, to evaluate on, chosen by their content; None for 0.1.
+        **fields: of `RewardConfig`; without `optimizer` and `batch_size` those that
+            `huatuo_jax.rlaif.base_model` has for models of this size.
+
+    Raises:
+        ValueError: as for `sft`, and so the others.
+    """
+    section, data = _compared(
+        model,
+        comparisons,
+        workdir,
+        template=template,
+        default_system=default_system,
+        max_length=max_length,
+        held_out_share=held_out_share,
+    )
+    rows, rate = _of_size(section, "reward")
+    optimizer = OptimizerConfig(learning_rate=rate, warmup_share=_WARMUP_SHARE)
+    chosen: RewardFields = {"optimizer": optimizer, "batch_size": rows, **fields}
+    cfg = RewardConfig(model=section, data=data, **chosen)
+    return _trained(run_reward, cfg, workdir, "reward", open_reward_model)
+
+
+def dpo(
+    model: ModelLike,
+    comparisons: Rows | ComparisonsConfig,
+    *,
+    workdir: str | os.PathLike[str],
+    template: str | None = None,
+    default_system: str | None = None,
+    max_length: int | None = None,
+    held_out_share: float | None = None,
+    **fields: Unpack[DpoFields],
+) -> Model:
+    """Trains a policy on comparisons directly; see `huatuo_jax.dpo`.
+
+    Args:
+        model: the policy to start from, which is the reference too.
+        comparisons: as for `train_reward_model`.
+        workdir: the run's folder; the model is left in `{workdir}/dpo/model`.
+        template: as for `sft`.
+        default_system: as for `sft`.
+        max_length: as for `train_reward_model`.
+        held_out_share: as for `train_reward_model`.
+        **fields: of `DpoConfig`; without `optimizer` and `batch_size` those that
+            `huatuo_jax.rlaif.base_model` has for models of this size.
+
+    Raises:
+        ValueError: as for `sft`, and so the others.
+    """
+    section, data = _compared(
+        model,
+        comparisons,
+        workdir,
+        template=template,
+        default_system=default_system,
+        max_length=max_length,
+        held_out_share=held_out_share,
+    )
+    rows, rate = _of_size(section, "dpo")
+    optimizer = OptimizerConfig(learning_rate=rate, warmup_share=_WARMUP_SHARE, weight_decay=0.0)
+    chosen: DpoFields = {"optimizer": optimizer, "batch_size": rows, **fields}
+    return _trained(
+        run_dpo, DpoConfig(model=section, data=data, **chosen), workdir, "dpo", open_policy
+    )
+
+
+def ppo(
+    policy: ModelLike,
+    *,
+    reward: str | os.PathLike[str] | RewardModel,
+    prompts: Prompts | PromptsConfig,
+    workdir: str | os.PathLike[str],
+    template: str | None = None,
+    default_system: str | None = None,
+    max_prompt_tokens: int | None = None,
+    **fields: Unpack[PpoFields],
+) -> Model:
+    """Trains a policy by PPO, or a relative of it, against a reward model; see `huatuo_jax.ppo`.
+
+    Args:
+        policy: to start from, which is the reference too.
+        reward: the reward model; a folder or hub id, or one in use.
+        prompts: what is asked, as a path or as dialogues that end with the user; or a section.
+        workdir: the run's folder; the model is left in `{workdir}/ppo/model`.
+        template: as for `sft`.
+        default_system: as for `sft`.
+        max_prompt_tokens: tokens of a prompt; None for 512, or what the model's positions leave
+            beside the answer where that is less.
+        **fields: of `PpoConfig`; without `optimizer` and `batch_size` those that
+            `huatuo_jax.rlaif.base_model` has for models of this size.
+
+    Raises:
+        ValueError: as for `sft`, and so the others.
+    """
+    if isinstance(prompts, PromptsConfig):
+        _check_unused(
+            template=template, default_system=default_system, max_prompt_tokens=max_prompt_tokens
+        )
+        section, data = _section(policy), prompts
+    else:
+        section, backbone, rendered = _opened(policy, template, default_system)
+        answer = fields["rollout"] if "rollout" in fields else RolloutConfig()
+        room = backbone.max_positions - answer.max_new_tokens
+        if room < 1:
+            raise ValueError(
+                f"rollout.max_new_tokens={answer.max_new_tokens} leaves no room for a prompt in "
+                f"the model's {backbone.max_positions} positions"
+            )
+        data = PromptsConfig(
+            paths=(_prompts_file(prompts, workdir),),
+            max_prompt_tokens=max_prompt_tokens or min(_PROMPT_LENGTH, room),
+            **rendered,
+        )
+    scores = reward.folder if isinstance(reward, ModelInUse) else reward
+    _, rate = _of_size(section, "ppo")
+    optimizer = OptimizerConfig(
+        learning_rate=rate, decay="constant", warmup_share=0.02, weight_decay=0.0
+    )
+    chosen: PpoFields = {"optimizer": optimizer, **fields}
+    cfg = PpoConfig(model=section, reward_model=os.fspath(scores), data=data, **chosen)
+    return _trained(run_ppo, cfg, workdir, "ppo", open_policy)
+
+
+def run_recipe(config: RlaifConfig, workdir: str | os.PathLike[str]) -> dict[str, Any]:
+    """Runs the whole recipe in a run's folder, or goes on with it; see `huatuo_jax.rlaif`.
+
+    Returns:
+        The main figures; `released` says what is released, `report` is the report's path.
+
+    Raises:
+        ValueError: as for `sft`, and so the others.
+    """
+    return _run(run_rlaif, config, workdir)
+
+
+def _run(
+    stage: Callable[[Any, str | os.PathLike[str]], dict[str, Any]],
+    cfg: Any,
+    workdir: str | os.PathLike[str],
+) -> dict[str, Any]:
+    try:
+        return stage(cfg, workdir)
+    except FileNotFoundError as error:
+        raise ValueError(str(error)) from error
+
+
+def _trained(
+    stage: Callable[[Any, str | os.PathLike[str]], dict[str, Any]],
+    cfg: Any,
+    workdir: str | os.PathLike[str],
+    name: str,
+    open_made: Callable[..., Made],
+) -> Made:
+    """The model that a stage leaves, with its result; weights are read when they are needed."""
+    result = _run(stage, cfg, workdir)
+    return open_made(pathlib.Path(workdir) / name / "model", Settings(), result=result)
+
+
+def _compared(
+    model: ModelLike,
+    comparisons: Rows | ComparisonsConfig,
+    workdir: str | os.PathLike[str],
+    *,
+    template: str | None,
+    default_system: str | None,
+    max_length: int | None,
+    held_out_share: float | None,
+) -> tuple[ModelConfig, ComparisonsConfig]:
+    """The sections of model and data of a stage that is trained on comparisons."""
+    if isinstance(comparisons, ComparisonsConfig):
+        _check_unused(
+            template=template,
+            default_system=default_system,
+            max_length=max_length,
+            held_out_share=held_out_share,
+        )
+        return _section(model), comparisons
+    section, backbone, rendered = _opened(model, template, default_system)
+    limit = max_length or min(_COMPARED_LENGTH, backbone.max_positions)
+    source = ComparisonSource(paths=(as_file(comparisons, workdir, "comparisons"),))
+    data = ComparisonsConfig(sources=(source,), max_length=limit, row_length=2 * limit, **rendered)
+    return section, data
+
+
+def _section(model: ModelLike) -> ModelConfig:
+    if isinstance(model, ModelConfig):
+        return model
+    if isinstance(model, ModelInUse):
+        return ModelConfig(
+            directory=str(model.folder), ignore_config_fields=model.ignored_config_fields
+        )
+    return ModelConfig(directory=os.fspath(model))
+
+
+def _of_size(section: ModelConfig, stage: Trainer) -> tuple[int, float]:
+    """Rows of an optimizer step, and learning rate, for a model of this size."""
+    size = size_of(open_model(section, ComputeConfig()).cfg)
+    trained: Trained = "weights" if section.lora is None else "adapters"
+    return size.rows[stage != "sft"], size.rate(stage, trained)
+
+
+def _opened(
+    model: ModelLike, template: str | None, default_system: str | None
+) -> tuple[ModelConfig, BackboneConfig, _Template]:
+    """A model's section, its backbone, and how its dialogues are rendered."""
+    section = _section(model)
+    try:
+        backbone = open_model(section, ComputeConfig()).cfg
+    except FileNotFoundError as error:
+        raise ValueError(f"{section.directory} is no model: {error}") from error
+    if template is None and isinstance(model, ModelInUse):
+        found = model.template
+    else:
+        found = templates.for_tokenizer(load_tokenizer(section.tokenizer_source), template)
+    if default_system is None and found.default_system != type(found)().default_system:
+        default_system = found.default_system
+    rendered = _Template(
+        template=found.name,
+        default_system=default_system,
+        template_date=found.date if isinstance(found, templates.TokenizerTemplate) else None,
+    )
+    return section, backbone, rendered
+
+
+def _prompts_file(prompts: Prompts, workdir: str | os.PathLike[str]) -> str:
+    """The path of prompts; dialogues that are no rows become rows."""
+    if isinstance(prompts, str | os.PathLike):
+        return os.fspath(prompts)
+    rows = [one.to_json() for one in as_prompts(prompts, name="prompts")]
+    return as_file(rows, workdir, "prompts")
+
+
+def _held_out(share: float | None) -> HeldOutConfig:
+    return HeldOutConfig(share=_HELD_OUT_SHARE if share is None else share)
+
+
+def _check_unused(**given: object) -> None:
+    names = [name for name, value in given.items() if value is not None]
+    if names:
+        raise ValueError(f"{', '.join(names)}: say this in the section of data that is given")

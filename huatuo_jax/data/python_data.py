@@ -1,0 +1,193 @@
+"""Data that a Python program holds: rows become a file of a run, values become prompts.
+
+Stages read files, whose content decides a run's identity. Rows that are given in memory are written
+to one, named by a hash of its content: the same rows give the same file, so that a run with them
+can go on, and other rows are told apart.
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from huatuo_jax import multi_host
+from huatuo_jax.data.answers import AnswerToTokenize, Sampled
+from huatuo_jax.data.formats import PROMPT_FORMATS, Terms, recognise
+from huatuo_jax.data.json_values import NotJson, json_value
+from huatuo_jax.data.records import Message, Messages, Prompt, answer, content_id
+from huatuo_jax.data.turns import (
+    MAX_TURN_CHARS,
+    RowLeftOut,
+    RowProblem,
+    Turn,
+    TurnLike,
+    listed_turns,
+    prompt_messages,
+)
+from huatuo_jax.json_lines import write_rows
+from huatuo_jax.progress import tell
+
+FOLDER = "python_data"
+"""In a run's folder, for the files of rows that were given in memory."""
+
+Rows = str | os.PathLike[str] | Iterable[Mapping[str, Any]]
+"""A path (or the name of a data set on the Hub), or rows: dicts, or a `datasets.Dataset`."""
+
+DialogueLike = str | Sequence[Message | Mapping[str, Any]] | Mapping[str, Any] | Prompt
+"""The user's words; or messages; or a row with messages, as in a file of prompts."""
+
+_SOURCE = "python"
+_HASH_DIGITS = 16
+
+
+def as_file(
+    data: Rows,
+    workdir: str | os.PathLike[str],
+    name: str,
+    *,
+    say: Callable[[str], object] = tell,
+) -> str:
+    """The path of data that a stage can read: its own where it is one, else a file of its rows.
+
+    Args:
+        data: a path, which is given back as it is; or the rows.
+        workdir: the run's folder; rows are written to `python_data/{name}-{hash}.jsonl` in it.
+        name: what the data is called, also in messages.
+        say: called with a line for each kind of value that was converted to be written as JSON.
+
+    Raises:
+        ValueError: there are no rows, one is no dict, or it holds what JSON cannot say.
+        OSError: the file cannot be written.
+    """
+    if isinstance(data, str | os.PathLike):
+        return os.fspath(data)
+    if isinstance(data, Mapping) or not isinstance(data, Iterable):
+        raise ValueError(
+            f"{name} is a {type(data).__name__}; it should be a list of rows (dicts), a "
+            "datasets.Dataset (one split of a DatasetDict), or a path"
+        )
+    # What can be read once only is held in memory, as it is gone through twice.
+    rows = list(data) if iter(data) is data else data
+    whole, mended, number = hashlib.sha256(), Counter[str](), 0
+    for row, notes in _json_rows(rows, name):
+        whole.update(json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace"))
+        whole.update(b"\n")
+        mended.update(notes)
+        number += 1
+    if not number:
+        raise ValueError(f"{name} is empty: it should hold at least one row")
+    path = pathlib.Path(workdir) / FOLDER / f"{name}-{whole.hexdigest()[:_HASH_DIGITS]}.jsonl"
+    multi_host.check_joined()
+    multi_host.check_same(f"the content of {name}", path.name)
+    multi_host.by_first(f"file of {name}", lambda: _write(path, rows, name))
+    if multi_host.is_first():
+        for note, count in mended.items():
+            say(f"{name}: {count} of {number} rows: {note}")
+    return str(path)
+
+
+def as_prompt(dialogue: DialogueLike, *, name: str = "dialogue") -> Prompt:
+    """What a model is to answer, checked as the rows of a file of prompts are.
+
+    Without an id of its own it has one that follows from its text.
+
+    Args:
+        dialogue: see `DialogueLike`.
+        name: of it, for messages.
+
+    Raises:
+        ValueError: it has no turns, an empty one or one that is no text, an unknown role, roles
+            out of order, or does not end with the user.
+    """
+    try:
+        if isinstance(dialogue, Mapping):
+            row = json_value(dialogue).value
+            terms = Terms(file_name=_SOURCE)
+            (prompt,) = recognise(row, PROMPT_FORMATS).convert(row, terms).records
+            assert isinstance(prompt, Prompt)
+            return prompt
+        whole = dialogue if isinstance(dialogue, Prompt) else None
+        turns = _turns(dialogue if whole is None else whole.messages, name)
+        messages, _ = prompt_messages(turns, max_turn_chars=MAX_TURN_CHARS)
+    except (RowProblem, RowLeftOut, NotJson) as problem:
+        raise ValueError(f"{name}: {problem}") from None
+    return whole or prompt_of(messages)
+
+
+def prompt_of(messages: Messages) -> Prompt:
+    """The prompt of messages that were checked, or that a model gave; its id follows from them."""
+    return Prompt(content_id(_SOURCE, messages), messages, _SOURCE)
+
+
+def as_prompts(dialogues: Iterable[DialogueLike], *, name: str) -> list[Prompt]:
+    """`as_prompt` of each of several dialogues, whose names in messages are `{name}[{index}]`.
+
+    Raises:
+        ValueError: as `as_prompt`; or it is one dialogue, or nothing of the kind.
+    """
+    if isinstance(dialogues, str | bytes | Mapping | Prompt) or not isinstance(dialogues, Iterable):
+        raise ValueError(
+            f"{name} is a {type(dialogues).__name__}; it should be a list of dialogues"
+        )
+    return [as_prompt(one, name=f"{name}[{index}]") for index, one in enumerate(dialogues)]
+
+
+def as_answer(
+    response: str, sampled: Sampled | None = None, *, name: str = "response"
+) -> AnswerToTokenize:
+    """A response as it is scored; one without text is a response like any other.
+
+    Args:
+        response: its text.
+        sampled: how it was sampled; None where that is not known.
+        name: of it, for messages.
+
+    Raises:
+        ValueError: it is no text.
+    """
+    if not isinstance(response, str):
+        raise ValueError(f"{name} is {type(response).__name__}, not text")
+    return AnswerToTokenize(answer(response), sampled or Sampled())
+
+
+def _turns(dialogue: object, name: str) -> Sequence[TurnLike]:
+    if isinstance(dialogue, str):
+        return [Turn("user", dialogue)]
+    if not isinstance(dialogue, Sequence) or isinstance(dialogue, bytes):
+        raise ValueError(
+            f"{name} is a {type(dialogue).__name__}; it should be text, a list of messages with "
+            "role and content, or a dict with messages"
+        )
+    if all(isinstance(item, Message) for item in dialogue):
+        messages: Messages = tuple(dialogue)
+        return messages
+    return listed_turns([_as_row(item) for item in dialogue], name)
+
+
+def _as_row(item: object) -> object:
+    return {"role": item.role, "content": item.content} if isinstance(item, Message) else item
+
+
+def _json_rows(
+    rows: Iterable[object], name: str
+) -> Iterator[tuple[dict[str, Any], tuple[str, ...]]]:
+    """Each row in JSON's own types, with what was converted on the way."""
+    for index, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            raise ValueError(
+                f"{name}[{index}] is a {type(row).__name__}; a row should be a dict, with the "
+                "fields of a line of a file"
+            )
+        try:
+            converted = json_value(row)
+        except NotJson as problem:
+            raise ValueError(f"{name}[{index}]: {problem}") from None
+        yield converted.value, converted.notes
+
+
+def _write(path: pathlib.Path, rows: Iterable[object], name: str) -> None:
+    if not path.exists():
+        write_rows(path, (row for row, _ in _json_rows(rows, name)))

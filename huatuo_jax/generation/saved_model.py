@@ -1,0 +1,156 @@
+"""A model on disk with its tokenizer and chat template: what answering or scoring with it needs.
+
+All of it is told without the weights, so that what a user can cause is raised before they are read.
+"""
+
+import dataclasses
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import transformers
+from jax.sharding import Mesh
+
+from huatuo_jax import sharding
+from huatuo_jax.backbone.config import ComputeConfig
+from huatuo_jax.backbone.transformer import Head, Transformer
+from huatuo_jax.checkpoint import generation_config, models
+from huatuo_jax.checkpoint.hf_config import read_json
+from huatuo_jax.checkpoint.tokenizer import check_fits, load_tokenizer
+from huatuo_jax.data import templates
+from huatuo_jax.data.chat import ChatTemplate
+from huatuo_jax.generation import weights
+from huatuo_jax.generation.engine import Engine
+from huatuo_jax.generation.requests import SamplingConfig
+from huatuo_jax.sharding import MeshConfig
+
+_OTHER_HEAD: Mapping[Head, str] = {
+    "lm": "this model scores; generation needs one with a token head",
+    "score": "this model has a token head; scoring needs a reward model (ours, or "
+    "ForSequenceClassification with one label)",
+}
+# Fields of a generation_config.json that have the name and meaning of ours.
+_WITHOUT_SAMPLING = ("max_new_tokens", "min_new_tokens", "repetition_penalty")
+_SAMPLING = (*_WITHOUT_SAMPLING, "temperature", "top_k", "top_p", "min_p")
+_TOP_K = 50  # Of transformers, where it samples and nothing is said.
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedModel:
+    """A model on disk; its weights are not read before `load_params`.
+
+    Attributes:
+        info: what its folder holds.
+        mesh: where its weights go, and what is computed.
+        tokenizer: its own.
+        template: what dialogues are rendered with.
+        stop_token_ids: what ends an answer; of a model with a token head.
+    """
+
+    info: models.ModelInfo
+    mesh: Mesh
+    tokenizer: transformers.PreTrainedTokenizerBase
+    template: ChatTemplate
+    stop_token_ids: tuple[int, ...]
+
+    def load_params(self) -> dict[str, Any]:
+        """The parameters on the mesh, in the dtype that they are stored in."""
+        return models.load_params(self.info, mesh=self.mesh)
+
+    def with_stops(self, sampling: SamplingConfig) -> SamplingConfig:
+        """The sampling with the model's stop tokens added to its own."""
+        stops = dict.fromkeys(self.stop_token_ids + sampling.stop_token_ids)
+        return dataclasses.replace(sampling, stop_token_ids=tuple(stops))
+
+    def default_sampling(self) -> SamplingConfig:
+        """How the model's `generation_config.json` samples; greedy without such a file.
+
+        Fields that it leaves out have the defaults of transformers' `generate`, which is greedy
+        unless `do_sample` is true, but for `max_new_tokens`, which has ours.
+
+        Raises:
+            ValueError: a field holds what cannot be.
+        """
+        path = self.info.folder / generation_config.GENERATION_CONFIG_FILE
+        found = read_json(path) if path.is_file() else {}
+        told = {name: found[name] for name in _SAMPLING if found.get(name) is not None}
+        if found.get("do_sample"):
+            told = {"top_k": _TOP_K} | told
+        else:
+            told = {name: told[name] for name in _WITHOUT_SAMPLING if name in told}
+            told["temperature"] = 0.0
+        for name, value in told.items():
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ValueError(f"{path}: {name}={value!r} must be a number")
+        try:
+            return SamplingConfig(**told)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    def make_engine(
+        self, params: dict[str, Any], compute: ComputeConfig, *, slots: int, max_length: int
+    ) -> Engine:
+        """An engine with these parameters of the model; sizes as in `Engine`."""
+        return Engine(
+            Transformer(self.info.cfg, compute),
+            {"params": params},
+            slots=slots,
+            max_length=max_length,
+            mesh=self.mesh,
+            tokenizer=self.tokenizer,
+        )
+
+
+def open_saved_model(
+    source: str,
+    *,
+    head: Head,
+    template: str | None = None,
+    default_system: str | None = None,
+    template_date: str | None = None,
+    mesh: MeshConfig,
+    ignore_config_fields: Collection[str] = (),
+) -> SavedModel:
+    """Finds a model and what it needs, not its weights.
+
+    Args:
+        source: folder of either form, or a hub id.
+        head: what is wanted of it: `lm` to answer, `score` for a reward model.
+        template: chat template by name; None for the model's own, see `templates.for_tokenizer`.
+        default_system: its system text; None for the template's own.
+        template_date: the date that a tokenizer's own template prints, see `templates.by_name`.
+        mesh: how the devices are divided.
+        ignore_config_fields: of its `config.json`, see `models.find_model`.
+
+    Raises:
+        ValueError: it has another head, the tokenizer or template does not suit it, or the mesh
+            does not divide it.
+        FileNotFoundError: there is no such model.
+    """
+    info = models.find_model(source, ignore_config_fields=ignore_config_fields)
+    if info.head != head:
+        raise ValueError(f"{source}: {_OTHER_HEAD[head]}")
+    placed = weights.mesh_for(info.cfg, mesh, sharding.make_mesh(), field="mesh")
+    tokenizer = load_tokenizer(info.folder)
+    chosen = templates.for_tokenizer(
+        tokenizer, template, default_system=default_system, date=template_date
+    )
+    name = f"{source}: the tokenizer"
+    check_fits(tokenizer, info.cfg.vocab_size, name=name)
+    chosen.check_fits(tokenizer, info.cfg.vocab_size, name=name)
+    stops: tuple[int, ...] = ()
+    if head == "lm":
+        stops = generation_config.stop_token_ids(
+            info.folder,
+            tokenizer,
+            of_template=chosen.stop_token_ids(tokenizer),
+            vocab_size=info.cfg.vocab_size,
+        )
+    return SavedModel(info, placed, tokenizer, chosen, stops)
+
+
+def compute_config(compute_dtype: str | None) -> ComputeConfig:
+    """How a model is computed that is not trained: by default float32 on CPU, else bfloat16."""
+    default = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return ComputeConfig(compute_dtype=jnp.dtype(compute_dtype or default))

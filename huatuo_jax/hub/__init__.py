@@ -1,0 +1,1 @@
+"""Pushing what a run made to the Hugging Face Hub."""
