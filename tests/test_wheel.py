@@ -1,5 +1,7 @@
 """A wheel: all files of the package are in it, and it works where there is no checkout."""
 
+import dataclasses
+import importlib
 import json
 import os
 import pathlib
@@ -11,7 +13,8 @@ import zipfile
 
 import pytest
 
-from huatuo_jax.config import cards
+from huatuo_jax.config import cards, is_config
+from tests.api.test_docs import blocks
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 NEEDED = ("huatuo_jax", "configs", "LICENSE", "README.md", "pyproject.toml", "setup.py")
@@ -138,7 +141,7 @@ def test_an_editable_install_has_the_command_and_the_cards_of_its_checkout(sourc
     empty.mkdir()
     assert editable.has("huatuo_jax.__file__", empty) == f"{source / 'huatuo_jax'}/__init__.py"
     assert editable.has("config.load_card('rlaif').recipe", empty) == "rlaif"
-    (source / "configs" / "new.py").write_text("from configs.rlaif import get_config\n")
+    (source / "configs" / "new.py").write_text("")
     try:
         assert "'new'" in editable.has("config.cards()", empty)
     finally:
@@ -163,57 +166,65 @@ def test_the_console_command_lists_commands_flags_and_fields(installed, tmp_path
     assert not list(tmp_path.iterdir())
 
 
-SMALLEST = {
-    "clinic.sizes.dialogues": 40,
-    "clinic.sizes.held_out_dialogues": 12,
-    "clinic.sizes.prompts": 12,
-    "clinic.sizes.held_out_prompts": 12,
-    "clinic.sizes.cases": 2,
-    "clinic.sizes.exams": 2,
-    "clinic.sizes.pairs": 4,
-    "sft.model.backbone.hidden_size": 32,
-    "sft.model.backbone.intermediate_size": 64,
-    "sft.model.backbone.num_layers": 1,
-    "sft.model.backbone.num_heads": 2,
-    "sft.model.backbone.num_kv_heads": 1,
-    "sft.model.backbone.head_dim": 16,
-    "sft.num_steps": 2,
-    "answers.num_samples": 3,
-    "answers.sampling.max_new_tokens": 12,
-    "reward.num_steps": 2,
-    "ppo.rollout.num_prompts": 8,
-    "ppo.rollout.max_new_tokens": 12,
-    "ppo.value.warmup_iterations": 0,
-    "ppo.num_iterations": 1,
-    "evaluation.num_samples": 1,
-    "evaluation.max_new_tokens": 12,
-}
+@pytest.fixture(scope="module")
+def trained(installed, tmp_path_factory):
+    """An empty folder in which the recipe ran at its smallest, and what the command printed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "benchmarks"))
+        sizes = importlib.import_module("paper_claims_parts").TINY
+    folder = tmp_path_factory.mktemp("trained")
+    # Somebody else's repository around the environment says nothing of the code in it.
+    run("git", "init", "--quiet", installed.python.parents[2], cwd=folder)
+    train = (installed.huatuo, "train", "--config=rlaif", "--workdir=runs/demo")
+    return folder, run(*train, *as_flags(sizes), cwd=folder).stdout
+
+
+def as_flags(changes, prefix="config"):
+    """The flags that make these changes to a config."""
+    found = []
+    for name, value in changes.items():
+        if is_config(value):
+            found += as_flags(dataclasses.asdict(value), f"{prefix}.{name}")
+        else:
+            found.append(f"--{prefix}.{name}={value}")
+    return found
 
 
 @pytest.mark.slow
-def test_an_installed_wheel_runs_the_recipe_looks_at_its_data_and_converts_its_model(
-    installed, tmp_path
-):
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    run("git", "init", "--quiet", installed.python.parents[1].parent, cwd=tmp_path)
-    overrides = [f"--config.{name}={value}" for name, value in SMALLEST.items()]
-    trained = run(
-        installed.huatuo, "train", "--config=rlaif", "--workdir=run", *overrides, cwd=empty
-    )
-    made = empty / "run"
-    assert "rlaif: finished in run: " in trained.stdout
-    assert (made / "report.html").stat().st_size > 0
-    for start in json.loads((made / "environment.json").read_text(encoding="utf-8"))["starts"]:
+def test_an_installed_wheel_runs_the_recipe(trained):
+    folder, told = trained
+    demo = folder / "runs" / "demo"
+    assert "rlaif: finished in runs/demo: " in told
+    assert (demo / "report.html").stat().st_size > 0
+    for start in json.loads((demo / "environment.json").read_text(encoding="utf-8"))["starts"]:
         assert start["packages"]["huatuo_jax"] and start["git_commit"] is None
 
-    (data, *_) = sorted((made / "clinic").glob("*conversation*.jsonl"))
-    seen = run(installed.huatuo, "inspect", data, cwd=empty)
-    assert data.name in seen.stdout
 
-    source, target = made / "export" / "policy", empty / "converted"
-    run(installed.huatuo, "convert", f"--source={source}", f"--target={target}", cwd=empty)
-    run(installed.huatuo, "convert", f"--source={target}", "--target=back", cwd=empty)
+@pytest.mark.slow
+def test_an_installed_wheel_looks_at_data_and_converts_a_model_both_ways(
+    installed, trained, tmp_path
+):
+    demo = trained[0] / "runs" / "demo"
+    (data, *_) = sorted((demo / "clinic").glob("*conversation*.jsonl"))
+    assert data.name in run(installed.huatuo, "inspect", data, cwd=tmp_path).stdout
+    source = demo / "export" / "policy"
+    run(installed.huatuo, "convert", f"--source={source}", "--target=ours", cwd=tmp_path)
+    run(installed.huatuo, "convert", "--source=ours", "--target=theirs", cwd=tmp_path)
     (weights,) = source.glob("*.safetensors")
-    assert (empty / "back" / weights.name).read_bytes() == weights.read_bytes()
-    assert sorted(path.name for path in empty.iterdir()) == ["back", "converted", "run"]
+    assert (tmp_path / "theirs" / weights.name).read_bytes() == weights.read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ours", "theirs"]
+
+
+@pytest.mark.slow
+def test_the_python_surface_of_an_installed_wheel_answers_scores_and_saves(
+    installed, trained, tmp_path
+):
+    page = blocks()
+    (last,) = [number for number, block in enumerate(page) if "model.save(" in block]
+    lines = "".join(page[: last + 1])
+    for name in ("hj.load_model(", ".chat(", ".generate(", ".log_probs(", ".score(", ".save("):
+        assert name in lines
+    script = tmp_path / "page.py"
+    script.write_text(f"import huatuo_jax as hj\n{lines}", encoding="utf-8")
+    run(installed.python, script, cwd=trained[0])
+    assert (trained[0] / "exported" / "policy" / "config.json").is_file()
