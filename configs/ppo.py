@@ -67,7 +67,7 @@ def get_config(models_and_files: str = "") -> StagesConfig:
     if given and given[0] in ("rloo", "grpo"):
         estimator = "grpo" if given.pop(0) == "grpo" else "rloo"
     if len(given) == 1:
-        raise ValueError(f"configs/ppo.py:{given[0]}: name an SFT and a reward model's directory")
+        raise ValueError(f"{given[0]!r} is one directory; give an SFT model's and a reward model's")
     files = tuple(given[2:])
     sample_files = tuple(
         str(sample.FOLDER / f"{kind}.jsonl") for kind in KINDS if kind.startswith("real")

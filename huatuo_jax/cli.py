@@ -1,7 +1,10 @@
 """`huatuo`: all commands behind one name."""
 
+import difflib
 import importlib
+import shutil
 import sys
+import textwrap
 from typing import NamedTuple
 
 
@@ -61,16 +64,24 @@ def main() -> None:
     """The console command: `huatuo COMMAND [FLAGS]`."""
     given = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if given in ("-h", "--help", "help"):
-        width = max(map(len, COMMANDS))
-        print("usage: huatuo COMMAND [FLAGS]; huatuo COMMAND --help lists the flags of one\n")
-        for name, command in COMMANDS.items():
-            print(f"  {name:{width}}  {command.does}")
+        print(_help(shutil.get_terminal_size().columns))
         return
     if given not in COMMANDS:
-        print(
-            f"error: huatuo has no command {given!r}; it has {', '.join(COMMANDS)}",
-            file=sys.stderr,
-        )
+        near = difflib.get_close_matches(given, COMMANDS, n=1)
+        right = f"did you mean {near[0]}?" if near else f"huatuo has {', '.join(COMMANDS)}"
+        print(f"error: unknown command {given!r}; {right}", file=sys.stderr)
         sys.exit(1)
     del sys.argv[1]
     run(given, shown_as=f"huatuo {given}")
+
+
+def _help(columns: int) -> str:
+    """All commands, in lines of so many columns."""
+    usage = "usage: huatuo COMMAND [FLAGS]; huatuo COMMAND --help lists the flags of one"
+    lines, width = [textwrap.fill(usage, columns), ""], max(map(len, COMMANDS))
+    for name, command in COMMANDS.items():
+        head, indent = f"  {name:{width}}  ", " " * (width + 4)
+        lines.append(
+            textwrap.fill(command.does, columns, initial_indent=head, subsequent_indent=indent)
+        )
+    return "\n".join(lines)

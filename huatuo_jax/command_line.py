@@ -13,6 +13,7 @@ import io
 import os
 import shutil
 import sys
+import textwrap
 import types
 import typing
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -22,11 +23,11 @@ import tyro
 from absl import logging
 
 from huatuo_jax import multi_host
-from huatuo_jax.config import is_config, load_card, replaced
+from huatuo_jax.config import cards, is_config, load_card, replaced
 
 Flags = TypeVar("Flags")
 
-Files = Annotated[tuple[str, ...], tyro.conf.Positional]
+Files = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FILES")]
 """The type of a field that takes what stands on the command line beside the flags."""
 
 
@@ -120,10 +121,10 @@ def parse_with_config(
     card, rest = _without_card(arguments)
     if card is None:
         if _wants_help(arguments):
-            print(_CONFIG_HELP)
             _print_help(flags, None, name=name, flat=True)
+            print(_config_help())
             raise SystemExit(0)
-        raise ValueError("--config is missing; name a card, such as --config=configs/rlaif.py")
+        raise ValueError("--config is missing; name a card, such as --config=rlaif")
     settings = load_card(card)
     fields = _fields_of(type(settings), settings, prefix=_CONFIG)
     names = {one for one in fields if one.removeprefix(_CONFIG).partition(".")[0] in first}
@@ -155,10 +156,6 @@ def terminal_width() -> int | None:
 
 
 _CONFIG = "config."
-_CONFIG_HELP = """\
---config=CARD          a card: FILE.py, FILE.py:ARGUMENTS, or the name of one that the package has
---config.FIELD=VALUE   a field of its config; --config=CARD --help lists all of them
-"""
 _WIDE = 10_000  # Columns in which each of tyro's messages stands in one line.
 
 Given = dict[str, list[str]]
@@ -402,6 +399,24 @@ def _of_a_section(name: str, values: Sequence[str], known: Mapping[str, _Field])
     )
 
 
+def _config_help() -> str:
+    brought = f"FILE.py, FILE.py:ARGUMENTS, or the name of a card: {', '.join(cards())}"
+    fields = "a field of its config; --config=CARD --help lists all of them"
+    return (
+        f"--config=CARD\n{_filled(brought, indent=6)}\n"
+        f"--config.FIELD=VALUE\n{_filled(fields, indent=6)}"
+    )
+
+
+def _filled(text: str, *, indent: int = 0) -> str:
+    """Paragraphs in lines as long as the terminal's."""
+    columns, start = shutil.get_terminal_size().columns, " " * indent
+    return "\n\n".join(
+        textwrap.fill(paragraph, columns, initial_indent=start, subsequent_indent=start)
+        for paragraph in text.split("\n\n")
+    )
+
+
 def _absent_sections(fields: Mapping[str, _Field]) -> list[str]:
     return [name for name, field in fields.items() if field.absent == name]
 
@@ -443,6 +458,9 @@ def _positional_name(cls: type[Any]) -> str | None:
 def _print_help(
     cls: type[Any], default: Any, *, name: str, prefix: str = "", flat: bool = False
 ) -> None:
+    if not prefix:
+        does = (inspect.getdoc(cls) or "").partition("Attributes:")[0]
+        print(_filled(does.rstrip()), end="\n\n")
     with contextlib.suppress(SystemExit):
         _tyro(cls, default, ["--help"], name=name, prefix=prefix, flat=flat)
 
@@ -463,7 +481,7 @@ def _tyro(
     found = tyro.cli(
         wrapped,
         prog=name,
-        description=(inspect.getdoc(cls) or "").partition("Attributes:")[0] if not parts else None,
+        description="",
         default=value,
         args=arguments,
         use_underscores=True,

@@ -88,6 +88,11 @@ def checked(settings: Config, wanted: type[Config], *, path: str) -> Config:
     return settings
 
 
+def cards() -> list[str]:
+    """Names of the cards that the package brings."""
+    return sorted(path.stem for path in _cards_folder().glob("*.py") if path.stem != "__init__")
+
+
 def load_card(card: str) -> Any:
     """The config of a card.
 
@@ -135,13 +140,11 @@ def _card_file(name: str) -> pathlib.Path:
         if not path.is_file():
             raise ValueError(f"--config={name}: no such file")
         return path
-    folder = _cards_folder()
-    found = folder / f"{name}.py"
+    found = _cards_folder() / f"{name}.py"
     if not name.isidentifier() or not found.is_file():
-        brought = sorted(one.stem for one in folder.glob("*.py") if one.stem != "__init__")
         raise ValueError(
             f"--config={name} must be a file that ends in .py, or one of the cards that the "
-            f"package brings: {', '.join(brought)}"
+            f"package brings: {', '.join(cards())}"
         )
     return found
 

@@ -201,7 +201,7 @@ class Reading(Generic[RecordT]):
 
     def _known_formats(self) -> str:
         names = ", ".join(one.name for one in self.known)
-        return f"{names} (launch/inspect_data.py says what each looks like)"
+        return f"{names} (`huatuo inspect` says what each looks like)"
 
     def unknown(self) -> bool:
         """Whether no row was used, and some for want of a known format."""

@@ -236,10 +236,7 @@ def _budget_lacks(budget: BudgetConfig, estimate: Estimate, totals: Totals) -> I
 
 def _next_step(cfg: LabelRun) -> str:
     if cfg.comparisons is not None:
-        return (
-            "python launch/train.py"
-            f" --config=configs/reward.py:SFT_MODEL_DIR,{cfg.comparisons} --workdir=RUN_DIR"
-        )
+        return f"huatuo train --config=reward:SFT_MODEL_DIR,{cfg.comparisons} --workdir=RUN_DIR"
     protocol = "" if cfg.label.protocol != "both" else " --protocol=score (or pairwise)"
     return f"the same command with{protocol} --comparisons=FILE; nothing is asked twice"
 

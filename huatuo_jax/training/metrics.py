@@ -12,8 +12,6 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-import tensorboardX
-
 from huatuo_jax import json_lines
 
 TIME_PREFIX = "throughput/"
@@ -55,6 +53,8 @@ class MetricsLog:
         self._events = None
         if tensorboard is not None:
             # Events past the restored step are hidden by TensorBoard.
+            import tensorboardX  # Takes seconds, as it imports torch where it finds it.
+
             purged = 0 if after_step is None else after_step + 1
             self._events = tensorboardX.SummaryWriter(str(tensorboard), purge_step=purged)
 

@@ -30,7 +30,17 @@ CONFIG_FILE = "config.json"
 ENVIRONMENT_FILE = "environment.json"
 FINISHED_FILE = "finished.json"
 
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers")
+_PACKAGES = (
+    "huatuo_jax",
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "numpy",
+    "transformers",
+)
 _OPERATIONAL = "operational"
 
 
@@ -157,11 +167,19 @@ def environment() -> dict[str, Any]:
         "command": sys.argv,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "packages": {name: _version(name) for name in _PACKAGES},
         "devices": {"kind": devices[0].device_kind, "number": len(devices)},
         "num_processes": jax.process_count(),
         "git_commit": _git_commit(),
     }
+
+
+def _version(package: str) -> str | None:
+    """The version of an installed package; None for ours in a checkout that is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _git_commit() -> str | None:
@@ -174,6 +192,8 @@ def _git_commit() -> str | None:
         ).stdout.strip()
 
     try:
+        # An installed package may lie in a folder of somebody else's repository.
+        git("ls-files", "--error-unmatch", "--", __file__)
         commit = git("rev-parse", "HEAD")
         return f"{commit}+changes" if git("status", "--porcelain", "--", ".") else commit
     except (OSError, subprocess.SubprocessError):

@@ -285,7 +285,7 @@ def test_labels_become_comparisons_and_a_report(answers, prices, tmp_path):
     assert report["spending"]["cost"] == pytest.approx(cost_of(server.calls), abs=1e-6)
     assert report["prices"]["table"] == str(prices) and not report["prices"]["is_example"]
     assert "spent in all runs: 18 requests" in done.stdout and "CNY" in done.stdout
-    assert "next: python launch/train.py --config=configs/reward.py:" in done.stdout
+    assert "next: huatuo train --config=reward:" in done.stdout
 
 
 def test_the_offline_judge_needs_no_key_and_is_named_in_every_line(answers, tmp_path, monkeypatch):

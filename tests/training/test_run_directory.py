@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+import subprocess
 
 import pytest
 
+from huatuo_jax.training import run_directory
 from huatuo_jax.training.run_directory import (
     all_fields,
     begin_stage,
@@ -82,3 +84,30 @@ def test_the_environment_of_every_start_is_written_down(tmp_path):
     assert len(starts) == 2
     assert starts[0]["packages"]["jax"] and starts[0]["devices"]["number"] >= 1
     assert starts[0]["stage"] == "sft" and "git_commit" in starts[0]
+
+
+def test_a_commit_is_written_down_only_of_a_repository_that_holds_the_code(tmp_path, monkeypatch):
+    def git(*arguments):
+        who = ("-c", "user.name=a", "-c", "user.email=a@b.c")
+        done = subprocess.run(
+            ["git", *who, *arguments], cwd=tmp_path, capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
+    code = tmp_path / "installed.py"
+    code.write_text("")
+    monkeypatch.setattr(run_directory, "__file__", str(code))
+    git("init", "--quiet")
+    git("commit", "--quiet", "--allow-empty", "--message=somebody else's")
+    assert run_directory.environment()["git_commit"] is None
+    git("add", "installed.py")
+    git("commit", "--quiet", "--message=ours")
+    assert run_directory.environment()["git_commit"] == git("rev-parse", "HEAD")
+    code.write_text("changed = True\n")
+    assert run_directory.environment()["git_commit"] == f"{git('rev-parse', 'HEAD')}+changes"
+
+
+def test_the_version_of_a_package_that_is_not_installed_is_none(monkeypatch):
+    monkeypatch.setattr(run_directory, "_PACKAGES", ("numpy", "not-installed-anywhere"))
+    packages = run_directory.environment()["packages"]
+    assert packages["numpy"] and packages["not-installed-anywhere"] is None

@@ -1,0 +1,93 @@
+"""The console command: its list of commands, names that are none, and what it imports."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from huatuo_jax import cli
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def huatuo(monkeypatch, capsys):
+    """Runs the console command in this process; gives its exit code, output and error."""
+
+    def run(*arguments, columns=80):
+        monkeypatch.setattr(sys, "argv", ["huatuo", *arguments])
+        monkeypatch.setenv("COLUMNS", str(columns))
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.mark.parametrize("columns", [40, 80])
+@pytest.mark.parametrize("arguments", [(), ("--help",), ("-h",), ("help",)])
+def test_the_list_of_commands_fits_the_terminal(huatuo, arguments, columns):
+    code, out, err = huatuo(*arguments, columns=columns)
+    assert (code, err) == (0, "")
+    assert max(map(len, out.splitlines())) <= columns
+    assert [line.split()[0] for line in out.splitlines() if line.startswith("  ")][0] == "train"
+    for name, command in cli.COMMANDS.items():
+        assert f"\n  {name} " in out and command.does in " ".join(out.split())
+
+
+@pytest.mark.parametrize("columns", [40, 80])
+@pytest.mark.parametrize("name", ["train", "inspect"])
+def test_the_help_of_a_command_fits_the_terminal(huatuo, name, columns):
+    code, out, err = huatuo(name, "--help", columns=columns)
+    assert (code, err) == (0, "")
+    (usage,) = [line for line in out.splitlines() if line.startswith("usage: ")]
+    assert usage.startswith(f"usage: huatuo {name} ")
+    assert max(len(line) for line in out.splitlines() if line != usage) <= columns
+
+
+WRONG = {
+    "a letter short": ("tran", "did you mean train?"),
+    "the name of its file": ("inspect_data", "did you mean inspect?"),
+    "nothing like one": ("zzz", "huatuo has train, generate, label, score, convert, inspect"),
+    "a flag": ("--config=rlaif", "huatuo has train, "),
+}
+
+
+@pytest.mark.parametrize(("given", "right"), WRONG.values(), ids=WRONG.keys())
+def test_a_command_that_there_is_not_is_answered_with_one_that_is(huatuo, given, right):
+    code, out, err = huatuo(given)
+    assert (code, out, len(err.splitlines())) == (1, "", 1)
+    assert err.startswith(f"error: unknown command {given!r}; {right}")
+
+
+def imported_by(*arguments):
+    """The libraries that a command has imported when it ends."""
+    code = (
+        "import sys\n"
+        f"sys.argv = {['huatuo', *arguments]!r}\n"
+        "try:\n    from huatuo_jax import cli\n    cli.main()\n"
+        "finally:\n    print('\\n' + ' '.join(sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    return set(done.stdout.splitlines()[-1].split())
+
+
+@pytest.mark.parametrize("arguments", [(), ("tran",)])
+def test_the_list_of_commands_waits_for_no_library(arguments):
+    heavy = {"jax", "numpy", "transformers", "tyro", "absl", "torch"}
+    assert not heavy & imported_by(*arguments)
+
+
+def test_the_help_of_training_does_not_import_torch():
+    found = imported_by("train", "--help")
+    assert "jax" in found and "torch" not in found
