@@ -4,13 +4,14 @@ import os
 
 from transformers import PreTrainedTokenizerBase
 
-from huatuo_jax import sharding
+from huatuo_jax import multi_host, sharding
 from huatuo_jax.backbone.config import BackboneConfig
 from huatuo_jax.checkpoint import models
 from huatuo_jax.checkpoint.hf_export_config import exported_layout
 from huatuo_jax.checkpoint.tokenizer import check_fits, load_tokenizer
 from huatuo_jax.data.accounting import Account, placed
 from huatuo_jax.data.chat import ChatTemplate
+from huatuo_jax.data.chat_jinja import gives_the_tokens
 from huatuo_jax.data.readers import read_comparisons, read_prompts
 from huatuo_jax.data.tokenizer_template import TokenizerTemplate
 from huatuo_jax.data.tokenizing import tokenizer_hash
@@ -105,10 +106,25 @@ def check_inputs(cfg: RlaifConfig, workdir: str | os.PathLike[str], wanted: set[
         )
     if "export" in wanted:
         sharding.host_mesh()  # Without a CPU the last stage but one would fail.
+        _tell_other_tokens(template, tokenizer, model.cfg)
     for name, section in (("sft", cfg.sft), ("reward", cfg.reward), ("ppo", cfg.ppo)):
         if name in wanted:
             rows = f"config.{name}.micro_batch_size"
             check_rows(section.rows_at_once, name=rows, mesh=section.mesh.make())
+
+
+def _tell_other_tokens(
+    template: ChatTemplate, tokenizer: PreTrainedTokenizerBase, cfg: BackboneConfig
+) -> None:
+    """Says where the exported chat template will not give all tokens of training."""
+    exported = exported_tokenizer(template, tokenizer, model_type=exported_layout(cfg))
+    if multi_host.is_first() and not gives_the_tokens(template, exported):
+        print(
+            f"export: with this tokenizer ({type(tokenizer).__name__}) the chat template "
+            f"{template.name!r} gives the text of training, but tokens that reach over the border "
+            "of two turns; config.sft.data.template=chatml or tokenizer gives the same tokens",
+            flush=True,
+        )
 
 
 def _makers(wanted: set[str]) -> dict[str, str]:
