@@ -97,12 +97,7 @@ def adapted(config: RlaifConfig) -> RlaifConfig:
     trained = config.trained or size.trained
     recipe = _sized(paper_recipe(name, template=template), architecture, size)
     if trained == "adapters":
-        recipe = with_adapters(recipe, LORA, rows_at_once=1, slots=16)
-        recipe = replaced(
-            recipe,
-            {f"{stage}.micro_batch_size": None for stage in ("sft", "reward", "ppo")}
-            | {"ppo.rollout.slots": None},
-        )
+        recipe = with_adapters(recipe, LORA)
     model = dataclasses.replace(model, lora=recipe.sft.model.lora)
     data = dataclasses.replace(recipe.sft.data, sources=config.sft.data.sources)
     prompts = dataclasses.replace(config.prompts, limit=config.prompts.limit or size.prompts)
