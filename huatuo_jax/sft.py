@@ -41,6 +41,12 @@ from huatuo_jax.training.initial_model import (
 )
 from huatuo_jax.training.loop import Job, LoopConfig, StepReport, step_numbers, train
 from huatuo_jax.training.losses import hidden_of, next_tokens, sums_by_kind, token_scores
+from huatuo_jax.training.micro_batch import (
+    MicroBatchSize,
+    check_micro_batch_size,
+    most_rows_at_once,
+    settle,
+)
 from huatuo_jax.training.optimizer import OptimizerConfig, make_optimizer
 from huatuo_jax.training.run_directory import (
     StageDirectory,
@@ -51,7 +57,7 @@ from huatuo_jax.training.run_directory import (
     operational,
 )
 from huatuo_jax.training.state import TrainState, Variables
-from huatuo_jax.training.step import Step, abstract_batch, make_step
+from huatuo_jax.training.step import Step, abstract_batch, make_step, update_program
 from huatuo_jax.training.throughput import ModelFlops
 from huatuo_jax.training.update import Batch, LossSums
 
@@ -73,8 +79,8 @@ class SftConfig:
         num_epochs: passes over the mixture.
         num_steps: optimizer steps instead, where given.
         batch_size: rows of an optimizer step, on all devices together.
-        micro_batch_size: rows that go through the model at once, on all devices together; None
-            for all of them.
+        micro_batch_size: rows that go through the model at once, on all devices together; `auto`
+            for as many as fit the devices' memory (all of them on CPU), None for all of them.
         seed: of fresh weights, of the mixture and of its order.
         compute: how a step is computed.
         mesh: how the devices are divided.
@@ -89,7 +95,7 @@ class SftConfig:
     num_epochs: int = 3
     num_steps: int | None = None
     batch_size: int = 128
-    micro_batch_size: int | None = operational(None)
+    micro_batch_size: MicroBatchSize = operational("auto")
     seed: int = 0
     compute: ComputeSection = ComputeSection()
     mesh: MeshConfig = operational(MeshConfig())
@@ -98,19 +104,18 @@ class SftConfig:
 
     def __post_init__(self) -> None:
         """Raise ValueError for a size that cannot be."""
-        for name in ("num_epochs", "num_steps", "batch_size", "micro_batch_size"):
+        for name in ("num_epochs", "num_steps", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value!r} must be at least 1")
-        if self.batch_size % self.rows_at_once:
-            raise ValueError(
-                f"micro_batch_size={self.micro_batch_size} must divide batch_size={self.batch_size}"
-            )
+        check_micro_batch_size(
+            self.micro_batch_size, self.batch_size, name=f"batch_size={self.batch_size}"
+        )
 
     @property
     def rows_at_once(self) -> int:
-        """Rows that go through the model together."""
-        return self.micro_batch_size or self.batch_size
+        """Rows that go through the model together; at most, where `auto` is not settled yet."""
+        return most_rows_at_once(self.micro_batch_size, self.batch_size)
 
 
 def run_sft(config: SftConfig, workdir: str | os.PathLike[str]) -> dict[str, Any]:
@@ -156,8 +161,9 @@ def run_sft(config: SftConfig, workdir: str | os.PathLike[str]) -> dict[str, Any
         return result
     if data.account is not None:
         report_data(directory, data.account)
+    cfg, step = settled_step(cfg, model, data, mesh)
     samples = _samples(cfg, model, data, tokenizer, mesh, directory)
-    job = _job(cfg, model, data, directory, decisive, mesh, samples)
+    job = _job(cfg, step, model, data, directory, decisive, mesh, samples)
     state, evaluation = train(job, cfg.loop)
     place = directory.folder / MODEL_FOLDER
     model.save(state.variables, place, template=template, tokenizer=tokenizer)
@@ -209,6 +215,22 @@ def sft_step(cfg: SftConfig, model: InitialModel, mesh: Mesh, *, num_steps: int)
         model.abstract_state(optimizer, mesh),
         mesh,
         num_micro_batches=cfg.batch_size // cfg.rows_at_once,
+    )
+
+
+def settled_step(
+    cfg: SftConfig, model: InitialModel, data: DialogueData, mesh: Mesh
+) -> tuple[SftConfig, Step]:
+    """The settings of a run with a number for `micro_batch_size`, and its step; see `settle`."""
+    num_steps = _num_steps(cfg, data)
+    batch = abstract_rows(cfg, mesh)
+    return settle(
+        cfg,
+        stage=STAGE,
+        rows=cfg.batch_size,
+        mesh=mesh,
+        make=lambda cfg: sft_step(cfg, model, mesh, num_steps=num_steps),
+        programs=lambda step: [update_program(STAGE, step, batch, mesh)],
     )
 
 
@@ -331,8 +353,13 @@ def _samples(
     )
 
 
+def _num_steps(cfg: SftConfig, data: DialogueData) -> int:
+    return cfg.num_steps or -(-data.train.first_row(cfg.num_epochs) // cfg.batch_size)
+
+
 def _job(
     cfg: SftConfig,
+    step: Step,
     model: InitialModel,
     data: DialogueData,
     directory: StageDirectory,
@@ -340,8 +367,6 @@ def _job(
     mesh: Mesh,
     samples: Samples | None,
 ) -> Job:
-    num_steps = cfg.num_steps or -(-data.train.first_row(cfg.num_epochs) // cfg.batch_size)
-    step = sft_step(cfg, model, mesh, num_steps=num_steps)
     evaluate = None
     if data.held_out is not None:
         measure = make_evaluate(
@@ -354,7 +379,7 @@ def _job(
     return Job(
         directory=directory,
         decisive=decisive,
-        num_steps=num_steps,
+        num_steps=_num_steps(cfg, data),
         mesh=mesh,
         make_state=lambda: model.make_state(jax.random.key(cfg.seed), step.optimizer, mesh),
         abstract_state=step.state,

@@ -1,6 +1,7 @@
 """The stage as a user runs it: sample data, a model to start from, a folder with the results."""
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -14,6 +15,7 @@ import pytest
 import torch
 import transformers
 
+from huatuo_jax import sharding
 from huatuo_jax.backbone.config import BackboneConfig
 from huatuo_jax.backbone.lora import LoraConfig
 from huatuo_jax.backbone.transformer import Transformer
@@ -27,13 +29,16 @@ from huatuo_jax.data.held_out import HeldOutConfig
 from huatuo_jax.data.readers import read_dialogues
 from huatuo_jax.data.records import KINDS
 from huatuo_jax.generation.samples import SamplesConfig, read_samples
-from huatuo_jax.sft import SftConfig, clinic_sources, run_sft
+from huatuo_jax.sft import SftConfig, abstract_rows, clinic_sources, run_sft, sft_step
 from huatuo_jax.sharding import MeshConfig
 from huatuo_jax.training.dialogue_data import DataConfig, SourceConfig
-from huatuo_jax.training.initial_model import ModelConfig
+from huatuo_jax.training.initial_model import ModelConfig, open_model
 from huatuo_jax.training.loop import LoopConfig
 from huatuo_jax.training.metrics import read_rows
 from huatuo_jax.training.optimizer import OptimizerConfig
+from huatuo_jax.training.programs import MEMORY_VARIABLE
+from huatuo_jax.training.step import update_program
+from tests import made_up_memory
 
 ROOT = pathlib.Path(__file__).parents[1]
 TOKENIZER = str(sample.FOLDER / "tokenizer")
@@ -178,6 +183,46 @@ def test_settings_of_the_machine_may_change(trained, cache):
     )
     # One key/value head does not divide over two tensor shards: but nothing is run again.
     assert run_sft(config, workdir) == result
+
+
+def test_auto_takes_the_most_rows_that_fit_and_changes_no_number(
+    cache, tmp_path, monkeypatch, capsys, caplog
+):
+    make_mesh = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
+    monkeypatch.setattr(sharding, "make_mesh", lambda *, devices=None, **axes: make_mesh(**axes))
+    small = {"num_steps": 2, "batch_size": 4, "samples.num_prompts": 0, "loop.evaluate_every": 2}
+    config = replaced(_config(cache), small)
+    model = open_model(config.model, config.compute.compute_config())
+    mesh = config.mesh.make()
+
+    def programs(size):
+        step = sft_step(replaced(config, {"micro_batch_size": size}), model, mesh, num_steps=2)
+        return [update_program("sft", step, abstract_rows(config, mesh), mesh)]
+
+    expected = run_sft(config, tmp_path / "whole")
+    made_up_memory.make_up(monkeypatch, programs_of=programs, fits=2, too_large=4)
+    capsys.readouterr()
+    jax.config.update("jax_log_compiles", True)
+    try:
+        found = run_sft(config, tmp_path / "auto")
+    finally:
+        jax.config.update("jax_log_compiles", False)
+    assert made_up_memory.told("sft", size=2, rows=4) in capsys.readouterr().err
+    # The program that was tried is the one that runs, and is compiled once.
+    compiled = [one for one in caplog.messages if "XLA compilation of jit(update)" in one]
+    assert len(compiled) == len({4, 1, 2})
+    assert found == pytest.approx(expected, rel=1e-5)
+    losses = [
+        [row["train/loss"] for row in read_rows(tmp_path / run / "sft" / "metrics.jsonl")[:2]]
+        for run in ("auto", "whole")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    settings = json.loads((tmp_path / "auto" / "config.json").read_text())["sft"]
+    assert settings["settings"]["micro_batch_size"] == "auto"
+    # Another start may choose another: with a memory for less, or for all.
+    monkeypatch.setenv(MEMORY_VARIABLE, "1000")
+    longer = replaced(config, {"num_steps": 2, "loop.log_every": 1})
+    assert run_sft(longer, tmp_path / "auto") == found
 
 
 def _changed(cache, path, value):

@@ -1,30 +1,21 @@
 """A program compiled for a slice, and all that is told of it."""
 
 import dataclasses
-import re
 import time
 from typing import Any
-
-import jax
 
 from huatuo_jax.compiling import collectives as collecting
 from huatuo_jax.compiling import hlo
 from huatuo_jax.compiling.collectives import Collective, Total
 from huatuo_jax.compiling.costs import Costs, costs_of
 from huatuo_jax.compiling.kernels import cudnn_calls, splash_calls
-from huatuo_jax.compiling.memory import (
-    Buffer,
-    Memory,
-    largest_arguments,
-    largest_values,
-    memory_of,
-)
+from huatuo_jax.compiling.memory import Buffer, largest_arguments, largest_values
 from huatuo_jax.compiling.programs import Program
 from huatuo_jax.compiling.roofline import Roofline, roofline, seconds_of
 from huatuo_jax.compiling.topology import Slice
+from huatuo_jax.training.programs import Memory, TooLarge, memory_of
 
 _NUM_BUFFERS = 8
-_TOO_LARGE = re.compile(r"RESOURCE_EXHAUSTED|[Rr]an out of memory")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,14 +102,12 @@ def compile_program(program: Program, of: Slice) -> Analysis | Misfit:
     started = time.perf_counter()
     arguments = largest_arguments(program.arguments, _NUM_BUFFERS)
     try:
-        compiled = program.lower().compile()
-    except jax.errors.JaxRuntimeError as error:
-        if not _TOO_LARGE.search(str(error)):
-            raise ValueError(f"{program.name} cannot be compiled: {error}") from error
+        compiled = program.compile()
+    except TooLarge as error:
         return Misfit(
             program=program,
             seconds=time.perf_counter() - started,
-            message=_sentence(str(error)),
+            message=str(error),
             arguments=arguments,
             values=[],
             listed_on="",
@@ -153,8 +142,3 @@ def compile_program(program: Program, of: Slice) -> Analysis | Misfit:
         values=largest_values(module, _NUM_BUFFERS),
         advice=[],
     )
-
-
-def _sentence(message: str) -> str:
-    """The compiler's first line, without its code."""
-    return message.strip().splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ")

@@ -10,9 +10,8 @@ to Scale Your Model" (jax-ml.github.io/scaling-book/tpus): those of 16 chips whe
 
 import dataclasses
 
+from huatuo_jax.training.programs import GIB
 from huatuo_jax.training.throughput import PEAK_FLOPS
-
-GIB = 1 << 30
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

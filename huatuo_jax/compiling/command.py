@@ -14,12 +14,13 @@ import jax
 from huatuo_jax.atomic import write_file
 from huatuo_jax.backbone.config import Remat
 from huatuo_jax.compiling import report
-from huatuo_jax.compiling.advice import advice
 from huatuo_jax.compiling.analysis import Analysis, Misfit, compile_program
 from huatuo_jax.compiling.programs import Program
 from huatuo_jax.compiling.stages import TrainingConfig, programs_of
 from huatuo_jax.compiling.sweep import recommended, sweep, with_settings
 from huatuo_jax.compiling.topology import Slice, open_slice, prepare_environment
+from huatuo_jax.training.advice import advice
+from huatuo_jax.training.micro_batch import largest_that_fits, micro_batch_sizes, usable
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax")
 _ROOMY = "v5p"  # A chip of much memory, to list the values of what does not fit elsewhere.
@@ -65,10 +66,11 @@ def compile_config(
     """
     prepare_environment()
     of = open_slice(cfg.topology, num_slices=cfg.num_slices)
-    programs = _programs(config, cfg, of.devices)
+    config, compiled = _settled(config, cfg, of, tell)
     found = []
-    for program in programs:
-        result = _with_advice(compile_program(program, of), config, cfg, of)
+    for program in _programs(config, cfg, of.devices):
+        result = compiled.get(program.name) or compile_program(program, of)
+        result = _with_advice(result, config, cfg, of)
         for line in report.lines(result):
             tell(line)
         found.append(result)
@@ -147,6 +149,62 @@ def _programs(
     config: TrainingConfig, cfg: CompileConfig, devices: Sequence[jax.Device]
 ) -> list[Program]:
     return programs_of(config, devices, stages=cfg.stages, architecture=cfg.preset)
+
+
+def _settled(
+    config: TrainingConfig, cfg: CompileConfig, of: Slice, tell: Callable[[str], None]
+) -> tuple[TrainingConfig, dict[str, Analysis | Misfit]]:
+    """The config with what a run on the slice takes where `micro_batch_size` is `auto`.
+
+    Where nothing fits it is the smallest, whose program then shows what is too large.
+
+    Returns:
+        The config, and what was compiled of it meanwhile, by the program's name.
+    """
+    settled: dict[str, Analysis | Misfit] = {}
+    firsts = {one.stage: one for one in _programs(config, cfg, of.devices) if one.in_micro_batches}
+    for stage, first in firsts.items():
+        if getattr(config, stage).micro_batch_size != "auto":
+            continue
+        trial = _Trial(config, dataclasses.replace(cfg, stages=(stage,)), of)
+        sizes = micro_batch_sizes(first.rows, first.mesh)
+        found = largest_that_fits(sizes, trial.fits)
+        size = sizes[-1] if found is None else found
+        tell(
+            f"{stage}: micro_batch_size=auto: {size} of {first.rows} rows at once, "
+            + ("and not even so many fit" if found is None else "as a run here would take")
+        )
+        settled |= trial.results[size]
+        config = with_settings(config, stage, size, None)
+    return config, settled
+
+
+@dataclasses.dataclass(frozen=True)
+class _Trial:
+    """Compiles a stage with one micro-batch and another.
+
+    Attributes:
+        config: with the stage.
+        cfg: that asks for it alone.
+        of: the slice.
+        results: by micro-batch and program.
+    """
+
+    config: TrainingConfig
+    cfg: CompileConfig
+    of: Slice
+    results: dict[int, dict[str, Analysis | Misfit]] = dataclasses.field(default_factory=dict)
+
+    def fits(self, size: int) -> bool:
+        found = self.results[size] = {}
+        config = with_settings(self.config, self.cfg.stages[0], size, None)
+        for program in _programs(config, self.cfg, self.of.devices):
+            if not program.in_micro_batches:
+                continue
+            result = found[program.name] = compile_program(program, self.of)
+            if isinstance(result, Misfit) or result.memory.total > usable(result.memory.capacity):
+                return False
+        return True
 
 
 def _with_advice(

@@ -11,7 +11,8 @@ import dataclasses
 import importlib.metadata
 import re
 
-from huatuo_jax.compiling.chips import GIB, Chip
+from huatuo_jax.compiling.chips import Chip
+from huatuo_jax.training.programs import GIB
 from huatuo_jax.training.throughput import PEAK_FLOPS
 
 PLUGIN = "jax-cuda13-plugin"

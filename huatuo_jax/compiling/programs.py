@@ -5,54 +5,35 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
 from huatuo_jax.backbone.config import BackboneConfig
-from huatuo_jax.sharding import OnMesh, path_name
+from huatuo_jax.sharding import path_name
+from huatuo_jax.training.programs import StageProgram
 
 Devices = Sequence[jax.Device]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Program:
-    """One of them.
+class Program(StageProgram):
+    """A program, and what its work is measured by.
 
     Attributes:
-        name: `STAGE/FUNCTION`.
         does: a call, in words.
-        function: jitted.
-        arguments: abstract, with shardings.
-        beside: other abstract arrays that the stage holds meanwhile.
-        mesh: of the devices.
         backbone: of its model.
-        rows: of a call.
-        rows_at_once: of them, that go through the model together.
         tokens: that a call works on.
         model_flops: what the mathematics asks of a call, on all devices together.
-        attends: whether rows attend to themselves in it, by the attention kernel.
     """
 
-    name: str
     does: str
-    function: OnMesh
-    arguments: tuple[Any, ...]
-    beside: Any = ()
-    mesh: Mesh
     backbone: BackboneConfig
-    rows: int
-    rows_at_once: int
     tokens: int
     model_flops: float
-    attends: bool = True
 
-    @property
-    def stage(self) -> str:
-        """The section of the config that it belongs to."""
-        return self.name.split("/")[0]
-
-    def lower(self) -> jax.stages.Lowered:
-        """Trace it."""
-        return self.function.lower(*self.arguments)
+    @classmethod
+    def of(cls, program: StageProgram, **measured: Any) -> "Program":
+        """A stage's program with the other attributes."""
+        given = {one.name: getattr(program, one.name) for one in dataclasses.fields(StageProgram)}
+        return cls(**given, **measured)
 
     @property
     def stacked_shapes(self) -> set[tuple[int, ...]]:

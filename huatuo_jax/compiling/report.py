@@ -5,9 +5,9 @@ from typing import Any
 
 from huatuo_jax.compiling import units
 from huatuo_jax.compiling.analysis import Analysis, Misfit
-from huatuo_jax.compiling.chips import GIB
 from huatuo_jax.compiling.memory import Buffer
 from huatuo_jax.compiling.topology import Slice
+from huatuo_jax.training.programs import GIB
 
 
 def slice_fields(of: Slice) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from huatuo_jax.sft import SftConfig, abstract_rows, check_lengths, sft_step
 from huatuo_jax.stages import StagesConfig
 from huatuo_jax.training.evaluation import check_rows
 from huatuo_jax.training.initial_model import InitialModel, open_model
-from huatuo_jax.training.step import Step
+from huatuo_jax.training.step import Step, update_program
 from huatuo_jax.training.throughput import ModelFlops
 
 StageConfig = SftConfig | RewardConfig | DpoConfig
@@ -125,15 +125,10 @@ def _update(
 ) -> Program:
     """The optimizer step of a stage that has no other program."""
     rows, length = cfg.batch_size, cfg.data.row_length
-    return Program(
-        name=f"{stage}/update",
+    return Program.of(
+        update_program(stage, step, batch, mesh),
         does=f"one optimizer step on {rows} rows of {length} tokens",
-        function=step.update,
-        arguments=(step.state, batch),
-        mesh=mesh,
         backbone=model.cfg,
-        rows=rows,
-        rows_at_once=cfg.rows_at_once,
         tokens=rows * length,
         model_flops=model_flops,
     )

@@ -8,10 +8,10 @@ from huatuo_jax import sharding
 from huatuo_jax.backbone.config import Remat
 from huatuo_jax.compiling import units
 from huatuo_jax.compiling.analysis import Analysis, Misfit
-from huatuo_jax.compiling.chips import GIB
 from huatuo_jax.compiling.programs import Program
 from huatuo_jax.compiling.stages import TrainingConfig
 from huatuo_jax.config import replaced
+from huatuo_jax.training.programs import GIB
 
 # From what computes least to what holds least.
 REMAT: tuple[Remat, ...] = ("none", "outputs", "dots", "full")

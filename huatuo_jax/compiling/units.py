@@ -1,6 +1,6 @@
 """Numbers for a reader, in units of their size: what is not 0 does not look like it."""
 
-from huatuo_jax.compiling.chips import GIB
+from huatuo_jax.training.programs import GIB
 
 _COUNTS = ((1e15, " P"), (1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k"))
 _SECONDS = ((1.0, " s"), (1e-3, " ms"), (1e-6, " us"), (1e-9, " ns"))

@@ -21,6 +21,7 @@ from huatuo_jax.training.data_report import report_data
 from huatuo_jax.training.evaluation import check_rows, make_evaluate
 from huatuo_jax.training.initial_model import InitialModel, open_model
 from huatuo_jax.training.loop import Job, StepReport, host_share, step_numbers, train
+from huatuo_jax.training.micro_batch import settle
 from huatuo_jax.training.optimizer import make_optimizer
 from huatuo_jax.training.run_directory import (
     StageDirectory,
@@ -28,7 +29,7 @@ from huatuo_jax.training.run_directory import (
     begin_stage,
     identity,
 )
-from huatuo_jax.training.step import Step, abstract_batch, make_step
+from huatuo_jax.training.step import Step, abstract_batch, make_step, update_program
 from huatuo_jax.training.throughput import ModelFlops
 
 STAGE = "dpo"
@@ -144,7 +145,16 @@ def make_job(
     """The job of a run; no weights are read before the loop asks for them."""
     rows = ComparisonRows(comparisons.train, cfg.rows(shuffled=True))
     num_steps = cfg.num_steps or -(-rows.first_row(cfg.num_epochs) // cfg.batch_size)
-    step = dpo_step(cfg, model, mesh, num_steps=num_steps)
+    num_pairs = rows.most_pairs(num_steps * cfg.batch_size)
+    batch = abstract_rows(cfg, mesh, num_pairs=num_pairs)
+    cfg, step = settle(
+        cfg,
+        stage=STAGE,
+        rows=cfg.batch_size,
+        mesh=mesh,
+        make=lambda cfg: dpo_step(cfg, model, mesh, num_steps=num_steps),
+        programs=lambda step: [update_program(STAGE, step, batch, mesh)],
+    )
     evaluate = None
     if comparisons.held_out:
         held_out = ComparisonRows(comparisons.held_out, cfg.rows(shuffled=False))
@@ -173,7 +183,7 @@ def make_job(
         batches=ComparisonBatches(
             rows,
             batch_size=cfg.batch_size,
-            num_pairs=rows.most_pairs(num_steps * cfg.batch_size),
+            num_pairs=num_pairs,
             share=host_share(mesh),
         ),
         report=functools.partial(report_step, flops=flops),

@@ -9,6 +9,11 @@ from huatuo_jax.ppo.prompts import PromptsConfig
 from huatuo_jax.rl.rewards import AnswerScoreConfig
 from huatuo_jax.sharding import MeshConfig
 from huatuo_jax.training.initial_model import ComputeSection, ModelConfig
+from huatuo_jax.training.micro_batch import (
+    MicroBatchSize,
+    check_micro_batch_size,
+    most_rows_at_once,
+)
 from huatuo_jax.training.optimizer import OptimizerConfig
 from huatuo_jax.training.run_directory import operational
 
@@ -198,7 +203,9 @@ class PpoConfig:
         stop_at_kl: the passes over a rollout end before a step whose minibatch has a larger
             approximate KL (k3, nats a token) from the policy that sampled; None for no bound. The
             schedules of the learning rates count the steps that are left out.
-        micro_batch_size: rows that go through a model at once; None for a whole minibatch.
+        micro_batch_size: rows that go through a model at once, on all devices together; `auto`
+            for as many as fit the devices' memory with every model of the run (a whole minibatch
+            on CPU), None for a whole minibatch.
         packed: lay several answers of a minibatch into a row, which changes rounding only.
         seed: of everything random.
         compute: how a pass is computed.
@@ -234,7 +241,7 @@ class PpoConfig:
     num_epochs: int = 3
     num_minibatches: int = 1
     stop_at_kl: float | None = None
-    micro_batch_size: int | None = operational(None)
+    micro_batch_size: MicroBatchSize = operational("auto")
     packed: bool = operational(True)
     seed: int = 0
     compute: ComputeSection = ComputeSection()
@@ -244,7 +251,7 @@ class PpoConfig:
 
     def __post_init__(self) -> None:
         """Raise ValueError for a number that cannot be, or settings that contradict each other."""
-        for name in ("num_iterations", "num_epochs", "num_minibatches", "micro_batch_size"):
+        for name in ("num_iterations", "num_epochs", "num_minibatches"):
             _require_positive(name, getattr(self, name), whole=True)
         for name in ("target_kl_per_sequence", "stop_at_kl", "clip_high"):
             _require_positive(name, getattr(self, name))
@@ -272,11 +279,8 @@ class PpoConfig:
                 f"num_minibatches={self.num_minibatches} must divide the {answers} answers of an "
                 "iteration (rollout.num_prompts * rollout.answers_per_prompt)"
             )
-        if self.minibatch_size % self.rows_at_once:
-            raise ValueError(
-                f"micro_batch_size={self.micro_batch_size} must divide the {self.minibatch_size} "
-                "rows of a minibatch"
-            )
+        rows = self.minibatch_size
+        check_micro_batch_size(self.micro_batch_size, rows, name=f"the {rows} rows of a minibatch")
 
     def _check_estimator(self) -> None:
         if self.has_critic:
@@ -349,8 +353,8 @@ class PpoConfig:
 
     @property
     def rows_at_once(self) -> int:
-        """Rows that go through a model together."""
-        return self.micro_batch_size or self.minibatch_size
+        """Rows that go through a model together; at most, where `auto` is not settled yet."""
+        return most_rows_at_once(self.micro_batch_size, self.minibatch_size)
 
     @property
     def max_length(self) -> int:

@@ -17,6 +17,7 @@ from huatuo_jax.ppo.held_out import (
 )
 from huatuo_jax.ppo.job import check_policy, make_job
 from huatuo_jax.ppo.loop import train
+from huatuo_jax.ppo.programs import abstract_roles, micro_batch_programs
 from huatuo_jax.ppo.prompts import open_prompts
 from huatuo_jax.ppo.roles import open_critic, open_reward_model
 from huatuo_jax.ppo.rollout import AnswerScorer, LengthScorer
@@ -24,6 +25,7 @@ from huatuo_jax.progress import tell
 from huatuo_jax.training.data_report import report_data
 from huatuo_jax.training.evaluation import check_rows
 from huatuo_jax.training.initial_model import open_model
+from huatuo_jax.training.micro_batch import settle
 from huatuo_jax.training.run_directory import all_fields, begin_stage, identity
 from huatuo_jax.training.state import Variables
 from huatuo_jax.training.throughput import ModelFlops
@@ -99,6 +101,20 @@ def run_ppo(config: PpoConfig, workdir: str | os.PathLike[str]) -> dict[str, Any
         return result
     report_data(directory, prompts.account)
     by_length = cfg.score.of == "length"
+    cfg, _ = settle(
+        cfg,
+        stage=STAGE,
+        rows=cfg.minibatch_size,
+        mesh=mesh,
+        make=functools.partial(
+            abstract_roles,
+            policy=policy,
+            critic=critic,
+            rewarding=None if by_length else reward.info.cfg,
+            mesh=mesh,
+        ),
+        programs=micro_batch_programs,
+    )
 
     def make_scorer() -> AnswerScorer:
         if by_length:

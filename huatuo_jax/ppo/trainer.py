@@ -156,13 +156,16 @@ class Trainer:
         empty = dict.fromkeys(NUMBERS_OF_TOKENS, zeros_NT)
         for layout in minibatches:
             rows = self._placed(rollout.rows | empty, layout)
-            policy = self._policy_pass(state, rows, differentiate=False)
-            reference = self._policy_pass(state, rows, differentiate=False, trained=self.reference)
-            layout.unpack(policy.outputs["log_probs"], found["log_probs"])
-            layout.unpack(reference.outputs["log_probs"], found["reference"])
+            # Of each pass the outputs alone are held: its gradients take as much memory as a model.
+            policy = self._policy_pass(state, rows, differentiate=False).outputs
+            reference = self._policy_pass(
+                state, rows, differentiate=False, trained=self.reference
+            ).outputs
+            layout.unpack(policy["log_probs"], found["log_probs"])
+            layout.unpack(reference["log_probs"], found["reference"])
             if self.value is not None:
-                critic = self._value_pass(state, rows, differentiate=False)
-                for name, values_BT in critic.outputs.items():
+                critic = self._value_pass(state, rows, differentiate=False).outputs
+                for name, values_BT in critic.items():
                     layout.unpack(values_BT, found[name])
         return Experience(
             token_ids_NT=rollout.rows["token_ids"],
@@ -210,12 +213,14 @@ class Trainer:
                 policy, metrics = self.policy.apply(state.policy, found.sums, found.gradients)
                 sums.policy.append(metrics)
                 state = dataclasses.replace(state, policy=policy)
+                del found  # Its gradients, before the critic makes its own.
             if self.value is not None:
                 found = self._value_pass(state, minibatch, differentiate=True)
                 assert state.value is not None
                 value, metrics = self.value.apply(state.value, found.sums, found.gradients)
                 sums.value.append(metrics)
                 state = dataclasses.replace(state, value=value)
+                del found
         return state, sums.on_host()
 
     def _is_too_far(self, found: Pass) -> bool:

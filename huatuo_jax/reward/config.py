@@ -7,6 +7,11 @@ from huatuo_jax.comparisons.rows import Denominator, RowsConfig
 from huatuo_jax.sharding import MeshConfig
 from huatuo_jax.training.initial_model import ComputeSection, ModelConfig
 from huatuo_jax.training.loop import LoopConfig
+from huatuo_jax.training.micro_batch import (
+    MicroBatchSize,
+    check_micro_batch_size,
+    most_rows_at_once,
+)
 from huatuo_jax.training.optimizer import OptimizerConfig
 from huatuo_jax.training.run_directory import operational
 
@@ -52,7 +57,8 @@ class RewardConfig:
         num_epochs: passes over the comparisons.
         num_steps: optimizer steps instead, where given.
         batch_size: rows of an optimizer step, on all devices together.
-        micro_batch_size: rows that go through the model at once; None for all of them.
+        micro_batch_size: rows that go through the model at once, on all devices together; `auto`
+            for as many as fit the devices' memory (all of them on CPU), None for all of them.
         denominator: what a step's loss is divided by: its `pairs`, or its `prompts`, where all
             pairs of a prompt together weigh as much as the one pair of another.
         margin_scale: factor of the labels' margins (the chosen answer's score less the rejected
@@ -75,7 +81,7 @@ class RewardConfig:
     num_epochs: int = 1
     num_steps: int | None = None
     batch_size: int = 64
-    micro_batch_size: int | None = operational(None)
+    micro_batch_size: MicroBatchSize = operational("auto")
     denominator: Denominator = "pairs"
     margin_scale: float = 0.0
     centring: float = 0.0
@@ -89,7 +95,7 @@ class RewardConfig:
 
     def __post_init__(self) -> None:
         """Raise ValueError for a number that cannot be."""
-        for name in ("num_epochs", "num_steps", "batch_size", "micro_batch_size"):
+        for name in ("num_epochs", "num_steps", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value!r} must be at least 1")
@@ -101,17 +107,16 @@ class RewardConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be 0 or more")
         if not 0 < self.head_init < float("inf"):
             raise ValueError(f"head_init={self.head_init!r} must be above 0")
-        if self.batch_size % self.rows_at_once:
-            raise ValueError(
-                f"micro_batch_size={self.micro_batch_size} must divide batch_size={self.batch_size}"
-            )
+        check_micro_batch_size(
+            self.micro_batch_size, self.batch_size, name=f"batch_size={self.batch_size}"
+        )
         if self.head_only and self.model.lora is not None:
             raise ValueError("head_only=True needs model.lora=None: adapters would not be trained")
 
     @property
     def rows_at_once(self) -> int:
-        """Rows that go through the model together."""
-        return self.micro_batch_size or self.batch_size
+        """Rows that go through the model together; at most, where `auto` is not settled yet."""
+        return most_rows_at_once(self.micro_batch_size, self.batch_size)
 
     def rows(self, *, shuffled: bool) -> RowsConfig:
         """How comparisons become rows, to train on or to evaluate."""

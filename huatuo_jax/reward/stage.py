@@ -42,6 +42,7 @@ from huatuo_jax.training.data_report import report_data
 from huatuo_jax.training.evaluation import check_rows, make_evaluate
 from huatuo_jax.training.initial_model import InitialModel, ModelConfig, open_model
 from huatuo_jax.training.loop import Job, StepReport, host_share, step_numbers, train
+from huatuo_jax.training.micro_batch import settle
 from huatuo_jax.training.optimizer import make_optimizer
 from huatuo_jax.training.run_directory import (
     StageDirectory,
@@ -49,7 +50,7 @@ from huatuo_jax.training.run_directory import (
     begin_stage,
     identity,
 )
-from huatuo_jax.training.step import Step, abstract_batch, make_step
+from huatuo_jax.training.step import Step, abstract_batch, make_step, update_program
 from huatuo_jax.training.throughput import ModelFlops
 
 STAGE = "reward"
@@ -103,7 +104,10 @@ def run_reward(config: RewardConfig, workdir: str | os.PathLike[str]) -> dict[st
     if sft_answers is not None and multi_host.is_first():
         for line in account.lines():
             print(f"{STAGE}: for the normalization: {line}", flush=True)
-    state, evaluation = train(_job(cfg, model, comparisons, directory, decisive, mesh), cfg.loop)
+    rows = ComparisonRows(comparisons.train, cfg.rows(shuffled=True))
+    cfg, step = settled_step(cfg, model, rows, mesh)
+    job = _job(cfg, step, model, rows, comparisons.held_out, directory, decisive, mesh)
+    state, evaluation = train(job, cfg.loop)
     place = directory.folder / MODEL_FOLDER
     model.save(state.variables, place, template=template, tokenizer=tokenizer)
     scorer = Scorer(
@@ -160,6 +164,22 @@ def reward_step(cfg: RewardConfig, model: InitialModel, mesh: Mesh, *, num_steps
     )
 
 
+def settled_step(
+    cfg: RewardConfig, model: InitialModel, rows: ComparisonRows, mesh: Mesh
+) -> tuple[RewardConfig, Step]:
+    """The settings of a run with a number for `micro_batch_size`, and its step; see `settle`."""
+    num_steps = _num_steps(cfg, rows)
+    batch = abstract_rows(cfg, mesh, num_pairs=rows.most_pairs(num_steps * cfg.batch_size))
+    return settle(
+        cfg,
+        stage=STAGE,
+        rows=cfg.batch_size,
+        mesh=mesh,
+        make=lambda cfg: reward_step(cfg, model, mesh, num_steps=num_steps),
+        programs=lambda step: [update_program(STAGE, step, batch, mesh)],
+    )
+
+
 def abstract_rows(
     cfg: RewardConfig, mesh: Mesh, *, num_pairs: int
 ) -> dict[str, jax.ShapeDtypeStruct]:
@@ -194,20 +214,24 @@ def report_step(metrics: Mapping[str, np.ndarray], *, flops: ModelFlops) -> Step
     return StepReport(fields, tokens, tokens, step_flops)
 
 
+def _num_steps(cfg: RewardConfig, rows: ComparisonRows) -> int:
+    return cfg.num_steps or -(-rows.first_row(cfg.num_epochs) // cfg.batch_size)
+
+
 def _job(
     cfg: RewardConfig,
+    step: Step,
     model: InitialModel,
-    comparisons: Comparisons,
+    rows: ComparisonRows,
+    held_out_groups: Sequence[Group],
     directory: StageDirectory,
     decisive: dict[str, Any],
     mesh: Mesh,
 ) -> Job:
-    rows = ComparisonRows(comparisons.train, cfg.rows(shuffled=True))
-    num_steps = cfg.num_steps or -(-rows.first_row(cfg.num_epochs) // cfg.batch_size)
-    step = reward_step(cfg, model, mesh, num_steps=num_steps)
+    num_steps = _num_steps(cfg, rows)
     evaluate = None
-    if comparisons.held_out:
-        held_out = ComparisonRows(comparisons.held_out, cfg.rows(shuffled=False))
+    if held_out_groups:
+        held_out = ComparisonRows(held_out_groups, cfg.rows(shuffled=False))
         end_row = held_out.first_row(1)
         evaluate = make_evaluate(
             lambda variables, batch: step.loss(variables, batch).others,

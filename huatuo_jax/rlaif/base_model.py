@@ -208,12 +208,7 @@ def _recipe_of(config: Config) -> RlaifConfig:
     if template.default_system != type(template)().default_system:  # An export's own.
         found = replaced(found, {"sft.data.default_system": template.default_system})
     if (config.trained or size.trained) == "adapters":
-        found = with_adapters(found, LORA, rows_at_once=1, slots=16)
-        found = replaced(
-            found,
-            {f"{stage}.micro_batch_size": None for stage in _TRAINING}
-            | {"ppo.rollout.slots": None},
-        )
+        found = with_adapters(found, LORA)
     model = dataclasses.replace(model, lora=found.sft.model.lora)
     return replaced(found, {"sft.model": model, "prompts.limit": size.prompts})
 

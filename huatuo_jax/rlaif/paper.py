@@ -6,6 +6,7 @@ by the same group, and where nothing is published, choices of this project, mark
 """
 
 import dataclasses
+from typing import Literal
 
 from huatuo_jax.backbone.lora import LoraConfig
 from huatuo_jax.comparisons.data import ComparisonsConfig, ComparisonSource
@@ -66,7 +67,11 @@ def paper_recipe(directory: str, *, template: str = "huatuogpt", tensor: int = 8
 
 
 def with_adapters(
-    recipe: RlaifConfig, lora: LoraConfig, *, rows_at_once: int, slots: int
+    recipe: RlaifConfig,
+    lora: LoraConfig,
+    *,
+    rows_at_once: int | Literal["auto"] = "auto",
+    slots: int | None = None,
 ) -> RlaifConfig:
     """The recipe with adapters in place of all weights, for a single device of much memory.
 
@@ -76,7 +81,8 @@ def with_adapters(
     Args:
         recipe: with all weights trained.
         lora: the adapters of every model.
-        rows_at_once: rows of 2,048 tokens that go through a model together.
+        rows_at_once: rows of 2,048 tokens that go through a model together; `auto` for as many as
+            fit the device's memory.
         slots: answers of a rollout that are decoded at once; their keys and values take memory.
     """
 
@@ -87,6 +93,8 @@ def with_adapters(
         return dataclasses.replace(optimizer, learning_rate=rate, weight_decay=0.0)
 
     sft, reward, ppo = recipe.sft, recipe.reward, recipe.ppo
+    # Its rows are four times as long.
+    of_reward = rows_at_once if rows_at_once == "auto" else max(rows_at_once // 4, 1)
     critic = dataclasses.replace(
         ppo.value,
         start="shared",
@@ -105,7 +113,7 @@ def with_adapters(
             reward,
             model=adapted(reward.model),
             optimizer=at_rate(reward.optimizer, 1e-4),
-            micro_batch_size=max(rows_at_once // 4, 1),
+            micro_batch_size=of_reward,
         ),
         ppo=dataclasses.replace(
             ppo,

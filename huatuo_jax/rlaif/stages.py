@@ -24,7 +24,7 @@ from huatuo_jax.report.page import write_report
 from huatuo_jax.reward.stage import run_reward
 from huatuo_jax.rlaif.config import LABELS_FILE, RlaifConfig
 from huatuo_jax.rlaif.export import RELEASE_FILE, choose_policy, run_export
-from huatuo_jax.sft import run_sft
+from huatuo_jax.sft import run_sft, settled_step
 from huatuo_jax.training.dialogue_data import open_dialogues
 from huatuo_jax.training.initial_model import open_model
 from huatuo_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -208,13 +208,16 @@ def _evaluation(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:
                 seed=cfg.sft.seed,
                 default_cache=workdir / "data",
             )
+        mesh = cfg.sft.mesh.make()
+        # As many rows as fine-tuning evaluated, so that its figures come out the same.
+        sft, _ = settled_step(cfg.sft, model, data, mesh)
         found = run_evaluation(
             section,
             workdir / "evaluation",
             data=data,
             compute=cfg.sft.compute.compute_config(),
-            mesh=cfg.sft.mesh.make(),
-            loss_rows=cfg.sft.rows_at_once,
+            mesh=mesh,
+            loss_rows=sft.rows_at_once,
             loss_chunk=cfg.sft.compute.loss_chunk,
             rollout_temperature=cfg.ppo.rollout.temperature,
         )

@@ -7,13 +7,14 @@ import jax
 import pytest
 
 from huatuo_jax.compiling import report, topology, units
-from huatuo_jax.compiling.advice import advice
 from huatuo_jax.compiling.analysis import Analysis, Misfit
 from huatuo_jax.compiling.costs import Costs
-from huatuo_jax.compiling.memory import Memory, bytes_on_device, largest_arguments
+from huatuo_jax.compiling.memory import largest_arguments
 from huatuo_jax.compiling.roofline import Roofline
 from huatuo_jax.compiling.stages import programs_of
 from huatuo_jax.compiling.sweep import REMAT, micro_batches, recommended, sweep, with_settings
+from huatuo_jax.training.advice import advice
+from huatuo_jax.training.programs import Memory, bytes_on_device
 from tests.compiling.small import small_sft
 
 GIB = 1 << 30

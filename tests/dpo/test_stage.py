@@ -22,12 +22,14 @@ from huatuo_jax.comparisons.data import ComparisonsConfig, ComparisonSource, ope
 from huatuo_jax.config import replaced
 from huatuo_jax.data.held_out import HeldOutConfig
 from huatuo_jax.dpo.config import DpoConfig
-from huatuo_jax.dpo.stage import run_dpo
+from huatuo_jax.dpo.stage import abstract_rows, dpo_step, run_dpo
 from huatuo_jax.scoring import GivenAnswer, Scorer
-from huatuo_jax.training.initial_model import ModelConfig
+from huatuo_jax.training.initial_model import ModelConfig, open_model
 from huatuo_jax.training.loop import LoopConfig
 from huatuo_jax.training.metrics import is_time_field, read_rows
 from huatuo_jax.training.optimizer import OptimizerConfig
+from huatuo_jax.training.step import update_program
+from tests import made_up_memory
 from tests.comparisons.tiny import BACKBONE, TOKENIZER, comparisons, write_rows
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -75,6 +77,24 @@ def _config(files, *, head="lm", lora=None, **changed):
 def trained(files, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run")
     return workdir, run_dpo(_config(files), workdir)
+
+
+def test_auto_takes_the_most_rows_that_fit_and_changes_no_number(
+    trained, files, tmp_path, monkeypatch, capsys
+):
+    config = _config(files)
+    model = open_model(config.model, config.compute.compute_config())
+    mesh = config.mesh.make()
+    batch = abstract_rows(config, mesh, num_pairs=4)
+
+    def programs(size):
+        step = dpo_step(replaced(config, {"micro_batch_size": size}), model, mesh, num_steps=10)
+        return [update_program("dpo", step, batch, mesh)]
+
+    made_up_memory.make_up(monkeypatch, programs_of=programs, fits=2, too_large=4)
+    found = run_dpo(config, tmp_path)
+    assert made_up_memory.told("dpo", size=2, rows=4) in capsys.readouterr().err
+    assert found == pytest.approx(trained[1], rel=1e-3, abs=1e-4)  # Ten steps of rounding.
 
 
 def _margin(before, after, answers):

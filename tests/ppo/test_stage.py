@@ -35,6 +35,7 @@ from huatuo_jax.ppo.config import (
 )
 from huatuo_jax.ppo.job import critic_of
 from huatuo_jax.ppo.judging import JudgingConfig
+from huatuo_jax.ppo.programs import abstract_roles, micro_batch_programs
 from huatuo_jax.ppo.prompts import PromptsConfig, open_prompts
 from huatuo_jax.ppo.roles import open_critic, open_reward_model
 from huatuo_jax.ppo.stage import run_ppo
@@ -45,6 +46,7 @@ from huatuo_jax.scoring import GivenAnswer, Normalization, Scorer, save_normaliz
 from huatuo_jax.training.initial_model import ModelConfig, open_model
 from huatuo_jax.training.metrics import read_rows
 from huatuo_jax.training.optimizer import OptimizerConfig
+from tests import made_up_memory
 from tests.feedback.planted_server import KEY, MODEL, Planted, PlantedServer
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -202,6 +204,43 @@ def test_a_finished_stage_is_not_run_again_and_its_settings_stand(trained, files
     with pytest.raises(ValueError, match="kl_coef: saved 0.03, now 0.2"):
         run_ppo(_config(files, kl_coef=0.2), workdir)
     assert run_ppo(_config(files, micro_batch_size=1), workdir) == result
+
+
+def test_auto_takes_the_most_rows_that_fit_and_changes_no_number(
+    files, tmp_path, monkeypatch, capsys
+):
+    config = _config(files, num_minibatches=1, num_iterations=1)
+    policy = open_model(config.model, config.compute.compute_config())
+    tokenizer = load_tokenizer(TOKENIZER)
+    reward = open_reward_model(
+        config.reward_model, scale="stored", max_length=config.max_length, tokenizer=tokenizer
+    )
+    critic = open_critic(config, policy, reward)
+    mesh = config.mesh.make()
+
+    def programs(size):
+        cfg = dataclasses.replace(config, micro_batch_size=size)
+        roles = abstract_roles(
+            cfg, policy=policy, critic=critic, rewarding=reward.info.cfg, mesh=mesh
+        )
+        return micro_batch_programs(roles)
+
+    names = [one.name for one in programs(4)]
+    assert names == ["ppo/policy_pass", "ppo/value_pass", "ppo/score"]
+    run_ppo(config, tmp_path / "whole")
+    made_up_memory.make_up(monkeypatch, programs_of=programs, fits=2, too_large=4)
+    capsys.readouterr()
+    run_ppo(config, tmp_path / "auto")
+    assert made_up_memory.told("ppo", size=2, rows=4) in capsys.readouterr().err
+    found, expected = (
+        {
+            name: value
+            for name, value in read_rows(tmp_path / run / "ppo" / "metrics.jsonl")[0].items()
+            if name.startswith("ppo/")
+        }
+        for run in ("auto", "whole")
+    )
+    assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
 WAYS = {

@@ -25,12 +25,14 @@ from huatuo_jax.data import sample
 from huatuo_jax.data.held_out import HeldOutConfig
 from huatuo_jax.reward.answers import read_answers
 from huatuo_jax.reward.config import ProbeConfig, RewardConfig
-from huatuo_jax.reward.stage import run_reward
+from huatuo_jax.reward.stage import abstract_rows, open_backbone, reward_step, run_reward
 from huatuo_jax.scoring import load_normalization
 from huatuo_jax.training.initial_model import ComputeSection, ModelConfig, open_model
 from huatuo_jax.training.loop import LoopConfig
 from huatuo_jax.training.metrics import is_time_field, read_rows
 from huatuo_jax.training.optimizer import OptimizerConfig, make_optimizer
+from huatuo_jax.training.step import update_program
+from tests import made_up_memory
 from tests.comparisons.tiny import BACKBONE, TOKENIZER, comparisons, write_rows
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -106,6 +108,31 @@ def test_a_preference_that_is_there_is_learned_and_reported(trained):
     assert sum(account["used"].values()) == account["records"] == account["rows"]
     assert set(report["accuracy_by_turns"]) == {"1", "2 to 3"}
     assert (workdir / "reward" / "reward_reliability.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_auto_takes_the_most_rows_that_fit_and_changes_no_number(
+    trained, files, tmp_path, monkeypatch, capsys
+):
+    config = _config(files)
+    model = open_backbone(config, config.model)
+    mesh = config.mesh.make()
+    batch = abstract_rows(config, mesh, num_pairs=4)
+
+    def programs(size):
+        step = reward_step(replaced(config, {"micro_batch_size": size}), model, mesh, num_steps=12)
+        return [update_program("reward", step, batch, mesh)]
+
+    made_up_memory.make_up(monkeypatch, programs_of=programs, fits=4, too_large=8)
+    found = run_reward(config, tmp_path)
+    assert made_up_memory.told("reward", size=4, rows=8) in capsys.readouterr().err
+    numbers = {name: value for name, value in found.items() if not isinstance(value, str)}
+    expected = {name: trained[1][name] for name in numbers}
+    assert numbers == pytest.approx(expected, rel=1e-2, abs=1e-3)  # Twelve steps of rounding.
+    first = [
+        next(iter(read_rows(run / "reward" / "metrics.jsonl")))["train/loss"]
+        for run in (tmp_path, trained[0])
+    ]
+    assert first[0] == pytest.approx(first[1], rel=1e-5)
 
 
 def test_probes_are_reported_apart_and_change_nothing_else(trained, files, tmp_path, capsys):

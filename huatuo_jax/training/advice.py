@@ -1,18 +1,29 @@
 """What to change in a config whose program does not fit."""
 
+from typing import Protocol
+
 from huatuo_jax import sharding
-from huatuo_jax.compiling.chips import GIB
-from huatuo_jax.compiling.memory import bytes_on_device
-from huatuo_jax.compiling.programs import Program
-from huatuo_jax.dpo.config import DpoConfig
-from huatuo_jax.ppo.config import PpoConfig
-from huatuo_jax.reward.config import RewardConfig
-from huatuo_jax.sft import SftConfig
-
-StageConfig = SftConfig | RewardConfig | DpoConfig | PpoConfig
+from huatuo_jax.training.initial_model import ComputeSection, ModelConfig
+from huatuo_jax.training.programs import GIB, StageProgram, bytes_on_device
 
 
-def advice(program: Program, cfg: StageConfig, *, capacity: int) -> list[str]:
+class TrainingSection(Protocol):
+    """What the settings of all training stages have."""
+
+    @property
+    def model(self) -> ModelConfig:
+        """What is trained."""
+
+    @property
+    def compute(self) -> ComputeSection:
+        """How a step is computed."""
+
+    @property
+    def micro_batch_size(self) -> object:
+        """Rows that go through a model at once."""
+
+
+def advice(program: StageProgram, cfg: TrainingSection, *, capacity: int) -> list[str]:
     """The fields that would help, those first that cost least.
 
     Args:
@@ -53,11 +64,11 @@ def advice(program: Program, cfg: StageConfig, *, capacity: int) -> list[str]:
     return found
 
 
-def _of_engine(program: Program) -> bool:
+def _of_engine(program: StageProgram) -> bool:
     return program.name.endswith(("move", "decode", "prefill"))
 
 
-def _smaller_states(name: str, cfg: StageConfig, program: Program) -> list[str]:
+def _smaller_states(name: str, cfg: TrainingSection, program: StageProgram) -> list[str]:
     ways = []
     if program.mesh.shape["data"] > 1:
         ways.append(f"{name}.mesh.data=1 with more fsdp, as data holds copies")
