@@ -134,6 +134,7 @@ def answer_prompts(
         sampling=SamplingConfig(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature),
         seed=cfg.seed,
         chunk_size=cfg.chunk_size,
+        slots=cfg.slots,
         drop_oldest_turns=True,
         max_left_out_share=cfg.max_left_out_share,
         mesh=cfg.mesh,

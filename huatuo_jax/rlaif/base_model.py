@@ -11,14 +11,20 @@ Learning rates, and rows of an optimizer step or prompts of an iteration:
 
 Fine-tuning takes 3 epochs of rows of 2,048 tokens, and responses have up to 512; 512 and 128 for
 the smallest; never more than the model has positions for, and a quarter of a row for a response.
-The last line is `paper_recipe`, the one before it `with_adapters`; adapters of a smaller model have
-its rates, and the batches of their size. The others are choices of this project: rates that
-fine-tuning of such models commonly takes, and smaller batches for the smaller data that they see.
+The chat template is the tokenizer's own, if conversations can be trained in it: Qwen3's renders
+earlier answers otherwise than the last one. Else it is ChatML where the tokenizer has its tokens,
+and HuatuoGPT's where it has not.
+
+The last line of the table is `paper_recipe`, the one before it `with_adapters`; adapters of a
+smaller model have its rates, and the batches of their size. The others are choices of this project:
+rates that fine-tuning of such models commonly takes, and smaller batches for the smaller data that
+they see.
 """
 
 import dataclasses
 import math
-from typing import Literal, NamedTuple
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import jax
 
@@ -29,18 +35,44 @@ from huatuo_jax.backbone.transformer import init_params
 from huatuo_jax.checkpoint import models
 from huatuo_jax.checkpoint.tokenizer import load_tokenizer
 from huatuo_jax.config import replaced
+from huatuo_jax.data.chat_pieces import special_strings
 from huatuo_jax.data.held_out import HeldOutConfig
+from huatuo_jax.data.records import Message
+from huatuo_jax.data.templates import by_name
 from huatuo_jax.rlaif.config import RlaifConfig
 from huatuo_jax.rlaif.paper import paper_recipe, with_adapters
 from huatuo_jax.sharding import MeshConfig
 from huatuo_jax.training.initial_model import ComputeSection, ModelConfig
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 Trained = Literal["weights", "adapters"]
 FIRST = ("base_model", "trained")
 """Fields of a recipe that other fields' defaults follow from."""
 
+_CONVERSATION = 2 * [Message("user", "a"), Message("assistant", "b")]
+_CHATML_TOKENS = {"<|im_start|>", "<|im_end|>"}
+
 LORA = LoraConfig(rank=64, alpha=128.0)
 HELD_OUT = HeldOutConfig(share=0.1)
+
+
+class Hardware(NamedTuple):
+    """What fits some hardware, of a model whose card says so.
+
+    Attributes:
+        trained: weights or adapters.
+        rows_at_once: rows of fine-tuning and of PPO that go through a model together, on all
+            devices.
+        reward_rows_at_once: the same of the reward model's rows, which are four times as long.
+        slots: answers that are decoded at once; their keys and values take memory.
+    """
+
+    trained: Trained
+    rows_at_once: int
+    reward_rows_at_once: int
+    slots: int
 
 
 class Size(NamedTuple):
@@ -93,6 +125,57 @@ def adapted(config: RlaifConfig) -> RlaifConfig:
             raise ValueError(f"trained={config.trained!r} needs a base_model")
         return config
     architecture, model, template = _look_at(name, config.sft.model.tokenizer)
+    return _settled(config, architecture, model, template=template)
+
+
+def on_hardware(
+    config: RlaifConfig,
+    name: str,
+    *,
+    template: str,
+    hardware: str,
+    settings: Mapping[str, Hardware],
+) -> RlaifConfig:
+    """A recipe for a published base model on known hardware, for a card; nothing is downloaded.
+
+    As `adapted`, with what follows from the hardware's memory.
+
+    Args:
+        config: the recipe to start from.
+        name: of the base model, one that `checkpoint.models.architecture_of` knows.
+        template: the chat template's name.
+        hardware: one of the settings' names.
+        settings: by the hardware's name.
+
+    Raises:
+        ValueError: there are no settings for the hardware.
+    """
+    if hardware not in settings:
+        raise ValueError(f"hardware={hardware!r} must be one of {', '.join(settings)}")
+    found = settings[hardware]
+    config = dataclasses.replace(config, base_model=name, trained=found.trained)
+    recipe = _settled(
+        config, models.architecture_of(name), ModelConfig(directory=name), template=template
+    )
+    return replaced(
+        recipe,
+        {
+            "sft.micro_batch_size": found.rows_at_once,
+            "reward.micro_batch_size": found.reward_rows_at_once,
+            "ppo.micro_batch_size": found.rows_at_once,
+            "answers.slots": found.slots,
+            "ppo.rollout.slots": found.slots,
+            "evaluation.slots": found.slots,
+        },
+    )
+
+
+def _settled(
+    config: RlaifConfig, architecture: BackboneConfig, model: ModelConfig, *, template: str
+) -> RlaifConfig:
+    """The recipe with the settings that follow from a base model that is known."""
+    name = config.base_model
+    assert name is not None
     size = next(one for one in SIZES if num_parameters(architecture) <= one.up_to)
     trained = config.trained or size.trained
     recipe = _sized(paper_recipe(name, template=template), architecture, size)
@@ -143,8 +226,18 @@ def _look_at(name: str, tokenizer: str | None) -> tuple[BackboneConfig, ModelCon
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise type(error)(f"config.base_model={name!r}: {reason}") from error
-    template = "tokenizer" if source.chat_template else "huatuogpt"
-    return architecture, ModelConfig(directory=name), template
+    return architecture, ModelConfig(directory=name), _template_of(source)
+
+
+def _template_of(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """The tokenizer's own template where conversations can be trained in it."""
+    if tokenizer.chat_template is None:
+        return "huatuogpt"
+    try:
+        by_name("tokenizer").render(_CONVERSATION, tokenizer)
+    except ValueError:
+        return "chatml" if _CHATML_TOKENS <= set(special_strings(tokenizer)) else "huatuogpt"
+    return "tokenizer"
 
 
 def _sized(recipe: RlaifConfig, architecture: BackboneConfig, size: Size) -> RlaifConfig:
