@@ -51,6 +51,7 @@ setup(
         "verify": [TORCH],
         "test": [
             TORCH,
+            "ipython>=9.0",
             "mypy>=2.0",
             "pytest>=9.0",
             "pytest-xdist>=3.8",

@@ -6,9 +6,11 @@ Compile a card, and write the table into the README anew:
         --output=benchmarks/results/compiled/huatuogpt_7b.v5e_8x8.json
     python benchmarks/hardware.py
 
-A file's name says its config and its topology. Times are the sums of the programs' rooflines: no
-run can be faster. An iteration of PPO takes its prompts, all tokens of its answers at full length,
-scores, passes and steps; a pass without gradients counts as a third of one with them.
+A file's name says its card, the argument that the card was given, if any, and the topology
+(`qwen3_0_6b.v5e-8.v5e_2x4.json`). The first column is what `--config=` takes. Times are the sums of
+the programs' rooflines: no run can be faster. An iteration of PPO takes its prompts, all tokens of
+its answers at full length, scores, passes and steps; a pass without gradients counts as a third of
+one with them.
 """
 
 import json
@@ -50,7 +52,8 @@ def table() -> str:
 def row(path: pathlib.Path) -> str:
     """What one card needs on its devices."""
     found = json.loads(path.read_text(encoding="utf-8"))
-    name, stages = path.name.split(".")[0], by_stage(found)
+    # CARD.TOPOLOGY.json, or CARD.ARGUMENT.TOPOLOGY.json.
+    name, stages = ":".join(path.name.split(".")[:-2]), by_stage(found)
     slice_ = found["slice"]
     sft = stages["sft"]["sft/update"]
     peaks = ", ".join(f"{peak(stages[stage]) / GIB:.1f}" for stage in stages)
@@ -111,8 +114,9 @@ def iteration_seconds(name: str, programs: dict[str, Figures]) -> float:
 
 
 def load_config(name: str) -> Any:
-    """The settings of a card."""
-    return load_card(str(ROOT / "configs" / f"{name}.py"))
+    """The settings of a card, which may have an argument behind a colon."""
+    card, colon, argument = name.partition(":")
+    return load_card(f"{ROOT / 'configs' / card}.py{colon}{argument}")
 
 
 if __name__ == "__main__":

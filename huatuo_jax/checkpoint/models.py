@@ -45,6 +45,12 @@ _PUBLISHED = {
     "Qwen/Qwen2.5-1.5B": "qwen2.5_1.5b",
     "Qwen/Qwen2.5-7B": "qwen2.5_7b",
     "Qwen/Qwen2.5-14B": "qwen2.5_14b",
+    "Qwen/Qwen3-0.6B": "qwen3_0.6b",
+    "Qwen/Qwen3-1.7B": "qwen3_1.7b",
+    "Qwen/Qwen3-4B": "qwen3_4b",
+    "Qwen/Qwen3-8B": "qwen3_8b",
+    "Qwen/Qwen3-14B": "qwen3_14b",
+    "Qwen/Qwen3-32B": "qwen3_32b",
 }
 
 

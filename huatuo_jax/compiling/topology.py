@@ -74,6 +74,9 @@ def open_slice(name: str, *, num_slices: int = 1) -> Slice:
     options: dict[str, object] = dict(chip.options)
     if num_slices > 1:
         options["num_slices"] = num_slices
+    if 1 in shape[:2]:
+        # A host has 2 x 2 chips to libtpu; such a slice, as a single chip, is less than that.
+        options["chips_per_host_bounds"] = (*(min(size, 2) for size in shape[:2]), 1)
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
     except (RuntimeError, ValueError) as error:  # jax's own errors are RuntimeErrors.

@@ -139,6 +139,7 @@ def answer_prompts(
         sampling=sampling_of(cfg),
         seed=cfg.seed,
         chunk_size=cfg.chunk_size,
+        slots=cfg.slots,
         drop_oldest_turns=True,
         max_left_out_share=cfg.max_left_out_share,
         mesh=cfg.mesh,

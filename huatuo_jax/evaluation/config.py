@@ -36,6 +36,7 @@ class EvaluationConfig:
             of the run's PPO, and for `AnswerScoreConfig()` where there is none.
         rows_at_once: rows of a batch, where answers are scored.
         chunk_size: prompts whose answers are written together.
+        slots: answers decoded at once; None for up to 64.
         mesh: how the devices are divided for the answers; losses and scores are computed on others.
     """
 
@@ -56,13 +57,14 @@ class EvaluationConfig:
     score: AnswerScoreConfig | None = None
     rows_at_once: int = operational(8)
     chunk_size: int = operational(256)
+    slots: int | None = operational(None)
     mesh: MeshConfig = operational(MeshConfig())
 
     def __post_init__(self) -> None:
         """Raise ValueError for a number that cannot be."""
-        for name in ("num_samples", "max_new_tokens", "rows_at_once", "chunk_size"):
+        for name in ("num_samples", "max_new_tokens", "rows_at_once", "chunk_size", "slots"):
             value = getattr(self, name)
-            if value < 1:
+            if value is not None and value < 1:
                 raise ValueError(f"{name}={value!r} must be at least 1")
         if self.best_of_n is not None and self.best_of_n < 2:
             raise ValueError(

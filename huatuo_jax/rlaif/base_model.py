@@ -11,15 +11,20 @@ Learning rates, and rows of an optimizer step or prompts of an iteration:
 
 Fine-tuning takes 3 epochs of rows of 2,048 tokens, and responses have up to 512; 512 and 128 for
 the smallest; never more than the model has positions for, and a quarter of a row for a response.
-The last line is `paper_recipe`, the one before it `with_adapters`; adapters of a smaller model have
-its rates, and the batches of their size. The others are choices of this project: rates that
-fine-tuning of such models commonly takes, and smaller batches for the smaller data that they see.
+The chat template is the tokenizer's own, if conversations can be trained in it: Qwen3's renders
+earlier answers otherwise than the last one. Else it is ChatML where the tokenizer has its tokens,
+and HuatuoGPT's where it has not.
+
+The last line of the table is `paper_recipe`, the one before it `with_adapters`; adapters of a
+smaller model have its rates, and the batches of their size. The others are choices of this project:
+rates that fine-tuning of such models commonly takes, and smaller batches for the smaller data that
+they see.
 """
 
 import dataclasses
 import math
-from collections.abc import Collection
-from typing import Any, Literal, NamedTuple
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jax
 
@@ -32,9 +37,11 @@ from huatuo_jax.checkpoint.tokenizer import load_tokenizer
 from huatuo_jax.comparisons.data import ComparisonSource
 from huatuo_jax.config import WORKDIR_MARK, load_card, replaced
 from huatuo_jax.data.chat import ChatTemplate
+from huatuo_jax.data.chat_pieces import special_strings
 from huatuo_jax.data.held_out import HeldOutConfig
+from huatuo_jax.data.records import Message
 from huatuo_jax.data.sources import source_names
-from huatuo_jax.data.templates import for_tokenizer
+from huatuo_jax.data.templates import by_name, for_tokenizer
 from huatuo_jax.rlaif.config import RlaifConfig
 from huatuo_jax.rlaif.paper import paper_recipe, with_adapters
 from huatuo_jax.sharding import MeshConfig
@@ -42,14 +49,37 @@ from huatuo_jax.stages import StagesConfig
 from huatuo_jax.training.dialogue_data import SourceConfig
 from huatuo_jax.training.initial_model import ComputeSection, ModelConfig
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 Config = RlaifConfig | StagesConfig
 Trained = Literal["weights", "adapters"]
 Trainer = Literal["sft", "reward", "ppo", "dpo"]
 FIRST = ("base_model", "trained", "data", "template", "max_length", "compute", "mesh")
 """Fields that other fields' defaults follow from; those given beside them replace what follows."""
 
+_CONVERSATION = 2 * [Message("user", "a"), Message("assistant", "b")]
+_CHATML_TOKENS = {"<|im_start|>", "<|im_end|>"}
+
 LORA = LoraConfig(rank=64, alpha=128.0)
 HELD_OUT = HeldOutConfig(share=0.1)
+
+
+class Hardware(NamedTuple):
+    """What fits some hardware, of a model whose card says so.
+
+    Attributes:
+        trained: weights or adapters.
+        rows_at_once: rows of fine-tuning and of PPO that go through a model together, on all
+            devices.
+        reward_rows_at_once: the same of the reward model's rows, which are four times as long.
+        slots: answers that are decoded at once; their keys and values take memory.
+    """
+
+    trained: Trained
+    rows_at_once: int
+    reward_rows_at_once: int
+    slots: int
 
 
 class Size(NamedTuple):
@@ -141,6 +171,47 @@ def adapted(config: Config) -> Config:
     return replaced(config, _shared(config))
 
 
+def on_hardware(
+    config: RlaifConfig,
+    name: str,
+    *,
+    template: str,
+    hardware: str,
+    settings: Mapping[str, Hardware],
+) -> RlaifConfig:
+    """A recipe for a published base model on known hardware, for a card; nothing is downloaded.
+
+    As `adapted`, with what follows from the hardware's memory.
+
+    Args:
+        config: the recipe to start from.
+        name: of the base model, one that `checkpoint.models.architecture_of` knows.
+        template: the chat template's name.
+        hardware: one of the settings' names.
+        settings: by the hardware's name.
+
+    Raises:
+        ValueError: there are no settings for the hardware.
+    """
+    if hardware not in settings:
+        raise ValueError(f"hardware={hardware!r} must be one of {', '.join(settings)}")
+    found = settings[hardware]
+    config = dataclasses.replace(config, base_model=name, trained=found.trained)
+    architecture, model = models.architecture_of(name), ModelConfig(directory=name)
+    recipe = _of_recipe(config, _settled(config, architecture, model, template=template))
+    return replaced(
+        recipe,
+        {
+            "sft.micro_batch_size": found.rows_at_once,
+            "reward.micro_batch_size": found.reward_rows_at_once,
+            "ppo.micro_batch_size": found.rows_at_once,
+            "answers.slots": found.slots,
+            "ppo.rollout.slots": found.slots,
+            "evaluation.slots": found.slots,
+        },
+    )
+
+
 def check_adapted(config: RlaifConfig) -> None:
     """Refuses a config with a field of `FIRST` that no stage follows.
 
@@ -203,10 +274,19 @@ def _recipe_of(config: Config) -> RlaifConfig:
     assert config.base_model is not None
     given = None if config.sft is None else config.sft.model.tokenizer
     architecture, model, template = _look_at(config.base_model, given)
-    size = size_of(architecture)
-    found = _sized(paper_recipe(config.base_model, template=template.name), architecture, size)
+    found = _settled(config, architecture, model, template=template.name)
     if template.default_system != type(template)().default_system:  # An export's own.
         found = replaced(found, {"sft.data.default_system": template.default_system})
+    return found
+
+
+def _settled(
+    config: Config, architecture: BackboneConfig, model: ModelConfig, *, template: str
+) -> RlaifConfig:
+    """The paper's recipe with the settings that follow from a base model that is known."""
+    assert config.base_model is not None
+    size = size_of(architecture)
+    found = _sized(paper_recipe(config.base_model, template=template), architecture, size)
     if (config.trained or size.trained) == "adapters":
         found = with_adapters(found, LORA)
     model = dataclasses.replace(model, lora=found.sft.model.lora)
@@ -321,7 +401,20 @@ def _look_at(name: str, tokenizer: str | None) -> tuple[BackboneConfig, ModelCon
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise type(error)(f"config.base_model={name!r}: {reason}") from error
-    return architecture, ModelConfig(directory=name), for_tokenizer(source)
+    return architecture, ModelConfig(directory=name), _template_of(source)
+
+
+def _template_of(tokenizer: "PreTrainedTokenizerBase") -> ChatTemplate:
+    """The tokenizer's own template where conversations can be trained in it."""
+    template = for_tokenizer(tokenizer)
+    if template.name != "tokenizer":
+        return template
+    try:
+        template.render(_CONVERSATION, tokenizer)
+    except ValueError:
+        chatml = _CHATML_TOKENS <= set(special_strings(tokenizer))
+        return by_name("chatml" if chatml else "huatuogpt")
+    return template
 
 
 def _sized(recipe: RlaifConfig, architecture: BackboneConfig, size: Size) -> RlaifConfig:

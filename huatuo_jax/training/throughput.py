@@ -41,6 +41,7 @@ PEAK_FLOPS: dict[str, float] = {
     "NVIDIA H100 80GB HBM3": 989e12,
     "NVIDIA H100 PCIe": 756e12,
     "NVIDIA H200": 989e12,
+    "NVIDIA L4": 121e12,
 }
 
 

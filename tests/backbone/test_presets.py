@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -13,6 +14,9 @@ from huatuo_jax import sharding
 from huatuo_jax.backbone.config import BackboneConfig, ComputeConfig
 from huatuo_jax.backbone.presets import PRESETS, preset
 from huatuo_jax.backbone.transformer import abstract_params, count_parameters
+from huatuo_jax.checkpoint.hf_config import from_hugging_face
+from huatuo_jax.checkpoint.hf_export_config import to_hugging_face
+from huatuo_jax.checkpoint.models import architecture_of
 
 COMPUTE = ComputeConfig()
 
@@ -149,6 +153,52 @@ def test_two_key_value_heads_do_not_split_over_four_devices_and_the_error_says_s
     assert "axis 'tensor' of size 4 does not divide" in message
     halved = AbstractMesh((1, 16, 2), sharding.AXES, (AxisType.Auto,) * 3)
     sharding.parameter_shardings(params, halved)
+
+
+# What the published `config.json` of each says, apart from what is the class's own default.
+PUBLISHED_QWEN3 = {
+    "Qwen/Qwen3-0.6B": {
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 28,
+        "max_window_layers": 28,
+        "num_attention_heads": 16,
+        "tie_word_embeddings": True,
+    },
+    "Qwen/Qwen3-8B": {
+        "hidden_size": 4096,
+        "intermediate_size": 12_288,
+        "num_hidden_layers": 36,
+        "max_window_layers": 36,
+        "num_attention_heads": 32,
+        "tie_word_embeddings": False,
+    },
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED_QWEN3)
+def test_qwen3s_published_config_is_its_preset_and_comes_out_of_it_again(name):
+    published = transformers.Qwen3Config(
+        **PUBLISHED_QWEN3[name],
+        vocab_size=151_936,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=40_960,
+        rms_norm_eps=1e-6,
+        rope_theta=1_000_000,
+        attention_bias=False,
+    )
+    cfg = from_hugging_face(published.to_dict())
+    assert cfg == architecture_of(name)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(published)
+    assert count_parameters(abstract_params(cfg, COMPUTE)) == model.num_parameters()
+    made = transformers.Qwen3Config(**to_hugging_face(cfg, head="lm", dtype=np.dtype("float32")))
+    assert from_hugging_face(made.to_dict()) == cfg
+    fields = (*PUBLISHED_QWEN3[name], "vocab_size", "num_key_value_heads", "head_dim")
+    fields += ("rms_norm_eps", "max_position_embeddings", "rope_parameters")
+    same = {one for one in fields if getattr(made, one) == getattr(published, one)}
+    assert same >= set(fields) - {"max_window_layers"}  # Of sliding windows, which there are none.
 
 
 def test_an_unknown_preset_is_an_error_that_lists_the_known_ones():

@@ -66,3 +66,9 @@ def test_two_hosts_send_through_their_network(figures, tmp_path):
         for one in (figures, json.loads(path.read_text()))
     )
     assert two_hosts > 1.5 * one_host
+
+
+def test_a_gpu_of_24_gb_has_cudnns_attention_too(tmp_path):
+    found = figures_of("l4:1", tmp_path / "figures.json")
+    (program,) = found["programs"]
+    assert program["attention_kernel"].startswith("cudnn") and program["fits"]

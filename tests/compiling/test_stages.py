@@ -97,7 +97,16 @@ def test_published_models_need_no_network():
 
 
 @pytest.mark.parametrize(
-    "name", ["huatuogpt_7b", "huatuogpt_7b_lora", "huatuogpt_13b", "qwen2_5_7b"]
+    "name",
+    [
+        "huatuogpt_7b",
+        "huatuogpt_7b_lora",
+        "huatuogpt_13b",
+        "qwen2_5_7b",
+        "qwen2_5_1_5b",
+        "qwen3_0_6b",
+        "qwen3_8b",
+    ],
 )
 def test_every_card_is_of_a_model_that_is_known_without_a_network(name):
     directory = config(name).sft.model.directory

@@ -82,6 +82,11 @@ def test_what_is_too_large_ends_with_its_buffers_advice_and_code_1():
     assert "config.sft.micro_batch_size=4" in found.stdout
 
 
+def test_a_single_chip_is_compiled_for(tmp_path):
+    found = figures_of("v5e:1x1", tmp_path / "figures.json")
+    assert found["slice"]["devices"] == 1 and found["fits"]
+
+
 def test_a_decode_step_reads_weights_and_cache_once_and_copies_neither():
     done = subprocess.run(
         [sys.executable, "-m", "tests.compiling.run_decode", "v5e:2x4"],

@@ -7,11 +7,12 @@ import pytest
 
 from huatuo_jax.backbone.presets import preset
 from huatuo_jax.checkpoint.models import find_model
+from huatuo_jax.checkpoint.tokenizer import load_tokenizer
 from huatuo_jax.command_line import parse_with_config
 from huatuo_jax.config import checked, load_card
 from huatuo_jax.rlaif import base_model
 from huatuo_jax.rlaif.base_model import SIZES, adapted, num_parameters, recipe
-from huatuo_jax.rlaif.config import RlaifConfig
+from huatuo_jax.rlaif.config import STAGES, RlaifConfig
 from huatuo_jax.rlaif.recipe import run_rlaif
 from huatuo_jax.sharding import MeshConfig
 from tests import hub as hubs
@@ -70,6 +71,29 @@ def test_template_model_and_settings_follow_from_the_base_model(qwen):
 
 def test_a_tokenizer_without_a_template_speaks_huatuogpts(llama):
     assert parse(f"--config.base_model={llama}").sft.data.template == "huatuogpt"
+
+
+# As Qwen3's: the last answer has a block for thoughts, and those before it have none.
+THINKING_TEMPLATE = hubs.QWEN_TEMPLATE.replace(
+    "message['content']",
+    "('<think>\\n\\n</think>\\n\\n' if loop.last and message['role'] == 'assistant' else '') +"
+    " message['content']",
+)
+
+
+def test_a_template_that_conversations_cannot_be_trained_in_gives_way_to_chatml(tmp_path):
+    hubs.save_qwen(tmp_path, template=THINKING_TEMPLATE)
+    assert parse(f"--config.base_model={tmp_path}").sft.data.template == "chatml"
+
+
+def test_a_template_that_cannot_be_trained_in_gives_way_to_huatuogpts_without_chatmls_tokens(
+    tmp_path,
+):
+    hubs.save_llama(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    tokenizer.chat_template = THINKING_TEMPLATE.replace("<|im_end|>", "</s>")
+    tokenizer.save_pretrained(tmp_path)
+    assert parse(f"--config.base_model={tmp_path}").sft.data.template == "huatuogpt"
 
 
 def test_fields_given_beside_a_base_model_replace_what_follows_from_it(qwen):
@@ -173,3 +197,53 @@ def test_what_cannot_be_a_base_model_is_one_clear_message(tmp_path, qwen):
         parse(f"--config.base_model={tmp_path}")
     with pytest.raises(ValueError, match="invalid choice 'some' for argument '--config.trained'"):
         parse(f"--config.base_model={qwen}", "--config.trained=some")
+
+
+ONE, EIGHT = "qwen3_0_6b", "qwen3_0_6b:v5e-8"
+
+
+@pytest.mark.parametrize(
+    ("card", "base", "template"),
+    [
+        (ONE, "Qwen/Qwen3-0.6B", "chatml"),
+        (EIGHT, "Qwen/Qwen3-0.6B", "chatml"),
+        ("qwen2_5_1_5b", "Qwen/Qwen2.5-1.5B", "tokenizer"),
+        ("qwen2_5_1_5b:v5e-8", "Qwen/Qwen2.5-1.5B", "tokenizer"),
+    ],
+)
+def test_a_card_of_small_hardware_is_the_recipe_of_its_base_model_without_a_network(
+    card, base, template, monkeypatch
+):
+    monkeypatch.setattr(base_model, "load_tokenizer", None)
+    cfg = checked(load_card(card), RlaifConfig, path="config")
+    assert cfg.base_model == cfg.sft.model.directory == base and cfg.stages == STAGES
+    assert cfg.sft.data.template == cfg.evaluation.template == template
+    assert cfg.sft.data.sources == load_card("rlaif").sft.data.sources
+    assert cfg.sft.data.row_length == SIZES[1].row_length
+    assert cfg.answers.slots == cfg.ppo.rollout.slots == cfg.evaluation.slots is not None
+
+
+def test_one_device_trains_adapters_and_eight_train_weights_in_rows_that_they_divide():
+    one, eight = load_card(ONE), load_card(EIGHT)
+    assert one.sft.model.lora == one.ppo.value.lora == base_model.LORA
+    assert eight.sft.model.lora is eight.ppo.value.lora is None
+    stages = (eight.sft, eight.reward, eight.ppo)
+    assert all(stage.micro_batch_size % 8 == 0 for stage in stages)
+    assert eight.sft.optimizer.learning_rate == SIZES[1].rates[0]
+
+
+def test_hardware_that_a_card_does_not_know_is_refused_with_what_it_knows():
+    with pytest.raises(ValueError, match="hardware='v5e-4' must be one of one, v5e-8"):
+        load_card("qwen3_0_6b:v5e-4")
+
+
+def test_a_card_of_small_hardware_gives_way_to_another_base_model(qwen):
+    flags, cfg = parse_with_config(
+        Workdir,
+        ["--config=qwen3_0_6b:v5e-8", f"--config.base_model={qwen}"],
+        name="x",
+        first=base_model.FIRST,
+        adapt=adapted,
+    )
+    assert cfg.sft.model.directory == qwen and cfg.sft.data.template == "tokenizer"
+    assert cfg.sft.model.lora is None

@@ -26,6 +26,7 @@ def recipe(name):
         ("huatuogpt_7b_lora", "baichuan-inc/Baichuan-7B", "huatuogpt"),
         ("huatuogpt_13b", "IDEA-CCNL/Ziya-LLaMA-13B-Pretrain-v1", "huatuogpt"),
         ("qwen2_5_7b", "Qwen/Qwen2.5-7B", "tokenizer"),
+        ("qwen3_8b", "Qwen/Qwen3-8B", "chatml"),
     ],
 )
 def test_a_card_is_the_whole_recipe_of_its_base_model(name, base, template, tmp_path):
@@ -59,6 +60,8 @@ def test_the_papers_settings_of_fine_tuning_stand_in_the_cards():
         ("huatuogpt_13b", "ziya_llama_13b", 16),
         ("qwen2_5_7b", "qwen2.5_7b", 64),
         ("qwen2_5_7b", "qwen2.5_7b", 8),
+        ("qwen3_8b", "qwen3_8b", 64),
+        ("qwen3_8b", "qwen3_8b", 8),
     ],
 )
 def test_weights_are_not_gathered_for_each_token_on_the_hardware_of_a_card(
