@@ -10,12 +10,12 @@ from huatuo_jax.backbone.lora import LoraConfig
 from huatuo_jax.backbone.presets import preset
 from huatuo_jax.comparisons.rows import ComparisonRows, RowsConfig, empty_row
 from huatuo_jax.compiling.models import Architectures
-from huatuo_jax.compiling.ppo_programs import _row
 from huatuo_jax.compiling.programs import attended_pairs
 from huatuo_jax.compiling.stages import programs_of
 from huatuo_jax.config import load_card, replaced
 from huatuo_jax.generation.requests import Answer, Usage
 from huatuo_jax.ppo.layout import plain_layout
+from huatuo_jax.ppo.programs import _row
 from huatuo_jax.ppo.prompts import TokenPrompt
 from huatuo_jax.ppo.rollout import make_rollout
 from huatuo_jax.ppo.trainer import NUMBERS_OF_TOKENS
