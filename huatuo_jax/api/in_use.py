@@ -115,7 +115,9 @@ class ModelInUse:
             talk=talk_of(
                 saved.template,
                 saved.tokenizer,
-                stop_token_ids=saved.stop_token_ids,
+                # A model that scores has none of its own: its dialogues end as the template's do.
+                stop_token_ids=saved.stop_token_ids
+                or tuple(saved.template.stop_token_ids(saved.tokenizer)),
                 cfg=saved.info.cfg,
             ),
         )

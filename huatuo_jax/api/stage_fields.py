@@ -19,6 +19,7 @@ from huatuo_jax.reward.config import ProbeConfig
 from huatuo_jax.sharding import MeshConfig
 from huatuo_jax.training.initial_model import ComputeSection
 from huatuo_jax.training.loop import LoopConfig
+from huatuo_jax.training.micro_batch import MicroBatchSize
 from huatuo_jax.training.optimizer import OptimizerConfig
 
 
@@ -27,7 +28,7 @@ class _Common(TypedDict, total=False):
 
     optimizer: OptimizerConfig
     num_epochs: int
-    micro_batch_size: int | None
+    micro_batch_size: MicroBatchSize
     seed: int
     compute: ComputeSection
     mesh: MeshConfig

@@ -247,7 +247,7 @@ class PieceTemplate(ChatTemplate):
         """Tokenises a valid dialogue piece by piece."""
         turns = self._turns(messages, tokenizer)
         pieces = [piece for turn in turns for piece in turn.header + turn.body]
-        encoder = PieceEncoder(tokenizer, {piece.text for piece in pieces if piece.control})
+        encoder = PieceEncoder(tokenizer, [piece.text for piece in pieces if piece.control])
         tokens = []
         for turn in turns:
             token_ids: list[int] = []
@@ -271,7 +271,7 @@ class PieceTemplate(ChatTemplate):
         ]
         finished = self._answer(text, tokenizer)
         encoder = PieceEncoder(
-            tokenizer, {piece.text for piece in (*pieces, *finished) if piece.control}
+            tokenizer, [piece.text for piece in (*pieces, *finished) if piece.control]
         )
         # As the first piece of an answer, so that its start is tokenised as in training.
         cut_off = finished[0]._replace(text=self._before_content + text)
