@@ -249,6 +249,14 @@ def test_a_tiny_run_fills_the_tables_and_goes_on_where_it_stands(tmp_path):
     assert str(ROOT) not in output.read_text(encoding="utf-8") + text
 
 
+def test_the_page_in_the_documentation_is_made_of_the_results_as_they_stand(modules):
+    results = ROOT / "benchmarks" / "results" / "paper_claims.json"
+    found = json.loads(results.read_text(encoding="utf-8"))
+    made = modules["page"].page(found, plot="../benchmarks/results/paper_claims.png")
+    assert (ROOT / "docs" / "paper_claims.md").read_text(encoding="utf-8") == made
+    assert found["claims"]["tiny"] is False
+
+
 def test_a_page_without_figures_is_refused_in_a_line(tmp_path):
     output = tmp_path / "none.json"
     output.write_text("{}")
