@@ -57,6 +57,7 @@ def test_every_cell_has_its_own_id_and_one_holds_the_parameters(cells):
     assert len(tagged) == 1
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_from_its_data_to_the_push(tmp_path):
     (tmp_path / "base").mkdir()
     hubs.save_qwen(tmp_path / "base")

@@ -1,5 +1,4 @@
 import csv
-import importlib.util
 import json
 import os
 import pathlib
@@ -9,9 +8,10 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from absl import flags
 
+from huatuo_jax import command_line
 from huatuo_jax.checkpoint.tokenizer import load_tokenizer
+from huatuo_jax.commands import inspect_data
 from huatuo_jax.data import sample
 from huatuo_jax.data.chat import truncate
 from huatuo_jax.data.inspection import (
@@ -475,23 +475,13 @@ def test_the_command_reports_and_then_refuses_a_corrupt_file(corrupt_file, tmp_p
     assert len(json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["files"]) == 2
 
 
-@pytest.fixture
-def main(monkeypatch):
-    """The command in this process: called with its files and flags, as after absl's parsing."""
-    before = set(flags.FLAGS)
-    spec = importlib.util.spec_from_file_location("inspect_data_command", COMMAND)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-
-    def call(*arguments):
-        module.main(flags.FLAGS(["inspect_data", *map(str, arguments)])[1:])
-
-    yield call
-    for name in set(flags.FLAGS) - before:
-        delattr(flags.FLAGS, name)
+def main(*arguments):
+    """The command in this process: called with its files and flags."""
+    given = [str(one) for one in arguments]
+    inspect_data.main(command_line.parse(inspect_data.Flags, given, name="inspect"))
 
 
-def test_the_command_tells_wrong_input_before_it_reads(main, tmp_path, capsys):
+def test_the_command_tells_wrong_input_before_it_reads(tmp_path, capsys):
     path = write(tmp_path / "a.jsonl", [talk(0)])
     for arguments, message in (
         (["--adapter=nobody"], "adapter is 'nobody'; it should be one of: toyhom"),
@@ -502,19 +492,16 @@ def test_the_command_tells_wrong_input_before_it_reads(main, tmp_path, capsys):
     ):
         with pytest.raises(ValueError, match=message.replace("(", r"\(")):
             main(path, *arguments)
-        for name in ("adapter", "tokenizer", "json"):
-            flags.FLAGS[name].unparse()
-        flags.FLAGS["template"].unparse(), flags.FLAGS["max_error_share"].unparse()
     assert capsys.readouterr().out == ""
 
 
-def test_the_command_says_nothing_but_the_error_of_an_absent_file(main, tmp_path, capsys):
+def test_the_command_says_nothing_but_the_error_of_an_absent_file(tmp_path, capsys):
     with pytest.raises(ValueError, match="no such file or folder"):
         main(tmp_path / "absent.jsonl")
     assert capsys.readouterr().out == ""
 
 
-def test_the_sample_data_passes_the_command(main, capsys):
+def test_the_sample_data_passes_the_command(capsys):
     main(*sorted(sample.FOLDER.glob("*.jsonl")), "--samples=0")
     text = capsys.readouterr().out
     assert "all 6 files" in text and "all 4 files of dialogues" in text

@@ -5,7 +5,8 @@ import pathlib
 import signal
 import time
 
-from huatuo_jax import command_line, multi_host
+from huatuo_jax import multi_host
+from tests.multi_host.arguments import run
 
 
 @multi_host.joined()
@@ -48,4 +49,4 @@ def _process():
 
 
 if __name__ == "__main__":
-    command_line.run(main, positional="WHAT")
+    run(main)

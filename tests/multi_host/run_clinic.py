@@ -3,9 +3,10 @@
 import json
 import pathlib
 
-from huatuo_jax import command_line, multi_host
+from huatuo_jax import multi_host
 from huatuo_jax.clinic import files
 from huatuo_jax.sft import write_clinic_of
+from tests.multi_host.arguments import run
 from tests.rlaif.tiny import CLINIC
 
 
@@ -21,4 +22,4 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    command_line.run(main, positional="ARGUMENTS")
+    run(main)

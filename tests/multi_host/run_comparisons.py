@@ -3,7 +3,7 @@
 Fields, any number of them, are those of the mesh.
 """
 
-from huatuo_jax import command_line, multi_host
+from huatuo_jax import multi_host
 from huatuo_jax.comparisons.data import ComparisonsConfig, ComparisonSource
 from huatuo_jax.data.held_out import HeldOutConfig
 from huatuo_jax.dpo.config import DpoConfig
@@ -15,6 +15,7 @@ from huatuo_jax.training.initial_model import ModelConfig
 from huatuo_jax.training.loop import LoopConfig
 from huatuo_jax.training.optimizer import OptimizerConfig
 from tests.comparisons.tiny import BACKBONE, TOKENIZER
+from tests.multi_host.arguments import run
 
 NUM_STEPS = 4
 
@@ -45,4 +46,4 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    command_line.run(main, positional="ARGUMENTS")
+    run(main)

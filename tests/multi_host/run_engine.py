@@ -9,9 +9,10 @@ import pathlib
 
 import jax
 
-from huatuo_jax import command_line, multi_host
+from huatuo_jax import multi_host
 from huatuo_jax.sharding import MeshConfig
 from tests.generation import tiny
+from tests.multi_host.arguments import run
 
 
 @multi_host.joined()
@@ -31,4 +32,4 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    command_line.run(main, positional="ARGUMENTS")
+    run(main)

@@ -7,9 +7,10 @@ names, of the mesh that answers are generated on.
 import sys
 import time
 
-from huatuo_jax import command_line, multi_host
+from huatuo_jax import multi_host
 from huatuo_jax.sharding import MeshConfig
 from huatuo_jax.training.preemption import INTERRUPTED_EXIT_CODE, Interrupted
+from tests.multi_host.arguments import run
 from tests.ppo.tiny import Table, config, run_tiny, table
 
 NUM_ITERATIONS = 6
@@ -51,4 +52,4 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    command_line.run(main, positional="ARGUMENTS")
+    run(main)

@@ -19,7 +19,7 @@ import time
 import jax
 import numpy as np
 
-from huatuo_jax import command_line, multi_host
+from huatuo_jax import multi_host
 from huatuo_jax.backbone.config import BackboneConfig
 from huatuo_jax.data import sample
 from huatuo_jax.data.held_out import HeldOutConfig
@@ -31,6 +31,7 @@ from huatuo_jax.training.initial_model import ModelConfig
 from huatuo_jax.training.loop import LoopConfig
 from huatuo_jax.training.optimizer import OptimizerConfig
 from huatuo_jax.training.preemption import INTERRUPTED_EXIT_CODE, Interrupted
+from tests.multi_host.arguments import run
 
 SOURCE = "real_instruction"
 BACKBONE = BackboneConfig(
@@ -98,4 +99,4 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    command_line.run(main, positional="ARGUMENTS")
+    run(main)
