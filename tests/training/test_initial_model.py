@@ -214,7 +214,11 @@ def dialogues():
 
 @pytest.mark.parametrize(
     ("name", "template"),
-    [("made", "huatuogpt"), ("baichuan", "huatuogpt"), ("baichuan", "baichuan")],
+    [
+        ("made", "huatuogpt"),
+        pytest.param("baichuan", "huatuogpt", marks=pytest.mark.slow),
+        pytest.param("baichuan", "baichuan", marks=pytest.mark.slow),
+    ],
 )
 def test_the_exported_tokenizer_reads_the_template_as_training_does(
     request, tmp_path, name, template
