@@ -314,7 +314,13 @@ def _compared(
     section, backbone, rendered = _opened(model, template, default_system)
     limit = max_length or min(_COMPARED_LENGTH, backbone.max_positions)
     source = ComparisonSource(paths=(as_file(comparisons, workdir, "comparisons"),))
-    data = ComparisonsConfig(sources=(source,), max_length=limit, row_length=2 * limit, **rendered)
+    data = ComparisonsConfig(
+        sources=(source,),
+        max_length=limit,
+        row_length=2 * limit,
+        held_out=_held_out(held_out_share),
+        **rendered,
+    )
     return section, data
 
 

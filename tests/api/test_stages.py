@@ -1,5 +1,6 @@
 """The stages as functions on data in memory: each leaves a model that the next one takes."""
 
+import json
 import pathlib
 
 import pytest
@@ -21,6 +22,7 @@ from tests.rlaif.tiny import tiny_recipe, write_dialogues
 LOOP = LoopConfig(evaluate_every=2, checkpoint_every=2, tensorboard=False)
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2)
 SHORT = {"num_steps": 2, "batch_size": 2, "optimizer": OPTIMIZER, "loop": LOOP}
+SHARED = ("sft", "reward")
 FRESH = ModelConfig(backbone=tiny.BACKBONE, tokenizer=str(tiny.TOKENIZER))
 DIALOGUES = [
     {"question": f"咳嗽{day}天了，怎么办？", "answer": f"先多喝水，第{day}天来复查。"}
@@ -100,6 +102,9 @@ def test_a_trained_reward_model_scores(reward, policy, workdir):
     score = reward.score(tiny.QUESTION, "先多喝水。")
     assert hj.load_reward_model(reward.folder).score(tiny.QUESTION, "先多喝水。") == score
     assert run_reward(policy, workdir).result == reward.result
+    settings = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
+    shares = [settings[stage]["settings"]["data"]["held_out"]["share"] for stage in SHARED]
+    assert shares == [0.25, 0.25]
 
 
 def test_dpo_on_the_same_comparisons_leaves_a_model_that_answers(policy, workdir):
