@@ -229,7 +229,7 @@ def settled_step(
         stage=STAGE,
         rows=cfg.batch_size,
         mesh=mesh,
-        make=lambda cfg: sft_step(cfg, model, mesh, num_steps=num_steps),
+        make=functools.partial(sft_step, model=model, mesh=mesh, num_steps=num_steps),
         programs=lambda step: [update_program(STAGE, step, batch, mesh)],
     )
 

@@ -152,7 +152,7 @@ def make_job(
         stage=STAGE,
         rows=cfg.batch_size,
         mesh=mesh,
-        make=lambda cfg: dpo_step(cfg, model, mesh, num_steps=num_steps),
+        make=functools.partial(dpo_step, model=model, mesh=mesh, num_steps=num_steps),
         programs=lambda step: [update_program(STAGE, step, batch, mesh)],
     )
     evaluate = None

@@ -76,7 +76,8 @@ def abstract_roles(
     reference = trained.state.trained
     if cfg.model.lora is None:
         reference = _stored(reference, policy.cfg, policy.compute.compute_dtype)
-    scorer, scorer_variables = None, ()
+    scorer: Transformer | None = None
+    scorer_variables: Any = ()
     if rewarding is not None:
         scorer = Transformer(rewarding, policy.compute)
         params = jax.eval_shape(

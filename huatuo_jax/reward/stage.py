@@ -175,7 +175,7 @@ def settled_step(
         stage=STAGE,
         rows=cfg.batch_size,
         mesh=mesh,
-        make=lambda cfg: reward_step(cfg, model, mesh, num_steps=num_steps),
+        make=functools.partial(reward_step, model=model, mesh=mesh, num_steps=num_steps),
         programs=lambda step: [update_program(STAGE, step, batch, mesh)],
     )
 

@@ -94,7 +94,9 @@ def with_adapters(
 
     sft, reward, ppo = recipe.sft, recipe.reward, recipe.ppo
     # Its rows are four times as long.
-    of_reward = rows_at_once if rows_at_once == "auto" else max(rows_at_once // 4, 1)
+    of_reward: int | Literal["auto"] = "auto"
+    if isinstance(rows_at_once, int):
+        of_reward = max(rows_at_once // 4, 1)
     critic = dataclasses.replace(
         ppo.value,
         start="shared",

@@ -33,7 +33,7 @@ Section = TypeVar("Section", bound=TrainingSection)
 Made = TypeVar("Made")
 
 
-def check_micro_batch_size(size: MicroBatchSize, rows: int, *, name: str) -> None:
+def check_micro_batch_size(size: object, rows: int, *, name: str) -> None:
     """Raises ValueError for a size that cannot be.
 
     Args:
