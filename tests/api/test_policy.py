@@ -275,7 +275,7 @@ def test_what_cannot_be_loaded_ends_in_one_clear_message(folder, tmp_path):
         (tmp_path / "none", {}, "none is no model: .*no such folder"),
         (reward, {}, "this model scores; generation needs one with a token head"),
         (folder, {"template": "nope"}, "template: 'nope' is not known"),
-        (folder, {"template": "llama3"}, r"tokenizer: has no token '<\\|start_header_id\\|>'"),
+        (folder, {"template": "llama3"}, r"tokenizer: has no token '<\|start_header_id\|>'"),
         (folder, {"template": "tokenizer"}, "needs a tokenizer with a chat template"),
         (folder, {"max_length": 257}, "max_length=257 must lie between 2 and the model's 256"),
         (folder, {"slots": 0}, "slots=0 must be at least 1"),
