@@ -113,7 +113,7 @@ def parse_with_config(
     `--config.SECTION=None` takes one away. See `run` for `first` and `adapt`.
 
     Raises:
-        ValueError: as `parse`; no `--config`, a card that cannot be read (see `config.load_card`),
+        ValueError: as `parse`; no `--config`, an unreadable card (see `config.load_card`),
             or a field that its config does not have.
         SystemExit: after `--help`, which beside a config lists all of its fields.
     """
@@ -436,9 +436,9 @@ def _by_tyro(
         ValueError: a value of another type, or one that the dataclass refuses.
     """
     arguments: list[str] = []
+    positional = _positional_name(cls) if flat else None
     for field, values in given.items():
-        positional = flat and field == _positional_name(cls)
-        if positional:
+        if field == positional:
             arguments += values
         else:
             arguments += [f"--{field}={values[0]}"] if len(values) == 1 else [f"--{field}", *values]

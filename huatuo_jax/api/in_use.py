@@ -164,7 +164,7 @@ def open_for_use(
     """The model, how it is computed, and how many tokens a dialogue and a response may have.
 
     Raises:
-        ValueError: there is no such model, it has another head, or a setting that cannot be.
+        ValueError: no such model, one with another head, or an invalid setting.
     """
     try:
         saved = open_saved_model(

@@ -83,8 +83,8 @@ def sft(
             `huatuo_jax.rlaif.base_model` has for models of this size.
 
     Raises:
-        ValueError: data, a model or a field that cannot be, or a folder that holds another run.
-        Interrupted: the run was stopped and saved; called again, it goes on.
+        ValueError: invalid data, model or field, or a folder that holds another run.
+        Interrupted: the run was stopped and saved; the same call resumes it.
         Diverged: too many steps in a row were not finite.
         OSError: something cannot be read or written.
     """
@@ -258,7 +258,7 @@ def ppo(
 
 
 def run_recipe(config: RlaifConfig, workdir: str | os.PathLike[str]) -> dict[str, Any]:
-    """Runs the whole recipe in a run's folder, or goes on with it; see `huatuo_jax.rlaif`.
+    """Runs the whole recipe in a run's folder, resuming it; see `huatuo_jax.rlaif`.
 
     Returns:
         The main figures; `released` says what is released, `report` is the report's path.

@@ -175,7 +175,7 @@ def find_license(source: str | None, given: str | None) -> License:
 def languages_of(texts: Iterable[str]) -> tuple[str, ...]:
     """Chinese (`zh`) and English (`en`) where at least one text in twenty is in it.
 
-    Told by the script, and English by its most frequent words; no other language is told.
+    Detected by the script, and English by its most frequent words; no other is detected.
     """
     counts = {"zh": 0, "en": 0}
     total = 0

@@ -48,7 +48,7 @@ def programs_of(
         architecture: the preset of models that no stage makes; None looks at their configs.
 
     Raises:
-        ValueError: a stage that the config does not have, or a config that cannot be.
+        ValueError: a stage that the config does not have, or an invalid config.
     """
     there = [name for name in config.stages if name in _MAKERS]
     if missing := [name for name in stages if name not in there]:

@@ -2,7 +2,7 @@
 
 Stages read files, whose content decides a run's identity. Rows that are given in memory are written
 to one, named by a hash of its content: the same rows give the same file, so that a run with them
-can go on, and other rows are told apart.
+can be resumed, and other rows are recognised.
 """
 
 import hashlib

@@ -48,7 +48,7 @@ class Engines:
         """All answers of each request, in the order of the requests and of their answers.
 
         Raises:
-            ValueError: a request that cannot be answered, or a cache that does not fit.
+            ValueError: an invalid request, or a cache that does not fit.
         """
         if not requests:
             return []

@@ -162,9 +162,11 @@ def adapted(config: Config) -> Config:
     if isinstance(config, StagesConfig):
         config = _with_data(config)
     if config.base_model is not None:
-        base = _recipe_of(config)
+        base, size = _recipe_of(config)
         config = (
-            _of_recipe(config, base) if isinstance(config, RlaifConfig) else _stages(config, base)
+            _of_recipe(config, base)
+            if isinstance(config, RlaifConfig)
+            else _stages(config, base, size)
         )
     elif config.trained is not None:
         raise ValueError(f"trained={config.trained!r} needs a base_model")
@@ -198,7 +200,8 @@ def on_hardware(
     found = settings[hardware]
     config = dataclasses.replace(config, base_model=name, trained=found.trained)
     architecture, model = models.architecture_of(name), ModelConfig(directory=name)
-    recipe = _of_recipe(config, _settled(config, architecture, model, template=template))
+    base = _settled(config, architecture, size_of(architecture), model, template=template)
+    recipe = _of_recipe(config, base)
     return replaced(
         recipe,
         {
@@ -269,23 +272,28 @@ def _shared(config: Config) -> dict[str, Any]:
     return changes
 
 
-def _recipe_of(config: Config) -> RlaifConfig:
-    """The paper's recipe for a base model, with the settings of its size."""
+def _recipe_of(config: Config) -> tuple[RlaifConfig, Size]:
+    """The paper's recipe for a base model with the settings of its size, and that size."""
     assert config.base_model is not None
     given = None if config.sft is None else config.sft.model.tokenizer
     architecture, model, template = _look_at(config.base_model, given)
-    found = _settled(config, architecture, model, template=template.name)
+    size = size_of(architecture)
+    found = _settled(config, architecture, size, model, template=template.name)
     if template.default_system != type(template)().default_system:  # An export's own.
         found = replaced(found, {"sft.data.default_system": template.default_system})
-    return found
+    return found, size
 
 
 def _settled(
-    config: Config, architecture: BackboneConfig, model: ModelConfig, *, template: str
+    config: Config,
+    architecture: BackboneConfig,
+    size: Size,
+    model: ModelConfig,
+    *,
+    template: str,
 ) -> RlaifConfig:
     """The paper's recipe with the settings that follow from a base model that is known."""
     assert config.base_model is not None
-    size = size_of(architecture)
     found = _sized(paper_recipe(config.base_model, template=template), architecture, size)
     if (config.trained or size.trained) == "adapters":
         found = with_adapters(found, LORA)
@@ -311,7 +319,7 @@ def _of_recipe(config: RlaifConfig, found: RlaifConfig) -> RlaifConfig:
     )
 
 
-def _stages(config: StagesConfig, found: RlaifConfig) -> StagesConfig:
+def _stages(config: StagesConfig, found: RlaifConfig, size: Size) -> StagesConfig:
     """The stages with the settings of a base model, which the first of them begins with."""
     own = found.sft.model
 
@@ -333,7 +341,6 @@ def _stages(config: StagesConfig, found: RlaifConfig) -> StagesConfig:
         made["reward"] = replaced(found.reward, own_data)
     if config.dpo is not None:
         reward = found.reward
-        size = size_of(_look_at(config.base_model or "", own.tokenizer)[0])
         rate = size.rate("dpo", "weights" if own.lora is None else "adapters")
         made["dpo"] = dataclasses.replace(
             config.dpo,
