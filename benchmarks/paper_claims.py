@@ -53,6 +53,7 @@ from huatuo_jax import command_line
 from huatuo_jax.atomic import write_file
 from huatuo_jax.checkpoint.differences import as_json
 from huatuo_jax.clinic.judge import ClinicJudge
+from huatuo_jax.config import identity
 from huatuo_jax.evaluation.stage import write_json
 from huatuo_jax.evaluation.statistics import bootstrap_settings
 from huatuo_jax.report.run import read_json
@@ -61,7 +62,7 @@ from huatuo_jax.rlaif.journal import Journal
 from huatuo_jax.rlaif.recipe import run_rlaif
 from huatuo_jax.training.loop import Diverged
 from huatuo_jax.training.preemption import INTERRUPTED_EXIT_CODE, Interrupted
-from huatuo_jax.training.run_directory import environment, identity
+from huatuo_jax.training.run_directory import environment
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ A card is a Python file with `get_config()`, which may take one string, and retu
 """
 
 import dataclasses
+import importlib.metadata
 import importlib.util
 import inspect
 import os
@@ -14,6 +15,8 @@ from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, cast, get_args, get_origin
 
 import typeguard
+
+from huatuo_jax.checkpoint.differences import as_json
 
 Config = TypeVar("Config")
 
@@ -195,3 +198,35 @@ def _in_words(hint: Any) -> str:
     if hint is type(None):
         return "None"
     return f"of type {hint.__name__}" if isinstance(hint, type) else str(hint)
+
+
+_OPERATIONAL = "operational"
+
+
+def operational(default: Any) -> Any:
+    """A dataclass field that may change between restarts: it does not decide results."""
+    return dataclasses.field(default=default, metadata={_OPERATIONAL: True})
+
+
+def identity(config: Any) -> dict[str, Any]:
+    """The fields of a config dataclass that decide results, nested, in JSON form."""
+    return dict(as_json(_fields(config, everything=False), name=type(config).__name__))
+
+
+def all_fields(config: Any) -> dict[str, Any]:
+    """All fields of a config dataclass, nested, in JSON form."""
+    return dict(as_json(_fields(config, everything=True), name=type(config).__name__))
+
+
+def _fields(config: Any, *, everything: bool) -> Any:
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        return {
+            field.name: _fields(getattr(config, field.name), everything=everything)
+            for field in dataclasses.fields(config)
+            if everything or not field.metadata.get(_OPERATIONAL, False)
+        }
+    if isinstance(config, Mapping):
+        return {str(name): _fields(value, everything=everything) for name, value in config.items()}
+    if isinstance(config, list | tuple):
+        return [_fields(value, everything=everything) for value in config]
+    return config

@@ -17,7 +17,7 @@ from huatuo_jax.backbone.config import BackboneConfig
 from huatuo_jax.backbone.transformer import Transformer
 from huatuo_jax.clinic import files as clinic_files
 from huatuo_jax.clinic.files import ClinicConfig, prepare_clinic
-from huatuo_jax.config import checked, placed_in
+from huatuo_jax.config import all_fields, checked, identity, operational, placed_in
 from huatuo_jax.data.examples import ALL_KINDS
 from huatuo_jax.data.packing import pack_row
 from huatuo_jax.data.records import KINDS, Kind
@@ -48,14 +48,7 @@ from huatuo_jax.training.micro_batch import (
     settle,
 )
 from huatuo_jax.training.optimizer import OptimizerConfig, make_optimizer
-from huatuo_jax.training.run_directory import (
-    StageDirectory,
-    all_fields,
-    begin_stage,
-    identity,
-    is_begun,
-    operational,
-)
+from huatuo_jax.training.run_directory import StageDirectory, begin_stage, is_begun
 from huatuo_jax.training.state import TrainState, Variables
 from huatuo_jax.training.step import Step, abstract_batch, make_step, update_program
 from huatuo_jax.training.throughput import ModelFlops

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+from huatuo_jax.config import operational
 from huatuo_jax.dpo import stage as dpo
 from huatuo_jax.dpo.config import DpoConfig
 from huatuo_jax.ppo import stage as ppo
@@ -15,7 +16,6 @@ from huatuo_jax.sft import STAGE as SFT
 from huatuo_jax.sft import SftConfig, run_sft
 from huatuo_jax.sharding import MeshConfig
 from huatuo_jax.training.initial_model import ComputeSection
-from huatuo_jax.training.run_directory import operational
 
 Run = Callable[[Any, str | os.PathLike[str]], dict[str, Any]]
 

@@ -5,12 +5,13 @@ from typing import Any, Literal
 
 from huatuo_jax.feedback.budget import BudgetConfig
 from huatuo_jax.feedback.comparison_config import ComparisonConfig, MixedFile
-from huatuo_jax.feedback.label_command import OFFLINE, LabelRun, run_labels
+from huatuo_jax.feedback.label_command import LabelRun, run_labels
 from huatuo_jax.feedback.labelling import LabelConfig
 from huatuo_jax.feedback.openai_judge import OpenAIJudgeConfig
 from huatuo_jax.feedback.rate_limits import RateLimits
 from huatuo_jax.feedback.replies import Structured
 from huatuo_jax.feedback.server_calls import OPENAI_URL, ServerConfig
+from huatuo_jax.feedback.truth_judge import OFFLINE
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from huatuo_jax.comparisons.made_comparisons import mismatched_references, spoiled_answers
+from huatuo_jax.config import operational
 from huatuo_jax.data import templates
 from huatuo_jax.data.accounting import (
     HELD_OUT,
@@ -41,7 +42,6 @@ from huatuo_jax.data.readers import read_comparisons, read_dialogues
 from huatuo_jax.data.records import Comparison, Messages, unmarked
 from huatuo_jax.data.sources import HeldOutBy
 from huatuo_jax.data.tokenizing import tokenize_in_chunks
-from huatuo_jax.training.run_directory import operational
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

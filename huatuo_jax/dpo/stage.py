@@ -11,24 +11,18 @@ from jax.sharding import Mesh
 
 from huatuo_jax.comparisons.data import Comparisons, ComparisonsConfig, open_comparisons
 from huatuo_jax.comparisons.rows import ComparisonBatches, ComparisonRows, empty_row
-from huatuo_jax.config import checked, placed_in
+from huatuo_jax.config import all_fields, checked, identity, placed_in
 from huatuo_jax.dpo.config import DpoConfig
-from huatuo_jax.dpo.loss import row_loss
+from huatuo_jax.dpo.loss import preference_numbers, row_loss
 from huatuo_jax.dpo.policy import abstract_state, make_state
 from huatuo_jax.progress import progress_bar
-from huatuo_jax.rl.gauges import preference_numbers
 from huatuo_jax.training.data_report import report_data
 from huatuo_jax.training.evaluation import check_rows, make_evaluate
 from huatuo_jax.training.initial_model import InitialModel, open_model
 from huatuo_jax.training.loop import Job, StepReport, host_share, step_numbers, train
 from huatuo_jax.training.micro_batch import settle
 from huatuo_jax.training.optimizer import make_optimizer
-from huatuo_jax.training.run_directory import (
-    StageDirectory,
-    all_fields,
-    begin_stage,
-    identity,
-)
+from huatuo_jax.training.run_directory import StageDirectory, begin_stage
 from huatuo_jax.training.step import Step, abstract_batch, make_step, update_program
 from huatuo_jax.training.throughput import ModelFlops
 

@@ -3,11 +3,11 @@
 import dataclasses
 import math
 
+from huatuo_jax.config import operational
 from huatuo_jax.data.accounting import check_share
-from huatuo_jax.feedback.label_command import OfflineName
+from huatuo_jax.feedback.truth_judge import OfflineName
 from huatuo_jax.rl.rewards import AnswerScoreConfig
 from huatuo_jax.sharding import MeshConfig
-from huatuo_jax.training.run_directory import operational
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

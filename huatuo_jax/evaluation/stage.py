@@ -25,9 +25,8 @@ from huatuo_jax.evaluation.judging import judge_pairs, score_answers, truth_valu
 from huatuo_jax.evaluation.likelihood import held_out_loss, sequence_kl
 from huatuo_jax.evaluation.release import COMPARED, release
 from huatuo_jax.feedback.intervals import Interval, Values, mean_over_prompts
-from huatuo_jax.feedback.label_command import open_offline
 from huatuo_jax.feedback.offline_judge import OfflineJudge
-from huatuo_jax.feedback.truth_judge import TruthJudge
+from huatuo_jax.feedback.truth_judge import TruthJudge, open_offline
 from huatuo_jax.feedback.win_rates import win_rates
 from huatuo_jax.json_lines import write_rows
 from huatuo_jax.training.dialogue_data import DialogueData

@@ -7,19 +7,18 @@ from typing import Literal
 import openai
 
 from huatuo_jax.clinic.judge import ClinicJudge
+from huatuo_jax.config import operational
 from huatuo_jax.data.records import Prompt
 from huatuo_jax.feedback.budget import BudgetConfig
 from huatuo_jax.feedback.completions import NoCompletion, read_json
 from huatuo_jax.feedback.judgements import printable
-from huatuo_jax.feedback.label_command import OfflineName, refuse_unused_judge
 from huatuo_jax.feedback.openai_judge import OpenAIJudgeConfig
 from huatuo_jax.feedback.prices import read_price
 from huatuo_jax.feedback.rate_limits import RateLimits
 from huatuo_jax.feedback.replies import Structured
 from huatuo_jax.feedback.server_calls import ServerConfig, key_from_environment
 from huatuo_jax.feedback.server_faults import scrubbed
-from huatuo_jax.feedback.truth_judge import EXACT, is_of_clinic
-from huatuo_jax.training.run_directory import operational
+from huatuo_jax.feedback.truth_judge import EXACT, OfflineName, is_of_clinic, refuse_unused_judge
 
 _TIMEOUT_S = 20.0
 _SHOWN = 8

@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+import typing
+from typing import Any
 
 from huatuo_jax.data.records import Prompt
 from huatuo_jax.feedback import judgements
@@ -95,7 +96,7 @@ class JudgeUnusable(ValueError):
     """No question can be answered: a wrong key, an unknown model, a spent budget."""
 
 
-class Judge(Protocol):
+class Judge(typing.Protocol):
     """Scores answers and compares them."""
 
     @property

@@ -6,9 +6,8 @@ import json
 import os
 import pathlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from huatuo_jax.atomic import write_file
 from huatuo_jax.clinic.judge import ClinicJudge
@@ -26,11 +25,15 @@ from huatuo_jax.feedback.openai_judge import OpenAIJudge, OpenAIJudgeConfig
 from huatuo_jax.feedback.questions import Answered, Question, read_answered
 from huatuo_jax.feedback.server_calls import key_from_environment
 from huatuo_jax.feedback.spending import Totals
-from huatuo_jax.feedback.truth_judge import EXACT, TruthJudge
+from huatuo_jax.feedback.truth_judge import (
+    EXACT,
+    OFFLINE,
+    OfflineName,
+    open_offline,
+    refuse_unused_judge,
+)
 from huatuo_jax.progress import progress_bar
 
-OfflineName = Literal["rubric", "clinic"]
-OFFLINE: Mapping[str, OfflineName] = {"offline": "rubric", "clinic": "clinic"}
 """Names of judges that need no server, as the command takes them."""
 
 Say = Callable[[str], object]
@@ -167,22 +170,6 @@ def open_judge(cfg: LabelRun) -> Judge:
                 f" only judge={' and '.join(OFFLINE)} need no server"
             ) from error
     return OpenAIJudge(cfg.openai, key=key, spending=cfg.spending or spending_path(cfg.output))
-
-
-def open_offline(name: OfflineName, clinic_judge: ClinicJudge = EXACT) -> OfflineJudge | TruthJudge:
-    """A judge that needs no server, by its name; the clinic's has these fields."""
-    return OfflineJudge() if name == "rubric" else TruthJudge(clinic_judge)
-
-
-def refuse_unused_judge(
-    clinic_judge: ClinicJudge, *, offline: Literal["auto"] | OfflineName, by_server: bool
-) -> None:
-    """Raise ValueError where fields of the clinic's judge are given, and another one judges."""
-    if clinic_judge == EXACT or (offline != "rubric" and not by_server):
-        return
-    told = ", ".join(f"clinic_judge.{change}" for change in clinic_judge.changes) or "clinic_judge"
-    judge = "a model behind a server" if by_server else "the rubric"
-    raise ValueError(f"{told} is for the clinic's judge alone, and {judge} judges: leave it out")
 
 
 def spending_path(output: str | os.PathLike[str]) -> str:

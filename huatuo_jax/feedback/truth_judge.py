@@ -5,7 +5,7 @@ it finds in an answer, and how that becomes scores and verdicts, is in `huatuo_j
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from huatuo_jax.clinic.dialogues import SOURCE
 from huatuo_jax.clinic.findings import truth_of
@@ -13,6 +13,7 @@ from huatuo_jax.clinic.judge import NAME, ClinicJudge
 from huatuo_jax.data.records import Prompt
 from huatuo_jax.feedback.judgements import Protocol, sha256
 from huatuo_jax.feedback.judges import NOTHING, Estimate, Reply
+from huatuo_jax.feedback.offline_judge import OfflineJudge
 
 EXACT = ClinicJudge()
 """The judge without noise and biases, which knows the true disease."""
@@ -101,3 +102,25 @@ class TruthJudge:
             "contraindicated": float(bool(found.contraindicated)),
             "red_flag_missed": float(found.red_flag_missed) if found.emergency else None,
         }
+
+
+OfflineName = Literal["rubric", "clinic"]
+
+
+OFFLINE: Mapping[str, OfflineName] = {"offline": "rubric", "clinic": "clinic"}
+
+
+def open_offline(name: OfflineName, clinic_judge: ClinicJudge = EXACT) -> OfflineJudge | TruthJudge:
+    """A judge that needs no server, by its name; the clinic's has these fields."""
+    return OfflineJudge() if name == "rubric" else TruthJudge(clinic_judge)
+
+
+def refuse_unused_judge(
+    clinic_judge: ClinicJudge, *, offline: Literal["auto"] | OfflineName, by_server: bool
+) -> None:
+    """Raise ValueError where fields of the clinic's judge are given, and another one judges."""
+    if clinic_judge == EXACT or (offline != "rubric" and not by_server):
+        return
+    told = ", ".join(f"clinic_judge.{change}" for change in clinic_judge.changes) or "clinic_judge"
+    judge = "a model behind a server" if by_server else "the rubric"
+    raise ValueError(f"{told} is for the clinic's judge alone, and {judge} judges: leave it out")

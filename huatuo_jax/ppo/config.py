@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any, Literal
 
 from huatuo_jax.backbone.lora import LoraConfig
+from huatuo_jax.config import operational
 from huatuo_jax.ppo.judging import JudgingConfig
 from huatuo_jax.ppo.prompts import PromptsConfig
 from huatuo_jax.rl.rewards import AnswerScoreConfig
@@ -15,7 +16,6 @@ from huatuo_jax.training.micro_batch import (
     most_rows_at_once,
 )
 from huatuo_jax.training.optimizer import OptimizerConfig
-from huatuo_jax.training.run_directory import operational
 
 Estimator = Literal["gae", "rloo", "grpo"]
 KlPlace = Literal["reward", "sequence_square", "k3"]

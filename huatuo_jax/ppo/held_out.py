@@ -24,10 +24,11 @@ from huatuo_jax.data.answers import text_of
 from huatuo_jax.data.chat import ChatTemplate
 from huatuo_jax.data.held_out import chosen_by_content, dialogue_text
 from huatuo_jax.feedback.judge_config import reach_judge
-from huatuo_jax.feedback.label_command import LabelRun, open_offline, run_labels
+from huatuo_jax.feedback.label_command import LabelRun, run_labels
 from huatuo_jax.feedback.labelling import LabelConfig
 from huatuo_jax.feedback.openai_judge import OpenAIJudgeConfig
 from huatuo_jax.feedback.questions import differ
+from huatuo_jax.feedback.truth_judge import open_offline
 from huatuo_jax.feedback.win_rates import Verdict, verdicts_of, win_rates
 from huatuo_jax.generation.bulk_tasks import Task, make_record, make_request
 from huatuo_jax.generation.requests import Answer

@@ -12,9 +12,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from huatuo_jax.config import operational
 from huatuo_jax.feedback.judge_config import JudgeConfig
 from huatuo_jax.training.metrics import JUDGED_PREFIX
-from huatuo_jax.training.run_directory import operational
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from huatuo_jax.config import operational
 from huatuo_jax.data import templates
 from huatuo_jax.data.accounting import TRAINED_ON, Account, check_share, placed
 from huatuo_jax.data.chat import ChatTemplate
@@ -14,7 +15,6 @@ from huatuo_jax.data.readers import read_dialogues, read_prompts
 from huatuo_jax.data.records import Dialogue, Prompt
 from huatuo_jax.data.shuffling import permutation
 from huatuo_jax.generation.bulk_tasks import Task, make_tasks
-from huatuo_jax.training.run_directory import operational
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -4,7 +4,7 @@ import functools
 import os
 from typing import Any
 
-from huatuo_jax.config import checked, placed_in
+from huatuo_jax.config import all_fields, checked, identity, placed_in
 from huatuo_jax.data.answers import text_of
 from huatuo_jax.ppo.config import PpoConfig
 from huatuo_jax.ppo.held_out import FOLDER as JUDGED_FOLDER
@@ -26,7 +26,7 @@ from huatuo_jax.training.data_report import report_data
 from huatuo_jax.training.evaluation import check_rows
 from huatuo_jax.training.initial_model import open_model
 from huatuo_jax.training.micro_batch import settle
-from huatuo_jax.training.run_directory import all_fields, begin_stage, identity
+from huatuo_jax.training.run_directory import begin_stage
 from huatuo_jax.training.state import Variables
 from huatuo_jax.training.throughput import ModelFlops
 

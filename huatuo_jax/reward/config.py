@@ -4,6 +4,7 @@ import dataclasses
 
 from huatuo_jax.comparisons.data import ComparisonsConfig
 from huatuo_jax.comparisons.rows import Denominator, RowsConfig
+from huatuo_jax.config import operational
 from huatuo_jax.sharding import MeshConfig
 from huatuo_jax.training.initial_model import ComputeSection, ModelConfig
 from huatuo_jax.training.loop import LoopConfig
@@ -13,7 +14,6 @@ from huatuo_jax.training.micro_batch import (
     most_rows_at_once,
 )
 from huatuo_jax.training.optimizer import OptimizerConfig
-from huatuo_jax.training.run_directory import operational
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

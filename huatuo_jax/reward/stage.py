@@ -23,7 +23,7 @@ from huatuo_jax.comparisons.data import (
 )
 from huatuo_jax.comparisons.probes import open_probe
 from huatuo_jax.comparisons.rows import ComparisonBatches, ComparisonRows, empty_row
-from huatuo_jax.config import checked, placed_in
+from huatuo_jax.config import all_fields, checked, identity, placed_in
 from huatuo_jax.data.accounting import Account
 from huatuo_jax.progress import progress_bar
 from huatuo_jax.reward.answers import answers_hash, read_answers
@@ -44,12 +44,7 @@ from huatuo_jax.training.initial_model import InitialModel, ModelConfig, open_mo
 from huatuo_jax.training.loop import Job, StepReport, host_share, step_numbers, train
 from huatuo_jax.training.micro_batch import settle
 from huatuo_jax.training.optimizer import make_optimizer
-from huatuo_jax.training.run_directory import (
-    StageDirectory,
-    all_fields,
-    begin_stage,
-    identity,
-)
+from huatuo_jax.training.run_directory import StageDirectory, begin_stage
 from huatuo_jax.training.step import Step, abstract_batch, make_step, update_program
 from huatuo_jax.training.throughput import ModelFlops
 

@@ -16,8 +16,7 @@ import numpy as np
 
 from huatuo_jax.rl.kl import k3, log_ratios
 from huatuo_jax.rl.masks import count_answers, has_tokens, masked, wide
-
-Sums = dict[str, jax.Array]
+from huatuo_jax.training.metrics import Sums, ratio
 
 # A variance below this share of the mean square is float32's rounding.
 _LEAST_VARIANCE = 1e-6
@@ -70,8 +69,8 @@ def policy_numbers(sums: Mapping[str, Any], *, prefix: str) -> dict[str, float]:
         "approximate_kl_k3": "approximate_kl_k3_per_token",
     }
     names |= {name: name for name in ("entropy", "kl_loss") if name in sums}
-    numbers = {f"{prefix}/{new}": _ratio(sums[name], tokens) for name, new in names.items()}
-    whole = _ratio(sums["approximate_kl_k3"], float(sums["answers"]))
+    numbers = {f"{prefix}/{new}": ratio(sums[name], tokens) for name, new in names.items()}
+    whole = ratio(sums["approximate_kl_k3"], float(sums["answers"]))
     return numbers | {f"{prefix}/approximate_kl_k3_per_sequence": whole}
 
 
@@ -113,13 +112,13 @@ def value_numbers(sums: Mapping[str, Any], *, prefix: str) -> dict[str, float]:
     """
     tokens = float(sums["tokens"])
     of_returns = _variance(sums["return"], sums["return_squared"], tokens)
-    error, squared = _ratio(sums["error"], tokens), _ratio(sums["error_squared"], tokens)
+    error, squared = ratio(sums["error"], tokens), ratio(sums["error_squared"], tokens)
     return {
-        f"{prefix}/value": _ratio(sums["value"], tokens),
-        f"{prefix}/return": _ratio(sums["return"], tokens),
+        f"{prefix}/value": ratio(sums["value"], tokens),
+        f"{prefix}/return": ratio(sums["return"], tokens),
         f"{prefix}/value_error_squared": squared,
-        f"{prefix}/value_clipped": _ratio(sums["value_clipped"], tokens),
-        f"{prefix}/explained_variance": 1 - _ratio(squared - error**2, of_returns),
+        f"{prefix}/value_clipped": ratio(sums["value_clipped"], tokens),
+        f"{prefix}/explained_variance": 1 - ratio(squared - error**2, of_returns),
     }
 
 
@@ -175,20 +174,20 @@ def rollout_numbers(sums: Mapping[str, Any], *, prefix: str) -> dict[str, float]
         prefix: of the names. `kl_per_sequence` is what `kl.next_kl_coef` goes by.
     """
     tokens, answers = float(sums["tokens"]), float(sums["answers"])
-    score, length = _ratio(sums["score"], answers), _ratio(sums["length"], answers)
+    score, length = ratio(sums["score"], answers), ratio(sums["length"], answers)
     variances = [
         _variance(sums[name], sums[f"{name}_squared"], answers) for name in ("score", "length")
     ]
-    covariance = _ratio(sums["score_times_length"], answers) - score * length
-    correlation = _ratio(covariance, math.sqrt(math.prod(variances)))
+    covariance = ratio(sums["score_times_length"], answers) - score * length
+    correlation = ratio(covariance, math.sqrt(math.prod(variances)))
     return {
-        f"{prefix}/kl_per_sequence": _ratio(sums["kl_k1"], answers),
-        f"{prefix}/kl_per_token": _ratio(sums["kl_k1"], tokens),
-        f"{prefix}/kl_k3_per_sequence": _ratio(sums["kl_k3"], answers),
-        f"{prefix}/kl_k3_per_token": _ratio(sums["kl_k3"], tokens),
-        f"{prefix}/sampled_entropy": _ratio(sums["surprise"], tokens),
-        f"{prefix}/sampler_mismatch": _ratio(sums["mismatch"], tokens),
-        f"{prefix}/eos_rate": _ratio(sums["ended"], answers),
+        f"{prefix}/kl_per_sequence": ratio(sums["kl_k1"], answers),
+        f"{prefix}/kl_per_token": ratio(sums["kl_k1"], tokens),
+        f"{prefix}/kl_k3_per_sequence": ratio(sums["kl_k3"], answers),
+        f"{prefix}/kl_k3_per_token": ratio(sums["kl_k3"], tokens),
+        f"{prefix}/sampled_entropy": ratio(sums["surprise"], tokens),
+        f"{prefix}/sampler_mismatch": ratio(sums["mismatch"], tokens),
+        f"{prefix}/eos_rate": ratio(sums["ended"], answers),
         f"{prefix}/response_length": length,
         f"{prefix}/response_length_deviation": math.sqrt(variances[1]),
         f"{prefix}/score": score,
@@ -238,65 +237,12 @@ def distinct_numbers(sums: Mapping[str, Any], *, n: int, prefix: str) -> dict[st
         n: tokens of an n-gram.
         prefix: of the name.
     """
-    share = _ratio(sums[f"distinct_{n}"], float(sums[f"distinct_{n}_answers"]))
+    share = ratio(sums[f"distinct_{n}"], float(sums[f"distinct_{n}_answers"]))
     return {f"{prefix}/distinct_{n}": share}
-
-
-def preference_sums(
-    chosen_B: jax.Array,
-    rejected_B: jax.Array,
-    p_chosen_B: jax.Array,
-    mask_B: jax.Array,
-    *,
-    rounding_B: jax.Array | float = 0.0,
-) -> Sums:
-    """What DPO's implicit rewards say of the pairs.
-
-    Args:
-        chosen_B: beta times the log-ratio of the chosen answer, zero outside of the mask.
-        rejected_B: of the rejected one.
-        p_chosen_B: the labels.
-        mask_B: bool, rows that hold a pair.
-        rounding_B: rewards that differ by no more are a tie, as they are before the first step.
-
-    Returns:
-        `pairs`, and sums over them of `chosen_reward`, `rejected_reward`, and `agreed`: 1 where
-        the rewards order the pair as its label does, 0.5 where either sees a tie.
-    """
-    margin_B = chosen_B - rejected_B
-    margin_B = jnp.where(jnp.abs(margin_B) <= rounding_B, 0, margin_B)
-    order_B = jnp.sign(margin_B) * jnp.sign(p_chosen_B - 0.5)
-    return {
-        "pairs": mask_B.sum(),
-        "chosen_reward": chosen_B.sum(),
-        "rejected_reward": rejected_B.sum(),
-        "agreed": masked((1 + order_B) / 2, mask_B).sum(),
-    }
-
-
-def preference_numbers(sums: Mapping[str, Any], *, prefix: str) -> dict[str, float]:
-    """Means over pairs.
-
-    Args:
-        sums: of `preference_sums`.
-        prefix: of the names.
-    """
-    pairs = float(sums["pairs"])
-    chosen, rejected = (_ratio(sums[f"{side}_reward"], pairs) for side in ("chosen", "rejected"))
-    return {
-        f"{prefix}/chosen_reward": chosen,
-        f"{prefix}/rejected_reward": rejected,
-        f"{prefix}/margin": chosen - rejected,
-        f"{prefix}/accuracy": _ratio(sums["agreed"], pairs),
-    }
-
-
-def _ratio(total: Any, count: float) -> float:
-    return float(total) / count if count else math.nan
 
 
 def _variance(total: Any, total_squared: Any, count: float) -> float:
     """Zero where it is no more than rounding: what is divided by it has no meaning."""
-    mean, square = _ratio(total, count), _ratio(total_squared, count)
+    mean, square = ratio(total, count), ratio(total_squared, count)
     variance = square - mean**2
     return 0.0 if variance <= _LEAST_VARIANCE * square else variance

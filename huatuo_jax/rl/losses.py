@@ -12,13 +12,10 @@ import math
 import jax
 import jax.numpy as jnp
 
-from huatuo_jax.rl.gauges import policy_sums, preference_sums, value_sums
+from huatuo_jax.rl.gauges import policy_sums, value_sums
 from huatuo_jax.rl.kl import KlLoss, kl_losses, log_ratios
-from huatuo_jax.rl.masks import Answers, count_terms, masked, per_token, wide
+from huatuo_jax.rl.masks import Answers, count_terms, masked, per_token
 from huatuo_jax.training.update import LossSums
-
-# Units in the last place.
-_ROUNDING = 8
 
 
 def policy_loss(
@@ -221,65 +218,3 @@ def value_loss(
         ),
         others=gauges,
     )
-
-
-def dpo_loss(
-    chosen_log_probs_B: jax.Array,
-    rejected_log_probs_B: jax.Array,
-    reference_chosen_log_probs_B: jax.Array,
-    reference_rejected_log_probs_B: jax.Array,
-    p_chosen_B: jax.Array,
-    mask_B: jax.Array,
-    *,
-    beta: float,
-) -> LossSums:
-    """The DPO loss (arXiv 2305.18290, equation 7), with soft labels.
-
-    The cross-entropy of sigmoid(beta * margin), the margin being how much more the policy prefers
-    the chosen answer than the reference does, against the probability that it is the better one.
-    At its least, with exact labels of Bradley-Terry rewards, the policy is in proportion to
-    reference * exp(reward / beta), which is PPO's optimum with `kl_coef=beta`.
-
-    Args:
-        chosen_log_probs_B: of whole answers (`masks.sum_by_answer`); differentiated, as are the
-            rejected ones.
-        rejected_log_probs_B: of the others.
-        reference_chosen_log_probs_B: of the reference, at the same temperature.
-        reference_rejected_log_probs_B: of the reference.
-        p_chosen_B: 1 for a plain label, 0.5 for a tie.
-        mask_B: bool, rows that hold a pair.
-        beta: how strongly the reference holds.
-
-    Returns:
-        Sums over pairs; `others` are `gauges.preference_sums`.
-
-    Raises:
-        ValueError: `beta` is not above 0.
-    """
-    if not beta > 0:
-        raise ValueError(f"beta={beta!r} must be above 0")
-    reference_chosen_B, reference_rejected_B, p_chosen_B = jax.lax.stop_gradient(
-        (wide(reference_chosen_log_probs_B), wide(reference_rejected_log_probs_B), p_chosen_B)
-    )
-    chosen_B = masked(wide(chosen_log_probs_B) - reference_chosen_B, mask_B)
-    rejected_B = masked(wide(rejected_log_probs_B) - reference_rejected_B, mask_B)
-    p_chosen_B = masked(p_chosen_B, mask_B)
-    logits_B = beta * (chosen_B - rejected_B)
-    likelihood_B = p_chosen_B * jax.nn.log_sigmoid(logits_B)
-    likelihood_B += (1 - p_chosen_B) * jax.nn.log_sigmoid(-logits_B)
-    return LossSums(
-        loss=-masked(likelihood_B, mask_B).sum(),
-        num_terms=mask_B.sum(),
-        others=preference_sums(
-            *jax.lax.stop_gradient((beta * chosen_B, beta * rejected_B)),
-            p_chosen_B,
-            mask_B,
-            rounding_B=beta * _rounding(chosen_log_probs_B, rejected_log_probs_B, mask_B),
-        ),
-    )
-
-
-def _rounding(chosen_B: jax.Array, rejected_B: jax.Array, mask_B: jax.Array) -> jax.Array:
-    """By how much the log-probabilities of two programs may differ for the same weights, `[B]`."""
-    size_B = jnp.abs(masked(wide(chosen_B), mask_B)) + jnp.abs(masked(wide(rejected_B), mask_B))
-    return jax.lax.stop_gradient(_ROUNDING * jnp.finfo(size_B.dtype).eps * size_B)

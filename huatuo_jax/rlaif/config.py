@@ -8,15 +8,16 @@ from typing import Literal
 from huatuo_jax.clinic import files as clinic_files
 from huatuo_jax.clinic.files import ClinicConfig
 from huatuo_jax.clinic.planted import Difference
-from huatuo_jax.config import WORKDIR_MARK, placed_in
+from huatuo_jax.config import WORKDIR_MARK, operational, placed_in
 from huatuo_jax.data.records import Kind
 from huatuo_jax.data.sources import source_names
 from huatuo_jax.evaluation.config import EvaluationConfig
 from huatuo_jax.evaluation.release import CANDIDATES, Candidate
 from huatuo_jax.feedback.comparison_config import ComparisonConfig
 from huatuo_jax.feedback.judge_config import JudgeConfig
-from huatuo_jax.feedback.label_command import OfflineName, spending_path
+from huatuo_jax.feedback.label_command import spending_path
 from huatuo_jax.feedback.labelling import LabelConfig
+from huatuo_jax.feedback.truth_judge import OfflineName
 from huatuo_jax.generation.requests import SamplingConfig
 from huatuo_jax.ppo.config import PpoConfig
 from huatuo_jax.reward.config import ProbeConfig, RewardConfig
@@ -24,7 +25,6 @@ from huatuo_jax.sft import CLINIC_FOLDER, SftConfig
 from huatuo_jax.sharding import MeshConfig
 from huatuo_jax.training.dialogue_data import SourceConfig
 from huatuo_jax.training.initial_model import ComputeSection
-from huatuo_jax.training.run_directory import operational
 
 LABELS_FILE = "labels.jsonl"
 HELD_OUT_FILE = "held_out_prompts.jsonl"

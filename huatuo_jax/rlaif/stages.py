@@ -11,6 +11,7 @@ import jax
 
 from huatuo_jax import multi_host
 from huatuo_jax.checkpoint import models
+from huatuo_jax.config import identity
 from huatuo_jax.data.records import is_empty
 from huatuo_jax.data.sources import content_hash
 from huatuo_jax.evaluation.answers import sampling_of
@@ -28,7 +29,6 @@ from huatuo_jax.sft import run_sft, settled_step
 from huatuo_jax.training.dialogue_data import open_dialogues
 from huatuo_jax.training.initial_model import open_model
 from huatuo_jax.training.optimizer import OptimizerConfig, make_optimizer
-from huatuo_jax.training.run_directory import identity
 
 
 class Stage(NamedTuple):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jax.sharding import Mesh
 
+from huatuo_jax.config import operational
 from huatuo_jax.data import templates
 from huatuo_jax.data.accounting import TRAINED_ON, Account
 from huatuo_jax.data.batches import BatchIterator, PrefetchConfig, evaluation_batches
@@ -22,7 +23,6 @@ from huatuo_jax.data.rows import RowConfig, RowStream
 from huatuo_jax.data.sources import DialogueSource, HeldOutBy
 from huatuo_jax.data.tokenizing import Progress, TemplateTokenizer
 from huatuo_jax.training.loop import host_share
-from huatuo_jax.training.run_directory import operational
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

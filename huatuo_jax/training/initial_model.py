@@ -19,9 +19,9 @@ from huatuo_jax.backbone.transformer import Head, Transformer, init_params
 from huatuo_jax.checkpoint import generation_config, models
 from huatuo_jax.checkpoint import tokenizer as tokenizers
 from huatuo_jax.checkpoint.side_files import SideFiles
+from huatuo_jax.config import operational
 from huatuo_jax.data.chat import ChatTemplate
 from huatuo_jax.training.optimizer import Optimizer
-from huatuo_jax.training.run_directory import operational
 from huatuo_jax.training.state import (
     TrainState,
     Variables,

@@ -12,6 +12,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+
 from huatuo_jax import json_lines
 
 TIME_PREFIX = "throughput/"
@@ -113,3 +115,11 @@ def cut_rows(path: pathlib.Path, *, after_step: int | None, evaluated: bool) -> 
 
     with json_lines.AppendedFile(path, locked=False) as file:
         file.keep_while(is_kept)
+
+
+Sums = dict[str, jax.Array]
+
+
+def ratio(total: Any, count: float) -> float:
+    """Divides a sum by a count; NaN where there is nothing to count."""
+    return float(total) / count if count else math.nan

@@ -41,22 +41,6 @@ _PACKAGES = (
     "numpy",
     "transformers",
 )
-_OPERATIONAL = "operational"
-
-
-def operational(default: Any) -> Any:
-    """A dataclass field that may change between restarts: it does not decide results."""
-    return dataclasses.field(default=default, metadata={_OPERATIONAL: True})
-
-
-def identity(config: Any) -> dict[str, Any]:
-    """The fields of a config dataclass that decide results, nested, in JSON form."""
-    return dict(as_json(_fields(config, everything=False), name=type(config).__name__))
-
-
-def all_fields(config: Any) -> dict[str, Any]:
-    """All fields of a config dataclass, nested, in JSON form."""
-    return dict(as_json(_fields(config, everything=True), name=type(config).__name__))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,20 +182,6 @@ def _git_commit() -> str | None:
         return f"{commit}+changes" if git("status", "--porcelain", "--", ".") else commit
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def _fields(config: Any, *, everything: bool) -> Any:
-    if dataclasses.is_dataclass(config) and not isinstance(config, type):
-        return {
-            field.name: _fields(getattr(config, field.name), everything=everything)
-            for field in dataclasses.fields(config)
-            if everything or not field.metadata.get(_OPERATIONAL, False)
-        }
-    if isinstance(config, Mapping):
-        return {str(name): _fields(value, everything=everything) for name, value in config.items()}
-    if isinstance(config, list | tuple):
-        return [_fields(value, everything=everything) for value in config]
-    return config
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:

@@ -8,10 +8,10 @@ import pytest
 from huatuo_jax.clinic import dialogues as clinic
 from huatuo_jax.clinic.dialogues import prompts
 from huatuo_jax.clinic.judge import ClinicJudge
+from huatuo_jax.config import identity
 from huatuo_jax.data.records import Message, Prompt
 from huatuo_jax.feedback import judge_config
 from huatuo_jax.feedback.judge_config import JudgeConfig
-from huatuo_jax.training.run_directory import identity
 
 KEY = "sk-0123456789abcdef"
 

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from huatuo_jax.dpo.loss import dpo_loss
 from huatuo_jax.rl.advantages import gae, grpo_advantages, rloo_advantages
 from huatuo_jax.rl.kl import k3, log_ratios
-from huatuo_jax.rl.losses import add_kl_loss, dpo_loss, policy_loss
+from huatuo_jax.rl.losses import add_kl_loss, policy_loss
 from huatuo_jax.rl.masks import answer_mask, over_tokens, sum_by_answer
 from huatuo_jax.rl.rewards import answer_scores, have_ended, token_rewards
 from tests.rl.enumerable import ANSWERS, END, LONGEST, NUM_SLOTS, answer_arrays, make_world

@@ -8,7 +8,7 @@ import pytest
 from huatuo_jax.clinic import dialogues as clinic
 from huatuo_jax.clinic.judge import ClinicJudge
 from huatuo_jax.feedback.judge_config import JudgeConfig
-from huatuo_jax.feedback.label_command import open_offline
+from huatuo_jax.feedback.truth_judge import open_offline
 from huatuo_jax.ppo.judging import JudgingConfig
 from huatuo_jax.rlaif.offline_judge import choose_offline_judge
 from huatuo_jax.rlaif.prompts import make_prompts, write_prompts

@@ -6,13 +6,9 @@ import subprocess
 
 import pytest
 
+from huatuo_jax.config import all_fields, identity, operational
 from huatuo_jax.training import run_directory
-from huatuo_jax.training.run_directory import (
-    all_fields,
-    begin_stage,
-    identity,
-    operational,
-)
+from huatuo_jax.training.run_directory import begin_stage
 
 
 @dataclasses.dataclass(frozen=True)
