@@ -39,23 +39,22 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from huatuo_jax import sharding
-from huatuo_jax.atomic import write_file
 from huatuo_jax.backbone.attention import attend, choose_kernel
-from huatuo_jax.backbone.config import BackboneConfig, ComputeConfig, Kernel, Remat
+from huatuo_jax.backbone.config import BackboneConfig, ComputeConfig, Kernel, Remat, preset
 from huatuo_jax.backbone.lora import LoraConfig
-from huatuo_jax.backbone.presets import preset
 from huatuo_jax.backbone.transformer import Transformer, init_params
-from huatuo_jax.data.examples import UNKNOWN_KIND, Example
-from huatuo_jax.data.packing import pack_row
+from huatuo_jax.core import sharding
+from huatuo_jax.core.files import write_file
+from huatuo_jax.data.batches import pack_row
+from huatuo_jax.data.tokenizing import UNKNOWN_KIND, Example
 from huatuo_jax.generation import cache as caches
 from huatuo_jax.generation.engine import Engine
 from huatuo_jax.generation.requests import Request, SamplingConfig
 from huatuo_jax.sft import SftConfig, sft_step
 from huatuo_jax.training.dialogue_data import DataConfig, SourceConfig
 from huatuo_jax.training.initial_model import ComputeSection, ModelConfig, open_model
+from huatuo_jax.training.metrics import ModelFlops, peak_flops
 from huatuo_jax.training.optimizer import OptimizerConfig
-from huatuo_jax.training.throughput import ModelFlops, peak_flops
 
 _SIZES = flags.DEFINE_list("sizes", ["1b", "7b"], "Models: 1b, 7b; tiny tries the script.")
 _PARTS = flags.DEFINE_list("parts", ["sft", "decode", "attention"], "What is measured.")

@@ -81,7 +81,7 @@ def train_ours(
     """
     import jax
 
-    from huatuo_jax import sharding
+    from huatuo_jax.core import sharding
     from huatuo_jax.training.initial_model import ComputeSection, ModelConfig, open_model
     from huatuo_jax.training.loop import put_on_mesh
     from huatuo_jax.training.optimizer import OptimizerConfig, make_optimizer

@@ -21,9 +21,9 @@ from absl import app, flags
 
 from huatuo_jax.backbone.config import BackboneConfig, ComputeConfig
 from huatuo_jax.backbone.transformer import abstract_params
-from huatuo_jax.checkpoint.hf_export_config import to_hugging_face
-from huatuo_jax.checkpoint.hf_tensors import tensor_rules
-from huatuo_jax.checkpoint.safetensors_files import TensorToWrite, write_safetensors
+from huatuo_jax.hf.config import to_hugging_face
+from huatuo_jax.hf.safetensors_files import TensorToWrite, write_safetensors
+from huatuo_jax.hf.tensor_table import tensor_rules
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where to work; default: a temporary folder.")
 

@@ -91,7 +91,7 @@ def make_model(folder: pathlib.Path, size: str) -> None:
 
     from huatuo_jax.backbone.config import BackboneConfig, ComputeConfig
     from huatuo_jax.backbone.transformer import init_params
-    from huatuo_jax.checkpoint.hf_export import export_model
+    from huatuo_jax.hf.export import export_model
 
     width, wide, layers, heads = SHAPES[size]
     cfg = BackboneConfig(

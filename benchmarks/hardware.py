@@ -19,7 +19,7 @@ from typing import Any
 
 from absl import app
 
-from huatuo_jax.config import load_card
+from huatuo_jax.core.config import load_card
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "compiled"

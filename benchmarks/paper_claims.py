@@ -49,19 +49,16 @@ from paper_claims_parts import (
     with_seed,
 )
 
-from huatuo_jax import command_line
-from huatuo_jax.atomic import write_file
-from huatuo_jax.checkpoint.differences import as_json
 from huatuo_jax.clinic.judge import ClinicJudge
-from huatuo_jax.config import identity
+from huatuo_jax.core import command_line
+from huatuo_jax.core.config import as_json, identity
+from huatuo_jax.core.files import write_file
+from huatuo_jax.core.statistics import bootstrap_settings
 from huatuo_jax.evaluation.stage import write_json
-from huatuo_jax.evaluation.statistics import bootstrap_settings
-from huatuo_jax.report.run import read_json
-from huatuo_jax.rlaif.config import RlaifConfig
-from huatuo_jax.rlaif.journal import Journal
-from huatuo_jax.rlaif.recipe import run_rlaif
-from huatuo_jax.training.loop import Diverged
-from huatuo_jax.training.preemption import INTERRUPTED_EXIT_CODE, Interrupted
+from huatuo_jax.recipe.config import RlaifConfig
+from huatuo_jax.recipe.recipe import Journal, run_rlaif
+from huatuo_jax.report.markup import read_json
+from huatuo_jax.training.loop import INTERRUPTED_EXIT_CODE, Diverged, Interrupted
 from huatuo_jax.training.run_directory import environment
 
 

@@ -14,13 +14,11 @@ import numpy as np
 import scipy.stats
 from paper_claims_parts import BOTH, Part
 
-from huatuo_jax.evaluation.judging import judge_pairs, score_answers, truth_values
-from huatuo_jax.evaluation.statistics import mean_difference
-from huatuo_jax.feedback.intervals import Values
-from huatuo_jax.feedback.questions import Answered, read_answered
-from huatuo_jax.feedback.truth_judge import TruthJudge
-from huatuo_jax.feedback.win_rates import win_rates
-from huatuo_jax.report.run import read_json
+from huatuo_jax.core.statistics import Values, mean_difference
+from huatuo_jax.evaluation.stage import judge_pairs, score_answers, truth_values
+from huatuo_jax.judge.offline import TruthJudge
+from huatuo_jax.judge.questions import Answered, read_answered, win_rates
+from huatuo_jax.report.markup import read_json
 
 Verdict = Literal["holds", "does not hold", "undecided"]
 Figures = dict[str, Any]

@@ -14,10 +14,10 @@ from typing import Any
 
 from huatuo_jax.clinic.files import ClinicSizes
 from huatuo_jax.clinic.judge import ClinicJudge
-from huatuo_jax.config import WORKDIR_MARK, checked, load_card, replaced
+from huatuo_jax.core.config import WORKDIR_MARK, checked, load_card, replaced
 from huatuo_jax.data.records import KINDS, Kind
-from huatuo_jax.rlaif.config import HELD_OUT_FILE, JUDGED_FILE, RlaifConfig
-from huatuo_jax.rlaif.prompts import TRAIN_FILE
+from huatuo_jax.recipe.config import HELD_OUT_FILE, JUDGED_FILE, RlaifConfig
+from huatuo_jax.recipe.prompts import TRAIN_FILE
 from huatuo_jax.sft import clinic_sources
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent

@@ -34,12 +34,12 @@ from absl import app, flags
 
 from huatuo_jax.backbone.config import BackboneConfig, ComputeConfig
 from huatuo_jax.backbone.transformer import Transformer, count_parameters, init_params
-from huatuo_jax.checkpoint.hf_export import export_model
-from huatuo_jax.checkpoint.tokenizer import load_tokenizer
-from huatuo_jax.data import templates
+from huatuo_jax.core.files import write_rows
+from huatuo_jax.data.chat import templates
 from huatuo_jax.data.readers import read_dialogues
 from huatuo_jax.data.records import Prompt
-from huatuo_jax.json_lines import write_rows
+from huatuo_jax.hf.export import export_model
+from huatuo_jax.hf.tokenizer import load_tokenizer
 from huatuo_jax.ppo.prompts import PromptsConfig, open_prompts
 
 _SIZES = flags.DEFINE_list("sizes", ["10m"], "Models: 50m, 10m, tiny.")

@@ -6,10 +6,10 @@ import pathlib
 from collections.abc import Sequence
 
 from huatuo_jax.backbone.config import BackboneConfig
-from huatuo_jax.data.disc import read_disc_comparisons
-from huatuo_jax.data.held_out import HeldOutConfig
+from huatuo_jax.core.files import write_rows
+from huatuo_jax.data.formats.disc import read_disc_comparisons
+from huatuo_jax.data.mixture import HeldOutConfig
 from huatuo_jax.data.records import Comparison
-from huatuo_jax.json_lines import write_rows
 from huatuo_jax.sft import SftConfig
 from huatuo_jax.training.dialogue_data import DataConfig, SourceConfig
 from huatuo_jax.training.initial_model import ComputeSection, ModelConfig

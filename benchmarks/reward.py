@@ -27,11 +27,11 @@ from absl import app, flags
 
 from huatuo_jax.backbone.config import ComputeConfig
 from huatuo_jax.backbone.transformer import count_parameters, init_params
-from huatuo_jax.checkpoint.hf_export import export_model
-from huatuo_jax.checkpoint.tokenizer import load_tokenizer
-from huatuo_jax.comparisons.data import ComparisonsConfig, ComparisonSource, Group, open_comparisons
-from huatuo_jax.comparisons.rows import ComparisonRows, RowsConfig
-from huatuo_jax.data.held_out import HeldOutConfig
+from huatuo_jax.data.mixture import HeldOutConfig
+from huatuo_jax.hf.export import export_model
+from huatuo_jax.hf.tokenizer import load_tokenizer
+from huatuo_jax.preferences.data import ComparisonsConfig, ComparisonSource, Group, open_comparisons
+from huatuo_jax.preferences.rows import ComparisonRows, RowsConfig
 
 _SIZES = flags.DEFINE_list("sizes", ["10m"], "Models: 50m, 10m, tiny.")
 _MAX_LENGTH = flags.DEFINE_integer("max_length", 512, "Tokens of a prompt and answer at most.")

@@ -16,7 +16,7 @@ from contenders import Contender, Result, Settings, main, train_ours, train_trl,
 
 def ours(folder: pathlib.Path, settings: Settings) -> Result:
     """This project's update, on packed rows, as `huatuo_jax.reward` compiles and feeds it."""
-    from huatuo_jax.reward.losses import reward_loss
+    from huatuo_jax.reward.stage import reward_loss
 
     return train_ours(
         folder,

@@ -29,23 +29,22 @@ import numpy as np
 import real_data
 from absl import app, flags
 
-from huatuo_jax import sharding
 from huatuo_jax.backbone.transformer import Transformer
 from huatuo_jax.checkpoint.models import find_model, load_params
-from huatuo_jax.checkpoint.tokenizer import load_tokenizer
-from huatuo_jax.comparisons.data import ComparisonsConfig, ComparisonSource, Group, open_comparisons
+from huatuo_jax.core import sharding
+from huatuo_jax.core.statistics import NUM_RESAMPLES
+from huatuo_jax.data.mixture import permutation
 from huatuo_jax.data.records import Comparison
-from huatuo_jax.data.shuffling import permutation
-from huatuo_jax.feedback.intervals import NUM_RESAMPLES
-from huatuo_jax.reward import measures
+from huatuo_jax.hf.tokenizer import load_tokenizer
+from huatuo_jax.preferences.data import ComparisonsConfig, ComparisonSource, Group, open_comparisons
+from huatuo_jax.reward import report
 from huatuo_jax.reward.config import RewardConfig
-from huatuo_jax.reward.measures import ScoredPairs
-from huatuo_jax.reward.report import all_answers, given, length_slope, scored_pairs
+from huatuo_jax.reward.report import ScoredPairs, all_answers, given, length_slope, scored_pairs
 from huatuo_jax.reward.stage import run_reward
-from huatuo_jax.scoring import Scorer
 from huatuo_jax.training.initial_model import ModelConfig
 from huatuo_jax.training.loop import LoopConfig
 from huatuo_jax.training.optimizer import OptimizerConfig
+from huatuo_jax.training.scoring import Scorer
 
 _SFT = flags.DEFINE_string("sft", None, "Directory of the fine-tuned backbone, with tokenizer.")
 _WORKDIR = flags.DEFINE_string("workdir", "runs/reward_real", "Folder of the five runs.")
@@ -81,7 +80,7 @@ def main() -> None:
     for fold in range(_FOLDS.value):
         folds.append(run_fold(fold, by_case))
         minutes = (time.monotonic() - begun_s) / 60
-        share = measures.accuracy(folds[-1].pairs, seed=SEED)
+        share = report.accuracy(folds[-1].pairs, seed=SEED)
         told = "no pairs" if share is None else f"accuracy {share.value:.3f}"
         print(f"fold {fold + 1} of {_FOLDS.value}: {told}, {minutes:.1f} minutes", flush=True)
     pairs = joined([fold.pairs for fold in folds])
@@ -103,13 +102,13 @@ def main() -> None:
         "minutes_of_this_call": round((time.monotonic() - begun_s) / 60, 1),
         "reward_model": judged(pairs, pairs.difference),
         "length_only": judged(pairs, by_length),
-        "accuracy_above_length_only": json_of(measures.accuracy_gain(pairs, by_length, seed=SEED)),
+        "accuracy_above_length_only": json_of(report.accuracy_gain(pairs, by_length, seed=SEED)),
         "length_log_odds_per_character": [fold.slope for fold in folds],
-        "accuracy_by_fold": [json_of(measures.accuracy(fold.pairs, seed=SEED)) for fold in folds],
+        "accuracy_by_fold": [json_of(report.accuracy(fold.pairs, seed=SEED)) for fold in folds],
         "accuracy_by_margin": [
             {"margin_low": low, "margin_high": high}
-            | (json_of(measures.accuracy(pairs.only(inside(pairs, low, high)), seed=SEED)) or {})
-            for low, high in measures.margin_ranges(pairs.margin)
+            | (json_of(report.accuracy(pairs.only(inside(pairs, low, high)), seed=SEED)) or {})
+            for low, high in report.margin_ranges(pairs.margin)
         ],
     }
     text = json.dumps(figures, indent=2)
@@ -208,12 +207,12 @@ def joined(folds: Sequence[ScoredPairs]) -> ScoredPairs:
 
 def judged(pairs: ScoredPairs, difference: np.ndarray) -> dict[str, Any]:
     """Accuracy and calibration of one score."""
-    table = measures.reliability(difference, pairs.p_chosen)
+    table = report.reliability(difference, pairs.p_chosen)
     scored = dataclasses.replace(pairs, difference=difference)
     return {
-        "accuracy": json_of(measures.accuracy(scored, seed=SEED)),
-        "loss": measures.cross_entropy(difference, pairs.p_chosen),
-        "expected_calibration_error": measures.calibration_error(table),
+        "accuracy": json_of(report.accuracy(scored, seed=SEED)),
+        "loss": report.cross_entropy(difference, pairs.p_chosen),
+        "expected_calibration_error": report.calibration_error(table),
         "expected_calibration_error_interval": calibration_interval(scored),
         "bins": [one._asdict() for one in table],
     }
@@ -231,8 +230,8 @@ def calibration_interval(pairs: ScoredPairs) -> list[float]:
         drawn = np.concatenate(
             [of_case[case] for case in draw.integers(len(of_case), size=len(of_case))]
         )
-        table = measures.reliability(pairs.difference[drawn], pairs.p_chosen[drawn])
-        errors.append(measures.calibration_error(table))
+        table = report.reliability(pairs.difference[drawn], pairs.p_chosen[drawn])
+        errors.append(report.calibration_error(table))
     return [float(bound) for bound in np.quantile(errors, (0.025, 0.975))]
 
 
@@ -241,7 +240,7 @@ def inside(pairs: ScoredPairs, low: float, high: float) -> np.ndarray:
     return (np.abs(pairs.margin) >= low) & (np.abs(pairs.margin) <= high)
 
 
-def json_of(share: measures.Share | None) -> dict[str, float | int] | None:
+def json_of(share: report.Share | None) -> dict[str, float | int] | None:
     """A share by name."""
     return None if share is None else share.to_json()
 

@@ -23,25 +23,25 @@ from typing import Any
 import real_data
 from absl import app, flags
 
-from huatuo_jax.comparisons.data import ComparisonsConfig, ComparisonSource
-from huatuo_jax.data.held_out import HeldOutConfig
-from huatuo_jax.evaluation.config import EvaluationConfig
+from huatuo_jax.data.mixture import HeldOutConfig
+from huatuo_jax.evaluation.answers import EvaluationConfig
 from huatuo_jax.evaluation.stage import run_evaluation, write_json
-from huatuo_jax.feedback.comparison_config import ComparisonConfig, MixedFile
 from huatuo_jax.generation.requests import SamplingConfig
 from huatuo_jax.ppo.config import PpoConfig, PpoLoopConfig, RolloutConfig, ScoreConfig, ValueConfig
 from huatuo_jax.ppo.prompts import PromptsConfig as PpoPrompts
 from huatuo_jax.ppo.stage import run_ppo
-from huatuo_jax.report.run import Run, read_run
-from huatuo_jax.reward.config import RewardConfig
-from huatuo_jax.rlaif.config import (
+from huatuo_jax.preferences.data import ComparisonsConfig, ComparisonSource
+from huatuo_jax.preferences.from_judgements import ComparisonConfig, MixedFile
+from huatuo_jax.recipe.config import (
     AnswersConfig,
     LabelsConfig,
     PromptsConfig,
     ReportConfig,
     RlaifConfig,
 )
-from huatuo_jax.rlaif.recipe import run_rlaif
+from huatuo_jax.recipe.recipe import run_rlaif
+from huatuo_jax.report.markup import Run, read_run
+from huatuo_jax.reward.config import RewardConfig
 from huatuo_jax.training.initial_model import ModelConfig
 from huatuo_jax.training.loop import LoopConfig
 from huatuo_jax.training.metrics import read_rows

@@ -30,15 +30,14 @@ from absl import app, flags
 
 from huatuo_jax.backbone.config import BackboneConfig, ComputeConfig
 from huatuo_jax.backbone.transformer import count_parameters, init_params
-from huatuo_jax.checkpoint.hf_export import export_model
-from huatuo_jax.checkpoint.tokenizer import load_tokenizer
-from huatuo_jax.data import templates
-from huatuo_jax.data.examples import UNKNOWN_KIND, Example, Tokens
-from huatuo_jax.data.packing import pack_row, plan_rows
+from huatuo_jax.data.batches import pack_row, plan_rows
+from huatuo_jax.data.chat import templates
+from huatuo_jax.data.mixture import permutation
 from huatuo_jax.data.readers import read_dialogues
-from huatuo_jax.data.shuffling import permutation
-from huatuo_jax.data.tokenizing import TemplateTokenizer
-from huatuo_jax.training.throughput import ModelFlops
+from huatuo_jax.data.tokenizing import UNKNOWN_KIND, Example, TemplateTokenizer, Tokens
+from huatuo_jax.hf.export import export_model
+from huatuo_jax.hf.tokenizer import load_tokenizer
+from huatuo_jax.training.metrics import ModelFlops
 
 _SIZES = flags.DEFINE_list("sizes", ["10m", "50m"], "Models: 10m, 50m, tiny.")
 _ROW_LENGTH = flags.DEFINE_integer("row_length", 1024, "Tokens of a row at most (TRL's default).")

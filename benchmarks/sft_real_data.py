@@ -20,8 +20,7 @@ from absl import app, flags
 
 from huatuo_jax.backbone.config import ComputeConfig
 from huatuo_jax.backbone.transformer import abstract_params, count_parameters
-from huatuo_jax.data.examples import ALL_KINDS
-from huatuo_jax.data.token_cache import TokenDataset
+from huatuo_jax.data.tokenizing import ALL_KINDS, TokenDataset
 from huatuo_jax.sft import run_sft
 from huatuo_jax.training.metrics import read_rows
 

@@ -15,8 +15,8 @@ Fine-tuning reaches a utilisation of 78 % at most, 72,000 tokens/s: 3.9 hours fo
 and no less. An iteration of PPO takes 31 s at least.
 """
 
-from huatuo_jax.rlaif.config import RlaifConfig
-from huatuo_jax.rlaif.paper import paper_recipe
+from huatuo_jax.recipe.config import RlaifConfig
+from huatuo_jax.recipe.paper import paper_recipe
 
 
 def get_config() -> RlaifConfig:

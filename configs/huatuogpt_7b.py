@@ -9,7 +9,7 @@ published 226,042 dialogues; `--config.data=FILES` takes others.
 Judge: OpenAI's API with the key in OPENAI_API_KEY, its model to be named; another server by
 `--config.judge.base_url=URL`. `--config.judge.max_cost=MONEY` bounds what it may cost: 80,000
 answers are scored.
-Settings: `huatuo_jax/rlaif/paper.py` tells which are the paper's. Fine-tuning: rows of 2,048
+Settings: `huatuo_jax/recipe/paper.py` tells which are the paper's. Fine-tuning: rows of 2,048
 tokens, 128 a step, learning rate 5e-5 with cosine decay after 5 % warm-up, 3 epochs, AdamW with
 weight decay 0.1 off norms and biases, gradients clipped to norm 1, all weights trained, 16-bit
 compute, layers recomputed in the backward pass. Different from the paper: rows are packed, so a
@@ -26,8 +26,8 @@ Where there is memory to spare, the products of a layer can be kept rather than 
 reach 97 %, 182,000 tokens/s.
 """
 
-from huatuo_jax.rlaif.config import RlaifConfig
-from huatuo_jax.rlaif.paper import paper_recipe
+from huatuo_jax.recipe.config import RlaifConfig
+from huatuo_jax.recipe.paper import paper_recipe
 
 
 def get_config() -> RlaifConfig:

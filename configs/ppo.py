@@ -20,10 +20,8 @@ Curves are in `ppo/metrics.jsonl` (and TensorBoard), answers with score, KL and 
 """
 
 from huatuo_jax.backbone.config import BackboneConfig
-from huatuo_jax.comparisons.data import ComparisonsConfig, ComparisonSource
-from huatuo_jax.comparisons.made_comparisons import WHOLE_DIALOGUE
 from huatuo_jax.data import sample
-from huatuo_jax.data.held_out import HeldOutConfig
+from huatuo_jax.data.mixture import HeldOutConfig
 from huatuo_jax.data.records import KINDS
 from huatuo_jax.ppo.config import (
     Estimator,
@@ -34,9 +32,11 @@ from huatuo_jax.ppo.config import (
     ValueConfig,
 )
 from huatuo_jax.ppo.prompts import PromptsConfig
+from huatuo_jax.preferences.data import ComparisonsConfig, ComparisonSource
+from huatuo_jax.preferences.synthetic import WHOLE_DIALOGUE
+from huatuo_jax.recipe.config import StagesConfig
 from huatuo_jax.reward.config import RewardConfig
 from huatuo_jax.sft import SftConfig
-from huatuo_jax.stages import StagesConfig
 from huatuo_jax.training.dialogue_data import DataConfig, SourceConfig
 from huatuo_jax.training.initial_model import ModelConfig
 from huatuo_jax.training.loop import LoopConfig

@@ -18,13 +18,13 @@ model's. `--config.data=FILES` takes dialogues of your own, or
 `--config.data=FreedomIntelligence/HuatuoGPT-sft-data-v1` the published ones; then a judge of your
 own by `--config.judge.base_url=URL --config.judge.model=NAME`.
 Chat template: the one that its tokenizer brings.
-Settings: those of the size in `huatuo_jax/rlaif/base_model.py`. PPO takes 200 iterations of 128
+Settings: those of the size in `huatuo_jax/recipe/base_model.py`. PPO takes 200 iterations of 128
 prompts; `--config.ppo.num_iterations=20` is a trial of it.
 """
 
-from huatuo_jax.config import load_card
-from huatuo_jax.rlaif.base_model import Hardware, on_hardware
-from huatuo_jax.rlaif.config import RlaifConfig
+from huatuo_jax.core.config import load_card
+from huatuo_jax.recipe.base_model import Hardware, on_hardware
+from huatuo_jax.recipe.config import RlaifConfig
 
 SETTINGS = {
     "one": Hardware(trained="adapters", rows_at_once=2, reward_rows_at_once=1, slots=16),

@@ -11,8 +11,8 @@ reaches a utilisation of 79 % at most, 229,000 tokens/s: 73 minutes for a billio
 less. An iteration of PPO takes 13 s at least.
 """
 
-from huatuo_jax.rlaif.config import RlaifConfig
-from huatuo_jax.rlaif.paper import paper_recipe
+from huatuo_jax.recipe.config import RlaifConfig
+from huatuo_jax.recipe.paper import paper_recipe
 
 
 def get_config() -> RlaifConfig:

@@ -19,13 +19,13 @@ model's. `--config.data=FILES` takes dialogues of your own, or
 own by `--config.judge.base_url=URL --config.judge.model=NAME`.
 Chat template: ChatML. Qwen3's own puts an empty block of thoughts before the last answer alone, so
 that conversations cannot be trained in it.
-Settings: those of the size in `huatuo_jax/rlaif/base_model.py`. PPO takes 200 iterations of 128
+Settings: those of the size in `huatuo_jax/recipe/base_model.py`. PPO takes 200 iterations of 128
 prompts; `--config.ppo.num_iterations=20` is a trial of it.
 """
 
-from huatuo_jax.config import load_card
-from huatuo_jax.rlaif.base_model import Hardware, on_hardware
-from huatuo_jax.rlaif.config import RlaifConfig
+from huatuo_jax.core.config import load_card
+from huatuo_jax.recipe.base_model import Hardware, on_hardware
+from huatuo_jax.recipe.config import RlaifConfig
 
 SETTINGS = {
     "one": Hardware(trained="adapters", rows_at_once=4, reward_rows_at_once=1, slots=16),

@@ -14,9 +14,9 @@ device holds, without one:
     python launch/compile.py --config=configs/qwen3_8b.py --topology=h100:8
 """
 
-from huatuo_jax.config import replaced
-from huatuo_jax.rlaif.config import RlaifConfig
-from huatuo_jax.rlaif.paper import paper_recipe
+from huatuo_jax.core.config import replaced
+from huatuo_jax.recipe.config import RlaifConfig
+from huatuo_jax.recipe.paper import paper_recipe
 
 
 def get_config() -> RlaifConfig:

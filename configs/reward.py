@@ -20,15 +20,15 @@ is `reward/model`, ready for `launch/score.py`.
 """
 
 from huatuo_jax.backbone.config import BackboneConfig
-from huatuo_jax.comparisons.data import ComparisonsConfig, ComparisonSource
-from huatuo_jax.comparisons.made_comparisons import WHOLE_DIALOGUE
 from huatuo_jax.data import sample
-from huatuo_jax.data.held_out import HeldOutConfig
+from huatuo_jax.data.mixture import HeldOutConfig
+from huatuo_jax.data.readers import source_names
 from huatuo_jax.data.records import KINDS
-from huatuo_jax.data.sources import source_names
+from huatuo_jax.preferences.data import ComparisonsConfig, ComparisonSource
+from huatuo_jax.preferences.synthetic import WHOLE_DIALOGUE
+from huatuo_jax.recipe.config import StagesConfig
 from huatuo_jax.reward.config import RewardConfig
 from huatuo_jax.sft import SftConfig
-from huatuo_jax.stages import StagesConfig
 from huatuo_jax.training.dialogue_data import DataConfig, SourceConfig
 from huatuo_jax.training.initial_model import ModelConfig
 from huatuo_jax.training.loop import LoopConfig

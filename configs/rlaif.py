@@ -34,17 +34,23 @@ judge asked anew prefers it to SFT (58 of 100, 54 to 63), and it names the right
 
 from huatuo_jax.backbone.config import BackboneConfig
 from huatuo_jax.clinic.files import TOKENIZER, ClinicConfig, ClinicSizes
-from huatuo_jax.comparisons.data import ComparisonsConfig, ComparisonSource
-from huatuo_jax.data.held_out import HeldOutConfig
-from huatuo_jax.evaluation.config import EvaluationConfig
-from huatuo_jax.feedback.comparison_config import ComparisonConfig
+from huatuo_jax.data.mixture import HeldOutConfig
+from huatuo_jax.evaluation.answers import EvaluationConfig
 from huatuo_jax.generation.requests import SamplingConfig
 from huatuo_jax.generation.samples import SamplesConfig
-from huatuo_jax.ppo.config import PpoConfig, PpoLoopConfig, RolloutConfig, ScoreConfig, ValueConfig
-from huatuo_jax.ppo.judging import JudgingConfig
+from huatuo_jax.ppo.config import (
+    JudgingConfig,
+    PpoConfig,
+    PpoLoopConfig,
+    RolloutConfig,
+    ScoreConfig,
+    ValueConfig,
+)
 from huatuo_jax.ppo.prompts import PromptsConfig
+from huatuo_jax.preferences.data import ComparisonsConfig, ComparisonSource
+from huatuo_jax.preferences.from_judgements import ComparisonConfig
+from huatuo_jax.recipe.config import AnswersConfig, LabelsConfig, RlaifConfig
 from huatuo_jax.reward.config import RewardConfig
-from huatuo_jax.rlaif.config import AnswersConfig, LabelsConfig, RlaifConfig
 from huatuo_jax.sft import SftConfig, clinic_sources
 from huatuo_jax.training.dialogue_data import DataConfig
 from huatuo_jax.training.initial_model import ModelConfig

@@ -14,11 +14,11 @@ Expected: 3,927 steps in two and a half minutes; the held-out loss falls from 7.
 from huatuo_jax.backbone.config import BackboneConfig
 from huatuo_jax.clinic.files import TOKENIZER, ClinicConfig, ClinicSizes
 from huatuo_jax.data import sample
-from huatuo_jax.data.held_out import HeldOutConfig
-from huatuo_jax.data.sources import source_names
+from huatuo_jax.data.mixture import HeldOutConfig
+from huatuo_jax.data.readers import source_names
 from huatuo_jax.generation.samples import SamplesConfig
+from huatuo_jax.recipe.config import StagesConfig
 from huatuo_jax.sft import SftConfig, clinic_sources
-from huatuo_jax.stages import StagesConfig
 from huatuo_jax.training.dialogue_data import DataConfig, SourceConfig
 from huatuo_jax.training.initial_model import ModelConfig
 from huatuo_jax.training.loop import LoopConfig

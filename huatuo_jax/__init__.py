@@ -10,11 +10,10 @@ import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from huatuo_jax.api.policy import Chat, Model, load_model
-    from huatuo_jax.api.responses import LogProbs, Response
-    from huatuo_jax.api.reward_model import RewardModel, load_reward_model
+    from huatuo_jax.api.in_use import LogProbs, Response
+    from huatuo_jax.api.models import Chat, Model, RewardModel, load_model, load_reward_model
     from huatuo_jax.api.stages import dpo, ppo, run_recipe, sft, train_reward_model
-    from huatuo_jax.rlaif.base_model import recipe
+    from huatuo_jax.recipe.base_model import recipe
 
 __all__ = [
     "Chat",
@@ -33,13 +32,12 @@ __all__ = [
 ]
 
 _MODULES = {
-    "policy": ("Chat", "Model", "load_model"),
-    "responses": ("LogProbs", "Response"),
-    "reward_model": ("RewardModel", "load_reward_model"),
+    "in_use": ("LogProbs", "Response"),
+    "models": ("Chat", "Model", "RewardModel", "load_model", "load_reward_model"),
     "stages": ("dpo", "ppo", "run_recipe", "sft", "train_reward_model"),
 }
 _PLACES = {name: f"{__name__}.api.{module}" for module, names in _MODULES.items() for name in names}
-_PLACES["recipe"] = f"{__name__}.rlaif.base_model"
+_PLACES["recipe"] = f"{__name__}.recipe.base_model"
 
 
 def __getattr__(name: str) -> Any:

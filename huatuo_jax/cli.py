@@ -12,25 +12,31 @@ class Command(NamedTuple):
     """A command, whose module is imported when it is run.
 
     Attributes:
-        module: in `huatuo_jax.commands`.
-        does: what, for the list of all.
-        with_config: whether it takes `--config`.
+        module: of `huatuo_jax`; its `main` takes the flags, and the config where there is one.
+        does: one line for the list of all commands.
+        flags: name of the dataclass of its flags, in that module.
+        with_config: True where it takes `--config`.
     """
 
     module: str
     does: str
+    flags: str = "Flags"
     with_config: bool = False
 
 
 COMMANDS = {
-    "train": Command("train", "run the stages of a config, or the whole recipe", True),
-    "generate": Command("generate", "answer a file of prompts"),
-    "label": Command("label", "have answers judged, and make comparisons"),
-    "score": Command("score", "score answers with a reward model"),
+    "train": Command(
+        "recipe.recipe", "run the stages of a config, or the whole recipe", with_config=True
+    ),
+    "generate": Command("generation.bulk", "answer a file of prompts", "BulkConfig"),
+    "label": Command("preferences.label", "have answers judged, and make comparisons"),
+    "score": Command("reward.score_file", "score answers with a reward model", "ScoreConfig"),
     "convert": Command("convert", "convert a model between Hugging Face and Orbax"),
     "inspect": Command("inspect_data", "look into data files"),
-    "compile": Command("compile", "compile a config for TPUs or GPUs without one", True),
-    "push": Command("push", "push a run to the Hugging Face Hub"),
+    "compile": Command(
+        "compiling.command", "compile a config for TPUs or GPUs without one", with_config=True
+    ),
+    "push": Command("hub.push", "push a run to the Hugging Face Hub", "PushConfig"),
 }
 
 
@@ -41,18 +47,19 @@ def run(name: str, *, shown_as: str | None = None) -> None:
         name: of `COMMANDS`.
         shown_as: its name in help; None for the file that Python runs.
     """
-    from huatuo_jax import command_line
+    from huatuo_jax.core import command_line
 
     command = COMMANDS[name]
-    module = importlib.import_module(f"huatuo_jax.commands.{command.module}")
+    module = importlib.import_module(f"huatuo_jax.{command.module}")
+    flags = getattr(module, command.flags)
     if not command.with_config:
-        command_line.run(module.main, module.Flags, name=shown_as)
+        command_line.run(module.main, flags, name=shown_as)
         return
-    from huatuo_jax.rlaif import base_model
+    from huatuo_jax.recipe import base_model
 
     command_line.run(
         module.main,
-        module.Flags,
+        flags,
         with_config=True,
         first=base_model.FIRST,
         adapt=base_model.adapted,

@@ -12,35 +12,32 @@ import numpy as np
 import transformers
 from jax.sharding import Mesh
 
-from huatuo_jax import multi_host
 from huatuo_jax.backbone.config import BackboneConfig
 from huatuo_jax.backbone.transformer import Transformer
 from huatuo_jax.clinic import files as clinic_files
 from huatuo_jax.clinic.files import ClinicConfig, prepare_clinic
-from huatuo_jax.config import all_fields, checked, identity, operational, placed_in
-from huatuo_jax.data.examples import ALL_KINDS
-from huatuo_jax.data.packing import pack_row
+from huatuo_jax.core import distributed
+from huatuo_jax.core.config import all_fields, checked, identity, operational, placed_in
+from huatuo_jax.core.progress import progress_bar
+from huatuo_jax.core.sharding import MeshConfig
+from huatuo_jax.data.batches import pack_row
+from huatuo_jax.data.readers import HeldOutBy
 from huatuo_jax.data.records import KINDS, Kind
-from huatuo_jax.data.sources import HeldOutBy
+from huatuo_jax.data.tokenizing import ALL_KINDS
 from huatuo_jax.generation.samples import Samples, SamplesConfig, sample_prompt
-from huatuo_jax.progress import progress_bar
-from huatuo_jax.sharding import MeshConfig
-from huatuo_jax.training.data_report import report_data
-from huatuo_jax.training.dialogue_data import (
-    DataConfig,
-    DialogueData,
-    SourceConfig,
-    open_dialogues,
+from huatuo_jax.training.dialogue_data import DataConfig, DialogueData, SourceConfig, open_dialogues
+from huatuo_jax.training.initial_model import ComputeSection, InitialModel, ModelConfig, open_model
+from huatuo_jax.training.loop import (
+    Job,
+    LoopConfig,
+    StepReport,
+    check_rows,
+    make_evaluate,
+    step_numbers,
+    train,
 )
-from huatuo_jax.training.evaluation import check_rows, make_evaluate
-from huatuo_jax.training.initial_model import (
-    ComputeSection,
-    InitialModel,
-    ModelConfig,
-    open_model,
-)
-from huatuo_jax.training.loop import Job, LoopConfig, StepReport, step_numbers, train
 from huatuo_jax.training.losses import hidden_of, next_tokens, sums_by_kind, token_scores
+from huatuo_jax.training.metrics import ModelFlops
 from huatuo_jax.training.micro_batch import (
     MicroBatchSize,
     check_micro_batch_size,
@@ -48,11 +45,17 @@ from huatuo_jax.training.micro_batch import (
     settle,
 )
 from huatuo_jax.training.optimizer import OptimizerConfig, make_optimizer
-from huatuo_jax.training.run_directory import StageDirectory, begin_stage, is_begun
-from huatuo_jax.training.state import TrainState, Variables
-from huatuo_jax.training.step import Step, abstract_batch, make_step, update_program
-from huatuo_jax.training.throughput import ModelFlops
-from huatuo_jax.training.update import Batch, LossSums
+from huatuo_jax.training.run_directory import StageDirectory, begin_stage, is_begun, report_data
+from huatuo_jax.training.update import (
+    Batch,
+    LossSums,
+    Step,
+    TrainState,
+    Variables,
+    abstract_batch,
+    make_step,
+    update_program,
+)
 
 STAGE = "sft"
 MODEL_FOLDER = "model"
@@ -138,7 +141,7 @@ def run_sft(config: SftConfig, workdir: str | os.PathLike[str]) -> dict[str, Any
     tokenizer = model.load_tokenizer(STAGE, template)
     write_clinic_of(workdir, cfg.clinic)
     with (
-        multi_host.first_then_others("tokenising"),
+        distributed.first_then_others("tokenising"),
         progress_bar(f"{STAGE}: tokenising", "dialogues") as on_progress,
     ):
         data = open_dialogues(
@@ -189,9 +192,9 @@ def write_clinic_of(workdir: str | os.PathLike[str], cfg: ClinicConfig | None) -
     """
     if cfg is None:
         return
-    multi_host.check_joined()
-    multi_host.check_shared(pathlib.Path(workdir))
-    multi_host.by_first(
+    distributed.check_joined()
+    distributed.check_shared(pathlib.Path(workdir))
+    distributed.by_first(
         CLINIC_FOLDER,
         lambda: prepare_clinic(
             pathlib.Path(workdir) / CLINIC_FOLDER, cfg, in_use=is_begun(workdir)
@@ -242,7 +245,7 @@ def token_loss(
         model: the backbone.
         variables: its own.
         batch: `token_ids`, `segment_ids`, `positions`, `trained_mask`, `kind_ids`, each `[B, T]`,
-            as `huatuo_jax.data.packing` describes them.
+            as `huatuo_jax.data.batches` describes them.
         chunk: positions of each row whose logits are held at once.
 
     Returns:

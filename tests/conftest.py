@@ -21,7 +21,7 @@ if "XLA_FLAGS" not in os.environ:  # Of several workers the first process asks f
 import jax
 import pytest
 
-from huatuo_jax import sharding
+from huatuo_jax.core import sharding
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")

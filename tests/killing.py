@@ -12,8 +12,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from huatuo_jax.training.loop import INTERRUPTED_EXIT_CODE
 from huatuo_jax.training.metrics import is_time_field, read_rows
-from huatuo_jax.training.preemption import INTERRUPTED_EXIT_CODE
 
 ROOT = pathlib.Path(__file__).parents[1]
 

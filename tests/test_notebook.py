@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from tests import hub as hubs
+from tests import hub_server as hubs
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 NOTEBOOK = ROOT / "notebooks" / "quickstart.ipynb"

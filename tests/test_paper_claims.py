@@ -11,10 +11,10 @@ import pytest
 
 from huatuo_jax.clinic.dialogues import prompts
 from huatuo_jax.clinic.judge import ClinicJudge
-from huatuo_jax.config import checked
-from huatuo_jax.feedback.questions import Answered
-from huatuo_jax.ppo.judging import JudgingConfig
-from huatuo_jax.rlaif.config import RlaifConfig
+from huatuo_jax.core.config import checked
+from huatuo_jax.judge.questions import Answered
+from huatuo_jax.ppo.config import JudgingConfig
+from huatuo_jax.recipe.config import RlaifConfig
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 

@@ -15,29 +15,30 @@ import pytest
 import torch
 import transformers
 
-from huatuo_jax import sharding
 from huatuo_jax.backbone.config import BackboneConfig
 from huatuo_jax.backbone.lora import LoraConfig
 from huatuo_jax.backbone.transformer import Transformer
 from huatuo_jax.checkpoint.models import find_model, load_params
-from huatuo_jax.checkpoint.tokenizer import load_tokenizer
 from huatuo_jax.clinic.files import TOKENIZER as TOKENIZER_OF_CLINIC
 from huatuo_jax.clinic.files import ClinicConfig, ClinicSizes
-from huatuo_jax.config import replaced
-from huatuo_jax.data import sample, templates
-from huatuo_jax.data.held_out import HeldOutConfig
+from huatuo_jax.core import sharding
+from huatuo_jax.core.config import replaced
+from huatuo_jax.core.sharding import MeshConfig
+from huatuo_jax.data import sample
+from huatuo_jax.data.chat import templates
+from huatuo_jax.data.mixture import HeldOutConfig
 from huatuo_jax.data.readers import read_dialogues
 from huatuo_jax.data.records import KINDS
 from huatuo_jax.generation.samples import SamplesConfig, read_samples
+from huatuo_jax.hf.tokenizer import load_tokenizer
 from huatuo_jax.sft import SftConfig, abstract_rows, clinic_sources, run_sft, sft_step
-from huatuo_jax.sharding import MeshConfig
 from huatuo_jax.training.dialogue_data import DataConfig, SourceConfig
 from huatuo_jax.training.initial_model import ModelConfig, open_model
 from huatuo_jax.training.loop import LoopConfig
 from huatuo_jax.training.metrics import read_rows
 from huatuo_jax.training.optimizer import OptimizerConfig
 from huatuo_jax.training.programs import MEMORY_VARIABLE
-from huatuo_jax.training.step import update_program
+from huatuo_jax.training.update import update_program
 from tests import made_up_memory
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -13,7 +13,7 @@ import zipfile
 
 import pytest
 
-from huatuo_jax.config import cards, is_config
+from huatuo_jax.core.config import cards, is_config
 from tests.api.test_docs import blocks
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]

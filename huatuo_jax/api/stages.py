@@ -3,6 +3,8 @@
 Each takes the fields of its stage's config as keywords, runs in a run's folder, goes on there if it
 is called again, and gives back the model that it left. What is to be decided beside them has the
 defaults below.
+
+The fields of the stages' configs as keywords, beside the model and the data.
 """
 
 import os
@@ -11,29 +13,115 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypedDict, TypeVar, Unpack
 
 from huatuo_jax.api.in_use import ModelInUse, Settings
-from huatuo_jax.api.policy import Model, open_policy
-from huatuo_jax.api.reward_model import RewardModel, open_reward_model
-from huatuo_jax.api.stage_fields import DpoFields, PpoFields, RewardFields, SftFields
+from huatuo_jax.api.models import Model, RewardModel, open_policy, open_reward_model
 from huatuo_jax.backbone.config import BackboneConfig, ComputeConfig
-from huatuo_jax.checkpoint.tokenizer import load_tokenizer
-from huatuo_jax.comparisons.data import ComparisonsConfig, ComparisonSource
-from huatuo_jax.data import templates
-from huatuo_jax.data.held_out import HeldOutConfig
+from huatuo_jax.clinic.files import ClinicConfig
+from huatuo_jax.core.sharding import MeshConfig
+from huatuo_jax.data.chat import templates
+from huatuo_jax.data.mixture import HeldOutConfig
 from huatuo_jax.data.python_data import DialogueLike, Rows, as_file, as_prompts
-from huatuo_jax.dpo.config import DpoConfig
-from huatuo_jax.dpo.stage import run_dpo
-from huatuo_jax.ppo.config import PpoConfig, RolloutConfig
+from huatuo_jax.dpo import DpoConfig, run_dpo
+from huatuo_jax.generation.samples import SamplesConfig
+from huatuo_jax.hf.tokenizer import load_tokenizer
+from huatuo_jax.ppo.config import (
+    Denominator,
+    Estimator,
+    JudgingConfig,
+    KlPlace,
+    PpoConfig,
+    PpoLoopConfig,
+    RolloutConfig,
+    ScoreConfig,
+    ValueConfig,
+)
 from huatuo_jax.ppo.prompts import PromptsConfig
 from huatuo_jax.ppo.stage import run_ppo
-from huatuo_jax.reward.config import RewardConfig
+from huatuo_jax.preferences.data import ComparisonsConfig, ComparisonSource
+from huatuo_jax.preferences.rows import Denominator as PairsDenominator
+from huatuo_jax.recipe.base_model import Trained, Trainer, size_of
+from huatuo_jax.recipe.config import RlaifConfig
+from huatuo_jax.recipe.recipe import run_rlaif
+from huatuo_jax.reward.config import ProbeConfig, RewardConfig
 from huatuo_jax.reward.stage import run_reward
-from huatuo_jax.rlaif.base_model import Trained, Trainer, size_of
-from huatuo_jax.rlaif.config import RlaifConfig
-from huatuo_jax.rlaif.recipe import run_rlaif
 from huatuo_jax.sft import SftConfig, run_sft
 from huatuo_jax.training.dialogue_data import DataConfig, SourceConfig
-from huatuo_jax.training.initial_model import ModelConfig, open_model
+from huatuo_jax.training.initial_model import ComputeSection, ModelConfig, open_model
+from huatuo_jax.training.loop import LoopConfig
+from huatuo_jax.training.micro_batch import MicroBatchSize
 from huatuo_jax.training.optimizer import OptimizerConfig
+
+
+class _Common(TypedDict, total=False):
+    """What all stages have."""
+
+    optimizer: OptimizerConfig
+    num_epochs: int
+    micro_batch_size: MicroBatchSize
+    seed: int
+    compute: ComputeSection
+    mesh: MeshConfig
+
+
+class _Steps(_Common, total=False):
+    """What the stages have that train on data."""
+
+    num_steps: int | None
+    batch_size: int
+    loop: LoopConfig
+
+
+class SftFields(_Steps, total=False):
+    """The fields of `huatuo_jax.sft.SftConfig`."""
+
+    clinic: ClinicConfig | None
+    samples: SamplesConfig
+
+
+class RewardFields(_Steps, total=False):
+    """The fields of `huatuo_jax.reward.config.RewardConfig`."""
+
+    probes: tuple[ProbeConfig, ...]
+    denominator: PairsDenominator
+    margin_scale: float
+    centring: float
+    head_init: float
+    head_only: bool
+    normalization_answers: str | None
+
+
+class DpoFields(_Steps, total=False):
+    """The fields of `huatuo_jax.dpo.DpoConfig`."""
+
+    beta: float
+
+
+class PpoFields(_Common, total=False):
+    """The fields of `huatuo_jax.ppo.config.PpoConfig`."""
+
+    value: ValueConfig
+    rollout: RolloutConfig
+    score: ScoreConfig
+    estimator: Estimator
+    divide_by_deviation: bool
+    gamma: float
+    gae_lambda: float
+    whiten_advantages: bool
+    kl_coef: float
+    kl_in: KlPlace
+    target_kl_per_sequence: float | None
+    kl_gain: float
+    clip_low: float
+    clip_high: float
+    dual_clip: float | None
+    entropy_coef: float
+    denominator: Denominator
+    num_iterations: int
+    num_minibatches: int
+    stop_at_kl: float | None
+    packed: bool
+    loop: PpoLoopConfig
+    judging: JudgingConfig | None
+
 
 ModelLike = str | os.PathLike[str] | Model | RewardModel | ModelConfig
 """A folder of either form or a hub id; a model in use; or a section, for adapters or presets."""
@@ -80,7 +168,7 @@ def sft(
         max_length: tokens of a row; None for 2,048, or the model's positions where they are fewer.
         held_out_share: of the dialogues, to evaluate on, chosen by their content; None for 0.1.
         **fields: of `SftConfig`; without `optimizer` and `batch_size` those that
-            `huatuo_jax.rlaif.base_model` has for models of this size.
+            `huatuo_jax.recipe.base_model` has for models of this size.
 
     Raises:
         ValueError: invalid data, model or field, or a folder that holds another run.
@@ -135,7 +223,7 @@ def train_reward_model(
             they are fewer.
         held_out_share: of the prompts, to evaluate on, chosen by their content; None for 0.1.
         **fields: of `RewardConfig`; without `optimizer` and `batch_size` those that
-            `huatuo_jax.rlaif.base_model` has for models of this size.
+            `huatuo_jax.recipe.base_model` has for models of this size.
 
     Raises:
         ValueError: as for `sft`, and so the others.
@@ -178,7 +266,7 @@ def dpo(
         max_length: as for `train_reward_model`.
         held_out_share: as for `train_reward_model`.
         **fields: of `DpoConfig`; without `optimizer` and `batch_size` those that
-            `huatuo_jax.rlaif.base_model` has for models of this size.
+            `huatuo_jax.recipe.base_model` has for models of this size.
 
     Raises:
         ValueError: as for `sft`, and so the others.
@@ -223,7 +311,7 @@ def ppo(
         max_prompt_tokens: tokens of a prompt; None for 512, or what the model's positions leave
             beside the answer where that is less.
         **fields: of `PpoConfig`; without `optimizer` and `batch_size` those that
-            `huatuo_jax.rlaif.base_model` has for models of this size.
+            `huatuo_jax.recipe.base_model` has for models of this size.
 
     Raises:
         ValueError: as for `sft`, and so the others.
@@ -258,7 +346,7 @@ def ppo(
 
 
 def run_recipe(config: RlaifConfig, workdir: str | os.PathLike[str]) -> dict[str, Any]:
-    """Runs the whole recipe in a run's folder, resuming it; see `huatuo_jax.rlaif`.
+    """Runs the whole recipe in a run's folder, resuming it; see `huatuo_jax.recipe`.
 
     Returns:
         The main figures; `released` says what is released, `report` is the report's path.

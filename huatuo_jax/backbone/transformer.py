@@ -16,11 +16,11 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from huatuo_jax import sharding
-from huatuo_jax.backbone import heads, positions
+from huatuo_jax.backbone import layers, positions
 from huatuo_jax.backbone.config import BackboneConfig, ComputeConfig
 from huatuo_jax.backbone.layers import Attend, FeedForward, Norm, Rows, SelfAttention
 from huatuo_jax.backbone.lora import LoraConfig
+from huatuo_jax.core import sharding
 
 Head = Literal["lm", "score"]
 
@@ -84,8 +84,8 @@ class Transformer(nn.Module):
         )(cfg, compute, self.lora)
         self.final_norm = Norm(cfg.norm, cfg, compute)
         if not cfg.tie_embeddings:
-            self.lm_head = heads.LmHead(cfg, compute)
-        self.score_head = heads.ScoreHead(cfg, compute)
+            self.lm_head = layers.LmHead(cfg, compute)
+        self.score_head = layers.ScoreHead(cfg, compute)
 
     def __call__(
         self,
@@ -153,7 +153,7 @@ class Transformer(nn.Module):
         """Next-token logits `[B, T, V]`; padded vocabulary rows hold `heads.PADDED_LOGIT`."""
         if self.cfg.tie_embeddings:
             kernel_DV = self.embedding.table().T
-            return heads.project_to_vocabulary(hidden_BTD, kernel_DV, self.cfg, self.compute)
+            return layers.project_to_vocabulary(hidden_BTD, kernel_DV, self.cfg, self.compute)
         return self.lm_head(hidden_BTD)
 
     def scores(self, hidden_BTD: jax.Array) -> jax.Array:

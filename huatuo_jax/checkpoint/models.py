@@ -1,27 +1,152 @@
-"""Models on disk, in either form: an Orbax directory of ours, or a Hugging Face folder."""
+"""Models on disk, in either form: an Orbax directory of ours, or a Hugging Face folder.
 
+A model on its own in a folder: its config and its parameters, without a training run.
+"""
+
+import contextlib
 import dataclasses
 import hashlib
+import json
+import os
 import pathlib
+import shutil
 import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 import huggingface_hub
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from huatuo_jax import atomic, sharding
-from huatuo_jax.backbone.config import BackboneConfig, ComputeConfig
-from huatuo_jax.backbone.presets import preset
+from huatuo_jax.backbone.config import BackboneConfig, ComputeConfig, preset
 from huatuo_jax.backbone.transformer import Head, abstract_params
-from huatuo_jax.checkpoint import hf_load, model_directory, tensor_files
-from huatuo_jax.checkpoint.delta import DeltaSource
-from huatuo_jax.checkpoint.generation_config import CONFIG_FILE
-from huatuo_jax.checkpoint.hf_config import from_hugging_face, is_score_model, read_json
-from huatuo_jax.checkpoint.side_files import SIDE_FILES, SideFiles
+from huatuo_jax.checkpoint import orbax_files
+from huatuo_jax.core import files as atomic
+from huatuo_jax.core import sharding
+from huatuo_jax.core.config import as_json
+from huatuo_jax.hf import load, weight_files
+from huatuo_jax.hf.config import from_hugging_face, is_score_model, read_json
+from huatuo_jax.hf.generation_config import CONFIG_FILE
+from huatuo_jax.hf.load import DeltaSource
+from huatuo_jax.hf.tokenizer import SIDE_FILES, SideFiles
+
+BACKBONE_FILE = "backbone.json"
+PARAMS_FOLDER = "params"
+
+
+def save_model(
+    directory: str | os.PathLike[str],
+    params: Any,
+    *,
+    config: Mapping[str, Any],
+    extra_files: Mapping[str, str | os.PathLike[str]] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Writes a model folder: `backbone.json`, `params/` (Orbax), and files copied beside them.
+
+    It is written beside its place and renamed when complete. With several processes all of them
+    must call this, on a folder that all of them see.
+
+    Args:
+        directory: a local folder, new or empty.
+        params: the tree of parameters.
+        config: the backbone's config, JSON values.
+        extra_files: files to copy into the folder by their name there, such as the tokenizer's.
+        overwrite: replace a folder that is not empty; removed only after the new one is complete.
+
+    Raises:
+        FileExistsError: the folder is not empty and `overwrite` is not set.
+        ValueError: the config has no JSON form, a file's name is taken or leaves the folder, or the
+            parameters cannot be saved.
+        OSError: it cannot be written.
+    """
+    files = dict(extra_files or {})
+    for name in files:
+        parts = pathlib.PurePosixPath(name).parts
+        if (
+            not parts
+            or ".." in parts
+            or name[0] == "/"
+            or parts[0] in (BACKBONE_FILE, PARAMS_FOLDER)
+        ):
+            raise ValueError(f"extra_files: {name!r} is no free name inside the folder")
+    config_text = json.dumps(as_json(config, name="config"), ensure_ascii=False, indent=2)
+    target = pathlib.Path(os.path.abspath(directory))
+    nonce = _agreed_nonce()
+    writing: contextlib.AbstractContextManager[pathlib.Path] = (
+        atomic.writing_directory(target, overwrite=overwrite, nonce=nonce)
+        if jax.process_index() == 0
+        else contextlib.nullcontext(atomic.temporary_name(target, nonce))
+    )
+    with writing as folder:
+        multihost_utils.sync_global_devices(f"begin {folder}")
+        orbax_files.write_arrays(folder / PARAMS_FOLDER, params)
+        if jax.process_index() == 0:
+            (folder / BACKBONE_FILE).write_text(config_text + "\n", encoding="utf-8")
+            for name, source in files.items():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source, folder / name)
+    multihost_utils.sync_global_devices(f"done {folder}")
+
+
+def is_model_directory(path: str | os.PathLike[str]) -> bool:
+    """Tells whether a folder is a whole model as `save_model` writes it."""
+    path = pathlib.Path(path)
+    return (
+        not atomic.is_unfinished(path)
+        and (path / BACKBONE_FILE).is_file()
+        and (path / PARAMS_FOLDER).is_dir()
+    )
+
+
+def load_model_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """Returns the config of a model folder.
+
+    Raises:
+        FileNotFoundError: it is no model folder, or one that was never finished.
+        OSError: the config cannot be read.
+    """
+    path = _checked(directory) / BACKBONE_FILE
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise orbax_files.as_os_error(error, f"{path} cannot be read") from error
+
+
+def load_model_params(directory: str | os.PathLike[str], abstract_params: Any) -> Any:
+    """Reads the parameters of a model folder straight onto the devices, each its own shards.
+
+    Args:
+        directory: a folder written by `save_model`.
+        abstract_params: the tree, a `jax.ShapeDtypeStruct` with a sharding for each array; without
+            one it lands on the first device.
+
+    Raises:
+        FileNotFoundError: it is no model folder, or one that was never finished.
+        ValueError: the saved parameters have other paths, shapes or dtypes; each one is named.
+        OSError: the files cannot be read.
+    """
+    path = _checked(directory) / PARAMS_FOLDER
+    return orbax_files.read_arrays(path, abstract_params, partial=False)
+
+
+def _checked(directory: str | os.PathLike[str]) -> pathlib.Path:
+    path = pathlib.Path(os.path.abspath(directory))
+    if atomic.is_unfinished(path):
+        raise FileNotFoundError(f"{path} is the leftover of an interrupted write, it is not whole")
+    if not is_model_directory(path):
+        raise FileNotFoundError(f"{path} is no model folder: it needs {CONFIG_FILE} and params/")
+    return path
+
+
+def _agreed_nonce() -> str:
+    """Returns process 0's random name, so that all processes write into one folder."""
+    nonce = np.uint32(int(atomic.new_nonce(), 16))
+    return f"{int(multihost_utils.broadcast_one_to_all(nonce)):08x}"
+
 
 Form = Literal["orbax", "hugging_face"]
 
@@ -90,8 +215,8 @@ def find_model(
         ValueError: its config is not one this project can do; the field is named.
     """
     folder = find_folder(source)
-    if model_directory.is_model_directory(folder):
-        config = model_directory.load_model_config(folder)
+    if is_model_directory(folder):
+        config = load_model_config(folder)
         cfg = BackboneConfig.from_dict(config["backbone"])
         return ModelInfo(folder, "orbax", cfg, config["head"], None)
     config = read_json(folder / CONFIG_FILE)
@@ -140,7 +265,7 @@ def load_params(
     mesh: Mesh | None = None,
     dtype: DTypeLike | None = None,
     delta_base: str | pathlib.Path | None = None,
-    on_progress: hf_load.Progress | None = None,
+    on_progress: load.Progress | None = None,
 ) -> dict[str, Any]:
     """The model's parameters, straight onto their devices.
 
@@ -158,11 +283,11 @@ def load_params(
     """
     if model.form == "hugging_face":
         assert model.layout is not None
-        source: hf_load.Tensors = tensor_files.open_tensor_source(model.folder)
+        source: load.Tensors = weight_files.open_tensor_source(model.folder)
         if delta_base is not None:
-            base = tensor_files.open_tensor_source(find_folder(delta_base))
+            base = weight_files.open_tensor_source(find_folder(delta_base))
             source = DeltaSource(source, base)
-        return hf_load.load_params(
+        return load.load_params(
             source,
             model.cfg,
             layout=model.layout,
@@ -211,7 +336,7 @@ def save_orbax(
         if jax.process_index() == 0:
             (side_files or SideFiles(model_folder=source_folder)).write(staged)
         files = sorted(path for path in staged.rglob("*") if path.is_file())
-        model_directory.save_model(
+        save_model(
             target,
             params,
             config={"backbone": cfg.to_dict(), "head": head, "dtypes": dtypes},
@@ -222,7 +347,7 @@ def save_orbax(
 
 def _load_orbax(model: ModelInfo, mesh: Mesh | None, dtype: DTypeLike | None) -> dict[str, Any]:
     """Read shards as they were saved, then cast: Orbax would cast silently on the way."""
-    dtypes = model_directory.load_model_config(model.folder)["dtypes"]
+    dtypes = load_model_config(model.folder)["dtypes"]
     shapes = abstract_params(model.cfg, ComputeConfig(), head=model.head)
     saved = jax.tree_util.tree_map_with_path(
         lambda path, leaf: jax.ShapeDtypeStruct(
@@ -236,7 +361,7 @@ def _load_orbax(model: ModelInfo, mesh: Mesh | None, dtype: DTypeLike | None) ->
             saved,
             sharding.parameter_shardings(saved, mesh),
         )
-    params = model_directory.load_model_params(model.folder, saved)
+    params = load_model_params(model.folder, saved)
     if dtype is None:
         return params
     return jax.tree.map(lambda leaf: leaf.astype(dtype), params)

@@ -1,5 +1,9 @@
-"""Everything this package asks of Orbax, behind a few functions; no other file imports it."""
+"""Everything this package asks of Orbax, behind a few functions; no other file imports it.
 
+A training state as named arrays: one path for each leaf, and what differs between two sets.
+"""
+
+import dataclasses
 import logging
 import math
 import os
@@ -12,7 +16,96 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from huatuo_jax.checkpoint import trees
+
+@dataclasses.dataclass(frozen=True)
+class LeafKind:
+    """What a leaf is, without its values; `dtype` of a typed random key is like `key<fry>`."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    def __str__(self) -> str:
+        """Returns the form used in messages, `(2, 8) float32`."""
+        return f"{self.shape} {self.dtype}"
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """Returns the leaves of a tree by path, `optimizer/0/mu/layers/qkv/kernel`, in tree order.
+
+    Fields of named tuples and dataclasses go by their name, elements of lists by their index.
+
+    Raises:
+        ValueError: the tree is a single leaf or has none, a name is empty or holds a slash, or two
+            leaves would have the same path.
+    """
+    named: dict[str, Any] = {}
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        names = [jax.tree_util.keystr((key,), simple=True) for key in keys]
+        path = "/".join(names)
+        if not names:
+            raise ValueError("state: must be a tree of arrays (a dict, say), it is a single leaf")
+        if any(not name or "/" in name for name in names):
+            raise ValueError(f"state: {path!r} has a name that is empty or holds a slash")
+        if path in named:
+            raise ValueError(f"state: two leaves are named {path!r}")
+        named[path] = leaf
+    if not named:
+        raise ValueError("state: must hold at least one array, it holds none")
+    return named
+
+
+def nested(named: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the dict of dicts whose paths are the given ones."""
+    tree: dict[str, Any] = {}
+    for path, leaf in named.items():
+        *folders, name = path.split("/")
+        below = tree
+        for folder in folders:
+            below = below.setdefault(folder, {})
+        below[name] = leaf
+    return tree
+
+
+def is_random_key(leaf: Any) -> bool:
+    """Tells a typed random key (`jax.random.key`), concrete or abstract, from other leaves."""
+    dtype = getattr(leaf, "dtype", None)
+    return dtype is not None and bool(jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key))
+
+
+def kind_of(leaf: Any) -> LeafKind:
+    """Returns the kind of an array, an abstract array, or a Python or NumPy number."""
+    if not hasattr(leaf, "shape"):
+        leaf = np.asarray(leaf)
+    return LeafKind(shape=tuple(leaf.shape), dtype=str(leaf.dtype))
+
+
+def mismatches(
+    saved: Mapping[str, LeafKind], wanted: Mapping[str, LeafKind], *, partial: bool
+) -> list[str]:
+    """Lists the paths that differ, as `layers/qkv/kernel: saved (2, 8), wanted (2, 16)`.
+
+    With `partial`, what is saved and not wanted is passed over.
+    """
+    lines = []
+    for path in sorted(saved.keys() | wanted.keys()):
+        if path not in saved:
+            lines.append(f"{path}: not saved, wanted {wanted[path]}")
+        elif path not in wanted:
+            if not partial:
+                lines.append(f"{path}: saved {saved[path]}, not wanted")
+        elif saved[path] != wanted[path]:
+            lines.append(f"{path}: {_contrast(saved[path], wanted[path])}")
+    return lines
+
+
+def _contrast(saved: LeafKind, wanted: LeafKind) -> str:
+    """Names only what differs: the shapes, the dtypes, or both."""
+    if saved.dtype == wanted.dtype:
+        return f"saved {saved.shape}, wanted {wanted.shape}"
+    if saved.shape == wanted.shape:
+        return f"saved {saved.dtype}, wanted {wanted.dtype}"
+    return f"saved {saved}, wanted {wanted}"
+
 
 # Arrays are stored in chunks of at most this size, because restoring onto another mesh reads each
 # chunk that a shard touches whole: unbounded, a shard of an array that was saved from one device
@@ -146,9 +239,9 @@ def read_arrays(path: pathlib.Path, abstract_state: Any, *, partial: bool) -> An
         OSError: the files cannot be read.
     """
     saved, key_implementations = _described(path)
-    wanted = trees.named_leaves(abstract_state)
-    wrong = trees.mismatches(
-        saved, {name: trees.kind_of(leaf) for name, leaf in wanted.items()}, partial=partial
+    wanted = named_leaves(abstract_state)
+    wrong = mismatches(
+        saved, {name: kind_of(leaf) for name, leaf in wanted.items()}, partial=partial
     )
     if wrong:
         raise ValueError("\n  ".join([f"{path} does not hold the wanted arrays:", *wrong]))
@@ -195,15 +288,15 @@ def _lean_writer(state: Any) -> Any:
 
 
 def _save_args(state: Any) -> Any:
-    named = trees.named_leaves(state)
-    if empty := [name for name, leaf in named.items() if 0 in trees.kind_of(leaf).shape]:
+    named = named_leaves(state)
+    if empty := [name for name, leaf in named.items() if 0 in kind_of(leaf).shape]:
         raise ValueError(f"state: {empty[0]} has no elements, which cannot be saved")
     key_implementations = {
         name: {"dtype": str(leaf.dtype), "implementation": str(jax.random.key_impl(leaf))}
         for name, leaf in named.items()
-        if trees.is_random_key(leaf)
+        if is_random_key(leaf)
     }
-    stored = trees.nested({name: _stored(leaf) for name, leaf in named.items()})
+    stored = nested({name: _stored(leaf) for name, leaf in named.items()})
     return ocp.args.PyTreeSave(
         stored,
         save_args=jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), stored),
@@ -213,12 +306,12 @@ def _save_args(state: Any) -> Any:
 
 def _stored(leaf: Any) -> Any:
     """Returns the form a leaf has on disk: keys as their data, numbers as NumPy arrays."""
-    if trees.is_random_key(leaf):
+    if is_random_key(leaf):
         return jax.random.key_data(leaf)
     return leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
 
 
-def _described(path: pathlib.Path) -> tuple[dict[str, trees.LeafKind], dict[str, str]]:
+def _described(path: pathlib.Path) -> tuple[dict[str, LeafKind], dict[str, str]]:
     """Returns what is saved under each path, and the implementation of each random key."""
     try:
         metadata = ocp.PyTreeCheckpointHandler().metadata(path)
@@ -228,16 +321,16 @@ def _described(path: pathlib.Path) -> tuple[dict[str, trees.LeafKind], dict[str,
         raise OSError(f"{path} cannot be read: its list of arrays is missing or damaged")
     keys = metadata.custom_metadata[_KEYS]
     saved = {}
-    for name, leaf in trees.named_leaves(metadata.tree).items():
+    for name, leaf in named_leaves(metadata.tree).items():
         shape, dtype = tuple(leaf.shape), str(np.dtype(leaf.dtype))
         if name in keys:  # the last dimension is the key's own data
             shape, dtype = shape[:-1], keys[name]["dtype"]
-        saved[name] = trees.LeafKind(shape=shape, dtype=dtype)
+        saved[name] = LeafKind(shape=shape, dtype=dtype)
     return saved, {name: key["implementation"] for name, key in keys.items()}
 
 
 def _read_stored(path: pathlib.Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
-    arguments = trees.nested({name: _restore_args(leaf) for name, leaf in wanted.items()})
+    arguments = nested({name: _restore_args(leaf) for name, leaf in wanted.items()})
     # What is in flight is in host memory a second time. Orbax refuses a read larger than this.
     largest_bytes = max(map(_stored_bytes, wanted.values()))
     handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=math.ceil(largest_bytes / 1e9) + 1)
@@ -256,7 +349,7 @@ def _read_stored(path: pathlib.Path, wanted: Mapping[str, Any]) -> dict[str, Any
                     partial_restore=True,
                 ),
             )
-            return trees.named_leaves(jax.block_until_ready(tree))
+            return named_leaves(jax.block_until_ready(tree))
         except Exception as error:
             raise as_os_error(error, f"{path} cannot be read") from error
 
@@ -280,14 +373,14 @@ def _restore_args(leaf: Any) -> Any:
     if not _is_on_devices(leaf):
         return ocp.RestoreArgs(restore_type=np.ndarray)
     # A key's data has one more dimension, which no sharding of the key names, so it holds there.
-    data = jax.eval_shape(jax.random.key_data, leaf) if trees.is_random_key(leaf) else leaf
+    data = jax.eval_shape(jax.random.key_data, leaf) if is_random_key(leaf) else leaf
     return ocp.ArrayRestoreArgs(sharding=_place(leaf), global_shape=data.shape, dtype=data.dtype)
 
 
 def _stored_bytes(leaf: Any) -> int:
-    kind = trees.kind_of(leaf)
+    kind = kind_of(leaf)
     # A random key takes 8 or 16 bytes.
-    item_bytes = 16 if trees.is_random_key(leaf) else np.dtype(kind.dtype).itemsize
+    item_bytes = 16 if is_random_key(leaf) else np.dtype(kind.dtype).itemsize
     return math.prod(kind.shape) * item_bytes
 
 

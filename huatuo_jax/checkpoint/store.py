@@ -14,7 +14,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from huatuo_jax.checkpoint import orbax_files
-from huatuo_jax.checkpoint.differences import as_json, differences
+from huatuo_jax.core.config import as_json, differences
 
 
 @dataclasses.dataclass(frozen=True)

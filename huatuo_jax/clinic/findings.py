@@ -10,17 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from huatuo_jax.clinic.care import DRUGS, EMERGENCY, forbidden_test
 from huatuo_jax.clinic.diseases import DISEASES, Disease
-from huatuo_jax.clinic.reading import (
-    Mention,
-    Sentence,
-    asked,
-    calls_emergency,
-    heard,
-    normal,
-    read,
-)
+from huatuo_jax.clinic.reading import Mention, Sentence, asked, calls_emergency, heard, normal, read
+from huatuo_jax.clinic.symptoms import DRUGS, EMERGENCY, forbidden_test
 from huatuo_jax.clinic.world import PLAUSIBLE_FROM, Belief, posterior
 from huatuo_jax.data.records import Prompt
 

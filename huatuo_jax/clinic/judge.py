@@ -14,16 +14,10 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 
-from huatuo_jax.clinic import (
-    care,
-    diseases,
-    findings,
-    reading,
-    symptoms,
-    world,
-)
-from huatuo_jax.clinic.draws import Draws
+from huatuo_jax.clinic import diseases, findings, reading, symptoms, world
+from huatuo_jax.clinic import symptoms as care
 from huatuo_jax.clinic.findings import Findings, find
+from huatuo_jax.clinic.world import Draws
 from huatuo_jax.data.records import Prompt
 
 NAME = "clinic-truth-v1"

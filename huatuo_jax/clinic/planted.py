@@ -9,24 +9,23 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from huatuo_jax.clinic.care import (
-    ADVICE,
-    DEPARTMENTS,
-    DRUGS,
-    EMERGENCY,
-    TESTS,
-    forbidden_test,
+from huatuo_jax.clinic.dialogues import (
+    SOURCE,
+    allowed_drugs,
+    echo,
+    first_test,
+    fitting_advice,
+    prompts,
 )
-from huatuo_jax.clinic.dialogues import SOURCE, prompts
 from huatuo_jax.clinic.diseases import DISEASES
-from huatuo_jax.clinic.doctors import allowed_drugs, echo, first_test, fitting_advice
-from huatuo_jax.clinic.draws import Draws
 from huatuo_jax.clinic.findings import truth_of
 from huatuo_jax.clinic.reading import heard
+from huatuo_jax.clinic.symptoms import ADVICE, DEPARTMENTS, DRUGS, EMERGENCY, TESTS, forbidden_test
 from huatuo_jax.clinic.world import (
     LEAST_GAIN,
     PLAUSIBLE_FROM,
     Belief,
+    Draws,
     near_misses,
     posterior,
 )

@@ -11,9 +11,8 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from huatuo_jax.clinic.care import ADVICE, CONDITIONS, DEPARTMENTS, DRUGS, TESTS
 from huatuo_jax.clinic.diseases import DISEASES
-from huatuo_jax.clinic.symptoms import SYMPTOMS
+from huatuo_jax.clinic.symptoms import ADVICE, CONDITIONS, DEPARTMENTS, DRUGS, SYMPTOMS, TESTS
 from huatuo_jax.clinic.world import Observation
 from huatuo_jax.data.records import Message
 

@@ -10,11 +10,11 @@ neither is the bare call for emergency care ("马上去急诊").
 
 from collections.abc import Iterable, Sequence
 
-from huatuo_jax.clinic import care
+from huatuo_jax.clinic import symptoms as care
 from huatuo_jax.clinic.diseases import DISEASES
-from huatuo_jax.clinic.draws import Draws, number
 from huatuo_jax.clinic.reading import find_terms, normal, sentences
 from huatuo_jax.clinic.symptoms import SYMPTOMS
+from huatuo_jax.clinic.world import Draws, number
 
 # How often the usual word for a thing is taken, and not a synonym.
 USUAL = 0.9

@@ -1,4 +1,9 @@
-"""Compiling a config for a slice that is not there: programs in, figures out."""
+"""Compiling a config for a slice that is not there: programs in, figures out.
+
+Other micro-batches and rematerialisation for a stage: which fit, and which allows the most.
+
+Compile a config for TPUs or GPUs without one: does it fit, and how fast can it be at best?
+"""
 
 import dataclasses
 import importlib.metadata
@@ -6,21 +11,138 @@ import json
 import math
 import pathlib
 import resource
-from collections.abc import Callable, Sequence
-from typing import Any
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 
-from huatuo_jax.atomic import write_file
 from huatuo_jax.backbone.config import Remat
 from huatuo_jax.compiling import report
-from huatuo_jax.compiling.analysis import Analysis, Misfit, compile_program
-from huatuo_jax.compiling.programs import Program
-from huatuo_jax.compiling.stages import TrainingConfig, programs_of
-from huatuo_jax.compiling.sweep import recommended, sweep, with_settings
-from huatuo_jax.compiling.topology import Slice, open_slice, prepare_environment
-from huatuo_jax.training.advice import advice
-from huatuo_jax.training.micro_batch import largest_that_fits, micro_batch_sizes, usable
+from huatuo_jax.compiling.hardware import Slice, open_slice, prepare_environment
+from huatuo_jax.compiling.programs import Program, TrainingConfig, programs_of
+from huatuo_jax.compiling.report import Analysis, Misfit, compile_program
+from huatuo_jax.core import sharding
+from huatuo_jax.core.config import replaced
+from huatuo_jax.core.files import write_file
+from huatuo_jax.recipe.config import RlaifConfig, StagesConfig
+from huatuo_jax.training.micro_batch import advice, largest_that_fits, micro_batch_sizes, usable
+from huatuo_jax.training.programs import GIB
+
+# From what computes least to what holds least.
+REMAT: tuple[Remat, ...] = ("none", "outputs", "dots", "full")
+
+_SWEPT = ("update", "policy_pass")  # The program of a stage that holds most activations.
+
+
+class Choice(NamedTuple):
+    """Settings of a stage, and what came of compiling it with them.
+
+    Attributes:
+        micro_batch_size: rows at once, on all devices together.
+        remat: see `backbone.config.ComputeConfig`.
+        result: of the stage's program.
+    """
+
+    micro_batch_size: int
+    remat: Remat
+    result: Analysis | Misfit
+
+    @property
+    def step_s(self) -> float:
+        """A step at best; endless where it does not fit."""
+        if isinstance(self.result, Misfit) or not self.result.fits:
+            return math.inf
+        return self.result.roofline.bound_s
+
+    def fields(self) -> dict[str, Any]:
+        """As JSON."""
+        fields = {"micro_batch_size": self.micro_batch_size, "remat": self.remat}
+        if isinstance(self.result, Misfit):
+            return {**fields, "fits": False, "compiler_says": self.result.message}
+        bound, memory = self.result.roofline, self.result.memory
+        return {
+            **fields,
+            "fits": self.result.fits,
+            "total_bytes_per_device": memory.total,
+            "step_s": bound.bound_s,
+            "binds": bound.binds,
+            "utilisation": bound.utilisation,
+        }
+
+    def line(self) -> str:
+        """For a reader."""
+        settings = f"micro_batch_size={self.micro_batch_size:<5} remat={self.remat:<8}"
+        if isinstance(self.result, Misfit):
+            return f"  {settings} does NOT fit: {self.result.message}"
+        bound, memory = self.result.roofline, self.result.memory
+        return (
+            f"  {settings} {memory.total / GIB:.2f} GiB"
+            f"{'' if self.result.fits else ', does NOT fit'}, at best {bound.bound_s:.3g} s a "
+            f"step ({bound.binds} binds, utilisation {report.share(bound.utilisation)})"
+        )
+
+
+def sweep(
+    programs: Callable[[int | None, Remat | None], list[Program]],
+    compiled: Callable[[Program], Analysis | Misfit],
+    tell: Callable[[str], None],
+) -> list[Choice]:
+    """Tries a stage's settings; what is larger than something that does not fit is left out.
+
+    Args:
+        programs: of the stage with a micro-batch and a rematerialisation; None for its own.
+        compiled: a program.
+        tell: given a line for each.
+    """
+    first = _swept(programs(None, None))
+    rows, shards = first.rows, sharding.batch_shards(first.mesh)
+    found = []
+    for remat in REMAT:
+        for micro_batch in micro_batches(rows, shards):
+            choice = Choice(micro_batch, remat, compiled(_swept(programs(micro_batch, remat))))
+            tell(choice.line())
+            found.append(choice)
+            if not choice.result.fits:
+                break
+    return found
+
+
+def micro_batches(rows: int, shards: int) -> Iterator[int]:
+    """Rows at once that divide a step's: each device has 1, 2, 4 and so on of them."""
+    per_device = 1
+    while shards * per_device <= rows:
+        if rows % (shards * per_device) == 0:
+            yield shards * per_device
+        per_device *= 2
+
+
+def recommended(found: Iterable[Choice]) -> Choice | None:
+    """The fastest at best; of equals the one that holds least. None where none fits."""
+    fitting = [choice for choice in found if choice.result.fits]
+
+    def rank(choice: Choice) -> tuple[float, int]:
+        assert isinstance(choice.result, Analysis)
+        return choice.step_s, choice.result.memory.total
+
+    return min(fitting, key=rank, default=None)
+
+
+def with_settings(
+    config: TrainingConfig, stage: str, micro_batch_size: int | None, remat: Remat | None
+) -> TrainingConfig:
+    """The config with these settings of a stage; None leaves one as it is."""
+    changes: dict[str, object] = {}
+    if micro_batch_size is not None:
+        changes[f"{stage}.micro_batch_size"] = micro_batch_size
+    if remat is not None:
+        changes[f"{stage}.compute.remat"] = remat
+    return replaced(config, changes)
+
+
+def _swept(programs: list[Program]) -> Program:
+    return next(one for one in programs if one.name.split("/")[1] in _SWEPT)
+
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax")
 _ROOMY = "v5p"  # A chip of much memory, to list the values of what does not fit elsewhere.
@@ -240,3 +362,44 @@ def _cube(size: int) -> tuple[int, int, int]:
     first, second = 2 ** int(power // 3), 2 ** int((power + 1) // 3)
     factors = (first, second, size // (first * second))
     return tuple(sorted(factors, reverse=1 in factors))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Flags:
+    """Compile a config for TPUs or GPUs without one: does it fit, and how fast can it be at best?
+
+    From shapes alone: no weight and no data is read. Needs the extra of the hardware, and none of
+    it: pip install 'huatuo_jax[tpu]' or 'huatuo_jax[cuda]'. Exit code 1: something does not fit;
+    the fields that would help are named then.
+
+    Attributes:
+        topology: chip and slice, as v5e:8x8; or GPUs of a host, h100:8.
+        num_slices: slices or hosts, joined by their network.
+        stages: some of the config's stages; none for all that train.
+        preset: architecture in place of a model's directory.
+        output: JSON file of all figures.
+        sweep: try micro-batches and remat, and recommend some.
+    """
+
+    topology: str
+    num_slices: int = 1
+    stages: tuple[str, ...] = ()
+    preset: str | None = None
+    output: str | None = None
+    sweep: bool = False
+
+
+def main(flags: Flags, config: StagesConfig | RlaifConfig) -> None:
+    """Compile, print, write."""
+    cfg = CompileConfig(
+        topology=flags.topology,
+        num_slices=flags.num_slices,
+        stages=flags.stages,
+        preset=flags.preset,
+    )
+    compiled = sweep_config if flags.sweep else compile_config
+    figures = compiled(config, cfg, lambda line: print(line, flush=True))
+    if flags.output is not None:
+        write_json(flags.output, figures)
+        print(f"written: {flags.output}")
+    sys.exit(0 if figures["fits"] else 1)

@@ -4,16 +4,113 @@ Counted from the program's text, each instruction as often as its loops run it (
 `cost_analysis()` counts the body of a loop once). Every value is written to the memory once and
 read once by each instruction that uses it, unless it lies in on-chip memory; the inside of a fusion
 costs no memory. What is sliced out of an array, or written into it, counts for what is moved.
+
+Calls that a program makes to kernels the compiler did not write: what they are and compute.
+
+Splash attention (Pallas) on TPUs; cuDNN's attention and cuBLAS' matrix products on GPUs. Compiled
+without a GPU, a program's products are Triton's, which are `dot`s within fusions: cuBLAS is taken
+where it is faster, and that cannot be tried there.
+
+The least time that a program can take on its chips, and what sets it.
+
+Computing, reading and writing memory, and sending between chips overlap at best entirely: the
+longest of the three is a bound from below (Williams et al. 2009). Sending: a collective over chips
+that lie along axes of the slice goes both ways round each of those that is a ring, and one way
+where it is a line; groups over several slices first divide the work among the chips of a slice, and
+each then sends its part through its host's network. Through switches, as GPUs have them, a device
+sends at its link's rate to any other; that NVLink's switches can add numbers up is left out.
 """
 
+import dataclasses
 import math
 import re
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from huatuo_jax.compiling.collectives import KINDS
-from huatuo_jax.compiling.hlo import Computation, Instruction, Module, Shape
-from huatuo_jax.compiling.kernels import attention_flops, cublas_flops
+from jax.sharding import Mesh
+
+from huatuo_jax.compiling.hardware import Slice
+from huatuo_jax.compiling.hlo import KINDS, Collective, Computation, Instruction, Module, Shape
+
+_TARGET = re.compile(r'custom_call_target="([^"]*)"')
+_PALLAS = "tpu_custom_call"
+_CUDNN_ATTENTION = "__cudnn$fmha"
+_CUBLAS = ("__cublas$gemm", "__cublas$lt$matmul")
+# Matrix products of a block of queries with a block of keys, or of the same size, in each of splash
+# attention's kernels: scores and outputs; scores, their gradient, the queries'; those and the
+# gradients of keys and values. cuDNN has all of the backward pass in one: scores once, and four.
+_SPLASH_PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
+_FLOATS = ("bf16", "f16", "f32")
+_CUDNN_FORWARD, _CUDNN_BACKWARD = 2, 5
+_CONTRACTED_IN_KERNEL = re.compile(r'"lhs_contracting_dimensions":\s*\[([^\]]*)\]')
+
+
+def splash_calls(module: Module) -> list[str]:
+    """Names of splash attention's kernels among the program's instructions."""
+    return sorted(one.name for one in _calls(module) if _is_splash(one))
+
+
+def cudnn_calls(module: Module) -> list[str]:
+    """Names of cuDNN's attention kernels among the program's instructions."""
+    return sorted(one.name for one in _calls(module) if _target(one).startswith(_CUDNN_ATTENTION))
+
+
+def attention_flops(one: Instruction, computation: Computation) -> float:
+    """Of a call of an attention kernel, half of the scores being causal; 0 for other calls."""
+    if _target(one).startswith(_CUDNN_ATTENTION):
+        is_backward = _target(one).endswith("Backward")
+        # Their first value is of the queries' shape: outputs, or the queries' gradient.
+        return _attention(_CUDNN_BACKWARD if is_backward else _CUDNN_FORWARD, one.shapes[0].dims)
+    if _target(one) != _PALLAS:
+        return 0.0
+    products = next((n for name, n in _SPLASH_PRODUCTS.items() if one.name.startswith(name)), 0)
+    # The first operands may be blocks of the mask, of whole numbers. A batch of 1 is dropped.
+    queries = next(
+        (
+            shape.dims
+            for shape in computation.operand_shapes(one)
+            if shape.dtype in _FLOATS and len(shape.dims) in (3, 4)
+        ),
+        None,
+    )
+    if queries is None:
+        return 0.0
+    return _attention(products, (1,) * (4 - len(queries)) + queries)
+
+
+def cublas_flops(one: Instruction, computation: Computation) -> float:
+    """Two for each multiplication and addition of a call of cuBLAS; 0 for other calls."""
+    if _target(one) not in _CUBLAS:
+        return 0.0
+    found = _CONTRACTED_IN_KERNEL.search(one.attributes)
+    assert found is not None, one.attributes
+    lhs = computation.operand_shapes(one)[0].dims
+    contracted = math.prod(lhs[int(dim)] for dim in re.findall(r"\d+", found[1]))
+    return 2.0 * math.prod(one.shapes[0].dims) * contracted
+
+
+def _attention(products: int, queries_BNTH: tuple[int, ...]) -> float:
+    batch, heads, length, width = queries_BNTH
+    return products * 2.0 * batch * heads * (length * (length + 1) / 2) * width
+
+
+def _calls(module: Module) -> set[Instruction]:
+    return {
+        one
+        for place in module.places
+        for one in place.computation.instructions.values()
+        if one.opcode == "custom-call"
+    }
+
+
+def _is_splash(one: Instruction) -> bool:
+    return _target(one) == _PALLAS and one.name.startswith("splash")
+
+
+def _target(one: Instruction) -> str:
+    found = _TARGET.search(one.attributes) if one.opcode == "custom-call" else None
+    return found[1] if found else ""
+
 
 # They move nothing: their values are others', or nothing at run time.
 _FREE = frozenset(
@@ -221,3 +318,114 @@ def _read_and_written(outputs: Iterable[Shape], operands: Iterable[Shape]) -> fl
 
 def _in_hbm(shapes: Iterable[Shape]) -> float:
     return float(sum(shape.num_bytes for shape in shapes if shape.in_hbm))
+
+
+# Of TPU7x: its two halves are joined by something six times as fast as a link (Cloud TPU
+# documentation, page TPU7x). No other chip in the table has two devices.
+_LINKS_INSIDE_A_CHIP = 6
+
+
+class Roofline(NamedTuple):
+    """Seconds of a step at best.
+
+    Attributes:
+        compute_s: matrix products and attention at the chip's peak.
+        memory_s: its memory's traffic.
+        interconnect_s: all collectives, one after the other.
+        utilisation: model FLOPs over what the chips could do in the longest of these.
+    """
+
+    compute_s: float
+    memory_s: float
+    interconnect_s: float
+    utilisation: float
+
+    @property
+    def bound_s(self) -> float:
+        """The longest."""
+        return max(self.compute_s, self.memory_s, self.interconnect_s)
+
+    @property
+    def sum_s(self) -> float:
+        """All three, as if none overlapped another."""
+        return self.compute_s + self.memory_s + self.interconnect_s
+
+    @property
+    def binds(self) -> str:
+        """Which that is."""
+        seconds = {
+            "compute": self.compute_s,
+            "memory": self.memory_s,
+            "interconnect": self.interconnect_s,
+        }
+        return max(seconds, key=lambda name: seconds[name])
+
+
+def roofline(costs: Costs, *, interconnect_s: float, model_flops: float, of: Slice) -> Roofline:
+    """The bound of a program.
+
+    Args:
+        costs: of one device.
+        interconnect_s: what its collectives take, see `seconds_of`.
+        model_flops: what the mathematics asks of all devices together.
+        of: the chips.
+    """
+    peak = of.chip.peak_flops / of.chip.devices
+    found = Roofline(
+        compute_s=costs.flops / peak,
+        memory_s=costs.memory_bytes / (of.chip.memory_bandwidth / of.chip.devices),
+        interconnect_s=interconnect_s,
+        utilisation=0.0,
+    )
+    return found._replace(utilisation=model_flops / (len(of.devices) * peak * found.bound_s))
+
+
+def seconds_of(one: Collective, of: Slice, mesh: Mesh) -> float:
+    """How long one run of a collective takes at least."""
+    devices = [mesh.devices.flat[number] for number in one.group]
+    slices = {_slice_index(device, of) for device in devices}
+    if len(slices) == 1:
+        return one.bytes_sent / _bandwidth(one, devices, of)
+    per_slice = len(devices) // len(slices)
+    first = min(slices)
+    here = tuple(
+        number
+        for number, device in zip(one.group, devices, strict=True)
+        if _slice_index(device, of) == first
+    )
+    across = dataclasses.replace(
+        one, group=tuple(range(len(slices))), payload=one.payload // per_slice
+    )
+    network_s = across.bytes_sent / of.chip.network_bandwidth * of.chip.devices
+    if per_slice == 1:
+        return network_s
+    return network_s + seconds_of(dataclasses.replace(one, group=here), of, mesh)
+
+
+def _slice_index(device: Any, of: Slice) -> int:
+    """Which of the slices, or hosts of GPUs, a device is in."""
+    if of.chip.switched:
+        return int(device.process_index)
+    return getattr(device, "slice_index", None) or 0
+
+
+def _bandwidth(one: Collective, devices: list[Any], of: Slice) -> float:
+    """Bytes a second that each device of a group can send into it."""
+    chip = of.chip
+    if chip.switched:
+        return chip.link_bandwidth
+    places = {tuple(device.coords) for device in devices}
+    cores = len(devices) / len(places)
+    if len(places) == 1:
+        return _LINKS_INSIDE_A_CHIP * chip.link_bandwidth
+    ways = []
+    for dim, length in enumerate(of.shape):
+        span = len({place[dim] for place in places})
+        if span > 1:
+            is_ring = span == length and length % chip.ring_multiple == 0
+            ways.append(2 if is_ring else 1)
+    if one.kind == "collective-permute":
+        # One neighbour each; through a plane of chips there is always a ring.
+        ways = [2 if len(ways) > 1 else ways[0]]
+    # The links are a chip's: they serve its devices together, or this group and its twin.
+    return sum(ways) * chip.link_bandwidth * cores / chip.devices

@@ -1,14 +1,54 @@
-"""A program of a stage: a jitted function as the stage makes it, and the shapes it is given."""
+"""A program of a stage: a jitted function as the stage makes it, and the shapes it is given.
+
+The programs of a PPO stage: its four models, what trains two of them, and its engine's.
+
+The programs of a config's stages, each made by the function that the stage itself uses.
+
+Which architecture each stage of a config has, without reading a weight.
+"""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
-from huatuo_jax.backbone.config import BackboneConfig
-from huatuo_jax.sharding import path_name
+from huatuo_jax.backbone.config import PRESETS, BackboneConfig, preset
+from huatuo_jax.checkpoint import models
+from huatuo_jax.core import sharding
+from huatuo_jax.core.config import WORKDIR_MARK
+from huatuo_jax.core.sharding import OnMesh, path_name
+from huatuo_jax.dpo import STAGE as DPO
+from huatuo_jax.dpo import DpoConfig, dpo_step
+from huatuo_jax.dpo import abstract_rows as abstract_pairs
+from huatuo_jax.dpo import step_flops as dpo_flops
+from huatuo_jax.generation import weights
+from huatuo_jax.generation.abstract import abstract_engine
+from huatuo_jax.hf.generation_config import CONFIG_FILE
+from huatuo_jax.ppo import stage as ppo
+from huatuo_jax.ppo.config import PpoConfig
+from huatuo_jax.ppo.models import open_critic
+from huatuo_jax.ppo.rollout import mesh_of, slots_of
+from huatuo_jax.ppo.stage import (
+    Roles,
+    Trained,
+    abstract_roles,
+    check_policy,
+    policy_pass,
+    scoring,
+    value_pass,
+)
+from huatuo_jax.recipe.config import RlaifConfig, StagesConfig
+from huatuo_jax.reward import stage as reward
+from huatuo_jax.reward.config import RewardConfig
+from huatuo_jax.sft import STAGE as SFT
+from huatuo_jax.sft import SftConfig, abstract_rows, check_lengths, sft_step
+from huatuo_jax.training.initial_model import InitialModel, ModelConfig, open_model
+from huatuo_jax.training.loop import check_rows
+from huatuo_jax.training.metrics import ModelFlops
 from huatuo_jax.training.programs import StageProgram
+from huatuo_jax.training.update import Step, update_program
 
 Devices = Sequence[jax.Device]
 
@@ -50,3 +90,376 @@ def attended_pairs(cfg: BackboneConfig, *, rows: int, length: int) -> float:
     """Pairs of query and key in rows that are full and of one segment."""
     window = min(cfg.sliding_window or length, length)
     return rows * (window * (window + 1) / 2 + (length - window) * window)
+
+
+class Architectures:
+    """What models of a config are like, told from the config, this machine, or the hub's config."""
+
+    def __init__(self, named: str | None) -> None:
+        """Nothing is known yet.
+
+        Args:
+            named: the preset of every model that no stage of the config makes; None looks them up.
+
+        Raises:
+            ValueError: no preset is called so.
+        """
+        self._named = None if named is None else preset(named)
+        self._made: dict[str, BackboneConfig] = {}
+
+    def add(self, stage: str, cfg: BackboneConfig) -> None:
+        """Note what the model is like that a stage leaves in its folder."""
+        self._made[f"{WORKDIR_MARK}/{stage}/model"] = cfg
+
+    def in_place(self, section: ModelConfig, *, path: str) -> ModelConfig:
+        """The section with the architecture in place of its directory.
+
+        Raises:
+            ValueError: there is no such model; names the field.
+        """
+        if section.directory is None:
+            return section
+        return dataclasses.replace(
+            section,
+            directory=None,
+            backbone=self.of(
+                section.directory, path=f"{path}.directory", ignored=section.ignore_config_fields
+            ),
+            tokenizer=section.tokenizer_source,
+        )
+
+    def of(self, directory: str, *, path: str, ignored: tuple[str, ...] = ()) -> BackboneConfig:
+        """The architecture of a model that an earlier stage makes, of a folder, or of a hub id.
+
+        Args:
+            directory: of the model.
+            path: of the field, for messages.
+            ignored: fields of its `config.json`, see `models.find_model`.
+
+        Raises:
+            ValueError: there is no such model; names the field.
+        """
+        if directory in self._made:
+            return self._made[directory]
+        if self._named is not None:
+            return self._named
+        reason = "no stage of this config makes it"
+        if WORKDIR_MARK not in directory:
+            try:
+                return models.architecture_of(directory, ignored=ignored)
+            except OSError as error:
+                reason = f"its {CONFIG_FILE} cannot be read: {str(error).strip().splitlines()[0]}"
+        raise ValueError(
+            f"{path}={directory!r}: {reason}; --preset names an architecture in its place: "
+            f"{', '.join(PRESETS)}"
+        )
+
+
+def ppo_programs(cfg: PpoConfig, devices: Devices, architectures: Architectures) -> list[Program]:
+    """The programs of the stage on these devices.
+
+    Raises:
+        ValueError: the config, or a model of it, cannot be.
+    """
+    roles = _roles(cfg, devices, architectures)
+    programs = [*_generation(roles), _scoring(roles), *_training(roles, "policy", roles.trained)]
+    if roles.valued is not None:
+        programs += _training(roles, "value", roles.valued)
+    return programs
+
+
+def _roles(cfg: PpoConfig, devices: Devices, architectures: Architectures) -> Roles:
+    mesh = cfg.mesh.make(devices)
+    check_rows(cfg.rows_at_once, name="config.ppo.micro_batch_size", mesh=mesh)
+    compute = cfg.compute.compute_config()
+    cfg = dataclasses.replace(cfg, model=architectures.in_place(cfg.model, path="config.ppo.model"))
+    policy = open_model(cfg.model, compute)
+    check_policy(cfg, policy)
+    rewarding = architectures.of(cfg.reward_model, path="config.ppo.reward_model")
+    critic = open_critic(_without_reward_model(cfg, rewarding), policy, None)
+    return abstract_roles(cfg, policy=policy, critic=critic, rewarding=rewarding, mesh=mesh)
+
+
+def _without_reward_model(cfg: PpoConfig, rewarding: BackboneConfig) -> PpoConfig:
+    """The config with a critic of the reward model's architecture, where it begins as that model.
+
+    What its weights begin with decides no shape.
+    """
+    if cfg.value.start != "reward":
+        return cfg
+    return dataclasses.replace(
+        cfg,
+        model=ModelConfig(backbone=rewarding, tokenizer="none"),
+        value=dataclasses.replace(cfg.value, start="policy", head="zero"),
+    )
+
+
+def _generation(roles: Roles) -> list[Program]:
+    cfg, policy = roles.cfg, roles.policy
+    mesh = mesh_of(cfg.rollout, roles.mesh, policy.cfg)
+    slots = slots_of(cfg.rollout, mesh)
+    engine = abstract_engine(
+        policy.transformer,
+        roles.trained.state.variables,
+        slots=slots,
+        max_length=cfg.max_length,
+        mesh=mesh,
+    )
+    held = (roles.trained.state, roles.reference, roles.value_state, roles.scorer_variables)
+    common: dict[str, Any] = {
+        "mesh": mesh,
+        "backbone": policy.cfg,
+        "rows": slots,
+        "rows_at_once": slots,
+    }
+    flops = ModelFlops.of(policy.cfg)
+    rows = sharding.batch_shards(mesh)
+    length = engine.prompt_tokens // rows
+    steps = slots * engine.steps
+    moving = []
+    if mesh != roles.mesh:
+        placed = engine.prefill_arguments[0]
+        moving = [_moving(roles, mesh, placed, (*held, placed))]
+    return [
+        *moving,
+        Program(
+            name="ppo/prefill",
+            does=f"{rows} prompts of {length} tokens into the cache",
+            function=engine.programs.jitted_prefill,
+            arguments=engine.prefill_arguments,
+            beside=(*held, engine.decode_arguments[1]),
+            tokens=engine.prompt_tokens,
+            model_flops=flops.of_forward(
+                tokens=engine.prompt_tokens,
+                scored_tokens=0,
+                attended_pairs=attended_pairs(policy.cfg, rows=rows, length=length),
+            ),
+            **common,
+        ),
+        Program(
+            name="ppo/decode",
+            does=f"{engine.steps} tokens of each of {slots} answers, {cfg.max_length} tokens long",
+            function=engine.programs.jitted_decode,
+            arguments=engine.decode_arguments,
+            beside=(*held, engine.prefill_arguments[1]),
+            tokens=steps,
+            model_flops=flops.of_forward(
+                tokens=steps,
+                scored_tokens=steps,
+                attended_pairs=steps
+                * min(cfg.max_length, policy.cfg.sliding_window or cfg.max_length),
+            ),
+            attends=False,
+            **common,
+        ),
+    ]
+
+
+def _moving(roles: Roles, mesh: Mesh, placed: Any, held: Any) -> Program:
+    """The move of one array, the largest, to the mesh of generation; they move one by one."""
+    found = jax.tree_util.tree_leaves_with_path(
+        weights.that_are_read(roles.trained.state.variables)
+    )
+    pairs = zip(found, jax.tree.leaves(placed), strict=True)
+    (path, leaf), to = max(pairs, key=lambda pair: pair[0][1].size)
+    share = leaf.size / sum(other.size for _, other in found)
+    return Program(
+        name="ppo/move",
+        does=f"the policy's largest array, {sharding.path_name(path)} ({share:.0%} of its "
+        "weights), to where answers are generated",
+        function=OnMesh(weights.moving(to.sharding, to.dtype), None),
+        arguments=(leaf,),
+        # It is an argument of this program, and its result is not there yet.
+        beside=[other for other in jax.tree.leaves(held) if other is not leaf and other is not to],
+        mesh=mesh,
+        backbone=roles.policy.cfg,
+        rows=0,
+        rows_at_once=0,
+        tokens=0,
+        model_flops=0.0,
+        attends=False,
+    )
+
+
+def _scoring(roles: Roles) -> Program:
+    assert roles.scorer is not None
+    backbone, program = roles.scorer.cfg, scoring(roles, roles.scorer)
+    rows, length = program.rows, roles.cfg.max_length
+    return Program.of(
+        program,
+        does=f"the reward model on {rows} rows of {length} tokens",
+        backbone=backbone,
+        tokens=rows * length,
+        model_flops=ModelFlops.of(backbone).of_forward(
+            tokens=rows * length,
+            scored_tokens=0,
+            attended_pairs=attended_pairs(backbone, rows=rows, length=length),
+        ),
+    )
+
+
+def _training(roles: Roles, name: str, trained: Trained) -> list[Program]:
+    """A pass over a minibatch, and the optimizer step that uses its gradients."""
+    cfg, mesh, state = roles.cfg, roles.mesh, trained.state
+    rows, length = cfg.minibatch_size, cfg.max_length
+    backbone, adapters_only = roles.policy.cfg, cfg.model.lora is not None
+    scored, other, program = rows * cfg.rollout.max_new_tokens, roles.value_state, policy_pass
+    if name == "value":
+        assert roles.critic is not None
+        backbone, adapters_only = roles.critic.model.cfg, cfg.value.lora is not None
+        scored, other, program = 0, roles.trained.state, value_pass
+    over_minibatch = program(roles)
+    sums, _, gradients = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=jax.NamedSharding(mesh, jax.P())
+        ),
+        over_minibatch.lower().out_info,
+    )
+    gradients = sharding.abstract_parameters(gradients, mesh)
+    return [
+        Program.of(
+            over_minibatch,
+            does=f"{rows} rows of {length} tokens through the {name} with their gradients; "
+            "without them for what an update is held against (log-probabilities, values)",
+            backbone=backbone,
+            tokens=rows * length,
+            model_flops=ModelFlops.of(backbone, adapters_only=adapters_only).of_step(
+                tokens=rows * length,
+                scored_tokens=scored,
+                attended_pairs=attended_pairs(backbone, rows=rows, length=length),
+            ),
+        ),
+        Program(
+            name=f"ppo/{name}_apply",
+            does=f"the optimizer step of the {name}",
+            function=trained.learner.apply,
+            arguments=(state, sums, gradients),
+            beside=(roles.reference, other, roles.scorer_variables),
+            mesh=mesh,
+            backbone=backbone,
+            rows=rows,
+            rows_at_once=cfg.rows_at_once,
+            tokens=rows * length,
+            model_flops=0.0,
+            attends=False,
+        ),
+    ]
+
+
+StageConfig = SftConfig | RewardConfig | DpoConfig
+TrainingConfig = StagesConfig | RlaifConfig
+
+# How long a run is follows from its data, where the config does not say; it decides no shape.
+_NUM_STEPS = 10_000
+# So do the pairs of a row; they weigh next to nothing.
+_PAIRS_OF_A_ROW = 32
+
+
+def programs_of(
+    config: TrainingConfig,
+    devices: Devices,
+    *,
+    stages: Sequence[str] = (),
+    architecture: str | None = None,
+) -> list[Program]:
+    """The programs of the stages that a config names.
+
+    Args:
+        config: stages, or a recipe.
+        devices: to compile for.
+        stages: some of them; none for all that have programs.
+        architecture: the preset of models that no stage makes; None looks at their configs.
+
+    Raises:
+        ValueError: a stage that the config does not have, or an invalid config.
+    """
+    there = [name for name in config.stages if name in _MAKERS]
+    if missing := [name for name in stages if name not in there]:
+        raise ValueError(f"stages={missing}: of those to compile, this config has {there}")
+    architectures = Architectures(architecture)
+    programs = []
+    for name in there:
+        found = _MAKERS[name](getattr(config, name), devices, architectures)
+        architectures.add(name, found[0].backbone)
+        if name in stages or not stages:
+            programs += found
+    return programs
+
+
+def _sft(cfg: SftConfig, devices: Devices, architectures: Architectures) -> list[Program]:
+    mesh = _mesh(cfg, devices, stage=SFT)
+    place = architectures.in_place(cfg.model, path="config.sft.model")
+    model = open_model(place, cfg.compute.compute_config())
+    check_lengths(cfg.data, model.cfg)
+    step = sft_step(cfg, model, mesh, num_steps=cfg.num_steps or _NUM_STEPS)
+    flops = ModelFlops.of(model.cfg, adapters_only=cfg.model.lora is not None)
+    sizes = _sizes(cfg, model, all_scored=True)
+    batch = abstract_rows(cfg, mesh)
+    return [_update(SFT, cfg, mesh, model, step, batch, flops.of_step(**sizes))]
+
+
+def _reward(cfg: RewardConfig, devices: Devices, architectures: Architectures) -> list[Program]:
+    mesh = _mesh(cfg, devices, stage=reward.STAGE)
+    place = architectures.in_place(cfg.model, path="config.reward.model")
+    model = reward.open_backbone(cfg, place)
+    step = reward.reward_step(cfg, model, mesh, num_steps=cfg.num_steps or _NUM_STEPS)
+    frozen = cfg.head_only or cfg.model.lora is not None
+    flops = ModelFlops.of(model.cfg, adapters_only=frozen)
+    sizes = _sizes(cfg, model, all_scored=False)
+    batch = reward.abstract_rows(cfg, mesh, num_pairs=_PAIRS_OF_A_ROW)
+    return [_update(reward.STAGE, cfg, mesh, model, step, batch, flops.of_step(**sizes))]
+
+
+def _dpo(cfg: DpoConfig, devices: Devices, architectures: Architectures) -> list[Program]:
+    mesh = _mesh(cfg, devices, stage=DPO)
+    place = architectures.in_place(cfg.model, path="config.dpo.model")
+    model = open_model(place, cfg.compute.compute_config())
+    step = dpo_step(cfg, model, mesh, num_steps=cfg.num_steps or _NUM_STEPS)
+    flops = ModelFlops.of(model.cfg, adapters_only=cfg.model.lora is not None)
+    sizes = _sizes(cfg, model, all_scored=True)
+    batch = abstract_pairs(cfg, mesh, num_pairs=_PAIRS_OF_A_ROW)
+    return [_update(DPO, cfg, mesh, model, step, batch, dpo_flops(flops, **sizes))]
+
+
+def _mesh(cfg: StageConfig, devices: Devices, *, stage: str) -> Mesh:
+    mesh = cfg.mesh.make(devices)
+    check_rows(cfg.rows_at_once, name=f"config.{stage}.micro_batch_size", mesh=mesh)
+    return mesh
+
+
+def _sizes(cfg: StageConfig, model: InitialModel, *, all_scored: bool) -> dict[str, float]:
+    """Of a step: tokens, those that the token head reads, pairs of query and key."""
+    rows, length = cfg.batch_size, cfg.data.row_length
+    return {
+        "tokens": rows * length,
+        "scored_tokens": rows * length if all_scored else 0,
+        "attended_pairs": attended_pairs(model.cfg, rows=rows, length=length),
+    }
+
+
+def _update(
+    stage: str,
+    cfg: StageConfig,
+    mesh: Mesh,
+    model: InitialModel,
+    step: Step,
+    batch: dict[str, jax.ShapeDtypeStruct],
+    model_flops: float,
+) -> Program:
+    """The optimizer step of a stage that has no other program."""
+    rows, length = cfg.batch_size, cfg.data.row_length
+    return Program.of(
+        update_program(stage, step, batch, mesh),
+        does=f"one optimizer step on {rows} rows of {length} tokens",
+        backbone=model.cfg,
+        tokens=rows * length,
+        model_flops=model_flops,
+    )
+
+
+_MAKERS: dict[str, Callable[[Any, Devices, Architectures], list[Program]]] = {
+    SFT: _sft,
+    reward.STAGE: _reward,
+    DPO: _dpo,
+    ppo.STAGE: ppo_programs,
+}

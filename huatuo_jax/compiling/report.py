@@ -1,13 +1,245 @@
-"""What is told of compiled programs: lines for a reader, and JSON."""
+"""What is told of compiled programs: lines for a reader, and JSON.
 
-from collections.abc import Iterator
-from typing import Any
+Numbers for a reader, in units of their size: what is not 0 does not look like it.
 
-from huatuo_jax.compiling import units
-from huatuo_jax.compiling.analysis import Analysis, Misfit
-from huatuo_jax.compiling.memory import Buffer
-from huatuo_jax.compiling.topology import Slice
-from huatuo_jax.training.programs import GIB
+The largest of what a compiled program holds in a device's memory.
+
+A program compiled for a slice, and all that is told of it.
+"""
+
+import dataclasses
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+
+from huatuo_jax.compiling import hlo
+from huatuo_jax.compiling import hlo as collecting
+from huatuo_jax.compiling.costs import (
+    Costs,
+    Roofline,
+    costs_of,
+    cudnn_calls,
+    roofline,
+    seconds_of,
+    splash_calls,
+)
+from huatuo_jax.compiling.hardware import Slice
+from huatuo_jax.compiling.hlo import Collective, Instruction, Module, Total
+from huatuo_jax.compiling.programs import Program
+from huatuo_jax.core.sharding import path_name
+from huatuo_jax.training.programs import GIB, Memory, TooLarge, memory_of, shard_of
+
+_COUNTS = ((1e15, " P"), (1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k"))
+_SECONDS = ((1.0, " s"), (1e-3, " ms"), (1e-6, " us"), (1e-9, " ns"))
+_BYTES = ((float(GIB), " GiB"), (float(1 << 20), " MiB"), (float(1 << 10), " KiB"), (1.0, " B"))
+
+
+def count(number: float) -> str:
+    """FLOPs and the like: `1.2 T`, `34 G`."""
+    return _scaled(number, _COUNTS, otherwise=f"{number:.3g}")
+
+
+def duration(seconds: float) -> str:
+    """`12.3 s`, `45 us`."""
+    return _scaled(seconds, _SECONDS, otherwise=f"{seconds:.3g} s")
+
+
+def size(num_bytes: float) -> str:
+    """`1.2 GiB`, `34 MiB`."""
+    return _scaled(num_bytes, _BYTES, otherwise=f"{num_bytes:.3g} B")
+
+
+def gib(num_bytes: float) -> str:
+    """Bytes as a number of GiB, `1.20`, for sums that have the unit once."""
+    number = num_bytes / GIB
+    return f"{number:.2f}" if number >= 0.005 or not number else f"{number:.1g}"
+
+
+def share(part: float) -> str:
+    """`45%`, `0.12%`."""
+    return f"{part:.0%}" if part >= 0.1 or not part else f"{100 * part:.2g}%"
+
+
+def rate(number: float) -> str:
+    """Something a second: `12,345`, `0.12`."""
+    return f"{number:,.0f}" if number >= 10 or not number else f"{number:.2g}"
+
+
+def _scaled(number: float, units: tuple[tuple[float, str], ...], *, otherwise: str) -> str:
+    """In the largest unit that gives at least 1."""
+    for one, name in units:
+        if abs(number) >= one:
+            return f"{number / one:.3g}{name}"
+    return otherwise
+
+
+class Buffer(NamedTuple):
+    """An array in a device's memory: what it is, and its bytes there."""
+
+    what: str
+    shape: str
+    num_bytes: int
+
+
+def largest_arguments(arguments: Any, number: int) -> list[Buffer]:
+    """The largest of a program's arguments, by their path."""
+    found = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(arguments):
+        shape, size = shard_of(leaf)
+        found.append(Buffer(path_name(path), f"{leaf.dtype}{list(shape)}", size))
+    return sorted(found, key=lambda buffer: -buffer.num_bytes)[:number]
+
+
+def largest_values(module: Module, number: int) -> list[Buffer]:
+    """The largest of a program's own values, by the line of the Python program they come from."""
+    found: dict[tuple[str, str], Buffer] = {}
+    for place in module.places:
+        if place.fused:
+            continue
+        for one in place.computation.instructions.values():
+            for buffer in _values(one):
+                found.setdefault((buffer.what, buffer.shape), buffer)
+    return sorted(found.values(), key=lambda buffer: -buffer.num_bytes)[:number]
+
+
+def _values(one: Instruction) -> Iterable[Buffer]:
+    if one.opcode in ("parameter", "get-tuple-element", "tuple", "bitcast", "while", "conditional"):
+        return
+    for shape in one.shapes:
+        if shape.in_hbm:
+            what = one.op_name or one.name
+            yield Buffer(what, f"{shape.dtype}{list(shape.dims)}", shape.num_bytes)
+
+
+_NUM_BUFFERS = 8
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Analysis:
+    """A program that was compiled.
+
+    Attributes:
+        program: the one.
+        seconds: that tracing and compiling took.
+        memory: of a device.
+        costs: of a device, counted from the program.
+        compiler_flops: what the compiler's `cost_analysis` says of a device; None where it says
+            nothing, as that of GPUs.
+        collectives: by kind and mesh axes.
+        roofline: the bound.
+        splash: names of splash attention's kernels in it.
+        cudnn: names of cuDNN's.
+        stacked_gathers: gathers of the parameters of all layers, outside of the layer loop.
+        arguments: the largest ones.
+        values: the largest that it makes.
+        advice: what to change where it does not fit.
+    """
+
+    program: Program
+    seconds: float
+    memory: Memory
+    costs: Costs
+    compiler_flops: float | None
+    collectives: list[Total]
+    roofline: Roofline
+    splash: list[str]
+    cudnn: list[str]
+    stacked_gathers: list[Collective]
+    arguments: list[Buffer]
+    values: list[Buffer]
+    advice: list[str]
+    listed_on: str = ""
+
+    @property
+    def fits(self) -> bool:
+        """Whether a device can hold it beside what else the stage holds."""
+        return self.memory.total <= self.memory.capacity
+
+    @property
+    def attention_kernel(self) -> str | None:
+        """What rows attend to themselves by; None where they do not."""
+        if not self.program.attends:
+            return None
+        if self.cudnn:
+            return f"cudnn ({len(self.cudnn)} kernels)"
+        return f"splash ({len(self.splash)} kernels)" if self.splash else "xla"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Misfit:
+    """A program that the compiler refuses, as it does not fit.
+
+    Attributes:
+        program: the one.
+        seconds: until it was refused.
+        message: the compiler's.
+        arguments: the largest ones.
+        values: the largest that it makes, where it was compiled for a chip that holds it.
+        listed_on: which chip that was, in words; empty for none.
+        advice: what to change.
+    """
+
+    program: Program
+    seconds: float
+    message: str
+    arguments: list[Buffer]
+    values: list[Buffer]
+    listed_on: str
+    advice: list[str]
+    fits: bool = False
+
+
+def compile_program(program: Program, of: Slice) -> Analysis | Misfit:
+    """Compiles a program and counts what it does.
+
+    Raises:
+        ValueError: it cannot be compiled, for another reason than its size.
+    """
+    started = time.perf_counter()
+    arguments = largest_arguments(program.arguments, _NUM_BUFFERS)
+    try:
+        compiled = program.compile()
+    except TooLarge as error:
+        return Misfit(
+            program=program,
+            seconds=time.perf_counter() - started,
+            message=str(error),
+            arguments=arguments,
+            values=[],
+            listed_on="",
+            advice=[],
+        )
+    seconds = time.perf_counter() - started
+    text = compiled.as_text()
+    assert text is not None
+    module = hlo.parse(text)
+    found = collecting.collectives_of(module, program.mesh, num_layers=program.backbone.num_layers)
+    timed = [(one, one.runs * seconds_of(one, of, program.mesh)) for one in found]
+    costs = costs_of(module)
+    reported: Any = compiled.cost_analysis()
+    return Analysis(
+        program=program,
+        seconds=seconds,
+        memory=memory_of(compiled, beside=program.beside, capacity=of.chip.usable_memory),
+        costs=costs,
+        # Nothing on a GPU; and of a program that only moves things, nothing of products.
+        compiler_flops=None if reported is None else float(reported.get("flops", 0.0)),
+        collectives=collecting.by_kind_and_axes(timed),
+        roofline=roofline(
+            costs,
+            interconnect_s=sum(needed for _, needed in timed),
+            model_flops=program.model_flops,
+            of=of,
+        ),
+        splash=splash_calls(module),
+        cudnn=cudnn_calls(module),
+        stacked_gathers=collecting.gathers_of_stacked_layers(found, program.stacked_shapes),
+        arguments=arguments,
+        values=largest_values(module, _NUM_BUFFERS),
+        advice=[],
+    )
 
 
 def slice_fields(of: Slice) -> dict[str, Any]:
@@ -102,7 +334,7 @@ def _figures(found: Analysis) -> Iterator[str]:
         "code": memory.code,
         "held beside": memory.beside,
     }
-    shown = " + ".join(f"{name} {units.gib(size)}" for name, size in parts.items() if size)
+    shown = " + ".join(f"{name} {gib(size)}" for name, size in parts.items() if size)
     verdict = "fits" if found.fits else "does NOT fit"
     yield (
         f"  memory       {memory.total / GIB:.2f} of {memory.capacity / GIB:.2f} GiB a device: "
@@ -110,8 +342,8 @@ def _figures(found: Analysis) -> Iterator[str]:
     )
     ours = program.model_flops / program.mesh.size
     yield (
-        f"  FLOPs        {units.count(ours)} a device by formula, {units.count(costs.flops)} "
-        f"compiled (recomputation and all; {units.count(costs.attention_flops)} attention)"
+        f"  FLOPs        {count(ours)} a device by formula, {count(costs.flops)} "
+        f"compiled (recomputation and all; {count(costs.attention_flops)} attention)"
         + _by_compiler(found.compiler_flops)
     )
     if not found.collectives:
@@ -120,7 +352,7 @@ def _figures(found: Analysis) -> Iterator[str]:
     for total in found.collectives:
         yield (
             f"  {heading:<12} {total.kind} over {'+'.join(total.axes)}: {total.runs} x, "
-            f"{units.size(total.payload)}, {units.duration(total.seconds)}"
+            f"{size(total.payload)}, {duration(total.seconds)}"
         )
         heading = ""
     parts_s = {
@@ -128,7 +360,7 @@ def _figures(found: Analysis) -> Iterator[str]:
         "memory": bound.memory_s,
         "interconnect": bound.interconnect_s,
     }
-    times = ", ".join(f"{name} {units.duration(seconds)}" for name, seconds in parts_s.items())
+    times = ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts_s.items())
     yield f"  roofline     {times}: {bound.binds} binds{_speed(found)}"
     if program.attends:
         yield f"  attention    {found.attention_kernel}"
@@ -144,22 +376,22 @@ def _speed(found: Analysis) -> str:
         return ""
     bound = found.roofline
     return (
-        f"; utilisation at most {units.share(bound.utilisation)}, "
-        f"{units.rate(found.program.tokens / bound.bound_s)} tokens/s"
+        f"; utilisation at most {share(bound.utilisation)}, "
+        f"{rate(found.program.tokens / bound.bound_s)} tokens/s"
     )
 
 
 def _by_compiler(flops: float | None) -> str:
     if flops is None:
         return ""
-    return f", {units.count(flops)} by cost_analysis, which counts loops once"
+    return f", {count(flops)} by cost_analysis, which counts loops once"
 
 
 def _largest(name: str, buffers: list[Buffer]) -> Iterator[str]:
     if buffers:
         yield f"  largest {name}, GiB a device:"
     for buffer in buffers:
-        yield f"    {units.gib(buffer.num_bytes):>6}  {buffer.shape:<32} {buffer.what}"
+        yield f"    {gib(buffer.num_bytes):>6}  {buffer.shape:<32} {buffer.what}"
 
 
 def _buffers(buffers: list[Buffer]) -> list[dict[str, Any]]:

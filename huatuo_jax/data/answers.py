@@ -14,7 +14,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from huatuo_jax.data.chat import ChatTemplate
+from huatuo_jax.data.chat.template import ChatTemplate
 from huatuo_jax.data.records import Messages
 
 if TYPE_CHECKING:

@@ -3,19 +3,319 @@
 A batch is a slice of the stream of rows; one that starts in one epoch goes on in the next. The
 saved position is the global index of the next row, so that a run goes on with another number of
 hosts, processes, or rows in a batch.
+
+The stream of packed rows: all epochs end to end, each row found by its global row index.
+
+Row 0 is the first row of epoch 0, and the first row of epoch 1 follows the last one of epoch 0.
+What a row holds is a function of the data, the seed, and its index.
+
+Packing: several dialogues in one row, so that hardly a token of a batch is padding.
+
+Two steps, both pure. A plan says from lengths alone which examples share a row (best fit on
+decreasing lengths); a row then lays their tokens end to end, each example a segment of its own.
+
+What a row holds, each of shape `[T]`:
+
+- `token_ids`: the examples' ids, then padding.
+- `segment_ids`: 1 for the first example's tokens, 2 for the second's, and 0 for padding. Tokens
+  attend within their segment; padding is told by this, never by an id.
+- `positions`: 0, 1, 2, ... from the start of each segment; 0 in padding.
+- `trained_mask`: whether token t is a target, predicted from token t - 1 of the same segment. It
+  is False at every segment's first token, so `token_ids[1:]` with `trained_mask[1:]` are the
+  targets of positions `[:-1]`, with no look across a border.
+- `kind_ids`: the example's kind, as an index into `huatuo_jax.data.tokenizing.ALL_KINDS`; 0 in
+  padding, which is never trained, so that a sum per kind needs no look at it.
 """
 
+import bisect
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import grain
 import numpy as np
+import numpy.typing as npt
 from absl import flags
 
-from huatuo_jax.data.packing import Row, pack_row
-from huatuo_jax.data.rows import RowStream
+from huatuo_jax.data.mixture import Indices, Mixture, permutation
+from huatuo_jax.data.tokenizing import Example, TokenDataset
+
+Row = dict[str, npt.NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class PackingPlan:
+    """Which examples stand in which row.
+
+    Row r holds `example_indices[row_starts[r] : row_starts[r + 1]]`, in this order, and
+    `tokens_per_row[r]` tokens in all, of the `row_length` there is room for.
+    """
+
+    example_indices: Indices
+    row_starts: Indices
+    tokens_per_row: Indices
+    row_length: int
+
+    def __len__(self) -> int:
+        """The number of rows."""
+        return len(self.row_starts) - 1
+
+    def __getitem__(self, row: int) -> Indices:
+        """The examples of one row."""
+        return self.example_indices[self.row_starts[row] : self.row_starts[row + 1]]
+
+    @property
+    def efficiency(self) -> float:
+        """The share of all places that hold a token, 0 to 1."""
+        return float(self.tokens_per_row.sum() / (len(self) * self.row_length))
+
+
+def plan_rows(
+    lengths: npt.ArrayLike,
+    order: npt.ArrayLike,
+    *,
+    row_length: int,
+    packed: bool = True,
+    window: int | None = None,
+    key: tuple[int | str, ...] = (),
+) -> PackingPlan:
+    """Distributes examples over rows; a pure function of its arguments.
+
+    Args:
+        lengths: the number of tokens of every example there is.
+        order: the examples to place, as indices into `lengths`; one may come more than once.
+        row_length: the most tokens a row can hold.
+        packed: False gives every example a row of its own, in the given order.
+        window: how many examples in a row of the order are packed together. The default, all of
+            them, wastes least; the rows of a small window are closer to a random draw.
+        key: what the order of the packed rows depends on. Packing goes by length, so its rows are
+            shuffled over the whole epoch.
+
+    Raises:
+        ValueError: an example is longer than a row, or empty, or `window` is not positive.
+    """
+    lengths, order = np.asarray(lengths, np.int64), np.asarray(order, np.int64)
+    if window is not None and window < 1:
+        raise ValueError(f"window: {window} examples, it should be at least 1, or None for all")
+    placed = lengths[order]
+    _check_lengths(placed, order, row_length)
+    if not packed:
+        return PackingPlan(order, np.arange(len(order) + 1), placed, row_length)
+    row_of = np.empty(len(order), np.int64)
+    num_rows = 0
+    window = window or max(len(order), 1)
+    for start in range(0, len(order), window):
+        rows, used = best_fit_rows(placed[start : start + window], row_length)
+        row_of[start : start + window] = rows + num_rows
+        num_rows += used
+    # New numbers for the rows: row r of the packing becomes row shuffled[r] of the plan.
+    shuffled = permutation(num_rows, *key)
+    row_of = shuffled[row_of]
+    # Examples of equal length have no order among them but the given one, which is random.
+    by_row = np.argsort(row_of, kind="stable")
+    sizes = np.bincount(row_of, minlength=num_rows)
+    tokens = np.zeros(num_rows, np.int64)
+    np.add.at(tokens, row_of, placed)
+    return PackingPlan(order[by_row], np.append(0, np.cumsum(sizes)), tokens, row_length)
+
+
+def best_fit_rows(lengths: Indices, row_length: int) -> tuple[Indices, int]:
+    """Best-fit-decreasing bin packing: the row of each example, and the number of rows.
+
+    Longest first, each example goes to the fullest row that still has room for it (of several
+    equally full ones the latest), or opens a new row. It uses at most 11/9 of the fewest rows
+    possible plus one (Johnson 1974); on dialogues, mostly the fewest. The rows that have exactly r
+    tokens of room form a stack; which stacks are not empty is one integer's bits, so that the
+    search for the tightest room is two machine-fast operations on it.
+    """
+    stacks: list[list[int]] = [[] for _ in range(row_length + 1)]
+    rooms = 0  # bit r is set while some row has exactly r tokens of room
+    num_rows = 0
+    longest_first = np.argsort(-lengths, kind="stable")
+    placed = []
+    for length in lengths[longest_first].tolist():
+        fitting = rooms >> length
+        if fitting:
+            room = length + (fitting & -fitting).bit_length() - 1
+            row = stacks[room].pop()
+            if not stacks[room]:
+                rooms ^= 1 << room
+        else:
+            room, row = row_length, num_rows
+            num_rows += 1
+        placed.append(row)
+        stacks[room - length].append(row)
+        rooms |= 1 << (room - length)
+    row_of = np.empty(len(lengths), np.int64)
+    row_of[longest_first] = placed
+    return row_of, num_rows
+
+
+def pack_row(examples: Sequence[Example], *, row_length: int, pad_token_id: int) -> Row:
+    """Lays examples end to end into one row; see the module for what it holds.
+
+    Without examples it is an empty row: padding that trains nothing.
+
+    Raises:
+        ValueError: they do not fit.
+    """
+    num_tokens = sum(len(example.token_ids) for example in examples)
+    if num_tokens > row_length:
+        raise ValueError(f"{num_tokens} tokens do not fit a row of {row_length}")
+    token_ids = np.full(row_length, pad_token_id, np.int32)
+    segment_ids, positions, kinds = np.zeros((3, row_length), np.int32)
+    trained_mask = np.zeros(row_length, np.bool_)
+    start = 0
+    for number, example in enumerate(examples, start=1):
+        end = start + len(example.token_ids)
+        token_ids[start:end] = example.token_ids
+        segment_ids[start:end] = number
+        positions[start:end] = np.arange(end - start)
+        trained_mask[start + 1 : end] = example.trained_mask[1:]
+        kinds[start:end] = example.kind_id
+        start = end
+    return {
+        "token_ids": token_ids,
+        "segment_ids": segment_ids,
+        "positions": positions,
+        "trained_mask": trained_mask,
+        "kind_ids": kinds,
+    }
+
+
+def _check_lengths(placed: Indices, order: Indices, row_length: int) -> None:
+    wrong = np.flatnonzero((placed > row_length) | (placed < 1))
+    if len(wrong):
+        raise ValueError(
+            f"{len(wrong)} examples do not fit a row of {row_length} tokens, the first is example "
+            f"{order[wrong[0]]} with {placed[wrong[0]]}; they should be truncated or dropped "
+            "before packing"
+        )
+
+
+_PLANS_KEPT = 2  # the epoch that is read and the one that prefetching has already begun
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowConfig:
+    """How examples become rows.
+
+    Attributes:
+        row_length: the tokens of a row. No example is longer.
+        packed: several examples a row (see `huatuo_jax.data.batches`), or one.
+        window: how many examples of the shuffled order are packed together; None for the epoch.
+        buckets: lengths that a batch may be cut to, where all its rows are that short: each costs a
+            compilation and saves padding where rows are not packed. `row_length` is always one.
+        pad_token_id: what padding is filled with; no mask looks at it.
+    """
+
+    row_length: int
+    packed: bool = True
+    window: int | None = None
+    buckets: tuple[int, ...] = ()
+    pad_token_id: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuses buckets that are no length below a row's."""
+        if self.row_length < 1:
+            raise ValueError(f"data.row_length: {self.row_length}, it should be at least 1")
+        if any(not 0 < bucket < self.row_length for bucket in self.buckets):
+            raise ValueError(
+                f"data.buckets: {self.buckets}, each should be above 0 and below row_length "
+                f"{self.row_length}"
+            )
+
+    def bucket_for(self, num_tokens: int) -> int:
+        """The smallest length that holds so many tokens."""
+        return min(size for size in (*self.buckets, self.row_length) if size >= num_tokens)
+
+
+class RowStream:
+    """All rows of all epochs, by global row index.
+
+    Plans are made when they are needed: each is a function of the lengths, the seed and the epoch,
+    so that every process makes the same ones.
+    """
+
+    def __init__(
+        self, dataset: TokenDataset, config: RowConfig, *, mixture: Mixture | None, seed: int = 0
+    ) -> None:
+        """Takes the examples of `mixture`, or without one each example once, unshuffled."""
+        self.config = config
+        self._dataset = dataset
+        self._mixture = mixture
+        self._seed = seed
+        self._plans: dict[int, PackingPlan] = {}
+        self._first_rows = [0]  # of each epoch whose predecessors are planned
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process: without the lock, and the plans are made there again."""
+        return {**self.__dict__, "_lock": None, "_plans": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Takes the state of another process."""
+        self.__dict__.update(state, _lock=threading.Lock())
+
+    def plan(self, epoch: int) -> PackingPlan:
+        """The rows of an epoch."""
+        with self._lock:
+            return self._plan(epoch)
+
+    def first_row(self, epoch: int) -> int:
+        """The global index of an epoch's first row, which is the number of rows before it."""
+        with self._lock:
+            while len(self._first_rows) <= epoch:
+                rows = len(self._plan(len(self._first_rows) - 1))
+                self._first_rows.append(self._first_rows[-1] + rows)
+            return self._first_rows[epoch]
+
+    def locate(self, row: int) -> tuple[int, int]:
+        """The epoch of a global row, and which row of the epoch it is."""
+        while self._first_rows[-1] <= row:
+            self.first_row(len(self._first_rows))
+        epoch = bisect.bisect_right(self._first_rows, row) - 1
+        return epoch, row - self._first_rows[epoch]
+
+    def examples_in(self, row: int) -> Indices:
+        """The indices of the examples of a global row."""
+        epoch, row_of_epoch = self.locate(row)
+        return self.plan(epoch)[row_of_epoch]
+
+    def num_tokens(self, row: int) -> int:
+        """The number of places of a global row that are not padding."""
+        epoch, row_of_epoch = self.locate(row)
+        return int(self.plan(epoch).tokens_per_row[row_of_epoch])
+
+    def read(self, row: int, *, row_length: int) -> Row:
+        """Reads a global row, cut to a length that holds it."""
+        examples = [self._dataset[index] for index in self.examples_in(row).tolist()]
+        return pack_row(examples, row_length=row_length, pad_token_id=self.config.pad_token_id)
+
+    def example_ids(self, row: int) -> list[str]:
+        """The ids of the dialogues in a global row, to name the data of a bad step."""
+        return [self._dataset[index].id for index in self.examples_in(row).tolist()]
+
+    def _plan(self, epoch: int) -> PackingPlan:
+        # Taken out and put in again: the dict's order is that of last use, the first one goes.
+        plan = self._plans.pop(epoch) if epoch in self._plans else self._make_plan(epoch)
+        while len(self._plans) >= _PLANS_KEPT:
+            del self._plans[next(iter(self._plans))]
+        self._plans[epoch] = plan
+        return plan
+
+    def _make_plan(self, epoch: int) -> PackingPlan:
+        every = np.arange(len(self._dataset))
+        return plan_rows(
+            self._dataset.lengths,
+            every if self._mixture is None else self._mixture.epoch(epoch),
+            row_length=self.config.row_length,
+            packed=self.config.packed,
+            window=self.config.window,
+            key=(self._seed, "rows", epoch),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,8 +17,8 @@ from collections.abc import Iterator
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from huatuo_jax.data.templates import HUATUOGPT_SYSTEM
-from huatuo_jax.json_lines import read_rows
+from huatuo_jax.core.files import read_rows
+from huatuo_jax.data.chat.templates import HUATUOGPT_SYSTEM
 
 VOCAB_SIZE = 2048
 # There is no `<unk>`: whatever has no token of its own is spelt in bytes.

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from huatuo_jax.data.shuffling import key_number, mix_bits
+from huatuo_jax.data.mixture import key_number, mix_bits
 
 Hashes = npt.NDArray[np.uint64]
 Signatures = npt.NDArray[np.uint32]

@@ -17,11 +17,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from huatuo_jax.data.encodings import choose_encoding
-from huatuo_jax.data.json_values import NotJson, json_value
+from huatuo_jax.data.formats.turns import FIELD_NAMES, is_huatuo_list, is_turn
 from huatuo_jax.data.records import shown
-from huatuo_jax.data.text_lines import Line, read_lines
-from huatuo_jax.data.turns import FIELD_NAMES, is_huatuo_list, is_turn
+from huatuo_jax.data.text import Line, NotJson, choose_encoding, json_value, read_lines
 
 Layout = Literal["json lines", "json list", "json object", "csv", "lines", "datasets", "hub"]
 

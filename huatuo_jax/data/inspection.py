@@ -21,22 +21,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from huatuo_jax.data.adapters import ADAPTERS, Adapter
-from huatuo_jax.data.chat import ChatTemplate
-from huatuo_jax.data.encodings import choose_encoding
+from huatuo_jax.data.batches import best_fit_rows
+from huatuo_jax.data.chat.template import ChatTemplate
 from huatuo_jax.data.files import Row, RowError, find_layout, read_rows
-from huatuo_jax.data.formats import Family, Format, Terms, recognise
-from huatuo_jax.data.inspection_measures import Measurer, Tally
-from huatuo_jax.data.inspection_samples import Sample, samples_of
-from huatuo_jax.data.packing import best_fit_rows
-from huatuo_jax.data.readers import (
-    ALL_FORMATS,
-    Reading,
-    ReadOptions,
-    read_records,
-)
+from huatuo_jax.data.formats.adapters import ADAPTERS, Adapter
+from huatuo_jax.data.formats.dialogues import Family, Format, Terms, recognise
+from huatuo_jax.data.formats.turns import RowLeftOut, RowProblem
+from huatuo_jax.data.inspection_measures import Measurer, Sample, Tally, samples_of
+from huatuo_jax.data.readers import ALL_FORMATS, Reading, ReadOptions, read_records
 from huatuo_jax.data.records import Case, Comparison, Dialogue, ExamQuestion, Message, Record
-from huatuo_jax.data.turns import RowLeftOut, RowProblem
+from huatuo_jax.data.text import choose_encoding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

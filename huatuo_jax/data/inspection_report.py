@@ -15,12 +15,11 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from huatuo_jax.data.adapters import ADAPTERS
 from huatuo_jax.data.files import RowError
-from huatuo_jax.data.formats import Family
+from huatuo_jax.data.formats.adapters import ADAPTERS
+from huatuo_jax.data.formats.dialogues import Family
 from huatuo_jax.data.inspection import FileReport, totals
-from huatuo_jax.data.inspection_measures import TOKENS
-from huatuo_jax.data.inspection_samples import Sample, Segment
+from huatuo_jax.data.inspection_measures import TOKENS, Sample, Segment
 
 _ERRORS_SHOWN = 10
 _UNBOUNDED = 1_000_000  # columns: what is not for a terminal is not wrapped

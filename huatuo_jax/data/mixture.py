@@ -3,16 +3,59 @@
 An epoch of the mixture is a fixed number of examples of each source, told by `epochs` (passes over
 the source) or by `weight` (its share of the mixture). The draw is stateless: what epoch e holds
 follows from the seed and e alone.
+
+Random order without a random state: everything follows from a key.
+
+Numpy's own generators may change their streams between releases, and they have a state to save.
+Here the random number of an item is a hash of the key and the item's index, so that an order is
+the same in every process, on every host and in every release.
+
+The held-out split, told from a dialogue's own content.
+
+Whether a dialogue is held out depends on its text, the salt and the share, and on nothing else: it
+stays where it is when data is added, removed or reordered. A larger share keeps all that a smaller
+one held out.
 """
 
+import hashlib
 import math
+import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
-from huatuo_jax.data.shuffling import Indices, permutation
+from huatuo_jax.data.records import Message
+
+Indices = npt.NDArray[np.int64]
+
+_GOLDEN_RATIO = np.uint64(0x9E3779B97F4A7C15)
+
+
+def key_number(*key: int | str) -> int:
+    """A number of 64 bits that stands for a key; each part's place and type count."""
+    plain = tuple(part if isinstance(part, str) else int(part) for part in key)  # no numpy scalars
+    return int.from_bytes(hashlib.blake2b(repr(plain).encode(), digest_size=8).digest(), "big")
+
+
+def mix_bits(numbers: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """Spreads every bit of 64-bit numbers over all bits; one to one.
+
+    It is the output function of SplitMix64 (Steele, Lea and Flood 2014).
+    """
+    numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return numbers ^ (numbers >> np.uint64(31))
+
+
+def permutation(num_items: int, *key: int | str) -> Indices:
+    """A permutation of `0 .. num_items - 1` that depends on its key and on nothing else."""
+    counters = np.arange(1, num_items + 1, dtype=np.uint64) * _GOLDEN_RATIO
+    # Item i gets number i of the SplitMix64 stream that the key starts.
+    return np.argsort(mix_bits(counters + np.uint64(key_number(*key))), kind="stable")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,3 +177,66 @@ def _check_names(names: Sequence[str], shares: Sequence[SourceShare]) -> None:
             raise ValueError(f"mixture: no source is named {name!r}, there are {list(names)}")
         if times > 1:
             raise ValueError(f"mixture.{name}: stands {times} times, it should stand once")
+
+
+Item = TypeVar("Item")
+
+_TURN_BREAK = "\n"  # Stands in no normalised text, so turns cannot run into each other unseen.
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOutConfig:
+    """What share of the dialogues is held out, 0 to 1, and the salt of the draw."""
+
+    share: float = 0.02
+    salt: str = "held-out"
+
+    def __post_init__(self) -> None:
+        """Refuses a share that leaves nothing to train."""
+        if not 0.0 <= self.share < 1.0:
+            raise ValueError(f"held_out.share: {self.share}, it should be 0 or more and below 1")
+
+    def holds_out(self, text: str) -> bool:
+        """Tells whether the dialogue of this normalised text (`dialogue_text`) is held out."""
+        salted = hashlib.blake2b(
+            text.encode("utf-8", "surrogatepass"), digest_size=8, key=_salt_key(self.salt)
+        )
+        return int.from_bytes(salted.digest(), "big") < self.share * 2**64
+
+
+def normalised(text: str) -> str:
+    """A text without what copies differ in: width and form of characters, case, white space."""
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    return "".join(folded.split())
+
+
+def dialogue_text(messages: Sequence[Message]) -> str:
+    """The normalised turns of a dialogue, one a line; equal texts are duplicates.
+
+    The system message is left out: it is mostly one text over a whole source, and the dialogue
+    under it is no other dialogue.
+    """
+    spoken = (message for message in messages if message.role != "system")
+    return _TURN_BREAK.join(normalised(message.content) for message in spoken)
+
+
+def chosen_by_content(
+    items: Sequence[Item], limit: int | None, *, text: Callable[[Item], str]
+) -> list[Item]:
+    """Selects at most `limit` items by a hash of their text, in the order given.
+
+    Args:
+        items: to choose from.
+        limit: how many; None for all.
+        text: the content of one.
+    """
+    if limit is None or len(items) <= limit:
+        return list(items)
+    digests = [hashlib.sha256(text(one).encode("utf-8", "surrogatepass")).digest() for one in items]
+    kept = sorted(range(len(items)), key=digests.__getitem__)[:limit]
+    return [items[index] for index in sorted(kept)]
+
+
+def _salt_key(salt: str) -> bytes:
+    """The salt as a hash key; blake2b takes at most 64 bytes."""
+    return hashlib.sha256(salt.encode("utf-8")).digest()

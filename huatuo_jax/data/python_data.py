@@ -13,12 +13,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from huatuo_jax import multi_host
+from huatuo_jax.core import distributed
+from huatuo_jax.core.files import write_rows
+from huatuo_jax.core.progress import tell
 from huatuo_jax.data.answers import AnswerToTokenize, Sampled
-from huatuo_jax.data.formats import PROMPT_FORMATS, Terms, recognise
-from huatuo_jax.data.json_values import NotJson, json_value
-from huatuo_jax.data.records import Message, Messages, Prompt, answer, content_id
-from huatuo_jax.data.turns import (
+from huatuo_jax.data.formats.dialogues import PROMPT_FORMATS, Terms, recognise
+from huatuo_jax.data.formats.turns import (
     MAX_TURN_CHARS,
     RowLeftOut,
     RowProblem,
@@ -27,8 +27,8 @@ from huatuo_jax.data.turns import (
     listed_turns,
     prompt_messages,
 )
-from huatuo_jax.json_lines import write_rows
-from huatuo_jax.progress import tell
+from huatuo_jax.data.records import Message, Messages, Prompt, answer, content_id
+from huatuo_jax.data.text import NotJson, json_value
 
 FOLDER = "python_data"
 """In a run's folder, for the files of rows that were given in memory."""
@@ -80,10 +80,10 @@ def as_file(
     if not number:
         raise ValueError(f"{name} is empty: it should hold at least one row")
     path = pathlib.Path(workdir) / FOLDER / f"{name}-{whole.hexdigest()[:_HASH_DIGITS]}.jsonl"
-    multi_host.check_joined()
-    multi_host.check_same(f"the content of {name}", path.name)
-    multi_host.by_first(f"file of {name}", lambda: _write(path, rows, name))
-    if multi_host.is_first():
+    distributed.check_joined()
+    distributed.check_same(f"the content of {name}", path.name)
+    distributed.by_first(f"file of {name}", lambda: _write(path, rows, name))
+    if distributed.is_first():
         for note, count in mended.items():
             say(f"{name}: {count} of {number} rows: {note}")
     return str(path)

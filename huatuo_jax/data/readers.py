@@ -6,23 +6,26 @@
 
 Each row of the source ends as records, as an error (file, line, reason), or under a named reason
 for leaving it out; `rows == rows_used + len(errors) + exclusions.total()` always holds.
+
+The dialogue files of a run, under the names that the mixture knows them by.
 """
 
 import dataclasses
+import hashlib
+import json
 import os
 import pathlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, NamedTuple, TypedDict, TypeVar, Unpack, cast
+from typing import Generic, Literal, NamedTuple, TypedDict, TypeVar, Unpack, cast
 
-from huatuo_jax.data.adapters import Adapter, LeftOut, find_adapter
-from huatuo_jax.data.comparison_formats import COMPARISON_FORMATS
-from huatuo_jax.data.encodings import checked_encoding
-from huatuo_jax.data.exam_formats import CASE_FORMATS, EXAM_FORMATS
 from huatuo_jax.data.files import Row, RowError, find_layout, read_rows
-from huatuo_jax.data.formats import (
+from huatuo_jax.data.formats.adapters import Adapter, LeftOut, find_adapter
+from huatuo_jax.data.formats.dialogues import (
+    CASE_FORMATS,
     DIALOGUE_FORMATS,
+    EXAM_FORMATS,
     PROMPT_FORMATS,
     Converted,
     Family,
@@ -31,6 +34,8 @@ from huatuo_jax.data.formats import (
     describe,
     recognise,
 )
+from huatuo_jax.data.formats.preferences import COMPARISON_FORMATS
+from huatuo_jax.data.formats.turns import MAX_TURN_CHARS, RowLeftOut, RowProblem
 from huatuo_jax.data.records import (
     KINDS,
     Case,
@@ -42,7 +47,7 @@ from huatuo_jax.data.records import (
     Prompt,
     Record,
 )
-from huatuo_jax.data.turns import MAX_TURN_CHARS, RowLeftOut, RowProblem
+from huatuo_jax.data.text import checked_encoding
 
 FORMATS: dict[Family, tuple[Format, ...]] = {
     "comparison": COMPARISON_FORMATS,
@@ -376,3 +381,94 @@ def _counts(counter: Counter[str]) -> str:
     shown = [f"{name} {count}" for name, count in counter.most_common(_COUNTS_SHOWN)]
     more = len(counter) - _COUNTS_SHOWN
     return ", ".join(shown + ([f"and {more} more"] if more > 0 else [])) or "none"
+
+
+HeldOutBy = Literal["hash", "never", "always"]
+
+_BLOCK = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class DialogueSource:
+    """One or more files that are one source.
+
+    Attributes:
+        name: what the mixture and the reports call it.
+        paths: files, folders or hub names, see `huatuo_jax.data.readers.read_dialogues`.
+        reading: the reader's keywords, as `{"kind": "real_instruction"}`.
+        held_out_by: which of its dialogues are held out: those of the common draw by hash, none, or
+            all (a held-out file).
+    """
+
+    name: str
+    paths: tuple[str, ...]
+    reading: Keywords = field(default_factory=Keywords)
+    held_out_by: HeldOutBy = "hash"
+
+    def __post_init__(self) -> None:
+        """Refuses a source without files."""
+        if not self.paths:
+            raise ValueError(f"sources.{self.name}.paths: no file, it should name at least one")
+
+    def readings(self) -> Iterator[Reading[Dialogue]]:
+        """One reading a path, not yet begun."""
+        for path in self.paths:
+            yield read_dialogues(path, **self.reading)
+
+    @property
+    def identity(self) -> dict[str, object]:
+        """All that its dialogues depend on: the files' names and content, and how they are read."""
+        reading = {
+            name: value.name if isinstance(value, Adapter) else value
+            for name, value in self.reading.items()
+        }
+        return {
+            "name": self.name,
+            "files": [[pathlib.Path(path).name, content_hash(path)] for path in self.paths],
+            "reading": reading,
+            "held_out_by": self.held_out_by,
+        }
+
+
+def source_names(paths: Sequence[str]) -> list[str]:
+    """A name for the source of each file: its own, with as much before and behind it as tells it.
+
+    `a/train.jsonl` and `b/train.jsonl` are `a/train` and `b/train`.
+    """
+    files = [pathlib.Path(path) for path in paths]
+    names = [file.stem for file in files]
+    parents = [f"{file.parent.name}/{file.stem}" for file in files]
+    for finer in ([file.name for file in files], parents, [str(path) for path in paths]):
+        counts = Counter(names)
+        if max(counts.values(), default=1) == 1:
+            break
+        told = Counter(finer)
+        names = [
+            fine if counts[name] > 1 and told[fine] == 1 else name
+            for name, fine in zip(names, finer, strict=True)
+        ]
+    return names
+
+
+def content_hash(path: str | os.PathLike[str]) -> str:
+    """A hash of a file's bytes, of all files of a folder, or of the rows of a hub data set."""
+    whole = hashlib.sha256()
+    place = pathlib.Path(path)
+    if place.is_file():
+        _update_with_file(whole, place)
+    elif place.is_dir():
+        for file in sorted(place.rglob("*")):
+            if file.is_file():
+                whole.update(str(file.relative_to(place)).encode() + b"\0")
+                _update_with_file(whole, file)
+    else:  # A name on the hub says nothing of the content, so the rows have to.
+        for row in read_rows(path):
+            value = row.value if isinstance(row, Row) else str(row)
+            whole.update(json.dumps(value, sort_keys=True, default=str).encode())
+    return whole.hexdigest()[:32]
+
+
+def _update_with_file(whole: "hashlib._Hash", path: pathlib.Path) -> None:
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            whole.update(block)

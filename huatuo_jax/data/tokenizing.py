@@ -1,5 +1,21 @@
-"""Dialogues to tokens: a template with its tokenizer, run over many dialogues in parallel."""
+"""Dialogues to tokens: a template with its tokenizer, run over many dialogues in parallel.
 
+What the pipeline holds of a dialogue once it is tokens, and who makes it so.
+
+This is the seam between templates and packing: packing, mixture and batches know examples only,
+and a `DialogueTokenizer` is all that they need of a template and its tokenizer.
+
+The tokenised dialogues on disk: ArrayRecord files with a TFDS description, read at random.
+
+A cache is a folder that `tfds.builder_from_directory` opens like any dataset of TFDS, without
+TensorFlow. Beside it stands `index.npz`, what planning needs of every example without reading it.
+
+It is written by `tfds.core.SequentialWriter`: a `GeneratorBasedBuilder` holds back all examples to
+shuffle them, and beyond 1 GB of them it calls TensorFlow.
+"""
+
+import contextlib
+import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -8,22 +24,101 @@ import pathlib
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
+import numpy.typing as npt
+import tensorflow_datasets as tfds
 
-from huatuo_jax.data.chat import (
+from huatuo_jax.core import files
+from huatuo_jax.data.chat.template import (
     ChatTemplate,
     NothingToTrain,
     TrainedTurns,
     TruncationPolicy,
     truncate,
 )
-from huatuo_jax.data.examples import Dropped, Tokens
-from huatuo_jax.data.records import Messages
+from huatuo_jax.data.mixture import Indices
+from huatuo_jax.data.records import KINDS, Messages
+
+TokenIds = npt.NDArray[np.int32]
+Mask = npt.NDArray[np.bool_]
+
+DropReason = Literal["too long", "cannot be rendered", "nothing to train"]
+
+UNKNOWN_KIND = "unknown"
+"""The kind of a dialogue whose source names none."""
+
+ALL_KINDS: tuple[str, ...] = (*KINDS, UNKNOWN_KIND)
+"""Every kind there is; a kind id is an index into these, in every dataset."""
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One dialogue as tokens.
+
+    `trained_mask[t]` belongs to the token that is predicted: it says that token t is learned from
+    the tokens before it. `kind` is one of `ALL_KINDS`.
+    """
+
+    token_ids: TokenIds
+    trained_mask: Mask
+    kind: str
+    id: str
+
+    @property
+    def kind_id(self) -> int:
+        """The kind as an index into `ALL_KINDS`."""
+        return ALL_KINDS.index(self.kind)
+
+    def __post_init__(self) -> None:
+        """Refuses an unknown kind, and arrays that are not one vector each, of one length."""
+        if self.kind not in ALL_KINDS:
+            raise ValueError(
+                f"example {self.id!r}: kind {self.kind!r} should be one of {ALL_KINDS}"
+            )
+        if self.token_ids.ndim != 1 or self.token_ids.shape != self.trained_mask.shape:
+            raise ValueError(
+                f"example {self.id!r}: token_ids {self.token_ids.shape} and trained_mask "
+                f"{self.trained_mask.shape} should be vectors of one length"
+            )
+
+
+class Tokens(NamedTuple):
+    """A dialogue's ids and mask, and how many of its messages went to make it fit."""
+
+    token_ids: TokenIds
+    trained_mask: Mask
+    num_messages_dropped: int = 0
+
+
+class Dropped(NamedTuple):
+    """A dialogue that becomes no example: the reason drops are counted by, and what is its own."""
+
+    reason: DropReason
+    detail: str
+
+
+class DialogueTokenizer(Protocol):
+    """Turns messages into tokens; it is sent to other processes, so it has to pickle."""
+
+    @property
+    def identity(self) -> str:
+        """Everything the ids depend on: two tokenizers of one identity give the same ids."""
+        ...
+
+    def __call__(self, messages: Messages) -> Tokens | Dropped:
+        """Returns the tokens of a dialogue, or why there are none."""
+        ...
+
+
+def num_trained(trained_mask: Mask) -> int:
+    """The number of tokens a loss is taken of: the first token has nothing to be predicted from."""
+    return int(np.count_nonzero(trained_mask[1:]))
+
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,7 +138,7 @@ class TemplateTokenizer:
 
     Attributes:
         max_tokens: the length limit of an example, at most that of a row.
-        policy: what becomes of a longer dialogue, see `huatuo_jax.data.chat.truncate`.
+        policy: what becomes of a longer dialogue, see `huatuo_jax.data.chat.template.truncate`.
         trained: which of the doctor's turns are trained.
     """
 
@@ -198,3 +293,178 @@ def _start_process(tokenizer: Callable[[Any], Any]) -> None:
 def _tokenize_chunk(chunk: Sequence[Any]) -> list[Any]:
     assert _tokenizer_of_process is not None
     return [_tokenizer_of_process(messages) for messages in chunk]
+
+
+Split = Literal["train", "held_out"]
+
+_DATASET_NAME = "dialogues"
+_FORMAT = "1.1.0"  # A cache of another format has another key.
+_EXAMPLES_PER_FILE = 50_000
+_INDEX_FILE = "index.npz"
+
+
+class Entry(NamedTuple):
+    """One example on its way into the cache."""
+
+    split: Split
+    source: str
+    example: Example
+
+
+def cache_key(inputs: Mapping[str, Any]) -> str:
+    """The name of the cache of these inputs; they have to be what JSON can say."""
+    text = json.dumps({"format": _FORMAT, **inputs}, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:24]
+
+
+def build_once(
+    folder: str | os.PathLike[str], key: str, build: Callable[[pathlib.Path], None]
+) -> pathlib.Path:
+    """Returns `FOLDER/KEY`, and has it built if it is not there.
+
+    It is built beside its place and renamed when complete, so a build that was killed is never
+    used (see `atomic`). Of several processes one builds and
+    the others wait for it.
+
+    Args:
+        folder: where all caches are, local or shared.
+        key: see `cache_key`.
+        build: fills the folder that it is given.
+    """
+    folder = pathlib.Path(folder)
+    target = folder / key
+    if target.is_dir():
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder / f"{key}.lock"):
+        if target.is_dir():
+            return target
+        with files.writing_directory(target) as unfinished:
+            build(unfinished)
+    return target
+
+
+def write_examples(
+    folder: pathlib.Path,
+    chunks: Iterable[Sequence[Entry]],
+    *,
+    sources: Sequence[str],
+    description: str,
+) -> None:
+    """Writes examples, some at a time, into an empty folder.
+
+    Args:
+        folder: where to.
+        chunks: the examples in order; each split keeps its own order.
+        sources: the names of all sources; a source id is an index into them.
+        description: what TFDS says of the dataset.
+
+    Raises:
+        ValueError: no example is in the training split.
+    """
+    writer: tfds.core.SequentialWriter | None = None
+    index: dict[Split, list[tuple[int, int, int, int]]] = {}
+    for chunk in chunks:
+        by_split: dict[Split, list[dict[str, Any]]] = {}
+        for split, source, example in chunk:
+            by_split.setdefault(split, []).append(_features_of(example, source))
+            index.setdefault(split, []).append(
+                (
+                    len(example.token_ids),
+                    num_trained(example.trained_mask),
+                    sources.index(source),
+                    example.kind_id,
+                )
+            )
+        if writer is None:
+            writer = _new_writer(folder, description)
+        writer.initialize_splits(list(by_split), fail_if_exists=False)
+        writer.add_examples(by_split)
+    if writer is None or "train" not in index:
+        raise ValueError("no dialogue is left to train on; see the counts of what was dropped")
+    writer.close_all()
+    arrays: dict[str, Any] = {split: np.array(rows, np.int64) for split, rows in index.items()}
+    np.savez(folder / _INDEX_FILE, sources=np.array(sources), **arrays)
+
+
+class TokenDataset:
+    """One split of a cache: its examples by index, and what is known of all of them.
+
+    Attributes:
+        sources: the names of the sources.
+        lengths, num_trained, source_ids, kind_ids: of every example, `[number of examples]`.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], split: Split) -> None:
+        """Opens a split; it has to exist (`has_split`)."""
+        with np.load(pathlib.Path(folder) / _INDEX_FILE) as index:
+            self.sources: tuple[str, ...] = tuple(index["sources"].tolist())
+            columns: Indices = index[split].T
+        self.lengths, self.num_trained, self.source_ids, self.kind_ids = columns
+        self._examples = tfds.builder_from_directory(folder).as_data_source(split)
+        if len(self._examples) != len(self):
+            raise ValueError(
+                f"{folder}: {len(self._examples)} examples of split {split!r} where its index has "
+                f"{len(self)}; delete this folder to have it built again"
+            )
+
+    def __len__(self) -> int:
+        """The number of examples."""
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> Example:
+        """Reads one example."""
+        record = self._examples[int(index)]
+        return Example(
+            token_ids=record["token_ids"],
+            trained_mask=record["trained_mask"],
+            kind=ALL_KINDS[self.kind_ids[index]],
+            id=record["id"].decode("utf-8", "surrogatepass"),
+        )
+
+
+def has_split(folder: str | os.PathLike[str], split: Split) -> bool:
+    """Tells whether a cache has any example of a split."""
+    with np.load(pathlib.Path(folder) / _INDEX_FILE) as index:
+        return split in index
+
+
+def _new_writer(folder: pathlib.Path, description: str) -> tfds.core.SequentialWriter:
+    vector = {"shape": (None,), "encoding": tfds.features.Encoding.BYTES}
+    features = tfds.features.FeaturesDict(
+        {
+            "token_ids": tfds.features.Tensor(dtype=np.int32, **vector),
+            "trained_mask": tfds.features.Tensor(dtype=np.bool_, **vector),
+            "kind": tfds.features.Text(),
+            "id": tfds.features.Text(),
+            "source": tfds.features.Text(),
+        }
+    )
+    identity = tfds.core.DatasetIdentity(
+        name=_DATASET_NAME,
+        version=tfds.core.Version(_FORMAT),
+        data_dir=os.fspath(folder),
+        module_name=__name__,
+    )
+    info = tfds.core.DatasetInfo(builder=identity, description=description, features=features)
+    return tfds.core.SequentialWriter(
+        info, max_examples_per_shard=_EXAMPLES_PER_FILE, file_format="array_record"
+    )
+
+
+def _features_of(example: Example, source: str) -> dict[str, Any]:
+    return {
+        "token_ids": example.token_ids,
+        "trained_mask": example.trained_mask,
+        "kind": example.kind,
+        "id": example.id.encode("utf-8", "surrogatepass"),
+        "source": source,
+    }
+
+
+@contextlib.contextmanager
+def _locked(path: pathlib.Path) -> Iterator[None]:
+    """Waits for a file's lock; the kernel lets go of it when a process ends, however it ends."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

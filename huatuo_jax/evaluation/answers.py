@@ -1,25 +1,111 @@
-"""The answers that an evaluation looks at: drawn from each model, scored by the reward model."""
+"""The answers that an evaluation looks at: drawn from each model, scored by the reward model.
+
+The settings of an evaluation.
+
+Best-of-n sampling as a model of its own: of n SFT answers, the reward model's best one.
+
+The n answers are drawn beside those that stand for SFT, so that no answer is compared with itself
+and none of SFT's is known to be worse: compared with the n - 1 answers that were not chosen, the
+best one would always have the higher reward, where it has it over a fresh answer with probability
+n / (n + 1).
+"""
 
 import dataclasses
+import math
 import pathlib
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from huatuo_jax import multi_host
+from huatuo_jax.core import distributed
+from huatuo_jax.core.config import operational
+from huatuo_jax.core.files import read_rows, write_rows
+from huatuo_jax.core.progress import tell
+from huatuo_jax.core.sharding import MeshConfig
+from huatuo_jax.core.statistics import Values
+from huatuo_jax.data.accounting import check_share
 from huatuo_jax.data.readers import read_prompts
-from huatuo_jax.evaluation.config import EvaluationConfig
-from huatuo_jax.feedback.intervals import Values
-from huatuo_jax.feedback.questions import Answered, read_answered
 from huatuo_jax.generation.bulk import BulkConfig, run_bulk
 from huatuo_jax.generation.requests import SamplingConfig
-from huatuo_jax.json_lines import read_rows, write_rows
-from huatuo_jax.progress import tell
+from huatuo_jax.judge.offline import OfflineName
+from huatuo_jax.judge.questions import Answered, read_answered
+from huatuo_jax.ppo.rewards import AnswerScoreConfig
 from huatuo_jax.reward.score_file import ScoreConfig, score_file
-from huatuo_jax.rl.rewards import AnswerScoreConfig
-from huatuo_jax.scoring import GivenAnswer
+from huatuo_jax.training.scoring import GivenAnswer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Which models answer which prompts, and how.
+
+    Attributes:
+        base: model folder before fine-tuning; None for what the run's fine-tuning began with.
+        sft: model folder after fine-tuning, the reference of the KL divergence.
+        ppo: model folder after PPO.
+        reward: reward model's folder.
+        prompts: file of prompts that no stage has trained on, with references where there are any.
+        max_left_out_share: share of the prompts that may be left out as too long for the models.
+        template: chat template by name.
+        default_system: its system text; None for that of the run's fine-tuning, or the template's.
+        num_samples: answers of each model to each prompt.
+        best_of_n: answers of the SFT model of which the reward model takes the best one; they are
+            drawn beside the `num_samples` that stand for SFT. None for `num_samples`, and 2 at
+            least.
+        max_new_tokens: tokens of an answer at most.
+        temperature: answers are drawn at, above 0; None for that of PPO's rollouts, at which reward
+            and KL are those that PPO trained for.
+        seed: of the answers and of the bootstrap.
+        judge: the offline judge of the answers; None for that of the run's labels, else the rubric.
+        score: what a score counts, above all that of an answer that was cut off; None for the rule
+            of the run's PPO, and for `AnswerScoreConfig()` where there is none.
+        rows_at_once: rows of a batch, where answers are scored.
+        chunk_size: prompts whose answers are written together.
+        slots: answers decoded at once; None for up to 64.
+        mesh: how the devices are divided for the answers; losses and scores are computed on others.
+    """
+
+    base: str | None = operational(None)
+    sft: str = operational("{workdir}/sft/model")
+    ppo: str = operational("{workdir}/ppo/model")
+    reward: str = operational("{workdir}/reward/model")
+    prompts: str = operational("{workdir}/held_out_prompts.jsonl")
+    max_left_out_share: float = operational(0.1)
+    template: str = "huatuogpt"
+    default_system: str | None = None
+    num_samples: int = 4
+    best_of_n: int | None = None
+    max_new_tokens: int = 512
+    temperature: float | None = None
+    seed: int = 0
+    judge: OfflineName | None = None
+    score: AnswerScoreConfig | None = None
+    rows_at_once: int = operational(8)
+    chunk_size: int = operational(256)
+    slots: int | None = operational(None)
+    mesh: MeshConfig = operational(MeshConfig())
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a number that cannot be."""
+        for name in ("num_samples", "max_new_tokens", "rows_at_once", "chunk_size", "slots"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value!r} must be at least 1")
+        if self.best_of_n is not None and self.best_of_n < 2:
+            raise ValueError(
+                f"best_of_n={self.best_of_n!r} must be at least 2, or None for num_samples: the "
+                "best of one answer is SFT's own"
+            )
+        if self.temperature is not None and not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature={self.temperature!r} must be above 0")
+        check_share(self.max_left_out_share, name="max_left_out_share")
+
+    @property
+    def num_candidates(self) -> int:
+        """The n of best-of-n."""
+        return max(2, self.num_samples) if self.best_of_n is None else self.best_of_n
+
 
 REFERENCE = "reference"
 """In place of a model's name: the answers that stand in the data."""
@@ -170,7 +256,7 @@ def answer_as_referenced(
     if not rows:
         return None
     path = folder / f"answers_{REFERENCE}.jsonl"
-    multi_host.by_first("reference answers", lambda: write_rows(path, rows))
+    distributed.by_first("reference answers", lambda: write_rows(path, rows))
     return score_answers_file(REFERENCE, str(path), cfg, folder)
 
 
@@ -201,3 +287,45 @@ def score_answers_file(
     records = read_rows(output, unfinished="read")
     rewards: Values = {record["id"]: list(record["rewards"]) for record in records}
     return ScoredAnswers(read_answered(output), rewards, records)
+
+
+BEST_OF_N = "best_of_n"
+
+
+def best_answers(drawn: ScoredAnswers) -> ScoredAnswers:
+    """The answer with the highest reward to each prompt; the first one of equals.
+
+    An answer without a reward, which is too long for the reward model, is taken only where none
+    has one.
+    """
+    best = {name: _best_place(rewards) for name, rewards in drawn.rewards.items()}
+    return drawn.pick({name: slice(index, index + 1) for name, index in best.items()})
+
+
+def repeated(best: ScoredAnswers, *, as_often_as: ScoredAnswers) -> ScoredAnswers:
+    """The one answer to each prompt, as often as another model has answers to compare it with."""
+    return best._replace(
+        answered=[
+            dataclasses.replace(
+                one,
+                answers=one.answers * len(other.answers),
+                sampled=one.sampled * len(other.answers),
+            )
+            for one, other in zip(best.answered, as_often_as.answered, strict=True)
+        ]
+    )
+
+
+def kl_upper_bound(n: int) -> float:
+    """No best-of-n policy is further from its model than this: log n - (n - 1) / n nats an answer.
+
+    Stiennon et al. 2020 (arXiv 2009.01325) give it as the KL divergence; Beirami et
+    al. 2024 (arXiv 2401.01879) show that it is an upper bound, reached where no answer is drawn
+    twice.
+    """
+    return math.log(n) - (n - 1) / n
+
+
+def _best_place(rewards: Sequence[float | None]) -> int:
+    ranks = [-math.inf if reward is None else reward for reward in rewards]
+    return ranks.index(max(ranks))

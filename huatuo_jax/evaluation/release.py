@@ -17,8 +17,8 @@ So neither is released by default, and where nothing can be told SFT is. A compa
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
-from huatuo_jax.evaluation.best_of_n import BEST_OF_N, kl_upper_bound
-from huatuo_jax.feedback.truth_judge import TRUTHS
+from huatuo_jax.evaluation.answers import BEST_OF_N, kl_upper_bound
+from huatuo_jax.judge.offline import TRUTHS
 
 Candidate = Literal["base", "sft", "best_of_n", "ppo"]
 CANDIDATES: tuple[Candidate, ...] = get_args(Candidate)

@@ -1,35 +1,201 @@
-"""The evaluation of a run: its models on held-out prompts and dialogues, as one JSON file."""
+"""The evaluation of a run: its models on held-out prompts and dialogues, as one JSON file.
 
+Two models' answers to the same prompts before an offline judge, in both orders.
+
+What models say of given text: the loss on held-out dialogues, and how far two models differ.
+"""
+
+import asyncio
 import itertools
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from jax.sharding import Mesh
 
-from huatuo_jax import multi_host
-from huatuo_jax.atomic import write_file
 from huatuo_jax.backbone.config import ComputeConfig
+from huatuo_jax.backbone.transformer import Transformer
 from huatuo_jax.checkpoint import models
-from huatuo_jax.evaluation import statistics
+from huatuo_jax.core import distributed, statistics
+from huatuo_jax.core.files import write_file, write_rows
+from huatuo_jax.core.statistics import Interval, Values, mean_over_prompts
 from huatuo_jax.evaluation.answers import (
+    BEST_OF_N,
     REFERENCE,
+    EvaluationConfig,
     ScoredAnswers,
     answer_as_referenced,
     answer_prompts,
+    best_answers,
+    kl_upper_bound,
+    repeated,
 )
-from huatuo_jax.evaluation.best_of_n import BEST_OF_N, best_answers, kl_upper_bound, repeated
-from huatuo_jax.evaluation.config import EvaluationConfig
-from huatuo_jax.evaluation.judging import judge_pairs, score_answers, truth_values
-from huatuo_jax.evaluation.likelihood import held_out_loss, sequence_kl
 from huatuo_jax.evaluation.release import COMPARED, release
-from huatuo_jax.feedback.intervals import Interval, Values, mean_over_prompts
-from huatuo_jax.feedback.offline_judge import OfflineJudge
-from huatuo_jax.feedback.truth_judge import TruthJudge, open_offline
-from huatuo_jax.feedback.win_rates import win_rates
-from huatuo_jax.json_lines import write_rows
+from huatuo_jax.judge.judgements import CRITERIA, Judge, JudgementFailed
+from huatuo_jax.judge.offline import TRUTHS, OfflineJudge, TruthJudge, open_offline
+from huatuo_jax.judge.questions import Answered, Verdict, points_of, win_rates
+from huatuo_jax.sft import evaluation_numbers, token_loss
 from huatuo_jax.training.dialogue_data import DialogueData
+from huatuo_jax.training.loop import make_measure
+from huatuo_jax.training.scoring import GivenAnswer, Scorer
+
+
+def judge_pairs(
+    answered: Sequence[Answered], others: Sequence[Answered], judge: Judge
+) -> dict[str, list[Verdict | None]]:
+    """The verdicts on the answers of the same index, by prompt; None where the judge gave none.
+
+    Args:
+        answered: one model's answers.
+        others: the other's, to the same prompts in the same order, as many to each.
+        judge: is asked twice about each pair, in both orders.
+    """
+
+    async def run() -> dict[str, list[Verdict | None]]:
+        found: dict[str, list[Verdict | None]] = {}
+        for one, other in zip(answered, others, strict=True):
+            assert one.prompt.id == other.prompt.id
+            found[one.prompt.id] = [
+                await _verdict(judge, one, text, against)
+                for text, against in zip(one.answers, other.answers, strict=True)
+            ]
+        return found
+
+    return asyncio.run(run())
+
+
+def score_answers(
+    answered: Sequence[Answered], judge: Judge
+) -> dict[str, dict[str, list[float | None]]]:
+    """The judge's scores by criterion, then by prompt."""
+
+    async def run() -> dict[str, dict[str, list[float | None]]]:
+        found: dict[str, dict[str, list[float | None]]] = {name: {} for name in CRITERIA}
+        for one in answered:
+            replies = [await judge.score(one.prompt, text) for text in one.answers]
+            for name in CRITERIA:
+                found[name][one.prompt.id] = [
+                    None if reply.scores is None else reply.scores[name] for reply in replies
+                ]
+        return found
+
+    return asyncio.run(run())
+
+
+def truth_values(
+    answered: Sequence[Answered], judge: TruthJudge
+) -> dict[str, dict[str, list[float | None]]]:
+    """What is true of each answer, as `truth_{name}` by `TRUTHS`, then by prompt."""
+    found: dict[str, dict[str, list[float | None]]] = {f"truth_{name}": {} for name in TRUTHS}
+    for one in answered:
+        truths = [judge.truths(one.prompt, text) for text in one.answers]
+        for name in TRUTHS:
+            found[f"truth_{name}"][one.prompt.id] = [values[name] for values in truths]
+    return found
+
+
+async def _verdict(judge: Judge, one: Answered, text: str, against: str) -> Verdict | None:
+    """Both orders; None where the judge failed on either."""
+    try:
+        return Verdict(
+            await _points(judge, one, text, against),
+            1.0 - await _points(judge, one, against, text),
+        )
+    except JudgementFailed:
+        return None
+
+
+async def _points(judge: Judge, one: Answered, first: str, second: str) -> float:
+    """1 where the first text is the better one, 0 where the second is."""
+    reply = await judge.compare(one.prompt, first, second)
+    assert reply.p_first is not None
+    return points_of(reply.p_first)
+
+
+def held_out_loss(
+    info: models.ModelInfo,
+    data: DialogueData,
+    *,
+    compute: ComputeConfig,
+    mesh: Mesh,
+    rows_at_once: int,
+    chunk: int,
+) -> dict[str, float]:
+    """Loss, perplexity and token accuracy on the held-out dialogues, as fine-tuning reports them.
+
+    Args:
+        info: the model.
+        data: with held-out rows.
+        compute: how it is computed.
+        mesh: where.
+        rows_at_once: rows of a batch.
+        chunk: positions of each row whose logits are held at once.
+    """
+    module = Transformer(info.cfg, compute)
+    variables = {"params": models.load_params(info, mesh=mesh)}
+    measure = make_measure(
+        lambda variables, batch: token_loss(module, variables, batch, chunk=chunk).others,
+        lambda: data.evaluation_batches(rows_at_once, mesh),
+        evaluation_numbers,
+        mesh,
+    )
+    return measure(variables)
+
+
+def sequence_kl(
+    policy: models.ModelInfo,
+    reference: models.ModelInfo,
+    answers: Mapping[str, Sequence[GivenAnswer]],
+    *,
+    compute: ComputeConfig,
+    mesh: Mesh,
+    rows_at_once: int,
+    temperature: float,
+) -> tuple[Values, int]:
+    """The log-ratio of policy to reference of each of the policy's own answers, by prompt.
+
+    Its mean estimates the KL divergence per answer without bias; a single one may be negative.
+
+    Args:
+        policy: whose answers they are.
+        reference: what it is compared with.
+        answers: as sampled, by prompt.
+        compute: how both are computed.
+        mesh: where.
+        rows_at_once: rows of a batch.
+        temperature: they were sampled at.
+
+    Returns:
+        The log-ratios, and the tokens of all answers.
+    """
+    flat = [one for found in answers.values() for one in found]
+
+    def log_probs(info: models.ModelInfo) -> list[np.ndarray]:
+        scorer = Scorer(
+            Transformer(info.cfg, compute),
+            {"params": models.load_params(info, mesh=mesh)},
+            mesh=mesh,
+            rows_at_once=rows_at_once,
+        )
+        return scorer.log_probs(flat, temperature=temperature)
+
+    ratios = iter(_ratios(log_probs, policy, reference))
+    num_tokens = sum(len(one.token_ids) - one.prompt_length for one in flat)
+    return {name: [next(ratios) for _ in found] for name, found in answers.items()}, num_tokens
+
+
+def _ratios(
+    log_probs: Callable[[models.ModelInfo], list[np.ndarray]],
+    policy: models.ModelInfo,
+    reference: models.ModelInfo,
+) -> list[float]:
+    return [
+        float(np.asarray(one, np.float64).sum() - np.asarray(other, np.float64).sum())
+        for one, other in zip(log_probs(policy), log_probs(reference), strict=True)
+    ]
+
 
 MODELS = ("base", "sft", "ppo")
 
@@ -84,7 +250,7 @@ def run_evaluation(
     answers = {name: found.only(ids) for name, found in answers.items()}
     answers[BEST_OF_N] = best_answers(answers["sft"].part(slice(cfg.num_samples, None)))
     answers["sft"] = answers["sft"].part(slice(cfg.num_samples))
-    multi_host.by_first(
+    distributed.by_first(
         "best of n",
         lambda: write_rows(folder / f"scored_{BEST_OF_N}.jsonl", answers[BEST_OF_N].records),
     )

@@ -6,14 +6,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from huatuo_jax import sharding
 from huatuo_jax.backbone.transformer import Transformer
+from huatuo_jax.core import sharding
 from huatuo_jax.generation import cache as caches
 from huatuo_jax.generation import weights
 from huatuo_jax.generation.buckets import Buckets
-from huatuo_jax.generation.page_table import PageTable
+from huatuo_jax.generation.cache import PageTable
 from huatuo_jax.generation.programs import PAGE_SIZE, STEPS_PER_ROUND, Programs
-from huatuo_jax.generation.slots import SlotTable
+from huatuo_jax.generation.requests import SlotTable
 
 
 class AbstractEngine(NamedTuple):

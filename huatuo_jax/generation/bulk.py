@@ -1,6 +1,16 @@
 """Answers to a file of prompts, in a run that can be killed and started again.
 
 Several processes answer together, on one mesh; the first of them writes the file.
+
+How far a bulk run is, and how long it still takes.
+
+The answers file: grows by whole chunks, and goes on where a killed run left it.
+
+Beside `NAME.jsonl` stands `NAME.jsonl.settings.json`, which says what decides its content. The work
+is cut into chunks by the input alone; what a killed run wrote of an unfinished chunk is cut off,
+and the chunk is done again, so that the file is the same byte for byte.
+
+Answer a file of prompts in bulk; run again after a kill, it resumes.
 """
 
 import contextlib
@@ -8,27 +18,191 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import math
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import TracebackType
 from typing import Any, NamedTuple
 
-from huatuo_jax import multi_host
-from huatuo_jax.atomic import write_file
 from huatuo_jax.backbone.config import BackboneConfig
 from huatuo_jax.checkpoint import models
+from huatuo_jax.core import distributed, files
+from huatuo_jax.core.files import AppendedFile, Line, write_file
+from huatuo_jax.core.progress import tell
+from huatuo_jax.core.sharding import MeshConfig
 from huatuo_jax.data.accounting import Account, check_share, placed
 from huatuo_jax.data.readers import read_prompts
-from huatuo_jax.generation.answers_file import AnswersFile
-from huatuo_jax.generation.bulk_progress import BulkProgress, Clock
-from huatuo_jax.generation.bulk_tasks import Task, make_record, make_request, make_tasks
 from huatuo_jax.generation.engine import Engine
-from huatuo_jax.generation.report import EngineReport
-from huatuo_jax.generation.requests import Answer, SamplingConfig
+from huatuo_jax.generation.prompts import Task, make_record, make_request, make_tasks
+from huatuo_jax.generation.requests import Answer, EngineReport, SamplingConfig, slots_for
 from huatuo_jax.generation.saved_model import SavedModel, compute_config, open_saved_model
-from huatuo_jax.generation.slots import slots_for
-from huatuo_jax.progress import tell
-from huatuo_jax.sharding import MeshConfig
+
+_PROGRESS_EVERY_S = 10.0
+
+
+@dataclasses.dataclass(frozen=True)
+class BulkProgress:
+    """How far a run is: prompts of the file, and tokens of this run."""
+
+    prompts_done: int
+    num_prompts: int
+    tokens: int
+    seconds: float
+    seconds_left: float
+
+    def __str__(self) -> str:
+        """One line."""
+        left = "" if math.isinf(self.seconds_left) else f", {self.seconds_left:.0f} s left"
+        speed = self.tokens / self.seconds if self.seconds else 0.0
+        return f"{self.prompts_done} of {self.num_prompts} prompts, {speed:.1f} tokens/s{left}"
+
+
+class Clock:
+    """Says tokens, speed and time left, now and then."""
+
+    def __init__(
+        self, start: int, num_prompts: int, on_progress: Callable[[BulkProgress], None] | None
+    ) -> None:
+        """Start the clock.
+
+        Args:
+            start: prompts that were done before.
+            num_prompts: prompts in all.
+            on_progress: told every ten seconds or so, and after each chunk.
+        """
+        self._start, self._num_prompts, self._say = start, num_prompts, on_progress
+        self._done, self._tokens = start, 0
+        self._started_s = self._said_s = time.monotonic()
+
+    def watch(self, answers: Iterator[Answer]) -> Iterator[Answer]:
+        """The answers, counted on their way."""
+        for answer in answers:
+            self._tokens += answer.usage.completion_tokens
+            if time.monotonic() - self._said_s >= _PROGRESS_EVERY_S:
+                self._tell()
+            yield answer
+
+    def chunk_done(self, num_records: int) -> None:
+        """A chunk is on the disk."""
+        self._done = num_records
+        self._tell()
+
+    def _tell(self) -> None:
+        self._said_s = time.monotonic()
+        seconds, done = self._said_s - self._started_s, self._done - self._start
+        left = seconds / done * (self._num_prompts - self._done) if done else math.inf
+        if self._say is not None:
+            self._say(BulkProgress(self._done, self._num_prompts, self._tokens, seconds, left))
+
+
+class AnswersFile:
+    """An answers file opened for one run; a context manager.
+
+    Attributes:
+        num_records: records that whole chunks hold.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        ids: Sequence[str],
+        chunk_size: int,
+        settings: Mapping[str, Any],
+    ) -> None:
+        """Open the file, or make it, and cut off an unfinished chunk.
+
+        Args:
+            path: the file.
+            ids: of all records it is to hold, in order.
+            chunk_size: records of a chunk.
+            settings: plain values that decide the content.
+
+        Raises:
+            ValueError: the file is there with other settings or other records, or another process
+                writes it.
+            OSError: it cannot be written.
+        """
+        self._path = pathlib.Path(path)
+        self._ids, self._chunk_size = ids, chunk_size
+        settings = json.loads(json.dumps(dict(settings)))
+        self._check_settings(settings)
+        self._file = AppendedFile(self._path, locked=True)
+        try:
+            self.num_records, end = self._whole_chunks()
+            self._write_settings(settings)
+            self._file.cut(end)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> "AnswersFile":
+        """The file itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close it."""
+        self._file.close()
+
+    def append(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Add one chunk, and see it onto the disk."""
+        expected = self._ids[self.num_records : self.num_records + self._chunk_size]
+        assert [record["id"] for record in records] == list(expected)
+        self._file.append(records)
+        self._file.sync()
+        self.num_records += len(records)
+
+    @property
+    def _settings_path(self) -> pathlib.Path:
+        return self._path.with_name(f"{self._path.name}.settings.json")
+
+    def _check_settings(self, settings: Mapping[str, Any]) -> None:
+        if not self._path.exists() or self._path.stat().st_size == 0:
+            return
+        if not self._settings_path.is_file():
+            raise ValueError(
+                f"{self._path} is there, and {self._settings_path.name}, which says how it was "
+                "made, is not: choose another output"
+            )
+        found = json.loads(self._settings_path.read_text(encoding="utf-8"))
+        names = sorted(settings.keys() | found.keys())
+        other = [name for name in names if found.get(name) != settings.get(name)]
+        if other:
+            changes = ", ".join(
+                f"{name} {found.get(name)!r}, now {settings.get(name)!r}" for name in other
+            )
+            raise ValueError(
+                f"{self._path} was made with {changes}: choose another output, or remove it"
+            )
+
+    def _write_settings(self, settings: Mapping[str, Any]) -> None:
+        # Renamed into place, and before the first answer: a file of answers never lacks it.
+        files.write_file(self._settings_path, json.dumps(settings, indent=2, ensure_ascii=False))
+
+    def _whole_chunks(self) -> tuple[int, int]:
+        """How many records whole chunks hold, and where in the file they end."""
+        whole = (0, 0)
+        for num_records, line in enumerate(self._file.lines(), start=1):
+            self._check_line(num_records - 1, line)
+            if num_records % self._chunk_size == 0 or num_records == len(self._ids):
+                whole = (num_records, line.end)
+        return whole
+
+    def _check_line(self, index: int, line: Line) -> None:
+        if "id" not in line.row:
+            raise ValueError(f"{self._path}:{line.number}: not an answers record, it has no id")
+        if index >= len(self._ids) or line.row["id"] != self._ids[index]:
+            raise ValueError(
+                f"{self._path}:{line.number}: id {line.row['id']!r} is not the one due there: "
+                "choose another output"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,7 +212,7 @@ class BulkConfig:
     Attributes:
         model: folder of a model of either form, or a hub id.
         prompts: file of prompts, see `huatuo_jax.data.readers`.
-        encoding: of the prompts; None tells it by evidence, see `huatuo_jax.data.encodings`.
+        encoding: of the prompts; None tells it by evidence, see `huatuo_jax.data.text`.
         output: the answers file.
         ignore_config_fields: of the model's `config.json`, see `models.find_model`.
         template: chat template by name; `tokenizer` for the tokenizer's own.
@@ -134,21 +308,21 @@ def run_bulk(
     tasks = plan.tasks
     ids = [task.prompt.id for task in tasks]
     size = cfg.chunk_size
-    multi_host.check_same(f"what decides {cfg.output}", plan.settings)
+    distributed.check_same(f"what decides {cfg.output}", plan.settings)
     with contextlib.ExitStack() as stack:
         output = None
-        with multi_host.first_then_others("answers file"):
-            if multi_host.is_first():
+        with distributed.first_then_others("answers file"):
+            if distributed.is_first():
                 output = stack.enter_context(
                     AnswersFile(cfg.output, ids=ids, chunk_size=size, settings=plan.settings)
                 )
                 _report(cfg, plan.account, say)
         # Where to go on is told by the one that holds the file.
-        first = multi_host.gather("answered", None if output is None else output.num_records)[0]
+        first = distributed.gather("answered", None if output is None else output.num_records)[0]
         if first == len(tasks):
             return None
         engine = _open_engine(cfg, plan)
-        clock = Clock(first, len(tasks), on_progress if multi_host.is_first() else None)
+        clock = Clock(first, len(tasks), on_progress if distributed.is_first() else None)
         for start in range(first, len(tasks), size):
             chunk = tasks[start : start + size]
             requests = [
@@ -163,7 +337,7 @@ def run_bulk(
             if output is not None:
                 output.append(records)
             clock.chunk_done(start + len(chunk))
-    multi_host.barrier("answers written")
+    distributed.barrier("answers written")
     return engine.report
 
 
@@ -253,3 +427,11 @@ def _hash_of(rows: Sequence[Any]) -> str:
     for row in rows:
         whole.update(repr(row).encode())
     return whole.hexdigest()[:32]
+
+
+@distributed.joined()
+def main(flags: BulkConfig) -> None:
+    """Generate, and print how it went."""
+    report = run_bulk(flags, lambda progress: tell(str(progress)))
+    if distributed.is_first():
+        print(report or "nothing left to do", f"written: {flags.output}", sep="\n")

@@ -8,20 +8,27 @@ function here counts dimensions from the end and takes both.
 
 On a mesh, rows and pages are split over the batch axes and heads over `tensor`; a row's pages lie
 in its own shard. `on_shards` runs what looks pages up inside the shards, so that no key travels.
+
+The host's side of the cache: which row owns which page.
+
+Whether a cache fits, told before anything is allocated.
 """
 
-from collections.abc import Callable
+import math
+import pathlib
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
-from huatuo_jax import sharding
 from huatuo_jax.backbone.config import BackboneConfig
+from huatuo_jax.core import sharding
 
 Layers = Any  # One array [L, P, K, S, H], or a tuple of L arrays [P, K, S, H].
 
@@ -273,3 +280,199 @@ def shrink(cache: Cache, targets_N: jax.Array) -> Cache:
         return pool[:kept].at[targets_N].set(pool[kept:], mode="drop")
 
     return jax.tree.map(lambda array: (jax.vmap(move) if array.ndim == 5 else move)(array), cache)
+
+
+_NONE = -1
+
+
+class PageTable:
+    """Pages given to rows and taken back.
+
+    On a mesh a row's pages lie in its own shard, and are counted within it.
+
+    Attributes:
+        pages: who owns what, as the programs take it.
+    """
+
+    def __init__(self, *, rows: int, pages_per_row: int, page_size: int, shards: int = 1) -> None:
+        """A table of no pages yet.
+
+        Args:
+            rows: that can own pages, a multiple of `shards`.
+            pages_per_row: that a row can own at most.
+            page_size: positions of a page.
+            shards: that hold as many rows and pages each.
+        """
+        assert rows % shards == 0
+        self._page_size, self._shards = page_size, shards
+        self._rows_per_shard = rows // shards
+        self._counts_B = np.zeros(rows, np.int32)
+        nothing = np.zeros(0, np.int32)
+        self.pages = Pages(np.full((rows, pages_per_row), _NONE, np.int32), nothing, nothing)
+
+    @property
+    def num_pages(self) -> int:
+        """Owned and free ones, of all shards."""
+        return len(self.pages.rows_P)
+
+    def needed(self, lengths_B: Sequence[int] | np.ndarray) -> int:
+        """How many pages, of all shards, rows of these lengths take."""
+        counts = self._counts_for(lengths_B).reshape(self._shards, -1)
+        return int(counts.sum(axis=1).max()) * self._shards
+
+    def of_rows(self, rows_R: np.ndarray) -> Pages:
+        """The pages of some rows, which count from 0 in each shard, in the order given.
+
+        Args:
+            rows_R: as many of each shard, one shard after another; all that own pages.
+        """
+        per_shard = len(rows_R) // self._shards
+        places = np.full(len(self._counts_B), _NONE, np.int32)
+        places[rows_R] = np.arange(len(rows_R)) % per_shard
+        owners_P = self.pages.rows_P.reshape(self._shards, -1)
+        firsts = self._rows_per_shard * np.arange(self._shards)[:, None]
+        renamed_P = np.where(owners_P == _NONE, _NONE, places[owners_P + firsts])
+        assert (renamed_P == _NONE).sum() == (owners_P == _NONE).sum(), "a row is left out"
+        return Pages(self.pages.table_BM[rows_R], renamed_P.reshape(-1), self.pages.starts_P)
+
+    def fit(self, lengths_B: Sequence[int] | np.ndarray) -> None:
+        """Give each row the pages for its length, and take back what is more.
+
+        A row keeps the pages it has, in their order. There must be enough of them, see `needed`.
+        """
+        counts_B = self._counts_for(lengths_B)
+        for row in np.flatnonzero(counts_B < self._counts_B):
+            self._take_back(int(row), int(counts_B[row]))
+        for row in np.flatnonzero(counts_B > self._counts_B):
+            self._give(int(row), int(counts_B[row]))
+
+    def grow(self, num_pages: int) -> None:
+        """Have so many pages; the new ones are free."""
+        added = (num_pages - self.num_pages) // self._shards
+        assert added >= 0 and num_pages % self._shards == 0
+
+        def pad(numbers_P: np.ndarray, value: int) -> np.ndarray:
+            parts = numbers_P.reshape(self._shards, -1)
+            return np.pad(parts, ((0, 0), (0, added)), constant_values=value).reshape(-1)
+
+        self.pages = self.pages._replace(
+            rows_P=pad(self.pages.rows_P, _NONE), starts_P=pad(self.pages.starts_P, 0)
+        )
+
+    def shrink(self, num_pages: int) -> np.ndarray:
+        """Have so many pages, which the owned ones must fit.
+
+        Returns:
+            Where the last pages of each shard move, those of one shard after another: pages to
+            overwrite, or the new number of a shard's pages for a page that nobody owns.
+        """
+        kept = num_pages // self._shards
+        assert num_pages < self.num_pages and num_pages % self._shards == 0
+        rows = self.pages.rows_P.reshape(self._shards, -1).copy()
+        starts = self.pages.starts_P.reshape(self._shards, -1).copy()
+        targets = np.full((self._shards, rows.shape[1] - kept), kept, np.int32)
+        for shard in range(self._shards):
+            moved = kept + np.flatnonzero(rows[shard, kept:] != _NONE)
+            free = np.flatnonzero(rows[shard, :kept] == _NONE)[: len(moved)]
+            assert len(free) == len(moved)
+            targets[shard, moved - kept] = free
+            rows[shard, free], starts[shard, free] = rows[shard, moved], starts[shard, moved]
+            owners = shard * self._rows_per_shard + rows[shard, free]
+            self.pages.table_BM[owners, starts[shard, free] // self._page_size] = free
+        self.pages = self.pages._replace(
+            rows_P=rows[:, :kept].reshape(-1), starts_P=starts[:, :kept].reshape(-1)
+        )
+        return targets.reshape(-1)
+
+    def _counts_for(self, lengths_B: Sequence[int] | np.ndarray) -> np.ndarray:
+        return -(-np.asarray(lengths_B, np.int32) // self._page_size)
+
+    def _shard_of(self, row: int) -> tuple[int, np.ndarray, np.ndarray]:
+        """The row's number within its shard, and the shard's part of the two lists of pages."""
+        shard, row = divmod(row, self._rows_per_shard)
+        part = slice(*(np.array([shard, shard + 1]) * (self.num_pages // self._shards)))
+        return row, self.pages.rows_P[part], self.pages.starts_P[part]
+
+    def _give(self, row: int, count: int) -> None:
+        own, rows_P, starts_P = self._shard_of(row)
+        owned = int(self._counts_B[row])
+        # The first free ones, so that there is little to move when the cache shrinks.
+        taken = np.flatnonzero(rows_P == _NONE)[: count - owned]
+        assert len(taken) == count - owned, "no page is free"
+        rows_P[taken] = own
+        starts_P[taken] = np.arange(owned, count) * self._page_size
+        self.pages.table_BM[row, owned:count] = taken
+        self._counts_B[row] = count
+
+    def _take_back(self, row: int, count: int) -> None:
+        _, rows_P, _ = self._shard_of(row)
+        owned = int(self._counts_B[row])
+        rows_P[self.pages.table_BM[row, count:owned]] = _NONE
+        self.pages.table_BM[row, count:owned] = _NONE
+        self._counts_B[row] = count
+
+
+_GIGA = 1e9
+
+
+def check_fits(
+    cfg: BackboneConfig,
+    *,
+    slots: int,
+    prefix_rows: int,
+    max_length: int,
+    page_size: int,
+    pages: tuple[int, ...],
+    dtype: DTypeLike,
+    mesh: Mesh | None,
+    memory_bytes: int | None,
+) -> None:
+    """Raise ValueError where the cache is larger than the memory that is free.
+
+    Args:
+        cfg: the backbone.
+        slots: rows of the cache, in the worst case of `max_length` each.
+        prefix_rows: rows of the prefix cache.
+        max_length: positions of a row at most.
+        page_size: positions of a page.
+        pages: the cache's buckets; while it grows into the last, the one before is there too.
+        dtype: of keys and values.
+        mesh: the devices that share it; None for one.
+        memory_bytes: free memory of all devices together; None asks the devices.
+    """
+    page = num_bytes(cfg, positions=page_size, dtype=dtype)
+    prefix = prefix_rows * -(-max_length // page_size) * page
+    slot = page * sum(pages[-2:]) / slots
+    needed = slots * slot + prefix
+    free = _free_bytes(mesh) if memory_bytes is None else memory_bytes
+    if needed > free:
+        fitting = max(math.floor((free - prefix) / slot), 0)
+        raise ValueError(
+            f"slots={slots} of max_length={max_length} tokens need {needed / _GIGA:.3g} GB of "
+            f"cache, {free / _GIGA:.3g} GB are free: {fitting} slots of that length would fit; "
+            "use fewer slots or a smaller max_length"
+        )
+
+
+def _free_bytes(mesh: Mesh | None) -> float:
+    """What the devices say is free; on CPU, what the machine has left."""
+    devices = [jax.devices()[0]] if mesh is None else list(mesh.devices.flat)
+    local = [device for device in devices if device.process_index == jax.process_index()]
+    if local[0].platform == "cpu":
+        return _free_host_bytes()  # All virtual devices share it.
+    statistics = [device.memory_stats() for device in local]
+    if any(one is None or "bytes_limit" not in one for one in statistics):
+        return math.inf
+    least = min(one["bytes_limit"] - one["bytes_in_use"] for one in statistics)
+    return float(least * len(devices))
+
+
+def _free_host_bytes() -> float:
+    table = pathlib.Path("/proc/meminfo")
+    if not table.is_file():  # Not Linux: nothing is known.
+        return math.inf
+    for line in table.read_text(encoding="ascii").splitlines():
+        name, _, value = line.partition(":")
+        if name == "MemAvailable":
+            return float(value.split()[0]) * 1024
+    return math.inf

@@ -9,6 +9,10 @@ the host at the slots, several tokens are decoded on the device.
 
 On a mesh of several processes all of them have to make the same calls, with the same requests; each
 is given all answers.
+
+Whether an answer is complete, and the answer that comes of it.
+
+The cache of the slots while answers run: grows and shrinks with what they need.
 """
 
 import itertools
@@ -22,18 +26,139 @@ import transformers
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from huatuo_jax import sharding
 from huatuo_jax.backbone.transformer import Transformer
+from huatuo_jax.core import sharding
+from huatuo_jax.data.answers import text_of
 from huatuo_jax.generation import weights
 from huatuo_jax.generation.buckets import Buckets, bucket_of
-from huatuo_jax.generation.cache import Cache
-from huatuo_jax.generation.completion import finished
-from huatuo_jax.generation.memory import check_fits
-from huatuo_jax.generation.pool import Pool
+from huatuo_jax.generation.cache import Cache, Pages, PageTable, check_fits
 from huatuo_jax.generation.programs import PAGE_SIZE, STEPS_PER_ROUND, Programs
-from huatuo_jax.generation.report import EngineReport
-from huatuo_jax.generation.requests import Answer, Request
-from huatuo_jax.generation.slots import MAX_STOP_TOKENS, Running, SlotTable
+from huatuo_jax.generation.requests import (
+    MAX_STOP_TOKENS,
+    Answer,
+    EngineReport,
+    FinishReason,
+    Request,
+    Running,
+    SlotTable,
+    Usage,
+    find_stop,
+)
+
+
+def finished(
+    running: Running, *, active: bool, tokenizer: transformers.PreTrainedTokenizerBase | None
+) -> Answer | None:
+    """The answer if it is complete: by a stop string, a stop token, or its length.
+
+    Args:
+        running: what was decoded of it; how far it was searched for stop strings is noted there.
+        active: whether the device would go on with it.
+        tokenizer: the model's; without one the answer has no text.
+    """
+    sampling, ids = running.request.sampling, running.token_ids
+    if sampling.stop_strings:
+        assert tokenizer is not None
+        first = max(running.num_checked + 1, sampling.min_new_tokens, 1)
+        cut = find_stop(tokenizer, ids, sampling.stop_strings, first=first)
+        if cut is not None:
+            return _answer(running, num_tokens=cut.num_tokens, text=cut.text, reason="stop")
+        running.num_checked = len(ids)
+    if active:
+        return None
+    stopped = ids[-1] in sampling.stop_token_ids
+    text = None
+    if tokenizer is not None:
+        text = text_of(tokenizer, ids[:-1] if stopped else ids)
+    reason: FinishReason = "stop" if stopped else "length"
+    return _answer(running, num_tokens=len(ids), text=text, reason=reason)
+
+
+def _answer(running: Running, *, num_tokens: int, text: str | None, reason: FinishReason) -> Answer:
+    prompt_tokens = len(running.request.prompt_token_ids)
+    return Answer(
+        request_index=running.request_index,
+        answer_index=running.answer_index,
+        token_ids=running.token_ids[:num_tokens],
+        text=text,
+        log_probs=running.log_probs[:num_tokens],
+        sampling_log_probs=running.sampling_log_probs[:num_tokens],
+        finish_reason=reason,
+        usage=Usage(prompt_tokens, num_tokens),
+    )
+
+
+class Pool:
+    """A cache on the device, and the table of its pages on the host.
+
+    Attributes:
+        cache: taken and given back by the programs, which donate it; set it to what they return.
+        shards: batch shards of the mesh.
+    """
+
+    cache: Cache
+
+    def __init__(
+        self, programs: Programs, buckets: Buckets, *, slots: int, max_length: int, shards: int
+    ) -> None:
+        """Nothing is allocated yet: see `make_room`.
+
+        Args:
+            programs: of the engine.
+            buckets: of the engine.
+            slots: rows.
+            max_length: positions of a row at most.
+            shards: batch shards of the mesh.
+        """
+        self._programs, self._sizes = programs, buckets
+        self.shards, self._slots_per_shard = shards, slots // shards
+        page_size = programs.page_size
+        self._table = PageTable(
+            rows=slots,
+            pages_per_row=-(-max_length // page_size),
+            page_size=page_size,
+            shards=shards,
+        )
+
+    def pages_of(self, rows_R: np.ndarray) -> Pages:
+        """Who owns what, for these slots alone, see `PageTable.of_rows`."""
+        return self._table.of_rows(rows_R)
+
+    @property
+    def pages_per_slot(self) -> int:
+        """How many pages a slot can own."""
+        return self._table.pages.table_BM.shape[1]
+
+    def make_room(self, lengths_B: np.ndarray) -> None:
+        """Let every slot own pages for its length, 0 for a free one; what it held stays."""
+        table, sizes = self._table, self._sizes.pages
+        wanted = self._sizes.pages_for(table.needed(lengths_B), table.num_pages)
+        if not table.num_pages:
+            self.cache = self._programs.allocate(num_pages=wanted)
+            table.grow(wanted)
+        for size in sizes:
+            if table.num_pages < size <= wanted:
+                self.cache = self._programs.grow(
+                    self.cache, added=(size - table.num_pages) // self.shards
+                )
+                table.grow(size)
+        table.fit(lengths_B)
+        for size in reversed(sizes):
+            if wanted <= size < table.num_pages:
+                self.cache = self._programs.shrink(self.cache, table.shrink(size))
+
+    def insert(self, prefix: Cache, *, row: int, slot: int, length: int) -> None:
+        """Copy a prompt of this length from a row of the prefix cache into a slot."""
+        page_size = self._programs.page_size
+        targets_M = self._table.pages.table_BM[slot].copy()
+        targets_M[-(-length // page_size) :] = -1
+        self.cache = self._programs.insert(
+            self.cache,
+            prefix,
+            first=row * len(targets_M),
+            targets_M=targets_M,
+            shard=slot // self._slots_per_shard,
+        )
 
 
 class Engine:

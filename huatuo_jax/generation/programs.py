@@ -17,14 +17,14 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
-from huatuo_jax import sharding
 from huatuo_jax.backbone.transformer import Transformer
+from huatuo_jax.core import sharding
+from huatuo_jax.core.sharding import OnMesh
 from huatuo_jax.generation import cache as caches
 from huatuo_jax.generation import forward
 from huatuo_jax.generation.cache import Cache, Pages
 from huatuo_jax.generation.forward import Variables
 from huatuo_jax.generation.sampling import Settings, choose
-from huatuo_jax.sharding import OnMesh
 
 STEPS_PER_ROUND = 8
 PAGE_SIZE = 64

@@ -10,16 +10,15 @@ import numpy as np
 import transformers
 from jax.sharding import Mesh
 
-from huatuo_jax import multi_host
 from huatuo_jax.backbone.transformer import Transformer
+from huatuo_jax.core import distributed
+from huatuo_jax.core.files import AppendedFile, read_rows
 from huatuo_jax.data.answers import text_of
-from huatuo_jax.data.chat import ChatTemplate
-from huatuo_jax.data.examples import Example
+from huatuo_jax.data.chat.template import ChatTemplate
 from huatuo_jax.data.records import Message
+from huatuo_jax.data.tokenizing import Example
 from huatuo_jax.generation.engine import Engine
-from huatuo_jax.generation.requests import Answer, Request, SamplingConfig
-from huatuo_jax.generation.slots import slots_for
-from huatuo_jax.json_lines import AppendedFile, read_rows
+from huatuo_jax.generation.requests import Answer, Request, SamplingConfig, slots_for
 
 _PROBE = (Message("user", "?"), Message("assistant", "!"))
 
@@ -103,7 +102,7 @@ class Samples:
         ]
         groups = engine.generate_in_order(requests)
         engine.unload()
-        if multi_host.is_first():
+        if distributed.is_first():
             self._add(step, groups)
 
     def _add(self, step: int, groups: Sequence[Sequence[Answer]]) -> None:

@@ -8,10 +8,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
-from huatuo_jax import sharding
-from huatuo_jax.backbone.casting import store_as_computed
 from huatuo_jax.backbone.config import BackboneConfig, ComputeConfig
-from huatuo_jax.sharding import MeshConfig
+from huatuo_jax.backbone.matmul import store_as_computed
+from huatuo_jax.core import sharding
+from huatuo_jax.core.sharding import MeshConfig
 
 Variables = dict[str, Any]
 

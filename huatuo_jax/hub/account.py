@@ -1,8 +1,22 @@
-"""Who a token belongs to, and whether it may write to a repository; told before anything is."""
+"""Who a token belongs to, and whether it may write to a repository; told before anything is.
 
+What a failed call to the Hub means, in one line.
+
+The token: where it is from, and keeping it and other credentials out of all that is written.
+"""
+
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+import json
+import logging
+import os
+import re
+import warnings
+from collections.abc import Iterator, Mapping
 from typing import Any
+
+import huggingface_hub
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 
 _WRITES = "repo.write"
 _PROPOSES = "discussion.write"
@@ -81,3 +95,182 @@ class Account:
                     f"the fine-grained token of {self.name!r} lacks the permission to write to "
                     f"{repo!r}; add it at https://huggingface.co/settings/tokens"
                 )
+
+
+_MOST_OF_A_MESSAGE = 400
+_QUOTA = re.compile(r"storage|quota|\blimit|exceed|upgrade|payment", re.IGNORECASE)
+# The Xet client (Rust) raises ConnectionError for a status too, and keeps the Hub's words back.
+_XET_STATUS = re.compile(r"HTTP status \w+ error \((\d{3})\b")
+
+
+def reason_of(error: BaseException, *, endpoint: str) -> str:
+    """Why a call of huggingface_hub failed, and what to do; the text may still hold the token.
+
+    Args:
+        error: as the library raised it.
+        endpoint: the Hub that was asked.
+    """
+    causes = list(_causes(error))
+    for cause in causes:
+        if isinstance(cause, HfHubHTTPError) and cause.response is not None:
+            said = _one_line(cause.server_message or "")
+            wait = cause.response.headers.get("Retry-After")
+            return _of_status(cause.response.status_code, said, wait)
+        if status := _XET_STATUS.search(str(cause)):
+            return _of_status(int(status[1]), "", None)
+    for cause in causes:
+        if isinstance(cause, OfflineModeIsEnabled):
+            return "HF_HUB_OFFLINE is set, so that nothing may be sent; unset it"
+        if isinstance(cause, json.JSONDecodeError):
+            return f"{endpoint} answers with something that is not JSON; is this a Hub?"
+        if isinstance(cause, HTTPError | ConnectionError | TimeoutError):
+            return f"{endpoint} cannot be reached ({_named(cause)}); check network and proxy"
+    return _named(error)
+
+
+def _of_status(status: int, said: str, wait: str | None) -> str:
+    """What a status of HTTP means, with the Hub's words and the seconds that it asks to wait."""
+    meaning = {
+        400: "the Hub refuses it",
+        401: "the Hub does not accept the token, or hides the repository from it",
+        402: "the plan or storage quota of the account does not allow it",
+        403: "the token may not do this" if said else "the token may not, or the quota is full",
+        404: "the Hub has no such repository or revision, or hides it from this token",
+        409: "something else is at work on the repository, or it is there already",
+        412: "the repository has changed meanwhile",
+        413: "it is too large for the Hub, or the storage quota is full",
+        429: "the Hub's rate limit is reached",
+    }.get(status, "the Hub has failed" if status >= 500 else "the Hub refuses it")
+    if status == 403 and _QUOTA.search(said):
+        meaning = "the storage quota of the account is full"
+    advice = ""
+    if status == 429:
+        advice = f"; wait {wait} s" if wait and wait.isdigit() else "; wait some minutes"
+    if status >= 500:
+        advice = "; wait a while"
+    return f"{meaning} (HTTP {status}{f': {said}' if said else ''}){advice}"
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The error, and those that it was made of."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__
+
+
+def _named(error: BaseException) -> str:
+    said = _one_line(str(error))
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+
+
+def _one_line(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= _MOST_OF_A_MESSAGE else f"{line[:_MOST_OF_A_MESSAGE]}..."
+
+
+MASK = "[token]"
+REMOVED = "[removed]"
+_SHORTEST = 8  # What is shorter is no token, and would be found in every other word.
+
+# Keys by the form that their issuers give them, and addresses with a password or a key in them. In
+# ASCII alone: Chinese writes no blank before or behind a key, and its characters are letters too.
+_CREDENTIAL = re.compile(
+    r"(?<![A-Za-z0-9])(?:hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{16,})"
+    r"|(?<=://)[^\s/@:\"']*:[^\s/@\"']+(?=@)"
+    r"|(?<=[?&])(?:api_?key|key|token|access_token)=[!#-%(-~]{8,}",
+    re.IGNORECASE,
+)
+_USER_OF_ADDRESS = re.compile(r"(?<=://)[^\s/@]+(?=@)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Token:
+    """An access token of the Hub.
+
+    Attributes:
+        value: the token itself.
+        origin: where it is from, for messages.
+    """
+
+    value: str = dataclasses.field(repr=False)
+    origin: str
+
+    def masked(self, text: str) -> str:
+        """The text without the token, and without passwords in addresses."""
+        return _USER_OF_ADDRESS.sub(REMOVED, text.replace(self.value, MASK))
+
+
+def find_token(given: str | None) -> Token:
+    """The token of the argument, else of `HF_TOKEN`, else of the stored login.
+
+    Args:
+        given: the argument; None where there is none.
+
+    Raises:
+        ValueError: there is none, or it cannot be one. The message does not hold it.
+    """
+    value, origin = given, "--token"
+    if value is None:
+        value, origin = os.environ.get("HF_TOKEN") or None, "HF_TOKEN"
+    if value is None:
+        origin = "the stored login"
+        try:
+            value = huggingface_hub.get_token()
+        except Exception as error:  # Renewing a login may fail in any way of the network's.
+            raise ValueError(
+                f"{origin} cannot be read ({type(error).__name__}); log in again with `hf auth "
+                "login`, or give HF_TOKEN"
+            ) from None
+    if value is None:
+        raise ValueError(
+            "no token: give --token or HF_TOKEN, or log in with `hf auth login`; the Hub gives "
+            "tokens with the right to write at https://huggingface.co/settings/tokens"
+        )
+    value = value.strip()
+    if len(value) < _SHORTEST or not value.isascii() or not value.isprintable() or " " in value:
+        raise ValueError(
+            f"the token of {origin} is none: it must be one word of ASCII characters, hf_... as a "
+            "rule"
+        )
+    return Token(value, origin)
+
+
+@contextlib.contextmanager
+def kept_secret(token: Token) -> Iterator[None]:
+    """Keeps a token out of log records and warnings, whoever writes them, while the block runs."""
+    make_record = logging.getLogRecordFactory()
+
+    def make_masked(*arguments: Any, **keywords: Any) -> logging.LogRecord:
+        record = make_record(*arguments, **keywords)
+        message = record.getMessage()
+        if token.masked(message) != message:
+            record.msg, record.args = token.masked(message), ()
+        if record.exc_info:
+            trace = logging.Formatter().formatException(record.exc_info)
+            if token.masked(trace) != trace:
+                record.exc_info, record.exc_text = None, token.masked(trace)
+        return record
+
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def show_masked(message: Warning | str, *rest: Any, **keywords: Any) -> None:
+            show(token.masked(str(message)), *rest, **keywords)
+
+        warnings.showwarning = show_masked
+        logging.setLogRecordFactory(make_masked)
+        try:
+            yield
+        finally:
+            logging.setLogRecordFactory(make_record)
+
+
+def without_credentials(text: str) -> str:
+    """The text with `[removed]` in place of what looks like a key or an address's password."""
+    return _CREDENTIAL.sub(REMOVED, text)
+
+
+def holds_credential(text: str) -> bool:
+    """Whether a text holds what looks like a key or an address's password."""
+    return _CREDENTIAL.search(text) is not None

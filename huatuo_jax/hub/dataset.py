@@ -9,13 +9,12 @@ from typing import Any, TypeVar
 
 import huggingface_hub
 
+from huatuo_jax.core.files import Row, read_lines, write_rows
 from huatuo_jax.data.records import Comparison, Messages, Prompt
-from huatuo_jax.feedback.judgements import CRITERIA, Judgement, current, read_judgements
-from huatuo_jax.feedback.label_report import LabelReport, label_report
-from huatuo_jax.feedback.questions import Answered, read_answered
-from huatuo_jax.feedback.verdicts import matching
-from huatuo_jax.hub.secrets import REMOVED, without_credentials
-from huatuo_jax.json_lines import Row, read_lines, write_rows
+from huatuo_jax.hub.account import REMOVED, without_credentials
+from huatuo_jax.judge.judgements import CRITERIA, Judgement, current, read_judgements
+from huatuo_jax.judge.questions import Answered, matching, read_answered
+from huatuo_jax.judge.report import LabelReport, label_report
 
 PROMPTS_FILE = "prompts.jsonl"
 LABELS_FILE = "labels.jsonl"

@@ -2,6 +2,8 @@
 
 Run again after an interruption it goes on: the Hub says which large files it has already, and those
 are not sent again; a part that is there and equal makes no commit.
+
+Push a run to the Hugging Face Hub: policy, reward model, data; run again, it resumes.
 """
 
 import contextlib
@@ -11,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
+import jax
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import BadRequestError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import (
@@ -20,11 +23,16 @@ from huggingface_hub.utils import (
     validate_repo_id,
 )
 
-from huatuo_jax.hub.account import Account
-from huatuo_jax.hub.config import Part, PushConfig
-from huatuo_jax.hub.faults import reason_of
-from huatuo_jax.hub.secrets import Token, find_token, kept_secret
-from huatuo_jax.hub.uploads import CARD_FILE, Upload, check_without_token, find_uploads, left_in_run
+from huatuo_jax.hub.account import Account, Token, find_token, kept_secret, reason_of
+from huatuo_jax.hub.uploads import (
+    CARD_FILE,
+    Part,
+    PushConfig,
+    Upload,
+    check_without_token,
+    find_uploads,
+    left_in_run,
+)
 
 Tell = Callable[[str], object]
 _MAIN = constants.DEFAULT_REVISION
@@ -293,3 +301,10 @@ def _size(num_bytes: int) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.3g} {unit}"
         size /= 1000
     return f"{size:.3g} TB"
+
+
+def main(flags: PushConfig) -> None:
+    """Push, and print what is where."""
+    # Nothing is computed here, and no accelerator is to be taken.
+    jax.config.update("jax_platforms", "cpu")
+    push(flags)

@@ -16,31 +16,27 @@ from typing import TYPE_CHECKING, Any
 import jax.numpy as jnp
 import numpy as np
 
-from huatuo_jax import multi_host
-from huatuo_jax.atomic import write_file
 from huatuo_jax.backbone.transformer import Transformer
+from huatuo_jax.core import distributed
+from huatuo_jax.core.files import read_rows, write_file, write_rows
 from huatuo_jax.data.accounting import Account
 from huatuo_jax.data.answers import text_of
-from huatuo_jax.data.chat import ChatTemplate
-from huatuo_jax.data.held_out import chosen_by_content, dialogue_text
-from huatuo_jax.feedback.judge_config import reach_judge
-from huatuo_jax.feedback.label_command import LabelRun, run_labels
-from huatuo_jax.feedback.labelling import LabelConfig
-from huatuo_jax.feedback.openai_judge import OpenAIJudgeConfig
-from huatuo_jax.feedback.questions import differ
-from huatuo_jax.feedback.truth_judge import open_offline
-from huatuo_jax.feedback.win_rates import Verdict, verdicts_of, win_rates
-from huatuo_jax.generation.bulk_tasks import Task, make_record, make_request
+from huatuo_jax.data.chat.template import ChatTemplate
+from huatuo_jax.data.mixture import chosen_by_content, dialogue_text
+from huatuo_jax.generation.prompts import Task, make_record, make_request
 from huatuo_jax.generation.requests import Answer
-from huatuo_jax.json_lines import read_rows, write_rows
-from huatuo_jax.ppo import judging
-from huatuo_jax.ppo.config import PpoConfig
-from huatuo_jax.ppo.judging import Judged
+from huatuo_jax.judge.config import reach_judge
+from huatuo_jax.judge.labelling import LabelConfig
+from huatuo_jax.judge.offline import open_offline
+from huatuo_jax.judge.openai import OpenAIJudgeConfig
+from huatuo_jax.judge.questions import Verdict, differ, verdicts_of, win_rates
+from huatuo_jax.ppo import config
+from huatuo_jax.ppo.config import Judged, PpoConfig
 from huatuo_jax.ppo.prompts import read_tasks
-from huatuo_jax.ppo.state import PpoState
-from huatuo_jax.ppo.trainer import Trainer
-from huatuo_jax.scoring import GivenAnswer, Normalization, Scorer
-from huatuo_jax.training.state import Variables, join
+from huatuo_jax.ppo.trainer import PpoState, Trainer
+from huatuo_jax.preferences.label import LabelRun, run_labels
+from huatuo_jax.training.scoring import GivenAnswer, Normalization, Scorer
+from huatuo_jax.training.update import Variables, join
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -112,7 +108,7 @@ def reach_server(cfg: PpoConfig) -> OpenAIJudgeConfig | None:
     """
     assert cfg.judging is not None and cfg.judging.judge is not None
     judge = cfg.judging.judge
-    return multi_host.by_first(
+    return distributed.by_first(
         "judge", lambda: reach_judge(judge, field="config.ppo.judging.judge")
     )
 
@@ -175,8 +171,8 @@ class HeldOutJudging:
             history: of the checkpoint, as `to_json` gave it; empty without one.
             restored: the checkpoint's iteration; None without one.
         """
-        self.history, self.turned = judging.from_json(history), False
-        multi_host.by_first(
+        self.history, self.turned = config.from_json(history), False
+        distributed.by_first(
             "judged answers", lambda: self._cut(-1 if restored is None else restored)
         )
 
@@ -186,13 +182,13 @@ class HeldOutJudging:
 
     def result(self) -> dict[str, Any]:
         """Which policy was kept, and why the run ended."""
-        return judging.outcome(self.history, turned=self.turned)
+        return config.outcome(self.history, turned=self.turned)
 
     def is_due(self, iteration: int) -> bool:
         """Whether the policy after so many iterations has to be judged and was not yet."""
         if self.history and self.history[-1].iteration >= iteration:
             return False
-        return judging.is_due(
+        return config.is_due(
             self._judging,
             iteration,
             warmup=self.cfg.warmup_iterations,
@@ -208,21 +204,21 @@ class HeldOutJudging:
         """
         iteration = int(state.iteration)
         place = self.folder / str(iteration) / OUTCOME_FILE
-        found = multi_host.told_by_first("judged before", lambda: _read_outcome(place))
+        found = distributed.told_by_first("judged before", lambda: _read_outcome(place))
         if found is None:
             judged = self._initial(state, trainer) if not iteration else self._judge(state, trainer)
             text = json.dumps(dataclasses.asdict(judged), indent=2, allow_nan=False)
-            multi_host.by_first("judged", lambda: write_file(place, f"{text}\n"))
+            distributed.by_first("judged", lambda: write_file(place, f"{text}\n"))
         else:
             judged = Judged(**found)
         self.history.append(judged)
-        if judging.kept_of(self.history) is judged:
+        if config.kept_of(self.history) is judged:
             self.keep(state.policy.variables)
-        self.turned = judging.has_turned(self.history, patience=self._judging.patience)
+        self.turned = config.has_turned(self.history, patience=self._judging.patience)
         return judged
 
     @property
-    def _judging(self) -> judging.JudgingConfig:
+    def _judging(self) -> config.JudgingConfig:
         assert self.cfg.judging is not None
         return self.cfg.judging
 
@@ -255,7 +251,7 @@ class HeldOutJudging:
         ratios_N = self._log_probs(trainer, policy, given)
         ratios_N -= self._log_probs(trainer, reference, given)
         measured = self._measured(state, trainer, own, kl_per_sequence=float(ratios_N.mean()))
-        asked = multi_host.told_by_first("verdicts", lambda: self._ask(path, records))
+        asked = distributed.told_by_first("verdicts", lambda: self._ask(path, records))
         verdicts = {name: Verdict(*orders) for name, orders in asked["verdicts"].items()}
         by_prompt: dict[str, list[Verdict]] = {}
         for index, record in enumerate(records):
@@ -382,10 +378,10 @@ class HeldOutJudging:
 
     def _kept_or_made(self, path: pathlib.Path, make: Callable[[], list[Record]]) -> list[Record]:
         """The records of a file; where there is none yet, all processes make them."""
-        if multi_host.told_by_first("answers kept", path.exists):
+        if distributed.told_by_first("answers kept", path.exists):
             return read_rows(path, unfinished="read")
         records = make()
-        multi_host.by_first("answers", lambda: write_rows(path, records))
+        distributed.by_first("answers", lambda: write_rows(path, records))
         return records
 
     def _cut(self, restored: int) -> None:

@@ -13,21 +13,22 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from huatuo_jax import multi_host
 from huatuo_jax.checkpoint.store import CheckpointStore
-from huatuo_jax.json_lines import AppendedFile
-from huatuo_jax.ppo.config import PpoLoopConfig
+from huatuo_jax.core import distributed
+from huatuo_jax.core.files import AppendedFile
+from huatuo_jax.ppo.config import Judged, PpoLoopConfig
 from huatuo_jax.ppo.held_out import HeldOutJudging
-from huatuo_jax.ppo.judging import Judged
 from huatuo_jax.ppo.report import PREFIX, Decode, IterationFlops, IterationReport
-from huatuo_jax.ppo.state import PpoState
-from huatuo_jax.ppo.trainer import Trainer
-from huatuo_jax.training.loop import Diverged
-from huatuo_jax.training.metrics import MetricsLog
-from huatuo_jax.training.preemption import Interrupted, StopSignals
-from huatuo_jax.training.progress import ProgressReport, Silent, make_progress
+from huatuo_jax.ppo.trainer import PpoState, Trainer
+from huatuo_jax.training.loop import Diverged, Interrupted, StopSignals
+from huatuo_jax.training.metrics import (
+    MetricsLog,
+    ProgressReport,
+    Silent,
+    make_progress,
+    peak_flops,
+)
 from huatuo_jax.training.run_directory import StageDirectory
-from huatuo_jax.training.throughput import peak_flops
 
 SAMPLES_FILE = "samples.jsonl"
 
@@ -88,7 +89,7 @@ def train(job: PpoJob, cfg: PpoLoopConfig) -> tuple[PpoState, dict[str, float]]:
             CheckpointStore(job.directory.checkpoints, keep_newest=cfg.keep_checkpoints)
         )
         newest = store.latest_step()
-        multi_host.check_same("the newest checkpoint", newest)
+        distributed.check_same("the newest checkpoint", newest)
         step, fields = newest or 0, {}
         extra: dict[str, Any] = {}
         if newest is None:
@@ -162,7 +163,7 @@ class _Reports(contextlib.AbstractContextManager["_Reports", None]):
         self._log: MetricsLog | None = None
         self._progress: ProgressReport = Silent()
         self._samples: AppendedFile | None = None
-        if multi_host.is_first():
+        if distributed.is_first():
             self._open(restored)
 
     def _open(self, restored: int | None) -> None:

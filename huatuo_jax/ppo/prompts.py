@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from huatuo_jax.config import operational
-from huatuo_jax.data import templates
+from huatuo_jax.core.config import operational
 from huatuo_jax.data.accounting import TRAINED_ON, Account, check_share, placed
-from huatuo_jax.data.chat import ChatTemplate
+from huatuo_jax.data.chat import templates
+from huatuo_jax.data.chat.template import ChatTemplate
+from huatuo_jax.data.mixture import permutation
 from huatuo_jax.data.readers import read_dialogues, read_prompts
 from huatuo_jax.data.records import Dialogue, Prompt
-from huatuo_jax.data.shuffling import permutation
-from huatuo_jax.generation.bulk_tasks import Task, make_tasks
+from huatuo_jax.generation.prompts import Task, make_tasks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,7 +31,7 @@ class PromptsConfig:
         template: the chat template's name.
         default_system: its system text; None for the template's own.
         template_date: the date that a tokenizer's own template prints, see `templates.by_name`.
-        encoding: of text files; None tells it by evidence, see `huatuo_jax.data.encodings`.
+        encoding: of text files; None tells it by evidence, see `huatuo_jax.data.text`.
         max_prompt_tokens: longer prompts lose their oldest exchanges, or are left out.
         drop_oldest_turns: whether they lose them.
         max_left_out_share: share of the prompts that may be left out, because they are too long or

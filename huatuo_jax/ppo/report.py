@@ -11,11 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from huatuo_jax.ppo.config import PpoConfig
-from huatuo_jax.ppo.estimates import Targets, rollout_fields
+from huatuo_jax.ppo.metrics import policy_numbers
 from huatuo_jax.ppo.rollout import Rollout
-from huatuo_jax.rl.gauges import policy_numbers
-from huatuo_jax.training.metrics import TIME_PREFIX
-from huatuo_jax.training.throughput import ModelFlops
+from huatuo_jax.ppo.targets import Targets, rollout_fields
+from huatuo_jax.training.metrics import TIME_PREFIX, ModelFlops
 from huatuo_jax.training.update import Metrics
 
 PREFIX = "ppo"
@@ -73,7 +72,7 @@ class UpdateSums:
 
 @dataclasses.dataclass(frozen=True)
 class IterationFlops:
-    """The floating-point operations of an iteration, by the formula of `training.throughput`.
+    """The floating-point operations of an iteration, by the formula of `training.metrics`.
 
     Sampling counts as a forward pass: with a cache it computes each token once.
 

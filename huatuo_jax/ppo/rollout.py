@@ -15,12 +15,11 @@ from huatuo_jax.backbone.transformer import Transformer
 from huatuo_jax.generation import weights
 from huatuo_jax.generation.buckets import bucket_of, row_lengths
 from huatuo_jax.generation.engine import Engine
-from huatuo_jax.generation.requests import Answer, Request, SamplingConfig
-from huatuo_jax.generation.slots import slots_for
+from huatuo_jax.generation.requests import Answer, Request, SamplingConfig, slots_for
 from huatuo_jax.ppo.config import RolloutConfig
 from huatuo_jax.ppo.prompts import TokenPrompt
-from huatuo_jax.scoring import GivenAnswer, padded_batch
-from huatuo_jax.training.state import Variables
+from huatuo_jax.training.scoring import GivenAnswer, padded_batch
+from huatuo_jax.training.update import Variables
 
 _MOST_SLOTS = 64  # Where a config does not say.
 

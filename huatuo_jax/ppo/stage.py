@@ -1,11 +1,28 @@
-"""The PPO stage: an SFT model, a reward model and prompts in, a policy out."""
+"""The PPO stage: an SFT model, a reward model and prompts in, a policy out.
+
+From the models and settings of a run to what its loop needs.
+
+The models of a run as shapes, and those of its programs whose memory the micro-batch decides.
+"""
 
 import functools
 import os
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
-from huatuo_jax.config import all_fields, checked, identity, placed_in
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from huatuo_jax.backbone.config import BackboneConfig
+from huatuo_jax.backbone.matmul import store_as_computed
+from huatuo_jax.backbone.transformer import Transformer, init_params
+from huatuo_jax.core import sharding
+from huatuo_jax.core.config import all_fields, checked, identity, placed_in
+from huatuo_jax.core.progress import tell
 from huatuo_jax.data.answers import text_of
+from huatuo_jax.data.batches import pack_row
 from huatuo_jax.ppo.config import PpoConfig
 from huatuo_jax.ppo.held_out import FOLDER as JUDGED_FOLDER
 from huatuo_jax.ppo.held_out import (
@@ -15,20 +32,374 @@ from huatuo_jax.ppo.held_out import (
     reach_server,
     record_of,
 )
-from huatuo_jax.ppo.job import check_policy, make_job
-from huatuo_jax.ppo.loop import train
-from huatuo_jax.ppo.programs import abstract_roles, micro_batch_programs
-from huatuo_jax.ppo.prompts import open_prompts
-from huatuo_jax.ppo.roles import open_critic, open_reward_model
-from huatuo_jax.ppo.rollout import AnswerScorer, LengthScorer
-from huatuo_jax.progress import tell
-from huatuo_jax.training.data_report import report_data
-from huatuo_jax.training.evaluation import check_rows
-from huatuo_jax.training.initial_model import open_model
+from huatuo_jax.ppo.loop import PpoJob, train
+from huatuo_jax.ppo.losses import PolicyObjective, policy_row_loss, value_row_loss
+from huatuo_jax.ppo.models import Critic, make_reference, open_critic, open_reward_model
+from huatuo_jax.ppo.prompts import Prompts, open_prompts
+from huatuo_jax.ppo.report import Decode, IterationFlops
+from huatuo_jax.ppo.rollout import AnswerScorer, LengthScorer, Sampler, mesh_of
+from huatuo_jax.ppo.targets import compile_targets
+from huatuo_jax.ppo.trainer import (
+    NUMBERS_OF_TOKENS,
+    Learner,
+    PpoState,
+    RowLoss,
+    Trainer,
+    abstract_ppo_state,
+    compile_apply,
+    compile_pass,
+    new_ppo_state,
+)
+from huatuo_jax.training.initial_model import InitialModel, open_model
+from huatuo_jax.training.loop import check_rows
+from huatuo_jax.training.metrics import ModelFlops
 from huatuo_jax.training.micro_batch import settle
-from huatuo_jax.training.run_directory import begin_stage
-from huatuo_jax.training.state import Variables
-from huatuo_jax.training.throughput import ModelFlops
+from huatuo_jax.training.optimizer import Optimizer, make_optimizer
+from huatuo_jax.training.programs import StageProgram
+from huatuo_jax.training.run_directory import StageDirectory, begin_stage, report_data
+from huatuo_jax.training.scoring import Normalization, compile_values, head_scores
+from huatuo_jax.training.update import TrainState, Variables, abstract_batch
+
+
+def check_policy(cfg: PpoConfig, policy: InitialModel) -> None:
+    """Raise ValueError where a model cannot be the policy of a run."""
+    backbone = policy.cfg
+    if cfg.max_length > backbone.max_positions:
+        raise ValueError(
+            f"config.ppo: data.max_prompt_tokens={cfg.data.max_prompt_tokens} and "
+            f"rollout.max_new_tokens={cfg.rollout.max_new_tokens} must be at most the model's "
+            f"{backbone.max_positions} positions together"
+        )
+    backbone.require_fixed_angles(cfg.max_length, purpose="PPO")
+
+
+class Trained(NamedTuple):
+    """A model that a run trains; no array is made for it.
+
+    Attributes:
+        optimizer: by what.
+        state: shapes and shardings.
+        learner: its programs.
+    """
+
+    optimizer: Optimizer
+    state: TrainState
+    learner: Learner
+
+
+def policy_of(cfg: PpoConfig, policy: InitialModel, mesh: Mesh) -> Trained:
+    """The policy as a run trains it."""
+    steps = cfg.num_epochs * cfg.num_minibatches * (cfg.num_iterations - cfg.warmup_iterations)
+    optimizer = make_optimizer(cfg.optimizer, num_steps=steps)
+    state = policy.abstract_state(optimizer, mesh)
+    return Trained(
+        optimizer, state, _learner(cfg, _policy_loss(cfg, policy), optimizer, state, mesh)
+    )
+
+
+def critic_of(cfg: PpoConfig, critic: Critic, mesh: Mesh) -> Trained:
+    """The critic as a run trains it."""
+    steps = cfg.num_epochs * cfg.num_minibatches * cfg.num_iterations
+    optimizer = make_optimizer(cfg.value.optimizer or cfg.optimizer, num_steps=steps)
+    state = critic.abstract_state(optimizer, mesh)
+    return Trained(
+        optimizer, state, _learner(cfg, _value_loss(cfg, critic), optimizer, state, mesh)
+    )
+
+
+def _learner(
+    cfg: PpoConfig, loss: RowLoss, optimizer: Optimizer, state: TrainState, mesh: Mesh
+) -> Learner:
+    return Learner(
+        run_pass=compile_pass(loss, state, mesh, rows_at_once=cfg.rows_at_once),
+        apply=compile_apply(optimizer, state, mesh),
+    )
+
+
+def make_job(
+    cfg: PpoConfig,
+    *,
+    policy: InitialModel,
+    critic: Critic | None,
+    prompts: Prompts,
+    make_scorer: Callable[[], AnswerScorer],
+    normalization: Normalization | None,
+    directory: StageDirectory,
+    decisive: Mapping[str, Any],
+    mesh: Mesh,
+    decode: Decode | None,
+    scorer_flops: ModelFlops | None,
+    judging: HeldOutJudging | None = None,
+) -> PpoJob:
+    """The job of a run; no weights are read before the loop asks for them.
+
+    Args:
+        cfg: the run's settings.
+        policy: to start from.
+        critic: to start from; None for estimators without one.
+        prompts: what is asked.
+        make_scorer: makes what scores the answers.
+        normalization: of its scores, where `cfg.score.scale` is `stored`.
+        directory: where the run's files are.
+        decisive: the settings that decide results.
+        mesh: where everything lies; answers are generated where `cfg.rollout.mesh` says.
+        decode: from tokens to text; None for tokens in `samples.jsonl`.
+        scorer_flops: of the reward model; None where there is none.
+        judging: of held-out answers; None for none.
+
+    Raises:
+        ValueError: `cfg.rollout.mesh` does not divide the devices or the model.
+    """
+    rollout_mesh = mesh_of(cfg.rollout, mesh, policy.cfg)
+    key = jax.random.key(cfg.seed)
+    trained = policy_of(cfg, policy, mesh)
+    valued = None if critic is None else critic_of(cfg, critic, mesh)
+
+    def make_state() -> PpoState:
+        value = None
+        if critic is not None and valued is not None:
+            value = critic.make_state(key, valued.optimizer, mesh)
+        return new_ppo_state(
+            policy.make_state(key, trained.optimizer, mesh),
+            value,
+            kl_coef=cfg.kl_coef,
+            seed=cfg.seed,
+            mesh=mesh,
+        )
+
+    def make_trainer() -> Trainer:
+        return Trainer(
+            cfg=cfg,
+            mesh=mesh,
+            prompts=prompts,
+            sampler=Sampler(
+                policy.transformer,
+                cfg.rollout,
+                stop_token_ids=prompts.stop_token_ids,
+                max_length=cfg.max_length,
+                mesh=rollout_mesh,
+            ),
+            scorer=make_scorer(),
+            make_targets=compile_targets(
+                cfg,
+                stop_token_ids=prompts.stop_token_ids,
+                normalization=normalization,
+                mesh=mesh,
+            ),
+            policy=trained.learner,
+            reference=make_reference(policy, key, mesh),
+            critic=critic,
+            value=None if valued is None else valued.learner,
+        )
+
+    return PpoJob(
+        directory=directory,
+        decisive=decisive,
+        num_iterations=cfg.num_iterations,
+        mesh=mesh,
+        make_state=make_state,
+        abstract_state=abstract_ppo_state(
+            trained.state, None if valued is None else valued.state, mesh
+        ),
+        make_trainer=make_trainer,
+        flops=IterationFlops(
+            policy=ModelFlops.of(policy.cfg, adapters_only=cfg.model.lora is not None),
+            critic=None
+            if critic is None
+            else ModelFlops.of(critic.model.cfg, adapters_only=cfg.value.lora is not None),
+            scorer=scorer_flops,
+        ),
+        decode=decode,
+        judging=judging,
+    )
+
+
+def _tokens_allowed(cfg: PpoConfig) -> int | None:
+    return cfg.rollout.max_new_tokens if cfg.denominator == "max_new_tokens" else None
+
+
+def _policy_loss(cfg: PpoConfig, policy: InitialModel) -> RowLoss:
+    objective = PolicyObjective(
+        temperature=cfg.rollout.temperature,
+        clip_low=cfg.clip_low,
+        clip_high=cfg.clip_high,
+        dual_clip=cfg.dual_clip,
+        entropy_coef=cfg.entropy_coef,
+        kl_loss=None if cfg.kl_in == "reward" else cfg.kl_in,
+        num_answers=cfg.minibatch_size,
+        tokens_allowed=_tokens_allowed(cfg),
+        chunk=cfg.compute.loss_chunk,
+        mean_per_answer=cfg.denominator == "answers",
+    )
+    return policy_row_loss(policy.transformer, objective)
+
+
+def _value_loss(cfg: PpoConfig, critic: Critic) -> RowLoss:
+    return value_row_loss(
+        critic.model.transformer,
+        clip=cfg.value.clip,
+        tokens_allowed=_tokens_allowed(cfg),
+        mean_per_answer=cfg.denominator == "answers",
+        offset=critic.head_offset,
+    )
+
+
+class Roles(NamedTuple):
+    """The models of a run, abstract.
+
+    Attributes:
+        cfg: the run's settings.
+        mesh: where everything lies.
+        policy: to start from.
+        trained: the policy as it is trained.
+        reference: in place of its trained variables.
+        critic: to start from, None without one.
+        valued: the critic as it is trained, None without one.
+        scorer: the reward model; None without one.
+        scorer_variables: its own; nothing without one.
+    """
+
+    cfg: PpoConfig
+    mesh: Mesh
+    policy: InitialModel
+    trained: Trained
+    reference: Any
+    critic: Critic | None
+    valued: Trained | None
+    scorer: Transformer | None
+    scorer_variables: Any
+
+    @property
+    def value_state(self) -> Any:
+        """Of the critic; nothing without one."""
+        return () if self.valued is None else self.valued.state
+
+
+def abstract_roles(
+    cfg: PpoConfig,
+    *,
+    policy: InitialModel,
+    critic: Critic | None,
+    rewarding: BackboneConfig | None,
+    mesh: Mesh,
+) -> Roles:
+    """The models of a run on a mesh; no array is made for them.
+
+    Args:
+        cfg: the run's settings.
+        policy: to start from.
+        critic: to start from; None for estimators without one.
+        rewarding: the reward model's architecture; None where something else gives the scores.
+        mesh: where everything lies.
+    """
+    trained = policy_of(cfg, policy, mesh)
+    reference = trained.state.trained
+    if cfg.model.lora is None:
+        reference = _stored(reference, policy.cfg, policy.compute.compute_dtype)
+    scorer: Transformer | None = None
+    scorer_variables: Any = ()
+    if rewarding is not None:
+        scorer = Transformer(rewarding, policy.compute)
+        params = jax.eval_shape(
+            lambda: init_params(jax.random.key(0), rewarding, policy.compute, head="score")
+        )
+        variables = sharding.abstract_parameters({"params": params}, mesh)
+        scorer_variables = _stored(variables, rewarding, policy.compute.compute_dtype)
+    return Roles(
+        cfg=cfg,
+        mesh=mesh,
+        policy=policy,
+        trained=trained,
+        reference=reference,
+        critic=critic,
+        valued=None if critic is None else critic_of(cfg, critic, mesh),
+        scorer=scorer,
+        scorer_variables=scorer_variables,
+    )
+
+
+def micro_batch_programs(roles: Roles) -> Iterator[StageProgram]:
+    """The passes of policy and critic over a minibatch of the longest rows, and the scoring."""
+    yield policy_pass(roles)
+    if roles.valued is not None:
+        yield value_pass(roles)
+    if roles.scorer is not None:
+        yield scoring(roles, roles.scorer)
+
+
+def policy_pass(roles: Roles) -> StageProgram:
+    """A pass of the policy over a minibatch, with its gradients."""
+    state = roles.trained.state
+    beside = (state.opt_state, roles.reference, roles.value_state, roles.scorer_variables)
+    return _pass(roles, "policy", roles.trained, state.frozen, beside)
+
+
+def value_pass(roles: Roles) -> StageProgram:
+    """That of the critic, of a run that has one."""
+    assert roles.critic is not None and roles.valued is not None
+    state, policy = roles.valued.state, roles.trained.state
+    frozen = roles.critic.frozen(state.frozen, policy.frozen)
+    # The policy's frozen trunk is an argument where it is the critic's too.
+    others = (policy.trained, policy.opt_state) if roles.critic.shares_trunk else policy
+    beside = (state.opt_state, roles.reference, others, roles.scorer_variables)
+    return _pass(roles, "value", roles.valued, frozen, beside)
+
+
+def scoring(roles: Roles, scorer: Transformer) -> StageProgram:
+    """The reward model on a micro-batch of the longest rows."""
+    cfg, mesh = roles.cfg, roles.mesh
+    rows = cfg.rows_at_once
+    row = pack_row([], row_length=cfg.max_length, pad_token_id=0)
+    return StageProgram(
+        name="ppo/score",
+        function=compile_values(functools.partial(head_scores, scorer), mesh),
+        arguments=(roles.scorer_variables, abstract_batch(row, rows, mesh)),
+        beside=(roles.trained.state, roles.reference, roles.value_state),
+        mesh=mesh,
+        rows=rows,
+        rows_at_once=rows,
+        in_micro_batches=True,
+    )
+
+
+def _pass(
+    roles: Roles, name: str, trained: Trained, frozen: Any, beside: tuple[Any, ...]
+) -> StageProgram:
+    cfg, mesh = roles.cfg, roles.mesh
+    everywhere = jax.NamedSharding(mesh, jax.P())
+    return StageProgram(
+        name=f"ppo/{name}_pass",
+        function=trained.learner.run_pass,
+        arguments=(
+            trained.state.trained,
+            frozen,
+            abstract_batch(_row(cfg.max_length), cfg.minibatch_size, mesh),
+            jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere),
+            jax.ShapeDtypeStruct((), jnp.bool_),
+        ),
+        beside=beside,
+        mesh=mesh,
+        rows=cfg.minibatch_size,
+        rows_at_once=cfg.rows_at_once,
+        in_micro_batches=True,
+    )
+
+
+def _row(length: int) -> dict[str, np.ndarray]:
+    """A row of a minibatch."""
+    packed = pack_row([], row_length=length, pad_token_id=0)
+    row = {name: packed[name] for name in ("token_ids", "segment_ids", "positions")}
+    row["mask"] = packed["trained_mask"]
+    row["answers"] = np.zeros(length, np.int32)
+    return row | dict.fromkeys(NUMBERS_OF_TOKENS, np.zeros(length, np.float32))
+
+
+def _stored(variables: Any, cfg: BackboneConfig, dtype: Any) -> Any:
+    """Abstract variables as they are stored where no gradient is taken of them."""
+    cast = functools.partial(store_as_computed, dtype=dtype, keep_lm_head=cfg.norm_head)
+    places = jax.tree.map(lambda leaf: leaf.sharding, variables)
+    return sharding.abstract_arrays(jax.eval_shape(cast, variables), places)
+
 
 STAGE = "ppo"
 MODEL_FOLDER = "model"

@@ -1,31 +1,268 @@
 """One iteration: the policy answers, the answers are scored, policy and critic are trained.
 
 Everything random in it is a function of the run's key, the iteration and the place of a row.
+
+One pass over a minibatch, with or without its gradient, and the step that uses the gradient.
+
+Both kinds of pass are one compiled program, so that numbers computed before an update (old
+log-probabilities, old values, the reference's) equal those of the update's first minibatch bit for
+bit: whether to differentiate is asked at run time, after the forward pass.
+
+What an iteration of PPO reads and leaves behind.
 """
 
 import dataclasses
 import functools
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 from jax.sharding import Mesh
 
-from huatuo_jax.data.shuffling import permutation
+from huatuo_jax.core import sharding
+from huatuo_jax.core.sharding import OnMesh, batch_shards, put_whole
+from huatuo_jax.data.mixture import permutation
+from huatuo_jax.ppo.advantages import Moments, no_moments
 from huatuo_jax.ppo.config import PpoConfig
-from huatuo_jax.ppo.estimates import Experience, MakeTargets, Targets, on_host
-from huatuo_jax.ppo.layout import Layout, Rows, packed_layout, plain_layout, row_counts
+from huatuo_jax.ppo.models import Critic
 from huatuo_jax.ppo.prompts import Prompts
 from huatuo_jax.ppo.report import IterationReport, Spent, UpdateSums
-from huatuo_jax.ppo.roles import Critic
 from huatuo_jax.ppo.rollout import AnswerScorer, Rollout, Sampler
-from huatuo_jax.ppo.state import PpoState
-from huatuo_jax.ppo.update import Pass
-from huatuo_jax.sharding import OnMesh, batch_shards, put_whole
-from huatuo_jax.training.optimizer import advance_schedule
-from huatuo_jax.training.state import TrainState, Variables
+from huatuo_jax.ppo.targets import (
+    Experience,
+    Layout,
+    MakeTargets,
+    Rows,
+    Targets,
+    on_host,
+    packed_layout,
+    plain_layout,
+    row_counts,
+)
+from huatuo_jax.training.optimizer import Optimizer, advance_schedule
+from huatuo_jax.training.update import (
+    Batch,
+    LossSums,
+    Metrics,
+    TrainState,
+    Variables,
+    apply_gradients,
+    join,
+)
+
+Outputs = dict[str, jax.Array]
+"""Numbers of each row, `[B, T]`."""
+
+RowLoss = Callable[[Variables, Batch, jax.Array], tuple[LossSums, Outputs]]
+"""Told variables, rows and the KL coefficient."""
+
+
+class Pass(NamedTuple):
+    """What a pass over a minibatch gives.
+
+    Attributes:
+        sums: over all of its rows.
+        outputs: of each row.
+        gradients: of the summed loss, in at least float32; zero where none was wanted.
+    """
+
+    sums: LossSums
+    outputs: Outputs
+    gradients: Variables
+
+
+def compile_pass(
+    loss: RowLoss, state: TrainState, mesh: Mesh, *, rows_at_once: int
+) -> sharding.OnMesh:
+    """The pass under one `jax.jit`.
+
+    Args:
+        loss: sums over the rows it is given, and numbers of each.
+        state: whose variables it will be given, or its abstract form.
+        mesh: where state and batch lie.
+        rows_at_once: rows of a micro-batch; changes rounding only. Of rows that it does not divide
+            there are fewer, and all go together.
+
+    Returns:
+        From trained and frozen variables, rows, the KL coefficient, and whether to differentiate,
+        to a `Pass`.
+    """
+    places = sharding.parameter_shardings(state.trained, mesh)
+    everywhere = jax.NamedSharding(mesh, jax.P())
+
+    def run(
+        trained: Variables,
+        frozen: Variables,
+        batch: Batch,
+        kl_coef: jax.Array,
+        differentiate: jax.Array,
+    ) -> Pass:
+        def one(rows: Batch) -> tuple[tuple[LossSums, Variables], Outputs]:
+            return _one_pass(
+                lambda trained: loss(join(trained, frozen), rows, kl_coef), trained, differentiate
+            )
+
+        number = max(len(batch["mask"]) // rows_at_once, 1)
+        (sums, gradients), outputs = _over_micro_batches(one, batch, trained, number)
+        return Pass(sums, outputs, gradients)
+
+    prefix: Any = (everywhere, everywhere, places)
+    return sharding.OnMesh(jax.jit(run, out_shardings=Pass(*prefix)), mesh)
+
+
+def compile_apply(optimizer: Optimizer, state: TrainState, mesh: Mesh) -> sharding.OnMesh:
+    """The step from a pass's gradients, under one `jax.jit`; the old state is used up.
+
+    A step whose loss or gradient is not finite is skipped and counted, as `training.update` does.
+
+    Args:
+        optimizer: of the state.
+        state: a state, or its abstract form.
+        mesh: where it lies.
+
+    Returns:
+        From a state, and the sums and gradients of a pass, to the next state and its metrics.
+    """
+    places = sharding.parameter_shardings(state, mesh)
+
+    def apply(
+        state: TrainState, sums: LossSums, gradients: Variables
+    ) -> tuple[TrainState, Metrics]:
+        new, metrics = apply_gradients(
+            dataclasses.replace(state, frozen={}), sums, gradients, optimizer
+        )
+        return dataclasses.replace(new, frozen=state.frozen), metrics
+
+    compiled = jax.jit(
+        apply,
+        out_shardings=(places, jax.NamedSharding(mesh, jax.P())),
+        donate_argnums=0,
+    )
+    return sharding.OnMesh(compiled, mesh)
+
+
+def _one_pass(
+    loss: Callable[[Variables], tuple[LossSums, Outputs]],
+    trained: Variables,
+    differentiate: jax.Array,
+) -> tuple[tuple[LossSums, Variables], Outputs]:
+    def summed(trained: Variables) -> tuple[jax.Array, tuple[LossSums, Outputs]]:
+        sums, outputs = loss(trained)
+        return sums.loss, (sums, outputs)
+
+    value, pull_back, (sums, outputs) = jax.vjp(summed, trained, has_aux=True)
+
+    def gradients() -> Variables:
+        return _in_place(jax.tree.map(_wide, pull_back(jnp.ones_like(value))[0]), trained)
+
+    def zeros() -> Variables:
+        return _in_place(
+            jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, _wide(leaf).dtype), trained), trained
+        )
+
+    return (sums, jax.lax.cond(differentiate, gradients, zeros)), outputs
+
+
+def _over_micro_batches(
+    one: Callable[[Batch], tuple[tuple[LossSums, Variables], Outputs]],
+    batch: Batch,
+    trained: Variables,
+    number: int,
+) -> tuple[tuple[LossSums, Variables], Outputs]:
+    """Sums over all rows; micro-batch i takes rows i, i + number, ..., so that none has to move."""
+    if number == 1:
+        return one(batch)
+    rows = {
+        name: array.reshape(-1, number, *array.shape[1:]).swapaxes(0, 1)
+        for name, array in batch.items()
+    }
+
+    def add(total: Any, rows: Batch) -> tuple[Any, Outputs]:
+        summed, outputs = one(rows)
+        (sums, gradients) = jax.tree.map(jnp.add, total, summed)
+        return (sums, _in_place(gradients, trained)), outputs
+
+    shapes, _ = jax.eval_shape(one, {name: array[0] for name, array in rows.items()})
+    sums, gradients = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    total, outputs = jax.lax.scan(add, (sums, _in_place(gradients, trained)), rows)
+    return total, {
+        name: array.swapaxes(0, 1).reshape(-1, *array.shape[2:]) for name, array in outputs.items()
+    }
+
+
+def _in_place(gradients: Variables, trained: Mapping[str, Any]) -> Variables:
+    """Gradients lie where their parameters do, so that none is ever held whole."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return gradients
+    specs = jax.tree_util.tree_map_with_path(
+        lambda path, _: sharding.parameter_spec(sharding.path_name(path)), trained
+    )
+    return jax.lax.with_sharding_constraint(gradients, specs)
+
+
+def _wide(leaf: jax.Array) -> jax.Array:
+    return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PpoState:
+    """All that the next iteration needs; what never changes (reference, reward model) is not in it.
+
+    Attributes:
+        iteration: rollouts that were made and trained on.
+        next_prompt: the row of the endless order of prompts that comes next.
+        kl_coef: of the next rollout.
+        scores: moments of all raw scores so far.
+        key: the run's; each rollout's randomness is the iteration folded into it.
+        policy: with its optimizer.
+        value: the critic with its own; None where there is none.
+    """
+
+    iteration: jax.Array
+    next_prompt: jax.Array
+    kl_coef: jax.Array
+    scores: Moments
+    key: jax.Array
+    policy: TrainState
+    value: TrainState | None
+
+
+def new_ppo_state(
+    policy: TrainState, value: TrainState | None, *, kl_coef: float, seed: int, mesh: Mesh
+) -> PpoState:
+    """The state before the first iteration."""
+    everywhere = jax.NamedSharding(mesh, jax.P())
+    small = jax.jit(_beside_the_models, static_argnums=(0, 1), out_shardings=everywhere)
+    return PpoState(**small(kl_coef, seed), policy=policy, value=value)
+
+
+def abstract_ppo_state(policy: TrainState, value: TrainState | None, mesh: Mesh) -> PpoState:
+    """That state's shapes and shardings, from those of its parts."""
+    everywhere = jax.NamedSharding(mesh, jax.P())
+
+    def scalar(leaf: jax.Array) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere)
+
+    small = jax.tree.map(scalar, _beside_the_models(kl_coef=0.0, seed=0))
+    return PpoState(**small, policy=policy, value=value)
+
+
+def _beside_the_models(kl_coef: float, seed: int) -> dict[str, Any]:
+    """All of the first state but policy and critic."""
+    return {
+        "iteration": jnp.zeros((), jnp.int32),
+        "next_prompt": jnp.zeros((), jnp.int32),
+        "kl_coef": jnp.asarray(kl_coef, jnp.float32),
+        "scores": no_moments(),
+        "key": jax.random.key(seed),
+    }
+
 
 NUMBERS_OF_TOKENS = (
     "old_log_probs",

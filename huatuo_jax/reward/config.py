@@ -2,10 +2,10 @@
 
 import dataclasses
 
-from huatuo_jax.comparisons.data import ComparisonsConfig
-from huatuo_jax.comparisons.rows import Denominator, RowsConfig
-from huatuo_jax.config import operational
-from huatuo_jax.sharding import MeshConfig
+from huatuo_jax.core.config import operational
+from huatuo_jax.core.sharding import MeshConfig
+from huatuo_jax.preferences.data import ComparisonsConfig
+from huatuo_jax.preferences.rows import Denominator, RowsConfig
 from huatuo_jax.training.initial_model import ComputeSection, ModelConfig
 from huatuo_jax.training.loop import LoopConfig
 from huatuo_jax.training.micro_batch import (
@@ -26,7 +26,7 @@ class ProbeConfig:
             what is reported, whatever `p_chosen` says.
         chosen: what the `chosen` side is, such as `true` or `longer`.
         neutral: neither side is the right one, so that 1/2, indifference, is what is wished for.
-        encoding: of text files; None tells it by evidence, see `huatuo_jax.data.encodings`.
+        encoding: of text files; None tells it by evidence, see `huatuo_jax.data.text`.
     """
 
     name: str

@@ -8,14 +8,14 @@ from typing import Any
 from huggingface_hub import ModelCardData
 from jax.typing import DTypeLike
 
-from huatuo_jax import sharding
-from huatuo_jax.atomic import writing_directory
 from huatuo_jax.checkpoint import models
-from huatuo_jax.checkpoint.generation_config import CONFIG_FILE
-from huatuo_jax.checkpoint.hf_export import export_model
 from huatuo_jax.checkpoint.models import CARD_FILE
-from huatuo_jax.markdown import inline, table
-from huatuo_jax.scoring import (
+from huatuo_jax.core import sharding
+from huatuo_jax.core.files import writing_directory
+from huatuo_jax.core.markdown import inline, table
+from huatuo_jax.hf.export import export_model
+from huatuo_jax.hf.generation_config import CONFIG_FILE
+from huatuo_jax.training.scoring import (
     CONFIG_FIELDS,
     Normalization,
     load_normalization,

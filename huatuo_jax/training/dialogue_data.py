@@ -8,19 +8,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jax.sharding import Mesh
 
-from huatuo_jax.config import operational
-from huatuo_jax.data import templates
+from huatuo_jax.core.config import operational
 from huatuo_jax.data.accounting import TRAINED_ON, Account
-from huatuo_jax.data.batches import BatchIterator, PrefetchConfig, evaluation_batches
-from huatuo_jax.data.chat import ChatTemplate, TrainedTurns, TruncationPolicy
+from huatuo_jax.data.batches import (
+    BatchIterator,
+    PrefetchConfig,
+    RowConfig,
+    RowStream,
+    evaluation_batches,
+)
+from huatuo_jax.data.chat import templates
+from huatuo_jax.data.chat.template import ChatTemplate, TrainedTurns, TruncationPolicy
 from huatuo_jax.data.duplicates import DuplicatesConfig
-from huatuo_jax.data.held_out import HeldOutConfig
-from huatuo_jax.data.mixture import Mixture, SourceShare
+from huatuo_jax.data.mixture import HeldOutConfig, Mixture, SourceShare
 from huatuo_jax.data.pipeline import PrepareConfig, Prepared, prepare
-from huatuo_jax.data.readers import Keywords
+from huatuo_jax.data.readers import DialogueSource, HeldOutBy, Keywords
 from huatuo_jax.data.records import Kind
-from huatuo_jax.data.rows import RowConfig, RowStream
-from huatuo_jax.data.sources import DialogueSource, HeldOutBy
 from huatuo_jax.data.tokenizing import Progress, TemplateTokenizer
 from huatuo_jax.training.loop import host_share
 
@@ -37,7 +40,7 @@ class SourceConfig:
         paths: files, folders or hub names; their content decides, not their place.
         kind: the kind of all its dialogues; None takes the rows' own.
         adapter: the name of the adapter of an odd format; None for the common ones.
-        encoding: of text files; None tells it by evidence, see `huatuo_jax.data.encodings`.
+        encoding: of text files; None tells it by evidence, see `huatuo_jax.data.text`.
         epochs: passes over it in an epoch of the mixture, 1 unless a weight is given.
         weight: its share of the mixture's examples instead.
         limit: so many of its dialogues at most.

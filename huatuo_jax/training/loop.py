@@ -2,29 +2,85 @@
 
 A run that is stopped or killed goes on where its newest checkpoint stands and gives, bit for bit,
 what an unbroken one would have given (on the same mesh).
+
+Stopping a run from outside: SIGTERM and Ctrl-C ask it to finish its step and save.
+
+Held-out data through a model: sums over all of it, then numbers.
 """
 
 import contextlib
 import dataclasses
+import signal
+import threading
 import time
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+import types
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol, Self
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from huatuo_jax import multi_host, sharding
 from huatuo_jax.checkpoint.store import CheckpointStore
+from huatuo_jax.core import distributed, sharding
 from huatuo_jax.data.batches import HostShare
-from huatuo_jax.training.metrics import EVALUATION_PREFIX, TIME_PREFIX, MetricsLog
-from huatuo_jax.training.preemption import Interrupted, StopSignals
-from huatuo_jax.training.progress import ProgressReport, Silent, make_progress
+from huatuo_jax.training.metrics import (
+    EVALUATION_PREFIX,
+    TIME_PREFIX,
+    MetricsLog,
+    ProgressReport,
+    Silent,
+    StepClock,
+    make_progress,
+    peak_flops,
+)
 from huatuo_jax.training.run_directory import StageDirectory
-from huatuo_jax.training.state import TrainState
-from huatuo_jax.training.throughput import StepClock, peak_flops
-from huatuo_jax.training.update import Update
+from huatuo_jax.training.update import Batch, TrainState, Update, Variables
+
+INTERRUPTED_EXIT_CODE = 75
+"""Exit code of a run that was asked to stop and can go on (EX_TEMPFAIL of sysexits.h)."""
+
+
+class Interrupted(Exception):
+    """A run was asked to stop and has saved; running the same command goes on."""
+
+
+class StopSignals:
+    """Notes SIGTERM and Ctrl-C while it is entered; a second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        """Notes nothing yet."""
+        self._requested = False
+        self._before: dict[signal.Signals, signal._HANDLER] = {}
+
+    def requested(self) -> bool:
+        """Whether to stop, since any process of the run was asked to.
+
+        All of them must call this together, and have the same answer.
+        """
+        if jax.process_count() == 1:
+            return self._requested
+        return distributed.stop_together(self._requested)
+
+    def __enter__(self) -> Self:
+        """Takes the signals over; only a process's main thread can."""
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._note) or signal.SIG_DFL
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Gives the signals back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+    def _note(self, number: int, _: types.FrameType | None) -> None:
+        if number == signal.SIGINT and self._requested:
+            raise KeyboardInterrupt
+        self._requested = True
+
 
 LocalBatch = Mapping[str, np.ndarray]
 BEST_METRIC = f"{EVALUATION_PREFIX}loss"
@@ -190,7 +246,7 @@ class _Session(contextlib.AbstractContextManager["_Session", None]):
         self._pending: deque[tuple[int, dict[str, jax.Array], dict[str, Any]]] = deque()
         self._evaluation: dict[str, float] = {}
         newest = store.latest_step()
-        multi_host.check_same("the newest checkpoint", newest)
+        distributed.check_same("the newest checkpoint", newest)
         self._evaluated = False
         if newest is None:
             self._step, self._state = 0, job.make_state()
@@ -343,3 +399,55 @@ class _Session(contextlib.AbstractContextManager["_Session", None]):
             extra={"data": self._job.batches.get_state(), "evaluated": self._evaluated},
         )
         self._clock.restart()
+
+
+Sums = Mapping[str, np.ndarray]
+
+
+def make_evaluate(
+    sums: Callable[[Variables, Batch], dict[str, jax.Array]],
+    batches: Callable[[], Iterable[LocalBatch]],
+    report: Callable[[Sums], dict[str, float]],
+    mesh: Mesh,
+) -> Callable[[TrainState], dict[str, float]]:
+    """The function that evaluates a state; see `make_measure`."""
+    measure = make_measure(sums, batches, report, mesh)
+    return lambda state: measure(state.variables)
+
+
+def make_measure(
+    sums: Callable[[Variables, Batch], dict[str, jax.Array]],
+    batches: Callable[[], Iterable[LocalBatch]],
+    report: Callable[[Sums], dict[str, float]],
+    mesh: Mesh,
+) -> Callable[[Variables], dict[str, float]]:
+    """The function that evaluates a model's variables.
+
+    Args:
+        sums: pure; sums over a batch.
+        batches: all of the held-out data, once, from its beginning.
+        report: makes numbers of the sums over all batches, which are taken in float64.
+        mesh: where variables and batches lie.
+    """
+    compiled = jax.jit(sums, out_shardings=jax.NamedSharding(mesh, jax.P()))
+
+    def measure(variables: Variables) -> dict[str, float]:
+        totals: dict[str, np.ndarray] = defaultdict(lambda: np.zeros((), np.float64))
+        with jax.set_mesh(mesh):
+            for batch in batches():
+                on_devices = compiled(variables, put_on_mesh(batch, mesh))
+                for name, value in on_devices.items():
+                    totals[name] = totals[name] + np.asarray(value, np.float64)
+        return report(totals)
+
+    return measure
+
+
+def check_rows(rows: int, *, name: str, mesh: Mesh) -> None:
+    """Raise ValueError unless the mesh can divide so many rows evenly."""
+    shards = sharding.batch_shards(mesh)
+    if rows < 1 or rows % shards:
+        axes = " x ".join(sharding.BATCH_AXES)
+        raise ValueError(
+            f"{name}={rows} rows must be a multiple of the {shards} shards of the mesh ({axes})"
+        )

@@ -4,17 +4,41 @@ A row is `{"step", "time_s", "stage", NAME: number, ...}`. Which fields depend o
 fixed by their names (`is_time_field`): all others are the same in a run that was interrupted and in
 one that was not. A number that is not finite has no place in JSON and is left out of its row; the
 counters in the row say why (`train/steps_not_finite`).
+
+How fast a run is: tokens per second, and the share of the device's peak that the model uses.
+
+Model-FLOPs utilisation (PaLM, arXiv 2204.02311, appendix B) is the floating-point operations that
+the model's mathematics asks for, over what the devices could do in that time:
+
+    FLOPs of a step = 6 P t  +  6 P_head s  +  12 L N H a
+    utilisation     = FLOPs of a step / (seconds * devices * peak FLOPs per second)
+
+where t is the number of tokens that are not padding and P the parameters of the layers' matrix
+products (no embedding lookup, norms or biases); s is the number of scored tokens, as the head reads
+no others, and P_head its parameters; a is the number of (query, key) pairs that causality and
+segments leave, the sum of `position + 1` over all tokens. The 6 is 2 FLOPs a multiply-add, once
+forward and twice backward; the 12 is the same for the two products of attention. What
+rematerialisation computes again does not count, nor does padding: both lower the utilisation. With
+adapters the gradients of frozen weights are not computed, and 6 becomes 4; the adapters' own
+products are left out as small.
+
+How far a run is, for the person who waits: a bar on a terminal, plain lines elsewhere.
 """
 
+import dataclasses
 import math
 import pathlib
+import sys
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import jax
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from huatuo_jax import json_lines
+from huatuo_jax.backbone.config import BackboneConfig
+from huatuo_jax.core import files
 
 TIME_PREFIX = "throughput/"
 EVALUATION_PREFIX = "eval/"
@@ -50,7 +74,7 @@ class MetricsLog:
             tensorboard: folder of the event files; None for none.
         """
         cut_rows(path, after_step=after_step, evaluated=evaluated)
-        self._file = json_lines.AppendedFile(path, locked=False)
+        self._file = files.AppendedFile(path, locked=False)
         self._stage = stage
         self._events = None
         if tensorboard is not None:
@@ -93,7 +117,7 @@ class MetricsLog:
 
 def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
     """The rows of a metrics file, without a last one that a kill cut short."""
-    return json_lines.read_rows(path, unfinished="skip")
+    return files.read_rows(path, unfinished="skip")
 
 
 def cut_rows(path: pathlib.Path, *, after_step: int | None, evaluated: bool) -> None:
@@ -113,7 +137,7 @@ def cut_rows(path: pathlib.Path, *, after_step: int | None, evaluated: bool) -> 
         is_evaluation = any(name.startswith((EVALUATION_PREFIX, JUDGED_PREFIX)) for name in row)
         return row["step"] < after_step or evaluated or not is_evaluation
 
-    with json_lines.AppendedFile(path, locked=False) as file:
+    with files.AppendedFile(path, locked=False) as file:
         file.keep_while(is_kept)
 
 
@@ -123,3 +147,204 @@ Sums = dict[str, jax.Array]
 def ratio(total: Any, count: float) -> float:
     """Divides a sum by a count; NaN where there is nothing to count."""
     return float(total) / count if count else math.nan
+
+
+# Peak of dense bfloat16 matrix products per device in FLOPs/s, by jax's name for it, as published
+# by the makers. A TPU v2 or v3 device is one of its chip's two cores.
+PEAK_FLOPS: dict[str, float] = {
+    "TPU v2": 22.5e12,
+    "TPU v3": 61.5e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA L4": 121e12,
+}
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """The device's peak in FLOPs per second; None where it is not known, as on a CPU."""
+    return PEAK_FLOPS.get(device.device_kind)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFlops:
+    """The parts of the formula that belong to the model.
+
+    Attributes:
+        layers: parameters P of the layers' matrix products.
+        head: parameters P_head of the head.
+        attention: L N H.
+        per_parameter: 6, or 4 where the layers are frozen.
+    """
+
+    layers: int
+    head: int
+    attention: int
+    per_parameter: int = 6
+
+    @classmethod
+    def of(cls, cfg: BackboneConfig, *, adapters_only: bool = False) -> "ModelFlops":
+        """The parts for a backbone with a language-model head."""
+        heads = cfg.num_heads + 2 * cfg.num_kv_heads
+        attention = cfg.hidden_size * cfg.head_dim * (heads + cfg.num_heads)
+        mlp = cfg.hidden_size * cfg.intermediate_size * (3 if cfg.gated_mlp else 2)
+        return cls(
+            layers=cfg.num_layers * (attention + mlp),
+            head=cfg.hidden_size * cfg.vocab_size,
+            attention=cfg.num_layers * cfg.num_heads * cfg.head_dim,
+            per_parameter=4 if adapters_only else 6,
+        )
+
+    def of_step(self, *, tokens: float, scored_tokens: float, attended_pairs: float) -> float:
+        """The FLOPs of a step with so many tokens, scored tokens and (query, key) pairs."""
+        products = self.layers * tokens + self.head * scored_tokens
+        return self.per_parameter * products + 12 * self.attention * attended_pairs
+
+    def of_forward(self, *, tokens: float, scored_tokens: float, attended_pairs: float) -> float:
+        """The FLOPs of a forward pass alone: a third of a step in which everything is trained."""
+        return (
+            dataclasses.replace(self, per_parameter=6).of_step(
+                tokens=tokens, scored_tokens=scored_tokens, attended_pairs=attended_pairs
+            )
+            / 3
+        )
+
+
+class StepClock:
+    """Splits the time of steps into waiting for data and computing."""
+
+    def __init__(self) -> None:
+        """Starts it."""
+        self._since = time.perf_counter()
+        self._waited_s = 0.0
+
+    def restart(self) -> None:
+        """Leaves what was done since the last step (an evaluation, a save) out of the next one."""
+        self._since = time.perf_counter()
+        self._waited_s = 0.0
+
+    def add_wait(self, seconds: float) -> None:
+        """Adds time spent waiting for data."""
+        self._waited_s += seconds
+
+    def step(self) -> tuple[float, float]:
+        """Ends a step and begins the next one: the seconds it took, and those it waited."""
+        now = time.perf_counter()
+        took, waited = now - self._since, self._waited_s
+        self._since, self._waited_s = now, 0.0
+        return max(took, 1e-9), min(waited, took)
+
+
+class ProgressReport(Protocol):
+    """What the loop tells of itself."""
+
+    def step(self, step: int, *, loss: float | None, tokens_per_s: float) -> None:
+        """A step is done."""
+
+    def say(self, line: str) -> None:
+        """Something happened that is worth a line."""
+
+    def close(self) -> None:
+        """The run ends."""
+
+
+def make_progress(stage: str, num_steps: int, *, start: int, every: int) -> ProgressReport:
+    """A bar if standard output is a terminal, otherwise lines.
+
+    Args:
+        stage: the stage's name.
+        num_steps: steps in all.
+        start: steps done before.
+        every: steps between two lines.
+    """
+    if sys.stdout.isatty():
+        return _Bar(stage, num_steps, start=start)
+    return _Lines(stage, num_steps, start=start, every=every)
+
+
+class Silent:
+    """No report: for the processes of a run that are not the first, and for tests."""
+
+    def step(self, step: int, *, loss: float | None, tokens_per_s: float) -> None:
+        """Nothing."""
+
+    def say(self, line: str) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+class _TimeLeft:
+    """Time left by the pace since the second step: the first one compiles."""
+
+    def __init__(self, num_steps: int, *, start: int) -> None:
+        self._num_steps = num_steps
+        self._first_step = start + 1
+        self._first_done = time.perf_counter()
+
+    def after(self, step: int) -> str:
+        """Hours, minutes and seconds as `1:02:03`; `?` before there is a pace."""
+        if step <= self._first_step:
+            self._first_done = time.perf_counter()
+            return "?"
+        pace = (time.perf_counter() - self._first_done) / (step - self._first_step)
+        seconds = round(pace * (self._num_steps - step))
+        return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+
+
+def _numbers(loss: float | None, tokens_per_s: float, left: str) -> str:
+    shown = f"loss {loss:.4f}" if loss is not None and math.isfinite(loss) else "no loss"
+    return f"{shown}, {tokens_per_s:,.0f} tokens/s, {left} left"
+
+
+class _Lines:
+    def __init__(self, stage: str, num_steps: int, *, start: int, every: int) -> None:
+        self._stage, self._num_steps, self._every = stage, num_steps, every
+        self._left = _TimeLeft(num_steps, start=start)
+
+    def step(self, step: int, *, loss: float | None, tokens_per_s: float) -> None:
+        left = self._left.after(step)
+        if step % self._every == 0 or step == self._num_steps:
+            self.say(f"step {step}/{self._num_steps}: {_numbers(loss, tokens_per_s, left)}")
+
+    def say(self, line: str) -> None:
+        print(f"{self._stage}: {line}", flush=True)
+
+    def close(self) -> None:
+        pass
+
+
+class _Bar:
+    def __init__(self, stage: str, num_steps: int, *, start: int) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn())
+        numbers = (
+            TextColumn("{task.completed}/{task.total}"),
+            TextColumn("{task.fields[numbers]}"),
+        )
+        self._progress = Progress(*columns, *numbers, console=Console())
+        self._task: TaskID = self._progress.add_task(
+            stage, total=num_steps, completed=start, numbers="compiling"
+        )
+        self._left = _TimeLeft(num_steps, start=start)
+        self._progress.start()
+
+    def step(self, step: int, *, loss: float | None, tokens_per_s: float) -> None:
+        numbers = _numbers(loss, tokens_per_s, self._left.after(step))
+        self._progress.update(self._task, completed=step, numbers=numbers)
+
+    def say(self, line: str) -> None:
+        self._progress.console.print(line, markup=False)
+
+    def close(self) -> None:
+        self._progress.stop()

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from huatuo_jax import sharding
+from huatuo_jax.core import sharding
 
 Decay = Literal["cosine", "linear", "constant"]
 

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from huatuo_jax import multi_host
-from huatuo_jax.sharding import OnMesh
+from huatuo_jax.core import distributed
+from huatuo_jax.core.sharding import OnMesh
 
 GIB = 1 << 30
 MEMORY_VARIABLE = "HUATUO_DEVICE_MEMORY_GIB"
@@ -140,7 +140,9 @@ def device_memory(mesh: Mesh) -> int | None:
     Raises:
         ValueError: the variable cannot be.
     """
-    told = [one for one in multi_host.gather("device memory", _own_memory(mesh)) if one is not None]
+    told = [
+        one for one in distributed.gather("device memory", _own_memory(mesh)) if one is not None
+    ]
     return min(told, default=None)
 
 

@@ -6,6 +6,8 @@
 
 Settings that decide results are a run's identity: once a stage has a checkpoint they may not
 change. A field is operational (free to change) if it was declared with `operational`.
+
+Says before a stage's first step what it trains on and what is left out, and keeps it.
 """
 
 import dataclasses
@@ -22,9 +24,10 @@ from typing import Any
 
 import jax
 
-from huatuo_jax import multi_host
-from huatuo_jax.atomic import write_file
-from huatuo_jax.checkpoint.differences import as_json, differences
+from huatuo_jax.core import distributed
+from huatuo_jax.core.config import as_json, differences
+from huatuo_jax.core.files import write_file
+from huatuo_jax.data.accounting import Account
 
 CONFIG_FILE = "config.json"
 ENVIRONMENT_FILE = "environment.json"
@@ -77,7 +80,7 @@ class StageDirectory:
     def finish(self, result: Mapping[str, Any]) -> None:
         """Marks the stage as finished; call it when all it made is on disk."""
         # What the first process does alone at the end, such as a report, may take its time.
-        multi_host.by_first("stage finished", lambda: _write(self.folder / FINISHED_FILE, result))
+        distributed.by_first("stage finished", lambda: _write(self.folder / FINISHED_FILE, result))
 
     def has_checkpoint(self) -> bool:
         """Whether a whole checkpoint is there: from then on the stage's settings stand."""
@@ -109,9 +112,9 @@ def begin_stage(
     if "://" in os.fspath(workdir):
         raise ValueError(f"workdir={workdir!s} is an address: mount the bucket or disk as a folder")
     folder = pathlib.Path(workdir)
-    multi_host.check_joined()
-    multi_host.check_shared(folder)
-    multi_host.check_same(f"what decides results of stage {name!r}", dict(decisive))
+    distributed.check_joined()
+    distributed.check_shared(folder)
+    distributed.check_same(f"what decides results of stage {name!r}", dict(decisive))
     stage = StageDirectory(folder / name)
     path = folder / CONFIG_FILE
     saved = _read(path) if path.exists() else {}
@@ -195,3 +198,19 @@ def _write(path: pathlib.Path, value: Mapping[str, Any]) -> None:
     """Writes JSON that is never seen half written."""
     text = json.dumps(as_json(value, name=path.name), ensure_ascii=False, indent=2)
     write_file(path, f"{text}\n")
+
+
+DATA_FILE = "data.json"
+
+
+def report_data(directory: StageDirectory, account: Account) -> None:
+    """Prints an account of the stage's data and writes it to `STAGE/data.json`.
+
+    Of several processes, the first one does.
+    """
+    if not distributed.is_first():
+        return
+    for line in account.lines():
+        print(f"{directory.name}: {line}", flush=True)
+    text = json.dumps(account.to_json(), ensure_ascii=False, indent=2)
+    write_file(directory.folder / DATA_FILE, f"{text}\n")

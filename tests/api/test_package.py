@@ -10,9 +10,9 @@ from typing import get_type_hints
 import pytest
 
 import huatuo_jax as hj
-from huatuo_jax.api.policy import SamplingFields
-from huatuo_jax.api.stage_fields import DpoFields, PpoFields, RewardFields, SftFields
-from huatuo_jax.dpo.config import DpoConfig
+from huatuo_jax.api.models import SamplingFields
+from huatuo_jax.api.stages import DpoFields, PpoFields, RewardFields, SftFields
+from huatuo_jax.dpo import DpoConfig
 from huatuo_jax.generation.requests import SamplingConfig
 from huatuo_jax.ppo.config import PpoConfig
 from huatuo_jax.reward.config import RewardConfig
@@ -35,13 +35,13 @@ def test_importing_the_package_imports_nothing_else():
 
 
 def test_a_lower_floor_is_imported_without_the_upper_ones():
-    code = "import huatuo_jax.json_lines, sys; print('jax' in sys.modules,"
-    assert run(f"{code} 'huatuo_jax.api.policy' in sys.modules)") == "False False\n"
+    code = "import huatuo_jax.core.files, sys; print('jax' in sys.modules,"
+    assert run(f"{code} 'huatuo_jax.api.models' in sys.modules)") == "False False\n"
 
 
 def test_functions_are_not_hidden_by_the_modules_of_their_names():
     code = """
-import huatuo_jax.sft, huatuo_jax.dpo.stage, huatuo_jax.ppo.stage
+import huatuo_jax.sft, huatuo_jax.dpo, huatuo_jax.ppo.stage
 import huatuo_jax as hj
 from huatuo_jax.sft import run_sft
 print(hj.sft.__module__, hj.dpo.__module__, hj.ppo.__module__, run_sft.__module__)

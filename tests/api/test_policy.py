@@ -11,13 +11,13 @@ import transformers
 
 import huatuo_jax as hj
 from huatuo_jax.checkpoint.models import find_model, load_params
-from huatuo_jax.data import templates
+from huatuo_jax.core.sharding import MeshConfig
+from huatuo_jax.data.chat import templates
 from huatuo_jax.data.records import Message
 from huatuo_jax.generation.bulk import BulkConfig, run_bulk
 from huatuo_jax.generation.requests import SamplingConfig
-from huatuo_jax.sharding import MeshConfig
 from tests.api import tiny
-from tests.checkpoint import tiny_checkpoints
+from tests.hf import tiny_checkpoints
 
 SYSTEM = "你是一位医生。"
 

@@ -9,7 +9,7 @@ import transformers
 
 import huatuo_jax as hj
 from huatuo_jax.reward.score_file import ScoreConfig, score_file
-from huatuo_jax.scoring import load_normalization
+from huatuo_jax.training.scoring import load_normalization
 from tests.api import tiny
 
 RESPONSES = ["先多喝水，注意休息。", "去医院检查。", ""]

@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 import huatuo_jax as hj
-from huatuo_jax.data.held_out import HeldOutConfig
+from huatuo_jax.data.mixture import HeldOutConfig
 from huatuo_jax.data.python_data import as_file
 from huatuo_jax.generation.samples import read_samples
 from huatuo_jax.ppo.config import PpoLoopConfig, RolloutConfig
@@ -17,7 +17,7 @@ from huatuo_jax.training.loop import LoopConfig
 from huatuo_jax.training.metrics import read_rows
 from huatuo_jax.training.optimizer import OptimizerConfig
 from tests.api import tiny
-from tests.rlaif.tiny import tiny_recipe, write_dialogues
+from tests.recipe.tiny import tiny_recipe, write_dialogues
 
 LOOP = LoopConfig(evaluate_every=2, checkpoint_every=2, tensorboard=False)
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2)

@@ -8,7 +8,7 @@ from huatuo_jax.backbone.config import BackboneConfig, ComputeConfig
 from huatuo_jax.backbone.transformer import init_params
 from huatuo_jax.checkpoint.models import save_orbax
 from huatuo_jax.data import sample
-from huatuo_jax.scoring import Normalization, save_normalization
+from huatuo_jax.training.scoring import Normalization, save_normalization
 
 TOKENIZER = sample.FOLDER / "tokenizer"
 BACKBONE = BackboneConfig(

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from huatuo_jax import sharding
-from huatuo_jax.backbone import attention, fused_attention, positions
+from huatuo_jax.backbone import attention, positions
+from huatuo_jax.backbone import attention as fused_attention
+from huatuo_jax.core import sharding
 
 KERNEL_INPUT = {"length": 256, "head_dim": 128, "dtype": "bfloat16", "alibi": False}
 

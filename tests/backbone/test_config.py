@@ -4,8 +4,7 @@ import json
 import jax.numpy as jnp
 import pytest
 
-from huatuo_jax.backbone.config import BackboneConfig, ComputeConfig, RopeConfig
-from huatuo_jax.backbone.presets import PRESETS
+from huatuo_jax.backbone.config import PRESETS, BackboneConfig, ComputeConfig, RopeConfig
 
 TINY = BackboneConfig(
     family="llama",

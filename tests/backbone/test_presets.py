@@ -10,13 +10,11 @@ import torch
 import transformers
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
-from huatuo_jax import sharding
-from huatuo_jax.backbone.config import BackboneConfig, ComputeConfig
-from huatuo_jax.backbone.presets import PRESETS, preset
+from huatuo_jax.backbone.config import PRESETS, BackboneConfig, ComputeConfig, preset
 from huatuo_jax.backbone.transformer import abstract_params, count_parameters
-from huatuo_jax.checkpoint.hf_config import from_hugging_face
-from huatuo_jax.checkpoint.hf_export_config import to_hugging_face
 from huatuo_jax.checkpoint.models import architecture_of
+from huatuo_jax.core import sharding
+from huatuo_jax.hf.config import from_hugging_face, to_hugging_face
 
 COMPUTE = ComputeConfig()
 

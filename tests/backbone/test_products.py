@@ -6,7 +6,7 @@ from jax.test_util import check_grads
 
 from huatuo_jax.backbone.config import BackboneConfig, ComputeConfig
 from huatuo_jax.backbone.layers import Projection
-from huatuo_jax.backbone.products import gated, linear
+from huatuo_jax.backbone.matmul import gated, linear
 
 
 def _random(*shape, seed=0):

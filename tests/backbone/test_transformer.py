@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from huatuo_jax.backbone import heads
+from huatuo_jax.backbone import layers
 from huatuo_jax.backbone.config import BackboneConfig, ComputeConfig
 from huatuo_jax.backbone.transformer import (
     Transformer,
@@ -223,7 +223,7 @@ def test_padded_vocabulary_rows_get_no_probability_and_no_gradient(family, vocab
     (value, logits_BTV), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
     assert np.isfinite(value)
     assert logits_BTV.shape == (2, 9, 64)
-    assert np.all(logits_BTV[..., vocab_size:] == np.float32(heads.PADDED_LOGIT))
+    assert np.all(logits_BTV[..., vocab_size:] == np.float32(layers.PADDED_LOGIT))
     assert np.all(jax.nn.softmax(logits_BTV)[..., vocab_size:] == 0)
     for gradient in jax.tree.leaves(gradients):
         assert np.all(np.isfinite(gradient))

@@ -15,8 +15,8 @@ import torch
 
 from huatuo_jax.checkpoint.convert import convert
 from huatuo_jax.checkpoint.models import find_model
-from tests.checkpoint import baichuan_reference, tiny_checkpoints
-from tests.hub import rewrite_weights
+from tests.hf import baichuan_reference, tiny_checkpoints
+from tests.hub_server import rewrite_weights
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -75,7 +75,7 @@ def test_a_reward_model_is_verified_by_its_scores(tmp_path):
 
 
 def test_verification_notices_weights_that_changed(llama, copy, tmp_path, monkeypatch):
-    from huatuo_jax.checkpoint import verify
+    from huatuo_jax.checkpoint import convert as verify
 
     convert(str(llama), tmp_path / "ours")
     rewrite_weights(copy, lambda t: t["model.norm.weight"].mul_(1.01))
@@ -277,7 +277,7 @@ def test_the_command_ignores_fields_that_the_user_names(copy, tmp_path):
 
 
 def test_a_delta_without_a_tokenizer_takes_its_bases(llama, copy, tmp_path):
-    from tests.hub import save_chatml_tokenizer
+    from tests.hub_server import save_chatml_tokenizer
 
     base = shutil.copytree(llama, tmp_path / "base")
     save_chatml_tokenizer(base, template=None)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from huatuo_jax.checkpoint.model_directory import (
+from huatuo_jax.checkpoint.models import (
     is_model_directory,
     load_model_config,
     load_model_params,

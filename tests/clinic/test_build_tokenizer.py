@@ -13,8 +13,8 @@ from huatuo_jax.clinic import build_tokenizer
 from huatuo_jax.clinic.dialogues import dialogues
 from huatuo_jax.clinic.files import TOKENIZER
 from huatuo_jax.data.build_tokenizer import VOCAB_SIZE, main
+from huatuo_jax.data.chat.templates import HuatuoGPTTemplate
 from huatuo_jax.data.records import KINDS
-from huatuo_jax.data.templates import HuatuoGPTTemplate
 
 ROOT = pathlib.Path(huatuo_jax.__file__).resolve().parents[1]
 

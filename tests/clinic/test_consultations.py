@@ -2,12 +2,10 @@
 
 import pytest
 
-from huatuo_jax.clinic.consultations import consult
-from huatuo_jax.clinic.doctors import DistilledDoctor, RealDoctor
-from huatuo_jax.clinic.draws import Draws
-from huatuo_jax.clinic.patient import Patient
+from huatuo_jax.clinic.dialogues import DistilledDoctor, RealDoctor
+from huatuo_jax.clinic.patient import Patient, consult
 from huatuo_jax.clinic.reading import heard
-from huatuo_jax.clinic.world import Case, draw_case
+from huatuo_jax.clinic.world import Case, Draws, draw_case
 from huatuo_jax.clinic.writing import Writer
 
 CASES = [draw_case(Draws("consultation", number), f"case {number}") for number in range(150)]

@@ -4,10 +4,10 @@ import itertools
 
 import pytest
 
-from huatuo_jax.clinic.care import ADULT_ADVICE, DRUGS, forbidden_test
 from huatuo_jax.clinic.dialogues import PAPER_COUNTS, SOURCE, counts_of_kinds, dialogues, prompts
 from huatuo_jax.clinic.findings import find
 from huatuo_jax.clinic.reading import asked, heard
+from huatuo_jax.clinic.symptoms import ADULT_ADVICE, DRUGS, forbidden_test
 from huatuo_jax.clinic.world import Case, best_accuracy, near_misses, posterior
 from huatuo_jax.data.records import KINDS, Dialogue, Prompt
 

@@ -2,9 +2,9 @@
 
 from collections import Counter
 
-from huatuo_jax.clinic import care
+from huatuo_jax.clinic import symptoms as care
 from huatuo_jax.clinic.diseases import DISEASES
-from huatuo_jax.clinic.exams import LETTERS, exam_questions, written_cases
+from huatuo_jax.clinic.files import LETTERS, exam_questions, written_cases
 from huatuo_jax.clinic.reading import find_terms, normal
 from huatuo_jax.clinic.world import Case
 from huatuo_jax.data import records

@@ -6,18 +6,16 @@ import statistics
 
 import pytest
 
-from huatuo_jax.clinic.dialogues import prompts
-from huatuo_jax.clinic.doctors import DistilledDoctor
-from huatuo_jax.clinic.draws import Draws
+from huatuo_jax.clinic.dialogues import DistilledDoctor, prompts
 from huatuo_jax.clinic.findings import find
 from huatuo_jax.clinic.judge import CRITERIA, SCALE, ClinicJudge, distilled_manner
 from huatuo_jax.clinic.planted import planted_answers
 from huatuo_jax.clinic.reading import heard
-from huatuo_jax.clinic.world import Case
+from huatuo_jax.clinic.world import Case, Draws
 from huatuo_jax.clinic.writing import Writer
 from huatuo_jax.data.records import Message, Prompt
-from huatuo_jax.feedback import judgements, label_statistics
-from huatuo_jax.feedback.verdicts import PairKey, Verdicts
+from huatuo_jax.judge import judgements, report
+from huatuo_jax.judge.questions import PairKey, Verdicts
 
 PROMPTS = list(prompts(120, seed=9))
 
@@ -253,7 +251,7 @@ def test_the_position_bias_comes_back_in_the_labels_report(noise):
         verdicts[PairKey(asked.id, place, place + 1)] = Verdicts(
             (judge.p_first(asked, one, two),), (judge.p_first(asked, two, one),)
         )
-    figure = label_statistics.position_bias(verdicts).log_odds
+    figure = report.position_bias(verdicts).log_odds
     tolerance = 3 * figure.standard_error if noise else 1e-6
     assert figure.value == pytest.approx(0.6, abs=tolerance)
 

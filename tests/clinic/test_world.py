@@ -5,14 +5,14 @@ import math
 
 import pytest
 
-from huatuo_jax.clinic import care
+from huatuo_jax.clinic import symptoms
 from huatuo_jax.clinic.diseases import AGE_BANDS, DISEASES, DURATIONS
-from huatuo_jax.clinic.draws import Draws
 from huatuo_jax.clinic.reading import TERMS, normal
 from huatuo_jax.clinic.symptoms import SYMPTOMS
 from huatuo_jax.clinic.world import (
     LEAST_SYMPTOMS,
     Case,
+    Draws,
     Observation,
     best_accuracy,
     draw_case,
@@ -37,27 +37,27 @@ def told(case, count, *, person):
 def test_every_name_in_a_row_stands_in_its_table():
     for disease in DISEASES.values():
         assert set(disease.symptoms) <= set(SYMPTOMS)
-        assert set(disease.tests) <= set(care.TESTS) and disease.tests
-        assert set(disease.advice) <= set(care.ADVICE) and len(disease.advice) >= 2
-        assert set(disease.drugs) <= set(care.DRUGS)
-        assert disease.department in care.DEPARTMENTS
+        assert set(disease.tests) <= set(symptoms.TESTS) and disease.tests
+        assert set(disease.advice) <= set(symptoms.ADVICE) and len(disease.advice) >= 2
+        assert set(disease.drugs) <= set(symptoms.DRUGS)
+        assert disease.department in symptoms.DEPARTMENTS
         assert len(set(disease.lasts)) > 1 and any(disease.ages)
-        assert disease.emergency == (disease.department == care.EMERGENCY)
+        assert disease.emergency == (disease.department == symptoms.EMERGENCY)
         assert not (disease.emergency and disease.drugs), "no drug at home in an emergency"
-        assert not disease.emergency or set(disease.advice) & set(care.ON_THE_WAY)
-        assert len(set(disease.advice) - set(care.ADULT_ADVICE)) >= 2 or not disease.ages[0]
+        assert not disease.emergency or set(disease.advice) & set(symptoms.ON_THE_WAY)
+        assert len(set(disease.advice) - set(symptoms.ADULT_ADVICE)) >= 2 or not disease.ages[0]
         assert disease.no_pregnancy or any(
-            not care.forbidden_test(test, frozenset({"怀孕"})) for test in disease.tests
+            not symptoms.forbidden_test(test, frozenset({"怀孕"})) for test in disease.tests
         )
 
 
 def test_everything_in_the_tables_is_used_by_a_row():
     rows = DISEASES.values()
     assert {name for row in rows for name in row.symptoms} == set(SYMPTOMS)
-    assert {name for row in rows for name in row.tests} == set(care.TESTS)
-    assert {name for row in rows for name in row.advice} == set(care.ADVICE)
-    assert {name for row in rows for name in row.drugs} == set(care.DRUGS)
-    assert {row.department for row in rows} == set(care.DEPARTMENTS)
+    assert {name for row in rows for name in row.tests} == set(symptoms.TESTS)
+    assert {name for row in rows for name in row.advice} == set(symptoms.ADVICE)
+    assert {name for row in rows for name in row.drugs} == set(symptoms.DRUGS)
+    assert {row.department for row in rows} == set(symptoms.DEPARTMENTS)
 
 
 def test_no_word_means_two_things():
@@ -89,8 +89,8 @@ def test_near_misses_are_told_apart_by_a_question():
 
 
 def test_every_condition_forbids_a_drug_that_someone_is_given():
-    for condition in care.CONDITIONS:
-        forbidden = {name for name, drug in care.DRUGS.items() if condition in drug.not_with}
+    for condition in symptoms.CONDITIONS:
+        forbidden = {name for name, drug in symptoms.DRUGS.items() if condition in drug.not_with}
         assert any(forbidden & set(row.drugs) for row in DISEASES.values()), condition
 
 

@@ -5,8 +5,8 @@ import string
 import pytest
 
 from huatuo_jax.clinic.dialogues import counts_of_kinds, dialogues, prompts
-from huatuo_jax.clinic.draws import Draws
 from huatuo_jax.clinic.reading import sentences
+from huatuo_jax.clinic.world import Draws
 from huatuo_jax.clinic.writing import TEMPLATES, Writer, counted_sentences, shared_sentences
 
 

@@ -9,15 +9,14 @@ import sys
 import jax
 import jax.numpy as jnp
 
-from huatuo_jax.backbone.config import ComputeConfig
-from huatuo_jax.backbone.presets import preset
+from huatuo_jax.backbone.config import ComputeConfig, preset
 from huatuo_jax.backbone.transformer import Transformer, abstract_params
 from huatuo_jax.compiling import hlo
 from huatuo_jax.compiling.costs import costs_of
-from huatuo_jax.compiling.topology import open_slice, prepare_environment
+from huatuo_jax.compiling.hardware import open_slice, prepare_environment
+from huatuo_jax.core.sharding import MeshConfig
 from huatuo_jax.generation import cache as caches
 from huatuo_jax.generation.abstract import abstract_engine
-from huatuo_jax.sharding import MeshConfig
 
 SLOTS, LENGTH, TENSOR = 64, 2048, 2
 

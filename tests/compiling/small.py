@@ -7,9 +7,9 @@ import subprocess
 import sys
 
 from huatuo_jax.backbone.config import BackboneConfig
-from huatuo_jax.config import replaced
+from huatuo_jax.core.config import replaced
+from huatuo_jax.recipe.config import StagesConfig
 from huatuo_jax.sft import SftConfig
-from huatuo_jax.stages import StagesConfig
 from huatuo_jax.training.dialogue_data import DataConfig, SourceConfig
 from huatuo_jax.training.initial_model import ComputeSection, ModelConfig
 from huatuo_jax.training.optimizer import OptimizerConfig

@@ -7,14 +7,13 @@ import types
 import jax
 import pytest
 
-from huatuo_jax.compiling import report, topology, units
-from huatuo_jax.compiling.analysis import Analysis, Misfit
-from huatuo_jax.compiling.costs import Costs
-from huatuo_jax.compiling.memory import largest_arguments
-from huatuo_jax.compiling.roofline import Roofline
-from huatuo_jax.compiling.stages import programs_of
-from huatuo_jax.compiling.sweep import REMAT, micro_batches, recommended, sweep, with_settings
-from huatuo_jax.training.advice import advice
+from huatuo_jax.compiling import hardware, report
+from huatuo_jax.compiling import report as units
+from huatuo_jax.compiling.command import REMAT, micro_batches, recommended, sweep, with_settings
+from huatuo_jax.compiling.costs import Costs, Roofline
+from huatuo_jax.compiling.programs import programs_of
+from huatuo_jax.compiling.report import Analysis, Misfit, largest_arguments
+from huatuo_jax.training.micro_batch import advice
 from huatuo_jax.training.programs import Memory, bytes_on_device
 from tests.compiling.small import small_sft
 
@@ -72,15 +71,15 @@ def test_a_slice_of_less_than_a_host_is_asked_for_as_a_host_of_its_own(name, bou
         return types.SimpleNamespace(devices=[])
 
     monkeypatch.setenv("TPU_LIBRARY_PATH", "libtpu.so")
-    monkeypatch.setattr(topology.topologies, "get_topology_desc", describe)
-    topology.open_slice(name)
+    monkeypatch.setattr(hardware.topologies, "get_topology_desc", describe)
+    hardware.open_slice(name)
     assert asked == {name: {} if bounds is None else {"chips_per_host_bounds": bounds}}
 
 
 @pytest.mark.parametrize("name", ["v9:2x2", "v5e", "v5e:8", "tpu v5e:8x8", "v5e:2x2x2", "v4:8x8"])
 def test_an_unknown_topology_lists_the_known_ones(name):
     with pytest.raises(ValueError, match=r"v5e:8x8 \(2 axes\).*tpu7x:4x4x4 \(3 axes\)") as error:
-        topology.open_slice(name)
+        hardware.open_slice(name)
     assert name in str(error.value)
 
 
@@ -88,7 +87,7 @@ def test_without_libtpu_one_line_names_the_extra(monkeypatch):
     monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install 'huatuo_jax\[tpu\]'") as error:
-        topology.open_slice("v5e:2x2")
+        hardware.open_slice("v5e:2x2")
     assert "\n" not in str(error.value)
 
 

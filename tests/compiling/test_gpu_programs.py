@@ -6,14 +6,11 @@ import types
 import numpy as np
 import pytest
 
-from huatuo_jax.compiling import hlo, topology
-from huatuo_jax.compiling.collectives import Collective
-from huatuo_jax.compiling.costs import costs_of
-from huatuo_jax.compiling.gpus import GPUS
-from huatuo_jax.compiling.kernels import cudnn_calls, splash_calls
-from huatuo_jax.compiling.roofline import seconds_of
-from huatuo_jax.compiling.topology import Slice
-from huatuo_jax.training.throughput import PEAK_FLOPS
+from huatuo_jax.compiling import hardware, hlo
+from huatuo_jax.compiling.costs import costs_of, cudnn_calls, seconds_of, splash_calls
+from huatuo_jax.compiling.hardware import GPUS, Slice
+from huatuo_jax.compiling.hlo import Collective
+from huatuo_jax.training.metrics import PEAK_FLOPS
 
 
 def gathered(group, num_hosts=1):
@@ -41,19 +38,19 @@ def gathered(group, num_hosts=1):
 @pytest.mark.parametrize("name", ["h100", "h100:2x4", "h300:8", "h200:0"])
 def test_an_unknown_number_of_gpus_lists_the_known_topologies(name):
     with pytest.raises(ValueError, match=r"v5e:8x8 \(2 axes\).*h100:8 \(GPUs of a host\)") as error:
-        topology.open_slice(name)
+        hardware.open_slice(name)
     assert name in str(error.value)
 
 
 def test_more_gpus_than_a_host_has_are_several_hosts():
     with pytest.raises(ValueError, match=r"'h100:16': a host has at most 8.*num_slices"):
-        topology.open_slice("h100:16")
+        hardware.open_slice("h100:16")
 
 
 def test_without_the_cuda_plugin_one_line_names_the_extra(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install 'huatuo_jax\[cuda\]'") as error:
-        topology.open_slice("h100:8")
+        hardware.open_slice("h100:8")
     assert "\n" not in str(error.value)
 
 

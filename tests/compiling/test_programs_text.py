@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import pytest
 
 from huatuo_jax.compiling import hlo
-from huatuo_jax.compiling.collectives import (
+from huatuo_jax.compiling.costs import costs_of
+from huatuo_jax.compiling.hlo import (
     Collective,
     collectives_of,
     gathers_of_stacked_layers,
     layer_loops,
 )
-from huatuo_jax.compiling.costs import costs_of
-from huatuo_jax.sharding import make_mesh
+from huatuo_jax.core.sharding import make_mesh
 
 NUM_LAYERS, ROWS, WIDTH = 5, 16, 64
 

@@ -6,11 +6,9 @@ import types
 import numpy as np
 import pytest
 
-from huatuo_jax.compiling.chips import CHIPS
-from huatuo_jax.compiling.collectives import Collective
-from huatuo_jax.compiling.costs import Costs
-from huatuo_jax.compiling.roofline import roofline, seconds_of
-from huatuo_jax.compiling.topology import Slice
+from huatuo_jax.compiling.costs import Costs, roofline, seconds_of
+from huatuo_jax.compiling.hardware import CHIPS, Slice
+from huatuo_jax.compiling.hlo import Collective
 
 LINK = CHIPS["v5e"].link_bandwidth
 

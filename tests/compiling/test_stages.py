@@ -6,22 +6,20 @@ import jax
 import numpy as np
 import pytest
 
+from huatuo_jax.backbone.config import preset
 from huatuo_jax.backbone.lora import LoraConfig
-from huatuo_jax.backbone.presets import preset
-from huatuo_jax.comparisons.rows import ComparisonRows, RowsConfig, empty_row
-from huatuo_jax.compiling.models import Architectures
-from huatuo_jax.compiling.programs import attended_pairs
-from huatuo_jax.compiling.stages import programs_of
-from huatuo_jax.config import load_card, replaced
+from huatuo_jax.compiling.programs import Architectures, attended_pairs, programs_of
+from huatuo_jax.core.config import load_card, replaced
 from huatuo_jax.generation.requests import Answer, Usage
-from huatuo_jax.ppo.layout import plain_layout
-from huatuo_jax.ppo.programs import _row
 from huatuo_jax.ppo.prompts import TokenPrompt
 from huatuo_jax.ppo.rollout import make_rollout
+from huatuo_jax.ppo.stage import _row
+from huatuo_jax.ppo.targets import plain_layout
 from huatuo_jax.ppo.trainer import NUMBERS_OF_TOKENS
+from huatuo_jax.preferences.rows import ComparisonRows, RowsConfig, empty_row
 from huatuo_jax.training.initial_model import ModelConfig
-from huatuo_jax.training.throughput import ModelFlops
-from tests.comparisons.tiny import token_group
+from huatuo_jax.training.metrics import ModelFlops
+from tests.preferences.tiny import token_group
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
 

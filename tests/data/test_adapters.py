@@ -1,6 +1,7 @@
 import pytest
 
-from huatuo_jax.data.adapters import (
+from huatuo_jax.data.files import Row, RowError
+from huatuo_jax.data.formats.adapters import (
     ADAPTERS,
     LAST_TURNS_ONLY,
     Adapter,
@@ -8,8 +9,7 @@ from huatuo_jax.data.adapters import (
     disc_scores_of,
     find_adapter,
 )
-from huatuo_jax.data.files import Row, RowError
-from huatuo_jax.data.turns import RowProblem
+from huatuo_jax.data.formats.turns import RowProblem
 
 KEYS = ("title", "ask", "answer", "instruction", "output", "question", "option", "anwer")
 KEYS += ("description", "QA_pairs", "QUESTION", "CONTEXTS", "final_decision", "prompt", "scores")

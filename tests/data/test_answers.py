@@ -2,8 +2,6 @@
 
 import pytest
 
-from huatuo_jax.checkpoint.tokenizer import load_tokenizer
-from huatuo_jax.data import templates
 from huatuo_jax.data.answers import (
     AnswerToTokenize,
     Sampled,
@@ -13,9 +11,11 @@ from huatuo_jax.data.answers import (
     text_of,
     without_oldest,
 )
+from huatuo_jax.data.chat import templates
 from huatuo_jax.data.records import Message, answer
-from tests.comparisons.tiny import TOKENIZER
+from huatuo_jax.hf.tokenizer import load_tokenizer
 from tests.data.test_templates import LLAMA2_JINJA, LLAMA3_JINJA, QWEN_JINJA
+from tests.preferences.tiny import TOKENIZER
 
 SPECIALS = ["<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 PROMPT = (Message("user", "咳嗽三天了，怎么办？"),)

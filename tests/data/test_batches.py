@@ -10,12 +10,12 @@ from huatuo_jax.data.batches import (
     BatchIterator,
     HostShare,
     PrefetchConfig,
+    RowConfig,
+    RowStream,
     evaluation_batches,
 )
-from huatuo_jax.data.examples import ALL_KINDS, Example
 from huatuo_jax.data.mixture import Mixture, one_epoch_each
-from huatuo_jax.data.rows import RowConfig, RowStream
-from huatuo_jax.data.token_cache import Entry, TokenDataset, write_examples
+from huatuo_jax.data.tokenizing import ALL_KINDS, Entry, Example, TokenDataset, write_examples
 
 NUM_EXAMPLES = 60
 ROW_LENGTH = 32

@@ -7,16 +7,15 @@ import random
 import pytest
 from transformers import AutoTokenizer
 
-from huatuo_jax.data.chat import NothingToTrain, truncate
-from huatuo_jax.data.chat_pieces import cut_apart
-from huatuo_jax.data.records import Message
-from huatuo_jax.data.templates import (
+from huatuo_jax.data.chat.template import NothingToTrain, cut_apart, truncate
+from huatuo_jax.data.chat.templates import (
     HUATUOGPT_SYSTEM,
     ChatMLTemplate,
     HuatuoGPTTemplate,
     Llama2Template,
     Llama3Template,
 )
+from huatuo_jax.data.records import Message
 
 SYSTEM = Message("system", "你是医生。")
 

@@ -3,7 +3,8 @@ import json
 
 import pytest
 
-from huatuo_jax.data.comparison_formats import (
+from huatuo_jax.data.formats.dialogues import Terms, recognise
+from huatuo_jax.data.formats.preferences import (
     ALL_TIED,
     COMPARISON_FORMATS,
     EMPTY_ANSWER,
@@ -13,9 +14,8 @@ from huatuo_jax.data.comparison_formats import (
     SOME_TIED,
     TOO_FEW,
 )
-from huatuo_jax.data.formats import Terms, recognise
+from huatuo_jax.data.formats.turns import RowLeftOut, RowProblem
 from huatuo_jax.data.records import Comparison, Message, answer
-from huatuo_jax.data.turns import RowLeftOut, RowProblem
 
 TERMS = Terms(file_name="pairs")
 ASKED = (Message("user", "头痛怎么办？"),)

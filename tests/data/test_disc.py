@@ -3,8 +3,8 @@ import json
 
 import pytest
 
-from huatuo_jax.data.comparison_formats import ALL_TIED, SOME_TIED
-from huatuo_jax.data.disc import ALONE, NOT_SCORED, read_disc_comparisons
+from huatuo_jax.data.formats.disc import ALONE, NOT_SCORED, read_disc_comparisons
+from huatuo_jax.data.formats.preferences import ALL_TIED, SOME_TIED
 
 
 def write(path, rows):

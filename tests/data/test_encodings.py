@@ -1,8 +1,7 @@
 import pytest
 
-from huatuo_jax.data.encodings import checked_encoding, choose_encoding
 from huatuo_jax.data.readers import read_dialogues
-from huatuo_jax.data.text_lines import read_lines
+from huatuo_jax.data.text import checked_encoding, choose_encoding, read_lines
 
 CHINESE = "您好，我最近三天一直头痛，伴有轻微恶心。请问应该怎么办？建议先多休息，多喝水。"
 TRADITIONAL = "您好，我最近三天一直頭痛，伴有輕微噁心。請問應該怎麼辦？建議先多休息，多喝水。"

@@ -1,9 +1,14 @@
 import pytest
 
-from huatuo_jax.data.exam_formats import CASE_FORMATS, EXAM_FORMATS, options_from_text
-from huatuo_jax.data.formats import Terms, recognise
+from huatuo_jax.data.formats.dialogues import (
+    CASE_FORMATS,
+    EXAM_FORMATS,
+    Terms,
+    options_from_text,
+    recognise,
+)
+from huatuo_jax.data.formats.turns import RowProblem
 from huatuo_jax.data.records import Case, ExamQuestion
-from huatuo_jax.data.turns import RowProblem
 
 TERMS = Terms(file_name="exam")
 OPTIONS = {"A": "心", "B": "肝", "C": "脾 B 型"}

@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from huatuo_jax.data import turns
-from huatuo_jax.data.formats import (
+from huatuo_jax.data.formats import turns
+from huatuo_jax.data.formats.dialogues import (
     BAD_REFERENCE,
     DIALOGUE_FORMATS,
     LABELLED_BAD,
@@ -12,8 +12,8 @@ from huatuo_jax.data.formats import (
     Terms,
     recognise,
 )
+from huatuo_jax.data.formats.turns import RowLeftOut, RowProblem
 from huatuo_jax.data.records import Dialogue, Message, Prompt
-from huatuo_jax.data.turns import RowLeftOut, RowProblem
 
 TERMS = Terms(file_name="talks")
 ONE = (Message("user", "头痛怎么办？"), Message("assistant", "先量体温。"))

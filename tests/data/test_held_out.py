@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from huatuo_jax.data.held_out import HeldOutConfig, dialogue_text, normalised
+from huatuo_jax.data.mixture import HeldOutConfig, dialogue_text, normalised
 from huatuo_jax.data.records import Message
 
 

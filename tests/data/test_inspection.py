@@ -9,11 +9,11 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from huatuo_jax import command_line
-from huatuo_jax.checkpoint.tokenizer import load_tokenizer
-from huatuo_jax.commands import inspect_data
+from huatuo_jax import inspect_data
+from huatuo_jax.core import command_line
 from huatuo_jax.data import sample
-from huatuo_jax.data.chat import truncate
+from huatuo_jax.data.chat.template import truncate
+from huatuo_jax.data.chat.templates import by_name
 from huatuo_jax.data.inspection import (
     Distribution,
     Inspector,
@@ -25,7 +25,7 @@ from huatuo_jax.data.inspection import (
 )
 from huatuo_jax.data.inspection_report import file_text, totals_text
 from huatuo_jax.data.readers import ReadOptions, read_dialogues
-from huatuo_jax.data.templates import by_name
+from huatuo_jax.hf.tokenizer import load_tokenizer
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 COMMAND = ROOT / "launch" / "inspect_data.py"

@@ -7,8 +7,8 @@ import uuid
 import numpy as np
 import pytest
 
-from huatuo_jax.data import json_values
-from huatuo_jax.data.json_values import MAX_DEPTH, NotJson, json_value
+from huatuo_jax.data import text as json_values
+from huatuo_jax.data.text import MAX_DEPTH, NotJson, json_value
 
 # Value, what JSON gets, and the rule that is said (None: nothing was lost).
 CONVERTED = [

@@ -3,8 +3,8 @@ import itertools
 import numpy as np
 import pytest
 
-from huatuo_jax.data.examples import ALL_KINDS, Example
-from huatuo_jax.data.packing import best_fit_rows, pack_row, plan_rows
+from huatuo_jax.data.batches import best_fit_rows, pack_row, plan_rows
+from huatuo_jax.data.tokenizing import ALL_KINDS, Example
 
 
 def first_fit_decreasing(lengths, row_length):

@@ -4,19 +4,16 @@ import json
 import numpy as np
 import pytest
 
-from huatuo_jax.checkpoint.tokenizer import load_tokenizer
 from huatuo_jax.data import pipeline
-from huatuo_jax.data.batches import BatchIterator, evaluation_batches
+from huatuo_jax.data.batches import BatchIterator, RowConfig, RowStream, evaluation_batches
+from huatuo_jax.data.chat.templates import ChatMLTemplate, HuatuoGPTTemplate
 from huatuo_jax.data.duplicates import DuplicatesConfig
-from huatuo_jax.data.held_out import HeldOutConfig
-from huatuo_jax.data.mixture import Mixture, one_epoch_each
-from huatuo_jax.data.pipeline import PrepareConfig, prepare
+from huatuo_jax.data.mixture import HeldOutConfig, Mixture, one_epoch_each
+from huatuo_jax.data.pipeline import PrepareConfig, describe, prepare
+from huatuo_jax.data.readers import DialogueSource
 from huatuo_jax.data.records import Message
-from huatuo_jax.data.rows import RowConfig, RowStream
-from huatuo_jax.data.sources import DialogueSource
-from huatuo_jax.data.templates import ChatMLTemplate, HuatuoGPTTemplate
-from huatuo_jax.data.token_statistics import describe
 from huatuo_jax.data.tokenizing import TemplateTokenizer
+from huatuo_jax.hf.tokenizer import load_tokenizer
 
 CONFIG = PrepareConfig(held_out=HeldOutConfig(share=0.2))
 

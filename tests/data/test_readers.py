@@ -3,9 +3,10 @@ import random
 
 import pytest
 
-from huatuo_jax.data.adapters import ADAPTERS, Adapter, row_adapter
 from huatuo_jax.data.files import read_rows
-from huatuo_jax.data.formats import Terms
+from huatuo_jax.data.formats.adapters import ADAPTERS, Adapter, row_adapter
+from huatuo_jax.data.formats.dialogues import Terms
+from huatuo_jax.data.formats.turns import RowLeftOut, RowProblem
 from huatuo_jax.data.readers import (
     ALL_FORMATS,
     REPEATED_PROMPT,
@@ -17,7 +18,6 @@ from huatuo_jax.data.readers import (
     read_records,
 )
 from huatuo_jax.data.records import Case, Comparison, Dialogue, ExamQuestion, Message, Prompt
-from huatuo_jax.data.turns import RowLeftOut, RowProblem
 
 ASK, TELL = {"from": "human", "value": "头痛？"}, {"from": "gpt", "value": "休息。"}
 

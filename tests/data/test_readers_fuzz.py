@@ -15,10 +15,10 @@ from typing import NamedTuple
 import pytest
 
 from huatuo_jax.data.files import find_layout
-from huatuo_jax.data.formats import LABELLED_BAD
+from huatuo_jax.data.formats.dialogues import LABELLED_BAD
+from huatuo_jax.data.formats.turns import OTHER_FIELDS, REASONING
 from huatuo_jax.data.readers import read_dialogues
 from huatuo_jax.data.records import Message
-from huatuo_jax.data.turns import OTHER_FIELDS, REASONING
 
 CHINESE = [
     "您好，我最近三天一直头痛，伴有轻微恶心，请问应该怎么办？",

@@ -11,9 +11,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from huatuo_jax.data import build_tokenizer
+from huatuo_jax.data.chat.templates import HuatuoGPTTemplate
 from huatuo_jax.data.records import KINDS, Case, Dialogue, ExamQuestion
 from huatuo_jax.data.sample import FOLDER
-from huatuo_jax.data.templates import HuatuoGPTTemplate
 
 
 def read(name):

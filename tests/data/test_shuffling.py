@@ -1,6 +1,6 @@
 import numpy as np
 
-from huatuo_jax.data.shuffling import mix_bits, permutation
+from huatuo_jax.data.mixture import mix_bits, permutation
 
 
 def test_a_permutation_holds_every_index_once():

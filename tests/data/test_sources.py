@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from huatuo_jax.data.adapters import find_adapter
-from huatuo_jax.data.sources import DialogueSource, content_hash, source_names
+from huatuo_jax.data.formats.adapters import find_adapter
+from huatuo_jax.data.readers import DialogueSource, content_hash, source_names
 
 
 def write(path, question="咳嗽怎么办？"):

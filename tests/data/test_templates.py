@@ -8,10 +8,8 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from huatuo_jax.data.chat import Rendered
-from huatuo_jax.data.chat_jinja import exported_source
-from huatuo_jax.data.records import Message
-from huatuo_jax.data.templates import (
+from huatuo_jax.data.chat.template import Rendered
+from huatuo_jax.data.chat.templates import (
     HUATUOGPT_SYSTEM,
     BaichuanTemplate,
     ChatMLTemplate,
@@ -21,7 +19,8 @@ from huatuo_jax.data.templates import (
     by_name,
     for_tokenizer,
 )
-from huatuo_jax.data.tokenizer_template import TokenizerTemplate
+from huatuo_jax.data.chat.tokenizer_template import TokenizerTemplate, exported_source
+from huatuo_jax.data.records import Message
 
 # The chat templates that the makers publish with their models, tools left out.
 QWEN_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."

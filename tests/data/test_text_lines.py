@@ -2,8 +2,7 @@ import random
 
 import pytest
 
-from huatuo_jax.data.encodings import choose_encoding
-from huatuo_jax.data.text_lines import read_lines
+from huatuo_jax.data.text import choose_encoding, read_lines
 
 SENTENCES = [
     "患者：您好，我最近三天一直头痛，伴有轻微恶心。",

@@ -11,9 +11,10 @@ import pytest
 import tensorflow_datasets as tfds
 
 import huatuo_jax
-from huatuo_jax.data.examples import ALL_KINDS, Example
-from huatuo_jax.data.token_cache import (
+from huatuo_jax.data.tokenizing import (
+    ALL_KINDS,
     Entry,
+    Example,
     TokenDataset,
     build_once,
     cache_key,
@@ -26,8 +27,8 @@ REPOSITORY = pathlib.Path(huatuo_jax.__file__).parents[1]
 KILLED_BUILD = """
 import os, pathlib, signal, sys
 import numpy as np
-from huatuo_jax.data.examples import Example
-from huatuo_jax.data.token_cache import Entry, build_once, write_examples
+from huatuo_jax.data.tokenizing import Example
+from huatuo_jax.data.tokenizing import Entry, build_once, write_examples
 
 def chunks():
     for number in range(1000):

@@ -5,9 +5,9 @@ import random
 
 import pytest
 
+from huatuo_jax.data.chat.templates import ChatMLTemplate, Llama2Template, Llama3Template, by_name
+from huatuo_jax.data.chat.tokenizer_template import TokenizerTemplate
 from huatuo_jax.data.records import Message
-from huatuo_jax.data.templates import ChatMLTemplate, Llama2Template, Llama3Template, by_name
-from huatuo_jax.data.tokenizer_template import TokenizerTemplate
 
 LOOP = "{%- for message in messages -%}"
 HEAD = "{{- '<|im_start|>' + message['role'] + '\\n' -}}"

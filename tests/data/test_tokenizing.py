@@ -1,13 +1,14 @@
 import numpy as np
 import pytest
 
-from huatuo_jax.data.chat import truncate
-from huatuo_jax.data.examples import Dropped, Tokens
+from huatuo_jax.data.chat.template import truncate
+from huatuo_jax.data.chat.templates import ChatMLTemplate, HuatuoGPTTemplate
 from huatuo_jax.data.records import Message
-from huatuo_jax.data.templates import ChatMLTemplate, HuatuoGPTTemplate
 from huatuo_jax.data.tokenizing import (
     CHUNK_SIZE,
+    Dropped,
     TemplateTokenizer,
+    Tokens,
     tokenize_in_chunks,
     tokenizer_hash,
 )

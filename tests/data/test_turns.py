@@ -1,7 +1,6 @@
 import pytest
 
-from huatuo_jax.data.records import Message, is_empty
-from huatuo_jax.data.turns import (
+from huatuo_jax.data.formats.turns import (
     EMPTY_SYSTEM,
     UNANSWERED,
     RowProblem,
@@ -12,6 +11,7 @@ from huatuo_jax.data.turns import (
     listed_turns,
     prompt_messages,
 )
+from huatuo_jax.data.records import Message, is_empty
 
 ASK, TELL = ("user", "头痛怎么办？"), ("assistant", "先量体温。")
 

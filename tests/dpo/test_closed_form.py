@@ -10,7 +10,7 @@ import itertools
 import numpy as np
 import pytest
 
-from huatuo_jax.comparisons.data import Answer, Group, Pair
+from huatuo_jax.preferences.data import Answer, Group, Pair
 from huatuo_jax.training.loop import LoopConfig
 from huatuo_jax.training.optimizer import OptimizerConfig
 from tests.dpo.tiny import config, run_tiny, tiny_job

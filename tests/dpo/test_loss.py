@@ -9,14 +9,12 @@ import numpy as np
 import pytest
 
 from huatuo_jax.backbone.lora import LoraConfig
-from huatuo_jax.comparisons.rows import ComparisonRows, RowsConfig
-from huatuo_jax.dpo.loss import row_loss
-from huatuo_jax.dpo.policy import REFERENCE, both
-from huatuo_jax.dpo.stage import numbers
+from huatuo_jax.dpo import REFERENCE, both, numbers, row_loss
+from huatuo_jax.preferences.rows import ComparisonRows, RowsConfig
 from huatuo_jax.training.optimizer import make_optimizer
 from huatuo_jax.training.update import make_update
-from tests.comparisons.tiny import token_groups
 from tests.dpo.tiny import config, one_device, tiny_job, tiny_model
+from tests.preferences.tiny import token_groups
 
 BETA = 0.3
 GROUPS = token_groups([2, 3, 4, 2, 2, 3, 2], soft=True)

@@ -4,16 +4,15 @@ import pathlib
 
 import jax
 
-from huatuo_jax import sharding
-from huatuo_jax.comparisons.data import Comparisons, ComparisonsConfig, ComparisonSource
+from huatuo_jax.core import sharding
 from huatuo_jax.data.accounting import Account
-from huatuo_jax.dpo.config import DpoConfig
-from huatuo_jax.dpo.stage import make_job
+from huatuo_jax.dpo import DpoConfig, make_job
+from huatuo_jax.preferences.data import Comparisons, ComparisonsConfig, ComparisonSource
 from huatuo_jax.training.initial_model import ComputeSection, ModelConfig, open_model
 from huatuo_jax.training.loop import LoopConfig, train
 from huatuo_jax.training.optimizer import OptimizerConfig
 from huatuo_jax.training.run_directory import begin_stage
-from tests.comparisons.tiny import SMALL
+from tests.preferences.tiny import SMALL
 
 
 def config(**changed):

@@ -7,13 +7,16 @@ import numpy as np
 import pytest
 
 from huatuo_jax.data.records import Message, Prompt
-from huatuo_jax.evaluation.answers import ScoredAnswers
-from huatuo_jax.evaluation.best_of_n import best_answers, kl_upper_bound, repeated
-from huatuo_jax.evaluation.config import EvaluationConfig
-from huatuo_jax.evaluation.judging import judge_pairs
-from huatuo_jax.feedback.judges import Reply
-from huatuo_jax.feedback.questions import Answered
-from huatuo_jax.feedback.win_rates import win_rates
+from huatuo_jax.evaluation.answers import (
+    EvaluationConfig,
+    ScoredAnswers,
+    best_answers,
+    kl_upper_bound,
+    repeated,
+)
+from huatuo_jax.evaluation.stage import judge_pairs
+from huatuo_jax.judge.judgements import Reply
+from huatuo_jax.judge.questions import Answered, win_rates
 
 
 class RewardJudge:

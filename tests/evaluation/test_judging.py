@@ -5,11 +5,10 @@ import dataclasses
 import pytest
 
 from huatuo_jax.data.records import Message, Prompt
-from huatuo_jax.evaluation.judging import judge_pairs, score_answers
-from huatuo_jax.feedback.judges import JudgementFailed, Reply
-from huatuo_jax.feedback.offline_judge import OfflineJudge, score_answer
-from huatuo_jax.feedback.questions import Answered
-from huatuo_jax.feedback.win_rates import win_rates
+from huatuo_jax.evaluation.stage import judge_pairs, score_answers
+from huatuo_jax.judge.judgements import JudgementFailed, Reply
+from huatuo_jax.judge.offline import OfflineJudge, score_answer
+from huatuo_jax.judge.questions import Answered, win_rates
 
 
 @dataclasses.dataclass

@@ -6,15 +6,9 @@ import numpy as np
 import pytest
 
 from huatuo_jax.clinic import dialogues as clinic
-from huatuo_jax.evaluation.release import (
-    CANDIDATES,
-    COMPARED,
-    LEAST_PROMPTS,
-    decide,
-    release,
-)
-from huatuo_jax.feedback.intervals import mean_over_prompts
-from huatuo_jax.feedback.truth_judge import TRUTHS, TruthJudge
+from huatuo_jax.core.statistics import mean_over_prompts
+from huatuo_jax.evaluation.release import CANDIDATES, COMPARED, LEAST_PROMPTS, decide, release
+from huatuo_jax.judge.offline import TRUTHS, TruthJudge
 
 EVEN = (0.5, 0.4, 0.6)
 BETTER = (0.7, 0.6, 0.8)

@@ -12,16 +12,14 @@ from huatuo_jax.backbone.transformer import Transformer, init_params
 from huatuo_jax.checkpoint.models import find_model, save_orbax
 from huatuo_jax.clinic.dialogues import prompts
 from huatuo_jax.clinic.diseases import DISEASES
+from huatuo_jax.core.sharding import make_mesh
 from huatuo_jax.data.records import Message, Prompt
 from huatuo_jax.evaluation.answers import ScoredAnswers
-from huatuo_jax.evaluation.likelihood import sequence_kl
 from huatuo_jax.evaluation.release import COMPARED, LEAST_PROMPTS, release
-from huatuo_jax.evaluation.stage import compare
-from huatuo_jax.feedback.offline_judge import OfflineJudge
-from huatuo_jax.feedback.questions import Answered
-from huatuo_jax.feedback.truth_judge import TruthJudge
-from huatuo_jax.scoring import GivenAnswer
-from huatuo_jax.sharding import make_mesh
+from huatuo_jax.evaluation.stage import compare, sequence_kl
+from huatuo_jax.judge.offline import OfflineJudge, TruthJudge
+from huatuo_jax.judge.questions import Answered
+from huatuo_jax.training.scoring import GivenAnswer
 
 BACKBONE = BackboneConfig(
     family="llama",

@@ -3,8 +3,13 @@
 import numpy as np
 import pytest
 
-from huatuo_jax.evaluation.statistics import distinct, mean_difference, slope_within_prompts
-from huatuo_jax.feedback.intervals import mean_over_prompts, prompt_means
+from huatuo_jax.core.statistics import (
+    distinct,
+    mean_difference,
+    mean_over_prompts,
+    prompt_means,
+    slope_within_prompts,
+)
 
 
 def test_the_mean_is_that_of_the_prompts_means_and_not_of_all_answers():

@@ -11,11 +11,11 @@ import time
 import numpy as np
 import pytest
 
-from huatuo_jax.data import templates
+from huatuo_jax.core.sharding import MeshConfig
+from huatuo_jax.data.chat import templates
 from huatuo_jax.data.records import Message
 from huatuo_jax.generation.bulk import BulkConfig, run_bulk
 from huatuo_jax.generation.requests import SamplingConfig
-from huatuo_jax.sharding import MeshConfig
 from tests.generation import tiny
 from tests.generation.conftest import LINES
 

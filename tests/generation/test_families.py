@@ -9,8 +9,8 @@ from huatuo_jax.backbone.transformer import Transformer
 from huatuo_jax.checkpoint.models import find_model, load_params
 from huatuo_jax.generation.engine import Engine
 from huatuo_jax.generation.requests import Request, SamplingConfig
-from tests.checkpoint import baichuan_reference, tiny_checkpoints
 from tests.generation.tiny import full_logits, log_softmax, prompt
+from tests.hf import baichuan_reference, tiny_checkpoints
 
 PROMPT_LENGTHS = (1, 23, 9, 40, 17)
 MAX_LENGTH = 256

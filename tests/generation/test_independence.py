@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from huatuo_jax import sharding
-from huatuo_jax.checkpoint.tokenizer import load_tokenizer
+from huatuo_jax.core import sharding
 from huatuo_jax.data import sample
 from huatuo_jax.generation.buckets import Buckets
 from huatuo_jax.generation.engine import Engine
+from huatuo_jax.generation.requests import Running, SlotTable
 from huatuo_jax.generation.sampling import filter_scores, gumbel_noise, penalise_repetition
-from huatuo_jax.generation.slots import Running, SlotTable
+from huatuo_jax.hf.tokenizer import load_tokenizer
 from tests.generation import tiny
 
 TIE = 1e-4

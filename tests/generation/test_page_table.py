@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 from huatuo_jax.generation.buckets import Buckets, bucket_of
-from huatuo_jax.generation.cache import Cache, grow, shrink
-from huatuo_jax.generation.page_table import PageTable
-from huatuo_jax.generation.slots import SlotTable
+from huatuo_jax.generation.cache import Cache, PageTable, grow, shrink
+from huatuo_jax.generation.requests import SlotTable
 
 ROWS, PAGES_PER_ROW, PAGE = 6, 5, 8
 

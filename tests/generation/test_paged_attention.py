@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from huatuo_jax import sharding
-from huatuo_jax.backbone.block_attention import attend_block
+from huatuo_jax.backbone.attention import attend_block
+from huatuo_jax.core import sharding
 from huatuo_jax.generation import cache as caches
-from huatuo_jax.generation.page_table import PageTable
-from huatuo_jax.generation.paged_attention import attend_pages
+from huatuo_jax.generation.cache import PageTable
+from huatuo_jax.generation.forward import attend_pages
 
 LENGTHS = np.array([1, 16, 5, 0, 23, 8])  # Row 3 is free.
 PAGE, MAX_LENGTH, HEADS, KV_HEADS, WIDTH = 4, 24, 6, 2, 5

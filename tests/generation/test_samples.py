@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 
-from huatuo_jax.checkpoint.tokenizer import load_tokenizer
-from huatuo_jax.data import sample, templates
-from huatuo_jax.data.examples import Example
+from huatuo_jax.data import sample
+from huatuo_jax.data.chat import templates
 from huatuo_jax.data.records import Message
+from huatuo_jax.data.tokenizing import Example
 from huatuo_jax.generation.samples import sample_prompt
+from huatuo_jax.hf.tokenizer import load_tokenizer
 
 TALK = [
     Message("user", "头疼怎么办？"),

@@ -2,9 +2,9 @@ import json
 
 import pytest
 
+from huatuo_jax.core.sharding import MeshConfig
 from huatuo_jax.generation.requests import SamplingConfig
 from huatuo_jax.generation.saved_model import open_saved_model
-from huatuo_jax.sharding import MeshConfig
 
 
 @pytest.fixture()

@@ -7,9 +7,9 @@ import shutil
 import pytest
 
 from huatuo_jax.checkpoint.convert import convert
-from huatuo_jax.checkpoint.generation_config import stop_token_ids
 from huatuo_jax.generation.bulk import BulkConfig, run_bulk
 from huatuo_jax.generation.requests import SamplingConfig
+from huatuo_jax.hf.generation_config import stop_token_ids
 
 
 def write(folder, name, **fields):

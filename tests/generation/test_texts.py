@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 
 from huatuo_jax.data.answers import text_of
-from huatuo_jax.generation.texts import find_stop
+from huatuo_jax.generation.requests import find_stop
 from tests.generation import tiny
 
 

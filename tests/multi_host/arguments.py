@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from huatuo_jax import command_line
+from huatuo_jax.core import command_line
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

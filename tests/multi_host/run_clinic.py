@@ -3,17 +3,17 @@
 import json
 import pathlib
 
-from huatuo_jax import multi_host
 from huatuo_jax.clinic import files
+from huatuo_jax.core import distributed
 from huatuo_jax.sft import write_clinic_of
 from tests.multi_host.arguments import run
-from tests.rlaif.tiny import CLINIC
+from tests.recipe.tiny import CLINIC
 
 
-@multi_host.joined()
+@distributed.joined()
 def main(arguments):
     workdir = pathlib.Path(arguments[0])
-    if not multi_host.is_first():  # Only the first one may write.
+    if not distributed.is_first():  # Only the first one may write.
         files._write = None
     write_clinic_of(workdir, CLINIC)
     settings = json.loads((workdir / "clinic" / files.SETTINGS_FILE).read_text())

@@ -3,19 +3,18 @@
 Fields, any number of them, are those of the mesh.
 """
 
-from huatuo_jax import multi_host
-from huatuo_jax.comparisons.data import ComparisonsConfig, ComparisonSource
-from huatuo_jax.data.held_out import HeldOutConfig
-from huatuo_jax.dpo.config import DpoConfig
-from huatuo_jax.dpo.stage import run_dpo
+from huatuo_jax.core import distributed
+from huatuo_jax.core.sharding import MeshConfig
+from huatuo_jax.data.mixture import HeldOutConfig
+from huatuo_jax.dpo import DpoConfig, run_dpo
+from huatuo_jax.preferences.data import ComparisonsConfig, ComparisonSource
 from huatuo_jax.reward.config import RewardConfig
 from huatuo_jax.reward.stage import run_reward
-from huatuo_jax.sharding import MeshConfig
 from huatuo_jax.training.initial_model import ModelConfig
 from huatuo_jax.training.loop import LoopConfig
 from huatuo_jax.training.optimizer import OptimizerConfig
-from tests.comparisons.tiny import BACKBONE, TOKENIZER
 from tests.multi_host.arguments import run
+from tests.preferences.tiny import BACKBONE, TOKENIZER
 
 NUM_STEPS = 4
 
@@ -37,7 +36,7 @@ def settings(config, file, **mesh):
     )
 
 
-@multi_host.joined()
+@distributed.joined()
 def main(arguments):
     workdir, file, *fields = arguments
     mesh = {name: int(number) for name, number in (field.split("=") for field in fields)}

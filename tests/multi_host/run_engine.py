@@ -9,13 +9,13 @@ import pathlib
 
 import jax
 
-from huatuo_jax import multi_host
-from huatuo_jax.sharding import MeshConfig
+from huatuo_jax.core import distributed
+from huatuo_jax.core.sharding import MeshConfig
 from tests.generation import tiny
 from tests.multi_host.arguments import run
 
 
-@multi_host.joined()
+@distributed.joined()
 def main(arguments):
     folder, *fields = arguments
     mesh = MeshConfig(**{name: int(size) for name, size in (one.split("=") for one in fields)})

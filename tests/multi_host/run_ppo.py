@@ -7,9 +7,9 @@ names, of the mesh that answers are generated on.
 import sys
 import time
 
-from huatuo_jax import multi_host
-from huatuo_jax.sharding import MeshConfig
-from huatuo_jax.training.preemption import INTERRUPTED_EXIT_CODE, Interrupted
+from huatuo_jax.core import distributed
+from huatuo_jax.core.sharding import MeshConfig
+from huatuo_jax.training.loop import INTERRUPTED_EXIT_CODE, Interrupted
 from tests.multi_host.arguments import run
 from tests.ppo.tiny import Table, config, run_tiny, table
 
@@ -28,7 +28,7 @@ class SlowTable(Table):
         return super().scores(answers)
 
 
-@multi_host.joined()
+@distributed.joined()
 def main(arguments):
     workdir, seconds_each, *fields = arguments
     sizes = {name: int(size) for name, size in (one.split("=") for one in fields)}

@@ -4,15 +4,15 @@ import dataclasses
 import pathlib
 import sys
 
-from huatuo_jax import multi_host
+from huatuo_jax.core import distributed
 from huatuo_jax.generation.samples import SamplesConfig
-from huatuo_jax.rlaif.recipe import run_rlaif
-from huatuo_jax.training.preemption import INTERRUPTED_EXIT_CODE, Interrupted
+from huatuo_jax.recipe.recipe import run_rlaif
+from huatuo_jax.training.loop import INTERRUPTED_EXIT_CODE, Interrupted
 from tests.multi_host.arguments import run
-from tests.rlaif.tiny import tiny_recipe
+from tests.recipe.tiny import tiny_recipe
 
 
-@multi_host.joined()
+@distributed.joined()
 def main(arguments):
     data, workdir = map(pathlib.Path, arguments)
     try:

@@ -19,18 +19,17 @@ import time
 import jax
 import numpy as np
 
-from huatuo_jax import multi_host
 from huatuo_jax.backbone.config import BackboneConfig
+from huatuo_jax.core import distributed
+from huatuo_jax.core.sharding import MeshConfig
 from huatuo_jax.data import sample
-from huatuo_jax.data.held_out import HeldOutConfig
+from huatuo_jax.data.mixture import HeldOutConfig
 from huatuo_jax.sft import SftConfig, run_sft
-from huatuo_jax.sharding import MeshConfig
 from huatuo_jax.training import loop
 from huatuo_jax.training.dialogue_data import DataConfig, SourceConfig
 from huatuo_jax.training.initial_model import ModelConfig
-from huatuo_jax.training.loop import LoopConfig
+from huatuo_jax.training.loop import INTERRUPTED_EXIT_CODE, Interrupted, LoopConfig
 from huatuo_jax.training.optimizer import OptimizerConfig
-from huatuo_jax.training.preemption import INTERRUPTED_EXIT_CODE, Interrupted
 from tests.multi_host.arguments import run
 
 SOURCE = "real_instruction"
@@ -86,7 +85,7 @@ def record_rows(folder, seconds_each):
     loop.put_on_mesh = recording
 
 
-@multi_host.joined()
+@distributed.joined()
 def main(arguments):
     workdir, cache, rows, seconds_each, *fields = arguments
     record_rows(pathlib.Path(rows), float(seconds_each))

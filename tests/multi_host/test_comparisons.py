@@ -5,10 +5,10 @@ import json
 import pytest
 
 from huatuo_jax.checkpoint.models import find_model
-from tests.comparisons.tiny import comparisons, write_rows
 from tests.multi_host import metrics
 from tests.multi_host.processes import Processes
 from tests.multi_host.run_comparisons import NUM_STEPS
+from tests.preferences.tiny import comparisons, write_rows
 
 pytestmark = pytest.mark.slow
 

@@ -5,8 +5,8 @@ import time
 
 import pytest
 
-from huatuo_jax import multi_host
-from huatuo_jax.peers import Peers
+from huatuo_jax.core import distributed
+from huatuo_jax.core.distributed import Peers
 
 
 class Store:
@@ -142,15 +142,15 @@ def test_a_peer_that_finished_may_be_silent():
 
 
 def test_one_process_answers_at_once(tmp_path):
-    assert multi_host.is_first() and multi_host.count() == 1
-    assert multi_host.gather("x", 3) == [3]
-    multi_host.barrier("x")
-    multi_host.check_same("x", {"a": 1})
-    multi_host.check_shared(tmp_path / "new")
+    assert distributed.is_first() and distributed.count() == 1
+    assert distributed.gather("x", 3) == [3]
+    distributed.barrier("x")
+    distributed.check_same("x", {"a": 1})
+    distributed.check_shared(tmp_path / "new")
     assert not (tmp_path / "new").exists()
-    with multi_host.first_then_others("x"), multi_host.joined():
+    with distributed.first_then_others("x"), distributed.joined():
         pass
-    multi_host.leave()
+    distributed.leave()
 
 
 @pytest.mark.parametrize(
@@ -183,12 +183,12 @@ def test_a_wrong_environment_is_refused_before_anything_is_joined(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=message):
-        multi_host.start()
+        distributed.start()
 
 
 def test_without_a_word_in_the_environment_nothing_is_joined():
-    assert multi_host._asked_for({"TPU_WORKER_ID": "3", "SLURM_NTASKS": "4"}) is None
-    assert multi_host._asked_for({"HUATUO_MULTI_HOST": "auto"}) == {}
+    assert distributed._asked_for({"TPU_WORKER_ID": "3", "SLURM_NTASKS": "4"}) is None
+    assert distributed._asked_for({"HUATUO_MULTI_HOST": "auto"}) == {}
 
 
 def test_process_0_stays_until_the_others_are_gone():

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from huatuo_jax.checkpoint.models import find_model, load_params
-from huatuo_jax.rlaif.config import STAGES
-from huatuo_jax.rlaif.journal import Journal
-from huatuo_jax.sharding import path_name
+from huatuo_jax.core.sharding import path_name
+from huatuo_jax.recipe.config import STAGES
+from huatuo_jax.recipe.recipe import Journal
 from tests.multi_host import metrics
 from tests.multi_host.processes import Processes
-from tests.rlaif.tiny import write_dialogues
+from tests.recipe.tiny import write_dialogues
 
 pytestmark = pytest.mark.slow
 

@@ -1,6 +1,6 @@
 """A judge of the tiny world whose preference has an optimum that the reward goes past."""
 
-from huatuo_jax.feedback.judges import NOTHING, JudgementFailed, Reply
+from huatuo_jax.judge.judgements import NOTHING, JudgementFailed, Reply
 from tests.ppo.tiny import Table, all_answers
 
 WANTED = 3

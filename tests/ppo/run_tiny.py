@@ -9,7 +9,7 @@ os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
 
 import time
 
-from huatuo_jax.training.preemption import INTERRUPTED_EXIT_CODE, Interrupted
+from huatuo_jax.training.loop import INTERRUPTED_EXIT_CODE, Interrupted
 from tests.ppo.tiny import NUM_ITERATIONS, Table, config, run_tiny, table
 
 

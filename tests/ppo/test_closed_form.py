@@ -115,7 +115,7 @@ def _best_with_k3_loss(answers, probabilities, rewards):
     """Of each answer, by backward induction over the states, which are what was said so far.
 
     In each state the policy is beta * reference / (c - Q), Q being the reward to be expected after
-    a token, and c such that it sums to 1; see `rl.kl`.
+    a token, and c such that it sums to 1; see `ppo.rewards`.
     """
     reward_of = dict(zip(answers, rewards, strict=True))
     tokens = sorted({answer[0] for answer in answers})

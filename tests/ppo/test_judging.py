@@ -10,11 +10,11 @@ import orbax.checkpoint as ocp
 import pytest
 
 from huatuo_jax.clinic import dialogues as clinic
-from huatuo_jax.feedback import label_command
-from huatuo_jax.feedback.judge_config import JudgeConfig
-from huatuo_jax.feedback.judgements import read_judgements
-from huatuo_jax.ppo.judging import Judged, JudgingConfig, has_turned, is_due, kept_of, outcome
+from huatuo_jax.judge.config import JudgeConfig
+from huatuo_jax.judge.judgements import read_judgements
+from huatuo_jax.ppo.config import Judged, JudgingConfig, has_turned, is_due, kept_of, outcome
 from huatuo_jax.ppo.loop import train
+from huatuo_jax.preferences import label
 from huatuo_jax.training.metrics import is_time_field, read_rows
 from tests.ppo.planted_judge import PlantedJudge, goes_past_the_optimum
 from tests.ppo.tiny import Table, config, run_tiny, tiny_job
@@ -37,7 +37,7 @@ def judged_config(*, judging=None, **changed):
 @pytest.fixture
 def judge(monkeypatch):
     planted = PlantedJudge()
-    monkeypatch.setattr(label_command, "open_judge", lambda cfg: planted)
+    monkeypatch.setattr(label, "open_judge", lambda cfg: planted)
     return planted
 
 
@@ -84,7 +84,7 @@ def turned(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("turned")
     planted = PlantedJudge()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(label_command, "open_judge", lambda cfg: planted)
+        patch.setattr(label, "open_judge", lambda cfg: planted)
         result = run(judged_config(), workdir)
     return workdir, result, planted.asked
 
@@ -190,10 +190,10 @@ def test_a_run_killed_while_judging_goes_on_and_asks_nothing_twice(turned, monke
             return await super().compare(prompt, first, second)
 
     dying, living = Dying(), PlantedJudge()
-    monkeypatch.setattr(label_command, "open_judge", lambda cfg: dying)
+    monkeypatch.setattr(label, "open_judge", lambda cfg: dying)
     with pytest.raises(KeyboardInterrupt):
         run(judged_config(), tmp_path)
-    monkeypatch.setattr(label_command, "open_judge", lambda cfg: living)
+    monkeypatch.setattr(label, "open_judge", lambda cfg: living)
     assert run(judged_config(), tmp_path) == result
     found = [*dying.asked, *living.asked]
     assert living.asked and sorted(found) == sorted(asked)
@@ -338,7 +338,7 @@ def test_the_offline_judge_of_a_run_of_ppo_alone_is_that_of_its_prompts(
     """One prompt that the clinic does not know is enough for the rubric."""
     asked = []
     monkeypatch.setattr(
-        label_command, "open_judge", lambda cfg: asked.append(cfg.offline) or PlantedJudge()
+        label, "open_judge", lambda cfg: asked.append(cfg.offline) or PlantedJudge()
     )
     cfg = judged_config(num_iterations=2, judging={"num_samples": 1})
     assert cfg.judging.judge.offline == "auto"

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from huatuo_jax import json_lines
+from huatuo_jax.core import files
 from huatuo_jax.ppo.loop import train
 from huatuo_jax.training.loop import Diverged
 from huatuo_jax.training.metrics import read_rows
@@ -92,7 +92,7 @@ def test_a_run_goes_on_over_samples_that_hold_unicode_line_separators(tmp_path):
     train(job, cfg.loop)
     path = tmp_path / "ppo" / "samples.jsonl"
     unbroken = path.read_bytes()
-    rows = json_lines.read_rows(path, unfinished="read")
+    rows = files.read_rows(path, unfinished="read")
     assert [row["step"] for row in rows] == [1, 1, 2, 2, 3, 3] and "\u2028" in rows[0]["prompt"]
     shutil.rmtree(job.directory.checkpoints / "3")  # As a kill right before it leaves things.
     train(job, cfg.loop)

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from huatuo_jax.ppo.losses import PolicyObjective, policy_row_loss, value_row_loss
-from huatuo_jax.scoring import padded_batch
 from huatuo_jax.training.initial_model import ModelConfig, open_model
 from huatuo_jax.training.losses import next_tokens, token_scores
 from huatuo_jax.training.optimizer import OptimizerConfig, make_optimizer
+from huatuo_jax.training.scoring import padded_batch
 from tests.ppo.tiny import BACKBONE, config, one_device
 
 TEMPERATURE = 0.7

@@ -12,17 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from huatuo_jax import sharding
-from huatuo_jax.backbone.config import ComputeConfig
+from huatuo_jax.backbone.config import PRESETS, ComputeConfig
 from huatuo_jax.backbone.lora import LoraConfig
-from huatuo_jax.backbone.presets import PRESETS
 from huatuo_jax.backbone.transformer import init_params
-from huatuo_jax.config import identity
+from huatuo_jax.core import sharding
+from huatuo_jax.core.config import identity
+from huatuo_jax.core.sharding import MeshConfig, make_mesh
 from huatuo_jax.generation import weights
 from huatuo_jax.ppo.loop import train
-from huatuo_jax.sharding import MeshConfig, make_mesh
+from huatuo_jax.training.loop import Interrupted
 from huatuo_jax.training.metrics import read_rows
-from huatuo_jax.training.preemption import Interrupted
 from tests.multi_host import metrics
 from tests.ppo.tiny import BACKBONE, Table, config, one_device, table, tiny_job
 

@@ -13,41 +13,40 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from huatuo_jax import sharding
 from huatuo_jax.backbone.config import BackboneConfig, ComputeConfig
 from huatuo_jax.backbone.lora import LoraConfig
 from huatuo_jax.backbone.transformer import Transformer, init_params
 from huatuo_jax.checkpoint.models import find_model, load_params, save_orbax
-from huatuo_jax.checkpoint.tokenizer import load_tokenizer
-from huatuo_jax.config import replaced
-from huatuo_jax.data import sample, templates
+from huatuo_jax.core import sharding
+from huatuo_jax.core.config import replaced
+from huatuo_jax.data import sample
+from huatuo_jax.data.chat import templates
 from huatuo_jax.data.records import Message
-from huatuo_jax.feedback.judge_config import JudgeConfig
 from huatuo_jax.generation.bulk import BulkConfig, run_bulk
 from huatuo_jax.generation.engine import Engine
 from huatuo_jax.generation.requests import Request, SamplingConfig
+from huatuo_jax.hf.tokenizer import load_tokenizer
+from huatuo_jax.judge.config import JudgeConfig
 from huatuo_jax.ppo.config import (
+    JudgingConfig,
     PpoConfig,
     PpoLoopConfig,
     RolloutConfig,
     ScoreConfig,
     ValueConfig,
 )
-from huatuo_jax.ppo.job import critic_of
-from huatuo_jax.ppo.judging import JudgingConfig
-from huatuo_jax.ppo.programs import abstract_roles, micro_batch_programs
+from huatuo_jax.ppo.models import open_critic, open_reward_model
 from huatuo_jax.ppo.prompts import PromptsConfig, open_prompts
-from huatuo_jax.ppo.roles import open_critic, open_reward_model
-from huatuo_jax.ppo.stage import run_ppo
+from huatuo_jax.ppo.stage import abstract_roles, critic_of, micro_batch_programs, run_ppo
 from huatuo_jax.ppo.trainer import NUMBERS_OF_TOKENS
 from huatuo_jax.reward.score_file import ScoreConfig as FileScoreConfig
 from huatuo_jax.reward.score_file import score_file
-from huatuo_jax.scoring import GivenAnswer, Normalization, Scorer, save_normalization
 from huatuo_jax.training.initial_model import ModelConfig, open_model
 from huatuo_jax.training.metrics import read_rows
 from huatuo_jax.training.optimizer import OptimizerConfig
+from huatuo_jax.training.scoring import GivenAnswer, Normalization, Scorer, save_normalization
 from tests import made_up_memory
-from tests.feedback.planted_server import KEY, MODEL, Planted, PlantedServer
+from tests.judge.planted_server import KEY, MODEL, Planted, PlantedServer
 
 ROOT = pathlib.Path(__file__).parents[2]
 TOKENIZER = sample.FOLDER / "tokenizer"

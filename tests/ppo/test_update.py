@@ -8,14 +8,13 @@ import numpy as np
 import optax
 import pytest
 
-from huatuo_jax import sharding
+from huatuo_jax.core import sharding
 from huatuo_jax.ppo.losses import PolicyObjective, policy_row_loss, value_row_loss
-from huatuo_jax.ppo.trainer import Learner
-from huatuo_jax.ppo.update import compile_apply, compile_pass
-from huatuo_jax.scoring import padded_batch
+from huatuo_jax.ppo.trainer import Learner, compile_apply, compile_pass
 from huatuo_jax.training.initial_model import ModelConfig, open_model
 from huatuo_jax.training.loop import put_on_mesh
 from huatuo_jax.training.optimizer import OptimizerConfig, is_decayed, make_optimizer
+from huatuo_jax.training.scoring import padded_batch
 from tests.ppo.tiny import BACKBONE, config, one_device, tiny_job
 
 ROWS, LENGTH = 8, 12

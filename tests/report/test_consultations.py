@@ -4,12 +4,11 @@ import dataclasses
 
 import pytest
 
-from huatuo_jax.clinic.care import CONDITIONS
-from huatuo_jax.clinic.dialogues import prompts
+from huatuo_jax.clinic.dialogues import SITUATIONS, prompts, situation
 from huatuo_jax.clinic.planted import FAULTS, planted_answers
-from huatuo_jax.clinic.situations import SITUATIONS, situation
-from huatuo_jax.report import consultations
-from huatuo_jax.report.consultations import choose, remarks
+from huatuo_jax.clinic.symptoms import CONDITIONS
+from huatuo_jax.report import sections
+from huatuo_jax.report.sections import choose, remarks
 
 # What a report has to say of a planted fault; the others are told with the diagnosis.
 WORDS = {
@@ -54,7 +53,7 @@ def test_a_forbidden_order_names_what_stands_against_it(planted):
         for remark in remarks(one.prompt, one.text)
     ]
     assert any("in spite of the " in line for line in told)
-    assert set(consultations._CONDITIONS) == set(CONDITIONS)
+    assert set(sections._CONDITIONS) == set(CONDITIONS)
 
 
 def test_one_prompt_of_each_situation_is_chosen_by_its_place_alone():

@@ -7,22 +7,21 @@ import jax
 import numpy as np
 import pytest
 
-from huatuo_jax import json_lines
 from huatuo_jax.backbone.config import ComputeConfig
 from huatuo_jax.backbone.transformer import init_params
 from huatuo_jax.checkpoint.models import save_orbax
-from huatuo_jax.checkpoint.tokenizer import load_tokenizer
-from huatuo_jax.comparisons.data import ComparisonsConfig, ComparisonSource, open_comparisons
-from huatuo_jax.data import templates
-from huatuo_jax.data.held_out import HeldOutConfig
+from huatuo_jax.core import files
+from huatuo_jax.data.chat import templates
+from huatuo_jax.data.mixture import HeldOutConfig
 from huatuo_jax.data.readers import read_comparisons, read_dialogues
 from huatuo_jax.data.records import Dialogue, Message, Prompt, answer
-from huatuo_jax.feedback.comparison_config import ComparisonConfig
-from huatuo_jax.feedback.label_command import LabelRun, run_labels
-from huatuo_jax.feedback.labelling import LabelConfig
-from huatuo_jax.reward.answers import read_answers
-from huatuo_jax.reward.score_file import ScoreConfig, score_file
-from tests.comparisons.tiny import BACKBONE, TOKENIZER, write_rows
+from huatuo_jax.hf.tokenizer import load_tokenizer
+from huatuo_jax.judge.labelling import LabelConfig
+from huatuo_jax.preferences.data import ComparisonsConfig, ComparisonSource, open_comparisons
+from huatuo_jax.preferences.from_judgements import ComparisonConfig
+from huatuo_jax.preferences.label import LabelRun, run_labels
+from huatuo_jax.reward.score_file import ScoreConfig, read_answers, score_file
+from tests.preferences.tiny import BACKBONE, TOKENIZER, write_rows
 
 GOOD = "建议先去医院检查，注意休息，多喝水。"
 TEXTS = (GOOD, "", " \n", "没事。")
@@ -54,7 +53,7 @@ def comparisons_file(request, answers, tmp_path_factory):
 
 
 def test_the_judge_and_the_comparisons_keep_empty_answers_as_the_worst(comparisons_file):
-    rows = json_lines.read_rows(comparisons_file, unfinished="read")
+    rows = files.read_rows(comparisons_file, unfinished="read")
     # Of four answers six pairs, less the one of the two that say nothing.
     assert len(rows) == 6 * 5
     empty = [row for row in rows if not row["rejected"].strip()]
@@ -92,11 +91,11 @@ def test_empty_answers_are_scored_and_normalised_in_every_form_of_file(answers, 
         output = str(tmp_path / "scored.jsonl")
         done = score_file(ScoreConfig(model=str(folder), input=path, output=output))
         assert done.num_without == 0
-        return json_lines.read_rows(output, unfinished="read")
+        return files.read_rows(output, unfinished="read")
 
     of_answers = scores(answers)
     assert all(np.isfinite(row["scores"]).all() and len(row["scores"]) == 4 for row in of_answers)
-    rows = json_lines.read_rows(answers, unfinished="read")
+    rows = files.read_rows(answers, unfinished="read")
     dialogues = [
         Dialogue(f"{row['id']}-{i}", (Message(**row["messages"][0]), *answer(text)), None, "mine")
         for row in rows

@@ -12,16 +12,21 @@ import pytest
 import scipy.stats
 from sklearn.linear_model import LogisticRegression
 
-from huatuo_jax import sharding
 from huatuo_jax.backbone.config import ComputeConfig
 from huatuo_jax.backbone.transformer import Transformer, init_params
-from huatuo_jax.comparisons.data import Answer, Group, Pair
-from huatuo_jax.comparisons.rows import ComparisonRows, RowsConfig
-from huatuo_jax.reward.losses import pair_losses, reward_loss
+from huatuo_jax.core import sharding
+from huatuo_jax.preferences.data import Answer, Group, Pair
+from huatuo_jax.preferences.rows import ComparisonRows, RowsConfig
+from huatuo_jax.reward.stage import pair_losses, reward_loss
 from huatuo_jax.training.optimizer import OptimizerConfig, make_optimizer
-from huatuo_jax.training.state import abstract, make_sharded, new_state
-from huatuo_jax.training.update import compile_update, make_update
-from tests.comparisons.tiny import SMALL, token_groups
+from huatuo_jax.training.update import (
+    abstract,
+    compile_update,
+    make_sharded,
+    make_update,
+    new_state,
+)
+from tests.preferences.tiny import SMALL, token_groups
 
 MODEL = Transformer(SMALL, ComputeConfig())
 

@@ -4,11 +4,10 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
-from huatuo_jax.feedback.intervals import bootstrap_mean
-from huatuo_jax.reward import measures
-from huatuo_jax.reward.measures import ScoredPairs
-from huatuo_jax.reward.report import make_report, reliability_plot, scored_pairs
-from tests.comparisons.tiny import token_groups
+from huatuo_jax.core.statistics import bootstrap_mean
+from huatuo_jax.reward import report as measures
+from huatuo_jax.reward.report import ScoredPairs, make_report, reliability_plot, scored_pairs
+from tests.preferences.tiny import token_groups
 
 
 def _pairs(number, *, seed=0, num_cases=None):

@@ -12,13 +12,14 @@ from huatuo_jax.backbone.config import ComputeConfig
 from huatuo_jax.backbone.transformer import init_params
 from huatuo_jax.checkpoint.convert import convert
 from huatuo_jax.checkpoint.models import find_model, save_orbax
-from huatuo_jax.checkpoint.tokenizer import load_tokenizer
-from huatuo_jax.data import sample, templates
+from huatuo_jax.data import sample
+from huatuo_jax.data.chat import templates
 from huatuo_jax.data.records import Dialogue, Message, answer
+from huatuo_jax.hf.tokenizer import load_tokenizer
 from huatuo_jax.reward.export import carry_normalization, describe, export_reward_model
 from huatuo_jax.reward.score_file import ScoreConfig, score_file
-from huatuo_jax.scoring import Normalization, load_normalization, save_normalization
-from tests.comparisons.tiny import BACKBONE, TOKENIZER, comparisons, write_rows
+from huatuo_jax.training.scoring import Normalization, load_normalization, save_normalization
+from tests.preferences.tiny import BACKBONE, TOKENIZER, comparisons, write_rows
 
 NORMALIZATION = Normalization(
     mean=0.25, standard_deviation=0.5, num_answers=9, answers="nine answers"

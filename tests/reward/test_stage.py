@@ -13,27 +13,27 @@ import jax
 import numpy as np
 import pytest
 
-from huatuo_jax import sharding
 from huatuo_jax.backbone.lora import LoraConfig
 from huatuo_jax.backbone.transformer import Transformer, init_params
 from huatuo_jax.checkpoint.models import find_model, load_params, save_orbax
-from huatuo_jax.checkpoint.tokenizer import load_tokenizer
-from huatuo_jax.comparisons import rows as comparison_rows
-from huatuo_jax.comparisons.data import ComparisonsConfig, ComparisonSource, open_comparisons
-from huatuo_jax.config import replaced
+from huatuo_jax.core import sharding
+from huatuo_jax.core.config import replaced
 from huatuo_jax.data import sample
-from huatuo_jax.data.held_out import HeldOutConfig
-from huatuo_jax.reward.answers import read_answers
+from huatuo_jax.data.mixture import HeldOutConfig
+from huatuo_jax.hf.tokenizer import load_tokenizer
+from huatuo_jax.preferences import rows as comparison_rows
+from huatuo_jax.preferences.data import ComparisonsConfig, ComparisonSource, open_comparisons
 from huatuo_jax.reward.config import ProbeConfig, RewardConfig
+from huatuo_jax.reward.score_file import read_answers
 from huatuo_jax.reward.stage import abstract_rows, open_backbone, reward_step, run_reward
-from huatuo_jax.scoring import load_normalization
 from huatuo_jax.training.initial_model import ComputeSection, ModelConfig, open_model
 from huatuo_jax.training.loop import LoopConfig
 from huatuo_jax.training.metrics import is_time_field, read_rows
 from huatuo_jax.training.optimizer import OptimizerConfig, make_optimizer
-from huatuo_jax.training.step import update_program
+from huatuo_jax.training.scoring import load_normalization
+from huatuo_jax.training.update import update_program
 from tests import made_up_memory
-from tests.comparisons.tiny import BACKBONE, TOKENIZER, comparisons, write_rows
+from tests.preferences.tiny import BACKBONE, TOKENIZER, comparisons, write_rows
 
 ROOT = pathlib.Path(__file__).parents[2]
 

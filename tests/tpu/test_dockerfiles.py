@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from huatuo_jax.compiling.gpus import GPUS
+from huatuo_jax.compiling.hardware import GPUS
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 IMAGES = ("gpu", "tpu")

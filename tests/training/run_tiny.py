@@ -7,8 +7,7 @@ import sys
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = ""
 
-from huatuo_jax.training.loop import LoopConfig
-from huatuo_jax.training.preemption import INTERRUPTED_EXIT_CODE, Interrupted
+from huatuo_jax.training.loop import INTERRUPTED_EXIT_CODE, Interrupted, LoopConfig
 from tests.training.tiny import run_tiny
 
 if __name__ == "__main__":

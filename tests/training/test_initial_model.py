@@ -10,15 +10,15 @@ import transformers
 from huatuo_jax.backbone.config import BackboneConfig
 from huatuo_jax.backbone.lora import LoraConfig
 from huatuo_jax.checkpoint.convert import convert
-from huatuo_jax.checkpoint.tokenizer import load_tokenizer, save_tokenizer
+from huatuo_jax.core.sharding import MeshConfig
+from huatuo_jax.data.chat.templates import by_name
 from huatuo_jax.data.records import Message
-from huatuo_jax.data.templates import by_name
-from huatuo_jax.rlaif.checks import _say_alike, _tell_other_tokens
-from huatuo_jax.sharding import MeshConfig
+from huatuo_jax.hf.tokenizer import load_tokenizer, save_tokenizer
+from huatuo_jax.recipe.checks import _say_alike, _tell_other_tokens
 from huatuo_jax.training.initial_model import ComputeSection, ModelConfig, open_model
 from huatuo_jax.training.optimizer import OptimizerConfig, make_optimizer
-from tests import hub as hubs
-from tests.rlaif.tiny import TOKENIZER
+from tests import hub_server as hubs
+from tests.recipe.tiny import TOKENIZER
 
 TINY = BackboneConfig(
     family="llama",

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from huatuo_jax import sharding
 from huatuo_jax.checkpoint.store import CheckpointStore
+from huatuo_jax.core import sharding
 from huatuo_jax.training.loop import Diverged, LoopConfig, train
 from huatuo_jax.training.metrics import is_time_field, read_rows
 from tests.training.tiny import random_batch, run_tiny, tiny_job

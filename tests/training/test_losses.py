@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from huatuo_jax import sharding
 from huatuo_jax.backbone.config import ComputeConfig
 from huatuo_jax.backbone.transformer import Transformer, init_params
+from huatuo_jax.core import sharding
 from huatuo_jax.training.losses import next_tokens, sums_by_kind, token_scores
 from tests.training.tiny import TINY
 

@@ -6,7 +6,7 @@ import types
 import jax
 import pytest
 
-from huatuo_jax import multi_host, sharding
+from huatuo_jax.core import distributed, sharding
 from huatuo_jax.training import micro_batch, programs
 from huatuo_jax.training.micro_batch import (
     check_micro_batch_size,
@@ -14,13 +14,7 @@ from huatuo_jax.training.micro_batch import (
     micro_batch_sizes,
     settle,
 )
-from huatuo_jax.training.programs import (
-    GIB,
-    MEMORY_VARIABLE,
-    StageProgram,
-    TooLarge,
-    device_memory,
-)
+from huatuo_jax.training.programs import GIB, MEMORY_VARIABLE, StageProgram, TooLarge, device_memory
 from tests.compiling.small import small_sft
 
 
@@ -155,7 +149,7 @@ def test_all_processes_take_what_fits_the_one_with_the_least_memory(settled, mon
     """The other process has other devices, and its compiler counts more."""
     monkeypatch.setenv(MEMORY_VARIABLE, "40")
     others = {"device memory": lambda own: 20 * GIB, "memory of a program": lambda own: own + GIB}
-    monkeypatch.setattr(multi_host, "gather", lambda name, own: [own, others[name](own)])
+    monkeypatch.setattr(distributed, "gather", lambda name, own: [own, others[name](own)])
     assert device_memory(one_device()) == 20 * GIB
     assert settled()[0] == 16
     others["memory of a program"] = lambda own: 2 * own

@@ -9,10 +9,9 @@ import numpy as np
 import optax
 import pytest
 
-from huatuo_jax.backbone.config import ComputeConfig
-from huatuo_jax.backbone.presets import preset
+from huatuo_jax.backbone.config import ComputeConfig, preset
 from huatuo_jax.backbone.transformer import abstract_params
-from huatuo_jax.sharding import path_name
+from huatuo_jax.core.sharding import path_name
 from huatuo_jax.training.optimizer import (
     OptimizerConfig,
     clip_by_norm,

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from huatuo_jax.training.preemption import StopSignals
+from huatuo_jax.training.loop import StopSignals
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from huatuo_jax import sharding
 from huatuo_jax.checkpoint.store import CheckpointStore
+from huatuo_jax.core import sharding
 from huatuo_jax.training.loop import LoopConfig, train
 from tests.killing import Stage, assert_identical, kill, wait_for
 from tests.training.tiny import arrays_of, run_tiny, tiny_job

@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from huatuo_jax.config import all_fields, identity, operational
+from huatuo_jax.core.config import all_fields, identity, operational
 from huatuo_jax.training import run_directory
 from huatuo_jax.training.run_directory import begin_stage
 

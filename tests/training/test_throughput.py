@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from huatuo_jax.backbone.config import ComputeConfig
-from huatuo_jax.backbone.presets import preset
+from huatuo_jax.backbone.config import ComputeConfig, preset
 from huatuo_jax.backbone.transformer import Transformer, abstract_params, count_parameters
-from huatuo_jax.training.throughput import ModelFlops, StepClock, peak_flops
+from huatuo_jax.training.metrics import ModelFlops, StepClock, peak_flops
 from tests.training.tiny import TINY
 
 

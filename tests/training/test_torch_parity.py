@@ -9,15 +9,14 @@ import torch
 import transformers
 from transformers.models.llama import modeling_llama
 
-from huatuo_jax import sharding
 from huatuo_jax.backbone.config import ComputeConfig
 from huatuo_jax.backbone.transformer import Transformer
 from huatuo_jax.checkpoint.models import find_model, load_params
+from huatuo_jax.core import sharding
 from huatuo_jax.sft import token_loss
 from huatuo_jax.training.loop import put_on_mesh
 from huatuo_jax.training.optimizer import OptimizerConfig, make_optimizer
-from huatuo_jax.training.state import make_sharded, new_state
-from huatuo_jax.training.update import compile_update, make_update
+from huatuo_jax.training.update import compile_update, make_sharded, make_update, new_state
 from tests.training.tiny import dialogues, rows_of
 
 NUM_STEPS = 10

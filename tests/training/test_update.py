@@ -7,16 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from huatuo_jax import sharding
-from huatuo_jax.backbone.casting import store_as_computed
 from huatuo_jax.backbone.config import ComputeConfig
 from huatuo_jax.backbone.lora import LoraConfig, init_adapters
+from huatuo_jax.backbone.matmul import store_as_computed
 from huatuo_jax.backbone.transformer import Transformer, init_params
+from huatuo_jax.core import sharding
 from huatuo_jax.sft import token_loss
 from huatuo_jax.training.loop import put_on_mesh
 from huatuo_jax.training.optimizer import Optimizer, OptimizerConfig, make_optimizer
-from huatuo_jax.training.state import new_state, split
-from huatuo_jax.training.update import LossSums, compile_update, make_update
+from huatuo_jax.training.update import LossSums, compile_update, make_update, new_state, split
 from tests.training.tiny import TINY, arrays_of, dialogues, random_batch, rows_of
 
 LORA = LoraConfig(rank=2, alpha=4.0)

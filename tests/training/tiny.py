@@ -8,18 +8,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from huatuo_jax import sharding
 from huatuo_jax.backbone.config import BackboneConfig, ComputeConfig
 from huatuo_jax.backbone.transformer import Transformer, init_params
-from huatuo_jax.data.examples import ALL_KINDS
+from huatuo_jax.core import sharding
+from huatuo_jax.data.tokenizing import ALL_KINDS
 from huatuo_jax.sft import evaluation_numbers, report_step, token_loss
-from huatuo_jax.training.evaluation import make_evaluate
-from huatuo_jax.training.loop import Job, LoopConfig, train
+from huatuo_jax.training.loop import Job, LoopConfig, make_evaluate, train
+from huatuo_jax.training.metrics import ModelFlops
 from huatuo_jax.training.optimizer import OptimizerConfig, make_optimizer
 from huatuo_jax.training.run_directory import begin_stage
-from huatuo_jax.training.state import abstract, make_sharded, new_state
-from huatuo_jax.training.throughput import ModelFlops
-from huatuo_jax.training.update import compile_update, make_update
+from huatuo_jax.training.update import (
+    abstract,
+    compile_update,
+    make_sharded,
+    make_update,
+    new_state,
+)
 
 # A vocabulary that is not a multiple of 8: the padded rows are part of every test.
 TINY = BackboneConfig(
@@ -50,7 +54,7 @@ def dialogues(lengths, *, seed=0, vocab_size=TINY.vocab_size):
 
 
 def rows_of(groups, *, row_length):
-    """One row for each group of dialogues, as `huatuo_jax.data.packing` lays them out."""
+    """One row for each group of dialogues, as `huatuo_jax.data.batches` lays them out."""
     shape = (len(groups), row_length)
     names = ("token_ids", "segment_ids", "positions", "kind_ids")
     batch = {name: np.zeros(shape, np.int32) for name in names}

@@ -1,0 +1,516 @@
+"""A language model that answers, and says how likely given responses are.
+
+model = load_model("runs/demo/ppo/model")
+print(model.chat("头痛三天了，怎么办？"))
+
+A reward model that scores responses.
+"""
+
+import dataclasses
+import functools
+import os
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any, TypedDict, Unpack
+
+from huatuo_jax.api.in_use import LogProbs, ModelInUse, Response, SaveFormat, Settings, open_for_use
+from huatuo_jax.backbone.config import ComputeConfig
+from huatuo_jax.core.sharding import MeshConfig
+from huatuo_jax.data.python_data import DialogueLike, as_prompt, as_prompts, prompt_of
+from huatuo_jax.data.records import Message, Messages, Prompt, is_empty
+from huatuo_jax.generation.prompts import Task, make_record, make_request, make_task
+from huatuo_jax.generation.requests import Answer, SamplingConfig
+from huatuo_jax.generation.saved_model import Engines, SavedModel
+from huatuo_jax.reward.export import carry_normalization
+from huatuo_jax.training.scoring import Normalization, load_normalization
+
+
+class SamplingFields(TypedDict, total=False):
+    """The fields of `huatuo_jax.generation.requests.SamplingConfig`."""
+
+    max_new_tokens: int
+    min_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    stop_token_ids: tuple[int, ...]
+    stop_strings: tuple[str, ...]
+
+
+class Model(ModelInUse):
+    """A language model with its tokenizer and chat template; see `load_model`.
+
+    Attributes:
+        max_length: tokens of a dialogue and a response at most.
+        result: what the stage reported that trained it; None for a model that was loaded.
+    """
+
+    def __init__(
+        self,
+        saved: SavedModel,
+        compute: ComputeConfig,
+        *,
+        max_length: int,
+        max_slots: int,
+        result: dict[str, Any] | None = None,
+    ) -> None:
+        """Made by `load_model` and by the stages."""
+        super().__init__(saved, compute, max_length=max_length, result=result)
+        self._max_slots = max_slots
+
+    def chat(
+        self,
+        dialogue: DialogueLike,
+        *,
+        seed: int = 0,
+        drop_oldest_turns: bool = False,
+        **sampling: Unpack[SamplingFields],
+    ) -> str:
+        """The answer to one dialogue, as text.
+
+        It is sampled as the model's `generation_config.json` says, and greedily without one.
+
+        Args:
+            dialogue: the user's words; or messages with role and content, the user's last.
+            seed: with the dialogue it decides the answer, where that is sampled.
+            drop_oldest_turns: leave out the oldest turns of a dialogue that is too long.
+            **sampling: fields of `SamplingConfig` in place of the model's own.
+
+        Raises:
+            ValueError: the dialogue is empty, out of order or too long, or a field cannot be.
+        """
+        prompt = as_prompt(dialogue)
+        how = self._default_sampling(sampling)
+        return self._answer(prompt, how, seed=seed, drop_oldest_turns=drop_oldest_turns)
+
+    def start_chat(
+        self,
+        *,
+        system: str | None = None,
+        seed: int = 0,
+        drop_oldest_turns: bool = False,
+        **sampling: Unpack[SamplingFields],
+    ) -> "Chat":
+        """A conversation that keeps its turns.
+
+        Args:
+            system: its system text; None for the template's default.
+            seed: as for `chat`.
+            drop_oldest_turns: as for `chat`.
+            **sampling: as for `chat`.
+
+        Raises:
+            ValueError: the system text is empty, or a field cannot be.
+        """
+        how = self._default_sampling(sampling)
+        opening = () if system is None else (Message("system", system),)
+        if system is not None and is_empty(system):
+            raise ValueError("system is empty; None takes the template's default")
+
+        def answer(messages: Messages) -> str:
+            prompt = prompt_of(messages)
+            return self._answer(prompt, how, seed=seed, drop_oldest_turns=drop_oldest_turns)
+
+        return Chat(opening, answer)
+
+    def generate(
+        self,
+        dialogues: Sequence[DialogueLike],
+        *,
+        num_samples: int = 1,
+        seed: int = 0,
+        drop_oldest_turns: bool = False,
+        **sampling: Unpack[SamplingFields],
+    ) -> list[list[Response]]:
+        """Several responses to each of several dialogues.
+
+        They are those that `launch/generate.py` gives for the same ids, seed and settings, whose
+        defaults they have: temperature 1 and no filter. A dialogue without an id has one that
+        follows from its text.
+
+        Args:
+            dialogues: each as for `chat`, or a row with `id` and `messages`.
+            num_samples: responses to each.
+            seed: with a dialogue's id it decides that dialogue's responses.
+            drop_oldest_turns: as for `chat`.
+            **sampling: fields of `SamplingConfig`.
+
+        Raises:
+            ValueError: as for `chat`; names the dialogue by its index.
+        """
+        prompts = as_prompts(dialogues, name="dialogues")
+        return self._respond(
+            [(f"dialogues[{index}]", one) for index, one in enumerate(prompts)],
+            SamplingConfig(**sampling),
+            num_samples=num_samples,
+            seed=seed,
+            drop_oldest_turns=drop_oldest_turns,
+        )
+
+    def log_probs(
+        self,
+        dialogue: DialogueLike,
+        response: str | Response,
+        *,
+        temperature: float = 1.0,
+        drop_oldest_turns: bool = False,
+    ) -> LogProbs:
+        """The log-probability of each token of a response, given the dialogue.
+
+        Args:
+            dialogue: as for `chat`.
+            response: its text, which the template's end of turn follows; or one that `generate`
+                gave, as it was sampled.
+            temperature: divides the logits.
+            drop_oldest_turns: as for `chat`.
+
+        Raises:
+            ValueError: as for `chat`.
+        """
+        (found,) = self.log_probs_batch(
+            [dialogue], [response], temperature=temperature, drop_oldest_turns=drop_oldest_turns
+        )
+        return found
+
+    def log_probs_batch(
+        self,
+        dialogues: Sequence[DialogueLike],
+        responses: Sequence[str | Response],
+        *,
+        temperature: float = 1.0,
+        drop_oldest_turns: bool = False,
+    ) -> list[LogProbs]:
+        """`log_probs` of several responses, each to its own dialogue."""
+        given = self._given(dialogues, responses, drop_oldest_turns)
+        if not given:
+            return []
+        found = self._scorer(len(given)).log_probs(given, temperature=temperature)
+        return [
+            LogProbs(tuple(one.token_ids[one.prompt_length :].tolist()), log_probs)
+            for one, log_probs in zip(given, found, strict=True)
+        ]
+
+    def save(
+        self,
+        target: str | os.PathLike[str],
+        *,
+        format: SaveFormat = "hf",
+        overwrite: bool = False,
+    ) -> None:
+        """Writes the model with its tokenizer, chat template and stop tokens.
+
+        Args:
+            target: the folder to make.
+            format: `hf` for transformers, vLLM and sglang; `orbax` for a folder of ours. The
+                weights are the same, bit for bit.
+            overwrite: replace a folder that is not empty.
+
+        Raises:
+            ValueError: an unknown format, or a family that Hugging Face's form has no words for.
+            FileExistsError: the folder is not empty and `overwrite` is not set.
+            OSError: it cannot be written.
+        """
+        self._write(target, format, overwrite)
+
+    @functools.cached_property
+    def _engines(self) -> Engines:
+        return Engines(
+            self._saved,
+            self.params,
+            self._compute,
+            max_slots=self._max_slots,
+            max_length=self.max_length,
+        )
+
+    def _default_sampling(self, changed: SamplingFields) -> SamplingConfig:
+        return dataclasses.replace(self._saved.default_sampling(), **changed)
+
+    def _answer(
+        self, prompt: Prompt, sampling: SamplingConfig, *, seed: int, drop_oldest_turns: bool
+    ) -> str:
+        """The text of one response to one dialogue."""
+        ((response,),) = self._respond(
+            [("dialogue", prompt)],
+            sampling,
+            num_samples=1,
+            seed=seed,
+            drop_oldest_turns=drop_oldest_turns,
+        )
+        return response.text
+
+    def _respond(
+        self,
+        prompts: Sequence[tuple[str, Prompt]],
+        sampling: SamplingConfig,
+        *,
+        num_samples: int,
+        seed: int,
+        drop_oldest_turns: bool,
+    ) -> list[list[Response]]:
+        """Responses to prompts, each with its name for messages."""
+        if num_samples < 1:
+            raise ValueError(f"num_samples={num_samples} must be at least 1")
+        sampling = self._saved.with_stops(sampling)
+        tasks = [self._task(name, prompt, sampling, drop_oldest_turns) for name, prompt in prompts]
+        requests = [
+            make_request(task, sampling, seed=seed, num_samples=num_samples) for task in tasks
+        ]
+        groups = self._engines.answer(requests)
+        return [self._responses(task, group) for task, group in zip(tasks, groups, strict=True)]
+
+    def _task(
+        self, name: str, prompt: Prompt, sampling: SamplingConfig, drop_oldest_turns: bool
+    ) -> Task:
+        try:
+            return make_task(
+                prompt,
+                self.template,
+                self.tokenizer,
+                max_length=self.max_length,
+                max_new_tokens=sampling.max_new_tokens,
+                drop_oldest_turns=drop_oldest_turns,
+            )
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+
+    def _responses(self, task: Task, answers: Sequence[Answer]) -> list[Response]:
+        record = make_record(task, answers, self.template, self.tokenizer)
+        return [
+            Response(
+                text=fields["text"],
+                token_ids=tuple(answer.token_ids),
+                log_probs=tuple(answer.log_probs),
+                finish_reason=answer.finish_reason,
+                prompt_token_ids=tuple(task.token_ids),
+                messages_dropped=task.messages_dropped,
+            )
+            for fields, answer in zip(record["answers"], answers, strict=True)
+        ]
+
+
+class Chat:
+    """A conversation with a model; see `Model.start_chat`.
+
+    Attributes:
+        messages: all turns so far.
+    """
+
+    def __init__(self, opening: Messages, answer: Callable[[Messages], str]) -> None:
+        """Made by `Model.start_chat`.
+
+        Args:
+            opening: what stands before the user's first words.
+            answer: gives the answer to a dialogue that ends with the user.
+        """
+        self.messages, self._answer = opening, answer
+
+    def send(self, text: str) -> str:
+        """The answer to the user's next words; both are kept, an empty answer too.
+
+        Raises:
+            ValueError: as for `Model.chat`; the conversation stays as it was.
+        """
+        asked = (*self.messages, *as_prompt(text, name="text").messages)
+        response = self._answer(asked)
+        self.messages = (*asked, Message("assistant", response))
+        return response
+
+
+def load_model(
+    source: str | os.PathLike[str],
+    *,
+    template: str | None = None,
+    default_system: str | None = None,
+    template_date: str | None = None,
+    mesh: MeshConfig | None = None,
+    compute_dtype: str | None = None,
+    max_length: int | None = None,
+    slots: int = 64,
+    ignore_config_fields: Sequence[str] = (),
+) -> Model:
+    """A language model from disk, ready to answer.
+
+    Args:
+        source: a folder of ours, a Hugging Face folder, or a hub id.
+        template: chat template by name; None for the model's own where it has one, else
+            HuatuoGPT's.
+        default_system: its system text; None for the template's own.
+        template_date: the date that a tokenizer's own template prints, as 2024-07-26.
+        mesh: how the devices are divided; None for all of them along `fsdp`.
+        compute_dtype: None for float32 on CPU, bfloat16 elsewhere.
+        max_length: tokens of a dialogue and a response; None for the model's positions.
+        slots: responses decoded at once at most.
+        ignore_config_fields: of its `config.json`: unknown ones that change nothing.
+
+    Raises:
+        ValueError: there is no such model, it is a reward model, the template does not suit its
+            tokenizer, or the mesh does not divide it.
+        OSError: its weights cannot be read.
+    """
+    settings = Settings(
+        template=template,
+        default_system=default_system,
+        template_date=template_date,
+        mesh=mesh,
+        compute_dtype=compute_dtype,
+        max_length=max_length,
+        ignore_config_fields=ignore_config_fields,
+    )
+    model = open_policy(source, settings, slots=slots)
+    _ = model.params  # Now, so that what is wrong with the weights is said here.
+    return model
+
+
+def open_policy(
+    source: str | os.PathLike[str],
+    settings: Settings,
+    *,
+    slots: int = 64,
+    result: dict[str, Any] | None = None,
+) -> Model:
+    """As `load_model`, but the weights are read when they are first needed."""
+    if slots < 1:
+        raise ValueError(f"slots={slots} must be at least 1")
+    saved, compute, limit = open_for_use(source, "lm", settings)
+    return Model(saved, compute, max_length=limit, max_slots=slots, result=result)
+
+
+class RewardModel(ModelInUse):
+    """A reward model with its tokenizer and chat template; see `load_reward_model`.
+
+    Attributes:
+        max_length: tokens of a dialogue and a response at most.
+        normalization: mean and standard deviation that were stored with it; None where none were.
+        result: what the stage reported that trained it; None for a model that was loaded.
+    """
+
+    def __init__(
+        self,
+        saved: SavedModel,
+        compute: ComputeConfig,
+        *,
+        max_length: int,
+        normalization: Normalization | None,
+        result: dict[str, Any] | None = None,
+    ) -> None:
+        """Made by `load_reward_model` and by `train_reward_model`."""
+        super().__init__(saved, compute, max_length=max_length, result=result)
+        self.normalization = normalization
+
+    def score(
+        self,
+        dialogue: DialogueLike,
+        response: str | Response,
+        *,
+        raw: bool = False,
+        drop_oldest_turns: bool = False,
+    ) -> float:
+        """How good a response is; only scores of responses to one dialogue compare.
+
+        Args:
+            dialogue: the user's words; or messages with role and content, the user's last.
+            response: its text; or one that `Model.generate` gave.
+            raw: as the model's head gives it; otherwise normalised, where a normalization is
+                stored with the model.
+            drop_oldest_turns: leave out the oldest turns of a dialogue that is too long.
+
+        Raises:
+            ValueError: the dialogue is empty, out of order or too long.
+        """
+        (found,) = self.score_batch(
+            [dialogue], [response], raw=raw, drop_oldest_turns=drop_oldest_turns
+        )
+        return found
+
+    def score_batch(
+        self,
+        dialogues: Sequence[DialogueLike],
+        responses: Sequence[str | Response],
+        *,
+        raw: bool = False,
+        drop_oldest_turns: bool = False,
+    ) -> list[float]:
+        """`score` of several responses, each to its own dialogue."""
+        given = self._given(dialogues, responses, drop_oldest_turns)
+        if not given:
+            return []
+        found: list[float] = self._scorer(len(given)).scores(given).tolist()
+        if raw or self.normalization is None:
+            return found
+        normalized: list[float] = self.normalization.apply(found).tolist()
+        return normalized
+
+    def save(
+        self,
+        target: str | os.PathLike[str],
+        *,
+        format: SaveFormat = "hf",
+        overwrite: bool = False,
+    ) -> None:
+        """Writes the model with its tokenizer and normalization.
+
+        Args:
+            target: the folder to make.
+            format: `hf` for transformers' sequence classification, whose scores are raw; `orbax`
+                for a folder of ours.
+            overwrite: replace a folder that is not empty.
+
+        Raises:
+            ValueError: an unknown format, or a family that transformers has no classifier for.
+            FileExistsError: the folder is not empty and `overwrite` is not set.
+            OSError: it cannot be written.
+        """
+        self._write(target, format, overwrite)
+        carry_normalization(
+            self.folder,
+            pathlib.Path(target),
+            ignore_config_fields=self.ignored_config_fields,
+        )
+
+
+def load_reward_model(
+    source: str | os.PathLike[str],
+    *,
+    template: str | None = None,
+    default_system: str | None = None,
+    template_date: str | None = None,
+    mesh: MeshConfig | None = None,
+    compute_dtype: str | None = None,
+    max_length: int | None = None,
+    ignore_config_fields: Sequence[str] = (),
+) -> RewardModel:
+    """A reward model from disk, ready to score; arguments as for `load_model`.
+
+    Raises:
+        ValueError: there is no such model, it has a token head, the template does not suit its
+            tokenizer, or the mesh does not divide it.
+        OSError: its weights cannot be read.
+    """
+    settings = Settings(
+        template=template,
+        default_system=default_system,
+        template_date=template_date,
+        mesh=mesh,
+        compute_dtype=compute_dtype,
+        max_length=max_length,
+        ignore_config_fields=ignore_config_fields,
+    )
+    model = open_reward_model(source, settings)
+    _ = model.params  # Now, so that what is wrong with the weights is said here.
+    return model
+
+
+def open_reward_model(
+    source: str | os.PathLike[str], settings: Settings, *, result: dict[str, Any] | None = None
+) -> RewardModel:
+    """As `load_reward_model`, but the weights are read when they are first needed."""
+    saved, compute, limit = open_for_use(source, "score", settings)
+    return RewardModel(
+        saved,
+        compute,
+        max_length=limit,
+        normalization=load_normalization(saved.info.folder),
+        result=result,
+    )

@@ -1,0 +1,149 @@
+"""Matrix products with gradients of their own, in the order that transposes least.
+
+What jax derives for a kernel's gradient is the transpose of `outputs^T inputs`: on CPU the widest
+array of a layer is then copied into another layout. Here it is `inputs^T outputs`, as it is wanted.
+
+Which weights the forward pass casts before anything else, and those weights cast already.
+"""
+
+import functools
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from huatuo_jax.core import sharding
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
+def linear(
+    inputs: jax.Array,
+    kernel: jax.Array,
+    num_contracted: int,
+    dtype: DTypeLike,
+    cuts: tuple[int, ...] = (),
+    cut_dim: int = -1,
+) -> tuple[jax.Array, ...]:
+    """Sums over the last dimensions of the inputs and the first ones of the kernel.
+
+    Args:
+        inputs: `[..., *contracted]`.
+        kernel: `[*contracted, ...]`, in the dtype of the inputs.
+        num_contracted: how many dimensions are summed over.
+        dtype: of the sums, at least as wide.
+        cuts: where the kernel is cut; each part has a product of its own. What is kept for the
+            backward pass is the whole kernel, which stands in memory anyway, and not its parts.
+        cut_dim: which of the kernel's dimensions that is, counted from the end.
+
+    Returns:
+        The outputs of each part; one where nothing is cut.
+    """
+    return _linear_forward(inputs, kernel, num_contracted, dtype, cuts, cut_dim)[0]
+
+
+def _linear_forward(
+    inputs: jax.Array,
+    kernel: jax.Array,
+    num_contracted: int,
+    dtype: DTypeLike,
+    cuts: tuple[int, ...],
+    cut_dim: int,
+) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, jax.Array]]:
+    # The product itself, not another call of `linear`: remat policies do not look into those.
+    lead = inputs.ndim - num_contracted
+    dims = tuple(range(lead, inputs.ndim)), tuple(range(num_contracted))
+    outputs = tuple(
+        jax.lax.dot_general(inputs, part, (dims, ((), ())), preferred_element_type=dtype)
+        for part in cut(kernel, cuts, cut_dim)
+    )
+    return outputs, (inputs, kernel)
+
+
+def _linear_backward(
+    num_contracted: int,
+    dtype: DTypeLike,
+    cuts: tuple[int, ...],
+    cut_dim: int,
+    saved: tuple[jax.Array, jax.Array],
+    gradients: tuple[jax.Array, ...],
+) -> tuple[jax.Array, jax.Array]:
+    inputs, kernel = saved
+    lead = tuple(range(inputs.ndim - num_contracted))
+    made = tuple(range(len(lead), gradients[0].ndim)), tuple(range(num_contracted, kernel.ndim))
+    from_parts = [
+        jax.lax.dot_general(gradient, part, (made, ((), ())), preferred_element_type=dtype)
+        for gradient, part in zip(gradients, cut(kernel, cuts, cut_dim), strict=True)
+    ]
+    to_parts = [
+        jax.lax.dot_general(
+            inputs, gradient, ((lead, lead), ((), ())), preferred_element_type=dtype
+        )
+        for gradient in gradients
+    ]
+    to_kernel = jnp.concatenate(to_parts, axis=cut_dim) if cuts else to_parts[0]
+    to_inputs = functools.reduce(jnp.add, from_parts)
+    return to_inputs.astype(inputs.dtype), to_kernel.astype(kernel.dtype)
+
+
+linear.defvjp(_linear_forward, _linear_backward)
+
+
+def cut(array: jax.Array, cuts: tuple[int, ...], dim: int) -> list[jax.Array]:
+    """The parts of an array; the array itself where there are no cuts."""
+    return jnp.split(array, cuts, axis=dim) if cuts else [array]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def gated(
+    activation: Callable[[jax.Array], jax.Array], gate: jax.Array, up: jax.Array
+) -> jax.Array:
+    """`activation(gate) * up`; nothing but the two is kept for the backward pass."""
+    return activation(gate) * up
+
+
+def _gated_forward(
+    activation: Callable[[jax.Array], jax.Array], gate: jax.Array, up: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return activation(gate) * up, (gate, up)
+
+
+def _gated_backward(
+    activation: Callable[[jax.Array], jax.Array],
+    saved: tuple[jax.Array, jax.Array],
+    gradient: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    gate, up = saved
+    activated, pull_back = jax.vjp(activation, gate)
+    return pull_back(gradient * up)[0], gradient * activated
+
+
+gated.defvjp(_gated_forward, _gated_backward)
+
+
+# Norms and the score head are not among them: they are read in full width.
+_CAST_IN_FORWARD = re.compile(
+    r"(^|/)(embedding/table|lm_head/kernel"
+    r"|(attention|mlp)/(qkv|output|gate_up|up|down)/(kernel|bias)|(attention|mlp)/\w+/[ab])$"
+)
+
+
+def store_as_computed(variables: Any, dtype: DTypeLike, *, keep_lm_head: bool = False) -> Any:
+    """Variables that no gradient is taken of, as the forward pass casts them: it is unchanged.
+
+    Args:
+        variables: collections, or parts of them, layers stacked or split; arrays that are in the
+            dtype already are handed back as they are.
+        dtype: the compute dtype.
+        keep_lm_head: leave the head alone: NormHead scales it in full width before the cast.
+    """
+
+    def stored(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        name = sharding.path_name(path)
+        if not _CAST_IN_FORWARD.search(name) or (keep_lm_head and name.endswith("lm_head/kernel")):
+            return leaf
+        return leaf if leaf.dtype == dtype else leaf.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(stored, variables)

@@ -1,0 +1,1 @@
+"""Chat templates: dialogues as tokens, with the ones that are trained on."""

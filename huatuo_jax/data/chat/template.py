@@ -1,0 +1,559 @@
+"""Chat templates: one object renders a dialogue for training, generation, evaluation and export.
+
+What holds for every template:
+
+- `render` gives the training ids, the mask of trained tokens and where each turn lies; `prompt`
+  gives what stands before the next answer. The prompt of `messages[:k]` is exactly the start of the
+  training ids, up to where the content of answer k begins (`TurnSpan.content_start`).
+- The mask follows from how the ids were put together, turn by turn. It is not searched for in the
+  text, and not derived from ids, so padding may equal EOS. The token that ends a doctor's turn is
+  always trained.
+- Ids equal those of transformers' `apply_chat_template` on the same template (HuatuoGPT's and
+  Baichuan's are defined piece by piece instead). The two exceptions, an answer whose first
+  characters would merge into the header before it, and text that spells a special token, are
+  described in `chat_pieces`.
+
+A dialogue is an optional system message, then patient and doctor in turn. `repr(template)` names
+the template and all its settings: it is what a cache key needs to hold.
+
+From the pieces of a template to token ids: control tokens as ids, texts as plain text.
+
+A control token (`<|im_start|>`, EOS) is looked up by its string and never parsed out of a text.
+A text is tokenised as it would be in the whole rendering, where special tokens cut the text first:
+right after the control token it follows (this matters to SentencePiece, which treats the start of
+a text differently), or as the start of a text of its own where the template says so (`apart`).
+
+Two texts in a row, such as `assistant` + newline and the answer, are where generation starts, so
+their border must be a border of tokens. They are tokenised together, and where the first one's
+tokens come out unchanged, that is the result: it is what tokenising the whole rendering gives.
+Where they do not (an answer that begins with a newline, after a header that ends with one), the
+second text is tokenised by itself, because a model that generates has the header's tokens behind
+it and cannot take them back. There, and only there, ids differ from the whole text's.
+
+Text that spells a special token (`</s>` in a patient's question) stays text: it is cut after its
+first character and the parts are tokenised one by one. `apply_chat_template` would make it a real
+control token unless it is called with `sanitize_control_tokens=True`. Added tokens that are not
+special, such as `<think>` in some tokenizers, are left to the tokenizer, as transformers does.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import functools
+import itertools
+import re
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, get_args
+
+from huatuo_jax.data.records import Message, Role
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Piece(NamedTuple):
+    """A part of a rendering that is tokenised on its own.
+
+    `control`: the text is the string of one token. `trained`: its tokens are learned.
+    `apart`: a text that is tokenised as if nothing stood before it.
+    """
+
+    text: str
+    control: bool = False
+    trained: bool = False
+    apart: bool = False
+
+
+def control(text: str, *, trained: bool = False) -> Piece:
+    """A piece that is one token of the tokenizer."""
+    return Piece(text, control=True, trained=trained)
+
+
+def control_id(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
+    """The id of a control token; ValueError if the tokenizer does not have it."""
+    token_id = tokenizer.convert_tokens_to_ids(text)
+    if token_id is None or (token_id == tokenizer.unk_token_id and text != tokenizer.unk_token):
+        raise ValueError(
+            f"tokenizer: has no token {text!r}, which the template needs; choose a template that "
+            "fits the tokenizer, or add the token to it (and to the embeddings) as a special token"
+        )
+    return int(token_id)
+
+
+def special_strings(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
+    """The strings of the special tokens, which a text of a dialogue may only spell.
+
+    One-character ones are left out: they are ordinary text used for padding, not structure.
+    """
+    added = tokenizer.added_tokens_decoder.values()
+    strings = {token.content for token in added if token.special}
+    return frozenset(text for text in strings.union(tokenizer.all_special_tokens) if len(text) > 1)
+
+
+@functools.lru_cache(maxsize=16)
+def _any_of(strings: frozenset[str]) -> re.Pattern[str]:
+    # "(?!)" matches nothing: a tokenizer without special tokens has nothing to protect.
+    return re.compile("|".join(map(re.escape, sorted(strings))) or "(?!)")
+
+
+def cut_apart(text: str, strings: frozenset[str]) -> list[str]:
+    """Cuts a text into chunks that join to it and none of which holds one of the strings.
+
+    The strings have two characters or more; each occurrence is cut after its first character.
+    """
+    chunks: list[str] = []
+    start = 0
+    pattern = _any_of(strings)
+    while match := pattern.search(text, start):
+        chunks.append(text[start : match.start() + 1])
+        start = match.start() + 1
+    return [*chunks, text[start:]]
+
+
+def encode_after(tokenizer: PreTrainedTokenizerBase, anchor: str | None, text: str) -> list[int]:
+    """The ids a text has right after a control token, or at the start of a text if None."""
+    # Not verbose: how long a row may be is for `truncate` to say, not for the tokenizer to warn.
+    if anchor is None:
+        return list(tokenizer.encode(text, add_special_tokens=False, verbose=False))
+    token_ids = tokenizer.encode(anchor + text, add_special_tokens=False, verbose=False)
+    if token_ids[:1] != [control_id(tokenizer, anchor)]:
+        raise ValueError(
+            f"tokenizer: reads {anchor!r} as text, though it is in its vocabulary; "
+            "add it as a special token (`add_special_tokens`)"
+        )
+    return list(token_ids[1:])
+
+
+class PieceEncoder:
+    """Tokenises the pieces of one rendering in order.
+
+    `controls` are the control tokens of the template; with the tokenizer's special tokens they are
+    what a text may not become. Raises ValueError where the tokenizer lacks one of them, or makes
+    one out of plain text.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, controls: Iterable[str]) -> None:
+        """Looks the control tokens up; ValueError for one the tokenizer does not have."""
+        self._tokenizer = tokenizer
+        self._ids = {text: control_id(tokenizer, text) for text in controls}
+        specials = special_strings(tokenizer)
+        self._protected = specials | {text for text in self._ids if len(text) > 1}
+        # The unknown token is what a character outside the vocabulary becomes: nothing's control.
+        protected_ids = {control_id(tokenizer, text) for text in self._protected}
+        self._protected_ids = protected_ids - {tokenizer.unk_token_id}
+        # What stands before the later parts of a text that was cut; any special token will do.
+        self._inner_anchor = min(specials, default=None)
+        self._anchor: str | None = None
+        self._joined = ""
+        self._joined_ids: list[int] = []
+
+    def encode(self, piece: Piece) -> list[int]:
+        """The ids of the next piece, given the pieces before it."""
+        if piece.control or piece.apart:
+            self._anchor = piece.text if piece.control else None
+            self._joined, self._joined_ids = "", []
+        if piece.control:
+            return [self._ids[piece.text]]
+        together = self._encode_text(self._joined + piece.text)
+        border = len(self._joined_ids)
+        if together[:border] == self._joined_ids:
+            token_ids = together[border:]
+        else:
+            token_ids = self._encode_text(piece.text)
+        self._joined += piece.text
+        self._joined_ids = self._joined_ids + token_ids
+        return token_ids
+
+    def _encode_text(self, text: str) -> list[int]:
+        anchor = self._anchor
+        token_ids: list[int] = []
+        for chunk in cut_apart(text, self._protected):
+            token_ids += encode_after(self._tokenizer, anchor, chunk)
+            anchor = self._inner_anchor
+        made = self._protected_ids.intersection(token_ids)
+        if made:
+            raise ValueError(
+                f"tokenizer: makes {self._tokenizer.convert_ids_to_tokens(min(made))!r} out of "
+                f"plain text ({text[:40]!r}); its special tokens must not be ordinary pieces"
+            )
+        return token_ids
+
+
+def start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The special tokens that the tokenizer puts before a text by itself, often BOS or none."""
+    text = tokenizer.encode("a", add_special_tokens=False)
+    wrapped = tokenizer.encode("a", add_special_tokens=True)
+    for start in range(len(wrapped) - len(text) + 1):
+        if wrapped[start : start + len(text)] == text:
+            return list(tokenizer.convert_ids_to_tokens(wrapped[:start]))
+    raise ValueError(
+        "tokenizer: with special tokens the ids of 'a' change, so its start tokens are not known"
+    )
+
+
+def named_token(tokenizer: PreTrainedTokenizerBase, name: Literal["bos_token", "eos_token"]) -> str:
+    """The string of the tokenizer's BOS or EOS; ValueError if it has none."""
+    text = tokenizer.special_tokens_map.get(name)
+    if text is None:
+        raise ValueError(f"tokenizer: has no {name}, which the template needs; set it")
+    return str(text)
+
+
+def token_of_id(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
+    """The string of a token id; ValueError if the vocabulary ends before it."""
+    if token_id >= len(tokenizer):
+        raise ValueError(
+            f"tokenizer: has {len(tokenizer)} tokens, and the template needs token {token_id}"
+        )
+    return str(tokenizer.convert_ids_to_tokens(token_id))
+
+
+def with_eos(token_id: int, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """A stop token's id, and that of EOS if the tokenizer has another one."""
+    if tokenizer.eos_token_id is None or tokenizer.eos_token_id == token_id:
+        return (token_id,)
+    return (token_id, int(tokenizer.eos_token_id))
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TrainedTurns = Literal["all", "last"]
+TruncationPolicy = Literal["drop_oldest_turns", "drop_row"]
+
+
+class TurnSpan(NamedTuple):
+    """Where a turn lies in the token ids: `[start, end)`.
+
+    `content_start` is where generation would begin in a doctor's turn; elsewhere it equals `start`.
+    Ids before the first message (start tokens) form a system turn.
+    """
+
+    role: Role
+    start: int
+    content_start: int
+    end: int
+
+
+class Rendered(NamedTuple):
+    """A dialogue as training sees it: ids, which of them are trained, and the turns."""
+
+    token_ids: list[int]
+    trained_mask: list[bool]
+    turns: list[TurnSpan]
+
+
+class NothingToTrain(ValueError):
+    """A dialogue of which no token would be trained."""
+
+
+class TurnTokens(NamedTuple):
+    """One turn's tokens; the first `num_header` of them are there before generation starts."""
+
+    role: Role
+    token_ids: list[int]
+    trained_mask: list[bool]
+    num_header: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChatTemplate(abc.ABC):
+    """How a dialogue becomes text and token ids.
+
+    `default_system` is the system text of a dialogue that has no system message of its own (None:
+    such a dialogue has no system text).
+    """
+
+    name: ClassVar[str]
+    turn_marks: ClassVar[tuple[str, ...]] = ()
+    """Plain texts that begin a turn which is tokenised as a text of its own."""
+    default_system: str | None = None
+
+    @abc.abstractmethod
+    def tokenize(
+        self, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase
+    ) -> list[TurnTokens]:
+        """Tokenises a valid dialogue turn by turn.
+
+        Where the patient speaks last, the list ends with a doctor's turn that is only its header.
+        """
+
+    @abc.abstractmethod
+    def text(self, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> str:
+        """The text of the ids: the training text where the doctor speaks last, else the prompt."""
+
+    @abc.abstractmethod
+    def stop_token_ids(self, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+        """The ids that end an answer, the template's own end of turn first."""
+
+    @abc.abstractmethod
+    def control_tokens(self, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+        """The strings of the tokens that the template writes by their id, in order, each once."""
+
+    @abc.abstractmethod
+    def to_jinja(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        """A `chat_template` for an exported tokenizer, which renders the same text as `text`."""
+
+    @abc.abstractmethod
+    def unfinished(
+        self, messages: Sequence[Message], text: str, tokenizer: PreTrainedTokenizerBase
+    ) -> list[int]:
+        """The ids of a prompt and of an answer that was cut off: no end of turn follows `text`.
+
+        Raises ValueError for a dialogue that does not end with the user.
+        """
+
+    @abc.abstractmethod
+    def content_of(self, text: str, tokenizer: PreTrainedTokenizerBase, *, ended: bool) -> str:
+        """The message content of an answer's sampled text, its end of turn left out.
+
+        A template may write something of its own around the content, such as HuatuoGPT's space
+        before EOS. A model that was trained with the template samples it; it is taken off here, so
+        that rendering the content again adds it once and not twice. What stands after the content
+        is there only if the answer `ended`.
+        """
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        trained: TrainedTurns = "all",
+    ) -> Rendered:
+        """Renders a dialogue for training; `trained` says which of the doctor's turns are learned.
+
+        A turn whose message is not `trained` is never learned.
+
+        Raises ValueError for a dialogue that is out of order, does not end with the doctor, or
+        cannot be said in this template, NothingToTrain for one that would train no token.
+        """
+        rendered = self.render_any(messages, tokenizer, trained=trained)
+        if not any(rendered.trained_mask):
+            raise NothingToTrain(f"messages: template {self.name!r} would train no token of them")
+        return rendered
+
+    def render_any(
+        self,
+        messages: Sequence[Message],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        trained: TrainedTurns = "all",
+    ) -> Rendered:
+        """As `render`, also of a dialogue that would train no token."""
+        if trained not in get_args(TrainedTurns):
+            raise ValueError(f"trained: {trained!r} is not one of {get_args(TrainedTurns)}")
+        check_dialogue(messages, last="assistant")
+        turns = self.tokenize(messages, tokenizer)
+        token_ids: list[int] = []
+        trained_mask: list[bool] = []
+        spans: list[TurnSpan] = []
+        marks = iter([message.trained for message in messages if message.role == "assistant"])
+        for turn in turns:
+            start = len(token_ids)
+            learned = turn.role != "assistant" or next(marks)
+            learned = learned and (trained == "all" or turn is turns[-1])
+            token_ids += turn.token_ids
+            trained_mask += turn.trained_mask if learned else [False] * len(turn.token_ids)
+            content_start = start + (turn.num_header if turn.role == "assistant" else 0)
+            spans.append(TurnSpan(turn.role, start, content_start, len(token_ids)))
+        return Rendered(token_ids, trained_mask, spans)
+
+    def prompt(self, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """The ids the doctor's next answer is generated from, its header included."""
+        check_dialogue(messages, last="user")
+        turns = self.tokenize(messages, tokenizer)
+        return list(itertools.chain.from_iterable(turn.token_ids for turn in turns))
+
+    def check_fits(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int, *, name: str) -> None:
+        """Raises ValueError where the template's own tokens lie past a model's embedding.
+
+        Args:
+            tokenizer: the model's.
+            vocab_size: number of embedding rows.
+            name: of the tokenizer, for the message.
+        """
+        probe = [Message("user", "?"), Message("assistant", "!")]
+        largest = max(self.render(probe, tokenizer).token_ids)
+        if largest >= vocab_size:
+            raise ValueError(
+                f"{name}: the template {self.name!r} needs its token {largest} "
+                f"({tokenizer.convert_ids_to_tokens(largest)!r}), and the model's vocab_size is "
+                f"{vocab_size}: add rows to its embedding, or choose another template"
+            )
+
+
+class Turn(NamedTuple):
+    """One turn in pieces: a header that is there before generation starts, and the rest."""
+
+    role: Role
+    header: tuple[Piece, ...]
+    body: tuple[Piece, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PieceTemplate(ChatTemplate):
+    """A template that says its pieces itself; subclasses say what each kind of turn is made of."""
+
+    _before_content: ClassVar[str] = ""
+    """What `_answer` writes before the content."""
+
+    @abc.abstractmethod
+    def _opening(self, system: str | None, tokenizer: PreTrainedTokenizerBase) -> tuple[Piece, ...]:
+        """What stands before the first turn: start tokens and the system text, if any."""
+
+    @abc.abstractmethod
+    def _question(self, content: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Piece, ...]:
+        """A patient's turn."""
+
+    @abc.abstractmethod
+    def _answer_header(self, tokenizer: PreTrainedTokenizerBase) -> tuple[Piece, ...]:
+        """What stands before a doctor's answer, and ends a prompt."""
+
+    @abc.abstractmethod
+    def _answer(self, content: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Piece, ...]:
+        """A doctor's answer after its header; its trained pieces end with the end of the turn."""
+
+    def _turns(self, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[Turn]:
+        """The turns of a valid dialogue, with an open answer where the patient speaks last."""
+        system, spoken = split_system(messages, self.default_system)
+        opening = self._opening(system, tokenizer)
+        turns = [Turn("system", (), opening)] if opening else []
+        for message in spoken:
+            if message.role == "user":
+                turns.append(Turn("user", (), self._question(message.content, tokenizer)))
+            else:
+                body = self._answer(message.content, tokenizer)
+                turns.append(Turn("assistant", self._answer_header(tokenizer), body))
+        if spoken[-1].role == "user":
+            turns.append(Turn("assistant", self._answer_header(tokenizer), ()))
+        return turns
+
+    def tokenize(
+        self, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase
+    ) -> list[TurnTokens]:
+        """Tokenises a valid dialogue piece by piece."""
+        turns = self._turns(messages, tokenizer)
+        pieces = [piece for turn in turns for piece in turn.header + turn.body]
+        encoder = PieceEncoder(tokenizer, [piece.text for piece in pieces if piece.control])
+        tokens = []
+        for turn in turns:
+            token_ids: list[int] = []
+            trained_mask: list[bool] = []
+            num_header = 0
+            for index, piece in enumerate(turn.header + turn.body):
+                piece_ids = encoder.encode(piece)
+                token_ids += piece_ids
+                trained_mask += [piece.trained] * len(piece_ids)
+                num_header += len(piece_ids) if index < len(turn.header) else 0
+            tokens.append(TurnTokens(turn.role, token_ids, trained_mask, num_header))
+        return tokens
+
+    def unfinished(
+        self, messages: Sequence[Message], text: str, tokenizer: PreTrainedTokenizerBase
+    ) -> list[int]:
+        """The ids of a prompt and of an answer that was cut off; see `ChatTemplate.unfinished`."""
+        check_dialogue(messages, last="user")
+        pieces = [
+            piece for turn in self._turns(messages, tokenizer) for piece in turn.header + turn.body
+        ]
+        finished = self._answer(text, tokenizer)
+        encoder = PieceEncoder(
+            tokenizer, [piece.text for piece in (*pieces, *finished) if piece.control]
+        )
+        # As the first piece of an answer, so that its start is tokenised as in training.
+        cut_off = finished[0]._replace(text=self._before_content + text)
+        return [one for piece in (*pieces, cut_off) for one in encoder.encode(piece)]
+
+    def content_of(self, text: str, tokenizer: PreTrainedTokenizerBase, *, ended: bool) -> str:
+        """The content of an answer's text; see `ChatTemplate.content_of`."""
+        return text
+
+    def control_tokens(self, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+        """Those of a small dialogue; see `ChatTemplate.control_tokens`."""
+        probe = [Message("system", "a"), Message("user", "b"), Message("assistant", "c")]
+        turns = self._turns(probe, tokenizer)
+        pieces = (piece for turn in turns for piece in turn.header + turn.body)
+        return tuple(dict.fromkeys(piece.text for piece in pieces if piece.control))
+
+    def text(self, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> str:
+        """The text of the ids: the training text where the doctor speaks last, else the prompt."""
+        check_dialogue(messages, last=None)
+        turns = self._turns(messages, tokenizer)
+        return "".join(piece.text for turn in turns for piece in turn.header + turn.body)
+
+
+def split_system(
+    messages: Sequence[Message], default_system: str | None
+) -> tuple[str | None, Sequence[Message]]:
+    """The system text of a valid dialogue, its own or the default, and the spoken turns."""
+    if messages[0].role == "system":
+        return messages[0].content, messages[1:]
+    return default_system, messages
+
+
+def check_dialogue(
+    messages: Sequence[Message], *, last: Literal["user", "assistant"] | None
+) -> None:
+    """Raises ValueError unless the turns alternate from the patient on and end with `last`."""
+    has_system = bool(messages) and messages[0].role == "system"
+    spoken = messages[1:] if has_system else messages
+    if not spoken:
+        raise ValueError("messages: no turn; a dialogue needs at least a patient's turn")
+    for index, message in enumerate(spoken):
+        expected = "user" if index % 2 == 0 else "assistant"
+        if message.role != expected:
+            raise ValueError(
+                f"messages[{index + has_system}].role: {message.role!r}, but {expected!r} is due; "
+                "a dialogue is an optional system message, then user and assistant in turn"
+            )
+    if last is not None and spoken[-1].role != last:
+        raise ValueError(
+            f"messages[-1].role: {spoken[-1].role!r}; it has to be {last!r} here (an answer is "
+            "trained after its question, and generated after a question)"
+        )
+
+
+class Truncated(NamedTuple):
+    """What is left of a dialogue: None if the row was dropped, and how many messages went."""
+
+    rendered: Rendered | None
+    num_messages_dropped: int
+
+
+def truncate(
+    template: ChatTemplate,
+    messages: Sequence[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_tokens: int,
+    policy: TruncationPolicy,
+    trained: TrainedTurns = "all",
+) -> Truncated:
+    """Renders a dialogue in at most `max_tokens` tokens, and never cuts into a turn.
+
+    `drop_oldest_turns` keeps the system text and drops the oldest question with its answer until
+    the rest fits; a dialogue whose last exchange alone is too long is dropped, and so is one of
+    which nothing would be trained then. `drop_row` drops every dialogue that is too long. Raises
+    ValueError as `render` does.
+    """
+    if policy not in get_args(TruncationPolicy):
+        raise ValueError(f"policy: {policy!r} is not one of {get_args(TruncationPolicy)}")
+    rendered = template.render(messages, tokenizer, trained=trained)
+    if len(rendered.token_ids) <= max_tokens:
+        return Truncated(rendered, 0)
+    dropped_row = Truncated(None, len(messages))
+    if policy == "drop_row":
+        return dropped_row
+    num_system = int(messages[0].role == "system")
+    system, spoken = messages[:num_system], messages[num_system:]
+    last_exchange = template.render_any([*system, *spoken[-2:]], tokenizer, trained=trained)
+    if len(last_exchange.token_ids) > max_tokens:
+        return dropped_row
+    shortened, start = last_exchange, len(spoken) - 2
+    for start in range(2, len(spoken), 2):
+        shortened = template.render_any([*system, *spoken[start:]], tokenizer, trained=trained)
+        if len(shortened.token_ids) <= max_tokens:
+            break
+    # What was to be learned may have been in the turns that went.
+    return Truncated(shortened, start) if any(shortened.trained_mask) else dropped_row

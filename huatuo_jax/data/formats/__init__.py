@@ -1,0 +1,1 @@
+"""Row formats of data files: dialogues, instructions, exams, comparisons."""

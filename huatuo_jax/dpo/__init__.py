@@ -1,1 +1,0 @@
-"""Direct preference optimisation: comparisons in, a policy out, without a reward model."""

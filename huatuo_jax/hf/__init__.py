@@ -1,0 +1,1 @@
+"""The Hugging Face layout: configs, weights and tokenizers, read and written."""

@@ -1,0 +1,334 @@
+"""Loading a Hugging Face checkpoint tensor by tensor, straight into its shards.
+
+Delta weights: a model published as its difference from a base that may not be passed on.
+
+HuatuoGPT-13B is one, over Ziya-LLaMA-13B: to every tensor the base is added, except to those whose
+shape or meaning the fine-tuning changed, which are published whole.
+"""
+
+import dataclasses
+import math
+import pathlib
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, SingleDeviceSharding
+from jax.typing import DTypeLike
+
+from huatuo_jax.backbone.config import BackboneConfig, ComputeConfig
+from huatuo_jax.backbone.transformer import Head, abstract_params
+from huatuo_jax.core import sharding
+from huatuo_jax.hf.safetensors_files import common_dtype
+from huatuo_jax.hf.tensor_table import TensorRule, is_legacy_buffer, tensor_rules
+
+Progress = Callable[[int, int], None]
+
+# Base models are saved without the prefix of the class that holds them.
+_BASE_PREFIXES = ("model.", "transformer.")
+_HEAD = "lm_head.weight"
+_LISTED = 5
+_ALIGNMENT = 64  # bytes
+
+
+class Tensors(Protocol):
+    """The tensors of a checkpoint, each read when it is asked for."""
+
+    @property
+    def folder(self) -> pathlib.Path:
+        """Where they come from, for messages."""
+
+    def names(self) -> tuple[str, ...]:
+        """Name every tensor."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Tell the shape of a tensor."""
+
+    def dtype(self, name: str) -> np.dtype:
+        """Tell the dtype of a tensor."""
+
+    def read(self, name: str) -> np.ndarray:
+        """Read one tensor into a new array."""
+
+
+def load_params(
+    source: Tensors,
+    cfg: BackboneConfig,
+    *,
+    layout: str,
+    head: Head,
+    mesh: Mesh | None = None,
+    dtype: DTypeLike | None = None,
+    on_progress: Progress | None = None,
+) -> dict[str, Any]:
+    """The parameters of a checkpoint, each on the devices where the partition rules put it.
+
+    One stacked parameter at a time is built on the host, and of it only the shards of this host's
+    devices; every tensor is read once.
+
+    Args:
+        source: the checkpoint's tensors.
+        cfg: the backbone its config describes.
+        layout: the config's `model_type`.
+        head: `score` for a sequence classifier.
+        mesh: where to; None for the first device alone.
+        dtype: of the parameters; None keeps that of the checkpoint.
+        on_progress: called with tensors done and tensors in all.
+
+    Returns:
+        Nested dict, as `transformer.init_params` makes it.
+
+    Raises:
+        ValueError: tensors are missing, unexpected or misshapen (they are named), or a dimension
+            does not divide over the mesh.
+    """
+    rules = tensor_rules(cfg, layout, head)
+    prefix = _prefix(source, rules)
+    source = _with_embedding(source, rules[0].names[0].removeprefix(prefix), cfg)
+    total = _check_tensors(source, rules, cfg, head, prefix)
+    shapes = _flatten(abstract_params(cfg, ComputeConfig(), head=head))
+    done = 0
+    flat: dict[str, jax.Array] = {}
+    for rule in rules:
+        names = [_names(rule, layer, prefix) for layer in _layers(rule, cfg)]
+        kept = common_dtype({source.dtype(name) for part in names for name in part})
+        chosen = np.dtype(kept if dtype is None else dtype)
+        place = _sharding(rule.path, shapes[rule.path], chosen, mesh)
+        buffers = _Buffers(shapes[rule.path].shape, chosen, place, stacked=rule.stacked)
+        for layer, part in enumerate(names):
+            parts = [source.read(name).astype(kept, copy=False) for name in part]
+            buffers.fill(layer, rule.join(parts))
+            done += len(part)
+            if on_progress is not None:
+                on_progress(done, total)
+        flat[rule.path] = buffers.to_array()
+    return _nest(flat)
+
+
+class _Buffers:
+    """Host memory for the shards of one parameter that lie on this host's devices."""
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        dtype: np.dtype,
+        place: jax.sharding.Sharding,
+        *,
+        stacked: bool,
+    ) -> None:
+        self._shape, self._place, self._stacked = shape, place, stacked
+        self._slices = {
+            device: tuple(
+                part.indices(size)[:2] for part, size in zip(index or (), shape, strict=True)
+            )
+            for device, index in place.addressable_devices_indices_map(shape).items()
+        }
+        # Replicas share one buffer.
+        self._buffers = {
+            bounds: _aligned([stop - start for start, stop in bounds], dtype)
+            for bounds in set(self._slices.values())
+        }
+
+    def fill(self, layer: int, value: np.ndarray) -> None:
+        """Copy one layer's value (or the whole, where layers are not stacked) into the shards."""
+        for bounds, buffer in self._buffers.items():
+            inner = bounds[1:] if self._stacked else bounds
+            target = buffer[layer] if self._stacked else buffer
+            np.copyto(target, value[tuple(slice(*b) for b in inner)], casting="unsafe")
+
+    def to_array(self) -> jax.Array:
+        """The parameter on its devices; this host's memory is given up."""
+        shards = [
+            jax.device_put(self._buffers[bounds], device) for device, bounds in self._slices.items()
+        ]
+        self._buffers = {}
+        array = jax.make_array_from_single_device_arrays(self._shape, self._place, shards)
+        # Wait, or the host's copies of several parameters pile up behind the transfer.
+        return jax.block_until_ready(array)
+
+
+def _aligned(shape: list[int], dtype: np.dtype) -> np.ndarray:
+    """Memory that a CPU device takes over as it is; it would copy what is not aligned."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + _ALIGNMENT, dtype=np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def _sharding(
+    path: str, leaf: jax.ShapeDtypeStruct, dtype: np.dtype, mesh: Mesh | None
+) -> jax.sharding.Sharding:
+    if mesh is None:
+        return SingleDeviceSharding(jax.local_devices()[0])
+    tree = _nest({path: jax.ShapeDtypeStruct(leaf.shape, dtype)})
+    return jax.tree.leaves(sharding.parameter_shardings(tree, mesh))[0]
+
+
+def _prefix(source: Tensors, rules: tuple[TensorRule, ...]) -> str:
+    """The prefix to leave off our names, for a checkpoint of the bare base model."""
+    expected = next(prefix for prefix in _BASE_PREFIXES if rules[0].names[0].startswith(prefix))
+    bare = not any(name.startswith(expected) for name in source.names())
+    return expected if bare else ""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Renamed:
+    """The tensors of a checkpoint, one of them under another name."""
+
+    source: Tensors
+    stored: str
+    name: str
+
+    @property
+    def folder(self) -> pathlib.Path:
+        return self.source.folder
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.name if one == self.stored else one for one in self.source.names())
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.source.shape(self._stored(name))
+
+    def dtype(self, name: str) -> np.dtype:
+        return self.source.dtype(self._stored(name))
+
+    def read(self, name: str) -> np.ndarray:
+        return self.source.read(self._stored(name))
+
+    def _stored(self, name: str) -> str:
+        return self.stored if name == self.name else name
+
+
+def _with_embedding(source: Tensors, embedding: str, cfg: BackboneConfig) -> Tensors:
+    """A tied model may be saved with either name of its one matrix; here it has the embedding's."""
+    names = source.names()
+    if cfg.tie_embeddings and embedding not in names and _HEAD in names:
+        return _Renamed(source, _HEAD, embedding)
+    return source
+
+
+def _layers(rule: TensorRule, cfg: BackboneConfig) -> range:
+    return range(cfg.num_layers if rule.stacked else 1)
+
+
+def _names(rule: TensorRule, layer: int, prefix: str) -> list[str]:
+    return [name.removeprefix(prefix).replace("{layer}", str(layer)) for name in rule.names]
+
+
+def _check_tensors(
+    source: Tensors,
+    rules: tuple[TensorRule, ...],
+    cfg: BackboneConfig,
+    head: Head,
+    prefix: str,
+) -> int:
+    """Compare the checkpoint with the table before anything is read; the number of tensors."""
+    expected: dict[str, tuple[int, ...]] = {}
+    for rule in rules:
+        for layer in _layers(rule, cfg):
+            expected |= dict(zip(_names(rule, layer, prefix), rule.shapes, strict=True))
+    found = {name for name in source.names() if not is_legacy_buffer(name)}
+    if cfg.tie_embeddings and head == "lm" and _HEAD in found:
+        _check_tied(source, rules[0].names[0].removeprefix(prefix))
+        found.remove(_HEAD)
+    problems = _list("lacks tensors", [name for name in expected if name not in found])
+    problems += _list("has unexpected tensors", sorted(found - set(expected)))
+    problems += _list(
+        "has misshapen tensors",
+        [
+            f"{name} {source.shape(name)} instead of {shape}"
+            for name, shape in expected.items()
+            if name in found and source.shape(name) != shape
+        ],
+    )
+    if problems:
+        raise ValueError(f"{source.folder}: the checkpoint {'; '.join(problems)}")
+    return len(expected)
+
+
+def _check_tied(source: Tensors, embedding: str) -> None:
+    """A tied head that is saved all the same must be the embedding."""
+    if not np.array_equal(source.read(_HEAD), source.read(embedding)):
+        raise ValueError(
+            f"{source.folder}: config.json ties the head to the embedding, but {_HEAD} "
+            f"differs from {embedding}: set tie_word_embeddings to false"
+        )
+
+
+def _list(what: str, items: list[str]) -> list[str]:
+    if not items:
+        return []
+    more = f" and {len(items) - _LISTED} more" if len(items) > _LISTED else ""
+    return [f"{what} {', '.join(items[:_LISTED])}{more}"]
+
+
+def _flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        sharding.path_name(path): leaf
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+    }
+
+
+def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        *parents, last = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return tree
+
+
+_PUBLISHED_WHOLE = re.compile(r"(^|\.)(embed_tokens\.weight|lm_head\.weight|rotary_emb\.inv_freq)$")
+
+
+@dataclasses.dataclass(frozen=True)
+class DeltaSource:
+    """The tensors of base plus delta, each summed when it is read: no model is ever whole here.
+
+    Sums are taken in float32 and rounded to the delta's dtype, which is the sum in that dtype.
+    """
+
+    delta: Tensors
+    base: Tensors
+
+    def __post_init__(self) -> None:
+        """Raise ValueError where the two do not belong together, before anything is read."""
+        for name in self.delta.names():
+            if _PUBLISHED_WHOLE.search(name):
+                continue
+            if name not in self.base.names():
+                raise ValueError(f"{self.base.folder}: the base lacks {name} of the delta")
+            if self.base.shape(name) != self.delta.shape(name):
+                raise ValueError(
+                    f"{self.base.folder}: {name} is {self.base.shape(name)} in the base, "
+                    f"{self.delta.shape(name)} in the delta: not the base of this delta"
+                )
+
+    @property
+    def folder(self) -> pathlib.Path:
+        """The delta's folder."""
+        return self.delta.folder
+
+    def names(self) -> tuple[str, ...]:
+        """Name every tensor of the delta."""
+        return self.delta.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Tell the shape of a tensor."""
+        return self.delta.shape(name)
+
+    def dtype(self, name: str) -> np.dtype:
+        """Tell the dtype of a tensor, which is the delta's."""
+        return self.delta.dtype(name)
+
+    def read(self, name: str) -> np.ndarray:
+        """Read one tensor of the sum into a new array."""
+        difference = self.delta.read(name)
+        if _PUBLISHED_WHOLE.search(name):
+            return difference
+        total = difference.astype(np.float32) + self.base.read(name).astype(np.float32)
+        return total.astype(difference.dtype)

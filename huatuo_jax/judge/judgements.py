@@ -1,0 +1,464 @@
+"""What a judge said of one answer or of two, as one line of a labels file.
+
+A labels file is append-only. A judgement that failed is a line with `null` for its verdict, an
+`error` in words and the kind of `failure`; when the same question is answered later, that line
+supersedes it. `current` gives what stands, and never more than one judgement of a question.
+
+What every judge is: something that scores an answer, or says which of two is the better one.
+
+The labels file: grows by whole judgements, and goes on where a killed run left it.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import pathlib
+import time
+import typing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal, cast, get_args
+
+from huatuo_jax.core.files import AppendedFile, read_lines
+from huatuo_jax.data.records import Prompt, messages_to_json
+
+Protocol = Literal["score", "pairwise"]
+PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
+CRITERIA = ("informative", "coherent", "preferred", "accurate", "overall")
+# Why there is no verdict: the server or the model will not judge this question; the reply ended at
+# its limit of tokens; it is not what was asked for; no attempt brought one.
+Failure = Literal["refused", "truncated", "unreadable", "unanswered"]
+FAILURES: tuple[Failure, ...] = get_args(Failure)
+
+# In the order of a line of the file.
+_COMMON = (
+    "judge",
+    "template",
+    "reason",
+    "raw",
+    "usage",
+    "cost",
+    "latency_s",
+    "error",
+    "failure",
+    "max_tokens",
+    "key",
+    "prompt_sha256",
+    "answer_sha256",
+)
+# Lines that were written before these fields were known lack them.
+_MAY_LACK = {"failure", "max_tokens"}
+_OF_PROTOCOL: Mapping[Protocol, tuple[str, ...]] = {
+    "score": ("answer", "scores"),
+    "pairwise": ("first", "second", "p_first"),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Judgement:
+    """One question to a judge, and its verdict.
+
+    Attributes:
+        id: of the prompt.
+        key: hash of all that was asked: the judge's settings, the template, the texts, their order.
+        protocol: "score" asks for one answer's scores, "pairwise" for the better of two.
+        answer: score: which of the prompt's answers.
+        first: pairwise: which answer was shown first.
+        second: pairwise: which answer was shown second.
+        scores: score: a number for each of `CRITERIA`; None where the judgement failed.
+        p_first: pairwise: 1, 0, 0.5, or the probability that the first is the better one; None
+            where the judgement failed.
+        judge: the judge's name.
+        template: hash of the prompt template.
+        reason: why, in the judge's words.
+        raw: the reply as it came.
+        usage: tokens, as the server counted them, of all calls this judgement took.
+        cost: money, of all calls this judgement took; None where there is no price.
+        latency_s: of the last call.
+        error: why it failed; None where it did not.
+        failure: the kind of failure; None where it did not fail, or where nobody told.
+        max_tokens: that the reply was allowed, where it ended there; None otherwise.
+        prompt_sha256: of the prompt's messages.
+        answer_sha256: of the texts judged, in the order shown.
+    """
+
+    id: str
+    key: str
+    protocol: Protocol
+    answer: int | None = None
+    first: int | None = None
+    second: int | None = None
+    scores: Mapping[str, float] | None = None
+    p_first: float | None = None
+    judge: str
+    template: str
+    reason: str | None = None
+    raw: str | None = None
+    usage: Mapping[str, Any] | None = None
+    cost: float | None = None
+    latency_s: float | None = None
+    error: str | None = None
+    failure: Failure | None = None
+    max_tokens: int | None = None
+    prompt_sha256: str
+    answer_sha256: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a judgement that says too little or too much."""
+        if self.protocol not in PROTOCOLS:
+            raise ValueError(
+                f"protocol is {self.protocol!r}; it should be one of {', '.join(PROTOCOLS)}"
+            )
+        for protocol, names in _OF_PROTOCOL.items():
+            if protocol != self.protocol:
+                given = [name for name in names if getattr(self, name) is not None]
+                if given:
+                    raise ValueError(f"{given[0]} does not belong to the {self.protocol} protocol")
+        if any(not isinstance(index, int) or index < 0 for index in self.answers):
+            raise ValueError(f"answers {self.answers} should be whole numbers from 0 on")
+        if len(self.answer_sha256) != len(self.answers):
+            raise ValueError(f"{len(self.answer_sha256)} hashes for {len(self.answers)} answers")
+        if self.failed == (self.error is None):
+            raise ValueError("a judgement needs either a verdict or an error, and not both")
+        if self.failure is not None and (self.error is None or self.failure not in FAILURES):
+            raise ValueError(
+                f"failure is {self.failure!r}; beside an error it should be one of"
+                f" {', '.join(FAILURES)}, and null otherwise"
+            )
+        if (self.failure == "truncated") != (self.max_tokens is not None):
+            raise ValueError("max_tokens belongs to the failure 'truncated', and to no other")
+        if self.scores is not None:
+            _check_scores(self.scores)
+        if self.p_first is not None and not 0.0 <= self.p_first <= 1.0:
+            raise ValueError(f"p_first is {self.p_first}; it should lie between 0 and 1")
+
+    @property
+    def failed(self) -> bool:
+        """Whether there is no verdict."""
+        return (self.scores if self.protocol == "score" else self.p_first) is None
+
+    @property
+    def answers(self) -> tuple[int, ...]:
+        """Which of the prompt's answers were judged, in the order shown."""
+        shown = (self.answer,) if self.protocol == "score" else (self.first, self.second)
+        return cast(tuple[int, ...], shown)
+
+    @property
+    def identity(self) -> tuple[str, str, tuple[int, ...]]:
+        """What a labels file holds one standing judgement of: key, prompt id, answers."""
+        return self.key, self.id, self.answers
+
+    def to_json(self) -> dict[str, Any]:
+        """The record of the labels file, with the fields of its protocol."""
+        names = ("id", "protocol", *_OF_PROTOCOL[self.protocol], *_COMMON)
+        row = {name: getattr(self, name) for name in names}
+        for name in ("scores", "usage"):
+            if row.get(name) is not None:
+                row[name] = dict(row[name])
+        return {**row, "answer_sha256": list(self.answer_sha256)}
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> "Judgement":
+        """The judgement that `to_json` wrote.
+
+        Raises:
+            ValueError: a field lacks, is unknown, or has a value that cannot be.
+        """
+        protocol = row["protocol"] if "protocol" in row else None
+        if protocol not in PROTOCOLS:
+            raise ValueError(
+                f"protocol is {protocol!r}; it should be one of {', '.join(PROTOCOLS)}"
+            )
+        names = {"id", "protocol", *_OF_PROTOCOL[protocol], *_COMMON}
+        lacking, unknown = sorted(names - set(row) - _MAY_LACK), sorted(set(row) - names)
+        if lacking or unknown:
+            raise ValueError(f"a judgement that lacks {lacking} and has unknown {unknown}")
+        if not isinstance(row["answer_sha256"], list):
+            raise ValueError("answer_sha256 should be a list")
+        return cls(**{**row, "answer_sha256": tuple(row["answer_sha256"])})
+
+
+def question_key(
+    *,
+    settings: Mapping[str, Any],
+    protocol: Protocol,
+    template: str,
+    prompt: Prompt,
+    texts: Sequence[str],
+) -> str:
+    """Hash of all that decides a judgement: who is asked, how, about which texts, in which order.
+
+    The prompt's id and the answers' places are not part of it, so that equal texts are one
+    question.
+    """
+    asked = [
+        dict(settings),
+        protocol,
+        template,
+        messages_to_json(prompt.messages),
+        prompt.reference,
+        prompt.diagnosis,
+        list(texts),
+    ]
+    return sha256(json.dumps(asked, ensure_ascii=False, sort_keys=True, allow_nan=False))
+
+
+def prompt_hash(prompt: Prompt) -> str:
+    """Hash of a prompt's messages, as it stands in `prompt_sha256`."""
+    return sha256(json.dumps(messages_to_json(prompt.messages), ensure_ascii=False))
+
+
+def printable(text: str) -> str:
+    """The text in one line, with a mark for each character that no terminal or file can show.
+
+    Such are control characters and halves of a broken character, which UTF-8 lacks.
+    """
+    line = " ".join(text.split())
+    return "".join(one if one.isprintable() else "\ufffd" for one in line)
+
+
+def sha256(text: str) -> str:
+    """The SHA-256 of a text, in hexadecimal digits."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def read_judgements(path: str | os.PathLike[str]) -> Iterator[Judgement]:
+    """Every line of a labels file in order, failed and superseded judgements too.
+
+    A last line that a killed run left unfinished is passed over.
+
+    Raises:
+        ValueError: a whole line that is no judgement.
+        OSError: the file cannot be read.
+    """
+    for line in read_lines(path, unfinished="skip"):
+        try:
+            judgement = Judgement.from_json(line.row)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}:{line.number}: not a judgement: {error}") from error
+        yield judgement
+
+
+def current(judgements: Iterable[Judgement]) -> list[Judgement]:
+    """What stands: of each question about each answer its verdict, or else its last failure.
+
+    Ordered by prompt id and answers, whatever order the judgements came in.
+    """
+    standing: dict[tuple[str, str, tuple[int, ...]], Judgement] = {}
+    for judgement in judgements:
+        before = standing.get(judgement.identity)
+        if before is None or before.failed:
+            standing[judgement.identity] = judgement
+    return sorted(
+        standing.values(), key=lambda found: (found.id, found.protocol, found.answers, found.key)
+    )
+
+
+def _check_scores(scores: Mapping[str, float]) -> None:
+    if set(scores) != set(CRITERIA):
+        raise ValueError(f"scores has {sorted(scores)}; it should have {', '.join(CRITERIA)}")
+    for name, score in scores.items():
+        if (
+            isinstance(score, bool)
+            or not isinstance(score, int | float)
+            or not math.isfinite(score)
+        ):
+            raise ValueError(f"scores[{name!r}] is {score!r}; it should be a number")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """A judge's verdict and what it took.
+
+    Attributes:
+        scores: to `score`: a number for each of `judgements.CRITERIA`.
+        p_first: to `compare`: the probability that the first answer is the better one.
+        reason: why, in the judge's words.
+        raw: the reply as it came.
+        usage: tokens, as the server counted them.
+        cost: money; None where there is no price.
+        latency_s: of the last call.
+    """
+
+    scores: Mapping[str, float] | None = None
+    p_first: float | None = None
+    reason: str | None = None
+    raw: str | None = None
+    usage: Mapping[str, Any] | None = None
+    cost: float | None = None
+    latency_s: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What a question may take.
+
+    Attributes:
+        calls: requests to a server, where none fails.
+        input_tokens: about so many.
+        max_input_tokens: no more than these.
+        max_output_tokens: no more than these.
+        cost: with `input_tokens` and all output tokens; None where there is no price.
+        max_cost: with `max_input_tokens`; None where there is no price.
+    """
+
+    calls: int
+    input_tokens: int
+    max_input_tokens: int
+    max_output_tokens: int
+    cost: float | None
+    max_cost: float | None
+
+
+NOTHING = Estimate(
+    calls=0, input_tokens=0, max_input_tokens=0, max_output_tokens=0, cost=0.0, max_cost=0.0
+)
+
+
+class JudgementFailed(Exception):
+    """This question has no verdict this time; another may have one, and a later try of this too."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        raw: str | None = None,
+        usage: Mapping[str, Any] | None = None,
+        cost: float | None = None,
+        latency_s: float | None = None,
+        failure: Failure = "unreadable",
+        max_tokens: int | None = None,
+        ends_after: int | None = None,
+    ) -> None:
+        """Say why, and what it took all the same.
+
+        Args:
+            message: why.
+            raw: the reply as it came.
+            usage: tokens, as the server counted them.
+            cost: money.
+            latency_s: of the last call.
+            failure: the kind.
+            max_tokens: that the reply was allowed, where it is truncated.
+            ends_after: this may be what every question meets, as the judge has answered none yet:
+                so many questions of that kind, and the judge is of no use. None where the question
+                alone is the matter.
+        """
+        super().__init__(printable(message))
+        self.raw, self.usage, self.cost, self.latency_s = raw, usage, cost, latency_s
+        self.failure, self.max_tokens, self.ends_after = failure, max_tokens, ends_after
+
+
+class JudgeUnusable(ValueError):
+    """No question can be answered: a wrong key, an unknown model, a spent budget."""
+
+
+class Judge(typing.Protocol):
+    """Scores answers and compares them."""
+
+    @property
+    def name(self) -> str:
+        """The name that stands in every record."""
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """Plain values that decide the verdicts, for the key of a question; never a secret."""
+
+    def template_hash(self, protocol: Protocol) -> str:
+        """Hash of the prompt template, or of what stands for it, as it is in every record."""
+
+    def estimate(self, prompt: Prompt, texts: Sequence[str]) -> Estimate:
+        """What a question about one text (a score) or two (a comparison) may take.
+
+        Raises:
+            ValueError: this prompt cannot be judged.
+        """
+
+    async def score(self, prompt: Prompt, answer: str) -> Reply:
+        """The answer's scores.
+
+        Raises:
+            JudgementFailed: there is no verdict.
+            JudgeUnusable: there will be none to any question.
+        """
+
+    async def compare(self, prompt: Prompt, first: str, second: str) -> Reply:
+        """How likely the first answer is the better one.
+
+        Raises:
+            JudgementFailed: there is no verdict.
+            JudgeUnusable: there will be none to any question.
+        """
+
+    async def close(self) -> None:
+        """Let go of connections and files."""
+
+
+_TO_DISK_EVERY_S = 1.0
+
+
+class LabelsFile:
+    """A labels file opened for one run; a context manager.
+
+    It is made with its first judgement, so that a run that cannot start leaves nothing behind. A
+    kill of the process loses no judgement that was appended; a crash of the machine may lose those
+    of the last second, which are then asked for again.
+
+    Attributes:
+        found: the judgements that were there, failed and superseded ones too.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Open the file, if there is one yet, and cut off a last line that is not whole.
+
+        Args:
+            path: the file.
+
+        Raises:
+            ValueError: it holds something else, or another process writes it.
+            OSError: it cannot be read or written.
+        """
+        self._path = pathlib.Path(path)
+        self._file: AppendedFile | None = None
+        self._synced_s = time.monotonic()
+        self.found: list[Judgement] = []
+        if self._path.exists():
+            self._open()
+
+    def __enter__(self) -> "LabelsFile":
+        """The file itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """See it onto the disk, and close it."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def append(self, judgements: Sequence[Judgement]) -> None:
+        """Add judgements, all of them or (killed) the first few."""
+        if self._file is None:
+            self._open()
+        assert self._file is not None
+        self._file.append(judgement.to_json() for judgement in judgements)
+        if time.monotonic() - self._synced_s >= _TO_DISK_EVERY_S:
+            self._file.sync()
+            self._synced_s = time.monotonic()
+
+    def _open(self) -> None:
+        self._file = AppendedFile(self._path, locked=True)
+        try:
+            self.found = list(read_judgements(self._path))
+            self._file.cut_unfinished()
+        except BaseException:
+            self._file.close()
+            self._file = None
+            raise

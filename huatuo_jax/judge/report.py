@@ -1,0 +1,551 @@
+"""A report of a labels file: what the judge did, for the user to see before training on it.
+
+`label_report` gives a part for each judge, protocol and template in the file, and the agreement of
+every two of them. `to_json` is for programs, `text` to read.
+
+The figures of a labels report, each with its standard error.
+
+**Position bias.** A judge that answers with log-odds `d + b` for the answer it is shown first,
+where `d` is by how much that answer is better and `b` the same for all pairs, has position bias
+`b`. In the other order the log-odds for the answer shown first are `-d + b`. So with probabilities
+
+    b = (log-odds of one order + log-odds of the other) / 2,
+
+averaged over pairs. Of a certain verdict (0 or 1, or nearer to them than its judge's rounding, see
+`verdicts.SMALLEST_PROBABILITY`) only a bound of the log-odds is known, so its pair has no b and
+must not be given one by the bound. Nor may noise in the log-odds choose which pairs have one: those
+whose noise is against b would remain. So the mean is over the pairs with
+
+    |log-odds of one order - log-odds of the other| / 2 <= LARGEST_LOG_ODDS / 2,
+
+which estimates |d|, and whose noise is independent of that of b where both orders have normal noise
+of one variance. Unless |b| is more than the same bound, 6.9, none of them is certain. The other
+pairs are counted as `left_out`; b is the same for all.
+
+Votes are 1 with probability s(d + b) and s(-d + b), where s is the logistic
+function. Of the pairs whose orders contradict each other, those with the first answer preferred
+twice (FF) and those with the second preferred twice (SS) have odds
+
+    s(d + b) s(-d + b) : s(-d - b) s(d - b) = exp(2 b) : 1,
+
+whatever d is, so that b = log(FF / SS) / 2 needs no model of the answers; it is the conditional
+maximum likelihood estimate. Half a pair is added to both counts (Haldane 1956), which takes out its
+first-order error in small samples and keeps it finite. It describes judges that draw their votes;
+one that always votes alike on a question has no such odds, and for it `first_excess` is the figure:
+the share of votes (or the mean probability) for the answer shown first, less a half. In closed form
+
+    first_excess = mean over pairs of (s(d + b) + s(-d + b)) / 2 - 1/2,
+    flip rate of votes = mean of s(d + b) s(-d + b) + s(-d - b) s(d - b).
+"""
+
+import itertools
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from huatuo_jax.judge import offline
+from huatuo_jax.judge.judgements import CRITERIA, Judgement, Protocol, current
+from huatuo_jax.judge.questions import (
+    LARGEST_LOG_ODDS,
+    Answered,
+    PairKey,
+    Verdicts,
+    answer_scores,
+    matching,
+    pair_verdicts,
+    pairs_of,
+)
+
+# Standard errors over fewer groups than this are themselves too uncertain.
+LEAST_GROUPS = 20
+
+
+class Figure(NamedTuple):
+    """A mean with its standard error, over so many items; None where there are too few."""
+
+    value: float | None
+    standard_error: float | None
+    num_items: int
+
+    def __str__(self) -> str:
+        """As `0.123 ± 0.004 (of 900)`."""
+        if self.value is None:
+            return "none to count"
+        error = "" if self.standard_error is None else f" ± {self.standard_error:.4f}"
+        return f"{self.value:.4f}{error} (of {self.num_items})"
+
+
+class PositionBias(NamedTuple):
+    """What the order shown does to the verdicts; only pairs that were judged in both orders.
+
+    Attributes:
+        log_odds: b, as this module defines it.
+        from_votes: whether it was estimated from votes: there is no pair of probabilities, each
+            verdict being certain or a tie.
+        left_out: pairs of verdicts too near to 0 and 1 to count in `log_odds`; none where it is
+            from votes.
+        first_excess: the mean verdict for the answer shown first, less a half.
+        flip_rate: the share of pairs whose orders prefer different answers, of those where neither
+            order is a tie.
+        undecided: pairs with a tie in one order at least.
+    """
+
+    log_odds: Figure
+    from_votes: bool
+    left_out: int
+    first_excess: Figure
+    flip_rate: Figure
+    undecided: int
+
+
+class Agreement(NamedTuple):
+    """How far two judges agree on the pairs that both have a verdict on.
+
+    Attributes:
+        same: share of pairs with the same verdict: one better, the other better, or a tie.
+        same_of_decided: the same among the pairs that neither judge has a tie on.
+        kappa: Cohen's kappa of the three verdicts (Cohen 1960, doi:10.1177/001316446002000104).
+    """
+
+    same: Figure
+    same_of_decided: Figure
+    kappa: Figure
+
+
+def mean_figure(values: Sequence[float], groups: Sequence[str]) -> Figure:
+    """A mean, with a standard error that allows for likeness within each group.
+
+    The error is `sqrt(C / (C - 1) * sum over groups of (sum of deviations)^2) / n` over C groups,
+    which is the usual one where every value is its own group; with fewer than `LEAST_GROUPS` groups
+    every value is taken as that.
+
+    Args:
+        values: any numbers; a share is the mean of zeros and ones.
+        groups: of each value, the id of its prompt.
+    """
+    count = len(values)
+    if not count:
+        return Figure(None, None, 0)
+    mean = math.fsum(values) / count
+    deviations: dict[object, list[float]] = defaultdict(list)
+    grouped = len(set(groups)) >= LEAST_GROUPS
+    for place, (value, group) in enumerate(zip(values, groups, strict=True)):
+        deviations[group if grouped else place].append(value - mean)
+    if len(deviations) < 2:
+        return Figure(mean, None, count)
+    squares = math.fsum(math.fsum(found) ** 2 for found in deviations.values())
+    correction = len(deviations) / (len(deviations) - 1)
+    return Figure(mean, math.sqrt(correction * squares) / count, count)
+
+
+def position_bias(verdicts: Mapping[PairKey, Verdicts]) -> PositionBias:
+    """The bias and the flip rate of a judge, see this module's top."""
+    both = {key: found for key, found in verdicts.items() if found.both_orders}
+    prompts = [key.id for key in both]
+    leanings = [found.leanings() for found in both.values()]
+    from_votes = bool(both) and all(found.voted for found in both.values())
+    excess = [
+        math.fsum(math.fsum(shown) / len(shown) for shown in found) / 2 - 0.5
+        for found in both.values()
+    ]
+    decided = [place for place, (one, other) in enumerate(leanings) if one and other]
+    flips = [float(leanings[place][0] * leanings[place][1] > 0) for place in decided]
+    left_out = 0
+    if from_votes:
+        log_odds = _bias_of_votes(leanings, prompts)
+    else:
+        log_odds = _bias_of_probabilities(both, leanings)
+        left_out = len(both) - log_odds.num_items
+    return PositionBias(
+        log_odds=log_odds,
+        from_votes=from_votes,
+        left_out=left_out,
+        first_excess=mean_figure(excess, prompts),
+        flip_rate=mean_figure(flips, [prompts[place] for place in decided]),
+        undecided=len(both) - len(decided),
+    )
+
+
+def agreement(one: Mapping[PairKey, float], other: Mapping[PairKey, float]) -> Agreement:
+    """The agreement of two judges.
+
+    Which answer of a pair stands first in the file means nothing, so chance agreement is counted
+    over both ways to write each pair down: with shares of ties t and u it is
+    `t u + (1 - t)(1 - u) / 2`. The standard error of kappa is that of the agreement over 1 minus
+    the chance agreement, which is taken as known.
+
+    Args:
+        one: of each pair the probability that its first answer is better; 0.5 is a tie.
+        other: the same of another judge.
+    """
+    common = sorted(one.keys() & other.keys())
+    verdicts = [(_side(one[key]), _side(other[key])) for key in common]
+    prompts = [key.id for key in common]
+    same = mean_figure([float(first == second) for first, second in verdicts], prompts)
+    decided = [place for place, sides in enumerate(verdicts) if 0 not in sides]
+    same_of_decided = mean_figure(
+        [float(verdicts[place][0] == verdicts[place][1]) for place in decided],
+        [prompts[place] for place in decided],
+    )
+    return Agreement(same, same_of_decided, _kappa(same, verdicts))
+
+
+def _kappa(same: Figure, verdicts: Sequence[tuple[int, int]]) -> Figure:
+    if same.value is None:
+        return Figure(None, None, 0)
+    ties = [math.fsum(sides[judge] == 0 for sides in verdicts) / len(verdicts) for judge in (0, 1)]
+    chance = ties[0] * ties[1] + (1 - ties[0]) * (1 - ties[1]) / 2
+    if chance == 1:  # Both say "tie" and nothing else: there is nothing to agree on.
+        return Figure(None, None, same.num_items)
+    error = None if same.standard_error is None else same.standard_error / (1 - chance)
+    return Figure((same.value - chance) / (1 - chance), error, same.num_items)
+
+
+def _bias_of_probabilities(
+    both: Mapping[PairKey, Verdicts], leanings: Sequence[tuple[float, float]]
+) -> Figure:
+    biases, prompts = [], []
+    for (key, found), (one, other) in zip(both.items(), leanings, strict=True):
+        # A pair of votes among probabilities (a tie, say) has no log-odds either.
+        known = not found.certain and not found.voted
+        if known and abs(one - other) <= LARGEST_LOG_ODDS:
+            biases.append((one + other) / 2)
+            prompts.append(key.id)
+    return mean_figure(biases, prompts)
+
+
+def _bias_of_votes(leanings: Sequence[tuple[float, float]], prompts: Sequence[str]) -> Figure:
+    """Half the log of FF over SS, each with half a pair added.
+
+    Its error is `sqrt(1 / FF + 1 / SS) / 2`, or the one that allows for likeness within prompts
+    where that is larger.
+    """
+    flips = [
+        (1.0 if one > 0 else -1.0, prompt)
+        for (one, other), prompt in zip(leanings, prompts, strict=True)
+        if one * other > 0
+    ]
+    if not flips:
+        return Figure(None, None, 0)
+    firsts = math.fsum(side > 0 for side, _ in flips) + 0.5
+    seconds = math.fsum(side < 0 for side, _ in flips) + 0.5
+    share = mean_figure([float(side > 0) for side, _ in flips], [prompt for _, prompt in flips])
+    # b = log(q / (1 - q)) / 2 of the share q of FF, so that db = dq / (2 q (1 - q)).
+    q = firsts / (firsts + seconds)
+    grouped = (share.standard_error or 0.0) / (2 * q * (1 - q))
+    error = max(math.sqrt(1 / firsts + 1 / seconds) / 2, grouped)
+    return Figure(math.log(firsts / seconds) / 2, error, len(flips))
+
+
+def _side(p_one: float) -> int:
+    return int(p_one > 0.5) - int(p_one < 0.5)
+
+
+QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
+_ERRORS_SHOWN = 5
+_ERROR_CHARS = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What all lines of a judge took, superseded ones too.
+
+    Attributes:
+        money: in the unit of the price table, of the lines whose cost is known.
+        unknown: lines without a known cost.
+        usage: tokens by kind, as the server counted them.
+        latency_s: median and 95 % quantile; None where none is known.
+    """
+
+    money: float
+    unknown: int
+    usage: Mapping[str, float]
+    latency_s: tuple[float, float] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgePart:
+    """One judge under one protocol with one template.
+
+    Attributes:
+        judge: its name.
+        protocol: "score" or "pairwise".
+        template: hash of the prompt template.
+        note: what a reader must know of this judge; None for nothing.
+        lines: of the labels file.
+        judgements: those that stand, failed ones too. `other_texts` of them are of texts that the
+            answers file does not hold; what follows is without those.
+        prompts: that they are of.
+        failure_rate: of the standing judgements.
+        errors: the commonest ones of standing failures.
+        scores: by criterion the mean score, its error; score protocol only.
+        position: pairwise protocol only.
+        pairs: of answers that have a verdict.
+        ties: share of them that are a tie, or votes of both orders that contradict each other.
+        longer_wins: the share of pairs of different length that the longer answer wins.
+        margins: quantiles of the difference of scores (points), or of the winner's probability.
+        cost: of all lines.
+    """
+
+    judge: str
+    protocol: Protocol
+    template: str
+    note: str | None
+    lines: int
+    judgements: int
+    other_texts: int
+    prompts: int
+    failure_rate: Figure
+    errors: Mapping[str, int]
+    scores: Mapping[str, Figure]
+    position: PositionBias | None
+    pairs: int
+    ties: Figure
+    longer_wins: Figure
+    margins: Mapping[str, float]
+    cost: Cost
+
+    @property
+    def name(self) -> str:
+        """Judge, protocol and the start of the template's hash."""
+        return f"{self.judge} ({self.protocol}, template {self.template[:8]})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelReport:
+    """The parts, and the agreement of every two of them by their names."""
+
+    parts: tuple[JudgePart, ...]
+    agreements: Mapping[tuple[str, str], Agreement]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; a figure is its value, standard error and number."""
+        agreements = [
+            {"judges": list(names), **_plain(found)} for names, found in self.agreements.items()
+        ]
+        return {"judges": [_plain(part) for part in self.parts], "agreements": agreements}
+
+    def text(self) -> str:
+        """The report to read; `±` is one standard error."""
+        lines = [line for part in self.parts for line in _part_lines(part)]
+        for (one, other), found in self.agreements.items():
+            lines += [
+                f"agreement of {one} with {other}",
+                f"  same verdict: {found.same}",
+                f"  same where neither ties: {found.same_of_decided}",
+                f"  Cohen's kappa: {found.kappa}",
+            ]
+        return "\n".join(lines)
+
+
+def label_report(
+    judgements: Iterable[Judgement],
+    answered: Iterable[Answered],
+    *,
+    criterion: str = "overall",
+) -> LabelReport:
+    """The report of all lines of a labels file, or of several.
+
+    Standard errors allow for likeness within a prompt where there are at least 20 prompts.
+
+    Args:
+        judgements: all lines, superseded ones too, in any order.
+        answered: the prompts and answers.
+        criterion: the score that decides pairs under the score protocol.
+
+    Raises:
+        ValueError: there is no judgement, or the criterion is unknown.
+    """
+    if criterion not in CRITERIA:
+        raise ValueError(f"criterion is {criterion!r}; it should be one of {', '.join(CRITERIA)}")
+    by_id = {item.prompt.id: item for item in answered}
+    by_judge: dict[tuple[str, Protocol, str], list[Judgement]] = {}
+    for one in judgements:
+        by_judge.setdefault((one.judge, one.protocol, one.template), []).append(one)
+    if not by_judge:
+        raise ValueError("the labels hold no judgement")
+    parts, preferences = [], {}
+    for kind in sorted(by_judge):
+        part, found = _part(by_judge[kind], by_id, criterion)
+        parts.append(part)
+        preferences[part.name] = found
+    agreements = {
+        (one, other): agreement(preferences[one], preferences[other])
+        for one, other in itertools.combinations(preferences, 2)
+        if preferences[one].keys() & preferences[other].keys()
+    }
+    return LabelReport(parts=tuple(parts), agreements=agreements)
+
+
+def _part(
+    lines: Sequence[Judgement], answered: Mapping[str, Answered], criterion: str
+) -> tuple[JudgePart, dict[PairKey, float]]:
+    """The part of one judge, and its verdict on each pair."""
+    standing = current(lines)
+    fitting, others = matching(standing, answered)
+    judge, protocol, template = lines[0].judge, lines[0].protocol, lines[0].template
+    by_scores = protocol == "score"
+    verdicts = {} if by_scores else pair_verdicts(fitting)
+    differences = _differences(fitting, answered, criterion) if by_scores else {}
+    preferences = {
+        key: (value > 0) / 2 - (value < 0) / 2 + 0.5 for key, value in differences.items()
+    }
+    preferences |= {
+        key: found.combined().p_one for key, found in verdicts.items() if found.both_orders
+    }
+    margins = (
+        [abs(value) for value in differences.values()]
+        if by_scores
+        else [max(p, 1 - p) for p in preferences.values()]
+    )
+    part = JudgePart(
+        judge=judge,
+        protocol=protocol,
+        template=template,
+        note=offline.CAVEAT if judge == offline.RUBRIC_NAME else None,
+        lines=len(lines),
+        judgements=len(standing),
+        other_texts=len(others),
+        prompts=len({one.id for one in fitting}),
+        failure_rate=mean_figure([float(one.failed) for one in fitting], _ids(fitting)),
+        errors=_errors(fitting),
+        scores=_mean_scores(fitting) if by_scores else {},
+        position=None if by_scores else position_bias(verdicts),
+        pairs=len(preferences),
+        ties=mean_figure(
+            [float(p == 0.5) for p in preferences.values()], [key.id for key in preferences]
+        ),
+        longer_wins=_longer_wins(preferences, answered),
+        margins=_quantiles(margins),
+        cost=_cost(lines),
+    )
+    return part, preferences
+
+
+def _differences(
+    judgements: Sequence[Judgement], answered: Mapping[str, Answered], criterion: str
+) -> dict[PairKey, float]:
+    """Of each pair that has both scores, the first one's less the second one's."""
+    scores = answer_scores(judgements, criterion=criterion)
+    return {
+        key: scores[key.id, key.one] - scores[key.id, key.other]
+        for prompt_id in sorted({one.id for one in judgements})
+        for key in pairs_of(prompt_id, len(answered[prompt_id].answers))
+        if (key.id, key.one) in scores and (key.id, key.other) in scores
+    }
+
+
+def _longer_wins(preferences: Mapping[PairKey, float], answered: Mapping[str, Answered]) -> Figure:
+    """Over decided pairs of different length in characters."""
+    wins, prompts = [], []
+    for key, p_one in preferences.items():
+        texts = answered[key.id].answers
+        surplus = len(texts[key.one]) - len(texts[key.other])
+        if surplus and p_one != 0.5:
+            wins.append(float((surplus > 0) == (p_one > 0.5)))
+            prompts.append(key.id)
+    return mean_figure(wins, prompts)
+
+
+def _mean_scores(judgements: Sequence[Judgement]) -> dict[str, Figure]:
+    scored = [one for one in judgements if one.scores is not None]
+    return {
+        criterion: mean_figure(
+            [one.scores[criterion] for one in scored if one.scores], _ids(scored)
+        )
+        for criterion in CRITERIA
+    }
+
+
+def _errors(judgements: Sequence[Judgement]) -> dict[str, int]:
+    found = Counter(one.error[:_ERROR_CHARS] for one in judgements if one.error is not None)
+    ordered = sorted(found.items(), key=lambda item: (-item[1], item[0]))
+    return dict(ordered[:_ERRORS_SHOWN])
+
+
+def _quantiles(values: Sequence[float]) -> dict[str, float]:
+    if not values:
+        return {}
+    found = np.quantile(np.asarray(values, np.float64), QUANTILES)
+    return {f"{q:g}": float(value) for q, value in zip(QUANTILES, found, strict=True)}
+
+
+def _cost(lines: Sequence[Judgement]) -> Cost:
+    usage: dict[str, float] = defaultdict(float)
+    for one in lines:
+        for name, value in (one.usage or {}).items():
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                usage[name] += value
+    latencies = [one.latency_s for one in lines if one.latency_s is not None]
+    middle, late = np.quantile(latencies, (0.5, 0.95)) if latencies else (0.0, 0.0)
+    return Cost(
+        money=math.fsum(one.cost for one in lines if one.cost is not None),
+        unknown=sum(one.cost is None for one in lines),
+        usage=dict(usage),
+        latency_s=(float(middle), float(late)) if latencies else None,
+    )
+
+
+def _part_lines(part: JudgePart) -> list[str]:
+    grouped = "allow for likeness within a prompt" if part.prompts >= LEAST_GROUPS else "do not"
+    lines = [f"{part.name}{f': {part.note}' if part.note else ''}"]
+    lines.append(
+        f"  {part.judgements} judgements of {part.prompts} prompts in {part.lines} lines;"
+        f" of other texts: {part.other_texts}; failed: {part.failure_rate}"
+    )
+    lines += [f"    {count} times: {error}" for error, count in part.errors.items()]
+    lines += [f"  {criterion}: {figure}" for criterion, figure in part.scores.items()]
+    if part.position is not None:
+        source = "votes" if part.position.from_votes else "probabilities"
+        lines += [
+            f"  order flips: {part.position.flip_rate}; undecided {part.position.undecided}",
+            f"  position bias, log-odds for the first shown: {part.position.log_odds}"
+            f" (from {source}; left out as too certain: {part.position.left_out})",
+            f"  verdicts for the first shown, over a half: {part.position.first_excess}",
+        ]
+    shown = ", ".join(f"{float(q):.0%} {value:.3f}" for q, value in part.margins.items())
+    unit = "score margins" if part.protocol == "score" else "winner's probability"
+    lines += [
+        f"  pairs with a verdict: {part.pairs}; ties: {part.ties}",
+        f"  the longer answer wins: {part.longer_wins}",
+        f"  {unit}, quantiles: {shown or 'none'}",
+        _cost_line(part.cost),
+        f"  (standard errors behind ±; they {grouped})",
+    ]
+    return lines
+
+
+def _cost_line(cost: Cost) -> str:
+    usage = ", ".join(f"{name} {value:g}" for name, value in cost.usage.items()) or "none told"
+    unknown = f" and {cost.unknown} lines of unknown cost" if cost.unknown else ""
+    latency = (
+        ""
+        if cost.latency_s is None
+        else f"; latency: median {cost.latency_s[0]:.2f} s, 95 % {cost.latency_s[1]:.2f} s"
+    )
+    return f"  cost: {cost.money:.6g}{unknown}; tokens: {usage}{latency}"
+
+
+def _ids(judgements: Iterable[Judgement]) -> list[str]:
+    return [one.id for one in judgements]
+
+
+def _plain(part: JudgePart | Agreement) -> dict[str, Any]:
+    """Named tuples and dataclasses as dicts, all the way down."""
+    return {name: _plain_value(value) for name, value in _fields(part).items()}
+
+
+def _plain_value(value: Any) -> Any:
+    if isinstance(value, Figure | PositionBias | Cost):
+        return {name: _plain_value(inner) for name, inner in _fields(value).items()}
+    if isinstance(value, Mapping):
+        return {name: _plain_value(inner) for name, inner in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    return value._asdict() if hasattr(value, "_asdict") else dict(vars(value))

@@ -1,0 +1,422 @@
+"""From a rollout's log-probabilities, scores and values to what an update is trained towards.
+
+Where the answers of a minibatch stand: several to a row, so that little of it is padding.
+
+Prompts and answers differ much in length. A row has room for the longest that may be, and holds as
+many others as fit: each a segment of its own, with positions from 0, as `data.batches` has it. Rows
+come in few numbers, and in one width or two, as each shape is compiled.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+from jax.sharding import Mesh
+
+from huatuo_jax.data.batches import best_fit_rows
+from huatuo_jax.generation.buckets import bucket_of, ladder
+from huatuo_jax.ppo.advantages import (
+    Estimates,
+    Moments,
+    combine,
+    gae,
+    grpo_advantages,
+    moments,
+    rloo_advantages,
+    whiten,
+)
+from huatuo_jax.ppo.config import PpoConfig
+from huatuo_jax.ppo.metrics import (
+    distinct_numbers,
+    distinct_sums,
+    rollout_numbers,
+    rollout_sums,
+    value_numbers,
+    value_sums,
+)
+from huatuo_jax.ppo.rewards import have_ended, next_kl_coef, normalised_scores, token_rewards
+from huatuo_jax.training.losses import last_tokens, masked, over_tokens, sum_by_answer
+from huatuo_jax.training.scoring import Normalization
+
+_DISTINCT = (1, 2)
+
+
+class Experience(NamedTuple):
+    """A rollout as the models see it.
+
+    Attributes:
+        token_ids_NT: prompts and answers.
+        mask_NT: the answers' tokens.
+        old_log_probs_NT: of the policy that sampled, by the training program.
+        reference_log_probs_NT: of the reference.
+        sampler_log_probs_NT: as the sampler computed them.
+        raw_scores_N: of the scorer.
+        values_NT: the critic's, before each token; zero without one.
+        values_after_NT: the critic's, after each token.
+    """
+
+    token_ids_NT: Any
+    mask_NT: Any
+    old_log_probs_NT: Any
+    reference_log_probs_NT: Any
+    sampler_log_probs_NT: Any
+    raw_scores_N: Any
+    values_NT: Any
+    values_after_NT: Any
+
+
+class Targets(NamedTuple):
+    """What an update needs, and what is to be told of the rollout.
+
+    Attributes:
+        advantages_NT: as the policy's loss takes them.
+        returns_NT: the critic's targets.
+        scores_N: scaled, clipped, truncation dealt with.
+        kl_N: k1 of each answer, in nats.
+        sums: for gauges.
+        kl_coef: for the next rollout.
+        running: moments of all raw scores, this rollout's among them.
+    """
+
+    advantages_NT: Any
+    returns_NT: Any
+    scores_N: Any
+    kl_N: Any
+    sums: Mapping[str, Any]
+    kl_coef: jax.Array
+    running: Moments
+
+
+MakeTargets = Callable[[Experience, jax.Array, Moments], Targets]
+
+
+def compile_targets(
+    cfg: PpoConfig,
+    *,
+    stop_token_ids: tuple[int, ...],
+    normalization: Normalization | None,
+    mesh: Mesh | None = None,
+) -> MakeTargets:
+    """`make_targets` with its settings, under one `jax.jit`.
+
+    Args:
+        cfg: see `make_targets`.
+        stop_token_ids: see `make_targets`.
+        normalization: see `make_targets`.
+        mesh: where coefficient and moments lie; all targets will lie on each of its devices.
+    """
+    return jax.jit(
+        functools.partial(
+            make_targets, cfg=cfg, stop_token_ids=stop_token_ids, normalization=normalization
+        ),
+        out_shardings=None if mesh is None else jax.NamedSharding(mesh, jax.P()),
+    )
+
+
+def make_targets(
+    experience: Experience,
+    kl_coef: jax.Array,
+    running: Moments,
+    *,
+    cfg: PpoConfig,
+    stop_token_ids: tuple[int, ...],
+    normalization: Normalization | None,
+) -> Targets:
+    """The arithmetic between rollout and update, over all answers of the rollout at once.
+
+    Args:
+        experience: the rollout.
+        kl_coef: of this rollout.
+        running: moments of all raw scores before it.
+        cfg: which estimator, and its settings.
+        stop_token_ids: those that generation stops at.
+        normalization: of the reward model, where `cfg.score.scale` is `stored`.
+    """
+    mask_NT, scores_N = experience.mask_NT, experience.raw_scores_N
+    ended_N = have_ended(experience.token_ids_NT, mask_NT, stop_token_ids=stop_token_ids)
+    seen = combine(running, moments(scores_N, jnp.ones_like(ended_N)))
+    # Numbers that are not finite skip this update; they are not to spoil all later ones.
+    running = _keep_finite(seen, running)
+    answer_scores_N = cfg.score.rewards(_scaled(scores_N, cfg, running, normalization), ended_N)
+    rewards_NT = token_rewards(
+        answer_scores_N,
+        experience.old_log_probs_NT,
+        experience.reference_log_probs_NT,
+        mask_NT,
+        kl_coef=kl_coef if cfg.kl_in == "reward" else 0.0,
+    )
+    if cfg.score.whiten:
+        rewards_NT = whiten(rewards_NT, mask_NT, moments(rewards_NT, mask_NT), shift_mean=False)
+    estimates = _estimates(rewards_NT, ended_N, experience, cfg)
+    sums = rollout_sums(
+        experience.old_log_probs_NT,
+        experience.reference_log_probs_NT,
+        experience.sampler_log_probs_NT,
+        scores_N,
+        ended_N,
+        mask_NT,
+    )
+    for n in _distinct(mask_NT.shape[1]):
+        sums |= distinct_sums(experience.token_ids_NT, mask_NT, n=n)
+    sums |= {"reward": rewards_NT.sum(), "answer_score": answer_scores_N.sum()}
+    if cfg.has_critic:
+        clipped_NT = jnp.zeros_like(mask_NT)
+        known = value_sums(
+            experience.values_NT, estimates.returns_BT, mask_NT, clipped_BT=clipped_NT
+        )
+        sums |= {f"critic/{name}": value for name, value in known.items()}
+    differences_NT = experience.old_log_probs_NT - experience.reference_log_probs_NT
+    next_coef = next_kl_coef(
+        kl_coef,
+        sums["kl_k1"] / sums["answers"],
+        target_kl_per_sequence=cfg.target_kl_per_sequence,
+        gain=cfg.kl_gain,
+    )
+    return Targets(
+        advantages_NT=estimates.advantages_BT,
+        returns_NT=estimates.returns_BT,
+        scores_N=answer_scores_N,
+        kl_N=sum_by_answer(differences_NT, mask_NT),
+        sums=sums,
+        kl_coef=_keep_finite(next_coef, kl_coef),
+        running=running,
+    )
+
+
+def rollout_fields(sums: Mapping[str, Any], *, prefix: str) -> dict[str, float]:
+    """The gauges of a rollout.
+
+    Args:
+        sums: of `Targets`, on the host.
+        prefix: of the names.
+    """
+    answers = float(sums["answers"])
+    fields = rollout_numbers(sums, prefix=prefix)
+    for n in _DISTINCT:
+        if f"distinct_{n}" in sums:
+            fields |= distinct_numbers(sums, n=n, prefix=prefix)
+    fields[f"{prefix}/reward"] = float(sums["reward"]) / answers
+    fields[f"{prefix}/answer_score"] = float(sums["answer_score"]) / answers
+    of_critic = {
+        name.removeprefix("critic/"): value
+        for name, value in sums.items()
+        if name.startswith("critic/")
+    }
+    if of_critic:
+        fields |= value_numbers(of_critic, prefix=prefix)
+    return fields
+
+
+def _estimates(
+    rewards_NT: jax.Array, ended_N: jax.Array, experience: Experience, cfg: PpoConfig
+) -> Estimates:
+    mask_NT = experience.mask_NT
+    if not cfg.has_critic:
+        totals_PG = sum_by_answer(rewards_NT, mask_NT).reshape(-1, cfg.rollout.answers_per_prompt)
+        if cfg.estimator == "rloo":
+            advantages_PG = rloo_advantages(totals_PG)
+        else:
+            advantages_PG = grpo_advantages(totals_PG, divide_by_deviation=cfg.divide_by_deviation)
+        advantages_NT = over_tokens(advantages_PG.reshape(-1), mask_NT)
+        return Estimates(advantages_NT, jnp.zeros_like(advantages_NT))
+    after_N = None
+    if cfg.score.on_truncation == "bootstrap":
+        at_end_NT = last_tokens(mask_NT) & ~ended_N[:, None]
+        after_N = masked(experience.values_after_NT, at_end_NT).sum(axis=1)
+    found = gae(
+        rewards_NT,
+        experience.values_NT,
+        mask_NT,
+        gamma=cfg.gamma,
+        lambda_=cfg.gae_lambda,
+        values_after_B=after_N,
+    )
+    advantages_NT = found.advantages_BT
+    if cfg.whiten_advantages:
+        advantages_NT = whiten(advantages_NT, mask_NT, moments(advantages_NT, mask_NT))
+    return Estimates(advantages_NT, found.returns_BT)
+
+
+def _scaled(
+    scores_N: jax.Array, cfg: PpoConfig, running: Moments, normalization: Normalization | None
+) -> jax.Array:
+    if cfg.score.scale == "raw":
+        return scores_N
+    if cfg.score.scale == "running":
+        # Scores that are all the same are at their mean, whatever they are divided by.
+        deviation = running.standard_deviation
+        deviation = jnp.where(deviation == 0, 1.0, deviation)
+        return normalised_scores(scores_N, mean=running.mean, standard_deviation=deviation)
+    assert normalization is not None
+    return normalised_scores(
+        scores_N, mean=normalization.mean, standard_deviation=normalization.standard_deviation
+    )
+
+
+def _distinct(num_slots: int) -> tuple[int, ...]:
+    return tuple(n for n in _DISTINCT if n <= num_slots)
+
+
+def _keep_finite(new: Any, old: Any) -> Any:
+    """The new numbers if all of them are finite."""
+    is_finite = jnp.stack([jnp.isfinite(leaf) for leaf in jax.tree.leaves(new)]).all()
+    return jax.tree.map(lambda one, other: jnp.where(is_finite, one, other), new, old)
+
+
+def on_host(targets: Targets) -> Targets:
+    """The same with numpy arrays, but for what goes into the state."""
+    return targets._replace(
+        advantages_NT=np.asarray(targets.advantages_NT),
+        returns_NT=np.asarray(targets.returns_NT),
+        scores_N=np.asarray(targets.scores_N),
+        kl_N=np.asarray(targets.kl_N),
+        sums={name: np.asarray(value) for name, value in targets.sums.items()},
+    )
+
+
+Rows = dict[str, npt.NDArray[Any]]
+Numbers = npt.NDArray[np.int64]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The places of some answers of a rollout (n of them) in a minibatch.
+
+    Attributes:
+        numbers_n: of the answers in the rollout.
+        lengths_n: tokens of each, with its prompt.
+        rows_n: its row.
+        starts_n: its first slot there.
+        segments_n: its segment, from 1.
+        num_rows: R, those that only fill up the minibatch among them.
+        width: of a row.
+    """
+
+    numbers_n: Numbers
+    lengths_n: Numbers
+    rows_n: Numbers
+    starts_n: Numbers
+    segments_n: Numbers
+    num_rows: int
+    width: int
+
+    def pack(self, rollout: Mapping[str, npt.NDArray[Any]]) -> Rows:
+        """The minibatch.
+
+        Args:
+            rollout: arrays `[N, T]`, one answer a row, from slot 0.
+
+        Returns:
+            Those arrays as `[R, width]`, zero where nothing stands, `segment_ids` anew; and
+            `answers`, int32: which of the n answers a token belongs to, n outside of them.
+        """
+        here, there = self._here(), self._there()
+        numbers = {
+            "segment_ids": (self.segments_n, 0),
+            "answers": (np.arange(len(self.numbers_n)), len(self.numbers_n)),
+        }
+        packed = {}
+        for name, array_NT in rollout.items():
+            if name not in numbers:
+                packed[name] = np.zeros((self.num_rows, self.width), array_NT.dtype)
+                packed[name][here] = array_NT[there]
+        for name, (of_n, nothing) in numbers.items():
+            packed[name] = np.full((self.num_rows, self.width), nothing, np.int32)
+            packed[name][here] = np.repeat(of_n, self.lengths_n)
+        return packed
+
+    def unpack(self, minibatch_RT: Any, into_NT: npt.NDArray[Any]) -> None:
+        """Writes numbers of the minibatch's tokens where the rollout has them."""
+        into_NT[self._there()] = np.asarray(minibatch_RT)[self._here()]
+
+    def _here(self) -> tuple[Numbers, Numbers]:
+        """Row and slot in the minibatch of every token."""
+        places = self._inside() + np.repeat(self.starts_n, self.lengths_n)
+        return np.repeat(self.rows_n, self.lengths_n), places
+
+    def _there(self) -> tuple[Numbers, Numbers]:
+        """The same in the rollout."""
+        return np.repeat(self.numbers_n, self.lengths_n), self._inside()
+
+    def _inside(self) -> Numbers:
+        """The place of every token in its answer."""
+        ends_n = np.cumsum(self.lengths_n)
+        return np.arange(self.lengths_n.sum()) - np.repeat(ends_n - self.lengths_n, self.lengths_n)
+
+
+def packed_layout(
+    numbers_n: Numbers,
+    lengths_n: Numbers,
+    *,
+    width: int,
+    narrow: int,
+    row_counts: tuple[int, ...],
+) -> Layout:
+    """Answers packed into as few rows as they need, and then some that nothing stands in.
+
+    A mesh of many devices wants more rows than short answers need. Narrow ones are taken there if
+    they come to fewer slots.
+
+    Args:
+        numbers_n: of the answers in the rollout.
+        lengths_n: tokens of each.
+        width: of a row; none is longer.
+        narrow: another width, which none is longer than either.
+        row_counts: numbers of rows to choose from; the largest is enough for an answer a row.
+    """
+    rows_n, num_rows = best_fit_rows(lengths_n, width)
+    if num_rows < row_counts[0]:
+        narrow_rows_n, num_narrow = best_fit_rows(lengths_n, narrow)
+        if bucket_of(num_narrow, row_counts) * narrow < row_counts[0] * width:
+            rows_n, num_rows, width = narrow_rows_n, num_narrow, narrow
+    # Within a row they stand in the order of the minibatch.
+    order = np.argsort(rows_n, kind="stable")
+    is_first = np.append(True, np.diff(rows_n[order]) > 0)
+    ahead = np.cumsum(lengths_n[order]) - lengths_n[order]
+    row_begins = np.maximum.accumulate(np.where(is_first, np.arange(len(order)), 0))
+    starts_n, segments_n = np.empty_like(lengths_n), np.empty_like(lengths_n)
+    starts_n[order] = ahead - ahead[row_begins]
+    segments_n[order] = np.arange(len(order)) - row_begins + 1
+    return Layout(
+        numbers_n,
+        lengths_n,
+        rows_n,
+        starts_n,
+        segments_n,
+        num_rows=bucket_of(num_rows, row_counts),
+        width=width,
+    )
+
+
+def plain_layout(numbers_n: Numbers, lengths_n: Numbers, *, width: int) -> Layout:
+    """One answer a row, in their order."""
+    number = len(numbers_n)
+    return Layout(
+        numbers_n,
+        lengths_n,
+        np.arange(number),
+        np.zeros(number, np.int64),
+        np.ones(number, np.int64),
+        num_rows=number,
+        width=width,
+    )
+
+
+def row_counts(minibatch_size: int, *, rows_at_once: int, shards: int) -> tuple[int, ...]:
+    """The numbers of rows that minibatches come in.
+
+    Whole micro-batches, or less than one where that is enough.
+
+    Args:
+        minibatch_size: the largest.
+        rows_at_once: of a micro-batch, which divides it.
+        shards: of the mesh, which divide a micro-batch.
+    """
+    few = {shards * size for size in ladder(1, rows_at_once // shards)}
+    many = {rows_at_once * size for size in ladder(1, minibatch_size // rows_at_once)}
+    return tuple(sorted(few | many))

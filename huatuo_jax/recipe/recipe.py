@@ -1,0 +1,328 @@
+"""The recipe: its stages in order, each once, resumable anywhere by running it again.
+
+Several processes run it together, in a folder that all of them see. They train and generate on one
+mesh; the first of them asks the judge, and writes what is written once.
+
+`recipe.json`: which stages are finished, what they were made from, and how long they took.
+
+Run the training stages of a config, or the whole recipe; run again, it resumes.
+"""
+
+import dataclasses
+import datetime
+import json
+import os
+import pathlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypedDict
+
+import jax
+
+from huatuo_jax.core import distributed
+from huatuo_jax.core.config import as_json, checked, differences
+from huatuo_jax.core.files import write_file
+from huatuo_jax.judge.config import reach_judge
+from huatuo_jax.recipe.base_model import check_adapted
+from huatuo_jax.recipe.checks import check_inputs, choose_offline_judge
+from huatuo_jax.recipe.config import (
+    HELD_OUT_FILE,
+    JUDGED_FILE,
+    STAGE_RUNS,
+    RlaifConfig,
+    StagesConfig,
+)
+from huatuo_jax.recipe.export import RELEASE_FILE
+from huatuo_jax.recipe.prompts import ACCOUNT_FILE, TRAIN_FILE, Prompts, make_prompts, write_prompts
+from huatuo_jax.recipe.stages import Stage, make_stages
+from huatuo_jax.report.markup import read_json
+from huatuo_jax.sft import write_clinic_of
+from huatuo_jax.training.loop import INTERRUPTED_EXIT_CODE, Diverged, Interrupted
+
+JOURNAL_FILE = "recipe.json"
+
+
+class Entry(TypedDict):
+    """One stage.
+
+    Attributes:
+        settings: those that decide its result.
+        inputs: a hash of each file or model it was made from.
+        starts: when it was started, each time.
+        seconds: of all starts that ended in an orderly way; a killed one leaves none.
+        finished: when; None while it is not.
+        result: what it reported; None while it is not finished.
+    """
+
+    settings: dict[str, Any]
+    inputs: dict[str, str]
+    starts: list[str]
+    seconds: float
+    finished: str | None
+    result: dict[str, Any] | None
+
+
+class Journal:
+    """The journal of one run's folder; every change is on disk when the call returns."""
+
+    def __init__(self, workdir: str | os.PathLike[str], *, writes: bool = True) -> None:
+        """Reads it, where there is one.
+
+        Args:
+            workdir: the run's folder.
+            writes: whether this process is the one that writes it; others remember what they do.
+
+        Raises:
+            ValueError: it is no JSON.
+        """
+        self._path, self._writes = pathlib.Path(workdir) / JOURNAL_FILE, writes
+        self.stages: dict[str, Entry] = {}
+        if self._path.exists():
+            self.stages = read_json(self._path)
+
+    def is_finished(self, name: str) -> bool:
+        """Whether a stage is."""
+        return name in self.stages and self.stages[name]["finished"] is not None
+
+    def changes(
+        self, name: str, settings: Mapping[str, Any], inputs: Mapping[str, str]
+    ) -> list[str]:
+        """Which settings and inputs of a finished stage are not those that it was made with."""
+        entry = self.stages[name]
+        settings = as_json(settings, name=name)
+        changed = differences(entry["settings"], settings)
+        changed += [
+            f"{which}: the stage was made from another content"
+            for which, content in inputs.items()
+            if which not in entry["inputs"] or entry["inputs"][which] != content
+        ]
+        return changed + [f"{which}: is gone" for which in entry["inputs"] if which not in inputs]
+
+    def check(self, name: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> None:
+        """Raise ValueError where a finished stage was made with other settings or inputs."""
+        changed = self.changes(name, settings, inputs)
+        if changed:
+            raise ValueError(
+                f"stage {name!r} is finished in {self._path.parent}, with other settings: "
+                f"{'; '.join(changed)}. Undo the change, or choose another workdir"
+            )
+
+    def start(self, name: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> None:
+        """Writes down that a stage is started, for the first time or again."""
+        before = self.stages[name] if name in self.stages else None
+        self.stages[name] = Entry(
+            settings=as_json(settings, name=name),
+            inputs=dict(inputs),
+            starts=[*(before["starts"] if before else []), _now()],
+            seconds=before["seconds"] if before else 0.0,
+            finished=None,
+            result=None,
+        )
+        self._write()
+        self._started_s = time.monotonic()
+
+    def stop(self, name: str) -> None:
+        """Writes down the time of a start that did not finish the stage."""
+        self.stages[name]["seconds"] += time.monotonic() - self._started_s
+        self._write()
+
+    def finish(self, name: str, result: Mapping[str, Any]) -> None:
+        """Writes down that a stage is finished."""
+        entry = self.stages[name]
+        entry["seconds"] += time.monotonic() - self._started_s
+        entry["finished"] = _now()
+        entry["result"] = as_json(result, name=name)
+        self._write()
+
+    def _write(self) -> None:
+        if not self._writes:
+            return
+        text = json.dumps(self.stages, ensure_ascii=False, indent=2)
+        write_file(self._path, f"{text}\n")
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def run_rlaif(config: RlaifConfig, workdir: str | os.PathLike[str]) -> dict[str, Any]:
+    """Runs the recipe in a run's folder, or goes on with it.
+
+    A finished stage is not run again. All inputs are looked at first, the judge's server too, so
+    that nothing is trained in vain.
+
+    Args:
+        config: of the recipe; `{workdir}` in a path stands for the run's folder.
+        workdir: the run's folder.
+
+    Returns:
+        The main figures: what PPO gained in reward, how far it went from SFT, and the time. Where
+        they were made, `released` says in a sentence what is released and why, and `report` is the
+        report's path.
+
+    Raises:
+        ValueError: a config, a file, a judge or a folder that cannot be; names the field. Or the
+            folder is none that all processes share.
+        Interrupted: the run was stopped, and can go on.
+        Diverged: a training stage's steps were not finite.
+        OSError: something cannot be read or written.
+    """
+    folder = pathlib.Path(workdir)
+    check_adapted(checked(config, RlaifConfig, path="config"))
+    cfg = config.in_workdir(folder)
+    distributed.check_joined()
+    distributed.check_shared(folder)
+    write_clinic_of(folder, cfg.clinic)
+    prompts = make_prompts(cfg.sft.data, cfg.prompts, num_judged=cfg.num_judged_prompts(folder))
+    distributed.by_first("prompts", lambda: _write_prompts(folder, prompts))
+    if distributed.is_first():
+        for line in prompts.account.lines():
+            print(f"prompts: {line}", flush=True)
+    cfg, told = choose_offline_judge(cfg, folder)
+    if distributed.is_first():
+        print(told, flush=True)
+    stages, journal = make_stages(cfg, folder), Journal(folder, writes=distributed.is_first())
+    wanted = unfinished_stages(stages, journal)
+    distributed.check_same("the stages to be run", sorted(wanted))
+    check_inputs(cfg, folder, wanted)
+    if "labels" in wanted and distributed.is_first():
+        reach_judge(cfg.judge)
+    judging = cfg.ppo.judging
+    if "ppo" in wanted and judging is not None and distributed.is_first():
+        assert judging.judge is not None
+        reach_judge(judging.judge, field="config.ppo.judging.judge")
+    if "evaluation" in wanted and distributed.is_first():
+        tell_temperatures(cfg)
+    # Nothing is begun, nor waited for, before all have looked at everything.
+    distributed.barrier("inputs checked")
+    _keep_compiled(folder)
+    run_stages(stages, journal, wanted)
+    figures: dict[str, Any] = {}
+    if journal.is_finished("evaluation"):
+        figures |= journal.stages["evaluation"]["result"] or {}
+    figures["seconds"] = sum(journal.stages[stage.name]["seconds"] for stage in stages)
+    if "export" in cfg.stages:
+        figures["released"] = read_json(folder / "export" / RELEASE_FILE)["sentence"]
+    if "report" in cfg.stages:
+        figures["report"] = str(folder / "report.html")
+    return figures
+
+
+def _write_prompts(folder: pathlib.Path, prompts: Prompts) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_prompts(folder / TRAIN_FILE, prompts.train)
+    write_prompts(folder / HELD_OUT_FILE, prompts.held_out)
+    if prompts.judged:
+        write_prompts(folder / JUDGED_FILE, prompts.judged)
+    account = json.dumps(prompts.account.to_json(), ensure_ascii=False, indent=2)
+    write_file(folder / ACCOUNT_FILE, f"{account}\n")
+
+
+def unfinished_stages(stages: Sequence[Stage], journal: Journal) -> set[str]:
+    """The stages that are to be run; the report is cheap and is made anew each time.
+
+    A stage that follows the others is run again after any of them, and where its own settings or
+    inputs have changed.
+
+    Raises:
+        ValueError: another finished one was made with other settings, or from other files.
+    """
+    wanted: set[str] = set()
+    for stage in stages:
+        stands = journal.is_finished(stage.name) and all(path.exists() for path in stage.outputs)
+        if stands and stage.follows:
+            hashes = stage.input_hashes()
+            stands = not wanted and not journal.changes(stage.name, stage.settings, hashes)
+        elif stands:
+            journal.check(stage.name, stage.settings, stage.input_hashes())
+        if not stands or stage.name == "report":
+            wanted.add(stage.name)
+    return wanted
+
+
+def run_stages(stages: Sequence[Stage], journal: Journal, wanted: set[str]) -> None:
+    """Runs those that are wanted, in order, and says which of how many it is at."""
+    for number, stage in enumerate(stages, start=1):
+        is_wanted = stage.name in wanted
+        if distributed.is_first():
+            told = "" if is_wanted else ", finished before"
+            print(f"stage {number} of {len(stages)}: {stage.name}{told}", flush=True)
+        if not is_wanted:
+            continue
+        journal.start(stage.name, stage.settings, stage.input_hashes())
+        try:
+            result = stage.run()
+        except KeyboardInterrupt:
+            journal.stop(stage.name)
+            if distributed.count() > 1:
+                raise  # The others, which go on, are told that this one failed.
+            raise Interrupted(
+                f"stopped in stage {stage.name!r}; run the same command again to go on"
+            ) from None
+        except BaseException:
+            journal.stop(stage.name)
+            raise
+        journal.finish(stage.name, result)
+
+
+def tell_temperatures(cfg: RlaifConfig) -> None:
+    """Says where the evaluation is not at the temperature that PPO samples at."""
+    own, rollouts = cfg.evaluation.temperature, cfg.ppo.rollout.temperature
+    if own != rollouts:
+        print(
+            f"evaluation.temperature={own} is not ppo.rollout.temperature={rollouts}: rewards and "
+            "KL of the evaluation are not those that PPO trains for",
+            flush=True,
+        )
+
+
+def _keep_compiled(folder: pathlib.Path) -> None:
+    """Keeps compiled programs in the run's folder: several stages run the same ones."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", os.path.abspath(folder / "compiled"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Flags:
+    """Run the stages of a config, or the whole recipe; run again, it resumes.
+
+    Finished stages are skipped. Exit code 75: stopped (SIGTERM, Ctrl-C), saved.
+
+    Attributes:
+        workdir: the run's folder; made if it does not exist.
+    """
+
+    workdir: str
+
+
+@distributed.joined()
+def main(flags: Flags, config: StagesConfig | RlaifConfig) -> None:
+    """Run each stage in order and print its result."""
+    for name, run, settings in _runs(config):
+        try:
+            result = run(settings, flags.workdir)
+        except Interrupted as stopped:
+            print(f"{name}: {stopped}", flush=True)
+            raise SystemExit(INTERRUPTED_EXIT_CODE) from None
+        except Diverged as error:
+            raise ValueError(f"{name}: {error}") from error
+        if distributed.is_first():
+            told = [f"{key}: {result[key]}" for key in ("released", "report") if key in result]
+            print(f"{name}: finished in {flags.workdir}: {_summary(result)}", *told, sep="\n")
+
+
+def _runs(config: Any) -> list[tuple[str, Callable[..., dict[str, Any]], Any]]:
+    if isinstance(config, RlaifConfig):
+        return [(config.recipe, run_rlaif, config)]
+    if not isinstance(config, StagesConfig):
+        raise ValueError(
+            f"the card's get_config() returns a {type(config).__name__}; it must be a StagesConfig "
+            "or an RlaifConfig"
+        )
+    return [(name, STAGE_RUNS[name], getattr(config, name)) for name in config.stages]
+
+
+def _summary(result: dict[str, Any]) -> str:
+    """The numbers over all kinds of data, `eval/loss` but not `eval/loss/KIND`."""
+    numbers = ((name, value) for name, value in result.items() if isinstance(value, int | float))
+    return ", ".join(f"{name} {value:.4g}" for name, value in numbers if name.count("/") < 2)

@@ -1,0 +1,306 @@
+"""The stages of the recipe: what each is made from, what it leaves, and the call that runs it."""
+
+import dataclasses
+import os
+import pathlib
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+from huatuo_jax.checkpoint import models
+from huatuo_jax.core import distributed
+from huatuo_jax.core.config import identity
+from huatuo_jax.core.files import read_lines
+from huatuo_jax.data.readers import content_hash
+from huatuo_jax.data.records import is_empty
+from huatuo_jax.evaluation.answers import sampling_of
+from huatuo_jax.evaluation.stage import run_evaluation, write_json
+from huatuo_jax.generation.bulk import BulkConfig, run_bulk
+from huatuo_jax.judge.config import reach_judge
+from huatuo_jax.ppo.stage import run_ppo
+from huatuo_jax.preferences.label import LabelRun, report_path, run_labels
+from huatuo_jax.recipe.config import LABELS_FILE, RlaifConfig
+from huatuo_jax.recipe.export import RELEASE_FILE, choose_policy, run_export
+from huatuo_jax.report.page import write_report
+from huatuo_jax.reward.stage import run_reward
+from huatuo_jax.sft import run_sft, settled_step
+from huatuo_jax.training.dialogue_data import open_dialogues
+from huatuo_jax.training.initial_model import open_model
+from huatuo_jax.training.optimizer import OptimizerConfig, make_optimizer
+
+
+class Stage(NamedTuple):
+    """One stage of a run.
+
+    Attributes:
+        name: as in the config.
+        settings: those that decide its result.
+        inputs: what it is made from, by name: files, folders, or names on the hub.
+        outputs: what stands when it is finished.
+        run: does it, or goes on with it, and returns its main figures. All processes have to call
+            it; those of what only the first one does are returned by the first one.
+        follows: it is made anew where anything that it is made from has changed; other stages,
+            which take long or cost money, refuse to.
+    """
+
+    name: str
+    settings: Mapping[str, Any]
+    inputs: Mapping[str, str]
+    outputs: tuple[pathlib.Path, ...]
+    run: Callable[[], Mapping[str, Any]]
+    follows: bool = False
+
+    def input_hashes(self) -> dict[str, str]:
+        """A hash of the content of each input, wherever it lies."""
+        return {name: _hash_of(place) for name, place in self.inputs.items()}
+
+
+def make_stages(cfg: RlaifConfig, workdir: pathlib.Path) -> list[Stage]:
+    """The stages of a config in their order; its paths are those of this folder."""
+    makers = (_sft, _answers, _labels, _reward, _ppo, _evaluation, _export, _report)
+    stages = [maker(cfg, workdir) for maker in makers]
+    return [stage for stage in stages if stage.name in cfg.stages]
+
+
+def _sft(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:
+    model = cfg.sft.model
+    inputs = _files(path for source in cfg.sft.data.sources for path in source.paths)
+    if model.directory is not None:
+        inputs["initial model"] = model.directory
+
+    def run() -> Mapping[str, Any]:
+        if cfg.evaluation.base == f"{workdir}/base/model":
+            _save_base(cfg, workdir / "base" / "model")
+        return run_sft(cfg.sft, workdir)
+
+    return Stage(
+        "sft",
+        identity(cfg.sft),
+        inputs | {"tokenizer": model.tokenizer_source},
+        (workdir / "sft" / "model",),
+        run,
+    )
+
+
+def _answers(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:
+    section, output = cfg.answers, workdir / "answers.jsonl"
+    bulk = BulkConfig(
+        model=section.model,
+        prompts=section.prompts,
+        output=str(output),
+        template=cfg.sft.data.template,
+        default_system=cfg.sft.data.default_system,
+        num_samples=section.num_samples,
+        sampling=section.sampling,
+        seed=section.seed,
+        chunk_size=section.chunk_size,
+        slots=section.slots,
+        drop_oldest_turns=True,
+        max_left_out_share=section.max_left_out_share,
+        mesh=section.mesh,
+    )
+
+    def run() -> Mapping[str, Any]:
+        report = run_bulk(
+            bulk,
+            lambda done: print(f"  {done}", file=sys.stderr, flush=True),
+            lambda line: print(f"answers: {line}", flush=True),
+        )
+        found = {} if report is None else {"tokens_per_s": report.tokens_per_s}
+        return answer_figures(output) | found
+
+    inputs = {"model": section.model, "prompts": section.prompts}
+    return Stage("answers", identity(section), inputs, (output,), run)
+
+
+def answer_figures(path: pathlib.Path) -> dict[str, float]:
+    """Prompts, answers and tokens of an answers file, and the shares that ended and are empty."""
+    prompts = answers = tokens = stopped = empty = 0
+    for line in read_lines(path, unfinished="read"):
+        prompts += 1
+        for one in line.row["answers"]:
+            answers += 1
+            tokens += len(one["token_ids"])
+            stopped += one["finish_reason"] == "stop"
+            empty += is_empty(one["text"])
+    return {
+        "prompts": prompts,
+        "answers": answers,
+        "tokens_per_answer": tokens / answers,
+        "stopped": stopped / answers,
+        "empty": empty / answers,
+    }
+
+
+def _labels(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:
+    section, judge, offline = cfg.labels, cfg.judge, cfg.judge.offline
+    assert offline != "auto", "with_offline_judge puts one in its place"
+    output, comparisons = workdir / LABELS_FILE, workdir / "comparisons.jsonl"
+
+    def ask() -> None:
+        run_labels(
+            LabelRun(
+                answers=section.answers,
+                output=str(output),
+                openai=reach_judge(judge),
+                offline=offline,
+                clinic_judge=judge.clinic_judge,
+                label=section.label,
+                comparisons=str(comparisons),
+                comparison=section.comparison,
+            ),
+            lambda line: print(f"  {line}".replace("\n", "\n  "), flush=True),
+        )
+
+    def run() -> Mapping[str, Any]:
+        distributed.by_first("labels", ask)
+        return {"comparisons": sum(1 for _ in read_lines(comparisons, unfinished="read"))}
+
+    outputs = (output, comparisons, pathlib.Path(report_path(output)))
+    settings = identity(section) | {"judge": identity(judge)}
+    return Stage("labels", settings, {"answers": section.answers}, outputs, run)
+
+
+def _reward(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:
+    section = cfg.reward
+    paths = [path for source in section.data.sources for path in source.paths]
+    inputs = _files([*paths, *(path for probe in section.probes for path in probe.paths)])
+    if section.model.directory is not None:
+        inputs["model"] = section.model.directory
+    return Stage(
+        "reward",
+        identity(section),
+        inputs,
+        (workdir / "reward" / "model",),
+        lambda: run_reward(section, workdir),
+    )
+
+
+def _ppo(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:
+    section = cfg.ppo
+    inputs = _files(section.data.paths)
+    if section.judging is not None and section.judging.prompts is not None:
+        inputs["judged prompts"] = section.judging.prompts
+    inputs["reward model"] = section.reward_model
+    if section.model.directory is not None:
+        inputs["model"] = section.model.directory
+    return Stage(
+        "ppo",
+        identity(section),
+        inputs,
+        (workdir / "ppo" / "model",),
+        lambda: run_ppo(section, workdir),
+    )
+
+
+def _evaluation(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:
+    section, output = cfg.evaluation, workdir / "evaluation.json"
+    assert section.base is not None
+
+    def run() -> Mapping[str, Any]:
+        model = open_model(cfg.sft.model, cfg.sft.compute.compute_config())
+        with distributed.first_then_others("tokenising"):
+            data = open_dialogues(
+                cfg.sft.data,
+                model.load_tokenizer("sft", cfg.sft.data.chat_template),
+                seed=cfg.sft.seed,
+                default_cache=workdir / "data",
+            )
+        mesh = cfg.sft.mesh.make()
+        # As many rows as fine-tuning evaluated, so that its figures come out the same.
+        sft, _ = settled_step(cfg.sft, model, data, mesh)
+        found = run_evaluation(
+            section,
+            workdir / "evaluation",
+            data=data,
+            compute=cfg.sft.compute.compute_config(),
+            mesh=mesh,
+            loss_rows=sft.rows_at_once,
+            loss_chunk=cfg.sft.compute.loss_chunk,
+            rollout_temperature=cfg.ppo.rollout.temperature,
+        )
+        distributed.by_first("evaluation", lambda: write_json(output, found))
+        return _main_figures(found)
+
+    names = ("base", "sft", "ppo", "reward", "prompts")
+    inputs = {name: getattr(section, name) for name in names}
+    return Stage("evaluation", identity(section), inputs, (output,), run)
+
+
+def _main_figures(evaluation: Mapping[str, Any]) -> dict[str, float]:
+    gain = evaluation["differences"]["ppo_over_sft"]["reward"]
+    figures = {} if gain is None else {f"reward_gain_{name}": gain[name] for name in gain}
+    divergence = evaluation["kl"]["per_sequence"]
+    if divergence is not None:
+        figures["kl_per_sequence"] = divergence["value"]
+    return figures
+
+
+def _export(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:
+    section, folder = cfg.export, workdir / "export"
+    evaluation = workdir / "evaluation.json" if "evaluation" in cfg.stages else None
+    policy = cfg.exported_policy
+    inputs = {"reward": section.reward}
+    if policy is None:
+        inputs |= {str(name): place for name, place in cfg.candidates.items()}
+    else:
+        inputs["policy"] = policy
+    if evaluation is not None:
+        inputs["evaluation"] = str(evaluation)
+    outputs = (folder / "policy", folder / "reward", folder / RELEASE_FILE)
+
+    def run() -> Mapping[str, Any]:
+        def export() -> Mapping[str, Any]:
+            return run_export(cfg, choose_policy(cfg, evaluation), folder)
+
+        return distributed.by_first("export", export) or {}
+
+    sampling = dataclasses.asdict(sampling_of(cfg.evaluation))
+    settings = identity(section) | {"policy": section.choice, "sampling": sampling}
+    return Stage("export", settings, inputs, outputs, run, follows=True)
+
+
+def _report(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:
+    output = workdir / "report.html"
+
+    def run() -> Mapping[str, Any]:
+        title, number = cfg.report.title, cfg.report.num_prompts
+        distributed.by_first(
+            "report", lambda: write_report(workdir, output, title=title, num_prompts=number)
+        )
+        return {"bytes": output.stat().st_size}
+
+    return Stage("report", identity(cfg.report), {}, (output,), run)
+
+
+def _save_base(cfg: RlaifConfig, target: pathlib.Path) -> None:
+    """The model as fine-tuning begins with it, its tokenizer and template beside it."""
+    if target.exists():
+        return
+    model = open_model(cfg.sft.model, cfg.sft.compute.compute_config())
+    # Any optimizer will do: none of its state is kept.
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=1.0), num_steps=1)
+    state = model.make_state(jax.random.key(cfg.sft.seed), optimizer, cfg.sft.mesh.make())
+    template = cfg.sft.data.chat_template
+    tokenizer = model.load_tokenizer("sft", template)
+    model.save(state.variables, target, template=template, tokenizer=tokenizer)
+
+
+def _files(paths: Iterable[str]) -> dict[str, str]:
+    """Files by their names, which may be those of other folders too: a path may change."""
+    found: dict[str, str] = {}
+    for path in paths:
+        name = pathlib.Path(path).name
+        number = sum(one == name or one.startswith(f"{name} #") for one in found)
+        found[f"{name} #{number + 1}" if number else name] = path
+    return found
+
+
+def _hash_of(place: str) -> str:
+    if os.path.isfile(place):
+        return content_hash(place)
+    if os.path.isdir(place):
+        return models.fingerprint(pathlib.Path(place))
+    return place

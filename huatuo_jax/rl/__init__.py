@@ -1,1 +1,0 @@
-"""The arithmetic of reinforcement learning from feedback: pure functions on arrays."""

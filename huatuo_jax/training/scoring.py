@@ -1,0 +1,381 @@
+"""What a model says of given answers: one reward score each, or the log-probability of each token.
+
+The answers are tokens already, and lengths tell what is prompt, answer and padding: no mask looks
+at an id, so padding may equal EOS. The score of an answer is the head's at its last token, which is
+the end of the doctor's last turn. Rows are packed or padded, on either side, on any mesh: it makes
+no difference but rounding.
+"""
+
+import copy
+import dataclasses
+import functools
+import json
+import math
+import pathlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+from jax.sharding import Mesh
+
+from huatuo_jax.backbone.transformer import Transformer
+from huatuo_jax.core import sharding
+from huatuo_jax.core.files import write_file
+from huatuo_jax.data.batches import PackingPlan, Row, pack_row, plan_rows
+from huatuo_jax.data.tokenizing import UNKNOWN_KIND, Example, TokenIds
+from huatuo_jax.generation.buckets import bucket_of
+from huatuo_jax.hf.generation_config import CONFIG_FILE
+from huatuo_jax.training.loop import check_rows
+from huatuo_jax.training.losses import at_tokens, hidden_of, next_tokens, token_scores
+from huatuo_jax.training.update import Batch, Variables
+
+NORMALIZATION_FILE = "reward_normalization.json"
+CONFIG_FIELDS = ("task_specific_params", "reward_normalization")
+"""Where a Hugging Face config.json holds the normalization."""
+
+Side = Literal["left", "right"]
+Progress = Callable[[int, int], None]
+
+_LENGTHS = 64  # Row lengths are multiples of it, so that few programs are compiled.
+
+
+@dataclasses.dataclass(frozen=True)
+class GivenAnswer:
+    """A prompt and an answer to it, as tokens.
+
+    Attributes:
+        token_ids: of both, `[T]`, up to the last token of the answer.
+        prompt_length: how many of them are the prompt's.
+    """
+
+    token_ids: TokenIds
+    prompt_length: int
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for an answer without a token, or a length that cannot be."""
+        if not 0 <= self.prompt_length < len(self.token_ids):
+            raise ValueError(
+                f"prompt_length={self.prompt_length} must be 0 or more and below the "
+                f"{len(self.token_ids)} tokens of prompt and answer"
+            )
+
+
+def head_scores(model: Transformer, variables: Variables, batch: Batch) -> jax.Array:
+    """The score head at every token, `[B, T]` in at least float32.
+
+    Args:
+        model: a backbone with a score head.
+        variables: its own.
+        batch: `token_ids`, `segment_ids`, `positions`, each `[B, T]`, as
+            `huatuo_jax.data.batches` describes them; padding stands on either side.
+    """
+    return model.apply(variables, hidden_of(model, variables, batch), method="scores")
+
+
+def answer_log_probs(
+    model: Transformer,
+    variables: Variables,
+    batch: Batch,
+    *,
+    temperature: float = 1.0,
+    chunk: int = 128,
+) -> jax.Array:
+    """The log-probability of every answer token given those before it, `[B, T]`.
+
+    Args:
+        model: a backbone with a token head.
+        variables: its own.
+        batch: as for `head_scores`, and `trained_mask`, which is True at the tokens of answers;
+            never at the first token of a segment.
+        temperature: divides the logits.
+        chunk: positions of each row whose logits are held at once.
+
+    Returns:
+        At t, that of token t; 0 where it is no answer's.
+    """
+    scores = token_scores(
+        functools.partial(model.apply, variables, method="logits"),
+        hidden_of(model, variables, batch),
+        next_tokens(batch["token_ids"]),
+        next_tokens(batch["trained_mask"]),
+        temperature=temperature,
+        chunk=chunk,
+    )
+    return at_tokens(scores.log_probs_BT)
+
+
+def compile_values(values: Callable[[Variables, Batch], jax.Array], mesh: Mesh) -> sharding.OnMesh:
+    """One of the two above under one `jax.jit`, its values on every device of the mesh."""
+    return sharding.OnMesh(jax.jit(values, out_shardings=jax.NamedSharding(mesh, jax.P())), mesh)
+
+
+def padded_batch(
+    token_ids_BT: jax.Array,
+    *,
+    prompt_lengths_B: jax.Array,
+    lengths_B: jax.Array,
+    side: Side = "right",
+) -> dict[str, jax.Array]:
+    """A batch of one answer a row, for `head_scores` and `answer_log_probs`.
+
+    Args:
+        token_ids_BT: prompt and answer end to end, then padding of any ids; or padding first.
+        prompt_lengths_B: tokens of each prompt.
+        lengths_B: tokens of prompt and answer together; 0 for a row of nothing.
+        side: where the padding is.
+
+    Returns:
+        Beside the arrays `[B, T]` of a batch, `last_B`: where each answer's last token stands (0
+        in a row of nothing).
+    """
+    width = token_ids_BT.shape[1]
+    places_1T = jnp.arange(width, dtype=jnp.int32)[None, :]
+    starts_B1 = (width - lengths_B if side == "left" else jnp.zeros_like(lengths_B))[:, None]
+    positions_BT = places_1T - starts_B1
+    is_token_BT = (positions_BT >= 0) & (positions_BT < lengths_B[:, None])
+    is_answer_BT = is_token_BT & (positions_BT >= jnp.maximum(prompt_lengths_B[:, None], 1))
+    return {
+        "token_ids": token_ids_BT,
+        "segment_ids": is_token_BT.astype(jnp.int32),
+        "positions": jnp.where(is_token_BT, positions_BT, 0),
+        "trained_mask": is_answer_BT,
+        "last_B": jnp.maximum(starts_B1[:, 0] + lengths_B - 1, 0),
+    }
+
+
+class Scorer:
+    """Scores of any number of answers, in batches of rows on a mesh."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        variables: Variables,
+        *,
+        mesh: Mesh,
+        rows_at_once: int,
+        row_length: int | Sequence[int] | None = None,
+        packed: bool = True,
+        pad_token_id: int = 0,
+    ) -> None:
+        """Compiles nothing yet.
+
+        Args:
+            model: with the head that is asked for.
+            variables: on the mesh.
+            mesh: rows are divided over it.
+            rows_at_once: rows of a batch.
+            row_length: tokens of a row; of several, in rising order, the first that holds the
+                longest answer; None for the longest answer's.
+            packed: several answers a row.
+            pad_token_id: what padding is filled with; nothing looks at it.
+
+        Raises:
+            ValueError: the mesh does not divide the rows.
+        """
+        check_rows(rows_at_once, name="rows_at_once", mesh=mesh)
+        self._model, self._variables, self._mesh = model, variables, mesh
+        self._rows_at_once, self._row_length = rows_at_once, row_length
+        self._packed, self._pad_token_id = packed, pad_token_id
+        self._scores = compile_values(functools.partial(head_scores, model), mesh)
+        self._log_probs: dict[tuple[float, int], sharding.OnMesh] = {}
+
+    def of(self, variables: Variables) -> "Scorer":
+        """The same programs, compiled once for both, with other variables of the model."""
+        other = copy.copy(self)
+        other._variables = variables
+        return other
+
+    def scores(
+        self, answers: Sequence[GivenAnswer], on_progress: Progress | None = None
+    ) -> npt.NDArray[np.float32]:
+        """The head's score at the last token of each answer, in their order.
+
+        Raises:
+            ValueError: an answer is longer than a row or than the model's positions.
+        """
+        scores_N = np.zeros(len(answers), np.float32)
+        for index, _, end, values_T in self._values(self._scores, answers, on_progress):
+            scores_N[index] = values_T[end - 1]
+        return scores_N
+
+    def log_probs(
+        self,
+        answers: Sequence[GivenAnswer],
+        *,
+        temperature: float = 1.0,
+        chunk: int = 128,
+        on_progress: Progress | None = None,
+    ) -> list[npt.NDArray[np.float32]]:
+        """The log-probability of each token of each answer; the prompts have to hold a token.
+
+        Raises:
+            ValueError: an answer is too long, or has no prompt.
+        """
+        for index, one in enumerate(answers):
+            if not one.prompt_length:
+                raise ValueError(f"answers[{index}]: prompt_length=0 must be at least 1")
+        settings = (temperature, chunk)
+        if settings not in self._log_probs:
+            values = functools.partial(
+                answer_log_probs, self._model, temperature=temperature, chunk=chunk
+            )
+            self._log_probs[settings] = compile_values(values, self._mesh)
+        compiled = self._log_probs[settings]
+        log_probs: list[npt.NDArray[np.float32]] = [np.zeros(0, np.float32)] * len(answers)
+        for index, start, end, values_T in self._values(compiled, answers, on_progress):
+            log_probs[index] = values_T[start + answers[index].prompt_length : end].copy()
+        return log_probs
+
+    def _values(
+        self,
+        compiled: sharding.OnMesh,
+        answers: Sequence[GivenAnswer],
+        on_progress: Progress | None,
+    ) -> Iterator[tuple[int, int, int, npt.NDArray[np.float32]]]:
+        """Of each answer: its index, where it begins and ends in its row, and the row's values."""
+        if not answers:
+            return
+        plan = self._plan(answers)
+        for first in range(0, len(plan), self._rows_at_once):
+            numbers = range(first, min(first + self._rows_at_once, len(plan)))
+            batch = self._batch([[answers[index] for index in plan[row]] for row in numbers], plan)
+            placed = sharding.put_whole(batch, self._mesh)
+            values_BT = np.asarray(compiled(self._variables, placed))
+            for row in numbers:
+                start = 0
+                for index in plan[row].tolist():
+                    end = start + len(answers[index].token_ids)
+                    yield index, start, end, values_BT[row - first]
+                    start = end
+            if on_progress is not None:
+                on_progress(numbers.stop, len(plan))
+
+    def _plan(self, answers: Sequence[GivenAnswer]) -> PackingPlan:
+        lengths = [len(one.token_ids) for one in answers]
+        longest, backbone = max(lengths), self._model.cfg
+        if longest > backbone.max_positions:
+            raise ValueError(
+                f"answers[{lengths.index(longest)}] has {longest} tokens with its prompt, more "
+                f"than the model's {backbone.max_positions} positions"
+            )
+        backbone.require_fixed_angles(longest, purpose="scoring in batches")
+        if self._row_length is None:
+            row_length = -(-longest // _LENGTHS) * _LENGTHS
+        elif isinstance(self._row_length, int):
+            row_length = self._row_length
+        else:
+            row_length = bucket_of(longest, tuple(self._row_length))
+        order = np.arange(len(answers))
+        return plan_rows(lengths, order, row_length=row_length, packed=self._packed)
+
+    def _batch(self, rows: Sequence[Sequence[GivenAnswer]], plan: PackingPlan) -> Row:
+        """The rows, filled up with empty ones to the number that the program was compiled for."""
+        surplus: list[Sequence[GivenAnswer]] = [[]] * (self._rows_at_once - len(rows))
+        packed = [
+            pack_row(
+                [_example(one) for one in row],
+                row_length=plan.row_length,
+                pad_token_id=self._pad_token_id,
+            )
+            for row in [*rows, *surplus]
+        ]
+        names = ("token_ids", "segment_ids", "positions", "trained_mask")
+        return {name: np.stack([row[name] for row in packed]) for name in names}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Normalization:
+    """What makes raw scores have mean 0 and standard deviation 1 on some answers.
+
+    Attributes:
+        mean: of the raw scores.
+        standard_deviation: of the raw scores, as a population.
+        num_answers: how many answers those were.
+        answers: which ones, in words.
+    """
+
+    mean: float
+    standard_deviation: float
+    num_answers: int
+    answers: str
+
+    @classmethod
+    def of(cls, scores: npt.ArrayLike, *, answers: str) -> "Normalization":
+        """The one of these raw scores.
+
+        Raises:
+            ValueError: there are none, they are all the same, or one is not finite.
+        """
+        scores_N = np.asarray(scores, np.float64)
+        # Not by their deviation: that of equal numbers is the rounding of their mean.
+        if not len(scores_N) or not np.isfinite(scores_N).all() or not np.ptp(scores_N) > 0:
+            raise ValueError(
+                f"{answers}: {len(scores_N)} scores, which must be finite and differ, so that "
+                "they can be normalized"
+            )
+        return cls(
+            mean=float(scores_N.mean()),
+            standard_deviation=float(scores_N.std()),
+            num_answers=len(scores_N),
+            answers=answers,
+        )
+
+    def apply(self, scores: npt.ArrayLike) -> npt.NDArray[np.float64]:
+        """Raw scores in units of the standard deviation, from the mean."""
+        return (np.asarray(scores, np.float64) - self.mean) / self.standard_deviation
+
+    def to_json(self) -> dict[str, Any]:
+        """Its fields."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> "Normalization":
+        """From the fields that `to_json` gave.
+
+        Raises:
+            ValueError: a field is missing or unknown, or a number cannot be.
+        """
+        names = {field.name for field in dataclasses.fields(cls)}
+        if set(fields) != names:
+            raise ValueError(f"a normalization has {sorted(names)}, this has {sorted(fields)}")
+        numbers = (fields["mean"], fields["standard_deviation"])
+        if not all(isinstance(one, int | float) and math.isfinite(one) for one in numbers) or not (
+            fields["standard_deviation"] > 0
+        ):
+            raise ValueError(f"mean and standard_deviation of a normalization are {numbers}")
+        return cls(**fields)
+
+
+def save_normalization(folder: pathlib.Path, normalization: Normalization) -> None:
+    """Writes it beside a model's weights, whole or not at all."""
+    text = json.dumps(normalization.to_json(), ensure_ascii=False, indent=2)
+    write_file(folder / NORMALIZATION_FILE, f"{text}\n")
+
+
+def load_normalization(folder: pathlib.Path) -> Normalization | None:
+    """The normalization that was stored with a model; None for a model without one.
+
+    It stands in a file of its own, and in the config.json of an exported model.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    for name, fields in ((NORMALIZATION_FILE, ()), (CONFIG_FILE, CONFIG_FIELDS)):
+        path = folder / name
+        try:
+            found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+            for field in fields:
+                found = found[field] if found and field in found else None
+            if found is not None:
+                return Normalization.from_json(found)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {error}") from error
+    return None
+
+
+def _example(one: GivenAnswer) -> Example:
+    is_answer_T = np.arange(len(one.token_ids)) >= one.prompt_length
+    return Example(one.token_ids, is_answer_T, UNKNOWN_KIND, "")

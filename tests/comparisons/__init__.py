@@ -1,1 +1,0 @@
-"""Tests of huatuo_jax.comparisons."""

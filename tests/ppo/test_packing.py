@@ -1,0 +1,147 @@
+"""Several answers in a row: each token keeps its numbers, an update changes by rounding only."""
+
+import jax
+import numpy as np
+import pytest
+
+from huatuo_jax.ppo.targets import packed_layout, plain_layout, row_counts
+from tests.ppo.tiny import config, run_tiny
+
+WIDTH = 16
+
+
+def _rollout(seed=0, answers=20):
+    """Rows of a rollout in which no two tokens have the same number, and their lengths."""
+    draw = np.random.default_rng(seed)
+    lengths_N = draw.integers(2, WIDTH + 1, answers)
+    is_token_NT = np.arange(WIDTH)[None, :] < lengths_N[:, None]
+    numbers_NT = 1 + np.arange(answers * WIDTH).reshape(answers, WIDTH)
+    return {
+        "token_ids": np.where(is_token_NT, numbers_NT, 0).astype(np.int32),
+        "segment_ids": is_token_NT.astype(np.int32),
+        "positions": np.where(is_token_NT, np.arange(WIDTH)[None, :], 0).astype(np.int32),
+        "mask": is_token_NT & (np.arange(WIDTH)[None, :] >= 1),
+    }, lengths_N
+
+
+def _layout(lengths_N, numbers_n, *, counts=tuple(range(1, 21))):
+    return packed_layout(
+        numbers_n, lengths_N[numbers_n], width=WIDTH, narrow=WIDTH, row_counts=counts
+    )
+
+
+def test_every_token_is_in_the_minibatch_once_and_comes_back_to_its_place():
+    rollout, lengths_N = _rollout()
+    numbers_n = np.random.default_rng(1).permutation(20)[:11]
+    layout = _layout(lengths_N, numbers_n)
+    packed = layout.pack(rollout)
+    assert layout.num_rows < len(numbers_n)
+    tokens = packed["token_ids"][packed["segment_ids"] > 0]
+    wanted = rollout["token_ids"][numbers_n]
+    assert sorted(tokens) == sorted(wanted[wanted > 0])
+    back_NT = np.zeros_like(rollout["token_ids"])
+    layout.unpack(packed["token_ids"], back_NT)
+    np.testing.assert_array_equal(back_NT[numbers_n], wanted)
+    others = np.setdiff1d(np.arange(20), numbers_n)
+    assert not back_NT[others].any()
+
+
+def test_a_segment_is_one_answer_from_its_first_position_to_its_last():
+    rollout, lengths_N = _rollout()
+    numbers_n = np.random.default_rng(2).permutation(20)[:13]
+    packed = _layout(lengths_N, numbers_n).pack(rollout)
+    seen = []
+    for row, segments_T in enumerate(packed["segment_ids"]):
+        found = [one for one in dict.fromkeys(segments_T.tolist()) if one]
+        assert found == list(range(1, len(found) + 1))
+        for segment in found:
+            slots = np.flatnonzero(segments_T == segment)
+            (answer,) = set(packed["answers"][row, slots].tolist())
+            number = numbers_n[answer]
+            length = lengths_N[number]
+            np.testing.assert_array_equal(slots, np.arange(slots[0], slots[0] + length))
+            for name in ("token_ids", "positions", "mask"):
+                np.testing.assert_array_equal(
+                    packed[name][row, slots], rollout[name][number, :length]
+                )
+            seen.append(answer)
+    assert sorted(seen) == list(range(13))
+    nothing = packed["segment_ids"] == 0
+    assert (packed["answers"][nothing] == 13).all() and not packed["mask"][nothing].any()
+
+
+def test_the_plain_layout_is_the_rollout_itself():
+    rollout, lengths_N = _rollout()
+    numbers_n = np.random.default_rng(3).permutation(20)[:8]
+    packed = plain_layout(numbers_n, lengths_N[numbers_n], width=WIDTH).pack(rollout)
+    for name, array_NT in rollout.items():
+        np.testing.assert_array_equal(packed[name], array_NT[numbers_n])
+
+
+@pytest.mark.parametrize(
+    ("length", "shards", "width", "num_rows"),
+    [
+        (5, 8, 8, 16),  # Of the 8 wide rows that the mesh wants at least, 2 would be needed.
+        (5, 1, 64, 2),  # A wide row can be had for itself.
+        (33, 8, 64, 16),  # As many wide rows as the mesh wants.
+    ],
+)
+def test_narrow_rows_are_taken_where_a_mesh_wants_more_rows_than_short_answers_need(
+    length, shards, width, num_rows
+):
+    lengths_n = np.full(16, length)
+    counts = row_counts(16, rows_at_once=16, shards=shards)
+    narrow = 8 if length <= 8 else 48
+    layout = packed_layout(np.arange(16), lengths_n, width=64, narrow=narrow, row_counts=counts)
+    assert (layout.width, layout.num_rows) == (width, num_rows)
+
+
+@pytest.mark.parametrize(
+    ("size", "at_once", "shards"), [(64, 16, 8), (128, 128, 8), (6, 3, 1), (5, 5, 5), (1, 1, 1)]
+)
+def test_rows_come_in_few_numbers_that_micro_batches_and_shards_divide(size, at_once, shards):
+    counts = row_counts(size, rows_at_once=at_once, shards=shards)
+    assert counts[-1] == size and counts[0] == shards
+    assert all(count % (at_once if count > at_once else shards) == 0 for count in counts)
+    assert len(counts) <= 1 + 2 * np.log2(2 * size / shards)
+    for smaller, larger in zip(counts, counts[1:], strict=False):
+        assert larger - smaller <= max(smaller / 2, at_once if larger > at_once else shards)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"entropy_coef": 0.05, "denominator": "max_new_tokens"},
+        {"estimator": "rloo", "kl_in": "sequence_square", "micro_batch_size": 2},
+        {"entropy_coef": 0.05, "kl_in": "k3", "denominator": "answers"},
+        pytest.param(
+            {
+                "estimator": "grpo",
+                "kl_in": "sequence_square",
+                "denominator": "answers",
+                "micro_batch_size": 2,
+            },
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["critic", "sequences in the loss", "mean of answers", "mean of micro-batches' answers"],
+)
+def test_packing_changes_only_rounding(changed, tmp_path):
+    shape = {"num_prompts": 8, "answers_per_prompt": 2}
+    found = {
+        packed: run_tiny(
+            config(packed=packed, num_iterations=2, rollout=shape, **changed),
+            tmp_path / str(packed),
+        )
+        for packed in (True, False)
+    }
+    (packed, packed_fields), (plain, plain_fields) = found[True], found[False]
+    leaves = [
+        jax.tree.leaves([one.trained for one in (state.policy, state.value) if one is not None])
+        for state in (packed, plain)
+    ]
+    for left, right in zip(*leaves, strict=True):
+        np.testing.assert_allclose(left, right, rtol=0, atol=2e-5)
+    assert packed_fields.keys() == plain_fields.keys()
+    for name, value in plain_fields.items():
+        assert packed_fields[name] == pytest.approx(value, rel=1e-3, abs=1e-5), name

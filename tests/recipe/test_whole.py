@@ -1,0 +1,221 @@
+"""The whole recipe at its smallest: what it leaves, and that kills leave no trace."""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from huatuo_jax.checkpoint.models import find_model, load_params
+from huatuo_jax.core.sharding import path_name
+from huatuo_jax.recipe.config import STAGES
+from huatuo_jax.recipe.recipe import Journal, run_rlaif
+from tests.recipe.tiny import tiny_recipe, write_dialogues
+
+ROOT = pathlib.Path(__file__).parents[2]
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "mine.jsonl"
+    write_dialogues(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory, data):
+    """A run's folder, and what the run printed."""
+    folder = tmp_path_factory.mktemp("unbroken") / "run"
+    return folder, run(data, folder).stdout
+
+
+def start(data, folder):
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "tests" / "recipe" / "run_tiny.py"), str(data), str(folder)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run(data, folder):
+    process = start(data, folder)
+    stdout, stderr = process.communicate(timeout=900)
+    assert process.returncode == 0, stderr
+    return subprocess.CompletedProcess(process.args, 0, stdout, stderr)
+
+
+def leaves(folder):
+    import jax
+
+    params = load_params(find_model(folder))
+    found = jax.tree_util.tree_flatten_with_path(params)[0]
+    return {path_name(path): np.asarray(leaf) for path, leaf in found}
+
+
+def what_stands(folder):
+    """All that a run is for, without its times."""
+    lines = {
+        name: (folder / name).read_text(encoding="utf-8")
+        for name in (
+            "prompts.jsonl",
+            "answers.jsonl",
+            "comparisons.jsonl",
+            "evaluation.json",
+            "evaluation/scored_best_of_n.jsonl",
+            "export/release.json",
+        )
+    }
+    lines["ppo result"] = (folder / "ppo" / "finished.json").read_text(encoding="utf-8")
+    names = ("base/model", "sft/model", "reward/model", "ppo/model", "export/policy")
+    return lines, {name: leaves(folder / name) for name in names}
+
+
+def test_every_stage_runs_in_order_and_leaves_what_the_design_says(unbroken):
+    folder, told = unbroken
+    assert re.findall(r"^stage (\d) of 8: (\w+)$", told, re.MULTILINE) == [
+        (str(number), name) for number, name in enumerate(STAGES, start=1)
+    ]
+    assert all(Journal(folder).is_finished(name) for name in STAGES)
+    for name in ("config.json", "labels.jsonl", "evaluation.json", "report.html"):
+        assert (folder / name).is_file(), name
+
+
+def test_the_evaluation_finds_the_held_out_loss_that_fine_tuning_reported(unbroken):
+    folder, _ = unbroken
+    reported = json.loads((folder / "sft" / "finished.json").read_text())["eval/loss"]
+    found = json.loads((folder / "evaluation.json").read_text())["held_out_loss"]
+    assert found["sft"]["eval/loss"] == pytest.approx(reported, rel=1e-6)
+    assert found["base"]["eval/loss"] > found["sft"]["eval/loss"]
+
+
+def test_the_report_holds_the_evaluations_numbers(unbroken):
+    folder, _ = unbroken
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    named = dict(re.findall(r'<data value="([^"]+)" data-name="([^"]+)">', page))
+    numbers = {name: float(value) for value, name in named.items()}
+    found = json.loads((folder / "evaluation.json").read_text())
+    assert numbers["reward_gain"] == found["differences"]["ppo_over_sft"]["reward"]["value"]
+    assert numbers["kl_per_sequence"] == found["kl"]["per_sequence"]["value"]
+
+
+def test_the_exports_load_in_transformers_and_say_the_same(unbroken):
+    result = Journal(unbroken[0]).stages["export"]["result"]
+    for name in ("policy", "reward"):
+        found = result[name]["transformers"]
+        assert found["max_difference"] <= 1e-4 * found["output_range"]
+
+
+def test_what_the_evaluation_decided_is_exported_bit_for_bit(unbroken):
+    """Three held-out prompts, beside one for the judgings, tell nothing: it is SFT in any case."""
+    folder, _ = unbroken
+    decided = json.loads((folder / "evaluation.json").read_text())["release"]
+    assert decided["pick"] == "sft" and decided["num_prompts"] == 3
+    assert "only 3 prompts were judged" in decided["reason"]
+    exported, sft = leaves(folder / "export" / "policy"), leaves(folder / "sft" / "model")
+    for path, leaf in sft.items():
+        np.testing.assert_array_equal(exported[path], leaf, err_msg=path)
+    assert any(
+        not np.array_equal(exported[path], leaf)
+        for path, leaf in leaves(folder / "ppo" / "model").items()
+    )
+    told = json.loads((folder / "export" / "release.json").read_text())
+    assert (told["policy"], told["sentence"]) == ("sft", decided["reason"])
+    assert decided["reason"] in (folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_best_of_n_is_chosen_among_answers_that_do_not_stand_for_sft(unbroken):
+    folder = unbroken[0] / "evaluation"
+    sft, best = (
+        [json.loads(line) for line in (folder / f"scored_{name}.jsonl").read_text().splitlines()]
+        for name in ("sft", "best_of_n")
+    )
+    for drawn, chosen in zip(sft, best, strict=True):
+        assert len(drawn["answers"]) == 2 + 2
+        assert chosen["rewards"] == [max(drawn["rewards"][2:])]
+        place = 2 + drawn["rewards"][2:].index(chosen["rewards"][0])
+        assert chosen["answers"] == [drawn["answers"][place]]
+    found = json.loads((unbroken[0] / "evaluation.json").read_text())["models"]
+    mean = np.mean([np.mean(one["rewards"][:2]) for one in sft])
+    assert found["sft"]["reward"]["value"] == pytest.approx(mean)
+    mean = np.mean([one["rewards"][0] for one in best])
+    assert found["best_of_n"]["reward"]["value"] == pytest.approx(mean)
+
+
+def test_the_last_lines_say_what_is_released_and_where_the_report_is(unbroken, data, tmp_path):
+    folder, _ = unbroken
+    config = tmp_path / "config.py"
+    config.write_text(
+        "import pathlib\n"
+        "from tests.recipe.tiny import tiny_recipe\n"
+        f"def get_config():\n    return tiny_recipe(pathlib.Path({str(data)!r}))\n"
+    )
+    command = [ROOT / "launch" / "train.py", f"--config={config}", f"--workdir={folder}"]
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    reason = json.loads((folder / "evaluation.json").read_text())["release"]["reason"]
+    last = [f"released: {reason}", f"report: {folder / 'report.html'}"]
+    assert done.stdout.splitlines()[-2:] == last
+
+
+def test_run_again_nothing_but_the_report_is_made_anew(unbroken, data):
+    folder, _ = unbroken
+    before = what_stands(folder)
+    told = run(data, folder).stdout
+    assert told.count(", finished before") == 7
+    compare(what_stands(folder), before)
+
+
+def compare(found, expected):
+    assert found[0] == expected[0]
+    for name, tree in expected[1].items():
+        for path, leaf in tree.items():
+            np.testing.assert_array_equal(found[1][name][path], leaf, err_msg=f"{name} {path}")
+
+
+def test_a_run_killed_in_every_stage_ends_bit_for_bit_as_an_unbroken_one(unbroken, data, tmp_path):
+    folder, kills = tmp_path / "run", 0
+    draw = np.random.default_rng(0)
+    for stage in STAGES:
+        process = start(data, folder)
+        assert process.stdout is not None
+        for line in process.stdout:
+            if re.match(rf"stage \d of 8: {stage}$", line):
+                time.sleep(float(draw.uniform(0.0, 4.0)))
+                break
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        kills += process.returncode == -signal.SIGKILL
+    run(data, folder)
+    assert kills >= len(STAGES) - 2  # The last ones may be done before they are killed.
+    compare(what_stands(folder), what_stands(unbroken[0]))
+
+
+def test_another_setting_on_a_finished_run_is_refused_and_names_the_stage(unbroken, data):
+    import dataclasses
+
+    cfg = tiny_recipe(data)
+    answers = dataclasses.replace(cfg.answers, num_samples=5)
+    with pytest.raises(ValueError, match="stage 'answers' is finished .*num_samples: saved 3"):
+        run_rlaif(dataclasses.replace(cfg, answers=answers), unbroken[0])
+
+
+def test_other_data_on_a_finished_run_is_refused_and_names_the_file(unbroken, tmp_path):
+    write_dialogues(tmp_path / "mine.jsonl", count=30)
+    with pytest.raises(ValueError, match="stage 'sft' is finished .*mine.jsonl: the stage was"):
+        run_rlaif(tiny_recipe(tmp_path / "mine.jsonl"), unbroken[0])
