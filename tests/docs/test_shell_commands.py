@@ -124,18 +124,34 @@ def base_model(tmp_path_factory):
     return tiny.save(tmp_path_factory.mktemp("base"), "lm", max_positions=512)
 
 
+@pytest.fixture
+def check_parsed(monkeypatch, capsys):
+    """Checks that a command's own parser takes words, of which nothing is run."""
+
+    def check(script, words):
+        name, given = name_of(script), []
+        module = importlib.import_module(f"huatuo_jax.commands.{cli.COMMANDS[name].module}")
+        monkeypatch.setattr(module, "main", lambda *values: given.extend(values))
+        monkeypatch.setattr(sys, "argv", words)
+        monkeypatch.chdir(pages.ROOT)
+        cli.run(name)
+        flags, *config = given
+        assert isinstance(flags, module.Flags), capsys.readouterr().err
+        assert [is_config(one) for one in config] == [True] * cli.COMMANDS[name].with_config
+
+    return check
+
+
 @pytest.mark.parametrize("command", LAUNCHED, ids=str)
-def test_its_own_parser_takes_every_launched_command(command, base_model, monkeypatch, capsys):
-    name, given = name_of(command.script), []
-    module = importlib.import_module(f"huatuo_jax.commands.{cli.COMMANDS[name].module}")
-    monkeypatch.setattr(module, "main", lambda *values: given.extend(values))
+def test_its_own_parser_takes_every_launched_command(command, base_model, check_parsed):
     words = [word.replace(HUB_ID, str(base_model)) for word in command.words[1:]]
-    monkeypatch.setattr(sys, "argv", words)
-    monkeypatch.chdir(pages.ROOT)
-    cli.run(name)
-    flags, *config = given
-    assert isinstance(flags, module.Flags), capsys.readouterr().err
-    assert [is_config(one) for one in config] == [True] * cli.COMMANDS[name].with_config
+    check_parsed(command.script, words)
+
+
+@pytest.mark.parametrize("start", RUN)
+def test_what_makes_a_command_small_is_taken_too(start, check_parsed):
+    command, small = small_command(start)
+    check_parsed(command.script, [*command.words[1:], *small])
 
 
 def defined_flags(path, seen=()):
@@ -218,6 +234,12 @@ def test_the_site_is_built_with_options_that_its_builder_has():
         builder.commands[verb].make_context(verb, options)
 
 
+def small_command(start):
+    """A command of `RUN`, and the flags that make it small."""
+    command = next(one for one in LAUNCHED if after_python(one).startswith(start))
+    return command, RUN[start] or (tiny_recipe() if "--workdir=runs/demo" in start else ())
+
+
 def tiny_recipe():
     """The flags that make the whole recipe small."""
     with pytest.MonkeyPatch.context() as patch:
@@ -244,9 +266,8 @@ def test_the_commands_run_one_after_the_other(tmp_path):
     asked = [{"id": row["id"], "messages": row["messages"][:1]} for row in rows]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
     environment = os.environ | {"PYTHONPATH": str(pages.ROOT), "HF_HUB_OFFLINE": "1"}
-    for start, small in RUN.items():
-        command = next(one for one in LAUNCHED if after_python(one).startswith(start))
-        small = small or (tiny_recipe() if "--workdir=runs/demo" in start else ())
+    for start in RUN:
+        command, small = small_command(start)
         done = subprocess.run(
             [sys.executable, *command.words[1:], *small],
             cwd=tmp_path,
