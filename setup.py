@@ -5,6 +5,7 @@ import pathlib
 from setuptools import find_packages, setup
 
 TORCH = "torch==2.13.0"  # Parity with transformers only: nothing trains on it.
+DOCS = ["docstring-parser>=0.16", "mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10"]
 DATA = ["*.css", "*.j2", "*.jinja", "*.json", "*.jsonl", "*.md", "*.txt", "py.typed"]
 
 setup(
@@ -49,8 +50,10 @@ setup(
         "cuda": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
         "verify": [TORCH],
+        "docs": DOCS,
         "test": [
             TORCH,
+            *DOCS,
             "ipython>=9.0",
             "mypy>=2.0",
             "pytest>=9.0",

@@ -1,10 +1,10 @@
-"""The README's table of hardware, from what `launch/compile.py` found for each card.
+"""The table of hardware, from what `launch/compile.py` found for each card.
 
-Compile a card, and write the table into the README anew:
+Compile a card, and write the table into the pages anew:
 
     python launch/compile.py --config=configs/huatuogpt_7b.py --topology=v5e:8x8 \
         --output=benchmarks/results/compiled/huatuogpt_7b.v5e_8x8.json
-    python benchmarks/hardware.py
+    python benchmarks/tables.py
 
 A file's name says its card, the argument that the card was given, if any, and the topology
 (`qwen3_0_6b.v5e-8.v5e_2x4.json`). The first column is what `--config=` takes. Times are the sums of
@@ -23,8 +23,6 @@ from huatuo_jax.core.config import load_card
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "compiled"
-README = ROOT / "README.md"
-BEGIN, END = "<!-- hardware: benchmarks/hardware.py -->", "<!-- end of hardware -->"
 GIB = 2**30
 HEADING = (
     "| config | devices | GiB a device: SFT, reward, PPO | of | SFT, tokens/s at most "
@@ -35,12 +33,8 @@ Figures = dict[str, Any]
 
 
 def main(_: list[str]) -> None:
-    """Writes the table between the README's marks, and prints it."""
-    lines = table()
-    before, rest = README.read_text(encoding="utf-8").split(f"{BEGIN}\n")
-    _, after = rest.split(f"{END}\n")
-    README.write_text(f"{before}{BEGIN}\n{lines}{END}\n{after}", encoding="utf-8")
-    print(lines)
+    """Prints the table."""
+    print(table())
 
 
 def table() -> str:

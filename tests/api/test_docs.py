@@ -7,9 +7,11 @@ import pytest
 
 import huatuo_jax as hj
 from tests.api import tiny
+from tests.test_notebook import TINY
 
 PAGE = pathlib.Path(hj.__file__).resolve().parents[1] / "docs" / "python.md"
 HUB_ID = "Qwen/Qwen2.5-0.5B-Instruct"
+SMALL = {name.replace(".", "__"): value for name, value in TINY.items() if name != "sft.num_steps"}
 
 
 def blocks():
@@ -33,10 +35,14 @@ def test_its_examples_run(tmp_path, monkeypatch, capsys):
     tiny.save(tmp_path / "runs" / "demo" / "reward" / "model", "score")
     base = tiny.save(tmp_path / "base", "lm", max_positions=512)
     monkeypatch.chdir(tmp_path)
-    names = {"hj": hj}
+    names = {"hj": hj, "SMALL": SMALL}
     for block in blocks():
-        exec(compile(block.replace(HUB_ID, str(base)), str(PAGE), "exec"), names)
+        text = block.replace(HUB_ID, str(base)).replace(
+            "__num_epochs=1)", "__num_epochs=1, **SMALL)"
+        )
+        exec(compile(text, str(PAGE), "exec"), names)
     assert len(names["groups"]) == 2 and len(names["groups"][0]) == 4
     assert (tmp_path / "exported" / "policy" / "generation_config.json").is_file()
     assert (tmp_path / "runs" / "mine" / "ppo" / "model").is_dir()
+    assert (tmp_path / "runs" / "recipe" / "report.html").is_file()
     assert capsys.readouterr().out

@@ -1,0 +1,269 @@
+"""Tables of the README and of the pages in `docs/`, made of the figures in `benchmarks/results/`.
+
+Where new results are written, this writes them into the pages:
+
+    python benchmarks/tables.py
+
+A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`; NAME is one of `TABLES`.
+"""
+
+import importlib.util
+import json
+import pathlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from absl import app
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PLACE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+CONTENDERS = {
+    "ours": "huatuo_jax",
+    "torch_packed": "PyTorch loop, packed rows",
+    "torch_padded": "PyTorch loop, padded rows",
+    "trl_packed": "TRL, packed rows",
+    "trl_padded": "TRL, padded rows",
+    "trl": "TRL",
+    "trl_no_checkpointing": "TRL without gradient checkpointing",
+    "transformers": "transformers",
+    "vllm": "vLLM",
+}
+SPEEDS = {
+    "trained_tokens_per_second": "trained tokens/s",
+    "pairs_per_second": "pairs/s",
+    "iterations_per_second": "iterations/s",
+    "tokens_per_s": "tokens/s",
+}
+TASKS = {
+    "sft_cpu": "SFT",
+    "reward_cpu": "reward model",
+    "ppo_cpu": "PPO, responses of 64 tokens",
+    "ppo_cpu_answers_that_end": "PPO, responses that end by themselves",
+    "generation_cpu": "generation",
+}
+PARTS = ("generation", "scoring", "log_probs", "update")
+
+Figures = dict[str, Any]
+
+
+def main(_: list[str]) -> None:
+    """Writes all tables into their pages, and names the pages that changed."""
+    for path in pages():
+        before = path.read_text(encoding="utf-8")
+        after = filled(before)
+        if after != before:
+            path.write_text(after, encoding="utf-8")
+            print(f"written: {path.relative_to(ROOT)}")
+
+
+def pages() -> list[pathlib.Path]:
+    """The README and the pages of the site."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def filled(text: str) -> str:
+    """A page with its tables as the results have them now.
+
+    Raises:
+        ValueError: it names a table that there is not.
+    """
+
+    def table(found: re.Match[str]) -> str:
+        begin, name, end = found.groups()
+        if name not in TABLES:
+            raise ValueError(f"<!-- table: {name} --> must be one of {', '.join(TABLES)}")
+        return f"{begin}{TABLES[name]().strip()}\n{end}"
+
+    return PLACE.sub(table, text)
+
+
+def speed() -> str:
+    """A line for each task and size of model: our speed, and that of each peer."""
+    rows = []
+    for task, size, unit, ours, peers in _contests():
+        shown = "<br>".join(
+            f"{CONTENDERS[name]}: {_number(figure)} ({ratio:.2f})" for name, figure, ratio in peers
+        )
+        rows.append((f"{TASKS[task]}, {size}", f"{_number(ours)} {unit}", shown))
+    return markdown(("task, parameters", "huatuo_jax", "peers (our speed over theirs)"), rows)
+
+
+def details(task: str) -> str:
+    """A line for each contender of a task, with its memory and its share of the peak."""
+    found, rows = _read(task), []
+    heads: list[str] = ["parameters", "", "", "ours is faster by"]
+    for size, contenders in _sizes(found):
+        for name, one in contenders.items():
+            unit = next(unit for unit in SPEEDS if unit in one)
+            heads[2] = SPEEDS[unit]
+            row = [size, CONTENDERS[name], _number(one[unit]), f"{one['ours_is_faster_by']:.2f}"]
+            for key, head, form in (
+                ("peak_memory_mib", "peak memory, MiB", ",.0f"),
+                ("share_of_peak", "share of the peak", ".0%"),
+                ("seconds_per_iteration", "s an iteration", ".1f"),
+                *((part, f"{part.replace('_', '-')}, s", ".1f") for part in PARTS),
+            ):
+                if key in one:
+                    row.append(_formatted(one[key], form))
+                    heads += [head] if head not in heads else []
+            rows.append(tuple(row))
+    return markdown(tuple(heads), rows)
+
+
+def machine(task: str) -> str:
+    """When and on what a contest was measured."""
+    found = _read(task)
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    return (
+        f"{found['date']}; {found['threads']} cores, {found['cpu']}; Python {found['python']}, "
+        f"{versions}. Data: {found['data']}."
+    )
+
+
+def hardware(*columns: str) -> str:
+    """What each card needs on its devices; without columns, all of them."""
+    spec = importlib.util.spec_from_file_location("hardware", ROOT / "benchmarks" / "hardware.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    head, _, *rows = [
+        [cell.strip() for cell in line.strip("|").split(" | ")]
+        for line in module.table().strip().splitlines()
+    ]
+    chosen = [head.index(column) for column in columns or head]
+    return markdown(
+        tuple(head[place] for place in chosen),
+        [tuple(row[place].strip("| ") for place in chosen) for row in rows],
+    )
+
+
+def recipe_on_real_data() -> str:
+    """The main figures of the whole recipe on real dialogues, with their intervals."""
+    found = _read("rlaif_real_data")
+    bigram = _read("sft_real_data")["held_out_at_last"]["all"]["bigram_loss"]
+    loss, model = found["sft_held_out_loss"], found["reward_model"]
+    ppo, control = found["evaluation"], found["length_only"]["evaluation"]
+    over, of_control = (one["differences"]["ppo_over_sft"] for one in (ppo, control))
+    share = ppo["win_rates"]["ppo_over_sft"]["share"]
+    lengths = [ppo["models"][name]["characters"]["value"] for name in ("sft", "ppo")]
+    nats = ppo["kl"]["per_sequence"]["value"]
+    rows = [
+        (
+            "held-out loss",
+            f"{loss['base']:.2f} before fine-tuning, {loss['sft']:.2f} after; a bigram model of "
+            f"the same tokens: {bigram:.2f}",
+        ),
+        (
+            "reward model, accuracy on held-out comparisons",
+            f"{_with_interval(model['accuracy'], '.0%')}; length alone: "
+            f"{_formatted(model['length_baseline']['accuracy']['value'], '.0%')}",
+        ),
+        (
+            "PPO over SFT, reward model's score",
+            f"{_with_interval(over['reward'], '+.2f')}, at {nats:.1f} nats of KL a response",
+        ),
+        (
+            "of it, at equal length",
+            f"{_with_interval(ppo['length']['gain_at_equal_length'], '+.2f')}; responses go from "
+            f"{lengths[0]:.0f} characters to {lengths[1]:.0f}",
+        ),
+        ("PPO over SFT, judge asked anew", f"preferred in {_with_interval(share, '.1%')}"),
+        (
+            "the same PPO with length as its score",
+            f"{control['models']['ppo']['characters']['value']:.0f} characters, and "
+            f"{_with_interval(of_control['reward'], '+.2f')} of the reward model's score",
+        ),
+    ]
+    return markdown(("", ""), rows)
+
+
+def reward_on_real_data() -> str:
+    """A reward model and a model of the length alone, five-fold, on the same pairs."""
+    found = _read("reward_real_data")
+    rows = [
+        (title, _with_interval(found[key]["accuracy"], ".1%"), f"{found[key]['loss']:.3f}")
+        for key, title in (("reward_model", "reward model"), ("length_only", "length alone"))
+    ]
+    return markdown(("", "accuracy", "loss"), rows)
+
+
+def sft_on_real_data() -> str:
+    """The held-out loss of each kind of dialogue beside that of a bigram model."""
+    rows = [
+        (kind.replace("_", " "), f"{one['loss']:.2f}", f"{one['bigram_loss']:.2f}")
+        for kind, one in _read("sft_real_data")["held_out_at_last"].items()
+    ]
+    return markdown(("dialogues", "held-out loss", "bigram model"), rows)
+
+
+def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [f"| {' | '.join(cells)} |" for cells in (heads, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(heads), *lines[1:]]) + "\n"
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "speed": speed,
+    "sft": lambda: details("sft_cpu"),
+    "reward": lambda: details("reward_cpu"),
+    "ppo": lambda: details("ppo_cpu"),
+    "ppo_that_ends": lambda: details("ppo_cpu_answers_that_end"),
+    "generation": lambda: details("generation_cpu"),
+    "sft_machine": lambda: machine("sft_cpu"),
+    "reward_machine": lambda: machine("reward_cpu"),
+    "ppo_machine": lambda: machine("ppo_cpu"),
+    "hardware": hardware,
+    "hardware_short": lambda: hardware(
+        "config", "devices", "GiB a device: SFT, reward, PPO", "of", "SFT, tokens/s at most"
+    ),
+    "recipe_on_real_data": recipe_on_real_data,
+    "reward_on_real_data": reward_on_real_data,
+    "sft_on_real_data": sft_on_real_data,
+}
+
+
+def _contests() -> Iterator[tuple[str, str, str, float, list[tuple[str, float, float]]]]:
+    """Task, size, unit of speed, our speed, and each peer with its speed and our ratio to it."""
+    for task in TASKS:
+        for size, contenders in _sizes(_read(task)):
+            unit = next(unit for unit in SPEEDS if unit in contenders["ours"])
+            peers = [
+                (name, one[unit], one["ours_is_faster_by"])
+                for name, one in contenders.items()
+                if name != "ours"
+            ]
+            yield task, size, SPEEDS[unit], contenders["ours"][unit], peers
+
+
+def _sizes(found: Figures) -> Iterator[tuple[str, Figures]]:
+    """The contenders on a model of each size, in a form that all results share."""
+    for size, one in found.items():
+        if isinstance(one, dict) and re.fullmatch(r"\d+m", size):
+            contenders = one.get("contenders", one)
+            shown = f"{size.removesuffix('m')} M"
+            yield shown, {name: contenders[name] for name in CONTENDERS if name in contenders}
+
+
+def _with_interval(one: Figures, form: str) -> str:
+    """A figure with its 95 % interval."""
+    value, low, high = (_formatted(one[key], form) for key in ("value", "low", "high"))
+    return f"{value} ({low} to {high})"
+
+
+def _formatted(figure: float, form: str) -> str:
+    return format(figure, form).replace("%", " %")
+
+
+def _number(figure: float) -> str:
+    return f"{figure:,.0f}" if figure >= 100 else f"{figure:.3g}"
+
+
+def _read(name: str) -> Figures:
+    found: Figures = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return found
+
+
+if __name__ == "__main__":
+    app.run(main)
