@@ -15,7 +15,7 @@ weight decay 0.1 off norms and biases, gradients clipped to norm 1, all weights 
 compute, layers recomputed in the backward pass. Different from the paper: rows are packed, so a
 step holds more dialogues than 128, and there are fewer steps; `--config.sft.data.packed=False`
 gives one dialogue a row.
-Hardware, as `launch/compile.py` found it (all cards: README): on a TPU slice v5e:8x8 a chip holds
+Hardware, as `launch/compile.py` found it (all cards: docs/hardware.md): on a TPU slice v5e:8x8 a chip holds
 6.3 GiB of its 15.75 in fine-tuning, 6.2 with the reward model and 8.5 in PPO. Fine-tuning reaches a
 utilisation of 78 % at most, 234,000 tokens/s: 71 minutes for a billion tokens, and no less. An
 iteration of PPO takes 12 s at least, all 400 of them under an hour and a half. On a host of 8

@@ -198,7 +198,8 @@ def _commands_page() -> str:
         "",
     ]
     for name, command in cli.COMMANDS.items():
-        flags = importlib.import_module(f"huatuo_jax.commands.{command.module}").Flags
+        module = importlib.import_module(f"huatuo_jax.{command.module}")
+        flags = getattr(module, command.flags)
         lines += [f"## huatuo {name} {{#{name}}}", "", _description(_documentation(flags)), ""]
         if command.with_config:
             lines += [

@@ -10,8 +10,8 @@ import pytest
 
 import huatuo_jax as hj
 from huatuo_jax import cli
-from huatuo_jax.backbone.presets import PRESETS
-from huatuo_jax.config import is_config
+from huatuo_jax.backbone.config import PRESETS
+from huatuo_jax.core.config import is_config
 from huatuo_jax.data.readers import ALL_FORMATS
 from tests.docs import generated, pages
 

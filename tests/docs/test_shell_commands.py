@@ -17,7 +17,7 @@ import sys
 import pytest
 
 from huatuo_jax import cli
-from huatuo_jax.config import is_config
+from huatuo_jax.core.config import is_config
 from huatuo_jax.data import sample
 from tests.api import tiny
 from tests.docs import pages
@@ -130,14 +130,15 @@ def check_parsed(monkeypatch, capsys):
 
     def check(script, words):
         name, given = name_of(script), []
-        module = importlib.import_module(f"huatuo_jax.commands.{cli.COMMANDS[name].module}")
+        command = cli.COMMANDS[name]
+        module = importlib.import_module(f"huatuo_jax.{command.module}")
         monkeypatch.setattr(module, "main", lambda *values: given.extend(values))
         monkeypatch.setattr(sys, "argv", words)
         monkeypatch.chdir(pages.ROOT)
         cli.run(name)
         flags, *config = given
-        assert isinstance(flags, module.Flags), capsys.readouterr().err
-        assert [is_config(one) for one in config] == [True] * cli.COMMANDS[name].with_config
+        assert isinstance(flags, getattr(module, command.flags)), capsys.readouterr().err
+        assert [is_config(one) for one in config] == [True] * command.with_config
 
     return check
 
