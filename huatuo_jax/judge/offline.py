@@ -343,7 +343,10 @@ class OfflineJudge:
     async def compare(self, prompt: Prompt, first: str, second: str) -> Reply:
         """The probability that the first is better; 1 minus that of the other order, exactly."""
         overall = [score_answer(prompt, text)["overall"] for text in (first, second)]
-        reason = f"{RUBRIC_NAME} ({CAVEAT}): first {overall[0]:.3f}, second {overall[1]:.3f} of {SCALE[1]:g}"
+        reason = (
+            f"{RUBRIC_NAME} ({CAVEAT}): first {overall[0]:.3f}, second {overall[1]:.3f}"
+            f" of {SCALE[1]:g}"
+        )
         return Reply(p_first=preference(*overall), reason=reason, cost=0.0)
 
     async def close(self) -> None:
@@ -376,7 +379,7 @@ def explain(prompt: Prompt, answer: str) -> str:
         f"{name} {'does not apply' if value is None else format(value, '.3f')}"
         for name, value in fields.items()
     ]
-    unsafe = ', '.join(flags) or 'none'
+    unsafe = ", ".join(flags) or "none"
     return f"{RUBRIC_NAME} ({CAVEAT}): {', '.join(parts)}; unsafe wording: {unsafe}"
 
 
