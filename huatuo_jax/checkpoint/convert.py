@@ -44,7 +44,7 @@ _NUM_BEGINNINGS = 8
 
 @dataclasses.dataclass(frozen=True)
 class Agreement:
-    """How far two computations of the same logits (or scores) lie apart.
+    """The differences between two computations of the same logits (or scores).
 
     Attributes:
         num_tokens: length of the text.
@@ -60,11 +60,11 @@ class Agreement:
 
     @property
     def holds(self) -> bool:
-        """Whether the difference is one of rounding."""
+        """Returns whether the difference is one of rounding."""
         return self.max_difference <= TOLERANCE * self.output_range
 
     def __str__(self) -> str:
-        """One line for people."""
+        """Returns one readable line."""
         kl = "" if self.max_kl is None else f", KL {self.max_kl:.2e} nats"
         return (
             f"{self.num_tokens} tokens, maximum difference {self.max_difference:.2e} "
@@ -73,7 +73,7 @@ class Agreement:
 
 
 def check_can_verify(model: ModelInfo) -> None:
-    """Raise ValueError, before any work, where transformers has no class to compare with."""
+    """Raises ValueError, before any work, where transformers has no class to compare with."""
     theirs = model.layout or exported_layout(model.cfg)
     if theirs == "baichuan":
         raise ValueError(
@@ -85,7 +85,7 @@ def check_can_verify(model: ModelInfo) -> None:
 
 
 def compare_with_transformers(model: ModelInfo, folder: pathlib.Path) -> Agreement:
-    """Run one text through both sides in float32 on the CPU, one model in memory at a time.
+    """Runs one text through both sides in float32 on the CPU, one model in memory at a time.
 
     Args:
         model: our side, in either form.
@@ -121,7 +121,7 @@ def _compare_scores(model: ModelInfo, folder: pathlib.Path, tokens_T: np.ndarray
 
 
 def _sample_tokens(folder: pathlib.Path, cfg: BackboneConfig) -> np.ndarray:
-    """The sample text's ids, or ids spread over the vocabulary where there is no tokenizer."""
+    """Returns the sample text's ids, or without a tokenizer ids spread over the vocabulary."""
     if tokenizer.holds_tokenizer(folder):
         ids = tokenizer.load_tokenizer(folder).encode(SAMPLE_TEXT)
     else:
@@ -134,7 +134,7 @@ def _their_logits(folder: pathlib.Path, tokens_T: np.ndarray) -> np.ndarray:
 
 
 def _load_theirs(kind: str, folder: pathlib.Path) -> Any:
-    """A model of transformers in float32, without its progress bar, which nobody asked for."""
+    """Loads a transformers model in float32, without a progress bar."""
     import transformers
 
     shown = transformers.utils.logging.is_progress_bar_enabled()
@@ -183,7 +183,7 @@ def convert(
     verify: bool = False,
     on_progress: Progress | None = None,
 ) -> Agreement | None:
-    """Write a Hugging Face model as an Orbax directory of ours, or the other way round.
+    """Converts a Hugging Face model to an Orbax directory, or the other way round.
 
     All of it is done in the host's memory, whatever accelerators there are.
 
@@ -288,7 +288,7 @@ def write_model(
 
 
 def _side_files(model: ModelInfo, delta_base: str | None) -> SideFiles:
-    """Those of the source; the vocabulary of a delta is its own, and so is its config."""
+    """Returns the source's side files; a delta brings its own vocabulary and config."""
     tokenizer_folder = None
     if delta_base is not None and not holds_tokenizer(model.folder):
         base = find_folder(delta_base)

@@ -181,7 +181,7 @@ _PUBLISHED = {
 
 @dataclasses.dataclass(frozen=True)
 class ModelInfo:
-    """What a model directory holds, told from its config alone.
+    """The content of a model directory, read from its config alone.
 
     Attributes:
         folder: where it lies on this machine.
@@ -203,7 +203,7 @@ class ModelInfo:
 def find_model(
     source: str | pathlib.Path, *, ignore_config_fields: Collection[str] = ()
 ) -> ModelInfo:
-    """Tell what a local folder or a hub id holds; a hub model is downloaded into the hub's cache.
+    """Finds a model in a local folder or on the Hub, and downloads it into the hub's cache.
 
     Args:
         source: folder or hub id.
@@ -227,7 +227,7 @@ def find_model(
 
 
 def architecture_of(source: str, *, ignored: Collection[str] = ()) -> BackboneConfig:
-    """The architecture of a local folder or of a Hub model, whose weights are not downloaded.
+    """Returns the architecture of a local folder or Hub model, without its weights.
 
     Args:
         source: folder or Hub id.
@@ -246,7 +246,7 @@ def architecture_of(source: str, *, ignored: Collection[str] = ()) -> BackboneCo
 
 
 def find_folder(source: str | pathlib.Path) -> pathlib.Path:
-    """The local folder of a model: itself, or that of a hub id in the hub's cache.
+    """Returns the local folder of a model: the given one, or a hub id's in the hub's cache.
 
     Raises:
         FileNotFoundError: there is no such folder or hub model, or it is not whole.
@@ -267,7 +267,7 @@ def load_params(
     delta_base: str | pathlib.Path | None = None,
     on_progress: load.Progress | None = None,
 ) -> dict[str, Any]:
-    """The model's parameters, straight onto their devices.
+    """Loads the model's parameters straight onto their devices.
 
     Args:
         model: from `find_model`.
@@ -311,7 +311,7 @@ def save_orbax(
     side_files: SideFiles | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write a model directory of ours, with the side files an export back will need.
+    """Writes an Orbax model directory, with the side files that an export needs.
 
     Args:
         params: nested dict of parameters.
@@ -346,7 +346,7 @@ def save_orbax(
 
 
 def _load_orbax(model: ModelInfo, mesh: Mesh | None, dtype: DTypeLike | None) -> dict[str, Any]:
-    """Read shards as they were saved, then cast: Orbax would cast silently on the way."""
+    """Reads shards as they were saved, then cast: Orbax would cast silently on the way."""
     dtypes = load_model_config(model.folder)["dtypes"]
     shapes = abstract_params(model.cfg, ComputeConfig(), head=model.head)
     saved = jax.tree_util.tree_map_with_path(
@@ -368,7 +368,7 @@ def _load_orbax(model: ModelInfo, mesh: Mesh | None, dtype: DTypeLike | None) ->
 
 
 def _download(hub_id: str) -> pathlib.Path:
-    """The hub model's files in the local cache: safetensors where it has them."""
+    """Downloads a hub model into the local cache: safetensors if it has them."""
     patterns = [*SIDE_FILES, CARD_FILE]
     try:
         folder = huggingface_hub.snapshot_download(hub_id, allow_patterns=[*patterns, *_WEIGHTS])
@@ -384,7 +384,7 @@ def _download(hub_id: str) -> pathlib.Path:
 
 
 def fingerprint(folder: pathlib.Path) -> str:
-    """A hash that tells one model's files from another's, wherever they lie.
+    """Returns a hash of a model's files, the same wherever they lie.
 
     It covers names, sizes, and the first and last 64 KiB of each file: fine-tuned models of one
     architecture differ there, and a large model is not read twice. A card says nothing of a model.

@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 
 @dataclasses.dataclass(frozen=True)
 class LeafKind:
-    """What a leaf is, without its values; `dtype` of a typed random key is like `key<fry>`."""
+    """The shape and dtype of a leaf; the dtype of a typed random key is like `key<fry>`."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -363,7 +363,7 @@ def _place(leaf: Any) -> jax.sharding.Sharding:
 
 
 def _holders(wanted: Mapping[str, Any]) -> set[int]:
-    """The processes on whose devices the arrays are to lie."""
+    """Returns the processes on whose devices the arrays are to lie."""
     places = [_place(leaf) for leaf in wanted.values() if _is_on_devices(leaf)]
     devices: set[jax.Device] = set().union(*(place.device_set for place in places))
     return {device.process_index for device in devices}

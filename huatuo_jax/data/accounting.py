@@ -119,7 +119,7 @@ class Account:
         )
 
     def lines(self) -> list[str]:
-        """What there is to say: the sums, a line for each reason, a warning where it is much."""
+        """Returns the report: the sums, a line for each reason, a warning if much is left out."""
         self._check_sums()
         parts = [f"{number:,} {purpose}" for purpose, number in (+self.used).items()]
         parts += [f"{number:,} {setting}" for setting, number in (+self.set_aside).items()]
@@ -145,7 +145,7 @@ class Account:
         return lines
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as plain values."""
+        """Returns the fields as plain JSON values."""
         self._check_sums()
         return {
             "unit": self.unit,
@@ -158,7 +158,7 @@ class Account:
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "Account":
-        """The account that `to_json` wrote."""
+        """Returns the account that `to_json` wrote."""
         return cls(
             fields["unit"],
             rows=fields["rows"],

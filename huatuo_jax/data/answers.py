@@ -28,7 +28,7 @@ _FINISH_REASONS = ("stop", CUT_OFF)
 
 @dataclasses.dataclass(frozen=True)
 class Sampled:
-    """How an answer was sampled.
+    """An answer's sampled token ids and its finish reason.
 
     Attributes:
         token_ids: of the answer, the token that ended it included; None where only its text is
@@ -40,7 +40,7 @@ class Sampled:
     finish_reason: str | None = None
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a finish reason that is not known, or ids of no token."""
+        """Validates the finish reason and the ids."""
         if self.finish_reason not in (None, *_FINISH_REASONS):
             raise ValueError(
                 f"finish_reason is {self.finish_reason!r}; it should be one of {_FINISH_REASONS}"
@@ -50,12 +50,12 @@ class Sampled:
 
     @property
     def ended(self) -> bool:
-        """Whether the answer came to its end, as texts of unknown origin are taken to have."""
+        """Tells if the answer came to its end, which texts of unknown origin count as."""
         return self.finish_reason != CUT_OFF
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any], *, prefix: str = "") -> "Sampled":
-        """Out of `{prefix}token_ids` and `{prefix}finish_reason`, either of which may be missing.
+        """Reads `{prefix}token_ids` and `{prefix}finish_reason`, either of which may be missing.
 
         Raises:
             ValueError: one of them is something else.
@@ -65,7 +65,7 @@ class Sampled:
         return cls(None if ids is None else token_ids_of(ids, name=names[0]), reason)
 
     def to_fields(self, *, prefix: str = "") -> dict[str, Any]:
-        """What `from_fields` reads."""
+        """Returns the fields that `from_fields` reads."""
         ids = None if self.token_ids is None else list(self.token_ids)
         found = {f"{prefix}token_ids": ids, f"{prefix}finish_reason": self.finish_reason}
         return {name: value for name, value in found.items() if value is not None}
@@ -84,7 +84,7 @@ class SampledPrompt(NamedTuple):
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> "SampledPrompt | None":
-        """Out of `prompt_token_ids` and `messages_dropped`; None without the first.
+        """Reads `prompt_token_ids` and `messages_dropped`; None without the first.
 
         Raises:
             ValueError: one of them is something else.
@@ -105,7 +105,7 @@ class AnswerToTokenize(NamedTuple):
 
 
 def token_ids_of(value: object, *, name: str) -> tuple[int, ...]:
-    """A list of token ids as a tuple; ValueError for anything else."""
+    """Returns a list of token ids as a tuple; ValueError for anything else."""
     if not isinstance(value, Sequence) or not all(
         isinstance(one, int) and not isinstance(one, bool) and one >= 0 for one in value
     ):
@@ -114,7 +114,7 @@ def token_ids_of(value: object, *, name: str) -> tuple[int, ...]:
 
 
 def without_oldest(messages: Messages, number: int) -> Messages:
-    """A prompt without so many of its oldest messages after the system text."""
+    """Returns a prompt without so many of its oldest messages after the system text."""
     num_system = int(bool(messages) and messages[0].role == "system")
     return (*messages[:num_system], *messages[num_system + number :])
 
@@ -125,7 +125,7 @@ def sampled_for(
     template: ChatTemplate,
     tokenizer: "PreTrainedTokenizerBase",
 ) -> bool:
-    """Whether ids that were sampled after this prompt are of this tokenizer and template.
+    """Returns whether ids that were sampled after this prompt are of this tokenizer and template.
 
     They are if the prompt, without the messages that were dropped, renders to the ids that the
     model was given.
@@ -140,7 +140,7 @@ def sampled_for(
 
 
 def text_of(tokenizer: "PreTrainedTokenizerBase", token_ids: Sequence[int]) -> str:
-    """The text of an answer's ids, special tokens left out."""
+    """Returns the text of an answer's ids, special tokens left out."""
     text = tokenizer.decode(
         list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
     )
@@ -151,7 +151,7 @@ def text_of(tokenizer: "PreTrainedTokenizerBase", token_ids: Sequence[int]) -> s
 def says(
     answer: AnswerToTokenize, template: ChatTemplate, tokenizer: "PreTrainedTokenizerBase"
 ) -> bool:
-    """Whether an answer's sampled ids decode to its text.
+    """Returns whether an answer's sampled ids decode to its text.
 
     They do not where the text was edited since, or where a stop string ended the answer, whose ids
     go on behind the text.

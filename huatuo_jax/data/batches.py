@@ -59,11 +59,11 @@ class PackingPlan:
     row_length: int
 
     def __len__(self) -> int:
-        """The number of rows."""
+        """Returns the number of rows."""
         return len(self.row_starts) - 1
 
     def __getitem__(self, row: int) -> Indices:
-        """The examples of one row."""
+        """Returns the examples of one row."""
         return self.example_indices[self.row_starts[row] : self.row_starts[row + 1]]
 
     @property
@@ -122,7 +122,7 @@ def plan_rows(
 
 
 def best_fit_rows(lengths: Indices, row_length: int) -> tuple[Indices, int]:
-    """Best-fit-decreasing bin packing: the row of each example, and the number of rows.
+    """Packs by best fit decreasing; returns the row of each example and the number of rows.
 
     Longest first, each example goes to the fullest row that still has room for it (of several
     equally full ones the latest), or opens a new row. It uses at most 11/9 of the fewest rows
@@ -200,7 +200,7 @@ _PLANS_KEPT = 2  # the epoch that is read and the one that prefetching has alrea
 
 @dataclass(frozen=True, kw_only=True)
 class RowConfig:
-    """How examples become rows.
+    """Settings of packing examples into rows.
 
     Attributes:
         row_length: the tokens of a row. No example is longer.
@@ -228,7 +228,7 @@ class RowConfig:
             )
 
     def bucket_for(self, num_tokens: int) -> int:
-        """The smallest length that holds so many tokens."""
+        """Returns the smallest length that holds so many tokens."""
         return min(size for size in (*self.buckets, self.row_length) if size >= num_tokens)
 
 
@@ -252,7 +252,7 @@ class RowStream:
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        """For another process: without the lock, and the plans are made there again."""
+        """Pickles for another process: without the lock, and the plans are made again there."""
         return {**self.__dict__, "_lock": None, "_plans": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -260,12 +260,12 @@ class RowStream:
         self.__dict__.update(state, _lock=threading.Lock())
 
     def plan(self, epoch: int) -> PackingPlan:
-        """The rows of an epoch."""
+        """Returns the rows of an epoch."""
         with self._lock:
             return self._plan(epoch)
 
     def first_row(self, epoch: int) -> int:
-        """The global index of an epoch's first row, which is the number of rows before it."""
+        """Returns the global index of an epoch's first row: the number of rows before it."""
         with self._lock:
             while len(self._first_rows) <= epoch:
                 rows = len(self._plan(len(self._first_rows) - 1))
@@ -273,19 +273,19 @@ class RowStream:
             return self._first_rows[epoch]
 
     def locate(self, row: int) -> tuple[int, int]:
-        """The epoch of a global row, and which row of the epoch it is."""
+        """Returns the epoch of a global row, and which row of the epoch it is."""
         while self._first_rows[-1] <= row:
             self.first_row(len(self._first_rows))
         epoch = bisect.bisect_right(self._first_rows, row) - 1
         return epoch, row - self._first_rows[epoch]
 
     def examples_in(self, row: int) -> Indices:
-        """The indices of the examples of a global row."""
+        """Returns the indices of the examples of a global row."""
         epoch, row_of_epoch = self.locate(row)
         return self.plan(epoch)[row_of_epoch]
 
     def num_tokens(self, row: int) -> int:
-        """The number of places of a global row that are not padding."""
+        """Returns the number of places of a global row that are not padding."""
         epoch, row_of_epoch = self.locate(row)
         return int(self.plan(epoch).tokens_per_row[row_of_epoch])
 
@@ -295,7 +295,7 @@ class RowStream:
         return pack_row(examples, row_length=row_length, pad_token_id=self.config.pad_token_id)
 
     def example_ids(self, row: int) -> list[str]:
-        """The ids of the dialogues in a global row, to name the data of a bad step."""
+        """Returns the ids of the dialogues in a global row, to name the data of a bad step."""
         return [self._dataset[index].id for index in self.examples_in(row).tolist()]
 
     def _plan(self, epoch: int) -> PackingPlan:
@@ -320,7 +320,7 @@ class RowStream:
 
 @dataclass(frozen=True, kw_only=True)
 class PrefetchConfig:
-    """How batches are made ahead: by threads, and by processes where threads are not enough.
+    """Settings of prefetching: threads, and processes where threads are not enough.
 
     Attributes:
         num_threads: threads that read and pack, in each process. 0 makes each batch when asked.
@@ -374,13 +374,13 @@ class HostBatches:
         self._end_row = end_row
 
     def __len__(self) -> int:
-        """The number of batches; the stream of training has no end."""
+        """Returns the number of batches; the stream of training has no end."""
         if self._end_row is None:
             return sys.maxsize
         return max(0, -(-(self._end_row - self._start_row) // self._batch_size))
 
     def __getitem__(self, batch: int) -> Row:
-        """This host's rows of a global batch, `[B, T]` each."""
+        """Returns this host's rows of a global batch, `[B, T]` each."""
         start = self._start_row + batch * self._batch_size
         stop = start + self._batch_size
         if self._end_row is not None:
@@ -397,7 +397,7 @@ class HostBatches:
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
     def _row_length(self, rows: Sequence[int]) -> int:
-        """The batch's length: all hosts have to come to the same one, so all its rows count."""
+        """Returns the batch's length, from all its rows, so that all hosts agree on it."""
         config = self._rows.config
         if not config.buckets:
             return config.row_length
@@ -444,7 +444,7 @@ class BatchIterator(grain.DatasetIterator[Row]):
         self._host_batches()  # says what is wrong now, and starts nothing yet
 
     def __next__(self) -> Row:
-        """The next batch.
+        """Returns the next batch.
 
         Raises:
             StopIteration: all rows were given.
@@ -461,7 +461,7 @@ class BatchIterator(grain.DatasetIterator[Row]):
         return self._next_row
 
     def get_state(self) -> dict[str, Any]:
-        """The position, as what JSON can say."""
+        """Returns the position, as what JSON can say."""
         return {"next_row": self._next_row}
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -486,7 +486,7 @@ class BatchIterator(grain.DatasetIterator[Row]):
         self._batches = None
 
     def _host_batches(self) -> HostBatches:
-        """This host's batches from the next row on."""
+        """Returns this host's batches from the next row on."""
         return HostBatches(
             self._rows,
             batch_size=self._batch_size,
@@ -517,7 +517,7 @@ def evaluation_batches(
     share: HostShare | None = None,
     prefetch: PrefetchConfig | None = None,
 ) -> BatchIterator:
-    """Each row of a stream's first epoch once, the last batch filled up with empty rows."""
+    """Yields each row of a stream's first epoch once; empty rows fill the last batch."""
     return BatchIterator(
         rows,
         batch_size=batch_size,

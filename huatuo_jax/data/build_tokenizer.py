@@ -43,7 +43,7 @@ _CONFIG = {
 
 
 def corpus(folder: str | os.PathLike[str]) -> Iterator[str]:
-    """The texts to learn from, in the order of the files; held-out files are none of them.
+    """Yields the texts to learn from, in the order of the files; held-out files are none of them.
 
     Dialogues come as HuatuoGPT's template renders them, system text and role prefixes included:
     they stand in every row, and a tokenizer that never saw them spends a hundred tokens on each.
@@ -81,7 +81,7 @@ def corpus(folder: str | os.PathLike[str]) -> Iterator[str]:
 
 
 def train(folder: str | os.PathLike[str]) -> Tokenizer:
-    """The tokenizer of a folder's data: any text round-trips, `<s>` is put before a text."""
+    """Trains the tokenizer of a folder's data: any text round-trips, texts start with `<s>`."""
     texts = list(corpus(folder))
     counts = collections.Counter("".join(texts))
     alphabet = sorted(counts, key=lambda one: (-counts[one], one))[:MAX_CHARACTERS]

@@ -56,12 +56,12 @@ class RowError:
         object.__setattr__(self, "reason", shortened(self.reason))
 
     def __str__(self) -> str:
-        """`file:line: reason`, as compilers write it."""
+        """Returns `file:line: reason`, as compilers write it."""
         return f"{self.file}:{self.line}: {self.reason}"
 
 
 def shortened(reason: str) -> str:
-    """A reason of some hundred characters at most; a longer one loses its middle."""
+    """Shortens a reason to some hundred characters; a longer one loses its middle."""
     first, last = _REASON_CHARS
     if len(reason) <= first + last + 5:
         return reason
@@ -151,7 +151,7 @@ def find_layout(path: str | os.PathLike[str], encoding: str | None = None) -> La
 
 
 def _first_lines(path: pathlib.Path, encoding: str | None) -> list[str]:
-    """The first lines that are not blank, as far as telling the layout needs them."""
+    """Returns the first lines that are not blank, as far as telling the layout needs them."""
     sample: list[str] = []
     for line in read_lines(path, encoding):
         if line.text.strip():
@@ -162,7 +162,7 @@ def _first_lines(path: pathlib.Path, encoding: str | None) -> list[str]:
 
 
 def _json_layout(sample: list[str], suffix: str) -> Layout:
-    """JSON Lines if a line is a whole value by itself, else a list or an object over many lines."""
+    """Returns JSON Lines if one line is a whole value, else a list or object over many lines."""
     opening = sample[0].lstrip()[0]
     whole: Layout = "json list" if opening == "[" else "json object"
     first = _complete(sample[0])
@@ -192,7 +192,7 @@ def _line_row(file: str, line: Line, value: object) -> Row | RowError:
 
 
 def _fields_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of a JSON text; a field that stands twice would lose its first value unsaid."""
+    """Returns the object of a JSON text; refuses a field that stands twice."""
     fields = dict(pairs)
     if len(fields) < len(pairs):
         repeated = _repeated(name for name, _ in pairs)
@@ -229,7 +229,7 @@ def _json_reason(problem: Exception, text: str) -> str:
 
 
 def _json_document(path: pathlib.Path, layout: Layout, encoding: str | None) -> Iterator[Row]:
-    """The rows of a JSON list, or of an object that maps ids to rows, or the object itself."""
+    """Yields the rows of a JSON list or of an object from ids to rows, or the object itself."""
     lines = []
     for line in read_lines(path, encoding):
         if line.fault:
@@ -253,7 +253,7 @@ def _json_document(path: pathlib.Path, layout: Layout, encoding: str | None) -> 
 
 
 def _is_row_by_id(key: str, value: object) -> bool:
-    """Whether a field of the whole document is a row under its id, and not a field of one row."""
+    """Tells if a field of the document is a row under its id, not a field of one row."""
     if key in FIELD_NAMES:
         return False
     if isinstance(value, list):
@@ -330,7 +330,7 @@ class _LineFeed:
 
 
 def _csv_rows(path: pathlib.Path, encoding: str | None) -> Iterator[Row | RowError]:
-    """CSV rows as dicts by header; `line` is where the row begins, quoted line breaks counted.
+    """Yields CSV rows as dicts by header; `line` is where a row begins, quoted breaks counted.
 
     A blank cell is an absent value.
     """
@@ -366,7 +366,7 @@ def _csv_rows(path: pathlib.Path, encoding: str | None) -> Iterator[Row | RowErr
 
 
 def _csv_header(fields: Sequence[str], place: str) -> list[str]:
-    """The names of the columns; several without a name are called by their places."""
+    """Returns the names of the columns; several without a name are numbered."""
     names = [field.strip() for field in fields]
     repeated = [name for name in _repeated(names) if name]
     if repeated:
@@ -415,7 +415,7 @@ def _one_split(parts: Any, path: str, split: str) -> Any:
 
 
 def _files_of_folder(folder: pathlib.Path, split: str) -> list[str]:
-    """The files of a part of a folder, by the library's rules; none where it has to read them.
+    """Returns a folder's files of one split; none if the `datasets` library has to read them.
 
     The library itself wants the same columns in all of them.
     """

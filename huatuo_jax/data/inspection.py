@@ -54,13 +54,13 @@ class Distribution(NamedTuple):
 
     @classmethod
     def of(cls, sizes: Sequence[int]) -> "Distribution":
-        """The distribution of at least one size."""
+        """Returns the distribution of at least one size."""
         p50, p90, p99 = np.percentile(sizes, (50, 90, 99), method="inverted_cdf").tolist()
         return cls(min(sizes), float(np.mean(sizes)), p50, p90, p99, max(sizes))
 
 
 class Packing(NamedTuple):
-    """What best-fit packing makes of the dialogues that fit: rows, and how full, packed or not."""
+    """Best-fit packing of the dialogues that fit: rows and their fill, packed and not packed."""
 
     num_rows: int
     efficiency: float
@@ -69,7 +69,7 @@ class Packing(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class FileReport:
-    """What a file holds, or several files of one family together.
+    """The content of one file, or of several files of one family together.
 
     Attributes:
         name: the file, or how many files these are.
@@ -102,12 +102,12 @@ class FileReport:
     samples: tuple[Sample, ...] = ()
 
     def distributions(self) -> dict[str, Distribution]:
-        """The spread of every size that was measured, by its name."""
+        """Returns the distribution of every measured size, by name."""
         sizes = self.tally.sizes
         return {name: Distribution.of(values) for name, values in sizes.items() if values}
 
     def packing(self) -> Packing | None:
-        """What packing makes of the dialogues; None where there are none that fit."""
+        """Plans the packing of the dialogues; None if none fits."""
         lengths = np.asarray(self.tally.lengths_kept, np.int64)
         if not len(lengths):
             return None
@@ -116,7 +116,7 @@ class FileReport:
         return Packing(num_rows, total / (num_rows * room), total / (len(lengths) * room))
 
     def to_json(self) -> dict[str, Any]:
-        """All of it, every bad row included."""
+        """Returns all fields, every bad row included."""
         packing = self.packing()
         return {
             "name": self.name,
@@ -172,7 +172,7 @@ class Inspector:
     def __call__(
         self, path: Path, *, on_progress: Callable[[int, int], None] | None = None
     ) -> FileReport:
-        """The report of a file; what is wrong with it stands in the report.
+        """Inspects a file; its errors are part of the report.
 
         Args:
             path: the file, folder, or name on the hub.
@@ -214,7 +214,7 @@ class Inspector:
 
 
 def totals(reports: Sequence[FileReport]) -> list[FileReport]:
-    """Of every family with more than one file, a report of all its files together."""
+    """Returns one report of all files together for every family with more than one file."""
     together = []
     for family in dict.fromkeys(report.family for report in reports):
         members = [report for report in reports if report.family == family]
@@ -224,7 +224,7 @@ def totals(reports: Sequence[FileReport]) -> list[FileReport]:
 
 
 def complaint(reports: Sequence[FileReport], *, max_error_share: float) -> str | None:
-    """Why a run should not take these files, in one line; None where there is no reason.
+    """Returns in one line why a run should not use these files; None if it may.
 
     A file is refused when it cannot be read, or when more than `max_error_share` of its rows are
     errors: the rule of the readers.
@@ -287,7 +287,7 @@ def _layout_of(path: Path, encoding: str | None) -> str:
 
 
 def _take(reading: Reading[Record]) -> tuple[list[tuple[int, Record]], str | None]:
-    """The records with their lines, as far as the file can be read, and why not further."""
+    """Returns the records with their lines as far as the file can be read, and the error."""
     records: list[tuple[int, Record]] = []
     try:
         for record in reading:
@@ -311,7 +311,7 @@ def _family_of(records: Iterable[Record]) -> Family | None:
 
 
 def fitting_adapters(path: Path, options: ReadOptions) -> tuple[Adapter, ...]:
-    """The adapters that make records of most of the first rows, where none was named."""
+    """Returns the adapters that read most of the first rows, if none was named."""
     if options.adapter is not None or find_layout(path, options.encoding) == "hub":
         return ()
     try:

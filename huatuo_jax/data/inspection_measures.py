@@ -1,4 +1,4 @@
-"""What an inspection measures of a record: turns, characters, tokens, and what would not fit.
+"""Measures of an inspection: turns, characters, tokens, and rows that would not fit.
 
 Sizes have names because each family of records has its own: a dialogue has turns and trained
 tokens, a comparison has two answers, an exam question has options.
@@ -87,7 +87,7 @@ class Tally:
         return sum(self.sizes[TRAINED]) / sum(self.sizes[TOKENS])
 
     def to_json(self) -> dict[str, Any]:
-        """The counts; the sizes are for their distributions to tell."""
+        """Returns the counts; the sizes are in the distributions."""
         return {
             "max_tokens": self.max_tokens,
             "total_tokens": sum(self.sizes[TOKENS]) if TOKENS in self.sizes else None,
@@ -198,12 +198,12 @@ class Measurer:
 
 
 def continuation_start(rendered: Rendered, continuation: Sequence[Message]) -> int:
-    """Where the last messages of a rendered dialogue begin, the header of the first left out."""
+    """Returns where the last messages of a rendered dialogue begin, after the first header."""
     return rendered.turns[-len(continuation)].content_start
 
 
 def _spoken(messages: Sequence[Message]) -> tuple[int, int]:
-    """The turns of patient and doctor, and the characters of all messages."""
+    """Returns the turns of patient and doctor, and the characters of all messages."""
     turns = sum(message.role != "system" for message in messages)
     return turns, sum(len(message.content) for message in messages)
 
@@ -233,7 +233,7 @@ class Sample:
     segments: tuple[Segment, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """The title and the segments."""
+        """Returns the title and the segments."""
         segments = [segment._asdict() for segment in self.segments]
         return {**asdict(self), "segments": segments}
 
@@ -275,7 +275,7 @@ class _SampleRenderer:
         return [Sample(title, _plain_fields(record))]
 
     def _comparison(self, title: str, comparison: Comparison) -> list[Sample]:
-        """The chosen dialogue, and of the rejected one what stands behind the same prompt."""
+        """Returns segments of the chosen dialogue, and of the rejected one after the prompt."""
         samples = []
         for name, dialogue, continuation in (
             ("chosen", comparison.chosen_dialogue, comparison.chosen),

@@ -17,8 +17,13 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from huatuo_jax.data.accounting import HELD_OUT, TRAINED_ON, Account
-from huatuo_jax.data.duplicates import DuplicateReport, DuplicatesConfig, find_duplicates
-from huatuo_jax.data.mixture import HeldOutConfig, dialogue_text
+from huatuo_jax.data.mixture import (
+    DuplicateReport,
+    DuplicatesConfig,
+    HeldOutConfig,
+    dialogue_text,
+    find_duplicates,
+)
 from huatuo_jax.data.readers import DialogueSource
 from huatuo_jax.data.records import Dialogue
 from huatuo_jax.data.tokenizing import (
@@ -92,7 +97,7 @@ class Statistics:
             shown.append(f"{dialogue_id}: {dropped.detail}")
 
     def to_json(self) -> Json:
-        """All counts."""
+        """Returns all counts."""
         return {
             "splits": {
                 split: {
@@ -113,7 +118,7 @@ def duplicates_to_json(
     held_out: Sequence[Dialogue],
     num_removed: int,
 ) -> Json:
-    """The counts of a report and the first few of each sort, by id and beginning."""
+    """Returns the counts of a report and the first few of each sort, by id and beginning."""
     closest = sorted(report.nearly_held_out, key=lambda pair: -pair.similarity)[:_SHOWN]
     return {
         "repeated_in_train": len(report.repeated_in_train),
@@ -135,7 +140,7 @@ def duplicates_to_json(
 
 
 def describe(statistics: Json) -> str:
-    """The statistics of a cache as lines for a terminal or a log."""
+    """Returns the statistics of a cache as lines for a terminal or a log."""
     lines = list(statistics["readings"])
     for split, groups in statistics["splits"].items():
         lines.append(f"{split}: {_counts_line(groups['all']['all'])}")
@@ -174,7 +179,7 @@ _DIALOGUES_PER_PROCESS = 4_000  # below it, starting a process takes longer than
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig:
-    """How dialogues are prepared; all but `num_processes` decides what the cache holds.
+    """Settings of the preparation; all but `num_processes` decide what the cache holds.
 
     Attributes:
         held_out: which dialogues are held out.
@@ -316,7 +321,7 @@ def _build(
 def _read(
     sources: Sequence[DialogueSource], held_out: HeldOutConfig, account: Account
 ) -> tuple[list[_Item], list[str]]:
-    """All dialogues, and a line on each file that was read."""
+    """Reads all dialogues, and describes each file in a line."""
     items: list[_Item] = []
     readings = []
     for source in sources:
@@ -340,7 +345,7 @@ def _read(
 def _without_duplicates(
     items: list[_Item], config: DuplicatesConfig, account: Account
 ) -> tuple[list[_Item], dict[str, Any]]:
-    """The items to keep, and what was found."""
+    """Returns the items to keep, and a report of the duplicates."""
     train = [item for item in items if item.split == "train"]
     held_out = [item for item in items if item.split == "held_out"]
     report = find_duplicates([i.text for i in train], [i.text for i in held_out], config)
@@ -368,7 +373,7 @@ def _entries(
     num_processes: int,
     progress: Callable[[Progress], None] | None,
 ) -> Iterator[list[Entry]]:
-    """The examples, some at a time, counted as they pass."""
+    """Yields the examples in chunks, and counts them."""
     chunks = tokenize_in_chunks(
         [item.dialogue.messages for item in items],
         tokenizer,

@@ -50,7 +50,7 @@ def as_file(
     *,
     say: Callable[[str], object] = tell,
 ) -> str:
-    """The path of data that a stage can read: its own where it is one, else a file of its rows.
+    """Returns a path that a stage can read: the given one, or that of a file of the rows.
 
     Args:
         data: a path, which is given back as it is; or the rows.
@@ -90,7 +90,7 @@ def as_file(
 
 
 def as_prompt(dialogue: DialogueLike, *, name: str = "dialogue") -> Prompt:
-    """What a model is to answer, checked as the rows of a file of prompts are.
+    """Returns a prompt, checked as the rows of a file of prompts are.
 
     Without an id of its own it has one that follows from its text.
 
@@ -118,12 +118,12 @@ def as_prompt(dialogue: DialogueLike, *, name: str = "dialogue") -> Prompt:
 
 
 def prompt_of(messages: Messages) -> Prompt:
-    """The prompt of messages that were checked, or that a model gave; its id follows from them."""
+    """Returns the prompt of messages that are valid already; its id follows from them."""
     return Prompt(content_id(_SOURCE, messages), messages, _SOURCE)
 
 
 def as_prompts(dialogues: Iterable[DialogueLike], *, name: str) -> list[Prompt]:
-    """`as_prompt` of each of several dialogues, whose names in messages are `{name}[{index}]`.
+    """Applies `as_prompt` to several dialogues, named `{name}[{index}]` in messages.
 
     Raises:
         ValueError: as `as_prompt`; or it is one dialogue, or nothing of the kind.
@@ -138,7 +138,7 @@ def as_prompts(dialogues: Iterable[DialogueLike], *, name: str) -> list[Prompt]:
 def as_answer(
     response: str, sampled: Sampled | None = None, *, name: str = "response"
 ) -> AnswerToTokenize:
-    """A response as it is scored; one without text is a response like any other.
+    """Returns a response as it is scored; one without text is a response like any other.
 
     Args:
         response: its text.
@@ -174,7 +174,7 @@ def _as_row(item: object) -> object:
 def _json_rows(
     rows: Iterable[object], name: str
 ) -> Iterator[tuple[dict[str, Any], tuple[str, ...]]]:
-    """Each row in JSON's own types, with what was converted on the way."""
+    """Yields each row in JSON's own types, with what was converted on the way."""
     for index, row in enumerate(rows):
         if not isinstance(row, Mapping):
             raise ValueError(

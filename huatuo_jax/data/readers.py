@@ -81,7 +81,7 @@ Outcome = Used | RowError | LeftOut
 
 
 class Keywords(TypedDict, total=False):
-    """What every reader takes; the meanings stand at `ReadOptions`."""
+    """The keywords of every reader; `ReadOptions` documents them."""
 
     source: str | None
     kind: Kind | None
@@ -95,7 +95,7 @@ class Keywords(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How a source is read.
+    """Options of reading a source.
 
     Attributes:
         source: the source's name in the records; by default the row's own, or the file's name.
@@ -132,7 +132,7 @@ class ReadOptions:
         checked_encoding(self.encoding)
 
     def chosen_adapter(self) -> Adapter | None:
-        """The adapter itself where a name was given."""
+        """Returns the adapter itself where a name was given."""
         return find_adapter(self.adapter) if isinstance(self.adapter, str) else self.adapter
 
 
@@ -209,11 +209,11 @@ class Reading(Generic[RecordT]):
         return f"{names} (`huatuo inspect` says what each looks like)"
 
     def unknown(self) -> bool:
-        """Whether no row was used, and some for want of a known format."""
+        """Returns whether no row was used, some of them because no format is known."""
         return not self.rows_used and any(error.reason.endswith(NO_FORMAT) for error in self.errors)
 
     def summary(self) -> str:
-        """The counts of the latest pass, in one line."""
+        """Returns the counts of the latest pass, in one line."""
         parts = [f"{self.rows} rows ({_counts(self.formats)})", f"{self.records} records"]
         parts.append(f"{len(self.errors)} errors")
         parts += [f"left out: {_counts(self.exclusions)}"] if self.exclusions else []
@@ -239,12 +239,12 @@ def read_comparisons(
 
 
 def read_cases(path: str | os.PathLike[str], **keywords: Unpack[Keywords]) -> Reading[Case]:
-    """Medical cases with their diagnoses. Otherwise as `read_dialogues`."""
+    """Reads medical cases with their diagnoses; otherwise as `read_dialogues`."""
     return _reading(path, "case", ReadOptions(**keywords))
 
 
 def read_exams(path: str | os.PathLike[str], **keywords: Unpack[Keywords]) -> Reading[ExamQuestion]:
-    """Multiple-choice questions. Otherwise as `read_dialogues`."""
+    """Reads multiple-choice questions; otherwise as `read_dialogues`."""
     return _reading(path, "exam", ReadOptions(**keywords))
 
 
@@ -285,7 +285,7 @@ def _reading(
 def outcomes_of(
     path: str | os.PathLike[str], family: Family | None, options: ReadOptions
 ) -> Iterator[Outcome]:
-    """What became of each row of a source, in order: the passes of `Reading` are made of these."""
+    """Yields the outcome of each row of a source, in order; `Reading` counts these."""
     terms = Terms(
         file_name=pathlib.Path(path).stem,
         source=options.source,
@@ -321,7 +321,7 @@ def outcomes_of(
 def _adapted(
     rows: Iterable[Row | RowError], adapter: Adapter
 ) -> Iterator[Row | RowError | LeftOut]:
-    """The rewritten rows; an adapter that loses one without a word is stopped."""
+    """Yields the rewritten rows; ValueError for an adapter that loses a row silently."""
     taken = given = 0
 
     def counted() -> Iterator[Row | RowError]:
@@ -411,7 +411,7 @@ class DialogueSource:
             raise ValueError(f"sources.{self.name}.paths: no file, it should name at least one")
 
     def readings(self) -> Iterator[Reading[Dialogue]]:
-        """One reading a path, not yet begun."""
+        """Returns one reading a path, not yet begun."""
         for path in self.paths:
             yield read_dialogues(path, **self.reading)
 
@@ -431,7 +431,7 @@ class DialogueSource:
 
 
 def source_names(paths: Sequence[str]) -> list[str]:
-    """A name for the source of each file: its own, with as much before and behind it as tells it.
+    """Names the source of each file: by its name and as much of its path as makes it unique.
 
     `a/train.jsonl` and `b/train.jsonl` are `a/train` and `b/train`.
     """
@@ -451,7 +451,7 @@ def source_names(paths: Sequence[str]) -> list[str]:
 
 
 def content_hash(path: str | os.PathLike[str]) -> str:
-    """A hash of a file's bytes, of all files of a folder, or of the rows of a hub data set."""
+    """Hashes a file's bytes, all files of a folder, or the rows of a hub data set."""
     whole = hashlib.sha256()
     place = pathlib.Path(path)
     if place.is_file():

@@ -1,4 +1,4 @@
-"""What the files of a project hold, once read: dialogues, prompts, comparisons, cases, exams.
+"""Records of data files: dialogues, prompts, preference pairs, cases and exam questions.
 
 Every record is frozen and writes itself to the JSON that stands between two stages (`to_json`) and
 comes back from it (`from_json`). Fields that a record does not know are kept in `extra`.
@@ -40,12 +40,12 @@ Messages = tuple[Message, ...]
 
 
 def unmarked(messages: Sequence[Message]) -> Messages:
-    """The messages without their marks, where they are a prompt, or compared or scored."""
+    """Returns the messages without their marks, where they are a prompt, or compared or scored."""
     return tuple(message._replace(trained=True) for message in messages)
 
 
 def shown(text: object, limit: int = 40) -> str:
-    """A text as a message may show it: shortened, its line breaks and controls escaped."""
+    """Returns a text as a message may show it: shortened, its line breaks and controls escaped."""
     whole = str(text)
     cut = whole if len(whole) <= limit else f"{whole[: limit - 3]}..."
     return "".join(
@@ -54,7 +54,7 @@ def shown(text: object, limit: int = 40) -> str:
 
 
 def content_id(source: str, content: object) -> str:
-    """A short id that depends on the source's name and the content, and on nothing else.
+    """Returns a short id that depends on the source's name and the content, and on nothing else.
 
     For rows that bring no id of their own: it stays the same when rows are added or reordered.
     """
@@ -73,7 +73,7 @@ def _without_defaults(content: object) -> object:
 
 
 def messages_to_json(messages: Sequence[Message]) -> list[Json]:
-    """The messages as a list of `{"role", "content"}`, with `"weight": 0` where not trained."""
+    """Returns the messages as `{"role", "content"}`, with `"weight": 0` where not trained."""
     return [
         {"role": message.role, "content": message.content}
         | ({} if message.trained else {"weight": 0})
@@ -82,7 +82,7 @@ def messages_to_json(messages: Sequence[Message]) -> list[Json]:
 
 
 def messages_from_json(value: object, *, name: str = "messages") -> Messages:
-    """The messages of a list of `{"role", "content", "weight"?}`.
+    """Returns the messages of a list of `{"role", "content", "weight"?}`.
 
     Raises:
         ValueError: an item has another role, a content that is not text, or a weight that is
@@ -105,12 +105,12 @@ def messages_from_json(value: object, *, name: str = "messages") -> Messages:
 
 
 def answer(text: str) -> Messages:
-    """A continuation of one assistant message, the usual `chosen` or `rejected`."""
+    """Returns a continuation of one assistant message, the usual `chosen` or `rejected`."""
     return (Message("assistant", text),)
 
 
 def is_empty(text: str) -> bool:
-    """Whether an answer says nothing: it has no character that shows.
+    """Returns whether a response is empty: it has no visible character.
 
     White space, controls, format characters (zero-width ones, byte order marks) and fillers do not
     show; marks that combine with a letter do not without one.
@@ -128,7 +128,7 @@ def _is_invisible(character: str) -> bool:
 
 
 def same_answer(one: Messages, other: Messages) -> bool:
-    """Whether two continuations leave nothing to compare: the same messages, or both empty."""
+    """Tells if two continuations are the same messages, or both empty."""
     return one == other or all(
         len(messages) == 1 and is_empty(messages[0].content) for messages in (one, other)
     )
@@ -150,13 +150,13 @@ class Dialogue:
             raise ValueError(f"kind is {self.kind!r}; it should be one of {', '.join(KINDS)}")
 
     def to_json(self) -> Json:
-        """`{"id", "messages", "kind"?, "source"}` and the extra fields."""
+        """Returns `{"id", "messages", "kind"?, "source"}` and the extra fields."""
         row = {"id": self.id, "messages": messages_to_json(self.messages), "source": self.source}
         return {**self.extra, **row, **_present(kind=self.kind)}
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> "Dialogue":
-        """The dialogue that `to_json` wrote; unknown fields become `extra`."""
+        """Returns the dialogue that `to_json` wrote; unknown fields become `extra`."""
         return cls(
             id=_field(row, "id"),
             messages=messages_from_json(_field(row, "messages")),
@@ -168,7 +168,7 @@ class Dialogue:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a model is to answer: it ends with a user message.
+    """Messages for a model to answer; they end with a user message.
 
     `reference` is a real doctor's answer, `diagnosis` a real doctor's finding; labels lean on them.
     """
@@ -182,7 +182,7 @@ class Prompt:
 
     @classmethod
     def of_dialogue(cls, dialogue: Dialogue) -> "Prompt":
-        """The dialogue up to its last answer, which becomes the reference if it may be learned.
+        """Returns the dialogue without its last answer, the reference if it may be learned.
 
         Raises:
             ValueError: the dialogue's `diagnosis` is not text.
@@ -207,14 +207,14 @@ class Prompt:
         )
 
     def to_json(self) -> Json:
-        """`{"id", "messages", "reference"?, "diagnosis"?, "source"}` and the extra fields."""
+        """Returns `{"id", "messages", "reference"?, "diagnosis"?, "source"}` and extra fields."""
         row = {"id": self.id, "messages": messages_to_json(self.messages), "source": self.source}
         known = _present(reference=self.reference, diagnosis=self.diagnosis)
         return {**self.extra, **row, **known}
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> "Prompt":
-        """The prompt that `to_json` wrote; unknown fields become `extra`."""
+        """Returns the prompt that `to_json` wrote; unknown fields become `extra`."""
         return cls(
             id=_field(row, "id"),
             messages=messages_from_json(_field(row, "messages")),
@@ -252,7 +252,7 @@ class Comparison:
 
     @property
     def group(self) -> str:
-        """The same for all comparisons of one prompt, which belong into one reward batch."""
+        """The group id shared by all pairs of one prompt, which belong in one reward batch."""
         return content_id("", self.messages)
 
     @property
@@ -266,7 +266,7 @@ class Comparison:
         return self.messages + self.rejected
 
     def to_json(self) -> Json:
-        """`{"id", "messages", "chosen", "rejected", "p_chosen", "margin"?, "source"}`, extras."""
+        """Returns the fields as JSON values: answers as text where they are one, and extras."""
         row = {
             "id": self.id,
             "messages": messages_to_json(self.messages),
@@ -279,7 +279,7 @@ class Comparison:
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> "Comparison":
-        """The comparison that `to_json` wrote; unknown fields become `extra`."""
+        """Returns the comparison that `to_json` wrote; unknown fields become `extra`."""
         names = ("id", "messages", "chosen", "rejected", "p_chosen", "margin", "source")
         return cls(
             id=_field(row, "id"),
@@ -314,7 +314,7 @@ class Ranking:
             raise ValueError(f"scores {self.scores} rise; the best answer should come first")
 
     def comparisons(self) -> tuple[Comparison, ...]:
-        """Every pair of answers that differ in text and (where scored) in score, best first."""
+        """Returns every pair of answers that differ in text and (if scored) score, best first."""
         pairs = []
         for better, worse in itertools.combinations(range(len(self.answers)), 2):
             margin = None if self.scores is None else self.scores[better] - self.scores[worse]
@@ -346,7 +346,7 @@ class Case:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> Json:
-        """`{"id", "medical_case", "doctor_diagnosis", "department"?, "source"}` and extras."""
+        """Returns `{"id", "medical_case", "doctor_diagnosis", "department"?, "source"}`, extras."""
         row = {
             "id": self.id,
             "medical_case": self.medical_case,
@@ -357,7 +357,7 @@ class Case:
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> "Case":
-        """The case that `to_json` wrote; unknown fields become `extra`."""
+        """Returns the case that `to_json` wrote; unknown fields become `extra`."""
         names = ("id", "medical_case", "doctor_diagnosis", "department", "source")
         return cls(
             id=_field(row, "id"),
@@ -388,7 +388,7 @@ class ExamQuestion:
             raise ValueError(f"answer is {self.answer!r}; it should be letters out of {letters!r}")
 
     def to_json(self) -> Json:
-        """`{"id", "question", "options", "answer", "explanation"?, "source"}` and extras."""
+        """Returns `{"id", "question", "options", "answer", "explanation"?, "source"}`, extras."""
         row = {
             "id": self.id,
             "question": self.question,
@@ -400,7 +400,7 @@ class ExamQuestion:
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> "ExamQuestion":
-        """The question that `to_json` wrote; unknown fields become `extra`."""
+        """Returns the question that `to_json` wrote; unknown fields become `extra`."""
         names = ("id", "question", "options", "answer", "explanation", "source")
         return cls(
             id=_field(row, "id"),

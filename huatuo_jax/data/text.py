@@ -106,7 +106,7 @@ class _Sample(NamedTuple):
 
 
 def checked_encoding(name: str | None) -> str | None:
-    """The codec's own name, or None where none is named.
+    """Returns the codec's own name, or None where none is named.
 
     Raises:
         ValueError: Python has no codec of text of that name.
@@ -125,7 +125,7 @@ def checked_encoding(name: str | None) -> str | None:
 
 
 def choose_encoding(path: str | os.PathLike[str], encoding: str | None = None) -> str:
-    """The encoding of a text file as Python names it, by the rules above.
+    """Returns the encoding of a text file as Python names it, by the rules above.
 
     Args:
         path: the file; its byte-order mark and its first lines that are not ASCII are the evidence.
@@ -159,7 +159,7 @@ def choose_encoding(path: str | os.PathLike[str], encoding: str | None = None) -
 
 
 def byte_order_mark(encoding: str) -> bytes:
-    """The mark that a file in this encoding may begin with."""
+    """Returns the mark that a file in this encoding may begin with."""
     return next((mark for mark, name in _BYTE_ORDER_MARKS if name == encoding), b"")
 
 
@@ -184,7 +184,7 @@ def _is_utf8_by_intent(raw: bytes) -> bool:
 
 
 def _refuse_wide_characters(path: str | os.PathLike[str], start: bytes) -> None:
-    """UTF-16 without a mark is valid UTF-8 full of NULs where most of it is ASCII."""
+    """Refuses UTF-16 without a mark, which is valid UTF-8 full of NULs if mostly ASCII."""
     for name, zeros in (("utf-16-le", start[1::2]), ("utf-16-be", start[::2])):
         if len(zeros) > 1 and zeros.count(0) > 0.3 * len(zeros):
             raise ValueError(
@@ -222,7 +222,7 @@ def _fault(raw: bytes, offset: int) -> str:
 
 
 def _is_mostly_utf8(raw: bytes) -> bool:
-    """Whether it is UTF-8, or would be but for few bytes (a row that is reported as a fault)."""
+    """Tells if it is UTF-8 but for few bytes (a row that is reported as a fault)."""
     try:
         raw.decode(UTF8)
     except UnicodeDecodeError:
@@ -232,7 +232,7 @@ def _is_mostly_utf8(raw: bytes) -> bool:
 
 
 def _share_of_chinese(lines: Sequence[bytes], encoding: str) -> float:
-    """The share of common Chinese characters among those that are neither ASCII nor punctuation.
+    """Returns the share of common Chinese characters among all but ASCII and punctuation.
 
     0 where most of the lines do not decode, or where many stand inside words of Latin letters.
     """
@@ -247,7 +247,7 @@ def _share_of_chinese(lines: Sequence[bytes], encoding: str) -> float:
 
 
 def _decoded(lines: Iterable[bytes], encoding: str) -> tuple[str, int]:
-    """The lines that decode as one text, and how many bytes these are."""
+    """Returns the lines that decode as one text, and how many bytes these are."""
     parts, num_bytes = [], 0
     for raw in lines:
         try:
@@ -259,7 +259,7 @@ def _decoded(lines: Iterable[bytes], encoding: str) -> tuple[str, int]:
 
 
 def _possible(lines: Sequence[bytes]) -> list[str]:
-    """The encodings that nearly all of the lines decode in, the likelier ones first."""
+    """Returns the encodings that nearly all of the lines decode in, the likelier ones first."""
     total = sum(map(len, lines))
     possible = [name for name in (*_CHINESE, *_OTHERS) if _decoded(lines, name)[1] >= 0.95 * total]
     high = [len(run) for raw in lines for run in re.findall(rb"[\x80-\xff]+", raw)]
@@ -304,7 +304,7 @@ def read_lines(path: pathlib.Path, encoding: str | None = None) -> Iterator[Line
 
 
 def _raw_lines(file: BinaryIO, encoding: str) -> Iterator[bytes]:
-    """The bytes of each line, its end included."""
+    """Yields the bytes of each line, its end included."""
     feed, carriage = "\n".encode(encoding), "\r".encode(encoding)
     start = file.read(_BLOCK)
     file.seek(0)
@@ -329,7 +329,7 @@ def _raw_lines(file: BinaryIO, encoding: str) -> Iterator[bytes]:
 
 
 def _find(whole: bytes, end: bytes, begin: int) -> int:
-    """Where the line end stands, at a whole number of its own width (UTF-16 has two bytes)."""
+    """Finds the next line end at a multiple of its own width (UTF-16 has two bytes)."""
     found = whole.find(end, begin)
     while found >= 0 and found % len(end) != begin % len(end):
         found = whole.find(end, found + 1)
@@ -358,7 +358,7 @@ class Converted(NamedTuple):
 
 
 def json_value(value: object) -> Converted:
-    """The value in JSON's own types; the notes of an object's fields begin with the field's name.
+    """Converts a value to JSON's types; notes of an object's fields begin with their names.
 
     Raises:
         NotJson: something in it cannot be converted.

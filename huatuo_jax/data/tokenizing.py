@@ -116,7 +116,7 @@ class DialogueTokenizer(Protocol):
 
 
 def num_trained(trained_mask: Mask) -> int:
-    """The number of tokens a loss is taken of: the first token has nothing to be predicted from."""
+    """Counts the tokens with a loss; the first token is not predicted from anything."""
     return int(np.count_nonzero(trained_mask[1:]))
 
 
@@ -184,7 +184,7 @@ class TemplateTokenizer:
 
 
 def tokenizer_hash(tokenizer: "PreTrainedTokenizerBase", *, chat_template: bool = True) -> str:
-    """A hash of all that a tokenizer would save, but for where it was loaded from.
+    """Returns a hash of all that a tokenizer would save, but for where it was loaded from.
 
     Args:
         tokenizer: the tokenizer.
@@ -206,7 +206,7 @@ def tokenizer_hash(tokenizer: "PreTrainedTokenizerBase", *, chat_template: bool 
 
 
 class Progress(NamedTuple):
-    """How far tokenising is, for a progress bar."""
+    """The progress of tokenising, for a progress bar."""
 
     num_done: int
     num_dialogues: int
@@ -312,7 +312,7 @@ class Entry(NamedTuple):
 
 
 def cache_key(inputs: Mapping[str, Any]) -> str:
-    """The name of the cache of these inputs; they have to be what JSON can say."""
+    """Returns the name of the cache of these inputs; they have to be what JSON can say."""
     text = json.dumps({"format": _FORMAT, **inputs}, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:24]
 
@@ -409,7 +409,7 @@ class TokenDataset:
             )
 
     def __len__(self) -> int:
-        """The number of examples."""
+        """Returns the number of examples."""
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> Example:

@@ -58,7 +58,7 @@ logger = logging.getLogger(__name__)
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """A JSON object from a file.
+    """Returns a JSON object from a file.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -78,7 +78,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 def from_hugging_face(
     config: Mapping[str, Any], *, ignored: Collection[str] = ()
 ) -> BackboneConfig:
-    """The backbone that a `config.json` describes.
+    """Returns the backbone that a `config.json` describes.
 
     Args:
         config: its content.
@@ -104,7 +104,7 @@ def from_hugging_face(
 
 
 def is_score_model(config: Mapping[str, Any]) -> bool:
-    """Whether a `config.json` is that of a reward model (sequence classification, one label).
+    """Tells if a `config.json` is of a reward model (sequence classification, one label).
 
     Raises:
         ValueError: it classifies into several labels.
@@ -127,7 +127,7 @@ class _Fields:
         self._model_type = config["model_type"]
 
     def take(self, name: str, *otherwise: Any) -> Any:
-        """A field's value, or the default where it is absent or null; without one it must be."""
+        """Returns a field's value, or the default if it is absent or null; no default: required."""
         self._read.add(name)
         value = self._left.pop(name, None)
         if value is not None:
@@ -137,12 +137,12 @@ class _Fields:
         return otherwise[0]
 
     def take_nullable(self, name: str, absent: Any) -> Any:
-        """A field's value, null included; `absent` only where it is not there."""
+        """Returns a field's value, null included; `absent` only if it is not there."""
         self._read.add(name)
         return self._left.pop(name, absent)
 
     def expect(self, name: str, supported: Any) -> None:
-        """Refuse any value but the supported one, which is also the default."""
+        """Refuses any value but the supported one, which is also the default."""
         value = self.take(name, supported)
         if value != supported:
             raise ValueError(
@@ -151,7 +151,7 @@ class _Fields:
             )
 
     def refuse_rest(self, ignored: Collection[str]) -> None:
-        """Raise for fields that were not taken and that may matter."""
+        """Raises ValueError for fields that were not taken and may matter."""
         if taken := sorted(self._read.intersection(ignored)):
             raise ValueError(
                 f"ignore_config_fields: {', '.join(taken)} of config.json cannot be ignored, the "
@@ -188,7 +188,7 @@ def _say_once(line: str) -> None:
 
 
 def _llama(fields: _Fields, *, default_head_dim: int | None = None) -> dict[str, Any]:
-    """What LLaMA and its relatives share: RMS norm, gated SiLU, rotary positions."""
+    """Reads the fields of LLaMA and its relatives: RMS norm, gated SiLU, rotary positions."""
     fields.expect("hidden_act", "silu")
     hidden_size, num_heads = fields.take("hidden_size"), fields.take("num_attention_heads")
     max_positions = fields.take("max_position_embeddings")
@@ -244,7 +244,7 @@ def _qwen3(fields: _Fields) -> BackboneConfig:
 
 
 def _qwen_window(fields: _Fields, num_layers: int) -> int | None:
-    """The window of all layers; refused where only some layers have one."""
+    """Returns the window of all layers; refuses one of some layers only."""
     window = fields.take("sliding_window", None)
     first = fields.take("max_window_layers", 28)
     wanted = fields.take("use_sliding_window", False) and window is not None
@@ -261,7 +261,7 @@ def _qwen_window(fields: _Fields, num_layers: int) -> int | None:
 
 
 def _baichuan(fields: _Fields) -> BackboneConfig:
-    """Baichuan and Baichuan 2, which share a model type.
+    """Reads the fields of Baichuan and Baichuan 2, which share a model type.
 
     The 7B models are rotary and say `max_position_embeddings`; the 13B models are ALiBi and say
     `model_max_length`. Baichuan 2 has its vocabulary size, or writes `z_loss_weight`.
@@ -327,7 +327,7 @@ def _bloom(fields: _Fields) -> BackboneConfig:
 
 
 def _rope(fields: _Fields, max_positions: int) -> RopeConfig:
-    """Rotary settings, in the form of transformers 5 or that of 4."""
+    """Reads rotary settings, in the form of transformers 5 or that of 4."""
     theta = fields.take("rope_theta", None)
     outer_original = fields.take("original_max_position_embeddings", None)
     legacy, settings = fields.take("rope_scaling", None), fields.take("rope_parameters", None)
@@ -371,7 +371,7 @@ def _rope(fields: _Fields, max_positions: int) -> RopeConfig:
 def _check_same_angles(
     theta: float | None, legacy: Mapping[str, Any] | None, settings: Mapping[str, Any] | None
 ) -> None:
-    """Refuse two spellings of the rotary settings that differ: each version reads its own."""
+    """Refuses two differing forms of the rotary settings, as each version reads its own."""
     if not settings:
         return
     old = _one_spelling(legacy or {}) if legacy else {}
@@ -422,7 +422,7 @@ _TOKEN_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def exported_layout(cfg: BackboneConfig) -> str:
-    """The `model_type` a backbone is exported as: Baichuan-7B is a LLaMA with fused weights."""
+    """Returns the exported `model_type` of a backbone: Baichuan-7B becomes a LLaMA."""
     if cfg.family in ("baichuan", "baichuan2"):
         return "llama" if cfg.family == "baichuan" and cfg.position == "rope" else "baichuan"
     return cfg.family
@@ -437,7 +437,7 @@ def to_hugging_face(
     tokens: Mapping[str, Any] | None = None,
     pad_token_id: int | None = None,
 ) -> dict[str, Any]:
-    """The `config.json` under which transformers and vLLM load an exported backbone.
+    """Returns the `config.json` under which transformers and vLLM load an exported backbone.
 
     A source's config is passed on with its own fields, changed only where the export differs.
     Rotary settings that it gives in the words of transformers 5 alone (`rope_parameters`) stand
@@ -476,7 +476,7 @@ def to_hugging_face(
 
 
 def _check_says_the_same(config: Mapping[str, Any], cfg: BackboneConfig, layout: str) -> None:
-    """Raise where the layout has no words for what the backbone is."""
+    """Raises ValueError if the layout has no field for a setting of the backbone."""
     said = from_hugging_face(config)
     lost = [
         f"{field.name}={getattr(cfg, field.name)!r} (config.json: {getattr(said, field.name)!r})"
@@ -508,7 +508,7 @@ def _score_fields(layout: str, pad_token_id: int | None) -> dict[str, Any]:
 
 
 def _fresh(cfg: BackboneConfig, layout: str) -> dict[str, Any]:
-    """A config from nothing but the backbone."""
+    """Returns a new config for a backbone without a source config."""
     if layout == "bloom":
         return _bloom_fields(cfg)
     if layout not in _ARCHITECTURES:
@@ -560,7 +560,7 @@ def _bloom_fields(cfg: BackboneConfig) -> dict[str, Any]:
 
 
 def _in_words_of_4(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """`rope_theta` and `rope_scaling` that say what `rope_parameters` does.
+    """Returns `rope_theta` and `rope_scaling` that are equal to `rope_parameters`.
 
     Without a theta there it is left out here as well: one beside it is the config's own.
     """
@@ -571,7 +571,7 @@ def _in_words_of_4(parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rope_fields(rope: RopeConfig | None) -> dict[str, Any]:
-    """Rotary settings in transformers 5's words; those of 4 follow from them."""
+    """Returns rotary settings in the form of transformers 5, from which that of 4 follows."""
     assert rope is not None
     scaling: dict[str, Any] = {"rope_theta": rope.theta, "rope_type": rope.rope_type}
     if rope.rope_type == "default":

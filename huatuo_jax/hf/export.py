@@ -47,7 +47,7 @@ def export_model(
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
 ) -> None:
-    """Write weights, config.json and what the model came with (tokenizer, generation config).
+    """Writes weights, config.json, tokenizer and generation config.
 
     The folder is written beside its place and renamed when whole. One layer of one parameter is on
     the host at a time.
@@ -117,7 +117,7 @@ def _tensors(
     cfg: BackboneConfig,
     dtype: DTypeLike | None,
 ) -> list[TensorToWrite]:
-    """Every tensor of the export, in the checkpoint's usual order: layer by layer."""
+    """Returns every tensor of the export, in the checkpoint's usual order: layer by layer."""
 
     @functools.lru_cache(maxsize=_KEPT_LAYERS)
     def parts(rule: TensorRule, layer: int) -> tuple[np.ndarray, ...]:
@@ -162,7 +162,7 @@ def _tokenizer_source(source_folder: pathlib.Path | None) -> pathlib.Path | None
 
 
 def _copy_side_files(source_folder: pathlib.Path, folder: pathlib.Path, layout: str) -> None:
-    """Copy what lies beside the weights, byte for byte.
+    """Copies the files beside the weights, byte for byte.
 
     A Baichuan that becomes a LLaMA leaves its code behind: its tokenizer is written in the form
     that transformers loads without it.

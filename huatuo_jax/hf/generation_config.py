@@ -27,7 +27,7 @@ def stop_token_ids(
     of_template: Sequence[int],
     vocab_size: int,
 ) -> tuple[int, ...]:
-    """The ids that end an answer of a model, wherever it answers.
+    """Returns the ids that end an answer of a model, wherever it answers.
 
     They are the chat template's, the tokenizer's EOS, and those of the model's folder:
     `eos_token_id` of its `generation_config.json` or, as in transformers, of its `config.json`
@@ -124,7 +124,7 @@ def set_sampling(
 
 
 def token_fields_of(folder: pathlib.Path | None) -> dict[str, Any]:
-    """BOS, stop ids and pad as a folder's `generation_config.json` has them, for a new config.json.
+    """Returns BOS, stop ids and pad of `generation_config.json`, for a new config.json.
 
     Null for what it leaves out, since a config class of transformers has ids of its own; empty
     where there is no such file.
@@ -161,7 +161,7 @@ def _file_of_ids(folder: pathlib.Path) -> pathlib.Path:
 
 
 def ids_in(path: pathlib.Path) -> list[int]:
-    """The ids that end an answer by a config, none where there is no such file or field.
+    """Returns the ids that end an answer by a config, none where there is no such file or field.
 
     Raises:
         ValueError: the field holds something else.

@@ -38,19 +38,19 @@ class Tensors(Protocol):
 
     @property
     def folder(self) -> pathlib.Path:
-        """Where they come from, for messages."""
+        """The folder that holds them, for messages."""
 
     def names(self) -> tuple[str, ...]:
-        """Name every tensor."""
+        """Names every tensor."""
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Tell the shape of a tensor."""
+        """Returns the shape of a tensor."""
 
     def dtype(self, name: str) -> np.dtype:
-        """Tell the dtype of a tensor."""
+        """Returns the dtype of a tensor."""
 
     def read(self, name: str) -> np.ndarray:
-        """Read one tensor into a new array."""
+        """Reads one tensor into a new array."""
 
 
 def load_params(
@@ -63,7 +63,7 @@ def load_params(
     dtype: DTypeLike | None = None,
     on_progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """The parameters of a checkpoint, each on the devices where the partition rules put it.
+    """Loads the parameters of a checkpoint onto the devices of the partition rules.
 
     One stacked parameter at a time is built on the host, and of it only the shards of this host's
     devices; every tensor is read once.
@@ -132,14 +132,14 @@ class _Buffers:
         }
 
     def fill(self, layer: int, value: np.ndarray) -> None:
-        """Copy one layer's value (or the whole, where layers are not stacked) into the shards."""
+        """Copies one layer's value (or the whole, where layers are not stacked) into the shards."""
         for bounds, buffer in self._buffers.items():
             inner = bounds[1:] if self._stacked else bounds
             target = buffer[layer] if self._stacked else buffer
             np.copyto(target, value[tuple(slice(*b) for b in inner)], casting="unsafe")
 
     def to_array(self) -> jax.Array:
-        """The parameter on its devices; this host's memory is given up."""
+        """Moves the parameter to its devices and frees this host's memory."""
         shards = [
             jax.device_put(self._buffers[bounds], device) for device, bounds in self._slices.items()
         ]
@@ -150,7 +150,7 @@ class _Buffers:
 
 
 def _aligned(shape: list[int], dtype: np.dtype) -> np.ndarray:
-    """Memory that a CPU device takes over as it is; it would copy what is not aligned."""
+    """Allocates aligned memory, which a CPU device uses without a copy."""
     size = math.prod(shape) * dtype.itemsize
     raw = np.empty(size + _ALIGNMENT, dtype=np.uint8)
     start = -raw.ctypes.data % _ALIGNMENT
@@ -167,7 +167,7 @@ def _sharding(
 
 
 def _prefix(source: Tensors, rules: tuple[TensorRule, ...]) -> str:
-    """The prefix to leave off our names, for a checkpoint of the bare base model."""
+    """Returns the prefix to leave off our names, for a checkpoint of the bare base model."""
     expected = next(prefix for prefix in _BASE_PREFIXES if rules[0].names[0].startswith(prefix))
     bare = not any(name.startswith(expected) for name in source.names())
     return expected if bare else ""
@@ -202,7 +202,7 @@ class _Renamed:
 
 
 def _with_embedding(source: Tensors, embedding: str, cfg: BackboneConfig) -> Tensors:
-    """A tied model may be saved with either name of its one matrix; here it has the embedding's."""
+    """Gives the one matrix of a tied model, saved under either name, the embedding's name."""
     names = source.names()
     if cfg.tie_embeddings and embedding not in names and _HEAD in names:
         return _Renamed(source, _HEAD, embedding)
@@ -224,7 +224,7 @@ def _check_tensors(
     head: Head,
     prefix: str,
 ) -> int:
-    """Compare the checkpoint with the table before anything is read; the number of tensors."""
+    """Compares the checkpoint with the table before reading; returns the number of tensors."""
     expected: dict[str, tuple[int, ...]] = {}
     for rule in rules:
         for layer in _layers(rule, cfg):
@@ -249,7 +249,7 @@ def _check_tensors(
 
 
 def _check_tied(source: Tensors, embedding: str) -> None:
-    """A tied head that is saved all the same must be the embedding."""
+    """Refuses a saved head of a tied model that differs from the embedding."""
     if not np.array_equal(source.read(_HEAD), source.read(embedding)):
         raise ValueError(
             f"{source.folder}: config.json ties the head to the embedding, but {_HEAD} "
@@ -296,7 +296,7 @@ class DeltaSource:
     base: Tensors
 
     def __post_init__(self) -> None:
-        """Raise ValueError where the two do not belong together, before anything is read."""
+        """Checks that delta and base fit together, before anything is read."""
         for name in self.delta.names():
             if _PUBLISHED_WHOLE.search(name):
                 continue
@@ -314,19 +314,19 @@ class DeltaSource:
         return self.delta.folder
 
     def names(self) -> tuple[str, ...]:
-        """Name every tensor of the delta."""
+        """Names every tensor of the delta."""
         return self.delta.names()
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Tell the shape of a tensor."""
+        """Returns the shape of a tensor."""
         return self.delta.shape(name)
 
     def dtype(self, name: str) -> np.dtype:
-        """Tell the dtype of a tensor, which is the delta's."""
+        """Returns the dtype of a tensor: that of the delta."""
         return self.delta.dtype(name)
 
     def read(self, name: str) -> np.ndarray:
-        """Read one tensor of the sum into a new array."""
+        """Reads one tensor of the sum into a new array."""
         difference = self.delta.read(name)
         if _PUBLISHED_WHOLE.search(name):
             return difference

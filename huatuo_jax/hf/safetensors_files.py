@@ -1,6 +1,8 @@
-"""Safetensors files: where their tensors lie, and writing them in shards with one in memory.
+"""Safetensors files: tensors read one at a time, and written in shards with one in memory.
 
-Where one tensor's bytes lie in a weight file, and how to read only those.
+Reading is the safetensors library's. Writing is done here, because `safetensors.serialize_file`
+takes all tensors of a file at once: a shard of 5 GB would have to be in memory, where this writer
+holds one tensor, and it says how much is missing on a full disk.
 """
 
 import contextlib
@@ -15,7 +17,7 @@ import pathlib
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -43,7 +45,7 @@ _BOTH_HALVES = {SUPPORTED_DTYPES["float16"], SUPPORTED_DTYPES["bfloat16"]}
 
 
 def common_dtype(dtypes: Collection[np.dtype]) -> np.dtype:
-    """The narrowest dtype that holds every value of these; float32 for float16 beside bfloat16.
+    """Returns the narrowest dtype that holds all of these; float32 for float16 and bfloat16.
 
     Those two have no common dtype in NumPy: one has the longer mantissa, the other the range.
     """
@@ -53,65 +55,25 @@ def common_dtype(dtypes: Collection[np.dtype]) -> np.dtype:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class StoredTensor:
-    """One tensor that still lies on disk.
-
-    `strides` counts elements, as torch does, one for each dimension of `shape`; `byte_offset` is
-    where the first element lies in the file at `path`.
-    """
+class SafetensorsTensor:
+    """One tensor of a safetensors file, on disk until it is read."""
 
     path: pathlib.Path
+    name: str
     dtype: np.dtype
     shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    byte_offset: int
 
     def read(self) -> np.ndarray:
-        """Read the tensor into a new, writable, C-contiguous array in host memory.
+        """Reads the tensor into a new, writable, C-contiguous array in host memory.
 
-        Only the span from the tensor's first to its last element is read. A tensor stored in
-        another order (a saved transpose, say) needs that span beside the result for a moment.
         Any number of threads may read at once: each call opens the file for itself.
 
         Raises:
-            ValueError: The file has become shorter since it was opened.
+            ValueError: The file was damaged or cut short after it was opened.
         """
-        if self.strides == contiguous_strides(self.shape) or math.prod(self.shape) <= 1:
-            array = np.empty(self.shape, self.dtype)
-            self._fill(array)
-            return array
-        span = np.empty(spanned_elements(self.shape, self.strides), self.dtype)
-        self._fill(span)
-        byte_strides = [stride * self.dtype.itemsize for stride in self.strides]
-        view = np.lib.stride_tricks.as_strided(span, self.shape, byte_strides, writeable=False)
-        return np.array(view, order="C", copy=True)
-
-    def _fill(self, array: np.ndarray) -> None:
-        # Plain reads into the destination: pages of a memory map would count as resident memory
-        # of this process, and a whole checkpoint would pass through it.
-        remaining = array.reshape(-1).view(np.uint8).data
-        with open(self.path, "rb", buffering=0) as file:
-            file.seek(self.byte_offset)
-            while len(remaining) > 0:
-                num_read = file.readinto(remaining)
-                if not num_read:
-                    raise ValueError(
-                        f"{self.path}: {len(remaining)} bytes of a tensor are missing; the file "
-                        "became shorter while it was read, copy or download it again"
-                    )
-                remaining = remaining[num_read:]
-
-
-def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Count the elements between neighbours along each dimension of a C-contiguous array."""
-    return tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
-
-
-def spanned_elements(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
-    """Count the elements from the first to the last of a strided array, both included."""
-    if 0 in shape:
-        return 0
-    return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+        with _opened(self.path) as file:
+            array: np.ndarray = file.get_tensor(self.name)
+        return array
 
 
 # The format's names of our dtypes, widest first: the order in which the safetensors library lays
@@ -160,7 +122,7 @@ class TensorToWrite(NamedTuple):
 
 
 def parse_size(size: int | str) -> int:
-    """Turn a size such as 5_000_000, "200MB", "5GB" or "1.5GiB" into bytes.
+    """Converts a size such as 5_000_000, "200MB", "5GB" or "1.5GiB" into bytes.
 
     As huggingface_hub does, GB is 10**9 bytes; GiB is 2**30. Case does not matter.
 
@@ -176,42 +138,44 @@ def parse_size(size: int | str) -> int:
     return num_bytes
 
 
-def read_safetensors_layout(path: pathlib.Path) -> dict[str, StoredTensor]:
-    """Find every tensor of one safetensors file, in the order of the file.
-
-    The safetensors library checks the header: that it is well formed, that the tensors cover the
-    data without gap or overlap, and that no byte of the file is missing or left over. It maps the
-    file only while it does so and touches none of its data.
+def read_safetensors_layout(path: pathlib.Path) -> dict[str, SafetensorsTensor]:
+    """Lists every tensor of one safetensors file, in the order of the file; reads no data.
 
     Raises:
         ValueError: The file is damaged or cut short, or holds a dtype that is not supported.
     """
+    tensors = {}
+    with _opened(path) as file:
+        for name in file.offset_keys():
+            stored = file.get_slice(name)
+            if stored.get_dtype() not in _DTYPE_BY_FORMAT_NAME:
+                raise ValueError(
+                    f"{path}: tensor {name} has dtype {stored.get_dtype()}; supported dtypes are "
+                    f"{', '.join(_DTYPE_BY_FORMAT_NAME)}"
+                )
+            tensors[name] = SafetensorsTensor(
+                path=path,
+                name=name,
+                dtype=_DTYPE_BY_FORMAT_NAME[stored.get_dtype()],
+                shape=tuple(stored.get_shape()),
+            )
+    return tensors
+
+
+@contextlib.contextmanager
+def _opened(path: pathlib.Path) -> Iterator[Any]:
+    """Opens a file with the safetensors library, which checks its header and its size.
+
+    It reads with `pread`: pages of a memory map would count as resident memory of this process,
+    and a whole checkpoint would pass through it.
+    """
     try:
-        with safe_open(path, framework="np") as checked:
-            names_by_offset = checked.offset_keys()
+        with safe_open(path, framework="np", backend="pread") as file:
+            yield file
     except SafetensorError as error:
         raise ValueError(
             f"{path}: damaged or cut short ({error}); copy or download it again"
         ) from error
-    with open(path, "rb") as file:
-        header_size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(header_size))
-    tensors = {}
-    for name in names_by_offset:
-        entry = header[name]
-        if entry["dtype"] not in _DTYPE_BY_FORMAT_NAME:
-            raise ValueError(
-                f"{path}: tensor {name} has dtype {entry['dtype']}; supported dtypes are "
-                f"{', '.join(_DTYPE_BY_FORMAT_NAME)}"
-            )
-        tensors[name] = StoredTensor(
-            path=path,
-            dtype=_DTYPE_BY_FORMAT_NAME[entry["dtype"]],
-            shape=tuple(entry["shape"]),
-            strides=contiguous_strides(tuple(entry["shape"])),
-            byte_offset=8 + header_size + entry["data_offsets"][0],
-        )
-    return tensors
 
 
 def write_safetensors(
@@ -221,7 +185,7 @@ def write_safetensors(
     max_shard_size: int,
     metadata: Mapping[str, str] = TRANSFORMERS_METADATA,
 ) -> None:
-    """Write tensors as transformers does: `model.safetensors`, or shards and their index.
+    """Writes tensors as transformers does: `model.safetensors`, or shards and their index.
 
     Shards are filled in the order of `tensors`; one bigger than `max_shard_size` (bytes) gets a
     shard of its own. Within a file the safetensors library's order holds (widest dtype first, then
@@ -262,7 +226,7 @@ def write_safetensors(
 def plan_shards(
     tensors: Sequence[TensorToWrite], *, max_shard_size: int
 ) -> list[list[TensorToWrite]]:
-    """Split tensors into shards of at most `max_shard_size` bytes of data, as huggingface_hub does.
+    """Splits tensors into shards of at most `max_shard_size` bytes, as huggingface_hub does.
 
     A tensor bigger than that gets a shard of its own, which comes before the shard that was being
     filled when it turned up.

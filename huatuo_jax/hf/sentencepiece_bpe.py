@@ -148,7 +148,7 @@ def _spelled_out(model: models.BPE, cut: Any, words: list[str]) -> list[Any]:
 def _normalizer(
     path: pathlib.Path, processor: Any, spec: Any, symbols: list[str]
 ) -> normalizers.Normalizer | None:
-    """SentencePiece's normaliser: character map, spaces removed, one put in front, spaces marked.
+    """Returns SentencePiece's normalizer: character map, spaces removed, prefix, space marks.
 
     A character map is exact but for a mapped character with a combining mark (full-width `Á`).
     """

@@ -110,7 +110,7 @@ def save_loaded(
 def with_special_tokens(
     tokenizer: transformers.PreTrainedTokenizerBase, tokens: Collection[str]
 ) -> transformers.PreTrainedTokenizerBase:
-    """A tokenizer that reads tokens of its vocabulary as special ones; itself where there are none.
+    """Makes tokens of a tokenizer's vocabulary special; returns it unchanged without any.
 
     Raises:
         ValueError: a token that it does not have.
@@ -132,7 +132,7 @@ def with_special_tokens(
 def with_splits_before(
     tokenizer: transformers.PreTrainedTokenizerBase, marks: Collection[str]
 ) -> transformers.PreTrainedTokenizerBase:
-    """A fast tokenizer in which no token reaches over the start of one of these texts."""
+    """Returns a fast tokenizer in which no token reaches over the start of one of these texts."""
     changed = copy.deepcopy(tokenizer)
     backend = changed.backend_tokenizer
     texts = "|".join(re.escape(mark) for mark in marks)
@@ -144,7 +144,7 @@ def with_splits_before(
 
 
 def loads_beside(tokenizer: transformers.PreTrainedTokenizerBase, model_type: str) -> bool:
-    """Whether a tokenizer, once written, is read as the same one beside a model of a type.
+    """Returns whether a tokenizer, once written, is read as the same one beside a model of a type.
 
     Some types (`llama` and `qwen2` are two) may have a class that makes its pipeline anew.
     """
@@ -259,7 +259,7 @@ def set_pad_token(folder: pathlib.Path, pad_token_id: int) -> None:
 
 
 def _ids_in_use(tokenizer: transformers.PreTrainedTokenizerBase) -> set[int]:
-    """The ids that any sequence may hold: delimiters, template tokens, a reachable unknown."""
+    """Returns the ids that any sequence may hold: delimiters, template tokens, unknown."""
     used = _ids_of_roles(tokenizer)
     used.update(tokenizer.encode(""))
     templates = tokenizer.chat_template or ""
@@ -273,7 +273,7 @@ def _ids_in_use(tokenizer: transformers.PreTrainedTokenizerBase) -> set[int]:
 
 
 def _ids_of_roles(tokenizer: transformers.PreTrainedTokenizerBase) -> set[int]:
-    """The tokens that open, end or separate sequences."""
+    """Returns the tokens that open, end or separate sequences."""
     roles = [tokenizer.bos_token_id, tokenizer.eos_token_id]
     roles += [tokenizer.sep_token_id, tokenizer.cls_token_id]
     return {token_id for token_id in roles if token_id is not None}
@@ -292,7 +292,7 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
 
 
 def local_folder(source: str | pathlib.Path) -> pathlib.Path:
-    """The folder itself, or the hub repository's tokenizer files in the local hub cache.
+    """Returns the folder itself, or the hub repository's tokenizer files in the local hub cache.
 
     Raises:
         ValueError: it is neither a folder nor a hub id that can be reached.
@@ -310,13 +310,13 @@ def local_folder(source: str | pathlib.Path) -> pathlib.Path:
 
 
 def holds_tokenizer(folder: pathlib.Path) -> bool:
-    """Whether a folder has any file that a tokenizer can be loaded from."""
+    """Returns whether a folder has any file that a tokenizer can be loaded from."""
     names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
     return any((folder / name).is_file() for name in names)
 
 
 def _needs_rebuilding(folder: pathlib.Path) -> bool:
-    """Whether the tokenizer is Baichuan's remote code, or a SentencePiece model with no class."""
+    """Tells if the tokenizer is Baichuan's remote code or SentencePiece without a class."""
     if not (folder / "tokenizer.model").is_file():
         return False
     tokenizer_config = _read_json(folder / "tokenizer_config.json")
@@ -335,7 +335,7 @@ def _copy(source: pathlib.Path, target: pathlib.Path) -> None:
 
 
 def equals_files(tokenizer: transformers.PreTrainedTokenizerBase, folder: pathlib.Path) -> bool:
-    """Whether the tokenizer is still what its folder holds."""
+    """Returns whether the tokenizer is still what its folder holds."""
 
     def state(tokenizer: transformers.PreTrainedTokenizerBase) -> list[Any]:
         pipeline = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {}
@@ -413,7 +413,7 @@ SIDE_FILES = (*_MODEL_FILES, *_TOKENIZER_FILES)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Talk:
-    """How a model is talked to and where its answers end, for the files beside its weights.
+    """The tokenizer, chat template and stop ids to write beside a model's weights.
 
     Attributes:
         tokenizer: that takes the place of the folder's; None leaves that.

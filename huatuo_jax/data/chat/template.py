@@ -66,12 +66,12 @@ class Piece(NamedTuple):
 
 
 def control(text: str, *, trained: bool = False) -> Piece:
-    """A piece that is one token of the tokenizer."""
+    """Returns a piece that is one token of the tokenizer."""
     return Piece(text, control=True, trained=trained)
 
 
 def control_id(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
-    """The id of a control token; ValueError if the tokenizer does not have it."""
+    """Returns the id of a control token; ValueError if the tokenizer does not have it."""
     token_id = tokenizer.convert_tokens_to_ids(text)
     if token_id is None or (token_id == tokenizer.unk_token_id and text != tokenizer.unk_token):
         raise ValueError(
@@ -82,7 +82,7 @@ def control_id(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
 
 
 def special_strings(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
-    """The strings of the special tokens, which a text of a dialogue may only spell.
+    """Returns the strings of the special tokens, which a text of a dialogue may only spell.
 
     One-character ones are left out: they are ordinary text used for padding, not structure.
     """
@@ -112,7 +112,7 @@ def cut_apart(text: str, strings: frozenset[str]) -> list[str]:
 
 
 def encode_after(tokenizer: PreTrainedTokenizerBase, anchor: str | None, text: str) -> list[int]:
-    """The ids a text has right after a control token, or at the start of a text if None."""
+    """Returns the ids a text has right after a control token, or at the start of a text if None."""
     # Not verbose: how long a row may be is for `truncate` to say, not for the tokenizer to warn.
     if anchor is None:
         return list(tokenizer.encode(text, add_special_tokens=False, verbose=False))
@@ -149,7 +149,7 @@ class PieceEncoder:
         self._joined_ids: list[int] = []
 
     def encode(self, piece: Piece) -> list[int]:
-        """The ids of the next piece, given the pieces before it."""
+        """Returns the ids of the next piece, given the pieces before it."""
         if piece.control or piece.apart:
             self._anchor = piece.text if piece.control else None
             self._joined, self._joined_ids = "", []
@@ -181,7 +181,7 @@ class PieceEncoder:
 
 
 def start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The special tokens that the tokenizer puts before a text by itself, often BOS or none."""
+    """Returns the special tokens that the tokenizer itself puts before a text, if any."""
     text = tokenizer.encode("a", add_special_tokens=False)
     wrapped = tokenizer.encode("a", add_special_tokens=True)
     for start in range(len(wrapped) - len(text) + 1):
@@ -193,7 +193,7 @@ def start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def named_token(tokenizer: PreTrainedTokenizerBase, name: Literal["bos_token", "eos_token"]) -> str:
-    """The string of the tokenizer's BOS or EOS; ValueError if it has none."""
+    """Returns the string of the tokenizer's BOS or EOS; ValueError if it has none."""
     text = tokenizer.special_tokens_map.get(name)
     if text is None:
         raise ValueError(f"tokenizer: has no {name}, which the template needs; set it")
@@ -201,7 +201,7 @@ def named_token(tokenizer: PreTrainedTokenizerBase, name: Literal["bos_token", "
 
 
 def token_of_id(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
-    """The string of a token id; ValueError if the vocabulary ends before it."""
+    """Returns the string of a token id; ValueError if the vocabulary ends before it."""
     if token_id >= len(tokenizer):
         raise ValueError(
             f"tokenizer: has {len(tokenizer)} tokens, and the template needs token {token_id}"
@@ -210,7 +210,7 @@ def token_of_id(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
 
 
 def with_eos(token_id: int, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """A stop token's id, and that of EOS if the tokenizer has another one."""
+    """Returns a stop token's id, and that of EOS if the tokenizer has another one."""
     if tokenizer.eos_token_id is None or tokenizer.eos_token_id == token_id:
         return (token_id,)
     return (token_id, int(tokenizer.eos_token_id))
@@ -224,7 +224,7 @@ TruncationPolicy = Literal["drop_oldest_turns", "drop_row"]
 
 
 class TurnSpan(NamedTuple):
-    """Where a turn lies in the token ids: `[start, end)`.
+    """The token range of a turn: `[start, end)`.
 
     `content_start` is where generation would begin in a doctor's turn; elsewhere it equals `start`.
     Ids before the first message (start tokens) form a system turn.
@@ -259,7 +259,7 @@ class TurnTokens(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChatTemplate(abc.ABC):
-    """How a dialogue becomes text and token ids.
+    """Renders a dialogue as text and token ids.
 
     `default_system` is the system text of a dialogue that has no system message of its own (None:
     such a dialogue has no system text).
@@ -281,32 +281,32 @@ class ChatTemplate(abc.ABC):
 
     @abc.abstractmethod
     def text(self, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> str:
-        """The text of the ids: the training text where the doctor speaks last, else the prompt."""
+        """Returns the training text of a dialogue that ends with the assistant, else the prompt."""
 
     @abc.abstractmethod
     def stop_token_ids(self, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-        """The ids that end an answer, the template's own end of turn first."""
+        """Returns the ids that end an answer, the template's own end of turn first."""
 
     @abc.abstractmethod
     def control_tokens(self, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-        """The strings of the tokens that the template writes by their id, in order, each once."""
+        """Returns the strings of the tokens written by their id, in order, each once."""
 
     @abc.abstractmethod
     def to_jinja(self, tokenizer: PreTrainedTokenizerBase) -> str:
-        """A `chat_template` for an exported tokenizer, which renders the same text as `text`."""
+        """Returns a Jinja `chat_template` for an exported tokenizer, with the text of `text`."""
 
     @abc.abstractmethod
     def unfinished(
         self, messages: Sequence[Message], text: str, tokenizer: PreTrainedTokenizerBase
     ) -> list[int]:
-        """The ids of a prompt and of an answer that was cut off: no end of turn follows `text`.
+        """Returns the ids of a prompt and of a response cut off after `text`: no end of turn.
 
         Raises ValueError for a dialogue that does not end with the user.
         """
 
     @abc.abstractmethod
     def content_of(self, text: str, tokenizer: PreTrainedTokenizerBase, *, ended: bool) -> str:
-        """The message content of an answer's sampled text, its end of turn left out.
+        """Returns the message content of a response's sampled text, without its end of turn.
 
         A template may write something of its own around the content, such as HuatuoGPT's space
         before EOS. A model that was trained with the template samples it; it is taken off here, so
@@ -340,7 +340,7 @@ class ChatTemplate(abc.ABC):
         *,
         trained: TrainedTurns = "all",
     ) -> Rendered:
-        """As `render`, also of a dialogue that would train no token."""
+        """Renders as `render` does, also a dialogue that would train no token."""
         if trained not in get_args(TrainedTurns):
             raise ValueError(f"trained: {trained!r} is not one of {get_args(TrainedTurns)}")
         check_dialogue(messages, last="assistant")
@@ -360,7 +360,7 @@ class ChatTemplate(abc.ABC):
         return Rendered(token_ids, trained_mask, spans)
 
     def prompt(self, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-        """The ids the doctor's next answer is generated from, its header included."""
+        """Returns the ids that the next answer is generated from, its header included."""
         check_dialogue(messages, last="user")
         turns = self.tokenize(messages, tokenizer)
         return list(itertools.chain.from_iterable(turn.token_ids for turn in turns))
@@ -400,22 +400,22 @@ class PieceTemplate(ChatTemplate):
 
     @abc.abstractmethod
     def _opening(self, system: str | None, tokenizer: PreTrainedTokenizerBase) -> tuple[Piece, ...]:
-        """What stands before the first turn: start tokens and the system text, if any."""
+        """Returns the pieces before the first turn: start tokens and the system text, if any."""
 
     @abc.abstractmethod
     def _question(self, content: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Piece, ...]:
-        """A patient's turn."""
+        """Returns the pieces of a user turn."""
 
     @abc.abstractmethod
     def _answer_header(self, tokenizer: PreTrainedTokenizerBase) -> tuple[Piece, ...]:
-        """What stands before a doctor's answer, and ends a prompt."""
+        """Returns the pieces before an assistant's content, which end a prompt."""
 
     @abc.abstractmethod
     def _answer(self, content: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Piece, ...]:
-        """A doctor's answer after its header; its trained pieces end with the end of the turn."""
+        """Returns an assistant turn after its header; the last trained piece ends the turn."""
 
     def _turns(self, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[Turn]:
-        """The turns of a valid dialogue, with an open answer where the patient speaks last."""
+        """Returns the turns of a dialogue, with an open answer if the user speaks last."""
         system, spoken = split_system(messages, self.default_system)
         opening = self._opening(system, tokenizer)
         turns = [Turn("system", (), opening)] if opening else []
@@ -452,7 +452,7 @@ class PieceTemplate(ChatTemplate):
     def unfinished(
         self, messages: Sequence[Message], text: str, tokenizer: PreTrainedTokenizerBase
     ) -> list[int]:
-        """The ids of a prompt and of an answer that was cut off; see `ChatTemplate.unfinished`."""
+        """Returns the ids of a prompt and a cut-off response; see `ChatTemplate.unfinished`."""
         check_dialogue(messages, last="user")
         pieces = [
             piece for turn in self._turns(messages, tokenizer) for piece in turn.header + turn.body
@@ -466,18 +466,18 @@ class PieceTemplate(ChatTemplate):
         return [one for piece in (*pieces, cut_off) for one in encoder.encode(piece)]
 
     def content_of(self, text: str, tokenizer: PreTrainedTokenizerBase, *, ended: bool) -> str:
-        """The content of an answer's text; see `ChatTemplate.content_of`."""
+        """Returns the content of an answer's text; see `ChatTemplate.content_of`."""
         return text
 
     def control_tokens(self, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-        """Those of a small dialogue; see `ChatTemplate.control_tokens`."""
+        """Returns the control tokens of a small dialogue; see `ChatTemplate.control_tokens`."""
         probe = [Message("system", "a"), Message("user", "b"), Message("assistant", "c")]
         turns = self._turns(probe, tokenizer)
         pieces = (piece for turn in turns for piece in turn.header + turn.body)
         return tuple(dict.fromkeys(piece.text for piece in pieces if piece.control))
 
     def text(self, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> str:
-        """The text of the ids: the training text where the doctor speaks last, else the prompt."""
+        """Returns the training text of a dialogue that ends with the assistant, else the prompt."""
         check_dialogue(messages, last=None)
         turns = self._turns(messages, tokenizer)
         return "".join(piece.text for turn in turns for piece in turn.header + turn.body)
@@ -486,7 +486,7 @@ class PieceTemplate(ChatTemplate):
 def split_system(
     messages: Sequence[Message], default_system: str | None
 ) -> tuple[str | None, Sequence[Message]]:
-    """The system text of a valid dialogue, its own or the default, and the spoken turns."""
+    """Returns the system text of a valid dialogue, its own or the default, and the spoken turns."""
     if messages[0].role == "system":
         return messages[0].content, messages[1:]
     return default_system, messages
@@ -515,7 +515,7 @@ def check_dialogue(
 
 
 class Truncated(NamedTuple):
-    """What is left of a dialogue: None if the row was dropped, and how many messages went."""
+    """A truncated dialogue: None if the row was dropped, and the number of messages dropped."""
 
     rendered: Rendered | None
     num_messages_dropped: int

@@ -78,15 +78,15 @@ class HuatuoGPTTemplate(PieceTemplate):
         return (text, control(named_token(tokenizer, "eos_token"), trained=True))
 
     def content_of(self, text: str, tokenizer: PreTrainedTokenizerBase, *, ended: bool) -> str:
-        """The text without the one space that stands before EOS."""
+        """Returns the text without the one space that stands before EOS."""
         return text.removesuffix(" ") if ended else text
 
     def stop_token_ids(self, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-        """EOS."""
+        """Returns the id of EOS."""
         return (control_id(tokenizer, named_token(tokenizer, "eos_token")),)
 
     def to_jinja(self, tokenizer: PreTrainedTokenizerBase) -> str:
-        """The template in Jinja; the text is the same, the ids need not be."""
+        """Returns the template in Jinja; the text is the same, the ids need not be."""
         return jinja_source(
             self.default_system,
             opening=f"{literal(''.join(start_tokens(tokenizer)))} + (system or '')",
@@ -127,11 +127,11 @@ class ChatMLTemplate(PieceTemplate):
         )
 
     def stop_token_ids(self, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-        """The end of a turn, and EOS where that is another token."""
+        """Returns the end of a turn, and EOS where that is another token."""
         return with_eos(control_id(tokenizer, "<|im_end|>"), tokenizer)
 
     def to_jinja(self, tokenizer: PreTrainedTokenizerBase) -> str:
-        """The template in Jinja."""
+        """Returns the template in Jinja."""
         turn = "'<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n'"
         system = "'<|im_start|>system\\n' + system + '<|im_end|>\\n'"
         return jinja_source(
@@ -176,15 +176,15 @@ class Llama2Template(PieceTemplate):
         return (text, control(named_token(tokenizer, "eos_token"), trained=True))
 
     def content_of(self, text: str, tokenizer: PreTrainedTokenizerBase, *, ended: bool) -> str:
-        """The text without white space around it, as the template writes it."""
+        """Returns the text without white space around it, as the template writes it."""
         return text.strip() if ended else text.lstrip()
 
     def stop_token_ids(self, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-        """EOS."""
+        """Returns the id of EOS."""
         return (control_id(tokenizer, named_token(tokenizer, "eos_token")),)
 
     def to_jinja(self, tokenizer: PreTrainedTokenizerBase) -> str:
-        """The template in Jinja."""
+        """Returns the template in Jinja."""
         wrapped = "'<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' + message['content']"
         content = f"({wrapped} if loop.first and system is not none else message['content'])"
         return jinja_source(
@@ -220,7 +220,7 @@ class Llama3Template(PieceTemplate):
         return (Piece(content.strip(), trained=True), control("<|eot_id|>", trained=True))
 
     def content_of(self, text: str, tokenizer: PreTrainedTokenizerBase, *, ended: bool) -> str:
-        """The text without white space around it, as the template writes it."""
+        """Returns the text without white space around it, as the template writes it."""
         return text.strip() if ended else text.lstrip()
 
     def _role(self, role: str) -> tuple[Piece, ...]:
@@ -230,11 +230,11 @@ class Llama3Template(PieceTemplate):
         return (*self._role(role), Piece(f"\n\n{content.strip()}"), control("<|eot_id|>"))
 
     def stop_token_ids(self, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-        """The end of a turn, and EOS where that is another token."""
+        """Returns the end of a turn, and EOS where that is another token."""
         return with_eos(control_id(tokenizer, "<|eot_id|>"), tokenizer)
 
     def to_jinja(self, tokenizer: PreTrainedTokenizerBase) -> str:
-        """The template in Jinja."""
+        """Returns the template in Jinja."""
         header = "'<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n'"
         turn = f"{header} + message['content'] | trim + '<|eot_id|>'"
         system_header = "'<|start_header_id|>system<|end_header_id|>\\n\\n'"
@@ -276,12 +276,12 @@ class BaichuanTemplate(PieceTemplate):
         return (text, control(named_token(tokenizer, "eos_token"), trained=True))
 
     def stop_token_ids(self, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-        """EOS, and the patient's token, with which the makers' models may end a turn."""
+        """Returns EOS and the user's token, with which the makers' models may end a turn."""
         eos_id = control_id(tokenizer, named_token(tokenizer, "eos_token"))
         return (eos_id, self.user_token_id)
 
     def to_jinja(self, tokenizer: PreTrainedTokenizerBase) -> str:
-        """The template in Jinja; the text is the same, the ids need not be."""
+        """Returns the template in Jinja; the text is the same, the ids need not be."""
         user = literal(token_of_id(tokenizer, self.user_token_id))
         assistant = literal(token_of_id(tokenizer, self.assistant_token_id))
         return jinja_source(
@@ -306,7 +306,7 @@ TEMPLATES: dict[str, type[ChatTemplate]] = {
 def by_name(
     name: str, *, default_system: str | None = None, date: str | None = None
 ) -> ChatTemplate:
-    """The template of that name, its default system text replaced where one is given.
+    """Returns the template of that name, its default system text replaced where one is given.
 
     Args:
         name: `tokenizer` is the tokenizer's own template.
@@ -335,7 +335,7 @@ def for_tokenizer(
     default_system: str | None = None,
     date: str | None = None,
 ) -> ChatTemplate:
-    """The template of that name; without one, the tokenizer's own, else HuatuoGPT's.
+    """Returns the template of that name; without one, the tokenizer's own, else HuatuoGPT's.
 
     A tokenizer whose chat template was exported from a named template here has that template, with
     the same default system text: its tokens are those of training.
@@ -362,7 +362,7 @@ def for_tokenizer(
 
 
 def _exported_here(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate | None:
-    """The named template that a tokenizer's chat template was exported from; None for others."""
+    """Returns the named template that a chat template was exported from; None for others."""
     source = own_source(tokenizer)
     system = None if source is None else default_system_in(source)
     if system is None:

@@ -62,7 +62,7 @@ _DEFAULT_SYSTEM = re.compile(
 
 
 def unread_tokens(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    """The template's control tokens that the tokenizer would read as plain text.
+    """Returns the template's control tokens that the tokenizer would read as plain text.
 
     In an exported tokenizer they have to be special tokens: there the template is a text. Baichuan
     names its turns by tokens of that kind. Tokens of one character are left out: such a character
@@ -74,7 +74,7 @@ def unread_tokens(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def exported_source(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """A template in Jinja for a tokenizer's files; None where they hold it already.
+    """Returns a template in Jinja for a tokenizer's files; None where they hold it already.
 
     Where tokenising its whole text does not give the tokens of training, a comment says so.
 
@@ -89,13 +89,13 @@ def exported_source(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) 
 
 
 def is_held(source: str, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a tokenizer's chat template is this source, as `exported_source` gives it."""
+    """Returns whether a tokenizer's chat template is this source, as `exported_source` gives it."""
     own = own_source(tokenizer)
     return own is not None and own.removeprefix(_OTHER_TOKENS) == source
 
 
 def own_source(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The one chat template of a tokenizer; None where it has none, or several."""
+    """Returns the one chat template of a tokenizer; None where it has none, or several."""
     own = tokenizer.chat_template
     if isinstance(own, dict):
         own = own.get("default") if len(own) == 1 else None
@@ -103,7 +103,7 @@ def own_source(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 
 def default_system_in(source: str) -> tuple[str | None] | None:
-    """The default system text of a source that `jinja_source` made, as a tuple of one.
+    """Returns the default system text of a source that `jinja_source` made, as a tuple of one.
 
     None for any other source.
     """
@@ -114,12 +114,12 @@ def default_system_in(source: str) -> tuple[str | None] | None:
 
 
 def gives_the_tokens_of_training(source: str) -> bool:
-    """Whether an exported source does not say that its tokens are others."""
+    """Returns whether an exported source does not say that its tokens are others."""
     return not source.startswith(_OTHER_TOKENS)
 
 
 def gives_the_tokens(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether transformers, given the template in Jinja, tokenises dialogues as training does."""
+    """Tells if transformers tokenises dialogues as training does, given the Jinja template."""
     source = template.to_jinja(tokenizer)
     return all(
         tokenizer.apply_chat_template(
@@ -131,14 +131,14 @@ def gives_the_tokens(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase)
 
 
 def literal(text: str | None) -> str:
-    """A string as a Jinja literal (JSON's escapes are Jinja's too), None as `none`."""
+    """Returns a string as a Jinja literal (JSON's escapes are Jinja's too), None as `none`."""
     return "none" if text is None else json.dumps(text, ensure_ascii=False)
 
 
 def jinja_source(
     default_system: str | None, *, opening: str, question: str, answer: str, answer_header: str
 ) -> str:
-    """A chat template in Jinja around four Jinja expressions.
+    """Returns a chat template in Jinja around four Jinja expressions.
 
     They see `system` (none where there is none) and, in turns, `message` and `loop`.
     """
@@ -207,7 +207,7 @@ class TokenizerTemplate(ChatTemplate):
     date: str | None = None
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a date that is none."""
+        """Validates the date."""
         if self.date is not None:
             try:
                 datetime.date.fromisoformat(self.date)
@@ -242,7 +242,7 @@ class TokenizerTemplate(ChatTemplate):
         return turns
 
     def text(self, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> str:
-        """The text of the ids: the training text where the doctor speaks last, else the prompt."""
+        """Returns the training text of a dialogue that ends with the assistant, else the prompt."""
         check_dialogue(messages, last=None)
         messages = self._with_system(messages)
         return self._jinja_text(messages, tokenizer, prompt=messages[-1].role == "user")
@@ -250,7 +250,7 @@ class TokenizerTemplate(ChatTemplate):
     def unfinished(
         self, messages: Sequence[Message], text: str, tokenizer: PreTrainedTokenizerBase
     ) -> list[int]:
-        """The ids of a prompt and of an answer that was cut off; see `ChatTemplate.unfinished`."""
+        """Returns the ids of a prompt and a cut-off response; see `ChatTemplate.unfinished`."""
         check_dialogue(messages, last="user")
         before, _ = self._around_content(tokenizer)
         prompt = self._with_system(messages)
@@ -267,13 +267,13 @@ class TokenizerTemplate(ChatTemplate):
         return token_ids + growing.extend(opened + answer)
 
     def content_of(self, text: str, tokenizer: PreTrainedTokenizerBase, *, ended: bool) -> str:
-        """The content, as a small dialogue shows what the program writes around it."""
+        """Returns the content, as a small dialogue shows what the program writes around it."""
         before, after = self._around_content(tokenizer)
         text = text.removeprefix(before)
         return text.removesuffix(after) if ended else text
 
     def _around_content(self, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-        """What the program writes between prompt and content, and from there to the end of turn.
+        """Returns the text between prompt and content, and from there to the end of turn.
 
         Special tokens are left out, as they are of an answer's text; both are empty for a program
         that changes the content itself.
@@ -292,18 +292,18 @@ class TokenizerTemplate(ChatTemplate):
         return plain.sub("", head), plain.sub("", tail)
 
     def stop_token_ids(self, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-        """The end of a turn, as a small dialogue shows it, and EOS where that is another token."""
+        """Returns the end of a turn, from a small dialogue, and EOS if that is another token."""
         rendered = self.render([Message("user", "a"), Message("assistant", "b")], tokenizer)
         last = max(index for index, trained in enumerate(rendered.trained_mask) if trained)
         end_ids = [rendered.token_ids[last], tokenizer.eos_token_id]
         return tuple(dict.fromkeys(end_id for end_id in end_ids if end_id is not None))
 
     def control_tokens(self, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-        """None: the program writes a text, which is tokenised as a whole."""
+        """Returns none: the program writes a text, which is tokenised as a whole."""
         return ()
 
     def to_jinja(self, tokenizer: PreTrainedTokenizerBase) -> str:
-        """The tokenizer's template, with this object's variables, system text and date in it."""
+        """Returns the tokenizer's template with the variables, system text and date of this one."""
         source = self._source(tokenizer)
         if self.default_system is None:
             return source
@@ -316,7 +316,7 @@ class TokenizerTemplate(ChatTemplate):
         return source if source.startswith(setting) else setting + source
 
     def _source(self, tokenizer: PreTrainedTokenizerBase) -> str:
-        """What is rendered: the tokenizer's program behind what this object sets for it."""
+        """Returns the rendered program: the tokenizer's, after the variables set here."""
         settings = "".join(
             f"{{%- set {name} = {literal(text)} -%}}" for name, text in self.variables.items()
         )
@@ -372,7 +372,7 @@ class TokenizerTemplate(ChatTemplate):
     def _generation_blocks(
         self, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase
     ) -> list[tuple[int, int]]:
-        """Where the program's `generation` blocks lie in the text, in characters."""
+        """Returns the program's `generation` blocks as (start, end) in characters of the text."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         _, blocks = render_jinja_template(
@@ -396,7 +396,7 @@ class _GrowingText:
         self._token_ids: list[int] = []
 
     def extend(self, text: str) -> list[int]:
-        """The ids that a longer text adds; ValueError if the text before is not its start."""
+        """Returns the ids that a longer text adds; ValueError unless it starts with the old one."""
         if not text.startswith(self._text):
             raise ValueError(
                 "messages: the tokenizer's chat template renders earlier turns of this dialogue "
@@ -444,7 +444,7 @@ def _answer_tokens(
 
 
 def _parts(answer: _Answer) -> list[tuple[int, bool]]:
-    """The parts of an answer, each as its end in the text and whether it is trained."""
+    """Returns the parts of an answer, each as its end in the text and whether it is trained."""
     if answer.blocks is None:
         return [(len(answer.after), True)]
     parts = []
@@ -478,7 +478,7 @@ def _jinja_source(tokenizer: PreTrainedTokenizerBase) -> str:
 
 @functools.lru_cache
 def _with_date(source: str, date: str | None) -> str:
-    """A program that prints the same date on every day."""
+    """Returns a program that prints the same date on every day."""
     if (fixed := _FIXED_DATE.search(source)) is not None:
         if date not in (None, fixed[1]):
             raise ValueError(
@@ -510,6 +510,6 @@ def _with_date(source: str, date: str | None) -> str:
 
 
 def _unused_character(messages: Sequence[Message]) -> str:
-    """A private-use character that stands nowhere in the dialogue, to mark cuts with."""
+    """Returns a private-use character that stands nowhere in the dialogue, to mark cuts with."""
     used = set().union(*(message.content for message in messages))
     return next(character for character in _PRIVATE_USE if character not in used)

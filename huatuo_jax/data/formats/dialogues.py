@@ -65,7 +65,7 @@ _ID_KEYS = ("id", "_id", "conversation_id", "dialogue_id")
 
 @dataclass(frozen=True)
 class Terms:
-    """What the reader adds to a row: the source's name and kind, and the limits.
+    """The reader's settings for a row: the source's name and kind, and the limits.
 
     A given `source` or `kind` is stronger than the row's own; `file_name` serves where neither is.
     `empty_answers` takes dialogues whose last answer is empty, too.
@@ -98,7 +98,7 @@ class Format:
 
 
 def recognise(row: object, formats: Sequence[Format]) -> Format:
-    """The first of the formats that the row has the keys of.
+    """Returns the first of the formats that the row has the keys of.
 
     Raises:
         RowProblem: none; the text lists the keys of the row and the formats.
@@ -111,7 +111,7 @@ def recognise(row: object, formats: Sequence[Format]) -> Format:
 
 
 def describe(row: object) -> str:
-    """The keys that hold something, for messages."""
+    """Returns the keys that hold something, for messages."""
     if not isinstance(row, Mapping):
         return f"a row that is a {type(row).__name__}, not an object"
     keys = sorted(map(str, present(row, row)))
@@ -123,7 +123,7 @@ def describe(row: object) -> str:
 def identity(
     row: object, terms: Terms, *, used: Sequence[str], content: object
 ) -> tuple[str, str, dict[str, Any]]:
-    """The id, the source and the remaining fields of a row.
+    """Returns the id, the source and the remaining fields of a row.
 
     A row without an id of its own gets one from its source and content. Where `terms` overrule the
     row's source, that stays in the remaining fields as `original_source`.
@@ -148,7 +148,7 @@ def identity(
 
 
 def only_key(row: JsonRow, keys: Sequence[str], what: str) -> str:
-    """The one key of several spellings that the row has.
+    """Returns the one key of several spellings that the row has.
 
     Raises:
         RowProblem: it has more than one, and which is meant cannot be told.
@@ -160,12 +160,12 @@ def only_key(row: JsonRow, keys: Sequence[str], what: str) -> str:
 
 
 def dialogue_key(row: JsonRow) -> str:
-    """The key under which the row lists its turns."""
+    """Returns the key under which the row lists its turns."""
     return only_key(row, _list_keys(row) or DIALOGUE_KEYS, "list of turns")
 
 
 def _list_keys(row: JsonRow) -> tuple[str, ...]:
-    """The usual keys of turns that hold a list, and no name or number of a conversation."""
+    """Returns the usual keys of turns that hold a list, and no name or number of a conversation."""
     return tuple(
         key
         for key in present(row, DIALOGUE_KEYS)
@@ -174,7 +174,7 @@ def _list_keys(row: JsonRow) -> tuple[str, ...]:
 
 
 def is_listed(row: object) -> bool:
-    """Whether the row lists turns under one of the usual keys."""
+    """Returns whether the row lists turns under one of the usual keys."""
     found = present(row, DIALOGUE_KEYS)
     if not found or not isinstance(row, Mapping):
         return False
@@ -182,12 +182,12 @@ def is_listed(row: object) -> bool:
 
 
 def is_question(row: object) -> bool:
-    """Whether the row has a question in a column of its own."""
+    """Returns whether the row has a question in a column of its own."""
     return bool(present(row, (*QUESTION_KEYS, "input")))
 
 
 def is_labelled_bad(row: object) -> bool:
-    """Whether the row's answer is one to learn away from, as KTO's data says by `label`."""
+    """Returns whether the row's answer is one to learn away from, as KTO's data says by `label`."""
     return any(
         row[key] is False or str(row[key]).strip().lower() == "false"
         for key in present(row, _LABEL_KEYS)
@@ -213,7 +213,7 @@ def _dialogue(
 
 
 def _other_meanings(row: object) -> tuple[object, tuple[str, ...]]:
-    """The row with own columns that have a field's name, but not its meaning, named `original_...`.
+    """Renames columns with a field's name but another meaning to `original_...`.
 
     A kind is meant as ours if it is one of ours, or nearly: that is an error of spelling.
     """
@@ -244,7 +244,7 @@ def _from_listed(row: Any, terms: Terms) -> Converted:
 
 
 def _with_system(row: JsonRow, turns: list[Turn]) -> list[Turn]:
-    """ShareGPT keeps the system text beside the turns now and then."""
+    """Adds a system text that ShareGPT rows may keep outside their list of turns."""
     return [Turn("system", row["system"]), *turns] if has(row, "system") else turns
 
 
@@ -266,18 +266,18 @@ def _instruction_key(row: JsonRow) -> str:
 
 
 def is_instruction(row: object) -> bool:
-    """Whether the row has Alpaca's instruction."""
+    """Returns whether the row has Alpaca's instruction."""
     return bool(present(row, INSTRUCTION_KEYS))
 
 
 def instruction_prompt(row: JsonRow) -> tuple[list[Turn], tuple[str, ...]]:
-    """Alpaca's turns up to the question, and the keys that they came from."""
+    """Returns Alpaca's turns up to the question, and the keys that they came from."""
     key = _instruction_key(row)
     return instruction_turns(row, key), (key, "input", "history", "system")
 
 
 def question_prompt(row: JsonRow) -> tuple[list[Turn], tuple[str, ...]]:
-    """The turns up to a question in a column of its own, and the keys that they came from.
+    """Returns the turns up to a question in a column of its own, and the keys that they came from.
 
     The question may be a list of turns, as TRL's conversational `prompt`.
     """
@@ -293,7 +293,7 @@ def question_prompt(row: JsonRow) -> tuple[list[Turn], tuple[str, ...]]:
 
 
 def answer_turns(value: object, name: str) -> list[Turn]:
-    """An answer as text, as one message, or as messages; the text is checked later."""
+    """Returns an answer as text, as one message, or as messages; the text is checked later."""
     items = as_list(value)
     if isinstance(value, Mapping) and items is None:
         return listed_turns([value], name)
@@ -504,7 +504,7 @@ def _from_exam(row: Any, terms: Terms) -> Converted:
 
 
 def _explanation_keys(row: JsonRow) -> tuple[str, ...]:
-    """The key of the explanation, if there is text under it; an empty CSV cell is none."""
+    """Returns the key of the explanation, if there is text under it; an empty CSV cell is none."""
     keys = present(row, _EXPLANATION_KEYS)[:1]
     if keys and not isinstance(row[keys[0]], str):
         raise RowProblem(f"{keys[0]} is {type(row[keys[0]]).__name__}, not text")
@@ -512,7 +512,7 @@ def _explanation_keys(row: JsonRow) -> tuple[str, ...]:
 
 
 def _options(row: JsonRow) -> tuple[dict[str, str], tuple[str, ...]]:
-    """The options by letter, and the keys that they came from."""
+    """Returns the options by letter, and the keys that they came from."""
     found = present(row, _OPTIONS_KEYS)
     given = structured(row[found[0]]) if found else None
     if not found:
@@ -554,7 +554,7 @@ def options_from_text(text: object) -> dict[str, str]:
 
 
 def _letters(value: object, options: Mapping[str, str]) -> str:
-    """The letters of an answer such as `B`, `(B)`, `BCD` or `B, C`, in order."""
+    """Returns the letters of an answer such as `B`, `(B)`, `BCD` or `B, C`, in order."""
     if not isinstance(value, str):
         raise RowProblem(f"the answer is {type(value).__name__}, not letters")
     letters = re.sub(r"[()（）\s,，、]", "", value)

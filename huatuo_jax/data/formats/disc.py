@@ -102,7 +102,7 @@ def _join(
 
 
 def _dialogue_key(dialogue: Dialogue) -> _Key:
-    """A given source name overrules the row's, which then stands in the extra fields."""
+    """Returns the key of a dialogue, by the row's own source even if another name was given."""
     source = dialogue.extra.get("original_source", dialogue.source)
     return _Key(str(source), dialogue.id, str(dialogue.extra.get("model", "")))
 
@@ -122,7 +122,7 @@ def _scored(place: Row, dialogues: dict[_Key, tuple[Row, Dialogue]], taken: set[
 
 
 def _compare(rows: Sequence[_Scored], source: str | None) -> Iterator[Outcome]:
-    """All pairs of one case go with its first row; the others are used without records."""
+    """Yields all pairs of one case with its first row; the others are used without records."""
     ranked = sorted(rows, key=lambda row: -row.mean)
     pairs = tuple(
         _comparison(better, worse, source)

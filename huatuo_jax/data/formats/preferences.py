@@ -125,7 +125,7 @@ def _prompt_turns(row: JsonRow) -> tuple[list[Turn], tuple[str, ...]]:
 
 
 def _without_prompt(turns: list[Turn], prompt: Sequence[Turn]) -> list[Turn]:
-    """Some files repeat the prompt in front of both answers."""
+    """Removes the prompt that some files repeat before both answers."""
     contents = [turn.content for turn in prompt]
     starts_with_prompt = [turn.content for turn in turns[: len(prompt)]] == contents
     return turns[len(prompt) :] if starts_with_prompt else turns
@@ -143,7 +143,7 @@ def _shared_start(chosen: Sequence[Turn], rejected: Sequence[Turn]) -> list[Turn
 
 
 def _continuation(prompt: Messages, turns: Sequence[TurnLike], name: str, terms: Terms) -> Messages:
-    """The checked messages behind the prompt; they end with the assistant."""
+    """Returns the checked messages behind the prompt; they end with the assistant."""
     try:
         whole, _ = check_turns(
             [*prompt, *turns], max_turn_chars=terms.max_turn_chars, empty_answer=True
@@ -156,7 +156,7 @@ def _continuation(prompt: Messages, turns: Sequence[TurnLike], name: str, terms:
 
 
 def _empty_answers(answers: Sequence[Messages], *, judged: bool) -> tuple[str, ...]:
-    """What is counted of empty answers, best first.
+    """Returns the repairs to count for empty answers, best first.
 
     Raises:
         RowProblem: the best one is empty, and no probability or score says that a judge found it
@@ -237,7 +237,7 @@ def _text_of(item: object, name: str) -> object:
 def _ranking(
     row: JsonRow, texts: Sequence[object], scores: list[float] | None, terms: Terms, key: str
 ) -> Converted:
-    """All pairs of the answers, which stand best first."""
+    """Returns all pairs of the answers, which stand best first."""
     prompt_turns, used = _prompt_turns(row)
     prompt, repairs = prompt_messages(prompt_turns, max_turn_chars=terms.max_turn_chars)
     answers = tuple(

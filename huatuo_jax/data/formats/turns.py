@@ -117,7 +117,7 @@ def check_turns(
 def dialogue_messages(
     turns: Iterable[TurnLike], *, max_turn_chars: int, empty_answer: bool = False
 ) -> tuple[Messages, tuple[str, ...]]:
-    """Checked messages that end with the assistant: a last, unanswered question is dropped."""
+    """Returns checked messages that end with the assistant; drops a last, unanswered question."""
     messages, repairs = check_turns(turns, max_turn_chars=max_turn_chars, empty_answer=empty_answer)
     if not any(message.role == "assistant" for message in messages):
         raise RowProblem("no assistant turn")
@@ -129,7 +129,7 @@ def dialogue_messages(
 def prompt_messages(
     turns: Iterable[TurnLike], *, max_turn_chars: int
 ) -> tuple[Messages, tuple[str, ...]]:
-    """Checked messages that end with the user; of a prompt nothing is trained, nor marked."""
+    """Returns checked messages that end with the user; trained marks are dropped."""
     messages, repairs = check_turns(turns, max_turn_chars=max_turn_chars)
     if messages[-1].role != "user":
         raise RowProblem(f"the prompt ends with a turn of the {messages[-1].role}, not of the user")
@@ -137,7 +137,7 @@ def prompt_messages(
 
 
 def checked_text(row: JsonRow, key: str, *, max_turn_chars: int) -> str:
-    """The text under a key, not empty.
+    """Returns the text under a key, not empty.
 
     Raises:
         RowProblem: it is not text, is empty, too long, or cannot be written as UTF-8.
@@ -177,17 +177,17 @@ def _check_order(before: Sequence[Message], role: Role, number: int) -> None:
 
 
 def has(row: object, *keys: str) -> bool:
-    """Whether the row is an object with something under every key (null counts as nothing)."""
+    """Tells if the row is an object with a value under every key (null is no value)."""
     return isinstance(row, Mapping) and all(row.get(key) is not None for key in keys)
 
 
 def present(row: object, keys: Iterable[str]) -> tuple[str, ...]:
-    """Those of the keys under which the row holds something."""
+    """Returns the keys under which the row holds something."""
     return tuple(key for key in keys if has(row, key))
 
 
 def structured(value: object) -> Any:
-    """The list or object that a cell's text spells, as JSON or as Python does, else the value.
+    """Parses a list or object that a cell's text spells in JSON or Python; else the value.
 
     CSV and parquet columns keep lists as JSON text; pandas writes them into CSV as Python's.
     """
@@ -209,7 +209,7 @@ def structured(value: object) -> Any:
 
 
 def as_list(value: object) -> list[Any] | None:
-    """The list that a value is or spells, or that an object of equally long columns stands for.
+    """Returns a value as a list: a list, its text, or an object of equally long columns.
 
     `datasets` keeps a list of objects as such an object. None where it is no list.
 
@@ -225,12 +225,12 @@ def as_list(value: object) -> list[Any] | None:
 
 
 def is_turn(item: object) -> bool:
-    """Whether it is an object with the keys of a turn."""
+    """Returns whether it is an object with the keys of a turn."""
     return isinstance(item, Mapping) and any(item.keys() >= set(keys) for keys in _TURN_KEYS)
 
 
 def as_turns(value: object) -> list[Any] | None:
-    """The list of turns that a value is or spells; None where it is something else, as a text."""
+    """Returns a value, or the value that it spells, as a list of turns; None if it is none."""
     items = as_list(value)
     return items if items and all(map(is_turn, items)) else None
 
@@ -266,7 +266,7 @@ def _listed_turn(item: object, number: int) -> Turn:
 
 
 def _marks(item: JsonRow, number: int) -> dict[str, bool]:
-    """What a turn says of whether it is trained: `weight` (OpenAI), `train`, boolean `loss`."""
+    """Returns the turn's marks of being trained: `weight` (OpenAI), `train`, boolean `loss`."""
     marks = {}
     for key in ("weight", "train", "loss"):
         value = item.get(key)
@@ -287,7 +287,7 @@ def _holds_something(value: object) -> bool:
 
 
 def _text_of_parts(content: object, number: int) -> object:
-    """The text of a content that is a list of parts, joined by line breaks as servers do (vLLM)."""
+    """Joins a content that is a list of text parts by line breaks, as servers do (vLLM)."""
     parts = as_list(content) if isinstance(content, list | Mapping) else None
     if not parts or not all(has(part, "type") for part in parts):
         return content
@@ -327,7 +327,7 @@ def huatuo_turns(items: object) -> list[Turn]:
 
 
 def is_huatuo_list(value: object) -> bool:
-    """Whether the value is a list that begins with a string `问：...` or `答：...`."""
+    """Returns whether the value is a list that begins with a string `问：...` or `答：...`."""
     if not isinstance(value, list) or not value or not isinstance(value[0], str):
         return False
     return value[0].startswith(_PATIENT_MARKS + _DOCTOR_MARKS)
@@ -349,7 +349,7 @@ def history_turns(row: JsonRow) -> list[Turn]:
 
 
 def instruction_turns(row: JsonRow, key: str) -> list[Turn]:
-    """Alpaca's turns up to the question: system, history, and instruction with input below it."""
+    """Returns Alpaca's turns up to the question: system, history, instruction and input."""
     instruction, context = row[key], row["input"] if has(row, "input") else ""
     if isinstance(instruction, str) and isinstance(context, str):
         parts = [part for part in (instruction, context) if not is_empty(part)]
