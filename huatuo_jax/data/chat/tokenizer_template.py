@@ -1,19 +1,20 @@
 """The tokenizer's own chat template: a Jinja program, rendered turn by turn.
 
-Nothing is known of the program but what it prints. So each answer is located by rendering the
-dialogue up to its question with the generation prompt, and up to its end: what the second has more
-is the answer. Where one rendering is not the start of the next, what a model is trained on is not
-what it would see when it generates, and the dialogue is refused (programs that strip the thinking
-of earlier answers do this, or that open a thinking block for the next one only).
+Nothing is known of the program but its output. So each answer is located by rendering the
+dialogue up to its question with the generation prompt, and up to its end: the answer is the second
+text without the first. Where one rendering is not the start of the next, the model would generate
+from another text than it was trained on, and the dialogue is refused (programs that strip the
+thinking of earlier answers do this, or that open a thinking block for the next one only).
 
 The whole text is tokenised as `apply_chat_template` does; where a token would straddle the start
-of an answer, the text is tokenised apart there, as in `chat_pieces`. Special tokens spelled in the
-dialogue are cut before the program runs, so that they stay text.
+of an answer, the text is tokenised apart there, as in `huatuo_jax.data.chat.template`. Special
+tokens spelled in the dialogue are cut before the program runs, so that they stay text.
 
-A program that asks for today's date (`strftime_now`) is given one fixed date, always the same: what
-is rendered is the very source that is exported, with a definition of that function before it.
+A program that asks for today's date (`strftime_now`) gets one fixed date: the rendered source is
+the exported one, with a definition of that function before it.
 
-Chat templates in Jinja, for the tokenizer of an exported model.
+The Jinja sources of exported tokenizers are made and recognized here too (`jinja_source`,
+`exported_source`).
 """
 
 from __future__ import annotations
@@ -41,8 +42,6 @@ from huatuo_jax.data.records import Message, Role
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from huatuo_jax.data.chat.template import ChatTemplate
-
 _PROBES = (
     (Message("user", "头痛三天了。"), Message("assistant", "“多喝水”，休息。\n\n再来复查。")),
     (
@@ -59,6 +58,13 @@ _OTHER_TOKENS = (
 _DEFAULT_SYSTEM = re.compile(
     r'^\{%- set system = (none|".*") -%\}\{%- set turns = messages -%\}$', re.MULTILINE
 )
+_GENERATION_BLOCK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+_DEFAULT_DATE = datetime.date(2024, 7, 26)
+_OWN_DATE = re.compile(r"""["'](\d{1,2} [A-Z][a-z]{2} \d{4})["']""")  # Llama's way to write one.
+_OWN_FORMAT = "%d %b %Y"
+_FIXED_DATE = re.compile(r"\{#- Dates are those of (\d{4}-\d{2}-\d{2})\. -#\}")
+_DIRECTIVES = "aAwdbBmyYHIpMSfjUWcxX"
+_PRIVATE_USE = [chr(code) for code in range(0xE000, 0xF900)]
 
 
 def unread_tokens(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
@@ -166,18 +172,6 @@ def jinja_source(
     return "\n".join(lines)
 
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-_GENERATION_BLOCK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-_DEFAULT_DATE = datetime.date(2024, 7, 26)
-_OWN_DATE = re.compile(r"""["'](\d{1,2} [A-Z][a-z]{2} \d{4})["']""")  # Llama's way to write one.
-_OWN_FORMAT = "%d %b %Y"
-_FIXED_DATE = re.compile(r"\{#- Dates are those of (\d{4}-\d{2}-\d{2})\. -#\}")
-_DIRECTIVES = "aAwdbBmyYHIpMSfjUWcxX"
-_PRIVATE_USE = [chr(code) for code in range(0xE000, 0xF900)]
-
-
 class _Answer(NamedTuple):
     """The text up to an answer and up to its end, and where `generation` blocks lie in it.
 
@@ -222,13 +216,21 @@ class TokenizerTemplate(ChatTemplate):
         """Tokenises a valid dialogue, growing it by one text after another."""
         messages = self._with_system(messages)
         self._check_system(messages, tokenizer)
-        specials = special_strings(tokenizer)
-        cut = _unused_character(messages)
+        turns = self._grow(_GrowingText(tokenizer, messages), messages, tokenizer)
+        if messages[-1].role == "user":
+            turns.append(_untrained("assistant", []))
+        return turns
+
+    def _grow(
+        self,
+        growing: _GrowingText,
+        messages: Sequence[Message],
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> list[TurnTokens]:
+        """Extends a text by the turns of a dialogue, one after another."""
         messages = [
-            message._replace(content=cut.join(cut_apart(message.content, specials)))
-            for message in messages
+            message._replace(content=growing.guarded(message.content)) for message in messages
         ]
-        growing = _GrowingText(tokenizer, cut)
         turns = []
         for number, message in enumerate(messages):
             if message.role == "user":
@@ -237,8 +239,6 @@ class TokenizerTemplate(ChatTemplate):
             elif message.role == "assistant":
                 answer = self._answer(messages[: number + 1], before, tokenizer)
                 turns.append(_answer_tokens(answer, growing, tokenizer))
-        if messages[-1].role == "user":
-            turns.append(_untrained("assistant", []))
         return turns
 
     def text(self, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> str:
@@ -254,17 +254,10 @@ class TokenizerTemplate(ChatTemplate):
         check_dialogue(messages, last="user")
         before, _ = self._around_content(tokenizer)
         prompt = self._with_system(messages)
-        cut = _unused_character([*prompt, Message("assistant", text)])
-        specials = special_strings(tokenizer)
-        growing = _GrowingText(tokenizer, cut)
-        prompt = [
-            message._replace(content=cut.join(cut_apart(message.content, specials)))
-            for message in prompt
-        ]
-        opened = self._jinja_text(prompt, tokenizer, prompt=True)
-        token_ids = growing.extend(opened)
-        answer = f"{before}{cut.join(cut_apart(text, specials))}"
-        return token_ids + growing.extend(opened + answer)
+        growing = _GrowingText(tokenizer, [*prompt, Message("assistant", text)])
+        turns = self._grow(growing, prompt, tokenizer)
+        cut_off = growing.extend(f"{growing.text}{before}{growing.guarded(text)}")
+        return [*(one for turn in turns for one in turn.token_ids), *cut_off]
 
     def content_of(self, text: str, tokenizer: PreTrainedTokenizerBase, *, ended: bool) -> str:
         """Returns the content, as a small dialogue shows what the program writes around it."""
@@ -387,17 +380,25 @@ class TokenizerTemplate(ChatTemplate):
 class _GrowingText:
     """The ids of a text that grows at its end; ids that were given out never change."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, cut: str) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> None:
+        """Starts empty; `messages` are all that it will hold."""
         self._tokenizer = tokenizer
-        self._cut = cut
+        self._specials = special_strings(tokenizer)
+        # Marks cuts; no message holds it.
+        used = set().union(*(message.content for message in messages))
+        self._cut = next(character for character in _PRIVATE_USE if character not in used)
         # What stands before a text's later parts; any special token will do.
-        self._inner_anchor = min(special_strings(tokenizer), default=None)
-        self._text = ""
+        self._inner_anchor = min(self._specials, default=None)
+        self.text = ""
         self._token_ids: list[int] = []
+
+    def guarded(self, text: str) -> str:
+        """Returns a content with marks that keep special tokens spelled in it text."""
+        return self._cut.join(cut_apart(text, self._specials))
 
     def extend(self, text: str) -> list[int]:
         """Returns the ids that a longer text adds; ValueError unless it starts with the old one."""
-        if not text.startswith(self._text):
+        if not text.startswith(self.text):
             raise ValueError(
                 "messages: the tokenizer's chat template renders earlier turns of this dialogue "
                 "otherwise when later ones follow, or a prompt otherwise than the training text, "
@@ -408,8 +409,8 @@ class _GrowingText:
         if whole[:border] == self._token_ids:
             added = whole[border:]
         else:
-            added = self._encode(text[len(self._text) :], anchor=self._inner_anchor)
-        self._text = text
+            added = self._encode(text[len(self.text) :], anchor=self._inner_anchor)
+        self.text = text
         self._token_ids = self._token_ids + added
         return added
 
@@ -507,9 +508,3 @@ def _with_date(source: str, date: str | None) -> str:
         steps = "".join(f" | replace({literal(a)}, {literal(b)})" for a, b in known.items())
         prefix += f"{{%- macro strftime_now(format) -%}}{{{{- format{steps} -}}}}{{%- endmacro -%}}"
     return prefix + source
-
-
-def _unused_character(messages: Sequence[Message]) -> str:
-    """Returns a private-use character that stands nowhere in the dialogue, to mark cuts with."""
-    used = set().union(*(message.content for message in messages))
-    return next(character for character in _PRIVATE_USE if character not in used)
