@@ -1,7 +1,7 @@
 """The named chat templates: HuatuoGPT, ChatML, Llama-2, Llama-3 and Baichuan.
 
-Each says the pieces of its turns, and the same again in Jinja for an exported tokenizer. A system
-message replaces the template's default system text; where it goes is stated by each.
+Each defines the pieces of its turns, and the same text in Jinja for an exported tokenizer. A system
+message replaces the template's default system text; each class documents where it goes.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class HuatuoGPTTemplate(PieceTemplate):
 
     Start tokens the tokenizer itself would add, system text, then `<病人>：` question and
     `<HuatuoGPT>：` answer, each followed by one space, the answer also by EOS. Every turn is
-    tokenised as a text of its own. Trained are the doctor's whole turns, role prefix included.
+    tokenised as a text of its own. Trained are the whole assistant turns, role prefix included.
     A system message takes the place of the default text.
 
     The training script lets an answer's first character merge with the `：` before it, which
@@ -78,7 +78,7 @@ class HuatuoGPTTemplate(PieceTemplate):
         return (text, control(named_token(tokenizer, "eos_token"), trained=True))
 
     def content_of(self, text: str, tokenizer: PreTrainedTokenizerBase, *, ended: bool) -> str:
-        """Returns the text without the one space that stands before EOS."""
+        """Returns the text without the space before EOS."""
         return text.removesuffix(" ") if ended else text
 
     def stop_token_ids(self, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -86,7 +86,7 @@ class HuatuoGPTTemplate(PieceTemplate):
         return (control_id(tokenizer, named_token(tokenizer, "eos_token")),)
 
     def to_jinja(self, tokenizer: PreTrainedTokenizerBase) -> str:
-        """Returns the template in Jinja; the text is the same, the ids need not be."""
+        """Returns the template in Jinja: the same text, but not always the same ids."""
         return jinja_source(
             self.default_system,
             opening=f"{literal(''.join(start_tokens(tokenizer)))} + (system or '')",
@@ -127,7 +127,7 @@ class ChatMLTemplate(PieceTemplate):
         )
 
     def stop_token_ids(self, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-        """Returns the end of a turn, and EOS where that is another token."""
+        """Returns the end of a turn, and EOS if that is another token."""
         return with_eos(control_id(tokenizer, "<|im_end|>"), tokenizer)
 
     def to_jinja(self, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -230,7 +230,7 @@ class Llama3Template(PieceTemplate):
         return (*self._role(role), Piece(f"\n\n{content.strip()}"), control("<|eot_id|>"))
 
     def stop_token_ids(self, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-        """Returns the end of a turn, and EOS where that is another token."""
+        """Returns the end of a turn, and EOS if that is another token."""
         return with_eos(control_id(tokenizer, "<|eot_id|>"), tokenizer)
 
     def to_jinja(self, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -254,8 +254,8 @@ class BaichuanTemplate(PieceTemplate):
 
     The system text stands first, bare. Each content is tokenised as a text of its own, as the
     makers' code does. Trained are the answer and EOS, which follows every answer here; the makers'
-    code feeds EOS only after the last one and learns it elsewhere as the label of the next
-    patient's token, so a dialogue of several turns has one more token per earlier answer here.
+    code feeds EOS only after the last one and elsewhere learns it as the label of the next user
+    token, so a dialogue of several turns has one more token per earlier answer here.
     """
 
     name: ClassVar[str] = "baichuan"
@@ -276,12 +276,12 @@ class BaichuanTemplate(PieceTemplate):
         return (text, control(named_token(tokenizer, "eos_token"), trained=True))
 
     def stop_token_ids(self, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-        """Returns EOS and the user's token, with which the makers' models may end a turn."""
+        """Returns EOS, and the user token, with which the makers' models may end a turn."""
         eos_id = control_id(tokenizer, named_token(tokenizer, "eos_token"))
         return (eos_id, self.user_token_id)
 
     def to_jinja(self, tokenizer: PreTrainedTokenizerBase) -> str:
-        """Returns the template in Jinja; the text is the same, the ids need not be."""
+        """Returns the template in Jinja: the same text, but not always the same ids."""
         user = literal(token_of_id(tokenizer, self.user_token_id))
         assistant = literal(token_of_id(tokenizer, self.assistant_token_id))
         return jinja_source(
@@ -306,14 +306,14 @@ TEMPLATES: dict[str, type[ChatTemplate]] = {
 def by_name(
     name: str, *, default_system: str | None = None, date: str | None = None
 ) -> ChatTemplate:
-    """Returns the template of that name, its default system text replaced where one is given.
+    """Returns the template of that name, with its default system text replaced if one is given.
 
     Args:
         name: `tokenizer` is the tokenizer's own template.
         default_system: None for the template's own.
-        date: for `tokenizer`: the date that a program which prints one is given for today, as
-            2024-07-26, in training and ever after; None for the program's own default date, or for
-            2024-07-26 where it has none.
+        date: for `tokenizer`: today's date for a program that prints one, as 2024-07-26, in
+            training and afterwards; None for the program's own default date, or for 2024-07-26 if
+            it has none.
 
     Raises:
         ValueError: an unknown name, or a date for a template that prints none.
@@ -337,8 +337,8 @@ def for_tokenizer(
 ) -> ChatTemplate:
     """Returns the template of that name; without one, the tokenizer's own, else HuatuoGPT's.
 
-    A tokenizer whose chat template was exported from a named template here has that template, with
-    the same default system text: its tokens are those of training.
+    A tokenizer whose chat template was exported from a named template gets that template, with the
+    same default system text, so that its tokens are those of training.
 
     Args:
         tokenizer: the model's.

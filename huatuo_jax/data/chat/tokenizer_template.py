@@ -70,9 +70,8 @@ _PRIVATE_USE = [chr(code) for code in range(0xE000, 0xF900)]
 def unread_tokens(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     """Returns the template's control tokens that the tokenizer would read as plain text.
 
-    In an exported tokenizer they have to be special tokens: there the template is a text. Baichuan
-    names its turns by tokens of that kind. Tokens of one character are left out: such a character
-    stands in texts, too.
+    In an exported tokenizer, whose template is a text, they have to be special tokens. Baichuan
+    marks its turns with such tokens. Tokens of one character are left out, as texts hold them too.
     """
     special = special_strings(tokenizer)
     controls = template.control_tokens(tokenizer)
@@ -80,7 +79,7 @@ def unread_tokens(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def exported_source(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Returns a template in Jinja for a tokenizer's files; None where they hold it already.
+    """Returns a template in Jinja for a tokenizer's files; None if they hold it already.
 
     Where tokenising its whole text does not give the tokens of training, a comment says so.
 
@@ -101,7 +100,7 @@ def is_held(source: str, tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def own_source(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Returns the one chat template of a tokenizer; None where it has none, or several."""
+    """Returns the one chat template of a tokenizer; None if it has none or several."""
     own = tokenizer.chat_template
     if isinstance(own, dict):
         own = own.get("default") if len(own) == 1 else None
@@ -120,7 +119,7 @@ def default_system_in(source: str) -> tuple[str | None] | None:
 
 
 def gives_the_tokens_of_training(source: str) -> bool:
-    """Returns whether an exported source does not say that its tokens are others."""
+    """Returns whether an exported source has no note that its tokens differ."""
     return not source.startswith(_OTHER_TOKENS)
 
 
@@ -146,7 +145,7 @@ def jinja_source(
 ) -> str:
     """Returns a chat template in Jinja around four Jinja expressions.
 
-    They see `system` (none where there is none) and, in turns, `message` and `loop`.
+    They may use `system` (possibly none) and, in turns, `message` and `loop`.
     """
     disorder = literal("a dialogue is an optional system message, then user and assistant in turn")
     lines = (
@@ -173,9 +172,9 @@ def jinja_source(
 
 
 class _Answer(NamedTuple):
-    """The text up to an answer and up to its end, and where `generation` blocks lie in it.
+    """The text up to an answer and up to its end, and the ranges of `generation` blocks.
 
-    `blocks` is None where the program has no such blocks.
+    `blocks` is None if the program has no such blocks.
     """
 
     before: str
@@ -185,15 +184,15 @@ class _Answer(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenizerTemplate(ChatTemplate):
-    """The chat template a tokenizer brings, with the loss mask by construction.
+    """The tokenizer's own chat template, with the loss mask by construction.
 
-    Trained is each answer up to its last special token, the end of turn; where the program marks
-    what the assistant generates (`{% generation %}`), that and the end of turn. The patient's
-    turns here hold all that stands before the answer, the doctor's header included.
+    Trained is each answer up to its last special token, the end of turn; if the program marks the
+    generated text (`{% generation %}`), that text and the end of turn. A user turn here holds all
+    text before the answer, the assistant's header included.
 
-    `variables` are set before the program. `date` is today's date to it, as 2024-07-26; None for
-    the default that the program itself has ("26 Jul 2024" in Llama 3's), or 2024-07-26 where it
-    has none. A program from a model that was trained here keeps the date of that training.
+    `variables` are set before the program. `date` is today's date for it, as 2024-07-26; None for
+    the program's own default ("26 Jul 2024" in Llama 3's), or 2024-07-26 if it has none. A program
+    from a model that was trained here keeps the date of that training.
     """
 
     name: ClassVar[str] = "tokenizer"
@@ -260,7 +259,7 @@ class TokenizerTemplate(ChatTemplate):
         return [*(one for turn in turns for one in turn.token_ids), *cut_off]
 
     def content_of(self, text: str, tokenizer: PreTrainedTokenizerBase, *, ended: bool) -> str:
-        """Returns the content, as a small dialogue shows what the program writes around it."""
+        """Returns the content without the text that the program puts around it."""
         before, after = self._around_content(tokenizer)
         text = text.removeprefix(before)
         return text.removesuffix(after) if ended else text
@@ -268,8 +267,8 @@ class TokenizerTemplate(ChatTemplate):
     def _around_content(self, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
         """Returns the text between prompt and content, and from there to the end of turn.
 
-        Special tokens are left out, as they are of an answer's text; both are empty for a program
-        that changes the content itself.
+        Both are read off a small dialogue, without special tokens, which an answer's text lacks
+        too; both are empty for a program that changes the content itself.
         """
         probe = Message("assistant", "b")
         question = self._with_system([Message("user", "a")])
@@ -324,7 +323,7 @@ class TokenizerTemplate(ChatTemplate):
     def _check_system(
         self, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase
     ) -> None:
-        """Raises ValueError if a system text is there and changes nothing in the rendering."""
+        """Raises ValueError for a system text that has no effect on the rendering."""
         if messages[0].role != "system":
             return
         opening = list(messages[:2])
@@ -378,7 +377,7 @@ class TokenizerTemplate(ChatTemplate):
 
 
 class _GrowingText:
-    """The ids of a text that grows at its end; ids that were given out never change."""
+    """The ids of a text that grows at its end; ids once returned never change."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> None:
         """Starts empty; `messages` are all that it will hold."""
@@ -387,7 +386,7 @@ class _GrowingText:
         # Marks cuts; no message holds it.
         used = set().union(*(message.content for message in messages))
         self._cut = next(character for character in _PRIVATE_USE if character not in used)
-        # What stands before a text's later parts; any special token will do.
+        # Precedes a text's later parts; any special token will do.
         self._inner_anchor = min(self._specials, default=None)
         self.text = ""
         self._token_ids: list[int] = []
@@ -425,7 +424,7 @@ class _GrowingText:
 def _answer_tokens(
     answer: _Answer, growing: _GrowingText, tokenizer: PreTrainedTokenizerBase
 ) -> TurnTokens:
-    """Tokenises an answer part by part and marks what is trained of it."""
+    """Tokenises an answer part by part, with the mask of trained tokens."""
     token_ids: list[int] = []
     trained_mask: list[bool] = []
     for end, trained in _parts(answer):
@@ -445,7 +444,7 @@ def _answer_tokens(
 
 
 def _parts(answer: _Answer) -> list[tuple[int, bool]]:
-    """Returns the parts of an answer, each as its end in the text and whether it is trained."""
+    """Returns the parts of an answer: the end of each in the text, and whether it is trained."""
     if answer.blocks is None:
         return [(len(answer.after), True)]
     parts = []
@@ -479,7 +478,7 @@ def _jinja_source(tokenizer: PreTrainedTokenizerBase) -> str:
 
 @functools.lru_cache
 def _with_date(source: str, date: str | None) -> str:
-    """Returns a program that prints the same date on every day."""
+    """Returns the program with a fixed date."""
     if (fixed := _FIXED_DATE.search(source)) is not None:
         if date not in (None, fixed[1]):
             raise ValueError(
