@@ -1,6 +1,6 @@
-"""Converting a model between Hugging Face's form and ours, whichever way its source calls for.
+"""Converts a model between Hugging Face's form and ours, and verifies the result.
 
-Proof that a conversion kept the model: the same text through transformers and through ours.
+The verification runs the same text through transformers and through ours.
 """
 
 import dataclasses
@@ -73,7 +73,7 @@ class Agreement:
 
 
 def check_can_verify(model: ModelInfo) -> None:
-    """Raises ValueError, before any work, where transformers has no class to compare with."""
+    """Raises ValueError, before any work, if transformers has no class to compare with."""
     theirs = model.layout or exported_layout(model.cfg)
     if theirs == "baichuan":
         raise ValueError(
@@ -106,7 +106,7 @@ def compare_with_transformers(model: ModelInfo, folder: pathlib.Path) -> Agreeme
 
 
 def _compare_scores(model: ModelInfo, folder: pathlib.Path, tokens_T: np.ndarray) -> Agreement:
-    """Scores of the text's beginnings, since transformers gives only that of the last token."""
+    """Compares scores of the text's beginnings: transformers gives only the last token's."""
     lengths = np.unique(np.linspace(1, len(tokens_T), _NUM_BEGINNINGS, dtype=int))
     theirs = _load_theirs("AutoModelForSequenceClassification", folder)
     theirs_B = np.array([_run(theirs, tokens_T[:length])[0, 0] for length in lengths])
@@ -185,22 +185,22 @@ def convert(
 ) -> Agreement | None:
     """Converts a Hugging Face model to an Orbax directory, or the other way round.
 
-    All of it is done in the host's memory, whatever accelerators there are.
+    The conversion uses the host's memory only, even on a machine with accelerators.
 
     Args:
         source: a folder of either form, or a hub id.
         target: the folder to make.
         dtype: of the weights; None keeps the stored one.
-        delta_base: the base, where the source holds delta weights; its tokenizer is taken where the
-            delta has none.
-        ignore_config_fields: see `find_model`; they are left out of what is written.
-        max_shard_size: of a weights file, where Hugging Face's form is written.
+        delta_base: the base, if the source holds delta weights; its tokenizer is used if the delta
+            has none.
+        ignore_config_fields: see `find_model`; they are left out of the target's config.
+        max_shard_size: of a weights file in Hugging Face's form.
         overwrite: replace a target that is not empty.
         verify: compare the logits of both sides on a sample text.
         on_progress: called with tensors done and tensors in all, while a checkpoint is read.
 
     Returns:
-        How well the sides agree, if `verify` was asked for.
+        The differences between both sides if `verify` is set.
 
     Raises:
         ValueError: the source cannot be converted so, or the sides do not agree.
@@ -228,7 +228,7 @@ def convert(
         max_shard_size=max_shard_size,
         overwrite=overwrite,
     )
-    del params  # Two models in memory is what the comparison needs already.
+    del params  # The comparison needs two models in memory already.
     if not verify:
         return None
     ours, theirs = (target, model.folder) if to_orbax else (model.folder, target)
@@ -248,15 +248,15 @@ def write_model(
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
 ) -> None:
-    """Writes a model that was loaded, in either form.
+    """Writes a loaded model in either form.
 
     Args:
         params: its parameters, every shard on this host.
-        model: where they came from.
+        model: their source.
         target: the folder to make.
         form: of the target.
-        side_files: what goes beside the weights.
-        max_shard_size: of a weights file, where Hugging Face's form is written.
+        side_files: the files beside the weights.
+        max_shard_size: of a weights file in Hugging Face's form.
         overwrite: replace a target that is not empty.
 
     Raises:

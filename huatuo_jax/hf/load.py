@@ -1,9 +1,8 @@
-"""Loading a Hugging Face checkpoint tensor by tensor, straight into its shards.
+"""Loads a Hugging Face checkpoint tensor by tensor, straight into its shards.
 
-Delta weights: a model published as its difference from a base that may not be passed on.
-
-HuatuoGPT-13B is one, over Ziya-LLaMA-13B: to every tensor the base is added, except to those whose
-shape or meaning the fine-tuning changed, which are published whole.
+Delta weights are supported: a model published as its difference from a base that may not be
+redistributed. HuatuoGPT-13B is one, over Ziya-LLaMA-13B: the base is added to every tensor except
+those whose shape or meaning the fine-tuning changed, which are published whole.
 """
 
 import dataclasses
@@ -31,6 +30,8 @@ _BASE_PREFIXES = ("model.", "transformer.")
 _HEAD = "lm_head.weight"
 _LISTED = 5
 _ALIGNMENT = 64  # bytes
+# Tensors of delta weights that are not differences.
+_PUBLISHED_WHOLE = re.compile(r"(^|\.)(embed_tokens\.weight|lm_head\.weight|rotary_emb\.inv_freq)$")
 
 
 class Tensors(Protocol):
@@ -65,15 +66,15 @@ def load_params(
 ) -> dict[str, Any]:
     """Loads the parameters of a checkpoint onto the devices of the partition rules.
 
-    One stacked parameter at a time is built on the host, and of it only the shards of this host's
-    devices; every tensor is read once.
+    The host builds one stacked parameter at a time, and only the shards of its own devices; every
+    tensor is read once.
 
     Args:
         source: the checkpoint's tensors.
         cfg: the backbone its config describes.
         layout: the config's `model_type`.
         head: `score` for a sequence classifier.
-        mesh: where to; None for the first device alone.
+        mesh: of the parameters; None for the first device alone.
         dtype: of the parameters; None keeps that of the checkpoint.
         on_progress: called with tensors done and tensors in all.
 
@@ -104,7 +105,7 @@ def load_params(
             if on_progress is not None:
                 on_progress(done, total)
         flat[rule.path] = buffers.to_array()
-    return _nest(flat)
+    return nested(flat)
 
 
 class _Buffers:
@@ -145,7 +146,7 @@ class _Buffers:
         ]
         self._buffers = {}
         array = jax.make_array_from_single_device_arrays(self._shape, self._place, shards)
-        # Wait, or the host's copies of several parameters pile up behind the transfer.
+        # Wait, or the host's copies of several parameters accumulate during the transfer.
         return jax.block_until_ready(array)
 
 
@@ -162,12 +163,12 @@ def _sharding(
 ) -> jax.sharding.Sharding:
     if mesh is None:
         return SingleDeviceSharding(jax.local_devices()[0])
-    tree = _nest({path: jax.ShapeDtypeStruct(leaf.shape, dtype)})
+    tree = nested({path: jax.ShapeDtypeStruct(leaf.shape, dtype)})
     return jax.tree.leaves(sharding.parameter_shardings(tree, mesh))[0]
 
 
 def _prefix(source: Tensors, rules: tuple[TensorRule, ...]) -> str:
-    """Returns the prefix to leave off our names, for a checkpoint of the bare base model."""
+    """Returns the prefix that the names of a bare base model lack."""
     expected = next(prefix for prefix in _BASE_PREFIXES if rules[0].names[0].startswith(prefix))
     bare = not any(name.startswith(expected) for name in source.names())
     return expected if bare else ""
@@ -271,7 +272,8 @@ def _flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the dict of dicts with the given paths, such as `layers/qkv/kernel`."""
     tree: dict[str, Any] = {}
     for path, leaf in flat.items():
         *parents, last = path.split("/")
@@ -282,14 +284,11 @@ def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-_PUBLISHED_WHOLE = re.compile(r"(^|\.)(embed_tokens\.weight|lm_head\.weight|rotary_emb\.inv_freq)$")
-
-
 @dataclasses.dataclass(frozen=True)
 class DeltaSource:
-    """The tensors of base plus delta, each summed when it is read: no model is ever whole here.
+    """The tensors of base plus delta, each summed when it is read; no whole model is in memory.
 
-    Sums are taken in float32 and rounded to the delta's dtype, which is the sum in that dtype.
+    Sums are taken in float32 and rounded to the delta's dtype.
     """
 
     delta: Tensors
@@ -326,7 +325,7 @@ class DeltaSource:
         return self.delta.dtype(name)
 
     def read(self, name: str) -> np.ndarray:
-        """Reads one tensor of the sum into a new array."""
+        """Reads one tensor of base plus delta into a new array."""
         difference = self.delta.read(name)
         if _PUBLISHED_WHOLE.search(name):
             return difference

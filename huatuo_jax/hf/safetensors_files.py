@@ -23,7 +23,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-# Both kinds of weight file name their dtypes in their own way; these are the ones that both know.
+# The dtypes that both kinds of weight file support.
 SUPPORTED_DTYPES: dict[str, np.dtype] = {
     "float64": np.dtype(np.float64),
     "float32": np.dtype(np.float32),
@@ -47,7 +47,7 @@ _BOTH_HALVES = {SUPPORTED_DTYPES["float16"], SUPPORTED_DTYPES["bfloat16"]}
 def common_dtype(dtypes: Collection[np.dtype]) -> np.dtype:
     """Returns the narrowest dtype that holds all of these; float32 for float16 and bfloat16.
 
-    Those two have no common dtype in NumPy: one has the longer mantissa, the other the range.
+    These two have no common dtype in NumPy: one has the longer mantissa, the other the range.
     """
     if _BOTH_HALVES <= set(dtypes):
         dtypes = [*(set(dtypes) - _BOTH_HALVES), np.dtype(np.float32)]
@@ -108,7 +108,7 @@ _BYTES_PER_UNIT = {"": 1, "B": 1} | {
 
 
 class TensorToWrite(NamedTuple):
-    """A tensor described ahead of time, so that files are planned before any of it exists."""
+    """A tensor described ahead of time, so that files are planned before its data exist."""
 
     name: str
     shape: tuple[int, ...]
@@ -192,12 +192,12 @@ def write_safetensors(
     by name), and in that order each tensor is produced, written and dropped, so that one at a time
     is in memory. Files are on the disk, not only in its cache, when this returns.
 
-    The folder must exist. Write into one that nobody reads yet and rename it when it is whole:
-    after an error the files written so far stay where they are.
+    The folder must exist. Write into one that nobody reads yet and rename it when it is complete:
+    after an error the files written so far remain.
 
     Raises:
         ValueError: There is no tensor, a name comes twice, a dtype is not supported,
-            `max_shard_size` is not positive, or a produced array is not what was announced.
+            `max_shard_size` is not positive, or a produced array differs from its description.
         FileExistsError: The folder holds safetensors weights already.
         OSError: Writing failed, as on a full disk; the message says how many bytes are missing.
     """
@@ -228,8 +228,7 @@ def plan_shards(
 ) -> list[list[TensorToWrite]]:
     """Splits tensors into shards of at most `max_shard_size` bytes, as huggingface_hub does.
 
-    A tensor bigger than that gets a shard of its own, which comes before the shard that was being
-    filled when it turned up.
+    A tensor bigger than that gets a shard of its own, before the shard that is being filled.
     """
     shards: list[list[TensorToWrite]] = []
     filling: list[TensorToWrite] = []
@@ -249,27 +248,27 @@ def plan_shards(
 
 
 class _DurableWriter:
-    """Writes new files through to the disk and knows how much of the plan is still to come."""
+    """Writes new files through to the disk and counts the bytes that are missing."""
 
     def __init__(self, num_planned_bytes: int) -> None:
         self.num_planned_bytes = num_planned_bytes
         self.num_missing_bytes = num_planned_bytes
 
     def write_file(self, path: pathlib.Path, chunks: Iterable[bytes | memoryview]) -> None:
-        # Only our own calls are blamed on `path`: producing a chunk may read other files.
-        with self._telling_what_is_missing(path):
+        # Only errors of our own calls name `path`: producing a chunk may read other files.
+        with self._naming_missing_bytes(path):
             file = open(path, "xb", buffering=0)
         with file:
             for chunk in chunks:
-                with self._telling_what_is_missing(path):
+                with self._naming_missing_bytes(path):
                     self._write_all(file, chunk)
                 del chunk  # Else it would stay in memory until the next one is there.
-            with self._telling_what_is_missing(path):
-                # Some file systems find out only here that there was no room.
+            with self._naming_missing_bytes(path):
+                # Some file systems report a full disk only here.
                 os.fsync(file.fileno())
 
     def _write_all(self, file: io.FileIO, chunk: bytes | memoryview) -> None:
-        # An unbuffered file may take only part of what it is given, and says how much.
+        # An unbuffered file may write only a part, and returns how much.
         remaining = memoryview(chunk)
         while len(remaining) > 0:
             num_written = file.write(remaining)
@@ -277,7 +276,7 @@ class _DurableWriter:
             remaining = remaining[num_written:]
 
     @contextlib.contextmanager
-    def _telling_what_is_missing(self, path: pathlib.Path) -> Iterator[None]:
+    def _naming_missing_bytes(self, path: pathlib.Path) -> Iterator[None]:
         try:
             yield
         except OSError as error:
@@ -290,7 +289,7 @@ class _DurableWriter:
 
 
 def _sync_folder(folder: pathlib.Path) -> None:
-    # The names of new files belong to the folder, which has to reach the disk by itself.
+    # The names of new files are part of the folder, which is synced by itself.
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

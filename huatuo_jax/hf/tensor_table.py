@@ -1,8 +1,8 @@
 """The one table between our parameters and the tensors of Hugging Face checkpoints.
 
-A rule says, for one of our parameters, which tensors of one layer make it up and how they join;
-the inverse splits it again, bit for bit. PyTorch keeps a linear map as `[out, in]`, we keep
-`[in, out]` with the dimensions written apart.
+A rule names, for one of our parameters, the tensors of one layer that it is made of, and joins
+them; the inverse splits it again, bit for bit. PyTorch stores a linear map as `[out, in]`, we
+store `[in, out]` with separate dimensions.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from huatuo_jax.backbone.transformer import Head
 Arrays = Sequence[np.ndarray]
 Shape = tuple[int, ...]
 
-# Buffers that old checkpoints carry and that the config already says.
+# Buffers in old checkpoints that follow from the config.
 LEGACY_BUFFERS = (r"rotary_emb\.inv_freq", r"rotary_emb\.(cos|sin)_cached")
 _LEGACY = re.compile(rf"(^|\.)({'|'.join(LEGACY_BUFFERS)})$")
 
@@ -28,10 +28,10 @@ class TensorRule:
 
     Attributes:
         path: the parameter, `layers/mlp/down/kernel`.
-        names: the tensors, with `{layer}` where there is one a layer.
-        shapes: theirs.
-        join: from those tensors to the parameter (to one layer's part of it).
-        split: back.
+        names: the tensors, with `{layer}` if there is one a layer.
+        shapes: of the tensors.
+        join: from the tensors to the parameter (to one layer's part of it).
+        split: the inverse of `join`.
     """
 
     path: str
@@ -47,7 +47,7 @@ class TensorRule:
 
 
 def is_legacy_buffer(name: str) -> bool:
-    """Returns whether a checkpoint's tensor is a buffer that is passed over by name."""
+    """Returns whether a checkpoint's tensor is a buffer that is ignored."""
     return _LEGACY.search(name) is not None
 
 
@@ -184,7 +184,7 @@ def _qkv_rows(cfg: BackboneConfig) -> tuple[int, int, int]:
 
 
 def _group_heads(parts: Arrays, cfg: BackboneConfig) -> np.ndarray:
-    """Queries `[..., N H]`, keys and values `[..., K H]` to `[..., K, M]`."""
+    """Joins queries `[..., N H]`, keys and values `[..., K H]` to `[..., K, M]`."""
     blocks = [part.reshape(*part.shape[:-1], cfg.num_kv_heads, -1) for part in parts]
     return np.concatenate(blocks, axis=-1)
 

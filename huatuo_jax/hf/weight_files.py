@@ -1,10 +1,11 @@
-"""The weights of a Hugging Face model folder, one tensor at a time, whatever kind its files are.
+"""The weights of a Hugging Face model folder, one tensor at a time, in either kind of file.
 
-PyTorch weight files (`pytorch_model*.bin`), located without torch and without running pickles.
+PyTorch files (`pytorch_model*.bin`) are read without torch, which is no dependency at run time,
+and without running their pickles.
 
-Two layouts exist. Since torch 1.6 a file is a zip archive: `data.pkl` describes the tensors, each
-storage (the block of bytes behind one or more tensors) is an uncompressed entry `data/KEY`. Before,
-and still with `_use_new_zipfile_serialization=False`, it is a row of pickles followed by the
+PyTorch has two layouts. Since torch 1.6 a file is a zip archive: `data.pkl` describes the tensors,
+each storage (the block of bytes behind one or more tensors) is an uncompressed entry `data/KEY`.
+Before, and still with `_use_new_zipfile_serialization=False`, it is a series of pickles and then the
 storages. Either way the description is a pickle, which can ask Python for any function; the
 unpickler here knows a short list of names and stops at every other.
 """
@@ -51,7 +52,7 @@ _STORAGE_DTYPES = {
 
 
 class _Dtype(NamedTuple):
-    # Stands in the pickle for a numpy dtype, whose __setstate__ a pickle could call.
+    # Replaces a numpy dtype in the pickle, whose __setstate__ a pickle could call.
     name: str
 
 
@@ -156,7 +157,7 @@ def read_torch_layout(path: pathlib.Path) -> dict[str, TorchTensor]:
 
 
 class _RefusedError(Exception):
-    """The file may be whole, but holds or asks for what is not taken."""
+    """The file may be undamaged, but its content is not supported or refused."""
 
 
 def _read_layout(path: pathlib.Path, file: BinaryIO) -> dict[str, TorchTensor]:
@@ -238,8 +239,8 @@ def _read_zip(file: BinaryIO) -> tuple[object, dict[str, int]]:
 
 
 def _entry_start(file: BinaryIO, entry: zipfile.ZipInfo) -> int:
-    # The directory at the end of a zip file tells where an entry's own header lies; that header
-    # ends in a name and padding whose lengths only it knows.
+    # The directory at the end of a zip file locates an entry's own header, which ends in a name
+    # and padding whose lengths it alone holds.
     file.seek(entry.header_offset)
     header = file.read(30)
     start = entry.header_offset + 30
@@ -286,7 +287,7 @@ def _size_of(file: BinaryIO) -> int:
 class _TensorUnpickler(pickle.Unpickler):
     """Unpickles descriptions of tensors and refuses everything else.
 
-    `storages` gathers every storage that the pickle mentions, by key.
+    `storages` collects every storage that the pickle mentions, by key.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -354,7 +355,7 @@ def _rebuild_parameter(data: _Tensor, requires_grad: bool, backward_hooks: objec
     return data
 
 
-# Every name that a pickle may ask for, and what it gets in place of torch's own.
+# Every name that a pickle may ask for, with its replacement.
 _ALLOWED: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("torch._utils", "_rebuild_tensor_v2"): _Callable(_rebuild_tensor_v2),
@@ -383,7 +384,7 @@ _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 @dataclasses.dataclass(frozen=True)
 class TensorSource:
-    """The tensors of a model folder: names, shapes and dtypes at hand, data read when asked for.
+    """The tensors of a model folder: names, shapes and dtypes in memory, data read on demand.
 
     Keeps no file open and no data in memory, and is safe to share between threads. Tensors that
     share memory in torch (tied weights) are read separately, each into its own array.
@@ -412,9 +413,9 @@ class TensorSource:
 def open_tensor_source(folder: pathlib.Path) -> TensorSource:
     """Finds the weights of a Hugging Face model folder and check all their files.
 
-    Takes `model.safetensors` or its shards, else `pytorch_model.bin` or its shards. Every file is
-    checked for wholeness before any tensor is read. A tensor that a shard holds and the index does
-    not mention counts as present, as it does in transformers.
+    Reads `model.safetensors` or its shards, else `pytorch_model.bin` or its shards. Every file is
+    checked to be complete before any tensor is read. A tensor of a shard that the index does not
+    mention counts as present, as in transformers.
 
     Raises:
         FileNotFoundError: The folder holds no weights, or a shard that the index names is absent.
@@ -442,12 +443,12 @@ def _read_file(path: pathlib.Path, read_layout: _Layout) -> Mapping[str, StoredT
 def _read_shards(index_path: pathlib.Path, read_layout: _Layout) -> dict[str, StoredTensor]:
     shard_of = _read_weight_map(index_path)
     shard_names = sorted(set(shard_of.values()))
-    # All shards are looked for before the first is opened: the message about an interrupted
-    # download should come at once.
+    # All shards are looked for before the first is opened, so that an interrupted download is
+    # reported at once.
     for shard_name in shard_names:
         if not (index_path.parent / shard_name).is_file():
             raise FileNotFoundError(
-                f"{index_path.parent / shard_name}: absent, though {index_path.name} names it; "
+                f"{index_path.parent / shard_name}: missing, though {index_path.name} names it; "
                 "download the folder again"
             )
     tensors: dict[str, StoredTensor] = {}
