@@ -1,10 +1,9 @@
-"""Rows out of files: JSON, JSON Lines, CSV, plain lines, parquet, Arrow folders, the hub.
+"""Rows of data files: JSON, JSON Lines, CSV, plain lines, parquet, Arrow folders and the Hub.
 
-What a file holds is told from its content where that is possible, so that JSON Lines under a
-`.json` ending reads as what it is. How text is decoded stands in `encodings`. Every row is made of
-JSON's own types (`json_values`), so that whatever carries it along can write it. What is wrong with
-one row comes out as a `RowError` in its place; what is wrong with the file as a whole is a
-`ValueError`.
+The layout is recognized by the content if possible, so JSON Lines with a `.json` ending are read as
+JSON Lines. `huatuo_jax.data.text` decodes text and converts every value to JSON's own types, so
+that it can be written again. A fault in one row is a `RowError` in its place; a fault in the file
+as a whole is a `ValueError`.
 """
 
 import csv
@@ -31,10 +30,10 @@ _SPACE = re.compile(r"\s*")
 
 
 class Row(NamedTuple):
-    """One row as it stood in the file; `line` is where it begins, counted from 1.
+    """One row of a file; `line` is where it begins, counted from 1.
 
     In parquet, Arrow and hub data, which have no lines, `line` is the number of the row. `mended`
-    says what was converted so that the value is JSON.
+    names the conversions that made the value JSON.
     """
 
     file: str
@@ -45,7 +44,7 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class RowError:
-    """A row that could not be read, where it stands, and why."""
+    """A row that could not be read: its file, its line and the reason."""
 
     file: str
     line: int
@@ -78,13 +77,13 @@ def read_rows(
 
     Args:
         path: the file, the folder, or the name on the hub.
-        split: which part to read where the data has named parts.
-        encoding: of text files; None to tell it by evidence, see `encodings`.
+        split: the part to read if the data has named parts.
+        encoding: of text files; None detects it (`huatuo_jax.data.text.choose_encoding`).
 
     Raises:
-        ValueError: there is no such file, nothing here reads it, its encoding cannot be told,
-            a CSV header names a column twice, or a JSON list breaks off (the rows behind the break
-            cannot be counted).
+        ValueError: there is no such file, its format or encoding is not recognized, a CSV header
+            names a column twice, or a JSON list breaks off (the rows after the break cannot be
+            counted).
     """
     for row in _rows_as_written(path, split, encoding):
         if isinstance(row, RowError):
@@ -117,10 +116,10 @@ def _rows_as_written(
 
 
 def find_layout(path: str | os.PathLike[str], encoding: str | None = None) -> Layout:
-    """Tells how the rows of a file are laid out, from its content before its ending.
+    """Recognizes the layout of a file's rows, by its content first and its ending second.
 
     Raises:
-        ValueError: there is no such file, nothing here reads it, or its encoding cannot be told.
+        ValueError: there is no such file, or its format or encoding is not recognized.
     """
     file = pathlib.Path(path)
     if file.is_dir():
@@ -151,7 +150,7 @@ def find_layout(path: str | os.PathLike[str], encoding: str | None = None) -> La
 
 
 def _first_lines(path: pathlib.Path, encoding: str | None) -> list[str]:
-    """Returns the first lines that are not blank, as far as telling the layout needs them."""
+    """Returns the first lines that are not blank, enough to recognize the layout."""
     sample: list[str] = []
     for line in read_lines(path, encoding):
         if line.text.strip():
@@ -172,7 +171,7 @@ def _json_layout(sample: list[str], suffix: str) -> Layout:
         # One line: a list of rows, unless it is itself the row (a bare list of turns).
         is_row = isinstance(first, list) and any(isinstance(item, str) for item in first)
         return "json lines" if is_row else whole
-    # The first line is cut, or the value goes on. A later line that is whole tells.
+    # The first line is cut, or the value continues. A later line that is complete decides.
     others = [line for line in sample[1:] if line.startswith(opening)]
     if any(_complete(line) is not None for line in others):
         if opening == "{" or suffix in (".jsonl", ".ndjson"):
@@ -310,7 +309,7 @@ def _skip_mark(text: str, position: int, mark: str) -> int:
 
 
 class _LineFeed:
-    """Lines for the csv module that remembers what a row took, and can take lines back."""
+    """Lines for the csv module; records the lines of a row, and can take lines back."""
 
     def __init__(self, lines: Iterator[Line]) -> None:
         self._lines = lines
@@ -334,7 +333,7 @@ def _csv_rows(path: pathlib.Path, encoding: str | None) -> Iterator[Row | RowErr
 
     A blank cell is an absent value.
     """
-    csv.field_size_limit(2**31 - 1)  # A turn that is too long is reported later, by its length.
+    csv.field_size_limit(2**31 - 1)  # Turns that are too long are reported later, by their length.
     feed = _LineFeed(read_lines(path, encoding))
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     reader = csv.reader(feed, delimiter=delimiter, strict=True)
@@ -346,7 +345,7 @@ def _csv_rows(path: pathlib.Path, encoding: str | None) -> Iterator[Row | RowErr
         except StopIteration:
             return
         except csv.Error as problem:
-            # An unclosed quote may have swallowed good rows: go on at the very next line.
+            # An unclosed quote may have swallowed good rows: continue at the very next line.
             feed.give_back_all_but_first()
             yield RowError(str(path), feed.taken[0].number, f"not CSV: {problem} (a stray quote?)")
             continue
@@ -399,7 +398,7 @@ def _dataset_rows(
             rows = datasets.load_dataset(path, split=split, streaming=layout == "datasets")
         for number, value in enumerate(rows, start=1):
             yield Row(path, number, value)
-    except Exception as problem:  # The library raises whatever its many back ends raise.
+    except Exception as problem:  # The library raises the errors of its many back ends.
         first_line = shortened(str(problem).strip().split("\n")[0])
         hint = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
         where = f"the hub{hint}" if layout == "hub" else f"split {split!r}"
@@ -417,7 +416,7 @@ def _one_split(parts: Any, path: str, split: str) -> Any:
 def _files_of_folder(folder: pathlib.Path, split: str) -> list[str]:
     """Returns a folder's files of one split; none if the `datasets` library has to read them.
 
-    The library itself wants the same columns in all of them.
+    The library itself requires the same columns in all of them.
     """
     import datasets
 

@@ -1,13 +1,11 @@
-"""A look into data files before anything is trained on them: counts, lengths, and samples.
+"""Inspection of data files before training: counts, lengths, errors and samples.
 
     inspector = Inspector(template=by_name("huatuogpt"), tokenizer=tokenizer)
     reports = [inspector(path) for path in paths]
     print(complaint(reports, max_error_share=0.01))
 
-`inspection_report` makes text of a report.
-
-No bad row stops an inspection: what is wrong with a file is part of its report, and `complaint`
-says afterwards whether a run should take the files.
+No bad row stops an inspection: a file's faults are part of its report, and `complaint` decides
+whether a run should use the files. `huatuo_jax.data.inspection_report` prints a report.
 """
 
 import itertools
@@ -35,7 +33,7 @@ from huatuo_jax.data.text import choose_encoding
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_ROWS_TRIED = 20  # by every adapter, to see whether it would fit
+_ROWS_TRIED = 20  # with every adapter, to find those that fit
 _PROGRESS_EVERY = 200  # records
 _COMPLAINTS_SHOWN = 3
 
@@ -43,7 +41,7 @@ Path = str | os.PathLike[str]
 
 
 class Distribution(NamedTuple):
-    """The spread of a size; each percentile is the smallest value that so many are at most."""
+    """The distribution of a size; a percentile is the smallest value with that share below it."""
 
     minimum: int
     mean: float
@@ -72,17 +70,17 @@ class FileReport:
     """The content of one file, or of several files of one family together.
 
     Attributes:
-        name: the file, or how many files these are.
-        layout: how the file is laid out and encoded, in words; None where it could not be told.
-        family: what its records are; None where no row gave one.
-        formats: used rows by the name of their format (behind that of the adapter).
-        kinds: dialogues by kind; None stands for a dialogue without one.
+        name: the file, or the number of files.
+        layout: the file's layout and encoding in words; None if they are not recognized.
+        family: of its records; None if there are none.
+        formats: used rows by the name of their format (after that of the adapter).
+        kinds: dialogues by kind; None for dialogues without one.
         errors: the bad rows, all of them. `exclusions` and `repairs`: rows by reason.
-        failure: why the file as a whole cannot be read (on); the counts are those up to there.
-        known_formats: what the rows may look like, where none is in a known format.
-        fitting_adapters: adapters that would read the rows, where none was named.
+        failure: the error that stopped reading the file; the counts are those up to there.
+        known_formats: the formats to choose from, if no row is in a known one.
+        fitting_adapters: adapters that would read the rows, if none was named.
         tally: the sizes of the records.
-        samples: the first records as a model sees them.
+        samples: the first records, rendered as for a model.
     """
 
     name: str
@@ -143,10 +141,10 @@ class Inspector:
     """Reads files and reports on them.
 
     Attributes:
-        template: how dialogues are rendered. `tokenizer`: what they are tokenised with.
+        template: renders the dialogues. `tokenizer`: tokenises them.
         max_tokens: the length limit of a dialogue.
-        num_samples: how many records of each file are rendered for the report.
-        read: how the files are read; its `max_error_share` is what `complaint` goes by.
+        num_samples: number of records of each file that are rendered for the report.
+        read: options of reading; `max_error_share` is for `complaint` only.
     """
 
     template: ChatTemplate
@@ -156,7 +154,7 @@ class Inspector:
     read: ReadOptions = field(default_factory=ReadOptions)
 
     def __post_init__(self) -> None:
-        """Refuses senseless limits, and a template that the tokenizer has not the tokens for."""
+        """Validates the limits, and that the tokenizer has the template's tokens."""
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens is {self.max_tokens}; it should be at least 1")
         if self.num_samples < 0:
@@ -176,7 +174,7 @@ class Inspector:
 
         Args:
             path: the file, folder, or name on the hub.
-            on_progress: called now and then with the records done and their number.
+            on_progress: called regularly with the records done and their number.
         """
         tally = Tally(max_tokens=self.max_tokens)
         layout: str | None = None
@@ -226,8 +224,8 @@ def totals(reports: Sequence[FileReport]) -> list[FileReport]:
 def complaint(reports: Sequence[FileReport], *, max_error_share: float) -> str | None:
     """Returns in one line why a run should not use these files; None if it may.
 
-    A file is refused when it cannot be read, or when more than `max_error_share` of its rows are
-    errors: the rule of the readers.
+    A file is refused if it cannot be read, or if more than `max_error_share` of its rows are
+    errors, as by the readers.
     """
     refused = [text for report in reports if (text := _complaint(report, max_error_share))]
     if len(refused) < 2:
@@ -239,10 +237,10 @@ def complaint(reports: Sequence[FileReport], *, max_error_share: float) -> str |
 
 
 def check_json_target(target: str | os.PathLike[str], files: Sequence[str]) -> None:
-    """Refuses a file for the reports that cannot be one, before any work is done.
+    """Checks the target file of the reports, before any work is done.
 
     Raises:
-        ValueError: its folder is not there, it is a folder, or it is one of the inspected files.
+        ValueError: its folder does not exist, it is a folder, or it is an inspected file.
     """
     path = pathlib.Path(target)
     if path.is_dir() or not path.parent.is_dir():
@@ -258,7 +256,7 @@ def write_json(reports: Sequence[FileReport], target: str | os.PathLike[str]) ->
         "totals": [report.to_json() for report in totals(reports)],
     }
     text = json.dumps(whole, ensure_ascii=False, indent=1)
-    # Errors may quote halves of characters, which are no UTF-8.
+    # Errors may quote halves of characters, which are not UTF-8.
     pathlib.Path(target).write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
 
@@ -320,7 +318,7 @@ def fitting_adapters(path: Path, options: ReadOptions) -> tuple[Adapter, ...]:
                 read_rows(path, split=options.split, encoding=options.encoding), _ROWS_TRIED
             )
         )
-    except ValueError:  # The file breaks off early, which its report says.
+    except ValueError:  # The file breaks off early, which its report contains.
         return ()
     rows = [row for row in first if isinstance(row, Row)]
     return tuple(adapter for adapter in ADAPTERS if _fits(adapter, rows))

@@ -1,8 +1,8 @@
 """Inspections as text: tables and colour for a terminal, plain aligned lines elsewhere.
 
-A sample is shown in three columns: whose turn it is, what the tokens are (`trained`, `special`),
-and the text. Marks stand in a column of their own because any bracket can occur in the text. Every
-segment has a name in the first column, so a line without one continues the segment above.
+A sample is shown in three columns: the role, the kind of the tokens (`trained`, `special`), and the
+text. The kind has a column of its own because any bracket can occur in the text. Every segment has
+a name in the first column, so a line without one continues the segment above.
 """
 
 import io
@@ -22,7 +22,7 @@ from huatuo_jax.data.inspection import FileReport, totals
 from huatuo_jax.data.inspection_measures import TOKENS, Sample, Segment
 
 _ERRORS_SHOWN = 10
-_UNBOUNDED = 1_000_000  # columns: what is not for a terminal is not wrapped
+_UNBOUNDED = 1_000_000  # columns: text for a file is not wrapped
 _NOUNS: dict[Family, str] = {
     "dialogue": "dialogues",
     "prompt": "prompts",
@@ -30,7 +30,7 @@ _NOUNS: dict[Family, str] = {
     "case": "cases",
     "exam": "exam questions",
 }
-_SEGMENT_CHARS = 1_000  # of a segment that is shown whole
+_SEGMENT_CHARS = 1_000  # of a segment that is shown completely
 _SEGMENT_ENDS = (700, 200)  # characters shown of the start and the end of a longer one
 
 # A control character in a file must not steer the reader's terminal.
@@ -43,15 +43,15 @@ def file_text(report: FileReport, *, width: int | None = None) -> str:
     """Returns the report of a file.
 
     Args:
-        report: what was found in it.
-        width: the columns of a terminal, for which there are tables, colours and wrapped lines;
-            None for plain text.
+        report: of the file.
+        width: the columns of a terminal, which gets tables, colours and wrapped lines; None for
+            plain text.
     """
     return _printed([_file_part(report, width)], width)
 
 
 def totals_text(reports: Sequence[FileReport], *, width: int | None = None) -> str:
-    """Returns an overview of several files, and what those of each family hold together."""
+    """Returns an overview of several files, and the totals of each family."""
     parts = [_overview(reports, width)]
     for together in totals(reports):
         parts += [Text(""), _file_part(together, width)]
@@ -91,7 +91,7 @@ def _file_part(report: FileReport, width: int | None) -> RenderableType:
 
 
 def _facts(report: FileReport) -> Iterable[tuple[str, Text]]:
-    """Returns the facts about a file as (name, value) in the order of reading."""
+    """Yields the facts about a file as (name, value) in the order of reading."""
     if report.layout is not None:
         yield "file", Text(report.layout)
     if report.family is not None:
@@ -143,7 +143,7 @@ def _token_facts(report: FileReport) -> Iterable[tuple[str, Text]]:
 
 
 def _formats(report: FileReport) -> str:
-    """Returns the names of the formats; how many rows each has, where there are several."""
+    """Returns the names of the formats, with the rows of each if there are several."""
     if len(report.formats) == 1:
         return f'"{next(iter(report.formats))}"'
     return ", ".join(f'"{name}" {count:,}' for name, count in report.formats.most_common())
@@ -287,7 +287,7 @@ def _edges(text: str) -> str:
 
 
 def _table(width: int | None) -> Table:
-    """Prints a table: with rules on a terminal, with blanks only elsewhere."""
+    """Returns a table: with rules for a terminal, with blanks only elsewhere."""
     if width is None:
         return Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     return Table(box=box.SIMPLE_HEAD, pad_edge=True)

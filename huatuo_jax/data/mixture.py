@@ -52,7 +52,7 @@ class HeldOutConfig:
             raise ValueError(f"held_out.share: {self.share}, it should be 0 or more and below 1")
 
     def holds_out(self, text: str) -> bool:
-        """Tells whether the dialogue of this normalized text (`dialogue_text`) is held out."""
+        """Returns whether the dialogue of a normalized text (`dialogue_text`) is held out."""
         salted = hashlib.blake2b(
             text.encode("utf-8", "surrogatepass"), digest_size=8, key=_salt_key(self.salt)
         )
@@ -64,13 +64,13 @@ class DuplicatesConfig:
     """The definition of a duplicate, and whether duplicates are removed.
 
     Attributes:
-        remove: take out of the training data what is also held out (exactly or nearly), and exact
-            repetitions within it. Otherwise duplicates are only reported.
+        remove: remove from the training data dialogues that are also held out (exactly or nearly),
+            and exact repetitions. Otherwise duplicates are only reported.
         threshold: the Jaccard index from which two dialogues are near duplicates, 0.5 to 1.
         ngram: the number of characters in an n-gram.
         num_hashes: the length of a signature.
-        num_bands: the bands it is cut into. With 128 hashes in 32 bands a pair of Jaccard index
-            0.8 is missed once in 10 million, one of 0.7 once in 6,000, one of 0.5 one time in 8.
+        num_bands: of a signature. With 128 hashes in 32 bands a pair of Jaccard index 0.8 is missed
+            once in 10 million, one of 0.7 once in 6,000, one of 0.5 one time in 8.
     """
 
     remove: bool = True
@@ -80,7 +80,7 @@ class DuplicatesConfig:
     num_bands: int = 32
 
     def __post_init__(self) -> None:
-        """Refuses what the search could not keep its promise for."""
+        """Refuses settings for which the search is not reliable."""
         if not 0.5 <= self.threshold <= 1.0:
             raise ValueError(
                 f"duplicates.threshold: {self.threshold}, it should be 0.5 to 1 (the search is "
@@ -123,7 +123,7 @@ class SourceShare:
 
 
 def key_number(*key: int | str) -> int:
-    """Returns a number of 64 bits that stands for a key; each part's place and type count."""
+    """Returns a 64-bit number for a key; the place and type of each part count."""
     plain = tuple(part if isinstance(part, str) else int(part) for part in key)  # no numpy scalars
     return int.from_bytes(hashlib.blake2b(repr(plain).encode(), digest_size=8).digest(), "big")
 
@@ -139,7 +139,7 @@ def mix_bits(numbers: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 
 
 def permutation(num_items: int, *key: int | str) -> Indices:
-    """Returns a permutation of `0 .. num_items - 1` that depends on its key and on nothing else."""
+    """Returns a permutation of `0 .. num_items - 1` that depends on its key only."""
     counters = np.arange(1, num_items + 1, dtype=np.uint64) * _GOLDEN_RATIO
     # Item i gets number i of the SplitMix64 stream that the key starts.
     return np.argsort(mix_bits(counters + np.uint64(key_number(*key))), kind="stable")
@@ -154,8 +154,8 @@ def normalized(text: str) -> str:
 def dialogue_text(messages: Sequence[Message]) -> str:
     """Returns the normalized turns of a dialogue, one a line; equal texts are duplicates.
 
-    The system message is left out: it is mostly one text over a whole source, and the dialogue
-    under it is no other dialogue.
+    The system message is left out: it is mostly one text for a whole source, and does not make a
+    dialogue another one.
     """
     spoken = (message for message in messages if message.role != "system")
     return _TURN_BREAK.join(normalized(message.content) for message in spoken)
@@ -179,7 +179,7 @@ def chosen_by_content(
 
 
 class NearDuplicate(NamedTuple):
-    """A text of the training data that is nearly one of the held-out data."""
+    """A text of the training data that nearly equals one of the held-out data."""
 
     train: int
     held_out: int
@@ -190,10 +190,10 @@ class DuplicateReport(NamedTuple):
     """The duplicates found; all numbers are indices into the training or the held-out texts.
 
     Attributes:
-        repeated_in_train: training texts that stood before in the training data.
-        repeated_in_held_out: held-out texts that stood before in the held-out data.
+        repeated_in_train: training texts that occurred before in the training data.
+        repeated_in_held_out: held-out texts that occurred before in the held-out data.
         held_out_too: training texts that are also held out, word for word.
-        nearly_held_out: training texts that are nearly a held-out text, without those that are one.
+        nearly_held_out: training texts that are nearly, but not exactly, a held-out text.
     """
 
     repeated_in_train: list[int]
@@ -203,7 +203,7 @@ class DuplicateReport(NamedTuple):
 
     @property
     def removable(self) -> set[int]:
-        """The training texts to take out, so that each stands once and none is held out."""
+        """The training texts to remove, so that each occurs once and none is held out."""
         near = {pair.train for pair in self.nearly_held_out}
         return near.union(self.repeated_in_train, self.held_out_too)
 
@@ -211,7 +211,7 @@ class DuplicateReport(NamedTuple):
 def find_duplicates(
     train: Sequence[str], held_out: Sequence[str], config: DuplicatesConfig
 ) -> DuplicateReport:
-    """Looks for exact and near duplicates among normalized texts (`held_out.dialogue_text`)."""
+    """Finds exact and near duplicates among normalized texts (`dialogue_text`)."""
     held_out_texts = set(held_out)
     held_out_too = [index for index, text in enumerate(train) if text in held_out_texts]
     same = set(held_out_too)
@@ -225,7 +225,7 @@ def find_duplicates(
 
 
 def repetitions(texts: Sequence[str]) -> list[int]:
-    """Returns the indices of all texts that stood before."""
+    """Returns the indices of all texts that occurred before."""
     met: set[str] = set()
     repeated = []
     for index, text in enumerate(texts):
@@ -240,9 +240,9 @@ def near_duplicates(
 ) -> list[NearDuplicate]:
     """Returns all pairs across the two lists whose Jaccard index reaches the threshold.
 
-    Identical texts count as pairs of similarity 1. Pairs within one list are not looked for. The
-    search is a random one with fixed random numbers: it always finds the same, and misses a true
-    pair as rarely as `DuplicatesConfig` says.
+    Identical texts count as pairs of similarity 1. Pairs within one list are not searched. The
+    search is random with fixed random numbers: it always finds the same pairs, and misses a true
+    one as rarely as `DuplicatesConfig` documents.
     """
     if not train or not held_out:
         return []
@@ -303,14 +303,14 @@ class Mixture:
     def __init__(
         self, source_ids: Indices, names: Sequence[str], shares: Sequence[SourceShare], *, seed: int
     ) -> None:
-        """Settles how many examples of each source an epoch takes.
+        """Computes the number of examples of each source in an epoch.
 
         Args:
             source_ids: the source of every example, an index into `names`.
-            names: the names of the sources there are.
-            shares: the sources to take from, and how much. A share that says neither `epochs` nor
-                `weight` is one epoch. Weights, if any, are said for all; the epoch then has as many
-                examples as its sources (after their limits) have together.
+            names: the names of all sources.
+            shares: the sources to use, and their amounts. A share without `epochs` and `weight` is
+                one epoch. Weights are given for all or none; the epoch then has as many examples as
+                its sources (after their limits) have together.
             seed: of the choice and of the order.
 
         Raises:
@@ -335,9 +335,9 @@ class Mixture:
     def epoch(self, epoch: int) -> Indices:
         """Returns the indices of an epoch's examples, shuffled.
 
-        A source is gone through in a fixed random order, round and round, and each epoch goes on
-        where the one before stopped. So a fraction of a source is a random part of it with nothing
-        twice, and no example is ever more than one pass ahead of another.
+        A source is read in a fixed random order, again and again, and each epoch continues where
+        the one before stopped. So a fraction of a source is a random part of it without
+        repetitions, and no example is ever more than one pass ahead of another.
         """
         parts = [
             pool[(epoch * count + np.arange(count)) % len(pool)]
@@ -360,7 +360,7 @@ def _salt_key(salt: str) -> bytes:
 def _candidates(
     held_out: Signatures, train: Signatures, config: DuplicatesConfig
 ) -> Iterable[tuple[int, int]]:
-    """Pairs (held out, train) that agree in a whole band and are similar by their signatures."""
+    """Yields pairs (held out, train) with an equal band and similar signatures."""
     width = config.num_hashes // config.num_bands
     pairs: set[tuple[int, int]] = set()
     for start in range(0, config.num_hashes, width):
@@ -372,7 +372,7 @@ def _candidates(
             for index in buckets.get(band.tobytes(), ()):
                 pairs.add((index, train_index))
     # The estimate's standard deviation is at most 0.5 / sqrt(num_hashes); five of them below the
-    # threshold no true pair is lost, and most of the costly verifications are spared.
+    # threshold no true pair is lost, and most of the costly verifications are avoided.
     least = config.threshold - 2.5 / np.sqrt(config.num_hashes)
     for index, train_index in sorted(pairs):
         if np.mean(held_out[index] == train[train_index]) >= least:
@@ -415,4 +415,4 @@ def _check_names(names: Sequence[str], shares: Sequence[SourceShare]) -> None:
         if name not in names:
             raise ValueError(f"mixture: no source is named {name!r}, there are {list(names)}")
         if times > 1:
-            raise ValueError(f"mixture.{name}: stands {times} times, it should stand once")
+            raise ValueError(f"mixture.{name}: named {times} times, it should be named once")

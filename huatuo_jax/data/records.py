@@ -1,7 +1,7 @@
 """Records of data files: dialogues, prompts, preference pairs, cases and exam questions.
 
-Every record is frozen and writes itself to the JSON that stands between two stages (`to_json`) and
-comes back from it (`from_json`). Fields that a record does not know are kept in `extra`.
+Every record is frozen, writes itself to the JSON of the files between stages (`to_json`) and reads
+itself from it (`from_json`). Unknown fields are kept in `extra`.
 """
 
 import hashlib
@@ -21,14 +21,14 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 Json = dict[str, Any]
 
-# Letters and symbols that show nothing: the fillers of Hangul, the empty Braille cell.
+# Invisible letters and symbols: the fillers of Hangul, the empty Braille cell.
 _FILLERS = "\u115f\u1160\u2800\u3164\uffa0"
 
 
 class Message(NamedTuple):
-    """One turn of a dialogue: who speaks, and the text as it stood in the file.
+    """One turn of a dialogue: the role, and the text of the file.
 
-    `trained` is False for an assistant's turn that its source marks as not to be learned from.
+    `trained` is False for an assistant turn that its source marks as not to be trained.
     """
 
     role: Role
@@ -40,12 +40,12 @@ Messages = tuple[Message, ...]
 
 
 def unmarked(messages: Sequence[Message]) -> Messages:
-    """Returns the messages without their marks, where they are a prompt, or compared or scored."""
+    """Returns the messages without their trained marks, for prompts and comparisons."""
     return tuple(message._replace(trained=True) for message in messages)
 
 
 def shown(text: object, limit: int = 40) -> str:
-    """Returns a text as a message may show it: shortened, its line breaks and controls escaped."""
+    """Returns a text for a message: shortened, with line breaks and controls escaped."""
     whole = str(text)
     cut = whole if len(whole) <= limit else f"{whole[: limit - 3]}..."
     return "".join(
@@ -54,9 +54,9 @@ def shown(text: object, limit: int = 40) -> str:
 
 
 def content_id(source: str, content: object) -> str:
-    """Returns a short id that depends on the source's name and the content, and on nothing else.
+    """Returns a short id that depends on the source's name and the content only.
 
-    For rows that bring no id of their own: it stays the same when rows are added or reordered.
+    For rows without an id of their own: it stays the same when rows are added or reordered.
     """
     plain = [source, _without_defaults(content)]
     text = json.dumps(plain, ensure_ascii=False, sort_keys=True, default=str)
@@ -64,7 +64,7 @@ def content_id(source: str, content: object) -> str:
 
 
 def _without_defaults(content: object) -> object:
-    """Messages as pairs of role and content, with a mark only where there is one."""
+    """Returns messages as pairs of role and content, with a mark only if there is one."""
     if isinstance(content, Message):
         return list(content if not content.trained else content[:2])
     if isinstance(content, list | tuple):
@@ -112,12 +112,11 @@ def answer(text: str) -> Messages:
 def is_empty(text: str) -> bool:
     """Returns whether a response is empty: it has no visible character.
 
-    White space, controls, format characters (zero-width ones, byte order marks) and fillers do not
-    show; marks that combine with a letter do not without one.
+    White space, controls, format characters (zero-width ones, byte order marks) and fillers are
+    invisible, and so are combining marks without a letter.
 
-    A policy samples such answers by ending its turn at once. They are answers like any other, the
-    worst there are: every stage keeps, judges and scores them. Only training on dialogues refuses
-    them, as nobody should learn to say nothing.
+    A policy samples such answers by ending its turn at once. Every stage keeps, judges and scores
+    them like any other answer. Only training on dialogues refuses them.
     """
     return all(_is_invisible(character) for character in text)
 
@@ -128,7 +127,7 @@ def _is_invisible(character: str) -> bool:
 
 
 def same_answer(one: Messages, other: Messages) -> bool:
-    """Tells if two continuations are the same messages, or both empty."""
+    """Returns whether two continuations are the same messages, or both empty."""
     return one == other or all(
         len(messages) == 1 and is_empty(messages[0].content) for messages in (one, other)
     )
@@ -145,7 +144,7 @@ class Dialogue:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Refuses a kind that is not one of the four."""
+        """Validates the kind."""
         if self.kind is not None and self.kind not in KINDS:
             raise ValueError(f"kind is {self.kind!r}; it should be one of {', '.join(KINDS)}")
 
@@ -170,7 +169,7 @@ class Dialogue:
 class Prompt:
     """Messages for a model to answer; they end with a user message.
 
-    `reference` is a real doctor's answer, `diagnosis` a real doctor's finding; labels lean on them.
+    `reference` is a real doctor's answer, `diagnosis` a real doctor's finding; judges use both.
     """
 
     id: str
@@ -227,13 +226,13 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two continuations of one prompt, and how likely the first is the better one.
+    """A preference pair: two continuations of one prompt, and P(first is better).
 
-    `chosen` and `rejected` are messages, not strings: mostly one assistant message each, but where
-    whole consultations were compared they hold the rest of the consultation. In JSON the usual
-    single answer is a plain string. The last message of either may be empty (see `is_empty`).
-    `margin` is the score of the chosen answer less that of the rejected one, in the unit of those
-    scores: of a tie, or where the choice goes against the scores, it may be negative.
+    `chosen` and `rejected` are messages, not strings: mostly one assistant message each, but of
+    compared consultations all that follows the prompt. In JSON the usual single answer is a plain
+    string. The last message of either may be empty (see `is_empty`). `margin` is the score of the
+    chosen answer minus that of the rejected one, in the unit of those scores; it is 0 or negative
+    for a tie or a choice against the scores.
     """
 
     id: str
@@ -246,7 +245,7 @@ class Comparison:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Refuses a probability outside 0 to 1."""
+        """Validates the probability."""
         if not 0.0 <= self.p_chosen <= 1.0:
             raise ValueError(f"p_chosen is {self.p_chosen}; it should lie between 0 and 1")
 
@@ -305,7 +304,7 @@ class Ranking:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Refuses scores that do not fall with the rank, or are not one an answer."""
+        """Refuses scores that rise with the rank, or are not one an answer."""
         if self.scores is None:
             return
         if len(self.scores) != len(self.answers):
@@ -336,7 +335,7 @@ class Ranking:
 
 @dataclass(frozen=True)
 class Case:
-    """A medical case as a patient filed it, and what the doctor found."""
+    """A medical case as described by a patient, and the doctor's diagnosis."""
 
     id: str
     medical_case: str
@@ -382,7 +381,7 @@ class ExamQuestion:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Refuses an answer that names no option or one that is not there."""
+        """Refuses an answer that names no option or an unknown one."""
         if not self.answer or not set(self.answer) <= set(self.options):
             letters = "".join(self.options)
             raise ValueError(f"answer is {self.answer!r}; it should be letters out of {letters!r}")

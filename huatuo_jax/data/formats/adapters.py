@@ -1,7 +1,6 @@
-"""Named adapters: each turns the rows of one odd source into rows of a common format.
+"""Named adapters: each rewrites the rows of one published data set into rows of a common format.
 
-An adapter knows one published data set. It rewrites rows and nothing else; what the rewritten rows
-must hold is checked where all rows are checked.
+An adapter rewrites rows only; the rewritten rows are checked like all others.
 """
 
 import dataclasses
@@ -18,7 +17,7 @@ LAST_TURNS_ONLY = "turn that a later line of its dialogue repeats"
 
 
 class LeftOut(NamedTuple):
-    """A sound row that gives no record of its own, and the reason it is counted under."""
+    """A valid row that gives no record of its own, and the reason to count."""
 
     line: int
     reason: str
@@ -30,7 +29,7 @@ Rewritten = Iterator[Row | RowError | LeftOut]
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """A name, what it is for in one line, and the rewriting of a stream of rows."""
+    """A name, a line about it, and the function that rewrites a stream of rows."""
 
     name: str
     about: str
@@ -38,7 +37,7 @@ class Adapter:
 
 
 def row_adapter(name: str, about: str, rewrite_row: Callable[[Any], Any]) -> Adapter:
-    """Returns an adapter that rewrites each row by itself; `rewrite_row` may raise `RowProblem`."""
+    """Makes an adapter that rewrites each row by itself; `rewrite_row` may raise `RowProblem`."""
     return Adapter(name, about, functools.partial(_rewrite_each, rewrite_row=rewrite_row))
 
 
@@ -103,7 +102,7 @@ _FLAT_TURN = re.compile(r"<(user|bot)>:")
 
 
 def _bentsao(row: Any) -> Any:
-    """Turns stand in `instruction` as `<user>: ... <bot>: ...`; the last answer in `output`."""
+    """Splits `instruction`, `<user>: ... <bot>: ...`; the last answer is in `output`."""
     _need_text(row, "instruction")
     _need(row, "output")
     before, *pieces = _FLAT_TURN.split(row["instruction"])
@@ -171,7 +170,7 @@ _PUBMEDQA_OPTIONS = {"A": "yes", "B": "no", "C": "maybe"}
 
 
 def _pubmedqa(row: Any) -> Any:
-    """Yes, no or maybe, with the abstract before the question."""
+    """Makes an exam question with yes, no or maybe, the abstract before the question."""
     _need_text(row, "QUESTION", "final_decision")
     _need_list(row, "CONTEXTS")
     if not all(isinstance(text, str) for text in row["CONTEXTS"]):
@@ -243,7 +242,7 @@ def _remedi(rows: Rows) -> Rewritten:
 
 
 def _remedi_line(text: Any) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """Returns the turns of a tagged line, and what it notes about the last one."""
+    """Returns the turns of a tagged line, and its notes about the last one."""
     fields = {tag: part.strip() for tag, part in _TAGGED.findall(str(text))}
     missing = [tag for tag in ("context", "currentuser", "response") if tag not in fields]
     if missing:

@@ -1,9 +1,7 @@
-"""Row formats: how each is recognised by its keys, and how it becomes a record.
+"""Row formats of dialogues, prompts, cases and exam questions: recognized by keys, made records.
 
-A `Format` is tried row by row, so that a file may mix shapes. Here stand the formats of dialogues
-and prompts; comparisons, and cases and exams, have files of their own.
-
-Row formats of medical cases and of multiple-choice questions.
+A `Format` is tried row by row, so a file may mix shapes. The formats of preference pairs are in
+`huatuo_jax.data.formats.preferences`.
 """
 
 import difflib
@@ -61,14 +59,22 @@ EXAM_KEYS = ("options", "option", "Options", "A")
 _LABEL_KEYS = ("label", "kto_tag")
 _KEYS_SHOWN = 12
 _ID_KEYS = ("id", "_id", "conversation_id", "dialogue_id")
+_DEPARTMENT_KEYS = ("department", "Department")
+_QUESTION_KEYS = ("question", "Question")
+_OPTIONS_KEYS = ("options", "option", "Options")
+_ANSWER_KEYS = ("answer_idx", "answer", "Answer")
+_EXPLANATION_KEYS = ("explanation", "Explanation", "rationale")
+_LETTERS = "ABCDEFGHIJ"
+# `A text`, `A. text`, `A、text`, `(A) text`, one on each line.
+_LETTERED_LINE = re.compile(r"[(（]?([A-J])(?:[)）.、:：]\s*|\s+)(.*)", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Terms:
     """The reader's settings for a row: the source's name and kind, and the limits.
 
-    A given `source` or `kind` is stronger than the row's own; `file_name` serves where neither is.
-    `empty_answers` takes dialogues whose last answer is empty, too.
+    A given `source` or `kind` overrides the row's own; `file_name` is the source of a row without
+    either. `empty_answers` accepts dialogues whose last answer is empty.
     """
 
     file_name: str
@@ -80,7 +86,7 @@ class Terms:
 
 @dataclass(frozen=True)
 class Converted:
-    """The records of one row, and what had to be mended on the way."""
+    """The records of one row, and the repairs that were needed."""
 
     records: tuple[Record, ...]
     repairs: tuple[str, ...] = ()
@@ -88,7 +94,7 @@ class Converted:
 
 @dataclass(frozen=True)
 class Format:
-    """One shape of rows: `keys` says in words what `matches` looks for."""
+    """One shape of rows; `keys` describes in words the rows that `matches` accepts."""
 
     name: str
     family: Family
@@ -98,10 +104,10 @@ class Format:
 
 
 def recognise(row: object, formats: Sequence[Format]) -> Format:
-    """Returns the first of the formats that the row has the keys of.
+    """Returns the first of the formats whose keys the row has.
 
     Raises:
-        RowProblem: none; the text lists the keys of the row and the formats.
+        RowProblem: there is none; the text lists the keys of the row and the formats.
     """
     for row_format in formats:
         if row_format.matches(row):
@@ -111,7 +117,7 @@ def recognise(row: object, formats: Sequence[Format]) -> Format:
 
 
 def describe(row: object) -> str:
-    """Returns the keys that hold something, for messages."""
+    """Describes a row by its keys with a value, for messages."""
     if not isinstance(row, Mapping):
         return f"a row that is a {type(row).__name__}, not an object"
     keys = sorted(map(str, present(row, row)))
@@ -125,8 +131,8 @@ def identity(
 ) -> tuple[str, str, dict[str, Any]]:
     """Returns the id, the source and the remaining fields of a row.
 
-    A row without an id of its own gets one from its source and content. Where `terms` overrule the
-    row's source, that stays in the remaining fields as `original_source`.
+    A row without an id of its own gets one from its source and content. If `terms` override the
+    row's source, it stays in the remaining fields as `original_source`.
     """
     if not isinstance(row, Mapping):
         source = terms.source or terms.file_name
@@ -151,7 +157,7 @@ def only_key(row: JsonRow, keys: Sequence[str], what: str) -> str:
     """Returns the one key of several spellings that the row has.
 
     Raises:
-        RowProblem: it has more than one, and which is meant cannot be told.
+        RowProblem: it has more than one, so the meant one is not known.
     """
     found = present(row, keys)
     if len(found) > 1:
@@ -165,7 +171,7 @@ def dialogue_key(row: JsonRow) -> str:
 
 
 def _list_keys(row: JsonRow) -> tuple[str, ...]:
-    """Returns the usual keys of turns that hold a list, and no name or number of a conversation."""
+    """Returns the usual keys of turns that hold a list, not an id of a conversation."""
     return tuple(
         key
         for key in present(row, DIALOGUE_KEYS)
@@ -187,7 +193,7 @@ def is_question(row: object) -> bool:
 
 
 def is_labelled_bad(row: object) -> bool:
-    """Returns whether the row's answer is one to learn away from, as KTO's data says by `label`."""
+    """Returns whether the row's answer is labelled as a bad one, as in KTO's data."""
     return any(
         row[key] is False or str(row[key]).strip().lower() == "false"
         for key in present(row, _LABEL_KEYS)
@@ -215,7 +221,7 @@ def _dialogue(
 def _other_meanings(row: object) -> tuple[object, tuple[str, ...]]:
     """Renames columns with a field's name but another meaning to `original_...`.
 
-    A kind is meant as ours if it is one of ours, or nearly: that is an error of spelling.
+    A kind that is nearly one of ours is an error of spelling.
     """
     if not isinstance(row, Mapping):
         return row, ()
@@ -277,11 +283,11 @@ def instruction_prompt(row: JsonRow) -> tuple[list[Turn], tuple[str, ...]]:
 
 
 def question_prompt(row: JsonRow) -> tuple[list[Turn], tuple[str, ...]]:
-    """Returns the turns up to a question in a column of its own, and the keys that they came from.
+    """Returns the turns up to a question in its own column, and the keys they came from.
 
     The question may be a list of turns, as TRL's conversational `prompt`.
     """
-    # `input` is context below the question, and the question itself where there is no other.
+    # `input` is context below the question, or the question itself if there is no other.
     asked = present(row, QUESTION_KEYS)
     key = only_key(row, QUESTION_KEYS, "question") if asked else "input"
     used = (key, "input", "history", "system")
@@ -439,16 +445,6 @@ PROMPT_FORMATS: tuple[Format, ...] = (
 )
 
 
-_DEPARTMENT_KEYS = ("department", "Department")
-_QUESTION_KEYS = ("question", "Question")
-_OPTIONS_KEYS = ("options", "option", "Options")
-_ANSWER_KEYS = ("answer_idx", "answer", "Answer")
-_EXPLANATION_KEYS = ("explanation", "Explanation", "rationale")
-_LETTERS = "ABCDEFGHIJ"
-# `A text`, `A. text`, `A、text`, `(A) text`, each on a line of its own.
-_LETTERED_LINE = re.compile(r"[(（]?([A-J])(?:[)）.、:：]\s*|\s+)(.*)", re.DOTALL)
-
-
 def _from_case(row: Any, terms: Terms) -> Converted:
     limit = terms.max_turn_chars
     department = [key for key in present(row, _DEPARTMENT_KEYS) if str(row[key]).strip()]
@@ -487,7 +483,7 @@ def _from_exam(row: Any, terms: Terms) -> Converted:
     question_key = only_key(row, _QUESTION_KEYS, "question")
     question = checked_text(row, question_key, max_turn_chars=terms.max_turn_chars)
     options, option_keys = _options(row)
-    answer_key = present(row, _ANSWER_KEYS)[0]  # answer_idx is the letter beside a spelt answer.
+    answer_key = present(row, _ANSWER_KEYS)[0]  # answer_idx is the letter of an answer in words.
     explanation = _explanation_keys(row)
     used = (question_key, answer_key, "answer", *option_keys, *explanation)
     row_id, source, extra = identity(row, terms, used=used, content=[question, options])
@@ -524,7 +520,7 @@ def _options(row: JsonRow) -> tuple[dict[str, str], tuple[str, ...]]:
         options, keys = dict(zip(_LETTERS, given, strict=False)), found
     else:
         options, keys = options_from_text(given), found
-    # Tables keep a column for the fifth option of questions that have four.
+    # Tables have a column for a fifth option, which most questions lack.
     options = {key: text for key, text in options.items() if text not in (None, "")}
     if len(options) < 2 or not all(isinstance(text, str) for text in options.values()):
         raise RowProblem(f"the options are not at least two texts: {str(options)[:60]}")
@@ -534,7 +530,7 @@ def _options(row: JsonRow) -> tuple[dict[str, str], tuple[str, ...]]:
 
 
 def options_from_text(text: object) -> dict[str, str]:
-    """Options that stand one a line in one text; a line without the next letter goes on.
+    """Splits a text into options, one a line; a line without the next letter continues one.
 
     Raises:
         RowProblem: the text does not begin with option A.

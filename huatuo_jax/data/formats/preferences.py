@@ -1,4 +1,4 @@
-"""Row formats of comparisons: chosen and rejected, ranked lists, scored lists."""
+"""Row formats of preference pairs: chosen and rejected, ranked lists, scored lists."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -67,7 +67,7 @@ def _is_pair(row: Any) -> bool:
     keys = _pair_keys(row)
     if keys is None:
         return False
-    # Without a prompt of its own, the pair must be two whole dialogues.
+    # Without a prompt field, the pair must be two whole dialogues.
     return _has_prompt(row) or all(as_turns(row[key]) is not None for key in keys)
 
 
@@ -143,7 +143,7 @@ def _shared_start(chosen: Sequence[Turn], rejected: Sequence[Turn]) -> list[Turn
 
 
 def _continuation(prompt: Messages, turns: Sequence[TurnLike], name: str, terms: Terms) -> Messages:
-    """Returns the checked messages behind the prompt; they end with the assistant."""
+    """Returns the checked messages after the prompt; they end with the assistant."""
     try:
         whole, _ = check_turns(
             [*prompt, *turns], max_turn_chars=terms.max_turn_chars, empty_answer=True
@@ -159,8 +159,8 @@ def _empty_answers(answers: Sequence[Messages], *, judged: bool) -> tuple[str, .
     """Returns the repairs to count for empty answers, best first.
 
     Raises:
-        RowProblem: the best one is empty, and no probability or score says that a judge found it
-            so: a missing value rather than a preference.
+        RowProblem: the best one is empty without a probability or score from a judge, so it is a
+            missing value rather than a preference.
     """
     if not any(is_empty(one[-1].content) for one in answers):
         return ()
@@ -180,7 +180,7 @@ def _number(row: JsonRow, key: str) -> float | None:
 
 def _as_number(value: object, name: str) -> float:
     number = value
-    if isinstance(value, str):  # As all cells of CSV are.
+    if isinstance(value, str):  # All cells of CSV are text.
         try:
             number = float(value)
         except ValueError:
@@ -237,7 +237,7 @@ def _text_of(item: object, name: str) -> object:
 def _ranking(
     row: JsonRow, texts: Sequence[object], scores: list[float] | None, terms: Terms, key: str
 ) -> Converted:
-    """Returns all pairs of the answers, which stand best first."""
+    """Returns all pairs of the answers, which are given best first."""
     prompt_turns, used = _prompt_turns(row)
     prompt, repairs = prompt_messages(prompt_turns, max_turn_chars=terms.max_turn_chars)
     answers = tuple(
