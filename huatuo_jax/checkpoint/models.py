@@ -31,7 +31,6 @@ from huatuo_jax.core.config import as_json
 from huatuo_jax.hf import load, weight_files
 from huatuo_jax.hf.config import from_hugging_face, is_score_model, read_json
 from huatuo_jax.hf.generation_config import CONFIG_FILE
-from huatuo_jax.hf.load import DeltaSource
 from huatuo_jax.hf.tokenizer import SIDE_FILES, SideFiles
 
 BACKBONE_FILE = "backbone.json"
@@ -279,10 +278,10 @@ def load_params(
     """
     if model.form == "hugging_face":
         assert model.layout is not None
-        source: load.Tensors = weight_files.open_tensor_source(model.folder)
+        source = weight_files.open_tensor_source(model.folder)
         if delta_base is not None:
             base = weight_files.open_tensor_source(find_folder(delta_base))
-            source = DeltaSource(source, base)
+            source = load.add_delta(source, base)
         return load.load_params(
             source,
             model.cfg,

@@ -114,9 +114,7 @@ class CheckpointStore:
             OSError: this save could not be started, or the one before it failed.
         """
         if self._read_only:
-            raise ValueError(
-                f"read_only: {self._directory} is open for reading only, not saving"
-            )
+            raise ValueError(f"read_only: {self._directory} is open for reading only, not saving")
         newest = self.latest_step()
         if newest is not None and step <= newest:
             raise ValueError(f"step: {step} is not past the newest saved step {newest}")

@@ -8,9 +8,9 @@ import hashlib
 import itertools
 import json
 import unicodedata
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, get_args
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, NamedTuple, Self, get_args
 
 Role = Literal["system", "user", "assistant"]
 Kind = Literal[
@@ -134,8 +134,60 @@ def same_answer(one: Messages, other: Messages) -> bool:
 
 
 @dataclass(frozen=True)
-class Dialogue:
-    """A conversation to train on: it ends with an assistant message."""
+class _Stored:
+    """A record that writes itself to a JSON object and reads itself from it."""
+
+    def to_json(self) -> Json:
+        """Returns the extra fields and the record's own; those that are None are left out."""
+        values = {one.name: getattr(self, one.name) for one in fields(self)}
+        required, optional = _stored_fields(type(self))
+        row = {name: _written(name, values[name]) for name in required}
+        return {**values["extra"], **row, **_present(**{name: values[name] for name in optional})}
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> Self:
+        """Returns the record that `to_json` wrote; unknown fields become `extra`.
+
+        Raises:
+            ValueError: a field is missing or has a wrong value.
+        """
+        required, optional = _stored_fields(cls)
+        values = {name: _read(name, _field(row, name)) for name in required}
+        values |= {name: row.get(name) for name in optional}
+        make: Callable[..., Self] = cls
+        return make(**values, extra=_others(row, *required, *optional))
+
+
+def _stored_fields(kind: type[_Stored]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Returns a record's fields in the order of JSON: all but those that may be None, and these."""
+    kept = [one for one in fields(kind) if one.name != "extra"]
+    optional = tuple(one.name for one in kept if type(None) in get_args(one.type))
+    required = [one.name for one in kept if one.name not in (*optional, "source")]
+    return (*required, "source"), optional
+
+
+def _written(name: str, value: Any) -> Any:
+    if name == "messages":
+        return messages_to_json(value)
+    if name in ("chosen", "rejected"):
+        return _continuation_to_json(value)
+    return dict(value) if name == "options" else value
+
+
+def _read(name: str, value: Any) -> Any:
+    if name == "messages":
+        return messages_from_json(value)
+    if name in ("chosen", "rejected"):
+        return answer(value) if isinstance(value, str) else messages_from_json(value, name=name)
+    return float(value) if name == "p_chosen" else value
+
+
+@dataclass(frozen=True)
+class Dialogue(_Stored):
+    """A conversation to train on: it ends with an assistant message.
+
+    In JSON: `{"id", "messages", "source", "kind"?}` and the extra fields.
+    """
 
     id: str
     messages: Messages
@@ -148,28 +200,13 @@ class Dialogue:
         if self.kind is not None and self.kind not in KINDS:
             raise ValueError(f"kind is {self.kind!r}; it should be one of {', '.join(KINDS)}")
 
-    def to_json(self) -> Json:
-        """Returns `{"id", "messages", "kind"?, "source"}` and the extra fields."""
-        row = {"id": self.id, "messages": messages_to_json(self.messages), "source": self.source}
-        return {**self.extra, **row, **_present(kind=self.kind)}
-
-    @classmethod
-    def from_json(cls, row: Mapping[str, Any]) -> "Dialogue":
-        """Returns the dialogue that `to_json` wrote; unknown fields become `extra`."""
-        return cls(
-            id=_field(row, "id"),
-            messages=messages_from_json(_field(row, "messages")),
-            kind=row.get("kind"),
-            source=_field(row, "source"),
-            extra=_others(row, "id", "messages", "kind", "source"),
-        )
-
 
 @dataclass(frozen=True)
-class Prompt:
+class Prompt(_Stored):
     """Messages for a model to answer; they end with a user message.
 
     `reference` is a real doctor's answer, `diagnosis` a real doctor's finding; judges use both.
+    In JSON: `{"id", "messages", "source", "reference"?, "diagnosis"?}` and the extra fields.
     """
 
     id: str
@@ -205,27 +242,9 @@ class Prompt:
             },
         )
 
-    def to_json(self) -> Json:
-        """Returns `{"id", "messages", "reference"?, "diagnosis"?, "source"}` and extra fields."""
-        row = {"id": self.id, "messages": messages_to_json(self.messages), "source": self.source}
-        known = _present(reference=self.reference, diagnosis=self.diagnosis)
-        return {**self.extra, **row, **known}
-
-    @classmethod
-    def from_json(cls, row: Mapping[str, Any]) -> "Prompt":
-        """Returns the prompt that `to_json` wrote; unknown fields become `extra`."""
-        return cls(
-            id=_field(row, "id"),
-            messages=messages_from_json(_field(row, "messages")),
-            source=_field(row, "source"),
-            reference=row.get("reference"),
-            diagnosis=row.get("diagnosis"),
-            extra=_others(row, "id", "messages", "source", "reference", "diagnosis"),
-        )
-
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(_Stored):
     """A preference pair: two continuations of one prompt, and P(first is better).
 
     `chosen` and `rejected` are messages, not strings: mostly one assistant message each, but of
@@ -233,6 +252,8 @@ class Comparison:
     string. The last message of either may be empty (see `is_empty`). `margin` is the score of the
     chosen answer minus that of the rejected one, in the unit of those scores; it is 0 or negative
     for a tie or a choice against the scores.
+
+    In JSON: `{"id", "messages", "chosen", "rejected", "p_chosen", "source", "margin"?}`, extras.
     """
 
     id: str
@@ -263,33 +284,6 @@ class Comparison:
     def rejected_dialogue(self) -> Messages:
         """The prompt and the worse continuation, to be scored as one dialogue."""
         return self.messages + self.rejected
-
-    def to_json(self) -> Json:
-        """Returns the fields as JSON values: answers as text where they are one, and extras."""
-        row = {
-            "id": self.id,
-            "messages": messages_to_json(self.messages),
-            "chosen": _continuation_to_json(self.chosen),
-            "rejected": _continuation_to_json(self.rejected),
-            "p_chosen": self.p_chosen,
-            "source": self.source,
-        }
-        return {**self.extra, **row, **_present(margin=self.margin)}
-
-    @classmethod
-    def from_json(cls, row: Mapping[str, Any]) -> "Comparison":
-        """Returns the comparison that `to_json` wrote; unknown fields become `extra`."""
-        names = ("id", "messages", "chosen", "rejected", "p_chosen", "margin", "source")
-        return cls(
-            id=_field(row, "id"),
-            messages=messages_from_json(_field(row, "messages")),
-            chosen=_continuation_from_json(_field(row, "chosen"), "chosen"),
-            rejected=_continuation_from_json(_field(row, "rejected"), "rejected"),
-            source=_field(row, "source"),
-            p_chosen=float(_field(row, "p_chosen")),
-            margin=row.get("margin"),
-            extra=_others(row, *names),
-        )
 
 
 @dataclass(frozen=True)
@@ -334,8 +328,11 @@ class Ranking:
 
 
 @dataclass(frozen=True)
-class Case:
-    """A medical case as described by a patient, and the doctor's diagnosis."""
+class Case(_Stored):
+    """A medical case as described by a patient, and the doctor's diagnosis.
+
+    In JSON: `{"id", "medical_case", "doctor_diagnosis", "source", "department"?}` and extras.
+    """
 
     id: str
     medical_case: str
@@ -344,33 +341,13 @@ class Case:
     source: str
     extra: Mapping[str, Any] = field(default_factory=dict)
 
-    def to_json(self) -> Json:
-        """Returns `{"id", "medical_case", "doctor_diagnosis", "department"?, "source"}`, extras."""
-        row = {
-            "id": self.id,
-            "medical_case": self.medical_case,
-            "doctor_diagnosis": self.doctor_diagnosis,
-            "source": self.source,
-        }
-        return {**self.extra, **row, **_present(department=self.department)}
-
-    @classmethod
-    def from_json(cls, row: Mapping[str, Any]) -> "Case":
-        """Returns the case that `to_json` wrote; unknown fields become `extra`."""
-        names = ("id", "medical_case", "doctor_diagnosis", "department", "source")
-        return cls(
-            id=_field(row, "id"),
-            medical_case=_field(row, "medical_case"),
-            doctor_diagnosis=_field(row, "doctor_diagnosis"),
-            department=row.get("department"),
-            source=_field(row, "source"),
-            extra=_others(row, *names),
-        )
-
 
 @dataclass(frozen=True)
-class ExamQuestion:
-    """A multiple-choice question; `answer` holds the letters of all right options, in order."""
+class ExamQuestion(_Stored):
+    """A multiple-choice question; `answer` holds the letters of all right options, in order.
+
+    In JSON: `{"id", "question", "options", "answer", "source", "explanation"?}` and extras.
+    """
 
     id: str
     question: str
@@ -386,31 +363,6 @@ class ExamQuestion:
             letters = "".join(self.options)
             raise ValueError(f"answer is {self.answer!r}; it should be letters out of {letters!r}")
 
-    def to_json(self) -> Json:
-        """Returns `{"id", "question", "options", "answer", "explanation"?, "source"}`, extras."""
-        row = {
-            "id": self.id,
-            "question": self.question,
-            "options": dict(self.options),
-            "answer": self.answer,
-            "source": self.source,
-        }
-        return {**self.extra, **row, **_present(explanation=self.explanation)}
-
-    @classmethod
-    def from_json(cls, row: Mapping[str, Any]) -> "ExamQuestion":
-        """Returns the question that `to_json` wrote; unknown fields become `extra`."""
-        names = ("id", "question", "options", "answer", "explanation", "source")
-        return cls(
-            id=_field(row, "id"),
-            question=_field(row, "question"),
-            options=_field(row, "options"),
-            answer=_field(row, "answer"),
-            source=_field(row, "source"),
-            explanation=row.get("explanation"),
-            extra=_others(row, *names),
-        )
-
 
 Record = Dialogue | Prompt | Comparison | Case | ExamQuestion
 
@@ -419,10 +371,6 @@ def _continuation_to_json(messages: Messages) -> str | list[Json]:
     if len(messages) == 1 and messages[0].role == "assistant":
         return messages[0].content
     return messages_to_json(messages)
-
-
-def _continuation_from_json(value: object, name: str) -> Messages:
-    return answer(value) if isinstance(value, str) else messages_from_json(value, name=name)
 
 
 def _field(row: object, name: str, where: str = "the record") -> Any:

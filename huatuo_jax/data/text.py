@@ -301,7 +301,7 @@ def read_lines(path: pathlib.Path, encoding: str | None = None) -> Iterator[Line
             if number == 1:
                 raw = raw.removeprefix(mark)
             fault = undecodable(raw, encoding, offset + size - len(raw))
-            # A line with a fault is never used as text; replacement keeps the rows of a CSV in step.
+            # A line with a fault is never used as text; replacement keeps a CSV in step.
             yield Line(number, raw.decode(encoding, "replace" if fault else "strict"), fault)
             offset += size
 

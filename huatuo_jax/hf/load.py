@@ -7,10 +7,9 @@ those whose shape or meaning the fine-tuning changed, which are published whole.
 
 import dataclasses
 import math
-import pathlib
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,6 +21,7 @@ from huatuo_jax.backbone.transformer import Head, abstract_params
 from huatuo_jax.core import sharding
 from huatuo_jax.hf.safetensors_files import common_dtype
 from huatuo_jax.hf.tensor_table import TensorRule, is_legacy_buffer, tensor_rules
+from huatuo_jax.hf.weight_files import StoredTensor, TensorSource
 
 Progress = Callable[[int, int], None]
 
@@ -34,28 +34,57 @@ _ALIGNMENT = 64  # bytes
 _PUBLISHED_WHOLE = re.compile(r"(^|\.)(embed_tokens\.weight|lm_head\.weight|rotary_emb\.inv_freq)$")
 
 
-class Tensors(Protocol):
-    """The tensors of a checkpoint, each read when it is asked for."""
+@dataclasses.dataclass(frozen=True)
+class _Sum:
+    """A tensor of delta weights plus that of the base, summed when it is read.
+
+    The sum is taken in float32 and rounded to the delta's dtype.
+    """
+
+    delta: StoredTensor
+    base: StoredTensor
 
     @property
-    def folder(self) -> pathlib.Path:
-        """The folder that holds them, for messages."""
+    def path(self) -> pathlib.Path:
+        return self.delta.path
 
-    def names(self) -> tuple[str, ...]:
-        """Names every tensor."""
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.delta.shape
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Returns the shape of a tensor."""
+    @property
+    def dtype(self) -> np.dtype:
+        return self.delta.dtype
 
-    def dtype(self, name: str) -> np.dtype:
-        """Returns the dtype of a tensor."""
+    def read(self) -> np.ndarray:
+        total = self.delta.read().astype(np.float32) + self.base.read().astype(np.float32)
+        return total.astype(self.dtype)
 
-    def read(self, name: str) -> np.ndarray:
-        """Reads one tensor into a new array."""
+
+def add_delta(delta: TensorSource, base: TensorSource) -> TensorSource:
+    """Returns the tensors of base plus delta; no whole model is in memory.
+
+    Raises:
+        ValueError: delta and base do not fit together.
+    """
+    summed: dict[str, StoredTensor] = {}
+    for name, tensor in delta.tensors.items():
+        if _PUBLISHED_WHOLE.search(name):
+            summed[name] = tensor
+            continue
+        if name not in base.tensors:
+            raise ValueError(f"{base.folder}: the base lacks {name} of the delta")
+        if base.shape(name) != tensor.shape:
+            raise ValueError(
+                f"{base.folder}: {name} is {base.shape(name)} in the base, "
+                f"{tensor.shape} in the delta: not the base of this delta"
+            )
+        summed[name] = _Sum(tensor, base.tensors[name])
+    return TensorSource(delta.folder, summed)
 
 
 def load_params(
-    source: Tensors,
+    source: TensorSource,
     cfg: BackboneConfig,
     *,
     layout: str,
@@ -167,47 +196,19 @@ def _sharding(
     return jax.tree.leaves(sharding.parameter_shardings(tree, mesh))[0]
 
 
-def _prefix(source: Tensors, rules: tuple[TensorRule, ...]) -> str:
+def _prefix(source: TensorSource, rules: tuple[TensorRule, ...]) -> str:
     """Returns the prefix that the names of a bare base model lack."""
     expected = next(prefix for prefix in _BASE_PREFIXES if rules[0].names[0].startswith(prefix))
     bare = not any(name.startswith(expected) for name in source.names())
     return expected if bare else ""
 
 
-@dataclasses.dataclass(frozen=True)
-class _Renamed:
-    """The tensors of a checkpoint, one of them under another name."""
-
-    source: Tensors
-    stored: str
-    name: str
-
-    @property
-    def folder(self) -> pathlib.Path:
-        return self.source.folder
-
-    def names(self) -> tuple[str, ...]:
-        return tuple(self.name if one == self.stored else one for one in self.source.names())
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self.source.shape(self._stored(name))
-
-    def dtype(self, name: str) -> np.dtype:
-        return self.source.dtype(self._stored(name))
-
-    def read(self, name: str) -> np.ndarray:
-        return self.source.read(self._stored(name))
-
-    def _stored(self, name: str) -> str:
-        return self.stored if name == self.name else name
-
-
-def _with_embedding(source: Tensors, embedding: str, cfg: BackboneConfig) -> Tensors:
+def _with_embedding(source: TensorSource, embedding: str, cfg: BackboneConfig) -> TensorSource:
     """Gives the one matrix of a tied model, saved under either name, the embedding's name."""
-    names = source.names()
-    if cfg.tie_embeddings and embedding not in names and _HEAD in names:
-        return _Renamed(source, _HEAD, embedding)
-    return source
+    if not cfg.tie_embeddings or embedding in source.tensors or _HEAD not in source.tensors:
+        return source
+    renamed = {embedding if name == _HEAD else name: one for name, one in source.tensors.items()}
+    return TensorSource(source.folder, renamed)
 
 
 def _layers(rule: TensorRule, cfg: BackboneConfig) -> range:
@@ -219,7 +220,7 @@ def _names(rule: TensorRule, layer: int, prefix: str) -> list[str]:
 
 
 def _check_tensors(
-    source: Tensors,
+    source: TensorSource,
     rules: tuple[TensorRule, ...],
     cfg: BackboneConfig,
     head: Head,
@@ -249,7 +250,7 @@ def _check_tensors(
     return len(expected)
 
 
-def _check_tied(source: Tensors, embedding: str) -> None:
+def _check_tied(source: TensorSource, embedding: str) -> None:
     """Refuses a saved head of a tied model that differs from the embedding."""
     if not np.array_equal(source.read(_HEAD), source.read(embedding)):
         raise ValueError(
@@ -282,52 +283,3 @@ def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
             node = node.setdefault(parent, {})
         node[last] = leaf
     return tree
-
-
-@dataclasses.dataclass(frozen=True)
-class DeltaSource:
-    """The tensors of base plus delta, each summed when it is read; no whole model is in memory.
-
-    Sums are taken in float32 and rounded to the delta's dtype.
-    """
-
-    delta: Tensors
-    base: Tensors
-
-    def __post_init__(self) -> None:
-        """Checks that delta and base fit together, before anything is read."""
-        for name in self.delta.names():
-            if _PUBLISHED_WHOLE.search(name):
-                continue
-            if name not in self.base.names():
-                raise ValueError(f"{self.base.folder}: the base lacks {name} of the delta")
-            if self.base.shape(name) != self.delta.shape(name):
-                raise ValueError(
-                    f"{self.base.folder}: {name} is {self.base.shape(name)} in the base, "
-                    f"{self.delta.shape(name)} in the delta: not the base of this delta"
-                )
-
-    @property
-    def folder(self) -> pathlib.Path:
-        """The delta's folder."""
-        return self.delta.folder
-
-    def names(self) -> tuple[str, ...]:
-        """Names every tensor of the delta."""
-        return self.delta.names()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Returns the shape of a tensor."""
-        return self.delta.shape(name)
-
-    def dtype(self, name: str) -> np.dtype:
-        """Returns the dtype of a tensor: that of the delta."""
-        return self.delta.dtype(name)
-
-    def read(self, name: str) -> np.ndarray:
-        """Reads one tensor of base plus delta into a new array."""
-        difference = self.delta.read(name)
-        if _PUBLISHED_WHOLE.search(name):
-            return difference
-        total = difference.astype(np.float32) + self.base.read(name).astype(np.float32)
-        return total.astype(difference.dtype)

@@ -5,7 +5,7 @@ and without running their pickles.
 
 PyTorch has two layouts. Since torch 1.6 a file is a zip archive: `data.pkl` describes the tensors,
 each storage (the block of bytes behind one or more tensors) is an uncompressed entry `data/KEY`.
-Before, and still with `_use_new_zipfile_serialization=False`, it is a series of pickles and then the
+Before, and still with `_use_new_zipfile_serialization=False`, it is a series of pickles, then the
 storages. Either way the description is a pickle, which can ask Python for any function; the
 unpickler here knows a short list of names and stops at every other.
 """
@@ -20,13 +20,12 @@ import pathlib
 import pickle
 import zipfile
 from collections.abc import Callable, Mapping
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 
 from huatuo_jax.hf.safetensors_files import (
     SUPPORTED_DTYPES,
-    SafetensorsTensor,
     read_safetensors_layout,
 )
 
@@ -371,7 +370,25 @@ _ALLOWED |= {
 _ALLOWED |= {("torch", name): _Dtype(name) for name in SUPPORTED_DTYPES}
 
 
-StoredTensor = SafetensorsTensor | TorchTensor
+class StoredTensor(Protocol):
+    """A tensor that is read on demand."""
+
+    @property
+    def path(self) -> pathlib.Path:
+        """The file that holds it."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape."""
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The stored dtype; bfloat16 is that of ml_dtypes."""
+
+    def read(self) -> np.ndarray:
+        """Reads it into a new, writable, C-contiguous array."""
+
+
 _Layout = Callable[[pathlib.Path], Mapping[str, StoredTensor]]
 
 # The file names of transformers, in its order: safetensors first, one file before shards.
@@ -411,7 +428,7 @@ class TensorSource:
 
 
 def open_tensor_source(folder: pathlib.Path) -> TensorSource:
-    """Finds the weights of a Hugging Face model folder and check all their files.
+    """Finds the weights of a Hugging Face model folder and checks all their files.
 
     Reads `model.safetensors` or its shards, else `pytorch_model.bin` or its shards. Every file is
     checked to be complete before any tensor is read. A tensor of a shard that the index does not
