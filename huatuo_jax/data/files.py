@@ -191,11 +191,11 @@ def _line_row(file: str, line: Line, value: object) -> Row | RowError:
 
 
 def _fields_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Returns the object of a JSON text; refuses a field that stands twice."""
+    """Returns the object of a JSON text; refuses a field that occurs twice."""
     fields = dict(pairs)
     if len(fields) < len(pairs):
         repeated = _repeated(name for name, _ in pairs)
-        raise ValueError(f"the field {shown(repeated[0])!r} stands twice in one object")
+        raise ValueError(f"the field {shown(repeated[0])!r} occurs twice in one object")
     return fields
 
 
@@ -293,7 +293,7 @@ def _scan(path: pathlib.Path, text: str, closing: str) -> Iterator[tuple[str, in
             reason = "the file ends before the list or object does" if ended else str(problem)
         raise ValueError(
             f"{path}:{broken}: not JSON: {reason}, after {count} good rows;"
-            " the rows behind cannot be read"
+            " the rows after it cannot be read"
         ) from problem
 
 

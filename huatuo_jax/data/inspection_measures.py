@@ -284,8 +284,8 @@ class _SampleRenderer:
             ]
             begin = start if name == "rejected" else 0
             segments = self._segments(rendered, mask, begin=begin)
-            behind = ", behind the same prompt" if begin else ""
-            samples.append(Sample(f"{title}: {name}{behind}", segments))
+            after = ", after the same prompt" if begin else ""
+            samples.append(Sample(f"{title}: {name}{after}", segments))
         return samples
 
     def _prompt(self, prompt: Prompt) -> tuple[Segment, ...]:

@@ -45,7 +45,7 @@ from huatuo_jax.data.tokenizing import (
 
 _SHOWN = 10  # examples of each problem
 _BEGINNING = 60  # characters of a text that is shown
-_JUDGED_FROM = 1_000  # dialogues; before it, a share of refusals says little
+_JUDGED_FROM = 1_000  # dialogues; of fewer, a share of refusals means little
 _STATISTICS_FILE = "statistics.json"
 REPEATED = "the same dialogue again"
 HELD_OUT_TOO = "held out too, word for word"

@@ -240,7 +240,7 @@ def _is_mostly_utf8(raw: bytes) -> bool:
 def _share_of_chinese(lines: Sequence[bytes], encoding: str) -> float:
     """Returns the share of common Chinese characters among all but ASCII and punctuation.
 
-    0 where most of the lines do not decode, or where many stand inside words of Latin letters.
+    0 if most of the lines do not decode, or if many characters are inside words of Latin letters.
     """
     text, num_bytes = _decoded(lines, encoding)
     characters = _PUNCTUATION.sub("", "".join(_NOT_ASCII.findall(text)))

@@ -7,6 +7,7 @@ those whose shape or meaning the fine-tuning changed, which are published whole.
 
 import dataclasses
 import math
+import pathlib
 import re
 from collections.abc import Callable, Mapping
 from typing import Any

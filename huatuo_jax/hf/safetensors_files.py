@@ -2,7 +2,7 @@
 
 Reading is the safetensors library's. Writing is done here, because `safetensors.serialize_file`
 takes all tensors of a file at once: a shard of 5 GB would have to be in memory, where this writer
-holds one tensor, and it says how much is missing on a full disk.
+holds one tensor; and on a full disk the error names the missing bytes.
 """
 
 import contextlib
@@ -199,7 +199,7 @@ def write_safetensors(
         ValueError: There is no tensor, a name comes twice, a dtype is not supported,
             `max_shard_size` is not positive, or a produced array differs from its description.
         FileExistsError: The folder holds safetensors weights already.
-        OSError: Writing failed, as on a full disk; the message says how many bytes are missing.
+        OSError: Writing failed, as on a full disk; the message has the number of missing bytes.
     """
     _check_plan(folder, tensors, max_shard_size)
     shards = plan_shards(tensors, max_shard_size=max_shard_size)

@@ -111,8 +111,8 @@ def _ordered_merges(path: pathlib.Path, scores: dict[str, float]) -> list[Merge]
 def _leftmost_first(merges: list[Merge], scores: dict[str, float]) -> list[Merge]:
     """Orders merges of one score so that of two that overlap, the left one comes first.
 
-    Merges (a, b) and (b, c) overlap where the symbols a b c come to stand side by side. No merge
-    has crossed their ends then, so the text abc on its own tells whether that can happen.
+    Merges (a, b) and (b, c) overlap if the symbols a b c become neighbours. No merge has crossed
+    their ends then, so the text abc alone decides whether that can happen.
     """
     followers: dict[str, list[Merge]] = {right: [] for _, right in merges}
     for merge in merges:

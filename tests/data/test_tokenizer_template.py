@@ -133,7 +133,7 @@ REFUSED = {
     ),
     "marks nothing": (
         MARKED.replace("== 'assistant' -%}{%- generation", "== 'doctor' -%}{%- generation"),
-        "marks nothing of an answer as generated",
+        "marks no text of an answer as generated",
     ),
     "raises": ("{{- raise_exception('no such role') -}}", "fails on them: no such role"),
 }

@@ -16,7 +16,7 @@ A template is a sequence of pieces: control tokens and texts. A control token (`
 is looked up by its string and never parsed out of a text. A text is tokenised as it would be in the
 whole rendering, where special tokens cut the text first: right after the control token it follows
 (this matters to SentencePiece, which treats the start of a text differently), or as the start of a
-text of its own where the template says so (`apart`).
+text of its own if the template marks it so (`apart`).
 
 First exception: generation starts between two texts in a row, such as `assistant` + newline and the
 content, so their border must be a border of tokens. They are tokenised together; if the tokens of
@@ -206,13 +206,6 @@ def token_of_id(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
     return str(tokenizer.convert_ids_to_tokens(token_id))
 
 
-def with_eos(token_id: int, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Returns a stop token's id, and that of EOS if the tokenizer has another one."""
-    if tokenizer.eos_token_id is None or tokenizer.eos_token_id == token_id:
-        return (token_id,)
-    return (token_id, int(tokenizer.eos_token_id))
-
-
 class TurnSpan(NamedTuple):
     """The token range of a turn: `[start, end)`.
 
@@ -393,6 +386,10 @@ class PieceTemplate(ChatTemplate):
 
     _before_content: ClassVar[str] = ""
     """The text that `_answer` puts before the content."""
+    _strips_content: ClassVar[bool] = False
+    """Whether `_answer` removes white space around the content."""
+    _end_token: ClassVar[str | None] = None
+    """The token that ends an assistant turn; None for EOS."""
 
     @abc.abstractmethod
     def _opening(self, system: str | None, tokenizer: PreTrainedTokenizerBase) -> tuple[Piece, ...]:
@@ -430,8 +427,7 @@ class PieceTemplate(ChatTemplate):
     ) -> list[TurnTokens]:
         """Tokenises a valid dialogue piece by piece."""
         turns = self._turns(messages, tokenizer)
-        pieces = [piece for turn in turns for piece in turn.header + turn.body]
-        encoder = PieceEncoder(tokenizer, [piece.text for piece in pieces if piece.control])
+        encoder = PieceEncoder(tokenizer, _controls(_pieces(turns)))
         tokens = []
         for turn in turns:
             token_ids: list[int] = []
@@ -450,33 +446,46 @@ class PieceTemplate(ChatTemplate):
     ) -> list[int]:
         """Returns the ids of a prompt and a cut-off response; see `ChatTemplate.unfinished`."""
         check_dialogue(messages, last="user")
-        pieces = [
-            piece for turn in self._turns(messages, tokenizer) for piece in turn.header + turn.body
-        ]
+        pieces = _pieces(self._turns(messages, tokenizer))
         finished = self._answer(text, tokenizer)
-        encoder = PieceEncoder(
-            tokenizer, [piece.text for piece in (*pieces, *finished) if piece.control]
-        )
+        encoder = PieceEncoder(tokenizer, _controls([*pieces, *finished]))
         # As the first piece of an answer, so that its start is tokenised as in training.
         cut_off = finished[0]._replace(text=self._before_content + text)
         return [one for piece in (*pieces, cut_off) for one in encoder.encode(piece)]
 
     def content_of(self, text: str, tokenizer: PreTrainedTokenizerBase, *, ended: bool) -> str:
         """Returns the content of an answer's text; see `ChatTemplate.content_of`."""
+        if self._strips_content:
+            return text.strip() if ended else text.lstrip()
         return text
+
+    def stop_token_ids(self, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+        """Returns the end of a turn, and EOS if that is another token."""
+        end_id = control_id(tokenizer, self._end(tokenizer))
+        if tokenizer.eos_token_id is None or tokenizer.eos_token_id == end_id:
+            return (end_id,)
+        return (end_id, int(tokenizer.eos_token_id))
+
+    def _end(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        return self._end_token or named_token(tokenizer, "eos_token")
 
     def control_tokens(self, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
         """Returns the control tokens of a small dialogue; see `ChatTemplate.control_tokens`."""
         probe = [Message("system", "a"), Message("user", "b"), Message("assistant", "c")]
-        turns = self._turns(probe, tokenizer)
-        pieces = (piece for turn in turns for piece in turn.header + turn.body)
-        return tuple(dict.fromkeys(piece.text for piece in pieces if piece.control))
+        return tuple(dict.fromkeys(_controls(_pieces(self._turns(probe, tokenizer)))))
 
     def text(self, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> str:
         """Returns the training text of a dialogue that ends with the assistant, else the prompt."""
         check_dialogue(messages, last=None)
-        turns = self._turns(messages, tokenizer)
-        return "".join(piece.text for turn in turns for piece in turn.header + turn.body)
+        return "".join(piece.text for piece in _pieces(self._turns(messages, tokenizer)))
+
+
+def _pieces(turns: Sequence[Turn]) -> list[Piece]:
+    return [piece for turn in turns for piece in turn.header + turn.body]
+
+
+def _controls(pieces: Sequence[Piece]) -> list[str]:
+    return [piece.text for piece in pieces if piece.control]
 
 
 def split_system(

@@ -16,12 +16,10 @@ from huatuo_jax.data.chat.template import (
     PieceTemplate,
     Turn,
     control,
-    control_id,
     named_token,
     split_system,
     start_tokens,
     token_of_id,
-    with_eos,
 )
 from huatuo_jax.data.chat.tokenizer_template import (
     TokenizerTemplate,
@@ -75,15 +73,11 @@ class HuatuoGPTTemplate(PieceTemplate):
 
     def _answer(self, content: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Piece, ...]:
         text = Piece(f"{content} ", trained=True)
-        return (text, control(named_token(tokenizer, "eos_token"), trained=True))
+        return (text, control(self._end(tokenizer), trained=True))
 
     def content_of(self, text: str, tokenizer: PreTrainedTokenizerBase, *, ended: bool) -> str:
         """Returns the text without the space before EOS."""
         return text.removesuffix(" ") if ended else text
-
-    def stop_token_ids(self, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-        """Returns the id of EOS."""
-        return (control_id(tokenizer, named_token(tokenizer, "eos_token")),)
 
     def to_jinja(self, tokenizer: PreTrainedTokenizerBase) -> str:
         """Returns the template in Jinja: the same text, but not always the same ids."""
@@ -105,6 +99,7 @@ class ChatMLTemplate(PieceTemplate):
     """
 
     name: ClassVar[str] = "chatml"
+    _end_token: ClassVar[str | None] = "<|im_end|>"
 
     def _opening(self, system: str | None, tokenizer: PreTrainedTokenizerBase) -> tuple[Piece, ...]:
         return () if system is None else self._closed_turn("system", system)
@@ -116,7 +111,11 @@ class ChatMLTemplate(PieceTemplate):
         return (control("<|im_start|>"), Piece("assistant\n"))
 
     def _answer(self, content: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Piece, ...]:
-        return (Piece(content, trained=True), control("<|im_end|>", trained=True), Piece("\n"))
+        return (
+            Piece(content, trained=True),
+            control(self._end(tokenizer), trained=True),
+            Piece("\n"),
+        )
 
     def _closed_turn(self, role: str, content: str) -> tuple[Piece, ...]:
         return (
@@ -125,10 +124,6 @@ class ChatMLTemplate(PieceTemplate):
             control("<|im_end|>"),
             Piece("\n"),
         )
-
-    def stop_token_ids(self, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-        """Returns the end of a turn, and EOS if that is another token."""
-        return with_eos(control_id(tokenizer, "<|im_end|>"), tokenizer)
 
     def to_jinja(self, tokenizer: PreTrainedTokenizerBase) -> str:
         """Returns the template in Jinja."""
@@ -147,12 +142,13 @@ class ChatMLTemplate(PieceTemplate):
 class Llama2Template(PieceTemplate):
     """Llama-2-Chat: BOS `[INST]` question `[/INST]` answer EOS, with contents stripped.
 
-    The system text stands inside the first question, between `<<SYS>>` marks. Trained are the
+    The system text is inside the first question, between `<<SYS>>` marks. Trained are the
     answer, with the space before and after it, and EOS.
     """
 
     name: ClassVar[str] = "llama2"
     _before_content: ClassVar[str] = " "
+    _strips_content: ClassVar[bool] = True
 
     def _turns(self, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[Turn]:
         system, spoken = split_system(messages, self.default_system)
@@ -173,15 +169,7 @@ class Llama2Template(PieceTemplate):
 
     def _answer(self, content: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Piece, ...]:
         text = Piece(f"{self._before_content}{content.strip()} ", trained=True)
-        return (text, control(named_token(tokenizer, "eos_token"), trained=True))
-
-    def content_of(self, text: str, tokenizer: PreTrainedTokenizerBase, *, ended: bool) -> str:
-        """Returns the text without white space around it, as the template writes it."""
-        return text.strip() if ended else text.lstrip()
-
-    def stop_token_ids(self, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-        """Returns the id of EOS."""
-        return (control_id(tokenizer, named_token(tokenizer, "eos_token")),)
+        return (text, control(self._end(tokenizer), trained=True))
 
     def to_jinja(self, tokenizer: PreTrainedTokenizerBase) -> str:
         """Returns the template in Jinja."""
@@ -205,6 +193,8 @@ class Llama3Template(PieceTemplate):
     """
 
     name: ClassVar[str] = "llama3"
+    _end_token: ClassVar[str | None] = "<|eot_id|>"
+    _strips_content: ClassVar[bool] = True
 
     def _opening(self, system: str | None, tokenizer: PreTrainedTokenizerBase) -> tuple[Piece, ...]:
         turn = () if system is None else self._closed_turn("system", system)
@@ -217,21 +207,13 @@ class Llama3Template(PieceTemplate):
         return (*self._role("assistant"), Piece("\n\n"))
 
     def _answer(self, content: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Piece, ...]:
-        return (Piece(content.strip(), trained=True), control("<|eot_id|>", trained=True))
-
-    def content_of(self, text: str, tokenizer: PreTrainedTokenizerBase, *, ended: bool) -> str:
-        """Returns the text without white space around it, as the template writes it."""
-        return text.strip() if ended else text.lstrip()
+        return (Piece(content.strip(), trained=True), control(self._end(tokenizer), trained=True))
 
     def _role(self, role: str) -> tuple[Piece, ...]:
         return (control("<|start_header_id|>"), Piece(role), control("<|end_header_id|>"))
 
     def _closed_turn(self, role: str, content: str) -> tuple[Piece, ...]:
         return (*self._role(role), Piece(f"\n\n{content.strip()}"), control("<|eot_id|>"))
-
-    def stop_token_ids(self, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-        """Returns the end of a turn, and EOS if that is another token."""
-        return with_eos(control_id(tokenizer, "<|eot_id|>"), tokenizer)
 
     def to_jinja(self, tokenizer: PreTrainedTokenizerBase) -> str:
         """Returns the template in Jinja."""
@@ -252,7 +234,7 @@ class Llama3Template(PieceTemplate):
 class BaichuanTemplate(PieceTemplate):
     """Baichuan-13B-Chat and Baichuan2-Chat: a reserved token before each turn, named by its id.
 
-    The system text stands first, bare. Each content is tokenised as a text of its own, as the
+    The system text comes first, bare. Each content is tokenised as a text of its own, as the
     makers' code does. Trained are the answer and EOS, which follows every answer here; the makers'
     code feeds EOS only after the last one and elsewhere learns it as the label of the next user
     token, so a dialogue of several turns has one more token per earlier answer here.
@@ -273,12 +255,11 @@ class BaichuanTemplate(PieceTemplate):
 
     def _answer(self, content: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Piece, ...]:
         text = Piece(content, trained=True, apart=True)
-        return (text, control(named_token(tokenizer, "eos_token"), trained=True))
+        return (text, control(self._end(tokenizer), trained=True))
 
     def stop_token_ids(self, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
         """Returns EOS, and the user token, with which the makers' models may end a turn."""
-        eos_id = control_id(tokenizer, named_token(tokenizer, "eos_token"))
-        return (eos_id, self.user_token_id)
+        return (*super().stop_token_ids(tokenizer), self.user_token_id)
 
     def to_jinja(self, tokenizer: PreTrainedTokenizerBase) -> str:
         """Returns the template in Jinja: the same text, but not always the same ids."""

@@ -81,7 +81,7 @@ def unread_tokens(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) ->
 def exported_source(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Returns a template in Jinja for a tokenizer's files; None if they hold it already.
 
-    Where tokenising its whole text does not give the tokens of training, a comment says so.
+    If tokenising its whole text does not give the tokens of training, a comment notes it.
 
     Args:
         template: of training.
@@ -453,7 +453,7 @@ def _parts(answer: _Answer) -> list[tuple[int, bool]]:
             parts += [(max(start, len(answer.before)), False), (end, True)]
     if not parts:
         raise ValueError(
-            "messages: the tokenizer's chat template marks nothing of an answer as generated, so "
+            "messages: the tokenizer's chat template marks no text of an answer as generated, so "
             "it would not be trained; choose another template"
         )
     return [*parts, (len(answer.after), False)]

@@ -168,7 +168,7 @@ def _empty_answers(answers: Sequence[Messages], *, judged: bool) -> tuple[str, .
         return (EMPTY_ANSWER,)
     if not judged:
         raise RowProblem(
-            "the better answer is empty; where a judge preferred it, p_chosen or scores say so"
+            "the better answer is empty; if a judge preferred it, give p_chosen or scores"
         )
     return (EMPTY_CHOSEN,)
 
