@@ -1,4 +1,4 @@
-"""Reading config.json: what is passed over, what is refused, and what the user may ignore."""
+"""Reading config.json: what is ignored, what is refused, and what the user may ignore."""
 
 import logging
 
@@ -23,12 +23,12 @@ def config():
     return tiny_checkpoints.config_of("llama").to_dict()
 
 
-def test_bookkeeping_is_passed_over_and_said_once(config, caplog):
-    hf_config._say_once.cache_clear()
+def test_bookkeeping_is_ignored_with_one_warning(config, caplog):
+    hf_config._warn_once.cache_clear()
     with caplog.at_level(logging.WARNING):
         found = [from_hugging_face(config | BOOKKEEPING) for _ in range(3)]
     assert found == 3 * [from_hugging_face(config)]
-    (line,) = [record.getMessage() for record in caplog.records if "passed over" in record.message]
+    (line,) = [record.getMessage() for record in caplog.records if "ignored" in record.message]
     assert all(name in line for name in BOOKKEEPING)
 
 
