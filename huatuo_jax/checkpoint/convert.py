@@ -72,105 +72,6 @@ class Agreement:
         )
 
 
-def check_can_verify(model: ModelInfo) -> None:
-    """Raises ValueError, before any work, if transformers has no class to compare with."""
-    theirs = model.layout or exported_layout(model.cfg)
-    if theirs == "baichuan":
-        raise ValueError(
-            "--verify: transformers has no class for model_type 'baichuan' (theirs is remote "
-            "code); Baichuan-7B can be verified on the way back, when it is exported as LLaMA"
-        )
-    if importlib.util.find_spec("torch") is None:
-        raise ValueError("--verify needs PyTorch: pip install 'huatuo_jax[verify]'")
-
-
-def compare_with_transformers(model: ModelInfo, folder: pathlib.Path) -> Agreement:
-    """Runs one text through both sides in float32 on the CPU, one model in memory at a time.
-
-    Args:
-        model: our side, in either form.
-        folder: a Hugging Face folder of the same model.
-    """
-    tokens_T = _sample_tokens(folder, model.cfg)
-    if model.head == "score":
-        return _compare_scores(model, folder, tokens_T)
-    theirs_TV = _their_logits(folder, tokens_T)
-    ours_TV = _our_outputs(model, tokens_T, "logits")[:, : model.cfg.vocab_size]
-    kl_T = (jax.nn.softmax(theirs_TV) * (_log_softmax(theirs_TV) - _log_softmax(ours_TV))).sum(-1)
-    return Agreement(
-        num_tokens=len(tokens_T),
-        max_difference=float(np.abs(ours_TV - theirs_TV).max()),
-        output_range=float(theirs_TV.max() - theirs_TV.min()),
-        max_kl=float(kl_T.max()),
-    )
-
-
-def _compare_scores(model: ModelInfo, folder: pathlib.Path, tokens_T: np.ndarray) -> Agreement:
-    """Compares scores of the text's beginnings: transformers gives only the last token's."""
-    lengths = np.unique(np.linspace(1, len(tokens_T), _NUM_BEGINNINGS, dtype=int))
-    theirs = _load_theirs("AutoModelForSequenceClassification", folder)
-    theirs_B = np.array([_run(theirs, tokens_T[:length])[0, 0] for length in lengths])
-    del theirs
-    ours_B = _our_outputs(model, tokens_T, "scores")[lengths - 1]
-    return Agreement(
-        num_tokens=len(tokens_T),
-        max_difference=float(np.abs(ours_B - theirs_B).max()),
-        output_range=float(theirs_B.max() - theirs_B.min()),
-        max_kl=None,
-    )
-
-
-def _sample_tokens(folder: pathlib.Path, cfg: BackboneConfig) -> np.ndarray:
-    """Returns the sample text's ids, or without a tokenizer ids spread over the vocabulary."""
-    if tokenizer.holds_tokenizer(folder):
-        ids = tokenizer.load_tokenizer(folder).encode(SAMPLE_TEXT)
-    else:
-        ids = np.linspace(0, cfg.vocab_size - 1, len(SAMPLE_TEXT)).astype(int)
-    return np.asarray(ids, dtype=np.int32)[: cfg.max_positions]
-
-
-def _their_logits(folder: pathlib.Path, tokens_T: np.ndarray) -> np.ndarray:
-    return _run(_load_theirs("AutoModelForCausalLM", folder), tokens_T)[0]
-
-
-def _load_theirs(kind: str, folder: pathlib.Path) -> Any:
-    """Loads a transformers model in float32, without a progress bar."""
-    import transformers
-
-    shown = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        return getattr(transformers, kind).from_pretrained(folder, dtype="float32")
-    finally:
-        if shown:
-            transformers.utils.logging.enable_progress_bar()
-
-
-def _run(model: Any, tokens_T: np.ndarray) -> np.ndarray:
-    import torch
-
-    with torch.no_grad():
-        return model.eval()(torch.tensor(tokens_T, dtype=torch.long)[None]).logits.numpy()
-
-
-def _our_outputs(model: ModelInfo, tokens_T: np.ndarray, method: str) -> np.ndarray:
-    mesh = sharding.host_mesh()
-    params = load_params(model, mesh=mesh, dtype=jnp.float32)
-    module = Transformer(model.cfg, ComputeConfig())
-
-    def forward(params: Mapping[str, Any], tokens_BT: jax.Array) -> jax.Array:
-        hidden_BTD = module.apply({"params": params}, tokens_BT)
-        return module.apply({"params": params}, hidden_BTD, method=method)
-
-    with jax.default_matmul_precision("highest"):
-        outputs = OnMesh(jax.jit(forward), mesh)(params, tokens_T[None, :])
-    return np.asarray(outputs[0])
-
-
-def _log_softmax(logits_TV: np.ndarray) -> np.ndarray:
-    return np.asarray(jax.nn.log_softmax(logits_TV))
-
-
 def convert(
     source: str,
     target: pathlib.Path,
@@ -285,6 +186,105 @@ def write_model(
             max_shard_size=max_shard_size,
             overwrite=overwrite,
         )
+
+
+def check_can_verify(model: ModelInfo) -> None:
+    """Raises ValueError, before any work, if transformers has no class to compare with."""
+    theirs = model.layout or exported_layout(model.cfg)
+    if theirs == "baichuan":
+        raise ValueError(
+            "--verify: transformers has no class for model_type 'baichuan' (theirs is remote "
+            "code); Baichuan-7B can be verified on the way back, when it is exported as LLaMA"
+        )
+    if importlib.util.find_spec("torch") is None:
+        raise ValueError("--verify needs PyTorch: pip install 'huatuo_jax[verify]'")
+
+
+def compare_with_transformers(model: ModelInfo, folder: pathlib.Path) -> Agreement:
+    """Runs one text through both sides in float32 on the CPU, one model in memory at a time.
+
+    Args:
+        model: our side, in either form.
+        folder: a Hugging Face folder of the same model.
+    """
+    tokens_T = _sample_tokens(folder, model.cfg)
+    if model.head == "score":
+        return _compare_scores(model, folder, tokens_T)
+    theirs_TV = _their_logits(folder, tokens_T)
+    ours_TV = _our_outputs(model, tokens_T, "logits")[:, : model.cfg.vocab_size]
+    kl_T = (jax.nn.softmax(theirs_TV) * (_log_softmax(theirs_TV) - _log_softmax(ours_TV))).sum(-1)
+    return Agreement(
+        num_tokens=len(tokens_T),
+        max_difference=float(np.abs(ours_TV - theirs_TV).max()),
+        output_range=float(theirs_TV.max() - theirs_TV.min()),
+        max_kl=float(kl_T.max()),
+    )
+
+
+def _compare_scores(model: ModelInfo, folder: pathlib.Path, tokens_T: np.ndarray) -> Agreement:
+    """Compares scores of the text's beginnings: transformers gives only the last token's."""
+    lengths = np.unique(np.linspace(1, len(tokens_T), _NUM_BEGINNINGS, dtype=int))
+    theirs = _load_theirs("AutoModelForSequenceClassification", folder)
+    theirs_B = np.array([_run(theirs, tokens_T[:length])[0, 0] for length in lengths])
+    del theirs
+    ours_B = _our_outputs(model, tokens_T, "scores")[lengths - 1]
+    return Agreement(
+        num_tokens=len(tokens_T),
+        max_difference=float(np.abs(ours_B - theirs_B).max()),
+        output_range=float(theirs_B.max() - theirs_B.min()),
+        max_kl=None,
+    )
+
+
+def _sample_tokens(folder: pathlib.Path, cfg: BackboneConfig) -> np.ndarray:
+    """Returns the sample text's ids, or without a tokenizer ids spread over the vocabulary."""
+    if tokenizer.holds_tokenizer(folder):
+        ids = tokenizer.load_tokenizer(folder).encode(SAMPLE_TEXT)
+    else:
+        ids = np.linspace(0, cfg.vocab_size - 1, len(SAMPLE_TEXT)).astype(int)
+    return np.asarray(ids, dtype=np.int32)[: cfg.max_positions]
+
+
+def _their_logits(folder: pathlib.Path, tokens_T: np.ndarray) -> np.ndarray:
+    return _run(_load_theirs("AutoModelForCausalLM", folder), tokens_T)[0]
+
+
+def _load_theirs(kind: str, folder: pathlib.Path) -> Any:
+    """Loads a transformers model in float32, without a progress bar."""
+    import transformers
+
+    shown = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        return getattr(transformers, kind).from_pretrained(folder, dtype="float32")
+    finally:
+        if shown:
+            transformers.utils.logging.enable_progress_bar()
+
+
+def _run(model: Any, tokens_T: np.ndarray) -> np.ndarray:
+    import torch
+
+    with torch.no_grad():
+        return model.eval()(torch.tensor(tokens_T, dtype=torch.long)[None]).logits.numpy()
+
+
+def _our_outputs(model: ModelInfo, tokens_T: np.ndarray, method: str) -> np.ndarray:
+    mesh = sharding.host_mesh()
+    params = load_params(model, mesh=mesh, dtype=jnp.float32)
+    module = Transformer(model.cfg, ComputeConfig())
+
+    def forward(params: Mapping[str, Any], tokens_BT: jax.Array) -> jax.Array:
+        hidden_BTD = module.apply({"params": params}, tokens_BT)
+        return module.apply({"params": params}, hidden_BTD, method=method)
+
+    with jax.default_matmul_precision("highest"):
+        outputs = OnMesh(jax.jit(forward), mesh)(params, tokens_T[None, :])
+    return np.asarray(outputs[0])
+
+
+def _log_softmax(logits_TV: np.ndarray) -> np.ndarray:
+    return np.asarray(jax.nn.log_softmax(logits_TV))
 
 
 def _side_files(model: ModelInfo, delta_base: str | None) -> SideFiles:

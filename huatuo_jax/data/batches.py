@@ -38,6 +38,70 @@ from huatuo_jax.data.tokenizing import Example, TokenDataset
 
 Row = dict[str, npt.NDArray[Any]]
 
+_PLANS_KEPT = 2  # the epoch that is read and the one that is prefetched
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowConfig:
+    """Settings of packing examples into rows.
+
+    Attributes:
+        row_length: the tokens of a row. No example is longer.
+        packed: several examples a row (see `huatuo_jax.data.batches`), or one.
+        window: number of examples of the shuffled order packed together; None for the epoch.
+        buckets: lengths that a batch may be cut to, if all its rows are that short: each costs a
+            compilation and saves padding if rows are not packed. `row_length` is always one.
+        pad_token_id: of padding; no mask depends on it.
+    """
+
+    row_length: int
+    packed: bool = True
+    window: int | None = None
+    buckets: tuple[int, ...] = ()
+    pad_token_id: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuses buckets that are not lengths below a row's."""
+        if self.row_length < 1:
+            raise ValueError(f"data.row_length: {self.row_length}, it should be at least 1")
+        if any(not 0 < bucket < self.row_length for bucket in self.buckets):
+            raise ValueError(
+                f"data.buckets: {self.buckets}, each should be above 0 and below row_length "
+                f"{self.row_length}"
+            )
+
+    def bucket_for(self, num_tokens: int) -> int:
+        """Returns the smallest length that holds a number of tokens."""
+        return min(size for size in (*self.buckets, self.row_length) if size >= num_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefetchConfig:
+    """Settings of prefetching: threads, and processes where threads are not enough.
+
+    Attributes:
+        num_threads: threads that read and pack, in each process. 0 makes each batch when asked.
+        num_batches: batches that are made ahead.
+        num_processes: 0 for threads of this process only.
+    """
+
+    num_threads: int = 2
+    num_batches: int = 8
+    num_processes: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostShare:
+    """A host's part of every global batch: an equal slice, in the order of the hosts."""
+
+    host: int = 0
+    num_hosts: int = 1
+
+    def __post_init__(self) -> None:
+        """Validates the index of the host."""
+        if not 0 <= self.host < self.num_hosts:
+            raise ValueError(f"host: {self.host}, it should be 0 to {self.num_hosts - 1}")
+
 
 @dataclass(frozen=True)
 class PackingPlan:
@@ -179,53 +243,6 @@ def pack_row(examples: Sequence[Example], *, row_length: int, pad_token_id: int)
     }
 
 
-def _check_lengths(placed: Indices, order: Indices, row_length: int) -> None:
-    wrong = np.flatnonzero((placed > row_length) | (placed < 1))
-    if len(wrong):
-        raise ValueError(
-            f"{len(wrong)} examples do not fit a row of {row_length} tokens, the first is example "
-            f"{order[wrong[0]]} with {placed[wrong[0]]}; they should be truncated or dropped "
-            "before packing"
-        )
-
-
-_PLANS_KEPT = 2  # the epoch that is read and the one that is prefetched
-
-
-@dataclass(frozen=True, kw_only=True)
-class RowConfig:
-    """Settings of packing examples into rows.
-
-    Attributes:
-        row_length: the tokens of a row. No example is longer.
-        packed: several examples a row (see `huatuo_jax.data.batches`), or one.
-        window: number of examples of the shuffled order packed together; None for the epoch.
-        buckets: lengths that a batch may be cut to, if all its rows are that short: each costs a
-            compilation and saves padding if rows are not packed. `row_length` is always one.
-        pad_token_id: of padding; no mask depends on it.
-    """
-
-    row_length: int
-    packed: bool = True
-    window: int | None = None
-    buckets: tuple[int, ...] = ()
-    pad_token_id: int = 0
-
-    def __post_init__(self) -> None:
-        """Refuses buckets that are not lengths below a row's."""
-        if self.row_length < 1:
-            raise ValueError(f"data.row_length: {self.row_length}, it should be at least 1")
-        if any(not 0 < bucket < self.row_length for bucket in self.buckets):
-            raise ValueError(
-                f"data.buckets: {self.buckets}, each should be above 0 and below row_length "
-                f"{self.row_length}"
-            )
-
-    def bucket_for(self, num_tokens: int) -> int:
-        """Returns the smallest length that holds a number of tokens."""
-        return min(size for size in (*self.buckets, self.row_length) if size >= num_tokens)
-
-
 class RowStream:
     """All rows of all epochs, by global row index.
 
@@ -310,34 +327,6 @@ class RowStream:
             window=self.config.window,
             key=(self._seed, "rows", epoch),
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class PrefetchConfig:
-    """Settings of prefetching: threads, and processes where threads are not enough.
-
-    Attributes:
-        num_threads: threads that read and pack, in each process. 0 makes each batch when asked.
-        num_batches: batches that are made ahead.
-        num_processes: 0 for threads of this process only.
-    """
-
-    num_threads: int = 2
-    num_batches: int = 8
-    num_processes: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class HostShare:
-    """A host's part of every global batch: an equal slice, in the order of the hosts."""
-
-    host: int = 0
-    num_hosts: int = 1
-
-    def __post_init__(self) -> None:
-        """Validates the index of the host."""
-        if not 0 <= self.host < self.num_hosts:
-            raise ValueError(f"host: {self.host}, it should be 0 to {self.num_hosts - 1}")
 
 
 class HostBatches:
@@ -519,3 +508,13 @@ def evaluation_batches(
         prefetch=prefetch,
         end_row=rows.first_row(1),
     )
+
+
+def _check_lengths(placed: Indices, order: Indices, row_length: int) -> None:
+    wrong = np.flatnonzero((placed > row_length) | (placed < 1))
+    if len(wrong):
+        raise ValueError(
+            f"{len(wrong)} examples do not fit a row of {row_length} tokens, the first is example "
+            f"{order[wrong[0]]} with {placed[wrong[0]]}; they should be truncated or dropped "
+            "before packing"
+        )

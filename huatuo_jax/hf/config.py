@@ -51,6 +51,26 @@ _BOOKKEEPING_FIELDS = frozenset(
     training_arguments transformers.js_config trl_version unsloth_fixed unsloth_version url
     use_flash_attention use_flash_attention_2 use_flash_attn version""".split()
 )
+
+_YARN_FIELDS = (
+    "factor",
+    "attention_factor",
+    "beta_fast",
+    "beta_slow",
+    "mscale",
+    "mscale_all_dim",
+    "truncate",
+)
+
+_ARCHITECTURES = {
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "bloom": "Bloom",
+}
+# Fields of a source's config that are kept when the layout changes.
+_TOKEN_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 logger = logging.getLogger(__name__)
 
 
@@ -118,6 +138,60 @@ def is_score_model(config: Mapping[str, Any]) -> bool:
     if labels != 1:
         raise ValueError(f"config.json: a reward model has one label, this has {labels}")
     return True
+
+
+def exported_layout(cfg: BackboneConfig) -> str:
+    """Returns the exported `model_type` of a backbone: Baichuan-7B becomes a LLaMA."""
+    if cfg.family in ("baichuan", "baichuan2"):
+        return "llama" if cfg.family == "baichuan" and cfg.position == "rope" else "baichuan"
+    return cfg.family
+
+
+def to_hugging_face(
+    cfg: BackboneConfig,
+    *,
+    head: Head,
+    dtype: np.dtype,
+    source: Mapping[str, Any] | None = None,
+    tokens: Mapping[str, Any] | None = None,
+    pad_token_id: int | None = None,
+) -> dict[str, Any]:
+    """Returns the `config.json` under which transformers and vLLM load an exported backbone.
+
+    A source's config keeps its own fields, changed only where the export differs. Rotary settings
+    that it has in the form of transformers 5 alone (`rope_parameters`) are written in that of
+    transformers 4 too (`rope_theta`, `rope_scaling`), which would use the default angles otherwise;
+    a new config has both.
+
+    Args:
+        cfg: the backbone.
+        head: `score` makes it a sequence classifier with one label.
+        dtype: of the exported weights.
+        source: the config the model came with, if it came from Hugging Face.
+        tokens: BOS, EOS and pad ids for a config that is made without one.
+        pad_token_id: for `score`: an id that never occurs in text, since transformers reads the
+            score at the last id that is not it.
+
+    Raises:
+        ValueError: the family has no sequence classifier in transformers, `score` without a pad
+            id, or the family's config has no field for a setting of the backbone.
+    """
+    layout = exported_layout(cfg)
+    if source is not None and source.get("model_type") == layout:
+        config = dict(source)
+    else:
+        config = _fresh(cfg, layout) | dict(tokens or {})
+        config |= {name: source[name] for name in _TOKEN_FIELDS if source and name in source}
+    if config.get("rope_parameters") is not None:
+        config |= _legacy_rope(config["rope_parameters"])
+    if head == "score":
+        config |= _score_fields(layout, pad_token_id)
+    _check_expresses(config, cfg, layout)
+    # `torch_dtype` is transformers 4's name, which 5 reads too; a source's config without a dtype
+    # stays so: transformers then takes that of the weights.
+    if source is None or "torch_dtype" in config:
+        return config | {"torch_dtype": str(dtype)}
+    return config | ({"dtype": str(dtype)} if "dtype" in config else {})
 
 
 class _Fields:
@@ -392,16 +466,6 @@ def _one_spelling(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {"rope_type": kind, **found}
 
 
-_YARN_FIELDS = (
-    "factor",
-    "attention_factor",
-    "beta_fast",
-    "beta_slow",
-    "mscale",
-    "mscale_all_dim",
-    "truncate",
-)
-
 _READERS: Mapping[str, Callable[[_Fields], BackboneConfig]] = {
     "llama": _plain_llama,
     "mistral": _mistral,
@@ -410,71 +474,6 @@ _READERS: Mapping[str, Callable[[_Fields], BackboneConfig]] = {
     "bloom": _bloom,
     "baichuan": _baichuan,
 }
-
-
-_ARCHITECTURES = {
-    "llama": "Llama",
-    "mistral": "Mistral",
-    "qwen2": "Qwen2",
-    "qwen3": "Qwen3",
-    "bloom": "Bloom",
-}
-# Fields of a source's config that are kept when the layout changes.
-_TOKEN_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-
-
-def exported_layout(cfg: BackboneConfig) -> str:
-    """Returns the exported `model_type` of a backbone: Baichuan-7B becomes a LLaMA."""
-    if cfg.family in ("baichuan", "baichuan2"):
-        return "llama" if cfg.family == "baichuan" and cfg.position == "rope" else "baichuan"
-    return cfg.family
-
-
-def to_hugging_face(
-    cfg: BackboneConfig,
-    *,
-    head: Head,
-    dtype: np.dtype,
-    source: Mapping[str, Any] | None = None,
-    tokens: Mapping[str, Any] | None = None,
-    pad_token_id: int | None = None,
-) -> dict[str, Any]:
-    """Returns the `config.json` under which transformers and vLLM load an exported backbone.
-
-    A source's config keeps its own fields, changed only where the export differs. Rotary settings
-    that it has in the form of transformers 5 alone (`rope_parameters`) are written in that of
-    transformers 4 too (`rope_theta`, `rope_scaling`), which would use the default angles otherwise;
-    a new config has both.
-
-    Args:
-        cfg: the backbone.
-        head: `score` makes it a sequence classifier with one label.
-        dtype: of the exported weights.
-        source: the config the model came with, if it came from Hugging Face.
-        tokens: BOS, EOS and pad ids for a config that is made without one.
-        pad_token_id: for `score`: an id that never occurs in text, since transformers reads the
-            score at the last id that is not it.
-
-    Raises:
-        ValueError: the family has no sequence classifier in transformers, `score` without a pad
-            id, or the family's config has no field for a setting of the backbone.
-    """
-    layout = exported_layout(cfg)
-    if source is not None and source.get("model_type") == layout:
-        config = dict(source)
-    else:
-        config = _fresh(cfg, layout) | dict(tokens or {})
-        config |= {name: source[name] for name in _TOKEN_FIELDS if source and name in source}
-    if config.get("rope_parameters") is not None:
-        config |= _legacy_rope(config["rope_parameters"])
-    if head == "score":
-        config |= _score_fields(layout, pad_token_id)
-    _check_expresses(config, cfg, layout)
-    # `torch_dtype` is transformers 4's name, which 5 reads too; a source's config without a dtype
-    # stays so: transformers then takes that of the weights.
-    if source is None or "torch_dtype" in config:
-        return config | {"torch_dtype": str(dtype)}
-    return config | ({"dtype": str(dtype)} if "dtype" in config else {})
 
 
 def _check_expresses(config: Mapping[str, Any], cfg: BackboneConfig, layout: str) -> None:

@@ -40,8 +40,37 @@ SUPPORTED_DTYPES: dict[str, np.dtype] = {
     "bool": np.dtype(np.bool_),
 }
 
-
 _BOTH_HALVES = {SUPPORTED_DTYPES["float16"], SUPPORTED_DTYPES["bfloat16"]}
+
+# The format's names of our dtypes, widest first: the order in which the safetensors library lays
+# tensors out, so that each starts at a multiple of its own width.
+_FORMAT_NAMES = {
+    "uint64": "U64",
+    "int64": "I64",
+    "float64": "F64",
+    "float32": "F32",
+    "uint32": "U32",
+    "int32": "I32",
+    "bfloat16": "BF16",
+    "float16": "F16",
+    "uint16": "U16",
+    "int16": "I16",
+    "int8": "I8",
+    "uint8": "U8",
+    "bool": "BOOL",
+}
+_DTYPE_BY_FORMAT_NAME = {text: SUPPORTED_DTYPES[name] for name, text in _FORMAT_NAMES.items()}
+_FORMAT_NAME_BY_DTYPE = {dtype: text for text, dtype in _DTYPE_BY_FORMAT_NAME.items()}
+_LAYOUT_ORDER = {dtype: order for order, dtype in enumerate(_FORMAT_NAME_BY_DTYPE)}
+
+# transformers refuses a file whose metadata does not name the framework that wrote it.
+TRANSFORMERS_METADATA: Mapping[str, str] = MappingProxyType({"format": "pt"})
+
+_BYTES_PER_UNIT = {"": 1, "B": 1} | {
+    prefix + suffix: base**power
+    for suffix, base in (("B", 1000), ("IB", 1024))
+    for power, prefix in enumerate("KMGT", start=1)
+}
 
 
 def common_dtype(dtypes: Collection[np.dtype]) -> np.dtype:
@@ -74,37 +103,6 @@ class SafetensorsTensor:
         with _opened(self.path) as file:
             array: np.ndarray = file.get_tensor(self.name)
         return array
-
-
-# The format's names of our dtypes, widest first: the order in which the safetensors library lays
-# tensors out, so that each starts at a multiple of its own width.
-_FORMAT_NAMES = {
-    "uint64": "U64",
-    "int64": "I64",
-    "float64": "F64",
-    "float32": "F32",
-    "uint32": "U32",
-    "int32": "I32",
-    "bfloat16": "BF16",
-    "float16": "F16",
-    "uint16": "U16",
-    "int16": "I16",
-    "int8": "I8",
-    "uint8": "U8",
-    "bool": "BOOL",
-}
-_DTYPE_BY_FORMAT_NAME = {text: SUPPORTED_DTYPES[name] for name, text in _FORMAT_NAMES.items()}
-_FORMAT_NAME_BY_DTYPE = {dtype: text for text, dtype in _DTYPE_BY_FORMAT_NAME.items()}
-_LAYOUT_ORDER = {dtype: order for order, dtype in enumerate(_FORMAT_NAME_BY_DTYPE)}
-
-# transformers refuses a file whose metadata does not name the framework that wrote it.
-TRANSFORMERS_METADATA: Mapping[str, str] = MappingProxyType({"format": "pt"})
-
-_BYTES_PER_UNIT = {"": 1, "B": 1} | {
-    prefix + suffix: base**power
-    for suffix, base in (("B", 1000), ("IB", 1024))
-    for power, prefix in enumerate("KMGT", start=1)
-}
 
 
 class TensorToWrite(NamedTuple):
@@ -160,22 +158,6 @@ def read_safetensors_layout(path: pathlib.Path) -> dict[str, SafetensorsTensor]:
                 shape=tuple(stored.get_shape()),
             )
     return tensors
-
-
-@contextlib.contextmanager
-def _opened(path: pathlib.Path) -> Iterator[Any]:
-    """Opens a file with the safetensors library, which checks its header and its size.
-
-    It reads with `pread`: pages of a memory map would count as resident memory of this process,
-    and a whole checkpoint would pass through it.
-    """
-    try:
-        with safe_open(path, framework="np", backend="pread") as file:
-            yield file
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path}: damaged or cut short ({error}); copy or download it again"
-        ) from error
 
 
 def write_safetensors(
@@ -245,6 +227,22 @@ def plan_shards(
     if filling:
         shards.append(filling)
     return shards
+
+
+@contextlib.contextmanager
+def _opened(path: pathlib.Path) -> Iterator[Any]:
+    """Opens a file with the safetensors library, which checks its header and its size.
+
+    It reads with `pread`: pages of a memory map would count as resident memory of this process,
+    and a whole checkpoint would pass through it.
+    """
+    try:
+        with safe_open(path, framework="np", backend="pread") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path}: damaged or cut short ({error}); copy or download it again"
+        ) from error
 
 
 class _DurableWriter:
