@@ -9,7 +9,7 @@ or text. A segment keeps its text exactly; `huatuo_jax.data.inspection_report` f
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -69,14 +69,9 @@ class Tally:
         """Adds another tally."""
         for name, sizes in other.sizes.items():
             self.sizes.setdefault(name, []).extend(sizes)
-        self.lengths_kept += other.lengths_kept
-        self.over += other.over
-        self.shortened += other.shortened
-        self.messages_dropped += other.messages_dropped
-        self.dropped += other.dropped
-        self.chosen_longer += other.chosen_longer
-        self.several_answers += other.several_answers
-        self.refused += other.refused
+        for one in fields(self):
+            if one.name not in ("max_tokens", "sizes"):
+                setattr(self, one.name, getattr(self, one.name) + getattr(other, one.name))
 
     @property
     def trained_share(self) -> float | None:

@@ -90,11 +90,10 @@ def save_tokenizer(
         copied = bool(tokenizer.name_or_path) and holds_tokenizer(folder)
         copied = copied and not _needs_rebuilding(folder) and equals_files(tokenizer, folder)
     if copied:
-        for path in [*map(folder.joinpath, TOKENIZER_FILES), *folder.glob(TEMPLATE_FILES)]:
-            _copy(path, target / path.relative_to(folder))
+        copy_files(folder, target, _TOKENIZER_FILES)
         return
     save_loaded(tokenizer, target)
-    _copy(folder / "tokenizer.model", target / "tokenizer.model")
+    copy_files(folder, target, ("tokenizer.model",))
 
 
 def save_loaded(
@@ -326,12 +325,6 @@ def _needs_rebuilding(folder: pathlib.Path) -> bool:
     return unclaimed and not (folder / "tokenizer.json").is_file()
 
 
-def _copy(source: pathlib.Path, target: pathlib.Path) -> None:
-    if source.is_file() and source.resolve() != target.resolve():
-        target.parent.mkdir(exist_ok=True)
-        shutil.copyfile(source, target)
-
-
 def equals_files(tokenizer: transformers.PreTrainedTokenizerBase, folder: pathlib.Path) -> bool:
     """Returns whether the tokenizer equals that of its folder."""
 
@@ -495,7 +488,8 @@ def copy_files(folder: pathlib.Path, target: pathlib.Path, patterns: tuple[str, 
     for path in sorted(path for pattern in patterns for path in folder.glob(pattern)):
         place = target / path.relative_to(folder)
         place.parent.mkdir(exist_ok=True)
-        shutil.copyfile(path, place)
+        if path.resolve() != place.resolve():
+            shutil.copyfile(path, place)
 
 
 def drop_fields(path: pathlib.Path, names: tuple[str, ...]) -> None:

@@ -244,14 +244,18 @@ def _from_huatuo(row: Any, terms: Terms) -> Converted:
 
 
 def _from_listed(row: Any, terms: Terms) -> Converted:
+    turns, used = listed_prompt(row)
+    return _dialogue(row, turns, terms, used=used)
+
+
+def listed_prompt(row: JsonRow) -> tuple[list[Turn], tuple[str, ...]]:
+    """Returns the turns of a row's list, and the keys they came from.
+
+    ShareGPT rows may keep the system text outside the list.
+    """
     key = dialogue_key(row)
-    turns = listed_turns(row[key], key)
-    return _dialogue(row, _with_system(row, turns), terms, used=(key, "system"))
-
-
-def _with_system(row: JsonRow, turns: list[Turn]) -> list[Turn]:
-    """Adds a system text that ShareGPT rows may keep outside their list of turns."""
-    return [Turn("system", row["system"]), *turns] if has(row, "system") else turns
+    system = [Turn("system", row["system"])] if has(row, "system") else []
+    return [*system, *listed_turns(row[key], key)], (key, "system")
 
 
 def _ends_open(row: Any) -> bool:
@@ -404,10 +408,9 @@ def _reference_key(row: JsonRow) -> str | None:
 
 
 def _prompt_from_listed(row: Any, terms: Terms) -> Converted:
-    key = dialogue_key(row)
-    turns = _with_system(row, listed_turns(row[key], key))
+    turns, used = listed_prompt(row)
     reference = "reference" if has(row, "reference") else None
-    return _prompt(row, turns, terms, used=(key, "system"), reference=reference)
+    return _prompt(row, turns, terms, used=used, reference=reference)
 
 
 def _prompt_from_instruction(row: Any, terms: Terms) -> Converted:

@@ -9,12 +9,12 @@ from huatuo_jax.data.formats.dialogues import (
     Format,
     Terms,
     answer_turns,
-    dialogue_key,
     identity,
     instruction_prompt,
     is_instruction,
     is_listed,
     is_question,
+    listed_prompt,
     question_prompt,
 )
 from huatuo_jax.data.formats.turns import (
@@ -27,7 +27,6 @@ from huatuo_jax.data.formats.turns import (
     as_turns,
     check_turns,
     has,
-    listed_turns,
     present,
     prompt_messages,
     structured,
@@ -116,9 +115,7 @@ def _from_pair(row: Any, terms: Terms) -> Converted:
 
 def _prompt_turns(row: JsonRow) -> tuple[list[Turn], tuple[str, ...]]:
     if is_listed(row):
-        key = dialogue_key(row)
-        system = [Turn("system", row["system"])] if has(row, "system") else []
-        return [*system, *listed_turns(row[key], key)], (key, "system")
+        return listed_prompt(row)
     if is_instruction(row):
         return instruction_prompt(row)
     return question_prompt(row)
