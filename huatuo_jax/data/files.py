@@ -252,7 +252,7 @@ def _json_document(path: pathlib.Path, layout: Layout, encoding: str | None) -> 
 
 
 def _is_row_by_id(key: str, value: object) -> bool:
-    """Tells if a field of the document is a row under its id, not a field of one row."""
+    """Returns whether a field of the document is a row under its id, not a field of one row."""
     if key in FIELD_NAMES:
         return False
     if isinstance(value, list):

@@ -126,7 +126,7 @@ def from_hugging_face(
 
 
 def is_score_model(config: Mapping[str, Any]) -> bool:
-    """Tells if a `config.json` is of a reward model (sequence classification, one label).
+    """Returns whether a `config.json` is of a reward model (sequence classification, one label).
 
     Raises:
         ValueError: it has several labels.

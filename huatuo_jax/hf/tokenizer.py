@@ -313,7 +313,7 @@ def holds_tokenizer(folder: pathlib.Path) -> bool:
 
 
 def _needs_rebuilding(folder: pathlib.Path) -> bool:
-    """Tells if the tokenizer is Baichuan's remote code or SentencePiece without a class."""
+    """Returns whether the tokenizer is Baichuan's remote code or SentencePiece without a class."""
     if not (folder / "tokenizer.model").is_file():
         return False
     tokenizer_config = _read_json(folder / "tokenizer_config.json")

@@ -124,7 +124,7 @@ def gives_the_tokens_of_training(source: str) -> bool:
 
 
 def gives_the_tokens(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Tells if transformers tokenises dialogues as training does, given the Jinja template."""
+    """Returns whether transformers tokenises as training does, given the Jinja template."""
     source = template.to_jinja(tokenizer)
     return all(
         tokenizer.apply_chat_template(
