@@ -37,7 +37,7 @@ setup(
         "orbax-checkpoint>=0.11.30,<0.13",
         "protobuf>=5.0",
         "rich>=13.0",
-        "safetensors>=0.6",
+        "safetensors>=0.8",
         "sentencepiece>=0.2.1",
         "tensorboardX>=2.6",
         "tensorflow-datasets>=4.9.9",

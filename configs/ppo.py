@@ -20,7 +20,7 @@ Curves are in `ppo/metrics.jsonl` (and TensorBoard), answers with score, KL and 
 """
 
 from huatuo_jax.backbone.config import BackboneConfig
-from huatuo_jax.data import sample
+from huatuo_jax.data import SAMPLE_FOLDER
 from huatuo_jax.data.mixture import HeldOutConfig
 from huatuo_jax.data.records import KINDS
 from huatuo_jax.ppo.config import (
@@ -70,7 +70,7 @@ def get_config(models_and_files: str = "") -> StagesConfig:
         raise ValueError(f"{given[0]!r} is one directory; give an SFT model's and a reward model's")
     files = tuple(given[2:])
     sample_files = tuple(
-        str(sample.FOLDER / f"{kind}.jsonl") for kind in KINDS if kind.startswith("real")
+        str(SAMPLE_FOLDER / f"{kind}.jsonl") for kind in KINDS if kind.startswith("real")
     )
     ppo = PpoConfig(
         model=ModelConfig(directory=given[0] if given else "{workdir}/sft/model"),
@@ -102,11 +102,11 @@ def get_config(models_and_files: str = "") -> StagesConfig:
 
 def _short_sft() -> SftConfig:
     sources = tuple(
-        SourceConfig(name=kind, paths=(str(sample.FOLDER / f"{kind}.jsonl"),), kind=kind)
+        SourceConfig(name=kind, paths=(str(SAMPLE_FOLDER / f"{kind}.jsonl"),), kind=kind)
         for kind in KINDS
     )
     return SftConfig(
-        model=ModelConfig(backbone=BACKBONE, tokenizer=str(sample.FOLDER / "tokenizer")),
+        model=ModelConfig(backbone=BACKBONE, tokenizer=str(SAMPLE_FOLDER / "tokenizer")),
         data=DataConfig(sources=sources, row_length=512, held_out=HELD_OUT),
         optimizer=OptimizerConfig(learning_rate=2e-3, warmup_share=0.05),
         num_epochs=2,
@@ -117,7 +117,7 @@ def _short_sft() -> SftConfig:
 
 def _short_reward() -> RewardConfig:
     sources = tuple(
-        ComparisonSource(paths=(str(sample.FOLDER / f"{kind}.jsonl"),), reads="dialogues_to_spoil")
+        ComparisonSource(paths=(str(SAMPLE_FOLDER / f"{kind}.jsonl"),), reads="dialogues_to_spoil")
         for kind in KINDS
     )
     return RewardConfig(

@@ -20,7 +20,7 @@ is `reward/model`, ready for `launch/score.py`.
 """
 
 from huatuo_jax.backbone.config import BackboneConfig
-from huatuo_jax.data import sample
+from huatuo_jax.data import SAMPLE_FOLDER
 from huatuo_jax.data.mixture import HeldOutConfig
 from huatuo_jax.data.readers import source_names
 from huatuo_jax.data.records import KINDS
@@ -61,7 +61,7 @@ def get_config(model_and_files: str = "") -> StagesConfig:
     else:
         sources = tuple(
             ComparisonSource(
-                paths=(str(sample.FOLDER / f"{kind}.jsonl"),), reads="dialogues_to_spoil"
+                paths=(str(SAMPLE_FOLDER / f"{kind}.jsonl"),), reads="dialogues_to_spoil"
             )
             for kind in KINDS
         )
@@ -87,11 +87,11 @@ def get_config(model_and_files: str = "") -> StagesConfig:
 def short_sft() -> SftConfig:
     """A backbone to put the head on, from the same sample dialogues."""
     sources = tuple(
-        SourceConfig(name=kind, paths=(str(sample.FOLDER / f"{kind}.jsonl"),), kind=kind)
+        SourceConfig(name=kind, paths=(str(SAMPLE_FOLDER / f"{kind}.jsonl"),), kind=kind)
         for kind in KINDS
     )
     return SftConfig(
-        model=ModelConfig(backbone=BACKBONE, tokenizer=str(sample.FOLDER / "tokenizer")),
+        model=ModelConfig(backbone=BACKBONE, tokenizer=str(SAMPLE_FOLDER / "tokenizer")),
         data=DataConfig(sources=sources, row_length=512, held_out=HELD_OUT),
         optimizer=OptimizerConfig(learning_rate=2e-3, warmup_share=0.05),
         num_epochs=2,

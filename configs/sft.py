@@ -13,7 +13,7 @@ Expected: 3,927 steps in two and a half minutes; the held-out loss falls from 7.
 
 from huatuo_jax.backbone.config import BackboneConfig
 from huatuo_jax.clinic.files import TOKENIZER, ClinicConfig, ClinicSizes
-from huatuo_jax.data import sample
+from huatuo_jax.data import SAMPLE_FOLDER
 from huatuo_jax.data.mixture import HeldOutConfig
 from huatuo_jax.data.readers import source_names
 from huatuo_jax.generation.samples import SamplesConfig
@@ -46,7 +46,7 @@ def get_config(files: str = "") -> StagesConfig:
             SourceConfig(name=name, paths=(one,))
             for name, one in zip(source_names(paths), paths, strict=True)
         )
-        clinic, tokenizer = None, sample.FOLDER / "tokenizer"
+        clinic, tokenizer = None, SAMPLE_FOLDER / "tokenizer"
     else:
         sources = clinic_sources()
         clinic, tokenizer = ClinicConfig(sizes=ClinicSizes(dialogues=6_000)), TOKENIZER

@@ -3,7 +3,7 @@
 import dataclasses
 
 from huatuo_jax.core import command_line, progress
-from huatuo_jax.data import sample
+from huatuo_jax.data import SAMPLE_FOLDER
 from huatuo_jax.data.chat.templates import by_name
 from huatuo_jax.data.inspection import Inspector, check_json_target, complaint, write_json
 from huatuo_jax.data.inspection_report import file_text, totals_text
@@ -59,7 +59,7 @@ def main(flags: Flags) -> None:
     )
     inspector = Inspector(
         template=by_name(flags.template, date=flags.template_date),
-        tokenizer=load_tokenizer(flags.tokenizer or sample.FOLDER / "tokenizer"),
+        tokenizer=load_tokenizer(flags.tokenizer or SAMPLE_FOLDER / "tokenizer"),
         max_tokens=flags.max_tokens,
         num_samples=flags.samples,
         read=read,

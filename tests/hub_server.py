@@ -13,7 +13,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from huatuo_jax.data import sample
+from huatuo_jax.data import SAMPLE_FOLDER
 from huatuo_jax.data.records import KINDS
 from huatuo_jax.hf.tokenizer import save_loaded
 from tests.hf import tiny_checkpoints
@@ -48,7 +48,7 @@ def sample_texts() -> list[str]:
     """The contents of the package's sample dialogues."""
     texts = []
     for kind in KINDS:
-        for line in (sample.FOLDER / f"{kind}.jsonl").read_text(encoding="utf-8").split("\n"):
+        for line in (SAMPLE_FOLDER / f"{kind}.jsonl").read_text(encoding="utf-8").split("\n"):
             if line:
                 texts += [one["content"] for one in json.loads(line)["messages"]]
     return texts

@@ -24,7 +24,7 @@ from huatuo_jax.clinic.files import ClinicConfig, ClinicSizes
 from huatuo_jax.core import sharding
 from huatuo_jax.core.config import replaced
 from huatuo_jax.core.sharding import MeshConfig
-from huatuo_jax.data import sample
+from huatuo_jax.data import SAMPLE_FOLDER
 from huatuo_jax.data.chat import templates
 from huatuo_jax.data.mixture import HeldOutConfig
 from huatuo_jax.data.readers import read_dialogues
@@ -42,7 +42,7 @@ from huatuo_jax.training.update import update_program
 from tests import made_up_memory
 
 ROOT = pathlib.Path(__file__).parents[1]
-TOKENIZER = str(sample.FOLDER / "tokenizer")
+TOKENIZER = str(SAMPLE_FOLDER / "tokenizer")
 BACKBONE = BackboneConfig(
     family="llama",
     vocab_size=2048,
@@ -59,7 +59,7 @@ BACKBONE = BackboneConfig(
 def _config(cache, **model):
     model = model or {"backbone": BACKBONE}
     sources = tuple(
-        SourceConfig(name=kind, paths=(str(sample.FOLDER / f"{kind}.jsonl"),), kind=kind)
+        SourceConfig(name=kind, paths=(str(SAMPLE_FOLDER / f"{kind}.jsonl"),), kind=kind)
         for kind in KINDS
     )
     settings = SftConfig(
@@ -123,7 +123,7 @@ def test_samples_of_every_evaluation_are_what_the_model_would_say(trained):
     dialogues = {
         dialogue.id: dialogue
         for kind in KINDS
-        for dialogue in read_dialogues(sample.FOLDER / f"{kind}.jsonl", source=kind)
+        for dialogue in read_dialogues(SAMPLE_FOLDER / f"{kind}.jsonl", source=kind)
     }
     model, params = Transformer(found.cfg), load_params(found)
     for row in rows[3:]:

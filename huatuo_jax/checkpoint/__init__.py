@@ -1,1 +1,1 @@
-"""Weights on disk: the Orbax store and the Hugging Face layout, both ways."""
+"""Checkpoints: the Orbax store of a run, model directories, and conversion to Hugging Face."""

@@ -1,6 +1,6 @@
-"""Converting a model between Hugging Face's form and ours, whichever way its source calls for.
+"""Converts a model between Hugging Face's form and ours, and verifies the result.
 
-Proof that a conversion kept the model: the same text through transformers and through ours.
+The verification runs the same text through transformers and through ours.
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ _NUM_BEGINNINGS = 8
 
 @dataclasses.dataclass(frozen=True)
 class Agreement:
-    """How far two computations of the same logits (or scores) lie apart.
+    """The differences between two computations of the same logits (or scores).
 
     Attributes:
         num_tokens: length of the text.
@@ -60,11 +60,11 @@ class Agreement:
 
     @property
     def holds(self) -> bool:
-        """Whether the difference is one of rounding."""
+        """Returns whether the difference is one of rounding."""
         return self.max_difference <= TOLERANCE * self.output_range
 
     def __str__(self) -> str:
-        """One line for people."""
+        """Returns one readable line."""
         kl = "" if self.max_kl is None else f", KL {self.max_kl:.2e} nats"
         return (
             f"{self.num_tokens} tokens, maximum difference {self.max_difference:.2e} "
@@ -72,8 +72,124 @@ class Agreement:
         )
 
 
+def convert(
+    source: str,
+    target: pathlib.Path,
+    *,
+    dtype: DTypeLike | None = None,
+    delta_base: str | None = None,
+    ignore_config_fields: Collection[str] = (),
+    max_shard_size: int | str = "5GB",
+    overwrite: bool = False,
+    verify: bool = False,
+    on_progress: Progress | None = None,
+) -> Agreement | None:
+    """Converts a Hugging Face model to an Orbax directory, or the other way round.
+
+    The conversion uses the host's memory only, even on a machine with accelerators.
+
+    Args:
+        source: a folder of either form, or a hub id.
+        target: the folder to make.
+        dtype: of the weights; None keeps the stored one.
+        delta_base: the base, if the source holds delta weights; its tokenizer is used if the delta
+            has none.
+        ignore_config_fields: see `find_model`; they are left out of the target's config.
+        max_shard_size: of a weights file in Hugging Face's form.
+        overwrite: replace a target that is not empty.
+        verify: compare the logits of both sides on a sample text.
+        on_progress: called with tensors done and tensors in all, while a checkpoint is read.
+
+    Returns:
+        The differences between both sides if `verify` is set.
+
+    Raises:
+        ValueError: the source cannot be converted so, or the sides do not agree.
+        OSError: the source cannot be read or the target not be written.
+    """
+    model = find_model(source, ignore_config_fields=ignore_config_fields)
+    to_orbax = model.form == "hugging_face"
+    if verify and delta_base is not None:
+        raise ValueError("--verify: delta weights have no counterpart in transformers to compare")
+    if verify:
+        check_can_verify(model)
+    params = load_params(
+        model,
+        mesh=sharding.host_mesh(),
+        dtype=dtype,
+        delta_base=delta_base,
+        on_progress=on_progress,
+    )
+    write_model(
+        params,
+        model,
+        target,
+        form="orbax" if to_orbax else "hugging_face",
+        side_files=_side_files(model, delta_base),
+        max_shard_size=max_shard_size,
+        overwrite=overwrite,
+    )
+    del params  # The comparison needs two models in memory already.
+    if not verify:
+        return None
+    ours, theirs = (target, model.folder) if to_orbax else (model.folder, target)
+    agreement = compare_with_transformers(find_model(ours), theirs)
+    if not agreement.holds:
+        raise ValueError(f"{target}: written, but the logits do not agree: {agreement}")
+    return agreement
+
+
+def write_model(
+    params: dict[str, Any],
+    model: ModelInfo,
+    target: pathlib.Path,
+    *,
+    form: Form,
+    side_files: SideFiles,
+    max_shard_size: int | str = "5GB",
+    overwrite: bool = False,
+) -> None:
+    """Writes a loaded model in either form.
+
+    Args:
+        params: its parameters, every shard on this host.
+        model: their source.
+        target: the folder to make.
+        form: of the target.
+        side_files: the files beside the weights.
+        max_shard_size: of a weights file in Hugging Face's form.
+        overwrite: replace a target that is not empty.
+
+    Raises:
+        ValueError: it cannot be written so.
+        OSError: the target cannot be written.
+    """
+    if form == "orbax":
+        save_orbax(
+            params,
+            model.cfg,
+            target,
+            head=model.head,
+            side_files=side_files,
+            overwrite=overwrite,
+        )
+        return
+    with tempfile.TemporaryDirectory() as name:
+        source_folder = pathlib.Path(name)
+        side_files.write(source_folder)
+        export_model(
+            params,
+            model.cfg,
+            target,
+            head=model.head,
+            source_folder=source_folder,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+        )
+
+
 def check_can_verify(model: ModelInfo) -> None:
-    """Raise ValueError, before any work, where transformers has no class to compare with."""
+    """Raises ValueError, before any work, if transformers has no class to compare with."""
     theirs = model.layout or exported_layout(model.cfg)
     if theirs == "baichuan":
         raise ValueError(
@@ -85,7 +201,7 @@ def check_can_verify(model: ModelInfo) -> None:
 
 
 def compare_with_transformers(model: ModelInfo, folder: pathlib.Path) -> Agreement:
-    """Run one text through both sides in float32 on the CPU, one model in memory at a time.
+    """Runs one text through both sides in float32 on the CPU, one model in memory at a time.
 
     Args:
         model: our side, in either form.
@@ -106,7 +222,7 @@ def compare_with_transformers(model: ModelInfo, folder: pathlib.Path) -> Agreeme
 
 
 def _compare_scores(model: ModelInfo, folder: pathlib.Path, tokens_T: np.ndarray) -> Agreement:
-    """Scores of the text's beginnings, since transformers gives only that of the last token."""
+    """Compares scores of the text's beginnings: transformers gives only the last token's."""
     lengths = np.unique(np.linspace(1, len(tokens_T), _NUM_BEGINNINGS, dtype=int))
     theirs = _load_theirs("AutoModelForSequenceClassification", folder)
     theirs_B = np.array([_run(theirs, tokens_T[:length])[0, 0] for length in lengths])
@@ -121,7 +237,7 @@ def _compare_scores(model: ModelInfo, folder: pathlib.Path, tokens_T: np.ndarray
 
 
 def _sample_tokens(folder: pathlib.Path, cfg: BackboneConfig) -> np.ndarray:
-    """The sample text's ids, or ids spread over the vocabulary where there is no tokenizer."""
+    """Returns the sample text's ids, or without a tokenizer ids spread over the vocabulary."""
     if tokenizer.holds_tokenizer(folder):
         ids = tokenizer.load_tokenizer(folder).encode(SAMPLE_TEXT)
     else:
@@ -134,7 +250,7 @@ def _their_logits(folder: pathlib.Path, tokens_T: np.ndarray) -> np.ndarray:
 
 
 def _load_theirs(kind: str, folder: pathlib.Path) -> Any:
-    """A model of transformers in float32, without its progress bar, which nobody asked for."""
+    """Loads a transformers model in float32, without a progress bar."""
     import transformers
 
     shown = transformers.utils.logging.is_progress_bar_enabled()
@@ -171,124 +287,8 @@ def _log_softmax(logits_TV: np.ndarray) -> np.ndarray:
     return np.asarray(jax.nn.log_softmax(logits_TV))
 
 
-def convert(
-    source: str,
-    target: pathlib.Path,
-    *,
-    dtype: DTypeLike | None = None,
-    delta_base: str | None = None,
-    ignore_config_fields: Collection[str] = (),
-    max_shard_size: int | str = "5GB",
-    overwrite: bool = False,
-    verify: bool = False,
-    on_progress: Progress | None = None,
-) -> Agreement | None:
-    """Write a Hugging Face model as an Orbax directory of ours, or the other way round.
-
-    All of it is done in the host's memory, whatever accelerators there are.
-
-    Args:
-        source: a folder of either form, or a hub id.
-        target: the folder to make.
-        dtype: of the weights; None keeps the stored one.
-        delta_base: the base, where the source holds delta weights; its tokenizer is taken where the
-            delta has none.
-        ignore_config_fields: see `find_model`; they are left out of what is written.
-        max_shard_size: of a weights file, where Hugging Face's form is written.
-        overwrite: replace a target that is not empty.
-        verify: compare the logits of both sides on a sample text.
-        on_progress: called with tensors done and tensors in all, while a checkpoint is read.
-
-    Returns:
-        How well the sides agree, if `verify` was asked for.
-
-    Raises:
-        ValueError: the source cannot be converted so, or the sides do not agree.
-        OSError: the source cannot be read or the target not be written.
-    """
-    model = find_model(source, ignore_config_fields=ignore_config_fields)
-    to_orbax = model.form == "hugging_face"
-    if verify and delta_base is not None:
-        raise ValueError("--verify: delta weights have no counterpart in transformers to compare")
-    if verify:
-        check_can_verify(model)
-    params = load_params(
-        model,
-        mesh=sharding.host_mesh(),
-        dtype=dtype,
-        delta_base=delta_base,
-        on_progress=on_progress,
-    )
-    write_model(
-        params,
-        model,
-        target,
-        form="orbax" if to_orbax else "hugging_face",
-        side_files=_side_files(model, delta_base),
-        max_shard_size=max_shard_size,
-        overwrite=overwrite,
-    )
-    del params  # Two models in memory is what the comparison needs already.
-    if not verify:
-        return None
-    ours, theirs = (target, model.folder) if to_orbax else (model.folder, target)
-    agreement = compare_with_transformers(find_model(ours), theirs)
-    if not agreement.holds:
-        raise ValueError(f"{target}: written, but the logits do not agree: {agreement}")
-    return agreement
-
-
-def write_model(
-    params: dict[str, Any],
-    model: ModelInfo,
-    target: pathlib.Path,
-    *,
-    form: Form,
-    side_files: SideFiles,
-    max_shard_size: int | str = "5GB",
-    overwrite: bool = False,
-) -> None:
-    """Writes a model that was loaded, in either form.
-
-    Args:
-        params: its parameters, every shard on this host.
-        model: where they came from.
-        target: the folder to make.
-        form: of the target.
-        side_files: what goes beside the weights.
-        max_shard_size: of a weights file, where Hugging Face's form is written.
-        overwrite: replace a target that is not empty.
-
-    Raises:
-        ValueError: it cannot be written so.
-        OSError: the target cannot be written.
-    """
-    if form == "orbax":
-        save_orbax(
-            params,
-            model.cfg,
-            target,
-            head=model.head,
-            side_files=side_files,
-            overwrite=overwrite,
-        )
-        return
-    with tempfile.TemporaryDirectory() as name:
-        source_folder = pathlib.Path(name)
-        side_files.write(source_folder)
-        export_model(
-            params,
-            model.cfg,
-            target,
-            head=model.head,
-            source_folder=source_folder,
-            max_shard_size=max_shard_size,
-            overwrite=overwrite,
-        )
-
-
 def _side_files(model: ModelInfo, delta_base: str | None) -> SideFiles:
-    """Those of the source; the vocabulary of a delta is its own, and so is its config."""
+    """Returns the source's side files; a delta brings its own vocabulary and config."""
     tokenizer_folder = None
     if delta_base is not None and not holds_tokenizer(model.folder):
         base = find_folder(delta_base)

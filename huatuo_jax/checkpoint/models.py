@@ -1,6 +1,7 @@
-"""Models on disk, in either form: an Orbax directory of ours, or a Hugging Face folder.
+"""Models on disk, found, loaded and saved: an Orbax model directory or a Hugging Face folder.
 
-A model on its own in a folder: its config and its parameters, without a training run.
+An Orbax model directory holds one model without a training run: `backbone.json`, `params/` and the
+side files that an export needs.
 """
 
 import contextlib
@@ -30,11 +31,37 @@ from huatuo_jax.core.config import as_json
 from huatuo_jax.hf import load, weight_files
 from huatuo_jax.hf.config import from_hugging_face, is_score_model, read_json
 from huatuo_jax.hf.generation_config import CONFIG_FILE
-from huatuo_jax.hf.load import DeltaSource
 from huatuo_jax.hf.tokenizer import SIDE_FILES, SideFiles
 
 BACKBONE_FILE = "backbone.json"
 PARAMS_FOLDER = "params"
+CARD_FILE = "README.md"
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+_HASHED_BYTES = 1 << 16
+_TORCH_WEIGHTS = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
+# Models on the Hub that a preset describes; they need no network.
+_PUBLISHED = {
+    "baichuan-inc/Baichuan-7B": "baichuan_7b",
+    "baichuan-inc/Baichuan-13B-Base": "baichuan_13b",
+    "baichuan-inc/Baichuan2-7B-Base": "baichuan2_7b",
+    "baichuan-inc/Baichuan2-13B-Base": "baichuan2_13b",
+    "IDEA-CCNL/Ziya-LLaMA-13B-Pretrain-v1": "ziya_llama_13b",
+    "IDEA-CCNL/Ziya-LLaMA-13B-v1": "ziya_llama_13b",
+    "FreedomIntelligence/HuatuoGPT-7B": "huatuogpt_7b",
+    "FreedomIntelligence/HuatuoGPT-13b-delta": "huatuogpt_13b",
+    "Qwen/Qwen2.5-0.5B": "qwen2.5_0.5b",
+    "Qwen/Qwen2.5-1.5B": "qwen2.5_1.5b",
+    "Qwen/Qwen2.5-7B": "qwen2.5_7b",
+    "Qwen/Qwen2.5-14B": "qwen2.5_14b",
+    "Qwen/Qwen3-0.6B": "qwen3_0.6b",
+    "Qwen/Qwen3-1.7B": "qwen3_1.7b",
+    "Qwen/Qwen3-4B": "qwen3_4b",
+    "Qwen/Qwen3-8B": "qwen3_8b",
+    "Qwen/Qwen3-14B": "qwen3_14b",
+    "Qwen/Qwen3-32B": "qwen3_32b",
+}
+
+Form = Literal["orbax", "hugging_face"]
 
 
 def save_model(
@@ -47,8 +74,8 @@ def save_model(
 ) -> None:
     """Writes a model folder: `backbone.json`, `params/` (Orbax), and files copied beside them.
 
-    It is written beside its place and renamed when complete. With several processes all of them
-    must call this, on a folder that all of them see.
+    It is written under a temporary name and renamed when complete. With several processes all of
+    them must call this, on a folder that all of them see.
 
     Args:
         directory: a local folder, new or empty.
@@ -72,7 +99,7 @@ def save_model(
             or name[0] == "/"
             or parts[0] in (BACKBONE_FILE, PARAMS_FOLDER)
         ):
-            raise ValueError(f"extra_files: {name!r} is no free name inside the folder")
+            raise ValueError(f"extra_files: {name!r} must be a free name inside the folder")
     config_text = json.dumps(as_json(config, name="config"), ensure_ascii=False, indent=2)
     target = pathlib.Path(os.path.abspath(directory))
     nonce = _agreed_nonce()
@@ -93,7 +120,7 @@ def save_model(
 
 
 def is_model_directory(path: str | os.PathLike[str]) -> bool:
-    """Tells whether a folder is a whole model as `save_model` writes it."""
+    """Returns whether a folder is a complete model as `save_model` writes it."""
     path = pathlib.Path(path)
     return (
         not atomic.is_unfinished(path)
@@ -106,7 +133,7 @@ def load_model_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
     """Returns the config of a model folder.
 
     Raises:
-        FileNotFoundError: it is no model folder, or one that was never finished.
+        FileNotFoundError: it is no model folder, or an incomplete one.
         OSError: the config cannot be read.
     """
     path = _checked(directory) / BACKBONE_FILE
@@ -125,7 +152,7 @@ def load_model_params(directory: str | os.PathLike[str], abstract_params: Any) -
             one it lands on the first device.
 
     Raises:
-        FileNotFoundError: it is no model folder, or one that was never finished.
+        FileNotFoundError: it is no model folder, or an incomplete one.
         ValueError: the saved parameters have other paths, shapes or dtypes; each one is named.
         OSError: the files cannot be read.
     """
@@ -136,7 +163,7 @@ def load_model_params(directory: str | os.PathLike[str], abstract_params: Any) -
 def _checked(directory: str | os.PathLike[str]) -> pathlib.Path:
     path = pathlib.Path(os.path.abspath(directory))
     if atomic.is_unfinished(path):
-        raise FileNotFoundError(f"{path} is the leftover of an interrupted write, it is not whole")
+        raise FileNotFoundError(f"{path} is the leftover of an interrupted write and incomplete")
     if not is_model_directory(path):
         raise FileNotFoundError(f"{path} is no model folder: it needs {BACKBONE_FILE} and params/")
     return path
@@ -148,48 +175,17 @@ def _agreed_nonce() -> str:
     return f"{int(multihost_utils.broadcast_one_to_all(nonce)):08x}"
 
 
-Form = Literal["orbax", "hugging_face"]
-
-CARD_FILE = "README.md"
-_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
-_HASHED_BYTES = 1 << 16
-_TORCH_WEIGHTS = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
-
-
-# Models on the Hub that a preset describes, so that no network is needed for them.
-_PUBLISHED = {
-    "baichuan-inc/Baichuan-7B": "baichuan_7b",
-    "baichuan-inc/Baichuan-13B-Base": "baichuan_13b",
-    "baichuan-inc/Baichuan2-7B-Base": "baichuan2_7b",
-    "baichuan-inc/Baichuan2-13B-Base": "baichuan2_13b",
-    "IDEA-CCNL/Ziya-LLaMA-13B-Pretrain-v1": "ziya_llama_13b",
-    "IDEA-CCNL/Ziya-LLaMA-13B-v1": "ziya_llama_13b",
-    "FreedomIntelligence/HuatuoGPT-7B": "huatuogpt_7b",
-    "FreedomIntelligence/HuatuoGPT-13b-delta": "huatuogpt_13b",
-    "Qwen/Qwen2.5-0.5B": "qwen2.5_0.5b",
-    "Qwen/Qwen2.5-1.5B": "qwen2.5_1.5b",
-    "Qwen/Qwen2.5-7B": "qwen2.5_7b",
-    "Qwen/Qwen2.5-14B": "qwen2.5_14b",
-    "Qwen/Qwen3-0.6B": "qwen3_0.6b",
-    "Qwen/Qwen3-1.7B": "qwen3_1.7b",
-    "Qwen/Qwen3-4B": "qwen3_4b",
-    "Qwen/Qwen3-8B": "qwen3_8b",
-    "Qwen/Qwen3-14B": "qwen3_14b",
-    "Qwen/Qwen3-32B": "qwen3_32b",
-}
-
-
 @dataclasses.dataclass(frozen=True)
 class ModelInfo:
-    """What a model directory holds, told from its config alone.
+    """The content of a model directory, read from its config alone.
 
     Attributes:
-        folder: where it lies on this machine.
+        folder: on this machine.
         form: `orbax` or `hugging_face`.
         cfg: the backbone.
         head: `lm` or `score`.
         layout: of a Hugging Face folder: its `model_type`.
-        ignored_fields: of its `config.json`: what the user said does not matter.
+        ignored_fields: fields of its `config.json` that do not matter, by the user's word.
     """
 
     folder: pathlib.Path
@@ -203,16 +199,16 @@ class ModelInfo:
 def find_model(
     source: str | pathlib.Path, *, ignore_config_fields: Collection[str] = ()
 ) -> ModelInfo:
-    """Tell what a local folder or a hub id holds; a hub model is downloaded into the hub's cache.
+    """Finds a model in a local folder or on the Hub, and downloads it into the hub's cache.
 
     Args:
         source: folder or hub id.
-        ignore_config_fields: fields of a Hugging Face `config.json` that this project does not know
-            and that, by the caller's word, change nothing of what the model computes.
+        ignore_config_fields: unknown fields of a Hugging Face `config.json` that, by the caller's
+            word, do not change what the model computes.
 
     Raises:
         FileNotFoundError: there is no such folder or hub model, or it holds no model.
-        ValueError: its config is not one this project can do; the field is named.
+        ValueError: its config is not supported; the message names the field.
     """
     folder = find_folder(source)
     if is_model_directory(folder):
@@ -227,7 +223,7 @@ def find_model(
 
 
 def architecture_of(source: str, *, ignored: Collection[str] = ()) -> BackboneConfig:
-    """The architecture of a local folder or of a Hub model, whose weights are not downloaded.
+    """Returns the architecture of a local folder or Hub model, without its weights.
 
     Args:
         source: folder or Hub id.
@@ -235,7 +231,7 @@ def architecture_of(source: str, *, ignored: Collection[str] = ()) -> BackboneCo
 
     Raises:
         OSError: there is no such folder or Hub model, or it holds no config.
-        ValueError: its config is not one this project can do; the field is named.
+        ValueError: its config is not supported; the message names the field.
     """
     if source in _PUBLISHED:
         return preset(_PUBLISHED[source])
@@ -246,16 +242,16 @@ def architecture_of(source: str, *, ignored: Collection[str] = ()) -> BackboneCo
 
 
 def find_folder(source: str | pathlib.Path) -> pathlib.Path:
-    """The local folder of a model: itself, or that of a hub id in the hub's cache.
+    """Returns the local folder of a model: the given one, or a hub id's in the hub's cache.
 
     Raises:
-        FileNotFoundError: there is no such folder or hub model, or it is not whole.
+        FileNotFoundError: there is no such folder or hub model, or it is incomplete.
     """
     folder = pathlib.Path(source)
     if not folder.is_dir():
         folder = _download(str(source))
     if atomic.is_unfinished(folder):
-        raise FileNotFoundError(f"{folder}: the leftover of an interrupted write, it is not whole")
+        raise FileNotFoundError(f"{folder} is the leftover of an interrupted write and incomplete")
     return folder
 
 
@@ -267,26 +263,25 @@ def load_params(
     delta_base: str | pathlib.Path | None = None,
     on_progress: load.Progress | None = None,
 ) -> dict[str, Any]:
-    """The model's parameters, straight onto their devices.
+    """Loads the model's parameters straight onto their devices.
 
     Args:
         model: from `find_model`.
-        mesh: where to; None for the first device alone.
+        mesh: of the parameters; None for the first device alone.
         dtype: of the parameters; None keeps the stored one.
-        delta_base: folder or hub id of the base, where the model is a Hugging Face folder of delta
-            weights.
+        delta_base: folder or hub id of the base, for a Hugging Face folder of delta weights.
         on_progress: called with tensors done and tensors in all (Hugging Face folders).
 
     Raises:
-        ValueError: the weights are not those that the config describes; the tensors are named.
+        ValueError: the weights do not fit the config; the message names the tensors.
         OSError: they cannot be read.
     """
     if model.form == "hugging_face":
         assert model.layout is not None
-        source: load.Tensors = weight_files.open_tensor_source(model.folder)
+        source = weight_files.open_tensor_source(model.folder)
         if delta_base is not None:
             base = weight_files.open_tensor_source(find_folder(delta_base))
-            source = DeltaSource(source, base)
+            source = load.add_delta(source, base)
         return load.load_params(
             source,
             model.cfg,
@@ -311,16 +306,15 @@ def save_orbax(
     side_files: SideFiles | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write a model directory of ours, with the side files an export back will need.
+    """Writes an Orbax model directory, with the side files that an export needs.
 
     Args:
         params: nested dict of parameters.
         cfg: the backbone.
         target: the folder to make.
         head: which head the parameters hold.
-        source_folder: where config, generation config, tokenizer and template come from.
-        side_files: the same where they come from several places or are changed; in place of
-            `source_folder`.
+        source_folder: the source of config, generation config, tokenizer and template.
+        side_files: in place of `source_folder`, if they have several sources or are changed.
         overwrite: replace a target that is not empty.
 
     Raises:
@@ -346,7 +340,7 @@ def save_orbax(
 
 
 def _load_orbax(model: ModelInfo, mesh: Mesh | None, dtype: DTypeLike | None) -> dict[str, Any]:
-    """Read shards as they were saved, then cast: Orbax would cast silently on the way."""
+    """Reads shards as they were saved, then casts them: Orbax would cast silently."""
     dtypes = load_model_config(model.folder)["dtypes"]
     shapes = abstract_params(model.cfg, ComputeConfig(), head=model.head)
     saved = jax.tree_util.tree_map_with_path(
@@ -368,7 +362,7 @@ def _load_orbax(model: ModelInfo, mesh: Mesh | None, dtype: DTypeLike | None) ->
 
 
 def _download(hub_id: str) -> pathlib.Path:
-    """The hub model's files in the local cache: safetensors where it has them."""
+    """Downloads a hub model into the local cache: safetensors if it has them."""
     patterns = [*SIDE_FILES, CARD_FILE]
     try:
         folder = huggingface_hub.snapshot_download(hub_id, allow_patterns=[*patterns, *_WEIGHTS])
@@ -378,16 +372,16 @@ def _download(hub_id: str) -> pathlib.Path:
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise FileNotFoundError(
-            f"{hub_id}: no such folder, and not to be had from the Hugging Face Hub ({reason})"
+            f"{hub_id}: no such folder, and not available from the Hugging Face Hub ({reason})"
         ) from error
     return pathlib.Path(folder)
 
 
 def fingerprint(folder: pathlib.Path) -> str:
-    """A hash that tells one model's files from another's, wherever they lie.
+    """Returns a hash of a model's files, the same wherever they lie.
 
     It covers names, sizes, and the first and last 64 KiB of each file: fine-tuned models of one
-    architecture differ there, and a large model is not read twice. A card says nothing of a model.
+    architecture differ there, and a large model is not read twice. Cards are left out.
     """
     whole = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):

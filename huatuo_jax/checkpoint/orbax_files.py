@@ -1,6 +1,6 @@
-"""Everything this package asks of Orbax, behind a few functions; no other file imports it.
+"""All uses of Orbax, behind a few functions; no other module imports it.
 
-A training state as named arrays: one path for each leaf, and what differs between two sets.
+A training state is stored as named arrays: one path for each leaf.
 """
 
 import dataclasses
@@ -16,16 +16,39 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from huatuo_jax.hf.load import nested
+
+# Arrays are stored in chunks of at most this size, because restoring onto another mesh reads each
+# chunk that a shard touches whole: unbounded, a shard of an array that was saved from one device
+# would pull all of it through host memory. Smaller chunks save nothing: below 32 MiB the C
+# allocator keeps the freed buffers.
+_CHUNK_BYTES = 64 * 2**20
+
+# A save that takes longer counts as failed.
+_TIMEOUT_S = 6 * 3600
+
+# Deleted steps are renamed into this folder first, so that a kill during a deletion never leaves
+# half a checkpoint under its step's name.
+DELETED = ".deleted"
+
+# How Orbax names the folder of an unfinished step, after the step.
+UNFINISHED = ".orbax-checkpoint-tmp"
+
+# `[os_error_code='28']` in newer versions of TensorStore, `[OS error 28: ...]` in older ones.
+_SYSTEM_ERROR = re.compile(r"\[os[ _]error(?:_code)?[ ='\"]+(\d+)", re.IGNORECASE)
+
+_KEYS = "random_keys"
+
 
 @dataclasses.dataclass(frozen=True)
 class LeafKind:
-    """What a leaf is, without its values; `dtype` of a typed random key is like `key<fry>`."""
+    """The shape and dtype of a leaf; the dtype of a typed random key is like `key<fry>`."""
 
     shape: tuple[int, ...]
     dtype: str
 
     def __str__(self) -> str:
-        """Returns the form used in messages, `(2, 8) float32`."""
+        """Returns the form of messages, `(2, 8) float32`."""
         return f"{self.shape} {self.dtype}"
 
 
@@ -54,18 +77,6 @@ def named_leaves(tree: Any) -> dict[str, Any]:
     return named
 
 
-def nested(named: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the dict of dicts whose paths are the given ones."""
-    tree: dict[str, Any] = {}
-    for path, leaf in named.items():
-        *folders, name = path.split("/")
-        below = tree
-        for folder in folders:
-            below = below.setdefault(folder, {})
-        below[name] = leaf
-    return tree
-
-
 def is_random_key(leaf: Any) -> bool:
     """Tells a typed random key (`jax.random.key`), concrete or abstract, from other leaves."""
     dtype = getattr(leaf, "dtype", None)
@@ -84,7 +95,7 @@ def mismatches(
 ) -> list[str]:
     """Lists the paths that differ, as `layers/qkv/kernel: saved (2, 8), wanted (2, 16)`.
 
-    With `partial`, what is saved and not wanted is passed over.
+    With `partial`, saved paths that are not wanted are ignored.
     """
     lines = []
     for path in sorted(saved.keys() | wanted.keys()):
@@ -99,7 +110,7 @@ def mismatches(
 
 
 def _contrast(saved: LeafKind, wanted: LeafKind) -> str:
-    """Names only what differs: the shapes, the dtypes, or both."""
+    """Returns the parts that differ: the shapes, the dtypes, or both."""
     if saved.dtype == wanted.dtype:
         return f"saved {saved.shape}, wanted {wanted.shape}"
     if saved.shape == wanted.shape:
@@ -107,32 +118,10 @@ def _contrast(saved: LeafKind, wanted: LeafKind) -> str:
     return f"saved {saved}, wanted {wanted}"
 
 
-# Arrays are stored in chunks of at most this size, because restoring onto another mesh reads each
-# chunk that a shard touches whole: unbounded, a shard of an array that was saved from one device
-# would pull all of it through host memory. Smaller chunks save nothing: below 32 MiB the C
-# allocator keeps the freed buffers.
-_CHUNK_BYTES = 64 * 2**20
-
-# While a save is written, this much time is given before it counts as failed.
-_TIMEOUT_S = 6 * 3600
-
-# Deleted steps are renamed into this folder first, so that a kill in the middle of a deletion
-# never leaves half a checkpoint under its step's name.
-DELETED = ".deleted"
-
-# How Orbax names the folder of an unfinished step, after the step.
-UNFINISHED = ".orbax-checkpoint-tmp"
-
-# `[os_error_code='28']` in newer versions of TensorStore, `[OS error 28: ...]` in older ones.
-_SYSTEM_ERROR = re.compile(r"\[os[ _]error(?:_code)?[ ='\"]+(\d+)", re.IGNORECASE)
-
-_KEYS = "random_keys"
-
-
 class _WithoutNoise(logging.Filter):
-    """Drops the stack dumps that Orbax logs for failed saves, which are raised as errors too.
+    """Drops Orbax's stack dumps of failed saves, which are raised as errors too.
 
-    And its warning that files written without OCDBT have no OCDBT files to merge.
+    Also its warning that files written without OCDBT have no OCDBT files to merge.
     """
 
     def filter(self, record: logging.LogRecord) -> bool:
@@ -152,12 +141,12 @@ def open_manager(
     asynchronous: bool,
     clean: bool,
 ) -> ocp.CheckpointManager:
-    """Opens a folder of steps; `clean` removes what killed saves left there.
+    """Opens a folder of steps; `clean` removes unfinished saves.
 
     Args:
         directory: an absolute local path or a bucket address.
         keep_newest: how many of the newest steps to keep.
-        score: from a step's metrics to a number; the step where it is highest is kept too, of equal
+        score: from a step's metrics to a number; the step with the highest is kept too, of equal
             ones the newest.
         asynchronous: whether saves are written in the background.
         clean: whether unfinished saves are deleted on opening.
@@ -188,7 +177,7 @@ def open_manager(
 
 
 def step_arguments(state: Any, *, config: Mapping[str, Any], extra: Mapping[str, Any]) -> Any:
-    """Returns what `save_step` takes; a state that cannot be saved is a ValueError here."""
+    """Returns the arguments of `save_step`; ValueError for a state that Orbax does not save."""
     return ocp.args.Composite(
         state=_save_args(state),
         config=ocp.args.JsonSave(dict(config)),
@@ -223,16 +212,16 @@ def write_arrays(path: pathlib.Path, state: Any) -> None:
 def read_arrays(path: pathlib.Path, abstract_state: Any, *, partial: bool) -> Any:
     """Reads a tree of arrays, each device its own shards, bit for bit as they were saved.
 
-    Of several processes all have to call this for arrays that lie on devices of several; one alone
-    may call it for arrays of its own. Beyond the arrays themselves the host holds at most the bytes
-    of the largest of them and 2 GB of what is being read.
+    If the arrays lie on devices of several processes, all of them have to call this; one alone may
+    call it for arrays of its own. Beyond the arrays themselves the host holds at most the bytes of
+    the largest of them and 2 GB of data in flight.
 
     Args:
         path: a folder written by `write_arrays`, or a step's `state`.
         abstract_state: the tree to return, with a `jax.ShapeDtypeStruct` for each array. One
             without a sharding lands on the first device. Where a leaf is a NumPy array or a number
             instead, one of the same kind is returned.
-        partial: whether what is saved beyond `abstract_state` may stay unread.
+        partial: whether saved arrays outside `abstract_state` may stay unread.
 
     Raises:
         ValueError: the saved tree has other paths, shapes or dtypes; every difference is listed.
@@ -262,8 +251,8 @@ def system_error_number(error: BaseException) -> int | None:
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno is not None:
             return cause.errno
-        if told := _SYSTEM_ERROR.search(str(cause)):
-            return int(told[1])
+        if found := _SYSTEM_ERROR.search(str(cause)):
+            return int(found[1])
         cause = cause.__cause__ or cause.__context__
     return None
 
@@ -281,7 +270,7 @@ def _lean_writer(state: Any) -> Any:
     """Returns a handler that holds copies of about one array's bytes at a time while it writes."""
     largest = max((leaf.nbytes for leaf in jax.tree.leaves(state)), default=1)
     # An array that reaches the limit is refused, hence a little more than the largest. OCDBT would
-    # keep what it has written in memory until a data file of its own is full.
+    # keep written data in memory until one of its data files is full.
     return ocp.PyTreeCheckpointHandler(
         save_device_host_concurrent_gb=1.01 * largest / 10**9 + 0.01, use_ocdbt=False
     )
@@ -312,7 +301,7 @@ def _stored(leaf: Any) -> Any:
 
 
 def _described(path: pathlib.Path) -> tuple[dict[str, LeafKind], dict[str, str]]:
-    """Returns what is saved under each path, and the implementation of each random key."""
+    """Returns the kind of each saved leaf, and the implementation of each random key."""
     try:
         metadata = ocp.PyTreeCheckpointHandler().metadata(path)
     except Exception as error:
@@ -331,7 +320,7 @@ def _described(path: pathlib.Path) -> tuple[dict[str, LeafKind], dict[str, str]]
 
 def _read_stored(path: pathlib.Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
     arguments = nested({name: _restore_args(leaf) for name, leaf in wanted.items()})
-    # What is in flight is in host memory a second time. Orbax refuses a read larger than this.
+    # Data in flight is in host memory a second time. Orbax refuses a read larger than this.
     largest_bytes = max(map(_stored_bytes, wanted.values()))
     handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=math.ceil(largest_bytes / 1e9) + 1)
     readers = ocp.options.MultiprocessingOptions()
@@ -363,7 +352,7 @@ def _place(leaf: Any) -> jax.sharding.Sharding:
 
 
 def _holders(wanted: Mapping[str, Any]) -> set[int]:
-    """The processes on whose devices the arrays are to lie."""
+    """Returns the processes whose devices will hold the arrays."""
     places = [_place(leaf) for leaf in wanted.values() if _is_on_devices(leaf)]
     devices: set[jax.Device] = set().union(*(place.device_set for place in places))
     return {device.process_index for device in devices}

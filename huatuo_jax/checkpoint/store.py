@@ -1,4 +1,4 @@
-"""The checkpoints of a training run: one folder a step, the newest and the best are kept."""
+"""The checkpoints of a training run: one folder a step; the newest and the best are kept."""
 
 import dataclasses
 import json
@@ -31,8 +31,8 @@ class Restored:
 class CheckpointStore:
     """A folder of checkpoints that survives a kill at any moment, used as a context manager.
 
-    A save is written beside its place by a background thread and renamed when it is complete, so
-    a step that is listed is whole. Every method waits for a running save first, and raises its
+    A background thread writes a save under a temporary name and renames it when it is complete, so
+    a listed step is complete. Every method waits for a running save first, and raises its
     error if it failed: once, as an `OSError`. With several processes all of them must make the
     same calls.
 
@@ -52,14 +52,14 @@ class CheckpointStore:
     ) -> None:
         """Opens a folder of checkpoints, and makes it unless it is only read.
 
-        Opening it to write removes what a killed run left unfinished there, so one run at a time
-        may do that; others open it with `read_only`.
+        Opening it to write removes the unfinished saves of a killed run, so one run at a time may
+        do that; others open it with `read_only`.
 
         Args:
             directory: a local folder, or an address that Orbax knows (`gs://...`).
             keep_newest: how many of the newest steps to keep.
-            best_metric: the metric whose best step is kept as well; steps that were saved without
-                it, or with NaN, are never the best.
+            best_metric: the metric whose best step is kept too; steps saved without it, or with
+                NaN, are never the best.
             best_mode: whether the best is the `min` or the `max`; of equal steps it is the newest.
             asynchronous: whether `save` returns before the files are written.
             read_only: never write, make or remove anything; new steps of a running job are seen.
@@ -105,16 +105,16 @@ class CheckpointStore:
         Args:
             step: the number to save under, past every saved one.
             state: any tree of arrays, typed random keys and numbers.
-            config: what the state depends on, JSON values; compared by `restore`.
-            metrics: numbers by name, among them `best_metric` where it was measured.
-            extra: whatever else the next step needs, JSON values.
+            config: the settings of the state, JSON values; compared by `restore`.
+            metrics: numbers by name, with `best_metric` if it was measured.
+            extra: all else that the next step needs, JSON values.
 
         Raises:
             ValueError: the step is not new, or something cannot be saved as it is.
             OSError: this save could not be started, or the one before it failed.
         """
         if self._read_only:
-            raise ValueError(f"read_only: {self._directory} was opened to read, it cannot save")
+            raise ValueError(f"read_only: {self._directory} is open for reading only, not saving")
         newest = self.latest_step()
         if newest is not None and step <= newest:
             raise ValueError(f"step: {step} is not past the newest saved step {newest}")
@@ -154,7 +154,7 @@ class CheckpointStore:
             self._manager.reload()
 
     def close(self) -> None:
-        """Waits for a running save and ends the background threads; `with` does it by itself."""
+        """Waits for a running save and ends the background threads; `with` does so on exit."""
         try:
             self.wait()
         finally:
@@ -179,12 +179,12 @@ class CheckpointStore:
             error.add_note(f"while closing the checkpoints: {failure}")
 
     def all_steps(self) -> list[int]:
-        """Returns the steps that are saved whole, in order."""
+        """Returns the steps that are saved completely, in order."""
         self.wait()
         return sorted(self._manager.all_steps())
 
     def latest_step(self) -> int | None:
-        """Returns the newest step that is saved whole, or None."""
+        """Returns the newest step that is saved completely, or None."""
         return max(self.all_steps(), default=None)
 
     def best_step(self) -> int | None:
@@ -203,8 +203,8 @@ class CheckpointStore:
     ) -> Restored:
         """Reads a checkpoint onto the devices that `abstract_state` names, bit for bit.
 
-        The mesh and the number of devices may be others than those of the save: each device reads
-        its own shards, and the whole state never stands in host memory.
+        The mesh and the number of devices may differ from those of the save: each device reads its
+        own shards, and the whole state is never in host memory.
 
         Args:
             step: which one; the newest if None.
@@ -230,7 +230,7 @@ class CheckpointStore:
         folder = self._directory / str(step)
         saved_config = _read_json(folder / "config" / "config.json")
         if config is not None and (found := differences(saved_config, config)):
-            lines = [f"config: {folder} was saved with another one:", *found]
+            lines = [f"config: {folder} was saved with another config:", *found]
             raise ValueError("\n  ".join(lines))
         return Restored(
             step=step,
@@ -244,7 +244,7 @@ class CheckpointStore:
         return _read_json(self._directory / str(step) / "metrics" / "metrics")
 
     def _score(self, metrics: Mapping[str, float]) -> float:
-        """Returns how good a step is, the higher the better, and -inf where nobody knows."""
+        """Returns a step's score, the higher the better; -inf if it is not known."""
         if self._best_metric is None or self._best_metric not in metrics:
             return -math.inf
         score = self._sign * metrics[self._best_metric]
@@ -254,7 +254,7 @@ class CheckpointStore:
         return orbax_files.as_os_error(error, f"step {step} was not saved in {self._directory}")
 
     def _forget_failed_save(self) -> None:
-        """Brings the list of steps back to what is on disk, and gives the disk its space back."""
+        """Rereads the list of steps from the disk, and removes the failed save from it."""
         if self._is_local and jax.process_index() == 0:
             unfinished = f"{self._saving}{orbax_files.UNFINISHED}"
             shutil.rmtree(os.path.join(self._directory, unfinished), ignore_errors=True)
@@ -262,13 +262,13 @@ class CheckpointStore:
         self._manager.reload()
 
     def _empty_deleted(self) -> None:
-        """Deletes the steps that the last save made superfluous; Orbax only set them aside."""
+        """Deletes the steps that the last save replaced; Orbax only moves them aside."""
         if self._is_local and not self._read_only and jax.process_index() == 0:
             shutil.rmtree(os.path.join(self._directory, orbax_files.DELETED), ignore_errors=True)
 
 
 def _make_writable(directory: str) -> None:
-    """Makes the folder and tries whether it can be written, before anything is computed."""
+    """Makes the folder and checks that it is writable, before anything is computed."""
     if jax.process_index() == 0:
         try:
             os.makedirs(directory, exist_ok=True)

@@ -1,6 +1,7 @@
-"""An account of a stage's data: what was read, what it is used for, what is left out and why.
+"""Accounts of a stage's data: rows read, records used, and those left out, by reason.
 
-Rows of files become records (dialogues, prompts, comparisons), mostly one a row. Both sums add up:
+Rows of files become records (dialogues, prompts, preference pairs), mostly one a row. Both sums
+add up:
 
     rows    = rows used + rows left out, by reason
     records = records used, by purpose + records set aside, by setting + records left out, by reason
@@ -22,10 +23,10 @@ TRAINED_ON = "to train on"
 HELD_OUT = "held out"
 
 READ_FROM = "read_from"
-"""The extra field of a record that says from which line of whose file it was made."""
+"""The extra field of a record that names the file and line it was made from."""
 
 _SHOWN = 5  # places of each reason
-_WARNED_ABOVE = 0.1  # share of what is left out
+_WARNED_ABOVE = 0.1  # of the data, left out
 _UNFIT = (TOO_LONG, NOT_RENDERED)
 _COUNTERS = ("rows_left_out", "used", "set_aside", "left_out", "mended")
 
@@ -37,12 +38,12 @@ class Account:
     """Counts of rows and records.
 
     Attributes:
-        unit: what a record is, in the plural.
+        unit: name of the records, in the plural.
         rows: rows read. `rows_used`: those that gave records. `rows_left_out`: the others.
         records: records made of them. `used`: by purpose. `left_out`: by reason.
-        set_aside: left out because a setting asks for it, such as a limit, by that setting.
-        mended: rows used after something was mended, by what it was.
-        places: of each reason the first few, as `file:line: detail`.
+        set_aside: left out by a setting, such as a limit; by that setting.
+        mended: rows used after a repair, by the kind of repair.
+        places: the first few of each reason, as `file:line: detail`.
     """
 
     unit: str
@@ -57,7 +58,7 @@ class Account:
     places: dict[str, list[str]] = field(default_factory=dict)
 
     def add_rows(self, reading: Reading[Any]) -> None:
-        """Counts the rows of a file that has been read to its end."""
+        """Counts the rows of a file that was read to its end."""
         self.rows += reading.rows
         self.rows_used += reading.rows_used
         self.rows_left_out.update(reading.exclusions)
@@ -78,7 +79,7 @@ class Account:
         self._show(reason, f"{place}: {detail}" if detail else place)
 
     def put_aside(self, setting: str, number: int = 1, *, used_for: str | None = None) -> None:
-        """Counts records that a setting leaves out; `used_for` takes them from those used."""
+        """Counts records that a setting leaves out; `used_for` subtracts them from those used."""
         self.set_aside[setting] += number
         if used_for is None:
             self.records += number
@@ -86,14 +87,14 @@ class Account:
             self.used[used_for] -= number
 
     def check(self, max_share: float, *, name: str, limit: str) -> None:
-        """Raises ValueError where more records do not fit than a share of them, or all.
+        """Raises ValueError if more than a share of the records do not fit, or all.
 
-        A single one never stops a run, unless the share is 0: of a few records it says nothing.
-        Only `TOO_LONG` and `NOT_RENDERED` count: other reasons are those of the data.
+        A single one never stops a run, unless the share is 0: with few records it means nothing.
+        Only `TOO_LONG` and `NOT_RENDERED` count; the other reasons are faults of the data.
 
         Args:
             max_share: 0 to 1.
-            name: of the field or flag that holds it.
+            name: of the field or flag that sets it.
             limit: the limit on the length, as `max_length=512`.
         """
         self._check_sums()
@@ -119,7 +120,7 @@ class Account:
         )
 
     def lines(self) -> list[str]:
-        """What there is to say: the sums, a line for each reason, a warning where it is much."""
+        """Returns the report: the sums, a line for each reason, a warning if much is left out."""
         self._check_sums()
         parts = [f"{number:,} {purpose}" for purpose, number in (+self.used).items()]
         parts += [f"{number:,} {setting}" for setting, number in (+self.set_aside).items()]
@@ -145,7 +146,7 @@ class Account:
         return lines
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as plain values."""
+        """Returns the fields as plain JSON values."""
         self._check_sums()
         return {
             "unit": self.unit,
@@ -158,7 +159,7 @@ class Account:
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "Account":
-        """The account that `to_json` wrote."""
+        """Returns the account that `to_json` wrote."""
         return cls(
             fields["unit"],
             rows=fields["rows"],
@@ -182,7 +183,7 @@ class Account:
 def placed(reading: Reading[RecordT]) -> Iterator[tuple[str, RecordT]]:
     """Yields the records of a file, each with its place.
 
-    That is the file and line it stands in, or those it was made from (`READ_FROM`).
+    The place is its file and line, or those it was made from (`READ_FROM`).
     """
     for record in reading:
         origin = record.extra[READ_FROM] if READ_FROM in record.extra else None
@@ -190,7 +191,7 @@ def placed(reading: Reading[RecordT]) -> Iterator[tuple[str, RecordT]]:
 
 
 def check_share(share: float, *, name: str) -> None:
-    """Raises ValueError for a share that does not lie between 0 and 1."""
+    """Raises ValueError for a share outside 0 to 1."""
     if not 0 <= share <= 1 or math.isnan(share):
         raise ValueError(f"{name}={share!r} must lie between 0 and 1")
 

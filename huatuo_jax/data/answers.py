@@ -1,12 +1,12 @@
-"""Answers as they were sampled: the ids that an answers file holds beside each text.
+"""Sampled answers: the token ids and finish reason that an answers file holds beside each text.
 
-A text alone does not say which tokens a model sampled, nor whether the answer came to its end. One
+A text alone does not determine the tokens that a model sampled, nor whether the answer ended. One
 rule holds wherever an answer becomes tokens (the reward model's training data and its
-normalization, DPO, `score.py`, evaluation), and it is PPO's:
+normalization, DPO, scoring, evaluation), and it is PPO's:
 
-- Where the sampled ids are there, and are of the tokenizer and template at hand, they are the
+- If the sampled ids are known and belong to the tokenizer and template in use, they are the
   answer, and nothing is tokenised again.
-- Elsewhere the text is rendered in the template. An answer that was cut off (`finish_reason` is
+- Otherwise the text is rendered in the template. An answer that was cut off (`finish_reason` is
   `length`) gets no end of turn; every other text gets one.
 """
 
@@ -21,26 +21,25 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CUT_OFF = "length"
-"""The finish reason of an answer that reached its limit instead of an end."""
+"""The finish reason of an answer that reached its length limit."""
 
 _FINISH_REASONS = ("stop", CUT_OFF)
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampled:
-    """How an answer was sampled.
+    """An answer's sampled token ids and its finish reason.
 
     Attributes:
-        token_ids: of the answer, the token that ended it included; None where only its text is
-            known.
-        finish_reason: `stop` or `length`; None where it is not known.
+        token_ids: of the answer, with the token that ended it; None if only its text is known.
+        finish_reason: `stop` or `length`; None if it is not known.
     """
 
     token_ids: tuple[int, ...] | None = None
     finish_reason: str | None = None
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a finish reason that is not known, or ids of no token."""
+        """Validates the finish reason and the ids."""
         if self.finish_reason not in (None, *_FINISH_REASONS):
             raise ValueError(
                 f"finish_reason is {self.finish_reason!r}; it should be one of {_FINISH_REASONS}"
@@ -50,33 +49,33 @@ class Sampled:
 
     @property
     def ended(self) -> bool:
-        """Whether the answer came to its end, as texts of unknown origin are taken to have."""
+        """False for an answer that was cut off; texts of unknown origin count as ended."""
         return self.finish_reason != CUT_OFF
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any], *, prefix: str = "") -> "Sampled":
-        """Out of `{prefix}token_ids` and `{prefix}finish_reason`, either of which may be missing.
+        """Reads `{prefix}token_ids` and `{prefix}finish_reason`, either of which may be missing.
 
         Raises:
-            ValueError: one of them is something else.
+            ValueError: a field has another type or value.
         """
         names = (f"{prefix}token_ids", f"{prefix}finish_reason")
         ids, reason = (fields[name] if name in fields else None for name in names)
         return cls(None if ids is None else token_ids_of(ids, name=names[0]), reason)
 
     def to_fields(self, *, prefix: str = "") -> dict[str, Any]:
-        """What `from_fields` reads."""
+        """Returns the fields that `from_fields` reads."""
         ids = None if self.token_ids is None else list(self.token_ids)
         found = {f"{prefix}token_ids": ids, f"{prefix}finish_reason": self.finish_reason}
         return {name: value for name, value in found.items() if value is not None}
 
 
 class SampledPrompt(NamedTuple):
-    """The prompt of sampled answers as the model was given it.
+    """The prompt of sampled answers as the model saw it.
 
     Attributes:
         token_ids: of the prompt.
-        messages_dropped: of the oldest, which were left out so that it fits.
+        messages_dropped: number of oldest messages that were left out so that it fits.
     """
 
     token_ids: tuple[int, ...]
@@ -84,10 +83,10 @@ class SampledPrompt(NamedTuple):
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> "SampledPrompt | None":
-        """Out of `prompt_token_ids` and `messages_dropped`; None without the first.
+        """Reads `prompt_token_ids` and `messages_dropped`; None without the first.
 
         Raises:
-            ValueError: one of them is something else.
+            ValueError: a field has another type or value.
         """
         if "prompt_token_ids" not in fields or fields["prompt_token_ids"] is None:
             return None
@@ -98,14 +97,14 @@ class SampledPrompt(NamedTuple):
 
 
 class AnswerToTokenize(NamedTuple):
-    """One answer to a prompt: its messages, and how they were sampled, where that is known."""
+    """One answer to a prompt: its messages, and its sampled ids if they are known."""
 
     messages: Messages
     sampled: Sampled = Sampled()
 
 
 def token_ids_of(value: object, *, name: str) -> tuple[int, ...]:
-    """A list of token ids as a tuple; ValueError for anything else."""
+    """Returns a list of token ids as a tuple; ValueError for any other value."""
     if not isinstance(value, Sequence) or not all(
         isinstance(one, int) and not isinstance(one, bool) and one >= 0 for one in value
     ):
@@ -114,7 +113,7 @@ def token_ids_of(value: object, *, name: str) -> tuple[int, ...]:
 
 
 def without_oldest(messages: Messages, number: int) -> Messages:
-    """A prompt without so many of its oldest messages after the system text."""
+    """Returns a prompt without a number of its oldest messages after the system text."""
     num_system = int(bool(messages) and messages[0].role == "system")
     return (*messages[:num_system], *messages[num_system + number :])
 
@@ -125,22 +124,21 @@ def sampled_for(
     template: ChatTemplate,
     tokenizer: "PreTrainedTokenizerBase",
 ) -> bool:
-    """Whether ids that were sampled after this prompt are of this tokenizer and template.
+    """Returns whether ids sampled after this prompt belong to this tokenizer and template.
 
-    They are if the prompt, without the messages that were dropped, renders to the ids that the
-    model was given.
+    They do if the prompt, without the dropped messages, renders to the ids that the model saw.
     """
     if sampled_prompt is None:
         return False
     try:
         shown = without_oldest(prompt, sampled_prompt.messages_dropped)
         return tuple(template.prompt(shown, tokenizer)) == sampled_prompt.token_ids
-    except ValueError:  # The template cannot render it: the ids are of another one.
+    except ValueError:  # The template does not render it: the ids belong to another one.
         return False
 
 
 def text_of(tokenizer: "PreTrainedTokenizerBase", token_ids: Sequence[int]) -> str:
-    """The text of an answer's ids, special tokens left out."""
+    """Returns the text of an answer's ids, special tokens left out."""
     text = tokenizer.decode(
         list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
     )
@@ -151,17 +149,17 @@ def text_of(tokenizer: "PreTrainedTokenizerBase", token_ids: Sequence[int]) -> s
 def says(
     answer: AnswerToTokenize, template: ChatTemplate, tokenizer: "PreTrainedTokenizerBase"
 ) -> bool:
-    """Whether an answer's sampled ids decode to its text.
+    """Returns whether an answer's sampled ids decode to its text.
 
-    They do not where the text was edited since, or where a stop string ended the answer, whose ids
-    go on behind the text.
+    They do not if the text was edited since, or if a stop string ended the answer, whose ids
+    continue after the text.
     """
     ids, ended = answer.sampled.token_ids, answer.sampled.ended
     if ids is None or len(answer.messages) != 1 or max(ids) >= len(tokenizer):
         return False
-    # The token that ended it has no part in the text, even if the tokenizer calls it ordinary.
-    for those in (ids[:-1], ids) if ended else (ids,):
-        text = text_of(tokenizer, those)
+    # The token that ended it is not part of the text, even if it is not special in the tokenizer.
+    for part in (ids[:-1], ids) if ended else (ids,):
+        text = text_of(tokenizer, part)
         if template.content_of(text, tokenizer, ended=ended) == answer.messages[0].content:
             return True
     return False

@@ -1,30 +1,24 @@
-"""Batches out of packed rows: the endless stream of training, and the finite one of evaluation.
+"""Batches of packed rows: packing, the stream of rows, and batches for training and evaluation.
 
-A batch is a slice of the stream of rows; one that starts in one epoch goes on in the next. The
-saved position is the global index of the next row, so that a run goes on with another number of
-hosts, processes, or rows in a batch.
-
-The stream of packed rows: all epochs end to end, each row found by its global row index.
-
-Row 0 is the first row of epoch 0, and the first row of epoch 1 follows the last one of epoch 0.
-What a row holds is a function of the data, the seed, and its index.
-
-Packing: several dialogues in one row, so that hardly a token of a batch is padding.
-
-Two steps, both pure. A plan says from lengths alone which examples share a row (best fit on
-decreasing lengths); a row then lays their tokens end to end, each example a segment of its own.
-
-What a row holds, each of shape `[T]`:
+Packing puts several dialogues in one row, so that hardly a token of a batch is padding, in two pure
+steps: a plan assigns examples to rows by their lengths alone (best fit on decreasing lengths), and
+a row then lays their tokens end to end, each example a segment of its own. A row holds, each of
+shape `[T]`:
 
 - `token_ids`: the examples' ids, then padding.
 - `segment_ids`: 1 for the first example's tokens, 2 for the second's, and 0 for padding. Tokens
-  attend within their segment; padding is told by this, never by an id.
+  attend within their segment; padding is recognized by this, never by an id.
 - `positions`: 0, 1, 2, ... from the start of each segment; 0 in padding.
 - `trained_mask`: whether token t is a target, predicted from token t - 1 of the same segment. It
   is False at every segment's first token, so `token_ids[1:]` with `trained_mask[1:]` are the
-  targets of positions `[:-1]`, with no look across a border.
+  targets of positions `[:-1]`, never across a border.
 - `kind_ids`: the example's kind, as an index into `huatuo_jax.data.tokenizing.ALL_KINDS`; 0 in
-  padding, which is never trained, so that a sum per kind needs no look at it.
+  padding, which is never trained, so a sum per kind may ignore it.
+
+The stream of rows is all epochs end to end: the first row of epoch 1 follows the last one of epoch
+0. A row is a function of the data, the seed, and its global row index. A batch is a slice of the
+stream and may span two epochs. The saved position is the global index of the next row, so a run
+may resume with another number of hosts, processes, or rows in a batch.
 """
 
 import bisect
@@ -44,13 +38,77 @@ from huatuo_jax.data.tokenizing import Example, TokenDataset
 
 Row = dict[str, npt.NDArray[Any]]
 
+_PLANS_KEPT = 2  # the epoch that is read and the one that is prefetched
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowConfig:
+    """Settings of packing examples into rows.
+
+    Attributes:
+        row_length: the tokens of a row. No example is longer.
+        packed: several examples a row (see `huatuo_jax.data.batches`), or one.
+        window: number of examples of the shuffled order packed together; None for the epoch.
+        buckets: lengths that a batch may be cut to, if all its rows are that short: each costs a
+            compilation and saves padding if rows are not packed. `row_length` is always one.
+        pad_token_id: of padding; no mask depends on it.
+    """
+
+    row_length: int
+    packed: bool = True
+    window: int | None = None
+    buckets: tuple[int, ...] = ()
+    pad_token_id: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuses buckets that are not lengths below a row's."""
+        if self.row_length < 1:
+            raise ValueError(f"data.row_length: {self.row_length}, it should be at least 1")
+        if any(not 0 < bucket < self.row_length for bucket in self.buckets):
+            raise ValueError(
+                f"data.buckets: {self.buckets}, each should be above 0 and below row_length "
+                f"{self.row_length}"
+            )
+
+    def bucket_for(self, num_tokens: int) -> int:
+        """Returns the smallest length that holds a number of tokens."""
+        return min(size for size in (*self.buckets, self.row_length) if size >= num_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefetchConfig:
+    """Settings of prefetching: threads, and processes where threads are not enough.
+
+    Attributes:
+        num_threads: threads that read and pack, in each process. 0 makes each batch when asked.
+        num_batches: batches that are made ahead.
+        num_processes: 0 for threads of this process only.
+    """
+
+    num_threads: int = 2
+    num_batches: int = 8
+    num_processes: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostShare:
+    """A host's part of every global batch: an equal slice, in the order of the hosts."""
+
+    host: int = 0
+    num_hosts: int = 1
+
+    def __post_init__(self) -> None:
+        """Validates the index of the host."""
+        if not 0 <= self.host < self.num_hosts:
+            raise ValueError(f"host: {self.host}, it should be 0 to {self.num_hosts - 1}")
+
 
 @dataclass(frozen=True)
 class PackingPlan:
-    """Which examples stand in which row.
+    """The assignment of examples to rows.
 
     Row r holds `example_indices[row_starts[r] : row_starts[r + 1]]`, in this order, and
-    `tokens_per_row[r]` tokens in all, of the `row_length` there is room for.
+    `tokens_per_row[r]` tokens in all, of at most `row_length`.
     """
 
     example_indices: Indices
@@ -59,11 +117,11 @@ class PackingPlan:
     row_length: int
 
     def __len__(self) -> int:
-        """The number of rows."""
+        """Returns the number of rows."""
         return len(self.row_starts) - 1
 
     def __getitem__(self, row: int) -> Indices:
-        """The examples of one row."""
+        """Returns the examples of one row."""
         return self.example_indices[self.row_starts[row] : self.row_starts[row + 1]]
 
     @property
@@ -84,14 +142,14 @@ def plan_rows(
     """Distributes examples over rows; a pure function of its arguments.
 
     Args:
-        lengths: the number of tokens of every example there is.
-        order: the examples to place, as indices into `lengths`; one may come more than once.
+        lengths: the number of tokens of every example.
+        order: the examples to place, as indices into `lengths`; one may occur more than once.
         row_length: the most tokens a row can hold.
         packed: False gives every example a row of its own, in the given order.
-        window: how many examples in a row of the order are packed together. The default, all of
-            them, wastes least; the rows of a small window are closer to a random draw.
-        key: what the order of the packed rows depends on. Packing goes by length, so its rows are
-            shuffled over the whole epoch.
+        window: number of consecutive examples of the order that are packed together. The default,
+            all of them, wastes least; the rows of a small window are closer to a random draw.
+        key: seed of the order of the packed rows. Packing sorts by length, so its rows are shuffled
+            over the whole epoch.
 
     Raises:
         ValueError: an example is longer than a row, or empty, or `window` is not positive.
@@ -110,10 +168,10 @@ def plan_rows(
         rows, used = best_fit_rows(placed[start : start + window], row_length)
         row_of[start : start + window] = rows + num_rows
         num_rows += used
-    # New numbers for the rows: row r of the packing becomes row shuffled[r] of the plan.
+    # Renumber the rows: row r of the packing becomes row shuffled[r] of the plan.
     shuffled = permutation(num_rows, *key)
     row_of = shuffled[row_of]
-    # Examples of equal length have no order among them but the given one, which is random.
+    # Examples of equal length keep the given order, which is random.
     by_row = np.argsort(row_of, kind="stable")
     sizes = np.bincount(row_of, minlength=num_rows)
     tokens = np.zeros(num_rows, np.int64)
@@ -122,7 +180,7 @@ def plan_rows(
 
 
 def best_fit_rows(lengths: Indices, row_length: int) -> tuple[Indices, int]:
-    """Best-fit-decreasing bin packing: the row of each example, and the number of rows.
+    """Packs by best fit decreasing; returns the row of each example and the number of rows.
 
     Longest first, each example goes to the fullest row that still has room for it (of several
     equally full ones the latest), or opens a new row. It uses at most 11/9 of the fewest rows
@@ -154,7 +212,7 @@ def best_fit_rows(lengths: Indices, row_length: int) -> tuple[Indices, int]:
 
 
 def pack_row(examples: Sequence[Example], *, row_length: int, pad_token_id: int) -> Row:
-    """Lays examples end to end into one row; see the module for what it holds.
+    """Lays examples end to end into one row; the module documents its arrays.
 
     Without examples it is an empty row: padding that trains nothing.
 
@@ -185,64 +243,17 @@ def pack_row(examples: Sequence[Example], *, row_length: int, pad_token_id: int)
     }
 
 
-def _check_lengths(placed: Indices, order: Indices, row_length: int) -> None:
-    wrong = np.flatnonzero((placed > row_length) | (placed < 1))
-    if len(wrong):
-        raise ValueError(
-            f"{len(wrong)} examples do not fit a row of {row_length} tokens, the first is example "
-            f"{order[wrong[0]]} with {placed[wrong[0]]}; they should be truncated or dropped "
-            "before packing"
-        )
-
-
-_PLANS_KEPT = 2  # the epoch that is read and the one that prefetching has already begun
-
-
-@dataclass(frozen=True, kw_only=True)
-class RowConfig:
-    """How examples become rows.
-
-    Attributes:
-        row_length: the tokens of a row. No example is longer.
-        packed: several examples a row (see `huatuo_jax.data.batches`), or one.
-        window: how many examples of the shuffled order are packed together; None for the epoch.
-        buckets: lengths that a batch may be cut to, where all its rows are that short: each costs a
-            compilation and saves padding where rows are not packed. `row_length` is always one.
-        pad_token_id: what padding is filled with; no mask looks at it.
-    """
-
-    row_length: int
-    packed: bool = True
-    window: int | None = None
-    buckets: tuple[int, ...] = ()
-    pad_token_id: int = 0
-
-    def __post_init__(self) -> None:
-        """Refuses buckets that are no length below a row's."""
-        if self.row_length < 1:
-            raise ValueError(f"data.row_length: {self.row_length}, it should be at least 1")
-        if any(not 0 < bucket < self.row_length for bucket in self.buckets):
-            raise ValueError(
-                f"data.buckets: {self.buckets}, each should be above 0 and below row_length "
-                f"{self.row_length}"
-            )
-
-    def bucket_for(self, num_tokens: int) -> int:
-        """The smallest length that holds so many tokens."""
-        return min(size for size in (*self.buckets, self.row_length) if size >= num_tokens)
-
-
 class RowStream:
     """All rows of all epochs, by global row index.
 
-    Plans are made when they are needed: each is a function of the lengths, the seed and the epoch,
-    so that every process makes the same ones.
+    Plans are made on demand: each is a function of the lengths, the seed and the epoch, so every
+    process makes the same ones.
     """
 
     def __init__(
         self, dataset: TokenDataset, config: RowConfig, *, mixture: Mixture | None, seed: int = 0
     ) -> None:
-        """Takes the examples of `mixture`, or without one each example once, unshuffled."""
+        """Uses the examples of `mixture`, or without one each example once, unshuffled."""
         self.config = config
         self._dataset = dataset
         self._mixture = mixture
@@ -252,20 +263,20 @@ class RowStream:
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        """For another process: without the lock, and the plans are made there again."""
+        """Returns the state for another process, which makes its own lock and plans."""
         return {**self.__dict__, "_lock": None, "_plans": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Takes the state of another process."""
+        """Restores the state in another process."""
         self.__dict__.update(state, _lock=threading.Lock())
 
     def plan(self, epoch: int) -> PackingPlan:
-        """The rows of an epoch."""
+        """Returns the rows of an epoch."""
         with self._lock:
             return self._plan(epoch)
 
     def first_row(self, epoch: int) -> int:
-        """The global index of an epoch's first row, which is the number of rows before it."""
+        """Returns the global index of an epoch's first row: the number of rows before it."""
         with self._lock:
             while len(self._first_rows) <= epoch:
                 rows = len(self._plan(len(self._first_rows) - 1))
@@ -273,19 +284,19 @@ class RowStream:
             return self._first_rows[epoch]
 
     def locate(self, row: int) -> tuple[int, int]:
-        """The epoch of a global row, and which row of the epoch it is."""
+        """Returns the epoch of a global row, and its index in the epoch."""
         while self._first_rows[-1] <= row:
             self.first_row(len(self._first_rows))
         epoch = bisect.bisect_right(self._first_rows, row) - 1
         return epoch, row - self._first_rows[epoch]
 
     def examples_in(self, row: int) -> Indices:
-        """The indices of the examples of a global row."""
+        """Returns the indices of the examples of a global row."""
         epoch, row_of_epoch = self.locate(row)
         return self.plan(epoch)[row_of_epoch]
 
     def num_tokens(self, row: int) -> int:
-        """The number of places of a global row that are not padding."""
+        """Returns the number of tokens of a global row that are not padding."""
         epoch, row_of_epoch = self.locate(row)
         return int(self.plan(epoch).tokens_per_row[row_of_epoch])
 
@@ -295,11 +306,11 @@ class RowStream:
         return pack_row(examples, row_length=row_length, pad_token_id=self.config.pad_token_id)
 
     def example_ids(self, row: int) -> list[str]:
-        """The ids of the dialogues in a global row, to name the data of a bad step."""
+        """Returns the ids of the dialogues in a global row, to report the data of a bad step."""
         return [self._dataset[index].id for index in self.examples_in(row).tolist()]
 
     def _plan(self, epoch: int) -> PackingPlan:
-        # Taken out and put in again: the dict's order is that of last use, the first one goes.
+        # Removed and inserted again: the dict is in order of last use, its first plan is dropped.
         plan = self._plans.pop(epoch) if epoch in self._plans else self._make_plan(epoch)
         while len(self._plans) >= _PLANS_KEPT:
             del self._plans[next(iter(self._plans))]
@@ -318,38 +329,10 @@ class RowStream:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class PrefetchConfig:
-    """How batches are made ahead: by threads, and by processes where threads are not enough.
-
-    Attributes:
-        num_threads: threads that read and pack, in each process. 0 makes each batch when asked.
-        num_batches: batches that are made ahead.
-        num_processes: 0 for threads of this process only.
-    """
-
-    num_threads: int = 2
-    num_batches: int = 8
-    num_processes: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class HostShare:
-    """Which part of every global batch a host takes: an equal slice, in the order of the hosts."""
-
-    host: int = 0
-    num_hosts: int = 1
-
-    def __post_init__(self) -> None:
-        """Refuses a host that is none of the hosts."""
-        if not 0 <= self.host < self.num_hosts:
-            raise ValueError(f"host: {self.host}, it should be 0 to {self.num_hosts - 1}")
-
-
 class HostBatches:
     """A host's slices of the global batches from one row on, by number; grain reads these.
 
-    Rows from `end_row` on, where it is given, are empty.
+    Rows from `end_row` on, if it is given, are empty.
     """
 
     def __init__(
@@ -361,7 +344,7 @@ class HostBatches:
         start_row: int,
         end_row: int | None,
     ) -> None:
-        """Raises ValueError if the hosts cannot share the batch equally."""
+        """Checks that the hosts can share the batch equally; else ValueError."""
         if batch_size < 1 or batch_size % share.num_hosts:
             raise ValueError(
                 f"batch_size: {batch_size} rows, it should be a multiple of the number of hosts "
@@ -374,13 +357,13 @@ class HostBatches:
         self._end_row = end_row
 
     def __len__(self) -> int:
-        """The number of batches; the stream of training has no end."""
+        """Returns the number of batches; the training stream is endless."""
         if self._end_row is None:
             return sys.maxsize
         return max(0, -(-(self._end_row - self._start_row) // self._batch_size))
 
     def __getitem__(self, batch: int) -> Row:
-        """This host's rows of a global batch, `[B, T]` each."""
+        """Returns this host's rows of a global batch, `[B, T]` each."""
         start = self._start_row + batch * self._batch_size
         stop = start + self._batch_size
         if self._end_row is not None:
@@ -397,7 +380,7 @@ class HostBatches:
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
     def _row_length(self, rows: Sequence[int]) -> int:
-        """The batch's length: all hosts have to come to the same one, so all its rows count."""
+        """Returns the batch's length, from all its rows, so that all hosts agree on it."""
         config = self._rows.config
         if not config.buckets:
             return config.row_length
@@ -405,10 +388,10 @@ class HostBatches:
 
 
 class BatchIterator(grain.DatasetIterator[Row]):
-    """Batches in order, made ahead, at a position that is one number.
+    """Batches in order, prefetched, with a position that is one number.
 
-    `get_state` is `{"next_row": GLOBAL_ROW_INDEX}`: the same on all hosts, whatever their number,
-    and whatever was prefetched. Orbax and grain's checkpoint handler save it as it stands.
+    `get_state` is `{"next_row": GLOBAL_ROW_INDEX}`: the same on all hosts, for any number of them,
+    whatever is prefetched. Orbax and grain's checkpoint handler save it unchanged.
     """
 
     def __init__(
@@ -423,12 +406,12 @@ class BatchIterator(grain.DatasetIterator[Row]):
         """Starts at row 0.
 
         Args:
-            rows: all there is.
+            rows: the stream.
             batch_size: the rows of a global batch.
             share: this host's part; by default the whole.
-            prefetch: how batches are made ahead; by default `PrefetchConfig()`.
-            end_row: where the stream ends; by default never. The last batch is filled up with empty
-                rows (all segment ids 0), so that every batch has the same shape and no row is lost.
+            prefetch: settings of prefetching; by default `PrefetchConfig()`.
+            end_row: end of the stream; by default none. The last batch is filled with empty rows
+                (all segment ids 0), so that every batch has the same shape and no row is lost.
 
         Raises:
             ValueError: the hosts cannot share the batch equally.
@@ -441,13 +424,13 @@ class BatchIterator(grain.DatasetIterator[Row]):
         self._prefetch = prefetch or PrefetchConfig()
         self._end_row = end_row
         self._next_row = 0
-        self._host_batches()  # says what is wrong now, and starts nothing yet
+        self._host_batches()  # checks the arguments, and starts nothing yet
 
     def __next__(self) -> Row:
-        """The next batch.
+        """Returns the next batch.
 
         Raises:
-            StopIteration: all rows were given.
+            StopIteration: all rows were returned.
         """
         if self._batches is None:
             self._batches = self._make_ahead()
@@ -461,16 +444,16 @@ class BatchIterator(grain.DatasetIterator[Row]):
         return self._next_row
 
     def get_state(self) -> dict[str, Any]:
-        """The position, as what JSON can say."""
+        """Returns the position in JSON types."""
         return {"next_row": self._next_row}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes to a position that `get_state` gave, here or on any number of hosts."""
+        """Moves to a position of `get_state`, from any number of hosts."""
         self._drop_batches()
         self._next_row = int(state["next_row"])
 
     def start_prefetch(self) -> None:
-        """Begins to make batches before the first one is asked for."""
+        """Starts prefetching before the first batch is asked for."""
         if self._batches is None:
             self._batches = self._make_ahead()
         self._batches.start_prefetch()
@@ -486,7 +469,7 @@ class BatchIterator(grain.DatasetIterator[Row]):
         self._batches = None
 
     def _host_batches(self) -> HostBatches:
-        """This host's batches from the next row on."""
+        """Returns this host's batches from the next row on."""
         return HostBatches(
             self._rows,
             batch_size=self._batch_size,
@@ -502,7 +485,7 @@ class BatchIterator(grain.DatasetIterator[Row]):
         )
         prefetched = grain.MapDataset.source(self._host_batches()).to_iter_dataset(threads)
         if self._prefetch.num_processes:
-            if not flags.FLAGS.is_parsed():  # grain asks its own flags, also in a notebook
+            if not flags.FLAGS.is_parsed():  # grain reads its own flags, also in a notebook
                 flags.FLAGS.mark_as_parsed()
             prefetched = prefetched.mp_prefetch(
                 grain.MultiprocessingOptions(num_workers=self._prefetch.num_processes)
@@ -517,7 +500,7 @@ def evaluation_batches(
     share: HostShare | None = None,
     prefetch: PrefetchConfig | None = None,
 ) -> BatchIterator:
-    """Each row of a stream's first epoch once, the last batch filled up with empty rows."""
+    """Returns the batches of a stream's first epoch, each row once; empty rows fill the last."""
     return BatchIterator(
         rows,
         batch_size=batch_size,
@@ -525,3 +508,13 @@ def evaluation_batches(
         prefetch=prefetch,
         end_row=rows.first_row(1),
     )
+
+
+def _check_lengths(placed: Indices, order: Indices, row_length: int) -> None:
+    wrong = np.flatnonzero((placed > row_length) | (placed < 1))
+    if len(wrong):
+        raise ValueError(
+            f"{len(wrong)} examples do not fit a row of {row_length} tokens, the first is example "
+            f"{order[wrong[0]]} with {placed[wrong[0]]}; they should be truncated or dropped "
+            "before packing"
+        )

@@ -1,11 +1,10 @@
 """Trains a tokenizer on a folder of data: BPE of 2,048 tokens over characters, bytes for others.
 
 Run as `python -m huatuo_jax.data.build_tokenizer FOLDER_OF_DATA TARGET`. The same data give the
-same files, byte for byte. The tokenizers that are shipped with the sample and with the clinic are
-made so.
+same files, byte for byte. The tokenizers of the sample and of the clinic were made by it.
 
-A token holds whole characters: a model that is sampled from cannot put one together wrongly of the
-bytes of two. Rare characters are spelt in bytes, as LLaMA's tokenizer does.
+A token holds whole characters, so a model that samples tokens never joins the bytes of two
+characters wrongly. Rare characters are spelt in bytes, as in LLaMA's tokenizer.
 """
 
 import collections
@@ -21,13 +20,13 @@ from huatuo_jax.core.files import read_rows
 from huatuo_jax.data.chat.templates import HUATUOGPT_SYSTEM
 
 VOCAB_SIZE = 2048
-# There is no `<unk>`: whatever has no token of its own is spelt in bytes.
+# There is no `<unk>`: characters without a token are spelt in bytes.
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>")
-# The most frequent characters; others are spelt in bytes, so that words have room, too.
+# The most frequent characters; others are spelt in bytes, which leaves room for words.
 MAX_CHARACTERS = 1024
 BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
-# What tokens are made within: a role prefix, one digit, a run of letters or of Chinese characters.
-# A sentence of the system text, which stands in every row, becomes one token so.
+# Tokens do not cross the borders of: a role prefix, one digit, a run of letters or of Chinese
+# characters. So a sentence of the system text, which is in every row, becomes one token.
 _PIECES = r"<病人>：|<HuatuoGPT>：|\d|[A-Za-z]+|[\u4e00-\u9fff]+|[^A-Za-z\d\u4e00-\u9fff]"
 
 _HELD_OUT = "held_out_"
@@ -43,14 +42,14 @@ _CONFIG = {
 
 
 def corpus(folder: str | os.PathLike[str]) -> Iterator[str]:
-    """The texts to learn from, in the order of the files; held-out files are none of them.
+    """Yields the texts to learn from, in the order of the files, without held-out files.
 
-    Dialogues come as HuatuoGPT's template renders them, system text and role prefixes included:
-    they stand in every row, and a tokenizer that never saw them spends a hundred tokens on each.
+    Dialogues are rendered as by HuatuoGPT's template, with system text and role prefixes: these are
+    in every row, and a tokenizer that never saw them spends a hundred tokens on each.
 
     Args:
-        folder: with `*_instruction.jsonl` and `*_conversation.jsonl` in this project's form, and
-            maybe `cases.jsonl` and `exams.jsonl`.
+        folder: with `*_instruction.jsonl` and `*_conversation.jsonl` in this project's format, and
+            optionally `cases.jsonl` and `exams.jsonl`.
 
     Raises:
         ValueError: there are no dialogues.
@@ -81,7 +80,7 @@ def corpus(folder: str | os.PathLike[str]) -> Iterator[str]:
 
 
 def train(folder: str | os.PathLike[str]) -> Tokenizer:
-    """The tokenizer of a folder's data: any text round-trips, `<s>` is put before a text."""
+    """Trains the tokenizer of a folder's data: any text round-trips, texts start with `<s>`."""
     texts = list(corpus(folder))
     counts = collections.Counter("".join(texts))
     alphabet = sorted(counts, key=lambda one: (-counts[one], one))[:MAX_CHARACTERS]
@@ -95,7 +94,7 @@ def train(folder: str | os.PathLike[str]) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    # The trainer knows no other way to reserve the bytes' places: they are ordinary tokens.
+    # The trainer can reserve ids for special tokens only; the bytes are ordinary tokens.
     made = json.loads(tokenizer.to_str())
     made["added_tokens"] = [one for one in made["added_tokens"] if one["content"] not in BYTES]
     tokenizer = Tokenizer.from_str(json.dumps(made))
@@ -112,7 +111,7 @@ def build(folder: str | os.PathLike[str], target: str | os.PathLike[str]) -> Non
 
     Args:
         folder: of the data.
-        target: folder of the tokenizer; is made where it is not there.
+        target: folder of the tokenizer; made if it does not exist.
 
     Raises:
         ValueError: there are no dialogues to train on.
@@ -125,7 +124,7 @@ def build(folder: str | os.PathLike[str], target: str | os.PathLike[str]) -> Non
 
 
 def main(arguments: list[str]) -> None:
-    """Builds from the folder of data into the target."""
+    """Builds the tokenizer of a folder of data into the target."""
     if len(arguments) != 2:
         raise SystemExit("error: give a folder of data and a target, and nothing else")
     try:

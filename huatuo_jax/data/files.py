@@ -1,10 +1,9 @@
-"""Rows out of files: JSON, JSON Lines, CSV, plain lines, parquet, Arrow folders, the hub.
+"""Rows of data files: JSON, JSON Lines, CSV, plain lines, parquet, Arrow folders and the Hub.
 
-What a file holds is told from its content where that is possible, so that JSON Lines under a
-`.json` ending reads as what it is. How text is decoded stands in `encodings`. Every row is made of
-JSON's own types (`json_values`), so that whatever carries it along can write it. What is wrong with
-one row comes out as a `RowError` in its place; what is wrong with the file as a whole is a
-`ValueError`.
+The layout is recognized by the content if possible, so JSON Lines with a `.json` ending are read as
+JSON Lines. `huatuo_jax.data.text` decodes text and converts every value to JSON's own types, so
+that it can be written again. A fault in one row is a `RowError` in its place; a fault in the file
+as a whole is a `ValueError`.
 """
 
 import csv
@@ -31,10 +30,10 @@ _SPACE = re.compile(r"\s*")
 
 
 class Row(NamedTuple):
-    """One row as it stood in the file; `line` is where it begins, counted from 1.
+    """One row of a file; `line` is where it begins, counted from 1.
 
     In parquet, Arrow and hub data, which have no lines, `line` is the number of the row. `mended`
-    says what was converted so that the value is JSON.
+    names the conversions that made the value JSON.
     """
 
     file: str
@@ -45,7 +44,7 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class RowError:
-    """A row that could not be read, where it stands, and why."""
+    """A row that could not be read: its file, its line and the reason."""
 
     file: str
     line: int
@@ -56,12 +55,12 @@ class RowError:
         object.__setattr__(self, "reason", shortened(self.reason))
 
     def __str__(self) -> str:
-        """`file:line: reason`, as compilers write it."""
+        """Returns `file:line: reason`, as compilers write it."""
         return f"{self.file}:{self.line}: {self.reason}"
 
 
 def shortened(reason: str) -> str:
-    """A reason of some hundred characters at most; a longer one loses its middle."""
+    """Shortens a reason to some hundred characters; a longer one loses its middle."""
     first, last = _REASON_CHARS
     if len(reason) <= first + last + 5:
         return reason
@@ -78,13 +77,13 @@ def read_rows(
 
     Args:
         path: the file, the folder, or the name on the hub.
-        split: which part to read where the data has named parts.
-        encoding: of text files; None to tell it by evidence, see `encodings`.
+        split: the part to read if the data has named parts.
+        encoding: of text files; None detects it (`huatuo_jax.data.text.choose_encoding`).
 
     Raises:
-        ValueError: there is no such file, nothing here reads it, its encoding cannot be told,
-            a CSV header names a column twice, or a JSON list breaks off (the rows behind the break
-            cannot be counted).
+        ValueError: there is no such file, its format or encoding is not recognized, a CSV header
+            names a column twice, or a JSON list breaks off (the rows after the break cannot be
+            counted).
     """
     for row in _rows_as_written(path, split, encoding):
         if isinstance(row, RowError):
@@ -117,10 +116,10 @@ def _rows_as_written(
 
 
 def find_layout(path: str | os.PathLike[str], encoding: str | None = None) -> Layout:
-    """Tells how the rows of a file are laid out, from its content before its ending.
+    """Recognizes the layout of a file's rows, by its content first and its ending second.
 
     Raises:
-        ValueError: there is no such file, nothing here reads it, or its encoding cannot be told.
+        ValueError: there is no such file, or its format or encoding is not recognized.
     """
     file = pathlib.Path(path)
     if file.is_dir():
@@ -151,7 +150,7 @@ def find_layout(path: str | os.PathLike[str], encoding: str | None = None) -> La
 
 
 def _first_lines(path: pathlib.Path, encoding: str | None) -> list[str]:
-    """The first lines that are not blank, as far as telling the layout needs them."""
+    """Returns the first lines that are not blank, enough to recognize the layout."""
     sample: list[str] = []
     for line in read_lines(path, encoding):
         if line.text.strip():
@@ -162,7 +161,7 @@ def _first_lines(path: pathlib.Path, encoding: str | None) -> list[str]:
 
 
 def _json_layout(sample: list[str], suffix: str) -> Layout:
-    """JSON Lines if a line is a whole value by itself, else a list or an object over many lines."""
+    """Returns JSON Lines if one line is a whole value, else a list or object over many lines."""
     opening = sample[0].lstrip()[0]
     whole: Layout = "json list" if opening == "[" else "json object"
     first = _complete(sample[0])
@@ -172,7 +171,7 @@ def _json_layout(sample: list[str], suffix: str) -> Layout:
         # One line: a list of rows, unless it is itself the row (a bare list of turns).
         is_row = isinstance(first, list) and any(isinstance(item, str) for item in first)
         return "json lines" if is_row else whole
-    # The first line is cut, or the value goes on. A later line that is whole tells.
+    # The first line is cut, or the value continues. A later line that is complete decides.
     others = [line for line in sample[1:] if line.startswith(opening)]
     if any(_complete(line) is not None for line in others):
         if opening == "{" or suffix in (".jsonl", ".ndjson"):
@@ -192,11 +191,11 @@ def _line_row(file: str, line: Line, value: object) -> Row | RowError:
 
 
 def _fields_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of a JSON text; a field that stands twice would lose its first value unsaid."""
+    """Returns the object of a JSON text; refuses a field that occurs twice."""
     fields = dict(pairs)
     if len(fields) < len(pairs):
         repeated = _repeated(name for name, _ in pairs)
-        raise ValueError(f"the field {shown(repeated[0])!r} stands twice in one object")
+        raise ValueError(f"the field {shown(repeated[0])!r} occurs twice in one object")
     return fields
 
 
@@ -229,7 +228,7 @@ def _json_reason(problem: Exception, text: str) -> str:
 
 
 def _json_document(path: pathlib.Path, layout: Layout, encoding: str | None) -> Iterator[Row]:
-    """The rows of a JSON list, or of an object that maps ids to rows, or the object itself."""
+    """Yields the rows of a JSON list or of an object from ids to rows, or the object itself."""
     lines = []
     for line in read_lines(path, encoding):
         if line.fault:
@@ -253,7 +252,7 @@ def _json_document(path: pathlib.Path, layout: Layout, encoding: str | None) -> 
 
 
 def _is_row_by_id(key: str, value: object) -> bool:
-    """Whether a field of the whole document is a row under its id, and not a field of one row."""
+    """Returns whether a field of the document is a row under its id, not a field of one row."""
     if key in FIELD_NAMES:
         return False
     if isinstance(value, list):
@@ -294,7 +293,7 @@ def _scan(path: pathlib.Path, text: str, closing: str) -> Iterator[tuple[str, in
             reason = "the file ends before the list or object does" if ended else str(problem)
         raise ValueError(
             f"{path}:{broken}: not JSON: {reason}, after {count} good rows;"
-            " the rows behind cannot be read"
+            " the rows after it cannot be read"
         ) from problem
 
 
@@ -310,7 +309,7 @@ def _skip_mark(text: str, position: int, mark: str) -> int:
 
 
 class _LineFeed:
-    """Lines for the csv module that remembers what a row took, and can take lines back."""
+    """Lines for the csv module; records the lines of a row, and can take lines back."""
 
     def __init__(self, lines: Iterator[Line]) -> None:
         self._lines = lines
@@ -330,11 +329,11 @@ class _LineFeed:
 
 
 def _csv_rows(path: pathlib.Path, encoding: str | None) -> Iterator[Row | RowError]:
-    """CSV rows as dicts by header; `line` is where the row begins, quoted line breaks counted.
+    """Yields CSV rows as dicts by header; `line` is where a row begins, quoted breaks counted.
 
     A blank cell is an absent value.
     """
-    csv.field_size_limit(2**31 - 1)  # A turn that is too long is reported later, by its length.
+    csv.field_size_limit(2**31 - 1)  # Turns that are too long are reported later, by their length.
     feed = _LineFeed(read_lines(path, encoding))
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     reader = csv.reader(feed, delimiter=delimiter, strict=True)
@@ -346,7 +345,7 @@ def _csv_rows(path: pathlib.Path, encoding: str | None) -> Iterator[Row | RowErr
         except StopIteration:
             return
         except csv.Error as problem:
-            # An unclosed quote may have swallowed good rows: go on at the very next line.
+            # An unclosed quote may have swallowed good rows: continue at the very next line.
             feed.give_back_all_but_first()
             yield RowError(str(path), feed.taken[0].number, f"not CSV: {problem} (a stray quote?)")
             continue
@@ -366,7 +365,7 @@ def _csv_rows(path: pathlib.Path, encoding: str | None) -> Iterator[Row | RowErr
 
 
 def _csv_header(fields: Sequence[str], place: str) -> list[str]:
-    """The names of the columns; several without a name are called by their places."""
+    """Returns the names of the columns; several without a name are numbered."""
     names = [field.strip() for field in fields]
     repeated = [name for name in _repeated(names) if name]
     if repeated:
@@ -399,7 +398,7 @@ def _dataset_rows(
             rows = datasets.load_dataset(path, split=split, streaming=layout == "datasets")
         for number, value in enumerate(rows, start=1):
             yield Row(path, number, value)
-    except Exception as problem:  # The library raises whatever its many back ends raise.
+    except Exception as problem:  # The library raises the errors of its many back ends.
         first_line = shortened(str(problem).strip().split("\n")[0])
         hint = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
         where = f"the hub{hint}" if layout == "hub" else f"split {split!r}"
@@ -415,9 +414,9 @@ def _one_split(parts: Any, path: str, split: str) -> Any:
 
 
 def _files_of_folder(folder: pathlib.Path, split: str) -> list[str]:
-    """The files of a part of a folder, by the library's rules; none where it has to read them.
+    """Returns a folder's files of one split; none if the `datasets` library has to read them.
 
-    The library itself wants the same columns in all of them.
+    The library itself requires the same columns in all of them.
     """
     import datasets
 

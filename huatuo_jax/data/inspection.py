@@ -1,13 +1,11 @@
-"""A look into data files before anything is trained on them: counts, lengths, and samples.
+"""Inspection of data files before training: counts, lengths, errors and samples.
 
     inspector = Inspector(template=by_name("huatuogpt"), tokenizer=tokenizer)
     reports = [inspector(path) for path in paths]
     print(complaint(reports, max_error_share=0.01))
 
-`inspection_report` makes text of a report.
-
-No bad row stops an inspection: what is wrong with a file is part of its report, and `complaint`
-says afterwards whether a run should take the files.
+No bad row stops an inspection: a file's faults are part of its report, and `complaint` decides
+whether a run should use the files. `huatuo_jax.data.inspection_report` prints a report.
 """
 
 import itertools
@@ -35,7 +33,7 @@ from huatuo_jax.data.text import choose_encoding
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_ROWS_TRIED = 20  # by every adapter, to see whether it would fit
+_ROWS_TRIED = 20  # with every adapter, to find those that fit
 _PROGRESS_EVERY = 200  # records
 _COMPLAINTS_SHOWN = 3
 
@@ -43,7 +41,7 @@ Path = str | os.PathLike[str]
 
 
 class Distribution(NamedTuple):
-    """The spread of a size; each percentile is the smallest value that so many are at most."""
+    """The distribution of a size; a percentile is the smallest value with that share below it."""
 
     minimum: int
     mean: float
@@ -54,13 +52,13 @@ class Distribution(NamedTuple):
 
     @classmethod
     def of(cls, sizes: Sequence[int]) -> "Distribution":
-        """The distribution of at least one size."""
+        """Returns the distribution of at least one size."""
         p50, p90, p99 = np.percentile(sizes, (50, 90, 99), method="inverted_cdf").tolist()
         return cls(min(sizes), float(np.mean(sizes)), p50, p90, p99, max(sizes))
 
 
 class Packing(NamedTuple):
-    """What best-fit packing makes of the dialogues that fit: rows, and how full, packed or not."""
+    """Best-fit packing of the dialogues that fit: rows and their fill, packed and not packed."""
 
     num_rows: int
     efficiency: float
@@ -69,20 +67,20 @@ class Packing(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class FileReport:
-    """What a file holds, or several files of one family together.
+    """The content of one file, or of several files of one family together.
 
     Attributes:
-        name: the file, or how many files these are.
-        layout: how the file is laid out and encoded, in words; None where it could not be told.
-        family: what its records are; None where no row gave one.
-        formats: used rows by the name of their format (behind that of the adapter).
-        kinds: dialogues by kind; None stands for a dialogue without one.
+        name: the file, or the number of files.
+        layout: the file's layout and encoding in words; None if they are not recognized.
+        family: of its records; None if there are none.
+        formats: used rows by the name of their format (after that of the adapter).
+        kinds: dialogues by kind; None for dialogues without one.
         errors: the bad rows, all of them. `exclusions` and `repairs`: rows by reason.
-        failure: why the file as a whole cannot be read (on); the counts are those up to there.
-        known_formats: what the rows may look like, where none is in a known format.
-        fitting_adapters: adapters that would read the rows, where none was named.
+        failure: the error that stopped reading the file; the counts are those up to there.
+        known_formats: the formats to choose from, if no row is in a known one.
+        fitting_adapters: adapters that would read the rows, if none was named.
         tally: the sizes of the records.
-        samples: the first records as a model sees them.
+        samples: the first records, rendered as for a model.
     """
 
     name: str
@@ -102,12 +100,12 @@ class FileReport:
     samples: tuple[Sample, ...] = ()
 
     def distributions(self) -> dict[str, Distribution]:
-        """The spread of every size that was measured, by its name."""
+        """Returns the distribution of every measured size, by name."""
         sizes = self.tally.sizes
         return {name: Distribution.of(values) for name, values in sizes.items() if values}
 
     def packing(self) -> Packing | None:
-        """What packing makes of the dialogues; None where there are none that fit."""
+        """Plans the packing of the dialogues; None if none fits."""
         lengths = np.asarray(self.tally.lengths_kept, np.int64)
         if not len(lengths):
             return None
@@ -116,7 +114,7 @@ class FileReport:
         return Packing(num_rows, total / (num_rows * room), total / (len(lengths) * room))
 
     def to_json(self) -> dict[str, Any]:
-        """All of it, every bad row included."""
+        """Returns all fields, every bad row included."""
         packing = self.packing()
         return {
             "name": self.name,
@@ -143,10 +141,10 @@ class Inspector:
     """Reads files and reports on them.
 
     Attributes:
-        template: how dialogues are rendered. `tokenizer`: what they are tokenised with.
+        template: renders the dialogues. `tokenizer`: tokenises them.
         max_tokens: the length limit of a dialogue.
-        num_samples: how many records of each file are rendered for the report.
-        read: how the files are read; its `max_error_share` is what `complaint` goes by.
+        num_samples: number of records of each file that are rendered for the report.
+        read: options of reading; `max_error_share` is for `complaint` only.
     """
 
     template: ChatTemplate
@@ -156,7 +154,7 @@ class Inspector:
     read: ReadOptions = field(default_factory=ReadOptions)
 
     def __post_init__(self) -> None:
-        """Refuses senseless limits, and a template that the tokenizer has not the tokens for."""
+        """Validates the limits, and that the tokenizer has the template's tokens."""
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens is {self.max_tokens}; it should be at least 1")
         if self.num_samples < 0:
@@ -172,11 +170,11 @@ class Inspector:
     def __call__(
         self, path: Path, *, on_progress: Callable[[int, int], None] | None = None
     ) -> FileReport:
-        """The report of a file; what is wrong with it stands in the report.
+        """Inspects a file; its errors are part of the report.
 
         Args:
             path: the file, folder, or name on the hub.
-            on_progress: called now and then with the records done and their number.
+            on_progress: called regularly with the records done and their number.
         """
         tally = Tally(max_tokens=self.max_tokens)
         layout: str | None = None
@@ -214,7 +212,7 @@ class Inspector:
 
 
 def totals(reports: Sequence[FileReport]) -> list[FileReport]:
-    """Of every family with more than one file, a report of all its files together."""
+    """Returns one report of all files together for every family with more than one file."""
     together = []
     for family in dict.fromkeys(report.family for report in reports):
         members = [report for report in reports if report.family == family]
@@ -224,10 +222,10 @@ def totals(reports: Sequence[FileReport]) -> list[FileReport]:
 
 
 def complaint(reports: Sequence[FileReport], *, max_error_share: float) -> str | None:
-    """Why a run should not take these files, in one line; None where there is no reason.
+    """Returns in one line why a run should not use these files; None if it may.
 
-    A file is refused when it cannot be read, or when more than `max_error_share` of its rows are
-    errors: the rule of the readers.
+    A file is refused if it cannot be read, or if more than `max_error_share` of its rows are
+    errors, as by the readers.
     """
     refused = [text for report in reports if (text := _complaint(report, max_error_share))]
     if len(refused) < 2:
@@ -239,10 +237,10 @@ def complaint(reports: Sequence[FileReport], *, max_error_share: float) -> str |
 
 
 def check_json_target(target: str | os.PathLike[str], files: Sequence[str]) -> None:
-    """Refuses a file for the reports that cannot be one, before any work is done.
+    """Checks the target file of the reports, before any work is done.
 
     Raises:
-        ValueError: its folder is not there, it is a folder, or it is one of the inspected files.
+        ValueError: its folder does not exist, it is a folder, or it is an inspected file.
     """
     path = pathlib.Path(target)
     if path.is_dir() or not path.parent.is_dir():
@@ -258,7 +256,7 @@ def write_json(reports: Sequence[FileReport], target: str | os.PathLike[str]) ->
         "totals": [report.to_json() for report in totals(reports)],
     }
     text = json.dumps(whole, ensure_ascii=False, indent=1)
-    # Errors may quote halves of characters, which are no UTF-8.
+    # Errors may quote halves of characters, which are not UTF-8.
     pathlib.Path(target).write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
 
@@ -287,7 +285,7 @@ def _layout_of(path: Path, encoding: str | None) -> str:
 
 
 def _take(reading: Reading[Record]) -> tuple[list[tuple[int, Record]], str | None]:
-    """The records with their lines, as far as the file can be read, and why not further."""
+    """Returns the records with their lines as far as the file can be read, and the error."""
     records: list[tuple[int, Record]] = []
     try:
         for record in reading:
@@ -311,7 +309,7 @@ def _family_of(records: Iterable[Record]) -> Family | None:
 
 
 def fitting_adapters(path: Path, options: ReadOptions) -> tuple[Adapter, ...]:
-    """The adapters that make records of most of the first rows, where none was named."""
+    """Returns the adapters that read most of the first rows, if none was named."""
     if options.adapter is not None or find_layout(path, options.encoding) == "hub":
         return ()
     try:
@@ -320,7 +318,7 @@ def fitting_adapters(path: Path, options: ReadOptions) -> tuple[Adapter, ...]:
                 read_rows(path, split=options.split, encoding=options.encoding), _ROWS_TRIED
             )
         )
-    except ValueError:  # The file breaks off early, which its report says.
+    except ValueError:  # The file breaks off early, which its report contains.
         return ()
     rows = [row for row in first if isinstance(row, Row)]
     return tuple(adapter for adapter in ADAPTERS if _fits(adapter, rows))

@@ -1,16 +1,15 @@
-"""What an inspection measures of a record: turns, characters, tokens, and what would not fit.
+"""Measures and samples of an inspection: turns, characters, tokens, and rows that would not fit.
 
 Sizes have names because each family of records has its own: a dialogue has turns and trained
-tokens, a comparison has two answers, an exam question has options.
+tokens, a preference pair has two answers, an exam question has options.
 
-Records as a model sees them, cut into segments: whose turn, trained or not, special or text.
-
-A segment keeps its text exactly; how it is shown is `inspection_report`'s affair.
+A sample is a record as a model sees it, cut into segments: the turn's role, trained or not, special
+or text. A segment keeps its text exactly; `huatuo_jax.data.inspection_report` formats it.
 """
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -39,15 +38,15 @@ class Tally:
     """Sums over records; tallies of several files add up.
 
     Attributes:
-        max_tokens: the limit that `over` goes by.
+        max_tokens: the limit for `over`.
         sizes: the sizes of all records, by name.
         lengths_kept: the tokens of each dialogue once truncated, without those that are dropped.
-        over: records with more than `max_tokens` tokens (either dialogue of a comparison).
-        shortened, messages_dropped, dropped: dialogues that lose their oldest turns, how many
-            messages those are, and dialogues whose last exchange alone is too long.
-        chosen_longer: comparisons whose chosen answer has more tokens than the rejected one.
+        over: records with more than `max_tokens` tokens (either dialogue of a pair).
+        shortened, messages_dropped, dropped: dialogues that lose their oldest turns, the number of
+            these messages, and dialogues whose last exchange alone is too long.
+        chosen_longer: pairs whose chosen answer has more tokens than the rejected one.
         several_answers: exam questions with more than one right option.
-        refused: records that the template cannot say, with their line and the reason.
+        refused: records that the template does not render, with their line and the reason.
     """
 
     max_tokens: int
@@ -62,32 +61,27 @@ class Tally:
     refused: list[RowError] = field(default_factory=list)
 
     def measured(self, **sizes: int) -> None:
-        """Takes in the sizes of a record; `trained_tokens` is the name `trained tokens`."""
+        """Adds the sizes of a record; `trained_tokens` is the name `trained tokens`."""
         for name, size in sizes.items():
             self.sizes.setdefault(name.replace("_", " "), []).append(size)
 
     def add(self, other: "Tally") -> None:
-        """Takes in all of another tally."""
+        """Adds another tally."""
         for name, sizes in other.sizes.items():
             self.sizes.setdefault(name, []).extend(sizes)
-        self.lengths_kept += other.lengths_kept
-        self.over += other.over
-        self.shortened += other.shortened
-        self.messages_dropped += other.messages_dropped
-        self.dropped += other.dropped
-        self.chosen_longer += other.chosen_longer
-        self.several_answers += other.several_answers
-        self.refused += other.refused
+        for one in fields(self):
+            if one.name not in ("max_tokens", "sizes"):
+                setattr(self, one.name, getattr(self, one.name) + getattr(other, one.name))
 
     @property
     def trained_share(self) -> float | None:
-        """The share of all tokens that are trained; None where nothing is."""
+        """The share of all tokens that are trained; None if none is."""
         if TRAINED not in self.sizes:
             return None
         return sum(self.sizes[TRAINED]) / sum(self.sizes[TOKENS])
 
     def to_json(self) -> dict[str, Any]:
-        """The counts; the sizes are for their distributions to tell."""
+        """Returns the counts; the sizes are in the distributions."""
         return {
             "max_tokens": self.max_tokens,
             "total_tokens": sum(self.sizes[TOKENS]) if TOKENS in self.sizes else None,
@@ -108,7 +102,7 @@ class Measurer:
     def __init__(
         self, template: ChatTemplate, tokenizer: "PreTrainedTokenizerBase", tally: Tally
     ) -> None:
-        """Takes the tally to measure into."""
+        """Keeps the tally to measure into."""
         self._template = template
         self._tokenizer = tokenizer
         self._tally = tally
@@ -117,7 +111,7 @@ class Measurer:
         """Measures a record.
 
         Raises:
-            ValueError: the template cannot say it; the tally is as it was.
+            ValueError: the template does not render it; the tally is unchanged.
         """
         if isinstance(record, Dialogue):
             self._dialogue(record)
@@ -198,25 +192,21 @@ class Measurer:
 
 
 def continuation_start(rendered: Rendered, continuation: Sequence[Message]) -> int:
-    """Where the last messages of a rendered dialogue begin, the header of the first left out."""
+    """Returns where the last messages of a rendered dialogue begin, after the first header."""
     return rendered.turns[-len(continuation)].content_start
 
 
 def _spoken(messages: Sequence[Message]) -> tuple[int, int]:
-    """The turns of patient and doctor, and the characters of all messages."""
+    """Returns the number of user and assistant turns, and of characters in all messages."""
     turns = sum(message.role != "system" for message in messages)
     return turns, sum(len(message.content) for message in messages)
 
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-
 class Segment(NamedTuple):
-    """A stretch of a sample: the turn's role or the field's name, and what its tokens are.
+    """A part of a sample: the turn's role or the field's name, and the kind of its tokens.
 
-    `marked` are the tokens that are trained (in a comparison: those that are compared), `special`
-    the tokens that no text can spell.
+    `marked` tokens are trained (in a preference pair: compared), no text can spell `special`
+    tokens.
     """
 
     label: str
@@ -227,13 +217,13 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True)
 class Sample:
-    """One rendering: a title that says which, and its segments in order."""
+    """One rendering: its title, and its segments in order."""
 
     title: str
     segments: tuple[Segment, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """The title and the segments."""
+        """Returns the title and the segments."""
         segments = [segment._asdict() for segment in self.segments]
         return {**asdict(self), "segments": segments}
 
@@ -245,7 +235,7 @@ def samples_of(
     *,
     num: int,
 ) -> tuple[Sample, ...]:
-    """Samples of the first records, given with their lines; one the template refuses has none."""
+    """Renders the first records, given with their lines, but those the template refuses."""
     samples: list[Sample] = []
     render = _SampleRenderer(template, tokenizer)
     for line, record in records[:num]:
@@ -275,7 +265,7 @@ class _SampleRenderer:
         return [Sample(title, _plain_fields(record))]
 
     def _comparison(self, title: str, comparison: Comparison) -> list[Sample]:
-        """The chosen dialogue, and of the rejected one what stands behind the same prompt."""
+        """Returns segments of the chosen dialogue, and of the rejected one after the prompt."""
         samples = []
         for name, dialogue, continuation in (
             ("chosen", comparison.chosen_dialogue, comparison.chosen),
@@ -289,8 +279,8 @@ class _SampleRenderer:
             ]
             begin = start if name == "rejected" else 0
             segments = self._segments(rendered, mask, begin=begin)
-            behind = ", behind the same prompt" if begin else ""
-            samples.append(Sample(f"{title}: {name}{behind}", segments))
+            after = ", after the same prompt" if begin else ""
+            samples.append(Sample(f"{title}: {name}{after}", segments))
         return samples
 
     def _prompt(self, prompt: Prompt) -> tuple[Segment, ...]:
@@ -325,7 +315,7 @@ class _SampleRenderer:
     def _text(self, token_ids: list[int], *, special: bool) -> str:
         if special:
             return "".join(self._tokenizer.convert_ids_to_tokens(token_ids))
-        # Behind an anchor: some decoders take a blank off the start of what they are given.
+        # After an anchor: some decoders remove a blank from the start of their input.
         before = self._decode(self._anchor)
         return self._decode([*self._anchor, *token_ids])[len(before) :]
 
@@ -335,7 +325,7 @@ class _SampleRenderer:
 
 
 def _plain_fields(record: Case | ExamQuestion) -> tuple[Segment, ...]:
-    """Cases and exam questions as they stand: no template is theirs."""
+    """Returns the fields of a case or an exam question, which have no template."""
     if isinstance(record, Case):
         fields = {"case": record.medical_case, "diagnosis": record.doctor_diagnosis}
     else:

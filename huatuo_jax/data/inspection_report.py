@@ -1,8 +1,8 @@
 """Inspections as text: tables and colour for a terminal, plain aligned lines elsewhere.
 
-A sample is shown in three columns: whose turn it is, what the tokens are (`trained`, `special`),
-and the text. Marks stand in a column of their own because any bracket can occur in the text. Every
-segment has a name in the first column, so a line without one continues the segment above.
+A sample is shown in three columns: the role, the kind of the tokens (`trained`, `special`), and the
+text. The kind has a column of its own because any bracket can occur in the text. Every segment has
+a name in the first column, so a line without one continues the segment above.
 """
 
 import io
@@ -22,7 +22,7 @@ from huatuo_jax.data.inspection import FileReport, totals
 from huatuo_jax.data.inspection_measures import TOKENS, Sample, Segment
 
 _ERRORS_SHOWN = 10
-_UNBOUNDED = 1_000_000  # columns: what is not for a terminal is not wrapped
+_UNBOUNDED = 1_000_000  # columns: text for a file is not wrapped
 _NOUNS: dict[Family, str] = {
     "dialogue": "dialogues",
     "prompt": "prompts",
@@ -30,7 +30,7 @@ _NOUNS: dict[Family, str] = {
     "case": "cases",
     "exam": "exam questions",
 }
-_SEGMENT_CHARS = 1_000  # of a segment that is shown whole
+_SEGMENT_CHARS = 1_000  # of a segment that is shown completely
 _SEGMENT_ENDS = (700, 200)  # characters shown of the start and the end of a longer one
 
 # A control character in a file must not steer the reader's terminal.
@@ -40,18 +40,18 @@ _CONTROLS = {
 
 
 def file_text(report: FileReport, *, width: int | None = None) -> str:
-    """The report of a file.
+    """Returns the report of a file.
 
     Args:
-        report: what was found in it.
-        width: the columns of a terminal, for which there are tables, colours and wrapped lines;
-            None for plain text.
+        report: of the file.
+        width: the columns of a terminal, which gets tables, colours and wrapped lines; None for
+            plain text.
     """
     return _printed([_file_part(report, width)], width)
 
 
 def totals_text(reports: Sequence[FileReport], *, width: int | None = None) -> str:
-    """An overview of several files, and what those of each family hold together."""
+    """Returns an overview of several files, and the totals of each family."""
     parts = [_overview(reports, width)]
     for together in totals(reports):
         parts += [Text(""), _file_part(together, width)]
@@ -91,7 +91,7 @@ def _file_part(report: FileReport, width: int | None) -> RenderableType:
 
 
 def _facts(report: FileReport) -> Iterable[tuple[str, Text]]:
-    """What is said of a file in words, as (name, value) in the order of reading."""
+    """Yields the facts about a file as (name, value) in the order of reading."""
     if report.layout is not None:
         yield "file", Text(report.layout)
     if report.family is not None:
@@ -143,7 +143,7 @@ def _token_facts(report: FileReport) -> Iterable[tuple[str, Text]]:
 
 
 def _formats(report: FileReport) -> str:
-    """The names of the formats; how many rows each has, where there are several."""
+    """Returns the names of the formats, with the rows of each if there are several."""
     if len(report.formats) == 1:
         return f'"{next(iter(report.formats))}"'
     return ", ".join(f'"{name}" {count:,}' for name, count in report.formats.most_common())
@@ -164,7 +164,7 @@ def _rows(report: FileReport) -> str:
 
 
 def _errors(report: FileReport, errors: Sequence[RowError], *, of: str) -> Text:
-    """The number of errors, and the first ones by line, and by file where there are several."""
+    """Returns the number of errors and the first ones by line, and by file if several."""
     if not errors:
         return Text("none", "green")
     lines = [f"{len(errors):,} {of}"]
@@ -177,7 +177,7 @@ def _errors(report: FileReport, errors: Sequence[RowError], *, of: str) -> Text:
 
 
 def _list(items: Iterable[tuple[str, str]]) -> Text:
-    """One line for each name and what it is."""
+    """Returns one line for each name and its value."""
     return Text("\n").join(Text.assemble((name, "bold"), f": {about}") for name, about in items)
 
 
@@ -209,7 +209,7 @@ def _sizes_table(report: FileReport, width: int | None) -> Table:
 
 
 def _overview(reports: Sequence[FileReport], width: int | None) -> RenderableType:
-    """One line a file, and what they add up to."""
+    """Returns one line a file, and their sums."""
     table = _table(width)
     table.add_column("file", overflow="fold")
     table.add_column("holds", no_wrap=True)
@@ -239,7 +239,7 @@ def _tokens(report: FileReport) -> tuple[str, str]:
 
 
 def _short_names(reports: Sequence[FileReport]) -> list[str]:
-    """The names without the folder that they have in common."""
+    """Returns the names without the folder that they have in common."""
     names = [report.name for report in reports]
     try:
         shared = os.path.commonpath([str(pathlib.Path(name).parent) for name in names])
@@ -268,7 +268,7 @@ def _style(segment: Segment) -> str:
 
 
 def _segment_text(segment: Segment, style: str) -> Text:
-    """The text with its edges made visible: blanks at the ends as `␣`, line breaks as `↵`."""
+    """Returns the text with visible edges: blanks at the ends as `␣`, line breaks as `↵`."""
     text = segment.text
     first, last = _SEGMENT_ENDS
     if len(text) > _SEGMENT_CHARS:
@@ -287,12 +287,12 @@ def _edges(text: str) -> str:
 
 
 def _table(width: int | None) -> Table:
-    """With lines on a terminal, by blanks alone elsewhere."""
+    """Returns a table: with rules for a terminal, with blanks only elsewhere."""
     if width is None:
         return Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     return Table(box=box.SIMPLE_HEAD, pad_edge=True)
 
 
 def _shown(text: str, style: str = "") -> Text:
-    """Text out of a file, or with its name in it."""
+    """Escapes text that comes from a file or holds its name."""
     return Text(text.translate(_CONTROLS), style)

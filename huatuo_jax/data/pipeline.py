@@ -1,10 +1,9 @@
-"""From dialogue files to a cache of tokens: read, split, look for duplicates, tokenise, once.
+"""From dialogue files to a cache of tokens: read, split, remove duplicates, tokenise, once.
 
-`prepare` is the whole way. What it does follows from its inputs alone, so it is done once for each
-set of inputs, and found again by any later run or other process. Rows and batches start from its
-result: see `huatuo_jax.data.batches` and `huatuo_jax.data.batches`.
-
-What a token cache holds, in numbers: counted while it is built, kept beside it, and shown.
+`prepare` does all of it. The result depends on its inputs alone, so it is made once for each set of
+inputs, and found again by any later run or other process. Rows and batches start from it
+(`huatuo_jax.data.batches`). The statistics of a cache are counted while it is built and stored
+beside it.
 """
 
 import json
@@ -17,8 +16,13 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from huatuo_jax.data.accounting import HELD_OUT, TRAINED_ON, Account
-from huatuo_jax.data.duplicates import DuplicateReport, DuplicatesConfig, find_duplicates
-from huatuo_jax.data.mixture import HeldOutConfig, dialogue_text
+from huatuo_jax.data.mixture import (
+    DuplicateReport,
+    DuplicatesConfig,
+    HeldOutConfig,
+    dialogue_text,
+    find_duplicates,
+)
 from huatuo_jax.data.readers import DialogueSource
 from huatuo_jax.data.records import Dialogue
 from huatuo_jax.data.tokenizing import (
@@ -39,8 +43,14 @@ from huatuo_jax.data.tokenizing import (
     write_examples,
 )
 
-_SHOWN = 10  # of each sort of trouble
+_SHOWN = 10  # examples of each problem
 _BEGINNING = 60  # characters of a text that is shown
+_JUDGED_FROM = 1_000  # dialogues; of fewer, a share of refusals means little
+_STATISTICS_FILE = "statistics.json"
+REPEATED = "the same dialogue again"
+HELD_OUT_TOO = "held out too, word for word"
+NEARLY_HELD_OUT = "nearly a held-out dialogue"
+_DIALOGUES_PER_PROCESS = 4_000  # below it, starting a process takes longer than it saves
 
 Json = dict[str, Any]
 
@@ -70,7 +80,7 @@ class Statistics:
     """Counts examples by split, by kind and by source, and drops by reason."""
 
     def __init__(self, account: Account) -> None:
-        """Starts at nothing; `account` is told of each example and each drop."""
+        """Starts empty; `account` counts each example and each drop too."""
         self._account = account
         self._counts: dict[str, dict[str, dict[str, Counts]]] = {}
         self.drops: Counter[str] = Counter()
@@ -84,7 +94,7 @@ class Statistics:
             groups[group].setdefault(name, Counts()).add(tokens)
 
     def drop(self, dropped: Dropped, dialogue_id: str, place: str) -> None:
-        """Counts one dialogue that became no example; `place` is its file and line."""
+        """Counts one dropped dialogue; `place` is its file and line."""
         self._account.leave_out(dropped.reason, place, dropped.detail)
         self.drops[dropped.reason] += 1
         shown = self._drops_shown.setdefault(dropped.reason, [])
@@ -92,7 +102,7 @@ class Statistics:
             shown.append(f"{dialogue_id}: {dropped.detail}")
 
     def to_json(self) -> Json:
-        """All counts."""
+        """Returns all counts."""
         return {
             "splits": {
                 split: {
@@ -113,7 +123,7 @@ def duplicates_to_json(
     held_out: Sequence[Dialogue],
     num_removed: int,
 ) -> Json:
-    """The counts of a report and the first few of each sort, by id and beginning."""
+    """Returns the counts of a report and the first few of each kind, by id and beginning."""
     closest = sorted(report.nearly_held_out, key=lambda pair: -pair.similarity)[:_SHOWN]
     return {
         "repeated_in_train": len(report.repeated_in_train),
@@ -135,7 +145,7 @@ def duplicates_to_json(
 
 
 def describe(statistics: Json) -> str:
-    """The statistics of a cache as lines for a terminal or a log."""
+    """Returns the statistics of a cache as lines for a terminal or a log."""
     lines = list(statistics["readings"])
     for split, groups in statistics["splits"].items():
         lines.append(f"{split}: {_counts_line(groups['all']['all'])}")
@@ -164,24 +174,16 @@ def _shown(dialogue: Dialogue) -> Json:
     return {"id": dialogue.id, "text": "\n".join(spoken)[:_BEGINNING]}
 
 
-_JUDGED_FROM = 1_000  # dialogues; before it, a share of refusals says little
-_STATISTICS_FILE = "statistics.json"
-REPEATED = "the same dialogue again"
-HELD_OUT_TOO = "held out too, word for word"
-NEARLY_HELD_OUT = "nearly a held-out dialogue"
-_DIALOGUES_PER_PROCESS = 4_000  # below it, starting a process takes longer than it saves
-
-
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig:
-    """How dialogues are prepared; all but `num_processes` decides what the cache holds.
+    """Settings of the preparation; all but `num_processes` decide what the cache holds.
 
     Attributes:
         held_out: which dialogues are held out.
-        duplicates: what is done about dialogues that stand twice.
+        duplicates: settings for duplicate dialogues.
         max_refused_share: the share of dialogues that the template may refuse, 0 to 1, before it
-            counts as an error of the set-up and not of the data.
-        num_processes: processes that tokenise; None takes the cores where it pays.
+            counts as an error of the settings and not of the data.
+        num_processes: processes that tokenise; None uses the cores if there is enough data.
     """
 
     held_out: HeldOutConfig = HeldOutConfig()
@@ -191,7 +193,7 @@ class PrepareConfig:
 
 
 class Prepared(NamedTuple):
-    """A cache: its folder, its splits (`held_out` is None where nothing is), and its numbers."""
+    """A cache: its folder, its splits (`held_out` is None if it is empty), and its statistics."""
 
     folder: pathlib.Path
     train: TokenDataset
@@ -207,20 +209,20 @@ def prepare(
     folder: str | os.PathLike[str],
     progress: Callable[[Progress], None] | None = None,
 ) -> Prepared:
-    """Reads, splits, cleans and tokenises dialogues, or finds it done.
+    """Reads, splits, cleans and tokenises dialogues, or returns the existing cache.
 
     Args:
         sources: the files.
         tokenizer: a template with its tokenizer (`huatuo_jax.data.tokenizing.TemplateTokenizer`).
-        config: see there.
-        folder: where all caches are; each is a folder named by a hash of the files' content, of the
-            template and the tokenizer, and of what in `config` decides.
-        progress: called while dialogues are tokenised, and not at all where the cache is found.
+        config: settings.
+        folder: of all caches; each is a folder named by a hash of the files' content, of the
+            template and the tokenizer, and of the settings that affect the result.
+        progress: called while dialogues are tokenised; not called if the cache exists.
 
     Raises:
         ValueError: two sources of one name, a source that cannot be read, too many dialogues that
-            the template refuses, nothing held out where a share should be, or nothing left to
-            train.
+            the template refuses, nothing held out in spite of `held_out.share`, or nothing left
+            to train.
     """
     inputs = _inputs(sources, tokenizer, config)
 
@@ -241,7 +243,7 @@ def prepare(
 
 
 class _Item(NamedTuple):
-    """A dialogue on its way, the file and line it stands in, and its normalised text."""
+    """A dialogue, its file, line and source, and its normalized text."""
 
     dialogue: Dialogue
     file: str
@@ -316,7 +318,7 @@ def _build(
 def _read(
     sources: Sequence[DialogueSource], held_out: HeldOutConfig, account: Account
 ) -> tuple[list[_Item], list[str]]:
-    """All dialogues, and a line on each file that was read."""
+    """Reads all dialogues, and describes each file in a line."""
     items: list[_Item] = []
     readings = []
     for source in sources:
@@ -340,7 +342,7 @@ def _read(
 def _without_duplicates(
     items: list[_Item], config: DuplicatesConfig, account: Account
 ) -> tuple[list[_Item], dict[str, Any]]:
-    """The items to keep, and what was found."""
+    """Returns the items to keep, and a report of the duplicates."""
     train = [item for item in items if item.split == "train"]
     held_out = [item for item in items if item.split == "held_out"]
     report = find_duplicates([i.text for i in train], [i.text for i in held_out], config)
@@ -368,7 +370,7 @@ def _entries(
     num_processes: int,
     progress: Callable[[Progress], None] | None,
 ) -> Iterator[list[Entry]]:
-    """The examples, some at a time, counted as they pass."""
+    """Yields the examples in chunks, and counts them."""
     chunks = tokenize_in_chunks(
         [item.dialogue.messages for item in items],
         tokenizer,

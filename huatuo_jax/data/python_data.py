@@ -1,8 +1,8 @@
-"""Data that a Python program holds: rows become a file of a run, values become prompts.
+"""Data of a Python program: rows become a file of a run, values become prompts.
 
-Stages read files, whose content decides a run's identity. Rows that are given in memory are written
-to one, named by a hash of its content: the same rows give the same file, so that a run with them
-can be resumed, and other rows are recognised.
+Stages read files, whose content is part of a run's identity. Rows that are given in memory are
+written to a file that is named by a hash of its content: the same rows give the same file, so that
+a run with them can resume, and other rows are recognized.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ from huatuo_jax.data.records import Message, Messages, Prompt, answer, content_i
 from huatuo_jax.data.text import NotJson, json_value
 
 FOLDER = "python_data"
-"""In a run's folder, for the files of rows that were given in memory."""
+"""The folder of the workdir for files of rows that were given in memory."""
 
 Rows = str | os.PathLike[str] | Iterable[Mapping[str, Any]]
 """A path (or the name of a data set on the Hub), or rows: dicts, or a `datasets.Dataset`."""
@@ -50,16 +50,17 @@ def as_file(
     *,
     say: Callable[[str], object] = tell,
 ) -> str:
-    """The path of data that a stage can read: its own where it is one, else a file of its rows.
+    """Returns a path that a stage can read: the given one, or that of a file of the rows.
 
     Args:
-        data: a path, which is given back as it is; or the rows.
-        workdir: the run's folder; rows are written to `python_data/{name}-{hash}.jsonl` in it.
-        name: what the data is called, also in messages.
-        say: called with a line for each kind of value that was converted to be written as JSON.
+        data: a path, which is returned unchanged; or the rows.
+        workdir: of the run; rows are written to `python_data/{name}-{hash}.jsonl` in it.
+        name: of the data, also in messages.
+        say: called with a line for each kind of value that was converted to JSON.
 
     Raises:
-        ValueError: there are no rows, one is no dict, or it holds what JSON cannot say.
+        ValueError: there are no rows, one is not a dict, or it holds a value that JSON cannot
+            represent.
         OSError: the file cannot be written.
     """
     if isinstance(data, str | os.PathLike):
@@ -69,7 +70,7 @@ def as_file(
             f"{name} is a {type(data).__name__}; it should be a list of rows (dicts), a "
             "datasets.Dataset (one split of a DatasetDict), or a path"
         )
-    # What can be read once only is held in memory, as it is gone through twice.
+    # An iterator is held in memory, as it is read twice.
     rows = list(data) if iter(data) is data else data
     whole, mended, number = hashlib.sha256(), Counter[str](), 0
     for row, notes in _json_rows(rows, name):
@@ -90,16 +91,16 @@ def as_file(
 
 
 def as_prompt(dialogue: DialogueLike, *, name: str = "dialogue") -> Prompt:
-    """What a model is to answer, checked as the rows of a file of prompts are.
+    """Returns a prompt, checked as the rows of a file of prompts are.
 
-    Without an id of its own it has one that follows from its text.
+    Without an id of its own it gets one that follows from its text.
 
     Args:
         dialogue: see `DialogueLike`.
-        name: of it, for messages.
+        name: in messages.
 
     Raises:
-        ValueError: it has no turns, an empty one or one that is no text, an unknown role, roles
+        ValueError: it has no turns, an empty one or one that is not text, an unknown role, roles
             out of order, or does not end with the user.
     """
     try:
@@ -118,15 +119,15 @@ def as_prompt(dialogue: DialogueLike, *, name: str = "dialogue") -> Prompt:
 
 
 def prompt_of(messages: Messages) -> Prompt:
-    """The prompt of messages that were checked, or that a model gave; its id follows from them."""
+    """Returns the prompt of messages that are valid already; its id follows from them."""
     return Prompt(content_id(_SOURCE, messages), messages, _SOURCE)
 
 
 def as_prompts(dialogues: Iterable[DialogueLike], *, name: str) -> list[Prompt]:
-    """`as_prompt` of each of several dialogues, whose names in messages are `{name}[{index}]`.
+    """Applies `as_prompt` to several dialogues, named `{name}[{index}]` in messages.
 
     Raises:
-        ValueError: as `as_prompt`; or it is one dialogue, or nothing of the kind.
+        ValueError: as `as_prompt`; or it is not a list of dialogues.
     """
     if isinstance(dialogues, str | bytes | Mapping | Prompt) or not isinstance(dialogues, Iterable):
         raise ValueError(
@@ -138,15 +139,15 @@ def as_prompts(dialogues: Iterable[DialogueLike], *, name: str) -> list[Prompt]:
 def as_answer(
     response: str, sampled: Sampled | None = None, *, name: str = "response"
 ) -> AnswerToTokenize:
-    """A response as it is scored; one without text is a response like any other.
+    """Returns a response for scoring; an empty one is a response like any other.
 
     Args:
         response: its text.
-        sampled: how it was sampled; None where that is not known.
-        name: of it, for messages.
+        sampled: its sampled ids; None if they are not known.
+        name: in messages.
 
     Raises:
-        ValueError: it is no text.
+        ValueError: it is not text.
     """
     if not isinstance(response, str):
         raise ValueError(f"{name} is {type(response).__name__}, not text")
@@ -174,7 +175,7 @@ def _as_row(item: object) -> object:
 def _json_rows(
     rows: Iterable[object], name: str
 ) -> Iterator[tuple[dict[str, Any], tuple[str, ...]]]:
-    """Each row in JSON's own types, with what was converted on the way."""
+    """Yields each row in JSON's own types, with the conversions made."""
     for index, row in enumerate(rows):
         if not isinstance(row, Mapping):
             raise ValueError(

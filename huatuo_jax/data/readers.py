@@ -1,13 +1,13 @@
-"""The front of the readers: a file goes in, records come out, and every row is accounted for.
+"""Readers of data files: a file goes in, records come out, and every row is accounted for.
 
     reading = read_dialogues("talks.jsonl", kind="real_conversation")
     dialogues = list(reading)
     print(reading.summary())
 
-Each row of the source ends as records, as an error (file, line, reason), or under a named reason
-for leaving it out; `rows == rows_used + len(errors) + exclusions.total()` always holds.
+Each row of the source becomes records, an error (file, line, reason), or a row left out under a
+named reason; `rows == rows_used + len(errors) + exclusions.total()` always holds.
 
-The dialogue files of a run, under the names that the mixture knows them by.
+`DialogueSource` names the dialogue files of a run for the mixture.
 """
 
 import dataclasses
@@ -69,7 +69,7 @@ RecordT = TypeVar("RecordT", bound=Record, covariant=True)
 
 
 class Used(NamedTuple):
-    """A row that gave records, or (with none of its own) a part of one."""
+    """A row that gave records, or (without records) a part of one."""
 
     file: str
     line: int
@@ -81,7 +81,7 @@ Outcome = Used | RowError | LeftOut
 
 
 class Keywords(TypedDict, total=False):
-    """What every reader takes; the meanings stand at `ReadOptions`."""
+    """The keywords of every reader; `ReadOptions` documents them."""
 
     source: str | None
     kind: Kind | None
@@ -95,18 +95,18 @@ class Keywords(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How a source is read.
+    """Options of reading a source.
 
     Attributes:
         source: the source's name in the records; by default the row's own, or the file's name.
-        kind: the kind of all dialogues; by default the row's own, where it has one.
+        kind: the kind of all dialogues; by default the row's own, if it has one.
         adapter: the name of an adapter (or an adapter) for a source that is not in a common format.
-        split: which part of parquet, Arrow or hub data to read.
-        encoding: of text files, as Python names it; None tells it by evidence (`encodings`).
+        split: the part of parquet, Arrow or hub data to read.
+        encoding: of text files, by Python's name; None detects it (`huatuo_jax.data.text`).
         max_turn_chars: a longer turn makes its row an error.
         max_error_share: reading stops when more than this share of the rows are errors. It is
-            judged at the end, and from row 10,000 on also on the way.
-        empty_answers: take dialogues whose last answer is empty: to be scored, not to be trained.
+            checked at the end, and from row 10,000 on also at each error.
+        empty_answers: accept dialogues whose last answer is empty, for scoring, not training.
     """
 
     source: str | None = None
@@ -119,7 +119,7 @@ class ReadOptions:
     empty_answers: bool = False
 
     def __post_init__(self) -> None:
-        """Refuses an unknown kind, adapter or encoding, and limits that make no sense."""
+        """Validates kind, adapter, encoding and limits."""
         if self.kind is not None and self.kind not in KINDS:
             raise ValueError(f"kind is {self.kind!r}; it should be one of {', '.join(KINDS)}")
         if self.max_turn_chars < 1:
@@ -132,7 +132,7 @@ class ReadOptions:
         checked_encoding(self.encoding)
 
     def chosen_adapter(self) -> Adapter | None:
-        """The adapter itself where a name was given."""
+        """Returns the adapter, looked up if it was given by name."""
         return find_adapter(self.adapter) if isinstance(self.adapter, str) else self.adapter
 
 
@@ -141,12 +141,12 @@ class Reading(Generic[RecordT]):
     """One source: iterate it for its records; the counts are those of the latest pass.
 
     Attributes:
-        rows: rows met. `rows_used`: those that gave records, or a part of one.
+        rows: rows read. `rows_used`: those that gave records, or a part of one.
         records: records given. `formats`: used rows by the name of their format.
-        errors: what could not be read. `exclusions`: rows left out, by reason.
-        repairs: rows that gave a record after something was mended, by what it was.
-        known: the formats that its rows may have. `line`: where the latest record's row stands;
-            `place`: the same behind the name of its file, of which a folder has several.
+        errors: rows that could not be read. `exclusions`: rows left out, by reason.
+        repairs: rows that gave a record after a repair, by the kind of repair.
+        known: the formats that its rows may have. `line`: of the latest record's row; `place`: the
+            same with the name of its file, of which a folder has several.
 
     Raises:
         ValueError: on iteration, when the file as a whole cannot be read, holds no rows, or too
@@ -209,11 +209,11 @@ class Reading(Generic[RecordT]):
         return f"{names} (`huatuo inspect` says what each looks like)"
 
     def unknown(self) -> bool:
-        """Whether no row was used, and some for want of a known format."""
+        """Returns whether no row was used, some of them because no format is known."""
         return not self.rows_used and any(error.reason.endswith(NO_FORMAT) for error in self.errors)
 
     def summary(self) -> str:
-        """The counts of the latest pass, in one line."""
+        """Returns the counts of the latest pass, in one line."""
         parts = [f"{self.rows} rows ({_counts(self.formats)})", f"{self.records} records"]
         parts.append(f"{len(self.errors)} errors")
         parts += [f"left out: {_counts(self.exclusions)}"] if self.exclusions else []
@@ -222,7 +222,7 @@ class Reading(Generic[RecordT]):
 
 
 def read_dialogues(path: str | os.PathLike[str], **keywords: Unpack[Keywords]) -> Reading[Dialogue]:
-    """Dialogues out of any of the formats in `DIALOGUE_FORMATS`; keywords as in `ReadOptions`.
+    """Reads dialogues in any of `DIALOGUE_FORMATS`; `ReadOptions` documents the keywords.
 
     Raises:
         ValueError: there is no such file or adapter, or an option is out of range; on iteration,
@@ -234,25 +234,25 @@ def read_dialogues(path: str | os.PathLike[str], **keywords: Unpack[Keywords]) -
 def read_comparisons(
     path: str | os.PathLike[str], **keywords: Unpack[Keywords]
 ) -> Reading[Comparison]:
-    """Comparisons; a ranked or scored list gives all its pairs. Otherwise as `read_dialogues`."""
+    """Reads preference pairs; a ranked or scored list gives all its pairs."""
     return _reading(path, "comparison", ReadOptions(**keywords))
 
 
 def read_cases(path: str | os.PathLike[str], **keywords: Unpack[Keywords]) -> Reading[Case]:
-    """Medical cases with their diagnoses. Otherwise as `read_dialogues`."""
+    """Reads medical cases with their diagnoses; otherwise as `read_dialogues`."""
     return _reading(path, "case", ReadOptions(**keywords))
 
 
 def read_exams(path: str | os.PathLike[str], **keywords: Unpack[Keywords]) -> Reading[ExamQuestion]:
-    """Multiple-choice questions. Otherwise as `read_dialogues`."""
+    """Reads multiple-choice questions; otherwise as `read_dialogues`."""
     return _reading(path, "exam", ReadOptions(**keywords))
 
 
 def read_prompts(path: str | os.PathLike[str], **keywords: Unpack[Keywords]) -> Reading[Prompt]:
-    """Prompts, which end with the user, each id once. Otherwise as `read_dialogues`.
+    """Reads prompts, which end with the user, each id once; otherwise as `read_dialogues`.
 
-    Answers and labels are joined to prompts by id, so the same id over another text is an error;
-    the same prompt again is left out.
+    Answers and labels are joined to prompts by id, so one id with two texts is an error; a repeated
+    prompt is left out.
     """
     reading: Reading[Prompt] = _reading(path, "prompt", ReadOptions(**keywords))
     outcomes = reading.outcomes
@@ -261,9 +261,9 @@ def read_prompts(path: str | os.PathLike[str], **keywords: Unpack[Keywords]) -> 
 
 
 def read_records(path: str | os.PathLike[str], **keywords: Unpack[Keywords]) -> Reading[Record]:
-    """Records of whatever family the first recognisable row is of. Otherwise as `read_dialogues`.
+    """Reads records of the family of the first recognized row; otherwise as `read_dialogues`.
 
-    For looking into files; what trains should say what it expects.
+    For inspecting files; training names the family that it expects.
     """
     return _reading(path, None, ReadOptions(**keywords))
 
@@ -271,9 +271,8 @@ def read_records(path: str | os.PathLike[str], **keywords: Unpack[Keywords]) -> 
 def _reading(
     path: str | os.PathLike[str], family: Family | None, options: ReadOptions
 ) -> Reading[RecordT]:
-    find_layout(
-        path, options.encoding
-    )  # A missing or unreadable file is an error here and not at the first record.
+    # A missing or unreadable file is an error here and not at the first record.
+    find_layout(path, options.encoding)
     return Reading(
         file=str(path),
         outcomes=lambda: outcomes_of(path, family, options),
@@ -285,7 +284,7 @@ def _reading(
 def outcomes_of(
     path: str | os.PathLike[str], family: Family | None, options: ReadOptions
 ) -> Iterator[Outcome]:
-    """What became of each row of a source, in order: the passes of `Reading` are made of these."""
+    """Yields the outcome of each row of a source, in order; `Reading` counts these."""
     terms = Terms(
         file_name=pathlib.Path(path).stem,
         source=options.source,
@@ -321,7 +320,7 @@ def outcomes_of(
 def _adapted(
     rows: Iterable[Row | RowError], adapter: Adapter
 ) -> Iterator[Row | RowError | LeftOut]:
-    """The rewritten rows; an adapter that loses one without a word is stopped."""
+    """Yields the rewritten rows; ValueError for an adapter that loses a row silently."""
     taken = given = 0
 
     def counted() -> Iterator[Row | RowError]:
@@ -356,7 +355,7 @@ def _format_of(row: object, family: Family | None, last_format: Format | None) -
                     f"{describe(row)} looks like {other.name!r}, a {other.family}, not like a"
                     f" {family}"
                 ) from None
-        # Without the list of formats, which would stand in the message of every single row.
+        # Without the list of formats, which would be repeated in the message of every row.
         raise RowProblem(f"{describe(row)}, {NO_FORMAT}") from None
 
 
@@ -393,11 +392,10 @@ class DialogueSource:
     """One or more files that are one source.
 
     Attributes:
-        name: what the mixture and the reports call it.
+        name: in the mixture and the reports.
         paths: files, folders or hub names, see `huatuo_jax.data.readers.read_dialogues`.
         reading: the reader's keywords, as `{"kind": "real_instruction"}`.
-        held_out_by: which of its dialogues are held out: those of the common draw by hash, none, or
-            all (a held-out file).
+        held_out_by: the held-out dialogues: by the common hash, none, or all (a held-out file).
     """
 
     name: str
@@ -411,13 +409,13 @@ class DialogueSource:
             raise ValueError(f"sources.{self.name}.paths: no file, it should name at least one")
 
     def readings(self) -> Iterator[Reading[Dialogue]]:
-        """One reading a path, not yet begun."""
+        """Yields one reading a path, not yet begun."""
         for path in self.paths:
             yield read_dialogues(path, **self.reading)
 
     @property
     def identity(self) -> dict[str, object]:
-        """All that its dialogues depend on: the files' names and content, and how they are read."""
+        """All inputs of its dialogues: the files' names and content, and the options of reading."""
         reading = {
             name: value.name if isinstance(value, Adapter) else value
             for name, value in self.reading.items()
@@ -431,7 +429,7 @@ class DialogueSource:
 
 
 def source_names(paths: Sequence[str]) -> list[str]:
-    """A name for the source of each file: its own, with as much before and behind it as tells it.
+    """Names the source of each file: by its name and as much of its path as makes it unique.
 
     `a/train.jsonl` and `b/train.jsonl` are `a/train` and `b/train`.
     """
@@ -442,16 +440,16 @@ def source_names(paths: Sequence[str]) -> list[str]:
         counts = Counter(names)
         if max(counts.values(), default=1) == 1:
             break
-        told = Counter(finer)
+        finer_counts = Counter(finer)
         names = [
-            fine if counts[name] > 1 and told[fine] == 1 else name
+            fine if counts[name] > 1 and finer_counts[fine] == 1 else name
             for name, fine in zip(names, finer, strict=True)
         ]
     return names
 
 
 def content_hash(path: str | os.PathLike[str]) -> str:
-    """A hash of a file's bytes, of all files of a folder, or of the rows of a hub data set."""
+    """Hashes a file's bytes, all files of a folder, or the rows of a hub data set."""
     whole = hashlib.sha256()
     place = pathlib.Path(path)
     if place.is_file():
@@ -461,7 +459,7 @@ def content_hash(path: str | os.PathLike[str]) -> str:
             if file.is_file():
                 whole.update(str(file.relative_to(place)).encode() + b"\0")
                 _update_with_file(whole, file)
-    else:  # A name on the hub says nothing of the content, so the rows have to.
+    else:  # A name on the hub does not determine the content, so the rows are hashed.
         for row in read_rows(path):
             value = row.value if isinstance(row, Row) else str(row)
             whole.update(json.dumps(value, sort_keys=True, default=str).encode())

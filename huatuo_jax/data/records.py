@@ -1,16 +1,16 @@
-"""What the files of a project hold, once read: dialogues, prompts, comparisons, cases, exams.
+"""Records of data files: dialogues, prompts, preference pairs, cases and exam questions.
 
-Every record is frozen and writes itself to the JSON that stands between two stages (`to_json`) and
-comes back from it (`from_json`). Fields that a record does not know are kept in `extra`.
+Every record is frozen, writes itself to the JSON of the files between stages (`to_json`) and reads
+itself from it (`from_json`). Unknown fields are kept in `extra`.
 """
 
 import hashlib
 import itertools
 import json
 import unicodedata
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, get_args
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, NamedTuple, Self, get_args
 
 Role = Literal["system", "user", "assistant"]
 Kind = Literal[
@@ -21,14 +21,14 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 Json = dict[str, Any]
 
-# Letters and symbols that show nothing: the fillers of Hangul, the empty Braille cell.
+# Invisible letters and symbols: the fillers of Hangul, the empty Braille cell.
 _FILLERS = "\u115f\u1160\u2800\u3164\uffa0"
 
 
 class Message(NamedTuple):
-    """One turn of a dialogue: who speaks, and the text as it stood in the file.
+    """One turn of a dialogue: the role, and the text of the file.
 
-    `trained` is False for an assistant's turn that its source marks as not to be learned from.
+    `trained` is False for an assistant turn that its source marks as not to be trained.
     """
 
     role: Role
@@ -40,12 +40,12 @@ Messages = tuple[Message, ...]
 
 
 def unmarked(messages: Sequence[Message]) -> Messages:
-    """The messages without their marks, where they are a prompt, or compared or scored."""
+    """Returns the messages without their trained marks, for prompts and comparisons."""
     return tuple(message._replace(trained=True) for message in messages)
 
 
 def shown(text: object, limit: int = 40) -> str:
-    """A text as a message may show it: shortened, its line breaks and controls escaped."""
+    """Returns a text for a message: shortened, with line breaks and controls escaped."""
     whole = str(text)
     cut = whole if len(whole) <= limit else f"{whole[: limit - 3]}..."
     return "".join(
@@ -54,9 +54,9 @@ def shown(text: object, limit: int = 40) -> str:
 
 
 def content_id(source: str, content: object) -> str:
-    """A short id that depends on the source's name and the content, and on nothing else.
+    """Returns a short id that depends on the source's name and the content only.
 
-    For rows that bring no id of their own: it stays the same when rows are added or reordered.
+    For rows without an id of their own: it stays the same when rows are added or reordered.
     """
     plain = [source, _without_defaults(content)]
     text = json.dumps(plain, ensure_ascii=False, sort_keys=True, default=str)
@@ -64,7 +64,7 @@ def content_id(source: str, content: object) -> str:
 
 
 def _without_defaults(content: object) -> object:
-    """Messages as pairs of role and content, with a mark only where there is one."""
+    """Returns messages as pairs of role and content, with a mark only if there is one."""
     if isinstance(content, Message):
         return list(content if not content.trained else content[:2])
     if isinstance(content, list | tuple):
@@ -73,7 +73,7 @@ def _without_defaults(content: object) -> object:
 
 
 def messages_to_json(messages: Sequence[Message]) -> list[Json]:
-    """The messages as a list of `{"role", "content"}`, with `"weight": 0` where not trained."""
+    """Returns the messages as `{"role", "content"}`, with `"weight": 0` where not trained."""
     return [
         {"role": message.role, "content": message.content}
         | ({} if message.trained else {"weight": 0})
@@ -82,7 +82,7 @@ def messages_to_json(messages: Sequence[Message]) -> list[Json]:
 
 
 def messages_from_json(value: object, *, name: str = "messages") -> Messages:
-    """The messages of a list of `{"role", "content", "weight"?}`.
+    """Returns the messages of a list of `{"role", "content", "weight"?}`.
 
     Raises:
         ValueError: an item has another role, a content that is not text, or a weight that is
@@ -105,19 +105,18 @@ def messages_from_json(value: object, *, name: str = "messages") -> Messages:
 
 
 def answer(text: str) -> Messages:
-    """A continuation of one assistant message, the usual `chosen` or `rejected`."""
+    """Returns a continuation of one assistant message, the usual `chosen` or `rejected`."""
     return (Message("assistant", text),)
 
 
 def is_empty(text: str) -> bool:
-    """Whether an answer says nothing: it has no character that shows.
+    """Returns whether a response is empty: it has no visible character.
 
-    White space, controls, format characters (zero-width ones, byte order marks) and fillers do not
-    show; marks that combine with a letter do not without one.
+    White space, controls, format characters (zero-width ones, byte order marks) and fillers are
+    invisible, and so are combining marks without a letter.
 
-    A policy samples such answers by ending its turn at once. They are answers like any other, the
-    worst there are: every stage keeps, judges and scores them. Only training on dialogues refuses
-    them, as nobody should learn to say nothing.
+    A policy samples such answers by ending its turn at once. Every stage keeps, judges and scores
+    them like any other answer. Only training on dialogues refuses them.
     """
     return all(_is_invisible(character) for character in text)
 
@@ -128,15 +127,67 @@ def _is_invisible(character: str) -> bool:
 
 
 def same_answer(one: Messages, other: Messages) -> bool:
-    """Whether two continuations leave nothing to compare: the same messages, or both empty."""
+    """Returns whether two continuations are the same messages, or both empty."""
     return one == other or all(
         len(messages) == 1 and is_empty(messages[0].content) for messages in (one, other)
     )
 
 
 @dataclass(frozen=True)
-class Dialogue:
-    """A conversation to train on: it ends with an assistant message."""
+class _Stored:
+    """A record that writes itself to a JSON object and reads itself from it."""
+
+    def to_json(self) -> Json:
+        """Returns the extra fields and the record's own; those that are None are left out."""
+        values = {one.name: getattr(self, one.name) for one in fields(self)}
+        required, optional = _stored_fields(type(self))
+        row = {name: _written(name, values[name]) for name in required}
+        return {**values["extra"], **row, **_present(**{name: values[name] for name in optional})}
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> Self:
+        """Returns the record that `to_json` wrote; unknown fields become `extra`.
+
+        Raises:
+            ValueError: a field is missing or has a wrong value.
+        """
+        required, optional = _stored_fields(cls)
+        values = {name: _read(name, _field(row, name)) for name in required}
+        values |= {name: row.get(name) for name in optional}
+        make: Callable[..., Self] = cls
+        return make(**values, extra=_others(row, *required, *optional))
+
+
+def _stored_fields(kind: type[_Stored]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Returns a record's fields in the order of JSON: all but those that may be None, and these."""
+    kept = [one for one in fields(kind) if one.name != "extra"]
+    optional = tuple(one.name for one in kept if type(None) in get_args(one.type))
+    required = [one.name for one in kept if one.name not in (*optional, "source")]
+    return (*required, "source"), optional
+
+
+def _written(name: str, value: Any) -> Any:
+    if name == "messages":
+        return messages_to_json(value)
+    if name in ("chosen", "rejected"):
+        return _continuation_to_json(value)
+    return dict(value) if name == "options" else value
+
+
+def _read(name: str, value: Any) -> Any:
+    if name == "messages":
+        return messages_from_json(value)
+    if name in ("chosen", "rejected"):
+        return answer(value) if isinstance(value, str) else messages_from_json(value, name=name)
+    return float(value) if name == "p_chosen" else value
+
+
+@dataclass(frozen=True)
+class Dialogue(_Stored):
+    """A conversation to train on: it ends with an assistant message.
+
+    In JSON: `{"id", "messages", "source", "kind"?}` and the extra fields.
+    """
 
     id: str
     messages: Messages
@@ -145,32 +196,17 @@ class Dialogue:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Refuses a kind that is not one of the four."""
+        """Validates the kind."""
         if self.kind is not None and self.kind not in KINDS:
             raise ValueError(f"kind is {self.kind!r}; it should be one of {', '.join(KINDS)}")
 
-    def to_json(self) -> Json:
-        """`{"id", "messages", "kind"?, "source"}` and the extra fields."""
-        row = {"id": self.id, "messages": messages_to_json(self.messages), "source": self.source}
-        return {**self.extra, **row, **_present(kind=self.kind)}
-
-    @classmethod
-    def from_json(cls, row: Mapping[str, Any]) -> "Dialogue":
-        """The dialogue that `to_json` wrote; unknown fields become `extra`."""
-        return cls(
-            id=_field(row, "id"),
-            messages=messages_from_json(_field(row, "messages")),
-            kind=row.get("kind"),
-            source=_field(row, "source"),
-            extra=_others(row, "id", "messages", "kind", "source"),
-        )
-
 
 @dataclass(frozen=True)
-class Prompt:
-    """What a model is to answer: it ends with a user message.
+class Prompt(_Stored):
+    """Messages for a model to answer; they end with a user message.
 
-    `reference` is a real doctor's answer, `diagnosis` a real doctor's finding; labels lean on them.
+    `reference` is a real doctor's answer, `diagnosis` a real doctor's finding; judges use both.
+    In JSON: `{"id", "messages", "source", "reference"?, "diagnosis"?}` and the extra fields.
     """
 
     id: str
@@ -182,7 +218,7 @@ class Prompt:
 
     @classmethod
     def of_dialogue(cls, dialogue: Dialogue) -> "Prompt":
-        """The dialogue up to its last answer, which becomes the reference if it may be learned.
+        """Returns the dialogue without its last answer, the reference if it may be learned.
 
         Raises:
             ValueError: the dialogue's `diagnosis` is not text.
@@ -206,34 +242,18 @@ class Prompt:
             },
         )
 
-    def to_json(self) -> Json:
-        """`{"id", "messages", "reference"?, "diagnosis"?, "source"}` and the extra fields."""
-        row = {"id": self.id, "messages": messages_to_json(self.messages), "source": self.source}
-        known = _present(reference=self.reference, diagnosis=self.diagnosis)
-        return {**self.extra, **row, **known}
-
-    @classmethod
-    def from_json(cls, row: Mapping[str, Any]) -> "Prompt":
-        """The prompt that `to_json` wrote; unknown fields become `extra`."""
-        return cls(
-            id=_field(row, "id"),
-            messages=messages_from_json(_field(row, "messages")),
-            source=_field(row, "source"),
-            reference=row.get("reference"),
-            diagnosis=row.get("diagnosis"),
-            extra=_others(row, "id", "messages", "source", "reference", "diagnosis"),
-        )
-
 
 @dataclass(frozen=True)
-class Comparison:
-    """Two continuations of one prompt, and how likely the first is the better one.
+class Comparison(_Stored):
+    """A preference pair: two continuations of one prompt, and P(first is better).
 
-    `chosen` and `rejected` are messages, not strings: mostly one assistant message each, but where
-    whole consultations were compared they hold the rest of the consultation. In JSON the usual
-    single answer is a plain string. The last message of either may be empty (see `is_empty`).
-    `margin` is the score of the chosen answer less that of the rejected one, in the unit of those
-    scores: of a tie, or where the choice goes against the scores, it may be negative.
+    `chosen` and `rejected` are messages, not strings: mostly one assistant message each, but of
+    compared consultations all that follows the prompt. In JSON the usual single answer is a plain
+    string. The last message of either may be empty (see `is_empty`). `margin` is the score of the
+    chosen answer minus that of the rejected one, in the unit of those scores; it is 0 or negative
+    for a tie or a choice against the scores.
+
+    In JSON: `{"id", "messages", "chosen", "rejected", "p_chosen", "source", "margin"?}`, extras.
     """
 
     id: str
@@ -246,13 +266,13 @@ class Comparison:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Refuses a probability outside 0 to 1."""
+        """Validates the probability."""
         if not 0.0 <= self.p_chosen <= 1.0:
             raise ValueError(f"p_chosen is {self.p_chosen}; it should lie between 0 and 1")
 
     @property
     def group(self) -> str:
-        """The same for all comparisons of one prompt, which belong into one reward batch."""
+        """The group id shared by all pairs of one prompt, which belong in one reward batch."""
         return content_id("", self.messages)
 
     @property
@@ -264,33 +284,6 @@ class Comparison:
     def rejected_dialogue(self) -> Messages:
         """The prompt and the worse continuation, to be scored as one dialogue."""
         return self.messages + self.rejected
-
-    def to_json(self) -> Json:
-        """`{"id", "messages", "chosen", "rejected", "p_chosen", "margin"?, "source"}`, extras."""
-        row = {
-            "id": self.id,
-            "messages": messages_to_json(self.messages),
-            "chosen": _continuation_to_json(self.chosen),
-            "rejected": _continuation_to_json(self.rejected),
-            "p_chosen": self.p_chosen,
-            "source": self.source,
-        }
-        return {**self.extra, **row, **_present(margin=self.margin)}
-
-    @classmethod
-    def from_json(cls, row: Mapping[str, Any]) -> "Comparison":
-        """The comparison that `to_json` wrote; unknown fields become `extra`."""
-        names = ("id", "messages", "chosen", "rejected", "p_chosen", "margin", "source")
-        return cls(
-            id=_field(row, "id"),
-            messages=messages_from_json(_field(row, "messages")),
-            chosen=_continuation_from_json(_field(row, "chosen"), "chosen"),
-            rejected=_continuation_from_json(_field(row, "rejected"), "rejected"),
-            source=_field(row, "source"),
-            p_chosen=float(_field(row, "p_chosen")),
-            margin=row.get("margin"),
-            extra=_others(row, *names),
-        )
 
 
 @dataclass(frozen=True)
@@ -305,7 +298,7 @@ class Ranking:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Refuses scores that do not fall with the rank, or are not one an answer."""
+        """Refuses scores that rise with the rank, or are not one an answer."""
         if self.scores is None:
             return
         if len(self.scores) != len(self.answers):
@@ -314,7 +307,7 @@ class Ranking:
             raise ValueError(f"scores {self.scores} rise; the best answer should come first")
 
     def comparisons(self) -> tuple[Comparison, ...]:
-        """Every pair of answers that differ in text and (where scored) in score, best first."""
+        """Returns every pair of answers that differ in text and (if scored) score, best first."""
         pairs = []
         for better, worse in itertools.combinations(range(len(self.answers)), 2):
             margin = None if self.scores is None else self.scores[better] - self.scores[worse]
@@ -335,8 +328,11 @@ class Ranking:
 
 
 @dataclass(frozen=True)
-class Case:
-    """A medical case as a patient filed it, and what the doctor found."""
+class Case(_Stored):
+    """A medical case as described by a patient, and the doctor's diagnosis.
+
+    In JSON: `{"id", "medical_case", "doctor_diagnosis", "source", "department"?}` and extras.
+    """
 
     id: str
     medical_case: str
@@ -345,33 +341,13 @@ class Case:
     source: str
     extra: Mapping[str, Any] = field(default_factory=dict)
 
-    def to_json(self) -> Json:
-        """`{"id", "medical_case", "doctor_diagnosis", "department"?, "source"}` and extras."""
-        row = {
-            "id": self.id,
-            "medical_case": self.medical_case,
-            "doctor_diagnosis": self.doctor_diagnosis,
-            "source": self.source,
-        }
-        return {**self.extra, **row, **_present(department=self.department)}
-
-    @classmethod
-    def from_json(cls, row: Mapping[str, Any]) -> "Case":
-        """The case that `to_json` wrote; unknown fields become `extra`."""
-        names = ("id", "medical_case", "doctor_diagnosis", "department", "source")
-        return cls(
-            id=_field(row, "id"),
-            medical_case=_field(row, "medical_case"),
-            doctor_diagnosis=_field(row, "doctor_diagnosis"),
-            department=row.get("department"),
-            source=_field(row, "source"),
-            extra=_others(row, *names),
-        )
-
 
 @dataclass(frozen=True)
-class ExamQuestion:
-    """A multiple-choice question; `answer` holds the letters of all right options, in order."""
+class ExamQuestion(_Stored):
+    """A multiple-choice question; `answer` holds the letters of all right options, in order.
+
+    In JSON: `{"id", "question", "options", "answer", "source", "explanation"?}` and extras.
+    """
 
     id: str
     question: str
@@ -382,35 +358,10 @@ class ExamQuestion:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Refuses an answer that names no option or one that is not there."""
+        """Refuses an answer that names no option or an unknown one."""
         if not self.answer or not set(self.answer) <= set(self.options):
             letters = "".join(self.options)
             raise ValueError(f"answer is {self.answer!r}; it should be letters out of {letters!r}")
-
-    def to_json(self) -> Json:
-        """`{"id", "question", "options", "answer", "explanation"?, "source"}` and extras."""
-        row = {
-            "id": self.id,
-            "question": self.question,
-            "options": dict(self.options),
-            "answer": self.answer,
-            "source": self.source,
-        }
-        return {**self.extra, **row, **_present(explanation=self.explanation)}
-
-    @classmethod
-    def from_json(cls, row: Mapping[str, Any]) -> "ExamQuestion":
-        """The question that `to_json` wrote; unknown fields become `extra`."""
-        names = ("id", "question", "options", "answer", "explanation", "source")
-        return cls(
-            id=_field(row, "id"),
-            question=_field(row, "question"),
-            options=_field(row, "options"),
-            answer=_field(row, "answer"),
-            source=_field(row, "source"),
-            explanation=row.get("explanation"),
-            extra=_others(row, *names),
-        )
 
 
 Record = Dialogue | Prompt | Comparison | Case | ExamQuestion
@@ -420,10 +371,6 @@ def _continuation_to_json(messages: Messages) -> str | list[Json]:
     if len(messages) == 1 and messages[0].role == "assistant":
         return messages[0].content
     return messages_to_json(messages)
-
-
-def _continuation_from_json(value: object, name: str) -> Messages:
-    return answer(value) if isinstance(value, str) else messages_from_json(value, name=name)
 
 
 def _field(row: object, name: str, where: str = "the record") -> Any:

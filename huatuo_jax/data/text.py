@@ -1,32 +1,29 @@
-"""Which encoding a text file is in, told by evidence; where that does not decide, the user says it.
+"""Text of data files: encodings detected by evidence, lines decoded strictly, values made JSON.
 
-Nearly any bytes decode as GB18030 (`Rücken` in Latin-1 gives `R點ken`), so that a text decodes says
-little. UTF-8 is different: text in another encoding is practically never valid UTF-8. So:
+Encodings. Nearly any bytes decode as GB18030 (`Rücken` in Latin-1 gives `R點ken`), so successful
+decoding proves little. UTF-8 is different: text in another encoding is practically never valid
+UTF-8. So:
 
 - a byte-order mark decides for UTF-8, UTF-16 or UTF-32;
-- text that is valid UTF-8, but for few lines, is UTF-8;
-- otherwise the file is GB18030 or Big5 if what it then says is Chinese: a large share of its
+- text that is valid UTF-8, except for few lines, is UTF-8;
+- otherwise the file is GB18030 or Big5 if the decoded text is Chinese: a large share of its
   characters are among the commonest of the language, and they are not single ones inside words of
-  Latin letters, which is what accented letters become;
+  Latin letters, as accented letters would appear;
 - anything else is refused with the encodings that would decode it, for the user to choose from.
 
-Lines of a text file, every one decoded strictly; see `encodings` for what they are decoded by.
-
 Lines end at a line feed, or at a carriage return in a file whose first line ends with one alone (as
-old Macs wrote them), and nowhere else: U+2028, U+2029 and U+0085 may stand inside a JSON string.
+old Macs wrote them), and nowhere else: U+2028, U+2029 and U+0085 may occur inside a JSON string.
 
-Values that JSON can write, out of whatever a file's cells held.
-
-Records carry their source's other columns along to every file that a stage writes, so a value that
-JSON or UTF-8 cannot write is converted (or its row refused) here, when it is read:
+Values. Records carry their source's other columns to every file that a stage writes, so a value
+that JSON or UTF-8 cannot write is converted (or its row refused) when it is read:
 
 - half a surrogate in a text or a key becomes U+FFFD, the replacement character;
 - NaN (and pandas' NaT), which tables write for an absent number, becomes null;
 - dates, times and timestamps become their ISO 8601 text, durations a number of seconds;
-- a Decimal becomes a number where a float holds it exactly, else its digits as text;
+- a Decimal becomes a number if a float holds it exactly, else its digits as text;
 - bytes become the text that they are in UTF-8; other bytes refuse the row;
 - numpy scalars, arrays, tuples and sets become numbers and lists; UUIDs and paths their text;
-- infinite numbers, other types, and what is nested deeper than `MAX_DEPTH` refuse the row.
+- infinite numbers, other types, and values nested deeper than `MAX_DEPTH` refuse the row.
 """
 
 import codecs
@@ -59,16 +56,25 @@ _CHINESE = ("gb18030", "big5hkscs")
 _OTHERS = ("shift_jis", "euc_jp", "euc_kr", "cp1252", "cp1250", "cp1251", "latin-1")
 _SINGLE_BYTE = ("cp1252", "cp1250", "cp1251", "latin-1")
 _NAMES_SHOWN = 4
-_WAY_OUT = "save it as UTF-8, or say which with --encoding=NAME (config.data: data_encoding)"
+_WAY_OUT = "save it as UTF-8, or set --encoding=NAME (config.data: data_encoding)"
+MAX_DEPTH = 100
+HALF_CHARACTER = "half a character replaced by U+FFFD"
+NOT_A_NUMBER = "NaN read as null"
+TIME_TEXT = "time written as ISO 8601 text"
+DURATION = "duration written as seconds"
+DECIMAL = "Decimal written as a number, or as text where a float is not exact"
+BYTES = "bytes read as UTF-8 text"
+AS_TEXT = "identifier or path written as text"
 
 _SAMPLE_BYTES = 1 << 20  # of lines that are not plain ASCII
-_SEARCHED_BYTES = 64 << 20  # that such lines are looked for in
+_SEARCHED_BYTES = 64 << 20  # for such lines
 # Text of another encoding of this many bytes is practically never valid UTF-8 by chance.
 TELLING_BYTES = 24
-# Of Chinese text some 60 % of the characters are in `_COMMON`; of Korean, Japanese or random bytes
-# read as GB18030 it is below 20 %.
+# Some 60 % of the characters of Chinese text are in `_COMMON`; of Korean, Japanese or random bytes
+# read as GB18030 fewer than 20 %.
 _COMMON_SHARE = 0.3
 _INSIDE_WORDS_SHARE = 0.2
+_BLOCK = 1 << 20
 
 # The commonest characters of Chinese, and of medical Chinese, simplified and traditional.
 _COMMON = frozenset(
@@ -97,7 +103,7 @@ _INSIDE_WORD = re.compile(r"(?<=[A-Za-z])[^\x00-\x7f](?=[A-Za-z])")
 
 
 class _Sample(NamedTuple):
-    """Lines that are not ASCII: their sizes by what they decode in, and those not in UTF-8."""
+    """Lines that are not ASCII: their sizes in UTF-8 and otherwise, and those not in UTF-8."""
 
     utf8_bytes: int
     other_bytes: int
@@ -106,7 +112,7 @@ class _Sample(NamedTuple):
 
 
 def checked_encoding(name: str | None) -> str | None:
-    """The codec's own name, or None where none is named.
+    """Returns the codec's own name, or None where none is named.
 
     Raises:
         ValueError: Python has no codec of text of that name.
@@ -125,23 +131,23 @@ def checked_encoding(name: str | None) -> str | None:
 
 
 def choose_encoding(path: str | os.PathLike[str], encoding: str | None = None) -> str:
-    """The encoding of a text file as Python names it, by the rules above.
+    """Returns Python's name of a text file's encoding, by the rules of the module.
 
     Args:
         path: the file; its byte-order mark and its first lines that are not ASCII are the evidence.
-        encoding: the user's own word, which is then taken; None to look.
+        encoding: given by the user and then used; None to detect it.
 
     Raises:
-        ValueError: the evidence does not decide; the text names the encodings that are possible.
+        ValueError: the evidence does not decide; the message names the possible encodings.
     """
     with open(path, "rb") as file:
         start = file.read(4096)
     marked = next((name for mark, name in _BYTE_ORDER_MARKS if start.startswith(mark)), None)
     if encoding is not None:
-        told = str(checked_encoding(encoding))
-        if told in _WITHOUT_ORDER:
-            return marked if marked and marked.startswith(told[:6]) else _WITHOUT_ORDER[told]
-        return told
+        given = str(checked_encoding(encoding))
+        if given in _WITHOUT_ORDER:
+            return marked if marked and marked.startswith(given[:6]) else _WITHOUT_ORDER[given]
+        return given
     if marked is not None:
         return marked
     _refuse_wide_characters(path, start)
@@ -159,12 +165,12 @@ def choose_encoding(path: str | os.PathLike[str], encoding: str | None = None) -
 
 
 def byte_order_mark(encoding: str) -> bytes:
-    """The mark that a file in this encoding may begin with."""
+    """Returns the mark that a file in this encoding may begin with."""
     return next((mark for mark, name in _BYTE_ORDER_MARKS if name == encoding), b"")
 
 
 def undecodable(raw: bytes, encoding: str, offset: int) -> str | None:
-    """Says which byte of the file does not decode, or None."""
+    """Returns which byte of the file does not decode, or None."""
     try:
         raw.decode(encoding)
     except UnicodeDecodeError as error:
@@ -184,7 +190,7 @@ def _is_utf8_by_intent(raw: bytes) -> bool:
 
 
 def _refuse_wide_characters(path: str | os.PathLike[str], start: bytes) -> None:
-    """UTF-16 without a mark is valid UTF-8 full of NULs where most of it is ASCII."""
+    """Refuses UTF-16 without a mark, which is valid UTF-8 full of NULs if mostly ASCII."""
     for name, zeros in (("utf-16-le", start[1::2]), ("utf-16-be", start[::2])):
         if len(zeros) > 1 and zeros.count(0) > 0.3 * len(zeros):
             raise ValueError(
@@ -222,7 +228,7 @@ def _fault(raw: bytes, offset: int) -> str:
 
 
 def _is_mostly_utf8(raw: bytes) -> bool:
-    """Whether it is UTF-8, or would be but for few bytes (a row that is reported as a fault)."""
+    """Returns whether it is UTF-8 but for few bytes (a row that is reported as a fault)."""
     try:
         raw.decode(UTF8)
     except UnicodeDecodeError:
@@ -232,9 +238,9 @@ def _is_mostly_utf8(raw: bytes) -> bool:
 
 
 def _share_of_chinese(lines: Sequence[bytes], encoding: str) -> float:
-    """The share of common Chinese characters among those that are neither ASCII nor punctuation.
+    """Returns the share of common Chinese characters among all but ASCII and punctuation.
 
-    0 where most of the lines do not decode, or where many stand inside words of Latin letters.
+    0 if most of the lines do not decode, or if many characters are inside words of Latin letters.
     """
     text, num_bytes = _decoded(lines, encoding)
     characters = _PUNCTUATION.sub("", "".join(_NOT_ASCII.findall(text)))
@@ -247,7 +253,7 @@ def _share_of_chinese(lines: Sequence[bytes], encoding: str) -> float:
 
 
 def _decoded(lines: Iterable[bytes], encoding: str) -> tuple[str, int]:
-    """The lines that decode as one text, and how many bytes these are."""
+    """Returns the lines that decode as one text, and their number of bytes."""
     parts, num_bytes = [], 0
     for raw in lines:
         try:
@@ -259,7 +265,7 @@ def _decoded(lines: Iterable[bytes], encoding: str) -> tuple[str, int]:
 
 
 def _possible(lines: Sequence[bytes]) -> list[str]:
-    """The encodings that nearly all of the lines decode in, the likelier ones first."""
+    """Returns the encodings that nearly all of the lines decode in, the likelier ones first."""
     total = sum(map(len, lines))
     possible = [name for name in (*_CHINESE, *_OTHERS) if _decoded(lines, name)[1] >= 0.95 * total]
     high = [len(run) for raw in lines for run in re.findall(rb"[\x80-\xff]+", raw)]
@@ -268,11 +274,8 @@ def _possible(lines: Sequence[bytes]) -> list[str]:
     return list(itertools.islice(possible, _NAMES_SHOWN))
 
 
-_BLOCK = 1 << 20
-
-
 class Line(NamedTuple):
-    """One decoded line; where bytes did not decode, `fault` says which and the row is an error."""
+    """One decoded line; `fault` names bytes that did not decode, and the row is an error."""
 
     number: int
     text: str
@@ -284,32 +287,32 @@ def read_lines(path: pathlib.Path, encoding: str | None = None) -> Iterator[Line
 
     Args:
         path: the file.
-        encoding: its encoding; None to tell it (`encodings.choose_encoding`).
+        encoding: its encoding; None to detect it (`choose_encoding`).
 
     Raises:
-        ValueError: the encoding cannot be told.
+        ValueError: the encoding is not recognized.
     """
-    told = choose_encoding(path, encoding)
-    mark = byte_order_mark(told)
+    encoding = choose_encoding(path, encoding)
+    mark = byte_order_mark(encoding)
     offset = 0
     with open(path, "rb") as file:
-        for number, raw in enumerate(_raw_lines(file, told), start=1):
+        for number, raw in enumerate(_raw_lines(file, encoding), start=1):
             size = len(raw)
             if number == 1:
                 raw = raw.removeprefix(mark)
-            fault = undecodable(raw, told, offset + size - len(raw))
-            # A line with a fault is never used as text: the replacement keeps a CSV in step.
-            yield Line(number, raw.decode(told, "replace" if fault else "strict"), fault)
+            fault = undecodable(raw, encoding, offset + size - len(raw))
+            # A line with a fault is never used as text; replacement keeps a CSV in step.
+            yield Line(number, raw.decode(encoding, "replace" if fault else "strict"), fault)
             offset += size
 
 
 def _raw_lines(file: BinaryIO, encoding: str) -> Iterator[bytes]:
-    """The bytes of each line, its end included."""
+    """Yields the bytes of each line, its end included."""
     feed, carriage = "\n".encode(encoding), "\r".encode(encoding)
     start = file.read(_BLOCK)
     file.seek(0)
     first_feed, first_carriage = _find(start, feed, 0), _find(start, carriage, 0)
-    behind = first_carriage  # Of all carriage returns there: some programs write two of them.
+    behind = first_carriage  # After all carriage returns there: some programs write two.
     while behind >= 0 and start.startswith(carriage, behind):
         behind += len(carriage)
     end = feed if first_carriage < 0 or 0 <= first_feed <= behind else carriage
@@ -329,36 +332,26 @@ def _raw_lines(file: BinaryIO, encoding: str) -> Iterator[bytes]:
 
 
 def _find(whole: bytes, end: bytes, begin: int) -> int:
-    """Where the line end stands, at a whole number of its own width (UTF-16 has two bytes)."""
+    """Finds the next line end at a multiple of its own width (UTF-16 has two bytes)."""
     found = whole.find(end, begin)
     while found >= 0 and found % len(end) != begin % len(end):
         found = whole.find(end, found + 1)
     return found
 
 
-MAX_DEPTH = 100
-HALF_CHARACTER = "half a character replaced by U+FFFD"
-NOT_A_NUMBER = "NaN read as null"
-TIME_TEXT = "time written as ISO 8601 text"
-DURATION = "duration written as seconds"
-DECIMAL = "Decimal written as a number, or as text where a float is not exact"
-BYTES = "bytes read as UTF-8 text"
-AS_TEXT = "identifier or path written as text"
-
-
 class NotJson(ValueError):
-    """A value that no JSON can stand for; the text says which and where."""
+    """A value that JSON cannot represent; the text names it and its place."""
 
 
 class Converted(NamedTuple):
-    """A value of JSON's own types, and what was converted on the way, by column and rule."""
+    """A value of JSON's own types, and the conversions made, by column and rule."""
 
     value: Any
     notes: tuple[str, ...]
 
 
 def json_value(value: object) -> Converted:
-    """The value in JSON's own types; the notes of an object's fields begin with the field's name.
+    """Converts a value to JSON's types; notes of an object's fields begin with their names.
 
     Raises:
         NotJson: something in it cannot be converted.
@@ -379,7 +372,7 @@ def json_value(value: object) -> Converted:
 
 
 class _Walk:
-    """The conversion of one column's value; what was converted goes into the notes."""
+    """Converts one column's value; notes each conversion."""
 
     def __init__(self, column: str, notes: dict[str, None]) -> None:
         self._column = column

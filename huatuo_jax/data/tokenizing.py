@@ -1,17 +1,12 @@
-"""Dialogues to tokens: a template with its tokenizer, run over many dialogues in parallel.
+"""Tokenised dialogues: a template with its tokenizer, run in parallel, and the cache on disk.
 
-What the pipeline holds of a dialogue once it is tokens, and who makes it so.
+Packing, mixture and batches know examples only; a `DialogueTokenizer` is all that they need of a
+template and its tokenizer.
 
-This is the seam between templates and packing: packing, mixture and batches know examples only,
-and a `DialogueTokenizer` is all that they need of a template and its tokenizer.
-
-The tokenised dialogues on disk: ArrayRecord files with a TFDS description, read at random.
-
-A cache is a folder that `tfds.builder_from_directory` opens like any dataset of TFDS, without
-TensorFlow. Beside it stands `index.npz`, what planning needs of every example without reading it.
-
-It is written by `tfds.core.SequentialWriter`: a `GeneratorBasedBuilder` holds back all examples to
-shuffle them, and beyond 1 GB of them it calls TensorFlow.
+A cache is a folder of ArrayRecord files that `tfds.builder_from_directory` opens like any dataset
+of TFDS, without TensorFlow, with random access. `index.npz` beside it holds the numbers of every
+example that planning needs. It is written by `tfds.core.SequentialWriter`: a
+`GeneratorBasedBuilder` holds back all examples to shuffle them, and calls TensorFlow beyond 1 GB.
 """
 
 import contextlib
@@ -44,24 +39,37 @@ from huatuo_jax.data.chat.template import (
 from huatuo_jax.data.mixture import Indices
 from huatuo_jax.data.records import KINDS, Messages
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 TokenIds = npt.NDArray[np.int32]
 Mask = npt.NDArray[np.bool_]
-
 DropReason = Literal["too long", "cannot be rendered", "nothing to train"]
+Split = Literal["train", "held_out"]
+Item = TypeVar("Item")
+Found = TypeVar("Found")
+
+CHUNK_SIZE = 64  # dialogues a process gets at once
+_CHUNKS_AHEAD = 4  # per process, so that none waits and memory is bounded
+_NOT_OF_THE_IDS = ("name_or_path", "is_local", "local_files_only", "padding", "truncation")
+_DATASET_NAME = "dialogues"
+_FORMAT = "1.1.0"  # A cache of another format has another key.
+_EXAMPLES_PER_FILE = 50_000
+_INDEX_FILE = "index.npz"
 
 UNKNOWN_KIND = "unknown"
 """The kind of a dialogue whose source names none."""
 
 ALL_KINDS: tuple[str, ...] = (*KINDS, UNKNOWN_KIND)
-"""Every kind there is; a kind id is an index into these, in every dataset."""
+"""All kinds; a kind id is an index into these, in every dataset."""
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
     """One dialogue as tokens.
 
-    `trained_mask[t]` belongs to the token that is predicted: it says that token t is learned from
-    the tokens before it. `kind` is one of `ALL_KINDS`.
+    `trained_mask[t]` belongs to the predicted token: token t is learned from the tokens before it.
+    `kind` is one of `ALL_KINDS`.
     """
 
     token_ids: TokenIds
@@ -88,7 +96,7 @@ class Example:
 
 
 class Tokens(NamedTuple):
-    """A dialogue's ids and mask, and how many of its messages went to make it fit."""
+    """A dialogue's ids and mask, and the number of messages dropped to make it fit."""
 
     token_ids: TokenIds
     trained_mask: Mask
@@ -96,40 +104,28 @@ class Tokens(NamedTuple):
 
 
 class Dropped(NamedTuple):
-    """A dialogue that becomes no example: the reason drops are counted by, and what is its own."""
+    """A dropped dialogue: the reason, by which drops are counted, and a detail of its own."""
 
     reason: DropReason
     detail: str
 
 
 class DialogueTokenizer(Protocol):
-    """Turns messages into tokens; it is sent to other processes, so it has to pickle."""
+    """Tokenises messages; it is sent to other processes, so it has to pickle."""
 
     @property
     def identity(self) -> str:
-        """Everything the ids depend on: two tokenizers of one identity give the same ids."""
+        """All settings of the ids: two tokenizers of one identity give the same ids."""
         ...
 
     def __call__(self, messages: Messages) -> Tokens | Dropped:
-        """Returns the tokens of a dialogue, or why there are none."""
+        """Returns the tokens of a dialogue, or the reason for dropping it."""
         ...
 
 
 def num_trained(trained_mask: Mask) -> int:
-    """The number of tokens a loss is taken of: the first token has nothing to be predicted from."""
+    """Counts the tokens with a loss; the first token is not predicted from anything."""
     return int(np.count_nonzero(trained_mask[1:]))
-
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-CHUNK_SIZE = 64  # dialogues a process gets at once
-_CHUNKS_AHEAD = 4  # per process, so that none waits and no more than these stand in memory
-
-Item = TypeVar("Item")
-Found = TypeVar("Found")
-
-_NOT_OF_THE_IDS = ("name_or_path", "is_local", "local_files_only", "padding", "truncation")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,8 +134,8 @@ class TemplateTokenizer:
 
     Attributes:
         max_tokens: the length limit of an example, at most that of a row.
-        policy: what becomes of a longer dialogue, see `huatuo_jax.data.chat.template.truncate`.
-        trained: which of the doctor's turns are trained.
+        policy: for a longer dialogue, see `huatuo_jax.data.chat.template.truncate`.
+        trained: the assistant turns that are trained.
     """
 
     template: ChatTemplate
@@ -157,9 +153,9 @@ class TemplateTokenizer:
         )
 
     def __call__(self, messages: Messages) -> Tokens | Dropped:
-        """Renders a dialogue; one that the template refuses is dropped with its words.
+        """Renders a dialogue; drops one that the template refuses, with the reason.
 
-        One whose answers are all marked as not to be trained is dropped too, by that reason.
+        Also drops one whose answers are all marked as not to be trained.
         """
         try:
             rendered, num_messages_dropped = truncate(
@@ -184,11 +180,11 @@ class TemplateTokenizer:
 
 
 def tokenizer_hash(tokenizer: "PreTrainedTokenizerBase", *, chat_template: bool = True) -> str:
-    """A hash of all that a tokenizer would save, but for where it was loaded from.
+    """Returns a hash of a tokenizer's saved files, without the place it was loaded from.
 
     Args:
         tokenizer: the tokenizer.
-        chat_template: whether its chat template counts, which says nothing of how text becomes ids.
+        chat_template: whether its chat template counts, which does not affect the ids of a text.
     """
     whole = hashlib.sha256()
     with tempfile.TemporaryDirectory() as folder:
@@ -206,7 +202,7 @@ def tokenizer_hash(tokenizer: "PreTrainedTokenizerBase", *, chat_template: bool 
 
 
 class Progress(NamedTuple):
-    """How far tokenising is, for a progress bar."""
+    """The progress of tokenising, for a progress bar."""
 
     num_done: int
     num_dialogues: int
@@ -229,8 +225,8 @@ def tokenize_in_chunks(
     """Tokenises dialogues in order, some dozens at a time.
 
     Args:
-        dialogues: the messages of each, or whatever else the tokenizer takes.
-        tokenizer: it is sent to every process once.
+        dialogues: the messages of each, or other arguments of the tokenizer.
+        tokenizer: sent to every process once.
         num_processes: 1 works in this process. More are started afresh (not forked: threads of jax
             may hold locks), which takes some seconds, so few dialogues go faster without. The
             calling script then needs the usual `if __name__ == "__main__"`.
@@ -284,7 +280,7 @@ _tokenizer_of_process: Callable[[Any], Any] | None = None
 
 
 def _start_process(tokenizer: Callable[[Any], Any]) -> None:
-    """Keeps the tokenizer for all chunks of this process, and lets it use one core."""
+    """Keeps the tokenizer for all chunks of this process, and limits it to one core."""
     global _tokenizer_of_process
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _tokenizer_of_process = tokenizer
@@ -295,16 +291,8 @@ def _tokenize_chunk(chunk: Sequence[Any]) -> list[Any]:
     return [_tokenizer_of_process(messages) for messages in chunk]
 
 
-Split = Literal["train", "held_out"]
-
-_DATASET_NAME = "dialogues"
-_FORMAT = "1.1.0"  # A cache of another format has another key.
-_EXAMPLES_PER_FILE = 50_000
-_INDEX_FILE = "index.npz"
-
-
 class Entry(NamedTuple):
-    """One example on its way into the cache."""
+    """One example to be written into the cache."""
 
     split: Split
     source: str
@@ -312,7 +300,7 @@ class Entry(NamedTuple):
 
 
 def cache_key(inputs: Mapping[str, Any]) -> str:
-    """The name of the cache of these inputs; they have to be what JSON can say."""
+    """Returns the name of the cache of these inputs, which are JSON values."""
     text = json.dumps({"format": _FORMAT, **inputs}, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:24]
 
@@ -320,15 +308,14 @@ def cache_key(inputs: Mapping[str, Any]) -> str:
 def build_once(
     folder: str | os.PathLike[str], key: str, build: Callable[[pathlib.Path], None]
 ) -> pathlib.Path:
-    """Returns `FOLDER/KEY`, and has it built if it is not there.
+    """Returns `FOLDER/KEY`, and builds it if it does not exist.
 
-    It is built beside its place and renamed when complete, so a build that was killed is never
-    used (see `atomic`). Of several processes one builds and
-    the others wait for it.
+    It is built under a temporary name and renamed when complete, so an interrupted build is never
+    used. Of several processes one builds and the others wait for it.
 
     Args:
-        folder: where all caches are, local or shared.
-        key: see `cache_key`.
+        folder: of all caches, local or shared.
+        key: from `cache_key`.
         build: fills the folder that it is given.
     """
     folder = pathlib.Path(folder)
@@ -354,10 +341,10 @@ def write_examples(
     """Writes examples, some at a time, into an empty folder.
 
     Args:
-        folder: where to.
+        folder: the target.
         chunks: the examples in order; each split keeps its own order.
         sources: the names of all sources; a source id is an index into them.
-        description: what TFDS says of the dataset.
+        description: of the dataset in TFDS.
 
     Raises:
         ValueError: no example is in the training split.
@@ -381,14 +368,14 @@ def write_examples(
         writer.initialize_splits(list(by_split), fail_if_exists=False)
         writer.add_examples(by_split)
     if writer is None or "train" not in index:
-        raise ValueError("no dialogue is left to train on; see the counts of what was dropped")
+        raise ValueError("no dialogue is left to train on; see the counts of dropped dialogues")
     writer.close_all()
     arrays: dict[str, Any] = {split: np.array(rows, np.int64) for split, rows in index.items()}
     np.savez(folder / _INDEX_FILE, sources=np.array(sources), **arrays)
 
 
 class TokenDataset:
-    """One split of a cache: its examples by index, and what is known of all of them.
+    """One split of a cache: its examples by index, and arrays of numbers of all of them.
 
     Attributes:
         sources: the names of the sources.
@@ -396,7 +383,7 @@ class TokenDataset:
     """
 
     def __init__(self, folder: str | os.PathLike[str], split: Split) -> None:
-        """Opens a split; it has to exist (`has_split`)."""
+        """Opens a split, which has to exist (`has_split`)."""
         with np.load(pathlib.Path(folder) / _INDEX_FILE) as index:
             self.sources: tuple[str, ...] = tuple(index["sources"].tolist())
             columns: Indices = index[split].T
@@ -409,7 +396,7 @@ class TokenDataset:
             )
 
     def __len__(self) -> int:
-        """The number of examples."""
+        """Returns the number of examples."""
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> Example:
@@ -424,7 +411,7 @@ class TokenDataset:
 
 
 def has_split(folder: str | os.PathLike[str], split: Split) -> bool:
-    """Tells whether a cache has any example of a split."""
+    """Returns whether a cache has any example of a split."""
     with np.load(pathlib.Path(folder) / _INDEX_FILE) as index:
         return split in index
 
@@ -464,7 +451,7 @@ def _features_of(example: Example, source: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _locked(path: pathlib.Path) -> Iterator[None]:
-    """Waits for a file's lock; the kernel lets go of it when a process ends, however it ends."""
+    """Holds a file's lock; the kernel releases it when the process ends in any way."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

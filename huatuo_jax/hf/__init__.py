@@ -1,1 +1,1 @@
-"""The Hugging Face layout: configs, weights and tokenizers, read and written."""
+"""Hugging Face model folders: configs, weights and tokenizers, read and written."""

@@ -1,10 +1,7 @@
-"""Reading a `config.json` of transformers: which backbone it describes.
+"""Reads a `config.json` of transformers as a backbone's config, and writes it.
 
-A field either says something about the model, and then it is read or refused, or it is listed here
-as one that says nothing about the forward pass. There is no third kind: an unknown field may be
-the one that matters.
-
-Writing a `config.json` of transformers: what a backbone is called there.
+A field either affects the forward pass, and then it is read or refused, or it is listed here as one
+that does not. There is no third kind: an unknown field may be the one that matters.
 """
 
 import dataclasses
@@ -20,9 +17,9 @@ import numpy as np
 from huatuo_jax.backbone.config import BackboneConfig, RopeConfig
 from huatuo_jax.backbone.transformer import Head
 
-# What transformers writes beside the architecture: bookkeeping, generation, dropout (which this
-# project leaves off), and how the original was trained.
-_SILENT_FIELDS = frozenset(
+# Fields of transformers that do not affect the forward pass: bookkeeping, generation, dropout
+# (which this project leaves off), and how the original was trained.
+_IRRELEVANT_FIELDS = frozenset(
     """_name_or_path _from_model_config architectures auto_map attention_dropout
     attention_softmax_in_fp32 attn_pdrop bad_words_ids begin_suppress_tokens bias_dropout_fusion
     bos_token_id chunk_size_feed_forward classifier_dropout cross_attention_hidden_size
@@ -39,8 +36,8 @@ _SILENT_FIELDS = frozenset(
     transformers_version typical_p unk_token_id use_bfloat16 use_cache use_return_dict
     max_sequence_length""".split()
 )
-# What other tools and people write into the file: how it was made, by whom, and how transformers
-# is to run it. It is passed over and said once, as these names are nobody's standard.
+# Fields of other tools and people: how the model was made, by whom, and how transformers is to run
+# it. They are skipped with one warning, as these names are no standard.
 _BOOKKEEPING_FIELDS = frozenset(
     """_attn_implementation _attn_implementation_autoset _attn_implementation_internal
     _commit_hash _experts_implementation _flash_attn_2_enabled _unsloth_version
@@ -54,18 +51,38 @@ _BOOKKEEPING_FIELDS = frozenset(
     training_arguments transformers.js_config trl_version unsloth_fixed unsloth_version url
     use_flash_attention use_flash_attention_2 use_flash_attn version""".split()
 )
+
+_YARN_FIELDS = (
+    "factor",
+    "attention_factor",
+    "beta_fast",
+    "beta_slow",
+    "mscale",
+    "mscale_all_dim",
+    "truncate",
+)
+
+_ARCHITECTURES = {
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "bloom": "Bloom",
+}
+# Fields of a source's config that are kept when the layout changes.
+_TOKEN_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 logger = logging.getLogger(__name__)
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """A JSON object from a file.
+    """Returns a JSON object from a file.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it holds something else.
+        ValueError: it is not a JSON object.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: absent; a Hugging Face model folder has one")
+        raise FileNotFoundError(f"{path}: missing; a Hugging Face model folder has one")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -75,18 +92,23 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     return content
 
 
+def write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:
+    """Writes a JSON object as transformers does: indented, one field a line."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def from_hugging_face(
     config: Mapping[str, Any], *, ignored: Collection[str] = ()
 ) -> BackboneConfig:
-    """The backbone that a `config.json` describes.
+    """Returns the backbone that a `config.json` describes.
 
     Args:
         config: its content.
-        ignored: fields that are unknown here and that the user says do not matter.
+        ignored: unknown fields that do not matter, by the user's word.
 
     Raises:
-        ValueError: the model type is unknown, a field holds what this backbone cannot do, or one
-            that is read here is to be ignored.
+        ValueError: the model type is unknown, a field has an unsupported value, or a field that is
+            read here is to be ignored.
     """
     model_type = str(config.get("model_type"))
     if model_type not in _READERS:
@@ -104,10 +126,10 @@ def from_hugging_face(
 
 
 def is_score_model(config: Mapping[str, Any]) -> bool:
-    """Whether a `config.json` is that of a reward model (sequence classification, one label).
+    """Returns whether a `config.json` is of a reward model (sequence classification, one label).
 
     Raises:
-        ValueError: it classifies into several labels.
+        ValueError: it has several labels.
     """
     names = config.get("architectures") or []
     if not any(name.endswith("ForSequenceClassification") for name in names):
@@ -118,8 +140,62 @@ def is_score_model(config: Mapping[str, Any]) -> bool:
     return True
 
 
+def exported_layout(cfg: BackboneConfig) -> str:
+    """Returns the exported `model_type` of a backbone: Baichuan-7B becomes a LLaMA."""
+    if cfg.family in ("baichuan", "baichuan2"):
+        return "llama" if cfg.family == "baichuan" and cfg.position == "rope" else "baichuan"
+    return cfg.family
+
+
+def to_hugging_face(
+    cfg: BackboneConfig,
+    *,
+    head: Head,
+    dtype: np.dtype,
+    source: Mapping[str, Any] | None = None,
+    tokens: Mapping[str, Any] | None = None,
+    pad_token_id: int | None = None,
+) -> dict[str, Any]:
+    """Returns the `config.json` under which transformers and vLLM load an exported backbone.
+
+    A source's config keeps its own fields, changed only where the export differs. Rotary settings
+    that it has in the form of transformers 5 alone (`rope_parameters`) are written in that of
+    transformers 4 too (`rope_theta`, `rope_scaling`), which would use the default angles otherwise;
+    a new config has both.
+
+    Args:
+        cfg: the backbone.
+        head: `score` makes it a sequence classifier with one label.
+        dtype: of the exported weights.
+        source: the config the model came with, if it came from Hugging Face.
+        tokens: BOS, EOS and pad ids for a config that is made without one.
+        pad_token_id: for `score`: an id that never occurs in text, since transformers reads the
+            score at the last id that is not it.
+
+    Raises:
+        ValueError: the family has no sequence classifier in transformers, `score` without a pad
+            id, or the family's config has no field for a setting of the backbone.
+    """
+    layout = exported_layout(cfg)
+    if source is not None and source.get("model_type") == layout:
+        config = dict(source)
+    else:
+        config = _fresh(cfg, layout) | dict(tokens or {})
+        config |= {name: source[name] for name in _TOKEN_FIELDS if source and name in source}
+    if config.get("rope_parameters") is not None:
+        config |= _legacy_rope(config["rope_parameters"])
+    if head == "score":
+        config |= _score_fields(layout, pad_token_id)
+    _check_expresses(config, cfg, layout)
+    # `torch_dtype` is transformers 4's name, which 5 reads too; a source's config without a dtype
+    # stays so: transformers then takes that of the weights.
+    if source is None or "torch_dtype" in config:
+        return config | {"torch_dtype": str(dtype)}
+    return config | ({"dtype": str(dtype)} if "dtype" in config else {})
+
+
 class _Fields:
-    """The fields of a `config.json`; each is taken once, and what is left must be silent."""
+    """The fields of a `config.json`; each is taken once, and the rest must not matter."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self._left = dict(config)
@@ -127,7 +203,7 @@ class _Fields:
         self._model_type = config["model_type"]
 
     def take(self, name: str, *otherwise: Any) -> Any:
-        """A field's value, or the default where it is absent or null; without one it must be."""
+        """Returns a field's value, or the default if it is absent or null; no default: required."""
         self._read.add(name)
         value = self._left.pop(name, None)
         if value is not None:
@@ -137,12 +213,12 @@ class _Fields:
         return otherwise[0]
 
     def take_nullable(self, name: str, absent: Any) -> Any:
-        """A field's value, null included; `absent` only where it is not there."""
+        """Returns a field's value, null included; `absent` only if it is not there."""
         self._read.add(name)
         return self._left.pop(name, absent)
 
     def expect(self, name: str, supported: Any) -> None:
-        """Refuse any value but the supported one, which is also the default."""
+        """Refuses any value but the supported one, which is also the default."""
         value = self.take(name, supported)
         if value != supported:
             raise ValueError(
@@ -151,26 +227,26 @@ class _Fields:
             )
 
     def refuse_rest(self, ignored: Collection[str]) -> None:
-        """Raise for fields that were not taken and that may matter."""
+        """Raises ValueError for fields that were not taken and may matter."""
         if taken := sorted(self._read.intersection(ignored)):
             raise ValueError(
                 f"ignore_config_fields: {', '.join(taken)} of config.json cannot be ignored, the "
                 f"model is computed by it; edit the file if it is wrong"
             )
-        said = {
+        given = {
             name: value
             for name, value in self._left.items()
-            if name not in _SILENT_FIELDS and value is not None and value is not False
+            if name not in _IRRELEVANT_FIELDS and value is not None and value is not False
         }
-        passed_over = sorted(_BOOKKEEPING_FIELDS.intersection(said))
-        if passed_over:
-            _say_once(
-                f"config.json: passed over, as it says nothing of what the model computes: "
-                f"{', '.join(passed_over)}"
+        skipped = sorted(_BOOKKEEPING_FIELDS.intersection(given))
+        if skipped:
+            _warn_once(
+                "config.json: ignored, as they do not change what the model computes: "
+                f"{', '.join(skipped)}"
             )
         unknown = {
             name: value
-            for name, value in said.items()
+            for name, value in given.items()
             if name not in _BOOKKEEPING_FIELDS and name not in ignored
         }
         if unknown:
@@ -183,12 +259,12 @@ class _Fields:
 
 
 @functools.lru_cache
-def _say_once(line: str) -> None:
+def _warn_once(line: str) -> None:
     logger.warning("%s", line)
 
 
 def _llama(fields: _Fields, *, default_head_dim: int | None = None) -> dict[str, Any]:
-    """What LLaMA and its relatives share: RMS norm, gated SiLU, rotary positions."""
+    """Reads the fields of LLaMA and its relatives: RMS norm, gated SiLU, rotary positions."""
     fields.expect("hidden_act", "silu")
     hidden_size, num_heads = fields.take("hidden_size"), fields.take("num_attention_heads")
     max_positions = fields.take("max_position_embeddings")
@@ -244,7 +320,7 @@ def _qwen3(fields: _Fields) -> BackboneConfig:
 
 
 def _qwen_window(fields: _Fields, num_layers: int) -> int | None:
-    """The window of all layers; refused where only some layers have one."""
+    """Returns the window of all layers; refuses one of some layers only."""
     window = fields.take("sliding_window", None)
     first = fields.take("max_window_layers", 28)
     wanted = fields.take("use_sliding_window", False) and window is not None
@@ -261,10 +337,10 @@ def _qwen_window(fields: _Fields, num_layers: int) -> int | None:
 
 
 def _baichuan(fields: _Fields) -> BackboneConfig:
-    """Baichuan and Baichuan 2, which share a model type.
+    """Reads the fields of Baichuan and Baichuan 2, which share a model type.
 
-    The 7B models are rotary and say `max_position_embeddings`; the 13B models are ALiBi and say
-    `model_max_length`. Baichuan 2 has its vocabulary size, or writes `z_loss_weight`.
+    The 7B models are rotary and have `max_position_embeddings`; the 13B models are ALiBi and have
+    `model_max_length`. Baichuan 2 has its own vocabulary size or the field `z_loss_weight`.
     """
     fields.expect("hidden_act", "silu")
     vocab_size, num_heads = fields.take("vocab_size"), fields.take("num_attention_heads")
@@ -327,7 +403,7 @@ def _bloom(fields: _Fields) -> BackboneConfig:
 
 
 def _rope(fields: _Fields, max_positions: int) -> RopeConfig:
-    """Rotary settings, in the form of transformers 5 or that of 4."""
+    """Reads rotary settings, in the form of transformers 5 or that of 4."""
     theta = fields.take("rope_theta", None)
     outer_original = fields.take("original_max_position_embeddings", None)
     legacy, settings = fields.take("rope_scaling", None), fields.take("rope_parameters", None)
@@ -371,7 +447,7 @@ def _rope(fields: _Fields, max_positions: int) -> RopeConfig:
 def _check_same_angles(
     theta: float | None, legacy: Mapping[str, Any] | None, settings: Mapping[str, Any] | None
 ) -> None:
-    """Refuse two spellings of the rotary settings that differ: each version reads its own."""
+    """Refuses two differing forms of the rotary settings, as each version reads its own."""
     if not settings:
         return
     old = _one_spelling(legacy or {}) if legacy else {}
@@ -379,8 +455,8 @@ def _check_same_angles(
     new = _one_spelling(settings)
     if any(old[name] != new[name] for name in old.keys() & new.keys()):
         raise ValueError(
-            f"config.json: rope_parameters={dict(settings)!r} does not say the same as "
-            f"rope_theta={theta!r} with rope_scaling={legacy!r}; take out the wrong one"
+            f"config.json: rope_parameters={dict(settings)!r} differs from "
+            f"rope_theta={theta!r} with rope_scaling={legacy!r}; remove the wrong one"
         )
 
 
@@ -389,16 +465,6 @@ def _one_spelling(settings: Mapping[str, Any]) -> dict[str, Any]:
     kind = found.pop("type", "default")
     return {"rope_type": kind, **found}
 
-
-_YARN_FIELDS = (
-    "factor",
-    "attention_factor",
-    "beta_fast",
-    "beta_slow",
-    "mscale",
-    "mscale_all_dim",
-    "truncate",
-)
 
 _READERS: Mapping[str, Callable[[_Fields], BackboneConfig]] = {
     "llama": _plain_llama,
@@ -410,79 +476,14 @@ _READERS: Mapping[str, Callable[[_Fields], BackboneConfig]] = {
 }
 
 
-_ARCHITECTURES = {
-    "llama": "Llama",
-    "mistral": "Mistral",
-    "qwen2": "Qwen2",
-    "qwen3": "Qwen3",
-    "bloom": "Bloom",
-}
-# Fields of a source's config that outlive a change of layout.
-_TOKEN_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-
-
-def exported_layout(cfg: BackboneConfig) -> str:
-    """The `model_type` a backbone is exported as: Baichuan-7B is a LLaMA with fused weights."""
-    if cfg.family in ("baichuan", "baichuan2"):
-        return "llama" if cfg.family == "baichuan" and cfg.position == "rope" else "baichuan"
-    return cfg.family
-
-
-def to_hugging_face(
-    cfg: BackboneConfig,
-    *,
-    head: Head,
-    dtype: np.dtype,
-    source: Mapping[str, Any] | None = None,
-    tokens: Mapping[str, Any] | None = None,
-    pad_token_id: int | None = None,
-) -> dict[str, Any]:
-    """The `config.json` under which transformers and vLLM load an exported backbone.
-
-    A source's config is passed on with its own fields, changed only where the export differs.
-    Rotary settings that it gives in the words of transformers 5 alone (`rope_parameters`) stand
-    there in those of transformers 4 too (`rope_theta`, `rope_scaling`), which would take the
-    default angles otherwise; one that is made here has both.
-
-    Args:
-        cfg: the backbone.
-        head: `score` makes it a sequence classifier with one label.
-        dtype: of the exported weights.
-        source: the config the model came with, if it came from Hugging Face.
-        tokens: BOS, EOS and pad ids for a config that is made without one.
-        pad_token_id: for `score`: an id that never occurs in text, since transformers reads the
-            score at the last id that is not it.
-
-    Raises:
-        ValueError: the family has no sequence classifier in transformers, `score` without a pad
-            id, or the backbone is something its family's config has no words for.
-    """
-    layout = exported_layout(cfg)
-    if source is not None and source.get("model_type") == layout:
-        config = dict(source)
-    else:
-        config = _fresh(cfg, layout) | dict(tokens or {})
-        config |= {name: source[name] for name in _TOKEN_FIELDS if source and name in source}
-    if config.get("rope_parameters") is not None:
-        config |= _in_words_of_4(config["rope_parameters"])
-    if head == "score":
-        config |= _score_fields(layout, pad_token_id)
-    _check_says_the_same(config, cfg, layout)
-    # `torch_dtype` is transformers 4's name, which 5 reads too; a source's config that says no
-    # dtype is left so: transformers then takes that of the weights.
-    if source is None or "torch_dtype" in config:
-        return config | {"torch_dtype": str(dtype)}
-    return config | ({"dtype": str(dtype)} if "dtype" in config else {})
-
-
-def _check_says_the_same(config: Mapping[str, Any], cfg: BackboneConfig, layout: str) -> None:
-    """Raise where the layout has no words for what the backbone is."""
-    said = from_hugging_face(config)
+def _check_expresses(config: Mapping[str, Any], cfg: BackboneConfig, layout: str) -> None:
+    """Raises ValueError if the layout has no field for a setting of the backbone."""
+    written = from_hugging_face(config)
     lost = [
-        f"{field.name}={getattr(cfg, field.name)!r} (config.json: {getattr(said, field.name)!r})"
+        f"{field.name}={getattr(cfg, field.name)!r} (config.json: {getattr(written, field.name)!r})"
         for field in dataclasses.fields(cfg)
         if field.name not in ("family", "vocab_multiple")
-        and getattr(cfg, field.name) != getattr(said, field.name)
+        and getattr(cfg, field.name) != getattr(written, field.name)
     ]
     if lost:
         raise ValueError(f"model_type {layout!r} cannot express {', '.join(lost)}")
@@ -508,7 +509,7 @@ def _score_fields(layout: str, pad_token_id: int | None) -> dict[str, Any]:
 
 
 def _fresh(cfg: BackboneConfig, layout: str) -> dict[str, Any]:
-    """A config from nothing but the backbone."""
+    """Returns a new config for a backbone without a source config."""
     if layout == "bloom":
         return _bloom_fields(cfg)
     if layout not in _ARCHITECTURES:
@@ -559,10 +560,10 @@ def _bloom_fields(cfg: BackboneConfig) -> dict[str, Any]:
     }
 
 
-def _in_words_of_4(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """`rope_theta` and `rope_scaling` that say what `rope_parameters` does.
+def _legacy_rope(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns `rope_theta` and `rope_scaling` that are equal to `rope_parameters`.
 
-    Without a theta there it is left out here as well: one beside it is the config's own.
+    Without a theta in them it is left out here too, as the config may have its own.
     """
     scaling = {name: value for name, value in parameters.items() if name != "rope_theta"}
     is_default = scaling.get("rope_type", scaling.get("type", "default")) == "default"
@@ -571,7 +572,7 @@ def _in_words_of_4(parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rope_fields(rope: RopeConfig | None) -> dict[str, Any]:
-    """Rotary settings in transformers 5's words; those of 4 follow from them."""
+    """Returns rotary settings in the form of transformers 5, from which that of 4 follows."""
     assert rope is not None
     scaling: dict[str, Any] = {"rope_theta": rope.theta, "rope_type": rope.rope_type}
     if rope.rope_type == "default":

@@ -1,7 +1,7 @@
-"""Writing a backbone as a Hugging Face model folder that transformers and vLLM load."""
+"""Writes a backbone as a Hugging Face model folder that transformers and vLLM load."""
 
 import functools
-import json
+import operator
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,7 +14,7 @@ from huatuo_jax.backbone.config import BackboneConfig
 from huatuo_jax.backbone.transformer import Head
 from huatuo_jax.core.files import writing_directory
 from huatuo_jax.hf import tokenizer as tokenizers
-from huatuo_jax.hf.config import exported_layout, read_json, to_hugging_face
+from huatuo_jax.hf.config import exported_layout, read_json, to_hugging_face, write_json
 from huatuo_jax.hf.generation_config import (
     CONFIG_FILE,
     GENERATION_CONFIG_FILE,
@@ -30,8 +30,8 @@ from huatuo_jax.hf.safetensors_files import (
 from huatuo_jax.hf.tensor_table import TensorRule, tensor_rules
 from huatuo_jax.hf.tokenizer import SIDE_FILES, copy_files, drop_fields
 
-# Tensors that share a layer of one of our parameters (query, key, value) are written one after
-# another, mostly; the layer is fetched from its devices once for all of them.
+# Tensors that share a layer of one of our parameters (query, key, value) are mostly written one
+# after another, so the layer is fetched from its devices once for all of them.
 _KEPT_LAYERS = 4
 
 
@@ -47,10 +47,10 @@ def export_model(
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
 ) -> None:
-    """Write weights, config.json and what the model came with (tokenizer, generation config).
+    """Writes weights, config.json, tokenizer and generation config.
 
-    The folder is written beside its place and renamed when whole. One layer of one parameter is on
-    the host at a time.
+    The folder is written under a temporary name and renamed when complete. One layer of one
+    parameter is on the host at a time.
 
     Args:
         params: nested dict, as `transformer.init_params` makes it; every shard on this host.
@@ -58,15 +58,15 @@ def export_model(
         target: the folder to make.
         head: `lm`, or `score` for a sequence classifier with one label.
         source_folder: the folder the model came from, whose config, generation config, tokenizer
-            and chat template are passed on; None for a model with nothing of the kind.
-        ignored_fields: of its config, which are left out.
+            and chat template are copied; None for a model without them.
+        ignored_fields: fields of its config to leave out.
         dtype: of the weights; None keeps that of the parameters.
         max_shard_size: of a weights file, in bytes or as "5GB".
         overwrite: replace a target that is not empty.
 
     Raises:
-        ValueError: the family cannot be exported so (see `to_hugging_face`), or no id is free to
-            pad a reward model's input with.
+        ValueError: the family cannot be exported so (see `to_hugging_face`), or no id is free for
+            padding a reward model's input.
         FileExistsError: the target is not empty and `overwrite` is not set.
         OSError: it cannot be written.
     """
@@ -101,8 +101,7 @@ def export_model(
             _copy_side_files(source_folder, folder, layout)
             drop_fields(folder / CONFIG_FILE, ignored_fields)
         if config != source:
-            text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-            (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+            write_json(folder / CONFIG_FILE, config)
         if tokenizer is not None:
             wanted = tokenizers.load_tokenizer(tokenizer)
             tokenizers.check_loads_as(wanted, folder, name=str(tokenizer))
@@ -117,7 +116,7 @@ def _tensors(
     cfg: BackboneConfig,
     dtype: DTypeLike | None,
 ) -> list[TensorToWrite]:
-    """Every tensor of the export, in the checkpoint's usual order: layer by layer."""
+    """Returns every tensor of the export, in the checkpoint's usual order: layer by layer."""
 
     @functools.lru_cache(maxsize=_KEPT_LAYERS)
     def parts(rule: TensorRule, layer: int) -> tuple[np.ndarray, ...]:
@@ -139,11 +138,8 @@ def _tensors(
     return tensors
 
 
-def _leaf(params: Mapping[str, Any], path: str) -> jax.Array:
-    node: Any = params
-    for name in path.split("/"):
-        node = node[name]
-    return node
+def _leaf(params: Mapping[str, Any], path: str) -> Any:
+    return functools.reduce(operator.getitem, path.split("/"), params)
 
 
 def _source_config(
@@ -162,10 +158,10 @@ def _tokenizer_source(source_folder: pathlib.Path | None) -> pathlib.Path | None
 
 
 def _copy_side_files(source_folder: pathlib.Path, folder: pathlib.Path, layout: str) -> None:
-    """Copy what lies beside the weights, byte for byte.
+    """Copies the files beside the weights, byte for byte.
 
-    A Baichuan that becomes a LLaMA leaves its code behind: its tokenizer is written in the form
-    that transformers loads without it.
+    A Baichuan that becomes a LLaMA loses its code: its tokenizer is written in the form that
+    transformers loads without it.
     """
     if layout != "baichuan" and tokenizers.holds_tokenizer(source_folder):
         tokenizers.save_tokenizer(source_folder, folder)

@@ -1,19 +1,18 @@
-"""Which tokens end an answer: what a model's folder says of it, and writing that down."""
+"""Stop ids and sampling settings in a model folder's configs, read and written."""
 
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import transformers
 
-from huatuo_jax.hf.config import read_json
+from huatuo_jax.hf.config import read_json, write_json
 
 CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
 _FIELD = "eos_token_id"
 _TOKEN_FIELDS = ("bos_token_id", _FIELD, "pad_token_id")
-# Fields of a generation config that say nothing of the answers, and of a model's config, too.
+# Fields of a generation config (and of a model's config) that do not affect the answers.
 _NOT_OF_ANSWERS = frozenset(
     """_from_model_config output_attentions output_hidden_states return_dict_in_generate
     transformers_version use_cache""".split()
@@ -27,11 +26,11 @@ def stop_token_ids(
     of_template: Sequence[int],
     vocab_size: int,
 ) -> tuple[int, ...]:
-    """The ids that end an answer of a model, wherever it answers.
+    """Returns the ids that end a model's answers, in training and in generation.
 
     They are the chat template's, the tokenizer's EOS, and those of the model's folder:
-    `eos_token_id` of its `generation_config.json` or, as in transformers, of its `config.json`
-    where there is no such file.
+    `eos_token_id` of its `generation_config.json` or, as in transformers, of its `config.json` if
+    there is no such file.
 
     Args:
         folder: the model's, of either form; None for fresh weights.
@@ -63,11 +62,11 @@ def set_stop_token_ids(
     *,
     vocab_size: int,
 ) -> None:
-    """Writes what ends an answer into a folder's configs, for transformers and vLLM.
+    """Writes the stop ids into a folder's configs, for transformers and vLLM.
 
-    `generation_config.json` is made where it is absent, `config.json` only changed. Beside the stop
-    ids they say BOS, and the pad id: the tokenizer's, else the one they had, else the first stop
-    id, which is what transformers pads with.
+    `generation_config.json` is made if it is missing, `config.json` only changed. Besides the stop
+    ids they get BOS, and the pad id: the tokenizer's, else the one they had, else the first stop
+    id, which transformers pads with.
 
     Args:
         folder: of a model.
@@ -80,10 +79,10 @@ def set_stop_token_ids(
         if name == CONFIG_FILE and not path.is_file():
             continue
         config = read_json(path) if path.is_file() else {}
-        # Transformers would take it for a copy of config.json, and make it anew from there.
+        # With this field transformers would replace the file by one made from config.json.
         config.pop("_from_model_config", None)
         config |= _token_fields(config, stop_ids, tokenizer, vocab_size)
-        _write(path, config)
+        write_json(path, config)
 
 
 def set_sampling(
@@ -95,18 +94,18 @@ def set_sampling(
     max_new_tokens: int,
     vocab_size: int,
 ) -> None:
-    """Writes how answers are sampled unless told otherwise, in place of all that was said of it.
+    """Writes the default sampling settings, in place of the source's.
 
-    Of a `generation_config.json` the ids stay, and fields that transformers does not know, which a
-    family's own code may read. What else decides an answer (penalties, beams, forced tokens) goes,
-    there and in `config.json`: it is the source's.
+    In `generation_config.json` the ids stay, and fields that transformers does not know, which a
+    family's own code may read. All other fields that affect the answers (penalties, beams, forced
+    tokens) are removed, there and in `config.json`, as they belong to the source.
 
     Args:
         folder: of a model.
         temperature: 0 for the best token.
         top_p: 1 for all tokens.
-        top_k: 0 for all tokens, written as the size of the vocabulary: 0 is refused by SGLang, -1
-            by transformers, and transformers takes 50 where nothing is said.
+        top_k: 0 for all tokens, written as the size of the vocabulary: SGLang refuses 0 and
+            transformers -1, and without the field transformers takes 50.
         max_new_tokens: of an answer at most.
         vocab_size: of the model.
     """
@@ -120,14 +119,14 @@ def set_sampling(
             if temperature > 0:
                 kept |= {"temperature": temperature, "top_p": top_p, "top_k": top_k or vocab_size}
         if kept != given:
-            _write(path, kept)
+            write_json(path, kept)
 
 
 def token_fields_of(folder: pathlib.Path | None) -> dict[str, Any]:
-    """BOS, stop ids and pad as a folder's `generation_config.json` has them, for a new config.json.
+    """Returns BOS, stop ids and pad of `generation_config.json`, for a new config.json.
 
-    Null for what it leaves out, since a config class of transformers has ids of its own; empty
-    where there is no such file.
+    Missing ones are null, since a config class of transformers has ids of its own; empty if there
+    is no such file.
     """
     if folder is None or not (folder / GENERATION_CONFIG_FILE).is_file():
         return {}
@@ -151,17 +150,13 @@ def _token_fields(
     return fields
 
 
-def _write(path: pathlib.Path, config: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 def _file_of_ids(folder: pathlib.Path) -> pathlib.Path:
     path = folder / GENERATION_CONFIG_FILE
     return path if path.is_file() else folder / CONFIG_FILE
 
 
 def ids_in(path: pathlib.Path) -> list[int]:
-    """The ids that end an answer by a config, none where there is no such file or field.
+    """Returns the stop ids of a config; none if there is no such file or field.
 
     Raises:
         ValueError: the field holds something else.

@@ -1,9 +1,8 @@
-"""Loading a Hugging Face checkpoint tensor by tensor, straight into its shards.
+"""Loads a Hugging Face checkpoint tensor by tensor, straight into its shards.
 
-Delta weights: a model published as its difference from a base that may not be passed on.
-
-HuatuoGPT-13B is one, over Ziya-LLaMA-13B: to every tensor the base is added, except to those whose
-shape or meaning the fine-tuning changed, which are published whole.
+Delta weights are supported: a model published as its difference from a base that may not be
+redistributed. HuatuoGPT-13B is one, over Ziya-LLaMA-13B: the base is added to every tensor except
+those whose shape or meaning the fine-tuning changed, which are published whole.
 """
 
 import dataclasses
@@ -11,7 +10,7 @@ import math
 import pathlib
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
@@ -23,6 +22,7 @@ from huatuo_jax.backbone.transformer import Head, abstract_params
 from huatuo_jax.core import sharding
 from huatuo_jax.hf.safetensors_files import common_dtype
 from huatuo_jax.hf.tensor_table import TensorRule, is_legacy_buffer, tensor_rules
+from huatuo_jax.hf.weight_files import StoredTensor, TensorSource
 
 Progress = Callable[[int, int], None]
 
@@ -31,30 +31,61 @@ _BASE_PREFIXES = ("model.", "transformer.")
 _HEAD = "lm_head.weight"
 _LISTED = 5
 _ALIGNMENT = 64  # bytes
+# Tensors of delta weights that are not differences.
+_PUBLISHED_WHOLE = re.compile(r"(^|\.)(embed_tokens\.weight|lm_head\.weight|rotary_emb\.inv_freq)$")
 
 
-class Tensors(Protocol):
-    """The tensors of a checkpoint, each read when it is asked for."""
+@dataclasses.dataclass(frozen=True)
+class _Sum:
+    """A tensor of delta weights plus that of the base, summed when it is read.
+
+    The sum is taken in float32 and rounded to the delta's dtype.
+    """
+
+    delta: StoredTensor
+    base: StoredTensor
 
     @property
-    def folder(self) -> pathlib.Path:
-        """Where they come from, for messages."""
+    def path(self) -> pathlib.Path:
+        return self.delta.path
 
-    def names(self) -> tuple[str, ...]:
-        """Name every tensor."""
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.delta.shape
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Tell the shape of a tensor."""
+    @property
+    def dtype(self) -> np.dtype:
+        return self.delta.dtype
 
-    def dtype(self, name: str) -> np.dtype:
-        """Tell the dtype of a tensor."""
+    def read(self) -> np.ndarray:
+        total = self.delta.read().astype(np.float32) + self.base.read().astype(np.float32)
+        return total.astype(self.dtype)
 
-    def read(self, name: str) -> np.ndarray:
-        """Read one tensor into a new array."""
+
+def add_delta(delta: TensorSource, base: TensorSource) -> TensorSource:
+    """Returns the tensors of base plus delta; no whole model is in memory.
+
+    Raises:
+        ValueError: delta and base do not fit together.
+    """
+    summed: dict[str, StoredTensor] = {}
+    for name, tensor in delta.tensors.items():
+        if _PUBLISHED_WHOLE.search(name):
+            summed[name] = tensor
+            continue
+        if name not in base.tensors:
+            raise ValueError(f"{base.folder}: the base lacks {name} of the delta")
+        if base.shape(name) != tensor.shape:
+            raise ValueError(
+                f"{base.folder}: {name} is {base.shape(name)} in the base, "
+                f"{tensor.shape} in the delta: not the base of this delta"
+            )
+        summed[name] = _Sum(tensor, base.tensors[name])
+    return TensorSource(delta.folder, summed)
 
 
 def load_params(
-    source: Tensors,
+    source: TensorSource,
     cfg: BackboneConfig,
     *,
     layout: str,
@@ -63,17 +94,17 @@ def load_params(
     dtype: DTypeLike | None = None,
     on_progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """The parameters of a checkpoint, each on the devices where the partition rules put it.
+    """Loads the parameters of a checkpoint onto the devices of the partition rules.
 
-    One stacked parameter at a time is built on the host, and of it only the shards of this host's
-    devices; every tensor is read once.
+    The host builds one stacked parameter at a time, and only the shards of its own devices; every
+    tensor is read once.
 
     Args:
         source: the checkpoint's tensors.
         cfg: the backbone its config describes.
         layout: the config's `model_type`.
         head: `score` for a sequence classifier.
-        mesh: where to; None for the first device alone.
+        mesh: of the parameters; None for the first device alone.
         dtype: of the parameters; None keeps that of the checkpoint.
         on_progress: called with tensors done and tensors in all.
 
@@ -104,7 +135,7 @@ def load_params(
             if on_progress is not None:
                 on_progress(done, total)
         flat[rule.path] = buffers.to_array()
-    return _nest(flat)
+    return nested(flat)
 
 
 class _Buffers:
@@ -132,25 +163,25 @@ class _Buffers:
         }
 
     def fill(self, layer: int, value: np.ndarray) -> None:
-        """Copy one layer's value (or the whole, where layers are not stacked) into the shards."""
+        """Copies one layer's value (or the whole, where layers are not stacked) into the shards."""
         for bounds, buffer in self._buffers.items():
             inner = bounds[1:] if self._stacked else bounds
             target = buffer[layer] if self._stacked else buffer
             np.copyto(target, value[tuple(slice(*b) for b in inner)], casting="unsafe")
 
     def to_array(self) -> jax.Array:
-        """The parameter on its devices; this host's memory is given up."""
+        """Moves the parameter to its devices and frees this host's memory."""
         shards = [
             jax.device_put(self._buffers[bounds], device) for device, bounds in self._slices.items()
         ]
         self._buffers = {}
         array = jax.make_array_from_single_device_arrays(self._shape, self._place, shards)
-        # Wait, or the host's copies of several parameters pile up behind the transfer.
+        # Wait, or the host's copies of several parameters accumulate during the transfer.
         return jax.block_until_ready(array)
 
 
 def _aligned(shape: list[int], dtype: np.dtype) -> np.ndarray:
-    """Memory that a CPU device takes over as it is; it would copy what is not aligned."""
+    """Allocates aligned memory, which a CPU device uses without a copy."""
     size = math.prod(shape) * dtype.itemsize
     raw = np.empty(size + _ALIGNMENT, dtype=np.uint8)
     start = -raw.ctypes.data % _ALIGNMENT
@@ -162,51 +193,23 @@ def _sharding(
 ) -> jax.sharding.Sharding:
     if mesh is None:
         return SingleDeviceSharding(jax.local_devices()[0])
-    tree = _nest({path: jax.ShapeDtypeStruct(leaf.shape, dtype)})
+    tree = nested({path: jax.ShapeDtypeStruct(leaf.shape, dtype)})
     return jax.tree.leaves(sharding.parameter_shardings(tree, mesh))[0]
 
 
-def _prefix(source: Tensors, rules: tuple[TensorRule, ...]) -> str:
-    """The prefix to leave off our names, for a checkpoint of the bare base model."""
+def _prefix(source: TensorSource, rules: tuple[TensorRule, ...]) -> str:
+    """Returns the prefix that the names of a bare base model lack."""
     expected = next(prefix for prefix in _BASE_PREFIXES if rules[0].names[0].startswith(prefix))
     bare = not any(name.startswith(expected) for name in source.names())
     return expected if bare else ""
 
 
-@dataclasses.dataclass(frozen=True)
-class _Renamed:
-    """The tensors of a checkpoint, one of them under another name."""
-
-    source: Tensors
-    stored: str
-    name: str
-
-    @property
-    def folder(self) -> pathlib.Path:
-        return self.source.folder
-
-    def names(self) -> tuple[str, ...]:
-        return tuple(self.name if one == self.stored else one for one in self.source.names())
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self.source.shape(self._stored(name))
-
-    def dtype(self, name: str) -> np.dtype:
-        return self.source.dtype(self._stored(name))
-
-    def read(self, name: str) -> np.ndarray:
-        return self.source.read(self._stored(name))
-
-    def _stored(self, name: str) -> str:
-        return self.stored if name == self.name else name
-
-
-def _with_embedding(source: Tensors, embedding: str, cfg: BackboneConfig) -> Tensors:
-    """A tied model may be saved with either name of its one matrix; here it has the embedding's."""
-    names = source.names()
-    if cfg.tie_embeddings and embedding not in names and _HEAD in names:
-        return _Renamed(source, _HEAD, embedding)
-    return source
+def _with_embedding(source: TensorSource, embedding: str, cfg: BackboneConfig) -> TensorSource:
+    """Gives the one matrix of a tied model, saved under either name, the embedding's name."""
+    if not cfg.tie_embeddings or embedding in source.tensors or _HEAD not in source.tensors:
+        return source
+    renamed = {embedding if name == _HEAD else name: one for name, one in source.tensors.items()}
+    return TensorSource(source.folder, renamed)
 
 
 def _layers(rule: TensorRule, cfg: BackboneConfig) -> range:
@@ -218,13 +221,13 @@ def _names(rule: TensorRule, layer: int, prefix: str) -> list[str]:
 
 
 def _check_tensors(
-    source: Tensors,
+    source: TensorSource,
     rules: tuple[TensorRule, ...],
     cfg: BackboneConfig,
     head: Head,
     prefix: str,
 ) -> int:
-    """Compare the checkpoint with the table before anything is read; the number of tensors."""
+    """Compares the checkpoint with the table before reading; returns the number of tensors."""
     expected: dict[str, tuple[int, ...]] = {}
     for rule in rules:
         for layer in _layers(rule, cfg):
@@ -248,8 +251,8 @@ def _check_tensors(
     return len(expected)
 
 
-def _check_tied(source: Tensors, embedding: str) -> None:
-    """A tied head that is saved all the same must be the embedding."""
+def _check_tied(source: TensorSource, embedding: str) -> None:
+    """Refuses a saved head of a tied model that differs from the embedding."""
     if not np.array_equal(source.read(_HEAD), source.read(embedding)):
         raise ValueError(
             f"{source.folder}: config.json ties the head to the embedding, but {_HEAD} "
@@ -271,7 +274,8 @@ def _flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the dict of dicts with the given paths, such as `layers/qkv/kernel`."""
     tree: dict[str, Any] = {}
     for path, leaf in flat.items():
         *parents, last = path.split("/")
@@ -280,55 +284,3 @@ def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
             node = node.setdefault(parent, {})
         node[last] = leaf
     return tree
-
-
-_PUBLISHED_WHOLE = re.compile(r"(^|\.)(embed_tokens\.weight|lm_head\.weight|rotary_emb\.inv_freq)$")
-
-
-@dataclasses.dataclass(frozen=True)
-class DeltaSource:
-    """The tensors of base plus delta, each summed when it is read: no model is ever whole here.
-
-    Sums are taken in float32 and rounded to the delta's dtype, which is the sum in that dtype.
-    """
-
-    delta: Tensors
-    base: Tensors
-
-    def __post_init__(self) -> None:
-        """Raise ValueError where the two do not belong together, before anything is read."""
-        for name in self.delta.names():
-            if _PUBLISHED_WHOLE.search(name):
-                continue
-            if name not in self.base.names():
-                raise ValueError(f"{self.base.folder}: the base lacks {name} of the delta")
-            if self.base.shape(name) != self.delta.shape(name):
-                raise ValueError(
-                    f"{self.base.folder}: {name} is {self.base.shape(name)} in the base, "
-                    f"{self.delta.shape(name)} in the delta: not the base of this delta"
-                )
-
-    @property
-    def folder(self) -> pathlib.Path:
-        """The delta's folder."""
-        return self.delta.folder
-
-    def names(self) -> tuple[str, ...]:
-        """Name every tensor of the delta."""
-        return self.delta.names()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Tell the shape of a tensor."""
-        return self.delta.shape(name)
-
-    def dtype(self, name: str) -> np.dtype:
-        """Tell the dtype of a tensor, which is the delta's."""
-        return self.delta.dtype(name)
-
-    def read(self, name: str) -> np.ndarray:
-        """Read one tensor of the sum into a new array."""
-        difference = self.delta.read(name)
-        if _PUBLISHED_WHOLE.search(name):
-            return difference
-        total = difference.astype(np.float32) + self.base.read(name).astype(np.float32)
-        return total.astype(difference.dtype)

@@ -1,6 +1,8 @@
-"""Safetensors files: where their tensors lie, and writing them in shards with one in memory.
+"""Safetensors files: tensors read one at a time, and written in shards with one in memory.
 
-Where one tensor's bytes lie in a weight file, and how to read only those.
+Reading is the safetensors library's. Writing is done here, because `safetensors.serialize_file`
+takes all tensors of a file at once: a shard of 5 GB would have to be in memory, where this writer
+holds one tensor; and on a full disk the error names the missing bytes.
 """
 
 import contextlib
@@ -15,13 +17,13 @@ import pathlib
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-# Both kinds of weight file name their dtypes in their own way; these are the ones that both know.
+# The dtypes that both kinds of weight file support.
 SUPPORTED_DTYPES: dict[str, np.dtype] = {
     "float64": np.dtype(np.float64),
     "float32": np.dtype(np.float32),
@@ -38,81 +40,7 @@ SUPPORTED_DTYPES: dict[str, np.dtype] = {
     "bool": np.dtype(np.bool_),
 }
 
-
 _BOTH_HALVES = {SUPPORTED_DTYPES["float16"], SUPPORTED_DTYPES["bfloat16"]}
-
-
-def common_dtype(dtypes: Collection[np.dtype]) -> np.dtype:
-    """The narrowest dtype that holds every value of these; float32 for float16 beside bfloat16.
-
-    Those two have no common dtype in NumPy: one has the longer mantissa, the other the range.
-    """
-    if _BOTH_HALVES <= set(dtypes):
-        dtypes = [*(set(dtypes) - _BOTH_HALVES), np.dtype(np.float32)]
-    return np.result_type(*dtypes)
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class StoredTensor:
-    """One tensor that still lies on disk.
-
-    `strides` counts elements, as torch does, one for each dimension of `shape`; `byte_offset` is
-    where the first element lies in the file at `path`.
-    """
-
-    path: pathlib.Path
-    dtype: np.dtype
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    byte_offset: int
-
-    def read(self) -> np.ndarray:
-        """Read the tensor into a new, writable, C-contiguous array in host memory.
-
-        Only the span from the tensor's first to its last element is read. A tensor stored in
-        another order (a saved transpose, say) needs that span beside the result for a moment.
-        Any number of threads may read at once: each call opens the file for itself.
-
-        Raises:
-            ValueError: The file has become shorter since it was opened.
-        """
-        if self.strides == contiguous_strides(self.shape) or math.prod(self.shape) <= 1:
-            array = np.empty(self.shape, self.dtype)
-            self._fill(array)
-            return array
-        span = np.empty(spanned_elements(self.shape, self.strides), self.dtype)
-        self._fill(span)
-        byte_strides = [stride * self.dtype.itemsize for stride in self.strides]
-        view = np.lib.stride_tricks.as_strided(span, self.shape, byte_strides, writeable=False)
-        return np.array(view, order="C", copy=True)
-
-    def _fill(self, array: np.ndarray) -> None:
-        # Plain reads into the destination: pages of a memory map would count as resident memory
-        # of this process, and a whole checkpoint would pass through it.
-        remaining = array.reshape(-1).view(np.uint8).data
-        with open(self.path, "rb", buffering=0) as file:
-            file.seek(self.byte_offset)
-            while len(remaining) > 0:
-                num_read = file.readinto(remaining)
-                if not num_read:
-                    raise ValueError(
-                        f"{self.path}: {len(remaining)} bytes of a tensor are missing; the file "
-                        "became shorter while it was read, copy or download it again"
-                    )
-                remaining = remaining[num_read:]
-
-
-def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Count the elements between neighbours along each dimension of a C-contiguous array."""
-    return tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
-
-
-def spanned_elements(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
-    """Count the elements from the first to the last of a strided array, both included."""
-    if 0 in shape:
-        return 0
-    return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-
 
 # The format's names of our dtypes, widest first: the order in which the safetensors library lays
 # tensors out, so that each starts at a multiple of its own width.
@@ -145,8 +73,40 @@ _BYTES_PER_UNIT = {"": 1, "B": 1} | {
 }
 
 
+def common_dtype(dtypes: Collection[np.dtype]) -> np.dtype:
+    """Returns the narrowest dtype that holds all of these; float32 for float16 and bfloat16.
+
+    These two have no common dtype in NumPy: one has the longer mantissa, the other the range.
+    """
+    if _BOTH_HALVES <= set(dtypes):
+        dtypes = [*(set(dtypes) - _BOTH_HALVES), np.dtype(np.float32)]
+    return np.result_type(*dtypes)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SafetensorsTensor:
+    """One tensor of a safetensors file, on disk until it is read."""
+
+    path: pathlib.Path
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+    def read(self) -> np.ndarray:
+        """Reads the tensor into a new, writable, C-contiguous array in host memory.
+
+        Any number of threads may read at once: each call opens the file for itself.
+
+        Raises:
+            ValueError: The file was damaged or cut short after it was opened.
+        """
+        with _opened(self.path) as file:
+            array: np.ndarray = file.get_tensor(self.name)
+        return array
+
+
 class TensorToWrite(NamedTuple):
-    """A tensor described ahead of time, so that files are planned before any of it exists."""
+    """A tensor described ahead of time, so that files are planned before its data exist."""
 
     name: str
     shape: tuple[int, ...]
@@ -160,7 +120,7 @@ class TensorToWrite(NamedTuple):
 
 
 def parse_size(size: int | str) -> int:
-    """Turn a size such as 5_000_000, "200MB", "5GB" or "1.5GiB" into bytes.
+    """Converts a size such as 5_000_000, "200MB", "5GB" or "1.5GiB" into bytes.
 
     As huggingface_hub does, GB is 10**9 bytes; GiB is 2**30. Case does not matter.
 
@@ -176,41 +136,27 @@ def parse_size(size: int | str) -> int:
     return num_bytes
 
 
-def read_safetensors_layout(path: pathlib.Path) -> dict[str, StoredTensor]:
-    """Find every tensor of one safetensors file, in the order of the file.
-
-    The safetensors library checks the header: that it is well formed, that the tensors cover the
-    data without gap or overlap, and that no byte of the file is missing or left over. It maps the
-    file only while it does so and touches none of its data.
+def read_safetensors_layout(path: pathlib.Path) -> dict[str, SafetensorsTensor]:
+    """Lists every tensor of one safetensors file, in the order of the file; reads no data.
 
     Raises:
         ValueError: The file is damaged or cut short, or holds a dtype that is not supported.
     """
-    try:
-        with safe_open(path, framework="np") as checked:
-            names_by_offset = checked.offset_keys()
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path}: damaged or cut short ({error}); copy or download it again"
-        ) from error
-    with open(path, "rb") as file:
-        header_size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(header_size))
     tensors = {}
-    for name in names_by_offset:
-        entry = header[name]
-        if entry["dtype"] not in _DTYPE_BY_FORMAT_NAME:
-            raise ValueError(
-                f"{path}: tensor {name} has dtype {entry['dtype']}; supported dtypes are "
-                f"{', '.join(_DTYPE_BY_FORMAT_NAME)}"
+    with _opened(path) as file:
+        for name in file.offset_keys():
+            stored = file.get_slice(name)
+            if stored.get_dtype() not in _DTYPE_BY_FORMAT_NAME:
+                raise ValueError(
+                    f"{path}: tensor {name} has dtype {stored.get_dtype()}; supported dtypes are "
+                    f"{', '.join(_DTYPE_BY_FORMAT_NAME)}"
+                )
+            tensors[name] = SafetensorsTensor(
+                path=path,
+                name=name,
+                dtype=_DTYPE_BY_FORMAT_NAME[stored.get_dtype()],
+                shape=tuple(stored.get_shape()),
             )
-        tensors[name] = StoredTensor(
-            path=path,
-            dtype=_DTYPE_BY_FORMAT_NAME[entry["dtype"]],
-            shape=tuple(entry["shape"]),
-            strides=contiguous_strides(tuple(entry["shape"])),
-            byte_offset=8 + header_size + entry["data_offsets"][0],
-        )
     return tensors
 
 
@@ -221,21 +167,21 @@ def write_safetensors(
     max_shard_size: int,
     metadata: Mapping[str, str] = TRANSFORMERS_METADATA,
 ) -> None:
-    """Write tensors as transformers does: `model.safetensors`, or shards and their index.
+    """Writes tensors as transformers does: `model.safetensors`, or shards and their index.
 
     Shards are filled in the order of `tensors`; one bigger than `max_shard_size` (bytes) gets a
     shard of its own. Within a file the safetensors library's order holds (widest dtype first, then
     by name), and in that order each tensor is produced, written and dropped, so that one at a time
     is in memory. Files are on the disk, not only in its cache, when this returns.
 
-    The folder must exist. Write into one that nobody reads yet and rename it when it is whole:
-    after an error the files written so far stay where they are.
+    The folder must exist. Write into one that nobody reads yet and rename it when it is complete:
+    after an error the files written so far remain.
 
     Raises:
         ValueError: There is no tensor, a name comes twice, a dtype is not supported,
-            `max_shard_size` is not positive, or a produced array is not what was announced.
+            `max_shard_size` is not positive, or a produced array differs from its description.
         FileExistsError: The folder holds safetensors weights already.
-        OSError: Writing failed, as on a full disk; the message says how many bytes are missing.
+        OSError: Writing failed, as on a full disk; the message has the number of missing bytes.
     """
     _check_plan(folder, tensors, max_shard_size)
     shards = plan_shards(tensors, max_shard_size=max_shard_size)
@@ -262,10 +208,9 @@ def write_safetensors(
 def plan_shards(
     tensors: Sequence[TensorToWrite], *, max_shard_size: int
 ) -> list[list[TensorToWrite]]:
-    """Split tensors into shards of at most `max_shard_size` bytes of data, as huggingface_hub does.
+    """Splits tensors into shards of at most `max_shard_size` bytes, as huggingface_hub does.
 
-    A tensor bigger than that gets a shard of its own, which comes before the shard that was being
-    filled when it turned up.
+    A tensor bigger than that gets a shard of its own, before the shard that is being filled.
     """
     shards: list[list[TensorToWrite]] = []
     filling: list[TensorToWrite] = []
@@ -284,28 +229,44 @@ def plan_shards(
     return shards
 
 
+@contextlib.contextmanager
+def _opened(path: pathlib.Path) -> Iterator[Any]:
+    """Opens a file with the safetensors library, which checks its header and its size.
+
+    It reads with `pread`: pages of a memory map would count as resident memory of this process,
+    and a whole checkpoint would pass through it.
+    """
+    try:
+        with safe_open(path, framework="np", backend="pread") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path}: damaged or cut short ({error}); copy or download it again"
+        ) from error
+
+
 class _DurableWriter:
-    """Writes new files through to the disk and knows how much of the plan is still to come."""
+    """Writes new files through to the disk and counts the bytes that are missing."""
 
     def __init__(self, num_planned_bytes: int) -> None:
         self.num_planned_bytes = num_planned_bytes
         self.num_missing_bytes = num_planned_bytes
 
     def write_file(self, path: pathlib.Path, chunks: Iterable[bytes | memoryview]) -> None:
-        # Only our own calls are blamed on `path`: producing a chunk may read other files.
-        with self._telling_what_is_missing(path):
+        # Only errors of our own calls name `path`: producing a chunk may read other files.
+        with self._naming_missing_bytes(path):
             file = open(path, "xb", buffering=0)
         with file:
             for chunk in chunks:
-                with self._telling_what_is_missing(path):
+                with self._naming_missing_bytes(path):
                     self._write_all(file, chunk)
                 del chunk  # Else it would stay in memory until the next one is there.
-            with self._telling_what_is_missing(path):
-                # Some file systems find out only here that there was no room.
+            with self._naming_missing_bytes(path):
+                # Some file systems report a full disk only here.
                 os.fsync(file.fileno())
 
     def _write_all(self, file: io.FileIO, chunk: bytes | memoryview) -> None:
-        # An unbuffered file may take only part of what it is given, and says how much.
+        # An unbuffered file may write only a part, and returns how much.
         remaining = memoryview(chunk)
         while len(remaining) > 0:
             num_written = file.write(remaining)
@@ -313,7 +274,7 @@ class _DurableWriter:
             remaining = remaining[num_written:]
 
     @contextlib.contextmanager
-    def _telling_what_is_missing(self, path: pathlib.Path) -> Iterator[None]:
+    def _naming_missing_bytes(self, path: pathlib.Path) -> Iterator[None]:
         try:
             yield
         except OSError as error:
@@ -326,7 +287,7 @@ class _DurableWriter:
 
 
 def _sync_folder(folder: pathlib.Path) -> None:
-    # The names of new files belong to the folder, which has to reach the disk by itself.
+    # The names of new files are part of the folder, which is synced by itself.
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

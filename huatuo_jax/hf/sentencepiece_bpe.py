@@ -1,4 +1,10 @@
-"""A SentencePiece BPE model rebuilt as a fast tokenizer whose ids and texts equal its own."""
+"""A SentencePiece BPE model rebuilt as a fast tokenizer whose ids and texts equal its own.
+
+transformers has a conversion too (`SpmConverter.build_tokenizer_from_spm_proto`), which is not used
+here: in version 5.24 it is exact for Baichuan's and LLaMA's settings, but of 3,043 test texts 257
+differ for models that remove extra spaces, 39 with user-defined symbols, and 1 with a character map
+where spaces are kept; and it merges pieces of equal score by id, not from the left.
+"""
 
 import collections
 import graphlib
@@ -105,8 +111,8 @@ def _ordered_merges(path: pathlib.Path, scores: dict[str, float]) -> list[Merge]
 def _leftmost_first(merges: list[Merge], scores: dict[str, float]) -> list[Merge]:
     """Orders merges of one score so that of two that overlap, the left one comes first.
 
-    Merges (a, b) and (b, c) overlap where the symbols a b c come to stand side by side. No merge
-    has crossed their ends then, so the text abc on its own tells whether that can happen.
+    Merges (a, b) and (b, c) overlap if the symbols a b c become neighbours. No merge has crossed
+    their ends then, so the text abc alone decides whether that can happen.
     """
     followers: dict[str, list[Merge]] = {right: [] for _, right in merges}
     for merge in merges:
@@ -148,7 +154,7 @@ def _spelled_out(model: models.BPE, cut: Any, words: list[str]) -> list[Any]:
 def _normalizer(
     path: pathlib.Path, processor: Any, spec: Any, symbols: list[str]
 ) -> normalizers.Normalizer | None:
-    """SentencePiece's normaliser: character map, spaces removed, one put in front, spaces marked.
+    """Returns SentencePiece's normalizer: character map, spaces removed, prefix, space marks.
 
     A character map is exact but for a mapped character with a combining mark (full-width `Á`).
     """

@@ -1,8 +1,8 @@
 """The one table between our parameters and the tensors of Hugging Face checkpoints.
 
-A rule says, for one of our parameters, which tensors of one layer make it up and how they join;
-the inverse splits it again, bit for bit. PyTorch keeps a linear map as `[out, in]`, we keep
-`[in, out]` with the dimensions written apart.
+A rule names, for one of our parameters, the tensors of one layer that it is made of, and joins
+them; the inverse splits it again, bit for bit. PyTorch stores a linear map as `[out, in]`, we
+store `[in, out]` with separate dimensions.
 """
 
 import dataclasses
@@ -17,21 +17,21 @@ from huatuo_jax.backbone.transformer import Head
 Arrays = Sequence[np.ndarray]
 Shape = tuple[int, ...]
 
-# Buffers that old checkpoints carry and that the config already says.
+# Buffers in old checkpoints that follow from the config.
 LEGACY_BUFFERS = (r"rotary_emb\.inv_freq", r"rotary_emb\.(cos|sin)_cached")
 _LEGACY = re.compile(rf"(^|\.)({'|'.join(LEGACY_BUFFERS)})$")
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorRule:
-    """How tensors of a checkpoint make up one parameter.
+    """The mapping between tensors of a checkpoint and one parameter.
 
     Attributes:
         path: the parameter, `layers/mlp/down/kernel`.
-        names: the tensors, with `{layer}` where there is one a layer.
-        shapes: theirs.
-        join: from those tensors to the parameter (to one layer's part of it).
-        split: back.
+        names: the tensors, with `{layer}` if there is one a layer.
+        shapes: of the tensors.
+        join: from the tensors to the parameter (to one layer's part of it).
+        split: the inverse of `join`.
     """
 
     path: str
@@ -42,17 +42,17 @@ class TensorRule:
 
     @property
     def stacked(self) -> bool:
-        """Whether the parameter stacks one part a layer."""
+        """Returns whether the parameter stacks one part a layer."""
         return "{layer}" in self.names[0]
 
 
 def is_legacy_buffer(name: str) -> bool:
-    """Whether a checkpoint's tensor is a buffer that is passed over by name."""
+    """Returns whether a checkpoint's tensor is a buffer that is ignored."""
     return _LEGACY.search(name) is not None
 
 
 def tensor_rules(cfg: BackboneConfig, layout: str, head: Head) -> tuple[TensorRule, ...]:
-    """The table for one backbone.
+    """Returns the table for one backbone.
 
     Args:
         cfg: the backbone.
@@ -137,7 +137,7 @@ def _bloom_rules(cfg: BackboneConfig) -> list[TensorRule]:
 
 
 def _separate_qkv(cfg: BackboneConfig) -> list[TensorRule]:
-    """q_proj, k_proj, v_proj."""
+    """Maps q_proj, k_proj and v_proj."""
     names = tuple(f"model.layers.{{layer}}.self_attn.{part}_proj.weight" for part in "qkv")
     rows = _qkv_rows(cfg)
     shapes = tuple((size, cfg.hidden_size) for size in rows)
@@ -165,7 +165,7 @@ def _separate_qkv(cfg: BackboneConfig) -> list[TensorRule]:
 
 
 def _packed_qkv(cfg: BackboneConfig) -> list[TensorRule]:
-    """Baichuan's W_pack: all queries, then all keys, then all values."""
+    """Maps Baichuan's W_pack: all queries, then all keys, then all values."""
     ends = np.cumsum(_qkv_rows(cfg))
     return [
         TensorRule(
@@ -184,7 +184,7 @@ def _qkv_rows(cfg: BackboneConfig) -> tuple[int, int, int]:
 
 
 def _group_heads(parts: Arrays, cfg: BackboneConfig) -> np.ndarray:
-    """Queries `[..., N H]`, keys and values `[..., K H]` to `[..., K, M]`."""
+    """Joins queries `[..., N H]`, keys and values `[..., K H]` to `[..., K, M]`."""
     blocks = [part.reshape(*part.shape[:-1], cfg.num_kv_heads, -1) for part in parts]
     return np.concatenate(blocks, axis=-1)
 
@@ -196,7 +196,7 @@ def _ungroup_heads(ours: np.ndarray, cfg: BackboneConfig) -> Arrays:
 
 
 def _linear(path: str, name: str, inputs: Shape, outputs: Shape) -> TensorRule:
-    """A matrix `[out, in]`, ours `[*inputs, *outputs]`."""
+    """Maps a matrix `[out, in]` to ours, `[*inputs, *outputs]`."""
     shape = (int(np.prod(outputs)), int(np.prod(inputs)))
     return TensorRule(
         path,
@@ -208,7 +208,7 @@ def _linear(path: str, name: str, inputs: Shape, outputs: Shape) -> TensorRule:
 
 
 def _vector(path: str, name: str, shape: Shape) -> TensorRule:
-    """A bias or a norm's scale, ours with its dimensions written apart."""
+    """Maps a bias or a norm's scale to a parameter with separate dimensions."""
     flat = (int(np.prod(shape)),)
     return TensorRule(
         path,
@@ -220,7 +220,7 @@ def _vector(path: str, name: str, shape: Shape) -> TensorRule:
 
 
 def _pair(path: str, name: str, shape: Shape) -> TensorRule:
-    """gate_proj and up_proj, side by side before the last dimension."""
+    """Maps gate_proj and up_proj, side by side before the last dimension."""
     return TensorRule(
         path,
         (name.replace("{}", "gate"), name.replace("{}", "up")),
@@ -231,7 +231,7 @@ def _pair(path: str, name: str, shape: Shape) -> TensorRule:
 
 
 def _vocabulary(path: str, name: str, cfg: BackboneConfig, *, transposed: bool) -> TensorRule:
-    """A tensor with one row a token; ours has zero rows up to the padded vocabulary."""
+    """Maps a tensor with one row a token; ours has zero rows up to the padded vocabulary."""
     padding = ((0, cfg.padded_vocab_size - cfg.vocab_size), (0, 0))
 
     def join(parts: Arrays) -> np.ndarray:

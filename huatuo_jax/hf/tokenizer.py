@@ -1,10 +1,8 @@
-"""Tokenizers: loaded from any model's folder without its remote code, and exported so others can.
+"""Tokenizers and the other files beside a model's weights: loaded without remote code, exported.
 
 Baichuan's tokenizer is Python code around a SentencePiece BPE model. It is rebuilt here, from the
 model alone, as a `tokenizers` pipeline that gives the same ids, because an export must load in
-transformers and vLLM with nothing but its own files.
-
-What lies beside the weights of a model and is passed on with them, and where it comes from.
+transformers and vLLM from its own files only.
 """
 
 import copy
@@ -22,16 +20,20 @@ import transformers
 from tokenizers import AddedToken, Regex, pre_tokenizers
 
 from huatuo_jax.hf import sentencepiece_bpe
-from huatuo_jax.hf.config import read_json
+from huatuo_jax.hf.config import read_json, write_json
 from huatuo_jax.hf.generation_config import CONFIG_FILE, GENERATION_CONFIG_FILE, set_stop_token_ids
 
-# The files beside the weights that make a tokenizer; an export carries those that exist.
+# The files of a tokenizer; an export has those that exist.
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
     *("chat_template.jinja", "chat_template.json"),
 )
-TEMPLATE_FILES = "additional_chat_templates/*.jinja"  # further templates, carried along too
+TEMPLATE_FILES = "additional_chat_templates/*.jinja"  # further templates, exported too
+# As patterns. A family's own code is copied and never run.
+_MODEL_FILES = (CONFIG_FILE, GENERATION_CONFIG_FILE, "*.py")
+_TOKENIZER_FILES = (*TOKENIZER_FILES, TEMPLATE_FILES)
+SIDE_FILES = (*_MODEL_FILES, *_TOKENIZER_FILES)
 
 _NEW_PAD_TOKEN = "<|reward_pad|>"
 _BAICHUAN_CLASS = re.compile("baichuantokenizer", re.IGNORECASE)
@@ -69,8 +71,8 @@ def save_tokenizer(
     """Writes a tokenizer into an export folder, as unchanged files wherever that is possible.
 
     A folder or hub id, and a tokenizer that still equals the folder it was loaded from, are copied
-    byte for byte. A tokenizer changed in memory is written as it stands, a Baichuan tokenizer in
-    the form that loads without remote code, beside its original `tokenizer.model`.
+    byte for byte. A tokenizer changed in memory is written as it is, a Baichuan tokenizer in the
+    form that loads without remote code, with its original `tokenizer.model`.
 
     Raises:
         ValueError: As `load_tokenizer`.
@@ -80,7 +82,7 @@ def save_tokenizer(
     tokenizer: transformers.PreTrainedTokenizerBase
     if isinstance(tokenizer_or_source, str | pathlib.Path):
         folder = local_folder(tokenizer_or_source)
-        tokenizer = load_tokenizer(folder)  # also says what is wrong with a folder before copying
+        tokenizer = load_tokenizer(folder)  # also checks the folder before copying
         copied = not _needs_rebuilding(folder)
     else:
         tokenizer = tokenizer_or_source
@@ -88,29 +90,28 @@ def save_tokenizer(
         copied = bool(tokenizer.name_or_path) and holds_tokenizer(folder)
         copied = copied and not _needs_rebuilding(folder) and equals_files(tokenizer, folder)
     if copied:
-        for path in [*map(folder.joinpath, TOKENIZER_FILES), *folder.glob(TEMPLATE_FILES)]:
-            _copy(path, target / path.relative_to(folder))
+        copy_files(folder, target, _TOKENIZER_FILES)
         return
     save_loaded(tokenizer, target)
-    _copy(folder / "tokenizer.model", target / "tokenizer.model")
+    copy_files(folder, target, ("tokenizer.model",))
 
 
 def save_loaded(
     tokenizer: transformers.PreTrainedTokenizerBase, target: str | pathlib.Path
 ) -> None:
-    """Writes a tokenizer as it stands in memory, under a class that transformers 4 knows too."""
+    """Writes a tokenizer as it is in memory, under a class that transformers 4 knows too."""
     tokenizer.save_pretrained(target)
     if tokenizer.is_fast and type(tokenizer).__name__ == "TokenizersBackend":
-        # transformers 4, which many vLLM releases hold, knows this class by its old name only.
+        # transformers 4, which many vLLM releases use, knows this class by its old name only.
         path = pathlib.Path(target) / "tokenizer_config.json"
         config = _read_json(path) | {"tokenizer_class": "PreTrainedTokenizerFast"}
-        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(path, config)
 
 
 def with_special_tokens(
     tokenizer: transformers.PreTrainedTokenizerBase, tokens: Collection[str]
 ) -> transformers.PreTrainedTokenizerBase:
-    """A tokenizer that reads tokens of its vocabulary as special ones; itself where there are none.
+    """Makes tokens of a tokenizer's vocabulary special; returns it unchanged without any.
 
     Raises:
         ValueError: a token that it does not have.
@@ -132,7 +133,7 @@ def with_special_tokens(
 def with_splits_before(
     tokenizer: transformers.PreTrainedTokenizerBase, marks: Collection[str]
 ) -> transformers.PreTrainedTokenizerBase:
-    """A fast tokenizer in which no token reaches over the start of one of these texts."""
+    """Returns a fast tokenizer in which no token reaches over the start of one of these texts."""
     changed = copy.deepcopy(tokenizer)
     backend = changed.backend_tokenizer
     texts = "|".join(re.escape(mark) for mark in marks)
@@ -144,9 +145,9 @@ def with_splits_before(
 
 
 def loads_beside(tokenizer: transformers.PreTrainedTokenizerBase, model_type: str) -> bool:
-    """Whether a tokenizer, once written, is read as the same one beside a model of a type.
+    """Returns whether a written tokenizer loads as the same one beside a model of a type.
 
-    Some types (`llama` and `qwen2` are two) may have a class that makes its pipeline anew.
+    Some types (such as `llama` and `qwen2`) have a class that may rebuild its pipeline.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
@@ -159,16 +160,15 @@ def loads_beside(tokenizer: transformers.PreTrainedTokenizerBase, model_type: st
 def set_chat_template(folder: pathlib.Path, source: str) -> None:
     """Makes a Jinja source the one chat template of a folder's tokenizer.
 
-    It is written to `chat_template.jinja` and, where `tokenizer_config.json` holds one too, in its
-    place. Further templates that the tokenizer came with are taken away: they are not what the
-    model was trained with.
+    It is written to `chat_template.jinja` and replaces one in `tokenizer_config.json`. Further
+    templates of the tokenizer are removed, as the model was not trained with them.
     """
     (folder / "chat_template.jinja").write_text(source, encoding="utf-8")
     path = folder / "tokenizer_config.json"
     config = _read_json(path)
     if "chat_template" in config:
         config["chat_template"] = source
-        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(path, config)
     for other in (folder / "chat_template.json", *folder.glob(TEMPLATE_FILES)):
         other.unlink(missing_ok=True)
 
@@ -176,11 +176,11 @@ def set_chat_template(folder: pathlib.Path, source: str) -> None:
 def check_fits(
     tokenizer: transformers.PreTrainedTokenizerBase, vocab_size: int, *, name: str
 ) -> None:
-    """Raises ValueError where a text may hold a token that the model has no embedding for.
+    """Raises ValueError if a text may hold a token that the model has no embedding for.
 
     A tokenizer may have ids past the embedding as long as no text becomes them: special tokens that
-    neither open nor end a sequence, such as a pad token that was added to it. A template's own
-    tokens are not looked at here.
+    neither open nor end a sequence, such as an added pad token. A template's own tokens are checked
+    by `ChatTemplate.check_fits`.
 
     Args:
         tokenizer: the tokenizer.
@@ -198,7 +198,7 @@ def check_fits(
         if token_id in opening or token not in special or len(token) < 2:
             raise ValueError(
                 f"{name} has {len(tokenizer)} tokens, more than the model's vocab_size="
-                f"{vocab_size}: {token!r} has id {token_id} and may stand in a text"
+                f"{vocab_size}: {token!r} has id {token_id} and may occur in a text"
             )
 
 
@@ -241,10 +241,10 @@ def spare_token_id(
 
 
 def set_pad_token(folder: pathlib.Path, pad_token_id: int) -> None:
-    """Makes an id the pad token of an exported tokenizer, so that what it pads is passed over.
+    """Makes an id the pad token of an exported tokenizer.
 
     Args:
-        folder: The export, whose tokenizer files are rewritten if they say something else.
+        folder: The export, whose tokenizer files are rewritten if they name another one.
         pad_token_id: From `spare_token_id`.
     """
     tokenizer = load_tokenizer(folder)
@@ -259,7 +259,7 @@ def set_pad_token(folder: pathlib.Path, pad_token_id: int) -> None:
 
 
 def _ids_in_use(tokenizer: transformers.PreTrainedTokenizerBase) -> set[int]:
-    """The ids that any sequence may hold: delimiters, template tokens, a reachable unknown."""
+    """Returns the ids that any sequence may hold: delimiters, template tokens, unknown."""
     used = _ids_of_roles(tokenizer)
     used.update(tokenizer.encode(""))
     templates = tokenizer.chat_template or ""
@@ -273,7 +273,7 @@ def _ids_in_use(tokenizer: transformers.PreTrainedTokenizerBase) -> set[int]:
 
 
 def _ids_of_roles(tokenizer: transformers.PreTrainedTokenizerBase) -> set[int]:
-    """The tokens that open, end or separate sequences."""
+    """Returns the tokens that open, end or separate sequences."""
     roles = [tokenizer.bos_token_id, tokenizer.eos_token_id]
     roles += [tokenizer.sep_token_id, tokenizer.cls_token_id]
     return {token_id for token_id in roles if token_id is not None}
@@ -285,14 +285,11 @@ def _one_line(error: BaseException) -> str:
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
     """Reads an optional JSON object; a missing file is an empty one."""
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: not a JSON object: {_one_line(error)}") from error
+    return read_json(path) if path.is_file() else {}
 
 
 def local_folder(source: str | pathlib.Path) -> pathlib.Path:
-    """The folder itself, or the hub repository's tokenizer files in the local hub cache.
+    """Returns the folder itself, or the hub repository's tokenizer files in the local hub cache.
 
     Raises:
         ValueError: it is neither a folder nor a hub id that can be reached.
@@ -310,13 +307,13 @@ def local_folder(source: str | pathlib.Path) -> pathlib.Path:
 
 
 def holds_tokenizer(folder: pathlib.Path) -> bool:
-    """Whether a folder has any file that a tokenizer can be loaded from."""
+    """Returns whether a folder has any file that a tokenizer can be loaded from."""
     names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
     return any((folder / name).is_file() for name in names)
 
 
 def _needs_rebuilding(folder: pathlib.Path) -> bool:
-    """Whether the tokenizer is Baichuan's remote code, or a SentencePiece model with no class."""
+    """Returns whether the tokenizer is Baichuan's remote code or SentencePiece without a class."""
     if not (folder / "tokenizer.model").is_file():
         return False
     tokenizer_config = _read_json(folder / "tokenizer_config.json")
@@ -328,14 +325,8 @@ def _needs_rebuilding(folder: pathlib.Path) -> bool:
     return unclaimed and not (folder / "tokenizer.json").is_file()
 
 
-def _copy(source: pathlib.Path, target: pathlib.Path) -> None:
-    if source.is_file() and source.resolve() != target.resolve():
-        target.parent.mkdir(exist_ok=True)
-        shutil.copyfile(source, target)
-
-
 def equals_files(tokenizer: transformers.PreTrainedTokenizerBase, folder: pathlib.Path) -> bool:
-    """Whether the tokenizer is still what its folder holds."""
+    """Returns whether the tokenizer equals that of its folder."""
 
     def state(tokenizer: transformers.PreTrainedTokenizerBase) -> list[Any]:
         pipeline = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {}
@@ -351,13 +342,13 @@ def equals_files(tokenizer: transformers.PreTrainedTokenizerBase, folder: pathli
 def check_loads_as(
     tokenizer: transformers.PreTrainedTokenizerBase, folder: pathlib.Path, *, name: str
 ) -> None:
-    """Raises ValueError where transformers would read a folder's tokenizer as another one.
+    """Raises ValueError if transformers would load a folder's tokenizer as another one.
 
-    Beside a config.json of some model types (`qwen2` is one) it takes the class of that type,
-    whatever `tokenizer_config.json` says.
+    Beside a config.json of some model types (such as `qwen2`) it uses the class of that type,
+    whatever `tokenizer_config.json` names.
 
     Args:
-        tokenizer: what was written.
+        tokenizer: the tokenizer that was written.
         folder: of the whole model.
         name: of the tokenizer, for the message.
     """
@@ -405,20 +396,14 @@ def _load_sentencepiece(folder: pathlib.Path) -> transformers.PreTrainedTokenize
     )
 
 
-# As patterns. A family with code of its own keeps it: it is carried along and never run.
-_MODEL_FILES = (CONFIG_FILE, GENERATION_CONFIG_FILE, "*.py")
-_TOKENIZER_FILES = (*TOKENIZER_FILES, TEMPLATE_FILES)
-SIDE_FILES = (*_MODEL_FILES, *_TOKENIZER_FILES)
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Talk:
-    """How a model is talked to and where its answers end, for the files beside its weights.
+    """The tokenizer, chat template and stop ids to write beside a model's weights.
 
     Attributes:
-        tokenizer: that takes the place of the folder's; None leaves that.
-        chat_template: Jinja that takes the place of the tokenizer's own; None leaves that.
-        stop_token_ids: what ends an answer, for the configs; at least one.
+        tokenizer: replaces the folder's; None keeps that.
+        chat_template: Jinja, replaces the tokenizer's own; None keeps that.
+        stop_token_ids: of an answer, for the configs; at least one.
         vocab_size: of the model.
     """
 
@@ -428,10 +413,10 @@ class Talk:
     vocab_size: int
 
     def write(self, folder: pathlib.Path) -> None:
-        """Writes it into a folder that holds the tokenizer.
+        """Writes all of it into a folder that holds the tokenizer.
 
         Raises:
-            ValueError: transformers would read the changed tokenizer as another one.
+            ValueError: transformers would load the changed tokenizer as another one.
             OSError: a file cannot be read or written.
         """
         if self.tokenizer is not None:
@@ -449,15 +434,14 @@ class Talk:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SideFiles:
-    """The side files of a model, each from the place that it belongs to.
+    """The side files of a model and their sources.
 
     Attributes:
-        model_folder: where the weights came from: config, generation config and code are those of
-            this folder and of no other. None for fresh weights, which have none.
-        tokenizer_folder: where the tokenizer comes from, and nothing else; None for
-            `model_folder`.
+        model_folder: the source of the weights, and so of config, generation config and code. None
+            for fresh weights, which have none.
+        tokenizer_folder: the source of the tokenizer alone; None for `model_folder`.
         ignored_fields: fields of `config.json` that are left out.
-        talk: what takes the place of what they say of talking; None leaves that.
+        talk: replaces tokenizer, chat template and stop ids; None keeps those of the files.
     """
 
     model_folder: pathlib.Path | None = None
@@ -466,7 +450,7 @@ class SideFiles:
     talk: Talk | None = None
 
     def write(self, target: pathlib.Path) -> None:
-        """Writes them into a folder, unchanged where nothing asks for a change.
+        """Writes them into a folder, unchanged unless a setting asks for a change.
 
         Raises:
             ValueError: a file is broken.
@@ -486,8 +470,7 @@ class SideFiles:
     def _write_foreign_tokenizer(self, folder: pathlib.Path, target: pathlib.Path) -> None:
         """Writes the tokenizer of another folder so that it loads as the same one here.
 
-        What class a tokenizer has may stand in the config.json of its folder alone, which is not
-        taken along.
+        The class of a tokenizer may be named only in its folder's config.json, which is not copied.
         """
         save_tokenizer(folder, target)
         wanted = load_tokenizer(folder)
@@ -505,15 +488,15 @@ def copy_files(folder: pathlib.Path, target: pathlib.Path, patterns: tuple[str, 
     for path in sorted(path for pattern in patterns for path in folder.glob(pattern)):
         place = target / path.relative_to(folder)
         place.parent.mkdir(exist_ok=True)
-        shutil.copyfile(path, place)
+        if path.resolve() != place.resolve():
+            shutil.copyfile(path, place)
 
 
 def drop_fields(path: pathlib.Path, names: tuple[str, ...]) -> None:
-    """Leaves fields out of a JSON file, which stays as it is where it has none of them."""
+    """Removes fields from a JSON file; without them the file stays as it is."""
     if not names or not path.is_file():
         return
     config = read_json(path)
     kept = {name: value for name, value in config.items() if name not in names}
     if kept != config:
-        text = json.dumps(kept, indent=2, ensure_ascii=False) + "\n"
-        path.write_text(text, encoding="utf-8")
+        write_json(path, kept)

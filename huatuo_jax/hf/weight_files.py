@@ -1,10 +1,11 @@
-"""The weights of a Hugging Face model folder, one tensor at a time, whatever kind its files are.
+"""The weights of a Hugging Face model folder, one tensor at a time, in either kind of file.
 
-PyTorch weight files (`pytorch_model*.bin`), located without torch and without running pickles.
+PyTorch files (`pytorch_model*.bin`) are read without torch, which is no dependency at run time,
+and without running their pickles.
 
-Two layouts exist. Since torch 1.6 a file is a zip archive: `data.pkl` describes the tensors, each
-storage (the block of bytes behind one or more tensors) is an uncompressed entry `data/KEY`. Before,
-and still with `_use_new_zipfile_serialization=False`, it is a row of pickles followed by the
+PyTorch has two layouts. Since torch 1.6 a file is a zip archive: `data.pkl` describes the tensors,
+each storage (the block of bytes behind one or more tensors) is an uncompressed entry `data/KEY`.
+Before, and still with `_use_new_zipfile_serialization=False`, it is a series of pickles, then the
 storages. Either way the description is a pickle, which can ask Python for any function; the
 unpickler here knows a short list of names and stops at every other.
 """
@@ -13,20 +14,19 @@ import collections
 import dataclasses
 import io
 import json
+import math
 import os
 import pathlib
 import pickle
 import zipfile
 from collections.abc import Callable, Mapping
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 
 from huatuo_jax.hf.safetensors_files import (
     SUPPORTED_DTYPES,
-    StoredTensor,
     read_safetensors_layout,
-    spanned_elements,
 )
 
 _ZIP_MAGIC = b"PK\x03\x04"
@@ -51,7 +51,7 @@ _STORAGE_DTYPES = {
 
 
 class _Dtype(NamedTuple):
-    # Stands in the pickle for a numpy dtype, whose __setstate__ a pickle could call.
+    # Replaces a numpy dtype in the pickle, whose __setstate__ a pickle could call.
     name: str
 
 
@@ -84,8 +84,58 @@ class _Callable:
         raise pickle.UnpicklingError("it tries to alter a function")
 
 
-def read_torch_layout(path: pathlib.Path) -> dict[str, StoredTensor]:
-    """Find every tensor of one file written by `torch.save` from a state dict, in its order.
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class TorchTensor:
+    """One tensor of a PyTorch file, on disk until it is read.
+
+    `strides` counts elements, as torch does, one for each dimension of `shape`; `byte_offset` is
+    where the first element lies in the file at `path`.
+    """
+
+    path: pathlib.Path
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    byte_offset: int
+
+    def read(self) -> np.ndarray:
+        """Reads the tensor into a new, writable, C-contiguous array in host memory.
+
+        Only the span from the tensor's first to its last element is read. A tensor stored in
+        another order (a saved transpose, say) needs that span beside the result for a moment.
+        Any number of threads may read at once: each call opens the file for itself.
+
+        Raises:
+            ValueError: The file has become shorter since it was opened.
+        """
+        if self.strides == _contiguous_strides(self.shape) or math.prod(self.shape) <= 1:
+            array = np.empty(self.shape, self.dtype)
+            self._fill(array)
+            return array
+        span = np.empty(_spanned_elements(self.shape, self.strides), self.dtype)
+        self._fill(span)
+        byte_strides = [stride * self.dtype.itemsize for stride in self.strides]
+        view = np.lib.stride_tricks.as_strided(span, self.shape, byte_strides, writeable=False)
+        return np.array(view, order="C", copy=True)
+
+    def _fill(self, array: np.ndarray) -> None:
+        # Plain reads into the destination: pages of a memory map would count as resident memory
+        # of this process, and a whole checkpoint would pass through it.
+        remaining = array.reshape(-1).view(np.uint8).data
+        with open(self.path, "rb", buffering=0) as file:
+            file.seek(self.byte_offset)
+            while len(remaining) > 0:
+                num_read = file.readinto(remaining)
+                if not num_read:
+                    raise ValueError(
+                        f"{self.path}: {len(remaining)} bytes of a tensor are missing; the file "
+                        "became shorter while it was read, copy or download it again"
+                    )
+                remaining = remaining[num_read:]
+
+
+def read_torch_layout(path: pathlib.Path) -> dict[str, TorchTensor]:
+    """Finds every tensor of one file written by `torch.save` from a state dict, in its order.
 
     Nothing that the file asks for is imported or run, and no tensor data is read.
 
@@ -106,10 +156,10 @@ def read_torch_layout(path: pathlib.Path) -> dict[str, StoredTensor]:
 
 
 class _RefusedError(Exception):
-    """The file may be whole, but holds or asks for what is not taken."""
+    """The file may be undamaged, but its content is not supported or refused."""
 
 
-def _read_layout(path: pathlib.Path, file: BinaryIO) -> dict[str, StoredTensor]:
+def _read_layout(path: pathlib.Path, file: BinaryIO) -> dict[str, TorchTensor]:
     start = file.read(len(_LEGACY_MAGIC))
     file.seek(0)
     if start.startswith(_ZIP_MAGIC):
@@ -136,15 +186,15 @@ def _read_layout(path: pathlib.Path, file: BinaryIO) -> dict[str, StoredTensor]:
 
 def _locate(
     path: pathlib.Path, name: str, value: _Tensor, byte_offsets: dict[str, int]
-) -> StoredTensor:
+) -> TorchTensor:
     numbers = (value.offset, *value.shape, *value.strides)
     well_formed = all(type(number) is int and number >= 0 for number in numbers)
     if not well_formed or len(value.shape) != len(value.strides):
         raise _RefusedError(f"tensor {name} has no valid shape, strides or offset")
-    last = value.offset + spanned_elements(value.shape, value.strides)
+    last = value.offset + _spanned_elements(value.shape, value.strides)
     if last * value.dtype.itemsize > value.storage.num_bytes:
         raise _RefusedError(f"tensor {name} reaches past the end of its storage")
-    return StoredTensor(
+    return TorchTensor(
         path=path,
         dtype=value.dtype,
         shape=value.shape,
@@ -153,8 +203,20 @@ def _locate(
     )
 
 
+def _contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Counts the elements between neighbours along each dimension of a C-contiguous array."""
+    return tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
+
+
+def _spanned_elements(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    """Counts the elements from the first to the last of a strided array, both included."""
+    if 0 in shape:
+        return 0
+    return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+
+
 def _read_zip(file: BinaryIO) -> tuple[object, dict[str, int]]:
-    """Return the unpickled state and, for each storage, where its bytes start in the file."""
+    """Returns the unpickled state and, for each storage, where its bytes start in the file."""
     with zipfile.ZipFile(file) as archive:
         entries = {entry.filename: entry for entry in archive.infolist()}
         pickles = [name for name in entries if name.rpartition("/")[2] == "data.pkl"]
@@ -176,8 +238,8 @@ def _read_zip(file: BinaryIO) -> tuple[object, dict[str, int]]:
 
 
 def _entry_start(file: BinaryIO, entry: zipfile.ZipInfo) -> int:
-    # The directory at the end of a zip file tells where an entry's own header lies; that header
-    # ends in a name and padding whose lengths only it knows.
+    # The directory at the end of a zip file locates an entry's own header, which ends in a name
+    # and padding whose lengths it alone holds.
     file.seek(entry.header_offset)
     header = file.read(30)
     start = entry.header_offset + 30
@@ -190,7 +252,7 @@ def _entry_start(file: BinaryIO, entry: zipfile.ZipInfo) -> int:
 
 
 def _read_legacy(file: BinaryIO) -> tuple[object, dict[str, int]]:
-    """Return the unpickled state and, for each storage, where its bytes start in the file."""
+    """Returns the unpickled state and, for each storage, where its bytes start in the file."""
     _TensorUnpickler(file).load()  # The magic number.
     _TensorUnpickler(file).load()  # The protocol version.
     system: Any = _TensorUnpickler(file).load()
@@ -224,7 +286,7 @@ def _size_of(file: BinaryIO) -> int:
 class _TensorUnpickler(pickle.Unpickler):
     """Unpickles descriptions of tensors and refuses everything else.
 
-    `storages` gathers every storage that the pickle mentions, by key.
+    `storages` collects every storage that the pickle mentions, by key.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -292,7 +354,7 @@ def _rebuild_parameter(data: _Tensor, requires_grad: bool, backward_hooks: objec
     return data
 
 
-# Every name that a pickle may ask for, and what it gets in place of torch's own.
+# Every name that a pickle may ask for, with its replacement.
 _ALLOWED: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("torch._utils", "_rebuild_tensor_v2"): _Callable(_rebuild_tensor_v2),
@@ -308,7 +370,26 @@ _ALLOWED |= {
 _ALLOWED |= {("torch", name): _Dtype(name) for name in SUPPORTED_DTYPES}
 
 
-_Layout = Callable[[pathlib.Path], dict[str, StoredTensor]]
+class StoredTensor(Protocol):
+    """A tensor that is read on demand."""
+
+    @property
+    def path(self) -> pathlib.Path:
+        """The file that holds it."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape."""
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The stored dtype; bfloat16 is that of ml_dtypes."""
+
+    def read(self) -> np.ndarray:
+        """Reads it into a new, writable, C-contiguous array."""
+
+
+_Layout = Callable[[pathlib.Path], Mapping[str, StoredTensor]]
 
 # The file names of transformers, in its order: safetensors first, one file before shards.
 _SINGLE_AND_INDEX: tuple[tuple[str, str, _Layout], ...] = (
@@ -320,7 +401,7 @@ _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 @dataclasses.dataclass(frozen=True)
 class TensorSource:
-    """The tensors of a model folder: names, shapes and dtypes at hand, data read when asked for.
+    """The tensors of a model folder: names, shapes and dtypes in memory, data read on demand.
 
     Keeps no file open and no data in memory, and is safe to share between threads. Tensors that
     share memory in torch (tied weights) are read separately, each into its own array.
@@ -330,28 +411,28 @@ class TensorSource:
     tensors: Mapping[str, StoredTensor]
 
     def names(self) -> tuple[str, ...]:
-        """Name every tensor, shard by shard in the order of the files."""
+        """Names every tensor, shard by shard in the order of the files."""
         return tuple(self.tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Tell the shape of a tensor."""
+        """Returns the shape of a tensor."""
         return self.tensors[name].shape
 
     def dtype(self, name: str) -> np.dtype:
-        """Tell the dtype of a tensor as it is stored; bfloat16 is that of ml_dtypes."""
+        """Returns the dtype of a tensor as it is stored; bfloat16 is that of ml_dtypes."""
         return self.tensors[name].dtype
 
     def read(self, name: str) -> np.ndarray:
-        """Read one tensor into a new, writable, C-contiguous array; no other data is touched."""
+        """Reads one tensor into a new, writable, C-contiguous array; no other data is touched."""
         return self.tensors[name].read()
 
 
 def open_tensor_source(folder: pathlib.Path) -> TensorSource:
-    """Find the weights of a Hugging Face model folder and check all their files.
+    """Finds the weights of a Hugging Face model folder and checks all their files.
 
-    Takes `model.safetensors` or its shards, else `pytorch_model.bin` or its shards. Every file is
-    checked for wholeness before any tensor is read. A tensor that a shard holds and the index does
-    not mention counts as present, as it does in transformers.
+    Reads `model.safetensors` or its shards, else `pytorch_model.bin` or its shards. Every file is
+    checked to be complete before any tensor is read. A tensor of a shard that the index does not
+    mention counts as present, as in transformers.
 
     Raises:
         FileNotFoundError: The folder holds no weights, or a shard that the index names is absent.
@@ -367,7 +448,7 @@ def open_tensor_source(folder: pathlib.Path) -> TensorSource:
     raise FileNotFoundError(f"{folder}: no weights here; there must be {wanted}")
 
 
-def _read_file(path: pathlib.Path, read_layout: _Layout) -> dict[str, StoredTensor]:
+def _read_file(path: pathlib.Path, read_layout: _Layout) -> Mapping[str, StoredTensor]:
     with open(path, "rb") as file:
         if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
             raise ValueError(
@@ -379,12 +460,12 @@ def _read_file(path: pathlib.Path, read_layout: _Layout) -> dict[str, StoredTens
 def _read_shards(index_path: pathlib.Path, read_layout: _Layout) -> dict[str, StoredTensor]:
     shard_of = _read_weight_map(index_path)
     shard_names = sorted(set(shard_of.values()))
-    # All shards are looked for before the first is opened: the message about an interrupted
-    # download should come at once.
+    # All shards are looked for before the first is opened, so that an interrupted download is
+    # reported at once.
     for shard_name in shard_names:
         if not (index_path.parent / shard_name).is_file():
             raise FileNotFoundError(
-                f"{index_path.parent / shard_name}: absent, though {index_path.name} names it; "
+                f"{index_path.parent / shard_name}: missing, though {index_path.name} names it; "
                 "download the folder again"
             )
     tensors: dict[str, StoredTensor] = {}

@@ -19,8 +19,7 @@ from huatuo_jax.data.batches import (
 )
 from huatuo_jax.data.chat import templates
 from huatuo_jax.data.chat.template import ChatTemplate, TrainedTurns, TruncationPolicy
-from huatuo_jax.data.duplicates import DuplicatesConfig
-from huatuo_jax.data.mixture import HeldOutConfig, Mixture, SourceShare
+from huatuo_jax.data.mixture import DuplicatesConfig, HeldOutConfig, Mixture, SourceShare
 from huatuo_jax.data.pipeline import PrepareConfig, Prepared, prepare
 from huatuo_jax.data.readers import DialogueSource, HeldOutBy, Keywords
 from huatuo_jax.data.records import Kind

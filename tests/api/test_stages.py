@@ -152,7 +152,7 @@ def test_what_cannot_be_trained_ends_in_one_clear_message(policy, tmp_path):
     scores = tiny.save(tmp_path / "reward_model", "score")
     with pytest.raises(ValueError, match="reward_model: this model scores; a policy needs a token"):
         hj.sft(scores, DIALOGUES, workdir=tmp_path)
-    with pytest.raises(ValueError, match="no such folder, and not to be had from the Hu"):
+    with pytest.raises(ValueError, match="no such folder, and not available from the Hu"):
         run_ppo(policy, "none", tmp_path / "other")
     with pytest.raises(ValueError, match=r"^comparisons\[0\] is a str"):
         hj.dpo(policy, ["a"], workdir=tmp_path)

@@ -7,10 +7,10 @@ import jax
 from huatuo_jax.backbone.config import BackboneConfig, ComputeConfig
 from huatuo_jax.backbone.transformer import init_params
 from huatuo_jax.checkpoint.models import save_orbax
-from huatuo_jax.data import sample
+from huatuo_jax.data import SAMPLE_FOLDER
 from huatuo_jax.training.scoring import Normalization, save_normalization
 
-TOKENIZER = sample.FOLDER / "tokenizer"
+TOKENIZER = SAMPLE_FOLDER / "tokenizer"
 BACKBONE = BackboneConfig(
     family="llama",
     vocab_size=2048,

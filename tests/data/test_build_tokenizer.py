@@ -6,10 +6,10 @@ import pytest
 from transformers import AutoTokenizer
 
 from huatuo_jax.clinic import files as clinic_files
-from huatuo_jax.data import sample
+from huatuo_jax.data import SAMPLE_FOLDER
 from huatuo_jax.data.build_tokenizer import BYTES, SPECIAL_TOKENS, VOCAB_SIZE
 
-FOLDERS = {"sample": sample.FOLDER / "tokenizer", "clinic": clinic_files.TOKENIZER}
+FOLDERS = {"sample": SAMPLE_FOLDER / "tokenizer", "clinic": clinic_files.TOKENIZER}
 SURROGATES = range(0xD800, 0xE000)
 # Written where decoding finds a byte that belongs to no character.
 REPLACEMENT = "\ufffd"

@@ -3,7 +3,7 @@ import time
 import numpy as np
 import pytest
 
-from huatuo_jax.data.duplicates import (
+from huatuo_jax.data.mixture import (
     DuplicatesConfig,
     find_duplicates,
     jaccard,

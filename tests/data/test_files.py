@@ -98,10 +98,10 @@ def test_the_reason_of_a_row_with_thousands_of_fields_is_short(tmp_path):
 def test_a_field_that_stands_twice_in_an_object_is_an_error_by_its_name(tmp_path):
     text = '{"q": "a", "answer": "b", "answer": "c"}\n' + dump(ROWS[0])
     bad, good = read_rows(write(tmp_path, "d.jsonl", text))
-    assert bad.line == 1 and "the field 'answer' stands twice in one object" in bad.reason
+    assert bad.line == 1 and "the field 'answer' occurs twice in one object" in bad.reason
     assert good.value == ROWS[0]
     for whole in ('[{"a": 1, "a": 2}, {"a": 3}]', '{"a": 1, "a": 2}'):
-        with pytest.raises(ValueError, match="'a' stands twice"):
+        with pytest.raises(ValueError, match="'a' occurs twice"):
             list(read_rows(write(tmp_path, "d.json", whole)))
 
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from huatuo_jax.data.mixture import HeldOutConfig, dialogue_text, normalised
+from huatuo_jax.data.mixture import HeldOutConfig, dialogue_text, normalized
 from huatuo_jax.data.records import Message
 
 
@@ -39,7 +39,7 @@ def test_a_share_that_is_none_is_refused(share):
 
 
 def test_copies_that_differ_in_form_only_have_one_text():
-    assert normalised("ＣＴ 检查\u3000正常。\n") == normalised("ct检查正常。")
+    assert normalized("ＣＴ 检查\u3000正常。\n") == normalized("ct检查正常。")
 
 
 def test_the_system_text_and_the_spacing_do_not_make_another_dialogue():

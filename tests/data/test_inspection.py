@@ -11,7 +11,7 @@ import pytest
 
 from huatuo_jax import inspect_data
 from huatuo_jax.core import command_line
-from huatuo_jax.data import sample
+from huatuo_jax.data import SAMPLE_FOLDER
 from huatuo_jax.data.chat.template import truncate
 from huatuo_jax.data.chat.templates import by_name
 from huatuo_jax.data.inspection import (
@@ -35,7 +35,7 @@ GENERAL = by_name("huatuogpt")
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return load_tokenizer(sample.FOLDER / "tokenizer")
+    return load_tokenizer(SAMPLE_FOLDER / "tokenizer")
 
 
 @pytest.fixture
@@ -328,7 +328,7 @@ def test_files_that_are_no_data_are_one_line_each(tmp_path, inspect):
 
 
 def test_a_row_the_template_refuses_is_told_by_line(tmp_path, tokenizer):
-    tokenizer = load_tokenizer(sample.FOLDER / "tokenizer")
+    tokenizer = load_tokenizer(SAMPLE_FOLDER / "tokenizer")
     tokenizer.chat_template = (
         "{% for m in messages %}{% if '禁' in m['content'] %}{{ raise_exception('not that') }}"
         "{% endif %}<s>{{ m['content'] }}</s>{% endfor %}"
@@ -502,7 +502,7 @@ def test_the_command_says_nothing_but_the_error_of_an_absent_file(tmp_path, caps
 
 
 def test_the_sample_data_passes_the_command(capsys):
-    main(*sorted(sample.FOLDER.glob("*.jsonl")), "--samples=0")
+    main(*sorted(SAMPLE_FOLDER.glob("*.jsonl")), "--samples=0")
     text = capsys.readouterr().out
     assert "all 6 files" in text and "all 4 files of dialogues" in text
 

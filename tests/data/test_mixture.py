@@ -84,7 +84,7 @@ def test_a_limit_is_a_fixed_choice_of_examples():
     "shares, message",
     [
         ([SourceShare(name="absent")], "no source is named 'absent'"),
-        ([SourceShare(name="small"), SourceShare(name="small")], "stands 2 times"),
+        ([SourceShare(name="small"), SourceShare(name="small")], "named 2 times"),
         ([SourceShare(name="small", weight=1.0), SourceShare(name="large")], "large.*no weight"),
         ([SourceShare(name="small", epochs=0.01)], "mixture.small.*less than one"),
         ([], "no source"),

@@ -7,8 +7,7 @@ import pytest
 from huatuo_jax.data import pipeline
 from huatuo_jax.data.batches import BatchIterator, RowConfig, RowStream, evaluation_batches
 from huatuo_jax.data.chat.templates import ChatMLTemplate, HuatuoGPTTemplate
-from huatuo_jax.data.duplicates import DuplicatesConfig
-from huatuo_jax.data.mixture import HeldOutConfig, Mixture, one_epoch_each
+from huatuo_jax.data.mixture import DuplicatesConfig, HeldOutConfig, Mixture, one_epoch_each
 from huatuo_jax.data.pipeline import PrepareConfig, describe, prepare
 from huatuo_jax.data.readers import DialogueSource
 from huatuo_jax.data.records import Message

@@ -10,14 +10,13 @@ import sys
 import pytest
 from transformers import AutoTokenizer
 
-from huatuo_jax.data import build_tokenizer
+from huatuo_jax.data import SAMPLE_FOLDER, build_tokenizer
 from huatuo_jax.data.chat.templates import HuatuoGPTTemplate
 from huatuo_jax.data.records import KINDS, Case, Dialogue, ExamQuestion
-from huatuo_jax.data.sample import FOLDER
 
 
 def read(name):
-    lines = (FOLDER / name).read_text(encoding="utf-8").splitlines()
+    lines = (SAMPLE_FOLDER / name).read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
 
 
@@ -201,17 +200,23 @@ def test_exam_letters_are_balanced():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return AutoTokenizer.from_pretrained(FOLDER / "tokenizer")
+    return AutoTokenizer.from_pretrained(SAMPLE_FOLDER / "tokenizer")
 
 
 def test_building_the_tokenizer_again_gives_the_same_files(tmp_path):
-    build_tokenizer.build(FOLDER, tmp_path / "here")
+    build_tokenizer.build(SAMPLE_FOLDER, tmp_path / "here")
     # Another process with one thread: no dependence on hash seeds or the number of cores.
-    command = [sys.executable, "-m", "huatuo_jax.data.build_tokenizer", FOLDER, tmp_path / "there"]
+    command = [
+        sys.executable,
+        "-m",
+        "huatuo_jax.data.build_tokenizer",
+        SAMPLE_FOLDER,
+        tmp_path / "there",
+    ]
     environment = os.environ | {"PYTHONHASHSEED": "7", "RAYON_NUM_THREADS": "1"}
-    subprocess.run(command, check=True, env=environment, cwd=FOLDER.parents[2])
+    subprocess.run(command, check=True, env=environment, cwd=SAMPLE_FOLDER.parents[2])
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        shipped = (FOLDER / "tokenizer" / name).read_bytes()
+        shipped = (SAMPLE_FOLDER / "tokenizer" / name).read_bytes()
         assert (tmp_path / "here" / name).read_bytes() == shipped
         assert (tmp_path / "there" / name).read_bytes() == shipped
 

@@ -96,6 +96,9 @@ def test_an_answer_that_merges_into_its_header_keeps_the_prompts_tokens(byte_tok
             assert rendered.token_ids[: span.content_start] == prompt
         expected = [f"{start}{DIALOGUE[i].content}<|im_end|>" for i in (1, 3)]
         assert trained_text(tokenizer, rendered) == expected
+        cut_off = TokenizerTemplate().unfinished(messages[:3], messages[3].content, tokenizer)
+        assert cut_off == rendered.token_ids[: len(cut_off)]
+        assert tokenizer.decode(cut_off).endswith(messages[3].content)
 
 
 def test_generation_marks_give_the_mask_of_transformers(byte_tokenizer):
@@ -130,7 +133,7 @@ REFUSED = {
     ),
     "marks nothing": (
         MARKED.replace("== 'assistant' -%}{%- generation", "== 'doctor' -%}{%- generation"),
-        "marks nothing of an answer as generated",
+        "marks no text of an answer as generated",
     ),
     "raises": ("{{- raise_exception('no such role') -}}", "fails on them: no such role"),
 }

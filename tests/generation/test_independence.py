@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from huatuo_jax.core import sharding
-from huatuo_jax.data import sample
+from huatuo_jax.data import SAMPLE_FOLDER
 from huatuo_jax.generation.buckets import Buckets
 from huatuo_jax.generation.engine import Engine
 from huatuo_jax.generation.requests import Running, SlotTable
@@ -167,7 +167,7 @@ def real_lengths(shared_data):
     """Tokens of doctors' answers in a benchmark: a median of about a hundred, and a long tail."""
     path = shared_data / "5_gen_benchmark" / "huatuo26M_test.json"
     rows = json.loads(path.read_text(encoding="utf-8"))[::24]
-    tokenizer = load_tokenizer(str(sample.FOLDER / "tokenizer"))
+    tokenizer = load_tokenizer(str(SAMPLE_FOLDER / "tokenizer"))
     return np.array([len(tokenizer(row["output"][0])["input_ids"]) for row in rows]).clip(3, 320)
 
 

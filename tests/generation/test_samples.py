@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from huatuo_jax.data import sample
+from huatuo_jax.data import SAMPLE_FOLDER
 from huatuo_jax.data.chat import templates
 from huatuo_jax.data.records import Message
 from huatuo_jax.data.tokenizing import Example
@@ -20,7 +20,7 @@ TALK = [
 
 @pytest.mark.parametrize("marks", [(True, True), (False, True), (True, False)])
 def test_a_sample_asks_for_the_last_trained_answer_and_shows_that_answer_alone(marks):
-    tokenizer = load_tokenizer(sample.FOLDER / "tokenizer")
+    tokenizer = load_tokenizer(SAMPLE_FOLDER / "tokenizer")
     template = templates.by_name("huatuogpt")
     messages = list(TALK)
     for index, trained in zip((1, 3), marks, strict=True):

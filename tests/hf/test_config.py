@@ -1,4 +1,4 @@
-"""Reading config.json: what is passed over, what is refused, and what the user may ignore."""
+"""Reading config.json: what is ignored, what is refused, and what the user may ignore."""
 
 import logging
 
@@ -23,12 +23,12 @@ def config():
     return tiny_checkpoints.config_of("llama").to_dict()
 
 
-def test_bookkeeping_is_passed_over_and_said_once(config, caplog):
-    hf_config._say_once.cache_clear()
+def test_bookkeeping_is_ignored_with_one_warning(config, caplog):
+    hf_config._warn_once.cache_clear()
     with caplog.at_level(logging.WARNING):
         found = [from_hugging_face(config | BOOKKEEPING) for _ in range(3)]
     assert found == 3 * [from_hugging_face(config)]
-    (line,) = [record.getMessage() for record in caplog.records if "passed over" in record.message]
+    (line,) = [record.getMessage() for record in caplog.records if "ignored" in record.message]
     assert all(name in line for name in BOOKKEEPING)
 
 
@@ -65,7 +65,7 @@ def test_the_user_may_ignore_what_is_unknown_and_nothing_that_is_read(config):
     ],
 )
 def test_two_spellings_of_the_rotary_settings_that_differ_are_refused(config, old):
-    with pytest.raises(ValueError, match="does not say the same as"):
+    with pytest.raises(ValueError, match="differs from"):
         from_hugging_face(config | old)
     same = {"rope_theta": config["rope_parameters"]["rope_theta"], "rope_scaling": None}
     assert from_hugging_face(config | same) == from_hugging_face(config)

@@ -82,10 +82,12 @@ def test_every_dtype_is_read_bit_for_bit_as_the_safetensors_library_wrote_it(tmp
     layout = read_safetensors_layout(path)
 
     assert set(layout) == set(arrays)
+    read = {name: layout[name].read() for name in arrays}
+    with path.open("r+b") as file:  # The arrays are no views of the file.
+        file.write(bytes(path.stat().st_size))
     for name, expected in arrays.items():
-        actual = layout[name].read()
-        assert_same_bits(actual, expected)
-        assert actual.flags.writeable and actual.flags.c_contiguous and actual.flags.owndata
+        assert_same_bits(read[name], expected)
+        assert read[name].flags.writeable and read[name].flags.c_contiguous
 
 
 def test_a_bfloat16_tensor_of_torch_is_read_bit_for_bit(tmp_path):
@@ -200,7 +202,7 @@ def test_a_file_that_shrinks_after_it_was_opened_is_noticed_on_reading(tmp_path)
     safetensors.numpy.save_file({"a": np.arange(20.0)}, path)
     layout = read_safetensors_layout(path)
     os.truncate(path, path.stat().st_size - 5)
-    with pytest.raises(ValueError, match="5 bytes of a tensor are missing"):
+    with pytest.raises(ValueError, match=r"model\.safetensors: damaged or cut short"):
         layout["a"].read()
 
 

@@ -103,7 +103,7 @@ def test_a_folder_without_weights_is_refused(tmp_path):
 def test_an_absent_shard_is_named(tmp_path):
     two_safetensors_shards(tmp_path)
     (tmp_path / "two.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="two.safetensors: absent, though model.safetens"):
+    with pytest.raises(FileNotFoundError, match="two.safetensors: missing, though model.safetens"):
         open_tensor_source(tmp_path)
 
 

@@ -165,7 +165,7 @@ def key_in_release(run):
         (interrupted, r"run: the stage 'export' is not finished; run the recipe again"),
         (begun_again, r"run: the stage 'ppo' is not finished; run the recipe again"),
         (no_release, r"export: the export is not finished; run the recipe again"),
-        (no_shard, r"export/policy: incomplete \(.*00002-of-.*: absent, though .* names it"),
+        (no_shard, r"export/policy: incomplete \(.*00002-of-.*: missing, though .* names it"),
         (cut_shard, r"export/policy: incomplete \(.*00002-of-.*: damaged or cut short"),
         (no_tokenizer, r"export/reward: incomplete, there is no tokenizer; "),
         (no_card, r"export/reward: incomplete, there is no README.md; "),

@@ -22,7 +22,7 @@ import numpy as np
 from huatuo_jax.backbone.config import BackboneConfig
 from huatuo_jax.core import distributed
 from huatuo_jax.core.sharding import MeshConfig
-from huatuo_jax.data import sample
+from huatuo_jax.data import SAMPLE_FOLDER
 from huatuo_jax.data.mixture import HeldOutConfig
 from huatuo_jax.sft import SftConfig, run_sft
 from huatuo_jax.training import loop
@@ -48,11 +48,11 @@ BACKBONE = BackboneConfig(
 
 def config(cache, *, num_steps, **mesh):
     settings = SftConfig(
-        model=ModelConfig(tokenizer=str(sample.FOLDER / "tokenizer"), backbone=BACKBONE),
+        model=ModelConfig(tokenizer=str(SAMPLE_FOLDER / "tokenizer"), backbone=BACKBONE),
         data=DataConfig(
             sources=(
                 SourceConfig(
-                    name=SOURCE, paths=(str(sample.FOLDER / f"{SOURCE}.jsonl"),), kind=SOURCE
+                    name=SOURCE, paths=(str(SAMPLE_FOLDER / f"{SOURCE}.jsonl"),), kind=SOURCE
                 ),
             ),
             row_length=256,

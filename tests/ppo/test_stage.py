@@ -19,7 +19,7 @@ from huatuo_jax.backbone.transformer import Transformer, init_params
 from huatuo_jax.checkpoint.models import find_model, load_params, save_orbax
 from huatuo_jax.core import sharding
 from huatuo_jax.core.config import replaced
-from huatuo_jax.data import sample
+from huatuo_jax.data import SAMPLE_FOLDER
 from huatuo_jax.data.chat import templates
 from huatuo_jax.data.records import Message
 from huatuo_jax.generation.bulk import BulkConfig, run_bulk
@@ -49,7 +49,7 @@ from tests import made_up_memory
 from tests.judge.planted_server import KEY, MODEL, Planted, PlantedServer
 
 ROOT = pathlib.Path(__file__).parents[2]
-TOKENIZER = sample.FOLDER / "tokenizer"
+TOKENIZER = SAMPLE_FOLDER / "tokenizer"
 BACKBONE = BackboneConfig(
     family="llama",
     vocab_size=2048,
@@ -580,7 +580,7 @@ def test_an_answer_that_ends_with_any_stop_id_of_the_model_is_finished_and_not_p
 
 def test_dialogues_give_their_first_words_or_all_before_the_last_answer():
     tokenizer = load_tokenizer(TOKENIZER)
-    path = str(sample.FOLDER / "real_conversation.jsonl")
+    path = str(SAMPLE_FOLDER / "real_conversation.jsonl")
     first, last = (
         open_prompts(
             PromptsConfig(paths=(path,), reads=reads),

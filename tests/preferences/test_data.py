@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from huatuo_jax.data import sample
+from huatuo_jax.data import SAMPLE_FOLDER
 from huatuo_jax.data.chat import templates
 from huatuo_jax.data.mixture import HeldOutConfig, dialogue_text
 from huatuo_jax.data.readers import read_dialogues
@@ -167,7 +167,7 @@ def test_the_identity_follows_tokens_and_labels_and_not_places(tokenizer, tmp_pa
 
 
 def test_sample_dialogues_give_comparisons_that_are_named_for_what_they_are(tokenizer):
-    path = sample.FOLDER / "real_instruction.jsonl"
+    path = SAMPLE_FOLDER / "real_instruction.jsonl"
     dialogues = list(read_dialogues(path))
     made = mismatched_references(dialogues)
     assert made == mismatched_references(dialogues[::-1])
@@ -186,7 +186,7 @@ def test_sample_dialogues_give_comparisons_that_are_named_for_what_they_are(toke
 
 
 def test_spoiled_answers_are_held_out_where_fine_tuning_holds_out_their_dialogue(tokenizer):
-    path = sample.FOLDER / "real_conversation.jsonl"
+    path = SAMPLE_FOLDER / "real_conversation.jsonl"
     held_out = HeldOutConfig(share=0.3)
     cfg = _config(
         ComparisonSource(paths=(str(path),), reads="dialogues_to_spoil"),

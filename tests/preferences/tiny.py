@@ -6,11 +6,11 @@ import json
 import numpy as np
 
 from huatuo_jax.backbone.config import BackboneConfig
-from huatuo_jax.data import sample
+from huatuo_jax.data import SAMPLE_FOLDER
 from huatuo_jax.data.records import Comparison, Message, answer
 from huatuo_jax.preferences.data import Answer, Group, Pair
 
-TOKENIZER = str(sample.FOLDER / "tokenizer")
+TOKENIZER = str(SAMPLE_FOLDER / "tokenizer")
 BACKBONE = BackboneConfig(
     family="llama",
     vocab_size=2048,

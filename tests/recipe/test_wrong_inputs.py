@@ -18,7 +18,7 @@ from huatuo_jax.backbone.config import ComputeConfig
 from huatuo_jax.backbone.transformer import init_params
 from huatuo_jax.checkpoint.models import save_orbax
 from huatuo_jax.core.sharding import MeshConfig
-from huatuo_jax.data import sample
+from huatuo_jax.data import SAMPLE_FOLDER
 from huatuo_jax.hf.tokenizer import load_tokenizer
 from huatuo_jax.recipe import recipe as recipe_module
 from huatuo_jax.recipe.checks import check_inputs
@@ -227,7 +227,7 @@ def test_rows_longer_than_the_models_positions(recipe, tmp_path):
 
 def test_answers_of_someone_else_that_are_none(recipe, tmp_path):
     labels = dataclasses.replace(
-        recipe.labels, answers=str(sample.FOLDER / "real_instruction.jsonl")
+        recipe.labels, answers=str(SAMPLE_FOLDER / "real_instruction.jsonl")
     )
     refused(recipe, tmp_path, "not an answers record", labels=labels)
 

@@ -7,7 +7,7 @@ import pathlib
 from huatuo_jax.backbone.config import BackboneConfig
 from huatuo_jax.clinic import files as clinic_files
 from huatuo_jax.clinic.files import ClinicConfig, ClinicSizes
-from huatuo_jax.data import sample
+from huatuo_jax.data import SAMPLE_FOLDER
 from huatuo_jax.data.mixture import HeldOutConfig
 from huatuo_jax.evaluation.answers import EvaluationConfig
 from huatuo_jax.generation.requests import SamplingConfig
@@ -22,7 +22,7 @@ from huatuo_jax.training.initial_model import ModelConfig
 from huatuo_jax.training.loop import LoopConfig
 from huatuo_jax.training.optimizer import OptimizerConfig
 
-TOKENIZER = str(sample.FOLDER / "tokenizer")
+TOKENIZER = str(SAMPLE_FOLDER / "tokenizer")
 BACKBONE = BackboneConfig(
     family="llama",
     vocab_size=2048,

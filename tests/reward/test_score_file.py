@@ -12,7 +12,7 @@ from huatuo_jax.backbone.config import ComputeConfig
 from huatuo_jax.backbone.transformer import init_params
 from huatuo_jax.checkpoint.convert import convert
 from huatuo_jax.checkpoint.models import find_model, save_orbax
-from huatuo_jax.data import sample
+from huatuo_jax.data import SAMPLE_FOLDER
 from huatuo_jax.data.chat import templates
 from huatuo_jax.data.records import Dialogue, Message, answer
 from huatuo_jax.hf.tokenizer import load_tokenizer
@@ -163,7 +163,7 @@ def test_what_cannot_be_scored_ends_in_one_clear_message(models, dialogues, tmp_
     prompts = [{"id": "p", "messages": [{"role": "user", "content": "头疼"}], "source": "x"}]
     with pytest.raises(ValueError, match="no assistant turn"):
         _score(models / "ours", prompts, tmp_path)
-    cases = [json.loads(line) for line in open(sample.FOLDER / "cases.jsonl", encoding="utf-8")]
+    cases = [json.loads(line) for line in open(SAMPLE_FOLDER / "cases.jsonl", encoding="utf-8")]
     with pytest.raises(ValueError, match="is a Case, which holds no answer"):
         _score(models / "ours", cases, tmp_path)
     params = init_params(jax.random.key(0), BACKBONE, ComputeConfig())

@@ -18,7 +18,7 @@ from huatuo_jax.backbone.transformer import Transformer, init_params
 from huatuo_jax.checkpoint.models import find_model, load_params, save_orbax
 from huatuo_jax.core import sharding
 from huatuo_jax.core.config import replaced
-from huatuo_jax.data import sample
+from huatuo_jax.data import SAMPLE_FOLDER
 from huatuo_jax.data.mixture import HeldOutConfig
 from huatuo_jax.hf.tokenizer import load_tokenizer
 from huatuo_jax.preferences import rows as comparison_rows
@@ -398,7 +398,7 @@ def test_the_default_config_holds_the_sample_and_the_stages():
     config = reward.get_config()
     assert config.stages == ("sft", "reward")
     assert all(
-        pathlib.Path(one.paths[0]).parent == sample.FOLDER for one in config.reward.data.sources
+        pathlib.Path(one.paths[0]).parent == SAMPLE_FOLDER for one in config.reward.data.sources
     )
     config = reward.get_config("some/model,mine.jsonl")
     assert config.stages == ("reward",) and config.reward.model.directory == "some/model"

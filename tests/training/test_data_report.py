@@ -5,14 +5,14 @@ import json
 
 import pytest
 
-from huatuo_jax.data import sample
+from huatuo_jax.data import SAMPLE_FOLDER
 from huatuo_jax.data.accounting import TRAINED_ON
 from huatuo_jax.data.mixture import HeldOutConfig
 from huatuo_jax.hf.tokenizer import load_tokenizer
 from huatuo_jax.training.dialogue_data import DataConfig, SourceConfig, open_dialogues
 from huatuo_jax.training.run_directory import DATA_FILE, StageDirectory, report_data
 
-TOKENIZER = str(sample.FOLDER / "tokenizer")
+TOKENIZER = str(SAMPLE_FOLDER / "tokenizer")
 
 
 @pytest.fixture

@@ -284,12 +284,12 @@ def test_tokens_past_the_embedding_that_dialogues_hold_are_refused(folders, tmp_
     source = with_tokens_past_the_embedding(
         folders / "llama", tmp_path / "bos", marks, bos_token="<|bos|>"
     )
-    refused(source, r"has 2051 tokens, .*: '<\|bos\|>' has id 2050 and may stand in a text")
+    refused(source, r"has 2051 tokens, .*: '<\|bos\|>' has id 2050 and may occur in a text")
     source = with_tokens_past_the_embedding(folders / "qwen", tmp_path / "word", [])
     tokenizer = load_tokenizer(source)
     tokenizer.add_tokens(["咳嗽"])
     tokenizer.save_pretrained(source)
-    refused(source, "'咳嗽' has id 2048 and may stand in a text")
+    refused(source, "'咳嗽' has id 2048 and may occur in a text")
 
 
 def test_fields_to_ignore_are_left_out_of_all_that_follows(folders, tmp_path):

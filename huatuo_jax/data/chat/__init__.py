@@ -1,1 +1,1 @@
-"""Chat templates: dialogues as tokens, with the ones that are trained on."""
+"""Chat templates: render dialogues as tokens, with the mask of trained ones."""

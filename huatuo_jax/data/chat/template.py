@@ -1,39 +1,33 @@
 """Chat templates: one object renders a dialogue for training, generation, evaluation and export.
 
-What holds for every template:
+A dialogue is an optional system message, then user and assistant in turn. For every template:
 
-- `render` gives the training ids, the mask of trained tokens and where each turn lies; `prompt`
-  gives what stands before the next answer. The prompt of `messages[:k]` is exactly the start of the
-  training ids, up to where the content of answer k begins (`TurnSpan.content_start`).
-- The mask follows from how the ids were put together, turn by turn. It is not searched for in the
-  text, and not derived from ids, so padding may equal EOS. The token that ends a doctor's turn is
+- `render` gives the training ids, the mask of trained tokens and the range of each turn; `prompt`
+  gives the ids before the next response. The prompt of `messages[:k]` is exactly the start of the
+  training ids, up to the content of response k (`TurnSpan.content_start`).
+- The mask follows from how the ids are put together, turn by turn. It is not searched for in the
+  text and not derived from ids, so padding may equal EOS. The token that ends an assistant turn is
   always trained.
-- Ids equal those of transformers' `apply_chat_template` on the same template (HuatuoGPT's and
-  Baichuan's are defined piece by piece instead). The two exceptions, an answer whose first
-  characters would merge into the header before it, and text that spells a special token, are
-  described in `chat_pieces`.
+- Ids equal those of transformers' `apply_chat_template` on the same template, with two exceptions
+  below (HuatuoGPT's and Baichuan's templates are defined piece by piece instead).
+- `repr(template)` names the template and all its settings, for cache keys.
 
-A dialogue is an optional system message, then patient and doctor in turn. `repr(template)` names
-the template and all its settings: it is what a cache key needs to hold.
+A template is a sequence of pieces: control tokens and texts. A control token (`<|im_start|>`, EOS)
+is looked up by its string and never parsed out of a text. A text is tokenised as it would be in the
+whole rendering, where special tokens cut the text first: right after the control token it follows
+(this matters to SentencePiece, which treats the start of a text differently), or as the start of a
+text of its own if the template marks it so (`apart`).
 
-From the pieces of a template to token ids: control tokens as ids, texts as plain text.
+First exception: generation starts between two texts in a row, such as `assistant` + newline and the
+content, so their border must be a border of tokens. They are tokenised together; if the tokens of
+the first one come out unchanged, that is the result, as in the whole rendering. If not (a response
+that begins with a newline, after a header that ends with one), the second text is tokenised by
+itself, because a model that generates has the header's tokens in its context already.
 
-A control token (`<|im_start|>`, EOS) is looked up by its string and never parsed out of a text.
-A text is tokenised as it would be in the whole rendering, where special tokens cut the text first:
-right after the control token it follows (this matters to SentencePiece, which treats the start of
-a text differently), or as the start of a text of its own where the template says so (`apart`).
-
-Two texts in a row, such as `assistant` + newline and the answer, are where generation starts, so
-their border must be a border of tokens. They are tokenised together, and where the first one's
-tokens come out unchanged, that is the result: it is what tokenising the whole rendering gives.
-Where they do not (an answer that begins with a newline, after a header that ends with one), the
-second text is tokenised by itself, because a model that generates has the header's tokens behind
-it and cannot take them back. There, and only there, ids differ from the whole text's.
-
-Text that spells a special token (`</s>` in a patient's question) stays text: it is cut after its
-first character and the parts are tokenised one by one. `apply_chat_template` would make it a real
-control token unless it is called with `sanitize_control_tokens=True`. Added tokens that are not
-special, such as `<think>` in some tokenizers, are left to the tokenizer, as transformers does.
+Second exception: text that spells a special token (`</s>` in a user's question) stays text. It is
+cut after its first character and the parts are tokenised one by one. `apply_chat_template` would
+make it a control token unless called with `sanitize_control_tokens=True`. Added tokens that are not
+special, such as `<think>` in some tokenizers, are left to the tokenizer, as in transformers.
 """
 
 from __future__ import annotations
@@ -51,6 +45,9 @@ from huatuo_jax.data.records import Message, Role
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+TrainedTurns = Literal["all", "last"]
+TruncationPolicy = Literal["drop_oldest_turns", "drop_row"]
+
 
 class Piece(NamedTuple):
     """A part of a rendering that is tokenised on its own.
@@ -66,12 +63,12 @@ class Piece(NamedTuple):
 
 
 def control(text: str, *, trained: bool = False) -> Piece:
-    """A piece that is one token of the tokenizer."""
+    """Returns a piece that is one token of the tokenizer."""
     return Piece(text, control=True, trained=trained)
 
 
 def control_id(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
-    """The id of a control token; ValueError if the tokenizer does not have it."""
+    """Returns the id of a control token; ValueError if the tokenizer does not have it."""
     token_id = tokenizer.convert_tokens_to_ids(text)
     if token_id is None or (token_id == tokenizer.unk_token_id and text != tokenizer.unk_token):
         raise ValueError(
@@ -82,7 +79,7 @@ def control_id(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
 
 
 def special_strings(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
-    """The strings of the special tokens, which a text of a dialogue may only spell.
+    """Returns the strings of the special tokens, which a text of a dialogue may only spell.
 
     One-character ones are left out: they are ordinary text used for padding, not structure.
     """
@@ -112,8 +109,8 @@ def cut_apart(text: str, strings: frozenset[str]) -> list[str]:
 
 
 def encode_after(tokenizer: PreTrainedTokenizerBase, anchor: str | None, text: str) -> list[int]:
-    """The ids a text has right after a control token, or at the start of a text if None."""
-    # Not verbose: how long a row may be is for `truncate` to say, not for the tokenizer to warn.
+    """Returns the ids of a text right after a control token, or at the start of a text if None."""
+    # Not verbose: `truncate` limits the length, the tokenizer need not warn.
     if anchor is None:
         return list(tokenizer.encode(text, add_special_tokens=False, verbose=False))
     token_ids = tokenizer.encode(anchor + text, add_special_tokens=False, verbose=False)
@@ -128,9 +125,9 @@ def encode_after(tokenizer: PreTrainedTokenizerBase, anchor: str | None, text: s
 class PieceEncoder:
     """Tokenises the pieces of one rendering in order.
 
-    `controls` are the control tokens of the template; with the tokenizer's special tokens they are
-    what a text may not become. Raises ValueError where the tokenizer lacks one of them, or makes
-    one out of plain text.
+    `controls` are the control tokens of the template. No text may become one of them or a special
+    token of the tokenizer. Raises ValueError if the tokenizer lacks one of them, or makes one out
+    of plain text.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, controls: Iterable[str]) -> None:
@@ -139,17 +136,17 @@ class PieceEncoder:
         self._ids = {text: control_id(tokenizer, text) for text in controls}
         specials = special_strings(tokenizer)
         self._protected = specials | {text for text in self._ids if len(text) > 1}
-        # The unknown token is what a character outside the vocabulary becomes: nothing's control.
+        # Characters outside the vocabulary become the unknown token, which controls nothing.
         protected_ids = {control_id(tokenizer, text) for text in self._protected}
         self._protected_ids = protected_ids - {tokenizer.unk_token_id}
-        # What stands before the later parts of a text that was cut; any special token will do.
+        # Precedes the later parts of a text that was cut; any special token will do.
         self._inner_anchor = min(specials, default=None)
         self._anchor: str | None = None
         self._joined = ""
         self._joined_ids: list[int] = []
 
     def encode(self, piece: Piece) -> list[int]:
-        """The ids of the next piece, given the pieces before it."""
+        """Returns the ids of the next piece, given the pieces before it."""
         if piece.control or piece.apart:
             self._anchor = piece.text if piece.control else None
             self._joined, self._joined_ids = "", []
@@ -181,7 +178,7 @@ class PieceEncoder:
 
 
 def start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The special tokens that the tokenizer puts before a text by itself, often BOS or none."""
+    """Returns the special tokens that the tokenizer itself puts before a text, if any."""
     text = tokenizer.encode("a", add_special_tokens=False)
     wrapped = tokenizer.encode("a", add_special_tokens=True)
     for start in range(len(wrapped) - len(text) + 1):
@@ -193,7 +190,7 @@ def start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def named_token(tokenizer: PreTrainedTokenizerBase, name: Literal["bos_token", "eos_token"]) -> str:
-    """The string of the tokenizer's BOS or EOS; ValueError if it has none."""
+    """Returns the string of the tokenizer's BOS or EOS; ValueError if it has none."""
     text = tokenizer.special_tokens_map.get(name)
     if text is None:
         raise ValueError(f"tokenizer: has no {name}, which the template needs; set it")
@@ -201,7 +198,7 @@ def named_token(tokenizer: PreTrainedTokenizerBase, name: Literal["bos_token", "
 
 
 def token_of_id(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
-    """The string of a token id; ValueError if the vocabulary ends before it."""
+    """Returns the string of a token id; ValueError if the vocabulary ends before it."""
     if token_id >= len(tokenizer):
         raise ValueError(
             f"tokenizer: has {len(tokenizer)} tokens, and the template needs token {token_id}"
@@ -209,24 +206,10 @@ def token_of_id(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
     return str(tokenizer.convert_ids_to_tokens(token_id))
 
 
-def with_eos(token_id: int, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """A stop token's id, and that of EOS if the tokenizer has another one."""
-    if tokenizer.eos_token_id is None or tokenizer.eos_token_id == token_id:
-        return (token_id,)
-    return (token_id, int(tokenizer.eos_token_id))
-
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-TrainedTurns = Literal["all", "last"]
-TruncationPolicy = Literal["drop_oldest_turns", "drop_row"]
-
-
 class TurnSpan(NamedTuple):
-    """Where a turn lies in the token ids: `[start, end)`.
+    """The token range of a turn: `[start, end)`.
 
-    `content_start` is where generation would begin in a doctor's turn; elsewhere it equals `start`.
+    `content_start` is where generation begins in an assistant turn; elsewhere it equals `start`.
     Ids before the first message (start tokens) form a system turn.
     """
 
@@ -237,7 +220,7 @@ class TurnSpan(NamedTuple):
 
 
 class Rendered(NamedTuple):
-    """A dialogue as training sees it: ids, which of them are trained, and the turns."""
+    """A dialogue for training: ids, the mask of trained ones, and the turns."""
 
     token_ids: list[int]
     trained_mask: list[bool]
@@ -245,11 +228,11 @@ class Rendered(NamedTuple):
 
 
 class NothingToTrain(ValueError):
-    """A dialogue of which no token would be trained."""
+    """Raised for a dialogue in which no token would be trained."""
 
 
 class TurnTokens(NamedTuple):
-    """One turn's tokens; the first `num_header` of them are there before generation starts."""
+    """One turn's tokens; the first `num_header` of them precede generation."""
 
     role: Role
     token_ids: list[int]
@@ -259,7 +242,7 @@ class TurnTokens(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChatTemplate(abc.ABC):
-    """How a dialogue becomes text and token ids.
+    """Renders a dialogue as text and token ids.
 
     `default_system` is the system text of a dialogue that has no system message of its own (None:
     such a dialogue has no system text).
@@ -267,7 +250,7 @@ class ChatTemplate(abc.ABC):
 
     name: ClassVar[str]
     turn_marks: ClassVar[tuple[str, ...]] = ()
-    """Plain texts that begin a turn which is tokenised as a text of its own."""
+    """Plain texts that begin a turn, where turns are tokenised as texts of their own."""
     default_system: str | None = None
 
     @abc.abstractmethod
@@ -276,42 +259,42 @@ class ChatTemplate(abc.ABC):
     ) -> list[TurnTokens]:
         """Tokenises a valid dialogue turn by turn.
 
-        Where the patient speaks last, the list ends with a doctor's turn that is only its header.
+        If the user speaks last, the list ends with an assistant turn that is only its header.
         """
 
     @abc.abstractmethod
     def text(self, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> str:
-        """The text of the ids: the training text where the doctor speaks last, else the prompt."""
+        """Returns the training text of a dialogue that ends with the assistant, else the prompt."""
 
     @abc.abstractmethod
     def stop_token_ids(self, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-        """The ids that end an answer, the template's own end of turn first."""
+        """Returns the ids that end an answer, the template's own end of turn first."""
 
     @abc.abstractmethod
     def control_tokens(self, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-        """The strings of the tokens that the template writes by their id, in order, each once."""
+        """Returns the strings of the tokens written by their id, in order, each once."""
 
     @abc.abstractmethod
     def to_jinja(self, tokenizer: PreTrainedTokenizerBase) -> str:
-        """A `chat_template` for an exported tokenizer, which renders the same text as `text`."""
+        """Returns a Jinja `chat_template` for an exported tokenizer, with the text of `text`."""
 
     @abc.abstractmethod
     def unfinished(
         self, messages: Sequence[Message], text: str, tokenizer: PreTrainedTokenizerBase
     ) -> list[int]:
-        """The ids of a prompt and of an answer that was cut off: no end of turn follows `text`.
+        """Returns the ids of a prompt and of a response cut off after `text`: no end of turn.
 
         Raises ValueError for a dialogue that does not end with the user.
         """
 
     @abc.abstractmethod
     def content_of(self, text: str, tokenizer: PreTrainedTokenizerBase, *, ended: bool) -> str:
-        """The message content of an answer's sampled text, its end of turn left out.
+        """Returns the message content of a response's sampled text, without its end of turn.
 
-        A template may write something of its own around the content, such as HuatuoGPT's space
-        before EOS. A model that was trained with the template samples it; it is taken off here, so
-        that rendering the content again adds it once and not twice. What stands after the content
-        is there only if the answer `ended`.
+        A template may add text around the content, such as HuatuoGPT's space before EOS. A model
+        that was trained with the template samples it; it is removed here, so that rendering the
+        content again adds it once and not twice. Text after the content exists only if the
+        response `ended`.
         """
 
     def render(
@@ -321,12 +304,12 @@ class ChatTemplate(abc.ABC):
         *,
         trained: TrainedTurns = "all",
     ) -> Rendered:
-        """Renders a dialogue for training; `trained` says which of the doctor's turns are learned.
+        """Renders a dialogue for training; `trained` selects the assistant turns that are learned.
 
         A turn whose message is not `trained` is never learned.
 
-        Raises ValueError for a dialogue that is out of order, does not end with the doctor, or
-        cannot be said in this template, NothingToTrain for one that would train no token.
+        Raises ValueError for a dialogue that is out of order, does not end with the assistant, or
+        does not fit this template, NothingToTrain for one that would train no token.
         """
         rendered = self.render_any(messages, tokenizer, trained=trained)
         if not any(rendered.trained_mask):
@@ -340,7 +323,7 @@ class ChatTemplate(abc.ABC):
         *,
         trained: TrainedTurns = "all",
     ) -> Rendered:
-        """As `render`, also of a dialogue that would train no token."""
+        """Renders as `render` does, also a dialogue that would train no token."""
         if trained not in get_args(TrainedTurns):
             raise ValueError(f"trained: {trained!r} is not one of {get_args(TrainedTurns)}")
         check_dialogue(messages, last="assistant")
@@ -360,13 +343,13 @@ class ChatTemplate(abc.ABC):
         return Rendered(token_ids, trained_mask, spans)
 
     def prompt(self, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-        """The ids the doctor's next answer is generated from, its header included."""
+        """Returns the ids that the next answer is generated from, its header included."""
         check_dialogue(messages, last="user")
         turns = self.tokenize(messages, tokenizer)
         return list(itertools.chain.from_iterable(turn.token_ids for turn in turns))
 
     def check_fits(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int, *, name: str) -> None:
-        """Raises ValueError where the template's own tokens lie past a model's embedding.
+        """Checks that the model's embedding has the template's own tokens; else ValueError.
 
         Args:
             tokenizer: the model's.
@@ -384,7 +367,7 @@ class ChatTemplate(abc.ABC):
 
 
 class Turn(NamedTuple):
-    """One turn in pieces: a header that is there before generation starts, and the rest."""
+    """One turn in pieces: a header that precedes generation, and the rest."""
 
     role: Role
     header: tuple[Piece, ...]
@@ -393,29 +376,39 @@ class Turn(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PieceTemplate(ChatTemplate):
-    """A template that says its pieces itself; subclasses say what each kind of turn is made of."""
+    """A template made of pieces; subclasses define the pieces of each kind of turn.
+
+    ChatML, Llama-2 and Llama-3 are written so too, and not as Jinja for `TokenizerTemplate`. The
+    ids and masks would be the same, but that one renders and tokenises the whole text again for
+    each turn (1.5 to 1.9 times as long for dialogues of six turns), counts headers to the turn
+    before, and reads a control token that is not special in the tokenizer as text.
+    """
 
     _before_content: ClassVar[str] = ""
-    """What `_answer` writes before the content."""
+    """The text that `_answer` puts before the content."""
+    _strips_content: ClassVar[bool] = False
+    """Whether `_answer` removes white space around the content."""
+    _end_token: ClassVar[str | None] = None
+    """The token that ends an assistant turn; None for EOS."""
 
     @abc.abstractmethod
     def _opening(self, system: str | None, tokenizer: PreTrainedTokenizerBase) -> tuple[Piece, ...]:
-        """What stands before the first turn: start tokens and the system text, if any."""
+        """Returns the pieces before the first turn: start tokens and the system text, if any."""
 
     @abc.abstractmethod
     def _question(self, content: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Piece, ...]:
-        """A patient's turn."""
+        """Returns the pieces of a user turn."""
 
     @abc.abstractmethod
     def _answer_header(self, tokenizer: PreTrainedTokenizerBase) -> tuple[Piece, ...]:
-        """What stands before a doctor's answer, and ends a prompt."""
+        """Returns the pieces before an assistant's content, which end a prompt."""
 
     @abc.abstractmethod
     def _answer(self, content: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Piece, ...]:
-        """A doctor's answer after its header; its trained pieces end with the end of the turn."""
+        """Returns an assistant turn after its header; the last trained piece ends the turn."""
 
     def _turns(self, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[Turn]:
-        """The turns of a valid dialogue, with an open answer where the patient speaks last."""
+        """Returns the turns of a dialogue, with an open answer if the user speaks last."""
         system, spoken = split_system(messages, self.default_system)
         opening = self._opening(system, tokenizer)
         turns = [Turn("system", (), opening)] if opening else []
@@ -434,8 +427,7 @@ class PieceTemplate(ChatTemplate):
     ) -> list[TurnTokens]:
         """Tokenises a valid dialogue piece by piece."""
         turns = self._turns(messages, tokenizer)
-        pieces = [piece for turn in turns for piece in turn.header + turn.body]
-        encoder = PieceEncoder(tokenizer, [piece.text for piece in pieces if piece.control])
+        encoder = PieceEncoder(tokenizer, _controls(_pieces(turns)))
         tokens = []
         for turn in turns:
             token_ids: list[int] = []
@@ -452,41 +444,54 @@ class PieceTemplate(ChatTemplate):
     def unfinished(
         self, messages: Sequence[Message], text: str, tokenizer: PreTrainedTokenizerBase
     ) -> list[int]:
-        """The ids of a prompt and of an answer that was cut off; see `ChatTemplate.unfinished`."""
+        """Returns the ids of a prompt and a cut-off response; see `ChatTemplate.unfinished`."""
         check_dialogue(messages, last="user")
-        pieces = [
-            piece for turn in self._turns(messages, tokenizer) for piece in turn.header + turn.body
-        ]
+        pieces = _pieces(self._turns(messages, tokenizer))
         finished = self._answer(text, tokenizer)
-        encoder = PieceEncoder(
-            tokenizer, [piece.text for piece in (*pieces, *finished) if piece.control]
-        )
+        encoder = PieceEncoder(tokenizer, _controls([*pieces, *finished]))
         # As the first piece of an answer, so that its start is tokenised as in training.
         cut_off = finished[0]._replace(text=self._before_content + text)
         return [one for piece in (*pieces, cut_off) for one in encoder.encode(piece)]
 
     def content_of(self, text: str, tokenizer: PreTrainedTokenizerBase, *, ended: bool) -> str:
-        """The content of an answer's text; see `ChatTemplate.content_of`."""
+        """Returns the content of an answer's text; see `ChatTemplate.content_of`."""
+        if self._strips_content:
+            return text.strip() if ended else text.lstrip()
         return text
 
+    def stop_token_ids(self, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+        """Returns the end of a turn, and EOS if that is another token."""
+        end_id = control_id(tokenizer, self._end(tokenizer))
+        if tokenizer.eos_token_id is None or tokenizer.eos_token_id == end_id:
+            return (end_id,)
+        return (end_id, int(tokenizer.eos_token_id))
+
+    def _end(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        return self._end_token or named_token(tokenizer, "eos_token")
+
     def control_tokens(self, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-        """Those of a small dialogue; see `ChatTemplate.control_tokens`."""
+        """Returns the control tokens of a small dialogue; see `ChatTemplate.control_tokens`."""
         probe = [Message("system", "a"), Message("user", "b"), Message("assistant", "c")]
-        turns = self._turns(probe, tokenizer)
-        pieces = (piece for turn in turns for piece in turn.header + turn.body)
-        return tuple(dict.fromkeys(piece.text for piece in pieces if piece.control))
+        return tuple(dict.fromkeys(_controls(_pieces(self._turns(probe, tokenizer)))))
 
     def text(self, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> str:
-        """The text of the ids: the training text where the doctor speaks last, else the prompt."""
+        """Returns the training text of a dialogue that ends with the assistant, else the prompt."""
         check_dialogue(messages, last=None)
-        turns = self._turns(messages, tokenizer)
-        return "".join(piece.text for turn in turns for piece in turn.header + turn.body)
+        return "".join(piece.text for piece in _pieces(self._turns(messages, tokenizer)))
+
+
+def _pieces(turns: Sequence[Turn]) -> list[Piece]:
+    return [piece for turn in turns for piece in turn.header + turn.body]
+
+
+def _controls(pieces: Sequence[Piece]) -> list[str]:
+    return [piece.text for piece in pieces if piece.control]
 
 
 def split_system(
     messages: Sequence[Message], default_system: str | None
 ) -> tuple[str | None, Sequence[Message]]:
-    """The system text of a valid dialogue, its own or the default, and the spoken turns."""
+    """Returns the system text of a valid dialogue, its own or the default, and the spoken turns."""
     if messages[0].role == "system":
         return messages[0].content, messages[1:]
     return default_system, messages
@@ -495,11 +500,11 @@ def split_system(
 def check_dialogue(
     messages: Sequence[Message], *, last: Literal["user", "assistant"] | None
 ) -> None:
-    """Raises ValueError unless the turns alternate from the patient on and end with `last`."""
+    """Raises ValueError unless the turns alternate from the user on and end with `last`."""
     has_system = bool(messages) and messages[0].role == "system"
     spoken = messages[1:] if has_system else messages
     if not spoken:
-        raise ValueError("messages: no turn; a dialogue needs at least a patient's turn")
+        raise ValueError("messages: no turn; a dialogue needs at least one user turn")
     for index, message in enumerate(spoken):
         expected = "user" if index % 2 == 0 else "assistant"
         if message.role != expected:
@@ -515,7 +520,7 @@ def check_dialogue(
 
 
 class Truncated(NamedTuple):
-    """What is left of a dialogue: None if the row was dropped, and how many messages went."""
+    """A truncated dialogue: None if the row was dropped, and the number of messages dropped."""
 
     rendered: Rendered | None
     num_messages_dropped: int
@@ -533,9 +538,9 @@ def truncate(
     """Renders a dialogue in at most `max_tokens` tokens, and never cuts into a turn.
 
     `drop_oldest_turns` keeps the system text and drops the oldest question with its answer until
-    the rest fits; a dialogue whose last exchange alone is too long is dropped, and so is one of
-    which nothing would be trained then. `drop_row` drops every dialogue that is too long. Raises
-    ValueError as `render` does.
+    the rest fits; a dialogue is dropped if its last exchange alone is too long, or if nothing would
+    be trained in the rest. `drop_row` drops every dialogue that is too long. Raises ValueError as
+    `render` does.
     """
     if policy not in get_args(TruncationPolicy):
         raise ValueError(f"policy: {policy!r} is not one of {get_args(TruncationPolicy)}")
@@ -555,5 +560,5 @@ def truncate(
         shortened = template.render_any([*system, *spoken[start:]], tokenizer, trained=trained)
         if len(shortened.token_ids) <= max_tokens:
             break
-    # What was to be learned may have been in the turns that went.
+    # All trained turns may be among those that were dropped.
     return Truncated(shortened, start) if any(shortened.trained_mask) else dropped_row

@@ -1,7 +1,7 @@
 """The named chat templates: HuatuoGPT, ChatML, Llama-2, Llama-3 and Baichuan.
 
-Each says the pieces of its turns, and the same again in Jinja for an exported tokenizer. A system
-message replaces the template's default system text; where it goes is stated by each.
+Each defines the pieces of its turns, and the same text in Jinja for an exported tokenizer. A system
+message replaces the template's default system text; each class documents where it goes.
 """
 
 from __future__ import annotations
@@ -16,12 +16,10 @@ from huatuo_jax.data.chat.template import (
     PieceTemplate,
     Turn,
     control,
-    control_id,
     named_token,
     split_system,
     start_tokens,
     token_of_id,
-    with_eos,
 )
 from huatuo_jax.data.chat.tokenizer_template import (
     TokenizerTemplate,
@@ -49,7 +47,7 @@ class HuatuoGPTTemplate(PieceTemplate):
 
     Start tokens the tokenizer itself would add, system text, then `<病人>：` question and
     `<HuatuoGPT>：` answer, each followed by one space, the answer also by EOS. Every turn is
-    tokenised as a text of its own. Trained are the doctor's whole turns, role prefix included.
+    tokenised as a text of its own. Trained are the whole assistant turns, role prefix included.
     A system message takes the place of the default text.
 
     The training script lets an answer's first character merge with the `：` before it, which
@@ -75,18 +73,14 @@ class HuatuoGPTTemplate(PieceTemplate):
 
     def _answer(self, content: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Piece, ...]:
         text = Piece(f"{content} ", trained=True)
-        return (text, control(named_token(tokenizer, "eos_token"), trained=True))
+        return (text, control(self._end(tokenizer), trained=True))
 
     def content_of(self, text: str, tokenizer: PreTrainedTokenizerBase, *, ended: bool) -> str:
-        """The text without the one space that stands before EOS."""
+        """Returns the text without the space before EOS."""
         return text.removesuffix(" ") if ended else text
 
-    def stop_token_ids(self, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-        """EOS."""
-        return (control_id(tokenizer, named_token(tokenizer, "eos_token")),)
-
     def to_jinja(self, tokenizer: PreTrainedTokenizerBase) -> str:
-        """The template in Jinja; the text is the same, the ids need not be."""
+        """Returns the template in Jinja: the same text, but not always the same ids."""
         return jinja_source(
             self.default_system,
             opening=f"{literal(''.join(start_tokens(tokenizer)))} + (system or '')",
@@ -105,6 +99,7 @@ class ChatMLTemplate(PieceTemplate):
     """
 
     name: ClassVar[str] = "chatml"
+    _end_token: ClassVar[str | None] = "<|im_end|>"
 
     def _opening(self, system: str | None, tokenizer: PreTrainedTokenizerBase) -> tuple[Piece, ...]:
         return () if system is None else self._closed_turn("system", system)
@@ -116,7 +111,11 @@ class ChatMLTemplate(PieceTemplate):
         return (control("<|im_start|>"), Piece("assistant\n"))
 
     def _answer(self, content: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Piece, ...]:
-        return (Piece(content, trained=True), control("<|im_end|>", trained=True), Piece("\n"))
+        return (
+            Piece(content, trained=True),
+            control(self._end(tokenizer), trained=True),
+            Piece("\n"),
+        )
 
     def _closed_turn(self, role: str, content: str) -> tuple[Piece, ...]:
         return (
@@ -126,12 +125,8 @@ class ChatMLTemplate(PieceTemplate):
             Piece("\n"),
         )
 
-    def stop_token_ids(self, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-        """The end of a turn, and EOS where that is another token."""
-        return with_eos(control_id(tokenizer, "<|im_end|>"), tokenizer)
-
     def to_jinja(self, tokenizer: PreTrainedTokenizerBase) -> str:
-        """The template in Jinja."""
+        """Returns the template in Jinja."""
         turn = "'<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n'"
         system = "'<|im_start|>system\\n' + system + '<|im_end|>\\n'"
         return jinja_source(
@@ -147,12 +142,13 @@ class ChatMLTemplate(PieceTemplate):
 class Llama2Template(PieceTemplate):
     """Llama-2-Chat: BOS `[INST]` question `[/INST]` answer EOS, with contents stripped.
 
-    The system text stands inside the first question, between `<<SYS>>` marks. Trained are the
+    The system text is inside the first question, between `<<SYS>>` marks. Trained are the
     answer, with the space before and after it, and EOS.
     """
 
     name: ClassVar[str] = "llama2"
     _before_content: ClassVar[str] = " "
+    _strips_content: ClassVar[bool] = True
 
     def _turns(self, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[Turn]:
         system, spoken = split_system(messages, self.default_system)
@@ -173,18 +169,10 @@ class Llama2Template(PieceTemplate):
 
     def _answer(self, content: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Piece, ...]:
         text = Piece(f"{self._before_content}{content.strip()} ", trained=True)
-        return (text, control(named_token(tokenizer, "eos_token"), trained=True))
-
-    def content_of(self, text: str, tokenizer: PreTrainedTokenizerBase, *, ended: bool) -> str:
-        """The text without white space around it, as the template writes it."""
-        return text.strip() if ended else text.lstrip()
-
-    def stop_token_ids(self, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-        """EOS."""
-        return (control_id(tokenizer, named_token(tokenizer, "eos_token")),)
+        return (text, control(self._end(tokenizer), trained=True))
 
     def to_jinja(self, tokenizer: PreTrainedTokenizerBase) -> str:
-        """The template in Jinja."""
+        """Returns the template in Jinja."""
         wrapped = "'<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' + message['content']"
         content = f"({wrapped} if loop.first and system is not none else message['content'])"
         return jinja_source(
@@ -205,6 +193,8 @@ class Llama3Template(PieceTemplate):
     """
 
     name: ClassVar[str] = "llama3"
+    _end_token: ClassVar[str | None] = "<|eot_id|>"
+    _strips_content: ClassVar[bool] = True
 
     def _opening(self, system: str | None, tokenizer: PreTrainedTokenizerBase) -> tuple[Piece, ...]:
         turn = () if system is None else self._closed_turn("system", system)
@@ -217,11 +207,7 @@ class Llama3Template(PieceTemplate):
         return (*self._role("assistant"), Piece("\n\n"))
 
     def _answer(self, content: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Piece, ...]:
-        return (Piece(content.strip(), trained=True), control("<|eot_id|>", trained=True))
-
-    def content_of(self, text: str, tokenizer: PreTrainedTokenizerBase, *, ended: bool) -> str:
-        """The text without white space around it, as the template writes it."""
-        return text.strip() if ended else text.lstrip()
+        return (Piece(content.strip(), trained=True), control(self._end(tokenizer), trained=True))
 
     def _role(self, role: str) -> tuple[Piece, ...]:
         return (control("<|start_header_id|>"), Piece(role), control("<|end_header_id|>"))
@@ -229,12 +215,8 @@ class Llama3Template(PieceTemplate):
     def _closed_turn(self, role: str, content: str) -> tuple[Piece, ...]:
         return (*self._role(role), Piece(f"\n\n{content.strip()}"), control("<|eot_id|>"))
 
-    def stop_token_ids(self, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-        """The end of a turn, and EOS where that is another token."""
-        return with_eos(control_id(tokenizer, "<|eot_id|>"), tokenizer)
-
     def to_jinja(self, tokenizer: PreTrainedTokenizerBase) -> str:
-        """The template in Jinja."""
+        """Returns the template in Jinja."""
         header = "'<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n'"
         turn = f"{header} + message['content'] | trim + '<|eot_id|>'"
         system_header = "'<|start_header_id|>system<|end_header_id|>\\n\\n'"
@@ -252,10 +234,10 @@ class Llama3Template(PieceTemplate):
 class BaichuanTemplate(PieceTemplate):
     """Baichuan-13B-Chat and Baichuan2-Chat: a reserved token before each turn, named by its id.
 
-    The system text stands first, bare. Each content is tokenised as a text of its own, as the
+    The system text comes first, bare. Each content is tokenised as a text of its own, as the
     makers' code does. Trained are the answer and EOS, which follows every answer here; the makers'
-    code feeds EOS only after the last one and learns it elsewhere as the label of the next
-    patient's token, so a dialogue of several turns has one more token per earlier answer here.
+    code feeds EOS only after the last one and elsewhere learns it as the label of the next user
+    token, so a dialogue of several turns has one more token per earlier answer here.
     """
 
     name: ClassVar[str] = "baichuan"
@@ -273,15 +255,14 @@ class BaichuanTemplate(PieceTemplate):
 
     def _answer(self, content: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Piece, ...]:
         text = Piece(content, trained=True, apart=True)
-        return (text, control(named_token(tokenizer, "eos_token"), trained=True))
+        return (text, control(self._end(tokenizer), trained=True))
 
     def stop_token_ids(self, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-        """EOS, and the patient's token, with which the makers' models may end a turn."""
-        eos_id = control_id(tokenizer, named_token(tokenizer, "eos_token"))
-        return (eos_id, self.user_token_id)
+        """Returns EOS, and the user token, with which the makers' models may end a turn."""
+        return (*super().stop_token_ids(tokenizer), self.user_token_id)
 
     def to_jinja(self, tokenizer: PreTrainedTokenizerBase) -> str:
-        """The template in Jinja; the text is the same, the ids need not be."""
+        """Returns the template in Jinja: the same text, but not always the same ids."""
         user = literal(token_of_id(tokenizer, self.user_token_id))
         assistant = literal(token_of_id(tokenizer, self.assistant_token_id))
         return jinja_source(
@@ -306,14 +287,14 @@ TEMPLATES: dict[str, type[ChatTemplate]] = {
 def by_name(
     name: str, *, default_system: str | None = None, date: str | None = None
 ) -> ChatTemplate:
-    """The template of that name, its default system text replaced where one is given.
+    """Returns the template of that name, with its default system text replaced if one is given.
 
     Args:
         name: `tokenizer` is the tokenizer's own template.
         default_system: None for the template's own.
-        date: for `tokenizer`: the date that a program which prints one is given for today, as
-            2024-07-26, in training and ever after; None for the program's own default date, or for
-            2024-07-26 where it has none.
+        date: for `tokenizer`: today's date for a program that prints one, as 2024-07-26, in
+            training and afterwards; None for the program's own default date, or for 2024-07-26 if
+            it has none.
 
     Raises:
         ValueError: an unknown name, or a date for a template that prints none.
@@ -335,10 +316,10 @@ def for_tokenizer(
     default_system: str | None = None,
     date: str | None = None,
 ) -> ChatTemplate:
-    """The template of that name; without one, the tokenizer's own, else HuatuoGPT's.
+    """Returns the template of that name; without one, the tokenizer's own, else HuatuoGPT's.
 
-    A tokenizer whose chat template was exported from a named template here has that template, with
-    the same default system text: its tokens are those of training.
+    A tokenizer whose chat template was exported from a named template gets that template, with the
+    same default system text, so that its tokens are those of training.
 
     Args:
         tokenizer: the model's.
@@ -362,7 +343,7 @@ def for_tokenizer(
 
 
 def _exported_here(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate | None:
-    """The named template that a tokenizer's chat template was exported from; None for others."""
+    """Returns the named template that a chat template was exported from; None for others."""
     source = own_source(tokenizer)
     system = None if source is None else default_system_in(source)
     if system is None:

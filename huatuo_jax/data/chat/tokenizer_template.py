@@ -1,19 +1,20 @@
 """The tokenizer's own chat template: a Jinja program, rendered turn by turn.
 
-Nothing is known of the program but what it prints. So each answer is located by rendering the
-dialogue up to its question with the generation prompt, and up to its end: what the second has more
-is the answer. Where one rendering is not the start of the next, what a model is trained on is not
-what it would see when it generates, and the dialogue is refused (programs that strip the thinking
-of earlier answers do this, or that open a thinking block for the next one only).
+Nothing is known of the program but its output. So each answer is located by rendering the
+dialogue up to its question with the generation prompt, and up to its end: the answer is the second
+text without the first. Where one rendering is not the start of the next, the model would generate
+from another text than it was trained on, and the dialogue is refused (programs that strip the
+thinking of earlier answers do this, or that open a thinking block for the next one only).
 
 The whole text is tokenised as `apply_chat_template` does; where a token would straddle the start
-of an answer, the text is tokenised apart there, as in `chat_pieces`. Special tokens spelled in the
-dialogue are cut before the program runs, so that they stay text.
+of an answer, the text is tokenised apart there, as in `huatuo_jax.data.chat.template`. Special
+tokens spelled in the dialogue are cut before the program runs, so that they stay text.
 
-A program that asks for today's date (`strftime_now`) is given one fixed date, always the same: what
-is rendered is the very source that is exported, with a definition of that function before it.
+A program that asks for today's date (`strftime_now`) gets one fixed date: the rendered source is
+the exported one, with a definition of that function before it.
 
-Chat templates in Jinja, for the tokenizer of an exported model.
+The Jinja sources of exported tokenizers are made and recognized here too (`jinja_source`,
+`exported_source`).
 """
 
 from __future__ import annotations
@@ -41,8 +42,6 @@ from huatuo_jax.data.records import Message, Role
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from huatuo_jax.data.chat.template import ChatTemplate
-
 _PROBES = (
     (Message("user", "头痛三天了。"), Message("assistant", "“多喝水”，休息。\n\n再来复查。")),
     (
@@ -59,14 +58,20 @@ _OTHER_TOKENS = (
 _DEFAULT_SYSTEM = re.compile(
     r'^\{%- set system = (none|".*") -%\}\{%- set turns = messages -%\}$', re.MULTILINE
 )
+_GENERATION_BLOCK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+_DEFAULT_DATE = datetime.date(2024, 7, 26)
+_OWN_DATE = re.compile(r"""["'](\d{1,2} [A-Z][a-z]{2} \d{4})["']""")  # Llama's way to write one.
+_OWN_FORMAT = "%d %b %Y"
+_FIXED_DATE = re.compile(r"\{#- Dates are those of (\d{4}-\d{2}-\d{2})\. -#\}")
+_DIRECTIVES = "aAwdbBmyYHIpMSfjUWcxX"
+_PRIVATE_USE = [chr(code) for code in range(0xE000, 0xF900)]
 
 
 def unread_tokens(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    """The template's control tokens that the tokenizer would read as plain text.
+    """Returns the template's control tokens that the tokenizer would read as plain text.
 
-    In an exported tokenizer they have to be special tokens: there the template is a text. Baichuan
-    names its turns by tokens of that kind. Tokens of one character are left out: such a character
-    stands in texts, too.
+    In an exported tokenizer, whose template is a text, they have to be special tokens. Baichuan
+    marks its turns with such tokens. Tokens of one character are left out, as texts hold them too.
     """
     special = special_strings(tokenizer)
     controls = template.control_tokens(tokenizer)
@@ -74,9 +79,9 @@ def unread_tokens(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def exported_source(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """A template in Jinja for a tokenizer's files; None where they hold it already.
+    """Returns a template in Jinja for a tokenizer's files; None if they hold it already.
 
-    Where tokenising its whole text does not give the tokens of training, a comment says so.
+    If tokenising its whole text does not give the tokens of training, a comment notes it.
 
     Args:
         template: of training.
@@ -89,13 +94,13 @@ def exported_source(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) 
 
 
 def is_held(source: str, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a tokenizer's chat template is this source, as `exported_source` gives it."""
+    """Returns whether a tokenizer's chat template is this source, as `exported_source` gives it."""
     own = own_source(tokenizer)
     return own is not None and own.removeprefix(_OTHER_TOKENS) == source
 
 
 def own_source(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The one chat template of a tokenizer; None where it has none, or several."""
+    """Returns the one chat template of a tokenizer; None if it has none or several."""
     own = tokenizer.chat_template
     if isinstance(own, dict):
         own = own.get("default") if len(own) == 1 else None
@@ -103,7 +108,7 @@ def own_source(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 
 def default_system_in(source: str) -> tuple[str | None] | None:
-    """The default system text of a source that `jinja_source` made, as a tuple of one.
+    """Returns the default system text of a source that `jinja_source` made, as a tuple of one.
 
     None for any other source.
     """
@@ -114,12 +119,12 @@ def default_system_in(source: str) -> tuple[str | None] | None:
 
 
 def gives_the_tokens_of_training(source: str) -> bool:
-    """Whether an exported source does not say that its tokens are others."""
+    """Returns whether an exported source has no note that its tokens differ."""
     return not source.startswith(_OTHER_TOKENS)
 
 
 def gives_the_tokens(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether transformers, given the template in Jinja, tokenises dialogues as training does."""
+    """Returns whether transformers tokenises as training does, given the Jinja template."""
     source = template.to_jinja(tokenizer)
     return all(
         tokenizer.apply_chat_template(
@@ -131,16 +136,16 @@ def gives_the_tokens(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase)
 
 
 def literal(text: str | None) -> str:
-    """A string as a Jinja literal (JSON's escapes are Jinja's too), None as `none`."""
+    """Returns a string as a Jinja literal (JSON's escapes are Jinja's too), None as `none`."""
     return "none" if text is None else json.dumps(text, ensure_ascii=False)
 
 
 def jinja_source(
     default_system: str | None, *, opening: str, question: str, answer: str, answer_header: str
 ) -> str:
-    """A chat template in Jinja around four Jinja expressions.
+    """Returns a chat template in Jinja around four Jinja expressions.
 
-    They see `system` (none where there is none) and, in turns, `message` and `loop`.
+    They may use `system` (possibly none) and, in turns, `message` and `loop`.
     """
     disorder = literal("a dialogue is an optional system message, then user and assistant in turn")
     lines = (
@@ -166,22 +171,10 @@ def jinja_source(
     return "\n".join(lines)
 
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-_GENERATION_BLOCK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-_DEFAULT_DATE = datetime.date(2024, 7, 26)
-_OWN_DATE = re.compile(r"""["'](\d{1,2} [A-Z][a-z]{2} \d{4})["']""")  # Llama's way to write one.
-_OWN_FORMAT = "%d %b %Y"
-_FIXED_DATE = re.compile(r"\{#- Dates are those of (\d{4}-\d{2}-\d{2})\. -#\}")
-_DIRECTIVES = "aAwdbBmyYHIpMSfjUWcxX"
-_PRIVATE_USE = [chr(code) for code in range(0xE000, 0xF900)]
-
-
 class _Answer(NamedTuple):
-    """The text up to an answer and up to its end, and where `generation` blocks lie in it.
+    """The text up to an answer and up to its end, and the ranges of `generation` blocks.
 
-    `blocks` is None where the program has no such blocks.
+    `blocks` is None if the program has no such blocks.
     """
 
     before: str
@@ -191,15 +184,15 @@ class _Answer(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenizerTemplate(ChatTemplate):
-    """The chat template a tokenizer brings, with the loss mask by construction.
+    """The tokenizer's own chat template, with the loss mask by construction.
 
-    Trained is each answer up to its last special token, the end of turn; where the program marks
-    what the assistant generates (`{% generation %}`), that and the end of turn. The patient's
-    turns here hold all that stands before the answer, the doctor's header included.
+    Trained is each answer up to its last special token, the end of turn; if the program marks the
+    generated text (`{% generation %}`), that text and the end of turn. A user turn here holds all
+    text before the answer, the assistant's header included.
 
-    `variables` are set before the program. `date` is today's date to it, as 2024-07-26; None for
-    the default that the program itself has ("26 Jul 2024" in Llama 3's), or 2024-07-26 where it
-    has none. A program from a model that was trained here keeps the date of that training.
+    `variables` are set before the program. `date` is today's date for it, as 2024-07-26; None for
+    the program's own default ("26 Jul 2024" in Llama 3's), or 2024-07-26 if it has none. A program
+    from a model that was trained here keeps the date of that training.
     """
 
     name: ClassVar[str] = "tokenizer"
@@ -207,7 +200,7 @@ class TokenizerTemplate(ChatTemplate):
     date: str | None = None
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a date that is none."""
+        """Validates the date."""
         if self.date is not None:
             try:
                 datetime.date.fromisoformat(self.date)
@@ -222,13 +215,21 @@ class TokenizerTemplate(ChatTemplate):
         """Tokenises a valid dialogue, growing it by one text after another."""
         messages = self._with_system(messages)
         self._check_system(messages, tokenizer)
-        specials = special_strings(tokenizer)
-        cut = _unused_character(messages)
+        turns = self._grow(_GrowingText(tokenizer, messages), messages, tokenizer)
+        if messages[-1].role == "user":
+            turns.append(_untrained("assistant", []))
+        return turns
+
+    def _grow(
+        self,
+        growing: _GrowingText,
+        messages: Sequence[Message],
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> list[TurnTokens]:
+        """Extends a text by the turns of a dialogue, one after another."""
         messages = [
-            message._replace(content=cut.join(cut_apart(message.content, specials)))
-            for message in messages
+            message._replace(content=growing.guarded(message.content)) for message in messages
         ]
-        growing = _GrowingText(tokenizer, cut)
         turns = []
         for number, message in enumerate(messages):
             if message.role == "user":
@@ -237,12 +238,10 @@ class TokenizerTemplate(ChatTemplate):
             elif message.role == "assistant":
                 answer = self._answer(messages[: number + 1], before, tokenizer)
                 turns.append(_answer_tokens(answer, growing, tokenizer))
-        if messages[-1].role == "user":
-            turns.append(_untrained("assistant", []))
         return turns
 
     def text(self, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> str:
-        """The text of the ids: the training text where the doctor speaks last, else the prompt."""
+        """Returns the training text of a dialogue that ends with the assistant, else the prompt."""
         check_dialogue(messages, last=None)
         messages = self._with_system(messages)
         return self._jinja_text(messages, tokenizer, prompt=messages[-1].role == "user")
@@ -250,33 +249,26 @@ class TokenizerTemplate(ChatTemplate):
     def unfinished(
         self, messages: Sequence[Message], text: str, tokenizer: PreTrainedTokenizerBase
     ) -> list[int]:
-        """The ids of a prompt and of an answer that was cut off; see `ChatTemplate.unfinished`."""
+        """Returns the ids of a prompt and a cut-off response; see `ChatTemplate.unfinished`."""
         check_dialogue(messages, last="user")
         before, _ = self._around_content(tokenizer)
         prompt = self._with_system(messages)
-        cut = _unused_character([*prompt, Message("assistant", text)])
-        specials = special_strings(tokenizer)
-        growing = _GrowingText(tokenizer, cut)
-        prompt = [
-            message._replace(content=cut.join(cut_apart(message.content, specials)))
-            for message in prompt
-        ]
-        opened = self._jinja_text(prompt, tokenizer, prompt=True)
-        token_ids = growing.extend(opened)
-        answer = f"{before}{cut.join(cut_apart(text, specials))}"
-        return token_ids + growing.extend(opened + answer)
+        growing = _GrowingText(tokenizer, [*prompt, Message("assistant", text)])
+        turns = self._grow(growing, prompt, tokenizer)
+        cut_off = growing.extend(f"{growing.text}{before}{growing.guarded(text)}")
+        return [*(one for turn in turns for one in turn.token_ids), *cut_off]
 
     def content_of(self, text: str, tokenizer: PreTrainedTokenizerBase, *, ended: bool) -> str:
-        """The content, as a small dialogue shows what the program writes around it."""
+        """Returns the content without the text that the program puts around it."""
         before, after = self._around_content(tokenizer)
         text = text.removeprefix(before)
         return text.removesuffix(after) if ended else text
 
     def _around_content(self, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-        """What the program writes between prompt and content, and from there to the end of turn.
+        """Returns the text between prompt and content, and from there to the end of turn.
 
-        Special tokens are left out, as they are of an answer's text; both are empty for a program
-        that changes the content itself.
+        Both are read off a small dialogue, without special tokens, which an answer's text lacks
+        too; both are empty for a program that changes the content itself.
         """
         probe = Message("assistant", "b")
         question = self._with_system([Message("user", "a")])
@@ -292,18 +284,18 @@ class TokenizerTemplate(ChatTemplate):
         return plain.sub("", head), plain.sub("", tail)
 
     def stop_token_ids(self, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-        """The end of a turn, as a small dialogue shows it, and EOS where that is another token."""
+        """Returns the end of a turn, from a small dialogue, and EOS if that is another token."""
         rendered = self.render([Message("user", "a"), Message("assistant", "b")], tokenizer)
         last = max(index for index, trained in enumerate(rendered.trained_mask) if trained)
         end_ids = [rendered.token_ids[last], tokenizer.eos_token_id]
         return tuple(dict.fromkeys(end_id for end_id in end_ids if end_id is not None))
 
     def control_tokens(self, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-        """None: the program writes a text, which is tokenised as a whole."""
+        """Returns none: the program writes a text, which is tokenised as a whole."""
         return ()
 
     def to_jinja(self, tokenizer: PreTrainedTokenizerBase) -> str:
-        """The tokenizer's template, with this object's variables, system text and date in it."""
+        """Returns the tokenizer's template with the variables, system text and date of this one."""
         source = self._source(tokenizer)
         if self.default_system is None:
             return source
@@ -316,7 +308,7 @@ class TokenizerTemplate(ChatTemplate):
         return source if source.startswith(setting) else setting + source
 
     def _source(self, tokenizer: PreTrainedTokenizerBase) -> str:
-        """What is rendered: the tokenizer's program behind what this object sets for it."""
+        """Returns the rendered program: the tokenizer's, after the variables set here."""
         settings = "".join(
             f"{{%- set {name} = {literal(text)} -%}}" for name, text in self.variables.items()
         )
@@ -331,7 +323,7 @@ class TokenizerTemplate(ChatTemplate):
     def _check_system(
         self, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase
     ) -> None:
-        """Raises ValueError if a system text is there and changes nothing in the rendering."""
+        """Raises ValueError for a system text that has no effect on the rendering."""
         if messages[0].role != "system":
             return
         opening = list(messages[:2])
@@ -372,7 +364,7 @@ class TokenizerTemplate(ChatTemplate):
     def _generation_blocks(
         self, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase
     ) -> list[tuple[int, int]]:
-        """Where the program's `generation` blocks lie in the text, in characters."""
+        """Returns the program's `generation` blocks as (start, end) in characters of the text."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         _, blocks = render_jinja_template(
@@ -385,19 +377,27 @@ class TokenizerTemplate(ChatTemplate):
 
 
 class _GrowingText:
-    """The ids of a text that grows at its end; ids that were given out never change."""
+    """The ids of a text that grows at its end; ids once returned never change."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, cut: str) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> None:
+        """Starts empty; `messages` are all that it will hold."""
         self._tokenizer = tokenizer
-        self._cut = cut
-        # What stands before a text's later parts; any special token will do.
-        self._inner_anchor = min(special_strings(tokenizer), default=None)
-        self._text = ""
+        self._specials = special_strings(tokenizer)
+        # Marks cuts; no message holds it.
+        used = set().union(*(message.content for message in messages))
+        self._cut = next(character for character in _PRIVATE_USE if character not in used)
+        # Precedes a text's later parts; any special token will do.
+        self._inner_anchor = min(self._specials, default=None)
+        self.text = ""
         self._token_ids: list[int] = []
 
+    def guarded(self, text: str) -> str:
+        """Returns a content with marks that keep special tokens spelled in it text."""
+        return self._cut.join(cut_apart(text, self._specials))
+
     def extend(self, text: str) -> list[int]:
-        """The ids that a longer text adds; ValueError if the text before is not its start."""
-        if not text.startswith(self._text):
+        """Returns the ids that a longer text adds; ValueError unless it starts with the old one."""
+        if not text.startswith(self.text):
             raise ValueError(
                 "messages: the tokenizer's chat template renders earlier turns of this dialogue "
                 "otherwise when later ones follow, or a prompt otherwise than the training text, "
@@ -408,8 +408,8 @@ class _GrowingText:
         if whole[:border] == self._token_ids:
             added = whole[border:]
         else:
-            added = self._encode(text[len(self._text) :], anchor=self._inner_anchor)
-        self._text = text
+            added = self._encode(text[len(self.text) :], anchor=self._inner_anchor)
+        self.text = text
         self._token_ids = self._token_ids + added
         return added
 
@@ -424,7 +424,7 @@ class _GrowingText:
 def _answer_tokens(
     answer: _Answer, growing: _GrowingText, tokenizer: PreTrainedTokenizerBase
 ) -> TurnTokens:
-    """Tokenises an answer part by part and marks what is trained of it."""
+    """Tokenises an answer part by part, with the mask of trained tokens."""
     token_ids: list[int] = []
     trained_mask: list[bool] = []
     for end, trained in _parts(answer):
@@ -444,7 +444,7 @@ def _answer_tokens(
 
 
 def _parts(answer: _Answer) -> list[tuple[int, bool]]:
-    """The parts of an answer, each as its end in the text and whether it is trained."""
+    """Returns the parts of an answer: the end of each in the text, and whether it is trained."""
     if answer.blocks is None:
         return [(len(answer.after), True)]
     parts = []
@@ -453,7 +453,7 @@ def _parts(answer: _Answer) -> list[tuple[int, bool]]:
             parts += [(max(start, len(answer.before)), False), (end, True)]
     if not parts:
         raise ValueError(
-            "messages: the tokenizer's chat template marks nothing of an answer as generated, so "
+            "messages: the tokenizer's chat template marks no text of an answer as generated, so "
             "it would not be trained; choose another template"
         )
     return [*parts, (len(answer.after), False)]
@@ -478,7 +478,7 @@ def _jinja_source(tokenizer: PreTrainedTokenizerBase) -> str:
 
 @functools.lru_cache
 def _with_date(source: str, date: str | None) -> str:
-    """A program that prints the same date on every day."""
+    """Returns the program with a fixed date."""
     if (fixed := _FIXED_DATE.search(source)) is not None:
         if date not in (None, fixed[1]):
             raise ValueError(
@@ -507,9 +507,3 @@ def _with_date(source: str, date: str | None) -> str:
         steps = "".join(f" | replace({literal(a)}, {literal(b)})" for a, b in known.items())
         prefix += f"{{%- macro strftime_now(format) -%}}{{{{- format{steps} -}}}}{{%- endmacro -%}}"
     return prefix + source
-
-
-def _unused_character(messages: Sequence[Message]) -> str:
-    """A private-use character that stands nowhere in the dialogue, to mark cuts with."""
-    used = set().union(*(message.content for message in messages))
-    return next(character for character in _PRIVATE_USE if character not in used)

@@ -1,1 +1,1 @@
-"""Row formats of data files: dialogues, instructions, exams, comparisons."""
+"""Row formats: dialogues, prompts, preference pairs, cases and exam questions out of data files."""

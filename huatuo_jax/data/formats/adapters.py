@@ -1,7 +1,6 @@
-"""Named adapters: each turns the rows of one odd source into rows of a common format.
+"""Named adapters: each rewrites the rows of one published data set into rows of a common format.
 
-An adapter knows one published data set. It rewrites rows and nothing else; what the rewritten rows
-must hold is checked where all rows are checked.
+An adapter rewrites rows only; the rewritten rows are checked like all others.
 """
 
 import dataclasses
@@ -18,7 +17,7 @@ LAST_TURNS_ONLY = "turn that a later line of its dialogue repeats"
 
 
 class LeftOut(NamedTuple):
-    """A sound row that gives no record of its own, and the reason it is counted under."""
+    """A valid row that gives no record of its own, and the reason to count."""
 
     line: int
     reason: str
@@ -30,7 +29,7 @@ Rewritten = Iterator[Row | RowError | LeftOut]
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """A name, what it is for in one line, and the rewriting of a stream of rows."""
+    """A name, a line about it, and the function that rewrites a stream of rows."""
 
     name: str
     about: str
@@ -38,12 +37,12 @@ class Adapter:
 
 
 def row_adapter(name: str, about: str, rewrite_row: Callable[[Any], Any]) -> Adapter:
-    """An adapter that rewrites each row by itself; `rewrite_row` may raise `RowProblem`."""
+    """Makes an adapter that rewrites each row by itself; `rewrite_row` may raise `RowProblem`."""
     return Adapter(name, about, functools.partial(_rewrite_each, rewrite_row=rewrite_row))
 
 
 def find_adapter(name: str) -> Adapter:
-    """The adapter of that name.
+    """Returns the adapter of that name.
 
     Raises:
         ValueError: there is none; the text lists them.
@@ -89,7 +88,7 @@ def _without(row: dict[str, Any], *keys: str) -> dict[str, Any]:
 
 
 def _toyhom(row: Any) -> Any:
-    """The patient's question is a title and a text; `无` (none) stands for a missing text."""
+    """Joins a question's title and text; `无` (none) stands for a missing text."""
     if not isinstance(row, dict) or not {"title", "ask"} <= row.keys():
         _need(row, "title", "ask")
     _need_text(row, *present(row, ("title", "ask")) or ("title",))  # One cell may be blank.
@@ -103,7 +102,7 @@ _FLAT_TURN = re.compile(r"<(user|bot)>:")
 
 
 def _bentsao(row: Any) -> Any:
-    """Turns stand in `instruction` as `<user>: ... <bot>: ...`; the last answer in `output`."""
+    """Splits `instruction`, `<user>: ... <bot>: ...`; the last answer is in `output`."""
     _need_text(row, "instruction")
     _need(row, "output")
     before, *pieces = _FLAT_TURN.split(row["instruction"])
@@ -119,7 +118,7 @@ def _bentsao(row: Any) -> Any:
 
 
 def _apollo(row: Any) -> Any:
-    """A dialogue is a bare list: question, answer, question, answer."""
+    """Reads a dialogue that is a bare list: question, answer, question, answer."""
     if not isinstance(row, list):
         raise RowProblem(f"{describe(row)}; this adapter needs a list of question and answer")
     if is_huatuo_list(row):
@@ -129,14 +128,14 @@ def _apollo(row: Any) -> Any:
 
 
 def _apollo_exam(row: Any) -> Any:
-    """The key of the answer is misspelt, and some options end in a stray quote and full stop."""
+    """Corrects the misspelt key of the answer, and options that end in a stray quote and stop."""
     _need_text(row, "option", "anwer")
     option = re.sub(r'\n"\.\s*$', "", row["option"])
     return {**_without(row, "anwer"), "option": option, "answer": row["anwer"]}
 
 
 def _huatuo26m(row: Any) -> Any:
-    """Question and answer stand in lists of one."""
+    """Reads rows whose question and answer are lists of one."""
     _need(row, "instruction", "output")
     return {**row, "instruction": _single(row["instruction"]), "output": _single(row["output"])}
 
@@ -148,14 +147,14 @@ def _single(value: Any) -> Any:
 
 
 def _huatuo_o1(row: Any) -> Any:
-    """The chain of thought stands before the answer as HuatuoGPT-o1 is trained (2412.18925)."""
+    """Puts the chain of thought before the answer, as HuatuoGPT-o1 is trained (2412.18925)."""
     _need_text(row, "Question", "Complex_CoT", "Response")
     thought = f"## Thinking\n\n{row['Complex_CoT']}\n\n## Final Response\n\n{row['Response']}"
     return {**_without(row, "Complex_CoT"), "Response": thought}
 
 
 def _cmb_clin(row: Any) -> Any:
-    """A case and several questions about it: one dialogue that opens with the case."""
+    """Makes one dialogue, which opens with the case, of a case and its questions."""
     _need_text(row, "description")
     _need_list(row, "QA_pairs")
     turns = []
@@ -171,7 +170,7 @@ _PUBMEDQA_OPTIONS = {"A": "yes", "B": "no", "C": "maybe"}
 
 
 def _pubmedqa(row: Any) -> Any:
-    """Yes, no or maybe, with the abstract before the question."""
+    """Makes an exam question with yes, no or maybe, the abstract before the question."""
     _need_text(row, "QUESTION", "final_decision")
     _need_list(row, "CONTEXTS")
     if not all(isinstance(text, str) for text in row["CONTEXTS"]):
@@ -190,7 +189,7 @@ _SCORE = re.compile(r"^([A-Za-z ]+): *(\d+(?:\.\d+)?) *$", re.MULTILINE)
 
 
 def disc_scores_of(row: Any) -> dict[str, float]:
-    """The judge's scores by criterion, out of lines such as `Accuracy: 4`.
+    """Reads the judge's scores by criterion from lines such as `Accuracy: 4`.
 
     Raises:
         RowProblem: there are none, or one is not between 1 and 5.
@@ -203,7 +202,7 @@ def disc_scores_of(row: Any) -> dict[str, float]:
 
 
 def _disc_scores(row: Any) -> Any:
-    """The judged dialogue stands in the judge's prompt, with its scores beside it."""
+    """Takes the judged dialogue out of the judge's prompt, with its scores."""
     _need_text(row, "prompt", "scores")
     talk = _SCORED_TALK.search(row["prompt"])
     pieces = _SCORED_TURN.split(talk.group(1).strip()) if talk else [""]
@@ -221,7 +220,7 @@ _NOTES = ("intent", "knowledge", "action")
 
 
 def _remedi(rows: Rows) -> Rewritten:
-    """One doctor's turn a line, each with all turns before it; the fullest line is the dialogue."""
+    """Keeps the fullest line of each dialogue: one doctor turn a line, with all turns before it."""
     held: Row | None = None
     for row in rows:
         if isinstance(row, RowError):
@@ -243,7 +242,7 @@ def _remedi(rows: Rows) -> Rewritten:
 
 
 def _remedi_line(text: Any) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """The turns of a tagged line, and what it notes about the last one."""
+    """Returns the turns of a tagged line, and its notes about the last one."""
     fields = {tag: part.strip() for tag, part in _TAGGED.findall(str(text))}
     missing = [tag for tag in ("context", "currentuser", "response") if tag not in fields]
     if missing:

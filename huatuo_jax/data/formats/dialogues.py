@@ -1,9 +1,7 @@
-"""Row formats: how each is recognised by its keys, and how it becomes a record.
+"""Row formats of dialogues, prompts, cases and exam questions: recognized by keys, made records.
 
-A `Format` is tried row by row, so that a file may mix shapes. Here stand the formats of dialogues
-and prompts; comparisons, and cases and exams, have files of their own.
-
-Row formats of medical cases and of multiple-choice questions.
+A `Format` is tried row by row, so a file may mix shapes. The formats of preference pairs are in
+`huatuo_jax.data.formats.preferences`.
 """
 
 import difflib
@@ -61,14 +59,22 @@ EXAM_KEYS = ("options", "option", "Options", "A")
 _LABEL_KEYS = ("label", "kto_tag")
 _KEYS_SHOWN = 12
 _ID_KEYS = ("id", "_id", "conversation_id", "dialogue_id")
+_DEPARTMENT_KEYS = ("department", "Department")
+_QUESTION_KEYS = ("question", "Question")
+_OPTIONS_KEYS = ("options", "option", "Options")
+_ANSWER_KEYS = ("answer_idx", "answer", "Answer")
+_EXPLANATION_KEYS = ("explanation", "Explanation", "rationale")
+_LETTERS = "ABCDEFGHIJ"
+# `A text`, `A. text`, `A、text`, `(A) text`, one on each line.
+_LETTERED_LINE = re.compile(r"[(（]?([A-J])(?:[)）.、:：]\s*|\s+)(.*)", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Terms:
-    """What the reader adds to a row: the source's name and kind, and the limits.
+    """The reader's settings for a row: the source's name and kind, and the limits.
 
-    A given `source` or `kind` is stronger than the row's own; `file_name` serves where neither is.
-    `empty_answers` takes dialogues whose last answer is empty, too.
+    A given `source` or `kind` overrides the row's own; `file_name` is the source of a row without
+    either. `empty_answers` accepts dialogues whose last answer is empty.
     """
 
     file_name: str
@@ -80,7 +86,7 @@ class Terms:
 
 @dataclass(frozen=True)
 class Converted:
-    """The records of one row, and what had to be mended on the way."""
+    """The records of one row, and the repairs that were needed."""
 
     records: tuple[Record, ...]
     repairs: tuple[str, ...] = ()
@@ -88,7 +94,7 @@ class Converted:
 
 @dataclass(frozen=True)
 class Format:
-    """One shape of rows: `keys` says in words what `matches` looks for."""
+    """One shape of rows; `keys` describes in words the rows that `matches` accepts."""
 
     name: str
     family: Family
@@ -98,10 +104,10 @@ class Format:
 
 
 def recognise(row: object, formats: Sequence[Format]) -> Format:
-    """The first of the formats that the row has the keys of.
+    """Returns the first of the formats whose keys the row has.
 
     Raises:
-        RowProblem: none; the text lists the keys of the row and the formats.
+        RowProblem: there is none; the text lists the keys of the row and the formats.
     """
     for row_format in formats:
         if row_format.matches(row):
@@ -111,7 +117,7 @@ def recognise(row: object, formats: Sequence[Format]) -> Format:
 
 
 def describe(row: object) -> str:
-    """The keys that hold something, for messages."""
+    """Describes a row by its keys with a value, for messages."""
     if not isinstance(row, Mapping):
         return f"a row that is a {type(row).__name__}, not an object"
     keys = sorted(map(str, present(row, row)))
@@ -123,10 +129,10 @@ def describe(row: object) -> str:
 def identity(
     row: object, terms: Terms, *, used: Sequence[str], content: object
 ) -> tuple[str, str, dict[str, Any]]:
-    """The id, the source and the remaining fields of a row.
+    """Returns the id, the source and the remaining fields of a row.
 
-    A row without an id of its own gets one from its source and content. Where `terms` overrule the
-    row's source, that stays in the remaining fields as `original_source`.
+    A row without an id of its own gets one from its source and content. If `terms` override the
+    row's source, it stays in the remaining fields as `original_source`.
     """
     if not isinstance(row, Mapping):
         source = terms.source or terms.file_name
@@ -148,10 +154,10 @@ def identity(
 
 
 def only_key(row: JsonRow, keys: Sequence[str], what: str) -> str:
-    """The one key of several spellings that the row has.
+    """Returns the one key of several spellings that the row has.
 
     Raises:
-        RowProblem: it has more than one, and which is meant cannot be told.
+        RowProblem: it has more than one, so the meant one is not known.
     """
     found = present(row, keys)
     if len(found) > 1:
@@ -160,12 +166,12 @@ def only_key(row: JsonRow, keys: Sequence[str], what: str) -> str:
 
 
 def dialogue_key(row: JsonRow) -> str:
-    """The key under which the row lists its turns."""
+    """Returns the key under which the row lists its turns."""
     return only_key(row, _list_keys(row) or DIALOGUE_KEYS, "list of turns")
 
 
 def _list_keys(row: JsonRow) -> tuple[str, ...]:
-    """The usual keys of turns that hold a list, and no name or number of a conversation."""
+    """Returns the usual keys of turns that hold a list, not an id of a conversation."""
     return tuple(
         key
         for key in present(row, DIALOGUE_KEYS)
@@ -174,7 +180,7 @@ def _list_keys(row: JsonRow) -> tuple[str, ...]:
 
 
 def is_listed(row: object) -> bool:
-    """Whether the row lists turns under one of the usual keys."""
+    """Returns whether the row lists turns under one of the usual keys."""
     found = present(row, DIALOGUE_KEYS)
     if not found or not isinstance(row, Mapping):
         return False
@@ -182,12 +188,12 @@ def is_listed(row: object) -> bool:
 
 
 def is_question(row: object) -> bool:
-    """Whether the row has a question in a column of its own."""
+    """Returns whether the row has a question in a column of its own."""
     return bool(present(row, (*QUESTION_KEYS, "input")))
 
 
 def is_labelled_bad(row: object) -> bool:
-    """Whether the row's answer is one to learn away from, as KTO's data says by `label`."""
+    """Returns whether the row's answer is labelled as a bad one, as in KTO's data."""
     return any(
         row[key] is False or str(row[key]).strip().lower() == "false"
         for key in present(row, _LABEL_KEYS)
@@ -213,9 +219,9 @@ def _dialogue(
 
 
 def _other_meanings(row: object) -> tuple[object, tuple[str, ...]]:
-    """The row with own columns that have a field's name, but not its meaning, named `original_...`.
+    """Renames columns with a field's name but another meaning to `original_...`.
 
-    A kind is meant as ours if it is one of ours, or nearly: that is an error of spelling.
+    A kind that is nearly one of ours is an error of spelling.
     """
     if not isinstance(row, Mapping):
         return row, ()
@@ -238,14 +244,18 @@ def _from_huatuo(row: Any, terms: Terms) -> Converted:
 
 
 def _from_listed(row: Any, terms: Terms) -> Converted:
+    turns, used = listed_prompt(row)
+    return _dialogue(row, turns, terms, used=used)
+
+
+def listed_prompt(row: JsonRow) -> tuple[list[Turn], tuple[str, ...]]:
+    """Returns the turns of a row's list, and the keys they came from.
+
+    ShareGPT rows may keep the system text outside the list.
+    """
     key = dialogue_key(row)
-    turns = listed_turns(row[key], key)
-    return _dialogue(row, _with_system(row, turns), terms, used=(key, "system"))
-
-
-def _with_system(row: JsonRow, turns: list[Turn]) -> list[Turn]:
-    """ShareGPT keeps the system text beside the turns now and then."""
-    return [Turn("system", row["system"]), *turns] if has(row, "system") else turns
+    system = [Turn("system", row["system"])] if has(row, "system") else []
+    return [*system, *listed_turns(row[key], key)], (key, "system")
 
 
 def _ends_open(row: Any) -> bool:
@@ -266,22 +276,22 @@ def _instruction_key(row: JsonRow) -> str:
 
 
 def is_instruction(row: object) -> bool:
-    """Whether the row has Alpaca's instruction."""
+    """Returns whether the row has Alpaca's instruction."""
     return bool(present(row, INSTRUCTION_KEYS))
 
 
 def instruction_prompt(row: JsonRow) -> tuple[list[Turn], tuple[str, ...]]:
-    """Alpaca's turns up to the question, and the keys that they came from."""
+    """Returns Alpaca's turns up to the question, and the keys that they came from."""
     key = _instruction_key(row)
     return instruction_turns(row, key), (key, "input", "history", "system")
 
 
 def question_prompt(row: JsonRow) -> tuple[list[Turn], tuple[str, ...]]:
-    """The turns up to a question in a column of its own, and the keys that they came from.
+    """Returns the turns up to a question in its own column, and the keys they came from.
 
     The question may be a list of turns, as TRL's conversational `prompt`.
     """
-    # `input` is context below the question, and the question itself where there is no other.
+    # `input` is context below the question, or the question itself if there is no other.
     asked = present(row, QUESTION_KEYS)
     key = only_key(row, QUESTION_KEYS, "question") if asked else "input"
     used = (key, "input", "history", "system")
@@ -293,7 +303,7 @@ def question_prompt(row: JsonRow) -> tuple[list[Turn], tuple[str, ...]]:
 
 
 def answer_turns(value: object, name: str) -> list[Turn]:
-    """An answer as text, as one message, or as messages; the text is checked later."""
+    """Returns an answer as text, as one message, or as messages; the text is checked later."""
     items = as_list(value)
     if isinstance(value, Mapping) and items is None:
         return listed_turns([value], name)
@@ -398,10 +408,9 @@ def _reference_key(row: JsonRow) -> str | None:
 
 
 def _prompt_from_listed(row: Any, terms: Terms) -> Converted:
-    key = dialogue_key(row)
-    turns = _with_system(row, listed_turns(row[key], key))
+    turns, used = listed_prompt(row)
     reference = "reference" if has(row, "reference") else None
-    return _prompt(row, turns, terms, used=(key, "system"), reference=reference)
+    return _prompt(row, turns, terms, used=used, reference=reference)
 
 
 def _prompt_from_instruction(row: Any, terms: Terms) -> Converted:
@@ -437,16 +446,6 @@ PROMPT_FORMATS: tuple[Format, ...] = (
         _prompt_from_question,
     ),
 )
-
-
-_DEPARTMENT_KEYS = ("department", "Department")
-_QUESTION_KEYS = ("question", "Question")
-_OPTIONS_KEYS = ("options", "option", "Options")
-_ANSWER_KEYS = ("answer_idx", "answer", "Answer")
-_EXPLANATION_KEYS = ("explanation", "Explanation", "rationale")
-_LETTERS = "ABCDEFGHIJ"
-# `A text`, `A. text`, `A、text`, `(A) text`, each on a line of its own.
-_LETTERED_LINE = re.compile(r"[(（]?([A-J])(?:[)）.、:：]\s*|\s+)(.*)", re.DOTALL)
 
 
 def _from_case(row: Any, terms: Terms) -> Converted:
@@ -487,7 +486,7 @@ def _from_exam(row: Any, terms: Terms) -> Converted:
     question_key = only_key(row, _QUESTION_KEYS, "question")
     question = checked_text(row, question_key, max_turn_chars=terms.max_turn_chars)
     options, option_keys = _options(row)
-    answer_key = present(row, _ANSWER_KEYS)[0]  # answer_idx is the letter beside a spelt answer.
+    answer_key = present(row, _ANSWER_KEYS)[0]  # answer_idx is the letter of an answer in words.
     explanation = _explanation_keys(row)
     used = (question_key, answer_key, "answer", *option_keys, *explanation)
     row_id, source, extra = identity(row, terms, used=used, content=[question, options])
@@ -504,7 +503,7 @@ def _from_exam(row: Any, terms: Terms) -> Converted:
 
 
 def _explanation_keys(row: JsonRow) -> tuple[str, ...]:
-    """The key of the explanation, if there is text under it; an empty CSV cell is none."""
+    """Returns the key of the explanation, if there is text under it; an empty CSV cell is none."""
     keys = present(row, _EXPLANATION_KEYS)[:1]
     if keys and not isinstance(row[keys[0]], str):
         raise RowProblem(f"{keys[0]} is {type(row[keys[0]]).__name__}, not text")
@@ -512,7 +511,7 @@ def _explanation_keys(row: JsonRow) -> tuple[str, ...]:
 
 
 def _options(row: JsonRow) -> tuple[dict[str, str], tuple[str, ...]]:
-    """The options by letter, and the keys that they came from."""
+    """Returns the options by letter, and the keys that they came from."""
     found = present(row, _OPTIONS_KEYS)
     given = structured(row[found[0]]) if found else None
     if not found:
@@ -524,7 +523,7 @@ def _options(row: JsonRow) -> tuple[dict[str, str], tuple[str, ...]]:
         options, keys = dict(zip(_LETTERS, given, strict=False)), found
     else:
         options, keys = options_from_text(given), found
-    # Tables keep a column for the fifth option of questions that have four.
+    # Tables have a column for a fifth option, which most questions lack.
     options = {key: text for key, text in options.items() if text not in (None, "")}
     if len(options) < 2 or not all(isinstance(text, str) for text in options.values()):
         raise RowProblem(f"the options are not at least two texts: {str(options)[:60]}")
@@ -534,7 +533,7 @@ def _options(row: JsonRow) -> tuple[dict[str, str], tuple[str, ...]]:
 
 
 def options_from_text(text: object) -> dict[str, str]:
-    """Options that stand one a line in one text; a line without the next letter goes on.
+    """Splits a text into options, one a line; a line without the next letter continues one.
 
     Raises:
         RowProblem: the text does not begin with option A.
@@ -554,7 +553,7 @@ def options_from_text(text: object) -> dict[str, str]:
 
 
 def _letters(value: object, options: Mapping[str, str]) -> str:
-    """The letters of an answer such as `B`, `(B)`, `BCD` or `B, C`, in order."""
+    """Returns the letters of an answer such as `B`, `(B)`, `BCD` or `B, C`, in order."""
     if not isinstance(value, str):
         raise RowProblem(f"the answer is {type(value).__name__}, not letters")
     letters = re.sub(r"[()（）\s,，、]", "", value)

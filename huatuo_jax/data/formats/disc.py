@@ -1,7 +1,7 @@
-"""Comparisons out of DISC-MedLLM's evaluation: dialogues of several models, judged by GPT-4.
+"""Preference pairs from DISC-MedLLM's evaluation: dialogues of several models, judged by GPT-4.
 
 Each model consulted with the same simulated patient on the same cases, and each dialogue was scored
-by itself. Two dialogues on one case with different mean scores are a comparison.
+by itself. Two dialogues on one case with different mean scores are a preference pair.
 """
 
 import itertools
@@ -44,7 +44,7 @@ class _Scored:
 def read_disc_comparisons(
     dialogues: Sequence[Path], scores: Sequence[Path], **keywords: Unpack[Keywords]
 ) -> Reading[Comparison]:
-    """Pairs of dialogues on one case, joined with their scores on (source, id, model).
+    """Reads pairs of dialogues on one case, joined with their scores on (source, id, model).
 
     The prompt is the patient's first message, `chosen` and `rejected` are the rest of the two
     consultations, `margin` is the difference of the mean scores. The rows counted are those of both
@@ -102,7 +102,7 @@ def _join(
 
 
 def _dialogue_key(dialogue: Dialogue) -> _Key:
-    """A given source name overrules the row's, which then stands in the extra fields."""
+    """Returns the key of a dialogue, with the row's own source name."""
     source = dialogue.extra.get("original_source", dialogue.source)
     return _Key(str(source), dialogue.id, str(dialogue.extra.get("model", "")))
 
@@ -122,7 +122,7 @@ def _scored(place: Row, dialogues: dict[_Key, tuple[Row, Dialogue]], taken: set[
 
 
 def _compare(rows: Sequence[_Scored], source: str | None) -> Iterator[Outcome]:
-    """All pairs of one case go with its first row; the others are used without records."""
+    """Yields all pairs of one case with its first row; the others are used without records."""
     ranked = sorted(rows, key=lambda row: -row.mean)
     pairs = tuple(
         _comparison(better, worse, source)

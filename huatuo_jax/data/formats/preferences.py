@@ -1,4 +1,4 @@
-"""Row formats of comparisons: chosen and rejected, ranked lists, scored lists."""
+"""Row formats of preference pairs: chosen and rejected, ranked lists, scored lists."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,12 +9,12 @@ from huatuo_jax.data.formats.dialogues import (
     Format,
     Terms,
     answer_turns,
-    dialogue_key,
     identity,
     instruction_prompt,
     is_instruction,
     is_listed,
     is_question,
+    listed_prompt,
     question_prompt,
 )
 from huatuo_jax.data.formats.turns import (
@@ -27,7 +27,6 @@ from huatuo_jax.data.formats.turns import (
     as_turns,
     check_turns,
     has,
-    listed_turns,
     present,
     prompt_messages,
     structured,
@@ -67,7 +66,7 @@ def _is_pair(row: Any) -> bool:
     keys = _pair_keys(row)
     if keys is None:
         return False
-    # Without a prompt of its own, the pair must be two whole dialogues.
+    # Without a prompt field, the pair must be two whole dialogues.
     return _has_prompt(row) or all(as_turns(row[key]) is not None for key in keys)
 
 
@@ -116,16 +115,14 @@ def _from_pair(row: Any, terms: Terms) -> Converted:
 
 def _prompt_turns(row: JsonRow) -> tuple[list[Turn], tuple[str, ...]]:
     if is_listed(row):
-        key = dialogue_key(row)
-        system = [Turn("system", row["system"])] if has(row, "system") else []
-        return [*system, *listed_turns(row[key], key)], (key, "system")
+        return listed_prompt(row)
     if is_instruction(row):
         return instruction_prompt(row)
     return question_prompt(row)
 
 
 def _without_prompt(turns: list[Turn], prompt: Sequence[Turn]) -> list[Turn]:
-    """Some files repeat the prompt in front of both answers."""
+    """Removes the prompt that some files repeat before both answers."""
     contents = [turn.content for turn in prompt]
     starts_with_prompt = [turn.content for turn in turns[: len(prompt)]] == contents
     return turns[len(prompt) :] if starts_with_prompt else turns
@@ -143,7 +140,7 @@ def _shared_start(chosen: Sequence[Turn], rejected: Sequence[Turn]) -> list[Turn
 
 
 def _continuation(prompt: Messages, turns: Sequence[TurnLike], name: str, terms: Terms) -> Messages:
-    """The checked messages behind the prompt; they end with the assistant."""
+    """Returns the checked messages after the prompt; they end with the assistant."""
     try:
         whole, _ = check_turns(
             [*prompt, *turns], max_turn_chars=terms.max_turn_chars, empty_answer=True
@@ -156,11 +153,11 @@ def _continuation(prompt: Messages, turns: Sequence[TurnLike], name: str, terms:
 
 
 def _empty_answers(answers: Sequence[Messages], *, judged: bool) -> tuple[str, ...]:
-    """What is counted of empty answers, best first.
+    """Returns the repairs to count for empty answers, best first.
 
     Raises:
-        RowProblem: the best one is empty, and no probability or score says that a judge found it
-            so: a missing value rather than a preference.
+        RowProblem: the best one is empty without a probability or score from a judge, so it is a
+            missing value rather than a preference.
     """
     if not any(is_empty(one[-1].content) for one in answers):
         return ()
@@ -168,7 +165,7 @@ def _empty_answers(answers: Sequence[Messages], *, judged: bool) -> tuple[str, .
         return (EMPTY_ANSWER,)
     if not judged:
         raise RowProblem(
-            "the better answer is empty; where a judge preferred it, p_chosen or scores say so"
+            "the better answer is empty; if a judge preferred it, give p_chosen or scores"
         )
     return (EMPTY_CHOSEN,)
 
@@ -180,7 +177,7 @@ def _number(row: JsonRow, key: str) -> float | None:
 
 def _as_number(value: object, name: str) -> float:
     number = value
-    if isinstance(value, str):  # As all cells of CSV are.
+    if isinstance(value, str):  # All cells of CSV are text.
         try:
             number = float(value)
         except ValueError:
@@ -237,7 +234,7 @@ def _text_of(item: object, name: str) -> object:
 def _ranking(
     row: JsonRow, texts: Sequence[object], scores: list[float] | None, terms: Terms, key: str
 ) -> Converted:
-    """All pairs of the answers, which stand best first."""
+    """Returns all pairs of the answers, which are given best first."""
     prompt_turns, used = _prompt_turns(row)
     prompt, repairs = prompt_messages(prompt_turns, max_turn_chars=terms.max_turn_chars)
     answers = tuple(

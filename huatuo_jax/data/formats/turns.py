@@ -1,7 +1,7 @@
-"""From the turns of a row, in whatever shape, to checked messages.
+"""Turns of a row, in any of the usual shapes, made checked messages.
 
-`check_turns` is the one place that decides what a dialogue may look like; the other functions only
-find the turns in a row.
+`check_turns` is the one place that defines a valid dialogue; the other functions only find the
+turns in a row.
 """
 
 import ast
@@ -40,7 +40,7 @@ FIELD_NAMES = frozenset(
     + ("answers", "responses", "outputs", "completions", "chosen", "rejected", "history", "data")
     + ("options", "option", "Options", "input", "system", "reference", "json_dialogue")
 )
-"""Names of a row's parts: a document's field of such a name is no row under its id."""
+"""Names of a row's fields: in a document such a field is no row under its id."""
 
 _TURN_KEYS = (("role", "content"), ("from", "value"))
 _TOOL_KEYS = ("tool_calls", "function_call", "tool_call_id")
@@ -52,10 +52,10 @@ class Turn(NamedTuple):
     """A turn as written.
 
     Attributes:
-        role: who speaks, by any of the usual names.
+        role: any of the usual names.
         content: the text.
-        trained: False where the row says that this answer is not to be learned.
-        left_out: what the row says of it that no message holds, in words to count by.
+        trained: False if the row marks this answer as not to be trained.
+        left_out: fields of the turn that a message does not hold, as reasons to count.
     """
 
     role: object
@@ -68,20 +68,20 @@ TurnLike = Turn | Message | tuple[object, object]
 
 
 class RowProblem(ValueError):
-    """A row that cannot become a record; the text is the reason."""
+    """Raised for a row that is no record; the text is the reason."""
 
 
 class RowLeftOut(Exception):
-    """A sound row that gives no record, for a reason that is counted by its text."""
+    """Raised for a valid row that gives no record; its text is the reason to count."""
 
 
 def check_turns(
     turns: Iterable[TurnLike], *, max_turn_chars: int, empty_answer: bool = False
 ) -> tuple[Messages, tuple[str, ...]]:
-    """Messages of the turns, and what had to be mended.
+    """Returns the messages of the turns, and the repairs that were needed.
 
-    Holds: known roles; text that shows something, is not too long and can be written as UTF-8; a
-    system message only first; then user and assistant in turns, the user first.
+    Valid are: known roles; text that is visible, not too long and can be written as UTF-8; a system
+    message only first; then user and assistant in turn, the user first.
 
     Args:
         turns: in order.
@@ -89,7 +89,7 @@ def check_turns(
         empty_answer: whether the last turn may be an empty one of the assistant.
 
     Raises:
-        RowProblem: something of this does not hold.
+        RowProblem: the turns are not valid.
     """
     messages: list[Message] = []
     repairs: list[str] = []
@@ -117,7 +117,7 @@ def check_turns(
 def dialogue_messages(
     turns: Iterable[TurnLike], *, max_turn_chars: int, empty_answer: bool = False
 ) -> tuple[Messages, tuple[str, ...]]:
-    """Checked messages that end with the assistant: a last, unanswered question is dropped."""
+    """Returns checked messages that end with the assistant; drops a last, unanswered question."""
     messages, repairs = check_turns(turns, max_turn_chars=max_turn_chars, empty_answer=empty_answer)
     if not any(message.role == "assistant" for message in messages):
         raise RowProblem("no assistant turn")
@@ -129,7 +129,7 @@ def dialogue_messages(
 def prompt_messages(
     turns: Iterable[TurnLike], *, max_turn_chars: int
 ) -> tuple[Messages, tuple[str, ...]]:
-    """Checked messages that end with the user; of a prompt nothing is trained, nor marked."""
+    """Returns checked messages that end with the user; trained marks are dropped."""
     messages, repairs = check_turns(turns, max_turn_chars=max_turn_chars)
     if messages[-1].role != "user":
         raise RowProblem(f"the prompt ends with a turn of the {messages[-1].role}, not of the user")
@@ -137,7 +137,7 @@ def prompt_messages(
 
 
 def checked_text(row: JsonRow, key: str, *, max_turn_chars: int) -> str:
-    """The text under a key, not empty.
+    """Returns the text under a key, not empty.
 
     Raises:
         RowProblem: it is not text, is empty, too long, or cannot be written as UTF-8.
@@ -173,23 +173,20 @@ def _check_order(before: Sequence[Message], role: Role, number: int) -> None:
         raise RowProblem(f"turns {number - 1} and {number} are both of the {role}")
 
 
-# The shapes that turns have in rows.
-
-
 def has(row: object, *keys: str) -> bool:
-    """Whether the row is an object with something under every key (null counts as nothing)."""
+    """Returns whether the row is an object with a value (not null) under every key."""
     return isinstance(row, Mapping) and all(row.get(key) is not None for key in keys)
 
 
 def present(row: object, keys: Iterable[str]) -> tuple[str, ...]:
-    """Those of the keys under which the row holds something."""
+    """Returns the keys under which the row has a value."""
     return tuple(key for key in keys if has(row, key))
 
 
 def structured(value: object) -> Any:
-    """The list or object that a cell's text spells, as JSON or as Python does, else the value.
+    """Parses a list or object that a cell's text spells in JSON or Python; else the value.
 
-    CSV and parquet columns keep lists as JSON text; pandas writes them into CSV as Python's.
+    CSV and parquet columns hold lists as JSON text; pandas writes Python's form into CSV.
     """
     if not isinstance(value, str) or value.strip()[:1] not in ("[", "{"):
         return value
@@ -209,9 +206,9 @@ def structured(value: object) -> Any:
 
 
 def as_list(value: object) -> list[Any] | None:
-    """The list that a value is or spells, or that an object of equally long columns stands for.
+    """Returns a value as a list: a list, its text, or an object of equally long columns.
 
-    `datasets` keeps a list of objects as such an object. None where it is no list.
+    `datasets` stores a list of objects as such an object. None for any other value.
 
     Raises:
         RowProblem: the columns are not equally long.
@@ -225,18 +222,18 @@ def as_list(value: object) -> list[Any] | None:
 
 
 def is_turn(item: object) -> bool:
-    """Whether it is an object with the keys of a turn."""
+    """Returns whether it is an object with the keys of a turn."""
     return isinstance(item, Mapping) and any(item.keys() >= set(keys) for keys in _TURN_KEYS)
 
 
 def as_turns(value: object) -> list[Any] | None:
-    """The list of turns that a value is or spells; None where it is something else, as a text."""
+    """Returns a value, or the value that it spells, as a list of turns; None if it is none."""
     items = as_list(value)
     return items if items and all(map(is_turn, items)) else None
 
 
 def listed_turns(items: object, name: str) -> list[Turn]:
-    """Turns of a list of `{from, value}` (ShareGPT) or `{role, content}` (OpenAI)."""
+    """Returns the turns of a list of `{from, value}` (ShareGPT) or `{role, content}` (OpenAI)."""
     listed = as_list(items)
     if listed is None:
         raise RowProblem(f"{name} is {type(items).__name__}, not a list of turns")
@@ -266,7 +263,7 @@ def _listed_turn(item: object, number: int) -> Turn:
 
 
 def _marks(item: JsonRow, number: int) -> dict[str, bool]:
-    """What a turn says of whether it is trained: `weight` (OpenAI), `train`, boolean `loss`."""
+    """Returns the turn's marks of being trained: `weight` (OpenAI), `train`, boolean `loss`."""
     marks = {}
     for key in ("weight", "train", "loss"):
         value = item.get(key)
@@ -287,7 +284,7 @@ def _holds_something(value: object) -> bool:
 
 
 def _text_of_parts(content: object, number: int) -> object:
-    """The text of a content that is a list of parts, joined by line breaks as servers do (vLLM)."""
+    """Joins a content that is a list of text parts by line breaks, as servers do (vLLM)."""
     parts = as_list(content) if isinstance(content, list | Mapping) else None
     if not parts or not all(has(part, "type") for part in parts):
         return content
@@ -307,7 +304,7 @@ def _role_of(name: object) -> Role | None:
 
 
 def huatuo_turns(items: object) -> list[Turn]:
-    """Turns of HuatuoGPT's strings `问：...` and `答：...`, in a list or in JSON text of one."""
+    """Returns the turns of HuatuoGPT's strings `问：...` and `答：...`, in a list or its JSON."""
     if isinstance(items, str):
         try:
             items = json_value(json.loads(items)).value
@@ -327,14 +324,14 @@ def huatuo_turns(items: object) -> list[Turn]:
 
 
 def is_huatuo_list(value: object) -> bool:
-    """Whether the value is a list that begins with a string `问：...` or `答：...`."""
+    """Returns whether the value is a list that begins with a string `问：...` or `答：...`."""
     if not isinstance(value, list) or not value or not isinstance(value[0], str):
         return False
     return value[0].startswith(_PATIENT_MARKS + _DOCTOR_MARKS)
 
 
 def history_turns(row: JsonRow) -> list[Turn]:
-    """Turns of Alpaca's `system`, and of `history`: pairs [user, assistant], or listed turns."""
+    """Returns the turns of Alpaca's `system` and `history`: pairs, or listed turns."""
     turns = [Turn("system", row["system"])] if has(row, "system") else []
     history = as_list(row["history"]) if has(row, "history") else []
     if history is None:
@@ -349,7 +346,7 @@ def history_turns(row: JsonRow) -> list[Turn]:
 
 
 def instruction_turns(row: JsonRow, key: str) -> list[Turn]:
-    """Alpaca's turns up to the question: system, history, and instruction with input below it."""
+    """Returns Alpaca's turns up to the question: system, history, instruction and input."""
     instruction, context = row[key], row["input"] if has(row, "input") else ""
     if isinstance(instruction, str) and isinstance(context, str):
         parts = [part for part in (instruction, context) if not is_empty(part)]
