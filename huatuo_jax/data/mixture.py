@@ -41,7 +41,12 @@ _TURN_BREAK = "\n"  # Stands in no normalized text, so turns cannot run into eac
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOutConfig:
-    """The share of the dialogues that is held out, 0 to 1, and the salt of the draw."""
+    """The dialogues that are held out, chosen by their content.
+
+    Attributes:
+        share: of the dialogues, 0 to 1.
+        salt: of the draw; another one holds out others.
+    """
 
     share: float = 0.02
     salt: str = "held-out"

@@ -18,7 +18,7 @@ import pytest
 
 from huatuo_jax import cli
 from huatuo_jax.core.config import is_config
-from huatuo_jax.data import sample
+from huatuo_jax.data import SAMPLE_FOLDER
 from tests.api import tiny
 from tests.docs import pages
 
@@ -261,7 +261,7 @@ def tiny_recipe():
 def test_the_commands_run_one_after_the_other(tmp_path):
     for name in ("launch", "configs", "huatuo_jax"):
         (tmp_path / name).symlink_to(pages.ROOT / name)
-    dialogues = sample.FOLDER / "real_instruction.jsonl"
+    dialogues = SAMPLE_FOLDER / "real_instruction.jsonl"
     shutil.copy(dialogues, tmp_path / "my_dialogues.jsonl")
     rows = [json.loads(line) for line in dialogues.read_text(encoding="utf-8").splitlines()[:12]]
     asked = [{"id": row["id"], "messages": row["messages"][:1]} for row in rows]
