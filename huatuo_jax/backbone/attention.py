@@ -12,16 +12,10 @@
 | `cudnn`  | bfloat16, float16 | T % 2 = 0   | H % 8 = 0, <= 128 |
 | `splash` | bfloat16, float32 | T % 128 = 0 | H % 128 = 0       |
 
-`auto` takes the platform's own kernel where it fits and says once where it does not; a kernel
-asked for by name that does not fit is an error. ALiBi stays with XLA: splash takes no bias, and
-cuDNN's would be a 16-bit one, too coarse for distant tokens.
-
-Attention in plain XLA: blocks of queries, each against only the keys that it may see.
-
-The accelerators' own attention kernels: splash on TPU, cuDNN on GPU.
-
-Both are causal by index, which is causal by position because positions rise with the index inside
-a segment.
+`auto` takes the platform's own kernel where it fits and logs once where it does not; a kernel
+chosen by name that does not fit is an error. ALiBi stays with XLA: splash takes no bias, and
+cuDNN's would be a 16-bit one, too coarse for distant tokens. Splash and cuDNN are causal by index,
+which equals causal by position because positions rise with the index inside a segment.
 """
 
 import functools
@@ -53,9 +47,9 @@ def attend_in_blocks(
     alibi_slopes_N: jax.Array | None,
     query_chunk: int,
 ) -> jax.Array:
-    """Chunks of queries against only the keys before their end: the upper half is never computed.
+    """Attends in chunks of queries, each to the keys before its end, skipping the upper half.
 
-    Scores of a chunk are made again in the backward pass, so `[T, T]` is never held.
+    The backward pass recomputes the scores of a chunk, so `[T, T]` is never held.
     """
     length = q_BTNH.shape[1]
     chunk = max(query_chunk, -(-length // _MOST_BLOCKS))
@@ -94,7 +88,7 @@ def attend_block(
     sliding_window: int | None,
     alibi_slopes_N: jax.Array | None,
 ) -> jax.Array:
-    """Attention of some queries to some keys, in plain XLA; softmax in at least float32.
+    """Attends some queries to some keys in plain XLA; softmax in at least float32.
 
     A query sees a key of its segment at its own position or before, within the window.
 
@@ -108,7 +102,7 @@ def attend_block(
 
 
 class _Block(NamedTuple):
-    """Some queries, from `start` to `end`, and the keys that they may see, from `low` to `end`."""
+    """Queries from `start` to `end`, and the keys visible to them, from `low` to `end`."""
 
     low: int
     start: int
@@ -124,7 +118,7 @@ class _Block(NamedTuple):
 
 
 class _Mask(NamedTuple):
-    """Whether each query of a block sees each of its keys, and how far it lies back."""
+    """The visibility of each key to each query of a block, and the distance between them."""
 
     visible_BTS: jax.Array
     distance_BTS: jax.Array
@@ -149,9 +143,9 @@ def _mask(
 def _heads_first(
     q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Scaled queries by group, keys and values, all with heads before tokens.
+    """Returns scaled queries by group, keys and values, all with heads before tokens.
 
-    Once for all blocks: every product then reads its inputs as they lie.
+    Done once for all blocks, so that every product reads its inputs in their layout.
     """
     batch, length, num_heads, head_dim = q_BTNH.shape
     num_kv_heads = k_BSKH.shape[2]
@@ -176,11 +170,11 @@ def _weigh(
     masks: tuple[_Mask, ...],
     slopes_KG: jax.Array | None,
 ) -> jax.Array:
-    """Softmax attention of scaled queries, block by block; one set of keys is kept for all blocks.
+    """Computes softmax attention of scaled queries, block by block.
 
-    Beside the inputs only the output and the scores' total are kept. The backward pass is
-    FlashAttention's (arXiv 2205.14135, appendix B): weights again from the total's logarithm, and
-    the softmax's gradient from the output's.
+    One set of keys is kept for all blocks; beside the inputs only the output and the scores' total
+    are saved. The backward pass is FlashAttention's (arXiv 2205.14135, appendix B): it recomputes
+    the weights from the total's logarithm, and the softmax's gradient from the output's.
     """
     return _weigh_forward(blocks, q_BKGTH, k_BKSH, v_BKSH, masks, slopes_KG)[0]
 
@@ -240,14 +234,14 @@ _weigh.defvjp(_weigh_forward, _weigh_backward)
 
 
 def _joined(parts: list[jax.Array]) -> jax.Array:
-    """Blocks of queries in their order."""
+    """Concatenates blocks of queries in their order."""
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=3)
 
 
 def _scores(
     q_BKGTH: jax.Array, k_BKSH: jax.Array, mask: _Mask, slopes_KG: jax.Array | None
 ) -> jax.Array:
-    """Masked scores `[B, K, G, T, S]`, in at least float32."""
+    """Returns the masked scores `[B, K, G, T, S]`, in at least float32."""
     scores_BKGTS = jax.lax.dot_general(
         q_BKGTH,
         k_BKSH,
@@ -268,7 +262,7 @@ def _weigh_block(
     mask: _Mask,
     slopes_KG: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """A block's output `[B, K, G, T, H]`, and the logarithm of its scores' total, H being 1."""
+    """Returns a block's output `[B, K, G, T, H]` and its scores' log total, with H = 1."""
     scores_BKGTS = _scores(q_BKGTH, k_BKSH, mask, slopes_KG)
     largest_BKGT1 = scores_BKGTS.max(axis=-1, keepdims=True)
     weights_BKGTS = jnp.exp(scores_BKGTS - largest_BKGT1)
@@ -291,7 +285,7 @@ def _block_gradients(
     gradient_BKGTH: jax.Array,
     mean_BKGT1: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """What a block's output asks of its queries, keys and values."""
+    """Returns the gradients of a block's queries, keys and values."""
     to_weights_BKGTS = jax.lax.dot_general(
         gradient_BKGTH, v_BKSH, (((4,), (3,)), _HEADS), preferred_element_type=weights_BKGTS.dtype
     )
@@ -311,7 +305,7 @@ def cudnn(
     segment_ids_BT: jax.Array | None,
     sliding_window: int | None,
 ) -> jax.Array:
-    """Flash attention of cuDNN through jax.
+    """Runs cuDNN's flash attention through jax.
 
     Returns:
         `[B, T, N, H]`.
@@ -321,7 +315,7 @@ def cudnn(
 
 
 def visible_tokens(segment_ids_BT: jax.Array | None, sliding_window: int | None) -> dict[str, Any]:
-    """The arguments of `jax.nn.dot_product_attention` that say which tokens a token sees.
+    """Returns the arguments of `jax.nn.dot_product_attention` for the visible tokens.
 
     Segments become a mask of `[B, 1, T, T]`.
     """
@@ -342,15 +336,15 @@ def splash(
     *,
     interpret: bool = False,
 ) -> jax.Array:
-    """Splash attention, each device on its own rows and heads of the mesh in use.
+    """Runs splash attention, each device on its own rows and heads of the mesh in use.
 
     Args:
         q_BTNH: queries.
         k_BTKH: keys.
         v_BTKH: values.
         segment_ids_BT: int32, or None for one segment a row.
-        sliding_window: tokens a query sees, itself included; None for all before it.
-        interpret: run the kernel's program on any device, slowly: for tests.
+        sliding_window: tokens that a query sees, itself included; None for all before it.
+        interpret: run the kernel's program on any device, slowly, for tests.
 
     Returns:
         `[B, T, N, H]`.
@@ -401,7 +395,7 @@ def _splash_mask(length: int, sliding_window: int | None) -> splash_attention_ma
 
 
 def _block_sizes(length: int) -> splash_attention_kernel.BlockSizes:
-    """Blocks of 512 where they divide the length: few enough steps, small enough for VMEM."""
+    """Returns blocks of 512 where they divide the length: few steps that still fit VMEM."""
     block = next(size for size in (512, 256, 128) if length % size == 0)
     return splash_attention_kernel.BlockSizes(
         block_q=block,
@@ -428,7 +422,7 @@ def attend(
     kernel: Kernel,
     query_chunk: int,
 ) -> jax.Array:
-    """Causal attention of rows to themselves; scores are scaled by `H ** -0.5`.
+    """Computes causal attention of rows to themselves, scores scaled by `H ** -0.5`.
 
     Args:
         q_BTNH: queries.
@@ -437,15 +431,15 @@ def attend(
         positions_BT: int32; rise by one from token to token inside a segment.
         segment_ids_BT: int32, tokens see their own segment only; None for one segment a row.
         sliding_window: a token sees itself and the `sliding_window - 1` tokens before it.
-        alibi_slopes_N: what a score loses per token of distance; None without ALiBi.
-        kernel: the kernel wanted.
-        query_chunk: queries at a time in the XLA kernel, which bounds its memory.
+        alibi_slopes_N: decrease of a score per token of distance; None without ALiBi.
+        kernel: a kernel's name, or `auto`.
+        query_chunk: queries of a chunk in the XLA kernel, which bounds its memory.
 
     Returns:
         `[B, T, N, H]` in the dtype of the queries.
 
     Raises:
-        ValueError: the kernel wanted does not fit.
+        ValueError: the kernel chosen by name does not fit.
     """
     fit = choose_kernel(
         kernel,
@@ -471,11 +465,11 @@ def attend(
     )
 
 
-@functools.cache  # Traced once a layer stack, so this also makes the notice appear once.
+@functools.cache  # Traced once for each stack of layers, so this also logs the warning once.
 def choose_kernel(
     wanted: Kernel, platform: str, *, length: int, head_dim: int, dtype: str, alibi: bool
 ) -> Literal["xla", "cudnn", "splash"]:
-    """The kernel that computes attention, by the table above.
+    """Chooses the kernel that computes attention, by the table at this module's top.
 
     Args:
         wanted: a kernel's name, or `auto`.
@@ -483,10 +477,10 @@ def choose_kernel(
         length: tokens T a row.
         head_dim: width H of a head.
         dtype: of queries, keys and values.
-        alibi: whether scores carry ALiBi's bias.
+        alibi: scores have ALiBi's bias.
 
     Raises:
-        ValueError: the kernel wanted by name does not fit; says why.
+        ValueError: the kernel chosen by name does not fit; gives the reasons.
     """
     own: dict[str, Literal["cudnn", "splash"]] = {"gpu": "cudnn", "tpu": "splash"}
     if wanted == "xla" or (wanted == "auto" and platform not in own):
@@ -502,7 +496,7 @@ def choose_kernel(
 
 
 def _misfits(kernel: str, *, length: int, head_dim: int, dtype: str, alibi: bool) -> list[str]:
-    """Why a fused kernel cannot take this input, in words."""
+    """Lists the reasons why a fused kernel does not take this input."""
     found = ["it takes no ALiBi bias"] if alibi else []
     if kernel == "cudnn":
         if dtype not in ("bfloat16", "float16"):

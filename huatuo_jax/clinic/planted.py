@@ -1,8 +1,8 @@
-"""Answers with known faults, and pairs of answers that differ in one thing alone.
+"""Answers with known faults, and pairs of answers that differ in one respect only.
 
-They hold a reader of answers, a judge or a reward model against the truth: a fault that is planted
-must be found, one that is not must not be, and of a pair that differs in truth alone the true one
-should get the higher reward, whatever the manner.
+They test a reader of answers, a judge or a reward model against the truth: a planted fault must be
+found, and no other; of a pair that differs in truth alone the true one should get the higher
+reward, whatever the manner.
 """
 
 from collections.abc import Callable, Iterator
@@ -62,13 +62,13 @@ _TRY_OTHERS = 400
 
 @dataclass(frozen=True, kw_only=True)
 class PlantedAnswer:
-    """An answer and all that is wrong with it.
+    """An answer with known faults.
 
     Attributes:
-        prompt: what it answers.
+        prompt: the prompt it answers.
         text: the answer.
-        faults: names as `Findings.faults` has them, in no order.
-        manner: in which it is written.
+        faults: names as in `Findings.faults`, unordered.
+        manner: the manner it is written in.
     """
 
     prompt: Prompt
@@ -97,14 +97,14 @@ class _Answer:
         self.remarks = True
 
     def text(self) -> str:
-        """In its manner, with side remarks that are no faults."""
+        """Writes the answer in its manner, with side remarks that are not faults."""
         return self._real() if self.manner == "real" else self._distilled()
 
     def _questions(self) -> str:
         return "".join(self.writer.say("ask", self.writer.symptom(name)) for name in self.asks)
 
     def _claims(self, first: str, further: str) -> str:
-        """A sentence for each disease; the first takes up what the patient told."""
+        """Writes a sentence for each disease; the first one repeats what the patient told."""
         writer = self.writer
         told = echo(writer, self.observation)
         return "".join(
@@ -115,7 +115,7 @@ class _Answer:
         )
 
     def _remark(self) -> str:
-        """A sentence about another disease or drug that claims and orders nothing."""
+        """Writes a sentence about another disease or drug that claims and orders nothing."""
         if not self.remarks:
             return ""
         writer = self.writer
@@ -166,14 +166,14 @@ class _Answer:
 
 
 def planted_answers(count: int, *, seed: int, held_out: bool = False) -> Iterator[PlantedAnswer]:
-    """Answers with the faults of `FAULTS` in turn, in both manners.
+    """Yields answers with the faults of `FAULTS` in turn, in both manners.
 
-    A fault that cannot stand in an answer to the prompt at hand (a contraindicated drug for a
-    patient who may have all) is left for the next prompt that takes it.
+    A fault that no answer to the current prompt can have (a contraindicated drug for a patient who
+    may have all) goes to the next prompt that allows it.
 
     Args:
-        count: how many.
-        seed: other answers for another one.
+        count: number of answers.
+        seed: another seed gives other answers.
         held_out: to held-out prompts, in held-out wording.
     """
     pool = list(prompts(_TRY_OTHERS, seed=seed, held_out=held_out))
@@ -199,22 +199,22 @@ def pairs_that_differ(
     held_out: bool = False,
     diseases: int | None = None,
 ) -> Iterator[Comparison]:
-    """Pairs of answers that differ in one thing alone.
+    """Yields pairs of answers that differ in one respect only.
 
     In truth: the same text but for the disease named, a near miss in place of the right one. In
     manner: the same disease and orders, `chosen` in the distilled manner. In length: `chosen` has
-    two more pieces of advice than is of any use; an exact judge takes them for equal, so `p_chosen`
-    is a half.
+    two more pieces of advice than are useful; an exact judge takes them for equal, so `p_chosen` is
+    a half.
 
     Args:
-        difference: what they differ in.
-        count: how many.
-        seed: other pairs for another one.
+        difference: the respect in which they differ.
+        count: number of pairs.
+        seed: another seed gives other pairs.
         held_out: to held-out prompts, in held-out wording.
-        diseases: patients have one of so many, the most common ones; None for all.
+        diseases: number of diseases that patients have, the most common ones; None for all.
 
     Raises:
-        ValueError: no such difference, or too few prompts.
+        ValueError: an unknown difference, or too few prompts.
     """
     if difference not in DIFFERENCES:
         raise ValueError(f"difference is {difference!r}; it should be in {', '.join(DIFFERENCES)}")
@@ -288,7 +288,7 @@ def _any_manner(draws: Draws) -> Manner:
 
 
 def _plant(written: _Answer, fault: str) -> PlantedAnswer | None:
-    """The answer with this fault, or None where it cannot have it."""
+    """Makes the answer with this fault, or None where it is impossible."""
     before, after = _ON_PARTS.get(fault), _ON_TEXT.get(fault)
     faults = {fault} - {"none"}
     if before is not None:
@@ -309,7 +309,7 @@ def _plant(written: _Answer, fault: str) -> PlantedAnswer | None:
 
 
 def _nothing_said(written: _Answer) -> set[str]:
-    """What is wrong with an answer that holds nothing."""
+    """Returns the faults of an answer that says nothing."""
     missing = {"not_asked" if written.belief.should_ask else "no_diagnosis"}
     return missing | ({"red_flag_missed"} if written.belief.emergency else set())
 
@@ -392,7 +392,7 @@ def _not_asked(written: _Answer) -> set[str] | None:
 
 
 def _pointless_question(written: _Answer) -> set[str] | None:
-    """Questions only, about what the patient has told already."""
+    """Asks only about facts that the patient has already told."""
     if written.belief.should_ask or written.belief.emergency:
         return None
     written.asks = sorted(written.observation.known)[:2]

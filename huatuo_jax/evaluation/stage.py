@@ -1,9 +1,4 @@
-"""The evaluation of a run: its models on held-out prompts and dialogues, as one JSON file.
-
-Two models' answers to the same prompts before an offline judge, in both orders.
-
-What models say of given text: the loss on held-out dialogues, and how far two models differ.
-"""
+"""The evaluation of a run: figures of its models on held-out prompts and dialogues."""
 
 import asyncio
 import itertools
@@ -45,12 +40,15 @@ from huatuo_jax.training.scoring import GivenAnswer, Scorer
 def judge_pairs(
     answered: Sequence[Answered], others: Sequence[Answered], judge: Judge
 ) -> dict[str, list[Verdict | None]]:
-    """The verdicts on the answers of the same index, by prompt; None where the judge gave none.
+    """Judges two models' answers to the same prompts in both orders, by prompt.
 
     Args:
         answered: one model's answers.
         others: the other's, to the same prompts in the same order, as many to each.
-        judge: is asked twice about each pair, in both orders.
+        judge: asked twice about each pair, in both orders.
+
+    Returns:
+        The verdicts on the answers of the same index; None where the judge gave none.
     """
 
     async def run() -> dict[str, list[Verdict | None]]:
@@ -69,7 +67,7 @@ def judge_pairs(
 def score_answers(
     answered: Sequence[Answered], judge: Judge
 ) -> dict[str, dict[str, list[float | None]]]:
-    """The judge's scores by criterion, then by prompt."""
+    """Returns the judge's scores by criterion, then by prompt."""
 
     async def run() -> dict[str, dict[str, list[float | None]]]:
         found: dict[str, dict[str, list[float | None]]] = {name: {} for name in CRITERIA}
@@ -87,7 +85,7 @@ def score_answers(
 def truth_values(
     answered: Sequence[Answered], judge: TruthJudge
 ) -> dict[str, dict[str, list[float | None]]]:
-    """What is true of each answer, as `truth_{name}` by `TRUTHS`, then by prompt."""
+    """Returns the facts about each answer, as `truth_{name}` by `TRUTHS`, then by prompt."""
     found: dict[str, dict[str, list[float | None]]] = {f"truth_{name}": {} for name in TRUTHS}
     for one in answered:
         truths = [judge.truths(one.prompt, text) for text in one.answers]
@@ -97,7 +95,7 @@ def truth_values(
 
 
 async def _verdict(judge: Judge, one: Answered, text: str, against: str) -> Verdict | None:
-    """Both orders; None where the judge failed on either."""
+    """Judges both orders; None if the judge failed on either."""
     try:
         return Verdict(
             await _points(judge, one, text, against),
@@ -108,7 +106,7 @@ async def _verdict(judge: Judge, one: Answered, text: str, against: str) -> Verd
 
 
 async def _points(judge: Judge, one: Answered, first: str, second: str) -> float:
-    """1 where the first text is the better one, 0 where the second is."""
+    """Returns 1 if the first text is the better one, 0 if the second, 1/2 for a tie."""
     reply = await judge.compare(one.prompt, first, second)
     assert reply.p_first is not None
     return points_of(reply.p_first)
@@ -123,13 +121,13 @@ def held_out_loss(
     rows_at_once: int,
     chunk: int,
 ) -> dict[str, float]:
-    """Loss, perplexity and token accuracy on the held-out dialogues, as fine-tuning reports them.
+    """Computes loss, perplexity and token accuracy on the held-out dialogues, as SFT does.
 
     Args:
         info: the model.
         data: with held-out rows.
-        compute: how it is computed.
-        mesh: where.
+        compute: dtypes and kernels.
+        mesh: devices.
         rows_at_once: rows of a batch.
         chunk: positions of each row whose logits are held at once.
     """
@@ -154,21 +152,21 @@ def sequence_kl(
     rows_at_once: int,
     temperature: float,
 ) -> tuple[Values, int]:
-    """The log-ratio of policy to reference of each of the policy's own answers, by prompt.
+    """Returns the log-ratio of policy to reference of each of the policy's answers, by prompt.
 
     Its mean estimates the KL divergence per answer without bias; a single one may be negative.
 
     Args:
-        policy: whose answers they are.
-        reference: what it is compared with.
+        policy: the model that gave the answers.
+        reference: the model it is compared with.
         answers: as sampled, by prompt.
-        compute: how both are computed.
-        mesh: where.
+        compute: dtypes and kernels of both.
+        mesh: devices.
         rows_at_once: rows of a batch.
-        temperature: they were sampled at.
+        temperature: sampling temperature of the answers.
 
     Returns:
-        The log-ratios, and the tokens of all answers.
+        The log-ratios, and the number of tokens of all answers.
     """
     flat = [one for found in answers.values() for one in found]
 
@@ -211,23 +209,23 @@ def run_evaluation(
     loss_chunk: int,
     rollout_temperature: float,
 ) -> dict[str, Any]:
-    """Evaluates a run's models; killed and run again, it goes on with the answers it has.
+    """Evaluates a run's models; killed and run again, it resumes with the answers it has.
 
     Args:
         cfg: which models and prompts; `cfg.base` is a folder, `cfg.temperature` a number.
-        folder: where answers and scores are kept.
+        folder: for answers and scores.
         data: the dialogues of fine-tuning, for the held-out loss; None to leave it out.
-        compute: how losses and log-probabilities are computed.
-        mesh: where.
+        compute: dtypes and kernels of losses and log-probabilities.
+        mesh: devices.
         loss_rows: rows of a batch of dialogues.
         loss_chunk: positions of each row whose logits are held at once.
-        rollout_temperature: that PPO sampled at; told beside the evaluation's own.
+        rollout_temperature: PPO's sampling temperature, reported beside the evaluation's own.
 
     Returns:
         All figures, JSON values; figures over prompts with their 95 % interval.
 
     Raises:
-        ValueError: a model or prompts that cannot be.
+        ValueError: an invalid model or prompts.
         OSError: a file cannot be read or written.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -240,7 +238,7 @@ def run_evaluation(
             places[name],
             cfg,
             folder,
-            # The first ones stand for SFT, the others are those that the best one is chosen from.
+            # The first ones represent SFT; the best one is chosen from the others.
             num_samples=cfg.num_samples + (candidates if name == "sft" else 0),
         )
         for name in MODELS
@@ -298,16 +296,16 @@ def run_evaluation(
 def compare(
     answers: Mapping[str, ScoredAnswers], *, judge: OfflineJudge | TruthJudge, seed: int
 ) -> dict[str, Any]:
-    """The figures that follow from answers and scores alone.
+    """Returns the figures that follow from answers and scores alone.
 
     Args:
-        answers: of `MODELS` and of `BEST_OF_N`, one a prompt, and of `REFERENCE` where there is
-            one, to the same prompts.
-        judge: of the answers; the clinic's also tells what is true of them (`truth_...`).
+        answers: of `MODELS`, of `BEST_OF_N` (one a prompt), and of `REFERENCE` where there is one,
+            to the same prompts.
+        judge: of the answers; the clinic's also gives the facts about them (`truth_...`).
         seed: of the bootstrap.
 
     Raises:
-        ValueError: prompts that the judge cannot judge.
+        ValueError: prompts that the judge does not take.
     """
     verdicts = {name: score_answers(found.answered, judge) for name, found in answers.items()}
     figures: dict[str, dict[str, Values]] = {
@@ -359,16 +357,16 @@ def compare(
 
 
 def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
-    """Writes JSON that is never seen half written."""
+    """Writes JSON atomically."""
     text = json.dumps(value, ensure_ascii=False, indent=2, allow_nan=False)
     write_file(path, f"{text}\n")
 
 
 def _length(answers: Mapping[str, ScoredAnswers], *, seed: int) -> dict[str, Any]:
-    """How much of PPO's gain in reward its answers' length accounts for.
+    """Estimates how much of PPO's gain in reward its answers' length accounts for.
 
-    The slope is that of reward on characters among the SFT model's answers to one prompt; what is
-    left of the gain after slope times the difference in length is the gain at equal length.
+    The slope is that of reward on characters among the SFT model's answers to one prompt; the gain
+    less slope times the difference in length is the gain at equal length.
     """
     slope = statistics.slope_within_prompts(answers["sft"].rewards, answers["sft"].characters)
 

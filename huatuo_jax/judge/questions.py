@@ -1,11 +1,7 @@
-"""From an answers file to the questions that a judge is asked.
+"""The questions that a judge is asked, and the verdicts on pairs of answers that follow from them.
 
-From judgements of answers to one verdict on each pair of a prompt's answers.
-
-Nothing here depends on the order in which judgements came: a question that was judged more than
-once (by a judge whose settings changed) counts with the mean of its verdicts.
-
-Two models' answers before a judge in both orders: wins, ties, losses and the share of points.
+Nothing here depends on the order of the judgements: a question that was judged more than once (by
+a judge whose settings changed) counts with the mean of its verdicts.
 """
 
 import itertools
@@ -39,8 +35,8 @@ class Answered:
     Attributes:
         prompt: with its extra fields.
         answers: their texts.
-        sampled: how each was sampled; nothing where the file has texts alone.
-        sampled_prompt: what the model was given.
+        sampled: how each was sampled; empty where the file has texts alone.
+        sampled_prompt: the prompt that the model was given.
     """
 
     prompt: Prompt
@@ -49,20 +45,20 @@ class Answered:
     sampled_prompt: SampledPrompt | None = None
 
     def sampled_fields(self, index: int, *, prefix: str) -> dict[str, Any]:
-        """How an answer was sampled, as fields of a record of several answers."""
+        """Returns how an answer was sampled, as fields of a record of several answers."""
         return self.sampled[index].to_fields(prefix=prefix) if self.sampled else {}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """One thing to ask a judge.
+    """One question to a judge.
 
     Attributes:
         prompt: with its reference.
         protocol: "score" for one answer, "pairwise" for two.
-        answers: which of the prompt's answers, in the order shown.
+        answers: indices of the prompt's answers, in the order shown.
         texts: of those answers.
-        key: hash of all that is asked; equal questions have equal keys.
+        key: hash of the whole question; equal questions have equal keys.
         judge: the judge's name.
         template: hash of the judge's template.
     """
@@ -77,20 +73,20 @@ class Question:
 
     @property
     def identity(self) -> tuple[str, str, tuple[int, ...]]:
-        """As `Judgement.identity`."""
+        """Returns key, prompt id and answers, as `Judgement.identity` does."""
         return self.key, self.prompt.id, self.answers
 
     async def ask(self, judge: Judge) -> Reply:
-        """The judge's reply; raises as `judges.Judge` does."""
+        """Asks the judge; raises as `judgements.Judge` does."""
         if self.protocol == "score":
             return await judge.score(self.prompt, self.texts[0])
         return await judge.compare(self.prompt, self.texts[0], self.texts[1])
 
     def judgement(self, outcome: Reply | JudgementFailed, *, paid: bool) -> Judgement:
-        """The record of what the judge said, or of why it said nothing.
+        """Returns the record of the judge's verdict, or of its failure.
 
         Args:
-            outcome: of `ask`.
+            outcome: from `ask`.
             paid: this record carries tokens and cost; False for a copy of an equal question's.
         """
         shown = dict(zip(_index_names(self.protocol), self.answers, strict=True))
@@ -118,7 +114,7 @@ class Question:
         )
 
     def copy_of(self, judgement: Judgement) -> Judgement:
-        """The record of a verdict that an equal question has got already."""
+        """Returns the record of a verdict that an equal question already has."""
         reply = Reply(
             scores=judgement.scores,
             p_first=judgement.p_first,
@@ -130,11 +126,10 @@ class Question:
 
 
 def read_answered(path: str | os.PathLike[str], *, encoding: str | None = None) -> list[Answered]:
-    """The records of an answers file.
+    """Reads the records of an answers file.
 
     Raises:
-        ValueError: there is no such file, or a row that is no answers record or has an id that
-            stood before.
+        ValueError: there is no such file, or a row is not an answers record or repeats an id.
     """
     found: dict[str, Answered] = {}
     for row in read_rows(path, encoding=encoding):
@@ -145,7 +140,7 @@ def read_answered(path: str | os.PathLike[str], *, encoding: str | None = None) 
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{row.file}:{row.line}: not an answers record: {error}") from error
         if answered.prompt.id in found:
-            raise ValueError(f"{row.file}:{row.line}: id {answered.prompt.id!r} stood before")
+            raise ValueError(f"{row.file}:{row.line}: id {answered.prompt.id!r} is repeated")
         found[answered.prompt.id] = answered
     if not found:
         raise ValueError(f"{path}: holds no answers")
@@ -153,27 +148,27 @@ def read_answered(path: str | os.PathLike[str], *, encoding: str | None = None) 
 
 
 def score_questions(answered: Iterable[Answered], judge: Judge) -> Iterator[Question]:
-    """Every answer of every prompt, each by itself, so that no score depends on its neighbours."""
+    """Yields every answer by itself, so that no score depends on its neighbours."""
     for item in answered:
         for index in range(len(item.answers)):
             yield _question(item, "score", (index,), judge)
 
 
 def differ(text: str, other: str) -> bool:
-    """Whether two texts are worth a question; empty ones are all the same."""
+    """Returns True if two texts are worth a question; empty ones are all the same."""
     return not same_answer(answer(text), answer(other))
 
 
 def pairwise_questions(
     answered: Iterable[Answered], judge: Judge, *, max_pairs: int | None = None
 ) -> Iterator[Question]:
-    """Every two different answers of a prompt, in both orders; empty ones are all the same.
+    """Yields every two different answers of a prompt, in both orders.
 
     Args:
         answered: prompts and answers.
-        judge: who is asked.
-        max_pairs: of a prompt at most; they are chosen by the answers' texts, so that the choice
-            does not depend on the order in the file.
+        judge: the judge to ask.
+        max_pairs: pairs of a prompt at most; they are chosen by the answers' texts, so that the
+            choice does not depend on the order in the file.
     """
     for item in answered:
         pairs = [
@@ -243,9 +238,9 @@ def _index_names(protocol: Protocol) -> tuple[str, ...]:
 
 
 SMALLEST_PROBABILITY = 1e-6
-"""A verdict nearer to 0 or 1 than this is certain: how much nearer is the rounding of its judge."""
+"""A verdict nearer to 0 or 1 than this is certain: how much nearer depends on rounding alone."""
 LARGEST_LOG_ODDS = math.log1p(-SMALLEST_PROBABILITY) - math.log(SMALLEST_PROBABILITY)
-"""Of that probability: 13.8."""
+"""The log-odds of that probability: 13.8."""
 
 FAILED = "the judgement failed"
 NO_PROMPT = "no such prompt or answer in the answers file"
@@ -253,7 +248,7 @@ OTHER_TEXT = "judged another text than the answers file holds"
 
 
 class PairKey(NamedTuple):
-    """Two answers of one prompt, by their places in the answers file; `one` is below `other`."""
+    """Two answers of one prompt, by their indices in the answers file; `one` is below `other`."""
 
     id: str
     one: int
@@ -261,12 +256,12 @@ class PairKey(NamedTuple):
 
 
 class Combined(NamedTuple):
-    """The verdict of both orders on a pair.
+    """The combined verdict of both orders on a pair.
 
     Attributes:
         p_one: the probability that `one` is better.
-        contradicts: whether the two orders prefer different answers.
-        voted: whether the judge gave votes (0, 0.5, 1) on the pair and no probabilities.
+        contradicts: the two orders prefer different answers.
+        voted: the judge gave votes (0, 0.5, 1) on the pair, not probabilities.
     """
 
     p_one: float
@@ -275,22 +270,22 @@ class Combined(NamedTuple):
 
 
 class Verdicts(NamedTuple):
-    """All verdicts on a pair: the probabilities of the answer shown first, by which that was."""
+    """All verdicts on a pair: probabilities of the answer shown first, by the order shown."""
 
     one_first: tuple[float, ...]
     other_first: tuple[float, ...]
 
     @property
     def both_orders(self) -> bool:
-        """Whether each order was judged."""
+        """Returns True if each order was judged."""
         return bool(self.one_first and self.other_first)
 
     def combined(self) -> Combined:
-        """Both orders in one soft label.
+        """Combines both orders into one soft label.
 
-        Where the judge gives probabilities, the log-odds of the orders are averaged, which takes
-        out a position bias that is additive in the log-odds exactly; those of a certain verdict
-        are bounded, see `bounded_log_odds`. Votes are averaged as they are, so that two orders that
+        Where the judge gives probabilities, the log-odds of the orders are averaged, which removes
+        a position bias that is additive in the log-odds exactly; those of a certain verdict are
+        bounded, see `bounded_log_odds`. Votes are averaged directly, so that two orders that
         contradict each other give 0.5.
         """
         assert self.both_orders
@@ -301,19 +296,19 @@ class Verdicts(NamedTuple):
 
     @property
     def voted(self) -> bool:
-        """Whether every verdict is certain or a tie, as a judge gives them that has no others."""
+        """Returns True if every verdict is certain or a tie, as from a judge that only votes."""
         return all(p == 0.5 or is_certain(p) for p in (*self.one_first, *self.other_first))
 
     @property
     def certain(self) -> bool:
-        """Whether one of the verdicts is certain, so that its log-odds are not known."""
+        """Returns True if one of the verdicts is certain, so that its log-odds are unknown."""
         return any(map(is_certain, (*self.one_first, *self.other_first)))
 
     def leanings(self) -> tuple[float, float]:
-        """How far each order prefers the answer that it shows first.
+        """Returns how far each order prefers the answer that it shows first.
 
-        In log-odds; of votes their mean around 0. Of one sign, the two orders contradict each
-        other.
+        In log-odds, or for votes their mean around 0. The two orders contradict each other if the
+        signs are equal.
         """
         measured = vote if self.voted else bounded_log_odds
         of_one, of_other = (math.fsum(map(measured, shown)) / len(shown) for shown in self)
@@ -321,31 +316,31 @@ class Verdicts(NamedTuple):
 
 
 def is_certain(p: float) -> bool:
-    """Whether a probability is 0 or 1 but for `SMALLEST_PROBABILITY`."""
+    """Returns True if a probability is within `SMALLEST_PROBABILITY` of 0 or 1."""
     return min(p, 1.0 - p) <= SMALLEST_PROBABILITY
 
 
 def log_odds(p: float) -> float:
-    """The logarithm of p over 1 - p, for a p between 0 and 1, both excluded."""
+    """Returns the logarithm of p / (1 - p) for p between 0 and 1, both excluded."""
     return math.log(p) - math.log1p(-p)
 
 
 def bounded_log_odds(p: float) -> float:
-    """The log-odds of a verdict, within +-`LARGEST_LOG_ODDS`.
+    """Returns the log-odds of a verdict, within +-`LARGEST_LOG_ODDS`.
 
-    So a certain verdict counts the same whether its judge rounds it to 1 or not.
+    A certain verdict thus counts the same whether or not its judge rounds it to 1.
     """
     return log_odds(min(max(p, SMALLEST_PROBABILITY), 1.0 - SMALLEST_PROBABILITY))
 
 
 def probability(log_odds: float) -> float:
-    """The probability of these log-odds, in full precision also where it is small."""
+    """Returns the probability of these log-odds, precise also where it is small."""
     odds = math.exp(-abs(log_odds))
     return (1.0 if log_odds >= 0 else odds) / (1.0 + odds)
 
 
 def vote(p: float) -> float:
-    """-0.5, 0 or 0.5 for the side that a probability is on."""
+    """Returns -0.5, 0 or 0.5 by the side of 0.5 that a probability is on."""
     return (p > 0.5) / 2 - (p < 0.5) / 2
 
 
@@ -356,10 +351,10 @@ def one_judge(
     template: str | None = None,
     protocol: Protocol | None = None,
 ) -> list[Judgement]:
-    """The judgements of one judge with one template under one protocol.
+    """Selects the judgements of one judge with one template under one protocol.
 
     Raises:
-        ValueError: there are none, or more than one such combination; the message lists them.
+        ValueError: none match, or more than one such combination; the message lists them.
     """
     found = [
         one
@@ -384,7 +379,7 @@ def one_judge(
 def matching(
     judgements: Iterable[Judgement], answered: Mapping[str, Answered]
 ) -> tuple[list[Judgement], list[tuple[Judgement, str]]]:
-    """Parts the judgements into those of the texts at hand, and the others with the reason.
+    """Splits judgements into those of the given texts, and the others with the reason.
 
     Labels of another answers file would otherwise teach preferences between texts that no judge
     has seen.
@@ -410,7 +405,7 @@ def matching(
 def answer_scores(
     judgements: Iterable[Judgement], *, criterion: str
 ) -> dict[tuple[str, int], float]:
-    """The score of each answer that has one, by prompt id and place."""
+    """Returns the score of each answer that has one, by prompt id and index."""
     scores: dict[tuple[str, int], list[float]] = defaultdict(list)
     for judgement in judgements:
         if judgement.scores is not None:
@@ -419,7 +414,7 @@ def answer_scores(
 
 
 def pair_verdicts(judgements: Iterable[Judgement]) -> dict[PairKey, Verdicts]:
-    """The verdicts on each pair that has any; failed judgements give none."""
+    """Returns the verdicts on each pair that has any; failed judgements give none."""
     found: dict[PairKey, tuple[list[float], list[float]]] = {}
     for judgement in judgements:
         if judgement.p_first is None:
@@ -428,12 +423,12 @@ def pair_verdicts(judgements: Iterable[Judgement]) -> dict[PairKey, Verdicts]:
         key = PairKey(judgement.id, min(first, second), max(first, second))
         one_first, other_first = found.setdefault(key, ([], []))
         (one_first if first == key.one else other_first).append(judgement.p_first)
-    # Sorted, so that sums do not depend on who came first.
+    # Sorted, so that sums do not depend on the order of arrival.
     return {key: Verdicts(*(tuple(sorted(side)) for side in found[key])) for key in sorted(found)}
 
 
 def pairs_of(prompt_id: str, num_answers: int) -> list[PairKey]:
-    """All pairs of a prompt's answers."""
+    """Returns all pairs of a prompt's answers."""
     return [
         PairKey(prompt_id, one, other)
         for one, other in itertools.combinations(range(num_answers), 2)
@@ -441,28 +436,28 @@ def pairs_of(prompt_id: str, num_answers: int) -> list[PairKey]:
 
 
 class Verdict(NamedTuple):
-    """What became of one pair: the first model's points in each order, 1, 1/2 or 0."""
+    """The first model's points on one pair in each order: 1, 1/2 or 0."""
 
     shown_first: float
     shown_second: float
 
     @property
     def points(self) -> float:
-        """1 for a win, 1/2 for a tie, 0 for a loss; orders that contradict each other tie."""
+        """Returns 1 for a win, 1/2 for a tie or for contradicting orders, 0 for a loss."""
         total = self.shown_first + self.shown_second
         return 0.5 if total == 1.0 else float(total > 1.0)
 
 
 def points_of(p_first: float) -> float:
-    """1 where the judge prefers the answer shown first, 0 where the other one, 1/2 for a tie."""
+    """Returns 1 if the judge prefers the answer shown first, 0 if the other, 1/2 for a tie."""
     return 0.5 if p_first == 0.5 else float(p_first > 0.5)
 
 
 def verdicts_of(judgements: Iterable[Judgement], *, one: int, other: int) -> dict[str, Verdict]:
-    """The verdicts on two answers of each prompt, where there is one in both orders.
+    """Returns the verdicts on two answers of each prompt that was judged in both orders.
 
     Args:
-        judgements: pairwise ones, see `judgements.current`.
+        judgements: current pairwise ones, see `judgements.current`.
         one: index of the answer whose points are counted.
         other: index of the answer that it is compared with.
     """
@@ -479,9 +474,9 @@ def verdicts_of(judgements: Iterable[Judgement], *, one: int, other: int) -> dic
 
 
 def win_rates(verdicts: Mapping[str, Sequence[Verdict | None]], *, seed: int) -> dict[str, Any]:
-    """Wins, ties and losses of the first model, and its share of the points with its interval.
+    """Counts the first model's wins, ties and losses; gives its share with its interval.
 
-    Pairs without a verdict are counted as `failed`, and in no other figure.
+    Pairs without a verdict count as `failed`, and in no other figure.
     """
     everything = [one for found in verdicts.values() for one in found]
     flat = [one for one in everything if one is not None]
