@@ -1,13 +1,11 @@
-"""A compiled program's text (HLO), read as computations, instructions and how often each runs.
+"""Reads a compiled program's text (HLO): computations, instructions, trip counts and collectives.
 
-Only what is counted here is read: shapes, operands, calls, and the trip counts of loops, which are
-the constant that a loop's condition compares its counter with.
+Only what is counted is read: shapes, operands, calls, and the trip counts of loops, which are the
+constant that a loop's condition compares its counter with.
 
-What a compiled program sends between chips: kinds, bytes, mesh axes, and whether it is in place.
-
-A collective stands in the program once and runs as often as the loops around it. Which mesh axes it
-goes over follows from the devices of its groups. An all-gather that the compiler has cut into
-pieces, to multiply while it travels, shows as collective-permutes.
+A collective appears in the program once and runs as often as the loops around it. The mesh axes it
+goes over follow from the devices of its groups. An all-gather that the compiler has cut into
+pieces, to multiply while it travels, appears as collective-permutes.
 """
 
 import dataclasses
@@ -22,7 +20,7 @@ from jax.sharding import Mesh
 
 _ELEMENT = re.compile(r"\bindex=(\d+)")
 _HEADER = re.compile(r"(ENTRY )?%?([\w.-]+) \(.*\) -> .* \{$")
-# What follows the bracket says which cores a computation runs on, if not the main ones.
+# The part after the bracket names the cores that a computation runs on, if not the main ones.
 _END = re.compile(r'\}(, execution_thread="[^"]*")?$')
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.-]+) = (.*)$")
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](\{[^{}]*\})?")
@@ -38,12 +36,12 @@ _FAST_MEMORY = "S("  # Any memory space but 0 is not the HBM.
 
 
 class Shape(NamedTuple):
-    """An array's.
+    """The shape of an array.
 
     Attributes:
         dtype: HLO's name of it.
         dims: on one device.
-        in_hbm: whether it lies in the device's main memory.
+        in_hbm: it lies in the device's main memory.
     """
 
     dtype: str
@@ -52,7 +50,7 @@ class Shape(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        """Without the padding of tiles."""
+        """Returns the bytes, without the padding of tiles."""
         found = _BITS.match(self.dtype)
         bits = 8 if self.dtype == "pred" else int(found[1]) if found else 0
         return math.prod(self.dims) * bits // 8
@@ -60,16 +58,16 @@ class Shape(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line.
+    """One line of a computation.
 
     Attributes:
         name: of its value.
-        opcode: what it does.
-        shapes: of the value, several where it is a tuple.
+        opcode: the operation.
+        shapes: of the value, several for a tuple.
         operands: names of values.
         attributes: the rest of the line.
-        is_root: whether it is what its computation returns.
-        number: a parameter's, or the value of a constant that is a whole number.
+        is_root: its computation returns it.
+        number: a parameter's number, or the value of an integer constant.
     """
 
     name: str
@@ -82,47 +80,47 @@ class Instruction:
 
     @property
     def op_name(self) -> str:
-        """Where in the Python program it comes from; empty where nothing is said."""
+        """Returns its origin in the Python program, or an empty text."""
         found = _OP_NAME.search(self.attributes)
         return found[1] if found else ""
 
     def called(self, kind: str) -> str | None:
-        """The computation that it calls as its `body`, `condition`, `calls`, ..."""
+        """Returns the computation that it calls as its `body`, `condition`, `calls`, ..."""
         return next((name for key, name in _CALLS.findall(self.attributes) if key == kind), None)
 
 
 @dataclasses.dataclass(frozen=True)
 class Computation:
-    """Instructions in order, by name."""
+    """A computation: its instructions in order, by name."""
 
     name: str
     instructions: dict[str, Instruction]
 
     @property
     def root(self) -> Instruction:
-        """What it returns."""
+        """Returns the instruction whose value the computation returns."""
         return next(one for one in reversed(self.instructions.values()) if one.is_root)
 
     def operand_shapes(self, instruction: Instruction) -> list[Shape]:
-        """The arrays that an instruction takes; tuples are left out."""
+        """Returns the arrays among an instruction's operands, without tuples."""
         found = (self.instructions[name] for name in instruction.operands)
         return [one.shapes[0] for one in found if len(one.shapes) == 1]
 
 
 class Loop(NamedTuple):
-    """A loop that something stands in; `trips` is None where it could not be told."""
+    """A loop around a computation; `trips` is None where it is unknown."""
 
     body: str
     trips: int | None
 
 
 class Place(NamedTuple):
-    """One way in which a computation is run.
+    """One call path of a computation.
 
     Attributes:
-        computation: the one.
-        loops: that it stands in, the outermost first.
-        fused: whether it is the inside of a fusion, whose values do not reach the memory.
+        computation: the computation.
+        loops: the loops around it, the outermost first.
+        fused: it is the inside of a fusion, whose values do not reach memory.
     """
 
     computation: Computation
@@ -131,22 +129,22 @@ class Place(NamedTuple):
 
     @property
     def runs(self) -> int:
-        """How often it is run; a loop of unknown length counts once."""
+        """Returns how often it runs; a loop of unknown length counts once."""
         return math.prod(loop.trips or 1 for loop in self.loops)
 
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """A program on one device."""
+    """A compiled program on one device."""
 
     computations: dict[str, Computation]
     entry: Computation
 
     @functools.cached_property
     def places(self) -> list[Place]:
-        """All computations that are run, once for each way that leads to them.
+        """Lists all computations that run, once for each call path.
 
-        Every branch of a condition is taken to be run.
+        Every branch of a condition counts as run.
         """
         return list(self._below(self.entry, (), False))
 
@@ -176,7 +174,7 @@ class Module:
                 )
 
     def _trips(self, loop: Instruction) -> int | None:
-        """The least constant that the condition holds its counter below, by the counter's step."""
+        """Returns the trip count: the smallest bound in the condition over the counter's step."""
         name = loop.called("condition")
         assert name is not None
         bounds: list[int] = []
@@ -191,7 +189,7 @@ class Module:
         return -(-min(bounds) // self._step(loop)) if bounds else None
 
     def _step(self, loop: Instruction) -> int:
-        """What a turn adds to the counter: 2 where the compiler has put two turns into one."""
+        """Returns the counter's step in a trip: 2 where the compiler has merged two trips."""
         condition, body = (
             self.computations[loop.called(key) or ""] for key in ("condition", "body")
         )
@@ -208,7 +206,7 @@ class Module:
 
 
 def parse(text: str) -> Module:
-    """Reads `compiled.as_text()`."""
+    """Parses `compiled.as_text()`."""
     computations: dict[str, Computation] = {}
     entry, current = None, None
     for line in _whole_lines(text):
@@ -227,7 +225,7 @@ def parse(text: str) -> Module:
 
 
 def _whole_lines(text: str) -> list[str]:
-    """Lines, put together where the metadata of a kernel goes on in the next one."""
+    """Returns the lines, joined where the metadata of a kernel continues in the next one."""
     lines: list[str] = []
     for line in text.splitlines():
         if (
@@ -256,7 +254,7 @@ def _instruction(name: str, text: str, *, is_root: bool) -> Instruction:
         tuple(_NAME.findall(arguments)),
         rest[stop + 1 :],
         is_root,
-        # A constant's value and a parameter's number stand where others have their operands.
+        # A constant's value and a parameter's number take the place of operands.
         int(arguments) if arguments.isdecimal() else None,
     )
 
@@ -273,7 +271,7 @@ def _shapes(text: str) -> tuple[Shape, ...]:
 
 
 def _closing(text: str, start: int) -> int:
-    """Where the bracket that opens at `start` closes."""
+    """Returns the index of the bracket that closes the one at `start`."""
     depth = 0
     for index in range(start, len(text)):
         if text[index] == "(":
@@ -305,18 +303,18 @@ _PAIRS = re.compile(r"source_target_pairs=\{(\{[\d,{} ]*\})\}")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Collective:
-    """One of them.
+    """A collective operation.
 
     Attributes:
         kind: one of `KINDS`.
-        axes: of the mesh, that its groups go over.
-        group: devices that take part, numbered as the mesh has them; the first group.
-        runs: how many in a step.
+        axes: the mesh axes of its groups.
+        group: devices of the first group, numbered as in the mesh.
+        runs: number of runs in a step.
         payload: bytes of the whole array that a group holds after (all-gather) or before (all
-            others) it; of a collective-permute, what one device sends.
-        op_name: where in the Python program it comes from.
-        in_layer_loop: whether it stands in the loop over layers.
-        dims: of the array that it gives.
+            others) it; for a collective-permute, the bytes that one device sends.
+        op_name: its origin in the Python program.
+        in_layer_loop: it is inside the loop over layers.
+        dims: of the resulting array.
     """
 
     kind: str
@@ -330,7 +328,7 @@ class Collective:
 
     @property
     def bytes_sent(self) -> float:
-        """What each device sends, at the least that any algorithm needs, in one run."""
+        """Returns the least bytes that each device sends in one run, by any algorithm."""
         others = (len(self.group) - 1) / len(self.group)
         if self.kind == "all-reduce":
             return 2 * self.payload * others
@@ -342,11 +340,11 @@ class Collective:
 
 
 def collectives_of(module: Module, mesh: Mesh, *, num_layers: int) -> list[Collective]:
-    """All that a program runs.
+    """Returns all collectives that a program runs.
 
     Args:
         module: the program.
-        mesh: that it was compiled for.
+        mesh: the mesh it was compiled for.
         num_layers: trips of the loop over layers.
     """
     loops = layer_loops(module.places, num_layers)
@@ -367,7 +365,7 @@ def collectives_of(module: Module, mesh: Mesh, *, num_layers: int) -> list[Colle
 
 
 def layer_loops(places: Iterable[Place], num_layers: int) -> set[str]:
-    """The bodies of the loops over layers: of those with as many trips, the inner ones."""
+    """Returns the bodies of the loops over layers: of those with as many trips, the inner ones."""
     paths = {place.loops for place in places}
     inner, outer = set(), set()
     for path in paths:
@@ -380,12 +378,12 @@ def layer_loops(places: Iterable[Place], num_layers: int) -> set[str]:
 def gathers_of_stacked_layers(
     found: Iterable[Collective], stacked: Collection[tuple[int, ...]]
 ) -> list[Collective]:
-    """All-gathers outside of the layer loop that give parameters of all layers at once.
+    """Returns all-gathers outside of the layer loop of parameters of all layers.
 
     Args:
         found: the program's collectives.
-        stacked: shapes of the stacked parameters, the layers' dimension first; of one layer they
-            would be gathered inside the loop, where they live for one turn.
+        stacked: shapes of the stacked parameters, the layers' dimension first; those of one layer
+            would be gathered inside the loop, where they live for one trip.
     """
     num_layers = {shape[0] for shape in stacked}
     matrices = [math.prod(shape) for shape in stacked if len(shape) > 2]
@@ -401,15 +399,15 @@ def gathers_of_stacked_layers(
 
 
 class Total(NamedTuple):
-    """Collectives of one kind over the same axes.
+    """The sum of collectives of one kind over the same axes.
 
     Attributes:
         kind: one of `KINDS`.
         axes: of the mesh.
-        runs: in a step.
+        runs: number of runs in a step.
         payload: bytes, see `Collective`, of all runs.
         bytes_sent: by each device in all runs.
-        seconds: that they take at least.
+        seconds: shortest possible time.
     """
 
     kind: str
@@ -421,7 +419,7 @@ class Total(NamedTuple):
 
 
 def by_kind_and_axes(timed: Iterable[tuple[Collective, float]]) -> list[Total]:
-    """Sums over collectives of the same kind and axes, the longest first.
+    """Sums collectives of the same kind and axes, the longest first.
 
     Args:
         timed: each with the seconds of all its runs.
@@ -459,13 +457,13 @@ def _collective(
 
 
 def _is_scattered(computation: Computation, one: Instruction) -> bool:
-    """Whether a fusion keeps this device's part only: a reduce-scatter, as TPUs run it."""
+    """Returns True if a fusion keeps this device's part only: a reduce-scatter on TPUs."""
     root = computation.root
     return root.opcode == "dynamic-slice" and one.name in root.operands
 
 
 def _group(one: Instruction, mesh: Mesh) -> tuple[int, ...]:
-    """The first of its groups; of a collective-permute, the devices that its pairs link up."""
+    """Returns the first of its groups, or the devices linked by a collective-permute's pairs."""
     text = one.attributes
     if pairs := _PAIRS.search(text):
         return _linked(_lists(pairs[1]))
@@ -482,9 +480,9 @@ def _group(one: Instruction, mesh: Mesh) -> tuple[int, ...]:
 
 
 def _group_on_mesh(axes: str, devices: str | None, over: str) -> tuple[int, ...]:
-    """The group of a mesh of the compiler's own, over some of its axes or parts of axes.
+    """Returns the group of a mesh of the compiler's own, over some axes or parts of axes.
 
-    An axis in parts is written `'axis':(4)2`: of size 2, with 4 steps of what is left before it.
+    A part of an axis is written `'axis':(4)2`: its size is 2, and the parts before it have size 4.
     """
     sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", axes)}
     numbers = np.arange(math.prod(sizes.values()))
@@ -511,7 +509,7 @@ def _lists(text: str) -> list[tuple[int, ...]]:
 
 
 def _linked(pairs: list[tuple[int, ...]]) -> tuple[int, ...]:
-    """The devices that a chain of pairs from the first source reaches."""
+    """Returns the devices that a chain of pairs from the first source reaches."""
     target = {source: to for source, to in pairs if source != to}
     if not target:
         return ()
@@ -522,7 +520,7 @@ def _linked(pairs: list[tuple[int, ...]]) -> tuple[int, ...]:
 
 
 def _axes(group: tuple[int, ...], mesh: Mesh) -> tuple[str, ...]:
-    """The axes along which the devices of a group differ."""
+    """Returns the axes along which the devices of a group differ."""
     places = np.unravel_index(np.array(group), tuple(mesh.shape.values()))
     return tuple(
         axis for axis, indices in zip(mesh.shape, places, strict=True) if len(set(indices)) > 1

@@ -1,10 +1,8 @@
-"""A program of a stage: a jitted function as the stage makes it, and the shapes it is given.
+"""The programs of a config's stages, made by the stages' own functions from shapes alone.
 
-The programs of a PPO stage: its four models, what trains two of them, and its engine's.
-
-The programs of a config's stages, each made by the function that the stage itself uses.
-
-Which architecture each stage of a config has, without reading a weight.
+A program is a jitted function of a stage with the shapes of its arguments. The architecture of each
+stage's model is found without reading a weight. PPO's programs are those of its four models, of
+their training, and of its engine.
 """
 
 import dataclasses
@@ -55,13 +53,13 @@ Devices = Sequence[jax.Device]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Program(StageProgram):
-    """A program, and what its work is measured by.
+    """A program of a stage, and the measures of its work.
 
     Attributes:
         does: a call, in words.
         backbone: of its model.
-        tokens: that a call works on.
-        model_flops: what the mathematics asks of a call, on all devices together.
+        tokens: tokens of a call.
+        model_flops: FLOPs of a call by formula, on all devices together.
     """
 
     does: str
@@ -71,13 +69,13 @@ class Program(StageProgram):
 
     @classmethod
     def of(cls, program: StageProgram, **measured: Any) -> "Program":
-        """A stage's program with the other attributes."""
+        """Returns a stage's program with the other attributes."""
         given = {one.name: getattr(program, one.name) for one in dataclasses.fields(StageProgram)}
         return cls(**given, **measured)
 
     @property
     def stacked_shapes(self) -> set[tuple[int, ...]]:
-        """Shapes of the arguments that hold the parameters of all layers."""
+        """Returns the shapes of the arguments that hold parameters of all layers."""
         leaves = jax.tree_util.tree_leaves_with_path(self.arguments)
         return {
             leaf.shape
@@ -87,32 +85,32 @@ class Program(StageProgram):
 
 
 def attended_pairs(cfg: BackboneConfig, *, rows: int, length: int) -> float:
-    """Pairs of query and key in rows that are full and of one segment."""
+    """Counts pairs of query and key in rows that are full and of one segment."""
     window = min(cfg.sliding_window or length, length)
     return rows * (window * (window + 1) / 2 + (length - window) * window)
 
 
 class Architectures:
-    """What models of a config are like, told from the config, this machine, or the hub's config."""
+    """The architectures of a config's models, from the config, this machine, or the hub."""
 
     def __init__(self, named: str | None) -> None:
-        """Nothing is known yet.
+        """Sets the preset, if any.
 
         Args:
             named: the preset of every model that no stage of the config makes; None looks them up.
 
         Raises:
-            ValueError: no preset is called so.
+            ValueError: no preset has this name.
         """
         self._named = None if named is None else preset(named)
         self._made: dict[str, BackboneConfig] = {}
 
     def add(self, stage: str, cfg: BackboneConfig) -> None:
-        """Note what the model is like that a stage leaves in its folder."""
+        """Records the architecture of the model that a stage leaves in its folder."""
         self._made[f"{WORKDIR_MARK}/{stage}/model"] = cfg
 
     def in_place(self, section: ModelConfig, *, path: str) -> ModelConfig:
-        """The section with the architecture in place of its directory.
+        """Returns the section with the architecture in place of its directory.
 
         Raises:
             ValueError: there is no such model; names the field.
@@ -129,7 +127,7 @@ class Architectures:
         )
 
     def of(self, directory: str, *, path: str, ignored: tuple[str, ...] = ()) -> BackboneConfig:
-        """The architecture of a model that an earlier stage makes, of a folder, or of a hub id.
+        """Returns the architecture of a model of an earlier stage, a folder, or a hub id.
 
         Args:
             directory: of the model.
@@ -156,10 +154,10 @@ class Architectures:
 
 
 def ppo_programs(cfg: PpoConfig, devices: Devices, architectures: Architectures) -> list[Program]:
-    """The programs of the stage on these devices.
+    """Returns the programs of the PPO stage on these devices.
 
     Raises:
-        ValueError: the config, or a model of it, cannot be.
+        ValueError: the config, or a model of it, is invalid.
     """
     roles = _roles(cfg, devices, architectures)
     programs = [*_generation(roles), _scoring(roles), *_training(roles, "policy", roles.trained)]
@@ -181,9 +179,9 @@ def _roles(cfg: PpoConfig, devices: Devices, architectures: Architectures) -> Ro
 
 
 def _without_reward_model(cfg: PpoConfig, rewarding: BackboneConfig) -> PpoConfig:
-    """The config with a critic of the reward model's architecture, where it begins as that model.
+    """Returns the config with a critic of the reward model's architecture, if it starts there.
 
-    What its weights begin with decides no shape.
+    Its initial weights decide no shape.
     """
     if cfg.value.start != "reward":
         return cfg
@@ -256,7 +254,7 @@ def _generation(roles: Roles) -> list[Program]:
 
 
 def _moving(roles: Roles, mesh: Mesh, placed: Any, held: Any) -> Program:
-    """The move of one array, the largest, to the mesh of generation; they move one by one."""
+    """Returns the move of the largest array to the mesh of generation; arrays move one by one."""
     found = jax.tree_util.tree_leaves_with_path(
         weights.that_are_read(roles.trained.state.variables)
     )
@@ -269,7 +267,7 @@ def _moving(roles: Roles, mesh: Mesh, placed: Any, held: Any) -> Program:
         "weights), to where answers are generated",
         function=OnMesh(weights.moving(to.sharding, to.dtype), None),
         arguments=(leaf,),
-        # It is an argument of this program, and its result is not there yet.
+        # It is an argument of this program, and its result does not exist yet.
         beside=[other for other in jax.tree.leaves(held) if other is not leaf and other is not to],
         mesh=mesh,
         backbone=roles.policy.cfg,
@@ -299,7 +297,7 @@ def _scoring(roles: Roles) -> Program:
 
 
 def _training(roles: Roles, name: str, trained: Trained) -> list[Program]:
-    """A pass over a minibatch, and the optimizer step that uses its gradients."""
+    """Returns a pass over a minibatch, and the optimizer step that uses its gradients."""
     cfg, mesh, state = roles.cfg, roles.mesh, trained.state
     rows, length = cfg.minibatch_size, cfg.max_length
     backbone, adapters_only = roles.policy.cfg, cfg.model.lora is not None
@@ -320,7 +318,7 @@ def _training(roles: Roles, name: str, trained: Trained) -> list[Program]:
         Program.of(
             over_minibatch,
             does=f"{rows} rows of {length} tokens through the {name} with their gradients; "
-            "without them for what an update is held against (log-probabilities, values)",
+            "without them for the old log-probabilities or values of an update",
             backbone=backbone,
             tokens=rows * length,
             model_flops=ModelFlops.of(backbone, adapters_only=adapters_only).of_step(
@@ -349,9 +347,9 @@ def _training(roles: Roles, name: str, trained: Trained) -> list[Program]:
 StageConfig = SftConfig | RewardConfig | DpoConfig
 TrainingConfig = StagesConfig | RlaifConfig
 
-# How long a run is follows from its data, where the config does not say; it decides no shape.
+# The number of steps follows from the data where the config does not set it; it decides no shape.
 _NUM_STEPS = 10_000
-# So do the pairs of a row; they weigh next to nothing.
+# So do the pairs of a row, which take next to no memory.
 _PAIRS_OF_A_ROW = 32
 
 
@@ -362,13 +360,13 @@ def programs_of(
     stages: Sequence[str] = (),
     architecture: str | None = None,
 ) -> list[Program]:
-    """The programs of the stages that a config names.
+    """Returns the programs of the stages of a config.
 
     Args:
         config: stages, or a recipe.
         devices: to compile for.
         stages: some of them; none for all that have programs.
-        architecture: the preset of models that no stage makes; None looks at their configs.
+        architecture: the preset of models that no stage makes; None reads their configs.
 
     Raises:
         ValueError: a stage that the config does not have, or an invalid config.
@@ -428,7 +426,7 @@ def _mesh(cfg: StageConfig, devices: Devices, *, stage: str) -> Mesh:
 
 
 def _sizes(cfg: StageConfig, model: InitialModel, *, all_scored: bool) -> dict[str, float]:
-    """Of a step: tokens, those that the token head reads, pairs of query and key."""
+    """Returns tokens, tokens read by the token head, and pairs of query and key of a step."""
     rows, length = cfg.batch_size, cfg.data.row_length
     return {
         "tokens": rows * length,
@@ -446,7 +444,7 @@ def _update(
     batch: dict[str, jax.ShapeDtypeStruct],
     model_flops: float,
 ) -> Program:
-    """The optimizer step of a stage that has no other program."""
+    """Returns the optimizer step of a stage that has no other program."""
     rows, length = cfg.batch_size, cfg.data.row_length
     return Program.of(
         update_program(stage, step, batch, mesh),

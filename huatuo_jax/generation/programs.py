@@ -1,8 +1,8 @@
 """The compiled programs of an engine: one for each bucket, whatever the requests.
 
 `prefill` runs prompts of one length into the prefix cache, `insert` copies a prompt from there into
-the pages of a slot (so that all its answers share one prefill), `grow` adds pages and `shrink`
-takes some away, and `decode` runs several steps for all slots.
+the pages of a slot (so that all its answers share one prefill), `grow` and `shrink` change the
+number of pages, and `decode` runs several steps for all slots.
 """
 
 import functools
@@ -33,13 +33,13 @@ _NOTHING = -1
 
 
 class Progress(NamedTuple):
-    """How far each slot is.
+    """The progress of each slot.
 
     Attributes:
-        tokens_B: int32, the latest token, which the model has not seen yet.
-        positions_B: int32, where it stands.
+        tokens_B: int32, the latest token, which the model has not read yet.
+        positions_B: int32, its position.
         generated_B: int32, tokens of the answer so far.
-        active_B: whether the slot holds an answer that goes on.
+        active_B: bool, the slot holds an unfinished answer.
     """
 
     tokens_B: Any
@@ -49,7 +49,7 @@ class Progress(NamedTuple):
 
 
 class Emitted(NamedTuple):
-    """What some steps gave, N steps by B slots; tokens are -1 where a slot was idle."""
+    """The results of N steps of B slots; tokens are -1 where a slot was idle."""
 
     tokens_NB: Any
     log_probs_NB: Any
@@ -249,10 +249,10 @@ class Programs:
         return cache, progress, emitted
 
     def _advance(self, before: Progress, tokens_B: jax.Array, settings: Settings) -> Progress:
-        """Where the slots stand after a token; one that ends stays where it is."""
+        """Returns the progress after a token; a slot that ends keeps its position."""
         generated_B = before.generated_B + before.active_B.astype(jnp.int32)
         stopped_B = (tokens_B[:, None] == settings.stop_token_ids_BE).any(axis=-1)
-        # The new token stands one further: with it the row holds two more than the position.
+        # The new token is one position further: with it the row holds two more than the position.
         full_B = before.positions_B + 2 >= self._max_length
         ended_B = stopped_B | full_B | (generated_B >= settings.max_new_tokens_B)
         active_B = before.active_B & ~ended_B
@@ -265,7 +265,7 @@ class Programs:
 
 
 def _cache_specs(cache: Cache) -> Cache:
-    """How the shards of a mesh see a cache."""
+    """Returns the partition specs of a cache."""
     return Cache(
         caches.layer_specs(cache.keys, caches.PAGES_SPEC),
         caches.layer_specs(cache.values, caches.PAGES_SPEC),
@@ -276,7 +276,7 @@ def _cache_specs(cache: Cache) -> Cache:
 def _seen_tokens(
     cache: Cache, pages: Pages, progress: Progress, settings: Settings, vocab_size: int
 ) -> jax.Array:
-    """Which tokens stand in each slot's prompt and answer, bool `[B, V]`, where that is needed."""
+    """Returns a mask `[B, V]` of each slot's prompt and answer tokens, where it is needed."""
     batch = progress.tokens_B.shape[0]
     find = caches.on_shards(
         functools.partial(caches.seen_tokens, vocab_size=vocab_size),
