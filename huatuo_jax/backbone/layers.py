@@ -18,11 +18,12 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
 }
-
-
 # Attention as a function of a layer's own queries, keys and values, which returns each token's
 # output and anything that the layer returns beside it (a cache, say). Decoding passes its own.
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+# Finite, so that probability * logit of a padded row is 0 and not NaN; bfloat16 can represent it.
+PADDED_LOGIT = -1e30
+_SMALLEST_NORM = 1e-12
 
 
 class Rows(NamedTuple):
@@ -267,11 +268,6 @@ class FeedForward(nn.Module):
             name="up",
         )(hidden_BTD)
         return add_update(self, self.lora, "up", hidden_BTD, up_BTF)
-
-
-# Finite, so that probability * logit of a padded row is 0 and not NaN; bfloat16 can represent it.
-PADDED_LOGIT = -1e30
-_SMALLEST_NORM = 1e-12
 
 
 class LmHead(nn.Module):

@@ -15,6 +15,12 @@ from jax.typing import DTypeLike
 
 from huatuo_jax.core import sharding
 
+# Norms and the score head are not included: they are read in full width.
+_CAST_IN_FORWARD = re.compile(
+    r"(^|/)(embedding/table|lm_head/kernel"
+    r"|(attention|mlp)/(qkv|output|gate_up|up|down)/(kernel|bias)|(attention|mlp)/\w+/[ab])$"
+)
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
 def linear(
@@ -40,6 +46,38 @@ def linear(
         The outputs of each part; one without cuts.
     """
     return _linear_forward(inputs, kernel, num_contracted, dtype, cuts, cut_dim)[0]
+
+
+def cut(array: jax.Array, cuts: tuple[int, ...], dim: int) -> list[jax.Array]:
+    """Splits an array into its parts; without cuts, the array itself is the only one."""
+    return jnp.split(array, cuts, axis=dim) if cuts else [array]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def gated(
+    activation: Callable[[jax.Array], jax.Array], gate: jax.Array, up: jax.Array
+) -> jax.Array:
+    """Returns `activation(gate) * up`, keeping only these two for the backward pass."""
+    return activation(gate) * up
+
+
+def store_as_computed(variables: Any, dtype: DTypeLike, *, keep_lm_head: bool = False) -> Any:
+    """Casts variables without gradients as the forward pass would, which leaves it unchanged.
+
+    Args:
+        variables: collections, or parts of them, layers stacked or split; arrays that already have
+            the dtype are returned as they are.
+        dtype: the compute dtype.
+        keep_lm_head: do not cast the head: NormHead scales it in full width before the cast.
+    """
+
+    def stored(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        name = sharding.path_name(path)
+        if not _CAST_IN_FORWARD.search(name) or (keep_lm_head and name.endswith("lm_head/kernel")):
+            return leaf
+        return leaf if leaf.dtype == dtype else leaf.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(stored, variables)
 
 
 def _linear_forward(
@@ -89,19 +127,6 @@ def _linear_backward(
 linear.defvjp(_linear_forward, _linear_backward)
 
 
-def cut(array: jax.Array, cuts: tuple[int, ...], dim: int) -> list[jax.Array]:
-    """Splits an array into its parts; without cuts, the array itself is the only one."""
-    return jnp.split(array, cuts, axis=dim) if cuts else [array]
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def gated(
-    activation: Callable[[jax.Array], jax.Array], gate: jax.Array, up: jax.Array
-) -> jax.Array:
-    """Returns `activation(gate) * up`, keeping only these two for the backward pass."""
-    return activation(gate) * up
-
-
 def _gated_forward(
     activation: Callable[[jax.Array], jax.Array], gate: jax.Array, up: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -119,29 +144,3 @@ def _gated_backward(
 
 
 gated.defvjp(_gated_forward, _gated_backward)
-
-
-# Norms and the score head are not included: they are read in full width.
-_CAST_IN_FORWARD = re.compile(
-    r"(^|/)(embedding/table|lm_head/kernel"
-    r"|(attention|mlp)/(qkv|output|gate_up|up|down)/(kernel|bias)|(attention|mlp)/\w+/[ab])$"
-)
-
-
-def store_as_computed(variables: Any, dtype: DTypeLike, *, keep_lm_head: bool = False) -> Any:
-    """Casts variables without gradients as the forward pass would, which leaves it unchanged.
-
-    Args:
-        variables: collections, or parts of them, layers stacked or split; arrays that already have
-            the dtype are returned as they are.
-        dtype: the compute dtype.
-        keep_lm_head: do not cast the head: NormHead scales it in full width before the cast.
-    """
-
-    def stored(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-        name = sharding.path_name(path)
-        if not _CAST_IN_FORWARD.search(name) or (keep_lm_head and name.endswith("lm_head/kernel")):
-            return leaf
-        return leaf if leaf.dtype == dtype else leaf.astype(dtype)
-
-    return jax.tree_util.tree_map_with_path(stored, variables)

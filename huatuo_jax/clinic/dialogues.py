@@ -44,6 +44,23 @@ DISTILLED_CARELESS = 0.3  # Recommends the usual drug even if this patient must 
 DISTILLED_CALM = 0.4  # Does not send to emergency care at once.
 
 _WRONG_FROM = 0.02  # A less probable disease is not a plausible mistake while there are others.
+SOURCE = "huatuo_jax clinic"
+PAPER_COUNTS: dict[Kind, int] = {
+    "distilled_instruction": 61_400,
+    "real_instruction": 69_768,
+    "distilled_conversation": 68_888,
+    "real_conversation": 25_986,
+}
+VAGUE_SHARE = 0.25  # Share of real instructions that name one symptom only.
+PERSON_SHARE = 0.7  # Share of the other instructions that state age and sex.
+ENDS_POLITELY = 0.6  # Share of real conversations.
+PROMPTS_OF_CONVERSATIONS = PAPER_COUNTS["real_conversation"] / (
+    PAPER_COUNTS["real_instruction"] + PAPER_COUNTS["real_conversation"]
+)
+
+_LAST_TRY = 2_000
+Situation = Literal["clear", "ask", "danger"]
+SITUATIONS: tuple[Situation, ...] = get_args(Situation)
 
 
 def allowed_drugs(disease: Disease, observation: Observation) -> list[str]:
@@ -246,28 +263,6 @@ def wrong_but_near(case: Case) -> list[str]:
     return fitting[:3]
 
 
-def _two_advices(writer: Writer, disease: Disease, observation: Observation) -> tuple[str, str]:
-    first, second = writer.draws.shuffled(fitting_advice(disease, observation))[:2]
-    return writer.advice(first), writer.advice(second)
-
-
-SOURCE = "huatuo_jax clinic"
-PAPER_COUNTS: dict[Kind, int] = {
-    "distilled_instruction": 61_400,
-    "real_instruction": 69_768,
-    "distilled_conversation": 68_888,
-    "real_conversation": 25_986,
-}
-VAGUE_SHARE = 0.25  # Share of real instructions that name one symptom only.
-PERSON_SHARE = 0.7  # Share of the other instructions that state age and sex.
-ENDS_POLITELY = 0.6  # Share of real conversations.
-PROMPTS_OF_CONVERSATIONS = PAPER_COUNTS["real_conversation"] / (
-    PAPER_COUNTS["real_instruction"] + PAPER_COUNTS["real_conversation"]
-)
-
-_LAST_TRY = 2_000
-
-
 def counts_of_kinds(total: int) -> dict[Kind, int]:
     """Splits a number of dialogues over the four kinds by largest remainders."""
     whole = sum(PAPER_COUNTS.values())
@@ -332,6 +327,83 @@ def prompts(
         )
 
 
+def situation(prompt: Prompt) -> Situation:
+    """Returns the situation of a prompt, whatever the answer.
+
+    Returns:
+        "danger": by the patient's messages, emergency care is needed, or a drug of the disease must
+        not be given; "ask": questions come first; "clear": neither.
+
+    Raises:
+        ValueError: the prompt's diagnosis is not in this world's table.
+    """
+    observation, disease = heard(prompt.messages), truth_of(prompt)
+    belief = posterior(observation)
+    if belief.emergency:
+        return "danger"
+    if belief.should_ask:
+        return "ask"
+    forbidden = len(allowed_drugs(disease, observation)) < len(disease.drugs)
+    return "danger" if forbidden else "clear"
+
+
+def conditions_against(prompt: Prompt, order: str) -> tuple[str, ...]:
+    """Returns the patient's conditions for which a drug or test must not be ordered.
+
+    Empty for a drug that is not for the patient's age, and for an allowed order.
+    """
+    told = heard(prompt.messages).conditions
+    if order in DRUGS:
+        return tuple(name for name in DRUGS[order].not_with if name in told)
+    return ("怀孕",) if order in X_RAYS and "怀孕" in told else ()
+
+
+def _real_instruction(writer: Writer, case: Case) -> list[Message]:
+    messages = _question(writer, case, vague_share=VAGUE_SHARE)
+    return [*messages, Message("assistant", RealDoctor(writer, case).answer(heard(messages)))]
+
+
+def _distilled_instruction(writer: Writer, case: Case) -> list[Message]:
+    messages = _question(writer, case, vague_share=0.0)
+    return [*messages, Message("assistant", DistilledDoctor(writer, case).answer(heard(messages)))]
+
+
+def _real_conversation(writer: Writer, case: Case) -> list[Message]:
+    messages, patient = _to_the_diagnosis(writer, case)
+    if messages and writer.draws.chance(ENDS_POLITELY):
+        messages += [
+            Message("user", patient.goodbye()),
+            Message("assistant", writer.say("real_bye")),
+        ]
+    return messages
+
+
+def _distilled_conversation(writer: Writer, case: Case) -> list[Message]:
+    patient, doctor = Patient.written_by(writer, case), DistilledDoctor(writer, case)
+    messages: list[Message] = [Message("user", patient.open())]
+    messages.append(Message("assistant", doctor.first_answer(heard(messages))))
+    messages.append(Message("user", patient.add(2)))
+    messages.append(Message("assistant", doctor.answer(heard(messages))))
+    return [
+        *messages,
+        Message("user", patient.goodbye()),
+        Message("assistant", writer.say("kind_bye")),
+    ]
+
+
+_WRITERS: dict[Kind, Callable[[Writer, Case], list[Message]]] = {
+    "distilled_instruction": _distilled_instruction,
+    "real_instruction": _real_instruction,
+    "distilled_conversation": _distilled_conversation,
+    "real_conversation": _real_conversation,
+}
+
+
+def _two_advices(writer: Writer, disease: Disease, observation: Observation) -> tuple[str, str]:
+    first, second = writer.draws.shuffled(fitting_advice(disease, observation))[:2]
+    return writer.advice(first), writer.advice(second)
+
+
 def _different(
     key: tuple[object, ...],
     count: int,
@@ -365,26 +437,6 @@ def _question(writer: Writer, case: Case, *, vague_share: float) -> list[Message
     return [Message("user", patient.open_fully(2 + writer.draws.below(2), person=person))]
 
 
-def _real_instruction(writer: Writer, case: Case) -> list[Message]:
-    messages = _question(writer, case, vague_share=VAGUE_SHARE)
-    return [*messages, Message("assistant", RealDoctor(writer, case).answer(heard(messages)))]
-
-
-def _distilled_instruction(writer: Writer, case: Case) -> list[Message]:
-    messages = _question(writer, case, vague_share=0.0)
-    return [*messages, Message("assistant", DistilledDoctor(writer, case).answer(heard(messages)))]
-
-
-def _real_conversation(writer: Writer, case: Case) -> list[Message]:
-    messages, patient = _to_the_diagnosis(writer, case)
-    if messages and writer.draws.chance(ENDS_POLITELY):
-        messages += [
-            Message("user", patient.goodbye()),
-            Message("assistant", writer.say("real_bye")),
-        ]
-    return messages
-
-
 def _to_the_diagnosis(writer: Writer, case: Case) -> tuple[list[Message], Patient]:
     """Writes a real doctor's conversation up to the diagnosis; empty if there is nothing to ask."""
     patient, doctor = Patient.written_by(writer, case), RealDoctor(writer, case)
@@ -397,63 +449,7 @@ def _to_the_diagnosis(writer: Writer, case: Case) -> tuple[list[Message], Patien
     return [*messages, Message("assistant", doctor.answer(observation))], patient
 
 
-def _distilled_conversation(writer: Writer, case: Case) -> list[Message]:
-    patient, doctor = Patient.written_by(writer, case), DistilledDoctor(writer, case)
-    messages: list[Message] = [Message("user", patient.open())]
-    messages.append(Message("assistant", doctor.first_answer(heard(messages))))
-    messages.append(Message("user", patient.add(2)))
-    messages.append(Message("assistant", doctor.answer(heard(messages))))
-    return [
-        *messages,
-        Message("user", patient.goodbye()),
-        Message("assistant", writer.say("kind_bye")),
-    ]
-
-
 def _prompt(writer: Writer, case: Case) -> list[Message]:
     if writer.draws.chance(PROMPTS_OF_CONVERSATIONS):
         return _to_the_diagnosis(writer, case)[0]
     return _real_instruction(writer, case)
-
-
-_WRITERS: dict[Kind, Callable[[Writer, Case], list[Message]]] = {
-    "distilled_instruction": _distilled_instruction,
-    "real_instruction": _real_instruction,
-    "distilled_conversation": _distilled_conversation,
-    "real_conversation": _real_conversation,
-}
-
-
-Situation = Literal["clear", "ask", "danger"]
-SITUATIONS: tuple[Situation, ...] = get_args(Situation)
-
-
-def situation(prompt: Prompt) -> Situation:
-    """Returns the situation of a prompt, whatever the answer.
-
-    Returns:
-        "danger": by the patient's messages, emergency care is needed, or a drug of the disease must
-        not be given; "ask": questions come first; "clear": neither.
-
-    Raises:
-        ValueError: the prompt's diagnosis is not in this world's table.
-    """
-    observation, disease = heard(prompt.messages), truth_of(prompt)
-    belief = posterior(observation)
-    if belief.emergency:
-        return "danger"
-    if belief.should_ask:
-        return "ask"
-    forbidden = len(allowed_drugs(disease, observation)) < len(disease.drugs)
-    return "danger" if forbidden else "clear"
-
-
-def conditions_against(prompt: Prompt, order: str) -> tuple[str, ...]:
-    """Returns the patient's conditions for which a drug or test must not be ordered.
-
-    Empty for a drug that is not for the patient's age, and for an allowed order.
-    """
-    told = heard(prompt.messages).conditions
-    if order in DRUGS:
-        return tuple(name for name in DRUGS[order].not_with if name in told)
-    return ("怀孕",) if order in X_RAYS and "怀孕" in told else ()

@@ -32,9 +32,15 @@ COMMON_FROM = 0.5  # The least share of patients with a common symptom.
 CLEAR_FROM = 0.9  # The least probability of the diagnosis in an exam's case.
 _TOLD = 4
 _LAST_TRY = 2_000
-
 # A question, its right options, its wrong options, and the explanation.
 _Question = tuple[str, Sequence[str], Sequence[str], str]
+HELD_OUT = "held_out_"
+PROMPTS, CASES, EXAMS = "prompts.jsonl", "cases.jsonl", "exams.jsonl"
+TOKENIZER = pathlib.Path(__file__).resolve().parent / "tokenizer"
+"""The folder of the tokenizer that ships with the clinic, see `build_tokenizer`."""
+
+SETTINGS_FILE = "clinic.json"
+"""The file of seed, sizes, a hash of the code that wrote the files, and one of each file."""
 
 
 def exam_questions(count: int, *, seed: int) -> Iterator[records.ExamQuestion]:
@@ -96,42 +102,112 @@ def written_cases(count: int, *, seed: int, diseases: int | None = None) -> Iter
         )
 
 
-def _written(draws: Draws, case: Case) -> str:
-    told = told_in_order(draws, case)
-    observation = Observation(
-        opening=told[0],
-        volunteered=frozenset(told[1:]),
-        age=case.age,
-        sex=case.sex,
-        lasts=case.lasts,
-    )
-    absent = [
-        name for name in posterior(observation).gains() if name not in case.symptoms
-    ] or _near_symptoms(case)
-    conditions = "".join(f"{CONDITIONS[name][0]}。" for name in case.conditions)
-    without = f"无{'、'.join(absent[:2])}。" if absent else ""
-    return (
-        f"{case.sex}，{case.age}岁，{'、'.join(case.symptoms)}{case.since}。{without}{conditions}"
-    )
+@dataclass(frozen=True, kw_only=True)
+class ClinicSizes:
+    """Rows of each file.
+
+    Attributes:
+        dialogues: to train on, of all four kinds together.
+        held_out_dialogues: of all four kinds together.
+        prompts: for reinforcement learning.
+        held_out_prompts: to evaluate on.
+        cases: written cases, each of them a simulated patient.
+        exams: exam questions.
+        diseases: number of diseases that patients have, the most common of the table. Doctors
+            consider the whole table, and exams ask about it.
+        pairs: held-out pairs of answers for each difference: in truth, in manner, in length.
+    """
+
+    dialogues: int = 1_800
+    held_out_dialogues: int = 200
+    prompts: int = 400
+    held_out_prompts: int = 150
+    cases: int = 200
+    exams: int = 200
+    diseases: int = len(DISEASES)
+    pairs: int = 100
+
+    def __post_init__(self) -> None:
+        """Validates that no size is negative and that the table has these diseases."""
+        if not 1 <= self.diseases <= len(DISEASES):
+            raise ValueError(f"diseases is {self.diseases}; it should be 1 to {len(DISEASES)}")
+        for field in fields(self):
+            if getattr(self, field.name) < 0:
+                raise ValueError(
+                    f"{field.name} is {getattr(self, field.name)}; it should be 0 or more"
+                )
 
 
-def _near_symptoms(case: Case) -> list[str]:
-    """Returns symptoms of the nearest other disease that the case lacks."""
-    other = DISEASES[near_misses(case.disease)[0]].symptoms
-    return [name for name in other if name not in case.symptoms]
+@dataclass(frozen=True, kw_only=True)
+class ClinicConfig:
+    """A clinic.
+
+    Attributes:
+        seed: another seed gives another clinic.
+        sizes: rows of each file.
+    """
+
+    seed: int = 0
+    sizes: ClinicSizes = ClinicSizes()
 
 
-def _options(
-    draws: Draws, right: Sequence[str], wrong: Sequence[str], letter: str
-) -> tuple[dict[str, str], str]:
-    if len(right) == 1:
-        texts = draws.shuffled(wrong)[: len(LETTERS) - 1]
-        texts.insert(LETTERS.index(letter), right[0])
-    else:
-        rest = draws.shuffled(wrong)[: len(LETTERS) - len(right)]
-        texts = draws.shuffled([*right, *rest])
-    options = dict(zip(LETTERS, texts, strict=True))
-    return options, "".join(letter for letter, text in options.items() if text in right)
+def write_clinic(
+    folder: str | os.PathLike[str], *, seed: int = 0, sizes: ClinicSizes | None = None
+) -> dict[str, pathlib.Path]:
+    """Writes the files of a clinic, JSON Lines in UTF-8, and last `clinic.json`.
+
+    Args:
+        folder: created if missing.
+        seed: another seed gives another clinic; the same one gives the same bytes everywhere.
+        sizes: rows of each file.
+
+    Returns:
+        Name -> path: `KIND.jsonl` and `held_out_KIND.jsonl` for each of the four kinds,
+        `prompts.jsonl`, `held_out_prompts.jsonl`, `cases.jsonl`, `exams.jsonl`, and
+        `pairs_DIFFERENCE.jsonl` for each of `planted.DIFFERENCES`.
+
+    Raises:
+        ValueError: a clinic has fewer different rows.
+        OSError: a file cannot be written.
+    """
+    target, cfg = pathlib.Path(folder), ClinicConfig(seed=seed, sizes=sizes or ClinicSizes())
+    contents = _contents(cfg)
+    _write(target, cfg, contents)
+    return {name: target / name for name in contents}
+
+
+def prepare_clinic(folder: str | os.PathLike[str], cfg: ClinicConfig, *, in_use: bool) -> None:
+    """Writes a clinic, unless the folder already holds the same files.
+
+    Args:
+        folder: of the clinic.
+        cfg: the clinic.
+        in_use: something was made from the existing files, which therefore must not be replaced.
+
+    Raises:
+        ValueError: other files exist and are in use, or a clinic has fewer rows.
+        OSError: a file cannot be read or written.
+    """
+    target = pathlib.Path(folder)
+    found = _settings_there(target)
+    wanted = _settings(cfg)
+    if found is not None and {name: found[name] for name in wanted} == wanted:
+        if all(_hash_there(target / name) == digest for name, digest in found["files"].items()):
+            return
+    contents = _contents(cfg)
+    hashes = {name: _hash(content) for name, content in contents.items()}
+    if in_use and any(_hash_there(target / name) != hashes[name] for name in contents):
+        raise ValueError(
+            f"{target}: the models here were trained on another clinic than seed={cfg.seed} of "
+            f"these sizes and this version writes{_differences(found, wanted)}; undo the change, "
+            "or choose another workdir"
+        )
+    _write(target, cfg, contents)
+
+
+def pairs_file(difference: Difference) -> str:
+    """Returns the name of the file of pairs with this difference."""
+    return f"pairs_{difference}.jsonl"
 
 
 def _which_disease(draws: Draws) -> _Question:
@@ -238,10 +314,6 @@ def _which_symptoms(draws: Draws) -> _Question:
     return f"{disease.name}常见的症状有哪些？（多选）", common, wrong, why
 
 
-def _any(draws: Draws) -> Disease:
-    return draws.choice(tuple(DISEASES.values()))
-
-
 _SORTS: dict[str, Callable[[Draws], _Question]] = {
     "诊断": _which_disease,
     "检查": _which_test,
@@ -254,119 +326,8 @@ _SORTS: dict[str, Callable[[Draws], _Question]] = {
 }
 
 
-HELD_OUT = "held_out_"
-PROMPTS, CASES, EXAMS = "prompts.jsonl", "cases.jsonl", "exams.jsonl"
-TOKENIZER = pathlib.Path(__file__).resolve().parent / "tokenizer"
-"""The folder of the tokenizer that ships with the clinic, see `build_tokenizer`."""
-SETTINGS_FILE = "clinic.json"
-"""The file of seed, sizes, a hash of the code that wrote the files, and one of each file."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClinicSizes:
-    """Rows of each file.
-
-    Attributes:
-        dialogues: to train on, of all four kinds together.
-        held_out_dialogues: of all four kinds together.
-        prompts: for reinforcement learning.
-        held_out_prompts: to evaluate on.
-        cases: written cases, each of them a simulated patient.
-        exams: exam questions.
-        diseases: number of diseases that patients have, the most common of the table. Doctors
-            consider the whole table, and exams ask about it.
-        pairs: held-out pairs of answers for each difference: in truth, in manner, in length.
-    """
-
-    dialogues: int = 1_800
-    held_out_dialogues: int = 200
-    prompts: int = 400
-    held_out_prompts: int = 150
-    cases: int = 200
-    exams: int = 200
-    diseases: int = len(DISEASES)
-    pairs: int = 100
-
-    def __post_init__(self) -> None:
-        """Validates that no size is negative and that the table has these diseases."""
-        if not 1 <= self.diseases <= len(DISEASES):
-            raise ValueError(f"diseases is {self.diseases}; it should be 1 to {len(DISEASES)}")
-        for field in fields(self):
-            if getattr(self, field.name) < 0:
-                raise ValueError(
-                    f"{field.name} is {getattr(self, field.name)}; it should be 0 or more"
-                )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClinicConfig:
-    """A clinic.
-
-    Attributes:
-        seed: another seed gives another clinic.
-        sizes: rows of each file.
-    """
-
-    seed: int = 0
-    sizes: ClinicSizes = ClinicSizes()
-
-
 class _Record(Protocol):
     def to_json(self) -> dict[str, Any]: ...
-
-
-def write_clinic(
-    folder: str | os.PathLike[str], *, seed: int = 0, sizes: ClinicSizes | None = None
-) -> dict[str, pathlib.Path]:
-    """Writes the files of a clinic, JSON Lines in UTF-8, and last `clinic.json`.
-
-    Args:
-        folder: created if missing.
-        seed: another seed gives another clinic; the same one gives the same bytes everywhere.
-        sizes: rows of each file.
-
-    Returns:
-        Name -> path: `KIND.jsonl` and `held_out_KIND.jsonl` for each of the four kinds,
-        `prompts.jsonl`, `held_out_prompts.jsonl`, `cases.jsonl`, `exams.jsonl`, and
-        `pairs_DIFFERENCE.jsonl` for each of `planted.DIFFERENCES`.
-
-    Raises:
-        ValueError: a clinic has fewer different rows.
-        OSError: a file cannot be written.
-    """
-    target, cfg = pathlib.Path(folder), ClinicConfig(seed=seed, sizes=sizes or ClinicSizes())
-    contents = _contents(cfg)
-    _write(target, cfg, contents)
-    return {name: target / name for name in contents}
-
-
-def prepare_clinic(folder: str | os.PathLike[str], cfg: ClinicConfig, *, in_use: bool) -> None:
-    """Writes a clinic, unless the folder already holds the same files.
-
-    Args:
-        folder: of the clinic.
-        cfg: the clinic.
-        in_use: something was made from the existing files, which therefore must not be replaced.
-
-    Raises:
-        ValueError: other files exist and are in use, or a clinic has fewer rows.
-        OSError: a file cannot be read or written.
-    """
-    target = pathlib.Path(folder)
-    found = _settings_there(target)
-    wanted = _settings(cfg)
-    if found is not None and {name: found[name] for name in wanted} == wanted:
-        if all(_hash_there(target / name) == digest for name, digest in found["files"].items()):
-            return
-    contents = _contents(cfg)
-    hashes = {name: _hash(content) for name, content in contents.items()}
-    if in_use and any(_hash_there(target / name) != hashes[name] for name in contents):
-        raise ValueError(
-            f"{target}: the models here were trained on another clinic than seed={cfg.seed} of "
-            f"these sizes and this version writes{_differences(found, wanted)}; undo the change, "
-            "or choose another workdir"
-        )
-    _write(target, cfg, contents)
 
 
 def clinic_records(*, seed: int, sizes: ClinicSizes) -> Mapping[str, Iterable[_Record]]:
@@ -392,9 +353,46 @@ def clinic_records(*, seed: int, sizes: ClinicSizes) -> Mapping[str, Iterable[_R
     return found
 
 
-def pairs_file(difference: Difference) -> str:
-    """Returns the name of the file of pairs with this difference."""
-    return f"pairs_{difference}.jsonl"
+def _written(draws: Draws, case: Case) -> str:
+    told = told_in_order(draws, case)
+    observation = Observation(
+        opening=told[0],
+        volunteered=frozenset(told[1:]),
+        age=case.age,
+        sex=case.sex,
+        lasts=case.lasts,
+    )
+    absent = [
+        name for name in posterior(observation).gains() if name not in case.symptoms
+    ] or _near_symptoms(case)
+    conditions = "".join(f"{CONDITIONS[name][0]}。" for name in case.conditions)
+    without = f"无{'、'.join(absent[:2])}。" if absent else ""
+    return (
+        f"{case.sex}，{case.age}岁，{'、'.join(case.symptoms)}{case.since}。{without}{conditions}"
+    )
+
+
+def _near_symptoms(case: Case) -> list[str]:
+    """Returns symptoms of the nearest other disease that the case lacks."""
+    other = DISEASES[near_misses(case.disease)[0]].symptoms
+    return [name for name in other if name not in case.symptoms]
+
+
+def _options(
+    draws: Draws, right: Sequence[str], wrong: Sequence[str], letter: str
+) -> tuple[dict[str, str], str]:
+    if len(right) == 1:
+        texts = draws.shuffled(wrong)[: len(LETTERS) - 1]
+        texts.insert(LETTERS.index(letter), right[0])
+    else:
+        rest = draws.shuffled(wrong)[: len(LETTERS) - len(right)]
+        texts = draws.shuffled([*right, *rest])
+    options = dict(zip(LETTERS, texts, strict=True))
+    return options, "".join(letter for letter, text in options.items() if text in right)
+
+
+def _any(draws: Draws) -> Disease:
+    return draws.choice(tuple(DISEASES.values()))
 
 
 def _contents(cfg: ClinicConfig) -> dict[str, bytes]:

@@ -15,6 +15,7 @@ from huatuo_jax.data.records import Message, Prompt
 
 ADVICE_KINDS = ("disease", "test", "department", "advice", "drug")
 TELLS_CONDITION_FIRST = 0.5
+Doctor = Callable[[tuple[Message, ...]], str]
 
 
 class Patient:
@@ -135,9 +136,6 @@ class Patient:
         ]
         self._conditions = []
         return "".join(told)
-
-
-Doctor = Callable[[tuple[Message, ...]], str]
 
 
 @dataclass(frozen=True, kw_only=True)

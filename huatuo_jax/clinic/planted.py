@@ -58,6 +58,7 @@ FAULTS = (
 )
 _BROKEN = ("\ufffd", "\x00", "\ue000")
 _TRY_OTHERS = 400
+_Pair = tuple[str, str] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +76,121 @@ class PlantedAnswer:
     text: str
     faults: frozenset[str]
     manner: Manner
+
+
+def planted_answers(count: int, *, seed: int, held_out: bool = False) -> Iterator[PlantedAnswer]:
+    """Yields answers with the faults of `FAULTS` in turn, in both manners.
+
+    A fault that no answer to the current prompt can have (a contraindicated drug for a patient who
+    may have all) goes to the next prompt that allows it.
+
+    Args:
+        count: number of answers.
+        seed: another seed gives other answers.
+        held_out: to held-out prompts, in held-out wording.
+    """
+    pool = list(prompts(_TRY_OTHERS, seed=seed, held_out=held_out))
+    for number in range(count):
+        fault = FAULTS[number % len(FAULTS)]
+        draws = Draws("planted", seed, held_out, number)
+        start = draws.below(len(pool))
+        manner = _any_manner(draws)
+        for prompt in pool[start:] + pool[:start]:
+            found = _plant(_Answer(prompt, Writer(draws, held_out=held_out), manner), fault)
+            if found is not None:
+                yield found
+                break
+        else:
+            raise ValueError(f"no prompt of the clinic with seed {seed} takes the fault {fault!r}")
+
+
+def pairs_that_differ(
+    difference: Difference,
+    count: int,
+    *,
+    seed: int,
+    held_out: bool = False,
+    diseases: int | None = None,
+) -> Iterator[Comparison]:
+    """Yields pairs of answers that differ in one respect only.
+
+    In truth: the same text but for the disease named, a near miss in place of the right one. In
+    manner: the same disease and orders, `chosen` in the distilled manner. In length: `chosen` has
+    two more pieces of advice than are useful; an exact judge takes them for equal, so `p_chosen` is
+    a half.
+
+    Args:
+        difference: the respect in which they differ.
+        count: number of pairs.
+        seed: another seed gives other pairs.
+        held_out: to held-out prompts, in held-out wording.
+        diseases: number of diseases that patients have, the most common ones; None for all.
+
+    Raises:
+        ValueError: an unknown difference, or too few prompts.
+    """
+    if difference not in DIFFERENCES:
+        raise ValueError(f"difference is {difference!r}; it should be in {', '.join(DIFFERENCES)}")
+    made = 0
+    pool = prompts(2 * count + 20, seed=seed, held_out=held_out, diseases=diseases)
+    for prompt in pool:
+        draws = Draws("pair", difference, seed, held_out, prompt.id)
+        pair = _PAIRS[difference](prompt, draws, held_out)
+        if pair is None or made == count:
+            continue
+        made += 1
+        yield Comparison(
+            id=f"{prompt.id}:{difference}",
+            messages=prompt.messages,
+            chosen=answer(pair[0]),
+            rejected=answer(pair[1]),
+            source=SOURCE,
+            p_chosen=0.5 if difference == "length" else 1.0,
+            extra={"differs_in": difference, "diagnosis": prompt.diagnosis},
+        )
+    if made < count:
+        raise ValueError(f"{count} pairs that differ in {difference} are too many for the clinic")
+
+
+def _differs_in_truth(prompt: Prompt, draws: Draws, held_out: bool) -> _Pair:
+    written = _Answer(prompt, Writer(draws, held_out=held_out), _any_manner(draws))
+    if not written.concludes:
+        return None
+    true_text = written.text()
+    truth = written.disease
+    wrong = DISEASES[draws.choice(near_misses(truth.name)[:3])]
+    # The diagnosis comes before a test that has the same word in its name.
+    word = next(word for word in sorted(truth.words, key=len, reverse=True) if word in true_text)
+    return true_text, true_text.replace(word, wrong.name, 1)
+
+
+def _differs_in_manner(prompt: Prompt, draws: Draws, held_out: bool) -> _Pair:
+    written = _Answer(prompt, Writer(draws, held_out=held_out), "distilled")
+    written.remarks = False
+    if not written.concludes:
+        return None
+    distilled = written.text()
+    written.manner = "real"
+    return distilled, written.text()
+
+
+def _differs_in_length(prompt: Prompt, draws: Draws, held_out: bool) -> _Pair:
+    writer = Writer(draws, held_out=held_out)
+    written = _Answer(prompt, writer, _any_manner(draws))
+    more = [name for name in written.disease.advice if name not in written.advice]
+    others = [name for name in ADVICE if name not in written.disease.advice]
+    if not written.concludes:
+        return None
+    short = written.text()
+    two = [*more, *draws.shuffled(others)][:2]
+    return short + writer.say("advise", *map(writer.advice, two)), short
+
+
+_PAIRS: dict[Difference, Callable[[Prompt, Draws, bool], _Pair]] = {
+    "truth": _differs_in_truth,
+    "manner": _differs_in_manner,
+    "length": _differs_in_length,
+}
 
 
 class _Answer:
@@ -165,155 +281,6 @@ class _Answer:
         return "\n".join((opening + self._remark(), *numbered, closing))
 
 
-def planted_answers(count: int, *, seed: int, held_out: bool = False) -> Iterator[PlantedAnswer]:
-    """Yields answers with the faults of `FAULTS` in turn, in both manners.
-
-    A fault that no answer to the current prompt can have (a contraindicated drug for a patient who
-    may have all) goes to the next prompt that allows it.
-
-    Args:
-        count: number of answers.
-        seed: another seed gives other answers.
-        held_out: to held-out prompts, in held-out wording.
-    """
-    pool = list(prompts(_TRY_OTHERS, seed=seed, held_out=held_out))
-    for number in range(count):
-        fault = FAULTS[number % len(FAULTS)]
-        draws = Draws("planted", seed, held_out, number)
-        start = draws.below(len(pool))
-        manner = _any_manner(draws)
-        for prompt in pool[start:] + pool[:start]:
-            found = _plant(_Answer(prompt, Writer(draws, held_out=held_out), manner), fault)
-            if found is not None:
-                yield found
-                break
-        else:
-            raise ValueError(f"no prompt of the clinic with seed {seed} takes the fault {fault!r}")
-
-
-def pairs_that_differ(
-    difference: Difference,
-    count: int,
-    *,
-    seed: int,
-    held_out: bool = False,
-    diseases: int | None = None,
-) -> Iterator[Comparison]:
-    """Yields pairs of answers that differ in one respect only.
-
-    In truth: the same text but for the disease named, a near miss in place of the right one. In
-    manner: the same disease and orders, `chosen` in the distilled manner. In length: `chosen` has
-    two more pieces of advice than are useful; an exact judge takes them for equal, so `p_chosen` is
-    a half.
-
-    Args:
-        difference: the respect in which they differ.
-        count: number of pairs.
-        seed: another seed gives other pairs.
-        held_out: to held-out prompts, in held-out wording.
-        diseases: number of diseases that patients have, the most common ones; None for all.
-
-    Raises:
-        ValueError: an unknown difference, or too few prompts.
-    """
-    if difference not in DIFFERENCES:
-        raise ValueError(f"difference is {difference!r}; it should be in {', '.join(DIFFERENCES)}")
-    made = 0
-    pool = prompts(2 * count + 20, seed=seed, held_out=held_out, diseases=diseases)
-    for prompt in pool:
-        draws = Draws("pair", difference, seed, held_out, prompt.id)
-        pair = _PAIRS[difference](prompt, draws, held_out)
-        if pair is None or made == count:
-            continue
-        made += 1
-        yield Comparison(
-            id=f"{prompt.id}:{difference}",
-            messages=prompt.messages,
-            chosen=answer(pair[0]),
-            rejected=answer(pair[1]),
-            source=SOURCE,
-            p_chosen=0.5 if difference == "length" else 1.0,
-            extra={"differs_in": difference, "diagnosis": prompt.diagnosis},
-        )
-    if made < count:
-        raise ValueError(f"{count} pairs that differ in {difference} are too many for the clinic")
-
-
-_Pair = tuple[str, str] | None
-
-
-def _differs_in_truth(prompt: Prompt, draws: Draws, held_out: bool) -> _Pair:
-    written = _Answer(prompt, Writer(draws, held_out=held_out), _any_manner(draws))
-    if not written.concludes:
-        return None
-    true_text = written.text()
-    truth = written.disease
-    wrong = DISEASES[draws.choice(near_misses(truth.name)[:3])]
-    # The diagnosis comes before a test that has the same word in its name.
-    word = next(word for word in sorted(truth.words, key=len, reverse=True) if word in true_text)
-    return true_text, true_text.replace(word, wrong.name, 1)
-
-
-def _differs_in_manner(prompt: Prompt, draws: Draws, held_out: bool) -> _Pair:
-    written = _Answer(prompt, Writer(draws, held_out=held_out), "distilled")
-    written.remarks = False
-    if not written.concludes:
-        return None
-    distilled = written.text()
-    written.manner = "real"
-    return distilled, written.text()
-
-
-def _differs_in_length(prompt: Prompt, draws: Draws, held_out: bool) -> _Pair:
-    writer = Writer(draws, held_out=held_out)
-    written = _Answer(prompt, writer, _any_manner(draws))
-    more = [name for name in written.disease.advice if name not in written.advice]
-    others = [name for name in ADVICE if name not in written.disease.advice]
-    if not written.concludes:
-        return None
-    short = written.text()
-    two = [*more, *draws.shuffled(others)][:2]
-    return short + writer.say("advise", *map(writer.advice, two)), short
-
-
-_PAIRS: dict[Difference, Callable[[Prompt, Draws, bool], _Pair]] = {
-    "truth": _differs_in_truth,
-    "manner": _differs_in_manner,
-    "length": _differs_in_length,
-}
-
-
-def _any_manner(draws: Draws) -> Manner:
-    return "real" if draws.chance(0.5) else "distilled"
-
-
-def _plant(written: _Answer, fault: str) -> PlantedAnswer | None:
-    """Makes the answer with this fault, or None where it is impossible."""
-    before, after = _ON_PARTS.get(fault), _ON_TEXT.get(fault)
-    faults = {fault} - {"none"}
-    if before is not None:
-        more = before(written)
-        if more is None:
-            return None
-        faults |= more
-    text = written.text()
-    if after is not None:
-        changed = after(written, text)
-        if changed is None:
-            return None
-        text, more = changed
-        faults |= more
-    return PlantedAnswer(
-        prompt=written.prompt, text=text, faults=frozenset(faults), manner=written.manner
-    )
-
-
-def _nothing_said(written: _Answer) -> set[str]:
-    """Returns the faults of an answer that says nothing."""
-    missing = {"not_asked" if written.belief.should_ask else "no_diagnosis"}
-    return missing | ({"red_flag_missed"} if written.belief.emergency else set())
-
-
 def _no_diagnosis(written: _Answer) -> set[str] | None:
     written.named = []
     return set() if written.concludes else None
@@ -400,6 +367,21 @@ def _pointless_question(written: _Answer) -> set[str] | None:
     return {"no_diagnosis"}
 
 
+_ON_PARTS: dict[str, Callable[[_Answer], set[str] | None]] = {
+    "no_diagnosis": _no_diagnosis,
+    "wrong_diagnosis": _wrong_diagnosis,
+    "many_diagnoses": _many_diagnoses,
+    "wrong_test": _wrong_test,
+    "wrong_department": _wrong_department,
+    "wrong_drug": _wrong_drug,
+    "contraindicated": _contraindicated,
+    "red_flag_missed": _red_flag_missed,
+    "false_alarm": _false_alarm,
+    "not_asked": _not_asked,
+    "pointless_question": _pointless_question,
+}
+
+
 def _empty(written: _Answer, text: str) -> tuple[str, set[str]]:
     return "", {"says_nothing"} | _nothing_said(written)
 
@@ -427,19 +409,6 @@ def _disordered(written: _Answer, text: str) -> tuple[str, set[str]] | None:
     return text.replace("，", "，，", 1) if "，" in text else text[:-1] + "，。", set()
 
 
-_ON_PARTS: dict[str, Callable[[_Answer], set[str] | None]] = {
-    "no_diagnosis": _no_diagnosis,
-    "wrong_diagnosis": _wrong_diagnosis,
-    "many_diagnoses": _many_diagnoses,
-    "wrong_test": _wrong_test,
-    "wrong_department": _wrong_department,
-    "wrong_drug": _wrong_drug,
-    "contraindicated": _contraindicated,
-    "red_flag_missed": _red_flag_missed,
-    "false_alarm": _false_alarm,
-    "not_asked": _not_asked,
-    "pointless_question": _pointless_question,
-}
 _ON_TEXT: dict[str, Callable[[_Answer, str], tuple[str, set[str]] | None]] = {
     "empty": _empty,
     "says_nothing": _says_nothing,
@@ -448,3 +417,34 @@ _ON_TEXT: dict[str, Callable[[_Answer, str], tuple[str, set[str]] | None]] = {
     "unfinished": _unfinished,
     "disordered": _disordered,
 }
+
+
+def _any_manner(draws: Draws) -> Manner:
+    return "real" if draws.chance(0.5) else "distilled"
+
+
+def _plant(written: _Answer, fault: str) -> PlantedAnswer | None:
+    """Makes the answer with this fault, or None where it is impossible."""
+    before, after = _ON_PARTS.get(fault), _ON_TEXT.get(fault)
+    faults = {fault} - {"none"}
+    if before is not None:
+        more = before(written)
+        if more is None:
+            return None
+        faults |= more
+    text = written.text()
+    if after is not None:
+        changed = after(written, text)
+        if changed is None:
+            return None
+        text, more = changed
+        faults |= more
+    return PlantedAnswer(
+        prompt=written.prompt, text=text, faults=frozenset(faults), manner=written.manner
+    )
+
+
+def _nothing_said(written: _Answer) -> set[str]:
+    """Returns the faults of an answer that says nothing."""
+    missing = {"not_asked" if written.belief.should_ask else "no_diagnosis"}
+    return missing | ({"red_flag_missed"} if written.belief.emergency else set())

@@ -28,6 +28,26 @@ from huatuo_jax.clinic.symptoms import CONDITIONS, SYMPTOMS
 T = TypeVar("T")
 
 _BITS = 53  # Those that a float holds exactly.
+LEAST_SYMPTOMS = 3
+# Below this probability of the best diagnosis a doctor should ask before naming one.
+AMBIGUOUS_BELOW = 0.6
+# A disease of at least this probability is worth naming.
+PLAUSIBLE_FROM = 0.1
+# A patient with at least this probability of an emergency is sent to emergency care.
+EMERGENCY_FROM = 0.5
+# A question with a smaller gain (see `Belief.gains`) is not worth asking.
+LEAST_GAIN = 0.02
+
+SEXES = ("男", "女")
+CHILD_BELOW = 13
+PREGNANCY_AGES = (18, 45)
+CONDITION_SHARE = 0.2
+PREGNANT_SHARE = 0.12
+
+_SPANS = {"hours": (1, 12), "days": (1, 6), "weeks": (1, 3), "months": (1, 11)}
+_UNITS = {"hours": "小时", "days": "天", "weeks": "周", "months": "个月"}
+# Probability of a symptom that the table does not list, used only where no disease fits at all.
+_SURPRISE = 0.01
 
 
 class Draws:
@@ -92,28 +112,6 @@ def fraction(text: str) -> float:
 def number(text: str) -> int:
     """Returns a large whole number computed from a hash of the text."""
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")
-
-
-LEAST_SYMPTOMS = 3
-# Below this probability of the best diagnosis a doctor should ask before naming one.
-AMBIGUOUS_BELOW = 0.6
-# A disease of at least this probability is worth naming.
-PLAUSIBLE_FROM = 0.1
-# A patient with at least this probability of an emergency is sent to emergency care.
-EMERGENCY_FROM = 0.5
-# A question with a smaller gain (see `Belief.gains`) is not worth asking.
-LEAST_GAIN = 0.02
-
-SEXES = ("男", "女")
-CHILD_BELOW = 13
-PREGNANCY_AGES = (18, 45)
-CONDITION_SHARE = 0.2
-PREGNANT_SHARE = 0.12
-
-_SPANS = {"hours": (1, 12), "days": (1, 6), "weeks": (1, 3), "months": (1, 11)}
-_UNITS = {"hours": "小时", "days": "天", "weeks": "周", "months": "个月"}
-# Probability of a symptom that the table does not list, used only where no disease fits at all.
-_SURPRISE = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)

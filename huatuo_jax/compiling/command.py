@@ -32,6 +32,13 @@ from huatuo_jax.training.programs import GIB
 REMAT: tuple[Remat, ...] = ("none", "outputs", "dots", "full")
 
 _SWEPT = ("update", "policy_pass")  # The program of a stage with the most activations.
+_PACKAGES = ("jax", "jaxlib", "flax", "optax")
+_ROOMY = "v5p"  # Has much memory, to list the values of a program that does not fit elsewhere.
+
+ASSUMES = (
+    "rows are full and of one segment, and all of their tokens are scored; in the roofline "
+    "computation, memory and interconnect overlap entirely, each at its published peak"
+)
 
 
 class Choice(NamedTuple):
@@ -140,19 +147,6 @@ def with_settings(
     return replaced(config, changes)
 
 
-def _swept(programs: list[Program]) -> Program:
-    return next(one for one in programs if one.name.split("/")[1] in _SWEPT)
-
-
-_PACKAGES = ("jax", "jaxlib", "flax", "optax")
-_ROOMY = "v5p"  # Has much memory, to list the values of a program that does not fit elsewhere.
-
-ASSUMES = (
-    "rows are full and of one segment, and all of their tokens are scored; in the roofline "
-    "computation, memory and interconnect overlap entirely, each at its published peak"
-)
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompileConfig:
     """What is compiled.
@@ -255,6 +249,51 @@ def sweep_config(
 def write_json(path: str | pathlib.Path, figures: dict[str, Any]) -> None:
     """Writes the figures of `compile_config`."""
     write_file(pathlib.Path(path), json.dumps(figures, ensure_ascii=False, indent=2) + "\n")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Flags:
+    """Compiles a config for TPUs or GPUs without one: memory, FLOPs and the highest possible speed.
+
+    Uses shapes alone: no weight and no data is read. Needs the extra of the hardware, but no such
+    hardware: pip install 'huatuo_jax[tpu]' or 'huatuo_jax[cuda]'. Exit code 1: something does not
+    fit; the output then names the fields that would help.
+
+    Attributes:
+        topology: chip and slice, as v5e:8x8; or GPUs of a host, h100:8.
+        num_slices: slices or hosts, joined by their network.
+        stages: some of the config's stages; none for all that train.
+        preset: architecture in place of a model's directory.
+        output: JSON file of all figures.
+        sweep: try micro-batches and remat, and recommend the best.
+    """
+
+    topology: str
+    num_slices: int = 1
+    stages: tuple[str, ...] = ()
+    preset: str | None = None
+    output: str | None = None
+    sweep: bool = False
+
+
+def main(flags: Flags, config: StagesConfig | RlaifConfig) -> None:
+    """Compiles, prints and writes the figures."""
+    cfg = CompileConfig(
+        topology=flags.topology,
+        num_slices=flags.num_slices,
+        stages=flags.stages,
+        preset=flags.preset,
+    )
+    compiled = sweep_config if flags.sweep else compile_config
+    figures = compiled(config, cfg, lambda line: print(line, flush=True))
+    if flags.output is not None:
+        write_json(flags.output, figures)
+        print(f"written: {flags.output}")
+    sys.exit(0 if figures["fits"] else 1)
+
+
+def _swept(programs: list[Program]) -> Program:
+    return next(one for one in programs if one.name.split("/")[1] in _SWEPT)
 
 
 def _heading(of: Slice) -> dict[str, Any]:
@@ -362,44 +401,3 @@ def _cube(size: int) -> tuple[int, int, int]:
     first, second = 2 ** int(power // 3), 2 ** int((power + 1) // 3)
     factors = (first, second, size // (first * second))
     return tuple(sorted(factors, reverse=1 in factors))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Flags:
-    """Compiles a config for TPUs or GPUs without one: memory, FLOPs and the highest possible speed.
-
-    Uses shapes alone: no weight and no data is read. Needs the extra of the hardware, but no such
-    hardware: pip install 'huatuo_jax[tpu]' or 'huatuo_jax[cuda]'. Exit code 1: something does not
-    fit; the output then names the fields that would help.
-
-    Attributes:
-        topology: chip and slice, as v5e:8x8; or GPUs of a host, h100:8.
-        num_slices: slices or hosts, joined by their network.
-        stages: some of the config's stages; none for all that train.
-        preset: architecture in place of a model's directory.
-        output: JSON file of all figures.
-        sweep: try micro-batches and remat, and recommend the best.
-    """
-
-    topology: str
-    num_slices: int = 1
-    stages: tuple[str, ...] = ()
-    preset: str | None = None
-    output: str | None = None
-    sweep: bool = False
-
-
-def main(flags: Flags, config: StagesConfig | RlaifConfig) -> None:
-    """Compiles, prints and writes the figures."""
-    cfg = CompileConfig(
-        topology=flags.topology,
-        num_slices=flags.num_slices,
-        stages=flags.stages,
-        preset=flags.preset,
-    )
-    compiled = sweep_config if flags.sweep else compile_config
-    figures = compiled(config, cfg, lambda line: print(line, flush=True))
-    if flags.output is not None:
-        write_json(flags.output, figures)
-        print(f"written: {flags.output}")
-    sys.exit(0 if figures["fits"] else 1)

@@ -40,6 +40,25 @@ _SPLASH_PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4
 _FLOATS = ("bf16", "f16", "f32")
 _CUDNN_FORWARD, _CUDNN_BACKWARD = 2, 5
 _CONTRACTED_IN_KERNEL = re.compile(r'"lhs_contracting_dimensions":\s*\[([^\]]*)\]')
+# Instructions that move nothing: their values are those of others, or nothing at run time.
+_FREE = frozenset(
+    "parameter constant tuple get-tuple-element bitcast while conditional call call-start "
+    "call-done after-all iota partition-id replica-id opt-barrier async-start async-update "
+    "async-done copy-done slice-done dynamic-slice-done".split()
+) | {f"{kind}-done" for kind in KINDS}
+_MOVES_NOTHING = (
+    "AllocateBuffer",
+    "ConcatBitcast",
+    "AssumeGatherIndicesInBound",
+    "AsyncCollective",
+)
+# Instructions that write into an operand in place -> the index of the operand written there.
+_OVERWRITES = {"dynamic-update-slice": 1, "scatter": 2}
+_LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
+_CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
+# TPU7x: its two halves are joined six times as fast as by a link (Cloud TPU documentation, page
+# TPU7x). No other chip in the table has two devices.
+_LINKS_INSIDE_A_CHIP = 6
 
 
 def splash_calls(module: Module) -> list[str]:
@@ -84,47 +103,6 @@ def cublas_flops(one: Instruction, computation: Computation) -> float:
     lhs = computation.operand_shapes(one)[0].dims
     contracted = math.prod(lhs[int(dim)] for dim in re.findall(r"\d+", found[1]))
     return 2.0 * math.prod(one.shapes[0].dims) * contracted
-
-
-def _attention(products: int, queries_BNTH: tuple[int, ...]) -> float:
-    batch, heads, length, width = queries_BNTH
-    return products * 2.0 * batch * heads * (length * (length + 1) / 2) * width
-
-
-def _calls(module: Module) -> set[Instruction]:
-    return {
-        one
-        for place in module.places
-        for one in place.computation.instructions.values()
-        if one.opcode == "custom-call"
-    }
-
-
-def _is_splash(one: Instruction) -> bool:
-    return _target(one) == _PALLAS and one.name.startswith("splash")
-
-
-def _target(one: Instruction) -> str:
-    found = _TARGET.search(one.attributes) if one.opcode == "custom-call" else None
-    return found[1] if found else ""
-
-
-# Instructions that move nothing: their values are those of others, or nothing at run time.
-_FREE = frozenset(
-    "parameter constant tuple get-tuple-element bitcast while conditional call call-start "
-    "call-done after-all iota partition-id replica-id opt-barrier async-start async-update "
-    "async-done copy-done slice-done dynamic-slice-done".split()
-) | {f"{kind}-done" for kind in KINDS}
-_MOVES_NOTHING = (
-    "AllocateBuffer",
-    "ConcatBitcast",
-    "AssumeGatherIndicesInBound",
-    "AsyncCollective",
-)
-# Instructions that write into an operand in place -> the index of the operand written there.
-_OVERWRITES = {"dynamic-update-slice": 1, "scatter": 2}
-_LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
-_CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
 
 
 class Costs(NamedTuple):
@@ -173,57 +151,6 @@ def product_flops(one: Instruction, computation: Computation) -> float:
     return cublas_flops(one, computation)
 
 
-def _convolution_flops(one: Instruction, lhs: Shape, rhs: Shape) -> float:
-    """Counts the FLOPs of a matrix product as TPUs run it, a convolution, without padding."""
-    labels = _LABELS.search(one.attributes)
-    assert labels is not None, one.attributes
-    lhs_labels, rhs_labels, out_labels = labels.groups()
-    window = dict(re.findall(r"(size|stride|pad|lhs_dilate|rhs_dilate)=([\dx_-]+)", one.attributes))
-    outputs = one.shapes[0].dims
-    flops = 2.0 * rhs.dims[rhs_labels.index("i")]  # Of one group.
-    flops *= outputs[out_labels.index("b")] * outputs[out_labels.index("f")]
-    for number in range(len(lhs_labels) - 2):
-        label = str(number)
-        size = rhs.dims[rhs_labels.index(label)]
-        low = _at(window.get("pad"), number, "0_0").split("_")[0]
-        flops *= _positions(
-            given=lhs.dims[lhs_labels.index(label)],
-            wanted=outputs[out_labels.index(label)],
-            size=size,
-            low=int(low),
-            stride=int(_at(window.get("stride"), number, "1")),
-            lhs_dilation=int(_at(window.get("lhs_dilate"), number, "1")),
-            rhs_dilation=int(_at(window.get("rhs_dilate"), number, "1")),
-        )
-    return flops
-
-
-def _at(sizes: str | None, number: int, absent: str) -> str:
-    return absent if sizes is None else sizes.split("x")[number]
-
-
-def _positions(
-    *,
-    given: int,
-    wanted: int,
-    size: int,
-    low: int,
-    stride: int,
-    lhs_dilation: int,
-    rhs_dilation: int,
-) -> int:
-    """Counts pairs of an output and a window position that meet an input rather than padding."""
-    if size == 1 and low == 0 and lhs_dilation == 1:
-        return wanted
-    end = (given - 1) * lhs_dilation
-    count = 0
-    for place in range(size):
-        for output in range(wanted):
-            at = output * stride + place * rhs_dilation - low
-            count += 0 <= at <= end and at % lhs_dilation == 0
-    return count
-
-
 def moved_bytes(one: Instruction, computation: Computation, module: Module) -> float:
     """Returns the bytes of main memory that an instruction outside of fusions reads and writes."""
     if one.opcode in _FREE or any(name in one.attributes for name in _MOVES_NOTHING):
@@ -242,84 +169,6 @@ def moved_bytes(one: Instruction, computation: Computation, module: Module) -> f
     if one.opcode.removesuffix("-start") in KINDS:
         return _in_hbm(operands) + _in_hbm(_received(one))
     return _in_hbm(operands) + _in_hbm(one.shapes)
-
-
-def _received(one: Instruction) -> tuple[Shape, ...]:
-    """Returns the results of a collective; one that only starts may list its operands before."""
-    number = len(one.operands)
-    return one.shapes[number : 2 * number] or one.shapes[:number]
-
-
-def _fusion_bytes(one: Instruction, computation: Computation, module: Module) -> float:
-    """Returns the bytes of a fusion's outputs, and of the parts of its operands that it reads."""
-    inside = _inside(one, module)
-    total = 0.0
-    for name, parameter in zip(one.operands, _parameters(inside), strict=True):
-        outer = computation.instructions[name]
-        if len(outer.shapes) == 1 and outer.shapes[0].in_hbm:
-            total += _read_inside(parameter, inside, module)
-    root = _through_bitcasts(inside.root, inside)
-    if root.opcode in _OVERWRITES:
-        update = inside.instructions[root.operands[_OVERWRITES[root.opcode]]].shapes[0]
-        return total + (update.num_bytes if one.shapes[0].in_hbm else 0)
-    return total + _in_hbm(one.shapes)
-
-
-def _inside(one: Instruction, module: Module) -> Computation:
-    name = one.called("calls")
-    assert name is not None, one.name
-    return module.computations[name]
-
-
-def _parameters(inside: Computation) -> list[Instruction]:
-    """Returns the parameters in the order of their numbers."""
-    found = [one for one in inside.instructions.values() if one.opcode == "parameter"]
-    return sorted(found, key=_parameter_number)
-
-
-def _parameter_number(parameter: Instruction) -> int:
-    assert parameter.number is not None, parameter.name
-    return parameter.number
-
-
-def _read_inside(parameter: Instruction, inside: Computation, module: Module) -> int:
-    """Returns the bytes of a parameter that a fusion, and those inside it, read."""
-    names, read = {parameter.name}, 0
-    for one in inside.instructions.values():  # In order: a bitcast comes before its users.
-        if names.isdisjoint(one.operands):
-            continue
-        if one.opcode == "bitcast":
-            names.add(one.name)
-        elif one.opcode in ("dynamic-slice", "slice", "gather"):
-            read += one.shapes[0].num_bytes
-        elif one.opcode == "fusion":
-            pairs = zip(one.operands, _parameters(_inside(one, module)), strict=True)
-            inner = [other for name, other in pairs if name in names]
-            read += sum(_read_inside(other, _inside(one, module), module) for other in inner)
-        elif one.opcode not in _OVERWRITES or not names.isdisjoint(one.operands[1:]):
-            read += parameter.shapes[0].num_bytes
-    return min(read, parameter.shapes[0].num_bytes)
-
-
-def _through_bitcasts(one: Instruction, computation: Computation) -> Instruction:
-    while one.opcode == "bitcast":
-        one = computation.instructions[one.operands[0]]
-    return one
-
-
-def _read_and_written(outputs: Iterable[Shape], operands: Iterable[Shape]) -> float:
-    """Returns the bytes that a slice moves out of main memory and into it."""
-    (output,), (operand,) = list(outputs), list(operands)
-    return float(output.num_bytes * (output.in_hbm + operand.in_hbm))
-
-
-def _in_hbm(shapes: Iterable[Shape]) -> float:
-    return float(sum(shape.num_bytes for shape in shapes if shape.in_hbm))
-
-
-# TPU7x: its two halves are joined six times as fast as by a link (Cloud TPU documentation, page
-# TPU7x). No other chip in the table has two devices.
-_LINKS_INSIDE_A_CHIP = 6
 
 
 class Roofline(NamedTuple):
@@ -397,6 +246,153 @@ def seconds_of(one: Collective, of: Slice, mesh: Mesh) -> float:
     if per_slice == 1:
         return network_s
     return network_s + seconds_of(dataclasses.replace(one, group=here), of, mesh)
+
+
+def _attention(products: int, queries_BNTH: tuple[int, ...]) -> float:
+    batch, heads, length, width = queries_BNTH
+    return products * 2.0 * batch * heads * (length * (length + 1) / 2) * width
+
+
+def _calls(module: Module) -> set[Instruction]:
+    return {
+        one
+        for place in module.places
+        for one in place.computation.instructions.values()
+        if one.opcode == "custom-call"
+    }
+
+
+def _is_splash(one: Instruction) -> bool:
+    return _target(one) == _PALLAS and one.name.startswith("splash")
+
+
+def _target(one: Instruction) -> str:
+    found = _TARGET.search(one.attributes) if one.opcode == "custom-call" else None
+    return found[1] if found else ""
+
+
+def _convolution_flops(one: Instruction, lhs: Shape, rhs: Shape) -> float:
+    """Counts the FLOPs of a matrix product as TPUs run it, a convolution, without padding."""
+    labels = _LABELS.search(one.attributes)
+    assert labels is not None, one.attributes
+    lhs_labels, rhs_labels, out_labels = labels.groups()
+    window = dict(re.findall(r"(size|stride|pad|lhs_dilate|rhs_dilate)=([\dx_-]+)", one.attributes))
+    outputs = one.shapes[0].dims
+    flops = 2.0 * rhs.dims[rhs_labels.index("i")]  # Of one group.
+    flops *= outputs[out_labels.index("b")] * outputs[out_labels.index("f")]
+    for number in range(len(lhs_labels) - 2):
+        label = str(number)
+        size = rhs.dims[rhs_labels.index(label)]
+        low = _at(window.get("pad"), number, "0_0").split("_")[0]
+        flops *= _positions(
+            given=lhs.dims[lhs_labels.index(label)],
+            wanted=outputs[out_labels.index(label)],
+            size=size,
+            low=int(low),
+            stride=int(_at(window.get("stride"), number, "1")),
+            lhs_dilation=int(_at(window.get("lhs_dilate"), number, "1")),
+            rhs_dilation=int(_at(window.get("rhs_dilate"), number, "1")),
+        )
+    return flops
+
+
+def _at(sizes: str | None, number: int, absent: str) -> str:
+    return absent if sizes is None else sizes.split("x")[number]
+
+
+def _positions(
+    *,
+    given: int,
+    wanted: int,
+    size: int,
+    low: int,
+    stride: int,
+    lhs_dilation: int,
+    rhs_dilation: int,
+) -> int:
+    """Counts pairs of an output and a window position that meet an input rather than padding."""
+    if size == 1 and low == 0 and lhs_dilation == 1:
+        return wanted
+    end = (given - 1) * lhs_dilation
+    count = 0
+    for place in range(size):
+        for output in range(wanted):
+            at = output * stride + place * rhs_dilation - low
+            count += 0 <= at <= end and at % lhs_dilation == 0
+    return count
+
+
+def _received(one: Instruction) -> tuple[Shape, ...]:
+    """Returns the results of a collective; one that only starts may list its operands before."""
+    number = len(one.operands)
+    return one.shapes[number : 2 * number] or one.shapes[:number]
+
+
+def _fusion_bytes(one: Instruction, computation: Computation, module: Module) -> float:
+    """Returns the bytes of a fusion's outputs, and of the parts of its operands that it reads."""
+    inside = _inside(one, module)
+    total = 0.0
+    for name, parameter in zip(one.operands, _parameters(inside), strict=True):
+        outer = computation.instructions[name]
+        if len(outer.shapes) == 1 and outer.shapes[0].in_hbm:
+            total += _read_inside(parameter, inside, module)
+    root = _through_bitcasts(inside.root, inside)
+    if root.opcode in _OVERWRITES:
+        update = inside.instructions[root.operands[_OVERWRITES[root.opcode]]].shapes[0]
+        return total + (update.num_bytes if one.shapes[0].in_hbm else 0)
+    return total + _in_hbm(one.shapes)
+
+
+def _inside(one: Instruction, module: Module) -> Computation:
+    name = one.called("calls")
+    assert name is not None, one.name
+    return module.computations[name]
+
+
+def _parameters(inside: Computation) -> list[Instruction]:
+    """Returns the parameters in the order of their numbers."""
+    found = [one for one in inside.instructions.values() if one.opcode == "parameter"]
+    return sorted(found, key=_parameter_number)
+
+
+def _parameter_number(parameter: Instruction) -> int:
+    assert parameter.number is not None, parameter.name
+    return parameter.number
+
+
+def _read_inside(parameter: Instruction, inside: Computation, module: Module) -> int:
+    """Returns the bytes of a parameter that a fusion, and those inside it, read."""
+    names, read = {parameter.name}, 0
+    for one in inside.instructions.values():  # In order: a bitcast comes before its users.
+        if names.isdisjoint(one.operands):
+            continue
+        if one.opcode == "bitcast":
+            names.add(one.name)
+        elif one.opcode in ("dynamic-slice", "slice", "gather"):
+            read += one.shapes[0].num_bytes
+        elif one.opcode == "fusion":
+            pairs = zip(one.operands, _parameters(_inside(one, module)), strict=True)
+            inner = [other for name, other in pairs if name in names]
+            read += sum(_read_inside(other, _inside(one, module), module) for other in inner)
+        elif one.opcode not in _OVERWRITES or not names.isdisjoint(one.operands[1:]):
+            read += parameter.shapes[0].num_bytes
+    return min(read, parameter.shapes[0].num_bytes)
+
+
+def _through_bitcasts(one: Instruction, computation: Computation) -> Instruction:
+    while one.opcode == "bitcast":
+        one = computation.instructions[one.operands[0]]
+    return one
+
+
+def _read_and_written(outputs: Iterable[Shape], operands: Iterable[Shape]) -> float:
+    """Returns the bytes that a slice moves out of main memory and into it."""
+    (output,), (operand,) = list(outputs), list(operands)
+    return float(output.num_bytes * (output.in_hbm + operand.in_hbm))
+
+
+def _in_hbm(shapes: Iterable[Shape]) -> float:
+    return float(sum(shape.num_bytes for shape in shapes if shape.in_hbm))
 
 
 def _slice_index(device: Any, of: Slice) -> int:

@@ -30,6 +30,13 @@ from jax.experimental import topologies
 from huatuo_jax.training.metrics import PEAK_FLOPS
 from huatuo_jax.training.programs import GIB
 
+PLUGIN = "jax-cuda13-plugin"
+CUDNN = "nvidia-cudnn-cu13"
+_RUNTIME = "nvidia-cuda-runtime"
+# As docker/Dockerfile.gpu sets XLA_PYTHON_CLIENT_MEM_FRACTION; the rest is NCCL's and cuDNN's.
+_SHARE_OF_PROGRAMS = 0.92
+_NAME = re.compile(r"(\w+):(\d+(?:x\d+)*)")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chip:
@@ -133,14 +140,6 @@ CHIPS: dict[str, Chip] = {
 }
 
 
-PLUGIN = "jax-cuda13-plugin"
-CUDNN = "nvidia-cudnn-cu13"
-_RUNTIME = "nvidia-cuda-runtime"
-
-# As docker/Dockerfile.gpu sets XLA_PYTHON_CLIENT_MEM_FRACTION; the rest is NCCL's and cuDNN's.
-_SHARE_OF_PROGRAMS = 0.92
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Gpu(Chip):
     """A kind of GPU; its slice is a host, whose GPUs reach each other through switches.
@@ -210,14 +209,6 @@ class Gpu(Chip):
         """
 
 
-def _version(package: str) -> str:
-    numbers = re.findall(r"\d+", importlib.metadata.version(package))
-    return " ".join(
-        f"{name}: {number}"
-        for name, number in zip(("major", "minor", "patch"), numbers, strict=False)
-    )
-
-
 GPUS: dict[str, Gpu] = {
     gpu.name: gpu
     for gpu in (
@@ -260,9 +251,6 @@ GPUS: dict[str, Gpu] = {
         ),
     )
 }
-
-
-_NAME = re.compile(r"(\w+):(\d+(?:x\d+)*)")
 _KINDS: dict[str, Chip] = {**CHIPS, **GPUS}
 
 
@@ -334,6 +322,14 @@ def open_slice(name: str, *, num_slices: int = 1) -> Slice:
             f"topology={name!r}: unknown to libtpu ({_first_line(error)}); {_known()}"
         ) from error
     return Slice(name, chip, shape, num_slices, found.devices)
+
+
+def _version(package: str) -> str:
+    numbers = re.findall(r"\d+", importlib.metadata.version(package))
+    return " ".join(
+        f"{name}: {number}"
+        for name, number in zip(("major", "minor", "patch"), numbers, strict=False)
+    )
 
 
 def _gpus(gpu: Gpu, number: int, num_hosts: int) -> Sequence[jax.Device]:

@@ -33,6 +33,22 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 
 _FAST_MEMORY = "S("  # Any memory space but 0 is not the HBM.
+KINDS = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
+_CHANNEL = re.compile(r"channel_id=(\d+)")
+_LISTED = re.compile(r"replica_groups=\{(\{[\d,{} ]*\})\}")
+_IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_ON_MESH = re.compile(
+    r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(?\[?([\d,]+)\]?\)?)? ?\{([^}]*)\}"
+)
+_PAIRS = re.compile(r"source_target_pairs=\{(\{[\d,{} ]*\})\}")
 
 
 class Shape(NamedTuple):
@@ -224,83 +240,6 @@ def parse(text: str) -> Module:
     return Module(computations, entry)
 
 
-def _whole_lines(text: str) -> list[str]:
-    """Returns the lines, joined where the metadata of a kernel continues in the next one."""
-    lines: list[str] = []
-    for line in text.splitlines():
-        if (
-            lines
-            and lines[-1].startswith("  ")
-            and line
-            and line[0] != " "
-            and not _END.match(line)
-        ):
-            lines[-1] += line
-        else:
-            lines.append(line)
-    return lines
-
-
-def _instruction(name: str, text: str, *, is_root: bool) -> Instruction:
-    end = _closing(text, 0) + 1 if text.startswith("(") else text.index(" ")
-    shapes, rest = _shapes(text[:end]), text[end:].strip()
-    start = rest.index("(")
-    stop = _closing(rest, start)
-    arguments, opcode = rest[start + 1 : stop], rest[:start]
-    return Instruction(
-        name,
-        opcode,
-        shapes,
-        tuple(_NAME.findall(arguments)),
-        rest[stop + 1 :],
-        is_root,
-        # A constant's value and a parameter's number take the place of operands.
-        int(arguments) if arguments.isdecimal() else None,
-    )
-
-
-def _shapes(text: str) -> tuple[Shape, ...]:
-    return tuple(
-        Shape(
-            dtype,
-            tuple(int(dim.lstrip("<=")) for dim in dims.split(",") if dim),
-            _FAST_MEMORY not in layout,
-        )
-        for dtype, dims, layout in _ARRAY.findall(text)
-    )
-
-
-def _closing(text: str, start: int) -> int:
-    """Returns the index of the bracket that closes the one at `start`."""
-    depth = 0
-    for index in range(start, len(text)):
-        if text[index] == "(":
-            depth += 1
-        elif text[index] == ")":
-            depth -= 1
-            if not depth:
-                return index
-    raise AssertionError(f"unbalanced: {text[:200]}")
-
-
-KINDS = (
-    "all-gather",
-    "all-reduce",
-    "reduce-scatter",
-    "all-to-all",
-    "ragged-all-to-all",
-    "collective-permute",
-    "collective-broadcast",
-)
-_CHANNEL = re.compile(r"channel_id=(\d+)")
-_LISTED = re.compile(r"replica_groups=\{(\{[\d,{} ]*\})\}")
-_IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
-_ON_MESH = re.compile(
-    r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(?\[?([\d,]+)\]?\)?)? ?\{([^}]*)\}"
-)
-_PAIRS = re.compile(r"source_target_pairs=\{(\{[\d,{} ]*\})\}")
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Collective:
     """A collective operation.
@@ -434,6 +373,65 @@ def by_kind_and_axes(timed: Iterable[tuple[Collective, float]]) -> list[Total]:
             seconds=before.seconds + seconds,
         )
     return sorted(totals.values(), key=lambda total: -total.seconds)
+
+
+def _whole_lines(text: str) -> list[str]:
+    """Returns the lines, joined where the metadata of a kernel continues in the next one."""
+    lines: list[str] = []
+    for line in text.splitlines():
+        if (
+            lines
+            and lines[-1].startswith("  ")
+            and line
+            and line[0] != " "
+            and not _END.match(line)
+        ):
+            lines[-1] += line
+        else:
+            lines.append(line)
+    return lines
+
+
+def _instruction(name: str, text: str, *, is_root: bool) -> Instruction:
+    end = _closing(text, 0) + 1 if text.startswith("(") else text.index(" ")
+    shapes, rest = _shapes(text[:end]), text[end:].strip()
+    start = rest.index("(")
+    stop = _closing(rest, start)
+    arguments, opcode = rest[start + 1 : stop], rest[:start]
+    return Instruction(
+        name,
+        opcode,
+        shapes,
+        tuple(_NAME.findall(arguments)),
+        rest[stop + 1 :],
+        is_root,
+        # A constant's value and a parameter's number take the place of operands.
+        int(arguments) if arguments.isdecimal() else None,
+    )
+
+
+def _shapes(text: str) -> tuple[Shape, ...]:
+    return tuple(
+        Shape(
+            dtype,
+            tuple(int(dim.lstrip("<=")) for dim in dims.split(",") if dim),
+            _FAST_MEMORY not in layout,
+        )
+        for dtype, dims, layout in _ARRAY.findall(text)
+    )
+
+
+def _closing(text: str, start: int) -> int:
+    """Returns the index of the bracket that closes the one at `start`."""
+    depth = 0
+    for index in range(start, len(text)):
+        if text[index] == "(":
+            depth += 1
+        elif text[index] == ")":
+            depth -= 1
+            if not depth:
+                return index
+    raise AssertionError(f"unbalanced: {text[:200]}")
 
 
 def _collective(

@@ -49,6 +49,12 @@ from huatuo_jax.training.programs import StageProgram
 from huatuo_jax.training.update import Step, update_program
 
 Devices = Sequence[jax.Device]
+StageConfig = SftConfig | RewardConfig | DpoConfig
+TrainingConfig = StagesConfig | RlaifConfig
+# The number of steps follows from the data where the config does not set it; it decides no shape.
+_NUM_STEPS = 10_000
+# So do the pairs of a row, which take next to no memory.
+_PAIRS_OF_A_ROW = 32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -164,6 +170,80 @@ def ppo_programs(cfg: PpoConfig, devices: Devices, architectures: Architectures)
     if roles.valued is not None:
         programs += _training(roles, "value", roles.valued)
     return programs
+
+
+def programs_of(
+    config: TrainingConfig,
+    devices: Devices,
+    *,
+    stages: Sequence[str] = (),
+    architecture: str | None = None,
+) -> list[Program]:
+    """Returns the programs of the stages of a config.
+
+    Args:
+        config: stages, or a recipe.
+        devices: to compile for.
+        stages: some of them; none for all that have programs.
+        architecture: the preset of models that no stage makes; None reads their configs.
+
+    Raises:
+        ValueError: a stage that the config does not have, or an invalid config.
+    """
+    there = [name for name in config.stages if name in _MAKERS]
+    if missing := [name for name in stages if name not in there]:
+        raise ValueError(f"stages={missing}: of those to compile, this config has {there}")
+    architectures = Architectures(architecture)
+    programs = []
+    for name in there:
+        found = _MAKERS[name](getattr(config, name), devices, architectures)
+        architectures.add(name, found[0].backbone)
+        if name in stages or not stages:
+            programs += found
+    return programs
+
+
+def _sft(cfg: SftConfig, devices: Devices, architectures: Architectures) -> list[Program]:
+    mesh = _mesh(cfg, devices, stage=SFT)
+    place = architectures.in_place(cfg.model, path="config.sft.model")
+    model = open_model(place, cfg.compute.compute_config())
+    check_lengths(cfg.data, model.cfg)
+    step = sft_step(cfg, model, mesh, num_steps=cfg.num_steps or _NUM_STEPS)
+    flops = ModelFlops.of(model.cfg, adapters_only=cfg.model.lora is not None)
+    sizes = _sizes(cfg, model, all_scored=True)
+    batch = abstract_rows(cfg, mesh)
+    return [_update(SFT, cfg, mesh, model, step, batch, flops.of_step(**sizes))]
+
+
+def _reward(cfg: RewardConfig, devices: Devices, architectures: Architectures) -> list[Program]:
+    mesh = _mesh(cfg, devices, stage=reward.STAGE)
+    place = architectures.in_place(cfg.model, path="config.reward.model")
+    model = reward.open_backbone(cfg, place)
+    step = reward.reward_step(cfg, model, mesh, num_steps=cfg.num_steps or _NUM_STEPS)
+    frozen = cfg.head_only or cfg.model.lora is not None
+    flops = ModelFlops.of(model.cfg, adapters_only=frozen)
+    sizes = _sizes(cfg, model, all_scored=False)
+    batch = reward.abstract_rows(cfg, mesh, num_pairs=_PAIRS_OF_A_ROW)
+    return [_update(reward.STAGE, cfg, mesh, model, step, batch, flops.of_step(**sizes))]
+
+
+def _dpo(cfg: DpoConfig, devices: Devices, architectures: Architectures) -> list[Program]:
+    mesh = _mesh(cfg, devices, stage=DPO)
+    place = architectures.in_place(cfg.model, path="config.dpo.model")
+    model = open_model(place, cfg.compute.compute_config())
+    step = dpo_step(cfg, model, mesh, num_steps=cfg.num_steps or _NUM_STEPS)
+    flops = ModelFlops.of(model.cfg, adapters_only=cfg.model.lora is not None)
+    sizes = _sizes(cfg, model, all_scored=True)
+    batch = abstract_pairs(cfg, mesh, num_pairs=_PAIRS_OF_A_ROW)
+    return [_update(DPO, cfg, mesh, model, step, batch, dpo_flops(flops, **sizes))]
+
+
+_MAKERS: dict[str, Callable[[Any, Devices, Architectures], list[Program]]] = {
+    SFT: _sft,
+    reward.STAGE: _reward,
+    DPO: _dpo,
+    ppo.STAGE: ppo_programs,
+}
 
 
 def _roles(cfg: PpoConfig, devices: Devices, architectures: Architectures) -> Roles:
@@ -344,81 +424,6 @@ def _training(roles: Roles, name: str, trained: Trained) -> list[Program]:
     ]
 
 
-StageConfig = SftConfig | RewardConfig | DpoConfig
-TrainingConfig = StagesConfig | RlaifConfig
-
-# The number of steps follows from the data where the config does not set it; it decides no shape.
-_NUM_STEPS = 10_000
-# So do the pairs of a row, which take next to no memory.
-_PAIRS_OF_A_ROW = 32
-
-
-def programs_of(
-    config: TrainingConfig,
-    devices: Devices,
-    *,
-    stages: Sequence[str] = (),
-    architecture: str | None = None,
-) -> list[Program]:
-    """Returns the programs of the stages of a config.
-
-    Args:
-        config: stages, or a recipe.
-        devices: to compile for.
-        stages: some of them; none for all that have programs.
-        architecture: the preset of models that no stage makes; None reads their configs.
-
-    Raises:
-        ValueError: a stage that the config does not have, or an invalid config.
-    """
-    there = [name for name in config.stages if name in _MAKERS]
-    if missing := [name for name in stages if name not in there]:
-        raise ValueError(f"stages={missing}: of those to compile, this config has {there}")
-    architectures = Architectures(architecture)
-    programs = []
-    for name in there:
-        found = _MAKERS[name](getattr(config, name), devices, architectures)
-        architectures.add(name, found[0].backbone)
-        if name in stages or not stages:
-            programs += found
-    return programs
-
-
-def _sft(cfg: SftConfig, devices: Devices, architectures: Architectures) -> list[Program]:
-    mesh = _mesh(cfg, devices, stage=SFT)
-    place = architectures.in_place(cfg.model, path="config.sft.model")
-    model = open_model(place, cfg.compute.compute_config())
-    check_lengths(cfg.data, model.cfg)
-    step = sft_step(cfg, model, mesh, num_steps=cfg.num_steps or _NUM_STEPS)
-    flops = ModelFlops.of(model.cfg, adapters_only=cfg.model.lora is not None)
-    sizes = _sizes(cfg, model, all_scored=True)
-    batch = abstract_rows(cfg, mesh)
-    return [_update(SFT, cfg, mesh, model, step, batch, flops.of_step(**sizes))]
-
-
-def _reward(cfg: RewardConfig, devices: Devices, architectures: Architectures) -> list[Program]:
-    mesh = _mesh(cfg, devices, stage=reward.STAGE)
-    place = architectures.in_place(cfg.model, path="config.reward.model")
-    model = reward.open_backbone(cfg, place)
-    step = reward.reward_step(cfg, model, mesh, num_steps=cfg.num_steps or _NUM_STEPS)
-    frozen = cfg.head_only or cfg.model.lora is not None
-    flops = ModelFlops.of(model.cfg, adapters_only=frozen)
-    sizes = _sizes(cfg, model, all_scored=False)
-    batch = reward.abstract_rows(cfg, mesh, num_pairs=_PAIRS_OF_A_ROW)
-    return [_update(reward.STAGE, cfg, mesh, model, step, batch, flops.of_step(**sizes))]
-
-
-def _dpo(cfg: DpoConfig, devices: Devices, architectures: Architectures) -> list[Program]:
-    mesh = _mesh(cfg, devices, stage=DPO)
-    place = architectures.in_place(cfg.model, path="config.dpo.model")
-    model = open_model(place, cfg.compute.compute_config())
-    step = dpo_step(cfg, model, mesh, num_steps=cfg.num_steps or _NUM_STEPS)
-    flops = ModelFlops.of(model.cfg, adapters_only=cfg.model.lora is not None)
-    sizes = _sizes(cfg, model, all_scored=True)
-    batch = abstract_pairs(cfg, mesh, num_pairs=_PAIRS_OF_A_ROW)
-    return [_update(DPO, cfg, mesh, model, step, batch, dpo_flops(flops, **sizes))]
-
-
 def _mesh(cfg: StageConfig, devices: Devices, *, stage: str) -> Mesh:
     mesh = cfg.mesh.make(devices)
     check_rows(cfg.rows_at_once, name=f"config.{stage}.micro_batch_size", mesh=mesh)
@@ -453,11 +458,3 @@ def _update(
         tokens=rows * length,
         model_flops=model_flops,
     )
-
-
-_MAKERS: dict[str, Callable[[Any, Devices, Architectures], list[Program]]] = {
-    SFT: _sft,
-    reward.STAGE: _reward,
-    DPO: _dpo,
-    ppo.STAGE: ppo_programs,
-}

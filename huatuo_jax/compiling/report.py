@@ -27,6 +27,7 @@ from huatuo_jax.training.programs import GIB, Memory, TooLarge, memory_of, shard
 _COUNTS = ((1e15, " P"), (1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k"))
 _SECONDS = ((1.0, " s"), (1e-3, " ms"), (1e-6, " us"), (1e-9, " ns"))
 _BYTES = ((float(GIB), " GiB"), (float(1 << 20), " MiB"), (float(1 << 10), " KiB"), (1.0, " B"))
+_NUM_BUFFERS = 8
 
 
 def count(number: float) -> str:
@@ -60,14 +61,6 @@ def rate(number: float) -> str:
     return f"{number:,.0f}" if number >= 10 or not number else f"{number:.2g}"
 
 
-def _scaled(number: float, units: tuple[tuple[float, str], ...], *, otherwise: str) -> str:
-    """Formats a number in the largest unit that gives at least 1."""
-    for one, name in units:
-        if abs(number) >= one:
-            return f"{number / one:.3g}{name}"
-    return otherwise
-
-
 class Buffer(NamedTuple):
     """An array in a device's memory: its origin, shape and bytes."""
 
@@ -95,18 +88,6 @@ def largest_values(module: Module, number: int) -> list[Buffer]:
             for buffer in _values(one):
                 found.setdefault((buffer.what, buffer.shape), buffer)
     return sorted(found.values(), key=lambda buffer: -buffer.num_bytes)[:number]
-
-
-def _values(one: Instruction) -> Iterable[Buffer]:
-    if one.opcode in ("parameter", "get-tuple-element", "tuple", "bitcast", "while", "conditional"):
-        return
-    for shape in one.shapes:
-        if shape.in_hbm:
-            what = one.op_name or one.name
-            yield Buffer(what, f"{shape.dtype}{list(shape.dims)}", shape.num_bytes)
-
-
-_NUM_BUFFERS = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -317,6 +298,23 @@ def lines(found: Analysis | Misfit) -> Iterator[str]:
         yield from _largest("values" + found.listed_on, found.values)
         yield "  what would help:"
         yield from (f"    - {line}" for line in found.advice)
+
+
+def _scaled(number: float, units: tuple[tuple[float, str], ...], *, otherwise: str) -> str:
+    """Formats a number in the largest unit that gives at least 1."""
+    for one, name in units:
+        if abs(number) >= one:
+            return f"{number / one:.3g}{name}"
+    return otherwise
+
+
+def _values(one: Instruction) -> Iterable[Buffer]:
+    if one.opcode in ("parameter", "get-tuple-element", "tuple", "bitcast", "while", "conditional"):
+        return
+    for shape in one.shapes:
+        if shape.in_hbm:
+            what = one.op_name or one.name
+            yield Buffer(what, f"{shape.dtype}{list(shape.dims)}", shape.num_bytes)
 
 
 def _figures(found: Analysis) -> Iterator[str]:

@@ -32,6 +32,14 @@ from huatuo_jax.ppo.rewards import AnswerScoreConfig
 from huatuo_jax.reward.score_file import ScoreConfig, score_file
 from huatuo_jax.training.scoring import GivenAnswer
 
+REFERENCE = "reference"
+"""The name, in place of a model's, of the answers in the data."""
+
+SCORE_FIELDS = ("scores", "normalized_scores", "rewards")
+"""The fields of a record of scored answers with a value for each answer."""
+
+BEST_OF_N = "best_of_n"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
@@ -101,13 +109,6 @@ class EvaluationConfig:
     def num_candidates(self) -> int:
         """Returns the n of best-of-n."""
         return max(2, self.num_samples) if self.best_of_n is None else self.best_of_n
-
-
-REFERENCE = "reference"
-"""The name, in place of a model's, of the answers in the data."""
-
-SCORE_FIELDS = ("scores", "normalized_scores", "rewards")
-"""The fields of a record of scored answers with a value for each answer."""
 
 
 class ScoredAnswers(NamedTuple):
@@ -283,9 +284,6 @@ def score_answers_file(
     records = read_rows(output, unfinished="read")
     rewards: Values = {record["id"]: list(record["rewards"]) for record in records}
     return ScoredAnswers(read_answered(output), rewards, records)
-
-
-BEST_OF_N = "best_of_n"
 
 
 def best_answers(drawn: ScoredAnswers) -> ScoredAnswers:

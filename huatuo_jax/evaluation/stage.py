@@ -36,6 +36,8 @@ from huatuo_jax.training.dialogue_data import DialogueData
 from huatuo_jax.training.loop import make_measure
 from huatuo_jax.training.scoring import GivenAnswer, Scorer
 
+MODELS = ("base", "sft", "ppo")
+
 
 def judge_pairs(
     answered: Sequence[Answered], others: Sequence[Answered], judge: Judge
@@ -92,24 +94,6 @@ def truth_values(
         for name in TRUTHS:
             found[f"truth_{name}"][one.prompt.id] = [values[name] for values in truths]
     return found
-
-
-async def _verdict(judge: Judge, one: Answered, text: str, against: str) -> Verdict | None:
-    """Judges both orders; None if the judge failed on either."""
-    try:
-        return Verdict(
-            await _points(judge, one, text, against),
-            1.0 - await _points(judge, one, against, text),
-        )
-    except JudgementFailed:
-        return None
-
-
-async def _points(judge: Judge, one: Answered, first: str, second: str) -> float:
-    """Returns 1 if the first text is the better one, 0 if the second, 1/2 for a tie."""
-    reply = await judge.compare(one.prompt, first, second)
-    assert reply.p_first is not None
-    return points_of(reply.p_first)
 
 
 def held_out_loss(
@@ -182,20 +166,6 @@ def sequence_kl(
     ratios = iter(_ratios(log_probs, policy, reference))
     num_tokens = sum(len(one.token_ids) - one.prompt_length for one in flat)
     return {name: [next(ratios) for _ in found] for name, found in answers.items()}, num_tokens
-
-
-def _ratios(
-    log_probs: Callable[[models.ModelInfo], list[np.ndarray]],
-    policy: models.ModelInfo,
-    reference: models.ModelInfo,
-) -> list[float]:
-    return [
-        float(np.asarray(one, np.float64).sum() - np.asarray(other, np.float64).sum())
-        for one, other in zip(log_probs(policy), log_probs(reference), strict=True)
-    ]
-
-
-MODELS = ("base", "sft", "ppo")
 
 
 def run_evaluation(
@@ -360,6 +330,35 @@ def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
     """Writes JSON atomically."""
     text = json.dumps(value, ensure_ascii=False, indent=2, allow_nan=False)
     write_file(path, f"{text}\n")
+
+
+async def _verdict(judge: Judge, one: Answered, text: str, against: str) -> Verdict | None:
+    """Judges both orders; None if the judge failed on either."""
+    try:
+        return Verdict(
+            await _points(judge, one, text, against),
+            1.0 - await _points(judge, one, against, text),
+        )
+    except JudgementFailed:
+        return None
+
+
+async def _points(judge: Judge, one: Answered, first: str, second: str) -> float:
+    """Returns 1 if the first text is the better one, 0 if the second, 1/2 for a tie."""
+    reply = await judge.compare(one.prompt, first, second)
+    assert reply.p_first is not None
+    return points_of(reply.p_first)
+
+
+def _ratios(
+    log_probs: Callable[[models.ModelInfo], list[np.ndarray]],
+    policy: models.ModelInfo,
+    reference: models.ModelInfo,
+) -> list[float]:
+    return [
+        float(np.asarray(one, np.float64).sum() - np.asarray(other, np.float64).sum())
+        for one, other in zip(log_probs(policy), log_probs(reference), strict=True)
+    ]
 
 
 def _length(answers: Mapping[str, ScoredAnswers], *, seed: int) -> dict[str, Any]:

@@ -33,6 +33,8 @@ Layers = Any  # One array [L, P, K, S, H], or a tuple of L arrays [P, K, S, H].
 ROWS_SPEC = P(sharding.BATCH_AXES)  # Arrays [B, ...] and [P, ...] without heads.
 HEADS_SPEC = P(sharding.BATCH_AXES, None, "tensor", None)  # Keys, values, queries [B, T, K, H].
 PAGES_SPEC = P(sharding.BATCH_AXES, "tensor", None, None)
+_NONE = -1
+_GIGA = 1e9
 
 
 class Cache(NamedTuple):
@@ -132,39 +134,6 @@ def write_step(layers: Layers, new: Layers, pages: Pages, positions_B: jax.Array
     return jax.tree.map(write_layers, layers, new)
 
 
-def _write_at_once(
-    pool: jax.Array, new: jax.Array, pages_B: jax.Array, offsets_B: jax.Array
-) -> jax.Array:
-    """Writes `[..., B, K, H]` into pages `[..., P, K, S, H]`; a page past the last is dropped."""
-    if pool.ndim == 5:
-        return jax.vmap(_write_at_once, in_axes=(0, 0, None, None))(pool, new, pages_B, offsets_B)
-    return pool.at[pages_B, :, offsets_B].set(new, mode="drop")
-
-
-def _write_in_turn(
-    pool: jax.Array, new: jax.Array, pages_B: jax.Array, offsets_B: jax.Array
-) -> jax.Array:
-    """Writes the same as `_write_at_once`, row after row, for TPUs.
-
-    For a scatter, XLA:TPU (libtpu 0.0.42) would change the layout of all pages before and after
-    each step, as it places a token's layers beside each other; hence the fixed layout, which is
-    also that of the cache between programs.
-    """
-    as_it_lies = Layout(tuple(range(pool.ndim)))
-    last = pool.shape[-4] - 1
-
-    def write_row(row: jax.Array, pool: jax.Array) -> jax.Array:
-        page, offset = jnp.minimum(pages_B[row], last), offsets_B[row]
-        start: list[Any] = [0] * (pool.ndim - 4) + [page, 0, offset, 0]
-        new_1K1H = jax.lax.dynamic_slice_in_dim(new, row, 1, new.ndim - 3)[..., None, :]
-        old_1K1H = jax.lax.dynamic_slice(pool, start, new_1K1H.shape)
-        new_1K1H = jnp.where(pages_B[row] <= last, new_1K1H, old_1K1H)
-        pool = with_layout_constraint(pool, as_it_lies)
-        return jax.lax.dynamic_update_slice(pool, new_1K1H, start)
-
-    return jax.lax.fori_loop(0, len(pages_B), write_row, pool)
-
-
 def write_tokens(
     tokens_PS: jax.Array, tokens_B: jax.Array, pages: Pages, positions_B: jax.Array
 ) -> jax.Array:
@@ -184,12 +153,6 @@ def seen_tokens(
     tokens_PS = jnp.where(before_PS, tokens_PS, vocab_size)
     none_BV = jnp.zeros((len(positions_B), vocab_size), dtype=bool)
     return none_BV.at[pages.rows_P[:, None], tokens_PS].set(True, mode="drop")
-
-
-def _places(pages: Pages, positions_B: jax.Array, *, page_size: int) -> tuple[jax.Array, jax.Array]:
-    """Returns page and offset of a position; the page is past the last where a row has none."""
-    pages_B = jnp.take_along_axis(pages.table_BM, (positions_B // page_size)[:, None], axis=1)[:, 0]
-    return jnp.where(pages_B < 0, len(pages.rows_P), pages_B), positions_B % page_size
 
 
 def write_start(layers: Layers, new: Layers) -> Layers:
@@ -277,9 +240,6 @@ def shrink(cache: Cache, targets_N: jax.Array) -> Cache:
         return pool[:kept].at[targets_N].set(pool[kept:], mode="drop")
 
     return jax.tree.map(lambda array: (jax.vmap(move) if array.ndim == 5 else move)(array), cache)
-
-
-_NONE = -1
 
 
 class PageTable:
@@ -409,9 +369,6 @@ class PageTable:
         self._counts_B[row] = count
 
 
-_GIGA = 1e9
-
-
 def check_fits(
     cfg: BackboneConfig,
     *,
@@ -449,6 +406,45 @@ def check_fits(
             f"cache, {free / _GIGA:.3g} GB are free: {fitting} slots of that length would fit; "
             "use fewer slots or a smaller max_length"
         )
+
+
+def _write_at_once(
+    pool: jax.Array, new: jax.Array, pages_B: jax.Array, offsets_B: jax.Array
+) -> jax.Array:
+    """Writes `[..., B, K, H]` into pages `[..., P, K, S, H]`; a page past the last is dropped."""
+    if pool.ndim == 5:
+        return jax.vmap(_write_at_once, in_axes=(0, 0, None, None))(pool, new, pages_B, offsets_B)
+    return pool.at[pages_B, :, offsets_B].set(new, mode="drop")
+
+
+def _write_in_turn(
+    pool: jax.Array, new: jax.Array, pages_B: jax.Array, offsets_B: jax.Array
+) -> jax.Array:
+    """Writes the same as `_write_at_once`, row after row, for TPUs.
+
+    For a scatter, XLA:TPU (libtpu 0.0.42) would change the layout of all pages before and after
+    each step, as it places a token's layers beside each other; hence the fixed layout, which is
+    also that of the cache between programs.
+    """
+    as_it_lies = Layout(tuple(range(pool.ndim)))
+    last = pool.shape[-4] - 1
+
+    def write_row(row: jax.Array, pool: jax.Array) -> jax.Array:
+        page, offset = jnp.minimum(pages_B[row], last), offsets_B[row]
+        start: list[Any] = [0] * (pool.ndim - 4) + [page, 0, offset, 0]
+        new_1K1H = jax.lax.dynamic_slice_in_dim(new, row, 1, new.ndim - 3)[..., None, :]
+        old_1K1H = jax.lax.dynamic_slice(pool, start, new_1K1H.shape)
+        new_1K1H = jnp.where(pages_B[row] <= last, new_1K1H, old_1K1H)
+        pool = with_layout_constraint(pool, as_it_lies)
+        return jax.lax.dynamic_update_slice(pool, new_1K1H, start)
+
+    return jax.lax.fori_loop(0, len(pages_B), write_row, pool)
+
+
+def _places(pages: Pages, positions_B: jax.Array, *, page_size: int) -> tuple[jax.Array, jax.Array]:
+    """Returns page and offset of a position; the page is past the last where a row has none."""
+    pages_B = jnp.take_along_axis(pages.table_BM, (positions_B // page_size)[:, None], axis=1)[:, 0]
+    return jnp.where(pages_B < 0, len(pages.rows_P), pages_B), positions_B % page_size
 
 
 def _free_bytes(mesh: Mesh | None) -> float:

@@ -71,20 +71,6 @@ def finished(
     return _answer(running, num_tokens=len(ids), text=text, reason=reason)
 
 
-def _answer(running: Running, *, num_tokens: int, text: str | None, reason: FinishReason) -> Answer:
-    prompt_tokens = len(running.request.prompt_token_ids)
-    return Answer(
-        request_index=running.request_index,
-        answer_index=running.answer_index,
-        token_ids=running.token_ids[:num_tokens],
-        text=text,
-        log_probs=running.log_probs[:num_tokens],
-        sampling_log_probs=running.sampling_log_probs[:num_tokens],
-        finish_reason=reason,
-        usage=Usage(prompt_tokens, num_tokens),
-    )
-
-
 class Pool:
     """The cache of the slots on the device, and the table of its pages on the host.
 
@@ -497,3 +483,17 @@ class Engine:
             max_length=self._max_length,
             shards=sharding.batch_shards(self._mesh),
         )
+
+
+def _answer(running: Running, *, num_tokens: int, text: str | None, reason: FinishReason) -> Answer:
+    prompt_tokens = len(running.request.prompt_token_ids)
+    return Answer(
+        request_index=running.request_index,
+        answer_index=running.answer_index,
+        token_ids=running.token_ids[:num_tokens],
+        text=text,
+        log_probs=running.log_probs[:num_tokens],
+        sampling_log_probs=running.sampling_log_probs[:num_tokens],
+        finish_reason=reason,
+        usage=Usage(prompt_tokens, num_tokens),
+    )

@@ -27,20 +27,8 @@ from huatuo_jax.generation.cache import Cache, Pages
 
 _MASKED_SCORE = -1e30  # Finite: a row without pages gets a number, which is never read.
 _HEADS = ((0, 1), (0, 1))  # The batch dimensions P and K of both products.
-
-
-class _Parts(NamedTuple):
-    """The attention of queries over parts of their rows, which are pages or their own tokens.
-
-    Attributes:
-        largest: largest score, `[..., N]`.
-        total: sum of the weights, which are 1 for the largest score, `[..., N]`.
-        values: sum of the values by these weights, `[..., N, H]`.
-    """
-
-    largest: jax.Array
-    total: jax.Array
-    values: jax.Array
+Variables = dict[str, Any]
+KeysValues = tuple[jax.Array, jax.Array]
 
 
 def attend_pages(
@@ -89,60 +77,6 @@ def attend_pages(
         parts = _joined(_weighed(_scores(q_BKGH, k_BK1H), v_BK1H), parts)
     # The product that follows would on CPU be fused with all this and compute it many times over.
     return jax.lax.optimization_barrier(_put_together(parts).astype(v_PKSH.dtype))
-
-
-def _scores(q_PKGH: jax.Array, k_PKSH: jax.Array) -> jax.Array:
-    """Returns scores `[P, N, S]`, query heads in one dimension.
-
-    With a separate dimension G of size 1, reductions on CPU are far slower.
-    """
-    scores_PKGS = jax.lax.dot_general(
-        q_PKGH,
-        k_PKSH,
-        (((3,), (3,)), _HEADS),
-        preferred_element_type=jnp.promote_types(q_PKGH.dtype, jnp.float32),
-    )
-    return scores_PKGS.reshape(len(q_PKGH), -1, k_PKSH.shape[2])
-
-
-def _weighed(scores_PNS: jax.Array, v_PKSH: jax.Array) -> _Parts:
-    num_parts, num_heads, size = scores_PNS.shape
-    largest_PN = scores_PNS.max(axis=-1)
-    weights_PNS = jnp.exp(scores_PNS - largest_PN[..., None])
-    values_PKGH = jax.lax.dot_general(
-        weights_PNS.astype(v_PKSH.dtype).reshape(num_parts, v_PKSH.shape[1], -1, size),
-        v_PKSH,
-        (((3,), (2,)), _HEADS),
-        preferred_element_type=scores_PNS.dtype,
-    )
-    values_PNH = values_PKGH.reshape(num_parts, num_heads, -1)
-    return _Parts(largest_PN, weights_PNS.sum(axis=-1), values_PNH)
-
-
-def _of_rows(parts: _Parts, table_BM: jax.Array) -> _Parts:
-    """Gathers the parts of each row's pages: `[B, M, N]` and `[B, M, N, H]`."""
-    largest_PN, total_PN, values_PNH = parts
-    largest_BMN = jnp.where(table_BM[..., None] >= 0, largest_PN[table_BM], _MASKED_SCORE)
-    return _Parts(largest_BMN, total_PN[table_BM], values_PNH[table_BM])
-
-
-def _joined(own: _Parts, of_rows: _Parts) -> _Parts:
-    """Puts the own token's part before those of each row's pages."""
-    return jax.tree.map(lambda a, b: jnp.concatenate([a[:, None], b], axis=1), own, of_rows)
-
-
-def _put_together(parts: _Parts) -> jax.Array:
-    """Combines the values of the parts of rows into `[B, N, H]`."""
-    largest_BMN, total_BMN, values_BMNH = parts
-    # Zero for parts not owned or not visible, as another part of the row has a far larger score.
-    scale_BMN = jnp.exp(largest_BMN - largest_BMN.max(axis=1, keepdims=True))
-    total_BN = (scale_BMN * total_BMN).sum(axis=1)
-    values_BNH = (scale_BMN[..., None] * values_BMNH).sum(axis=1)
-    return values_BNH / total_BN[..., None]
-
-
-Variables = dict[str, Any]
-KeysValues = tuple[jax.Array, jax.Array]
 
 
 def prefill(model: Transformer, variables: Variables, tokens_BT: jax.Array, cache: Cache) -> Cache:
@@ -216,6 +150,70 @@ def decode(
     hidden_B1D = _apply_outer(model, variables, hidden_B1D, method="normalise")
     logits_B1V = _apply_outer(model, variables, hidden_B1D, method="logits")
     return logits_B1V[:, 0], Cache(keys, values, tokens_PS)
+
+
+class _Parts(NamedTuple):
+    """The attention of queries over parts of their rows, which are pages or their own tokens.
+
+    Attributes:
+        largest: largest score, `[..., N]`.
+        total: sum of the weights, which are 1 for the largest score, `[..., N]`.
+        values: sum of the values by these weights, `[..., N, H]`.
+    """
+
+    largest: jax.Array
+    total: jax.Array
+    values: jax.Array
+
+
+def _scores(q_PKGH: jax.Array, k_PKSH: jax.Array) -> jax.Array:
+    """Returns scores `[P, N, S]`, query heads in one dimension.
+
+    With a separate dimension G of size 1, reductions on CPU are far slower.
+    """
+    scores_PKGS = jax.lax.dot_general(
+        q_PKGH,
+        k_PKSH,
+        (((3,), (3,)), _HEADS),
+        preferred_element_type=jnp.promote_types(q_PKGH.dtype, jnp.float32),
+    )
+    return scores_PKGS.reshape(len(q_PKGH), -1, k_PKSH.shape[2])
+
+
+def _weighed(scores_PNS: jax.Array, v_PKSH: jax.Array) -> _Parts:
+    num_parts, num_heads, size = scores_PNS.shape
+    largest_PN = scores_PNS.max(axis=-1)
+    weights_PNS = jnp.exp(scores_PNS - largest_PN[..., None])
+    values_PKGH = jax.lax.dot_general(
+        weights_PNS.astype(v_PKSH.dtype).reshape(num_parts, v_PKSH.shape[1], -1, size),
+        v_PKSH,
+        (((3,), (2,)), _HEADS),
+        preferred_element_type=scores_PNS.dtype,
+    )
+    values_PNH = values_PKGH.reshape(num_parts, num_heads, -1)
+    return _Parts(largest_PN, weights_PNS.sum(axis=-1), values_PNH)
+
+
+def _of_rows(parts: _Parts, table_BM: jax.Array) -> _Parts:
+    """Gathers the parts of each row's pages: `[B, M, N]` and `[B, M, N, H]`."""
+    largest_PN, total_PN, values_PNH = parts
+    largest_BMN = jnp.where(table_BM[..., None] >= 0, largest_PN[table_BM], _MASKED_SCORE)
+    return _Parts(largest_BMN, total_PN[table_BM], values_PNH[table_BM])
+
+
+def _joined(own: _Parts, of_rows: _Parts) -> _Parts:
+    """Puts the own token's part before those of each row's pages."""
+    return jax.tree.map(lambda a, b: jnp.concatenate([a[:, None], b], axis=1), own, of_rows)
+
+
+def _put_together(parts: _Parts) -> jax.Array:
+    """Combines the values of the parts of rows into `[B, N, H]`."""
+    largest_BMN, total_BMN, values_BMNH = parts
+    # Zero for parts not owned or not visible, as another part of the row has a far larger score.
+    scale_BMN = jnp.exp(largest_BMN - largest_BMN.max(axis=1, keepdims=True))
+    total_BN = (scale_BMN * total_BMN).sum(axis=1)
+    values_BNH = (scale_BMN[..., None] * values_BMNH).sum(axis=1)
+    return values_BNH / total_BN[..., None]
 
 
 def _attending(cfg: BackboneConfig) -> Callable[..., jax.Array]:

@@ -18,6 +18,7 @@ from huatuo_jax.generation.sampling import Settings
 FinishReason = Literal["stop", "length"]
 
 _SEEDS = 1 << 32
+MAX_STOP_TOKENS = 16  # A fixed width, so that no request causes a recompilation.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -217,9 +218,6 @@ def find_stop(
         if place is not None:
             return Cut(num_tokens, text[:place])
     return None
-
-
-MAX_STOP_TOKENS = 16  # A fixed width, so that no request causes a recompilation.
 
 
 def slots_for(wanted: int, mesh: Mesh | None) -> int:

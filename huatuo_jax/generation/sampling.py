@@ -104,12 +104,6 @@ def choose(
     return Chosen(tokens_B, plain_B, jnp.where(drawn_B, sampling_B, 0.0))
 
 
-def _changes_scores(settings: Settings, active_B: jax.Array, drawn_B: jax.Array) -> jax.Array:
-    """Returns rows whose settings remove or lower scores, whatever the token's index."""
-    filters_B = (settings.top_k_B > 0) | (settings.top_p_B < 1) | (settings.min_p_B > 0)
-    return (active_B & (settings.repetition_penalty_B != 1)) | (drawn_B & filters_B)
-
-
 def penalise_repetition(
     logits_BV: jax.Array, seen_BV: jax.Array, penalty_B: jax.Array
 ) -> jax.Array:
@@ -165,6 +159,23 @@ def filter_scores(scores_BV: jax.Array, settings: Settings, drawn_B: jax.Array) 
     return jnp.where(scores_BV < lowest_B1, -jnp.inf, scores_BV)
 
 
+def gumbel_noise(settings: Settings, generated_B: jax.Array, like_BV: jax.Array) -> jax.Array:
+    """Returns Gumbel noise `[B, V]` from each row's seed, answer and token index."""
+
+    def row(seed: jax.Array, answer: jax.Array, generated: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(jax.random.key(seed), answer)
+        key = jax.random.fold_in(key, generated)
+        return jax.random.gumbel(key, like_BV.shape[1:], like_BV.dtype)
+
+    return jax.vmap(row)(settings.seed_B, settings.answer_B, generated_B)
+
+
+def _changes_scores(settings: Settings, active_B: jax.Array, drawn_B: jax.Array) -> jax.Array:
+    """Returns rows whose settings remove or lower scores, whatever the token's index."""
+    filters_B = (settings.top_k_B > 0) | (settings.top_p_B < 1) | (settings.min_p_B > 0)
+    return (active_B & (settings.repetition_penalty_B != 1)) | (drawn_B & filters_B)
+
+
 def _keep_top_k(scores_BV: jax.Array, top_k_B: jax.Array) -> jax.Array:
     """Keeps the k best scores; all where k is 0."""
     ordered_BV = _ordered(scores_BV)
@@ -210,17 +221,6 @@ def _largest_threshold(
 
     none_B = jnp.zeros(ordered_BV.shape[:1], jnp.uint32)
     return jax.lax.fori_loop(0, _LARGEST_BIT + 1, try_bit, none_B)
-
-
-def gumbel_noise(settings: Settings, generated_B: jax.Array, like_BV: jax.Array) -> jax.Array:
-    """Returns Gumbel noise `[B, V]` from each row's seed, answer and token index."""
-
-    def row(seed: jax.Array, answer: jax.Array, generated: jax.Array) -> jax.Array:
-        key = jax.random.fold_in(jax.random.key(seed), answer)
-        key = jax.random.fold_in(key, generated)
-        return jax.random.gumbel(key, like_BV.shape[1:], like_BV.dtype)
-
-    return jax.vmap(row)(settings.seed_B, settings.answer_B, generated_B)
 
 
 def _best_tokens(scores_BV: jax.Array) -> jax.Array:

@@ -37,6 +37,7 @@ _OTHER_HEAD: Mapping[Head, str] = {
 _WITHOUT_SAMPLING = ("max_new_tokens", "min_new_tokens", "repetition_penalty")
 _SAMPLING = (*_WITHOUT_SAMPLING, "temperature", "top_k", "top_p", "min_p")
 _TOP_K = 50  # The default of transformers where it samples.
+_SLOTS = (1, 4, 16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,9 +158,6 @@ def compute_config(compute_dtype: str | None) -> ComputeConfig:
     """Returns the compute config of a model that is not trained."""
     default = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     return ComputeConfig(compute_dtype=jnp.dtype(compute_dtype or default))
-
-
-_SLOTS = (1, 4, 16)
 
 
 class Engines:

@@ -91,6 +91,23 @@ def moving(place: NamedSharding, dtype: DTypeLike) -> Any:
     return jax.jit(functools.partial(_on_its_way, dtype=dtype, to=place), out_shardings=place)
 
 
+def stored_shapes(variables: Variables, cfg: BackboneConfig, compute: ComputeConfig) -> Variables:
+    """Returns the shapes and dtypes of variables that are cast once."""
+    cast = functools.partial(
+        store_as_computed, dtype=compute.compute_dtype, keep_lm_head=cfg.norm_head
+    )
+    return jax.eval_shape(cast, variables)
+
+
+def that_are_read(variables: Variables) -> Variables:
+    """Selects the variables that generation reads."""
+    return {
+        name: {part: value for part, value in tree.items() if part != "score_head"}
+        for name, tree in variables.items()
+        if name in ("params", "lora")
+    }
+
+
 def _on_its_way(leaf: jax.Array, *, dtype: DTypeLike, to: NamedSharding) -> jax.Array:
     """Casts an array, and shards it further along dimensions that will be replicated.
 
@@ -124,25 +141,8 @@ def _cast(leaf: Any, dtype: Any) -> Any:
     return leaf if leaf.dtype == dtype else leaf.astype(dtype)
 
 
-def stored_shapes(variables: Variables, cfg: BackboneConfig, compute: ComputeConfig) -> Variables:
-    """Returns the shapes and dtypes of variables that are cast once."""
-    cast = functools.partial(
-        store_as_computed, dtype=compute.compute_dtype, keep_lm_head=cfg.norm_head
-    )
-    return jax.eval_shape(cast, variables)
-
-
 def _dtypes(tree: Variables) -> Variables:
     return jax.tree.map(lambda leaf: leaf.dtype, tree)
-
-
-def that_are_read(variables: Variables) -> Variables:
-    """Selects the variables that generation reads."""
-    return {
-        name: {part: value for part, value in tree.items() if part != "score_head"}
-        for name, tree in variables.items()
-        if name in ("params", "lora")
-    }
 
 
 def _split(variables: Variables, cfg: BackboneConfig, mesh: Mesh | None) -> Variables:

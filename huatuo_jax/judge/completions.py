@@ -23,6 +23,18 @@ from huatuo_jax.judge.spending import Usage
 # No call has so many; a larger number is not a count of tokens.
 _MOST_TOKENS = 10**9
 _MOST_OF_A_TEXT = 300
+_MOST_SIGNS = 4000  # Characters of an error that are searched for its meaning.
+_DEEPEST = 6
+# Fields in which servers repeat the request.
+_ECHOES = frozenset({"input", "flagged_input", "messages", "prompt", "ctx", "url", "request_id"})
+_MESSAGES = ("message", "error", "detail", "msg", "error_msg", "status_msg", "base_resp", "code")
+# Parameters of our requests: an error that names one is not about a question's texts.
+_PARAMETERS = frozenset(
+    "model temperature response_format max_tokens max_completion_tokens logprobs"
+    " top_logprobs".split()
+)
+# The length of the question itself, even if a parameter such as max_tokens is named too.
+_OF_TEXT = re.compile(r"context|input|prompt|messages")
 
 
 class Completion(NamedTuple):
@@ -130,6 +142,121 @@ def usage_of(body: Mapping[str, Any]) -> Usage | None:
     return Usage(input_tokens=prompt, output_tokens=output, cached_tokens=cached)
 
 
+class Meaning(enum.Enum):
+    """The subject of an error.
+
+    The first three, and the request's parameters, concern every question; filters and lengths
+    concern one question; a busy server accepts it later.
+    """
+
+    NO_MONEY = "no money"
+    NO_KEY = "no key"
+    NO_MODEL = "no model"
+    FILTERED = "filtered"
+    TOO_LONG = "too long"
+    PARAMETER = "parameter"
+    BUSY = "busy"
+
+
+def meanings_of(body: object) -> frozenset[Meaning]:
+    """Returns the subjects of an error by its words, empty where they are unknown."""
+    signs = " ".join(_signs_of(body))[:_MOST_SIGNS].lower()
+    found = {meaning for meaning, pattern in _SIGNS.items() if pattern.search(signs)}
+    if _parameter_of(body) in _PARAMETERS:
+        found.add(Meaning.PARAMETER)
+    if Meaning.PARAMETER in found and not _OF_TEXT.search(signs):
+        found.discard(Meaning.TOO_LONG)
+    return frozenset(found)
+
+
+def status_within(body: object) -> int | None:
+    """Returns the HTTP status inside the body of an error that came with status 200, or None."""
+    for part in (body, body.get("error") if isinstance(body, Mapping) else None):
+        for name in ("status", "status_code", "code"):
+            value = part.get(name) if isinstance(part, Mapping) else None
+            text = str(value) if isinstance(value, int | str) else ""
+            if re.fullmatch(r"[45]\d\d", text):
+                return int(text)
+    return None
+
+
+def words_of(body: object, depth: int = 0) -> str | None:
+    """Returns the server's own words from the body's usual formats, or None."""
+    if isinstance(body, str):
+        return body if body.strip() else None
+    if depth > _DEEPEST:
+        return None
+    inner: list[Any] = []
+    if isinstance(body, Mapping):
+        inner = [body[name] for name in _MESSAGES if name in body]
+        metadata = body.get("metadata")
+        if isinstance(metadata, Mapping):  # OpenRouter quotes the provider behind it.
+            raw = [metadata[name] for name in ("raw", "reasons") if name in metadata]
+            said = [words_of(part, depth + 1) for part in (*inner[:1], *raw)]
+            return " ".join(filter(None, said)) or None
+    elif isinstance(body, list):
+        inner = body
+    return next(filter(None, (words_of(part, depth + 1) for part in inner)), None)
+
+
+def _any(*patterns: str) -> re.Pattern[str]:
+    return re.compile("|".join(patterns))
+
+
+# In lower case.
+_SIGNS: Mapping[Meaning, re.Pattern[str]] = {
+    Meaning.NO_MONEY: _any(
+        r"insufficient[ _-]?(user[ _-]?)?(account[ _-]?)?(quota|balance|credit|fund)",
+        r"balance (is )?(too low|insufficient|not enough)",
+        r"not enough (balance|credit|quota)|quota is not enough",
+        r"requires more credits|out of credits|exceeded_current_quota",
+        r"billing[ _](hard[ _]limit|not[ _]active)|check your billing details",
+        r"payment[ _]required|arrearage|overdue|in arrears|freetieronly",
+        r"budget[ _]?(has been )?exceeded|spend(ing)?[ _-]limit",
+        "余额|欠费|额度不足|额度已|配额不足|资源包",
+    ),
+    Meaning.NO_KEY: _any(
+        r"(invalid|incorrect|wrong|expired|missing|no)[ _-]api[ _-]?key",
+        r"api[ _-]?key (is )?(not valid|invalid|expired)|api_key_invalid",
+        r"authentication|login fail|unauthorized",
+        r"account[ _](is |has been )?(deactivated|disabled|suspended|banned)",
+        "令牌|密钥",
+    ),
+    Meaning.NO_MODEL: _any(
+        r"model[ _]?(not[ _]?(found|exist|supported)|does not exist)",
+        r"models? [^.]{0,120}?(does not exist|not exist|not found|is not supported|not a valid)",
+        r"not a valid model|no available channel",
+        r"(unknown|invalid|unsupported|no such)[ _]model\b(?! ?(output|response))",
+        "模型不存在|无可用渠道",
+    ),
+    Meaning.FILTERED: _any(
+        r"content[ _-]?(filter|policy|management|moderation|safety|blocked|exists risk)",
+        r"data[ _-]?inspection[ _-]?failed|inappropriate|prohibited|harmful|unsafe",
+        r"sensitive[ _-]?(content|word|info|data|text)|new_sensitive|responsible ?ai",
+        r"moderat|flagged|high risk|blocked by|policy[ _]violation|violat",
+        r"(usage|safety)[ _](polic|guideline|system)|safety (filter|setting|reason)",
+        "敏感|违规|违禁|不安全|风险|审核|不合规",
+    ),
+    Meaning.TOO_LONG: _any(
+        r"context[ _-]?(length|size|window)|maximum context|reduce the length|longer than",
+        r"too long|too large|too many (input )?tokens|maximum (number of )?tokens",
+        r"input length|length of the input|max(imum)?[ _]?(input|prompt)|string_above_max",
+        r"(token|length|input|prompt|size)s? [^.]{0,40}?exceed",
+        r"exceeds? [^.]{0,40}?(token|length|limit)",
+        "上下文|超长|过长|超出.{0,12}(长度|限制)",
+    ),
+    Meaning.PARAMETER: _any(
+        r"response_format|json_schema|max_tokens|max_completion_tokens|top_logprobs|logprobs",
+        r"(unsupported|unknown|unrecognized)[ _](value|parameter|argument)",
+    ),
+    Meaning.BUSY: _any(
+        r"rate[ _-]?limit|too many (requests|concurrent)|per minute|overload|capacity|busy",
+        r"try again|retry|time[ _-]?out",
+        "频率|限流|繁忙|稍后|重试",
+    ),
+}
+
+
 def _is_error(body: Mapping[str, Any]) -> bool:
     """Returns True if a body is an error in the format of one server or another."""
     # MiniMax has a status in every body, 0 for success.
@@ -196,135 +323,6 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 def _filled(value: Any) -> str | None:
     return value if isinstance(value, str) and value.strip() else None
-
-
-_MOST_SIGNS = 4000  # Characters of an error that are searched for its meaning.
-_DEEPEST = 6
-# Fields in which servers repeat the request.
-_ECHOES = frozenset({"input", "flagged_input", "messages", "prompt", "ctx", "url", "request_id"})
-_MESSAGES = ("message", "error", "detail", "msg", "error_msg", "status_msg", "base_resp", "code")
-# Parameters of our requests: an error that names one is not about a question's texts.
-_PARAMETERS = frozenset(
-    "model temperature response_format max_tokens max_completion_tokens logprobs"
-    " top_logprobs".split()
-)
-
-
-class Meaning(enum.Enum):
-    """The subject of an error.
-
-    The first three, and the request's parameters, concern every question; filters and lengths
-    concern one question; a busy server accepts it later.
-    """
-
-    NO_MONEY = "no money"
-    NO_KEY = "no key"
-    NO_MODEL = "no model"
-    FILTERED = "filtered"
-    TOO_LONG = "too long"
-    PARAMETER = "parameter"
-    BUSY = "busy"
-
-
-def _any(*patterns: str) -> re.Pattern[str]:
-    return re.compile("|".join(patterns))
-
-
-# In lower case.
-_SIGNS: Mapping[Meaning, re.Pattern[str]] = {
-    Meaning.NO_MONEY: _any(
-        r"insufficient[ _-]?(user[ _-]?)?(account[ _-]?)?(quota|balance|credit|fund)",
-        r"balance (is )?(too low|insufficient|not enough)",
-        r"not enough (balance|credit|quota)|quota is not enough",
-        r"requires more credits|out of credits|exceeded_current_quota",
-        r"billing[ _](hard[ _]limit|not[ _]active)|check your billing details",
-        r"payment[ _]required|arrearage|overdue|in arrears|freetieronly",
-        r"budget[ _]?(has been )?exceeded|spend(ing)?[ _-]limit",
-        "余额|欠费|额度不足|额度已|配额不足|资源包",
-    ),
-    Meaning.NO_KEY: _any(
-        r"(invalid|incorrect|wrong|expired|missing|no)[ _-]api[ _-]?key",
-        r"api[ _-]?key (is )?(not valid|invalid|expired)|api_key_invalid",
-        r"authentication|login fail|unauthorized",
-        r"account[ _](is |has been )?(deactivated|disabled|suspended|banned)",
-        "令牌|密钥",
-    ),
-    Meaning.NO_MODEL: _any(
-        r"model[ _]?(not[ _]?(found|exist|supported)|does not exist)",
-        r"models? [^.]{0,120}?(does not exist|not exist|not found|is not supported|not a valid)",
-        r"not a valid model|no available channel",
-        r"(unknown|invalid|unsupported|no such)[ _]model\b(?! ?(output|response))",
-        "模型不存在|无可用渠道",
-    ),
-    Meaning.FILTERED: _any(
-        r"content[ _-]?(filter|policy|management|moderation|safety|blocked|exists risk)",
-        r"data[ _-]?inspection[ _-]?failed|inappropriate|prohibited|harmful|unsafe",
-        r"sensitive[ _-]?(content|word|info|data|text)|new_sensitive|responsible ?ai",
-        r"moderat|flagged|high risk|blocked by|policy[ _]violation|violat",
-        r"(usage|safety)[ _](polic|guideline|system)|safety (filter|setting|reason)",
-        "敏感|违规|违禁|不安全|风险|审核|不合规",
-    ),
-    Meaning.TOO_LONG: _any(
-        r"context[ _-]?(length|size|window)|maximum context|reduce the length|longer than",
-        r"too long|too large|too many (input )?tokens|maximum (number of )?tokens",
-        r"input length|length of the input|max(imum)?[ _]?(input|prompt)|string_above_max",
-        r"(token|length|input|prompt|size)s? [^.]{0,40}?exceed",
-        r"exceeds? [^.]{0,40}?(token|length|limit)",
-        "上下文|超长|过长|超出.{0,12}(长度|限制)",
-    ),
-    Meaning.PARAMETER: _any(
-        r"response_format|json_schema|max_tokens|max_completion_tokens|top_logprobs|logprobs",
-        r"(unsupported|unknown|unrecognized)[ _](value|parameter|argument)",
-    ),
-    Meaning.BUSY: _any(
-        r"rate[ _-]?limit|too many (requests|concurrent)|per minute|overload|capacity|busy",
-        r"try again|retry|time[ _-]?out",
-        "频率|限流|繁忙|稍后|重试",
-    ),
-}
-# The length of the question itself, even if a parameter such as max_tokens is named too.
-_OF_TEXT = re.compile(r"context|input|prompt|messages")
-
-
-def meanings_of(body: object) -> frozenset[Meaning]:
-    """Returns the subjects of an error by its words, empty where they are unknown."""
-    signs = " ".join(_signs_of(body))[:_MOST_SIGNS].lower()
-    found = {meaning for meaning, pattern in _SIGNS.items() if pattern.search(signs)}
-    if _parameter_of(body) in _PARAMETERS:
-        found.add(Meaning.PARAMETER)
-    if Meaning.PARAMETER in found and not _OF_TEXT.search(signs):
-        found.discard(Meaning.TOO_LONG)
-    return frozenset(found)
-
-
-def status_within(body: object) -> int | None:
-    """Returns the HTTP status inside the body of an error that came with status 200, or None."""
-    for part in (body, body.get("error") if isinstance(body, Mapping) else None):
-        for name in ("status", "status_code", "code"):
-            value = part.get(name) if isinstance(part, Mapping) else None
-            text = str(value) if isinstance(value, int | str) else ""
-            if re.fullmatch(r"[45]\d\d", text):
-                return int(text)
-    return None
-
-
-def words_of(body: object, depth: int = 0) -> str | None:
-    """Returns the server's own words from the body's usual formats, or None."""
-    if isinstance(body, str):
-        return body if body.strip() else None
-    if depth > _DEEPEST:
-        return None
-    inner: list[Any] = []
-    if isinstance(body, Mapping):
-        inner = [body[name] for name in _MESSAGES if name in body]
-        metadata = body.get("metadata")
-        if isinstance(metadata, Mapping):  # OpenRouter quotes the provider behind it.
-            raw = [metadata[name] for name in ("raw", "reasons") if name in metadata]
-            said = [words_of(part, depth + 1) for part in (*inner[:1], *raw)]
-            return " ".join(filter(None, said)) or None
-    elif isinstance(body, list):
-        inner = body
-    return next(filter(None, (words_of(part, depth + 1) for part in inner)), None)
 
 
 def _parameter_of(body: object) -> object:

@@ -33,7 +33,6 @@ from huatuo_jax.judge.judgements import NOTHING, Estimate, Protocol, Reply, sha2
 
 # Most Chinese words have one or two characters; longer n-grams would count phrases.
 AGREEMENT_ORDERS = (1, 2)
-
 # Letters and characters of an answer without punctuation. A reference widens the band to half and
 # twice its own length: a busy doctor's "几天了？发烧没有？" is not too short for itself.
 LENGTH_BAND = (20, 800)
@@ -62,7 +61,6 @@ COMPLAINT = (
     "拉肚子|便秘|疹|疙瘩|流脓|流涕|流鼻涕|打喷嚏"
 )
 KNOWLEDGE = "什么是|是什么病|有哪些|哪些症状|如何预防|怎么预防|的区别"
-
 # Wording about a treatment or to a patient that is harmful whatever the illness.
 UNSAFE_WORDING = {
     "promises a cure": r"保证能?(?:治好|治愈|痊愈)|包治|包好|根治不复发|药到病除|"
@@ -106,6 +104,41 @@ _NO_NEGATION = re.compile(
     r"(?:不用|不要|不必|别|无需)(?:太|过于)?(?:担心|害怕|着急|紧张)|没问题|没事|没关系|不错"
 )
 _TERM_END = re.compile(r"[\s,，、;；/。+＋]+")
+RUBRIC_NAME = "offline-rubric-v1"
+CAVEAT = "measurable properties only, no substitute for a judge"
+
+SCALE = (1.0, 5.0)
+# Weight of each property in a criterion. A property that does not apply (no reference, no missing
+# information) leaves its weight to the others.
+WEIGHTS: Mapping[str, Mapping[str, float]] = {
+    "informative": {"agreement": 0.5, "length": 0.5},
+    "coherent": {"repetition": 0.5, "structure": 0.5},
+    "preferred": {"asks_back": 0.4, "structure": 0.3, "length": 0.3},
+    "accurate": {"agreement": 1.0},
+}
+# Accuracy weighs most, as in the instruction to a judge.
+OVERALL: Mapping[str, float] = {
+    "informative": 0.2,
+    "coherent": 0.2,
+    "preferred": 0.2,
+    "accurate": 0.4,
+}
+# Log-odds of a comparison for each point of difference: one point is 88 to 12.
+LOG_ODDS_PER_POINT = 2.0
+EXACT = ClinicJudge()
+"""The judge without noise and biases, which knows the true disease."""
+
+TRUTHS: Mapping[str, tuple[str, bool]] = {
+    "diagnosis_right": ("names the right disease", True),
+    "asks_when_needed": ("asks back where it is needed", True),
+    "contraindicated": ("orders what the patient must not have", False),
+    "red_flag_missed": ("misses an emergency", False),
+}
+"""The facts that `TruthJudge.truths` returns: in words, and True if more of it is better."""
+
+OfflineName = Literal["rubric", "clinic"]
+
+OFFLINE: Mapping[str, OfflineName] = {"offline": "rubric", "clinic": "clinic"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,48 +300,6 @@ def unsafe_wording(answer: str, patient: str, before: str = "") -> tuple[str, ..
     return tuple(flags)
 
 
-def _says(text: str, pattern: str) -> bool:
-    for clause in _CLAUSE_END.split(unicodedata.normalize("NFKC", text)):
-        for match in re.finditer(pattern, clause):
-            if not _NEGATION.search(_NO_NEGATION.sub("", clause[: match.start()])):
-                return True
-    return False
-
-
-def _ngrams(text: str, order: int) -> Counter[str]:
-    return Counter(text[start : start + order] for start in range(len(text) - order + 1))
-
-
-def _naming_of_term(found: str, term: str) -> float:
-    if term in found:
-        return 1.0
-    pairs = {first + second for first, second in itertools.pairwise(term)}
-    return sum(pair in found for pair in pairs) / len(pairs) if pairs else 0.0
-
-
-RUBRIC_NAME = "offline-rubric-v1"
-CAVEAT = "measurable properties only, no substitute for a judge"
-
-SCALE = (1.0, 5.0)
-# Weight of each property in a criterion. A property that does not apply (no reference, no missing
-# information) leaves its weight to the others.
-WEIGHTS: Mapping[str, Mapping[str, float]] = {
-    "informative": {"agreement": 0.5, "length": 0.5},
-    "coherent": {"repetition": 0.5, "structure": 0.5},
-    "preferred": {"asks_back": 0.4, "structure": 0.3, "length": 0.3},
-    "accurate": {"agreement": 1.0},
-}
-# Accuracy weighs most, as in the instruction to a judge.
-OVERALL: Mapping[str, float] = {
-    "informative": 0.2,
-    "coherent": 0.2,
-    "preferred": 0.2,
-    "accurate": 0.4,
-}
-# Log-odds of a comparison for each point of difference: one point is 88 to 12.
-LOG_ODDS_PER_POINT = 2.0
-
-
 class OfflineJudge:
     """Scores and compares answers by the rubric; the same texts always get the same verdict."""
 
@@ -384,33 +375,6 @@ def preference(first: float, second: float) -> float:
     """
     better = 1.0 / (1.0 + math.exp(-LOG_ODDS_PER_POINT * abs(first - second)))
     return better if first >= second else 1.0 - better
-
-
-def _weighted_mean(weights: Mapping[str, float], found: Measurements) -> float:
-    """Averages the properties that apply; 1 where none does."""
-    values = {name: getattr(found, name) for name in weights}
-    applying = {name: value for name, value in values.items() if value is not None}
-    total = math.fsum(weights[name] for name in applying)
-    if not applying:
-        return 1.0
-    return math.fsum(weights[name] * value for name, value in applying.items()) / total
-
-
-@functools.cache
-def _rubric_hash() -> str:
-    return sha256(inspect.getsource(sys.modules[__name__]))
-
-
-EXACT = ClinicJudge()
-"""The judge without noise and biases, which knows the true disease."""
-
-TRUTHS: Mapping[str, tuple[str, bool]] = {
-    "diagnosis_right": ("names the right disease", True),
-    "asks_when_needed": ("asks back where it is needed", True),
-    "contraindicated": ("orders what the patient must not have", False),
-    "red_flag_missed": ("misses an emergency", False),
-}
-"""The facts that `TruthJudge.truths` returns: in words, and True if more of it is better."""
 
 
 def is_of_clinic(prompt: Prompt) -> bool:
@@ -490,12 +454,6 @@ class TruthJudge:
         }
 
 
-OfflineName = Literal["rubric", "clinic"]
-
-
-OFFLINE: Mapping[str, OfflineName] = {"offline": "rubric", "clinic": "clinic"}
-
-
 def open_offline(name: OfflineName, clinic_judge: ClinicJudge = EXACT) -> OfflineJudge | TruthJudge:
     """Returns the offline judge of this name; the clinic's has these fields."""
     return OfflineJudge() if name == "rubric" else TruthJudge(clinic_judge)
@@ -510,3 +468,37 @@ def refuse_unused_judge(
     told = ", ".join(f"clinic_judge.{change}" for change in clinic_judge.changes) or "clinic_judge"
     judge = "a model behind a server" if by_server else "the rubric"
     raise ValueError(f"{told} is for the clinic's judge alone, and {judge} judges: leave it out")
+
+
+def _says(text: str, pattern: str) -> bool:
+    for clause in _CLAUSE_END.split(unicodedata.normalize("NFKC", text)):
+        for match in re.finditer(pattern, clause):
+            if not _NEGATION.search(_NO_NEGATION.sub("", clause[: match.start()])):
+                return True
+    return False
+
+
+def _ngrams(text: str, order: int) -> Counter[str]:
+    return Counter(text[start : start + order] for start in range(len(text) - order + 1))
+
+
+def _naming_of_term(found: str, term: str) -> float:
+    if term in found:
+        return 1.0
+    pairs = {first + second for first, second in itertools.pairwise(term)}
+    return sum(pair in found for pair in pairs) / len(pairs) if pairs else 0.0
+
+
+def _weighted_mean(weights: Mapping[str, float], found: Measurements) -> float:
+    """Averages the properties that apply; 1 where none does."""
+    values = {name: getattr(found, name) for name in weights}
+    applying = {name: value for name, value in values.items() if value is not None}
+    total = math.fsum(weights[name] for name in applying)
+    if not applying:
+        return 1.0
+    return math.fsum(weights[name] * value for name, value in applying.items()) / total
+
+
+@functools.cache
+def _rubric_hash() -> str:
+    return sha256(inspect.getsource(sys.modules[__name__]))

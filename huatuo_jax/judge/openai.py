@@ -31,6 +31,16 @@ _SPEAKERS = {"system": "系统", "user": "患者", "assistant": "医生"}
 _NO_REFERENCE = "（没有参考，请以医学共识为准。）"
 _HASH_DIGITS = 16
 _MARK_DIGITS = 8
+# A byte-level tokenizer makes at most one token per byte; these cover the tokens that a server's
+# chat template and its own system text add.
+_MAX_TOKENS_A_MESSAGE = 16
+_MAX_TOKENS_A_CALL = 256
+# Typical of today's tokenizers for Chinese and for other text.
+_TOKENS_A_WIDE_CHARACTER = 0.8
+_TOKENS_A_NARROW_CHARACTER = 0.3
+_WIDE = re.compile(r"[\u2e80-\uffff]")
+_TOP_LOG_PROBS = 20
+_NO_LOG_PROBS_ENDS_AFTER = 3  # Replies, without a verdict on any question.
 
 
 @dataclass(frozen=True)
@@ -121,56 +131,6 @@ def read_judge_prompt(
     return JudgePrompt(protocol, system, user, sha256(text)[:_HASH_DIGITS])
 
 
-def _parts(text: str, path: pathlib.Path) -> tuple[str, str]:
-    pieces = re.split(r"^\[(system|user)\][ \t]*$", text, flags=re.MULTILINE)
-    parts = dict(zip(pieces[1::2], (piece.strip() for piece in pieces[2::2]), strict=True))
-    names = pieces[1::2]
-    if pieces[0].strip() or names not in (["system", "user"], ["user"]) or not parts["user"]:
-        raise ValueError(
-            f"judge's template {path} should be a line [system] and its text (or none), then a"
-            " line [user] and its text"
-        )
-    return parts["system"] if "system" in parts else "", parts["user"]
-
-
-def _names_of_texts(protocol: Protocol) -> tuple[str, ...]:
-    return ("answer",) if protocol == "score" else ("first", "second")
-
-
-def _spoken(message: Message) -> str:
-    return f"{_SPEAKERS[message.role]}：{message.content}"
-
-
-def _reference(prompt: Prompt) -> str:
-    parts = []
-    if _given(prompt.reference):
-        parts.append(f"医生当时的回答：{prompt.reference}")
-    if _given(prompt.diagnosis):
-        parts.append(f"医生的诊断：{prompt.diagnosis}")
-    return "\n".join(parts) if parts else _NO_REFERENCE
-
-
-def _sendable(text: str) -> str:
-    """Returns the text with a question mark for each lone surrogate, which UTF-8 lacks."""
-    return text.encode("utf-8", "replace").decode("utf-8")
-
-
-def _given(text: str | None) -> bool:
-    return text is not None and bool(text.strip())
-
-
-# A byte-level tokenizer makes at most one token per byte; these cover the tokens that a server's
-# chat template and its own system text add.
-_MAX_TOKENS_A_MESSAGE = 16
-_MAX_TOKENS_A_CALL = 256
-# Typical of today's tokenizers for Chinese and for other text.
-_TOKENS_A_WIDE_CHARACTER = 0.8
-_TOKENS_A_NARROW_CHARACTER = 0.3
-_WIDE = re.compile(r"[\u2e80-\uffff]")
-_TOP_LOG_PROBS = 20
-_NO_LOG_PROBS_ENDS_AFTER = 3  # Replies, without a verdict on any question.
-
-
 @dataclass(frozen=True, kw_only=True)
 class OpenAIJudgeConfig:
     """The judge's model, its requests and its server.
@@ -223,10 +183,6 @@ class OpenAIJudgeConfig:
             raise ValueError(f"low={self.low} and high={self.high} should be 0 <= low < high")
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens={self.max_tokens} must be at least 1")
-
-
-class _NoLogProbs(replies.BadReply):
-    """The reply has no log-probabilities at all."""
 
 
 class OpenAIJudge:
@@ -408,6 +364,48 @@ class OpenAIJudge:
             return None
         usage = Usage(input_tokens=input_tokens, output_tokens=self._cfg.max_tokens)
         return self.price.cost(usage)
+
+
+def _parts(text: str, path: pathlib.Path) -> tuple[str, str]:
+    pieces = re.split(r"^\[(system|user)\][ \t]*$", text, flags=re.MULTILINE)
+    parts = dict(zip(pieces[1::2], (piece.strip() for piece in pieces[2::2]), strict=True))
+    names = pieces[1::2]
+    if pieces[0].strip() or names not in (["system", "user"], ["user"]) or not parts["user"]:
+        raise ValueError(
+            f"judge's template {path} should be a line [system] and its text (or none), then a"
+            " line [user] and its text"
+        )
+    return parts["system"] if "system" in parts else "", parts["user"]
+
+
+def _names_of_texts(protocol: Protocol) -> tuple[str, ...]:
+    return ("answer",) if protocol == "score" else ("first", "second")
+
+
+def _spoken(message: Message) -> str:
+    return f"{_SPEAKERS[message.role]}：{message.content}"
+
+
+def _reference(prompt: Prompt) -> str:
+    parts = []
+    if _given(prompt.reference):
+        parts.append(f"医生当时的回答：{prompt.reference}")
+    if _given(prompt.diagnosis):
+        parts.append(f"医生的诊断：{prompt.diagnosis}")
+    return "\n".join(parts) if parts else _NO_REFERENCE
+
+
+def _sendable(text: str) -> str:
+    """Returns the text with a question mark for each lone surrogate, which UTF-8 lacks."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _given(text: str | None) -> bool:
+    return text is not None and bool(text.strip())
+
+
+class _NoLogProbs(replies.BadReply):
+    """The reply has no log-probabilities at all."""
 
 
 def _check_whole(completion: Completion) -> None:

@@ -27,6 +27,16 @@ from huatuo_jax.judge.judgements import (
     sha256,
 )
 
+SMALLEST_PROBABILITY = 1e-6
+"""A verdict nearer to 0 or 1 than this is certain: how much nearer depends on rounding alone."""
+
+LARGEST_LOG_ODDS = math.log1p(-SMALLEST_PROBABILITY) - math.log(SMALLEST_PROBABILITY)
+"""The log-odds of that probability: 13.8."""
+
+FAILED = "the judgement failed"
+NO_PROMPT = "no such prompt or answer in the answers file"
+OTHER_TEXT = "judged another text than the answers file holds"
+
 
 @dataclass(frozen=True)
 class Answered:
@@ -181,70 +191,6 @@ def pairwise_questions(
         for first, second in pairs:
             yield _question(item, "pairwise", (first, second), judge)
             yield _question(item, "pairwise", (second, first), judge)
-
-
-def _answered(row: object) -> Answered:
-    if not isinstance(row, dict) or not isinstance(row.get("answers"), list):
-        raise ValueError("it should be an object with a list of answers")
-    prompt = Prompt.from_json({**row, "source": row["source"] if "source" in row else ""})
-    for name in ("id", "reference", "diagnosis"):
-        value = getattr(prompt, name)
-        if not isinstance(value, str) and not (value is None and name != "id"):
-            raise ValueError(f"{name} is {value!r}; it should be text")
-    return Answered(
-        prompt,
-        tuple(map(_text, row["answers"])),
-        tuple(map(Sampled.from_fields, row["answers"])),
-        SampledPrompt.from_fields(row),
-    )
-
-
-def _text(item: object) -> str:
-    text = item["text"] if isinstance(item, dict) and "text" in item else None
-    if not isinstance(text, str):
-        raise ValueError('each of its answers should be an object with a text, {"text": "..."}')
-    return text
-
-
-def _question(
-    item: Answered, protocol: Protocol, answers: tuple[int, ...], judge: Judge
-) -> Question:
-    texts = tuple(item.answers[index] for index in answers)
-    template = judge.template_hash(protocol)
-    return Question(
-        prompt=item.prompt,
-        protocol=protocol,
-        answers=answers,
-        texts=texts,
-        key=question_key(
-            settings=judge.settings,
-            protocol=protocol,
-            template=template,
-            prompt=item.prompt,
-            texts=texts,
-        ),
-        judge=judge.name,
-        template=template,
-    )
-
-
-def _lot(item: Answered, pair: Sequence[int]) -> str:
-    texts = sorted(item.answers[index] for index in pair)
-    return sha256("\0".join([prompt_hash(item.prompt), *texts]))
-
-
-def _index_names(protocol: Protocol) -> tuple[str, ...]:
-    return ("answer",) if protocol == "score" else ("first", "second")
-
-
-SMALLEST_PROBABILITY = 1e-6
-"""A verdict nearer to 0 or 1 than this is certain: how much nearer depends on rounding alone."""
-LARGEST_LOG_ODDS = math.log1p(-SMALLEST_PROBABILITY) - math.log(SMALLEST_PROBABILITY)
-"""The log-odds of that probability: 13.8."""
-
-FAILED = "the judgement failed"
-NO_PROMPT = "no such prompt or answer in the answers file"
-OTHER_TEXT = "judged another text than the answers file holds"
 
 
 class PairKey(NamedTuple):
@@ -498,3 +444,57 @@ def win_rates(verdicts: Mapping[str, Sequence[Verdict | None]], *, seed: int) ->
         "wins_shown_second": sum(one.shown_second == 1.0 for one in flat),
         "orders_disagree": sum({one.shown_first, one.shown_second} == {0.0, 1.0} for one in flat),
     }
+
+
+def _answered(row: object) -> Answered:
+    if not isinstance(row, dict) or not isinstance(row.get("answers"), list):
+        raise ValueError("it should be an object with a list of answers")
+    prompt = Prompt.from_json({**row, "source": row["source"] if "source" in row else ""})
+    for name in ("id", "reference", "diagnosis"):
+        value = getattr(prompt, name)
+        if not isinstance(value, str) and not (value is None and name != "id"):
+            raise ValueError(f"{name} is {value!r}; it should be text")
+    return Answered(
+        prompt,
+        tuple(map(_text, row["answers"])),
+        tuple(map(Sampled.from_fields, row["answers"])),
+        SampledPrompt.from_fields(row),
+    )
+
+
+def _text(item: object) -> str:
+    text = item["text"] if isinstance(item, dict) and "text" in item else None
+    if not isinstance(text, str):
+        raise ValueError('each of its answers should be an object with a text, {"text": "..."}')
+    return text
+
+
+def _question(
+    item: Answered, protocol: Protocol, answers: tuple[int, ...], judge: Judge
+) -> Question:
+    texts = tuple(item.answers[index] for index in answers)
+    template = judge.template_hash(protocol)
+    return Question(
+        prompt=item.prompt,
+        protocol=protocol,
+        answers=answers,
+        texts=texts,
+        key=question_key(
+            settings=judge.settings,
+            protocol=protocol,
+            template=template,
+            prompt=item.prompt,
+            texts=texts,
+        ),
+        judge=judge.name,
+        template=template,
+    )
+
+
+def _lot(item: Answered, pair: Sequence[int]) -> str:
+    texts = sorted(item.answers[index] for index in pair)
+    return sha256("\0".join([prompt_hash(item.prompt), *texts]))
+
+
+def _index_names(protocol: Protocol) -> tuple[str, ...]:
+    return ("answer",) if protocol == "score" else ("first", "second")

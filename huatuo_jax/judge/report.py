@@ -61,6 +61,9 @@ from huatuo_jax.judge.questions import (
 
 # Standard errors over fewer groups are themselves too uncertain.
 LEAST_GROUPS = 20
+QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
+_ERRORS_SHOWN = 5
+_ERROR_CHARS = 100
 
 
 class Figure(NamedTuple):
@@ -192,62 +195,6 @@ def agreement(one: Mapping[PairKey, float], other: Mapping[PairKey, float]) -> A
     return Agreement(same, same_of_decided, _kappa(same, verdicts))
 
 
-def _kappa(same: Figure, verdicts: Sequence[tuple[int, int]]) -> Figure:
-    if same.value is None:
-        return Figure(None, None, 0)
-    ties = [math.fsum(sides[judge] == 0 for sides in verdicts) / len(verdicts) for judge in (0, 1)]
-    chance = ties[0] * ties[1] + (1 - ties[0]) * (1 - ties[1]) / 2
-    if chance == 1:  # Both judges give ties alone: there is nothing to agree on.
-        return Figure(None, None, same.num_items)
-    error = None if same.standard_error is None else same.standard_error / (1 - chance)
-    return Figure((same.value - chance) / (1 - chance), error, same.num_items)
-
-
-def _bias_of_probabilities(
-    both: Mapping[PairKey, Verdicts], leanings: Sequence[tuple[float, float]]
-) -> Figure:
-    biases, prompts = [], []
-    for (key, found), (one, other) in zip(both.items(), leanings, strict=True):
-        # A pair of votes among probabilities (a tie, say) has no log-odds either.
-        known = not found.certain and not found.voted
-        if known and abs(one - other) <= LARGEST_LOG_ODDS:
-            biases.append((one + other) / 2)
-            prompts.append(key.id)
-    return mean_figure(biases, prompts)
-
-
-def _bias_of_votes(leanings: Sequence[tuple[float, float]], prompts: Sequence[str]) -> Figure:
-    """Estimates half the log of FF over SS, each with half a pair added.
-
-    Its error is `sqrt(1 / FF + 1 / SS) / 2`, or the one that allows for correlation within prompts
-    where that is larger.
-    """
-    flips = [
-        (1.0 if one > 0 else -1.0, prompt)
-        for (one, other), prompt in zip(leanings, prompts, strict=True)
-        if one * other > 0
-    ]
-    if not flips:
-        return Figure(None, None, 0)
-    firsts = math.fsum(side > 0 for side, _ in flips) + 0.5
-    seconds = math.fsum(side < 0 for side, _ in flips) + 0.5
-    share = mean_figure([float(side > 0) for side, _ in flips], [prompt for _, prompt in flips])
-    # b = log(q / (1 - q)) / 2 of the share q of FF, so that db = dq / (2 q (1 - q)).
-    q = firsts / (firsts + seconds)
-    grouped = (share.standard_error or 0.0) / (2 * q * (1 - q))
-    error = max(math.sqrt(1 / firsts + 1 / seconds) / 2, grouped)
-    return Figure(math.log(firsts / seconds) / 2, error, len(flips))
-
-
-def _side(p_one: float) -> int:
-    return int(p_one > 0.5) - int(p_one < 0.5)
-
-
-QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
-_ERRORS_SHOWN = 5
-_ERROR_CHARS = 100
-
-
 @dataclass(frozen=True, kw_only=True)
 class Cost:
     """The cost of all lines of a judge, superseded ones too.
@@ -377,6 +324,57 @@ def label_report(
         if preferences[one].keys() & preferences[other].keys()
     }
     return LabelReport(parts=tuple(parts), agreements=agreements)
+
+
+def _kappa(same: Figure, verdicts: Sequence[tuple[int, int]]) -> Figure:
+    if same.value is None:
+        return Figure(None, None, 0)
+    ties = [math.fsum(sides[judge] == 0 for sides in verdicts) / len(verdicts) for judge in (0, 1)]
+    chance = ties[0] * ties[1] + (1 - ties[0]) * (1 - ties[1]) / 2
+    if chance == 1:  # Both judges give ties alone: there is nothing to agree on.
+        return Figure(None, None, same.num_items)
+    error = None if same.standard_error is None else same.standard_error / (1 - chance)
+    return Figure((same.value - chance) / (1 - chance), error, same.num_items)
+
+
+def _bias_of_probabilities(
+    both: Mapping[PairKey, Verdicts], leanings: Sequence[tuple[float, float]]
+) -> Figure:
+    biases, prompts = [], []
+    for (key, found), (one, other) in zip(both.items(), leanings, strict=True):
+        # A pair of votes among probabilities (a tie, say) has no log-odds either.
+        known = not found.certain and not found.voted
+        if known and abs(one - other) <= LARGEST_LOG_ODDS:
+            biases.append((one + other) / 2)
+            prompts.append(key.id)
+    return mean_figure(biases, prompts)
+
+
+def _bias_of_votes(leanings: Sequence[tuple[float, float]], prompts: Sequence[str]) -> Figure:
+    """Estimates half the log of FF over SS, each with half a pair added.
+
+    Its error is `sqrt(1 / FF + 1 / SS) / 2`, or the one that allows for correlation within prompts
+    where that is larger.
+    """
+    flips = [
+        (1.0 if one > 0 else -1.0, prompt)
+        for (one, other), prompt in zip(leanings, prompts, strict=True)
+        if one * other > 0
+    ]
+    if not flips:
+        return Figure(None, None, 0)
+    firsts = math.fsum(side > 0 for side, _ in flips) + 0.5
+    seconds = math.fsum(side < 0 for side, _ in flips) + 0.5
+    share = mean_figure([float(side > 0) for side, _ in flips], [prompt for _, prompt in flips])
+    # b = log(q / (1 - q)) / 2 of the share q of FF, so that db = dq / (2 q (1 - q)).
+    q = firsts / (firsts + seconds)
+    grouped = (share.standard_error or 0.0) / (2 * q * (1 - q))
+    error = max(math.sqrt(1 / firsts + 1 / seconds) / 2, grouped)
+    return Figure(math.log(firsts / seconds) / 2, error, len(flips))
+
+
+def _side(p_one: float) -> int:
+    return int(p_one > 0.5) - int(p_one < 0.5)
 
 
 def _part(

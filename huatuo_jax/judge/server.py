@@ -67,6 +67,8 @@ _KEY_LIKE = re.compile(r"(?<![A-Za-z0-9])sk-[A-Za-z0-9_*.-]{4,}")
 # Errors before anything was sent. By class name, as the library below the openai client has
 # changed between its versions.
 _NOT_SENT = frozenset({"ConnectError", "ConnectTimeout", "PoolTimeout"})
+OPENAI_URL = "https://api.openai.com/v1"
+KEY_VARIABLE = "OPENAI_API_KEY"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,112 +147,6 @@ def fault_of(error: Exception, *, key: str, model: str, where: str, timeout_s: f
         refused=not_sent,
         reached=not (not_sent or outcome == "time-out"),
     )
-
-
-def _body_of(error: openai.APIStatusError) -> object:
-    """Returns the body of an error; the client itself reads none after a byte order mark."""
-    try:
-        return read_json(error.response.content)
-    except NoCompletion:
-        return error.body
-
-
-def _error_fault(
-    status: int | None,
-    body: object,
-    message: str,
-    model: str,
-    where: str,
-    wait_s: float,
-    usage: Usage | None = None,
-) -> Fault:
-    """Classifies an error that a server reports.
-
-    Args:
-        status: None where the error came with status 200, so that the server may have done work.
-        body: of the error.
-        message: of the error, for the user.
-        model: the model asked.
-        where: the server.
-        wait_s: seconds that its headers ask to wait.
-        usage: the server's count.
-    """
-    http = "an error with HTTP 200" if status is None else f"HTTP {status}"
-    meant = status_within(body) if status is None else status
-    consequence, reason, ends_after = _consequence(meant, meanings_of(body), model)
-    told = f" {reason} ({http}: {message})" if reason else f": {http}: {message}"
-    stops = consequence in ("stop", "stop unless answered")
-    return Fault(
-        outcome=http,
-        message=f"{where}{told}",
-        consequence=consequence,
-        # A gateway that timed out does not know whether there was an answer.
-        unbilled=status not in (None, 408, 502, 504),
-        ends_after=ends_after,
-        refused=status is not None and (stops or ends_after is not None),
-        wait_s=wait_s if consequence == "ask again" else 0.0,
-        usage=usage,
-    )
-
-
-def _consequence(
-    status: int | None, meanings: frozenset[Meaning], model: str
-) -> tuple[Consequence, str, int | None]:
-    """Returns what to do about an error, its description where it is known, and `ends_after`."""
-    failing = status is None or status >= 500
-    busy = status in (408, 409, 425, 429) or (
-        (failing or status == 403) and Meaning.BUSY in meanings
-    )
-    if status == 402 or Meaning.NO_MONEY in meanings:
-        return "stop", "has nothing left for this key to spend", None
-    if status == 401 or (not busy and Meaning.NO_KEY in meanings):
-        return "stop", "refuses the key in OPENAI_API_KEY", None
-    no_model = f"does not know the model {model!r}, or is no such server"
-    if not busy and Meaning.NO_MODEL in meanings:
-        return "stop", no_model, None
-    if status in (404, 405):
-        return "stop unless answered", no_model, None
-    if busy:
-        return "ask again", "", None
-    if status in (413, 451) or meanings & {Meaning.FILTERED, Meaning.TOO_LONG}:
-        return "give up", "will not judge this question", None
-    if failing:
-        return "ask again", "", None
-    if status == 403:
-        told = "refuses the key in OPENAI_API_KEY, or this question"
-        return "give up", told, _FORBIDDEN_ENDS_AFTER
-    if Meaning.PARAMETER in meanings:
-        return "stop unless answered", "does not take the request as it is", None
-    return "give up", "refuses this question", _UNCLEAR_ENDS_AFTER
-
-
-def _wait_s(headers: Mapping[str, str]) -> float:
-    """Returns the seconds that Retry-After asks for, given as a number or as a date."""
-    for name, unit_s in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
-        value = headers[name] if name in headers else None
-        if value is None:
-            continue
-        try:
-            seconds = float(value) * unit_s
-        except ValueError:
-            seconds = _until_s(value)
-        if math.isfinite(seconds) and 0 < seconds <= _LONGEST_WAIT_S:
-            return seconds
-    return 0.0
-
-
-def _until_s(date: str) -> float:
-    try:
-        then = email.utils.parsedate_to_datetime(date)
-    except (ValueError, OverflowError, TypeError, IndexError):
-        return 0.0  # Numbers of any size that are not a date.
-    if then.tzinfo is None:
-        then = then.replace(tzinfo=datetime.UTC)
-    return (then - datetime.datetime.now(datetime.UTC)).total_seconds()
-
-
-OPENAI_URL = "https://api.openai.com/v1"
-KEY_VARIABLE = "OPENAI_API_KEY"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -526,3 +422,105 @@ class Server:
         # Half of it is random, so that calls that failed together are not repeated together.
         delay_s = min(self._cfg.first_delay_s * 2.0 ** (attempt - 1), self._cfg.max_delay_s)
         return delay_s * random.uniform(0.5, 1.0)
+
+
+def _body_of(error: openai.APIStatusError) -> object:
+    """Returns the body of an error; the client itself reads none after a byte order mark."""
+    try:
+        return read_json(error.response.content)
+    except NoCompletion:
+        return error.body
+
+
+def _error_fault(
+    status: int | None,
+    body: object,
+    message: str,
+    model: str,
+    where: str,
+    wait_s: float,
+    usage: Usage | None = None,
+) -> Fault:
+    """Classifies an error that a server reports.
+
+    Args:
+        status: None where the error came with status 200, so that the server may have done work.
+        body: of the error.
+        message: of the error, for the user.
+        model: the model asked.
+        where: the server.
+        wait_s: seconds that its headers ask to wait.
+        usage: the server's count.
+    """
+    http = "an error with HTTP 200" if status is None else f"HTTP {status}"
+    meant = status_within(body) if status is None else status
+    consequence, reason, ends_after = _consequence(meant, meanings_of(body), model)
+    told = f" {reason} ({http}: {message})" if reason else f": {http}: {message}"
+    stops = consequence in ("stop", "stop unless answered")
+    return Fault(
+        outcome=http,
+        message=f"{where}{told}",
+        consequence=consequence,
+        # A gateway that timed out does not know whether there was an answer.
+        unbilled=status not in (None, 408, 502, 504),
+        ends_after=ends_after,
+        refused=status is not None and (stops or ends_after is not None),
+        wait_s=wait_s if consequence == "ask again" else 0.0,
+        usage=usage,
+    )
+
+
+def _consequence(
+    status: int | None, meanings: frozenset[Meaning], model: str
+) -> tuple[Consequence, str, int | None]:
+    """Returns what to do about an error, its description where it is known, and `ends_after`."""
+    failing = status is None or status >= 500
+    busy = status in (408, 409, 425, 429) or (
+        (failing or status == 403) and Meaning.BUSY in meanings
+    )
+    if status == 402 or Meaning.NO_MONEY in meanings:
+        return "stop", "has nothing left for this key to spend", None
+    if status == 401 or (not busy and Meaning.NO_KEY in meanings):
+        return "stop", "refuses the key in OPENAI_API_KEY", None
+    no_model = f"does not know the model {model!r}, or is no such server"
+    if not busy and Meaning.NO_MODEL in meanings:
+        return "stop", no_model, None
+    if status in (404, 405):
+        return "stop unless answered", no_model, None
+    if busy:
+        return "ask again", "", None
+    if status in (413, 451) or meanings & {Meaning.FILTERED, Meaning.TOO_LONG}:
+        return "give up", "will not judge this question", None
+    if failing:
+        return "ask again", "", None
+    if status == 403:
+        told = "refuses the key in OPENAI_API_KEY, or this question"
+        return "give up", told, _FORBIDDEN_ENDS_AFTER
+    if Meaning.PARAMETER in meanings:
+        return "stop unless answered", "does not take the request as it is", None
+    return "give up", "refuses this question", _UNCLEAR_ENDS_AFTER
+
+
+def _wait_s(headers: Mapping[str, str]) -> float:
+    """Returns the seconds that Retry-After asks for, given as a number or as a date."""
+    for name, unit_s in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
+        value = headers[name] if name in headers else None
+        if value is None:
+            continue
+        try:
+            seconds = float(value) * unit_s
+        except ValueError:
+            seconds = _until_s(value)
+        if math.isfinite(seconds) and 0 < seconds <= _LONGEST_WAIT_S:
+            return seconds
+    return 0.0
+
+
+def _until_s(date: str) -> float:
+    try:
+        then = email.utils.parsedate_to_datetime(date)
+    except (ValueError, OverflowError, TypeError, IndexError):
+        return 0.0  # Numbers of any size that are not a date.
+    if then.tzinfo is None:
+        then = then.replace(tzinfo=datetime.UTC)
+    return (then - datetime.datetime.now(datetime.UTC)).total_seconds()

@@ -37,10 +37,13 @@ from huatuo_jax.preferences.synthetic import mismatched_references, spoiled_answ
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+
 Reads = Literal["comparisons", "dialogues", "dialogues_to_spoil"]
 HELD_OUT_ELSEWHERE = "held out by another source"
 NOT_TO_LEARN = "dialogue with an answer that is marked as not to be trained"
 SAME_TOKENS = "both answers are the same tokens"
+AnswerKey = tuple[Messages, SampledPrompt | None, AnswerToTokenize]
+"""An answer behind its prompt."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -280,10 +283,6 @@ def open_comparisons(
     return comparisons
 
 
-AnswerKey = tuple[Messages, SampledPrompt | None, AnswerToTokenize]
-"""An answer behind its prompt."""
-
-
 def tokenize_answers(
     answers: Iterable[AnswersToPrompt],
     cfg: AnswersConfig,
@@ -425,38 +424,6 @@ def make_answer(tokens: AnswerTokens, prompt: Messages, continuation: Messages) 
     return Answer(tokens.token_ids, characters, num_turns, tokens.is_answer, tokens.as_sampled)
 
 
-def _told(cfg: ComparisonsConfig, account: Account) -> Iterator[Told]:
-    for source in cfg.sources:
-        for path in source.paths:
-            for place, comparison in _read(source, path, account):
-                case = case_of(comparison, cfg.group_field)
-                held_out = source.held_out_by == "always" or (
-                    source.held_out_by == "hash" and cfg.held_out.holds_out(case)
-                )
-                yield Told(comparison, place, case, held_out, source.held_out_by == "always")
-
-
-def _read(
-    source: ComparisonSource, path: str, account: Account
-) -> Iterator[tuple[str, Comparison]]:
-    """Yields the preference pairs of a file with their places."""
-    if source.reads == "comparisons":
-        comparisons = read_comparisons(path, source=source.name, encoding=source.encoding)
-        yield from placed(comparisons)
-        account.add_rows(comparisons)
-        return
-    make = mismatched_references if source.reads == "dialogues" else spoiled_answers
-    reading = read_dialogues(path, encoding=source.encoding)
-    dialogues = list(reading)
-    account.add_rows(reading)
-    # A message that is not to be trained must not be chosen either.
-    good = [one for one in dialogues if one.messages == unmarked(one.messages)]
-    account.put_aside(NOT_TO_LEARN, len(dialogues) - len(good))
-    for one in make(good):
-        name = one.source if source.name is None else f"{one.source}:{source.name}"
-        yield f"{path}: {one.id}", dataclasses.replace(one, source=name)
-
-
 def case_of(comparison: Comparison, field: str | None) -> str:
     """Returns the key by which a pair is held out and resampled, see `ComparisonsConfig`.
 
@@ -529,6 +496,48 @@ def answers_of(comparison: Comparison) -> AnswersToPrompt:
         raise ValueError(f"comparison {comparison.id!r}: {error}") from error
 
 
+def groups_hash(groups: Sequence[Group]) -> str:
+    """Returns a hash of all tokens and labels of some groups."""
+    whole = hashlib.sha256()
+    for group in groups:
+        whole.update(repr((group.case, group.pairs, len(group.answers))).encode())
+        for answer in group.answers:
+            whole.update(answer.token_ids.tobytes() + b"\0")
+    return whole.hexdigest()[:32]
+
+
+def _told(cfg: ComparisonsConfig, account: Account) -> Iterator[Told]:
+    for source in cfg.sources:
+        for path in source.paths:
+            for place, comparison in _read(source, path, account):
+                case = case_of(comparison, cfg.group_field)
+                held_out = source.held_out_by == "always" or (
+                    source.held_out_by == "hash" and cfg.held_out.holds_out(case)
+                )
+                yield Told(comparison, place, case, held_out, source.held_out_by == "always")
+
+
+def _read(
+    source: ComparisonSource, path: str, account: Account
+) -> Iterator[tuple[str, Comparison]]:
+    """Yields the preference pairs of a file with their places."""
+    if source.reads == "comparisons":
+        comparisons = read_comparisons(path, source=source.name, encoding=source.encoding)
+        yield from placed(comparisons)
+        account.add_rows(comparisons)
+        return
+    make = mismatched_references if source.reads == "dialogues" else spoiled_answers
+    reading = read_dialogues(path, encoding=source.encoding)
+    dialogues = list(reading)
+    account.add_rows(reading)
+    # A message that is not to be trained must not be chosen either.
+    good = [one for one in dialogues if one.messages == unmarked(one.messages)]
+    account.put_aside(NOT_TO_LEARN, len(dialogues) - len(good))
+    for one in make(good):
+        name = one.source if source.name is None else f"{one.source}:{source.name}"
+        yield f"{path}: {one.id}", dataclasses.replace(one, source=name)
+
+
 def _both_answers(
     comparison: Comparison, tokens: dict[AnswerKey, AnswerTokens | str]
 ) -> tuple[Answer, Answer] | str:
@@ -563,13 +572,3 @@ def _all_after(start: int, token_ids: Sequence[int], *, as_sampled: bool) -> Ans
 
 def _num_turns(messages: Messages) -> int:
     return sum(message.role == "assistant" for message in messages)
-
-
-def groups_hash(groups: Sequence[Group]) -> str:
-    """Returns a hash of all tokens and labels of some groups."""
-    whole = hashlib.sha256()
-    for group in groups:
-        whole.update(repr((group.case, group.pairs, len(group.answers))).encode())
-        for answer in group.answers:
-            whole.update(answer.token_ids.tobytes() + b"\0")
-    return whole.hexdigest()[:32]
