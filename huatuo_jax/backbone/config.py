@@ -16,9 +16,33 @@ Family = Literal["llama", "mistral", "qwen2", "qwen3", "bloom", "baichuan", "bai
 RopeType = Literal["default", "linear", "dynamic", "yarn", "llama3"]
 Remat = Literal["none", "full", "dots", "outputs"]
 Kernel = Literal["auto", "xla", "cudnn", "splash"]
-# Llama 2, arXiv 2307.09288.
-_LLAMA2: dict[str, Any] = {"max_positions": 4096, "norm_eps": 1e-5}
-_BAICHUAN2: dict[str, Any] = {"family": "baichuan2", "vocab_size": 125_696, "norm_head": True}
+
+
+def _check_choices(cfg: Any) -> None:
+    """Raises ValueError for a field declared as a Literal that holds another value."""
+    for field in dataclasses.fields(cfg):
+        if get_origin(field.type) is Literal:
+            value, choices = getattr(cfg, field.name), get_args(field.type)
+            if value not in choices:
+                raise ValueError(
+                    f"{type(cfg).__name__}.{field.name}={value!r} is not one of {list(choices)}"
+                )
+
+
+def _check_positive(cfg: Any, names: tuple[str, ...]) -> None:
+    for name in names:
+        value = getattr(cfg, name)
+        if value is not None and value <= 0:
+            raise ValueError(f"{type(cfg).__name__}.{name}={value!r} must be above 0")
+
+
+def _check_names(cls: type, fields: Mapping[str, Any]) -> None:
+    """Raises ValueError unless the mapping has exactly the fields of a dataclass."""
+    known = {field.name for field in dataclasses.fields(cls)}
+    if unknown := sorted(set(fields) - known):
+        raise ValueError(f"{cls.__name__} has no field {', '.join(unknown)}")
+    if missing := sorted(known - set(fields)):
+        raise ValueError(f"{cls.__name__} lacks field {', '.join(missing)}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -194,45 +218,6 @@ class BackboneConfig:
         return cls(**{**fields, "rope": None if rope is None else RopeConfig(**rope)})
 
 
-_LLAMA_7B = BackboneConfig(
-    family="llama",
-    vocab_size=32_000,
-    hidden_size=4096,
-    intermediate_size=11_008,
-    num_layers=32,
-    num_heads=32,
-    num_kv_heads=32,
-    head_dim=128,
-    max_positions=2048,
-    norm_eps=1e-6,
-)
-# BLOOM, arXiv 2211.05100, and BLOOMZ, arXiv 2211.01786.
-_BLOOM_7B1 = BackboneConfig(
-    family="bloom",
-    vocab_size=250_880,
-    hidden_size=4096,
-    intermediate_size=16_384,
-    num_layers=30,
-    num_heads=32,
-    num_kv_heads=32,
-    head_dim=128,
-    max_positions=2048,
-    norm="layer",
-    norm_eps=1e-5,
-    activation="gelu_tanh",
-    gated_mlp=False,
-    position="alibi",
-    rope=None,
-    embedding_norm=True,
-    qkv_bias=True,
-    output_bias=True,
-    mlp_bias=True,
-    tie_embeddings=True,
-)
-# Baichuan has no paper; Baichuan 2 is arXiv 2309.10305.
-_BAICHUAN_7B = replace(_LLAMA_7B, family="baichuan", vocab_size=64_000, max_positions=4096)
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ComputeConfig:
     """How a backbone is computed; this affects rounding and speed, never the model.
@@ -267,18 +252,18 @@ class ComputeConfig:
             )
 
 
-def preset(name: str) -> BackboneConfig:
-    """Returns a published architecture.
-
-    Args:
-        name: family and size, as `llama3.1_8b` or `huatuogpt_7b`; a key of `PRESETS`.
-
-    Raises:
-        ValueError: no preset has this name; lists the known ones.
-    """
-    if name not in PRESETS:
-        raise ValueError(f"no preset is called {name!r}; there are {', '.join(PRESETS)}")
-    return PRESETS[name]
+_LLAMA_7B = BackboneConfig(
+    family="llama",
+    vocab_size=32_000,
+    hidden_size=4096,
+    intermediate_size=11_008,
+    num_layers=32,
+    num_heads=32,
+    num_kv_heads=32,
+    head_dim=128,
+    max_positions=2048,
+    norm_eps=1e-6,
+)
 
 
 def _resized(
@@ -302,8 +287,14 @@ def _resized(
     return replace(base, **{**sizes, **changes})
 
 
+def _llama3_rope(factor: float) -> RopeConfig:
+    return RopeConfig(rope_type="llama3", theta=5e5, factor=factor, original_max_positions=8192)
+
+
 # LLaMA, arXiv 2302.13971. Its 33B model is often called 30B.
 _LLAMA_13B = _resized(_LLAMA_7B, 5120, 13_824, 40, 40)
+# Llama 2, arXiv 2307.09288.
+_LLAMA2: dict[str, Any] = {"max_positions": 4096, "norm_eps": 1e-5}
 # Llama 3, arXiv 2407.21783.
 _LLAMA3_8B = replace(
     _resized(_LLAMA_7B, 4096, 14_336, 32, 32, 8, norm_eps=1e-5, max_positions=8192),
@@ -311,6 +302,8 @@ _LLAMA3_8B = replace(
     rope=RopeConfig(theta=5e5),
 )
 _LLAMA3_70B = _resized(_LLAMA3_8B, 8192, 28_672, 80, 64, 8)
+_LLAMA31: dict[str, Any] = {"max_positions": 131_072, "rope": _llama3_rope(8.0)}
+_LLAMA32: dict[str, Any] = {**_LLAMA31, "rope": _llama3_rope(32.0), "tie_embeddings": True}
 # Yi, arXiv 2403.04652.
 _YI_6B = replace(
     _resized(_LLAMA_7B, 4096, 11_008, 32, 32, 4, norm_eps=1e-5, max_positions=4096),
@@ -343,7 +336,27 @@ _QWEN3_8B = replace(
     rope=RopeConfig(theta=1e6),
 )
 _QWEN3_SMALL = replace(_QWEN3_8B, tie_embeddings=True)
+# BLOOM, arXiv 2211.05100, and BLOOMZ, arXiv 2211.01786.
+_BLOOM_7B1 = replace(
+    _resized(_LLAMA_7B, 4096, 16_384, 30, 32),
+    family="bloom",
+    vocab_size=250_880,
+    norm="layer",
+    norm_eps=1e-5,
+    activation="gelu_tanh",
+    gated_mlp=False,
+    position="alibi",
+    rope=None,
+    embedding_norm=True,
+    qkv_bias=True,
+    output_bias=True,
+    mlp_bias=True,
+    tie_embeddings=True,
+)
+# Baichuan has no paper; Baichuan 2 is arXiv 2309.10305.
+_BAICHUAN_7B = replace(_LLAMA_7B, family="baichuan", vocab_size=64_000, max_positions=4096)
 _BAICHUAN_13B = _resized(_BAICHUAN_7B, 5120, 13_696, 40, 40, position="alibi", rope=None)
+_BAICHUAN2: dict[str, Any] = {"family": "baichuan2", "vocab_size": 125_696, "norm_head": True}
 _ZIYA_13B = replace(_LLAMA_13B, vocab_size=39_424)
 
 _BLOOMS = {
@@ -354,13 +367,6 @@ _BLOOMS = {
     "7b1": _BLOOM_7B1,
 }
 
-
-def _llama3_rope(factor: float) -> RopeConfig:
-    return RopeConfig(rope_type="llama3", theta=5e5, factor=factor, original_max_positions=8192)
-
-
-_LLAMA31: dict[str, Any] = {"max_positions": 131_072, "rope": _llama3_rope(8.0)}
-_LLAMA32: dict[str, Any] = {**_LLAMA31, "rope": _llama3_rope(32.0), "tie_embeddings": True}
 PRESETS: dict[str, BackboneConfig] = {
     "llama_7b": _LLAMA_7B,
     "llama_13b": _LLAMA_13B,
@@ -407,28 +413,15 @@ PRESETS: dict[str, BackboneConfig] = {
 }
 
 
-def _check_choices(cfg: Any) -> None:
-    """Raises ValueError for a field declared as a Literal that holds another value."""
-    for field in dataclasses.fields(cfg):
-        if get_origin(field.type) is Literal:
-            value, choices = getattr(cfg, field.name), get_args(field.type)
-            if value not in choices:
-                raise ValueError(
-                    f"{type(cfg).__name__}.{field.name}={value!r} is not one of {list(choices)}"
-                )
+def preset(name: str) -> BackboneConfig:
+    """Returns a published architecture.
 
+    Args:
+        name: family and size, as `llama3.1_8b` or `huatuogpt_7b`; a key of `PRESETS`.
 
-def _check_positive(cfg: Any, names: tuple[str, ...]) -> None:
-    for name in names:
-        value = getattr(cfg, name)
-        if value is not None and value <= 0:
-            raise ValueError(f"{type(cfg).__name__}.{name}={value!r} must be above 0")
-
-
-def _check_names(cls: type, fields: Mapping[str, Any]) -> None:
-    """Raises ValueError unless the mapping has exactly the fields of a dataclass."""
-    known = {field.name for field in dataclasses.fields(cls)}
-    if unknown := sorted(set(fields) - known):
-        raise ValueError(f"{cls.__name__} has no field {', '.join(unknown)}")
-    if missing := sorted(known - set(fields)):
-        raise ValueError(f"{cls.__name__} lacks field {', '.join(missing)}")
+    Raises:
+        ValueError: no preset has this name; lists the known ones.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"no preset is called {name!r}; there are {', '.join(PRESETS)}")
+    return PRESETS[name]

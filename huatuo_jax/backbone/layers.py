@@ -49,14 +49,14 @@ class Projection(nn.Module):
         num_contracted: number of last dimensions of the inputs, and first ones of the kernel, that
             are summed over.
         kernel_shape: of the parameter `kernel`.
-        bias_shape: of the parameter `bias`, None without one.
+        has_bias: add the parameter `bias`.
         parts: indices at which the outputs' dimension `parts_dim` is cut.
         parts_dim: that dimension, counted from the end.
     """
 
     num_contracted: int
     kernel_shape: tuple[int, ...]
-    bias_shape: tuple[int, ...] | None
+    has_bias: bool
     cfg: BackboneConfig
     compute: ComputeConfig
     parts: tuple[int, ...] = ()
@@ -83,9 +83,10 @@ class Projection(nn.Module):
             outputs = [*multiply(self.parts, self.parts_dim)]
         else:
             outputs = self._cut(*multiply())
-        if self.bias_shape is None:
+        if not self.has_bias:
             return outputs
-        bias = self.param("bias", init.zeros, self.bias_shape, self.compute.param_dtype)
+        bias_shape = self.kernel_shape[self.num_contracted :]
+        bias = self.param("bias", init.zeros, bias_shape, self.compute.param_dtype)
         return [
             part + jnp.expand_dims(added, (0, 1))
             for part, added in zip(outputs, self._cut(bias.astype(dtype)), strict=True)
@@ -163,7 +164,7 @@ class SelfAttention(nn.Module):
         (output_BTD,) = Projection(
             2,
             (cfg.num_heads, cfg.head_dim, cfg.hidden_size),
-            (cfg.hidden_size,) if cfg.output_bias else None,
+            cfg.output_bias,
             cfg,
             compute,
             name="output",
@@ -177,7 +178,7 @@ class SelfAttention(nn.Module):
         q, k, v = Projection(
             1,
             (cfg.hidden_size, cfg.num_kv_heads, block),
-            (cfg.num_kv_heads, block) if cfg.qkv_bias else None,
+            cfg.qkv_bias,
             cfg,
             self.compute,
             parts=(block - 2 * head_dim, block - head_dim),
@@ -231,14 +232,9 @@ class FeedForward(nn.Module):
         cfg, activation = self.cfg, ACTIVATIONS[self.cfg.activation]
         wide_BTF = self._gated(hidden_BTD) if cfg.gated_mlp else activation(self._up(hidden_BTD))
         wide_BTF = sharding.constrain(wide_BTF, "mlp_BTF")
-        (output_BTD,) = Projection(
-            1,
-            (cfg.intermediate_size, cfg.hidden_size),
-            (cfg.hidden_size,) if cfg.mlp_bias else None,
-            cfg,
-            self.compute,
-            name="down",
-        )(wide_BTF)
+        shape = (cfg.intermediate_size, cfg.hidden_size)
+        down = Projection(1, shape, cfg.mlp_bias, cfg, self.compute, name="down")
+        (output_BTD,) = down(wide_BTF)
         return add_update(self, self.lora, "down", wide_BTF, output_BTD)
 
     def _gated(self, hidden_BTD: jax.Array) -> jax.Array:
@@ -246,7 +242,7 @@ class FeedForward(nn.Module):
         gate_BT1F, up_BT1F = Projection(
             1,
             (cfg.hidden_size, 2, cfg.intermediate_size),
-            (2, cfg.intermediate_size) if cfg.mlp_bias else None,
+            cfg.mlp_bias,
             cfg,
             self.compute,
             parts=(1,),
@@ -259,14 +255,9 @@ class FeedForward(nn.Module):
 
     def _up(self, hidden_BTD: jax.Array) -> jax.Array:
         cfg = self.cfg
-        (up_BTF,) = Projection(
-            1,
-            (cfg.hidden_size, cfg.intermediate_size),
-            (cfg.intermediate_size,) if cfg.mlp_bias else None,
-            cfg,
-            self.compute,
-            name="up",
-        )(hidden_BTD)
+        shape = (cfg.hidden_size, cfg.intermediate_size)
+        up = Projection(1, shape, cfg.mlp_bias, cfg, self.compute, name="up")
+        (up_BTF,) = up(hidden_BTD)
         return add_update(self, self.lora, "up", hidden_BTD, up_BTF)
 
 

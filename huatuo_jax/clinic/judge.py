@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 
 from huatuo_jax.clinic import diseases, findings, reading, symptoms, world
-from huatuo_jax.clinic import symptoms as care
 from huatuo_jax.clinic.findings import Findings, find
 from huatuo_jax.clinic.world import Draws
 from huatuo_jax.data.records import Prompt
@@ -197,7 +196,7 @@ def describe(found: Findings) -> str:
 
 def world_hash() -> str:
     """Returns a hash of the tables and of the code that judges by them."""
-    modules = (care, diseases, symptoms, world, reading, findings, sys.modules[__name__])
+    modules = (diseases, symptoms, world, reading, findings, sys.modules[__name__])
     text = "\n".join(inspect.getsource(module) for module in modules)
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 

@@ -14,12 +14,12 @@ Every draw is a SHA-256 of a key and a counter, and so is the same on every mach
 version of Python: `random` promises this for few of its methods, and `hash` for no text.
 """
 
+import dataclasses
 import functools
 import hashlib
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from huatuo_jax.clinic.diseases import AGE_BANDS, DISEASES, DURATIONS, Disease
@@ -114,7 +114,7 @@ def number(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
     """A patient and the truth about the case.
 
@@ -150,16 +150,8 @@ class Case:
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain values, as in a record's `case`."""
-        return {
-            "id": self.id,
-            "disease": self.disease,
-            "age": self.age,
-            "sex": self.sex,
-            "since": self.since,
-            "lasts": self.lasts,
-            "symptoms": list(self.symptoms),
-            "conditions": list(self.conditions),
-        }
+        lists = {"symptoms": list(self.symptoms), "conditions": list(self.conditions)}
+        return dataclasses.asdict(self) | lists
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> "Case":
@@ -168,28 +160,24 @@ class Case:
         Raises:
             ValueError: a field is missing or unknown, or holds a name outside this world.
         """
-        names = ("id", "disease", "age", "sex", "since", "lasts", "symptoms", "conditions")
+        names = tuple(field.name for field in dataclasses.fields(cls))
         if sorted(row) != sorted(names):
             raise ValueError(f"a case has the fields {', '.join(names)}; this one {sorted(row)}")
-        unknown = [
-            name
-            for names_found, known in (
-                ([row["disease"]], DISEASES),
-                ([row["sex"]], SEXES),
-                ([row["lasts"]], DURATIONS),
-                (row["symptoms"], SYMPTOMS),
-                (row["conditions"], CONDITIONS),
-            )
-            for name in names_found
-            if name not in known
-        ]
+        found = (
+            ([row["disease"]], DISEASES),
+            ([row["sex"]], SEXES),
+            ([row["lasts"]], DURATIONS),
+            (row["symptoms"], SYMPTOMS),
+            (row["conditions"], CONDITIONS),
+        )
+        unknown = [name for some, known in found for name in some if name not in known]
         if unknown:
             raise ValueError(f"case {row['id']!r}: the clinic has no {unknown[0]!r}")
         fields = {**row, "symptoms": tuple(row["symptoms"]), "conditions": tuple(row["conditions"])}
         return cls(**fields)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Observation:
     """The information from a patient.
 

@@ -252,7 +252,7 @@ def write_json(path: str | pathlib.Path, figures: dict[str, Any]) -> None:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Flags:
+class Flags(CompileConfig):
     """Compiles a config for TPUs or GPUs without one: memory, FLOPs and the highest possible speed.
 
     Uses shapes alone: no weight and no data is read. Needs the extra of the hardware, but no such
@@ -268,24 +268,14 @@ class Flags:
         sweep: try micro-batches and remat, and recommend the best.
     """
 
-    topology: str
-    num_slices: int = 1
-    stages: tuple[str, ...] = ()
-    preset: str | None = None
     output: str | None = None
     sweep: bool = False
 
 
 def main(flags: Flags, config: StagesConfig | RlaifConfig) -> None:
     """Compiles, prints and writes the figures."""
-    cfg = CompileConfig(
-        topology=flags.topology,
-        num_slices=flags.num_slices,
-        stages=flags.stages,
-        preset=flags.preset,
-    )
     compiled = sweep_config if flags.sweep else compile_config
-    figures = compiled(config, cfg, lambda line: print(line, flush=True))
+    figures = compiled(config, flags, lambda line: print(line, flush=True))
     if flags.output is not None:
         write_json(flags.output, figures)
         print(f"written: {flags.output}")

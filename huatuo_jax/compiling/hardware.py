@@ -22,7 +22,7 @@ import importlib.util
 import os
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import topologies
@@ -77,65 +77,41 @@ class Chip:
         return self.memory // self.devices - GIB // 4
 
 
+def _tpu(
+    name: str,
+    memory_gib: int,
+    memory_gb_per_s: float,
+    link_gb_per_s: float,
+    network_gb_per_s: float,
+    *,
+    dims: int,
+    **more: Any,
+) -> Chip:
+    """Returns a TPU chip of pods that are a 16 x 16 torus (2 axes) or 4 x 4 x 4 cubes (3 axes)."""
+    peak_flops = more.pop("peak_flops", None) or PEAK_FLOPS[f"TPU {name}"]
+    return Chip(
+        name=name,
+        memory=memory_gib * GIB,
+        peak_flops=peak_flops,
+        memory_bandwidth=memory_gb_per_s * 1e9,
+        link_bandwidth=link_gb_per_s * 1e9,
+        network_bandwidth=network_gb_per_s * 1e9,
+        ring_multiple=16 if dims == 2 else 4,
+        dims=dims,
+        example=f"{name}:{'8x8' if dims == 2 else '4x4x4'}",
+        **more,
+    )
+
+
 CHIPS: dict[str, Chip] = {
     chip.name: chip
     for chip in (
-        Chip(
-            name="v4",
-            memory=32 * GIB,
-            peak_flops=PEAK_FLOPS["TPU v4"],
-            memory_bandwidth=1200e9,
-            link_bandwidth=50e9,
-            network_bandwidth=3.125e9,
-            ring_multiple=4,
-            dims=3,
-            # The two cores of a chip are one device.
-            options=(("chip_config_name", "megacore"),),
-            example="v4:4x4x4",
-        ),
-        Chip(
-            name="v5e",
-            memory=16 * GIB,
-            peak_flops=PEAK_FLOPS["TPU v5e"],
-            memory_bandwidth=819e9,
-            link_bandwidth=50e9,
-            network_bandwidth=3.125e9,
-            ring_multiple=16,
-            example="v5e:8x8",
-        ),
-        Chip(
-            name="v5p",
-            memory=95 * GIB,
-            peak_flops=PEAK_FLOPS["TPU v5p"],
-            memory_bandwidth=2765e9,
-            link_bandwidth=100e9,
-            network_bandwidth=6.25e9,
-            ring_multiple=4,
-            dims=3,
-            example="v5p:4x4x4",
-        ),
-        Chip(
-            name="v6e",
-            memory=32 * GIB,
-            peak_flops=PEAK_FLOPS["TPU v6e"],
-            memory_bandwidth=1638e9,
-            link_bandwidth=100e9,
-            network_bandwidth=12.5e9,
-            ring_multiple=16,
-            example="v6e:8x8",
-        ),
-        Chip(
-            name="tpu7x",
-            memory=192 * GIB,
-            peak_flops=2307e12,
-            memory_bandwidth=7380e9,
-            link_bandwidth=100e9,
-            network_bandwidth=12.5e9,
-            ring_multiple=4,
-            devices=2,
-            dims=3,
-            example="tpu7x:4x4x4",
-        ),
+        # The two cores of a v4 chip are one device.
+        _tpu("v4", 32, 1200, 50, 3.125, dims=3, options=(("chip_config_name", "megacore"),)),
+        _tpu("v5e", 16, 819, 50, 3.125, dims=2),
+        _tpu("v5p", 95, 2765, 100, 6.25, dims=3),
+        _tpu("v6e", 32, 1638, 100, 12.5, dims=2),
+        _tpu("tpu7x", 192, 7380, 100, 12.5, dims=3, peak_flops=2307e12, devices=2),
     )
 }
 

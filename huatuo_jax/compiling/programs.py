@@ -303,7 +303,7 @@ def _generation(roles: Roles) -> list[Program]:
         Program(
             name="ppo/prefill",
             does=f"{rows} prompts of {length} tokens into the cache",
-            function=engine.programs.jitted_prefill,
+            function=engine.programs.prefill,
             arguments=engine.prefill_arguments,
             beside=(*held, engine.decode_arguments[1]),
             tokens=engine.prompt_tokens,
@@ -317,7 +317,7 @@ def _generation(roles: Roles) -> list[Program]:
         Program(
             name="ppo/decode",
             does=f"{engine.steps} tokens of each of {slots} answers, {cfg.max_length} tokens long",
-            function=engine.programs.jitted_decode,
+            function=engine.programs.decode,
             arguments=engine.decode_arguments,
             beside=(*held, engine.prefill_arguments[1]),
             tokens=steps,

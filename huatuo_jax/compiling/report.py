@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import jax
 
 from huatuo_jax.compiling import hlo
-from huatuo_jax.compiling import hlo as collecting
 from huatuo_jax.compiling.costs import (
     Costs,
     Roofline,
@@ -190,7 +189,7 @@ def compile_program(program: Program, of: Slice) -> Analysis | Misfit:
     text = compiled.as_text()
     assert text is not None
     module = hlo.parse(text)
-    found = collecting.collectives_of(module, program.mesh, num_layers=program.backbone.num_layers)
+    found = hlo.collectives_of(module, program.mesh, num_layers=program.backbone.num_layers)
     timed = [(one, one.runs * seconds_of(one, of, program.mesh)) for one in found]
     costs = costs_of(module)
     reported: Any = compiled.cost_analysis()
@@ -201,7 +200,7 @@ def compile_program(program: Program, of: Slice) -> Analysis | Misfit:
         costs=costs,
         # None on a GPU; no FLOPs for a program that only moves arrays.
         compiler_flops=None if reported is None else float(reported.get("flops", 0.0)),
-        collectives=collecting.by_kind_and_axes(timed),
+        collectives=hlo.by_kind_and_axes(timed),
         roofline=roofline(
             costs,
             interconnect_s=sum(needed for _, needed in timed),
@@ -210,7 +209,7 @@ def compile_program(program: Program, of: Slice) -> Analysis | Misfit:
         ),
         splash=splash_calls(module),
         cudnn=cudnn_calls(module),
-        stacked_gathers=collecting.gathers_of_stacked_layers(found, program.stacked_shapes),
+        stacked_gathers=hlo.gathers_of_stacked_layers(found, program.stacked_shapes),
         arguments=arguments,
         values=largest_values(module, _NUM_BUFFERS),
         advice=[],

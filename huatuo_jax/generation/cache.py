@@ -184,7 +184,7 @@ def write_start_tokens(tokens_PS: jax.Array, tokens_RT: jax.Array) -> jax.Array:
 
 
 def copy_pages(
-    target: Cache, source: Cache, *, first: jax.Array, targets_M: jax.Array, shard: jax.Array
+    target: Cache, source: Cache, first: jax.Array, targets_M: jax.Array, shard: jax.Array
 ) -> Cache:
     """Copies consecutive pages of one cache over pages of another, within a shard.
 

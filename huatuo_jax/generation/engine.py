@@ -138,9 +138,9 @@ class Pool:
         self.cache = self._programs.insert(
             self.cache,
             prefix,
-            first=row * len(targets_M),
-            targets_M=targets_M,
-            shard=slot // self._slots_per_shard,
+            np.int32(row * len(targets_M)),
+            targets_M,
+            np.int32(slot // self._slots_per_shard),
         )
 
 

@@ -79,15 +79,15 @@ def attend_pages(
     return jax.lax.optimization_barrier(_put_together(parts).astype(v_PKSH.dtype))
 
 
-def prefill(model: Transformer, variables: Variables, tokens_BT: jax.Array, cache: Cache) -> Cache:
+def prefill(model: Transformer, variables: Variables, cache: Cache, tokens_BT: jax.Array) -> Cache:
     """Returns the cache with these tokens at the start of its rows.
 
     Args:
         model: the backbone.
         variables: its own, layers stacked or split.
+        cache: its pages belong to B rows in their order, of at least T positions each.
         tokens_BT: padded on the right; cached values of padding are never read, because a later
             token overwrites a position before it reads it.
-        cache: its pages belong to B rows in their order, of at least T positions each.
     """
     batch, length = tokens_BT.shape
     positions_T = jnp.arange(length, dtype=jnp.int32)

@@ -16,7 +16,7 @@ import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 from huatuo_jax.core.files import AppendedFile, read_lines
 from huatuo_jax.data.records import Prompt, messages_to_json
@@ -47,9 +47,14 @@ _COMMON = (
 )
 # Lines written before these fields existed lack them.
 _MAY_LACK = {"failure", "max_tokens"}
+# The fields that hold the index of each answer shown.
+INDEX_NAMES: Mapping[Protocol, tuple[str, ...]] = {
+    "score": ("answer",),
+    "pairwise": ("first", "second"),
+}
 _OF_PROTOCOL: Mapping[Protocol, tuple[str, ...]] = {
-    "score": ("answer", "scores"),
-    "pairwise": ("first", "second", "p_first"),
+    "score": (*INDEX_NAMES["score"], "scores"),
+    "pairwise": (*INDEX_NAMES["pairwise"], "p_first"),
 }
 
 
@@ -139,8 +144,7 @@ class Judgement:
     @property
     def answers(self) -> tuple[int, ...]:
         """Returns the indices of the judged answers, in the order shown."""
-        shown = (self.answer,) if self.protocol == "score" else (self.first, self.second)
-        return cast(tuple[int, ...], shown)
+        return tuple(getattr(self, name) for name in INDEX_NAMES[self.protocol])
 
     @property
     def identity(self) -> tuple[str, str, tuple[int, ...]]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from huatuo_jax.data.records import Message, Prompt
+from huatuo_jax.data.records import Prompt
 from huatuo_jax.judge import judgements, replies
 from huatuo_jax.judge.completions import Completion
 from huatuo_jax.judge.judgements import Estimate, JudgementFailed, Protocol, Reply, sha256
@@ -85,14 +85,14 @@ class JudgePrompt:
                 f"prompt {prompt.id!r} has neither a reference nor a diagnosis for the judge to"
                 " use; --norequire_reference judges without"
             )
-        dialogue = "\n".join(map(_spoken, prompt.messages))
+        dialogue = "\n".join(f"{_SPEAKERS[one.role]}：{one.content}" for one in prompt.messages)
         values = {
             "dialogue": dialogue,
             "reference": _reference(prompt),
             "low": str(low),
             "high": str(high),
             "mark": sha256("\0".join([dialogue, *texts]))[:_MARK_DIGITS],
-            **dict(zip(_names_of_texts(self.protocol), texts, strict=True)),
+            **dict(zip(judgements.INDEX_NAMES[self.protocol], texts, strict=True)),
         }
         return [
             {"role": role, "content": _sendable(_PLACE.sub(lambda place: values[place[1]], part))}
@@ -376,14 +376,6 @@ def _parts(text: str, path: pathlib.Path) -> tuple[str, str]:
             " line [user] and its text"
         )
     return parts["system"] if "system" in parts else "", parts["user"]
-
-
-def _names_of_texts(protocol: Protocol) -> tuple[str, ...]:
-    return ("answer",) if protocol == "score" else ("first", "second")
-
-
-def _spoken(message: Message) -> str:
-    return f"{_SPEAKERS[message.role]}：{message.content}"
 
 
 def _reference(prompt: Prompt) -> str:

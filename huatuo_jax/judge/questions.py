@@ -17,6 +17,7 @@ from huatuo_jax.data.answers import Sampled, SampledPrompt
 from huatuo_jax.data.files import RowError, read_rows
 from huatuo_jax.data.records import Prompt, answer, same_answer
 from huatuo_jax.judge.judgements import (
+    INDEX_NAMES,
     Judge,
     Judgement,
     JudgementFailed,
@@ -99,39 +100,32 @@ class Question:
             outcome: from `ask`.
             paid: this record carries tokens and cost; False for a copy of an equal question's.
         """
-        shown = dict(zip(_index_names(self.protocol), self.answers, strict=True))
+        verdict: dict[str, Any]
+        if isinstance(outcome, Reply):
+            verdict = {name: getattr(outcome, name) for name in ("scores", "p_first", "reason")}
+        else:
+            verdict = {name: getattr(outcome, name) for name in ("failure", "max_tokens")}
+            verdict["error"] = str(outcome)
         return Judgement(
             id=self.prompt.id,
             key=self.key,
             protocol=self.protocol,
-            answer=shown.get("answer"),
-            first=shown.get("first"),
-            second=shown.get("second"),
-            scores=outcome.scores if isinstance(outcome, Reply) else None,
-            p_first=outcome.p_first if isinstance(outcome, Reply) else None,
+            **dict(zip(INDEX_NAMES[self.protocol], self.answers, strict=True)),
+            **verdict,
             judge=self.judge,
             template=self.template,
-            reason=outcome.reason if isinstance(outcome, Reply) else None,
             raw=outcome.raw,
             usage=outcome.usage if paid else None,
             cost=outcome.cost if paid else 0.0,
             latency_s=outcome.latency_s,
-            error=str(outcome) if isinstance(outcome, JudgementFailed) else None,
-            failure=outcome.failure if isinstance(outcome, JudgementFailed) else None,
-            max_tokens=outcome.max_tokens if isinstance(outcome, JudgementFailed) else None,
             prompt_sha256=prompt_hash(self.prompt),
             answer_sha256=tuple(map(sha256, self.texts)),
         )
 
     def copy_of(self, judgement: Judgement) -> Judgement:
         """Returns the record of a verdict that an equal question already has."""
-        reply = Reply(
-            scores=judgement.scores,
-            p_first=judgement.p_first,
-            reason=judgement.reason,
-            raw=judgement.raw,
-            latency_s=judgement.latency_s,
-        )
+        kept = ("scores", "p_first", "reason", "raw", "latency_s")
+        reply = Reply(**{name: getattr(judgement, name) for name in kept})
         return self.judgement(reply, paid=False)
 
 
@@ -494,7 +488,3 @@ def _question(
 def _lot(item: Answered, pair: Sequence[int]) -> str:
     texts = sorted(item.answers[index] for index in pair)
     return sha256("\0".join([prompt_hash(item.prompt), *texts]))
-
-
-def _index_names(protocol: Protocol) -> tuple[str, ...]:
-    return ("answer",) if protocol == "score" else ("first", "second")

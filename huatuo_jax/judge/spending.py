@@ -20,7 +20,7 @@ import math
 import os
 import pathlib
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -82,11 +82,25 @@ class RateLimiter:
     a call under way counts with its largest number. A single call above `tokens` goes alone.
     """
 
-    def __init__(self, limits: RateLimits, past: Iterable[PastCall] = ()) -> None:
-        """Start with the calls of an earlier run, as a kill does not empty the server's window."""
-        self._limits = limits
+    def __init__(
+        self,
+        limits: RateLimits,
+        past: Iterable[PastCall] = (),
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
+    ) -> None:
+        """Starts with the calls of an earlier run, as a kill does not empty the server's window.
+
+        Args:
+            limits: the server's.
+            past: calls of earlier runs.
+            clock: returns the time in seconds.
+            sleep: waits for some seconds.
+        """
+        self._limits, self._clock, self._wait = limits, clock, sleep
         self._window_s = limits.window_s + _MARGIN_S
-        now_s = time.monotonic()
+        now_s = self._clock()
         oldest_first = sorted(past, reverse=True)
         self._passages = collections.deque(
             Passage(now_s - max(call.age_s, 0.0), call.tokens) for call in oldest_first
@@ -101,13 +115,13 @@ class RateLimiter:
 
     async def rest(self, seconds: float) -> None:
         """Waits for this long, or until the limiter gives up."""
-        until_s = time.monotonic() + seconds
-        while (wait_s := until_s - time.monotonic()) > 0:
+        until_s = self._clock() + seconds
+        while (wait_s := until_s - self._clock()) > 0:
             await self._sleep(wait_s)
 
     def hold(self, seconds: float) -> None:
         """Lets no call through for this long, as the server has asked."""
-        self._held_until_s = max(self._held_until_s, time.monotonic() + seconds)
+        self._held_until_s = max(self._held_until_s, self._clock() + seconds)
 
     async def pass_through(self, tokens: int) -> Passage:
         """Waits until a call of at most this many tokens may start, and counts it as started."""
@@ -116,7 +130,7 @@ class RateLimiter:
                 await self._sleep(wait_s)
             if self._given_up is not None:
                 raise self._given_up
-            passage = Passage(time.monotonic(), tokens)
+            passage = Passage(self._clock(), tokens)
             if self._limits.requests is not None or self._limits.tokens is not None:
                 self._passages.append(passage)
             return passage
@@ -124,10 +138,10 @@ class RateLimiter:
     async def _sleep(self, wait_s: float) -> None:
         if self._given_up is not None:
             raise self._given_up
-        await asyncio.sleep(min(wait_s, _LOOK_AGAIN_S))
+        await self._wait(min(wait_s, _LOOK_AGAIN_S))
 
     def _wait_s(self, tokens: int) -> float:
-        now_s = time.monotonic()
+        now_s = self._clock()
         while self._passages and self._passages[0].started_s + self._window_s <= now_s:
             self._passages.popleft()
         wait_s = self._held_until_s - now_s
