@@ -100,18 +100,17 @@ class Question:
             outcome: from `ask`.
             paid: this record carries tokens and cost; False for a copy of an equal question's.
         """
-        verdict: dict[str, Any]
+        fields: dict[str, Any] = dict(zip(INDEX_NAMES[self.protocol], self.answers, strict=True))
         if isinstance(outcome, Reply):
-            verdict = {name: getattr(outcome, name) for name in ("scores", "p_first", "reason")}
+            fields |= {name: getattr(outcome, name) for name in ("scores", "p_first", "reason")}
         else:
-            verdict = {name: getattr(outcome, name) for name in ("failure", "max_tokens")}
-            verdict["error"] = str(outcome)
+            fields |= {name: getattr(outcome, name) for name in ("failure", "max_tokens")}
+            fields["error"] = str(outcome)
         return Judgement(
             id=self.prompt.id,
             key=self.key,
             protocol=self.protocol,
-            **dict(zip(INDEX_NAMES[self.protocol], self.answers, strict=True)),
-            **verdict,
+            **fields,
             judge=self.judge,
             template=self.template,
             raw=outcome.raw,
