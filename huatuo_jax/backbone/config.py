@@ -220,7 +220,7 @@ class BackboneConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ComputeConfig:
-    """How a backbone is computed; this affects rounding and speed, never the model.
+    """The computation of a backbone: it affects rounding and speed, never the model.
 
     Attributes:
         param_dtype: dtype of fresh parameters (float32 where they are trained).

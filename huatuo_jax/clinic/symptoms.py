@@ -220,7 +220,7 @@ DRUGS: dict[str, Drug] = {
 
 
 def _named(lines: str) -> dict[str, tuple[str, ...]]:
-    """Each line's first word -> all its words."""
+    """Maps each line's first word to all its words."""
     return {line.split()[0]: tuple(line.split()) for line in lines.strip().splitlines()}
 
 

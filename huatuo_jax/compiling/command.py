@@ -149,13 +149,13 @@ def with_settings(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompileConfig:
-    """What is compiled.
+    """The devices and the stages to compile for.
 
     Attributes:
         topology: of the slice.
-        num_slices: of them.
+        num_slices: number of slices.
         stages: some of the config's; none for all.
-        preset: the architecture of models that no stage makes; None looks at their configs.
+        preset: the architecture of models that no stage makes; None reads their configs.
     """
 
     topology: str

@@ -115,12 +115,12 @@ def decide(
         pick = "best_of_n"
     reason = _reason(pick, start, challengers, shares, best_of_n=best_of_n)
     failed = sum(found["failed"] for found in win_rates.values())
-    told = f" ({failed} pairs had no verdict)" if failed else ""
+    note = f" ({failed} pairs had no verdict)" if failed else ""
     name = names(best_of_n)[pick]
     return Decision(
         pick,
         f"{name[0].upper()}{name[1:]} is released: asked about {num_prompts} held-out prompts, "
-        f"{judge} {reason}{told}.",
+        f"{judge} {reason}{note}.",
     )
 
 
@@ -245,18 +245,18 @@ def _over_sft(
 
 def _warnings(truth: Mapping[str, Any] | None, name: str) -> list[str]:
     """Returns a sentence for each truth that got worse outside the interval."""
-    told = []
+    warnings = []
     for field, found in (truth or {}).items():
         words, more_is_better = TRUTHS[field]
         gain = found["difference"]
         if gain is None or not (gain["high"] < 0 if more_is_better else gain["low"] > 0):
             continue
-        told.append(
+        warnings.append(
             f"Though the judge prefers {name} to SFT, {name} {words} "
             f"{'less' if more_is_better else 'more'} often: {gain['value']:+.3f}, 95 % interval "
             f"{gain['low']:+.3f} to {gain['high']:+.3f}."
         )
-    return told
+    return warnings
 
 
 def _pair(one: str, other: str) -> str:

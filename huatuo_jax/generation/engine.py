@@ -345,7 +345,7 @@ class Engine:
         return bool(self._queue or self._prefilled) or any(self._table.running)
 
     def step(self) -> list[Answer]:
-        """One round: fill free slots, decode some steps; returns the answers it completed."""
+        """Runs one round, filling free slots and decoding; returns the answers it completed."""
         started_s = time.perf_counter()
         self._pool.make_room(self._lengths_of_a_round())
         self._fill_slots()
@@ -372,14 +372,14 @@ class Engine:
         return answers
 
     def reset_report(self) -> None:
-        """Count from here on."""
+        """Restarts the counts."""
         self._rounds = self._prompt_tokens = self._generated_tokens = 0
         self._queued_steps = self._queued_busy_steps = 0
         self._seconds = 0.0
 
     @property
     def report(self) -> EngineReport:
-        """What was done since the last `reset_report`."""
+        """Returns the counts since the last `reset_report`."""
         return EngineReport(
             prompt_tokens=self._prompt_tokens,
             generated_tokens=self._generated_tokens,
@@ -403,7 +403,7 @@ class Engine:
             self._rest()  # Also where the caller stops early.
 
     def _lengths_of_a_round(self) -> np.ndarray:
-        """Positions that each slot reaches in the next round, those now filled included."""
+        """Returns each slot's positions after the next round, for slots filled in it too."""
         lengths_B = self._table.lengths_B
         occupied_B = self._table.progress.active_B.copy()
         for slot, prompt in zip(self._table.free, self._prompts_to_come(), strict=False):
@@ -412,14 +412,14 @@ class Engine:
         return np.where(occupied_B, reached_B, 0)
 
     def _prompts_to_come(self) -> Iterator[Sequence[int]]:
-        """The prompts of the answers that wait, in the order in which slots are filled."""
+        """Yields the prompts of waiting answers, in the order in which slots are filled."""
         for _, running in self._prefilled:
             yield running.request.prompt_token_ids
         for _, request in self._queue:
             yield from itertools.repeat(request.prompt_token_ids, request.num_answers)
 
     def _fill_slots(self) -> None:
-        """Give every free slot the next answer, prefilling prompts as they are needed."""
+        """Gives every free slot the next answer, prefilling prompts as needed."""
         for slot in self._table.free:
             if not self._prefilled:
                 if not self._queue:
@@ -432,10 +432,10 @@ class Engine:
             self._table.occupy(slot, running)
 
     def _prefill(self) -> None:
-        """Run the next prompts into the prefix cache, and line up their answers."""
+        """Runs the next prompts into the prefix cache, and queues their answers."""
         count = min(self._prefill_rows, len(self._queue))
         taken = [self._queue.popleft() for _ in range(count)]
-        # All but the last token, which is the first that a decode step runs.
+        # All but the last token, which the first decode step runs.
         prompts = [list(request.prompt_token_ids)[:-1] for _, request in taken]
         length = bucket_of(max(map(len, prompts)), self._buckets.prefill)
         tokens_BT = np.zeros((self._prefill_rows, length), dtype=np.int32)

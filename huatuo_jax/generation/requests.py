@@ -23,7 +23,7 @@ MAX_STOP_TOKENS = 16  # A fixed width, so that no request causes a recompilation
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """How an answer is sampled and where it ends.
+    """The sampling of an answer, and its end.
 
     Attributes:
         max_new_tokens: tokens of an answer at most; the engine's `max_length` limits it too.

@@ -25,7 +25,7 @@ _PROBE = (Message("user", "?"), Message("assistant", "!"))
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplesConfig:
-    """What is sampled at each evaluation.
+    """The answers sampled at each evaluation.
 
     Attributes:
         num_prompts: held-out dialogues whose last answer is written anew; 0 for none.

@@ -19,7 +19,7 @@ _LARGEST_BIT = 31
 
 
 class Settings(NamedTuple):
-    """How each row is sampled; arrays, so that no setting causes a recompilation.
+    """The sampling of each row, as arrays, so that no setting causes a recompilation.
 
     Attributes:
         temperature_B: float32; 0 takes the best token.

@@ -375,12 +375,12 @@ def _settled(
 
 def _not_asked_again(refused: int, truncated: int) -> list[str]:
     """Returns lines about the questions that are not asked again, with the remedy."""
-    told = []
+    lines = []
     if refused:
-        told.append(f"{refused} were refused in two runs and are not asked again")
+        lines.append(f"{refused} were refused in two runs and are not asked again")
     if truncated:
-        told.append(f"{truncated} have a truncated reply: ask again with more --max_tokens")
-    return told
+        lines.append(f"{truncated} have a truncated reply: ask again with more --max_tokens")
+    return lines
 
 
 def _num_asked(groups: Iterable[Sequence[Question]]) -> int:

@@ -268,10 +268,10 @@ def asks_when_missing(answer: str, patient: str) -> float | None:
         patient: everything that the patient said. Information is missing where it is a complaint,
             not a question of general knowledge, and states fewer than 3 of the 6 `FACETS`.
     """
-    told = unicodedata.normalize("NFKC", patient).lower().replace(" ", "")
-    if not re.search(COMPLAINT, told) or re.search(KNOWLEDGE, told):
+    said = unicodedata.normalize("NFKC", patient).lower().replace(" ", "")
+    if not re.search(COMPLAINT, said) or re.search(KNOWLEDGE, said):
         return None
-    if sum(re.search(pattern, told) is not None for pattern in FACETS.values()) >= ENOUGH_FACETS:
+    if sum(re.search(pattern, said) is not None for pattern in FACETS.values()) >= ENOUGH_FACETS:
         return None
     return float(asks_back(answer))
 
@@ -465,9 +465,10 @@ def refuse_unused_judge(
     """Raises ValueError if fields of the clinic's judge are set and another judge is used."""
     if clinic_judge == EXACT or (offline != "rubric" and not by_server):
         return
-    told = ", ".join(f"clinic_judge.{change}" for change in clinic_judge.changes) or "clinic_judge"
+    changes = [f"clinic_judge.{change}" for change in clinic_judge.changes]
     judge = "a model behind a server" if by_server else "the rubric"
-    raise ValueError(f"{told} is for the clinic's judge alone, and {judge} judges: leave it out")
+    fields = ", ".join(changes) or "clinic_judge"
+    raise ValueError(f"{fields} is for the clinic's judge alone, and {judge} judges: leave it out")
 
 
 def _says(text: str, pattern: str) -> bool:

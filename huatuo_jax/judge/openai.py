@@ -241,14 +241,14 @@ class OpenAIJudge:
         """Returns the spending of all calls of the labels file, for the user."""
         totals = self.totals
         tokens = f"{totals.usage.input_tokens} tokens in, {totals.usage.output_tokens} out"
-        told = f"spent in all runs: {totals.requests} requests, {tokens}"
+        text = f"spent in all runs: {totals.requests} requests, {tokens}"
         if self.price is not None:
-            told += f", {totals.cost:.6g} {self.price.currency}"
+            text += f", {totals.cost:.6g} {self.price.currency}"
         if totals.unknown_requests:
-            told += f"; the cost of {totals.unknown_requests} requests is unknown"
+            text += f"; the cost of {totals.unknown_requests} requests is unknown"
             if self.price is not None:
-                told += f" ({totals.unknown_cost:.6g} at most)"
-        return told
+                text += f" ({totals.unknown_cost:.6g} at most)"
+        return text
 
     def template_hash(self, protocol: judgements.Protocol) -> str:
         """Returns the hash of the template file."""

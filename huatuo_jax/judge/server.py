@@ -117,16 +117,16 @@ def fault_of(error: Exception, *, key: str, model: str, where: str, timeout_s: f
         timeout_s: how long a call may take.
     """
 
-    def told(words: str) -> str:
+    def cleaned(words: str) -> str:
         return printable(scrubbed(words, key))[:_MOST_OF_A_MESSAGE]
 
     if isinstance(error, openai.APIStatusError):
         body = _body_of(error)
-        message = told(words_of(body) or str(error.message))
+        message = cleaned(words_of(body) or str(error.message))
         wait_s = _wait_s(error.response.headers)
         return _error_fault(error.status_code, body, message, model, where, wait_s)
     if isinstance(error, NoCompletion) and error.body is not None:
-        message = told(words_of(error.body) or str(error.body))
+        message = cleaned(words_of(error.body) or str(error.body))
         return _error_fault(None, error.body, message, model, where, 0.0, error.usage)
     cause = type(error.__cause__).__name__
     not_sent = cause in _NOT_SENT
@@ -138,7 +138,7 @@ def fault_of(error: Exception, *, key: str, model: str, where: str, timeout_s: f
         outcome, message = "broken connection", f"the connection to {where} broke ({cause})"
     else:
         said = str(error) if isinstance(error, NoCompletion) else type(error).__name__
-        outcome, message = "broken reply", f"the reply of {where} is unreadable: {told(said)}"
+        outcome, message = "broken reply", f"the reply of {where} is unreadable: {cleaned(said)}"
     return Fault(
         outcome=outcome,
         message=message,
@@ -455,11 +455,11 @@ def _error_fault(
     http = "an error with HTTP 200" if status is None else f"HTTP {status}"
     meant = status_within(body) if status is None else status
     consequence, reason, ends_after = _consequence(meant, meanings_of(body), model)
-    told = f" {reason} ({http}: {message})" if reason else f": {http}: {message}"
+    text = f" {reason} ({http}: {message})" if reason else f": {http}: {message}"
     stops = consequence in ("stop", "stop unless answered")
     return Fault(
         outcome=http,
-        message=f"{where}{told}",
+        message=f"{where}{text}",
         consequence=consequence,
         # A gateway that timed out does not know whether there was an answer.
         unbilled=status not in (None, 408, 502, 504),
@@ -494,8 +494,8 @@ def _consequence(
     if failing:
         return "ask again", "", None
     if status == 403:
-        told = "refuses the key in OPENAI_API_KEY, or this question"
-        return "give up", told, _FORBIDDEN_ENDS_AFTER
+        reason = "refuses the key in OPENAI_API_KEY, or this question"
+        return "give up", reason, _FORBIDDEN_ENDS_AFTER
     if Meaning.PARAMETER in meanings:
         return "stop unless answered", "does not take the request as it is", None
     return "give up", "refuses this question", _UNCLEAR_ENDS_AFTER

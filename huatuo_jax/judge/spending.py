@@ -523,13 +523,13 @@ class Price:
             )
         )
         as_of = "no date" if self.as_of is None else f"as of {self.as_of}"
-        told = f"prices in {self.currency} for a million tokens: {', '.join(prices)}"
+        text = f"prices in {self.currency} for a million tokens: {', '.join(prices)}"
         if self.is_example:
             return (
-                f"{told}; from the example table that is shipped ({as_of}), NOT CHECKED: compare"
+                f"{text}; from the example table that is shipped ({as_of}), NOT CHECKED: compare"
                 f" them with your provider's, and give a copy of {self.table} by --prices"
             )
-        return f"{told}; from your table {self.table} ({as_of})"
+        return f"{text}; from your table {self.table} ({as_of})"
 
     def to_json(self) -> dict[str, Any]:
         """Returns the prices of one token and their source, for a report."""

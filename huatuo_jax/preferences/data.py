@@ -70,7 +70,7 @@ class ComparisonSource:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AnswersConfig:
-    """How a prompt and an answer become tokens.
+    """The tokenisation of prompts and answers.
 
     Attributes:
         template: the chat template's name.
@@ -260,10 +260,10 @@ def open_comparisons(
             many that do not fit, or nothing left to train on.
     """
     account = Account("comparisons")
-    told = list(_told(cfg, account))
-    always = {one.case for one in told if one.always}
-    kept = [one for one in told if one.held_out or one.case not in always]
-    account.put_aside(HELD_OUT_ELSEWHERE, len(told) - len(kept))
+    read = list(_told(cfg, account))
+    always = {one.case for one in read if one.always}
+    kept = [one for one in read if one.held_out or one.case not in always]
+    account.put_aside(HELD_OUT_ELSEWHERE, len(read) - len(kept))
     tokens = tokenize_answers(
         (answers_of(one.comparison) for one in kept), cfg, tokenizer, progress
     )
@@ -272,8 +272,8 @@ def open_comparisons(
     comparisons = Comparisons(train, held_out, account)
     if not train:
         raise ValueError(
-            f"data.sources: no comparison is left to train on ({len(told)} read, "
-            f"{sum(one.held_out for one in told)} held out, dropped: {dict(comparisons.dropped)})"
+            f"data.sources: no comparison is left to train on ({len(read)} read, "
+            f"{sum(one.held_out for one in read)} held out, dropped: {dict(comparisons.dropped)})"
         )
     account.check(
         cfg.max_left_out_share,

@@ -57,7 +57,7 @@ class MixedFile:
 
 @dataclass(frozen=True, kw_only=True)
 class ComparisonConfig:
-    """How judgements become preference pairs.
+    """The policies by which judgements become preference pairs.
 
     Attributes:
         judge: name of the judge; None where the labels hold one judge.

@@ -287,9 +287,9 @@ def _compare(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Flags:
-    """Have the answers of a file judged, and make comparisons; run again, it resumes.
+    """Labels an answers file by a judge, and makes comparisons; run again, it resumes.
 
-    The key is taken from OPENAI_API_KEY.
+    The key is read from OPENAI_API_KEY.
 
     Attributes:
         answers: answers file.
@@ -371,12 +371,12 @@ class Flags:
 
 
 def main(flags: Flags) -> None:
-    """Label, and print how it went."""
+    """Labels, and prints the results."""
     run_labels(run_of(flags), print)
 
 
 def run_of(flags: Flags) -> LabelRun:
-    """The run that the flags describe; a flag that would do nothing is refused.
+    """Returns the run that the flags describe; a flag without effect is refused.
 
     Raises:
         ValueError: a flag cannot have its value.
@@ -456,7 +456,7 @@ def _values(flags: Flags, names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _refuse(flags: Flags, names: tuple[str, ...], what: str) -> None:
-    """Raise ValueError for a flag that is set and would do nothing."""
+    """Raises ValueError for a flag that is set without effect."""
     for field in dataclasses.fields(flags):
         if field.name in names and getattr(flags, field.name) != field.default:
             raise ValueError(f"--{field.name} is ignored by {what} leave it out")
