@@ -94,8 +94,8 @@ def echo(writer: Writer, observation: Observation) -> str:
     return writer.symptoms([*first, *others[-2:]])
 
 
-class RealDoctor:
-    """The real doctor, who knows the truth of the case after asking enough."""
+class _Doctor:
+    """A doctor with a patient."""
 
     def __init__(self, writer: Writer, case: Case) -> None:
         """Begins with a patient.
@@ -105,8 +105,18 @@ class RealDoctor:
             case: the truth.
         """
         self._writer, self._case = writer, case
-        self._rounds = 0
-        self._asked_conditions = False
+
+    def _two_advices(self, disease: Disease, observation: Observation) -> tuple[str, str]:
+        writer = self._writer
+        first, second = writer.draws.shuffled(fitting_advice(disease, observation))[:2]
+        return writer.advice(first), writer.advice(second)
+
+
+class RealDoctor(_Doctor):
+    """The real doctor, who knows the truth of the case after asking enough."""
+
+    _rounds = 0
+    _asked_conditions = False
 
     def asks(self, observation: Observation) -> bool:
         """Returns True if the next answer is questions without a diagnosis."""
@@ -153,7 +163,7 @@ class RealDoctor:
         drug = self._prescribe(disease, observation)
         if writer.draws.chance(CURT):
             return opening + writer.draws.choice((visit, drug))
-        advice = writer.say("advise", *_two_advices(writer, disease, observation))
+        advice = writer.say("advise", *self._two_advices(disease, observation))
         return opening + "".join(
             writer.draws.choice(((visit, drug, advice), (visit, advice, drug)))
         )
@@ -171,17 +181,8 @@ class RealDoctor:
         return writer.say("forbid", writer.drug(first))
 
 
-class DistilledDoctor:
+class DistilledDoctor(_Doctor):
     """The distilled doctor, who never asks and is right in two of three answers."""
-
-    def __init__(self, writer: Writer, case: Case) -> None:
-        """Begins with a patient.
-
-        Args:
-            writer: of the texts.
-            case: the truth.
-        """
-        self._writer, self._case = writer, case
 
     def first_answer(self, observation: Observation) -> str:
         """Answers a first, vague message: two diseases, a visit, advice."""
@@ -194,7 +195,7 @@ class DistilledDoctor:
             writer.say("greet")
             + writer.say("guess_two", echo(writer, observation), *map(writer.disease, two)),
             "1. " + self._visit(disease, observation),
-            "2. " + writer.say("guided_advice", *_two_advices(writer, disease, observation)),
+            "2. " + writer.say("guided_advice", *self._two_advices(disease, observation)),
         ]
         if belief.emergency and not writer.draws.chance(DISTILLED_CALM):
             parts.append(writer.say("guided_urgent"))
@@ -211,7 +212,7 @@ class DistilledDoctor:
             opening += writer.say("explain", disease.cause)
         items = [
             self._visit(disease, observation),
-            writer.say("guided_advice", *_two_advices(writer, disease, observation)),
+            writer.say("guided_advice", *self._two_advices(disease, observation)),
             self._drug(disease, observation),
         ]
         numbered = [
@@ -397,11 +398,6 @@ _WRITERS: dict[Kind, Callable[[Writer, Case], list[Message]]] = {
     "distilled_conversation": _distilled_conversation,
     "real_conversation": _real_conversation,
 }
-
-
-def _two_advices(writer: Writer, disease: Disease, observation: Observation) -> tuple[str, str]:
-    first, second = writer.draws.shuffled(fitting_advice(disease, observation))[:2]
-    return writer.advice(first), writer.advice(second)
 
 
 def _different(

@@ -214,13 +214,7 @@ def _which_disease(draws: Draws) -> _Question:
     while True:
         case = draw_case(draws, "exam")
         told = told_in_order(draws, case)[:_TOLD]
-        observation = Observation(
-            opening=told[0],
-            volunteered=frozenset(told[1:]),
-            age=case.age,
-            sex=case.sex,
-            lasts=case.lasts,
-        )
+        observation = _observation(case, told)
         if posterior(observation).probabilities.get(case.disease, 0.0) >= CLEAR_FROM:
             break
     near = near_misses(case.disease)[:4]
@@ -355,13 +349,7 @@ def clinic_records(*, seed: int, sizes: ClinicSizes) -> Mapping[str, Iterable[_R
 
 def _written(draws: Draws, case: Case) -> str:
     told = told_in_order(draws, case)
-    observation = Observation(
-        opening=told[0],
-        volunteered=frozenset(told[1:]),
-        age=case.age,
-        sex=case.sex,
-        lasts=case.lasts,
-    )
+    observation = _observation(case, told)
     absent = [
         name for name in posterior(observation).gains() if name not in case.symptoms
     ] or _near_symptoms(case)
@@ -369,6 +357,17 @@ def _written(draws: Draws, case: Case) -> str:
     without = f"无{'、'.join(absent[:2])}。" if absent else ""
     return (
         f"{case.sex}，{case.age}岁，{'、'.join(case.symptoms)}{case.since}。{without}{conditions}"
+    )
+
+
+def _observation(case: Case, told: Sequence[str]) -> Observation:
+    """Returns the information from a patient who names these symptoms in order."""
+    return Observation(
+        opening=told[0],
+        volunteered=frozenset(told[1:]),
+        age=case.age,
+        sex=case.sex,
+        lasts=case.lasts,
     )
 
 

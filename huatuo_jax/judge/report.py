@@ -37,6 +37,7 @@ the share of votes (or the mean probability) for the answer shown first, less a 
     flip rate of votes = mean of s(d + b) s(-d + b) + s(-d - b) s(d - b).
 """
 
+import dataclasses
 import itertools
 import math
 from collections import Counter, defaultdict
@@ -530,18 +531,12 @@ def _ids(judgements: Iterable[Judgement]) -> list[str]:
     return [one.id for one in judgements]
 
 
-def _plain(part: JudgePart | Agreement) -> dict[str, Any]:
-    """Returns named tuples and dataclasses as dicts, recursively."""
-    return {name: _plain_value(value) for name, value in _fields(part).items()}
-
-
-def _plain_value(value: Any) -> Any:
-    if isinstance(value, Figure | PositionBias | Cost):
-        return {name: _plain_value(inner) for name, inner in _fields(value).items()}
+def _plain(value: Any) -> Any:
+    """Returns named tuples and dataclasses as dicts, and tuples as lists, recursively."""
+    if hasattr(value, "_asdict"):
+        value = value._asdict()
+    elif dataclasses.is_dataclass(value):
+        value = vars(value)
     if isinstance(value, Mapping):
-        return {name: _plain_value(inner) for name, inner in value.items()}
+        return {name: _plain(inner) for name, inner in value.items()}
     return list(value) if isinstance(value, tuple) else value
-
-
-def _fields(value: Any) -> dict[str, Any]:
-    return value._asdict() if hasattr(value, "_asdict") else dict(vars(value))
