@@ -136,31 +136,31 @@ class _Shares:
         pairs = [_pair(one, other) for one, other in COMPARED]
         self._found = {pair: win_rates[pair]["share"] for pair in pairs}
 
-    def told(self, one: str, other: str) -> Mapping[str, Any] | None:
+    def known(self, one: str, other: str) -> Mapping[str, Any] | None:
         share: Mapping[str, Any] | None = self._found[_pair(one, other)]
         return None if share is None or share["num_prompts"] < LEAST_PROMPTS else share
 
     def wins(self, one: str, other: str) -> bool:
-        share = self.told(one, other)
+        share = self.known(one, other)
         return share is not None and bool(share["low"] > 0.5)
 
     def loses(self, one: str, other: str) -> bool:
-        share = self.told(one, other)
+        share = self.known(one, other)
         return share is not None and bool(share["high"] < 0.5)
 
     def preferred(self, one: str, other: str) -> str:
-        if self.told(one, other) is None:
+        if self.known(one, other) is None:
             return "too few prompts"
         if self.wins(one, other):
             return one
         return other if self.loses(one, other) else "neither"
 
     def value(self, one: str, other: str) -> float:
-        share = self.told(one, other)
+        share = self.known(one, other)
         return 0.0 if share is None else float(share["value"])
 
     def in_words(self, one: str, other: str) -> str:
-        share = self.told(one, other)
+        share = self.known(one, other)
         if share is None:
             found = self._found[_pair(one, other)]
             judged = 0 if found is None else found["num_prompts"]
@@ -179,7 +179,7 @@ def _reason(
 ) -> str:
     """Returns the end of the sentence that begins with the judge's name."""
     name = names(best_of_n)
-    if all(shares.told(one, other) is None for one, other in COMPARED):
+    if all(shares.known(one, other) is None for one, other in COMPARED):
         return f"gives no interval to decide by ({shares.in_words('sft', 'base')})"
     if pick == start:
         neither = " nor ".join(

@@ -309,7 +309,7 @@ def run_bulk(
                     AnswersFile(cfg.output, ids=ids, chunk_size=size, settings=plan.settings)
                 )
                 _report(cfg, plan.account, say)
-        # Where to go on is told by the one that holds the file.
+        # The process that holds the file decides where to resume.
         first = distributed.gather("answered", None if output is None else output.num_records)[0]
         if first == len(tasks):
             return None

@@ -257,7 +257,7 @@ class SpendingFile:
         Args:
             number: as `start` gave it.
             outcome: in a word or two.
-            usage: tokens, where the server told.
+            usage: tokens, where the server counted them.
             cost: money; None where it cannot be known.
             refused: the server did not take the question at all.
         """
@@ -282,7 +282,7 @@ class SpendingFile:
         )
 
     def recent(self, seconds: float) -> Sequence[PastCall]:
-        """Returns the calls of the last so many seconds, for the rate limits."""
+        """Returns the calls of the last `seconds`, for the rate limits."""
         now_s = time.time()
         return [
             PastCall(now_s - call.started_s, _tokens_of(call))
