@@ -329,7 +329,7 @@ def test_the_offline_judge_says_where_it_measures_form_alone(tmp_path):
 
 def test_nothing_to_judge_or_to_compare_is_an_error_and_no_empty_file(tmp_path):
     output, comparisons = tmp_path / "l.jsonl", tmp_path / "c.jsonl"
-    for texts, why in (([], "nothing to judge"), (["好"], "no comparison comes of these")):
+    for texts, why in (([], "nothing to judge"), (["好"], "these judgements give no comparison")):
         cfg = LabelRun(
             answers=bare(tmp_path / "a.jsonl", texts),
             output=str(output),
@@ -363,7 +363,7 @@ def test_help_shows_the_flags_and_one_that_would_do_nothing_is_refused(answers, 
 @pytest.mark.parametrize(
     ("changed", "why"),
     [
-        ({"output": "."}, "no name of a file to write"),
+        ({"output": "."}, "not the name of a file to write"),
         ({"comparisons": "c.jsonl", "label": LabelConfig(protocol="both")}, "of one protocol"),
         ({"output": "a.jsonl"}, "they should differ"),
         ({"comparisons": "./l.jsonl"}, "they should differ"),
