@@ -479,7 +479,7 @@ def _by_id(answered: Iterable[Answered]) -> dict[str, Answered]:
     by_id: dict[str, Answered] = {}
     for item in answered:
         if item.prompt.id in by_id:
-            raise ValueError(f"the answers hold the prompt {item.prompt.id!r} more than once")
+            raise ValueError(f"the answers hold the prompt {item.prompt.id!r} twice")
         by_id[item.prompt.id] = item
     return by_id
 
