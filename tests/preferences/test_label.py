@@ -254,7 +254,7 @@ def test_a_dry_run_counts_and_sends_nothing_and_needs_no_key(
         assert not server.calls
     text = "\n".join(told)
     assert "27 judgements: 0 done" in text and "calls: 27" in text and "cost: about" in text
-    assert f"from your table {prices}" in text and "nothing was sent, nothing written" in text
+    assert f"from your table {prices}" in text and "nothing was sent or written" in text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["answers.jsonl", "prices.json"]
 
 
