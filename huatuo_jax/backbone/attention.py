@@ -60,46 +60,13 @@ def attend_in_blocks(
         low = 0 if sliding_window is None else max(0, start - sliding_window + 1)
         block = _Block(low, start, min(start + chunk, length))
         blocks.append(block)
-        masks.append(
-            _mask(
-                positions_BT[:, block.queries],
-                positions_BT[:, block.keys],
-                None if segment_ids_BT is None else segment_ids_BT[:, block.queries],
-                None if segment_ids_BT is None else segment_ids_BT[:, block.keys],
-                sliding_window,
-            )
-        )
+        masks.append(_mask(block, positions_BT, segment_ids_BT, sliding_window))
     output_BKGTH = _weigh(
         tuple(blocks),
         *_heads_first(q_BTNH, k_BTKH, v_BTKH),
         tuple(masks),
         _by_group(alibi_slopes_N, k_BTKH.shape[2]),
     )
-    return output_BKGTH.transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape)
-
-
-def attend_block(
-    q_BTNH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
-    *,
-    q_positions_BT: jax.Array,
-    k_positions_BS: jax.Array,
-    q_segments_BT: jax.Array | None,
-    k_segments_BS: jax.Array | None,
-    sliding_window: int | None,
-    alibi_slopes_N: jax.Array | None,
-) -> jax.Array:
-    """Attends some queries to some keys in plain XLA; softmax in at least float32.
-
-    A query sees a key of its segment at its own position or before, within the window.
-
-    Returns:
-        `[B, T, N, H]` in the dtype of the queries.
-    """
-    mask = _mask(q_positions_BT, k_positions_BS, q_segments_BT, k_segments_BS, sliding_window)
-    slopes_KG = _by_group(alibi_slopes_N, k_BSKH.shape[2])
-    output_BKGTH, _ = _weigh_block(*_heads_first(q_BTNH, k_BSKH, v_BSKH), mask, slopes_KG)
     return output_BKGTH.transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape)
 
 
@@ -351,16 +318,17 @@ _weigh.defvjp(_weigh_forward, _weigh_backward)
 
 
 def _mask(
-    q_positions_BT: jax.Array,
-    k_positions_BS: jax.Array,
-    q_segments_BT: jax.Array | None,
-    k_segments_BS: jax.Array | None,
+    block: _Block,
+    positions_BT: jax.Array,
+    segment_ids_BT: jax.Array | None,
     sliding_window: int | None,
 ) -> _Mask:
-    distance_BTS = q_positions_BT[:, :, None] - k_positions_BS[:, None, :]
+    queries_BT1, keys_B1S = positions_BT[:, block.queries, None], positions_BT[:, None, block.keys]
+    distance_BTS = queries_BT1 - keys_B1S
     visible_BTS = distance_BTS >= 0
-    if q_segments_BT is not None and k_segments_BS is not None:
-        visible_BTS &= q_segments_BT[:, :, None] == k_segments_BS[:, None, :]
+    if segment_ids_BT is not None:
+        segments_BT1 = segment_ids_BT[:, block.queries, None]
+        visible_BTS &= segments_BT1 == segment_ids_BT[:, None, block.keys]
     if sliding_window is not None:
         visible_BTS &= distance_BTS < sliding_window
     return _Mask(visible_BTS, distance_BTS)
