@@ -6,12 +6,13 @@ order them by id.
 """
 
 import asyncio
+import dataclasses
 import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from huatuo_jax.judge.judgements import (
     Estimate,
@@ -89,7 +90,7 @@ class Plan:
         estimate = self.estimate
         lines = [
             f"{len(self.questions)} judgements: {self.done} done, {len(self.copies)} copied from"
-            f" equal questions, {_num_asked(self.groups)} to get by {len(self.groups)} questions"
+            f" equal questions, {sum(map(len, self.groups))} to get by {len(self.groups)} questions"
         ]
         if estimate.calls:
             lines.append(
@@ -383,18 +384,13 @@ def _not_asked_again(refused: int, truncated: int) -> list[str]:
     return lines
 
 
-def _num_asked(groups: Iterable[Sequence[Question]]) -> int:
-    return sum(map(len, groups))
-
-
 def _sum(estimates: Sequence[Estimate]) -> Estimate:
-    costs = [estimate.cost for estimate in estimates if estimate.cost is not None]
-    max_costs = [estimate.max_cost for estimate in estimates if estimate.max_cost is not None]
-    return Estimate(
-        calls=sum(estimate.calls for estimate in estimates),
-        input_tokens=sum(estimate.input_tokens for estimate in estimates),
-        max_input_tokens=sum(estimate.max_input_tokens for estimate in estimates),
-        max_output_tokens=sum(estimate.max_output_tokens for estimate in estimates),
-        cost=math.fsum(costs) if len(costs) == len(estimates) else None,
-        max_cost=math.fsum(max_costs) if len(max_costs) == len(estimates) else None,
-    )
+    """Sums estimates field by field; a cost is unknown where one of them is."""
+    sums: dict[str, Any] = {}
+    for name in (one.name for one in dataclasses.fields(Estimate)):
+        values = [getattr(estimate, name) for estimate in estimates]
+        if None in values:
+            sums[name] = None
+        else:
+            sums[name] = math.fsum(values) if name in ("cost", "max_cost") else sum(values)
+    return Estimate(**sums)
