@@ -11,13 +11,14 @@ import safetensors.torch
 import sentencepiece
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 
 from huatuo_jax.data import SAMPLE_FOLDER
 from huatuo_jax.data.records import KINDS
 from huatuo_jax.hf.tokenizer import save_loaded
 from tests.hf import tiny_checkpoints
 from tests.hf.baichuan_reference import Baichuan
+from tests.tiny import byte_level_tokenizer
 
 BAICHUAN = "baichuan-inc/Baichuan-7B"
 ZIYA = "IDEA-CCNL/Ziya-LLaMA-13B-Pretrain-v1"
@@ -73,18 +74,12 @@ def sentencepiece_model(**settings) -> bytes:
 
 def save_chatml_tokenizer(folder: pathlib.Path, *, template: str | None) -> None:
     """A byte-level tokenizer as Qwen's base models have it: EOS is `<|endoftext|>`."""
-    made = Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
+    fast = byte_level_tokenizer(
+        sample_texts()[:300],
         vocab_size=1500,
         special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    made.train_from_iterator(sample_texts()[:300], trainer)
-    fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=made, eos_token="<|endoftext|>", pad_token="<|endoftext|>"
+        eos_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
     )
     fast.chat_template = template
     fast.save_pretrained(folder)

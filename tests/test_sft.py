@@ -15,7 +15,6 @@ import pytest
 import torch
 import transformers
 
-from huatuo_jax.backbone.config import BackboneConfig
 from huatuo_jax.backbone.lora import LoraConfig
 from huatuo_jax.backbone.transformer import Transformer
 from huatuo_jax.checkpoint.models import find_model, load_params
@@ -40,20 +39,10 @@ from huatuo_jax.training.optimizer import OptimizerConfig
 from huatuo_jax.training.programs import MEMORY_VARIABLE
 from huatuo_jax.training.update import update_program
 from tests import made_up_memory
+from tests.tiny import TOKENIZER, backbone
 
 ROOT = pathlib.Path(__file__).parents[1]
-TOKENIZER = str(SAMPLE_FOLDER / "tokenizer")
-BACKBONE = BackboneConfig(
-    family="llama",
-    vocab_size=2048,
-    hidden_size=32,
-    intermediate_size=64,
-    num_layers=2,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=16,
-    max_positions=256,
-)
+BACKBONE = backbone(num_kv_heads=1)
 
 
 def _config(cache, **model):

@@ -1,1 +1,1 @@
-"""The transformer: its description, positions, attention, heads and adapters."""
+"""The transformer: its config, positions, attention, heads and adapters."""

@@ -12,16 +12,10 @@
 | `cudnn`  | bfloat16, float16 | T % 2 = 0   | H % 8 = 0, <= 128 |
 | `splash` | bfloat16, float32 | T % 128 = 0 | H % 128 = 0       |
 
-`auto` takes the platform's own kernel where it fits and says once where it does not; a kernel
-asked for by name that does not fit is an error. ALiBi stays with XLA: splash takes no bias, and
-cuDNN's would be a 16-bit one, too coarse for distant tokens.
-
-Attention in plain XLA: blocks of queries, each against only the keys that it may see.
-
-The accelerators' own attention kernels: splash on TPU, cuDNN on GPU.
-
-Both are causal by index, which is causal by position because positions rise with the index inside
-a segment.
+`auto` takes the platform's own kernel where it fits and logs once where it does not; a kernel
+chosen by name that does not fit is an error. ALiBi stays with XLA: splash takes no bias, and
+cuDNN's would be a 16-bit one, too coarse for distant tokens. Splash and cuDNN are causal by index,
+which equals causal by position because positions rise with the index inside a segment.
 """
 
 import functools
@@ -41,6 +35,8 @@ from huatuo_jax.core import sharding
 
 _MASKED_SCORE = -1e30  # Finite: a row of padding attends to itself instead of becoming NaN.
 _MOST_BLOCKS = 16  # Each one is a copy of its products in the compiled program.
+_HEADS = ((0, 1), (0, 1))  # The batch dimensions B and K of every product.
+logger = logging.getLogger(__name__)
 
 
 def attend_in_blocks(
@@ -53,9 +49,9 @@ def attend_in_blocks(
     alibi_slopes_N: jax.Array | None,
     query_chunk: int,
 ) -> jax.Array:
-    """Chunks of queries against only the keys before their end: the upper half is never computed.
+    """Attends in chunks of queries, each to the keys before its end, skipping the upper half.
 
-    Scores of a chunk are made again in the backward pass, so `[T, T]` is never held.
+    The backward pass recomputes the scores of a chunk, so `[T, T]` is never held.
     """
     length = q_BTNH.shape[1]
     chunk = max(query_chunk, -(-length // _MOST_BLOCKS))
@@ -64,15 +60,7 @@ def attend_in_blocks(
         low = 0 if sliding_window is None else max(0, start - sliding_window + 1)
         block = _Block(low, start, min(start + chunk, length))
         blocks.append(block)
-        masks.append(
-            _mask(
-                positions_BT[:, block.queries],
-                positions_BT[:, block.keys],
-                None if segment_ids_BT is None else segment_ids_BT[:, block.queries],
-                None if segment_ids_BT is None else segment_ids_BT[:, block.keys],
-                sliding_window,
-            )
-        )
+        masks.append(_mask(block, positions_BT, segment_ids_BT, sliding_window))
     output_BKGTH = _weigh(
         tuple(blocks),
         *_heads_first(q_BTNH, k_BTKH, v_BTKH),
@@ -82,33 +70,172 @@ def attend_in_blocks(
     return output_BKGTH.transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape)
 
 
-def attend_block(
+def cudnn(
     q_BTNH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    segment_ids_BT: jax.Array | None,
+    sliding_window: int | None,
+) -> jax.Array:
+    """Runs cuDNN's flash attention through jax.
+
+    Returns:
+        `[B, T, N, H]`.
+    """
+    visible = visible_tokens(segment_ids_BT, sliding_window)
+    return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, implementation="cudnn", **visible)
+
+
+def visible_tokens(segment_ids_BT: jax.Array | None, sliding_window: int | None) -> dict[str, Any]:
+    """Returns the arguments of `jax.nn.dot_product_attention` for the visible tokens.
+
+    Segments become a mask of `[B, 1, T, T]`.
+    """
+    mask_B1TT = None
+    if segment_ids_BT is not None:
+        mask_B1TT = (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :])[:, None]
+    # jax counts the tokens before the query, the config counts the query as well.
+    window = None if sliding_window is None else (sliding_window - 1, 0)
+    return {"mask": mask_B1TT, "is_causal": True, "local_window_size": window}
+
+
+def splash(
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    segment_ids_BT: jax.Array | None,
+    sliding_window: int | None,
     *,
-    q_positions_BT: jax.Array,
-    k_positions_BS: jax.Array,
-    q_segments_BT: jax.Array | None,
-    k_segments_BS: jax.Array | None,
+    interpret: bool = False,
+) -> jax.Array:
+    """Runs splash attention, each device on its own rows and heads of the mesh in use.
+
+    Args:
+        q_BTNH: queries.
+        k_BTKH: keys.
+        v_BTKH: values.
+        segment_ids_BT: int32, or None for one segment a row.
+        sliding_window: tokens that a query sees, itself included; None for all before it.
+        interpret: run the kernel's program on any device, slowly, for tests.
+
+    Returns:
+        `[B, T, N, H]`.
+    """
+    if segment_ids_BT is None:
+        segment_ids_BT = jnp.zeros(q_BTNH.shape[:2], dtype=jnp.int32)
+    local = functools.partial(_splash_local, sliding_window=sliding_window, interpret=interpret)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return local(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+    heads, rows = P(sharding.BATCH_AXES, None, "tensor", None), P(sharding.BATCH_AXES, None)
+    return jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(heads, heads, heads, rows),
+        out_specs=heads,
+        check_vma=False,  # Pallas calls carry no replication types.
+    )(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+
+
+def attend(
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    *,
+    positions_BT: jax.Array,
+    segment_ids_BT: jax.Array | None,
     sliding_window: int | None,
     alibi_slopes_N: jax.Array | None,
+    kernel: Kernel,
+    query_chunk: int,
 ) -> jax.Array:
-    """Attention of some queries to some keys, in plain XLA; softmax in at least float32.
+    """Computes causal attention of rows to themselves, scores scaled by `H ** -0.5`.
 
-    A query sees a key of its segment at its own position or before, within the window.
+    Args:
+        q_BTNH: queries.
+        k_BTKH: keys; each key/value head serves N / K query heads in a row.
+        v_BTKH: values.
+        positions_BT: int32; rise by one from token to token inside a segment.
+        segment_ids_BT: int32, tokens see their own segment only; None for one segment a row.
+        sliding_window: a token sees itself and the `sliding_window - 1` tokens before it.
+        alibi_slopes_N: decrease of a score per token of distance; None without ALiBi.
+        kernel: a kernel's name, or `auto`.
+        query_chunk: queries of a chunk in the XLA kernel, which bounds its memory.
 
     Returns:
         `[B, T, N, H]` in the dtype of the queries.
+
+    Raises:
+        ValueError: the kernel chosen by name does not fit.
     """
-    mask = _mask(q_positions_BT, k_positions_BS, q_segments_BT, k_segments_BS, sliding_window)
-    slopes_KG = _by_group(alibi_slopes_N, k_BSKH.shape[2])
-    output_BKGTH, _ = _weigh_block(*_heads_first(q_BTNH, k_BSKH, v_BSKH), mask, slopes_KG)
-    return output_BKGTH.transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape)
+    fit = choose_kernel(
+        kernel,
+        sharding.platform_in_use(),
+        length=q_BTNH.shape[1],
+        head_dim=q_BTNH.shape[-1],
+        dtype=str(q_BTNH.dtype),
+        alibi=alibi_slopes_N is not None,
+    )
+    if fit == "splash":
+        return splash(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, sliding_window)
+    if fit == "cudnn":
+        return cudnn(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, sliding_window)
+    return attend_in_blocks(
+        q_BTNH,
+        k_BTKH,
+        v_BTKH,
+        positions_BT,
+        segment_ids_BT,
+        sliding_window,
+        alibi_slopes_N,
+        query_chunk,
+    )
+
+
+@functools.cache  # Traced once for each stack of layers, so this also logs the warning once.
+def choose_kernel(
+    wanted: Kernel, platform: str, *, length: int, head_dim: int, dtype: str, alibi: bool
+) -> Literal["xla", "cudnn", "splash"]:
+    """Chooses the kernel that computes attention, by the table at this module's top.
+
+    Args:
+        wanted: a kernel's name, or `auto`.
+        platform: `cpu`, `gpu` or `tpu`.
+        length: tokens T a row.
+        head_dim: width H of a head.
+        dtype: of queries, keys and values.
+        alibi: scores have ALiBi's bias.
+
+    Raises:
+        ValueError: the kernel chosen by name does not fit; gives the reasons.
+    """
+    own: dict[str, Literal["cudnn", "splash"]] = {"gpu": "cudnn", "tpu": "splash"}
+    if wanted == "xla" or (wanted == "auto" and platform not in own):
+        return "xla"
+    candidate = own[platform] if wanted == "auto" else wanted
+    misfits = _misfits(candidate, length=length, head_dim=head_dim, dtype=dtype, alibi=alibi)
+    if not misfits:
+        return candidate
+    if wanted == "auto":
+        logger.warning("attention runs on XLA, not %s: %s", candidate, "; ".join(misfits))
+        return "xla"
+    raise ValueError(f"attention kernel {wanted!r} does not fit: {'; '.join(misfits)}")
+
+
+class _Mask(NamedTuple):
+    """The visibility of each key to each query of a block, and the distance between them."""
+
+    visible_BTS: jax.Array
+    distance_BTS: jax.Array
+
+
+_Saved = tuple[
+    jax.Array, jax.Array, jax.Array, tuple[_Mask, ...], jax.Array | None, jax.Array, jax.Array
+]
 
 
 class _Block(NamedTuple):
-    """Some queries, from `start` to `end`, and the keys that they may see, from `low` to `end`."""
+    """Queries from `start` to `end`, and the keys visible to them, from `low` to `end`."""
 
     low: int
     start: int
@@ -123,50 +250,6 @@ class _Block(NamedTuple):
         return slice(self.low, self.end)
 
 
-class _Mask(NamedTuple):
-    """Whether each query of a block sees each of its keys, and how far it lies back."""
-
-    visible_BTS: jax.Array
-    distance_BTS: jax.Array
-
-
-def _mask(
-    q_positions_BT: jax.Array,
-    k_positions_BS: jax.Array,
-    q_segments_BT: jax.Array | None,
-    k_segments_BS: jax.Array | None,
-    sliding_window: int | None,
-) -> _Mask:
-    distance_BTS = q_positions_BT[:, :, None] - k_positions_BS[:, None, :]
-    visible_BTS = distance_BTS >= 0
-    if q_segments_BT is not None and k_segments_BS is not None:
-        visible_BTS &= q_segments_BT[:, :, None] == k_segments_BS[:, None, :]
-    if sliding_window is not None:
-        visible_BTS &= distance_BTS < sliding_window
-    return _Mask(visible_BTS, distance_BTS)
-
-
-def _heads_first(
-    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Scaled queries by group, keys and values, all with heads before tokens.
-
-    Once for all blocks: every product then reads its inputs as they lie.
-    """
-    batch, length, num_heads, head_dim = q_BTNH.shape
-    num_kv_heads = k_BSKH.shape[2]
-    groups = num_heads // num_kv_heads
-    q_BTKGH = (q_BTNH * head_dim**-0.5).reshape(batch, length, num_kv_heads, groups, head_dim)
-    return q_BTKGH.transpose(0, 2, 3, 1, 4), k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
-
-
-def _by_group(slopes_N: jax.Array | None, num_kv_heads: int) -> jax.Array | None:
-    return None if slopes_N is None else slopes_N.reshape(num_kv_heads, -1)
-
-
-_HEADS = ((0, 1), (0, 1))  # The batch dimensions B and K of every product.
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _weigh(
     blocks: tuple[_Block, ...],
@@ -176,18 +259,13 @@ def _weigh(
     masks: tuple[_Mask, ...],
     slopes_KG: jax.Array | None,
 ) -> jax.Array:
-    """Softmax attention of scaled queries, block by block; one set of keys is kept for all blocks.
+    """Computes softmax attention of scaled queries, block by block.
 
-    Beside the inputs only the output and the scores' total are kept. The backward pass is
-    FlashAttention's (arXiv 2205.14135, appendix B): weights again from the total's logarithm, and
-    the softmax's gradient from the output's.
+    One set of keys is kept for all blocks; beside the inputs only the output and the scores' total
+    are saved. The backward pass is FlashAttention's (arXiv 2205.14135, appendix B): it recomputes
+    the weights from the total's logarithm, and the softmax's gradient from the output's.
     """
     return _weigh_forward(blocks, q_BKGTH, k_BKSH, v_BKSH, masks, slopes_KG)[0]
-
-
-_Saved = tuple[
-    jax.Array, jax.Array, jax.Array, tuple[_Mask, ...], jax.Array | None, jax.Array, jax.Array
-]
 
 
 def _weigh_forward(
@@ -239,15 +317,50 @@ def _weigh_backward(
 _weigh.defvjp(_weigh_forward, _weigh_backward)
 
 
+def _mask(
+    block: _Block,
+    positions_BT: jax.Array,
+    segment_ids_BT: jax.Array | None,
+    sliding_window: int | None,
+) -> _Mask:
+    queries_BT1, keys_B1S = positions_BT[:, block.queries, None], positions_BT[:, None, block.keys]
+    distance_BTS = queries_BT1 - keys_B1S
+    visible_BTS = distance_BTS >= 0
+    if segment_ids_BT is not None:
+        segments_BT1 = segment_ids_BT[:, block.queries, None]
+        visible_BTS &= segments_BT1 == segment_ids_BT[:, None, block.keys]
+    if sliding_window is not None:
+        visible_BTS &= distance_BTS < sliding_window
+    return _Mask(visible_BTS, distance_BTS)
+
+
+def _heads_first(
+    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns scaled queries by group, keys and values, all with heads before tokens.
+
+    Done once for all blocks, so that every product reads its inputs in their layout.
+    """
+    batch, length, num_heads, head_dim = q_BTNH.shape
+    num_kv_heads = k_BSKH.shape[2]
+    groups = num_heads // num_kv_heads
+    q_BTKGH = (q_BTNH * head_dim**-0.5).reshape(batch, length, num_kv_heads, groups, head_dim)
+    return q_BTKGH.transpose(0, 2, 3, 1, 4), k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
+
+
+def _by_group(slopes_N: jax.Array | None, num_kv_heads: int) -> jax.Array | None:
+    return None if slopes_N is None else slopes_N.reshape(num_kv_heads, -1)
+
+
 def _joined(parts: list[jax.Array]) -> jax.Array:
-    """Blocks of queries in their order."""
+    """Concatenates blocks of queries in their order."""
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=3)
 
 
 def _scores(
     q_BKGTH: jax.Array, k_BKSH: jax.Array, mask: _Mask, slopes_KG: jax.Array | None
 ) -> jax.Array:
-    """Masked scores `[B, K, G, T, S]`, in at least float32."""
+    """Returns the masked scores `[B, K, G, T, S]`, in at least float32."""
     scores_BKGTS = jax.lax.dot_general(
         q_BKGTH,
         k_BKSH,
@@ -268,7 +381,7 @@ def _weigh_block(
     mask: _Mask,
     slopes_KG: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """A block's output `[B, K, G, T, H]`, and the logarithm of its scores' total, H being 1."""
+    """Returns a block's output `[B, K, G, T, H]` and its scores' log total, with H = 1."""
     scores_BKGTS = _scores(q_BKGTH, k_BKSH, mask, slopes_KG)
     largest_BKGT1 = scores_BKGTS.max(axis=-1, keepdims=True)
     weights_BKGTS = jnp.exp(scores_BKGTS - largest_BKGT1)
@@ -291,7 +404,7 @@ def _block_gradients(
     gradient_BKGTH: jax.Array,
     mean_BKGT1: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """What a block's output asks of its queries, keys and values."""
+    """Returns the gradients of a block's queries, keys and values."""
     to_weights_BKGTS = jax.lax.dot_general(
         gradient_BKGTH, v_BKSH, (((4,), (3,)), _HEADS), preferred_element_type=weights_BKGTS.dtype
     )
@@ -302,73 +415,6 @@ def _block_gradients(
     weights_BKGTS = weights_BKGTS.astype(v_BKSH.dtype)
     to_v_BKSH = jax.lax.dot_general(weights_BKGTS, gradient_BKGTH, (tokens, _HEADS))
     return to_q_BKGTH, to_k_BKSH, to_v_BKSH
-
-
-def cudnn(
-    q_BTNH: jax.Array,
-    k_BTKH: jax.Array,
-    v_BTKH: jax.Array,
-    segment_ids_BT: jax.Array | None,
-    sliding_window: int | None,
-) -> jax.Array:
-    """Flash attention of cuDNN through jax.
-
-    Returns:
-        `[B, T, N, H]`.
-    """
-    visible = visible_tokens(segment_ids_BT, sliding_window)
-    return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, implementation="cudnn", **visible)
-
-
-def visible_tokens(segment_ids_BT: jax.Array | None, sliding_window: int | None) -> dict[str, Any]:
-    """The arguments of `jax.nn.dot_product_attention` that say which tokens a token sees.
-
-    Segments become a mask of `[B, 1, T, T]`.
-    """
-    mask_B1TT = None
-    if segment_ids_BT is not None:
-        mask_B1TT = (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :])[:, None]
-    # jax counts the tokens before the query, the config counts the query as well.
-    window = None if sliding_window is None else (sliding_window - 1, 0)
-    return {"mask": mask_B1TT, "is_causal": True, "local_window_size": window}
-
-
-def splash(
-    q_BTNH: jax.Array,
-    k_BTKH: jax.Array,
-    v_BTKH: jax.Array,
-    segment_ids_BT: jax.Array | None,
-    sliding_window: int | None,
-    *,
-    interpret: bool = False,
-) -> jax.Array:
-    """Splash attention, each device on its own rows and heads of the mesh in use.
-
-    Args:
-        q_BTNH: queries.
-        k_BTKH: keys.
-        v_BTKH: values.
-        segment_ids_BT: int32, or None for one segment a row.
-        sliding_window: tokens a query sees, itself included; None for all before it.
-        interpret: run the kernel's program on any device, slowly: for tests.
-
-    Returns:
-        `[B, T, N, H]`.
-    """
-    if segment_ids_BT is None:
-        segment_ids_BT = jnp.zeros(q_BTNH.shape[:2], dtype=jnp.int32)
-    local = functools.partial(_splash_local, sliding_window=sliding_window, interpret=interpret)
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
-        return local(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
-    heads, rows = P(sharding.BATCH_AXES, None, "tensor", None), P(sharding.BATCH_AXES, None)
-    return jax.shard_map(
-        local,
-        mesh=mesh,
-        in_specs=(heads, heads, heads, rows),
-        out_specs=heads,
-        check_vma=False,  # Pallas calls carry no replication types.
-    )(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
 
 
 def _splash_local(
@@ -401,7 +447,7 @@ def _splash_mask(length: int, sliding_window: int | None) -> splash_attention_ma
 
 
 def _block_sizes(length: int) -> splash_attention_kernel.BlockSizes:
-    """Blocks of 512 where they divide the length: few enough steps, small enough for VMEM."""
+    """Returns blocks of 512 where they divide the length: few steps that still fit VMEM."""
     block = next(size for size in (512, 256, 128) if length % size == 0)
     return splash_attention_kernel.BlockSizes(
         block_q=block,
@@ -413,96 +459,8 @@ def _block_sizes(length: int) -> splash_attention_kernel.BlockSizes:
     )
 
 
-logger = logging.getLogger(__name__)
-
-
-def attend(
-    q_BTNH: jax.Array,
-    k_BTKH: jax.Array,
-    v_BTKH: jax.Array,
-    *,
-    positions_BT: jax.Array,
-    segment_ids_BT: jax.Array | None,
-    sliding_window: int | None,
-    alibi_slopes_N: jax.Array | None,
-    kernel: Kernel,
-    query_chunk: int,
-) -> jax.Array:
-    """Causal attention of rows to themselves; scores are scaled by `H ** -0.5`.
-
-    Args:
-        q_BTNH: queries.
-        k_BTKH: keys; each key/value head serves N / K query heads in a row.
-        v_BTKH: values.
-        positions_BT: int32; rise by one from token to token inside a segment.
-        segment_ids_BT: int32, tokens see their own segment only; None for one segment a row.
-        sliding_window: a token sees itself and the `sliding_window - 1` tokens before it.
-        alibi_slopes_N: what a score loses per token of distance; None without ALiBi.
-        kernel: the kernel wanted.
-        query_chunk: queries at a time in the XLA kernel, which bounds its memory.
-
-    Returns:
-        `[B, T, N, H]` in the dtype of the queries.
-
-    Raises:
-        ValueError: the kernel wanted does not fit.
-    """
-    fit = choose_kernel(
-        kernel,
-        sharding.platform_in_use(),
-        length=q_BTNH.shape[1],
-        head_dim=q_BTNH.shape[-1],
-        dtype=str(q_BTNH.dtype),
-        alibi=alibi_slopes_N is not None,
-    )
-    if fit == "splash":
-        return splash(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, sliding_window)
-    if fit == "cudnn":
-        return cudnn(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, sliding_window)
-    return attend_in_blocks(
-        q_BTNH,
-        k_BTKH,
-        v_BTKH,
-        positions_BT,
-        segment_ids_BT,
-        sliding_window,
-        alibi_slopes_N,
-        query_chunk,
-    )
-
-
-@functools.cache  # Traced once a layer stack, so this also makes the notice appear once.
-def choose_kernel(
-    wanted: Kernel, platform: str, *, length: int, head_dim: int, dtype: str, alibi: bool
-) -> Literal["xla", "cudnn", "splash"]:
-    """The kernel that computes attention, by the table above.
-
-    Args:
-        wanted: a kernel's name, or `auto`.
-        platform: `cpu`, `gpu` or `tpu`.
-        length: tokens T a row.
-        head_dim: width H of a head.
-        dtype: of queries, keys and values.
-        alibi: whether scores carry ALiBi's bias.
-
-    Raises:
-        ValueError: the kernel wanted by name does not fit; says why.
-    """
-    own: dict[str, Literal["cudnn", "splash"]] = {"gpu": "cudnn", "tpu": "splash"}
-    if wanted == "xla" or (wanted == "auto" and platform not in own):
-        return "xla"
-    candidate = own[platform] if wanted == "auto" else wanted
-    misfits = _misfits(candidate, length=length, head_dim=head_dim, dtype=dtype, alibi=alibi)
-    if not misfits:
-        return candidate
-    if wanted == "auto":
-        logger.warning("attention runs on XLA, not %s: %s", candidate, "; ".join(misfits))
-        return "xla"
-    raise ValueError(f"attention kernel {wanted!r} does not fit: {'; '.join(misfits)}")
-
-
 def _misfits(kernel: str, *, length: int, head_dim: int, dtype: str, alibi: bool) -> list[str]:
-    """Why a fused kernel cannot take this input, in words."""
+    """Lists the reasons why a fused kernel does not take this input."""
     found = ["it takes no ALiBi bias"] if alibi else []
     if kernel == "cudnn":
         if dtype not in ("bfloat16", "float16"):

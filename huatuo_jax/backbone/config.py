@@ -1,9 +1,7 @@
-"""What a transformer is (`BackboneConfig`) and how it is computed (`ComputeConfig`).
+"""A transformer's architecture and how it is computed, with presets of published models.
 
-Published architectures by name, as their own `config.json` files describe them.
-
-Where a family has base and instruction-tuned releases that differ in `norm_eps` or
-`max_positions`, the base release is meant.
+A preset follows the model's own `config.json`. Where a family has base and instruction-tuned
+releases that differ in `norm_eps` or `max_positions`, it is the base release's.
 """
 
 import dataclasses
@@ -21,7 +19,7 @@ Kernel = Literal["auto", "xla", "cudnn", "splash"]
 
 
 def _check_choices(cfg: Any) -> None:
-    """Raise for any field declared as a Literal that holds something else."""
+    """Raises ValueError for a field declared as a Literal that holds another value."""
     for field in dataclasses.fields(cfg):
         if get_origin(field.type) is Literal:
             value, choices = getattr(cfg, field.name), get_args(field.type)
@@ -39,7 +37,7 @@ def _check_positive(cfg: Any, names: tuple[str, ...]) -> None:
 
 
 def _check_names(cls: type, fields: Mapping[str, Any]) -> None:
-    """Raise unless the mapping has exactly the fields of a dataclass."""
+    """Raises ValueError unless the mapping has exactly the fields of a dataclass."""
     known = {field.name for field in dataclasses.fields(cls)}
     if unknown := sorted(set(fields) - known):
         raise ValueError(f"{cls.__name__} has no field {', '.join(unknown)}")
@@ -58,10 +56,10 @@ class RopeConfig:
         theta: base of the geometric series of wavelengths.
         factor: how many times longer the context gets; 1 for `default`.
         original_max_positions: the context length of pre-training (`dynamic`, `yarn`, `llama3`).
-        low_freq_factor: `llama3`: wavelengths above original / this are scaled in full.
-        high_freq_factor: `llama3`: wavelengths below original / this are left alone.
-        beta_fast: `yarn`: rotations above which a dimension is left alone.
-        beta_slow: `yarn`: rotations below which a dimension is interpolated in full.
+        low_freq_factor: `llama3`: wavelengths above original / this are fully scaled.
+        high_freq_factor: `llama3`: wavelengths below original / this are not scaled.
+        beta_fast: `yarn`: rotations above which a dimension is not interpolated.
+        beta_slow: `yarn`: rotations below which a dimension is fully interpolated.
         attention_factor: `yarn`: scale of cosine and sine; None takes the paper's value.
         mscale: `yarn`: numerator's weight in that value where both weights are given.
         mscale_all_dim: `yarn`: denominator's weight in that value.
@@ -82,7 +80,7 @@ class RopeConfig:
     truncate: bool = True
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a field that cannot be."""
+        """Validates the fields."""
         _check_choices(self)
         _check_positive(self, ("theta", "factor", "beta_fast", "beta_slow", "attention_factor"))
         _check_positive(self, ("original_max_positions", "low_freq_factor", "high_freq_factor"))
@@ -100,11 +98,11 @@ class RopeConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BackboneConfig:
-    """One decoder-only transformer, told apart by its features.
+    """The architecture of a decoder-only transformer.
 
     Attributes:
-        family: whose Hugging Face layout the weights go back to.
-        vocab_size: rows of the embedding that stand for tokens.
+        family: the Hugging Face family in whose layout the weights are exported.
+        vocab_size: rows of the embedding that are tokens.
         vocab_multiple: the embedding is padded to a multiple of this, so that any usual tensor
             axis divides it; padded rows never receive probability and are not exported.
         hidden_size: width D of the residual stream.
@@ -113,7 +111,7 @@ class BackboneConfig:
         num_heads: number N of query heads.
         num_kv_heads: number K of key/value heads; each serves N / K query heads.
         head_dim: width H of a head.
-        max_positions: context length the model is meant for.
+        max_positions: the model's context length.
         norm: `rms` (arXiv 1910.07467) or `layer` (with bias).
         norm_eps: added to the variance.
         activation: `silu` or `gelu_tanh`.
@@ -158,7 +156,7 @@ class BackboneConfig:
     initializer_range: float = 0.02
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a field that cannot be."""
+        """Validates the fields."""
         _check_choices(self)
         sizes = ("vocab_size", "vocab_multiple", "hidden_size", "intermediate_size", "num_layers")
         heads = ("num_heads", "num_kv_heads", "head_dim", "max_positions", "sliding_window")
@@ -180,23 +178,23 @@ class BackboneConfig:
 
     @property
     def padded_vocab_size(self) -> int:
-        """V: `vocab_size` rounded up to a multiple of `vocab_multiple`."""
+        """Returns V: `vocab_size` rounded up to a multiple of `vocab_multiple`."""
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
     @property
     def queries_per_kv_head(self) -> int:
-        """How many query heads read one key/value head."""
+        """Returns the number of query heads that share one key/value head."""
         return self.num_heads // self.num_kv_heads
 
     def require_fixed_angles(self, length: int, *, purpose: str) -> None:
-        """Raise ValueError where `purpose` needs a token's angles not to depend on other tokens.
+        """Raises ValueError if a token's angles depend on other tokens, where they must not.
 
         Under `dynamic` rotary scaling the longest position of a batch sets every token's angles as
         soon as it passes the original length: packed rows and cached keys would then be wrong.
 
         Args:
-            length: tokens a row can hold.
-            purpose: what needs it, for the message ("packing").
+            length: tokens of a row at most.
+            purpose: the reason why they must not, for the message ("packing").
         """
         rope = self.rope
         if rope and rope.rope_type == "dynamic" and length > (rope.original_max_positions or 0):
@@ -207,12 +205,12 @@ class BackboneConfig:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain values, for JSON."""
+        """Returns the fields as plain values, for JSON."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "BackboneConfig":
-        """The config that `to_dict` gave; ValueError names fields that are unknown or missing."""
+        """Returns the config that `to_dict` gave; ValueError names unknown or missing fields."""
         _check_names(cls, fields)
         rope = fields["rope"]
         if rope is not None:
@@ -222,17 +220,17 @@ class BackboneConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ComputeConfig:
-    """How a backbone is computed; changing it changes rounding and speed, never the model.
+    """The computation of a backbone: it affects rounding and speed, never the model.
 
     Attributes:
-        param_dtype: dtype fresh parameters are made in (float32 where they are trained).
+        param_dtype: dtype of fresh parameters (float32 where they are trained).
         compute_dtype: dtype of matrix products and of the residual stream.
         output_dtype: dtype of logits and scores, at least float32.
-        remat: what the backward pass recomputes inside a layer: `none` saves everything, `full`
-            saves only the layer's input, `dots` saves the results of matrix products with weights,
-            `outputs` saves those of the attention and feed-forward blocks.
-        kernel: the attention kernel, `auto` for the fit one of the platform of the mesh in use.
-        query_chunk: queries at a time in the XLA attention; more where a row would take over 16
+        remat: rematerialisation inside a layer: `none` saves everything for the backward pass,
+            `full` only the layer's input, `dots` the results of matrix products with weights,
+            `outputs` those of the attention and feed-forward blocks.
+        kernel: the attention kernel; `auto` takes a suitable one for the mesh's platform.
+        query_chunk: queries of a chunk in the XLA attention; more where a row would have over 16
             chunks.
     """
 
@@ -244,7 +242,7 @@ class ComputeConfig:
     query_chunk: int = 256
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a field that cannot be."""
+        """Validates the fields."""
         _check_choices(self)
         _check_positive(self, ("query_chunk",))
         if jnp.finfo(self.output_dtype).bits < 32:
@@ -277,7 +275,7 @@ def _resized(
     num_kv_heads: int | None = None,
     **changes: Any,
 ) -> BackboneConfig:
-    """The base at another size; without a `head_dim`, heads share the width out evenly."""
+    """Returns the base at another size; without a `head_dim`, heads share the width evenly."""
     sizes = {
         "hidden_size": hidden_size,
         "intermediate_size": intermediate_size,
@@ -339,16 +337,10 @@ _QWEN3_8B = replace(
 )
 _QWEN3_SMALL = replace(_QWEN3_8B, tie_embeddings=True)
 # BLOOM, arXiv 2211.05100, and BLOOMZ, arXiv 2211.01786.
-_BLOOM_7B1 = BackboneConfig(
+_BLOOM_7B1 = replace(
+    _resized(_LLAMA_7B, 4096, 16_384, 30, 32),
     family="bloom",
     vocab_size=250_880,
-    hidden_size=4096,
-    intermediate_size=16_384,
-    num_layers=30,
-    num_heads=32,
-    num_kv_heads=32,
-    head_dim=128,
-    max_positions=2048,
     norm="layer",
     norm_eps=1e-5,
     activation="gelu_tanh",
@@ -422,13 +414,13 @@ PRESETS: dict[str, BackboneConfig] = {
 
 
 def preset(name: str) -> BackboneConfig:
-    """A published architecture.
+    """Returns a published architecture.
 
     Args:
-        name: family and size, as `llama3.1_8b` or `huatuogpt_7b`; `PRESETS` has them all.
+        name: family and size, as `llama3.1_8b` or `huatuogpt_7b`; a key of `PRESETS`.
 
     Raises:
-        ValueError: no preset has this name; lists those there are.
+        ValueError: no preset has this name; lists the known ones.
     """
     if name not in PRESETS:
         raise ValueError(f"no preset is called {name!r}; there are {', '.join(PRESETS)}")

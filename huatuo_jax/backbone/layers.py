@@ -1,7 +1,4 @@
-"""The parts of a layer: projection, norm, self-attention, feed-forward.
-
-What reads the trunk: next-token logits, or one score a token.
-"""
+"""The parts of a layer (projection, norm, self-attention, feed-forward) and the model's heads."""
 
 import math
 from collections.abc import Callable
@@ -21,15 +18,16 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
 }
-
-
-# Attention as a function of a layer's own queries, keys and values: what each token gathers, and
-# what the layer is to hand back beside it (a cache, say). It lets decoding bring its own.
+# Attention as a function of a layer's own queries, keys and values, which returns each token's
+# output and anything that the layer returns beside it (a cache, say). Decoding passes its own.
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+# Finite, so that probability * logit of a padded row is 0 and not NaN; bfloat16 can represent it.
+PADDED_LOGIT = -1e30
+_SMALLEST_NORM = 1e-12
 
 
 class Rows(NamedTuple):
-    """What every layer knows of where its tokens stand.
+    """The positions of a layer's tokens.
 
     Attributes:
         positions_BT: int32.
@@ -48,17 +46,17 @@ class Projection(nn.Module):
     """A linear map over the last dimensions of its inputs, computed in `compute_dtype`.
 
     Attributes:
-        num_contracted: how many dimensions of the inputs, and first ones of the kernel, are summed
-            over.
+        num_contracted: number of last dimensions of the inputs, and first ones of the kernel, that
+            are summed over.
         kernel_shape: of the parameter `kernel`.
-        bias_shape: of the parameter `bias`, None without one.
-        parts: where the outputs' dimension `parts_dim` is cut.
-        parts_dim: which dimension that is, counted from the end.
+        has_bias: add the parameter `bias`.
+        parts: indices at which the outputs' dimension `parts_dim` is cut.
+        parts_dim: that dimension, counted from the end.
     """
 
     num_contracted: int
     kernel_shape: tuple[int, ...]
-    bias_shape: tuple[int, ...] | None
+    has_bias: bool
     cfg: BackboneConfig
     compute: ComputeConfig
     parts: tuple[int, ...] = ()
@@ -66,7 +64,7 @@ class Projection(nn.Module):
 
     @nn.compact
     def __call__(self, inputs: jax.Array) -> list[jax.Array]:
-        """The parts of the outputs, one where there is nothing to cut."""
+        """Returns the parts of the outputs; one without cuts."""
         dtype, init = self.compute.compute_dtype, nn.initializers
         kernel = self.param(
             "kernel",
@@ -79,15 +77,16 @@ class Projection(nn.Module):
         def multiply(*cuts: Any) -> tuple[jax.Array, ...]:
             return linear(inputs, kernel, self.num_contracted, dtype, *cuts)
 
-        # What is smaller is cut. Of many tokens that is the kernel: a product for each part keeps
-        # the gradients of the parts apart, which else are put together, tokens and all.
+        # The smaller array is cut. For many tokens that is the kernel: a product for each part
+        # keeps the gradients of the parts separate, otherwise concatenated over all tokens.
         if inputs.shape[0] * inputs.shape[1] > math.prod(kernel.shape[: self.num_contracted]):
             outputs = [*multiply(self.parts, self.parts_dim)]
         else:
             outputs = self._cut(*multiply())
-        if self.bias_shape is None:
+        if not self.has_bias:
             return outputs
-        bias = self.param("bias", init.zeros, self.bias_shape, self.compute.param_dtype)
+        bias_shape = self.kernel_shape[self.num_contracted :]
+        bias = self.param("bias", init.zeros, bias_shape, self.compute.param_dtype)
         return [
             part + jnp.expand_dims(added, (0, 1))
             for part, added in zip(outputs, self._cut(bias.astype(dtype)), strict=True)
@@ -110,7 +109,7 @@ class Norm(nn.Module):
 
     @nn.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:
-        """Normalise; the result has the dtype of the inputs."""
+        """Normalises the inputs; the result has their dtype."""
         width, param_dtype = inputs.shape[-1:], self.compute.param_dtype
         wide = inputs.astype(jnp.promote_types(inputs.dtype, jnp.float32))
         if self.kind == "layer":
@@ -141,9 +140,10 @@ class SelfAttention(nn.Module):
     def __call__(
         self, hidden_BTD: jax.Array, rows: Rows, attend: Attend | None = None
     ) -> tuple[jax.Array, Any]:
-        """What attention adds to the residual stream, `[B, T, D]`, and what `attend` handed back.
+        """Returns attention's addition to the residual stream, and the result of `attend`.
 
-        Without `attend` the rows attend to themselves, and nothing (None) is handed back.
+        The addition is `[B, T, D]`. Without `attend` the rows attend to themselves, and its result
+        is None.
         """
         cfg, compute = self.cfg, self.compute
         q_BTNH, k_BTKH, v_BTKH = self._heads(hidden_BTD)
@@ -158,27 +158,27 @@ class SelfAttention(nn.Module):
         v_BTKH = sharding.constrain(v_BTKH, "heads_BTNH")
         if attend is None:
             attended_BTNH = attend_to_rows(q_BTNH, k_BTKH, v_BTKH, rows, cfg, compute)
-            handed_back = None
+            returned = None
         else:
-            attended_BTNH, handed_back = attend(q_BTNH, k_BTKH, v_BTKH)
+            attended_BTNH, returned = attend(q_BTNH, k_BTKH, v_BTKH)
         (output_BTD,) = Projection(
             2,
             (cfg.num_heads, cfg.head_dim, cfg.hidden_size),
-            (cfg.hidden_size,) if cfg.output_bias else None,
+            cfg.output_bias,
             cfg,
             compute,
             name="output",
         )(attended_BTNH)
-        return add_update(self, self.lora, "output", attended_BTNH, output_BTD), handed_back
+        return add_update(self, self.lora, "output", attended_BTNH, output_BTD), returned
 
     def _heads(self, hidden_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries, keys and values, adapters included."""
+        """Returns queries, keys and values, adapters included."""
         cfg, head_dim = self.cfg, self.cfg.head_dim
         block = (cfg.queries_per_kv_head + 2) * head_dim
         q, k, v = Projection(
             1,
             (cfg.hidden_size, cfg.num_kv_heads, block),
-            (cfg.num_kv_heads, block) if cfg.qkv_bias else None,
+            cfg.qkv_bias,
             cfg,
             self.compute,
             parts=(block - 2 * head_dim, block - head_dim),
@@ -200,7 +200,7 @@ def attend_to_rows(
     cfg: BackboneConfig,
     compute: ComputeConfig,
 ) -> jax.Array:
-    """Causal attention of rows to themselves, `[B, T, N, H]`, as the model has it."""
+    """Computes the model's causal attention of rows to themselves, `[B, T, N, H]`."""
     return attention.attend(
         q_BTNH,
         k_BTKH,
@@ -215,7 +215,7 @@ def attend_to_rows(
 
 
 def slopes(cfg: BackboneConfig) -> jax.Array | None:
-    """ALiBi's slopes `[N]`, None for a model without."""
+    """Returns ALiBi's slopes `[N]`, or None for a model without."""
     return jnp.asarray(positions.alibi_slopes(cfg.num_heads)) if cfg.position == "alibi" else None
 
 
@@ -228,18 +228,13 @@ class FeedForward(nn.Module):
 
     @nn.compact
     def __call__(self, hidden_BTD: jax.Array) -> jax.Array:
-        """What the feed-forward adds to the residual stream, `[B, T, D]`."""
+        """Returns the feed-forward's addition to the residual stream, `[B, T, D]`."""
         cfg, activation = self.cfg, ACTIVATIONS[self.cfg.activation]
         wide_BTF = self._gated(hidden_BTD) if cfg.gated_mlp else activation(self._up(hidden_BTD))
         wide_BTF = sharding.constrain(wide_BTF, "mlp_BTF")
-        (output_BTD,) = Projection(
-            1,
-            (cfg.intermediate_size, cfg.hidden_size),
-            (cfg.hidden_size,) if cfg.mlp_bias else None,
-            cfg,
-            self.compute,
-            name="down",
-        )(wide_BTF)
+        shape = (cfg.intermediate_size, cfg.hidden_size)
+        down = Projection(1, shape, cfg.mlp_bias, cfg, self.compute, name="down")
+        (output_BTD,) = down(wide_BTF)
         return add_update(self, self.lora, "down", wide_BTF, output_BTD)
 
     def _gated(self, hidden_BTD: jax.Array) -> jax.Array:
@@ -247,7 +242,7 @@ class FeedForward(nn.Module):
         gate_BT1F, up_BT1F = Projection(
             1,
             (cfg.hidden_size, 2, cfg.intermediate_size),
-            (2, cfg.intermediate_size) if cfg.mlp_bias else None,
+            cfg.mlp_bias,
             cfg,
             self.compute,
             parts=(1,),
@@ -260,20 +255,10 @@ class FeedForward(nn.Module):
 
     def _up(self, hidden_BTD: jax.Array) -> jax.Array:
         cfg = self.cfg
-        (up_BTF,) = Projection(
-            1,
-            (cfg.hidden_size, cfg.intermediate_size),
-            (cfg.intermediate_size,) if cfg.mlp_bias else None,
-            cfg,
-            self.compute,
-            name="up",
-        )(hidden_BTD)
+        shape = (cfg.hidden_size, cfg.intermediate_size)
+        up = Projection(1, shape, cfg.mlp_bias, cfg, self.compute, name="up")
+        (up_BTF,) = up(hidden_BTD)
         return add_update(self, self.lora, "up", hidden_BTD, up_BTF)
-
-
-# Finite, so that probability * logit of a padded row is 0 and not NaN; bfloat16 holds it.
-PADDED_LOGIT = -1e30
-_SMALLEST_NORM = 1e-12
 
 
 class LmHead(nn.Module):
@@ -284,7 +269,7 @@ class LmHead(nn.Module):
 
     @nn.compact
     def __call__(self, hidden_BTD: jax.Array) -> jax.Array:
-        """Logits `[B, T, V]`; those of padded rows are `PADDED_LOGIT`."""
+        """Returns logits `[B, T, V]`; those of padded rows are `PADDED_LOGIT`."""
         cfg = self.cfg
         kernel_DV = self.param(
             "kernel",
@@ -296,14 +281,14 @@ class LmHead(nn.Module):
 
 
 class ScoreHead(nn.Module):
-    """One number a token (a reward or a value), in the output dtype throughout."""
+    """One number for each token (a reward or a value), in the output dtype throughout."""
 
     cfg: BackboneConfig
     compute: ComputeConfig
 
     @nn.compact
     def __call__(self, hidden_BTD: jax.Array) -> jax.Array:
-        """Scores `[B, T]`."""
+        """Returns scores `[B, T]`."""
         dtype = self.compute.output_dtype
         kernel_D1 = self.param(
             "kernel",
@@ -317,12 +302,12 @@ class ScoreHead(nn.Module):
 def project_to_vocabulary(
     hidden_BTD: jax.Array, kernel_DV: jax.Array, cfg: BackboneConfig, compute: ComputeConfig
 ) -> jax.Array:
-    """Logits from the trunk's output and a head, padded vocabulary rows masked.
+    """Returns logits from the trunk's output and a head, padded vocabulary rows masked.
 
     Args:
         hidden_BTD: output of the trunk.
         kernel_DV: the head, or the embedding's transpose.
-        cfg: says whether columns are scaled to unit length (NormHead, Baichuan 2,
+        cfg: with `norm_head`, columns are scaled to unit length (NormHead, Baichuan 2,
             arXiv 2309.10305 section 2.5).
         compute: dtypes; products are accumulated in `output_dtype`.
 

@@ -1,6 +1,6 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685) beside a frozen backbone.
 
-Adapters are a dict of their own, handed to the model as a second collection,
+Adapters are a dict of their own, given to the model as a second collection,
 `model.apply({"params": params, "lora": adapters}, ...)`; without it the same model is the frozen
 one. Each adapted projection `y = W x` becomes `W x + (alpha / rank) b (a x)`, with `b` zero at the
 start. The backbone fuses query, key and value, and gate and up; adapters still name each.
@@ -19,7 +19,7 @@ from huatuo_jax.backbone.config import BackboneConfig
 
 Target = Literal["query", "key", "value", "output", "gate", "up", "down"]
 
-# Where a target lives in the layer, and the einsums into and out of the rank R.
+# A target's block in the layer, and the einsums into and out of the rank R.
 _PLACES: Mapping[Target, tuple[str, str, str]] = {
     "query": ("attention", "BTD,DR->BTR", "BTR,RNH->BTNH"),
     "key": ("attention", "BTD,DR->BTR", "BTR,RKH->BTKH"),
@@ -33,7 +33,7 @@ _PLACES: Mapping[Target, tuple[str, str, str]] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """Which projections get adapters, and how large.
+    """The adapted projections and the size of their adapters.
 
     Attributes:
         rank: width R of the bottleneck.
@@ -46,7 +46,7 @@ class LoraConfig:
     targets: tuple[Target, ...] = get_args(Target)
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a field that cannot be."""
+        """Validates the fields."""
         if self.rank < 1:
             raise ValueError(f"LoraConfig.rank={self.rank} must be at least 1")
         if unknown := sorted(set(self.targets) - set(_PLACES)):
@@ -56,19 +56,19 @@ class LoraConfig:
 
     @property
     def scale(self) -> float:
-        """The weight of the update."""
+        """Returns the weight of the update."""
         return self.alpha / self.rank
 
 
 def init_adapters(
     key: jax.Array, cfg: BackboneConfig, lora: LoraConfig, *, dtype: DTypeLike = jnp.float32
 ) -> dict[str, Any]:
-    """Fresh adapters, which change nothing yet: `a` normal with variance 1 / fan-in, `b` zero.
+    """Makes fresh adapters, without effect yet: `a` normal with variance 1 / fan-in, `b` zero.
 
     Args:
         key: PRNG key.
-        cfg: the backbone they go beside.
-        lora: which projections, which rank.
+        cfg: the backbone.
+        lora: projections and rank.
         dtype: of the adapters.
 
     Returns:
@@ -97,14 +97,14 @@ def add_update(
     inputs: jax.Array,
     outputs: jax.Array,
 ) -> jax.Array:
-    """`outputs` plus the adapter's update, where `module` was applied with one for `target`.
+    """Adds the adapter's update to `outputs` if `module` was applied with one for `target`.
 
     Args:
         module: the module whose `lora` collection may hold the adapter.
         lora: None for a model without adapters.
         target: the projection.
-        inputs: what went into the projection.
-        outputs: what the frozen projection gave.
+        inputs: inputs of the projection.
+        outputs: outputs of the frozen projection.
     """
     adapter = module.get_variable("lora", target)
     if adapter is None:
@@ -120,18 +120,18 @@ def add_update(
 def merge(
     params: Mapping[str, Any], adapters: Mapping[str, Any], cfg: BackboneConfig, lora: LoraConfig
 ) -> dict[str, Any]:
-    """The backbone with the adapters' updates added to its weights.
+    """Adds the adapters' updates to the backbone's weights.
 
     Sums are taken in at least float32 and cast back to each weight's dtype.
 
     Args:
         params: the frozen backbone.
         adapters: from `init_adapters`, trained.
-        cfg: the backbone's description.
-        lora: what the adapters were made with.
+        cfg: the backbone's config.
+        lora: the adapters' config.
 
     Returns:
-        A new nested dict; `params` is left as it is.
+        A new nested dict; `params` is unchanged.
 
     Raises:
         ValueError: a target has no adapter.
@@ -190,7 +190,7 @@ def _shape(letters: str, cfg: BackboneConfig, lora: LoraConfig) -> tuple[int, ..
 
 
 def _product(target: Target, adapter: Mapping[str, jax.Array]) -> jax.Array:
-    """`a b` with the layer axis kept: the update of the whole weight, in float32 or wider."""
+    """Returns `a b`, layer axis kept: the update of the whole weight, at least in float32."""
     _, into, out_of = _PLACES[target]
     a_letters, b_letters = into.split("->")[0].split(",")[1], out_of.split("->")[0].split(",")[1]
     dtype = jnp.promote_types(adapter["a"].dtype, jnp.float32)

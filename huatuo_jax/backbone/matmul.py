@@ -1,9 +1,7 @@
-"""Matrix products with gradients of their own, in the order that transposes least.
+"""Matrix products with gradients that transpose least, and weights cast for the forward pass.
 
-What jax derives for a kernel's gradient is the transpose of `outputs^T inputs`: on CPU the widest
-array of a layer is then copied into another layout. Here it is `inputs^T outputs`, as it is wanted.
-
-Which weights the forward pass casts before anything else, and those weights cast already.
+The gradient of a kernel that jax derives is the transpose of `outputs^T inputs`: on CPU the widest
+array of a layer is then copied into another layout. Here it is `inputs^T outputs` directly.
 """
 
 import functools
@@ -16,6 +14,12 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from huatuo_jax.core import sharding
+
+# Norms and the score head are not included: they are read in full width.
+_CAST_IN_FORWARD = re.compile(
+    r"(^|/)(embedding/table|lm_head/kernel"
+    r"|(attention|mlp)/(qkv|output|gate_up|up|down)/(kernel|bias)|(attention|mlp)/\w+/[ab])$"
+)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
@@ -32,16 +36,48 @@ def linear(
     Args:
         inputs: `[..., *contracted]`.
         kernel: `[*contracted, ...]`, in the dtype of the inputs.
-        num_contracted: how many dimensions are summed over.
+        num_contracted: number of dimensions that are summed over.
         dtype: of the sums, at least as wide.
-        cuts: where the kernel is cut; each part has a product of its own. What is kept for the
-            backward pass is the whole kernel, which stands in memory anyway, and not its parts.
-        cut_dim: which of the kernel's dimensions that is, counted from the end.
+        cuts: indices at which the kernel is cut; each part has its own product. The backward pass
+            keeps the whole kernel, which is in memory anyway, and not its parts.
+        cut_dim: the kernel's dimension that is cut, counted from the end.
 
     Returns:
-        The outputs of each part; one where nothing is cut.
+        The outputs of each part; one without cuts.
     """
     return _linear_forward(inputs, kernel, num_contracted, dtype, cuts, cut_dim)[0]
+
+
+def cut(array: jax.Array, cuts: tuple[int, ...], dim: int) -> list[jax.Array]:
+    """Splits an array into its parts; without cuts, the array itself is the only one."""
+    return jnp.split(array, cuts, axis=dim) if cuts else [array]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def gated(
+    activation: Callable[[jax.Array], jax.Array], gate: jax.Array, up: jax.Array
+) -> jax.Array:
+    """Returns `activation(gate) * up`, keeping only these two for the backward pass."""
+    return activation(gate) * up
+
+
+def store_as_computed(variables: Any, dtype: DTypeLike, *, keep_lm_head: bool = False) -> Any:
+    """Casts variables without gradients as the forward pass would, which leaves it unchanged.
+
+    Args:
+        variables: collections, or parts of them, layers stacked or split; arrays that already have
+            the dtype are returned as they are.
+        dtype: the compute dtype.
+        keep_lm_head: do not cast the head: NormHead scales it in full width before the cast.
+    """
+
+    def stored(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        name = sharding.path_name(path)
+        if not _CAST_IN_FORWARD.search(name) or (keep_lm_head and name.endswith("lm_head/kernel")):
+            return leaf
+        return leaf if leaf.dtype == dtype else leaf.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(stored, variables)
 
 
 def _linear_forward(
@@ -91,19 +127,6 @@ def _linear_backward(
 linear.defvjp(_linear_forward, _linear_backward)
 
 
-def cut(array: jax.Array, cuts: tuple[int, ...], dim: int) -> list[jax.Array]:
-    """The parts of an array; the array itself where there are no cuts."""
-    return jnp.split(array, cuts, axis=dim) if cuts else [array]
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def gated(
-    activation: Callable[[jax.Array], jax.Array], gate: jax.Array, up: jax.Array
-) -> jax.Array:
-    """`activation(gate) * up`; nothing but the two is kept for the backward pass."""
-    return activation(gate) * up
-
-
 def _gated_forward(
     activation: Callable[[jax.Array], jax.Array], gate: jax.Array, up: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -121,29 +144,3 @@ def _gated_backward(
 
 
 gated.defvjp(_gated_forward, _gated_backward)
-
-
-# Norms and the score head are not among them: they are read in full width.
-_CAST_IN_FORWARD = re.compile(
-    r"(^|/)(embedding/table|lm_head/kernel"
-    r"|(attention|mlp)/(qkv|output|gate_up|up|down)/(kernel|bias)|(attention|mlp)/\w+/[ab])$"
-)
-
-
-def store_as_computed(variables: Any, dtype: DTypeLike, *, keep_lm_head: bool = False) -> Any:
-    """Variables that no gradient is taken of, as the forward pass casts them: it is unchanged.
-
-    Args:
-        variables: collections, or parts of them, layers stacked or split; arrays that are in the
-            dtype already are handed back as they are.
-        dtype: the compute dtype.
-        keep_lm_head: leave the head alone: NormHead scales it in full width before the cast.
-    """
-
-    def stored(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-        name = sharding.path_name(path)
-        if not _CAST_IN_FORWARD.search(name) or (keep_lm_head and name.endswith("lm_head/kernel")):
-            return leaf
-        return leaf if leaf.dtype == dtype else leaf.astype(dtype)
-
-    return jax.tree_util.tree_map_with_path(stored, variables)

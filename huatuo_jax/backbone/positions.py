@@ -1,4 +1,4 @@
-"""Where a token stands: positions, rotary angles, ALiBi slopes."""
+"""Positions of tokens, rotary angles and ALiBi slopes."""
 
 import math
 
@@ -11,7 +11,7 @@ from huatuo_jax.backbone.config import RopeConfig
 
 
 def positions_from_segments(segment_ids_BT: jax.Array) -> jax.Array:
-    """Positions that restart at 0 wherever the segment id changes.
+    """Returns positions that restart at 0 wherever the segment id changes.
 
     Args:
         segment_ids_BT: int32; neighbours with one id are one sequence. 0 marks padding.
@@ -35,13 +35,13 @@ def positions_from_segments(segment_ids_BT: jax.Array) -> jax.Array:
 def rotary_tables(
     positions_BT: jax.Array, rope: RopeConfig, *, head_dim: int, dtype: DTypeLike
 ) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine of every token's rotation, computed in at least float32.
+    """Returns cosine and sine of every token's rotation, computed in at least float32.
 
     Args:
         positions_BT: int32.
         rope: the rotary settings.
         head_dim: width H of a head.
-        dtype: what the tables are cast to.
+        dtype: of the returned tables.
 
     Returns:
         Two arrays `[B, T, H / 2]`.
@@ -53,7 +53,7 @@ def rotary_tables(
 
 
 def rotate(heads_BTNH: jax.Array, cos_BTH: jax.Array, sin_BTH: jax.Array) -> jax.Array:
-    """Rotate each head's pairs (i, i + H / 2), the layout of Hugging Face weights.
+    """Rotates each head's pairs (i, i + H / 2), the layout of Hugging Face weights.
 
     Args:
         heads_BTNH: queries or keys.
@@ -66,10 +66,10 @@ def rotate(heads_BTNH: jax.Array, cos_BTH: jax.Array, sin_BTH: jax.Array) -> jax
 
 
 def alibi_slopes(num_heads: int) -> np.ndarray:
-    """Each head's slope: attention loses `slope` per token of distance (arXiv 2108.12409).
+    """Returns each head's slope, its decrease of scores per token of distance.
 
-    Powers of 2^(-8/n) for n a power of two; otherwise the series of the next lower power of two,
-    filled up with every other slope of the next higher one.
+    ALiBi, arXiv 2108.12409: powers of 2^(-8/n) for n a power of two; otherwise the series of the
+    next lower power of two, completed with every other slope of the next higher one.
 
     Returns:
         float32 `[N]`.
@@ -84,7 +84,7 @@ def alibi_slopes(num_heads: int) -> np.ndarray:
 
 
 def _frequencies(positions_BT: jax.Array, rope: RopeConfig, head_dim: int) -> jax.Array:
-    """Radians per position of every pair, `[H / 2]`."""
+    """Returns radians per position of every pair, `[H / 2]`."""
     if rope.rope_type == "dynamic":
         return _dynamic_frequencies(positions_BT, rope, head_dim)
     plain_H = rope.theta ** -(np.arange(0, head_dim, 2) / head_dim)
@@ -101,12 +101,12 @@ def _frequencies(positions_BT: jax.Array, rope: RopeConfig, head_dim: int) -> ja
 
 
 def _float_dtype() -> jnp.dtype:
-    """float32, or float64 where jax runs with 64 bits."""
+    """Returns float32, or float64 where jax runs with 64 bits."""
     return jnp.zeros((), dtype=float).dtype
 
 
 def _dynamic_frequencies(positions_BT: jax.Array, rope: RopeConfig, head_dim: int) -> jax.Array:
-    """NTK scaling: the base grows with the longest position once it passes the original length."""
+    """Returns NTK-scaled frequencies: the base grows with the longest position."""
     original = rope.original_max_positions
     assert original is not None
     dtype = _float_dtype()
@@ -118,7 +118,7 @@ def _dynamic_frequencies(positions_BT: jax.Array, rope: RopeConfig, head_dim: in
 
 
 def _llama3_frequencies(plain_H: np.ndarray, rope: RopeConfig) -> np.ndarray:
-    """Llama 3.1: long wavelengths are scaled, short ones kept, those between are blended."""
+    """Scales long wavelengths, keeps short ones and blends between (Llama 3.1)."""
     assert rope.original_max_positions is not None
     wavelength_H = 2 * np.pi / plain_H
     blend_H = (rope.original_max_positions / wavelength_H - rope.low_freq_factor) / (
@@ -129,7 +129,7 @@ def _llama3_frequencies(plain_H: np.ndarray, rope: RopeConfig) -> np.ndarray:
 
 
 def _yarn_frequencies(plain_H: np.ndarray, rope: RopeConfig, head_dim: int) -> np.ndarray:
-    """YaRN: dimensions that turn seldom within the original length are interpolated."""
+    """Interpolates dimensions that turn seldom within the original length (YaRN)."""
     assert rope.original_max_positions is not None
     original, log_theta = rope.original_max_positions, math.log(rope.theta)
 
@@ -146,7 +146,7 @@ def _yarn_frequencies(plain_H: np.ndarray, rope: RopeConfig, head_dim: int) -> n
 
 
 def _attention_factor(rope: RopeConfig) -> float:
-    """The scale of cosine and sine; 1 but for YaRN, whose equation 22 gives it."""
+    """Returns the scale of cosine and sine: 1, or for YaRN that of its equation 22."""
     if rope.rope_type != "yarn":
         return 1.0
     if rope.attention_factor is not None:

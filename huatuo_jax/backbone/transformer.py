@@ -38,31 +38,31 @@ class Layer(nn.Module):
     def __call__(
         self, hidden_BTD: jax.Array, rows: Rows, attend: Attend | None = None
     ) -> tuple[jax.Array, Any]:
-        """The residual stream after this layer, and what `attend` handed back (None without).
+        """Returns the residual stream after this layer, and the result of `attend` (or None).
 
         Args:
             hidden_BTD: the residual stream.
-            rows: where its tokens stand.
+            rows: the positions of its tokens.
             attend: see `layers.Attend`; by default rows attend to themselves.
         """
         cfg, compute = self.cfg, self.compute
         normed_BTD = Norm(cfg.norm, cfg, compute, name="attention_norm")(hidden_BTD)
         attention = SelfAttention(cfg, compute, self.lora, name="attention")
-        attended_BTD, handed_back = attention(normed_BTD, rows, attend)
+        attended_BTD, returned = attention(normed_BTD, rows, attend)
         hidden_BTD = hidden_BTD + checkpoint_name(attended_BTD, _BLOCK_OUTPUTS[0])
         normed_BTD = Norm(cfg.norm, cfg, compute, name="mlp_norm")(hidden_BTD)
         fed_BTD = FeedForward(cfg, compute, self.lora, name="mlp")(normed_BTD)
         hidden_BTD = hidden_BTD + checkpoint_name(fed_BTD, _BLOCK_OUTPUTS[1])
-        return sharding.constrain(hidden_BTD, "hidden_BTD"), handed_back
+        return sharding.constrain(hidden_BTD, "hidden_BTD"), returned
 
 
 class Transformer(nn.Module):
     """A backbone and its head.
 
     Attributes:
-        cfg: what the model is.
-        compute: how it is computed.
-        lora: the adapters it may be applied with.
+        cfg: the architecture.
+        compute: dtypes, kernels and rematerialisation.
+        lora: the adapters that it may be applied with.
     """
 
     cfg: BackboneConfig
@@ -70,7 +70,7 @@ class Transformer(nn.Module):
     lora: LoraConfig | None = None
 
     def setup(self) -> None:
-        """Name the parts; parameters are made by the parts that are used."""
+        """Names the parts; parameters are made by the parts that are used."""
         cfg, compute = self.cfg, self.compute
         self.embedding = Embedding(cfg, compute)
         if cfg.embedding_norm:
@@ -94,7 +94,7 @@ class Transformer(nn.Module):
         segment_ids_BT: jax.Array | None = None,
         positions_BT: jax.Array | None = None,
     ) -> jax.Array:
-        """The trunk's output after the final norm.
+        """Returns the trunk's output after the final norm.
 
         Args:
             tokens_BT: token ids below `vocab_size`.
@@ -103,14 +103,14 @@ class Transformer(nn.Module):
             positions_BT: by default they start at 0 in each segment.
 
         Returns:
-            `[B, T, D]` in the compute dtype; what stands at padding means nothing.
+            `[B, T, D]` in the compute dtype; values at padding have no meaning.
         """
         return self.trunk(
             self.embed(tokens_BT), segment_ids_BT=segment_ids_BT, positions_BT=positions_BT
         )
 
     def embed(self, tokens_BT: jax.Array) -> jax.Array:
-        """Embeddings `[B, T, D]`, normalised where the family does."""
+        """Returns embeddings `[B, T, D]`, normalised in families that do so."""
         hidden_BTD = self.embedding(tokens_BT)
         if self.cfg.embedding_norm:
             hidden_BTD = self.embedding_norm(hidden_BTD)
@@ -123,7 +123,7 @@ class Transformer(nn.Module):
         segment_ids_BT: jax.Array | None = None,
         positions_BT: jax.Array | None = None,
     ) -> jax.Array:
-        """The layers and the final norm, on embeddings; arguments as for a call."""
+        """Applies the layers and the final norm to embeddings; arguments as for a call."""
         if positions_BT is None:
             if segment_ids_BT is None:
                 positions_T = jnp.arange(embedded_BTD.shape[1], dtype=jnp.int32)
@@ -134,7 +134,7 @@ class Transformer(nn.Module):
         return self.normalise(hidden_BTD)
 
     def rows(self, positions_BT: jax.Array, segment_ids_BT: jax.Array | None = None) -> Rows:
-        """What the layers know of tokens at these positions."""
+        """Returns positions and rotations for the layers."""
         cos_BTH = sin_BTH = None
         if self.cfg.rope is not None:
             cos_BTH, sin_BTH = positions.rotary_tables(
@@ -146,18 +146,18 @@ class Transformer(nn.Module):
         return Rows(positions_BT, segment_ids_BT, cos_BTH, sin_BTH)
 
     def normalise(self, hidden_BTD: jax.Array) -> jax.Array:
-        """The final norm, on the layers' output."""
+        """Applies the final norm to the layers' output."""
         return self.final_norm(hidden_BTD)
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
-        """Next-token logits `[B, T, V]`; padded vocabulary rows hold `heads.PADDED_LOGIT`."""
+        """Returns next-token logits `[B, T, V]`; padded rows hold `layers.PADDED_LOGIT`."""
         if self.cfg.tie_embeddings:
             kernel_DV = self.embedding.table().T
             return layers.project_to_vocabulary(hidden_BTD, kernel_DV, self.cfg, self.compute)
         return self.lm_head(hidden_BTD)
 
     def scores(self, hidden_BTD: jax.Array) -> jax.Array:
-        """One score a token, `[B, T]`: rewards or values."""
+        """Returns one score for each token, `[B, T]`: rewards or values."""
         return self.score_head(hidden_BTD)
 
 
@@ -168,7 +168,7 @@ class Embedding(nn.Module):
     compute: ComputeConfig
 
     def setup(self) -> None:
-        """Make the table."""
+        """Makes the table."""
         self.table_VD = self.param(
             "table",
             nn.initializers.normal(self.cfg.initializer_range),
@@ -177,27 +177,27 @@ class Embedding(nn.Module):
         )
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
-        """Rows `[B, T, D]` of the table; an id that is no token's gives NaN, never another row."""
-        # A negative id would count from the end, and one in the padding would find a row.
+        """Returns rows `[B, T, D]` of the table; an id outside the vocabulary gives NaN."""
+        # A negative id would count from the end, and one in the padding would select a row.
         known_BT = (tokens_BT >= 0) & (tokens_BT < self.cfg.vocab_size)
         rows_BT = jnp.where(known_BT, tokens_BT, self.cfg.padded_vocab_size)
-        # Gathered first and cast after, so that the whole table is never copied.
+        # Gathered first and cast afterwards, so that the whole table is never copied.
         table_VD = sharding.constrain(self.table_VD, "table_VD")
         return jnp.take(table_VD, rows_BT, axis=0, mode="fill").astype(self.compute.compute_dtype)
 
     def table(self) -> jax.Array:
-        """The table `[V, D]`, for a tied head."""
+        """Returns the table `[V, D]`, for a tied head."""
         return self.table_VD
 
 
 def init_params(
     key: jax.Array, cfg: BackboneConfig, compute: ComputeConfig, *, head: Head = "lm"
 ) -> dict[str, Any]:
-    """Fresh parameters, all normal with `initializer_range` but for norms (1) and biases (0).
+    """Makes fresh parameters, normal with `initializer_range` but for norms (1) and biases (0).
 
     Args:
         key: PRNG key.
-        cfg: what the model is.
+        cfg: the architecture.
         compute: gives the dtype.
         head: `lm` for logits, `score` for rewards or values.
 
@@ -205,7 +205,7 @@ def init_params(
         A plain nested dict; layers are stacked along their first axis.
     """
     assert head in get_args(Head), head
-    # Two tokens fit no fused kernel, and parameters do not depend on it.
+    # Two tokens fit no fused kernel, and parameters do not depend on the kernel.
     model = Transformer(cfg, dataclasses.replace(compute, kernel="xla"))
     tokens_BT = jnp.zeros((1, 2), dtype=jnp.int32)
 
@@ -219,17 +219,17 @@ def init_params(
 def abstract_params(
     cfg: BackboneConfig, compute: ComputeConfig, *, head: Head = "lm"
 ) -> dict[str, Any]:
-    """The tree of `init_params` as `jax.ShapeDtypeStruct`, without making an array."""
+    """Returns the tree of `init_params` as `jax.ShapeDtypeStruct`, without making an array."""
     return jax.eval_shape(lambda: init_params(jax.random.key(0), cfg, compute, head=head))
 
 
 def count_parameters(params: Any) -> int:
-    """How many numbers a tree of parameters holds, padded vocabulary rows included."""
+    """Counts the numbers in a tree of parameters, padded vocabulary rows included."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 def _rematerialised(layer: type[nn.Module], compute: ComputeConfig) -> type[nn.Module]:
-    """The layer, wrapped so that its backward pass recomputes what `compute.remat` says."""
+    """Wraps the layer so that its backward pass recomputes according to `compute.remat`."""
     if compute.remat == "none":
         return layer
     policies = {
@@ -237,5 +237,5 @@ def _rematerialised(layer: type[nn.Module], compute: ComputeConfig) -> type[nn.M
         "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
         "outputs": jax.checkpoint_policies.save_only_these_names(*_BLOCK_OUTPUTS),
     }
-    # A scan's body cannot be merged with its recomputation, so the guard against that is needless.
+    # A scan's body is never merged with its recomputation, so the guard against that is not needed.
     return nn.remat(layer, policy=policies[compute.remat], prevent_cse=False)

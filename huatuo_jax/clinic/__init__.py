@@ -1,1 +1,1 @@
-"""A small world of consultations with a known truth: diseases, dialogues, a judge, a patient."""
+"""The clinic: a small synthetic world of consultations with a known truth, judge and patient."""

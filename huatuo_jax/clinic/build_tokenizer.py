@@ -1,6 +1,6 @@
 """Trains the tokenizer that ships with the clinic, on a clinic of fixed seed and sizes.
 
-Run as `python -m huatuo_jax.clinic.build_tokenizer [TARGET]`; without a target it writes over the
+Run as `python -m huatuo_jax.clinic.build_tokenizer [TARGET]`; without a target it overwrites the
 shipped one. Tables and grammar decide its bytes: run it again when they have changed.
 """
 

@@ -1,15 +1,10 @@
 """Dialogues of the four kinds, and prompts with the real doctor's answer.
 
-The kinds stand in the proportions of HuatuoGPT's data (arXiv 2305.15075, table 2).
-
-The two manners of this world's doctors: real ones and distilled ones.
-
-A real doctor is terse and exact: asks while it is ambiguous what the patient has, then names the
-disease, test and department, a drug that this patient may have, and advice; sometimes curtly. A
-distilled one is detailed, structured, friendly and hedging, never asks, and names a wrong but
-plausible disease in a third of the answers.
-
-What kind of prompt it is, whatever is answered: clear, to be asked about first, or dangerous.
+The kinds have the proportions of HuatuoGPT's data (arXiv 2305.15075, table 2). A real doctor is
+terse and exact: asks while the case is ambiguous, then names the disease, test and department, a
+drug that this patient may have, and advice; sometimes curtly. A distilled one is detailed,
+structured, friendly and hedging, never asks, and names a wrong but plausible disease in a third of
+the answers.
 """
 
 from collections.abc import Callable, Iterator
@@ -45,14 +40,31 @@ from huatuo_jax.data.records import KINDS, Dialogue, Kind, Message, Prompt
 
 CURT = 0.2
 DISTILLED_WRONG = 1 / 3
-DISTILLED_CARELESS = 0.3  # Recommends the usual drug although this patient must not have it.
+DISTILLED_CARELESS = 0.3  # Recommends the usual drug even if this patient must not have it.
 DISTILLED_CALM = 0.4  # Does not send to emergency care at once.
 
-_WRONG_FROM = 0.02  # A disease less probable is no plausible mistake while there are others.
+_WRONG_FROM = 0.02  # A less probable disease is not a plausible mistake while there are others.
+SOURCE = "huatuo_jax clinic"
+PAPER_COUNTS: dict[Kind, int] = {
+    "distilled_instruction": 61_400,
+    "real_instruction": 69_768,
+    "distilled_conversation": 68_888,
+    "real_conversation": 25_986,
+}
+VAGUE_SHARE = 0.25  # Share of real instructions that name one symptom only.
+PERSON_SHARE = 0.7  # Share of the other instructions that state age and sex.
+ENDS_POLITELY = 0.6  # Share of real conversations.
+PROMPTS_OF_CONVERSATIONS = PAPER_COUNTS["real_conversation"] / (
+    PAPER_COUNTS["real_instruction"] + PAPER_COUNTS["real_conversation"]
+)
+
+_LAST_TRY = 2_000
+Situation = Literal["clear", "ask", "danger"]
+SITUATIONS: tuple[Situation, ...] = get_args(Situation)
 
 
 def allowed_drugs(disease: Disease, observation: Observation) -> list[str]:
-    """The disease's drugs that a patient of whom this is known may have, in the table's order."""
+    """Returns the disease's drugs that this patient may have, in the table's order."""
     age = observation.age_for_drugs
     return [
         name for name in disease.drugs if not DRUGS[name].forbidden(observation.conditions, age)
@@ -60,48 +72,58 @@ def allowed_drugs(disease: Disease, observation: Observation) -> list[str]:
 
 
 def first_test(disease: Disease, observation: Observation) -> str:
-    """The first of the disease's tests that a patient of whom this is known may have."""
+    """Returns the first of the disease's tests that this patient may have."""
     allowed = [name for name in disease.tests if not forbidden_test(name, observation.conditions)]
     return allowed[0]
 
 
 def fitting_advice(disease: Disease, observation: Observation) -> list[str]:
-    """The disease's advice, without what makes no sense for a child."""
+    """Returns the disease's advice, without what makes no sense for a child."""
     age = observation.age_for_drugs
     child = age is not None and age < CHILD_BELOW
     return [name for name in disease.advice if not (child and name in ADULT_ADVICE)]
 
 
 def echo(writer: Writer, observation: Observation) -> str:
-    """What a doctor takes up of what the patient told: the first symptom, and up to two others."""
+    """Returns the symptoms that a doctor repeats: the first one, and up to two others."""
     others = [
         name for name in SYMPTOMS if name in observation.present and name != observation.opening
     ]
-    # Those that say more about a complaint stand last in the table, and tell most.
+    # The most specific symptoms are last in the table.
     first = [] if observation.opening is None else [observation.opening]
     return writer.symptoms([*first, *others[-2:]])
 
 
-class RealDoctor:
-    """Knows the truth of the case once he has asked enough."""
+class _Doctor:
+    """A doctor with a patient."""
 
     def __init__(self, writer: Writer, case: Case) -> None:
-        """See a patient.
+        """Begins with a patient.
 
         Args:
             writer: of the texts.
             case: the truth.
         """
         self._writer, self._case = writer, case
-        self._rounds = 0
-        self._asked_conditions = False
+
+    def _two_advices(self, disease: Disease, observation: Observation) -> tuple[str, str]:
+        writer = self._writer
+        first, second = writer.draws.shuffled(fitting_advice(disease, observation))[:2]
+        return writer.advice(first), writer.advice(second)
+
+
+class RealDoctor(_Doctor):
+    """The real doctor, who knows the truth of the case after asking enough."""
+
+    _rounds = 0
+    _asked_conditions = False
 
     def asks(self, observation: Observation) -> bool:
-        """Whether the next answer is questions and no diagnosis."""
+        """Returns True if the next answer is questions without a diagnosis."""
         return posterior(observation).should_ask
 
     def answer(self, observation: Observation) -> str:
-        """The next answer to a patient who has told this."""
+        """Returns the next answer to a patient who has told this."""
         if self.asks(observation):
             self._rounds += 1
             return self._ask(posterior(observation))
@@ -141,7 +163,7 @@ class RealDoctor:
         drug = self._prescribe(disease, observation)
         if writer.draws.chance(CURT):
             return opening + writer.draws.choice((visit, drug))
-        advice = writer.say("advise", *_two_advices(writer, disease, observation))
+        advice = writer.say("advise", *self._two_advices(disease, observation))
         return opening + "".join(
             writer.draws.choice(((visit, drug, advice), (visit, advice, drug)))
         )
@@ -159,20 +181,11 @@ class RealDoctor:
         return writer.say("forbid", writer.drug(first))
 
 
-class DistilledDoctor:
-    """Never asks; does not know the truth better than two times in three."""
-
-    def __init__(self, writer: Writer, case: Case) -> None:
-        """See a patient.
-
-        Args:
-            writer: of the texts.
-            case: the truth.
-        """
-        self._writer, self._case = writer, case
+class DistilledDoctor(_Doctor):
+    """The distilled doctor, who never asks and is right in two of three answers."""
 
     def first_answer(self, observation: Observation) -> str:
-        """The answer to a first, vague message: two diseases, a visit, advice."""
+        """Answers a first, vague message: two diseases, a visit, advice."""
         writer = self._writer
         belief = posterior(observation)
         ranked = sorted(belief.probabilities, key=lambda name: -belief.probabilities[name])
@@ -182,14 +195,14 @@ class DistilledDoctor:
             writer.say("greet")
             + writer.say("guess_two", echo(writer, observation), *map(writer.disease, two)),
             "1. " + self._visit(disease, observation),
-            "2. " + writer.say("guided_advice", *_two_advices(writer, disease, observation)),
+            "2. " + writer.say("guided_advice", *self._two_advices(disease, observation)),
         ]
         if belief.emergency and not writer.draws.chance(DISTILLED_CALM):
             parts.append(writer.say("guided_urgent"))
         return "\n".join(parts)
 
     def answer(self, observation: Observation) -> str:
-        """The whole answer."""
+        """Returns the whole answer."""
         writer = self._writer
         disease = DISEASES[self._named(observation)]
         opening = writer.say("greet") + writer.say(
@@ -199,7 +212,7 @@ class DistilledDoctor:
             opening += writer.say("explain", disease.cause)
         items = [
             self._visit(disease, observation),
-            writer.say("guided_advice", *_two_advices(writer, disease, observation)),
+            writer.say("guided_advice", *self._two_advices(disease, observation)),
             self._drug(disease, observation),
         ]
         numbered = [
@@ -240,7 +253,7 @@ class DistilledDoctor:
 
 
 def wrong_but_near(case: Case) -> list[str]:
-    """Up to three near misses of a case's disease that its age and sex allow."""
+    """Returns up to three near misses of a case's disease that its age and sex allow."""
     fitting = []
     for name in near_misses(case.disease):
         disease = DISEASES[name]
@@ -251,30 +264,8 @@ def wrong_but_near(case: Case) -> list[str]:
     return fitting[:3]
 
 
-def _two_advices(writer: Writer, disease: Disease, observation: Observation) -> tuple[str, str]:
-    first, second = writer.draws.shuffled(fitting_advice(disease, observation))[:2]
-    return writer.advice(first), writer.advice(second)
-
-
-SOURCE = "huatuo_jax clinic"
-PAPER_COUNTS: dict[Kind, int] = {
-    "distilled_instruction": 61_400,
-    "real_instruction": 69_768,
-    "distilled_conversation": 68_888,
-    "real_conversation": 25_986,
-}
-VAGUE_SHARE = 0.25  # Of real instructions, which name one symptom only.
-PERSON_SHARE = 0.7  # Of the other instructions, which tell age and sex.
-ENDS_POLITELY = 0.6  # Of real conversations.
-PROMPTS_OF_CONVERSATIONS = PAPER_COUNTS["real_conversation"] / (
-    PAPER_COUNTS["real_instruction"] + PAPER_COUNTS["real_conversation"]
-)
-
-_LAST_TRY = 2_000
-
-
 def counts_of_kinds(total: int) -> dict[Kind, int]:
-    """How many dialogues of each kind there are among so many, by largest remainders."""
+    """Splits a number of dialogues over the four kinds by largest remainders."""
     whole = sum(PAPER_COUNTS.values())
     found = {kind: total * PAPER_COUNTS[kind] // whole for kind in KINDS}
     by_remainder = sorted(KINDS, key=lambda kind: -(total * PAPER_COUNTS[kind] % whole))
@@ -286,14 +277,14 @@ def counts_of_kinds(total: int) -> dict[Kind, int]:
 def dialogues(
     kind: Kind, count: int, *, seed: int, held_out: bool = False, diseases: int | None = None
 ) -> Iterator[Dialogue]:
-    """Dialogues of one kind, no two of them alike; fewer are the first of more.
+    """Yields dialogues of one kind, all different; fewer are the first of more.
 
     Args:
         kind: one of `KINDS`.
-        count: how many.
-        seed: other dialogues for another one.
-        held_out: other cases, and sentences that stand in no training text.
-        diseases: patients have one of so many, the most common ones; None for all.
+        count: number of dialogues.
+        seed: another seed gives other dialogues.
+        held_out: other cases, and sentences of no training text.
+        diseases: number of diseases that patients have, the most common ones; None for all.
     """
     side = "held_out" if held_out else "training"
     for number, (case, messages) in enumerate(
@@ -311,16 +302,17 @@ def dialogues(
 def prompts(
     count: int, *, seed: int, held_out: bool = False, diseases: int | None = None
 ) -> Iterator[Prompt]:
-    """What a model is to answer, with the real doctor's answer as the reference.
+    """Yields prompts to a model, with the real doctor's answer as the reference.
 
-    As many are conversations before the diagnosis as among the paper's real dialogues, the others a
-    patient's first message. Where the patient has not told enough, the reference is questions.
+    The share of conversations before the diagnosis is that of the paper's real dialogues; the
+    others are a patient's first message. Where the patient has not told enough, the reference is
+    questions.
 
     Args:
-        count: how many.
-        seed: other prompts for another one.
-        held_out: other cases, and sentences that stand in no training text.
-        diseases: patients have one of so many, the most common ones; None for all.
+        count: number of prompts.
+        seed: another seed gives other prompts.
+        held_out: other cases, and sentences of no training text.
+        diseases: number of diseases that patients have, the most common ones; None for all.
     """
     side = "held_out_prompt" if held_out else "prompt"
     for number, (case, messages) in enumerate(
@@ -336,6 +328,78 @@ def prompts(
         )
 
 
+def situation(prompt: Prompt) -> Situation:
+    """Returns the situation of a prompt, whatever the answer.
+
+    Returns:
+        "danger": by the patient's messages, emergency care is needed, or a drug of the disease must
+        not be given; "ask": questions come first; "clear": neither.
+
+    Raises:
+        ValueError: the prompt's diagnosis is not in this world's table.
+    """
+    observation, disease = heard(prompt.messages), truth_of(prompt)
+    belief = posterior(observation)
+    if belief.emergency:
+        return "danger"
+    if belief.should_ask:
+        return "ask"
+    forbidden = len(allowed_drugs(disease, observation)) < len(disease.drugs)
+    return "danger" if forbidden else "clear"
+
+
+def conditions_against(prompt: Prompt, order: str) -> tuple[str, ...]:
+    """Returns the patient's conditions for which a drug or test must not be ordered.
+
+    Empty for a drug that is not for the patient's age, and for an allowed order.
+    """
+    told = heard(prompt.messages).conditions
+    if order in DRUGS:
+        return tuple(name for name in DRUGS[order].not_with if name in told)
+    return ("怀孕",) if order in X_RAYS and "怀孕" in told else ()
+
+
+def _real_instruction(writer: Writer, case: Case) -> list[Message]:
+    messages = _question(writer, case, vague_share=VAGUE_SHARE)
+    return [*messages, Message("assistant", RealDoctor(writer, case).answer(heard(messages)))]
+
+
+def _distilled_instruction(writer: Writer, case: Case) -> list[Message]:
+    messages = _question(writer, case, vague_share=0.0)
+    return [*messages, Message("assistant", DistilledDoctor(writer, case).answer(heard(messages)))]
+
+
+def _real_conversation(writer: Writer, case: Case) -> list[Message]:
+    messages, patient = _to_the_diagnosis(writer, case)
+    if messages and writer.draws.chance(ENDS_POLITELY):
+        messages += [
+            Message("user", patient.goodbye()),
+            Message("assistant", writer.say("real_bye")),
+        ]
+    return messages
+
+
+def _distilled_conversation(writer: Writer, case: Case) -> list[Message]:
+    patient, doctor = Patient.written_by(writer, case), DistilledDoctor(writer, case)
+    messages: list[Message] = [Message("user", patient.open())]
+    messages.append(Message("assistant", doctor.first_answer(heard(messages))))
+    messages.append(Message("user", patient.add(2)))
+    messages.append(Message("assistant", doctor.answer(heard(messages))))
+    return [
+        *messages,
+        Message("user", patient.goodbye()),
+        Message("assistant", writer.say("kind_bye")),
+    ]
+
+
+_WRITERS: dict[Kind, Callable[[Writer, Case], list[Message]]] = {
+    "distilled_instruction": _distilled_instruction,
+    "real_instruction": _real_instruction,
+    "distilled_conversation": _distilled_conversation,
+    "real_conversation": _real_conversation,
+}
+
+
 def _different(
     key: tuple[object, ...],
     count: int,
@@ -344,7 +408,7 @@ def _different(
     *,
     held_out: bool,
 ) -> Iterator[tuple[Case, list[Message]]]:
-    """Cases with dialogues that differ before the last message; drawn again where they do not."""
+    """Yields cases with dialogues that differ before the last message, redrawing duplicates."""
     seen: set[str] = set()
     for number in range(1, count + 1):
         for attempt in range(_LAST_TRY):
@@ -369,28 +433,8 @@ def _question(writer: Writer, case: Case, *, vague_share: float) -> list[Message
     return [Message("user", patient.open_fully(2 + writer.draws.below(2), person=person))]
 
 
-def _real_instruction(writer: Writer, case: Case) -> list[Message]:
-    messages = _question(writer, case, vague_share=VAGUE_SHARE)
-    return [*messages, Message("assistant", RealDoctor(writer, case).answer(heard(messages)))]
-
-
-def _distilled_instruction(writer: Writer, case: Case) -> list[Message]:
-    messages = _question(writer, case, vague_share=0.0)
-    return [*messages, Message("assistant", DistilledDoctor(writer, case).answer(heard(messages)))]
-
-
-def _real_conversation(writer: Writer, case: Case) -> list[Message]:
-    messages, patient = _to_the_diagnosis(writer, case)
-    if messages and writer.draws.chance(ENDS_POLITELY):
-        messages += [
-            Message("user", patient.goodbye()),
-            Message("assistant", writer.say("real_bye")),
-        ]
-    return messages
-
-
 def _to_the_diagnosis(writer: Writer, case: Case) -> tuple[list[Message], Patient]:
-    """A real doctor's conversation up to the diagnosis; empty where there is nothing to ask."""
+    """Writes a real doctor's conversation up to the diagnosis; empty if there is nothing to ask."""
     patient, doctor = Patient.written_by(writer, case), RealDoctor(writer, case)
     messages: list[Message] = [Message("user", patient.open())]
     if not doctor.asks(heard(messages)):
@@ -401,63 +445,7 @@ def _to_the_diagnosis(writer: Writer, case: Case) -> tuple[list[Message], Patien
     return [*messages, Message("assistant", doctor.answer(observation))], patient
 
 
-def _distilled_conversation(writer: Writer, case: Case) -> list[Message]:
-    patient, doctor = Patient.written_by(writer, case), DistilledDoctor(writer, case)
-    messages: list[Message] = [Message("user", patient.open())]
-    messages.append(Message("assistant", doctor.first_answer(heard(messages))))
-    messages.append(Message("user", patient.add(2)))
-    messages.append(Message("assistant", doctor.answer(heard(messages))))
-    return [
-        *messages,
-        Message("user", patient.goodbye()),
-        Message("assistant", writer.say("kind_bye")),
-    ]
-
-
 def _prompt(writer: Writer, case: Case) -> list[Message]:
     if writer.draws.chance(PROMPTS_OF_CONVERSATIONS):
         return _to_the_diagnosis(writer, case)[0]
     return _real_instruction(writer, case)
-
-
-_WRITERS: dict[Kind, Callable[[Writer, Case], list[Message]]] = {
-    "distilled_instruction": _distilled_instruction,
-    "real_instruction": _real_instruction,
-    "distilled_conversation": _distilled_conversation,
-    "real_conversation": _real_conversation,
-}
-
-
-Situation = Literal["clear", "ask", "danger"]
-SITUATIONS: tuple[Situation, ...] = get_args(Situation)
-
-
-def situation(prompt: Prompt) -> Situation:
-    """The situation of a prompt.
-
-    Returns:
-        "danger": after what the patient told, emergency care is needed, or a drug of the disease
-        must not be given; "ask": questions come first; "clear": neither.
-
-    Raises:
-        ValueError: the prompt's diagnosis is none of this world's.
-    """
-    observation, disease = heard(prompt.messages), truth_of(prompt)
-    belief = posterior(observation)
-    if belief.emergency:
-        return "danger"
-    if belief.should_ask:
-        return "ask"
-    forbidden = len(allowed_drugs(disease, observation)) < len(disease.drugs)
-    return "danger" if forbidden else "clear"
-
-
-def conditions_against(prompt: Prompt, order: str) -> tuple[str, ...]:
-    """The patient's conditions for which a drug or test must not be ordered, as `care` names them.
-
-    Empty for a drug that is not for the patient's age, and for what may be ordered.
-    """
-    told = heard(prompt.messages).conditions
-    if order in DRUGS:
-        return tuple(name for name in DRUGS[order].not_with if name in told)
-    return ("怀孕",) if order in X_RAYS and "怀孕" in told else ()

@@ -1,8 +1,8 @@
 """The forty diseases of this world, as a table.
 
-Symptoms have the probability that a patient with the disease has them; what is not listed does not
-occur. The figures are round and chosen for teaching: they rank the symptoms of each disease as
-textbooks do, and are not measured. Nothing here is medical advice.
+Symptoms have the probability that a patient with the disease has them; a symptom that is not listed
+does not occur. The figures are round and chosen for teaching: they rank the symptoms of each
+disease as textbooks do, and are not measured. Nothing here is medical advice.
 """
 
 from dataclasses import dataclass
@@ -16,18 +16,18 @@ class Disease:
     """One row of the table.
 
     Attributes:
-        words: its names, the first as the table calls it.
-        weight: how common it is among the patients of this world.
+        words: its names, the table's name first.
+        weight: its frequency among the patients of this world.
         symptoms: probability of each.
         ages: weight of each of `AGE_BANDS`, in their order.
         male: share of men.
-        lasts: weight of each of `DURATIONS`, in their order: since when a patient has had it.
-        department: where it is treated.
+        lasts: weight of each of `DURATIONS`, in their order: how long a patient has had it.
+        department: the department that treats it.
         tests: each of them is right; a doctor of this world orders the first that is allowed.
         advice: each of them is right.
         drugs: in order of preference; may be empty.
         emergency: needs emergency care at once.
-        watch: what should bring the patient to emergency care.
+        watch: symptoms that should bring the patient to emergency care.
         cause: in a few words.
         no_pregnancy: is not drawn together with a pregnancy.
     """
@@ -49,7 +49,7 @@ class Disease:
 
     @property
     def name(self) -> str:
-        """The first of its words."""
+        """Returns the first of its words."""
         return self.words[0]
 
 
@@ -68,7 +68,7 @@ def _row(
     emergency: bool = False,
     no_pregnancy: bool = False,
 ) -> Disease:
-    """A row in short: weights in percent; `care` is department, tests and advice, split by `|`."""
+    """Makes a row: weights in percent; `care` is department, tests and advice, split by `|`."""
     department, tests, advice = (part.split() for part in care.split("|"))
     percent = symptoms.split()
     weights = [tuple(float(weight) for weight in text.split()) for text in (ages, lasts)]

@@ -1,6 +1,6 @@
-"""Writes all that the recipe needs of this world into a folder: one seed, the same bytes.
+"""Writes all files of the clinic that the recipe needs, the same bytes for one seed.
 
-Exam questions and written cases of this world, with answers that the table gives.
+They include exam questions and written cases, with answers from the tables.
 """
 
 import hashlib
@@ -28,32 +28,38 @@ from huatuo_jax.core.files import write_file
 from huatuo_jax.data import records
 
 LETTERS = "ABCDE"
-COMMON_FROM = 0.5  # A symptom that so many patients have is common.
-CLEAR_FROM = 0.9  # An exam's case leaves no more doubt than this.
+COMMON_FROM = 0.5  # The least share of patients with a common symptom.
+CLEAR_FROM = 0.9  # The least probability of the diagnosis in an exam's case.
 _TOLD = 4
 _LAST_TRY = 2_000
-
-# A question, its right options, its wrong options, and why.
+# A question, its right options, its wrong options, and the explanation.
 _Question = tuple[str, Sequence[str], Sequence[str], str]
+HELD_OUT = "held_out_"
+PROMPTS, CASES, EXAMS = "prompts.jsonl", "cases.jsonl", "exams.jsonl"
+TOKENIZER = pathlib.Path(__file__).resolve().parent / "tokenizer"
+"""The folder of the tokenizer that ships with the clinic, see `build_tokenizer`."""
+
+SETTINGS_FILE = "clinic.json"
+"""The file of seed, sizes, a hash of the code that wrote the files, and one of each file."""
 
 
 def exam_questions(count: int, *, seed: int) -> Iterator[records.ExamQuestion]:
-    """Questions with five options each, of eight sorts in turn; no two are the same.
+    """Yields different questions with five options each, of eight sorts in turn.
 
     Those with one right answer have it at each letter in turn.
 
     Args:
-        count: how many.
-        seed: other questions for another one.
+        count: number of questions.
+        seed: another seed gives other questions.
 
     Raises:
-        ValueError: more questions than there are.
+        ValueError: there are fewer different questions.
     """
     seen: set[tuple[str, ...]] = set()
     for number in range(count):
         for attempt in range(_LAST_TRY):
             draws = Draws("exam", seed, number, attempt)
-            # A sort of which all questions are used up makes room for the next one.
+            # A sort without unused questions gives way to the next one.
             sort = tuple(_SORTS)[(number + attempt // 50) % len(_SORTS)]
             question, right, wrong, why = _SORTS[sort](draws)
             options, answer = _options(draws, right, wrong, LETTERS[number % len(LETTERS)])
@@ -75,12 +81,12 @@ def exam_questions(count: int, *, seed: int) -> Iterator[records.ExamQuestion]:
 
 
 def written_cases(count: int, *, seed: int, diseases: int | None = None) -> Iterator[records.Case]:
-    """Cases as a doctor writes them down, with the diagnosis, the department and the case itself.
+    """Yields cases as a doctor writes them down, with diagnosis, department and the case itself.
 
     Args:
-        count: how many.
-        seed: other cases for another one.
-        diseases: patients have one of so many, the most common ones; None for all.
+        count: number of cases.
+        seed: another seed gives other cases.
+        diseases: number of diseases that patients have, the most common ones; None for all.
     """
     for number in range(1, count + 1):
         case_id = f"clinic_case_{number:04d}"
@@ -96,55 +102,119 @@ def written_cases(count: int, *, seed: int, diseases: int | None = None) -> Iter
         )
 
 
-def _written(draws: Draws, case: Case) -> str:
-    told = told_in_order(draws, case)
-    observation = Observation(
-        opening=told[0],
-        volunteered=frozenset(told[1:]),
-        age=case.age,
-        sex=case.sex,
-        lasts=case.lasts,
-    )
-    absent = [
-        name for name in posterior(observation).gains() if name not in case.symptoms
-    ] or _near_symptoms(case)
-    conditions = "".join(f"{CONDITIONS[name][0]}。" for name in case.conditions)
-    without = f"无{'、'.join(absent[:2])}。" if absent else ""
-    return (
-        f"{case.sex}，{case.age}岁，{'、'.join(case.symptoms)}{case.since}。{without}{conditions}"
-    )
+@dataclass(frozen=True, kw_only=True)
+class ClinicSizes:
+    """Rows of each file.
+
+    Attributes:
+        dialogues: to train on, of all four kinds together.
+        held_out_dialogues: of all four kinds together.
+        prompts: for reinforcement learning.
+        held_out_prompts: to evaluate on.
+        cases: written cases, each of them a simulated patient.
+        exams: exam questions.
+        diseases: number of diseases that patients have, the most common of the table. Doctors
+            consider the whole table, and exams ask about it.
+        pairs: held-out pairs of answers for each difference: in truth, in manner, in length.
+    """
+
+    dialogues: int = 1_800
+    held_out_dialogues: int = 200
+    prompts: int = 400
+    held_out_prompts: int = 150
+    cases: int = 200
+    exams: int = 200
+    diseases: int = len(DISEASES)
+    pairs: int = 100
+
+    def __post_init__(self) -> None:
+        """Validates that no size is negative and that the table has these diseases."""
+        if not 1 <= self.diseases <= len(DISEASES):
+            raise ValueError(f"diseases is {self.diseases}; it should be 1 to {len(DISEASES)}")
+        for field in fields(self):
+            if getattr(self, field.name) < 0:
+                raise ValueError(
+                    f"{field.name} is {getattr(self, field.name)}; it should be 0 or more"
+                )
 
 
-def _near_symptoms(case: Case) -> list[str]:
-    """Symptoms of the nearest other disease that the case has not."""
-    other = DISEASES[near_misses(case.disease)[0]].symptoms
-    return [name for name in other if name not in case.symptoms]
+@dataclass(frozen=True, kw_only=True)
+class ClinicConfig:
+    """A clinic.
+
+    Attributes:
+        seed: another seed gives another clinic.
+        sizes: rows of each file.
+    """
+
+    seed: int = 0
+    sizes: ClinicSizes = ClinicSizes()
 
 
-def _options(
-    draws: Draws, right: Sequence[str], wrong: Sequence[str], letter: str
-) -> tuple[dict[str, str], str]:
-    if len(right) == 1:
-        texts = draws.shuffled(wrong)[: len(LETTERS) - 1]
-        texts.insert(LETTERS.index(letter), right[0])
-    else:
-        rest = draws.shuffled(wrong)[: len(LETTERS) - len(right)]
-        texts = draws.shuffled([*right, *rest])
-    options = dict(zip(LETTERS, texts, strict=True))
-    return options, "".join(letter for letter, text in options.items() if text in right)
+def write_clinic(
+    folder: str | os.PathLike[str], *, seed: int = 0, sizes: ClinicSizes | None = None
+) -> dict[str, pathlib.Path]:
+    """Writes the files of a clinic, JSON Lines in UTF-8, and last `clinic.json`.
+
+    Args:
+        folder: created if missing.
+        seed: another seed gives another clinic; the same one gives the same bytes everywhere.
+        sizes: rows of each file.
+
+    Returns:
+        Name -> path: `KIND.jsonl` and `held_out_KIND.jsonl` for each of the four kinds,
+        `prompts.jsonl`, `held_out_prompts.jsonl`, `cases.jsonl`, `exams.jsonl`, and
+        `pairs_DIFFERENCE.jsonl` for each of `planted.DIFFERENCES`.
+
+    Raises:
+        ValueError: a clinic has fewer different rows.
+        OSError: a file cannot be written.
+    """
+    target, cfg = pathlib.Path(folder), ClinicConfig(seed=seed, sizes=sizes or ClinicSizes())
+    contents = _contents(cfg)
+    _write(target, cfg, contents)
+    return {name: target / name for name in contents}
+
+
+def prepare_clinic(folder: str | os.PathLike[str], cfg: ClinicConfig, *, in_use: bool) -> None:
+    """Writes a clinic, unless the folder already holds the same files.
+
+    Args:
+        folder: of the clinic.
+        cfg: the clinic.
+        in_use: something was made from the existing files, which therefore must not be replaced.
+
+    Raises:
+        ValueError: other files exist and are in use, or a clinic has fewer rows.
+        OSError: a file cannot be read or written.
+    """
+    target = pathlib.Path(folder)
+    found = _settings_there(target)
+    wanted = _settings(cfg)
+    if found is not None and {name: found[name] for name in wanted} == wanted:
+        if all(_hash_there(target / name) == digest for name, digest in found["files"].items()):
+            return
+    contents = _contents(cfg)
+    hashes = {name: _hash(content) for name, content in contents.items()}
+    if in_use and any(_hash_there(target / name) != hashes[name] for name in contents):
+        raise ValueError(
+            f"{target}: the models here were trained on another clinic than seed={cfg.seed} of "
+            f"these sizes and this version writes{_differences(found, wanted)}; undo the change, "
+            "or choose another workdir"
+        )
+    _write(target, cfg, contents)
+
+
+def pairs_file(difference: Difference) -> str:
+    """Returns the name of the file of pairs with this difference."""
+    return f"pairs_{difference}.jsonl"
 
 
 def _which_disease(draws: Draws) -> _Question:
     while True:
         case = draw_case(draws, "exam")
         told = told_in_order(draws, case)[:_TOLD]
-        observation = Observation(
-            opening=told[0],
-            volunteered=frozenset(told[1:]),
-            age=case.age,
-            sex=case.sex,
-            lasts=case.lasts,
-        )
+        observation = _observation(case, told)
         if posterior(observation).probabilities.get(case.disease, 0.0) >= CLEAR_FROM:
             break
     near = near_misses(case.disease)[:4]
@@ -238,10 +308,6 @@ def _which_symptoms(draws: Draws) -> _Question:
     return f"{disease.name}常见的症状有哪些？（多选）", common, wrong, why
 
 
-def _any(draws: Draws) -> Disease:
-    return draws.choice(tuple(DISEASES.values()))
-
-
 _SORTS: dict[str, Callable[[Draws], _Question]] = {
     "诊断": _which_disease,
     "检查": _which_test,
@@ -254,124 +320,12 @@ _SORTS: dict[str, Callable[[Draws], _Question]] = {
 }
 
 
-HELD_OUT = "held_out_"
-PROMPTS, CASES, EXAMS = "prompts.jsonl", "cases.jsonl", "exams.jsonl"
-TOKENIZER = pathlib.Path(__file__).resolve().parent / "tokenizer"
-"""The folder of the tokenizer that ships with the clinic, see `build_tokenizer`."""
-SETTINGS_FILE = "clinic.json"
-"""Beside the files: seed, sizes, a hash of the code that wrote them, and one of each file."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClinicSizes:
-    """How many rows there are of each file.
-
-    Attributes:
-        dialogues: to train on, of all four kinds together.
-        held_out_dialogues: of all four kinds together.
-        prompts: to learn from by reinforcement.
-        held_out_prompts: to evaluate on.
-        cases: written cases, each of them a simulated patient.
-        exams: exam questions.
-        diseases: so many different ones the patients have, the most common of the table. Doctors
-            consider all of the table, and exams ask about all.
-        pairs: held-out pairs of answers that differ in truth alone, as many in manner, and in
-            length.
-    """
-
-    dialogues: int = 1_800
-    held_out_dialogues: int = 200
-    prompts: int = 400
-    held_out_prompts: int = 150
-    cases: int = 200
-    exams: int = 200
-    diseases: int = len(DISEASES)
-    pairs: int = 100
-
-    def __post_init__(self) -> None:
-        """Refuse less than none, and diseases that the table does not have."""
-        if not 1 <= self.diseases <= len(DISEASES):
-            raise ValueError(f"diseases is {self.diseases}; it should be 1 to {len(DISEASES)}")
-        for field in fields(self):
-            if getattr(self, field.name) < 0:
-                raise ValueError(
-                    f"{field.name} is {getattr(self, field.name)}; it should be 0 or more"
-                )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClinicConfig:
-    """Which clinic.
-
-    Attributes:
-        seed: another clinic for another one.
-        sizes: rows of each file.
-    """
-
-    seed: int = 0
-    sizes: ClinicSizes = ClinicSizes()
-
-
 class _Record(Protocol):
     def to_json(self) -> dict[str, Any]: ...
 
 
-def write_clinic(
-    folder: str | os.PathLike[str], *, seed: int = 0, sizes: ClinicSizes | None = None
-) -> dict[str, pathlib.Path]:
-    """Writes the files of a clinic, JSON Lines in UTF-8, and last `clinic.json`.
-
-    Args:
-        folder: is made where it is not there.
-        seed: another clinic for another one; the same bytes for the same one, everywhere.
-        sizes: rows of each file.
-
-    Returns:
-        Name -> path: `KIND.jsonl` and `held_out_KIND.jsonl` for each of the four kinds,
-        `prompts.jsonl`, `held_out_prompts.jsonl`, `cases.jsonl`, `exams.jsonl`, and
-        `pairs_DIFFERENCE.jsonl` for each of `planted.DIFFERENCES`.
-
-    Raises:
-        ValueError: a clinic has not so many different rows.
-        OSError: it cannot be written.
-    """
-    target, cfg = pathlib.Path(folder), ClinicConfig(seed=seed, sizes=sizes or ClinicSizes())
-    contents = _contents(cfg)
-    _write(target, cfg, contents)
-    return {name: target / name for name in contents}
-
-
-def prepare_clinic(folder: str | os.PathLike[str], cfg: ClinicConfig, *, in_use: bool) -> None:
-    """Writes a clinic, or finds in the folder the very files that would be written.
-
-    Args:
-        folder: of the clinic.
-        cfg: which one.
-        in_use: something was made from the files that stand there: others may not take their place.
-
-    Raises:
-        ValueError: other files stand there, and are in use. Or a clinic has not so many rows.
-        OSError: it cannot be read or written.
-    """
-    target = pathlib.Path(folder)
-    found = _settings_there(target)
-    wanted = _settings(cfg)
-    if found is not None and {name: found[name] for name in wanted} == wanted:
-        if all(_hash_there(target / name) == digest for name, digest in found["files"].items()):
-            return
-    contents = _contents(cfg)
-    hashes = {name: _hash(content) for name, content in contents.items()}
-    if in_use and any(_hash_there(target / name) != hashes[name] for name in contents):
-        raise ValueError(
-            f"{target}: what was trained here was made from another clinic than seed={cfg.seed} of "
-            f"these sizes and this version writes{_differences(found, wanted)}; undo the change, "
-            "or choose another workdir"
-        )
-    _write(target, cfg, contents)
-
-
 def clinic_records(*, seed: int, sizes: ClinicSizes) -> Mapping[str, Iterable[_Record]]:
-    """File name -> its records, made as they are read; see `write_clinic`."""
+    """Returns the records of each file by its name, made when iterated; see `write_clinic`."""
     found: dict[str, Iterable[_Record]] = {}
     for held_out, total in ((False, sizes.dialogues), (True, sizes.held_out_dialogues)):
         prefix = HELD_OUT if held_out else ""
@@ -393,9 +347,51 @@ def clinic_records(*, seed: int, sizes: ClinicSizes) -> Mapping[str, Iterable[_R
     return found
 
 
-def pairs_file(difference: Difference) -> str:
-    """The file of pairs that differ in this alone."""
-    return f"pairs_{difference}.jsonl"
+def _written(draws: Draws, case: Case) -> str:
+    told = told_in_order(draws, case)
+    observation = _observation(case, told)
+    absent = [
+        name for name in posterior(observation).gains() if name not in case.symptoms
+    ] or _near_symptoms(case)
+    conditions = "".join(f"{CONDITIONS[name][0]}。" for name in case.conditions)
+    without = f"无{'、'.join(absent[:2])}。" if absent else ""
+    return (
+        f"{case.sex}，{case.age}岁，{'、'.join(case.symptoms)}{case.since}。{without}{conditions}"
+    )
+
+
+def _observation(case: Case, told: Sequence[str]) -> Observation:
+    """Returns the information from a patient who names these symptoms in order."""
+    return Observation(
+        opening=told[0],
+        volunteered=frozenset(told[1:]),
+        age=case.age,
+        sex=case.sex,
+        lasts=case.lasts,
+    )
+
+
+def _near_symptoms(case: Case) -> list[str]:
+    """Returns symptoms of the nearest other disease that the case lacks."""
+    other = DISEASES[near_misses(case.disease)[0]].symptoms
+    return [name for name in other if name not in case.symptoms]
+
+
+def _options(
+    draws: Draws, right: Sequence[str], wrong: Sequence[str], letter: str
+) -> tuple[dict[str, str], str]:
+    if len(right) == 1:
+        texts = draws.shuffled(wrong)[: len(LETTERS) - 1]
+        texts.insert(LETTERS.index(letter), right[0])
+    else:
+        rest = draws.shuffled(wrong)[: len(LETTERS) - len(right)]
+        texts = draws.shuffled([*right, *rest])
+    options = dict(zip(LETTERS, texts, strict=True))
+    return options, "".join(letter for letter, text in options.items() if text in right)
+
+
+def _any(draws: Draws) -> Disease:
+    return draws.choice(tuple(DISEASES.values()))
 
 
 def _contents(cfg: ClinicConfig) -> dict[str, bytes]:
@@ -411,7 +407,7 @@ def _write(target: pathlib.Path, cfg: ClinicConfig, contents: Mapping[str, bytes
         "files": {name: _hash(content) for name, content in contents.items()},
     }
     target.mkdir(parents=True, exist_ok=True)
-    # They say that the files are whole: taken away first, put there last.
+    # The settings mark the files as complete: removed first, written last.
     (target / SETTINGS_FILE).unlink(missing_ok=True)
     for name, content in contents.items():
         write_file(target / name, content)
@@ -420,7 +416,7 @@ def _write(target: pathlib.Path, cfg: ClinicConfig, contents: Mapping[str, bytes
 
 
 def _settings(cfg: ClinicConfig) -> dict[str, Any]:
-    """What the bytes follow from."""
+    """Returns everything that decides the bytes."""
     code = hashlib.sha256()
     for path in sorted(pathlib.Path(__file__).parent.glob("*.py")):
         code.update(path.name.encode() + b"\0" + path.read_bytes())
@@ -428,7 +424,7 @@ def _settings(cfg: ClinicConfig) -> dict[str, Any]:
 
 
 def _settings_there(folder: pathlib.Path) -> dict[str, Any] | None:
-    """The settings of the files that stand in a folder; None where there are none that can be."""
+    """Returns the settings of the files in a folder, or None without valid ones."""
     path = folder / SETTINGS_FILE
     if not path.is_file():
         return None
@@ -441,7 +437,7 @@ def _settings_there(folder: pathlib.Path) -> dict[str, Any] | None:
 
 
 def _differences(found: Mapping[str, Any] | None, wanted: Mapping[str, Any]) -> str:
-    """The settings that are others now, in words."""
+    """Describes the settings that have changed."""
     if found is None:
         return ""
     names = [name for name in ("seed", "sizes") if found[name] != wanted[name]]

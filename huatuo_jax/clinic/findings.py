@@ -1,4 +1,4 @@
-"""What is true of an answer in this world: read by its terms, held against the table.
+"""Reads the facts of an answer by its terms, and compares them with the table.
 
 The truth of a question is its `diagnosis`, a name of the table; what the patient has told is read
 from the messages. So a record needs nothing else.
@@ -18,7 +18,7 @@ from huatuo_jax.data.records import Prompt
 
 Diagnosis = Literal["right", "plausible", "wrong", "absent"]
 
-# Who names more has not made a diagnosis, whether or not the right one is among them.
+# An answer that names more has no diagnosis, whether or not the right one is among them.
 MOST_DISEASES = 3
 
 _ORDERS = ("test", "department", "advice", "drug")
@@ -45,9 +45,9 @@ class Item:
     """A test, department, piece of advice or drug that an answer orders.
 
     Attributes:
-        kind: which of these it is.
+        kind: "test", "department", "advice" or "drug".
         name: the table's name.
-        right: whether it is one of those of the true disease.
+        right: it is one of those of the true disease.
     """
 
     kind: str
@@ -57,32 +57,31 @@ class Item:
 
 @dataclass(frozen=True, kw_only=True)
 class Findings:
-    """All that was found in one answer.
+    """The findings in one answer.
 
     Attributes:
         diagnosis: "right": the true disease, alone or clearly first; "plausible": the true one
-            among two or three, or one that is worth naming after what the patient told; "wrong":
+            among two or three, or one that is probable given the patient's messages; "wrong":
             another one, or more than `MOST_DISEASES`; "absent": none.
         named: the diseases it claims, in order.
-        hedged: it is not sure of what it claims.
+        hedged: it claims a disease with doubt.
         many_diagnoses: names more than `MOST_DISEASES`.
-        items: what it orders.
-        contraindicated: drugs and tests it orders that this patient must not have after what was
-            told.
-        should_ask: after what the patient told, questions come first.
+        items: its orders.
+        contraindicated: drugs and tests it orders that this patient must not have, by the messages.
+        should_ask: by the patient's messages, questions come first.
         asks: asks the patient something.
-        useful_questions: questions about what is not known and tells diseases apart, or about
+        useful_questions: questions about unknown facts that distinguish diseases, or about
             duration, age or conditions.
-        idle_questions: questions about what the patient has told already.
-        emergency: after what the patient told, emergency care is needed.
+        idle_questions: questions about facts that the patient has already told.
+        emergency: by the patient's messages, emergency care is needed.
         urgent: sends to emergency care at once.
         false_alarm: sends there without need.
-        friendly: which of greets, understands, addresses, wishes, offers.
+        friendly: those of greets, understands, addresses, wishes, offers that it has.
         structured: is in numbered items, in order.
-        broken_characters: holds characters that are no text.
-        repetitive: says the same again.
+        broken_characters: holds characters that are not text.
+        repetitive: repeats itself.
         unfinished: does not end as a sentence does.
-        disordered: numbers or marks that do not follow each other.
+        disordered: numbers or punctuation out of order.
         says_nothing: holds no term, no question, no call for care: nothing this world knows.
         length: letters and characters.
     """
@@ -111,28 +110,28 @@ class Findings:
 
     @property
     def asks_when_needed(self) -> bool:
-        """Asks something useful where questions come first."""
+        """Returns True if it asks something useful where questions come first."""
         return self.should_ask and self.useful_questions > 0
 
     @property
     def asks_pointlessly(self) -> bool:
-        """Asks and concludes nothing where it is clear, or asks what was told and nothing else."""
+        """Returns True if it only asks in a clear case, or only asks known facts."""
         only_idle = self.asks and self.idle_questions > 0 and self.useful_questions == 0
         return only_idle or (self.asks and not self.should_ask and self.diagnosis == "absent")
 
     @property
     def red_flag_missed(self) -> bool:
-        """Does not send to emergency care at once where that is needed."""
+        """Returns True if it does not send to emergency care where that is needed."""
         return self.emergency and not self.urgent
 
     @property
     def wrong_items(self) -> tuple[Item, ...]:
-        """Tests, departments and drugs that are not those of the true disease."""
+        """Returns tests, departments and drugs that are not those of the true disease."""
         return tuple(item for item in self.items if not item.right and item.kind != "advice")
 
     @property
     def coherent(self) -> bool:
-        """Whether it is a text that comes to an end and makes sense."""
+        """Returns True if it is a complete text that makes sense."""
         return not (
             self.broken_characters
             or self.repetitive
@@ -143,7 +142,7 @@ class Findings:
 
     @property
     def faults(self) -> tuple[str, ...]:
-        """The names of all that is wrong with the answer, in a fixed order; manner is no fault."""
+        """Returns the names of all faults in a fixed order; manner is not a fault."""
         wrong_kinds = {item.kind for item in self.wrong_items}
         concludes = not self.should_ask
         found = {
@@ -169,10 +168,10 @@ class Findings:
 
 
 def truth_of(prompt: Prompt) -> Disease:
-    """The disease of a prompt.
+    """Returns the disease of a prompt.
 
     Raises:
-        ValueError: its diagnosis is none of this world's.
+        ValueError: its diagnosis is not in this world's table.
     """
     for disease in DISEASES.values():
         if prompt.diagnosis in disease.words:
@@ -184,16 +183,16 @@ def truth_of(prompt: Prompt) -> Disease:
 
 
 def find(prompt: Prompt, answer: str, *, with_reference: bool = True) -> Findings:
-    """What is true of an answer to a prompt.
+    """Reads the facts of an answer to a prompt.
 
     Args:
         prompt: of this world; its messages and its diagnosis count.
         answer: any text.
-        with_reference: hold it against the true disease; if not, against the most probable one
-            after what the patient told, as one does who knows medicine and not this patient.
+        with_reference: compare with the true disease; if False, with the most probable one given
+            the patient's messages, as by someone who knows medicine but not this patient.
 
     Raises:
-        ValueError: the prompt's diagnosis is none of this world's.
+        ValueError: the prompt's diagnosis is not in this world's table.
     """
     observation = heard(prompt.messages)
     belief = posterior(observation)
@@ -283,7 +282,7 @@ def _items(parts: Sequence[Sentence], disease: Disease, *, emergency: bool) -> t
 
 
 def _is_call(mention: Mention, sentence: Sentence) -> bool:
-    """Whether 急诊 is a call for emergency care, now or in case, and no place to be tested at."""
+    """Returns True if 急诊 is a call for emergency care rather than a place for a test."""
     if mention.name != EMERGENCY or mention.kind != "department":
         return False
     others = [other for other in sentence.mentions if other.kind == "test"]
@@ -291,7 +290,7 @@ def _is_call(mention: Mention, sentence: Sentence) -> bool:
 
 
 def _questions(answer: str, belief: Belief) -> tuple[int, int, bool]:
-    """How many questions are useful, how many idle, and whether there is any at all."""
+    """Counts useful and idle questions; the last value is True if there is any question."""
     questions = asked(answer)
     observation = belief.observation
     gains = belief.gains()

@@ -1,10 +1,8 @@
-"""The judge of this world: scores and verdicts that follow from the truth, and known biases.
+"""The clinic's judge: scores and verdicts that follow from the truth, with known biases on demand.
 
 Without bias its verdict is a logistic function of the difference of the two overall scores. Each
-bias is an amount of log-odds that is added, so that a measurement can be held against it. Equal
-questions get equal verdicts: noise is seeded by the texts.
-
-It has the numbers only; what carries them through the labels is the feedback's concern.
+bias adds an amount of log-odds, against which a measurement can be compared. Equal questions get
+equal verdicts: noise is seeded by the texts. `huatuo_jax.judge.offline` makes it a judge of labels.
 """
 
 import hashlib
@@ -15,7 +13,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 
 from huatuo_jax.clinic import diseases, findings, reading, symptoms, world
-from huatuo_jax.clinic import symptoms as care
 from huatuo_jax.clinic.findings import Findings, find
 from huatuo_jax.clinic.world import Draws
 from huatuo_jax.data.records import Prompt
@@ -23,7 +20,7 @@ from huatuo_jax.data.records import Prompt
 NAME = "clinic-truth-v1"
 SCALE = (1.0, 5.0)
 CRITERIA = ("informative", "coherent", "preferred", "accurate", "overall")
-# Log-odds of a comparison for each point of difference in the whole: one point is 88 to 12.
+# Log-odds of a comparison for each point of difference in `overall`: one point is 88 to 12.
 LOG_ODDS_PER_POINT = 2.0
 
 OVERALL: Mapping[str, float] = {
@@ -32,16 +29,16 @@ OVERALL: Mapping[str, float] = {
     "preferred": 0.15,
     "accurate": 0.5,
 }
-# What a diagnosis is worth where it is clear, and where questions come first.
+# The value of a diagnosis in a clear case, where questions come first, and beside such questions.
 _CLEAR: Mapping[str, float] = {"right": 1.0, "plausible": 0.4, "wrong": 0.0, "absent": 0.1}
 _UNCLEAR: Mapping[str, float] = {"right": 0.7, "plausible": 0.4, "wrong": 0.0, "absent": 0.1}
 _ASKED: Mapping[str, float] = {"right": 1.0, "plausible": 0.8, "wrong": 0.1, "absent": 0.9}
-# How much each kind of order counts for what is informative.
+# The weight of each kind of order in `informative`.
 _ORDERS: Mapping[str, float] = {"test": 0.25, "department": 0.2, "advice": 0.3, "drug": 0.25}
 _ENOUGH_ADVICE = 2
 _ENOUGH_QUESTIONS = 2
 _ENOUGH_FRIENDLY = 4
-# No answer with this fault is worth more than this share of the scale, however well it is put.
+# The largest share of the scale that an answer with this fault can get.
 _CEILINGS: Mapping[str, float] = {
     "wrong_diagnosis": 0.4,
     "many_diagnoses": 0.3,
@@ -58,15 +55,15 @@ _CEILINGS: Mapping[str, float] = {
 
 @dataclass(frozen=True, kw_only=True)
 class ClinicJudge:
-    """A judge; with no field given it is exact.
+    """A judge; with the default fields it is exact.
 
     Attributes:
         noise: standard deviation of the log-odds of a verdict, drawn for each question.
         length_bias: log-odds for an answer that is twice as long as the other.
         position_bias: log-odds for the answer shown first.
-        self_preference: log-odds for an answer in the distilled manner over one with nothing of it:
+        self_preference: log-odds for an answer in the distilled manner over one without it:
             friendly, in numbered items and hedging, a third each.
-        with_reference: knows the true disease; if not, it takes the most probable one for true.
+        with_reference: knows the true disease; if False, it takes the most probable one for true.
         seed: of the noise.
     """
 
@@ -78,7 +75,7 @@ class ClinicJudge:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse what is no number, and a spread below 0."""
+        """Validates that the fields are finite and the noise is not negative."""
         for name in ("noise", "length_bias", "position_bias", "self_preference"):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{name} is {getattr(self, name)}; it should be a number")
@@ -87,9 +84,9 @@ class ClinicJudge:
 
     @property
     def changes(self) -> tuple[str, ...]:
-        """What makes it another judge than the exact one, as `length_bias=1.0`; empty for none.
+        """Returns the fields that differ from the exact judge's, as `length_bias=1.0`.
 
-        A seed without noise decides nothing.
+        A seed without noise has no effect.
         """
         return tuple(
             f"{field.name}={value!r}"
@@ -99,20 +96,20 @@ class ClinicJudge:
         )
 
     def settings(self) -> dict[str, object]:
-        """The name, the fields, and the hash of all that decides: tables and code."""
+        """Returns the name, the fields, and the hash of the tables and code that decide."""
         return {"judge": NAME, **asdict(self), "world": world_hash()}
 
     def findings(self, prompt: Prompt, answer: str) -> Findings:
-        """What is true of an answer; raises as `findings.find` does."""
+        """Reads the facts of an answer; raises as `findings.find` does."""
         return find(prompt, answer, with_reference=self.with_reference)
 
     def scores(self, prompt: Prompt, answer: str) -> dict[str, float]:
-        """Scores on `SCALE` for each of `CRITERIA`; the biases that need no second answer count.
+        """Scores an answer on `SCALE` for each of `CRITERIA`, with biases that need no second one.
 
-        A bias shifts `overall` by as much as gives its log-odds in a comparison of two scores.
+        A bias shifts `overall` by the amount that gives its log-odds in a comparison of two scores.
 
         Raises:
-            ValueError: the prompt's diagnosis is none of this world's.
+            ValueError: the prompt's diagnosis is not in this world's table.
         """
         found = self.findings(prompt, answer)
         scores = score(found)
@@ -124,17 +121,17 @@ class ClinicJudge:
         return {**scores, "overall": min(highest, max(lowest, shifted))}
 
     def p_first(self, prompt: Prompt, first: str, second: str) -> float:
-        """The probability that the first answer is the better one.
+        """Returns the probability that the first answer is the better one.
 
         Raises:
-            ValueError: the prompt's diagnosis is none of this world's.
+            ValueError: the prompt's diagnosis is not in this world's table.
         """
         log_odds = self.log_odds_first(prompt, first, second)
         better = 1.0 / (1.0 + math.exp(-abs(log_odds)))
         return better if log_odds >= 0 else 1.0 - better
 
     def log_odds_first(self, prompt: Prompt, first: str, second: str) -> float:
-        """The log-odds behind `p_first`: of the scores, and of each bias."""
+        """Returns the log-odds behind `p_first`: of the scores, and of each bias."""
         one, other = self.findings(prompt, first), self.findings(prompt, second)
         difference = score(one)["overall"] - score(other)["overall"]
         log_odds = LOG_ODDS_PER_POINT * difference + self._leaning(one) - self._leaning(other)
@@ -144,7 +141,7 @@ class ClinicJudge:
         return log_odds
 
     def reason(self, prompt: Prompt, answer: str) -> str:
-        """The findings behind a score, in one line."""
+        """Returns the findings behind a score, in one line."""
         return describe(self.findings(prompt, answer))
 
     def _leaning(self, found: Findings) -> float:
@@ -160,16 +157,16 @@ class ClinicJudge:
 
 
 def distilled_manner(found: Findings) -> float:
-    """How much of the distilled manner an answer has, 0 to 1."""
+    """Returns how much of the distilled manner an answer has, from 0 to 1."""
     friendly = min(1.0, len(found.friendly) / _ENOUGH_FRIENDLY)
     return (friendly + found.structured + found.hedged) / 3
 
 
 def score(found: Findings) -> dict[str, float]:
-    """The scores of an exact judge.
+    """Returns the scores of an exact judge.
 
-    Each criterion is a share of the scale. `overall` is their weighted mean, and no more than what
-    the worst of the faults leaves.
+    Each criterion is a share of the scale. `overall` is their weighted mean, limited by the worst
+    of the faults.
     """
     shares = {
         "informative": _informative(found),
@@ -188,7 +185,7 @@ def score(found: Findings) -> dict[str, float]:
 
 
 def describe(found: Findings) -> str:
-    """The findings in one line."""
+    """Returns the findings in one line."""
     items = ", ".join(f"{item.name}{'' if item.right else ' (wrong)'}" for item in found.items)
     named = ", ".join(found.named) or "none"
     return (
@@ -198,8 +195,8 @@ def describe(found: Findings) -> str:
 
 
 def world_hash() -> str:
-    """Hash of the tables and of the code that judges by them."""
-    modules = (care, diseases, symptoms, world, reading, findings, sys.modules[__name__])
+    """Returns a hash of the tables and of the code that judges by them."""
+    modules = (diseases, symptoms, world, reading, findings, sys.modules[__name__])
     text = "\n".join(inspect.getsource(module) for module in modules)
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
@@ -221,7 +218,7 @@ def _informative(found: Findings) -> float:
         return min(1.0, 0.4 + 0.6 * found.useful_questions / _ENOUGH_QUESTIONS)
     right = {kind: sum(item.right for item in found.items if item.kind == kind) for kind in _ORDERS}
     weights = dict(_ORDERS)
-    if found.emergency:  # There, the call is what counts; a drug is none.
+    if found.emergency:  # The call counts most, and a drug not at all.
         weights = {"test": 0.3, "department": 0.5, "advice": 0.2, "drug": 0.0}
         right["department"] = max(right["department"], int(found.urgent))
     enough = {**dict.fromkeys(_ORDERS, 1), "advice": _ENOUGH_ADVICE}
@@ -243,7 +240,7 @@ def _coherent(found: Findings) -> float:
 
 
 def _preferred(found: Findings) -> float:
-    """What patients like: friendliness and order; a question where it is clear costs."""
+    """Scores what patients like: friendliness and order; a question in a clear case costs."""
     friendly = min(1.0, len(found.friendly) / _ENOUGH_FRIENDLY)
     ordered = 1.0 if found.structured or found.asks_when_needed else 0.0
     value = 0.6 * friendly + 0.4 * ordered

@@ -1,9 +1,7 @@
-"""A simulated patient of this world.
+"""A simulated patient of this world, and consultations of a doctor with it.
 
-The patient begins vaguely, answers what is asked from the case, tells what must not be overlooked
-(a pregnancy, an allergy) at the first reply at the latest, and says 再见 when there is advice.
-
-A whole consultation of a doctor with a simulated patient, and what became of it.
+The patient begins vaguely, answers questions from the case, mentions what must not be overlooked (a
+pregnancy, an allergy) in the first reply at the latest, and says 再见 once there is advice.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,24 +15,25 @@ from huatuo_jax.data.records import Message, Prompt
 
 ADVICE_KINDS = ("disease", "test", "department", "advice", "drug")
 TELLS_CONDITION_FIRST = 0.5
+Doctor = Callable[[tuple[Message, ...]], str]
 
 
 class Patient:
-    """One patient in one consultation; it remembers what it has told."""
+    """One patient in one consultation, who remembers the messages so far."""
 
     def __init__(self, case: Case, *, seed: int = 0, held_out: bool = False) -> None:
-        """Start a consultation.
+        """Begins a consultation.
 
         Args:
             case: the truth.
-            seed: of the wording, and of which symptoms come first.
+            seed: of the wording, and of the order of the symptoms.
             held_out: use the wording of held-out texts.
         """
         self._start(case, Writer(Draws("patient", seed, case.id), held_out=held_out))
 
     @classmethod
     def written_by(cls, writer: Writer, case: Case) -> "Patient":
-        """A patient who speaks through a writer that others use, too."""
+        """Makes a patient who uses a writer that others use too."""
         patient = cls.__new__(cls)
         patient._start(case, writer)
         return patient
@@ -48,14 +47,14 @@ class Patient:
 
     @property
     def sex(self) -> str:
-        """The word for the patient's sex."""
+        """Returns the word for the patient's sex."""
         return f"{self.case.sex}孩" if self.case.child else self.case.sex
 
     def open(self, *, tells_conditions: bool | None = None) -> str:
-        """The first message, which names one symptom.
+        """Returns the first message, which names one symptom.
 
         Args:
-            tells_conditions: whether it tells of a pregnancy or an allergy; by chance where None.
+            tells_conditions: mention a pregnancy or an allergy; None decides by chance.
         """
         text = self._writer.say("vague", self._who, self._writer.symptom(self._untold.pop(0)))
         if tells_conditions is None:
@@ -65,11 +64,11 @@ class Patient:
         return text
 
     def open_fully(self, count: int, *, person: bool) -> str:
-        """The first message of a patient who tells much at once.
+        """Returns the first message of a patient who tells much at once.
 
         Args:
-            count: how many symptoms, 2 at least.
-            person: whether the patient states age and sex.
+            count: number of symptoms, at least 2.
+            person: state age and sex.
         """
         writer, case = self._writer, self.case
         first = writer.symptom(self._untold.pop(0))
@@ -81,21 +80,21 @@ class Patient:
         return text + self._tell_conditions()
 
     def add(self, count: int) -> str:
-        """A further message that nobody asked for, with up to so many new symptoms."""
+        """Returns a further, unprompted message with up to `count` new symptoms."""
         told = [self._untold.pop(0) for _ in range(min(count, len(self._untold)))]
         writer = self._writer
         text = writer.say("more", self._who, writer.symptoms(told), self.case.since)
         return text + self._tell_conditions()
 
     def goodbye(self) -> str:
-        """The last message."""
+        """Returns the last message."""
         self.done = True
         return self._writer.say("thanks")
 
     def reply(self, doctor: str) -> str:
-        """What the patient says to a doctor's message; ends the consultation where there is advice.
+        """Replies to a doctor's message; ends the consultation once there is advice.
 
-        A question about something that this world does not have is answered with "说不清楚".
+        A question about something outside this world is answered with "说不清楚".
         """
         questions = asked(doctor)
         if questions.anything:
@@ -139,22 +138,19 @@ class Patient:
         return "".join(told)
 
 
-Doctor = Callable[[tuple[Message, ...]], str]
-
-
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What became of a consultation.
+    """The outcome of a consultation.
 
     Attributes:
         diagnosis: of the last answer that names a disease, see `Findings.diagnosis`; "absent" where
             none does.
-        best_possible: the probability of the most probable disease after all that was told.
+        best_possible: the probability of the most probable disease given all messages.
         num_turns: answers of the doctor, the last one included.
         num_questions: useful ones among all questions.
         ended: the patient had advice and said goodbye.
-        red_flag_missed: emergency care was needed after what was told, and no answer called for it.
-        contraindicated: drugs and tests that were ordered for a patient who had told why not.
+        red_flag_missed: emergency care was needed by the messages, and no answer called for it.
+        contraindicated: drugs and tests that were ordered although the patient had told why not.
     """
 
     diagnosis: Diagnosis
@@ -167,18 +163,18 @@ class Outcome:
 
     @property
     def right(self) -> bool:
-        """Whether the diagnosis is right."""
+        """Returns True if the diagnosis is right."""
         return self.diagnosis == "right"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Consultation:
-    """A consultation that came to its end, or to the limit of turns.
+    """A consultation that ended, or reached the limit of turns.
 
     Attributes:
         case: the truth.
         messages: role ("user" or "assistant") and text of each, the patient first and last.
-        outcome: what became of it.
+        outcome: its outcome.
     """
 
     case: Case
@@ -194,7 +190,7 @@ def consult(
     seed: int = 0,
     held_out: bool = True,
 ) -> Consultation:
-    """A consultation of a doctor with the patient of a case.
+    """Runs a consultation of a doctor with the patient of a case.
 
     Args:
         case: the truth.
@@ -215,12 +211,12 @@ def consult(
 
 
 def outcome_of(case: Case, messages: tuple[Message, ...], *, ended: bool) -> Outcome:
-    """What became of a consultation.
+    """Evaluates a consultation.
 
     Args:
         case: the truth.
         messages: role and text of each.
-        ended: whether the patient said goodbye.
+        ended: the patient said goodbye.
     """
     found: list[Findings] = []
     for place, message in enumerate(messages):

@@ -1,8 +1,8 @@
-"""Answers with known faults, and pairs of answers that differ in one thing alone.
+"""Answers with known faults, and pairs of answers that differ in one respect only.
 
-They hold a reader of answers, a judge or a reward model against the truth: a fault that is planted
-must be found, one that is not must not be, and of a pair that differs in truth alone the true one
-should get the higher reward, whatever the manner.
+They test a reader of answers, a judge or a reward model against the truth: a planted fault must be
+found, and no other; of a pair that differs in truth alone the true one should get the higher
+reward, whatever the manner.
 """
 
 from collections.abc import Callable, Iterator
@@ -58,23 +58,139 @@ FAULTS = (
 )
 _BROKEN = ("\ufffd", "\x00", "\ue000")
 _TRY_OTHERS = 400
+_Pair = tuple[str, str] | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlantedAnswer:
-    """An answer and all that is wrong with it.
+    """An answer with known faults.
 
     Attributes:
-        prompt: what it answers.
+        prompt: the prompt it answers.
         text: the answer.
-        faults: names as `Findings.faults` has them, in no order.
-        manner: in which it is written.
+        faults: names as in `Findings.faults`, unordered.
+        manner: the manner it is written in.
     """
 
     prompt: Prompt
     text: str
     faults: frozenset[str]
     manner: Manner
+
+
+def planted_answers(count: int, *, seed: int, held_out: bool = False) -> Iterator[PlantedAnswer]:
+    """Yields answers with the faults of `FAULTS` in turn, in both manners.
+
+    A fault that no answer to the current prompt can have (a contraindicated drug for a patient who
+    may have all) goes to the next prompt that allows it.
+
+    Args:
+        count: number of answers.
+        seed: another seed gives other answers.
+        held_out: to held-out prompts, in held-out wording.
+    """
+    pool = list(prompts(_TRY_OTHERS, seed=seed, held_out=held_out))
+    for number in range(count):
+        fault = FAULTS[number % len(FAULTS)]
+        draws = Draws("planted", seed, held_out, number)
+        start = draws.below(len(pool))
+        manner = _any_manner(draws)
+        for prompt in pool[start:] + pool[:start]:
+            found = _plant(_Answer(prompt, Writer(draws, held_out=held_out), manner), fault)
+            if found is not None:
+                yield found
+                break
+        else:
+            raise ValueError(f"no prompt of the clinic with seed {seed} takes the fault {fault!r}")
+
+
+def pairs_that_differ(
+    difference: Difference,
+    count: int,
+    *,
+    seed: int,
+    held_out: bool = False,
+    diseases: int | None = None,
+) -> Iterator[Comparison]:
+    """Yields pairs of answers that differ in one respect only.
+
+    In truth: the same text but for the disease named, a near miss in place of the right one. In
+    manner: the same disease and orders, `chosen` in the distilled manner. In length: `chosen` has
+    two more pieces of advice than are useful; an exact judge takes them for equal, so `p_chosen` is
+    a half.
+
+    Args:
+        difference: the respect in which they differ.
+        count: number of pairs.
+        seed: another seed gives other pairs.
+        held_out: to held-out prompts, in held-out wording.
+        diseases: number of diseases that patients have, the most common ones; None for all.
+
+    Raises:
+        ValueError: an unknown difference, or too few prompts.
+    """
+    if difference not in DIFFERENCES:
+        raise ValueError(f"difference is {difference!r}; it should be in {', '.join(DIFFERENCES)}")
+    made = 0
+    pool = prompts(2 * count + 20, seed=seed, held_out=held_out, diseases=diseases)
+    for prompt in pool:
+        draws = Draws("pair", difference, seed, held_out, prompt.id)
+        pair = _PAIRS[difference](prompt, draws, held_out)
+        if pair is None or made == count:
+            continue
+        made += 1
+        yield Comparison(
+            id=f"{prompt.id}:{difference}",
+            messages=prompt.messages,
+            chosen=answer(pair[0]),
+            rejected=answer(pair[1]),
+            source=SOURCE,
+            p_chosen=0.5 if difference == "length" else 1.0,
+            extra={"differs_in": difference, "diagnosis": prompt.diagnosis},
+        )
+    if made < count:
+        raise ValueError(f"{count} pairs that differ in {difference} are too many for the clinic")
+
+
+def _differs_in_truth(prompt: Prompt, draws: Draws, held_out: bool) -> _Pair:
+    written = _Answer(prompt, Writer(draws, held_out=held_out), _any_manner(draws))
+    if not written.concludes:
+        return None
+    true_text = written.text()
+    truth = written.disease
+    wrong = DISEASES[draws.choice(near_misses(truth.name)[:3])]
+    # The diagnosis comes before a test that has the same word in its name.
+    word = next(word for word in sorted(truth.words, key=len, reverse=True) if word in true_text)
+    return true_text, true_text.replace(word, wrong.name, 1)
+
+
+def _differs_in_manner(prompt: Prompt, draws: Draws, held_out: bool) -> _Pair:
+    written = _Answer(prompt, Writer(draws, held_out=held_out), "distilled")
+    written.remarks = False
+    if not written.concludes:
+        return None
+    distilled = written.text()
+    written.manner = "real"
+    return distilled, written.text()
+
+
+def _differs_in_length(prompt: Prompt, draws: Draws, held_out: bool) -> _Pair:
+    writer = Writer(draws, held_out=held_out)
+    written = _Answer(prompt, writer, _any_manner(draws))
+    more = [name for name in written.disease.advice if name not in written.advice]
+    others = [name for name in ADVICE if name not in written.disease.advice]
+    if not written.concludes:
+        return None
+    short = written.text()
+    two = [*more, *draws.shuffled(others)][:2]
+    return short + writer.say("advise", *map(writer.advice, two)), short
+
+
+_PAIRS: dict[Difference, Callable[[Prompt, Draws, bool], _Pair]] = {
+    "truth": _differs_in_truth,
+    "manner": _differs_in_manner,
+    "length": _differs_in_length,
+}
 
 
 class _Answer:
@@ -97,14 +213,14 @@ class _Answer:
         self.remarks = True
 
     def text(self) -> str:
-        """In its manner, with side remarks that are no faults."""
+        """Writes the answer in its manner, with side remarks that are not faults."""
         return self._real() if self.manner == "real" else self._distilled()
 
     def _questions(self) -> str:
         return "".join(self.writer.say("ask", self.writer.symptom(name)) for name in self.asks)
 
     def _claims(self, first: str, further: str) -> str:
-        """A sentence for each disease; the first takes up what the patient told."""
+        """Writes a sentence for each disease; the first one repeats what the patient told."""
         writer = self.writer
         told = echo(writer, self.observation)
         return "".join(
@@ -115,7 +231,7 @@ class _Answer:
         )
 
     def _remark(self) -> str:
-        """A sentence about another disease or drug that claims and orders nothing."""
+        """Writes a sentence about another disease or drug that claims and orders nothing."""
         if not self.remarks:
             return ""
         writer = self.writer
@@ -163,155 +279,6 @@ class _Answer:
         closing = writer.say("guided_urgent" if self.urgent else "wish")
         numbered = (f"{place}. {item}" for place, item in enumerate(items, start=1))
         return "\n".join((opening + self._remark(), *numbered, closing))
-
-
-def planted_answers(count: int, *, seed: int, held_out: bool = False) -> Iterator[PlantedAnswer]:
-    """Answers with the faults of `FAULTS` in turn, in both manners.
-
-    A fault that cannot stand in an answer to the prompt at hand (a contraindicated drug for a
-    patient who may have all) is left for the next prompt that takes it.
-
-    Args:
-        count: how many.
-        seed: other answers for another one.
-        held_out: to held-out prompts, in held-out wording.
-    """
-    pool = list(prompts(_TRY_OTHERS, seed=seed, held_out=held_out))
-    for number in range(count):
-        fault = FAULTS[number % len(FAULTS)]
-        draws = Draws("planted", seed, held_out, number)
-        start = draws.below(len(pool))
-        manner = _any_manner(draws)
-        for prompt in pool[start:] + pool[:start]:
-            found = _plant(_Answer(prompt, Writer(draws, held_out=held_out), manner), fault)
-            if found is not None:
-                yield found
-                break
-        else:
-            raise ValueError(f"no prompt of the clinic with seed {seed} takes the fault {fault!r}")
-
-
-def pairs_that_differ(
-    difference: Difference,
-    count: int,
-    *,
-    seed: int,
-    held_out: bool = False,
-    diseases: int | None = None,
-) -> Iterator[Comparison]:
-    """Pairs of answers that differ in one thing alone.
-
-    In truth: the same text but for the disease named, a near miss in place of the right one. In
-    manner: the same disease and orders, `chosen` in the distilled manner. In length: `chosen` has
-    two more pieces of advice than is of any use; an exact judge takes them for equal, so `p_chosen`
-    is a half.
-
-    Args:
-        difference: what they differ in.
-        count: how many.
-        seed: other pairs for another one.
-        held_out: to held-out prompts, in held-out wording.
-        diseases: patients have one of so many, the most common ones; None for all.
-
-    Raises:
-        ValueError: no such difference, or too few prompts.
-    """
-    if difference not in DIFFERENCES:
-        raise ValueError(f"difference is {difference!r}; it should be in {', '.join(DIFFERENCES)}")
-    made = 0
-    pool = prompts(2 * count + 20, seed=seed, held_out=held_out, diseases=diseases)
-    for prompt in pool:
-        draws = Draws("pair", difference, seed, held_out, prompt.id)
-        pair = _PAIRS[difference](prompt, draws, held_out)
-        if pair is None or made == count:
-            continue
-        made += 1
-        yield Comparison(
-            id=f"{prompt.id}:{difference}",
-            messages=prompt.messages,
-            chosen=answer(pair[0]),
-            rejected=answer(pair[1]),
-            source=SOURCE,
-            p_chosen=0.5 if difference == "length" else 1.0,
-            extra={"differs_in": difference, "diagnosis": prompt.diagnosis},
-        )
-    if made < count:
-        raise ValueError(f"{count} pairs that differ in {difference} are too many for the clinic")
-
-
-_Pair = tuple[str, str] | None
-
-
-def _differs_in_truth(prompt: Prompt, draws: Draws, held_out: bool) -> _Pair:
-    written = _Answer(prompt, Writer(draws, held_out=held_out), _any_manner(draws))
-    if not written.concludes:
-        return None
-    true_text = written.text()
-    truth = written.disease
-    wrong = DISEASES[draws.choice(near_misses(truth.name)[:3])]
-    # The diagnosis comes before a test that has the same word in its name.
-    word = next(word for word in sorted(truth.words, key=len, reverse=True) if word in true_text)
-    return true_text, true_text.replace(word, wrong.name, 1)
-
-
-def _differs_in_manner(prompt: Prompt, draws: Draws, held_out: bool) -> _Pair:
-    written = _Answer(prompt, Writer(draws, held_out=held_out), "distilled")
-    written.remarks = False
-    if not written.concludes:
-        return None
-    distilled = written.text()
-    written.manner = "real"
-    return distilled, written.text()
-
-
-def _differs_in_length(prompt: Prompt, draws: Draws, held_out: bool) -> _Pair:
-    writer = Writer(draws, held_out=held_out)
-    written = _Answer(prompt, writer, _any_manner(draws))
-    more = [name for name in written.disease.advice if name not in written.advice]
-    others = [name for name in ADVICE if name not in written.disease.advice]
-    if not written.concludes:
-        return None
-    short = written.text()
-    two = [*more, *draws.shuffled(others)][:2]
-    return short + writer.say("advise", *map(writer.advice, two)), short
-
-
-_PAIRS: dict[Difference, Callable[[Prompt, Draws, bool], _Pair]] = {
-    "truth": _differs_in_truth,
-    "manner": _differs_in_manner,
-    "length": _differs_in_length,
-}
-
-
-def _any_manner(draws: Draws) -> Manner:
-    return "real" if draws.chance(0.5) else "distilled"
-
-
-def _plant(written: _Answer, fault: str) -> PlantedAnswer | None:
-    """The answer with this fault, or None where it cannot have it."""
-    before, after = _ON_PARTS.get(fault), _ON_TEXT.get(fault)
-    faults = {fault} - {"none"}
-    if before is not None:
-        more = before(written)
-        if more is None:
-            return None
-        faults |= more
-    text = written.text()
-    if after is not None:
-        changed = after(written, text)
-        if changed is None:
-            return None
-        text, more = changed
-        faults |= more
-    return PlantedAnswer(
-        prompt=written.prompt, text=text, faults=frozenset(faults), manner=written.manner
-    )
-
-
-def _nothing_said(written: _Answer) -> set[str]:
-    """What is wrong with an answer that holds nothing."""
-    missing = {"not_asked" if written.belief.should_ask else "no_diagnosis"}
-    return missing | ({"red_flag_missed"} if written.belief.emergency else set())
 
 
 def _no_diagnosis(written: _Answer) -> set[str] | None:
@@ -392,12 +359,27 @@ def _not_asked(written: _Answer) -> set[str] | None:
 
 
 def _pointless_question(written: _Answer) -> set[str] | None:
-    """Questions only, about what the patient has told already."""
+    """Asks only about facts that the patient has already told."""
     if written.belief.should_ask or written.belief.emergency:
         return None
     written.asks = sorted(written.observation.known)[:2]
     written.concludes = False
     return {"no_diagnosis"}
+
+
+_ON_PARTS: dict[str, Callable[[_Answer], set[str] | None]] = {
+    "no_diagnosis": _no_diagnosis,
+    "wrong_diagnosis": _wrong_diagnosis,
+    "many_diagnoses": _many_diagnoses,
+    "wrong_test": _wrong_test,
+    "wrong_department": _wrong_department,
+    "wrong_drug": _wrong_drug,
+    "contraindicated": _contraindicated,
+    "red_flag_missed": _red_flag_missed,
+    "false_alarm": _false_alarm,
+    "not_asked": _not_asked,
+    "pointless_question": _pointless_question,
+}
 
 
 def _empty(written: _Answer, text: str) -> tuple[str, set[str]]:
@@ -427,19 +409,6 @@ def _disordered(written: _Answer, text: str) -> tuple[str, set[str]] | None:
     return text.replace("，", "，，", 1) if "，" in text else text[:-1] + "，。", set()
 
 
-_ON_PARTS: dict[str, Callable[[_Answer], set[str] | None]] = {
-    "no_diagnosis": _no_diagnosis,
-    "wrong_diagnosis": _wrong_diagnosis,
-    "many_diagnoses": _many_diagnoses,
-    "wrong_test": _wrong_test,
-    "wrong_department": _wrong_department,
-    "wrong_drug": _wrong_drug,
-    "contraindicated": _contraindicated,
-    "red_flag_missed": _red_flag_missed,
-    "false_alarm": _false_alarm,
-    "not_asked": _not_asked,
-    "pointless_question": _pointless_question,
-}
 _ON_TEXT: dict[str, Callable[[_Answer, str], tuple[str, set[str]] | None]] = {
     "empty": _empty,
     "says_nothing": _says_nothing,
@@ -448,3 +417,34 @@ _ON_TEXT: dict[str, Callable[[_Answer, str], tuple[str, set[str]] | None]] = {
     "unfinished": _unfinished,
     "disordered": _disordered,
 }
+
+
+def _any_manner(draws: Draws) -> Manner:
+    return "real" if draws.chance(0.5) else "distilled"
+
+
+def _plant(written: _Answer, fault: str) -> PlantedAnswer | None:
+    """Makes the answer with this fault, or None where it is impossible."""
+    before, after = _ON_PARTS.get(fault), _ON_TEXT.get(fault)
+    faults = {fault} - {"none"}
+    if before is not None:
+        more = before(written)
+        if more is None:
+            return None
+        faults |= more
+    text = written.text()
+    if after is not None:
+        changed = after(written, text)
+        if changed is None:
+            return None
+        text, more = changed
+        faults |= more
+    return PlantedAnswer(
+        prompt=written.prompt, text=text, faults=frozenset(faults), manner=written.manner
+    )
+
+
+def _nothing_said(written: _Answer) -> set[str]:
+    """Returns the faults of an answer that says nothing."""
+    missing = {"not_asked" if written.belief.should_ask else "no_diagnosis"}
+    return missing | ({"red_flag_missed"} if written.belief.emergency else set())

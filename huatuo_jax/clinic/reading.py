@@ -1,4 +1,4 @@
-"""Reads what patients and doctors write: terms of the tables, and what is said of them.
+"""Reads what patients and doctors write: terms of the tables, and the stance towards each.
 
 It does not look for the sentences of the grammar but for terms, longest first, and for the cues
 around each ("不是", "可以排除", "要排除", "可能", "不能用", "如果"), so that answers of any model
@@ -34,7 +34,7 @@ _ITEM = re.compile(r"^\s*(?:[-*•·]|\(?\d{1,2}[.、)])\s*")
 _MASK = "\x00"
 
 _IF = re.compile(r"如果|假如|要是|一旦|倘若|万一|若|如有|如出现|出现[^,]{0,20}(?:时|的话|后)")
-# Before a disease, the last of these in its clause tells what is said of it.
+# Before a disease, the last of these in its clause decides the stance.
 _BEFORE_DISEASE = (
     (
         "hedged",
@@ -104,8 +104,8 @@ class Mention:
     Attributes:
         kind: a key of `TERMS`.
         name: the table's name.
-        start: where it begins in the sentence.
-        end: where it ends.
+        start: its first character in the sentence.
+        end: the character after its last.
         stance: "claimed", "hedged", "denied", "past", or "other" (in a condition, a cause, a
             difference, or to be ruled out).
         secondary: named after a better one ("其次", "也可能").
@@ -126,7 +126,7 @@ class Sentence:
     Attributes:
         text: normalised, without the number of a list item, with its mark at the end.
         mentions: in the order of the text.
-        question: asks the patient something, and not only whether there are questions.
+        question: asks the patient something, more than an offer to answer questions.
     """
 
     text: str
@@ -134,22 +134,22 @@ class Sentence:
     question: bool
 
     def names(self, kind: str) -> tuple[str, ...]:
-        """The names of this kind, in the order of the text."""
+        """Returns the names of this kind, in the order of the text."""
         return tuple(mention.name for mention in self.mentions if mention.kind == kind)
 
 
 def normal(text: str) -> str:
-    """The text with half-width marks and small letters."""
+    """Returns the text in half width and lower case."""
     return unicodedata.normalize("NFKC", text).lower()
 
 
 def read(text: str) -> tuple[Sentence, ...]:
-    """The sentences of a doctor's text, each with its terms and what is said of them."""
+    """Reads a doctor's text into sentences, each with its terms and their stances."""
     return tuple(_read_sentence(sentence) for sentence in sentences(text))
 
 
 def sentences(text: str) -> Iterator[str]:
-    """The normalised sentences of a text, without item numbers and blanks; none is empty."""
+    """Yields the normalised, non-empty sentences of a text, without item numbers and blanks."""
     for match in _SENTENCE.finditer(normal(text)):
         sentence = _ITEM.sub("", match.group()).strip()
         if sentence:
@@ -157,7 +157,7 @@ def sentences(text: str) -> Iterator[str]:
 
 
 def find_terms(text: str) -> tuple[Mention, ...]:
-    """The terms in a normalised text, longest first, none over another."""
+    """Finds the terms in a normalised text, longest first, without overlaps."""
     pattern, names = _lexicon()
     return tuple(
         Mention(*names[match.group()], match.start(), match.end())
@@ -166,7 +166,7 @@ def find_terms(text: str) -> tuple[Mention, ...]:
 
 
 def calls_emergency(text: str) -> bool:
-    """Whether a doctor's text sends the patient to emergency care now, and not only in case."""
+    """Returns True if a doctor's text sends the patient to emergency care now."""
     for sentence in sentences(text):
         for match in re.finditer(EMERGENCY_CALL, sentence):
             before = sentence[: match.start()]
@@ -178,12 +178,12 @@ def calls_emergency(text: str) -> bool:
 
 @dataclass(frozen=True)
 class Asked:
-    """What a doctor asks.
+    """The questions of a doctor's text.
 
     Attributes:
         symptoms: names, in the order of the text.
         topics: keys of duration, age, sex, conditions, more.
-        anything: there is a question, understood or not.
+        anything: there is a question, whether or not it was understood.
     """
 
     symptoms: tuple[str, ...]
@@ -192,7 +192,7 @@ class Asked:
 
 
 def asked(text: str) -> Asked:
-    """What the questions of a doctor's text ask for."""
+    """Reads the questions of a doctor's text."""
     questions = [sentence for sentence in read(text) if sentence.question]
     symptoms = [name for sentence in questions for name in sentence.names("symptom")]
     topics = {
@@ -205,7 +205,7 @@ def asked(text: str) -> Asked:
 
 
 def heard(messages: Iterable[Message | tuple[str, str]]) -> Observation:
-    """What a patient has told in a dialogue.
+    """Reads what a patient has told in a dialogue.
 
     Args:
         messages: role and text of each; texts of the patient have the role "user".
@@ -245,7 +245,7 @@ def _hear(before: Observation, text: str, questions: Asked) -> Observation:
     if age and found.age is None:
         found = replace(found, age=int(age.group(1)))
     if "孩子" in plain or found.child is None:
-        # Who speaks for a child says so at once.
+        # A parent mentions the child at once.
         found = replace(found, child="孩子" in plain)
     if sex and found.sex is None:
         found = replace(found, sex=sex.group())
@@ -313,7 +313,7 @@ def _read_sentence(text: str) -> Sentence:
     bare = text.rstrip("。!?;…~ \n")
     asks = "?" in text[len(bare) :] or _ASKS.search(bare) is not None
     offer = _POLITE.search(bare)
-    # What stands before an offer ("做个胃镜，好吗？") is said, and not asked.
+    # The part before an offer ("做个胃镜，好吗？") is a statement, not a question.
     asked_from = 0 if asks else len(text)
     if asks and offer:
         asked_from = bare.rfind(",", 0, offer.start()) + 1
@@ -324,7 +324,7 @@ def _read_sentence(text: str) -> Sentence:
 
 
 def _read_mention(masked: str, mention: Mention, question: bool) -> Mention:
-    """With its stance; `masked` is the sentence with all terms blotted out, for the cues alone."""
+    """Returns the mention with its stance; terms are masked, so that only cues are read."""
     start = masked.rfind(",", 0, mention.start) + 1
     end = masked.find(",", mention.end)
     before = masked[start : mention.start]
@@ -348,7 +348,7 @@ def _read_mention(masked: str, mention: Mention, question: bool) -> Mention:
 
 
 def _claims_again(after: str) -> bool:
-    """Whether the clause turns to another disease before its cue ("肺炎而不像感冒")."""
+    """Returns True if the clause turns to another disease before its cue ("肺炎而不像感冒")."""
     return re.search(r"而不|而非|而是|但", after) is not None
 
 
@@ -357,7 +357,7 @@ def _up_to_next_term(after: str) -> str:
 
 
 def _cue(text: str, cues: Sequence[tuple[str, str]], *, last: bool) -> str | None:
-    """The stance of the first or the last cue in a text; of overlapping cues the longest counts."""
+    """Returns the stance of the first or last cue in a text; of overlapping cues the longest."""
     pattern, stances = _cue_pattern(tuple(cues))
     matches = [match.group() for match in pattern.finditer(text)]
     if not matches:

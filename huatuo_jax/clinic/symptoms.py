@@ -1,21 +1,17 @@
-"""The symptoms of this world: how a patient puts them, and which of them cannot wait.
-
-What a doctor of this world can order: tests, departments, advice, and drugs with their bans.
-"""
+"""The symptoms of this world and their wordings; the tests, departments, advice and drugs."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
 class Symptom:
-    """Something that a patient has or has not.
+    """A symptom.
 
     Attributes:
-        name: as the table of diseases calls it; the first of `words`.
-        words: all that it is called; each can follow 有 and 没有.
-        opens: a patient may come with it alone; one that only says more about another ("饭后疼")
-            cannot open a consultation.
-        red_flag: who has it needs emergency care, whatever the disease.
+        name: its name in the table of diseases; the first of `words`.
+        words: its wordings; each can follow 有 and 没有.
+        opens: a consultation can begin with it; one that only specifies another ("饭后疼") cannot.
+        red_flag: a patient who has it needs emergency care, whatever the disease.
     """
 
     words: tuple[str, ...]
@@ -24,7 +20,7 @@ class Symptom:
 
     @property
     def name(self) -> str:
-        """The first of its words."""
+        """Returns the first of its words."""
         return self.words[0]
 
 
@@ -164,10 +160,10 @@ CONDITIONS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Drug:
-    """A drug, and who must not have it.
+    """A drug and its contraindications.
 
     Attributes:
-        words: its names, the first as the table calls it.
+        words: its names, the table's name first.
         not_with: keys of `CONDITIONS`.
         from_age: years of age below which it is not given.
     """
@@ -177,7 +173,7 @@ class Drug:
     from_age: int = 0
 
     def forbidden(self, conditions: frozenset[str], age: int | None) -> bool:
-        """Whether a patient of these conditions and this age (None: unknown) must not have it."""
+        """Returns True if a patient of these conditions and age (or None) must not have it."""
         young = age is not None and age < self.from_age
         return young or not conditions.isdisjoint(self.not_with)
 
@@ -224,7 +220,7 @@ DRUGS: dict[str, Drug] = {
 
 
 def _named(lines: str) -> dict[str, tuple[str, ...]]:
-    """Each line's first word -> all its words."""
+    """Maps each line's first word to all its words."""
     return {line.split()[0]: tuple(line.split()) for line in lines.strip().splitlines()}
 
 
@@ -338,5 +334,5 @@ ON_THE_WAY = ("先不吃东西", "躺下别动")
 
 
 def forbidden_test(name: str, conditions: frozenset[str]) -> bool:
-    """Whether a patient of these conditions must not have a test."""
+    """Returns True if a patient of these conditions must not have a test."""
     return name in X_RAYS and "怀孕" in conditions

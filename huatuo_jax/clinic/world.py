@@ -1,27 +1,25 @@
-"""Cases of this world, and what can be known of them: the posterior over diseases.
+"""Cases of this world, the posterior over diseases, and reproducible random draws.
 
 A case is drawn from the table: a disease by its weight, then age, sex, duration and each symptom by
 its probability, independent of each other given the disease. It is drawn again while it has fewer
-than `LEAST_SYMPTOMS`, or none to come with. A patient first names one of the symptoms that a
-patient may come with, each as likely, then any of the others, each as likely. So what was said has
-an exact probability under each disease, and Bayes' rule gives the probability of each disease:
-no doctor can be right more often than the most probable one is.
+than `LEAST_SYMPTOMS`, or none that can open a consultation. A patient first names one of the
+symptoms that can open a consultation, each equally likely, then any of the others, each equally
+likely. So every dialogue has an exact probability under each disease, and Bayes' rule gives the
+probability of each disease: no doctor can be right more often than the most probable one is.
 
-Not counted as evidence: that a patient says nothing of a pregnancy, an allergy or another disease.
-What a patient tells unasked after questions counts as if it had been told before them.
+Not counted as evidence: that a patient does not mention a pregnancy, an allergy or another disease.
+A symptom told unasked after questions counts as if it had been told before them.
 
-Draws that are the same on every machine and every version of Python.
-
-`random` promises this for few of its methods, and `hash` for no text. Here every draw is a SHA-256
-of a key and a counter, and nothing else.
+Every draw is a SHA-256 of a key and a counter, and so is the same on every machine and every
+version of Python: `random` promises this for few of its methods, and `hash` for no text.
 """
 
+import dataclasses
 import functools
 import hashlib
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from huatuo_jax.clinic.diseases import AGE_BANDS, DISEASES, DURATIONS, Disease
@@ -29,14 +27,34 @@ from huatuo_jax.clinic.symptoms import CONDITIONS, SYMPTOMS
 
 T = TypeVar("T")
 
-_BITS = 53  # As many as a float holds exactly.
+_BITS = 53  # Those that a float holds exactly.
+LEAST_SYMPTOMS = 3
+# Below this probability of the best diagnosis a doctor should ask before naming one.
+AMBIGUOUS_BELOW = 0.6
+# A disease of at least this probability is worth naming.
+PLAUSIBLE_FROM = 0.1
+# A patient with at least this probability of an emergency is sent to emergency care.
+EMERGENCY_FROM = 0.5
+# A question with a smaller gain (see `Belief.gains`) is not worth asking.
+LEAST_GAIN = 0.02
+
+SEXES = ("男", "女")
+CHILD_BELOW = 13
+PREGNANCY_AGES = (18, 45)
+CONDITION_SHARE = 0.2
+PREGNANT_SHARE = 0.12
+
+_SPANS = {"hours": (1, 12), "days": (1, 6), "weeks": (1, 3), "months": (1, 11)}
+_UNITS = {"hours": "小时", "days": "天", "weeks": "周", "months": "个月"}
+# Probability of a symptom that the table does not list, used only where no disease fits at all.
+_SURPRISE = 0.01
 
 
 class Draws:
     """A stream of draws that depends on its key alone."""
 
     def __init__(self, *key: object) -> None:
-        """Start a stream.
+        """Begins a stream.
 
         Args:
             key: texts and whole numbers; streams of different keys are independent.
@@ -45,26 +63,26 @@ class Draws:
         self._count = 0
 
     def unit(self) -> float:
-        """A number from 0 (may be) to 1 (never)."""
+        """Draws a number from 0 (included) to 1 (excluded)."""
         self._count += 1
         return fraction(f"{self._key}\x1e{self._count}")
 
     def below(self, count: int) -> int:
-        """A whole number from 0 to `count` - 1."""
+        """Draws a whole number from 0 to `count` - 1."""
         assert count > 0
         return int(self.unit() * count)
 
     def chance(self, probability: float) -> bool:
-        """True with this probability."""
+        """Returns True with this probability."""
         return self.unit() < probability
 
     def choice(self, items: Sequence[T]) -> T:
-        """One of the items, each as likely as the others."""
+        """Draws one of the items, all equally likely."""
         return items[self.below(len(items))]
 
     def weighted(self, weights: Mapping[T, float]) -> T:
-        """One of the keys, in proportion to the weights, which need not add up to 1."""
-        # Not `sum`, which rounds otherwise from Python 3.12 on.
+        """Draws one of the keys in proportion to the weights, which need not sum to 1."""
+        # Not `sum`, which rounds differently from Python 3.12 on.
         left = self.unit() * math.fsum(weights.values())
         for item, weight in weights.items():
             left -= weight
@@ -73,7 +91,7 @@ class Draws:
         return [item for item, weight in weights.items() if weight > 0][-1]
 
     def shuffled(self, items: Sequence[T]) -> list[T]:
-        """The items in a random order (Fisher and Yates)."""
+        """Returns the items in a random order (Fisher and Yates)."""
         found = list(items)
         for last in range(len(found) - 1, 0, -1):
             other = self.below(last + 1)
@@ -81,7 +99,7 @@ class Draws:
         return found
 
     def gaussian(self) -> float:
-        """A draw of the standard normal distribution."""
+        """Draws from the standard normal distribution."""
         return statistics.NormalDist().inv_cdf(max(self.unit(), 0.5**_BITS))
 
 
@@ -96,39 +114,17 @@ def number(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")
 
 
-LEAST_SYMPTOMS = 3
-# Below this probability of the best diagnosis a doctor should ask before he names one.
-AMBIGUOUS_BELOW = 0.6
-# A disease of at least this probability is worth naming.
-PLAUSIBLE_FROM = 0.1
-# From this probability of such diseases on a patient is sent to emergency care.
-EMERGENCY_FROM = 0.5
-# A question that gains less (see `Belief.gains`) is not worth asking.
-LEAST_GAIN = 0.02
-
-SEXES = ("男", "女")
-CHILD_BELOW = 13
-PREGNANCY_AGES = (18, 45)
-CONDITION_SHARE = 0.2
-PREGNANT_SHARE = 0.12
-
-_SPANS = {"hours": (1, 12), "days": (1, 6), "weeks": (1, 3), "months": (1, 11)}
-_UNITS = {"hours": "小时", "days": "天", "weeks": "周", "months": "个月"}
-# Of a symptom that the table does not list, used only where what was said fits no disease at all.
-_SURPRISE = 0.01
-
-
-@dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """A patient and the truth about him.
+    """A patient and the truth about the case.
 
     Attributes:
         id: of the case.
         disease: a name of the table.
         age: in years.
         sex: one of `SEXES`.
-        since: how long, as the patient says it ("3天").
-        lasts: the one of `DURATIONS` that this is.
+        since: the duration in the patient's words ("3天").
+        lasts: the same as one of `DURATIONS`.
         symptoms: names, in the order of the table of symptoms.
         conditions: keys of `CONDITIONS`.
     """
@@ -144,66 +140,54 @@ class Case:
 
     @property
     def child(self) -> bool:
-        """Whether a parent speaks for the patient."""
+        """Returns True if a parent speaks for the patient."""
         return self.age < CHILD_BELOW
 
     @property
     def truth(self) -> Disease:
-        """The row of the table."""
+        """Returns the row of the table."""
         return DISEASES[self.disease]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, as they stand in a record's `case`."""
-        return {
-            "id": self.id,
-            "disease": self.disease,
-            "age": self.age,
-            "sex": self.sex,
-            "since": self.since,
-            "lasts": self.lasts,
-            "symptoms": list(self.symptoms),
-            "conditions": list(self.conditions),
-        }
+        """Returns plain values, as in a record's `case`."""
+        lists = {"symptoms": list(self.symptoms), "conditions": list(self.conditions)}
+        return dataclasses.asdict(self) | lists
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> "Case":
-        """The case that `to_json` wrote.
+        """Returns the case that `to_json` wrote.
 
         Raises:
-            ValueError: a field is missing or unknown, or names what this world does not have.
+            ValueError: a field is missing or unknown, or holds a name outside this world.
         """
-        names = ("id", "disease", "age", "sex", "since", "lasts", "symptoms", "conditions")
+        names = tuple(field.name for field in dataclasses.fields(cls))
         if sorted(row) != sorted(names):
             raise ValueError(f"a case has the fields {', '.join(names)}; this one {sorted(row)}")
-        unknown = [
-            name
-            for names_found, known in (
-                ([row["disease"]], DISEASES),
-                ([row["sex"]], SEXES),
-                ([row["lasts"]], DURATIONS),
-                (row["symptoms"], SYMPTOMS),
-                (row["conditions"], CONDITIONS),
-            )
-            for name in names_found
-            if name not in known
-        ]
+        found = (
+            ([row["disease"]], DISEASES),
+            ([row["sex"]], SEXES),
+            ([row["lasts"]], DURATIONS),
+            (row["symptoms"], SYMPTOMS),
+            (row["conditions"], CONDITIONS),
+        )
+        unknown = [name for some, known in found for name in some if name not in known]
         if unknown:
             raise ValueError(f"case {row['id']!r}: the clinic has no {unknown[0]!r}")
         fields = {**row, "symptoms": tuple(row["symptoms"]), "conditions": tuple(row["conditions"])}
         return cls(**fields)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Observation:
-    """What a patient has told.
+    """The information from a patient.
 
     Attributes:
         opening: the symptom named first.
         volunteered: symptoms told unasked after it.
-        confirmed: symptoms the patient was asked about, and has.
-        denied: symptoms the patient has not.
-        age: in years; None where it was not told.
-        child: whether a parent speaks, and the patient is below `CHILD_BELOW`; None: not known.
+        confirmed: symptoms that the patient was asked about, and has.
+        denied: symptoms that the patient does not have.
+        age: in years; None if unknown.
+        child: a parent speaks, and the patient is below `CHILD_BELOW`; None if unknown.
         sex: one of `SEXES`, or None.
         lasts: one of `DURATIONS`, or None.
         conditions: those told.
@@ -221,18 +205,18 @@ class Observation:
 
     @property
     def present(self) -> frozenset[str]:
-        """All symptoms told."""
+        """Returns all symptoms told."""
         opening = frozenset() if self.opening is None else frozenset((self.opening,))
         return opening | self.volunteered | self.confirmed
 
     @property
     def age_for_drugs(self) -> int | None:
-        """The age, or the most that a child may have whose age was not told."""
+        """Returns the age, or the largest age of a child whose age is unknown."""
         return CHILD_BELOW - 1 if self.age is None and self.child else self.age
 
     @property
     def known(self) -> frozenset[str]:
-        """All symptoms told, or denied."""
+        """Returns all symptoms told or denied."""
         return self.present | self.denied
 
 
@@ -240,41 +224,41 @@ class Belief:
     """The probability of each disease, given what a patient has told."""
 
     def __init__(self, probabilities: Mapping[str, float], observation: Observation) -> None:
-        """Hold them.
+        """Sets the fields.
 
         Args:
-            probabilities: of each disease that has any; they add up to 1.
-            observation: what they follow from.
+            probabilities: the positive ones, by disease; they sum to 1.
+            observation: the information that they follow from.
         """
         self.probabilities = probabilities
         self.observation = observation
 
     @property
     def best(self) -> str:
-        """The most probable disease; of equals the first in the table."""
+        """Returns the most probable disease; of equals the first in the table."""
         return max(self.probabilities, key=self.probabilities.__getitem__)
 
     @property
     def ambiguous(self) -> bool:
-        """Whether a doctor should ask before he names a disease."""
+        """Returns True if a doctor should ask before naming a disease."""
         return self.probabilities[self.best] < AMBIGUOUS_BELOW
 
     @functools.cached_property
     def should_ask(self) -> bool:
-        """Whether questions come first: it is ambiguous, no emergency, and there is one to ask."""
+        """Returns True if it is ambiguous, not an emergency, and a question is worth asking."""
         if not self.ambiguous or self.emergency:
             return False
         return max(self.gains().values(), default=0.0) >= LEAST_GAIN
 
     @property
     def plausible(self) -> tuple[str, ...]:
-        """The diseases worth naming, the most probable first."""
+        """Returns the diseases worth naming, the most probable first."""
         found = [name for name, value in self.probabilities.items() if value >= PLAUSIBLE_FROM]
         return tuple(sorted(found, key=lambda name: -self.probabilities[name]))
 
     @property
     def emergency(self) -> bool:
-        """Whether the patient needs emergency care: a red flag, or probably such a disease."""
+        """Returns True if there is a red flag, or an emergency is probable."""
         flagged = any(SYMPTOMS[name].red_flag for name in self.observation.present)
         weight = math.fsum(
             value for name, value in self.probabilities.items() if DISEASES[name].emergency
@@ -282,10 +266,10 @@ class Belief:
         return flagged or weight >= EMERGENCY_FROM
 
     def gains(self) -> dict[str, float]:
-        """Symptoms not yet known -> by how much asking for one raises the expected sum of squares.
+        """Maps unknown symptoms to the expected gain in the sum of squares from asking.
 
-        The sum of squared probabilities is 1 where one disease is certain. Symptoms that every
-        disease has alike gain nothing. The most gainful come first, then in the table's order.
+        The sum of squared probabilities is 1 if one disease is certain. Symptoms that all diseases
+        share have no gain. The largest gains come first, then in the table's order.
         """
         now = math.fsum(value * value for value in self.probabilities.values())
         candidates = {
@@ -315,12 +299,12 @@ class Belief:
 
 @functools.lru_cache(maxsize=50_000)
 def posterior(observation: Observation) -> Belief:
-    """The probability of each disease by Bayes' rule, see this module's top.
+    """Returns the probability of each disease by Bayes' rule, see this module's top.
 
-    Where what was told fits no disease, a symptom that a disease does not list gets probability
+    Where the information fits no disease, a symptom that a disease does not list gets probability
     .01 under it.
     """
-    # In the order of the table, because a set has none, and products round by their order.
+    # In the order of the table, as a set has none and products round by their order.
     told = tuple(
         (name, name in observation.present) for name in SYMPTOMS if name in observation.known
     )
@@ -333,16 +317,16 @@ def posterior(observation: Observation) -> Belief:
         if any(weights.values()):
             break
     total = math.fsum(weights.values())
-    if total == 0.0:  # A contradiction, such as a pregnant man: it says nothing.
+    if total == 0.0:  # A contradiction, such as a pregnant man, is no information.
         weights, total = dict.fromkeys(DISEASES, 1.0), float(len(DISEASES))
     found = {name: weight / total for name, weight in weights.items() if weight > 0}
     return Belief(found, observation)
 
 
 def near_misses(name: str) -> tuple[str, ...]:
-    """The other diseases that share symptoms with one, those that share most first.
+    """Returns the other diseases that share symptoms with one, those that share most first.
 
-    Shared is the sum over symptoms of the smaller of the two probabilities.
+    The measure is the sum over symptoms of the smaller of the two probabilities.
     """
     mine = DISEASES[name].symptoms
     shared = {
@@ -356,19 +340,19 @@ def near_misses(name: str) -> tuple[str, ...]:
 
 
 def best_accuracy(observations: Iterable[Observation]) -> float:
-    """The share of right diagnoses that no doctor can beat in the long run, knowing only these."""
+    """Returns the largest share of right diagnoses that these observations allow on average."""
     beliefs = [posterior(observation) for observation in observations]
     best = math.fsum(belief.probabilities[belief.best] for belief in beliefs)
     return best / len(beliefs)
 
 
 def draw_case(draws: Draws, case_id: str, *, diseases: int | None = None) -> Case:
-    """A patient of this world.
+    """Draws a patient of this world.
 
     Args:
-        draws: where chance comes from.
+        draws: the stream of random draws.
         case_id: the name of the case.
-        diseases: the patient has one of so many, the most common ones; None for all.
+        diseases: number of possible diseases, the most common ones; None for all.
     """
     common = sorted(DISEASES, key=lambda name: -DISEASES[name].weight)[:diseases]
     weights = {name: row.weight for name, row in DISEASES.items() if name in common}
@@ -401,7 +385,7 @@ def draw_case(draws: Draws, case_id: str, *, diseases: int | None = None) -> Cas
 
 
 def told_in_order(draws: Draws, case: Case) -> tuple[str, ...]:
-    """The case's symptoms in the order in which this patient names them unasked."""
+    """Returns the case's symptoms in the order in which this patient names them unasked."""
     openers = [name for name in case.symptoms if SYMPTOMS[name].opens]
     first = draws.choice(openers)
     return (first, *draws.shuffled([name for name in case.symptoms if name != first]))
@@ -425,7 +409,7 @@ def _likelihood(
     told: tuple[tuple[str, bool], ...],
     surprise: float,
 ) -> float:
-    """The probability of what was told under a disease, up to a factor that is the same for all."""
+    """Returns the probability of the information under a disease, up to a common factor."""
     shares = disease.symptoms
     value = 1.0
     for name, there in told:
@@ -463,7 +447,7 @@ def _demography(disease: Disease, observation: Observation) -> float:
 
 
 def _band(age: int) -> str:
-    """The band of an age; one between two bands counts to the lower."""
+    """Returns the band of an age; one between two bands counts to the lower."""
     found = "child"
     for name, (low, _) in AGE_BANDS.items():
         if age >= low:
@@ -472,7 +456,7 @@ def _band(age: int) -> str:
 
 
 def _selection(disease: Disease, observation: Observation) -> float:
-    """The probability that the patient named just these first, over the symptoms not yet known."""
+    """Returns the probability of the symptoms named first, over the symptoms not yet known."""
     if observation.opening is None:
         return 1.0
     present, extra = observation.present, len(observation.volunteered)
@@ -491,7 +475,7 @@ def _selection(disease: Disease, observation: Observation) -> float:
 
 @functools.cache
 def _drawn(disease_name: str) -> float:
-    """The probability that the symptoms of a disease make a case."""
+    """Returns the probability that the drawn symptoms of a disease make a case."""
     shares = tuple(
         (SYMPTOMS[name].opens, share) for name, share in DISEASES[disease_name].symptoms.items()
     )
@@ -504,7 +488,7 @@ def _drawn(disease_name: str) -> float:
 
 @functools.lru_cache(maxsize=20_000)
 def _counts(shares: tuple[tuple[bool, float], ...]) -> dict[tuple[int, int], float]:
-    """The distribution of how many symptoms there are: (those to come with, others) -> chance."""
+    """Returns the distribution of the numbers of symptoms: (opening ones, others) -> chance."""
     found = {(0, 0): 1.0}
     for opens, share in shares:
         grown: dict[tuple[int, int], float] = {}

@@ -1,11 +1,11 @@
-"""The sentences of this world: templates for each thing that is said, and what goes into them.
+"""The sentences of this world: templates for everything that is said, and the words to fill them.
 
-Of the templates for one thing, one is kept for held-out texts, chosen anew by what goes in: a
+Of the templates for one thing, one is kept for held-out texts, chosen anew by the fillers: a
 disease that training texts name in seven ways is named in the eighth in held-out texts only. So by
-construction no sentence of a held-out text with a term of the tables in it stands in a training
-text. `shared_sentences` measures it on the texts as they are. Sentences without such a term (a
-greeting, a goodbye, "多久了？", "不客气。") are the same on both sides and are not counted, and
-neither is the bare call for emergency care ("马上去急诊").
+construction no sentence of a held-out text with a term of the tables appears in a training text.
+`shared_sentences` measures it on the texts themselves. Sentences without such a term (a greeting, a
+goodbye, "多久了？", "不客气。") are the same on both sides and are not counted, and neither is the
+bare call for emergency care ("马上去急诊").
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,13 +16,13 @@ from huatuo_jax.clinic.reading import find_terms, normal, sentences
 from huatuo_jax.clinic.symptoms import SYMPTOMS
 from huatuo_jax.clinic.world import Draws, number
 
-# How often the usual word for a thing is taken, and not a synonym.
+# The share of uses of the usual word for a thing, rather than a synonym.
 USUAL = 0.9
 
-# What is said -> the ways to say it, each one sentence. Places are filled in order.
+# Ways to say each thing, each one sentence. Placeholders are filled in order.
 TEMPLATES: dict[str, tuple[str, ...]] = {
-    # The patient. Places: who (孩子 or nothing), symptoms, age, sex, since. Symptoms stand between
-    # marks: so a tokenizer trained on the texts finds the same pieces in all of them.
+    # The patient. Fillers: who (孩子 or nothing), symptoms, age, sex, since. Symptoms are between
+    # punctuation, so that a tokenizer trained on the texts finds the same pieces in all of them.
     "vague": (  # who, symptom
         "医生，{}{}，怎么办？",
         "您好，{}{}，要紧吗？",
@@ -226,30 +226,30 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
         "很高兴能帮到您，祝您健康，再见！",
     ),
 }
-# Fillers that no table of `reading.TERMS` holds, and which belong to a disease all the same.
+# Fillers outside the tables of `reading.TERMS` that belong to a disease all the same.
 _PHRASES = tuple(
     sorted({normal(phrase) for row in DISEASES.values() for phrase in (row.cause, row.watch)})
 )
 
 
 class Writer:
-    """Says things in the words of this world, for training texts or for held-out ones."""
+    """Writes sentences in the words of this world, for training texts or for held-out ones."""
 
     def __init__(self, draws: Draws, *, held_out: bool) -> None:
-        """Write.
+        """Sets the fields.
 
         Args:
-            draws: choose among templates and words.
+            draws: of templates and words.
             held_out: use the kept templates only.
         """
         self.draws, self.held_out = draws, held_out
 
     def say(self, what: str, *fillers: str) -> str:
-        """A sentence.
+        """Writes a sentence.
 
         Args:
             what: a key of `TEMPLATES`.
-            fillers: for the places of the template, in order.
+            fillers: for the placeholders of the template, in order.
         """
         templates = TEMPLATES[what]
         if not fillers:
@@ -260,7 +260,7 @@ class Writer:
         return self.draws.choice(templates[:kept] + templates[kept + 1 :]).format(*fillers)
 
     def _word(self, words: Sequence[str]) -> str:
-        """Mostly the first, which stands in the table; the others are synonyms."""
+        """Draws one of the words, mostly the first, the table's; the others are synonyms."""
         return (
             words[0]
             if len(words) == 1 or self.draws.chance(USUAL)
@@ -268,40 +268,40 @@ class Writer:
         )
 
     def disease(self, name: str) -> str:
-        """One of a disease's names."""
+        """Draws one of a disease's names."""
         return self._word(DISEASES[name].words)
 
     def symptom(self, name: str) -> str:
-        """One of a symptom's wordings."""
+        """Draws one of a symptom's wordings."""
         return self._word(SYMPTOMS[name].words)
 
     def symptoms(self, names: Sequence[str]) -> str:
-        """Several symptoms in one list."""
+        """Writes several symptoms as one list."""
         return "、".join(self.symptom(name) for name in names)
 
     def test(self, name: str) -> str:
-        """One of a test's names."""
+        """Draws one of a test's names."""
         return self._word(care.TESTS[name])
 
     def department(self, name: str) -> str:
-        """One of a department's names."""
+        """Draws one of a department's names."""
         return self._word(care.DEPARTMENTS[name])
 
     def advice(self, name: str) -> str:
-        """One of the ways to give a piece of advice."""
+        """Draws one of the wordings of a piece of advice."""
         return self._word(care.ADVICE[name])
 
     def drug(self, name: str) -> str:
-        """One of a drug's names."""
+        """Draws one of a drug's names."""
         return self._word(care.DRUGS[name].words)
 
     def condition(self, name: str) -> str:
-        """One of the ways to tell of a condition."""
+        """Draws one of the wordings of a condition."""
         return self._word(care.CONDITIONS[name])
 
 
 def counted_sentences(texts: Iterable[str]) -> set[str]:
-    """The sentences of texts that hold a term of the tables, normalised, without item numbers."""
+    """Returns the normalised sentences with a term of the tables, without item numbers."""
     found = set()
     for text in texts:
         for sentence in sentences(text):
@@ -313,5 +313,5 @@ def counted_sentences(texts: Iterable[str]) -> set[str]:
 
 
 def shared_sentences(training: Iterable[str], held_out: Iterable[str]) -> set[str]:
-    """The sentences with a term of the tables that stand on both sides; there should be none."""
+    """Returns the sentences with a term of the tables on both sides; there should be none."""
     return counted_sentences(training) & counted_sentences(held_out)

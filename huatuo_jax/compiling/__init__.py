@@ -1,1 +1,1 @@
-"""Compiling a config for TPUs and GPUs that are not there: does it fit, how fast can it be."""
+"""Compiling a config for TPUs and GPUs without having any: memory, FLOPs and a roofline."""

@@ -1,8 +1,7 @@
-"""Compiling a config for a slice that is not there: programs in, figures out.
+"""Compiles a config's programs for TPUs or GPUs without one, and sweeps settings of its stages.
 
-Other micro-batches and rematerialisation for a stage: which fit, and which allows the most.
-
-Compile a config for TPUs or GPUs without one: does it fit, and how fast can it be at best?
+Compiling shows if each program fits in memory, and how fast it can be at best. A sweep tries
+micro-batches and rematerialisation: which fit, and which allow the highest speed.
 """
 
 import dataclasses
@@ -29,17 +28,24 @@ from huatuo_jax.recipe.config import RlaifConfig, StagesConfig
 from huatuo_jax.training.micro_batch import advice, largest_that_fits, micro_batch_sizes, usable
 from huatuo_jax.training.programs import GIB
 
-# From what computes least to what holds least.
+# From the least computation to the least memory.
 REMAT: tuple[Remat, ...] = ("none", "outputs", "dots", "full")
 
-_SWEPT = ("update", "policy_pass")  # The program of a stage that holds most activations.
+_SWEPT = ("update", "policy_pass")  # The program of a stage with the most activations.
+_PACKAGES = ("jax", "jaxlib", "flax", "optax")
+_ROOMY = "v5p"  # Has much memory, to list the values of a program that does not fit elsewhere.
+
+ASSUMES = (
+    "rows are full and of one segment, and all of their tokens are scored; in the roofline "
+    "computation, memory and interconnect overlap entirely, each at its published peak"
+)
 
 
 class Choice(NamedTuple):
-    """Settings of a stage, and what came of compiling it with them.
+    """Settings of a stage, and the result of compiling it with them.
 
     Attributes:
-        micro_batch_size: rows at once, on all devices together.
+        micro_batch_size: rows of a micro-batch, on all devices together.
         remat: see `backbone.config.ComputeConfig`.
         result: of the stage's program.
     """
@@ -50,13 +56,13 @@ class Choice(NamedTuple):
 
     @property
     def step_s(self) -> float:
-        """A step at best; endless where it does not fit."""
+        """Returns the shortest possible seconds of a step; infinite if it does not fit."""
         if isinstance(self.result, Misfit) or not self.result.fits:
             return math.inf
         return self.result.roofline.bound_s
 
     def fields(self) -> dict[str, Any]:
-        """As JSON."""
+        """Returns the choice as JSON."""
         fields = {"micro_batch_size": self.micro_batch_size, "remat": self.remat}
         if isinstance(self.result, Misfit):
             return {**fields, "fits": False, "compiler_says": self.result.message}
@@ -71,7 +77,7 @@ class Choice(NamedTuple):
         }
 
     def line(self) -> str:
-        """For a reader."""
+        """Returns the choice as a line of text."""
         settings = f"micro_batch_size={self.micro_batch_size:<5} remat={self.remat:<8}"
         if isinstance(self.result, Misfit):
             return f"  {settings} does NOT fit: {self.result.message}"
@@ -88,12 +94,13 @@ def sweep(
     compiled: Callable[[Program], Analysis | Misfit],
     tell: Callable[[str], None],
 ) -> list[Choice]:
-    """Tries a stage's settings; what is larger than something that does not fit is left out.
+    """Tries a stage's settings, skipping those larger than one that does not fit.
 
     Args:
-        programs: of the stage with a micro-batch and a rematerialisation; None for its own.
-        compiled: a program.
-        tell: given a line for each.
+        programs: makes the stage's programs for a micro-batch and a rematerialisation; None for its
+            own.
+        compiled: compiles a program.
+        tell: called with a line for each.
     """
     first = _swept(programs(None, None))
     rows, shards = first.rows, sharding.batch_shards(first.mesh)
@@ -109,7 +116,7 @@ def sweep(
 
 
 def micro_batches(rows: int, shards: int) -> Iterator[int]:
-    """Rows at once that divide a step's: each device has 1, 2, 4 and so on of them."""
+    """Yields micro-batches that divide a step's rows, of 1, 2, 4 and so on for each device."""
     per_device = 1
     while shards * per_device <= rows:
         if rows % (shards * per_device) == 0:
@@ -118,7 +125,7 @@ def micro_batches(rows: int, shards: int) -> Iterator[int]:
 
 
 def recommended(found: Iterable[Choice]) -> Choice | None:
-    """The fastest at best; of equals the one that holds least. None where none fits."""
+    """Returns the fastest fitting choice, of equals the one with the least memory, or None."""
     fitting = [choice for choice in found if choice.result.fits]
 
     def rank(choice: Choice) -> tuple[float, int]:
@@ -131,7 +138,7 @@ def recommended(found: Iterable[Choice]) -> Choice | None:
 def with_settings(
     config: TrainingConfig, stage: str, micro_batch_size: int | None, remat: Remat | None
 ) -> TrainingConfig:
-    """The config with these settings of a stage; None leaves one as it is."""
+    """Returns the config with these settings of a stage; None leaves one unchanged."""
     changes: dict[str, object] = {}
     if micro_batch_size is not None:
         changes[f"{stage}.micro_batch_size"] = micro_batch_size
@@ -140,28 +147,15 @@ def with_settings(
     return replaced(config, changes)
 
 
-def _swept(programs: list[Program]) -> Program:
-    return next(one for one in programs if one.name.split("/")[1] in _SWEPT)
-
-
-_PACKAGES = ("jax", "jaxlib", "flax", "optax")
-_ROOMY = "v5p"  # A chip of much memory, to list the values of what does not fit elsewhere.
-
-ASSUMES = (
-    "rows are full and of one segment, and all of their tokens are scored; the roofline lets "
-    "computing, memory and interconnect overlap entirely, each at its published peak"
-)
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompileConfig:
-    """What is compiled.
+    """The devices and the stages to compile for.
 
     Attributes:
         topology: of the slice.
-        num_slices: of them.
+        num_slices: number of slices.
         stages: some of the config's; none for all.
-        preset: the architecture of models that no stage makes; None looks at their configs.
+        preset: the architecture of models that no stage makes; None reads their configs.
     """
 
     topology: str
@@ -177,14 +171,14 @@ def compile_config(
 
     Args:
         config: as `launch/train.py` takes it.
-        cfg: for what.
-        tell: given lines for a reader, as soon as a program is compiled.
+        cfg: the devices and the stages.
+        tell: called with lines of text as soon as a program is compiled.
 
     Returns:
-        All figures, as JSON; `fits` says whether every program does.
+        All figures, as JSON; `fits` is true if every program fits.
 
     Raises:
-        ValueError: a topology or a config that cannot be, or its compiler is not installed.
+        ValueError: an invalid topology or config, or its compiler is not installed.
     """
     prepare_environment()
     of = open_slice(cfg.topology, num_slices=cfg.num_slices)
@@ -211,15 +205,15 @@ def sweep_config(
 
     Args:
         config: as `launch/train.py` takes it.
-        cfg: for what.
-        tell: given lines for a reader.
+        cfg: the devices and the stages.
+        tell: called with lines of text.
 
     Returns:
-        What was tried and what is recommended, as JSON; `fits` says whether every stage has
+        The choices tried and the recommended ones, as JSON; `fits` is true if every stage has
         settings that fit.
 
     Raises:
-        ValueError: a topology or a config that cannot be, or its compiler is not installed.
+        ValueError: an invalid topology or config, or its compiler is not installed.
     """
     prepare_environment()
     of = open_slice(cfg.topology, num_slices=cfg.num_slices)
@@ -253,8 +247,43 @@ def sweep_config(
 
 
 def write_json(path: str | pathlib.Path, figures: dict[str, Any]) -> None:
-    """Writes what `compile_config` found."""
+    """Writes the figures of `compile_config`."""
     write_file(pathlib.Path(path), json.dumps(figures, ensure_ascii=False, indent=2) + "\n")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Flags(CompileConfig):
+    """Compiles a config for TPUs or GPUs without one: memory, FLOPs and the highest possible speed.
+
+    Uses shapes alone: no weight and no data is read. Needs the extra of the hardware, but no such
+    hardware: pip install 'huatuo_jax[tpu]' or 'huatuo_jax[cuda]'. Exit code 1: something does not
+    fit; the output then names the fields that would help.
+
+    Attributes:
+        topology: chip and slice, as v5e:8x8; or GPUs of a host, h100:8.
+        num_slices: slices or hosts, joined by their network.
+        stages: some of the config's stages; none for all that train.
+        preset: architecture in place of a model's directory.
+        output: JSON file of all figures.
+        sweep: try micro-batches and remat, and recommend the best.
+    """
+
+    output: str | None = None
+    sweep: bool = False
+
+
+def main(flags: Flags, config: StagesConfig | RlaifConfig) -> None:
+    """Compiles, prints and writes the figures."""
+    compiled = sweep_config if flags.sweep else compile_config
+    figures = compiled(config, flags, lambda line: print(line, flush=True))
+    if flags.output is not None:
+        write_json(flags.output, figures)
+        print(f"written: {flags.output}")
+    sys.exit(0 if figures["fits"] else 1)
+
+
+def _swept(programs: list[Program]) -> Program:
+    return next(one for one in programs if one.name.split("/")[1] in _SWEPT)
 
 
 def _heading(of: Slice) -> dict[str, Any]:
@@ -276,12 +305,12 @@ def _programs(
 def _settled(
     config: TrainingConfig, cfg: CompileConfig, of: Slice, tell: Callable[[str], None]
 ) -> tuple[TrainingConfig, dict[str, Analysis | Misfit]]:
-    """The config with what a run on the slice takes where `micro_batch_size` is `auto`.
+    """Returns the config with `micro_batch_size=auto` resolved as a run on the slice would.
 
     Where nothing fits it is the smallest, whose program then shows what is too large.
 
     Returns:
-        The config, and what was compiled of it meanwhile, by the program's name.
+        The config, and the results of the programs compiled for it, by the program's name.
     """
     settled: dict[str, Analysis | Misfit] = {}
     firsts = {one.stage: one for one in _programs(config, cfg, of.devices) if one.in_micro_batches}
@@ -294,7 +323,7 @@ def _settled(
         size = sizes[-1] if found is None else found
         tell(
             f"{stage}: micro_batch_size=auto: {size} of {first.rows} rows at once, "
-            + ("and not even so many fit" if found is None else "as a run here would take")
+            + ("which do not fit either" if found is None else "as a run here would take")
         )
         settled |= trial.results[size]
         config = with_settings(config, stage, size, None)
@@ -303,11 +332,11 @@ def _settled(
 
 @dataclasses.dataclass(frozen=True)
 class _Trial:
-    """Compiles a stage with one micro-batch and another.
+    """Compiles a stage with different micro-batches.
 
     Attributes:
         config: with the stage.
-        cfg: that asks for it alone.
+        cfg: names this stage alone.
         of: the slice.
         results: by micro-batch and program.
     """
@@ -332,7 +361,7 @@ class _Trial:
 def _with_advice(
     result: Analysis | Misfit, config: TrainingConfig, cfg: CompileConfig, of: Slice
 ) -> Analysis | Misfit:
-    """The result, with what would help where it does not fit."""
+    """Returns the result, with advice where it does not fit."""
     if result.fits:
         return result
     program = result.program
@@ -354,52 +383,11 @@ def _with_advice(
 
 
 def _cube(size: int) -> tuple[int, int, int]:
-    """Three factors of a power of two as near to each other as can be, in the order of v5p slices.
+    """Returns three factors of a power of two, as equal as possible, in the order of v5p slices.
 
-    The largest is the last, but ones come after the others: 2x2x4 and 2x2x1.
+    The largest comes last, but ones come after the others: 2x2x4 and 2x2x1.
     """
     power = math.log2(size)
     first, second = 2 ** int(power // 3), 2 ** int((power + 1) // 3)
     factors = (first, second, size // (first * second))
     return tuple(sorted(factors, reverse=1 in factors))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Flags:
-    """Compile a config for TPUs or GPUs without one: does it fit, and how fast can it be at best?
-
-    From shapes alone: no weight and no data is read. Needs the extra of the hardware, and none of
-    it: pip install 'huatuo_jax[tpu]' or 'huatuo_jax[cuda]'. Exit code 1: something does not fit;
-    the fields that would help are named then.
-
-    Attributes:
-        topology: chip and slice, as v5e:8x8; or GPUs of a host, h100:8.
-        num_slices: slices or hosts, joined by their network.
-        stages: some of the config's stages; none for all that train.
-        preset: architecture in place of a model's directory.
-        output: JSON file of all figures.
-        sweep: try micro-batches and remat, and recommend some.
-    """
-
-    topology: str
-    num_slices: int = 1
-    stages: tuple[str, ...] = ()
-    preset: str | None = None
-    output: str | None = None
-    sweep: bool = False
-
-
-def main(flags: Flags, config: StagesConfig | RlaifConfig) -> None:
-    """Compile, print, write."""
-    cfg = CompileConfig(
-        topology=flags.topology,
-        num_slices=flags.num_slices,
-        stages=flags.stages,
-        preset=flags.preset,
-    )
-    compiled = sweep_config if flags.sweep else compile_config
-    figures = compiled(config, cfg, lambda line: print(line, flush=True))
-    if flags.output is not None:
-        write_json(flags.output, figures)
-        print(f"written: {flags.output}")
-    sys.exit(0 if figures["fits"] else 1)

@@ -1,23 +1,19 @@
-"""What a TPU chip can do at best, as its maker publishes it.
+"""The peak figures of TPU chips and GPUs, and slices of them to compile for without having any.
 
-Memory, peak and bandwidths are those of the tables "System architecture" of the Cloud TPU
+TPUs: memory, peak and bandwidths are those of the tables "System architecture" of the Cloud TPU
 documentation (cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e, /tpu7x, read in 2025). Of the
 interconnect they give both directions of all links of a chip together (v4 and v5p: one direction,
 in Gbps); here it is one link in one direction. Which axes of a slice close to a ring follows "How
 to Scale Your Model" (jax-ml.github.io/scaling-book/tpus): those of 16 chips where the pod is a
 16 x 16 torus, those of a multiple of 4 where it is made of 4 x 4 x 4 cubes.
 
-What a GPU can do at best, and the description of it that XLA compiles for without one.
-
-Peak, memory bandwidth and NVLink are those of NVIDIA's data sheets "H100 Tensor Core GPU" and "H200
-Tensor Core GPU", form factor SXM: 989 TFLOP/s of dense bfloat16, and 900 GB/s of NVLink in both
-directions together; and "L4 Tensor Core GPU", half of the TFLOP/s that it prints for sparse
-matrices. Memory is what the driver tells of such a card, not what is printed on it (of an H200 in
-whole GiB); of cards sold as 24 GB an L4 has the least. The network is that of the DGX H100 and H200
-user guides: one port of 400 Gb/s a GPU; an L4 has PCIe alone, 4.0 with 16 lanes. The limits of a
-kernel are those of the compute capability in the CUDA C++ Programming Guide.
-
-A TPU slice, or a host of GPUs, that is not there: its devices, to compile for.
+GPUs: peak, memory bandwidth and NVLink are those of NVIDIA's data sheets "H100 Tensor Core GPU" and
+"H200 Tensor Core GPU", form factor SXM: 989 TFLOP/s of dense bfloat16, and 900 GB/s of NVLink in
+both directions together; and "L4 Tensor Core GPU", half of the TFLOP/s that it prints for sparse
+matrices. Memory is the driver's figure for such a card, not the printed one (of an H200 in whole
+GiB); of cards sold as 24 GB an L4 has the least. The network is that of the DGX H100 and H200 user
+guides: one port of 400 Gb/s a GPU; an L4 has PCIe alone, 4.0 with 16 lanes. The limits of a kernel
+are those of the compute capability in the CUDA C++ Programming Guide.
 """
 
 import dataclasses
@@ -26,7 +22,7 @@ import importlib.util
 import os
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import topologies
@@ -34,25 +30,31 @@ from jax.experimental import topologies
 from huatuo_jax.training.metrics import PEAK_FLOPS
 from huatuo_jax.training.programs import GIB
 
+PLUGIN = "jax-cuda13-plugin"
+CUDNN = "nvidia-cudnn-cu13"
+_RUNTIME = "nvidia-cuda-runtime"
+# As docker/Dockerfile.gpu sets XLA_PYTHON_CLIENT_MEM_FRACTION; the rest is NCCL's and cuDNN's.
+_SHARE_OF_PROGRAMS = 0.92
+_NAME = re.compile(r"(\w+):(\d+(?:x\d+)*)")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chip:
     """A kind of chip.
 
     Attributes:
-        name: as topologies are named, `v5e`.
+        name: its name in topologies, `v5e`.
         memory: bytes of HBM.
         peak_flops: of dense bfloat16 matrix products, a second.
         memory_bandwidth: of the HBM, bytes a second.
         link_bandwidth: of one link to a neighbour, in one direction, bytes a second.
         network_bandwidth: of a chip's share of its host's network, which joins slices, bytes a
             second.
-        ring_multiple: an axis of a slice is a ring where its length is a multiple of this.
-        devices: that jax sees in a chip; they share everything above evenly.
-        dims: of a topology's name.
-        options: of the topology, as libtpu wants them.
-        switched: whether each sends to all others of its slice through switches, and no axis of a
-            slice is of any matter.
+        ring_multiple: an axis of a slice is a ring if its length is a multiple of this.
+        devices: jax devices of a chip; they share everything above evenly.
+        dims: number of axes in a topology's name.
+        options: libtpu's options of the topology.
+        switched: each sends to all others of its slice through switches, whatever the axes.
         example: the name of a topology.
     """
 
@@ -71,79 +73,47 @@ class Chip:
 
     @property
     def usable_memory(self) -> int:
-        """Bytes of HBM for the programs of a device of jax's; libtpu keeps a quarter GiB."""
+        """Returns a device's bytes of HBM for programs; libtpu keeps a quarter GiB."""
         return self.memory // self.devices - GIB // 4
+
+
+def _tpu(
+    name: str,
+    memory_gib: int,
+    memory_gb_per_s: float,
+    link_gb_per_s: float,
+    network_gb_per_s: float,
+    *,
+    dims: int,
+    **more: Any,
+) -> Chip:
+    """Returns a TPU chip of pods that are a 16 x 16 torus (2 axes) or 4 x 4 x 4 cubes (3 axes)."""
+    peak_flops = more.pop("peak_flops", None) or PEAK_FLOPS[f"TPU {name}"]
+    return Chip(
+        name=name,
+        memory=memory_gib * GIB,
+        peak_flops=peak_flops,
+        memory_bandwidth=memory_gb_per_s * 1e9,
+        link_bandwidth=link_gb_per_s * 1e9,
+        network_bandwidth=network_gb_per_s * 1e9,
+        ring_multiple=16 if dims == 2 else 4,
+        dims=dims,
+        example=f"{name}:{'8x8' if dims == 2 else '4x4x4'}",
+        **more,
+    )
 
 
 CHIPS: dict[str, Chip] = {
     chip.name: chip
     for chip in (
-        Chip(
-            name="v4",
-            memory=32 * GIB,
-            peak_flops=PEAK_FLOPS["TPU v4"],
-            memory_bandwidth=1200e9,
-            link_bandwidth=50e9,
-            network_bandwidth=3.125e9,
-            ring_multiple=4,
-            dims=3,
-            # The two cores of a chip are one device.
-            options=(("chip_config_name", "megacore"),),
-            example="v4:4x4x4",
-        ),
-        Chip(
-            name="v5e",
-            memory=16 * GIB,
-            peak_flops=PEAK_FLOPS["TPU v5e"],
-            memory_bandwidth=819e9,
-            link_bandwidth=50e9,
-            network_bandwidth=3.125e9,
-            ring_multiple=16,
-            example="v5e:8x8",
-        ),
-        Chip(
-            name="v5p",
-            memory=95 * GIB,
-            peak_flops=PEAK_FLOPS["TPU v5p"],
-            memory_bandwidth=2765e9,
-            link_bandwidth=100e9,
-            network_bandwidth=6.25e9,
-            ring_multiple=4,
-            dims=3,
-            example="v5p:4x4x4",
-        ),
-        Chip(
-            name="v6e",
-            memory=32 * GIB,
-            peak_flops=PEAK_FLOPS["TPU v6e"],
-            memory_bandwidth=1638e9,
-            link_bandwidth=100e9,
-            network_bandwidth=12.5e9,
-            ring_multiple=16,
-            example="v6e:8x8",
-        ),
-        Chip(
-            name="tpu7x",
-            memory=192 * GIB,
-            peak_flops=2307e12,
-            memory_bandwidth=7380e9,
-            link_bandwidth=100e9,
-            network_bandwidth=12.5e9,
-            ring_multiple=4,
-            devices=2,
-            dims=3,
-            example="tpu7x:4x4x4",
-        ),
+        # The two cores of a v4 chip are one device.
+        _tpu("v4", 32, 1200, 50, 3.125, dims=3, options=(("chip_config_name", "megacore"),)),
+        _tpu("v5e", 16, 819, 50, 3.125, dims=2),
+        _tpu("v5p", 95, 2765, 100, 6.25, dims=3),
+        _tpu("v6e", 32, 1638, 100, 12.5, dims=2),
+        _tpu("tpu7x", 192, 7380, 100, 12.5, dims=3, peak_flops=2307e12, devices=2),
     )
 }
-
-
-PLUGIN = "jax-cuda13-plugin"
-CUDNN = "nvidia-cudnn-cu13"
-_RUNTIME = "nvidia-cuda-runtime"
-
-# As docker/Dockerfile.gpu sets XLA_PYTHON_CLIENT_MEM_FRACTION; the rest is NCCL's and cuDNN's.
-_SHARE_OF_PROGRAMS = 0.92
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -151,9 +121,9 @@ class Gpu(Chip):
     """A kind of GPU; its slice is a host, whose GPUs reach each other through switches.
 
     Attributes:
-        device_kind: as the driver names it.
+        device_kind: the driver's name of it.
         per_host: GPUs that NVLink joins.
-        clock_ghz: of its cores at most.
+        clock_ghz: highest clock of its cores.
         compute_capability: as a proto's text.
         num_cores: streaming multiprocessors.
         l2_cache: bytes.
@@ -175,14 +145,14 @@ class Gpu(Chip):
 
     @property
     def usable_memory(self) -> int:
-        """Bytes of memory for programs: what jax takes of it as `docker/Dockerfile.gpu` runs."""
+        """Returns the bytes for programs: jax's share of memory in `docker/Dockerfile.gpu`."""
         return int(_SHARE_OF_PROGRAMS * self.memory)
 
     def target(self) -> str:
-        """A GpuTargetConfigProto of XLA's as text, with the versions of CUDA that are installed.
+        """Returns XLA's GpuTargetConfigProto as text, with the installed versions of CUDA.
 
         Raises:
-            importlib.metadata.PackageNotFoundError: they are not.
+            importlib.metadata.PackageNotFoundError: CUDA is not installed.
         """
         return f"""
             platform_name: "CUDA"
@@ -213,14 +183,6 @@ class Gpu(Chip):
               registers_per_core_limit: {1 << 16}
             }}
         """
-
-
-def _version(package: str) -> str:
-    numbers = re.findall(r"\d+", importlib.metadata.version(package))
-    return " ".join(
-        f"{name}: {number}"
-        for name, number in zip(("major", "minor", "patch"), numbers, strict=False)
-    )
 
 
 GPUS: dict[str, Gpu] = {
@@ -265,21 +227,18 @@ GPUS: dict[str, Gpu] = {
         ),
     )
 }
-
-
-_NAME = re.compile(r"(\w+):(\d+(?:x\d+)*)")
 _KINDS: dict[str, Chip] = {**CHIPS, **GPUS}
 
 
 class Slice(NamedTuple):
-    """The devices of one or several slices; a host of GPUs is one, too.
+    """The devices of one or several slices; a host of GPUs counts as one.
 
     Attributes:
         name: of the topology, `v5e:8x8` or `h100:8`.
-        chip: of which kind they are.
+        chip: their kind.
         shape: chips along each axis of a slice.
-        num_slices: joined by their hosts' network.
-        devices: of jax's, which can be compiled for and nothing else.
+        num_slices: number of slices, joined by their hosts' network.
+        devices: jax devices, which can be compiled for but not used.
     """
 
     name: str
@@ -290,12 +249,12 @@ class Slice(NamedTuple):
 
     @property
     def compilers(self) -> tuple[str, ...]:
-        """The packages that hold the compiler and what it links in."""
+        """Returns the packages that hold the compiler and the libraries it links."""
         return (PLUGIN, CUDNN) if isinstance(self.chip, Gpu) else ("libtpu",)
 
 
 def prepare_environment() -> None:
-    """Lets jax compile on a machine without devices; to be called before it makes an array.
+    """Lets jax compile on a machine without devices; call it before jax makes an array.
 
     jax itself runs on the CPU, libtpu does not look for a TPU's metadata (nor complains that some
     are missing), and another process may have it loaded at the same time.
@@ -308,11 +267,11 @@ def prepare_environment() -> None:
 
 
 def open_slice(name: str, *, num_slices: int = 1) -> Slice:
-    """The devices of a topology.
+    """Opens the devices of a topology.
 
     Args:
-        name: kind of chip and chips along each axis, `v5e:8x8`; of a GPU, how many a host has.
-        num_slices: slices of that form, or hosts.
+        name: kind of chip and chips along each axis, `v5e:8x8`; for GPUs, their number in a host.
+        num_slices: slices of that shape, or hosts.
 
     Raises:
         ValueError: there is no such topology, or its compiler is not installed.
@@ -330,15 +289,23 @@ def open_slice(name: str, *, num_slices: int = 1) -> Slice:
     if num_slices > 1:
         options["num_slices"] = num_slices
     if 1 in shape[:2]:
-        # A host has 2 x 2 chips to libtpu; such a slice, as a single chip, is less than that.
+        # A host of libtpu has 2 x 2 chips; such a slice, as a single chip, is smaller.
         options["chips_per_host_bounds"] = (*(min(size, 2) for size in shape[:2]), 1)
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
     except (RuntimeError, ValueError) as error:  # jax's own errors are RuntimeErrors.
         raise ValueError(
-            f"topology={name!r}: libtpu knows no such slice ({_first_line(error)}); {_known()}"
+            f"topology={name!r}: unknown to libtpu ({_first_line(error)}); {_known()}"
         ) from error
     return Slice(name, chip, shape, num_slices, found.devices)
+
+
+def _version(package: str) -> str:
+    numbers = re.findall(r"\d+", importlib.metadata.version(package))
+    return " ".join(
+        f"{name}: {number}"
+        for name, number in zip(("major", "minor", "patch"), numbers, strict=False)
+    )
 
 
 def _gpus(gpu: Gpu, number: int, num_hosts: int) -> Sequence[jax.Device]:

@@ -1,13 +1,11 @@
-"""A compiled program's text (HLO), read as computations, instructions and how often each runs.
+"""Reads a compiled program's text (HLO): computations, instructions, trip counts and collectives.
 
-Only what is counted here is read: shapes, operands, calls, and the trip counts of loops, which are
-the constant that a loop's condition compares its counter with.
+Only what is counted is read: shapes, operands, calls, and the trip counts of loops, which are the
+constant that a loop's condition compares its counter with.
 
-What a compiled program sends between chips: kinds, bytes, mesh axes, and whether it is in place.
-
-A collective stands in the program once and runs as often as the loops around it. Which mesh axes it
-goes over follows from the devices of its groups. An all-gather that the compiler has cut into
-pieces, to multiply while it travels, shows as collective-permutes.
+A collective appears in the program once and runs as often as the loops around it. The mesh axes it
+goes over follow from the devices of its groups. An all-gather that the compiler has cut into
+pieces, to multiply while it travels, appears as collective-permutes.
 """
 
 import dataclasses
@@ -22,7 +20,7 @@ from jax.sharding import Mesh
 
 _ELEMENT = re.compile(r"\bindex=(\d+)")
 _HEADER = re.compile(r"(ENTRY )?%?([\w.-]+) \(.*\) -> .* \{$")
-# What follows the bracket says which cores a computation runs on, if not the main ones.
+# The part after the bracket names the cores that a computation runs on, if not the main ones.
 _END = re.compile(r'\}(, execution_thread="[^"]*")?$')
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.-]+) = (.*)$")
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](\{[^{}]*\})?")
@@ -35,15 +33,31 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 
 _FAST_MEMORY = "S("  # Any memory space but 0 is not the HBM.
+KINDS = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
+_CHANNEL = re.compile(r"channel_id=(\d+)")
+_LISTED = re.compile(r"replica_groups=\{(\{[\d,{} ]*\})\}")
+_IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_ON_MESH = re.compile(
+    r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(?\[?([\d,]+)\]?\)?)? ?\{([^}]*)\}"
+)
+_PAIRS = re.compile(r"source_target_pairs=\{(\{[\d,{} ]*\})\}")
 
 
 class Shape(NamedTuple):
-    """An array's.
+    """The shape of an array.
 
     Attributes:
         dtype: HLO's name of it.
         dims: on one device.
-        in_hbm: whether it lies in the device's main memory.
+        in_hbm: it lies in the device's main memory.
     """
 
     dtype: str
@@ -52,7 +66,7 @@ class Shape(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        """Without the padding of tiles."""
+        """Returns the bytes, without the padding of tiles."""
         found = _BITS.match(self.dtype)
         bits = 8 if self.dtype == "pred" else int(found[1]) if found else 0
         return math.prod(self.dims) * bits // 8
@@ -60,16 +74,16 @@ class Shape(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line.
+    """One line of a computation.
 
     Attributes:
         name: of its value.
-        opcode: what it does.
-        shapes: of the value, several where it is a tuple.
+        opcode: the operation.
+        shapes: of the value, several for a tuple.
         operands: names of values.
         attributes: the rest of the line.
-        is_root: whether it is what its computation returns.
-        number: a parameter's, or the value of a constant that is a whole number.
+        is_root: its computation returns it.
+        number: a parameter's number, or the value of an integer constant.
     """
 
     name: str
@@ -82,47 +96,47 @@ class Instruction:
 
     @property
     def op_name(self) -> str:
-        """Where in the Python program it comes from; empty where nothing is said."""
+        """Returns its origin in the Python program, or an empty text."""
         found = _OP_NAME.search(self.attributes)
         return found[1] if found else ""
 
     def called(self, kind: str) -> str | None:
-        """The computation that it calls as its `body`, `condition`, `calls`, ..."""
+        """Returns the computation that it calls as its `body`, `condition`, `calls`, ..."""
         return next((name for key, name in _CALLS.findall(self.attributes) if key == kind), None)
 
 
 @dataclasses.dataclass(frozen=True)
 class Computation:
-    """Instructions in order, by name."""
+    """A computation: its instructions in order, by name."""
 
     name: str
     instructions: dict[str, Instruction]
 
     @property
     def root(self) -> Instruction:
-        """What it returns."""
+        """Returns the instruction whose value the computation returns."""
         return next(one for one in reversed(self.instructions.values()) if one.is_root)
 
     def operand_shapes(self, instruction: Instruction) -> list[Shape]:
-        """The arrays that an instruction takes; tuples are left out."""
+        """Returns the arrays among an instruction's operands, without tuples."""
         found = (self.instructions[name] for name in instruction.operands)
         return [one.shapes[0] for one in found if len(one.shapes) == 1]
 
 
 class Loop(NamedTuple):
-    """A loop that something stands in; `trips` is None where it could not be told."""
+    """A loop around a computation; `trips` is None where it is unknown."""
 
     body: str
     trips: int | None
 
 
 class Place(NamedTuple):
-    """One way in which a computation is run.
+    """One call path of a computation.
 
     Attributes:
-        computation: the one.
-        loops: that it stands in, the outermost first.
-        fused: whether it is the inside of a fusion, whose values do not reach the memory.
+        computation: the computation.
+        loops: the loops around it, the outermost first.
+        fused: it is the inside of a fusion, whose values do not reach memory.
     """
 
     computation: Computation
@@ -131,22 +145,22 @@ class Place(NamedTuple):
 
     @property
     def runs(self) -> int:
-        """How often it is run; a loop of unknown length counts once."""
+        """Returns how often it runs; a loop of unknown length counts once."""
         return math.prod(loop.trips or 1 for loop in self.loops)
 
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """A program on one device."""
+    """A compiled program on one device."""
 
     computations: dict[str, Computation]
     entry: Computation
 
     @functools.cached_property
     def places(self) -> list[Place]:
-        """All computations that are run, once for each way that leads to them.
+        """Lists all computations that run, once for each call path.
 
-        Every branch of a condition is taken to be run.
+        Every branch of a condition counts as run.
         """
         return list(self._below(self.entry, (), False))
 
@@ -176,7 +190,7 @@ class Module:
                 )
 
     def _trips(self, loop: Instruction) -> int | None:
-        """The least constant that the condition holds its counter below, by the counter's step."""
+        """Returns the trip count: the smallest bound in the condition over the counter's step."""
         name = loop.called("condition")
         assert name is not None
         bounds: list[int] = []
@@ -191,7 +205,7 @@ class Module:
         return -(-min(bounds) // self._step(loop)) if bounds else None
 
     def _step(self, loop: Instruction) -> int:
-        """What a turn adds to the counter: 2 where the compiler has put two turns into one."""
+        """Returns the counter's step in a trip: 2 where the compiler has merged two trips."""
         condition, body = (
             self.computations[loop.called(key) or ""] for key in ("condition", "body")
         )
@@ -208,7 +222,7 @@ class Module:
 
 
 def parse(text: str) -> Module:
-    """Reads `compiled.as_text()`."""
+    """Parses `compiled.as_text()`."""
     computations: dict[str, Computation] = {}
     entry, current = None, None
     for line in _whole_lines(text):
@@ -226,8 +240,143 @@ def parse(text: str) -> Module:
     return Module(computations, entry)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Collective:
+    """A collective operation.
+
+    Attributes:
+        kind: one of `KINDS`.
+        axes: the mesh axes of its groups.
+        group: devices of the first group, numbered as in the mesh.
+        runs: number of runs in a step.
+        payload: bytes of the whole array that a group holds after (all-gather) or before (all
+            others) it; for a collective-permute, the bytes that one device sends.
+        op_name: its origin in the Python program.
+        in_layer_loop: it is inside the loop over layers.
+        dims: of the resulting array.
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    group: tuple[int, ...]
+    runs: int
+    payload: int
+    op_name: str
+    in_layer_loop: bool
+    dims: tuple[int, ...]
+
+    @property
+    def bytes_sent(self) -> float:
+        """Returns the least bytes that each device sends in one run, by any algorithm."""
+        others = (len(self.group) - 1) / len(self.group)
+        if self.kind == "all-reduce":
+            return 2 * self.payload * others
+        if self.kind in ("all-gather", "reduce-scatter", "collective-broadcast"):
+            return self.payload * others
+        if self.kind == "collective-permute":
+            return self.payload
+        return self.payload * others / len(self.group)  # All-to-all: of one device's part.
+
+
+def collectives_of(module: Module, mesh: Mesh, *, num_layers: int) -> list[Collective]:
+    """Returns all collectives that a program runs.
+
+    Args:
+        module: the program.
+        mesh: the mesh it was compiled for.
+        num_layers: trips of the loop over layers.
+    """
+    loops = layer_loops(module.places, num_layers)
+    found: dict[object, Collective] = {}
+    for place in module.places:
+        inside = any(loop.body in loops for loop in place.loops)
+        for one in place.computation.instructions.values():
+            kind = one.opcode.removesuffix("-start")
+            if kind not in KINDS:
+                continue
+            # The pieces of an overlapped collective share a channel.
+            channel = _CHANNEL.search(one.attributes)
+            key = (one.name if channel is None else channel[1], place.loops)
+            group = _group(one, mesh)
+            if key not in found and len(group) > 1:
+                found[key] = _collective(kind, one, place, group, mesh, inside)
+    return list(found.values())
+
+
+def layer_loops(places: Iterable[Place], num_layers: int) -> set[str]:
+    """Returns the bodies of the loops over layers: of those with as many trips, the inner ones."""
+    paths = {place.loops for place in places}
+    inner, outer = set(), set()
+    for path in paths:
+        matching = [loop.body for loop in path if loop.trips == num_layers]
+        inner |= set(matching[-1:])
+        outer |= set(matching[:-1])
+    return inner - outer
+
+
+def gathers_of_stacked_layers(
+    found: Iterable[Collective], stacked: Collection[tuple[int, ...]]
+) -> list[Collective]:
+    """Returns all-gathers outside of the layer loop of parameters of all layers.
+
+    Args:
+        found: the program's collectives.
+        stacked: shapes of the stacked parameters, the layers' dimension first; those of one layer
+            would be gathered inside the loop, where they live for one trip.
+    """
+    num_layers = {shape[0] for shape in stacked}
+    matrices = [math.prod(shape) for shape in stacked if len(shape) > 2]
+    least = min(matrices, default=0) // 2
+    return [
+        one
+        for one in found
+        if one.kind in ("all-gather", "collective-permute")
+        and not one.in_layer_loop
+        and num_layers & set(one.dims)
+        and math.prod(one.dims) >= least > 0
+    ]
+
+
+class Total(NamedTuple):
+    """The sum of collectives of one kind over the same axes.
+
+    Attributes:
+        kind: one of `KINDS`.
+        axes: of the mesh.
+        runs: number of runs in a step.
+        payload: bytes, see `Collective`, of all runs.
+        bytes_sent: by each device in all runs.
+        seconds: shortest possible time.
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    runs: int
+    payload: int
+    bytes_sent: float
+    seconds: float
+
+
+def by_kind_and_axes(timed: Iterable[tuple[Collective, float]]) -> list[Total]:
+    """Sums collectives of the same kind and axes, the longest first.
+
+    Args:
+        timed: each with the seconds of all its runs.
+    """
+    totals: dict[tuple[str, tuple[str, ...]], Total] = {}
+    for one, seconds in timed:
+        before = totals.get((one.kind, one.axes), Total(one.kind, one.axes, 0, 0, 0.0, 0.0))
+        totals[one.kind, one.axes] = before._replace(
+            runs=before.runs + one.runs,
+            payload=before.payload + one.runs * one.payload,
+            bytes_sent=before.bytes_sent + one.runs * one.bytes_sent,
+            seconds=before.seconds + seconds,
+        )
+    return sorted(totals.values(), key=lambda total: -total.seconds)
+
+
 def _whole_lines(text: str) -> list[str]:
-    """Lines, put together where the metadata of a kernel goes on in the next one."""
+    """Returns the lines, joined where the metadata of a kernel continues in the next one."""
     lines: list[str] = []
     for line in text.splitlines():
         if (
@@ -256,7 +405,7 @@ def _instruction(name: str, text: str, *, is_root: bool) -> Instruction:
         tuple(_NAME.findall(arguments)),
         rest[stop + 1 :],
         is_root,
-        # A constant's value and a parameter's number stand where others have their operands.
+        # A constant's value and a parameter's number take the place of operands.
         int(arguments) if arguments.isdecimal() else None,
     )
 
@@ -273,7 +422,7 @@ def _shapes(text: str) -> tuple[Shape, ...]:
 
 
 def _closing(text: str, start: int) -> int:
-    """Where the bracket that opens at `start` closes."""
+    """Returns the index of the bracket that closes the one at `start`."""
     depth = 0
     for index in range(start, len(text)):
         if text[index] == "(":
@@ -283,159 +432,6 @@ def _closing(text: str, start: int) -> int:
             if not depth:
                 return index
     raise AssertionError(f"unbalanced: {text[:200]}")
-
-
-KINDS = (
-    "all-gather",
-    "all-reduce",
-    "reduce-scatter",
-    "all-to-all",
-    "ragged-all-to-all",
-    "collective-permute",
-    "collective-broadcast",
-)
-_CHANNEL = re.compile(r"channel_id=(\d+)")
-_LISTED = re.compile(r"replica_groups=\{(\{[\d,{} ]*\})\}")
-_IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
-_ON_MESH = re.compile(
-    r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(?\[?([\d,]+)\]?\)?)? ?\{([^}]*)\}"
-)
-_PAIRS = re.compile(r"source_target_pairs=\{(\{[\d,{} ]*\})\}")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Collective:
-    """One of them.
-
-    Attributes:
-        kind: one of `KINDS`.
-        axes: of the mesh, that its groups go over.
-        group: devices that take part, numbered as the mesh has them; the first group.
-        runs: how many in a step.
-        payload: bytes of the whole array that a group holds after (all-gather) or before (all
-            others) it; of a collective-permute, what one device sends.
-        op_name: where in the Python program it comes from.
-        in_layer_loop: whether it stands in the loop over layers.
-        dims: of the array that it gives.
-    """
-
-    kind: str
-    axes: tuple[str, ...]
-    group: tuple[int, ...]
-    runs: int
-    payload: int
-    op_name: str
-    in_layer_loop: bool
-    dims: tuple[int, ...]
-
-    @property
-    def bytes_sent(self) -> float:
-        """What each device sends, at the least that any algorithm needs, in one run."""
-        others = (len(self.group) - 1) / len(self.group)
-        if self.kind == "all-reduce":
-            return 2 * self.payload * others
-        if self.kind in ("all-gather", "reduce-scatter", "collective-broadcast"):
-            return self.payload * others
-        if self.kind == "collective-permute":
-            return self.payload
-        return self.payload * others / len(self.group)  # All-to-all: of one device's part.
-
-
-def collectives_of(module: Module, mesh: Mesh, *, num_layers: int) -> list[Collective]:
-    """All that a program runs.
-
-    Args:
-        module: the program.
-        mesh: that it was compiled for.
-        num_layers: trips of the loop over layers.
-    """
-    loops = layer_loops(module.places, num_layers)
-    found: dict[object, Collective] = {}
-    for place in module.places:
-        inside = any(loop.body in loops for loop in place.loops)
-        for one in place.computation.instructions.values():
-            kind = one.opcode.removesuffix("-start")
-            if kind not in KINDS:
-                continue
-            # The pieces of an overlapped collective share a channel.
-            channel = _CHANNEL.search(one.attributes)
-            key = (one.name if channel is None else channel[1], place.loops)
-            group = _group(one, mesh)
-            if key not in found and len(group) > 1:
-                found[key] = _collective(kind, one, place, group, mesh, inside)
-    return list(found.values())
-
-
-def layer_loops(places: Iterable[Place], num_layers: int) -> set[str]:
-    """The bodies of the loops over layers: of those with as many trips, the inner ones."""
-    paths = {place.loops for place in places}
-    inner, outer = set(), set()
-    for path in paths:
-        matching = [loop.body for loop in path if loop.trips == num_layers]
-        inner |= set(matching[-1:])
-        outer |= set(matching[:-1])
-    return inner - outer
-
-
-def gathers_of_stacked_layers(
-    found: Iterable[Collective], stacked: Collection[tuple[int, ...]]
-) -> list[Collective]:
-    """All-gathers outside of the layer loop that give parameters of all layers at once.
-
-    Args:
-        found: the program's collectives.
-        stacked: shapes of the stacked parameters, the layers' dimension first; of one layer they
-            would be gathered inside the loop, where they live for one turn.
-    """
-    num_layers = {shape[0] for shape in stacked}
-    matrices = [math.prod(shape) for shape in stacked if len(shape) > 2]
-    least = min(matrices, default=0) // 2
-    return [
-        one
-        for one in found
-        if one.kind in ("all-gather", "collective-permute")
-        and not one.in_layer_loop
-        and num_layers & set(one.dims)
-        and math.prod(one.dims) >= least > 0
-    ]
-
-
-class Total(NamedTuple):
-    """Collectives of one kind over the same axes.
-
-    Attributes:
-        kind: one of `KINDS`.
-        axes: of the mesh.
-        runs: in a step.
-        payload: bytes, see `Collective`, of all runs.
-        bytes_sent: by each device in all runs.
-        seconds: that they take at least.
-    """
-
-    kind: str
-    axes: tuple[str, ...]
-    runs: int
-    payload: int
-    bytes_sent: float
-    seconds: float
-
-
-def by_kind_and_axes(timed: Iterable[tuple[Collective, float]]) -> list[Total]:
-    """Sums over collectives of the same kind and axes, the longest first.
-
-    Args:
-        timed: each with the seconds of all its runs.
-    """
-    totals: dict[tuple[str, tuple[str, ...]], Total] = {}
-    for one, seconds in timed:
-        before = totals.get((one.kind, one.axes), Total(one.kind, one.axes, 0, 0, 0.0, 0.0))
-        totals[one.kind, one.axes] = before._replace(
-            runs=before.runs + one.runs,
-            payload=before.payload + one.runs * one.payload,
-            bytes_sent=before.bytes_sent + one.runs * one.bytes_sent,
-            seconds=before.seconds + seconds,
-        )
-    return sorted(totals.values(), key=lambda total: -total.seconds)
 
 
 def _collective(
@@ -459,13 +455,13 @@ def _collective(
 
 
 def _is_scattered(computation: Computation, one: Instruction) -> bool:
-    """Whether a fusion keeps this device's part only: a reduce-scatter, as TPUs run it."""
+    """Returns True if a fusion keeps this device's part only: a reduce-scatter on TPUs."""
     root = computation.root
     return root.opcode == "dynamic-slice" and one.name in root.operands
 
 
 def _group(one: Instruction, mesh: Mesh) -> tuple[int, ...]:
-    """The first of its groups; of a collective-permute, the devices that its pairs link up."""
+    """Returns the first of its groups, or the devices linked by a collective-permute's pairs."""
     text = one.attributes
     if pairs := _PAIRS.search(text):
         return _linked(_lists(pairs[1]))
@@ -482,9 +478,9 @@ def _group(one: Instruction, mesh: Mesh) -> tuple[int, ...]:
 
 
 def _group_on_mesh(axes: str, devices: str | None, over: str) -> tuple[int, ...]:
-    """The group of a mesh of the compiler's own, over some of its axes or parts of axes.
+    """Returns the group of a mesh of the compiler's own, over some axes or parts of axes.
 
-    An axis in parts is written `'axis':(4)2`: of size 2, with 4 steps of what is left before it.
+    A part of an axis is written `'axis':(4)2`: its size is 2, and the parts before it have size 4.
     """
     sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", axes)}
     numbers = np.arange(math.prod(sizes.values()))
@@ -511,7 +507,7 @@ def _lists(text: str) -> list[tuple[int, ...]]:
 
 
 def _linked(pairs: list[tuple[int, ...]]) -> tuple[int, ...]:
-    """The devices that a chain of pairs from the first source reaches."""
+    """Returns the devices that a chain of pairs from the first source reaches."""
     target = {source: to for source, to in pairs if source != to}
     if not target:
         return ()
@@ -522,7 +518,7 @@ def _linked(pairs: list[tuple[int, ...]]) -> tuple[int, ...]:
 
 
 def _axes(group: tuple[int, ...], mesh: Mesh) -> tuple[str, ...]:
-    """The axes along which the devices of a group differ."""
+    """Returns the axes along which the devices of a group differ."""
     places = np.unravel_index(np.array(group), tuple(mesh.shape.values()))
     return tuple(
         axis for axis, indices in zip(mesh.shape, places, strict=True) if len(set(indices)) > 1

@@ -1,10 +1,8 @@
-"""A program of a stage: a jitted function as the stage makes it, and the shapes it is given.
+"""The programs of a config's stages, made by the stages' own functions from shapes alone.
 
-The programs of a PPO stage: its four models, what trains two of them, and its engine's.
-
-The programs of a config's stages, each made by the function that the stage itself uses.
-
-Which architecture each stage of a config has, without reading a weight.
+A program is a jitted function of a stage with the shapes of its arguments. The architecture of each
+stage's model is found without reading a weight. PPO's programs are those of its four models, of
+their training, and of its engine.
 """
 
 import dataclasses
@@ -51,17 +49,23 @@ from huatuo_jax.training.programs import StageProgram
 from huatuo_jax.training.update import Step, update_program
 
 Devices = Sequence[jax.Device]
+StageConfig = SftConfig | RewardConfig | DpoConfig
+TrainingConfig = StagesConfig | RlaifConfig
+# The number of steps follows from the data where the config does not set it; it decides no shape.
+_NUM_STEPS = 10_000
+# So do the pairs of a row, which take next to no memory.
+_PAIRS_OF_A_ROW = 32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Program(StageProgram):
-    """A program, and what its work is measured by.
+    """A program of a stage, and the measures of its work.
 
     Attributes:
         does: a call, in words.
         backbone: of its model.
-        tokens: that a call works on.
-        model_flops: what the mathematics asks of a call, on all devices together.
+        tokens: tokens of a call.
+        model_flops: FLOPs of a call by formula, on all devices together.
     """
 
     does: str
@@ -71,13 +75,13 @@ class Program(StageProgram):
 
     @classmethod
     def of(cls, program: StageProgram, **measured: Any) -> "Program":
-        """A stage's program with the other attributes."""
+        """Returns a stage's program with the other attributes."""
         given = {one.name: getattr(program, one.name) for one in dataclasses.fields(StageProgram)}
         return cls(**given, **measured)
 
     @property
     def stacked_shapes(self) -> set[tuple[int, ...]]:
-        """Shapes of the arguments that hold the parameters of all layers."""
+        """Returns the shapes of the arguments that hold parameters of all layers."""
         leaves = jax.tree_util.tree_leaves_with_path(self.arguments)
         return {
             leaf.shape
@@ -87,32 +91,32 @@ class Program(StageProgram):
 
 
 def attended_pairs(cfg: BackboneConfig, *, rows: int, length: int) -> float:
-    """Pairs of query and key in rows that are full and of one segment."""
+    """Counts pairs of query and key in rows that are full and of one segment."""
     window = min(cfg.sliding_window or length, length)
     return rows * (window * (window + 1) / 2 + (length - window) * window)
 
 
 class Architectures:
-    """What models of a config are like, told from the config, this machine, or the hub's config."""
+    """The architectures of a config's models, from the config, this machine, or the hub."""
 
     def __init__(self, named: str | None) -> None:
-        """Nothing is known yet.
+        """Sets the preset, if any.
 
         Args:
             named: the preset of every model that no stage of the config makes; None looks them up.
 
         Raises:
-            ValueError: no preset is called so.
+            ValueError: no preset has this name.
         """
         self._named = None if named is None else preset(named)
         self._made: dict[str, BackboneConfig] = {}
 
     def add(self, stage: str, cfg: BackboneConfig) -> None:
-        """Note what the model is like that a stage leaves in its folder."""
+        """Records the architecture of the model that a stage leaves in its folder."""
         self._made[f"{WORKDIR_MARK}/{stage}/model"] = cfg
 
     def in_place(self, section: ModelConfig, *, path: str) -> ModelConfig:
-        """The section with the architecture in place of its directory.
+        """Returns the section with the architecture in place of its directory.
 
         Raises:
             ValueError: there is no such model; names the field.
@@ -129,7 +133,7 @@ class Architectures:
         )
 
     def of(self, directory: str, *, path: str, ignored: tuple[str, ...] = ()) -> BackboneConfig:
-        """The architecture of a model that an earlier stage makes, of a folder, or of a hub id.
+        """Returns the architecture of a model of an earlier stage, a folder, or a hub id.
 
         Args:
             directory: of the model.
@@ -156,203 +160,16 @@ class Architectures:
 
 
 def ppo_programs(cfg: PpoConfig, devices: Devices, architectures: Architectures) -> list[Program]:
-    """The programs of the stage on these devices.
+    """Returns the programs of the PPO stage on these devices.
 
     Raises:
-        ValueError: the config, or a model of it, cannot be.
+        ValueError: the config, or a model of it, is invalid.
     """
     roles = _roles(cfg, devices, architectures)
     programs = [*_generation(roles), _scoring(roles), *_training(roles, "policy", roles.trained)]
     if roles.valued is not None:
         programs += _training(roles, "value", roles.valued)
     return programs
-
-
-def _roles(cfg: PpoConfig, devices: Devices, architectures: Architectures) -> Roles:
-    mesh = cfg.mesh.make(devices)
-    check_rows(cfg.rows_at_once, name="config.ppo.micro_batch_size", mesh=mesh)
-    compute = cfg.compute.compute_config()
-    cfg = dataclasses.replace(cfg, model=architectures.in_place(cfg.model, path="config.ppo.model"))
-    policy = open_model(cfg.model, compute)
-    check_policy(cfg, policy)
-    rewarding = architectures.of(cfg.reward_model, path="config.ppo.reward_model")
-    critic = open_critic(_without_reward_model(cfg, rewarding), policy, None)
-    return abstract_roles(cfg, policy=policy, critic=critic, rewarding=rewarding, mesh=mesh)
-
-
-def _without_reward_model(cfg: PpoConfig, rewarding: BackboneConfig) -> PpoConfig:
-    """The config with a critic of the reward model's architecture, where it begins as that model.
-
-    What its weights begin with decides no shape.
-    """
-    if cfg.value.start != "reward":
-        return cfg
-    return dataclasses.replace(
-        cfg,
-        model=ModelConfig(backbone=rewarding, tokenizer="none"),
-        value=dataclasses.replace(cfg.value, start="policy", head="zero"),
-    )
-
-
-def _generation(roles: Roles) -> list[Program]:
-    cfg, policy = roles.cfg, roles.policy
-    mesh = mesh_of(cfg.rollout, roles.mesh, policy.cfg)
-    slots = slots_of(cfg.rollout, mesh)
-    engine = abstract_engine(
-        policy.transformer,
-        roles.trained.state.variables,
-        slots=slots,
-        max_length=cfg.max_length,
-        mesh=mesh,
-    )
-    held = (roles.trained.state, roles.reference, roles.value_state, roles.scorer_variables)
-    common: dict[str, Any] = {
-        "mesh": mesh,
-        "backbone": policy.cfg,
-        "rows": slots,
-        "rows_at_once": slots,
-    }
-    flops = ModelFlops.of(policy.cfg)
-    rows = sharding.batch_shards(mesh)
-    length = engine.prompt_tokens // rows
-    steps = slots * engine.steps
-    moving = []
-    if mesh != roles.mesh:
-        placed = engine.prefill_arguments[0]
-        moving = [_moving(roles, mesh, placed, (*held, placed))]
-    return [
-        *moving,
-        Program(
-            name="ppo/prefill",
-            does=f"{rows} prompts of {length} tokens into the cache",
-            function=engine.programs.jitted_prefill,
-            arguments=engine.prefill_arguments,
-            beside=(*held, engine.decode_arguments[1]),
-            tokens=engine.prompt_tokens,
-            model_flops=flops.of_forward(
-                tokens=engine.prompt_tokens,
-                scored_tokens=0,
-                attended_pairs=attended_pairs(policy.cfg, rows=rows, length=length),
-            ),
-            **common,
-        ),
-        Program(
-            name="ppo/decode",
-            does=f"{engine.steps} tokens of each of {slots} answers, {cfg.max_length} tokens long",
-            function=engine.programs.jitted_decode,
-            arguments=engine.decode_arguments,
-            beside=(*held, engine.prefill_arguments[1]),
-            tokens=steps,
-            model_flops=flops.of_forward(
-                tokens=steps,
-                scored_tokens=steps,
-                attended_pairs=steps
-                * min(cfg.max_length, policy.cfg.sliding_window or cfg.max_length),
-            ),
-            attends=False,
-            **common,
-        ),
-    ]
-
-
-def _moving(roles: Roles, mesh: Mesh, placed: Any, held: Any) -> Program:
-    """The move of one array, the largest, to the mesh of generation; they move one by one."""
-    found = jax.tree_util.tree_leaves_with_path(
-        weights.that_are_read(roles.trained.state.variables)
-    )
-    pairs = zip(found, jax.tree.leaves(placed), strict=True)
-    (path, leaf), to = max(pairs, key=lambda pair: pair[0][1].size)
-    share = leaf.size / sum(other.size for _, other in found)
-    return Program(
-        name="ppo/move",
-        does=f"the policy's largest array, {sharding.path_name(path)} ({share:.0%} of its "
-        "weights), to where answers are generated",
-        function=OnMesh(weights.moving(to.sharding, to.dtype), None),
-        arguments=(leaf,),
-        # It is an argument of this program, and its result is not there yet.
-        beside=[other for other in jax.tree.leaves(held) if other is not leaf and other is not to],
-        mesh=mesh,
-        backbone=roles.policy.cfg,
-        rows=0,
-        rows_at_once=0,
-        tokens=0,
-        model_flops=0.0,
-        attends=False,
-    )
-
-
-def _scoring(roles: Roles) -> Program:
-    assert roles.scorer is not None
-    backbone, program = roles.scorer.cfg, scoring(roles, roles.scorer)
-    rows, length = program.rows, roles.cfg.max_length
-    return Program.of(
-        program,
-        does=f"the reward model on {rows} rows of {length} tokens",
-        backbone=backbone,
-        tokens=rows * length,
-        model_flops=ModelFlops.of(backbone).of_forward(
-            tokens=rows * length,
-            scored_tokens=0,
-            attended_pairs=attended_pairs(backbone, rows=rows, length=length),
-        ),
-    )
-
-
-def _training(roles: Roles, name: str, trained: Trained) -> list[Program]:
-    """A pass over a minibatch, and the optimizer step that uses its gradients."""
-    cfg, mesh, state = roles.cfg, roles.mesh, trained.state
-    rows, length = cfg.minibatch_size, cfg.max_length
-    backbone, adapters_only = roles.policy.cfg, cfg.model.lora is not None
-    scored, other, program = rows * cfg.rollout.max_new_tokens, roles.value_state, policy_pass
-    if name == "value":
-        assert roles.critic is not None
-        backbone, adapters_only = roles.critic.model.cfg, cfg.value.lora is not None
-        scored, other, program = 0, roles.trained.state, value_pass
-    over_minibatch = program(roles)
-    sums, _, gradients = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=jax.NamedSharding(mesh, jax.P())
-        ),
-        over_minibatch.lower().out_info,
-    )
-    gradients = sharding.abstract_parameters(gradients, mesh)
-    return [
-        Program.of(
-            over_minibatch,
-            does=f"{rows} rows of {length} tokens through the {name} with their gradients; "
-            "without them for what an update is held against (log-probabilities, values)",
-            backbone=backbone,
-            tokens=rows * length,
-            model_flops=ModelFlops.of(backbone, adapters_only=adapters_only).of_step(
-                tokens=rows * length,
-                scored_tokens=scored,
-                attended_pairs=attended_pairs(backbone, rows=rows, length=length),
-            ),
-        ),
-        Program(
-            name=f"ppo/{name}_apply",
-            does=f"the optimizer step of the {name}",
-            function=trained.learner.apply,
-            arguments=(state, sums, gradients),
-            beside=(roles.reference, other, roles.scorer_variables),
-            mesh=mesh,
-            backbone=backbone,
-            rows=rows,
-            rows_at_once=cfg.rows_at_once,
-            tokens=rows * length,
-            model_flops=0.0,
-            attends=False,
-        ),
-    ]
-
-
-StageConfig = SftConfig | RewardConfig | DpoConfig
-TrainingConfig = StagesConfig | RlaifConfig
-
-# How long a run is follows from its data, where the config does not say; it decides no shape.
-_NUM_STEPS = 10_000
-# So do the pairs of a row; they weigh next to nothing.
-_PAIRS_OF_A_ROW = 32
 
 
 def programs_of(
@@ -362,13 +179,13 @@ def programs_of(
     stages: Sequence[str] = (),
     architecture: str | None = None,
 ) -> list[Program]:
-    """The programs of the stages that a config names.
+    """Returns the programs of the stages of a config.
 
     Args:
         config: stages, or a recipe.
         devices: to compile for.
         stages: some of them; none for all that have programs.
-        architecture: the preset of models that no stage makes; None looks at their configs.
+        architecture: the preset of models that no stage makes; None reads their configs.
 
     Raises:
         ValueError: a stage that the config does not have, or an invalid config.
@@ -421,6 +238,192 @@ def _dpo(cfg: DpoConfig, devices: Devices, architectures: Architectures) -> list
     return [_update(DPO, cfg, mesh, model, step, batch, dpo_flops(flops, **sizes))]
 
 
+_MAKERS: dict[str, Callable[[Any, Devices, Architectures], list[Program]]] = {
+    SFT: _sft,
+    reward.STAGE: _reward,
+    DPO: _dpo,
+    ppo.STAGE: ppo_programs,
+}
+
+
+def _roles(cfg: PpoConfig, devices: Devices, architectures: Architectures) -> Roles:
+    mesh = cfg.mesh.make(devices)
+    check_rows(cfg.rows_at_once, name="config.ppo.micro_batch_size", mesh=mesh)
+    compute = cfg.compute.compute_config()
+    cfg = dataclasses.replace(cfg, model=architectures.in_place(cfg.model, path="config.ppo.model"))
+    policy = open_model(cfg.model, compute)
+    check_policy(cfg, policy)
+    rewarding = architectures.of(cfg.reward_model, path="config.ppo.reward_model")
+    critic = open_critic(_without_reward_model(cfg, rewarding), policy, None)
+    return abstract_roles(cfg, policy=policy, critic=critic, rewarding=rewarding, mesh=mesh)
+
+
+def _without_reward_model(cfg: PpoConfig, rewarding: BackboneConfig) -> PpoConfig:
+    """Returns the config with a critic of the reward model's architecture, if it starts there.
+
+    Its initial weights decide no shape.
+    """
+    if cfg.value.start != "reward":
+        return cfg
+    return dataclasses.replace(
+        cfg,
+        model=ModelConfig(backbone=rewarding, tokenizer="none"),
+        value=dataclasses.replace(cfg.value, start="policy", head="zero"),
+    )
+
+
+def _generation(roles: Roles) -> list[Program]:
+    cfg, policy = roles.cfg, roles.policy
+    mesh = mesh_of(cfg.rollout, roles.mesh, policy.cfg)
+    slots = slots_of(cfg.rollout, mesh)
+    engine = abstract_engine(
+        policy.transformer,
+        roles.trained.state.variables,
+        slots=slots,
+        max_length=cfg.max_length,
+        mesh=mesh,
+    )
+    held = (roles.trained.state, roles.reference, roles.value_state, roles.scorer_variables)
+    common: dict[str, Any] = {
+        "mesh": mesh,
+        "backbone": policy.cfg,
+        "rows": slots,
+        "rows_at_once": slots,
+    }
+    flops = ModelFlops.of(policy.cfg)
+    rows = sharding.batch_shards(mesh)
+    length = engine.prompt_tokens // rows
+    steps = slots * engine.steps
+    moving = []
+    if mesh != roles.mesh:
+        placed = engine.prefill_arguments[0]
+        moving = [_moving(roles, mesh, placed, (*held, placed))]
+    return [
+        *moving,
+        Program(
+            name="ppo/prefill",
+            does=f"{rows} prompts of {length} tokens into the cache",
+            function=engine.programs.prefill,
+            arguments=engine.prefill_arguments,
+            beside=(*held, engine.decode_arguments[1]),
+            tokens=engine.prompt_tokens,
+            model_flops=flops.of_forward(
+                tokens=engine.prompt_tokens,
+                scored_tokens=0,
+                attended_pairs=attended_pairs(policy.cfg, rows=rows, length=length),
+            ),
+            **common,
+        ),
+        Program(
+            name="ppo/decode",
+            does=f"{engine.steps} tokens of each of {slots} answers, {cfg.max_length} tokens long",
+            function=engine.programs.decode,
+            arguments=engine.decode_arguments,
+            beside=(*held, engine.prefill_arguments[1]),
+            tokens=steps,
+            model_flops=flops.of_forward(
+                tokens=steps,
+                scored_tokens=steps,
+                attended_pairs=steps
+                * min(cfg.max_length, policy.cfg.sliding_window or cfg.max_length),
+            ),
+            attends=False,
+            **common,
+        ),
+    ]
+
+
+def _moving(roles: Roles, mesh: Mesh, placed: Any, held: Any) -> Program:
+    """Returns the move of the largest array to the mesh of generation; arrays move one by one."""
+    found = jax.tree_util.tree_leaves_with_path(
+        weights.that_are_read(roles.trained.state.variables)
+    )
+    pairs = zip(found, jax.tree.leaves(placed), strict=True)
+    (path, leaf), to = max(pairs, key=lambda pair: pair[0][1].size)
+    share = leaf.size / sum(other.size for _, other in found)
+    return Program(
+        name="ppo/move",
+        does=f"the policy's largest array, {sharding.path_name(path)} ({share:.0%} of its "
+        "weights), to where answers are generated",
+        function=OnMesh(weights.moving(to.sharding, to.dtype), None),
+        arguments=(leaf,),
+        # It is an argument of this program, and its result does not exist yet.
+        beside=[other for other in jax.tree.leaves(held) if other is not leaf and other is not to],
+        mesh=mesh,
+        backbone=roles.policy.cfg,
+        rows=0,
+        rows_at_once=0,
+        tokens=0,
+        model_flops=0.0,
+        attends=False,
+    )
+
+
+def _scoring(roles: Roles) -> Program:
+    assert roles.scorer is not None
+    backbone, program = roles.scorer.cfg, scoring(roles, roles.scorer)
+    rows, length = program.rows, roles.cfg.max_length
+    return Program.of(
+        program,
+        does=f"the reward model on {rows} rows of {length} tokens",
+        backbone=backbone,
+        tokens=rows * length,
+        model_flops=ModelFlops.of(backbone).of_forward(
+            tokens=rows * length,
+            scored_tokens=0,
+            attended_pairs=attended_pairs(backbone, rows=rows, length=length),
+        ),
+    )
+
+
+def _training(roles: Roles, name: str, trained: Trained) -> list[Program]:
+    """Returns a pass over a minibatch, and the optimizer step that uses its gradients."""
+    cfg, mesh, state = roles.cfg, roles.mesh, trained.state
+    rows, length = cfg.minibatch_size, cfg.max_length
+    backbone, adapters_only = roles.policy.cfg, cfg.model.lora is not None
+    scored, other, program = rows * cfg.rollout.max_new_tokens, roles.value_state, policy_pass
+    if name == "value":
+        assert roles.critic is not None
+        backbone, adapters_only = roles.critic.model.cfg, cfg.value.lora is not None
+        scored, other, program = 0, roles.trained.state, value_pass
+    over_minibatch = program(roles)
+    sums, _, gradients = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=jax.NamedSharding(mesh, jax.P())
+        ),
+        over_minibatch.lower().out_info,
+    )
+    gradients = sharding.abstract_parameters(gradients, mesh)
+    return [
+        Program.of(
+            over_minibatch,
+            does=f"{rows} rows of {length} tokens through the {name} with their gradients; "
+            "without them for the old log-probabilities or values of an update",
+            backbone=backbone,
+            tokens=rows * length,
+            model_flops=ModelFlops.of(backbone, adapters_only=adapters_only).of_step(
+                tokens=rows * length,
+                scored_tokens=scored,
+                attended_pairs=attended_pairs(backbone, rows=rows, length=length),
+            ),
+        ),
+        Program(
+            name=f"ppo/{name}_apply",
+            does=f"the optimizer step of the {name}",
+            function=trained.learner.apply,
+            arguments=(state, sums, gradients),
+            beside=(roles.reference, other, roles.scorer_variables),
+            mesh=mesh,
+            backbone=backbone,
+            rows=rows,
+            rows_at_once=cfg.rows_at_once,
+            tokens=rows * length,
+            model_flops=0.0,
+            attends=False,
+        ),
+    ]
+
+
 def _mesh(cfg: StageConfig, devices: Devices, *, stage: str) -> Mesh:
     mesh = cfg.mesh.make(devices)
     check_rows(cfg.rows_at_once, name=f"config.{stage}.micro_batch_size", mesh=mesh)
@@ -428,7 +431,7 @@ def _mesh(cfg: StageConfig, devices: Devices, *, stage: str) -> Mesh:
 
 
 def _sizes(cfg: StageConfig, model: InitialModel, *, all_scored: bool) -> dict[str, float]:
-    """Of a step: tokens, those that the token head reads, pairs of query and key."""
+    """Returns tokens, tokens read by the token head, and pairs of query and key of a step."""
     rows, length = cfg.batch_size, cfg.data.row_length
     return {
         "tokens": rows * length,
@@ -446,7 +449,7 @@ def _update(
     batch: dict[str, jax.ShapeDtypeStruct],
     model_flops: float,
 ) -> Program:
-    """The optimizer step of a stage that has no other program."""
+    """Returns the optimizer step of a stage that has no other program."""
     rows, length = cfg.batch_size, cfg.data.row_length
     return Program.of(
         update_program(stage, step, batch, mesh),
@@ -455,11 +458,3 @@ def _update(
         tokens=rows * length,
         model_flops=model_flops,
     )
-
-
-_MAKERS: dict[str, Callable[[Any, Devices, Architectures], list[Program]]] = {
-    SFT: _sft,
-    reward.STAGE: _reward,
-    DPO: _dpo,
-    ppo.STAGE: ppo_programs,
-}

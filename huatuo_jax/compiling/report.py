@@ -1,11 +1,4 @@
-"""What is told of compiled programs: lines for a reader, and JSON.
-
-Numbers for a reader, in units of their size: what is not 0 does not look like it.
-
-The largest of what a compiled program holds in a device's memory.
-
-A program compiled for a slice, and all that is told of it.
-"""
+"""Compiles a program for a slice, and reports its figures as lines of text and as JSON."""
 
 import dataclasses
 import time
@@ -15,7 +8,6 @@ from typing import Any, NamedTuple
 import jax
 
 from huatuo_jax.compiling import hlo
-from huatuo_jax.compiling import hlo as collecting
 from huatuo_jax.compiling.costs import (
     Costs,
     Roofline,
@@ -34,49 +26,42 @@ from huatuo_jax.training.programs import GIB, Memory, TooLarge, memory_of, shard
 _COUNTS = ((1e15, " P"), (1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k"))
 _SECONDS = ((1.0, " s"), (1e-3, " ms"), (1e-6, " us"), (1e-9, " ns"))
 _BYTES = ((float(GIB), " GiB"), (float(1 << 20), " MiB"), (float(1 << 10), " KiB"), (1.0, " B"))
+_NUM_BUFFERS = 8
 
 
 def count(number: float) -> str:
-    """FLOPs and the like: `1.2 T`, `34 G`."""
+    """Formats FLOPs and the like: `1.2 T`, `34 G`."""
     return _scaled(number, _COUNTS, otherwise=f"{number:.3g}")
 
 
 def duration(seconds: float) -> str:
-    """`12.3 s`, `45 us`."""
+    """Formats seconds: `12.3 s`, `45 us`."""
     return _scaled(seconds, _SECONDS, otherwise=f"{seconds:.3g} s")
 
 
 def size(num_bytes: float) -> str:
-    """`1.2 GiB`, `34 MiB`."""
+    """Formats bytes: `1.2 GiB`, `34 MiB`."""
     return _scaled(num_bytes, _BYTES, otherwise=f"{num_bytes:.3g} B")
 
 
 def gib(num_bytes: float) -> str:
-    """Bytes as a number of GiB, `1.20`, for sums that have the unit once."""
+    """Formats bytes as a number of GiB, `1.20`, for sums with the unit at the end."""
     number = num_bytes / GIB
     return f"{number:.2f}" if number >= 0.005 or not number else f"{number:.1g}"
 
 
 def share(part: float) -> str:
-    """`45%`, `0.12%`."""
+    """Formats a share: `45%`, `0.12%`."""
     return f"{part:.0%}" if part >= 0.1 or not part else f"{100 * part:.2g}%"
 
 
 def rate(number: float) -> str:
-    """Something a second: `12,345`, `0.12`."""
+    """Formats a number per second: `12,345`, `0.12`."""
     return f"{number:,.0f}" if number >= 10 or not number else f"{number:.2g}"
 
 
-def _scaled(number: float, units: tuple[tuple[float, str], ...], *, otherwise: str) -> str:
-    """In the largest unit that gives at least 1."""
-    for one, name in units:
-        if abs(number) >= one:
-            return f"{number / one:.3g}{name}"
-    return otherwise
-
-
 class Buffer(NamedTuple):
-    """An array in a device's memory: what it is, and its bytes there."""
+    """An array in a device's memory: its origin, shape and bytes."""
 
     what: str
     shape: str
@@ -84,7 +69,7 @@ class Buffer(NamedTuple):
 
 
 def largest_arguments(arguments: Any, number: int) -> list[Buffer]:
-    """The largest of a program's arguments, by their path."""
+    """Returns the largest of a program's arguments, by their path."""
     found = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(arguments):
         shape, size = shard_of(leaf)
@@ -93,7 +78,7 @@ def largest_arguments(arguments: Any, number: int) -> list[Buffer]:
 
 
 def largest_values(module: Module, number: int) -> list[Buffer]:
-    """The largest of a program's own values, by the line of the Python program they come from."""
+    """Returns the largest of a program's own values, by their origin in the Python program."""
     found: dict[tuple[str, str], Buffer] = {}
     for place in module.places:
         if place.fused:
@@ -104,37 +89,26 @@ def largest_values(module: Module, number: int) -> list[Buffer]:
     return sorted(found.values(), key=lambda buffer: -buffer.num_bytes)[:number]
 
 
-def _values(one: Instruction) -> Iterable[Buffer]:
-    if one.opcode in ("parameter", "get-tuple-element", "tuple", "bitcast", "while", "conditional"):
-        return
-    for shape in one.shapes:
-        if shape.in_hbm:
-            what = one.op_name or one.name
-            yield Buffer(what, f"{shape.dtype}{list(shape.dims)}", shape.num_bytes)
-
-
-_NUM_BUFFERS = 8
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Analysis:
-    """A program that was compiled.
+    """A compiled program and its figures.
 
     Attributes:
-        program: the one.
-        seconds: that tracing and compiling took.
+        program: the program.
+        seconds: of tracing and compiling.
         memory: of a device.
         costs: of a device, counted from the program.
-        compiler_flops: what the compiler's `cost_analysis` says of a device; None where it says
-            nothing, as that of GPUs.
+        compiler_flops: FLOPs of a device by the compiler's `cost_analysis`; None where it gives
+            none, as on GPUs.
         collectives: by kind and mesh axes.
-        roofline: the bound.
+        roofline: the shortest possible time.
         splash: names of splash attention's kernels in it.
         cudnn: names of cuDNN's.
         stacked_gathers: gathers of the parameters of all layers, outside of the layer loop.
         arguments: the largest ones.
         values: the largest that it makes.
-        advice: what to change where it does not fit.
+        advice: changes that would help where it does not fit.
+        listed_on: empty; see `Misfit`.
     """
 
     program: Program
@@ -154,12 +128,12 @@ class Analysis:
 
     @property
     def fits(self) -> bool:
-        """Whether a device can hold it beside what else the stage holds."""
+        """Returns True if a device can hold it beside everything else that the stage holds."""
         return self.memory.total <= self.memory.capacity
 
     @property
     def attention_kernel(self) -> str | None:
-        """What rows attend to themselves by; None where they do not."""
+        """Returns the kernel of the rows' attention to themselves; None without such attention."""
         if not self.program.attends:
             return None
         if self.cudnn:
@@ -172,13 +146,13 @@ class Misfit:
     """A program that the compiler refuses, as it does not fit.
 
     Attributes:
-        program: the one.
+        program: the program.
         seconds: until it was refused.
         message: the compiler's.
         arguments: the largest ones.
-        values: the largest that it makes, where it was compiled for a chip that holds it.
-        listed_on: which chip that was, in words; empty for none.
-        advice: what to change.
+        values: the largest that it makes, if it was compiled for a chip with enough memory.
+        listed_on: that chip in words; empty for none.
+        advice: changes that would help.
     """
 
     program: Program
@@ -192,10 +166,10 @@ class Misfit:
 
 
 def compile_program(program: Program, of: Slice) -> Analysis | Misfit:
-    """Compiles a program and counts what it does.
+    """Compiles a program and counts its costs.
 
     Raises:
-        ValueError: it cannot be compiled, for another reason than its size.
+        ValueError: it does not compile, for another reason than its size.
     """
     started = time.perf_counter()
     arguments = largest_arguments(program.arguments, _NUM_BUFFERS)
@@ -215,7 +189,7 @@ def compile_program(program: Program, of: Slice) -> Analysis | Misfit:
     text = compiled.as_text()
     assert text is not None
     module = hlo.parse(text)
-    found = collecting.collectives_of(module, program.mesh, num_layers=program.backbone.num_layers)
+    found = hlo.collectives_of(module, program.mesh, num_layers=program.backbone.num_layers)
     timed = [(one, one.runs * seconds_of(one, of, program.mesh)) for one in found]
     costs = costs_of(module)
     reported: Any = compiled.cost_analysis()
@@ -224,9 +198,9 @@ def compile_program(program: Program, of: Slice) -> Analysis | Misfit:
         seconds=seconds,
         memory=memory_of(compiled, beside=program.beside, capacity=of.chip.usable_memory),
         costs=costs,
-        # Nothing on a GPU; and of a program that only moves things, nothing of products.
+        # None on a GPU; no FLOPs for a program that only moves arrays.
         compiler_flops=None if reported is None else float(reported.get("flops", 0.0)),
-        collectives=collecting.by_kind_and_axes(timed),
+        collectives=hlo.by_kind_and_axes(timed),
         roofline=roofline(
             costs,
             interconnect_s=sum(needed for _, needed in timed),
@@ -235,7 +209,7 @@ def compile_program(program: Program, of: Slice) -> Analysis | Misfit:
         ),
         splash=splash_calls(module),
         cudnn=cudnn_calls(module),
-        stacked_gathers=collecting.gathers_of_stacked_layers(found, program.stacked_shapes),
+        stacked_gathers=hlo.gathers_of_stacked_layers(found, program.stacked_shapes),
         arguments=arguments,
         values=largest_values(module, _NUM_BUFFERS),
         advice=[],
@@ -243,7 +217,7 @@ def compile_program(program: Program, of: Slice) -> Analysis | Misfit:
 
 
 def slice_fields(of: Slice) -> dict[str, Any]:
-    """The slice and what its chips can do, as JSON."""
+    """Returns the slice and the figures of its chips, as JSON."""
     chip = of.chip
     return {
         "topology": of.name,
@@ -258,7 +232,7 @@ def slice_fields(of: Slice) -> dict[str, Any]:
 
 
 def fields(found: Analysis | Misfit) -> dict[str, Any]:
-    """A program as JSON."""
+    """Returns a program's figures as JSON."""
     program = found.program
     common = {
         "program": program.name,
@@ -310,7 +284,7 @@ def fields(found: Analysis | Misfit) -> dict[str, Any]:
 
 
 def lines(found: Analysis | Misfit) -> Iterator[str]:
-    """A program for a reader."""
+    """Yields a program's figures as lines of text."""
     program = found.program
     axes = " x ".join(f"{axis}={size}" for axis, size in program.mesh.shape.items())
     yield f"{program.name}: {program.does}, on {axes}; compiled in {found.seconds:.0f} s"
@@ -323,6 +297,23 @@ def lines(found: Analysis | Misfit) -> Iterator[str]:
         yield from _largest("values" + found.listed_on, found.values)
         yield "  what would help:"
         yield from (f"    - {line}" for line in found.advice)
+
+
+def _scaled(number: float, units: tuple[tuple[float, str], ...], *, otherwise: str) -> str:
+    """Formats a number in the largest unit that gives at least 1."""
+    for one, name in units:
+        if abs(number) >= one:
+            return f"{number / one:.3g}{name}"
+    return otherwise
+
+
+def _values(one: Instruction) -> Iterable[Buffer]:
+    if one.opcode in ("parameter", "get-tuple-element", "tuple", "bitcast", "while", "conditional"):
+        return
+    for shape in one.shapes:
+        if shape.in_hbm:
+            what = one.op_name or one.name
+            yield Buffer(what, f"{shape.dtype}{list(shape.dims)}", shape.num_bytes)
 
 
 def _figures(found: Analysis) -> Iterator[str]:
@@ -343,7 +334,7 @@ def _figures(found: Analysis) -> Iterator[str]:
     ours = program.model_flops / program.mesh.size
     yield (
         f"  FLOPs        {count(ours)} a device by formula, {count(costs.flops)} "
-        f"compiled (recomputation and all; {count(costs.attention_flops)} attention)"
+        f"compiled (with recomputation; {count(costs.attention_flops)} attention)"
         + _by_compiler(found.compiler_flops)
     )
     if not found.collectives:
@@ -371,7 +362,7 @@ def _figures(found: Analysis) -> Iterator[str]:
 
 
 def _speed(found: Analysis) -> str:
-    """What a program computes in its time; of one that only moves things, nothing."""
+    """Returns a program's utilisation and speed; nothing for one that only moves arrays."""
     if not found.program.tokens:
         return ""
     bound = found.roofline

@@ -1,1 +1,1 @@
-"""What the models of a run are worth on prompts that none of them was trained on."""
+"""Evaluation of a run's models on prompts and dialogues that none of them was trained on."""

@@ -1,13 +1,10 @@
-"""The answers that an evaluation looks at: drawn from each model, scored by the reward model.
+"""The answers of an evaluation: sampled from each model, and scored by the reward model.
 
-The settings of an evaluation.
-
-Best-of-n sampling as a model of its own: of n SFT answers, the reward model's best one.
-
-The n answers are drawn beside those that stand for SFT, so that no answer is compared with itself
-and none of SFT's is known to be worse: compared with the n - 1 answers that were not chosen, the
-best one would always have the higher reward, where it has it over a fresh answer with probability
-n / (n + 1).
+Best-of-n sampling counts as a model of its own: the reward model's best of n SFT answers. The n
+answers are sampled in addition to those that represent SFT, so that no answer is compared with
+itself and none of SFT's is known to be worse: compared with the n - 1 answers that were not chosen,
+the best one would always have the higher reward, while over a fresh answer it has it with
+probability n / (n + 1).
 """
 
 import dataclasses
@@ -35,35 +32,42 @@ from huatuo_jax.ppo.rewards import AnswerScoreConfig
 from huatuo_jax.reward.score_file import ScoreConfig, score_file
 from huatuo_jax.training.scoring import GivenAnswer
 
+REFERENCE = "reference"
+"""The name, in place of a model's, of the answers in the data."""
+
+SCORE_FIELDS = ("scores", "normalized_scores", "rewards")
+"""The fields of a record of scored answers with a value for each answer."""
+
+BEST_OF_N = "best_of_n"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """Which models answer which prompts, and how.
+    """The models, the prompts and the sampling of an evaluation.
 
     Attributes:
-        base: model folder before fine-tuning; None for what the run's fine-tuning began with.
+        base: model folder before fine-tuning; None for the run's initial model.
         sft: model folder after fine-tuning, the reference of the KL divergence.
         ppo: model folder after PPO.
         reward: reward model's folder.
-        prompts: file of prompts that no stage has trained on, with references where there are any.
-        max_left_out_share: share of the prompts that may be left out as too long for the models.
+        prompts: file of prompts that no stage was trained on, with references where available.
+        max_left_out_share: largest share of the prompts left out as too long for the models.
         template: chat template by name.
         default_system: its system text; None for that of the run's fine-tuning, or the template's.
         num_samples: answers of each model to each prompt.
-        best_of_n: answers of the SFT model of which the reward model takes the best one; they are
-            drawn beside the `num_samples` that stand for SFT. None for `num_samples`, and 2 at
-            least.
+        best_of_n: answers of the SFT model of which the reward model takes the best; they are
+            sampled in addition to the `num_samples` of SFT. None for `num_samples`, at least 2.
         max_new_tokens: tokens of an answer at most.
-        temperature: answers are drawn at, above 0; None for that of PPO's rollouts, at which reward
-            and KL are those that PPO trained for.
+        temperature: sampling temperature, above 0; None for that of PPO's rollouts, at which reward
+            and KL are those that PPO optimised.
         seed: of the answers and of the bootstrap.
         judge: the offline judge of the answers; None for that of the run's labels, else the rubric.
-        score: what a score counts, above all that of an answer that was cut off; None for the rule
-            of the run's PPO, and for `AnswerScoreConfig()` where there is none.
+        score: how a score becomes a reward, above all that of a truncated answer; None for the rule
+            of the run's PPO, or `AnswerScoreConfig()` without one.
         rows_at_once: rows of a batch, where answers are scored.
         chunk_size: prompts whose answers are written together.
         slots: answers decoded at once; None for up to 64.
-        mesh: how the devices are divided for the answers; losses and scores are computed on others.
+        mesh: device mesh for the answers; losses and scores are computed on another.
     """
 
     base: str | None = operational(None)
@@ -87,7 +91,7 @@ class EvaluationConfig:
     mesh: MeshConfig = operational(MeshConfig())
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a number that cannot be."""
+        """Validates the fields."""
         for name in ("num_samples", "max_new_tokens", "rows_at_once", "chunk_size", "slots"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -103,15 +107,8 @@ class EvaluationConfig:
 
     @property
     def num_candidates(self) -> int:
-        """The n of best-of-n."""
+        """Returns the n of best-of-n."""
         return max(2, self.num_samples) if self.best_of_n is None else self.best_of_n
-
-
-REFERENCE = "reference"
-"""In place of a model's name: the answers that stand in the data."""
-
-SCORE_FIELDS = ("scores", "normalized_scores", "rewards")
-"""What a record of scored answers has for each of them, beside the answers themselves."""
 
 
 class ScoredAnswers(NamedTuple):
@@ -119,7 +116,7 @@ class ScoredAnswers(NamedTuple):
 
     Attributes:
         answered: prompts and texts.
-        rewards: what PPO's reward holds of the reward model's scores, see `score_file`.
+        rewards: the reward model's scores as PPO counts them, see `score_file`.
         records: of the file, each with `answers` and `prompt_token_ids`.
     """
 
@@ -129,23 +126,23 @@ class ScoredAnswers(NamedTuple):
 
     @property
     def texts(self) -> list[str]:
-        """All texts."""
+        """Returns all texts."""
         return [text for one in self.answered for text in one.answers]
 
     @property
     def characters(self) -> Values:
-        """The length of each text."""
+        """Returns the length of each text."""
         return {one.prompt.id: [float(len(t)) for t in one.answers] for one in self.answered}
 
     def field(self, name: str, matching: str) -> Values:
-        """1 for each answer whose field has this value, 0 for the others."""
+        """Returns 1 for each answer whose field has this value, 0 for the others."""
         return {
             record["id"]: [float(answer[name] == matching) for answer in record["answers"]]
             for record in self.records
         }
 
     def only(self, ids: Collection[str]) -> "ScoredAnswers":
-        """Those to some of the prompts."""
+        """Selects the answers to some of the prompts."""
         return ScoredAnswers(
             [one for one in self.answered if one.prompt.id in ids],
             {name: found for name, found in self.rewards.items() if name in ids},
@@ -153,7 +150,7 @@ class ScoredAnswers(NamedTuple):
         )
 
     def pick(self, places: Mapping[str, slice]) -> "ScoredAnswers":
-        """Some of the answers to each prompt, by its id: in the records, too."""
+        """Selects some of the answers to each prompt, in the records too."""
         return ScoredAnswers(
             [
                 dataclasses.replace(
@@ -176,11 +173,11 @@ class ScoredAnswers(NamedTuple):
         )
 
     def part(self, which: slice) -> "ScoredAnswers":
-        """The answers at these places, of every prompt."""
+        """Selects the answers at these indices, of every prompt."""
         return self.pick({name: which for name in self.rewards})
 
     def given(self) -> dict[str, list[GivenAnswer]]:
-        """The answers as the tokens that were sampled."""
+        """Returns the answers as the sampled tokens."""
         return {
             record["id"]: [
                 GivenAnswer(
@@ -194,7 +191,7 @@ class ScoredAnswers(NamedTuple):
 
 
 def sampling_of(cfg: EvaluationConfig) -> SamplingConfig:
-    """How each model's answers are drawn."""
+    """Returns the sampling of each model's answers."""
     assert cfg.temperature is not None
     return SamplingConfig(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature)
 
@@ -202,17 +199,17 @@ def sampling_of(cfg: EvaluationConfig) -> SamplingConfig:
 def answer_prompts(
     name: str, model: str, cfg: EvaluationConfig, folder: pathlib.Path, *, num_samples: int
 ) -> ScoredAnswers:
-    """A model's answers with their scores; a killed run goes on with those it has.
+    """Generates and scores a model's answers; a killed run resumes with those it has.
 
     Args:
         name: of the files in `folder`.
         model: its folder.
-        cfg: the prompts, and how they are answered.
-        folder: where answers and scores are kept.
+        cfg: the prompts and the sampling.
+        folder: for answers and scores.
         num_samples: answers to each prompt.
 
     Raises:
-        ValueError: prompts or a model that cannot be, or answers made with other settings.
+        ValueError: invalid prompts or model, or answers made with other settings.
         OSError: a file cannot be read or written.
     """
     bulk = BulkConfig(
@@ -241,11 +238,11 @@ def answer_prompts(
 def answer_as_referenced(
     cfg: EvaluationConfig, folder: pathlib.Path, *, ids: Collection[str]
 ) -> ScoredAnswers | None:
-    """The answers that stand in the data, scored like a model's; None where there are none.
+    """Scores the answers in the data like a model's; None where there are none.
 
     Args:
         cfg: the prompts.
-        folder: where answers and scores are kept.
+        folder: for answers and scores.
         ids: of the prompts that the models answered.
     """
     rows = [
@@ -263,10 +260,10 @@ def answer_as_referenced(
 def score_answers_file(
     name: str, path: str, cfg: EvaluationConfig, folder: pathlib.Path
 ) -> ScoredAnswers:
-    """The answers of a file with their scores, which are written to `scored_{name}.jsonl`.
+    """Scores the answers of a file, and writes the scores to `scored_{name}.jsonl`.
 
     Raises:
-        ValueError: a file or reward model that cannot be.
+        ValueError: an invalid file or reward model.
         OSError: the scores cannot be written.
     """
     output = folder / f"scored_{name}.jsonl"
@@ -277,7 +274,7 @@ def score_answers_file(
             output=str(output),
             template=cfg.template,
             default_system=cfg.default_system,
-            # Answers that do not fit have been paid for, and are counted as unscored.
+            # Answers that do not fit were generated all the same, and count as unscored.
             max_left_out_share=1.0,
             rows_at_once=cfg.rows_at_once,
             rule=cfg.score or AnswerScoreConfig(),
@@ -289,13 +286,10 @@ def score_answers_file(
     return ScoredAnswers(read_answered(output), rewards, records)
 
 
-BEST_OF_N = "best_of_n"
-
-
 def best_answers(drawn: ScoredAnswers) -> ScoredAnswers:
-    """The answer with the highest reward to each prompt; the first one of equals.
+    """Selects the answer with the highest reward to each prompt, the first one of equals.
 
-    An answer without a reward, which is too long for the reward model, is taken only where none
+    An answer without a reward, which is too long for the reward model, is selected only where none
     has one.
     """
     best = {name: _best_place(rewards) for name, rewards in drawn.rewards.items()}
@@ -303,7 +297,7 @@ def best_answers(drawn: ScoredAnswers) -> ScoredAnswers:
 
 
 def repeated(best: ScoredAnswers, *, as_often_as: ScoredAnswers) -> ScoredAnswers:
-    """The one answer to each prompt, as often as another model has answers to compare it with."""
+    """Repeats the one answer to each prompt as often as another model has answers."""
     return best._replace(
         answered=[
             dataclasses.replace(
@@ -317,10 +311,10 @@ def repeated(best: ScoredAnswers, *, as_often_as: ScoredAnswers) -> ScoredAnswer
 
 
 def kl_upper_bound(n: int) -> float:
-    """No best-of-n policy is further from its model than this: log n - (n - 1) / n nats an answer.
+    """Returns log n - (n - 1) / n nats, an upper bound of best-of-n's KL divergence per answer.
 
-    Stiennon et al. 2020 (arXiv 2009.01325) give it as the KL divergence; Beirami et
-    al. 2024 (arXiv 2401.01879) show that it is an upper bound, reached where no answer is drawn
+    Stiennon et al. 2020 (arXiv 2009.01325) give it as the KL divergence from the model; Beirami et
+    al. 2024 (arXiv 2401.01879) show that it is an upper bound, reached where no answer is sampled
     twice.
     """
     return math.log(n) - (n - 1) / n

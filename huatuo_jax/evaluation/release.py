@@ -1,17 +1,17 @@
-"""Which of a run's models is released: base, SFT, best-of-n or PPO, by the judge's verdicts.
+"""Chooses the model of a run to release, base, SFT, best-of-n or PPO, by the judge's verdicts.
 
-The rule goes by the judge's shares of the points on held-out prompts, each with its 95 % interval
+The rule uses the judge's shares of the points on held-out prompts, each with its 95 % interval
 over prompts:
 
-1. SFT is the pick, unless the judge prefers base to it: the interval of SFT's share over base lies
-   below 1/2. Then base is.
-2. PPO and best-of-n may replace it only where the judge prefers them to SFT, and to base where base
-   is the pick: the interval of their share lies above 1/2.
-3. Where both may, it is PPO, unless best-of-n has no lower share over SFT and the judge prefers it
-   to PPO, too: best-of-n costs n times the inference.
+1. SFT is chosen, unless the judge prefers base to it: the interval of SFT's share over base lies
+   below 1/2. Then base is chosen.
+2. PPO and best-of-n may replace it only if the judge prefers them to SFT, and to base where base is
+   chosen: the interval of their share lies above 1/2.
+3. Where both may, PPO is chosen, unless best-of-n has no lower share over SFT and the judge prefers
+   it to PPO too: best-of-n costs n times the inference.
 
-So neither is released by default, and where nothing can be told SFT is. A comparison on fewer than
-`LEAST_PROMPTS` prompts tells nothing.
+So neither is released by default, and where nothing is certain SFT is. A comparison on fewer than
+`LEAST_PROMPTS` prompts decides nothing.
 """
 
 from collections.abc import Mapping
@@ -31,19 +31,19 @@ COMPARED = (
     (BEST_OF_N, "base"),
     (BEST_OF_N, "ppo"),
 )
-"""The comparisons that the rule goes by, the later model first."""
+"""The comparisons that the rule uses, the later model first."""
 
 LEAST_PROMPTS = 20
 """A bootstrap's interval over fewer prompts is too narrow: of judges without a preference up to one
-in twelve would seem to have one with 4 prompts, one in thirty with 20 (one in forty is meant)."""
+in twelve would seem to have one with 4 prompts, one in thirty with 20 (nominally one in forty)."""
 
 
 class Decision(NamedTuple):
-    """What the rule says.
+    """The outcome of the rule.
 
     Attributes:
         pick: the model to release.
-        reason: why, in one sentence that names it.
+        reason: one sentence that names it.
     """
 
     pick: Candidate
@@ -51,17 +51,16 @@ class Decision(NamedTuple):
 
 
 def release(figures: Mapping[str, Any], *, best_of_n: int) -> dict[str, Any]:
-    """What is released, and all that it was decided by, as `evaluation.json` holds it.
+    """Applies the rule and returns all figures that it used, for `evaluation.json`.
 
     Args:
-        figures: of `stage.compare`: `num_prompts`, `judge`, `models`, `differences`, `win_rates`.
+        figures: from `stage.compare`: `num_prompts`, `judge`, `models`, `differences`, `win_rates`.
         best_of_n: the n.
 
     Returns:
-        `pick` and `reason`; `comparisons` with share, interval, pairs without a verdict, and which
-        model is `preferred` (its name, `neither`, or `too few prompts`); `best_of_n`; where the
-        judge knows the truth, `truth` of pick and SFT with the interval of the difference;
-        `warnings`.
+        `pick` and `reason`; `comparisons` with share, interval, pairs without a verdict, and the
+        `preferred` model (its name, `neither`, or `too few prompts`); `best_of_n`; where the judge
+        knows the truth, `truth` of pick and SFT with the interval of the difference; `warnings`.
     """
     pick, reason = decide(
         figures["win_rates"],
@@ -96,7 +95,7 @@ def decide(
     """Applies the rule.
 
     Args:
-        win_rates: of each of `COMPARED`, as `{one}_over_{other}`: `share` with its interval or
+        win_rates: for each of `COMPARED`, as `{one}_over_{other}`: `share` with its interval or
             None, and `failed`.
         judge: its name, for the reason.
         num_prompts: held-out prompts, for the reason.
@@ -116,52 +115,52 @@ def decide(
         pick = "best_of_n"
     reason = _reason(pick, start, challengers, shares, best_of_n=best_of_n)
     failed = sum(found["failed"] for found in win_rates.values())
-    told = f" ({failed} pairs had no verdict)" if failed else ""
+    note = f" ({failed} pairs had no verdict)" if failed else ""
     name = names(best_of_n)[pick]
     return Decision(
         pick,
         f"{name[0].upper()}{name[1:]} is released: asked about {num_prompts} held-out prompts, "
-        f"{judge} {reason}{told}.",
+        f"{judge} {reason}{note}.",
     )
 
 
 def names(best_of_n: int) -> dict[Candidate, str]:
-    """What the candidates are called in a sentence."""
+    """Returns the names of the candidates in a sentence."""
     return {"base": "base", "sft": "SFT", "best_of_n": f"best-of-{best_of_n}", "ppo": "PPO"}
 
 
 class _Shares:
-    """The judge's shares where enough prompts tell them."""
+    """The judge's shares, as far as there are enough prompts."""
 
     def __init__(self, win_rates: Mapping[str, Mapping[str, Any]]) -> None:
         pairs = [_pair(one, other) for one, other in COMPARED]
         self._found = {pair: win_rates[pair]["share"] for pair in pairs}
 
-    def told(self, one: str, other: str) -> Mapping[str, Any] | None:
+    def known(self, one: str, other: str) -> Mapping[str, Any] | None:
         share: Mapping[str, Any] | None = self._found[_pair(one, other)]
         return None if share is None or share["num_prompts"] < LEAST_PROMPTS else share
 
     def wins(self, one: str, other: str) -> bool:
-        share = self.told(one, other)
+        share = self.known(one, other)
         return share is not None and bool(share["low"] > 0.5)
 
     def loses(self, one: str, other: str) -> bool:
-        share = self.told(one, other)
+        share = self.known(one, other)
         return share is not None and bool(share["high"] < 0.5)
 
     def preferred(self, one: str, other: str) -> str:
-        if self.told(one, other) is None:
+        if self.known(one, other) is None:
             return "too few prompts"
         if self.wins(one, other):
             return one
         return other if self.loses(one, other) else "neither"
 
     def value(self, one: str, other: str) -> float:
-        share = self.told(one, other)
+        share = self.known(one, other)
         return 0.0 if share is None else float(share["value"])
 
     def in_words(self, one: str, other: str) -> str:
-        share = self.told(one, other)
+        share = self.known(one, other)
         if share is None:
             found = self._found[_pair(one, other)]
             judged = 0 if found is None else found["num_prompts"]
@@ -178,9 +177,9 @@ def _reason(
     *,
     best_of_n: int,
 ) -> str:
-    """The end of the sentence that begins with who was asked."""
+    """Returns the end of the sentence that begins with the judge's name."""
     name = names(best_of_n)
-    if all(shares.told(one, other) is None for one, other in COMPARED):
+    if all(shares.known(one, other) is None for one, other in COMPARED):
         return f"gives no interval to decide by ({shares.in_words('sft', 'base')})"
     if pick == start:
         neither = " nor ".join(
@@ -209,7 +208,7 @@ def _reason(
 
 
 def _truth(figures: Mapping[str, Any], pick: Candidate) -> dict[str, Any] | None:
-    """Each truth of the pick and of SFT, and by how much the pick's is higher."""
+    """Returns each truth of the pick and of SFT, and the difference."""
     models = figures["models"]
     if f"truth_{next(iter(TRUTHS))}" not in models["sft"]:
         return None
@@ -245,19 +244,19 @@ def _over_sft(
 
 
 def _warnings(truth: Mapping[str, Any] | None, name: str) -> list[str]:
-    """A sentence for each truth that got worse outside the interval."""
-    told = []
+    """Returns a sentence for each truth that got worse outside the interval."""
+    warnings = []
     for field, found in (truth or {}).items():
         words, more_is_better = TRUTHS[field]
         gain = found["difference"]
         if gain is None or not (gain["high"] < 0 if more_is_better else gain["low"] > 0):
             continue
-        told.append(
+        warnings.append(
             f"Though the judge prefers {name} to SFT, {name} {words} "
             f"{'less' if more_is_better else 'more'} often: {gain['value']:+.3f}, 95 % interval "
             f"{gain['low']:+.3f} to {gain['high']:+.3f}."
         )
-    return told
+    return warnings
 
 
 def _pair(one: str, other: str) -> str:

@@ -1,9 +1,4 @@
-"""The evaluation of a run: its models on held-out prompts and dialogues, as one JSON file.
-
-Two models' answers to the same prompts before an offline judge, in both orders.
-
-What models say of given text: the loss on held-out dialogues, and how far two models differ.
-"""
+"""The evaluation of a run: figures of its models on held-out prompts and dialogues."""
 
 import asyncio
 import itertools
@@ -41,16 +36,21 @@ from huatuo_jax.training.dialogue_data import DialogueData
 from huatuo_jax.training.loop import make_measure
 from huatuo_jax.training.scoring import GivenAnswer, Scorer
 
+MODELS = ("base", "sft", "ppo")
+
 
 def judge_pairs(
     answered: Sequence[Answered], others: Sequence[Answered], judge: Judge
 ) -> dict[str, list[Verdict | None]]:
-    """The verdicts on the answers of the same index, by prompt; None where the judge gave none.
+    """Judges two models' answers to the same prompts in both orders, by prompt.
 
     Args:
         answered: one model's answers.
         others: the other's, to the same prompts in the same order, as many to each.
-        judge: is asked twice about each pair, in both orders.
+        judge: asked twice about each pair, in both orders.
+
+    Returns:
+        The verdicts on the answers of the same index; None where the judge gave none.
     """
 
     async def run() -> dict[str, list[Verdict | None]]:
@@ -69,7 +69,7 @@ def judge_pairs(
 def score_answers(
     answered: Sequence[Answered], judge: Judge
 ) -> dict[str, dict[str, list[float | None]]]:
-    """The judge's scores by criterion, then by prompt."""
+    """Returns the judge's scores by criterion, then by prompt."""
 
     async def run() -> dict[str, dict[str, list[float | None]]]:
         found: dict[str, dict[str, list[float | None]]] = {name: {} for name in CRITERIA}
@@ -87,31 +87,13 @@ def score_answers(
 def truth_values(
     answered: Sequence[Answered], judge: TruthJudge
 ) -> dict[str, dict[str, list[float | None]]]:
-    """What is true of each answer, as `truth_{name}` by `TRUTHS`, then by prompt."""
+    """Returns the facts about each answer, as `truth_{name}` by `TRUTHS`, then by prompt."""
     found: dict[str, dict[str, list[float | None]]] = {f"truth_{name}": {} for name in TRUTHS}
     for one in answered:
         truths = [judge.truths(one.prompt, text) for text in one.answers]
         for name in TRUTHS:
             found[f"truth_{name}"][one.prompt.id] = [values[name] for values in truths]
     return found
-
-
-async def _verdict(judge: Judge, one: Answered, text: str, against: str) -> Verdict | None:
-    """Both orders; None where the judge failed on either."""
-    try:
-        return Verdict(
-            await _points(judge, one, text, against),
-            1.0 - await _points(judge, one, against, text),
-        )
-    except JudgementFailed:
-        return None
-
-
-async def _points(judge: Judge, one: Answered, first: str, second: str) -> float:
-    """1 where the first text is the better one, 0 where the second is."""
-    reply = await judge.compare(one.prompt, first, second)
-    assert reply.p_first is not None
-    return points_of(reply.p_first)
 
 
 def held_out_loss(
@@ -123,13 +105,13 @@ def held_out_loss(
     rows_at_once: int,
     chunk: int,
 ) -> dict[str, float]:
-    """Loss, perplexity and token accuracy on the held-out dialogues, as fine-tuning reports them.
+    """Computes loss, perplexity and token accuracy on the held-out dialogues, as SFT does.
 
     Args:
         info: the model.
         data: with held-out rows.
-        compute: how it is computed.
-        mesh: where.
+        compute: dtypes and kernels.
+        mesh: devices.
         rows_at_once: rows of a batch.
         chunk: positions of each row whose logits are held at once.
     """
@@ -154,21 +136,21 @@ def sequence_kl(
     rows_at_once: int,
     temperature: float,
 ) -> tuple[Values, int]:
-    """The log-ratio of policy to reference of each of the policy's own answers, by prompt.
+    """Returns the log-ratio of policy to reference of each of the policy's answers, by prompt.
 
     Its mean estimates the KL divergence per answer without bias; a single one may be negative.
 
     Args:
-        policy: whose answers they are.
-        reference: what it is compared with.
+        policy: the model that gave the answers.
+        reference: the model it is compared with.
         answers: as sampled, by prompt.
-        compute: how both are computed.
-        mesh: where.
+        compute: dtypes and kernels of both.
+        mesh: devices.
         rows_at_once: rows of a batch.
-        temperature: they were sampled at.
+        temperature: sampling temperature of the answers.
 
     Returns:
-        The log-ratios, and the tokens of all answers.
+        The log-ratios, and the number of tokens of all answers.
     """
     flat = [one for found in answers.values() for one in found]
 
@@ -186,20 +168,6 @@ def sequence_kl(
     return {name: [next(ratios) for _ in found] for name, found in answers.items()}, num_tokens
 
 
-def _ratios(
-    log_probs: Callable[[models.ModelInfo], list[np.ndarray]],
-    policy: models.ModelInfo,
-    reference: models.ModelInfo,
-) -> list[float]:
-    return [
-        float(np.asarray(one, np.float64).sum() - np.asarray(other, np.float64).sum())
-        for one, other in zip(log_probs(policy), log_probs(reference), strict=True)
-    ]
-
-
-MODELS = ("base", "sft", "ppo")
-
-
 def run_evaluation(
     cfg: EvaluationConfig,
     folder: pathlib.Path,
@@ -211,23 +179,23 @@ def run_evaluation(
     loss_chunk: int,
     rollout_temperature: float,
 ) -> dict[str, Any]:
-    """Evaluates a run's models; killed and run again, it goes on with the answers it has.
+    """Evaluates a run's models; killed and run again, it resumes with the answers it has.
 
     Args:
         cfg: which models and prompts; `cfg.base` is a folder, `cfg.temperature` a number.
-        folder: where answers and scores are kept.
+        folder: for answers and scores.
         data: the dialogues of fine-tuning, for the held-out loss; None to leave it out.
-        compute: how losses and log-probabilities are computed.
-        mesh: where.
+        compute: dtypes and kernels of losses and log-probabilities.
+        mesh: devices.
         loss_rows: rows of a batch of dialogues.
         loss_chunk: positions of each row whose logits are held at once.
-        rollout_temperature: that PPO sampled at; told beside the evaluation's own.
+        rollout_temperature: PPO's sampling temperature, reported beside the evaluation's own.
 
     Returns:
         All figures, JSON values; figures over prompts with their 95 % interval.
 
     Raises:
-        ValueError: a model or prompts that cannot be.
+        ValueError: an invalid model or prompts.
         OSError: a file cannot be read or written.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -240,7 +208,7 @@ def run_evaluation(
             places[name],
             cfg,
             folder,
-            # The first ones stand for SFT, the others are those that the best one is chosen from.
+            # The first ones represent SFT; the best one is chosen from the others.
             num_samples=cfg.num_samples + (candidates if name == "sft" else 0),
         )
         for name in MODELS
@@ -298,16 +266,16 @@ def run_evaluation(
 def compare(
     answers: Mapping[str, ScoredAnswers], *, judge: OfflineJudge | TruthJudge, seed: int
 ) -> dict[str, Any]:
-    """The figures that follow from answers and scores alone.
+    """Returns the figures that follow from answers and scores alone.
 
     Args:
-        answers: of `MODELS` and of `BEST_OF_N`, one a prompt, and of `REFERENCE` where there is
-            one, to the same prompts.
-        judge: of the answers; the clinic's also tells what is true of them (`truth_...`).
+        answers: of `MODELS`, of `BEST_OF_N` (one a prompt), and of `REFERENCE` where there is one,
+            to the same prompts.
+        judge: of the answers; the clinic's also gives the facts about them (`truth_...`).
         seed: of the bootstrap.
 
     Raises:
-        ValueError: prompts that the judge cannot judge.
+        ValueError: prompts that the judge does not take.
     """
     verdicts = {name: score_answers(found.answered, judge) for name, found in answers.items()}
     figures: dict[str, dict[str, Values]] = {
@@ -359,16 +327,45 @@ def compare(
 
 
 def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
-    """Writes JSON that is never seen half written."""
+    """Writes JSON atomically."""
     text = json.dumps(value, ensure_ascii=False, indent=2, allow_nan=False)
     write_file(path, f"{text}\n")
 
 
-def _length(answers: Mapping[str, ScoredAnswers], *, seed: int) -> dict[str, Any]:
-    """How much of PPO's gain in reward its answers' length accounts for.
+async def _verdict(judge: Judge, one: Answered, text: str, against: str) -> Verdict | None:
+    """Judges both orders; None if the judge failed on either."""
+    try:
+        return Verdict(
+            await _points(judge, one, text, against),
+            1.0 - await _points(judge, one, against, text),
+        )
+    except JudgementFailed:
+        return None
 
-    The slope is that of reward on characters among the SFT model's answers to one prompt; what is
-    left of the gain after slope times the difference in length is the gain at equal length.
+
+async def _points(judge: Judge, one: Answered, first: str, second: str) -> float:
+    """Returns 1 if the first text is the better one, 0 if the second, 1/2 for a tie."""
+    reply = await judge.compare(one.prompt, first, second)
+    assert reply.p_first is not None
+    return points_of(reply.p_first)
+
+
+def _ratios(
+    log_probs: Callable[[models.ModelInfo], list[np.ndarray]],
+    policy: models.ModelInfo,
+    reference: models.ModelInfo,
+) -> list[float]:
+    return [
+        float(np.asarray(one, np.float64).sum() - np.asarray(other, np.float64).sum())
+        for one, other in zip(log_probs(policy), log_probs(reference), strict=True)
+    ]
+
+
+def _length(answers: Mapping[str, ScoredAnswers], *, seed: int) -> dict[str, Any]:
+    """Estimates how much of PPO's gain in reward its answers' length accounts for.
+
+    The slope is that of reward on characters among the SFT model's answers to one prompt; the gain
+    less slope times the difference in length is the gain at equal length.
     """
     slope = statistics.slope_within_prompts(answers["sft"].rewards, answers["sft"].characters)
 

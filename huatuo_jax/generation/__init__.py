@@ -1,1 +1,1 @@
-"""Answers from a model: the cache, sampling, and the engine that keeps the accelerator busy."""
+"""Generation of answers: the cache, sampling, the engine, and answering files of prompts."""

@@ -1,4 +1,4 @@
-"""An engine's largest programs and what it gives them, as shapes: no weight, no cache is made."""
+"""An engine's largest programs and their arguments as shapes, without weights or a cache."""
 
 from typing import Any, NamedTuple
 
@@ -17,14 +17,14 @@ from huatuo_jax.generation.requests import SlotTable
 
 
 class AbstractEngine(NamedTuple):
-    """What an engine with full slots runs.
+    """The programs of an engine with full slots.
 
     Attributes:
-        programs: of which `jitted_prefill` and `jitted_decode` are meant.
-        prefill_arguments: of the longest prompts.
-        decode_arguments: of all slots at their longest.
-        prompt_tokens: that a prefill runs.
-        steps: of one decode call.
+        programs: `prefill` and `decode` of them.
+        prefill_arguments: for the longest prompts.
+        decode_arguments: for all slots at their longest.
+        prompt_tokens: tokens of a prefill.
+        steps: steps of a decode call.
     """
 
     programs: Programs
@@ -37,7 +37,7 @@ class AbstractEngine(NamedTuple):
 def abstract_engine(
     model: Transformer, variables: Any, *, slots: int, max_length: int, mesh: Mesh
 ) -> AbstractEngine:
-    """The programs of `Engine(model, variables, slots=..., max_length=..., mesh=...)`.
+    """Returns the programs of `Engine(model, variables, slots=..., max_length=..., mesh=...)`.
 
     Layers are stacked, as on every platform but the CPU.
 
@@ -46,7 +46,7 @@ def abstract_engine(
         variables: abstract, with stacked layers, on any mesh.
         slots: answers decoded at once.
         max_length: tokens of prompt and answer together.
-        mesh: of the devices.
+        mesh: devices.
     """
     shards = sharding.batch_shards(mesh)
     buckets = Buckets.up_to(max_length, page_size=PAGE_SIZE, slots=slots, shards=shards)
@@ -80,7 +80,7 @@ def abstract_engine(
 
 
 def abstract_weights(variables: Any, model: Transformer, mesh: Mesh) -> Any:
-    """The variables as an engine holds them, see `weights.place`."""
+    """Returns the shapes of the variables as an engine holds them, see `weights.place`."""
     read = weights.that_are_read(variables)
     shapes = weights.stored_shapes(read, model.cfg, model.compute)
     return sharding.abstract_parameters(shapes, mesh)
@@ -100,5 +100,5 @@ def _cache(model: Transformer, num_pages: int, mesh: Mesh) -> Any:
 
 
 def _shapes(tree: Any) -> Any:
-    """Arrays of the host, which jax puts where the program wants them."""
+    """Returns the shapes of host arrays, which jax places where the program needs them."""
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)

@@ -1,20 +1,20 @@
-"""The sizes that programs are compiled for: prompts' lengths, pages of the cache, rows decoded."""
+"""The sizes that programs are compiled for: prompt lengths, pages of the cache, rows decoded."""
 
 import bisect
 import dataclasses
 
 _SHORTEST_PREFILL = 16
-_FEWEST_ROWS = 4  # Of a shard; fewer take about as long.
+_FEWEST_ROWS = 4  # Rows of a shard; fewer take about as long.
 
 
 @dataclasses.dataclass(frozen=True)
 class Buckets:
-    """Rising sizes; whatever is between two of them takes the next.
+    """Rising sizes; anything between two of them takes the larger.
 
     Attributes:
         prefill: tokens of a prompt.
-        pages: of the cache, on all batch shards together.
-        rows: decoded in a step, on all batch shards together.
+        pages: pages of the cache, on all batch shards together.
+        rows: rows decoded in a step, on all batch shards together.
     """
 
     prefill: tuple[int, ...]
@@ -31,18 +31,18 @@ class Buckets:
         shards: int = 1,
         narrow: bool = False,
     ) -> "Buckets":
-        """Powers of two and sizes halfway between them, the last of which holds everything.
+        """Makes powers of two and sizes halfway between them, up to one that holds everything.
 
         Args:
             max_length: tokens of a slot at most.
             page_size: positions of a page.
             slots: rows of the cache.
             shards: batch shards of the mesh; each holds as many of the pages.
-            narrow: whether steps can have fewer rows than slots, by steps of a quarter.
+            narrow: let steps have fewer rows than slots, each size a quarter of the next.
         """
         prefill = row_lengths(max_length)
         rows, pages_per_row = slots // shards, -(-max_length // page_size)
-        # A page for every other slot is the least: below it, reading the weights takes longer.
+        # At least a page for every other slot: below that, reading the weights takes longer.
         pages = ladder(max(rows // 2, 1), rows * pages_per_row)
         steps = [rows]
         while narrow and steps[-1] // 4 >= _FEWEST_ROWS:
@@ -55,17 +55,17 @@ class Buckets:
 
     @property
     def num_programs(self) -> int:
-        """How many programs can be compiled at most."""
+        """Returns the largest number of programs that can be compiled."""
         # Each number of pages: allocated, inserted into, decoded for each number of rows; each pair
         # of neighbours: grown and shrunk; and the prefix cache is allocated.
         pages = len(self.pages)
         return len(self.prefill) + (2 + len(self.rows)) * pages + 2 * (pages - 1) + 1
 
     def pages_for(self, needed: int, now: int) -> int:
-        """The number of pages to have where so many are needed and so many are there.
+        """Returns the number of pages to have, for those needed and those there now.
 
-        A cache that is too large shrinks only to a size that leaves an eighth of it free: it would
-        soon grow again.
+        A cache that is too large shrinks only to a size that leaves an eighth of it free, as
+        otherwise it would soon grow again.
         """
         fitting = bucket_of(needed, self.pages)
         if fitting >= now:
@@ -74,17 +74,17 @@ class Buckets:
 
 
 def row_lengths(max_length: int) -> tuple[int, ...]:
-    """The lengths that rows of tokens are padded to, so that few programs are compiled."""
+    """Returns the lengths that rows of tokens are padded to, so that few programs are compiled."""
     return ladder(_SHORTEST_PREFILL, max_length)
 
 
 def bucket_of(size: int, buckets: tuple[int, ...]) -> int:
-    """The smallest bucket that holds a size; the largest where none does."""
+    """Returns the smallest bucket that holds a size, or the largest if none does."""
     return buckets[min(bisect.bisect_left(buckets, size), len(buckets) - 1)]
 
 
 def ladder(first: int, last: int) -> tuple[int, ...]:
-    """Sizes from the first up to the last: its doubles, and one and a half times each."""
+    """Returns sizes from the first up to the last: doubles, and one and a half times each."""
     sizes, size = {last}, first
     while size < last:
         sizes |= {size, min(size * 3 // 2, last)}

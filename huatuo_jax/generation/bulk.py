@@ -1,16 +1,9 @@
-"""Answers to a file of prompts, in a run that can be killed and started again.
+"""Answers a file of prompts, in a run that can be killed and resumed.
 
-Several processes answer together, on one mesh; the first of them writes the file.
-
-How far a bulk run is, and how long it still takes.
-
-The answers file: grows by whole chunks, and goes on where a killed run left it.
-
-Beside `NAME.jsonl` stands `NAME.jsonl.settings.json`, which says what decides its content. The work
-is cut into chunks by the input alone; what a killed run wrote of an unfinished chunk is cut off,
-and the chunk is done again, so that the file is the same byte for byte.
-
-Answer a file of prompts in bulk; run again after a kill, it resumes.
+Several processes answer together, on one mesh; the first of them writes the file. Beside
+`NAME.jsonl` is `NAME.jsonl.settings.json`, which holds everything that decides its content. The
+work is cut into chunks by the input alone; a killed run's unfinished chunk is cut off and done
+again, so that the file is the same byte for byte.
 """
 
 import contextlib
@@ -44,7 +37,7 @@ _PROGRESS_EVERY_S = 10.0
 
 @dataclasses.dataclass(frozen=True)
 class BulkProgress:
-    """How far a run is: prompts of the file, and tokens of this run."""
+    """The progress of a run: prompts of the file, and tokens of this run."""
 
     prompts_done: int
     num_prompts: int
@@ -53,31 +46,31 @@ class BulkProgress:
     seconds_left: float
 
     def __str__(self) -> str:
-        """One line."""
+        """Returns the progress in one line."""
         left = "" if math.isinf(self.seconds_left) else f", {self.seconds_left:.0f} s left"
         speed = self.tokens / self.seconds if self.seconds else 0.0
         return f"{self.prompts_done} of {self.num_prompts} prompts, {speed:.1f} tokens/s{left}"
 
 
 class Clock:
-    """Says tokens, speed and time left, now and then."""
+    """Reports tokens, speed and time left."""
 
     def __init__(
         self, start: int, num_prompts: int, on_progress: Callable[[BulkProgress], None] | None
     ) -> None:
-        """Start the clock.
+        """Starts the clock.
 
         Args:
-            start: prompts that were done before.
-            num_prompts: prompts in all.
-            on_progress: told every ten seconds or so, and after each chunk.
+            start: number of prompts done before.
+            num_prompts: number of all prompts.
+            on_progress: called about every ten seconds, and after each chunk.
         """
         self._start, self._num_prompts, self._say = start, num_prompts, on_progress
         self._done, self._tokens = start, 0
         self._started_s = self._said_s = time.monotonic()
 
     def watch(self, answers: Iterator[Answer]) -> Iterator[Answer]:
-        """The answers, counted on their way."""
+        """Yields the answers and counts them."""
         for answer in answers:
             self._tokens += answer.usage.completion_tokens
             if time.monotonic() - self._said_s >= _PROGRESS_EVERY_S:
@@ -85,7 +78,7 @@ class Clock:
             yield answer
 
     def chunk_done(self, num_records: int) -> None:
-        """A chunk is on the disk."""
+        """Records that a chunk is on disk."""
         self._done = num_records
         self._tell()
 
@@ -112,7 +105,7 @@ class AnswersFile:
         chunk_size: int,
         settings: Mapping[str, Any],
     ) -> None:
-        """Open the file, or make it, and cut off an unfinished chunk.
+        """Opens or creates the file, and cuts off an unfinished chunk.
 
         Args:
             path: the file.
@@ -139,7 +132,7 @@ class AnswersFile:
             raise
 
     def __enter__(self) -> "AnswersFile":
-        """The file itself."""
+        """Returns the file itself."""
         return self
 
     def __exit__(
@@ -148,11 +141,11 @@ class AnswersFile:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Close it."""
+        """Closes the file."""
         self._file.close()
 
     def append(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """Add one chunk, and see it onto the disk."""
+        """Appends one chunk and flushes it to disk."""
         expected = self._ids[self.num_records : self.num_records + self._chunk_size]
         assert [record["id"] for record in records] == list(expected)
         self._file.append(records)
@@ -187,7 +180,7 @@ class AnswersFile:
         files.write_file(self._settings_path, json.dumps(settings, indent=2, ensure_ascii=False))
 
     def _whole_chunks(self) -> tuple[int, int]:
-        """How many records whole chunks hold, and where in the file they end."""
+        """Returns the number of records in complete chunks, and where in the file they end."""
         whole = (0, 0)
         for num_records, line in enumerate(self._file.lines(), start=1):
             self._check_line(num_records - 1, line)
@@ -212,25 +205,25 @@ class BulkConfig:
     Attributes:
         model: folder of a model of either form, or a hub id.
         prompts: file of prompts, see `huatuo_jax.data.readers`.
-        encoding: of the prompts; None tells it by evidence, see `huatuo_jax.data.text`.
+        encoding: of the prompts; None detects it, see `huatuo_jax.data.files`.
         output: the answers file.
         ignore_config_fields: of the model's `config.json`, see `models.find_model`.
         template: chat template by name; `tokenizer` for the tokenizer's own.
         default_system: its system text; None for the template's own.
         template_date: the date that a tokenizer's own template prints, see `templates.by_name`.
         num_samples: answers to each prompt.
-        sampling: how; the stop tokens of template, tokenizer and model are added.
+        sampling: sampling settings; the stop tokens of template, tokenizer and model are added.
         seed: with a prompt's id it decides that prompt's answers.
         chunk_size: prompts whose answers are written together. Slots run empty at a chunk's end,
             so it should be many times the number of slots.
         drop_oldest_turns: where a dialogue and `max_new_tokens` do not fit the context, leave out
-            its oldest exchanges; the record then says how many messages went.
-        max_left_out_share: share of the prompts that may be left out, because they leave no room
-            for an answer or the template cannot render them.
-        max_length: tokens of prompt and answer; None for what the longest prompt needs.
-        slots: answers decoded at once; None for as many as a chunk has, 64 at most.
+            its oldest exchanges; the record then holds the number of messages left out.
+        max_left_out_share: largest share of the prompts that may be left out, because they leave no
+            room for an answer or the template cannot render them.
+        max_length: tokens of prompt and answer; None for those that the longest prompt needs.
+        slots: answers decoded at once; None for those of a chunk, 64 at most.
         compute_dtype: None for float32 on CPU, bfloat16 elsewhere.
-        mesh: how the devices are divided.
+        mesh: axes of the device mesh.
     """
 
     model: str
@@ -253,7 +246,7 @@ class BulkConfig:
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a field that cannot be."""
+        """Validates the fields."""
         for name in ("num_samples", "chunk_size", "slots"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -262,9 +255,9 @@ class BulkConfig:
 
 
 class _Plan(NamedTuple):
-    """What is to be done, and `settings`, which decide the output's content.
+    """The work of a run, and `settings`, which decide the output's content.
 
-    `account` says what became of each prompt.
+    `account` counts the prompts by their use.
     """
 
     model: SavedModel
@@ -276,7 +269,7 @@ class _Plan(NamedTuple):
 
 
 def report_path(output: str | os.PathLike[str]) -> str:
-    """The account of an answers file's prompts, which stands beside it."""
+    """Returns the path of the report on an answers file's prompts, which is beside it."""
     return f"{os.fspath(output)}.report.json"
 
 
@@ -288,19 +281,18 @@ def run_bulk(
     """Answers every prompt that fits and that the output does not hold yet.
 
     Args:
-        cfg: what to do.
-        on_progress: called every ten seconds or so, and at the end of each chunk, in the first
+        cfg: model, prompts, output and sampling.
+        on_progress: called about every ten seconds, and at the end of each chunk, in the first
             process.
-        say: called with what the user should know of the prompts before any is answered, in the
-            first process.
+        say: called with lines about the prompts before any is answered, in the first process.
 
     Returns:
-        What the engine did; None where the output was complete. The file is whole for all
-        processes then.
+        The engine's report; None if the output was complete. The file is then complete for all
+        processes.
 
     Raises:
-        ValueError: bad prompts, a model without logits, settings that cannot be, an output made
-            otherwise; before anything is decoded.
+        ValueError: bad prompts, a model without logits, invalid settings, an output made with other
+            settings; before anything is decoded.
         FileNotFoundError: there is no such model.
         OSError: the output cannot be written.
     """
@@ -317,7 +309,7 @@ def run_bulk(
                     AnswersFile(cfg.output, ids=ids, chunk_size=size, settings=plan.settings)
                 )
                 _report(cfg, plan.account, say)
-        # Where to go on is told by the one that holds the file.
+        # The process that holds the file decides where to resume.
         first = distributed.gather("answered", None if output is None else output.num_records)[0]
         if first == len(tasks):
             return None
@@ -342,7 +334,7 @@ def run_bulk(
 
 
 def _plan(cfg: BulkConfig) -> _Plan:
-    """Everything that can be told without the weights; what a user can cause is raised here."""
+    """Does everything that needs no weights; a user's errors are raised here."""
     model = open_saved_model(
         cfg.model,
         head="lm",
@@ -406,7 +398,7 @@ def _open_engine(cfg: BulkConfig, plan: _Plan) -> Engine:
 
 
 def _check_positions(backbone: BackboneConfig, max_length: int) -> None:
-    """What the engine would say too, before anything is read or tokenised."""
+    """Raises the engine's error before anything is read or tokenised."""
     if max_length > backbone.max_positions:
         raise ValueError(
             f"max_length={max_length} must be at most the model's {backbone.max_positions} "
@@ -431,7 +423,7 @@ def _hash_of(rows: Sequence[Any]) -> str:
 
 @distributed.joined()
 def main(flags: BulkConfig) -> None:
-    """Generate, and print how it went."""
+    """Generates, and prints the report."""
     report = run_bulk(flags, lambda progress: tell(str(progress)))
     if distributed.is_first():
         print(report or "nothing left to do", f"written: {flags.output}", sep="\n")

@@ -1,17 +1,15 @@
-"""The key/value cache: a pool of pages, each with the keys and values of one row's positions.
+"""The key/value cache: a pool of pages on the device, and the table of their owners on the host.
 
-A row (one answer) owns as many pages as its length needs, anywhere in the pool, so that a decode
-step reads what the answers need and not what the longest of them would. Heads come before
-positions, `[P, K, S, H]` with S the positions of a page, so that a head's keys of a page are read
-in one piece. Layers are either stacked in one array (a leading L) or a tuple of arrays; every
-function here counts dimensions from the end and takes both.
+A page holds the keys and values of positions of one row (one answer). A row owns as many pages as
+its length needs, anywhere in the pool, so that a decode step reads what the answers need rather
+than what the longest of them would. Heads come before positions, `[P, K, S, H]` with S the
+positions of a page, so that a head's keys of a page are contiguous. Layers are either stacked in
+one array (a leading L) or a tuple of arrays; every function here counts dimensions from the end and
+takes both.
 
 On a mesh, rows and pages are split over the batch axes and heads over `tensor`; a row's pages lie
-in its own shard. `on_shards` runs what looks pages up inside the shards, so that no key travels.
-
-The host's side of the cache: which row owns which page.
-
-Whether a cache fits, told before anything is allocated.
+in its own shard. `on_shards` runs functions that look pages up inside the shards, so that no key
+travels.
 """
 
 import math
@@ -32,18 +30,20 @@ from huatuo_jax.core import sharding
 
 Layers = Any  # One array [L, P, K, S, H], or a tuple of L arrays [P, K, S, H].
 
-ROWS_SPEC = P(sharding.BATCH_AXES)  # Of arrays [B, ...] and [P, ...] without heads.
-HEADS_SPEC = P(sharding.BATCH_AXES, None, "tensor", None)  # Of keys, values, queries [B, T, K, H].
+ROWS_SPEC = P(sharding.BATCH_AXES)  # Arrays [B, ...] and [P, ...] without heads.
+HEADS_SPEC = P(sharding.BATCH_AXES, None, "tensor", None)  # Keys, values, queries [B, T, K, H].
 PAGES_SPEC = P(sharding.BATCH_AXES, "tensor", None, None)
+_NONE = -1
+_GIGA = 1e9
 
 
 class Cache(NamedTuple):
-    """What rows' next tokens are computed from.
+    """The keys, values and tokens of all rows so far.
 
     Attributes:
         keys: rotated where the model rotates; grouped heads stay grouped.
-        values: as they were projected.
-        tokens_PS: int32, the token at each position. What stands past a row's end means nothing.
+        values: as projected.
+        tokens_PS: int32, the token at each position. Values past a row's end have no meaning.
     """
 
     keys: Layers
@@ -52,17 +52,17 @@ class Cache(NamedTuple):
 
     @property
     def num_pages(self) -> int:
-        """Pages of the pool, owned and free ones."""
+        """Returns the number of pages of the pool, owned and free ones."""
         return self.tokens_PS.shape[0]
 
     @property
     def page_size(self) -> int:
-        """Positions S of a page."""
+        """Returns the number of positions S of a page."""
         return self.tokens_PS.shape[1]
 
 
 class Pages(NamedTuple):
-    """Which row owns which page; on a mesh, rows and pages are counted within their shard.
+    """The owner of each page; on a mesh, rows and pages are counted within their shard.
 
     Attributes:
         table_BM: int32, each row's pages in the order of positions, then -1.
@@ -78,7 +78,7 @@ class Pages(NamedTuple):
 def empty(
     cfg: BackboneConfig, *, num_pages: int, page_size: int, dtype: DTypeLike, split_layers: bool
 ) -> Cache:
-    """A cache of zeros."""
+    """Makes a cache of zeros."""
     shape = (num_pages, cfg.num_kv_heads, page_size, cfg.head_dim)
 
     def layers() -> Layers:
@@ -90,39 +90,39 @@ def empty(
 
 
 def shardings(cfg: BackboneConfig, mesh: Mesh, *, split_layers: bool) -> Cache:
-    """Where a cache lies: pages like a batch, heads like attention's."""
+    """Returns the shardings of a cache: pages like a batch, heads like attention's."""
     stacked = NamedSharding(mesh, P(None, *PAGES_SPEC))
     layers = (NamedSharding(mesh, PAGES_SPEC),) * cfg.num_layers if split_layers else stacked
     return Cache(layers, layers, NamedSharding(mesh, ROWS_SPEC))
 
 
 def num_bytes(cfg: BackboneConfig, *, positions: int, dtype: DTypeLike) -> int:
-    """Bytes of so many positions of a cache, on all devices together."""
+    """Returns the bytes of this many positions of a cache, on all devices together."""
     numbers = 2 * cfg.num_layers * cfg.num_kv_heads * cfg.head_dim
     return positions * (numbers * jnp.dtype(dtype).itemsize + 4)
 
 
 def on_shards(function: Callable[..., Any], *, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-    """The function on each shard of the mesh in use (`jax.set_mesh`), if there is one."""
+    """Wraps the function to run on each shard of the mesh in use (`jax.set_mesh`), if any."""
     if jax.sharding.get_abstract_mesh().empty:
         return function
     return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 def layer_specs(layers: Layers, spec: P) -> Any:
-    """A layer's spec for each array of `layers`, stacked ones included."""
+    """Returns a layer's spec for each array of `layers`, stacked ones included."""
     return jax.tree.map(lambda array: P(*(None,) * (array.ndim - 4), *spec), layers)
 
 
 def write_step(layers: Layers, new: Layers, pages: Pages, positions_B: jax.Array) -> Layers:
-    """Puts one token's keys (or values) into each row, at the row's own position.
+    """Writes one token's keys (or values) into each row, at the row's own position.
 
-    To be called within a shard. A row without a page there writes nothing.
+    Call within a shard. A row without a page there writes nothing.
 
     Args:
         layers: `[..., P, K, S, H]`, or a tuple of such.
         new: `[..., B, 1, K, H]`, as a layer projects them, of the same structure.
-        pages: who owns what.
+        pages: the owners of the pages.
         positions_B: int32.
     """
     write = _write_in_turn if sharding.platform_in_use() == "tpu" else _write_at_once
@@ -134,43 +134,10 @@ def write_step(layers: Layers, new: Layers, pages: Pages, positions_B: jax.Array
     return jax.tree.map(write_layers, layers, new)
 
 
-def _write_at_once(
-    pool: jax.Array, new: jax.Array, pages_B: jax.Array, offsets_B: jax.Array
-) -> jax.Array:
-    """Puts `[..., B, K, H]` into pages `[..., P, K, S, H]`; a page past the last is none."""
-    if pool.ndim == 5:
-        return jax.vmap(_write_at_once, in_axes=(0, 0, None, None))(pool, new, pages_B, offsets_B)
-    return pool.at[pages_B, :, offsets_B].set(new, mode="drop")
-
-
-def _write_in_turn(
-    pool: jax.Array, new: jax.Array, pages_B: jax.Array, offsets_B: jax.Array
-) -> jax.Array:
-    """The same row after row, for TPUs.
-
-    For a scatter, XLA:TPU (libtpu 0.0.42) would lay all pages out anew before each step and after
-    it, as it lays a token's layers beside each other; hence the fixed layout, which is also that
-    of the cache between programs.
-    """
-    as_it_lies = Layout(tuple(range(pool.ndim)))
-    last = pool.shape[-4] - 1
-
-    def write_row(row: jax.Array, pool: jax.Array) -> jax.Array:
-        page, offset = jnp.minimum(pages_B[row], last), offsets_B[row]
-        start: list[Any] = [0] * (pool.ndim - 4) + [page, 0, offset, 0]
-        new_1K1H = jax.lax.dynamic_slice_in_dim(new, row, 1, new.ndim - 3)[..., None, :]
-        old_1K1H = jax.lax.dynamic_slice(pool, start, new_1K1H.shape)
-        new_1K1H = jnp.where(pages_B[row] <= last, new_1K1H, old_1K1H)
-        pool = with_layout_constraint(pool, as_it_lies)
-        return jax.lax.dynamic_update_slice(pool, new_1K1H, start)
-
-    return jax.lax.fori_loop(0, len(pages_B), write_row, pool)
-
-
 def write_tokens(
     tokens_PS: jax.Array, tokens_B: jax.Array, pages: Pages, positions_B: jax.Array
 ) -> jax.Array:
-    """Puts one token into each row, as `write_step` does its keys."""
+    """Writes one token into each row, as `write_step` does its keys."""
     pages_B, offsets_B = _places(pages, positions_B, page_size=tokens_PS.shape[1])
     return tokens_PS.at[pages_B, offsets_B].set(tokens_B, mode="drop")
 
@@ -178,24 +145,18 @@ def write_tokens(
 def seen_tokens(
     tokens_PS: jax.Array, pages: Pages, positions_B: jax.Array, *, vocab_size: int
 ) -> jax.Array:
-    """Which tokens stand in each row before its position, bool `[B, V]`; within a shard."""
+    """Returns a mask `[B, V]` of the tokens of each row before its position, within a shard."""
     ends_P = positions_B[pages.rows_P]
     places_PS = pages.starts_P[:, None] + jnp.arange(tokens_PS.shape[1])[None, :]
     before_PS = (places_PS < ends_P[:, None]) & (pages.rows_P >= 0)[:, None]
-    # What is not a row's is sent past the vocabulary, and dropped.
+    # Tokens of no row are sent past the vocabulary, and dropped.
     tokens_PS = jnp.where(before_PS, tokens_PS, vocab_size)
     none_BV = jnp.zeros((len(positions_B), vocab_size), dtype=bool)
     return none_BV.at[pages.rows_P[:, None], tokens_PS].set(True, mode="drop")
 
 
-def _places(pages: Pages, positions_B: jax.Array, *, page_size: int) -> tuple[jax.Array, jax.Array]:
-    """The page and the place in it of a position; past the last page where a row has none."""
-    pages_B = jnp.take_along_axis(pages.table_BM, (positions_B // page_size)[:, None], axis=1)[:, 0]
-    return jnp.where(pages_B < 0, len(pages.rows_P), pages_B), positions_B % page_size
-
-
 def write_start(layers: Layers, new: Layers) -> Layers:
-    """Puts the first T tokens' keys (or values), `[..., R, T, K, H]`, at each row's start.
+    """Writes the first T tokens' keys (or values), `[..., R, T, K, H]`, at each row's start.
 
     Row r owns the r-th of R equal parts of the pages, in their order.
     """
@@ -216,23 +177,23 @@ def write_start(layers: Layers, new: Layers) -> Layers:
 
 
 def write_start_tokens(tokens_PS: jax.Array, tokens_RT: jax.Array) -> jax.Array:
-    """Puts tokens at each row's start, as `write_start` does their keys."""
+    """Writes tokens at each row's start, as `write_start` does their keys."""
     rows, length = tokens_RT.shape
     own_RS = tokens_PS.reshape(rows, -1)
     return jax.lax.dynamic_update_slice(own_RS, tokens_RT, (0, 0)).reshape(tokens_PS.shape)
 
 
 def copy_pages(
-    target: Cache, source: Cache, *, first: jax.Array, targets_M: jax.Array, shard: jax.Array
+    target: Cache, source: Cache, first: jax.Array, targets_M: jax.Array, shard: jax.Array
 ) -> Cache:
-    """Copies pages that follow each other in one cache over pages of another, within a shard.
+    """Copies consecutive pages of one cache over pages of another, within a shard.
 
     Args:
-        target: where to.
-        source: where from; its pages may lie in any shard.
+        target: the cache to copy into.
+        source: the cache to copy from; its pages may lie in any shard.
         first: the first page to copy, counted over all shards.
         targets_M: int32, pages to overwrite, in order; then -1.
-        shard: the one that the target's pages lie in.
+        shard: the shard of the target's pages.
     """
     mesh = jax.sharding.get_abstract_mesh()
     here = 0 if mesh.empty else jax.lax.axis_index(sharding.BATCH_AXES)
@@ -256,7 +217,7 @@ def copy_pages(
 
 
 def grow(cache: Cache, *, added: int) -> Cache:
-    """The cache with so many more pages behind its own, within a shard."""
+    """Returns the cache with `added` more pages after its own, within a shard."""
 
     def pad(array: jax.Array) -> jax.Array:
         widths = [(0, 0)] * array.ndim
@@ -267,12 +228,11 @@ def grow(cache: Cache, *, added: int) -> Cache:
 
 
 def shrink(cache: Cache, targets_N: jax.Array) -> Cache:
-    """The cache without its last N pages, within a shard.
+    """Returns the cache without its last N pages, within a shard.
 
     Args:
-        cache: of more pages than N.
-        targets_N: int32, the pages that the last ones are moved to; those that go past the end
-            are dropped.
+        cache: of more than N pages.
+        targets_N: int32, the pages that the last ones are moved to; those past the end are dropped.
     """
 
     def move(pool: jax.Array) -> jax.Array:
@@ -282,26 +242,23 @@ def shrink(cache: Cache, targets_N: jax.Array) -> Cache:
     return jax.tree.map(lambda array: (jax.vmap(move) if array.ndim == 5 else move)(array), cache)
 
 
-_NONE = -1
-
-
 class PageTable:
-    """Pages given to rows and taken back.
+    """The owners of pages, on the host.
 
     On a mesh a row's pages lie in its own shard, and are counted within it.
 
     Attributes:
-        pages: who owns what, as the programs take it.
+        pages: the owners, as arguments of the programs.
     """
 
     def __init__(self, *, rows: int, pages_per_row: int, page_size: int, shards: int = 1) -> None:
-        """A table of no pages yet.
+        """Makes a table without pages.
 
         Args:
-            rows: that can own pages, a multiple of `shards`.
-            pages_per_row: that a row can own at most.
+            rows: number of rows, a multiple of `shards`.
+            pages_per_row: pages of a row at most.
             page_size: positions of a page.
-            shards: that hold as many rows and pages each.
+            shards: number of shards, with equal numbers of rows and pages.
         """
         assert rows % shards == 0
         self._page_size, self._shards = page_size, shards
@@ -312,19 +269,19 @@ class PageTable:
 
     @property
     def num_pages(self) -> int:
-        """Owned and free ones, of all shards."""
+        """Returns the number of owned and free pages, of all shards."""
         return len(self.pages.rows_P)
 
     def needed(self, lengths_B: Sequence[int] | np.ndarray) -> int:
-        """How many pages, of all shards, rows of these lengths take."""
+        """Returns the number of pages, of all shards, that rows of these lengths need."""
         counts = self._counts_for(lengths_B).reshape(self._shards, -1)
         return int(counts.sum(axis=1).max()) * self._shards
 
     def of_rows(self, rows_R: np.ndarray) -> Pages:
-        """The pages of some rows, which count from 0 in each shard, in the order given.
+        """Returns the pages of some rows, which count from 0 in each shard, in the given order.
 
         Args:
-            rows_R: as many of each shard, one shard after another; all that own pages.
+            rows_R: equally many of each shard, one shard after another; all rows that own pages.
         """
         per_shard = len(rows_R) // self._shards
         places = np.full(len(self._counts_B), _NONE, np.int32)
@@ -336,9 +293,9 @@ class PageTable:
         return Pages(self.pages.table_BM[rows_R], renamed_P.reshape(-1), self.pages.starts_P)
 
     def fit(self, lengths_B: Sequence[int] | np.ndarray) -> None:
-        """Give each row the pages for its length, and take back what is more.
+        """Gives each row the pages for its length, and takes back the others.
 
-        A row keeps the pages it has, in their order. There must be enough of them, see `needed`.
+        A row keeps its pages in their order. There must be enough free ones, see `needed`.
         """
         counts_B = self._counts_for(lengths_B)
         for row in np.flatnonzero(counts_B < self._counts_B):
@@ -347,7 +304,7 @@ class PageTable:
             self._give(int(row), int(counts_B[row]))
 
     def grow(self, num_pages: int) -> None:
-        """Have so many pages; the new ones are free."""
+        """Grows to this many pages; the new ones are free."""
         added = (num_pages - self.num_pages) // self._shards
         assert added >= 0 and num_pages % self._shards == 0
 
@@ -360,11 +317,11 @@ class PageTable:
         )
 
     def shrink(self, num_pages: int) -> np.ndarray:
-        """Have so many pages, which the owned ones must fit.
+        """Shrinks to this many pages, which must be enough for the owned ones.
 
         Returns:
-            Where the last pages of each shard move, those of one shard after another: pages to
-            overwrite, or the new number of a shard's pages for a page that nobody owns.
+            The targets of the last pages of each shard, one shard after another: pages to
+            overwrite, or the new number of a shard's pages for a page without an owner.
         """
         kept = num_pages // self._shards
         assert num_pages < self.num_pages and num_pages % self._shards == 0
@@ -388,7 +345,7 @@ class PageTable:
         return -(-np.asarray(lengths_B, np.int32) // self._page_size)
 
     def _shard_of(self, row: int) -> tuple[int, np.ndarray, np.ndarray]:
-        """The row's number within its shard, and the shard's part of the two lists of pages."""
+        """Returns the row's number within its shard, and the shard's part of the two arrays."""
         shard, row = divmod(row, self._rows_per_shard)
         part = slice(*(np.array([shard, shard + 1]) * (self.num_pages // self._shards)))
         return row, self.pages.rows_P[part], self.pages.starts_P[part]
@@ -396,7 +353,7 @@ class PageTable:
     def _give(self, row: int, count: int) -> None:
         own, rows_P, starts_P = self._shard_of(row)
         owned = int(self._counts_B[row])
-        # The first free ones, so that there is little to move when the cache shrinks.
+        # The first free ones, so that little moves when the cache shrinks.
         taken = np.flatnonzero(rows_P == _NONE)[: count - owned]
         assert len(taken) == count - owned, "no page is free"
         rows_P[taken] = own
@@ -412,9 +369,6 @@ class PageTable:
         self._counts_B[row] = count
 
 
-_GIGA = 1e9
-
-
 def check_fits(
     cfg: BackboneConfig,
     *,
@@ -427,7 +381,7 @@ def check_fits(
     mesh: Mesh | None,
     memory_bytes: int | None,
 ) -> None:
-    """Raise ValueError where the cache is larger than the memory that is free.
+    """Raises ValueError if the cache is larger than the free memory.
 
     Args:
         cfg: the backbone.
@@ -437,8 +391,8 @@ def check_fits(
         page_size: positions of a page.
         pages: the cache's buckets; while it grows into the last, the one before is there too.
         dtype: of keys and values.
-        mesh: the devices that share it; None for one.
-        memory_bytes: free memory of all devices together; None asks the devices.
+        mesh: devices that share it; None for one.
+        memory_bytes: free memory of all devices together; None reads it from the devices.
     """
     page = num_bytes(cfg, positions=page_size, dtype=dtype)
     prefix = prefix_rows * -(-max_length // page_size) * page
@@ -454,8 +408,47 @@ def check_fits(
         )
 
 
+def _write_at_once(
+    pool: jax.Array, new: jax.Array, pages_B: jax.Array, offsets_B: jax.Array
+) -> jax.Array:
+    """Writes `[..., B, K, H]` into pages `[..., P, K, S, H]`; a page past the last is dropped."""
+    if pool.ndim == 5:
+        return jax.vmap(_write_at_once, in_axes=(0, 0, None, None))(pool, new, pages_B, offsets_B)
+    return pool.at[pages_B, :, offsets_B].set(new, mode="drop")
+
+
+def _write_in_turn(
+    pool: jax.Array, new: jax.Array, pages_B: jax.Array, offsets_B: jax.Array
+) -> jax.Array:
+    """Writes the same as `_write_at_once`, row after row, for TPUs.
+
+    For a scatter, XLA:TPU (libtpu 0.0.42) would change the layout of all pages before and after
+    each step, as it places a token's layers beside each other; hence the fixed layout, which is
+    also that of the cache between programs.
+    """
+    as_it_lies = Layout(tuple(range(pool.ndim)))
+    last = pool.shape[-4] - 1
+
+    def write_row(row: jax.Array, pool: jax.Array) -> jax.Array:
+        page, offset = jnp.minimum(pages_B[row], last), offsets_B[row]
+        start: list[Any] = [0] * (pool.ndim - 4) + [page, 0, offset, 0]
+        new_1K1H = jax.lax.dynamic_slice_in_dim(new, row, 1, new.ndim - 3)[..., None, :]
+        old_1K1H = jax.lax.dynamic_slice(pool, start, new_1K1H.shape)
+        new_1K1H = jnp.where(pages_B[row] <= last, new_1K1H, old_1K1H)
+        pool = with_layout_constraint(pool, as_it_lies)
+        return jax.lax.dynamic_update_slice(pool, new_1K1H, start)
+
+    return jax.lax.fori_loop(0, len(pages_B), write_row, pool)
+
+
+def _places(pages: Pages, positions_B: jax.Array, *, page_size: int) -> tuple[jax.Array, jax.Array]:
+    """Returns page and offset of a position; the page is past the last where a row has none."""
+    pages_B = jnp.take_along_axis(pages.table_BM, (positions_B // page_size)[:, None], axis=1)[:, 0]
+    return jnp.where(pages_B < 0, len(pages.rows_P), pages_B), positions_B % page_size
+
+
 def _free_bytes(mesh: Mesh | None) -> float:
-    """What the devices say is free; on CPU, what the machine has left."""
+    """Returns the free memory of the devices, on CPU that of the machine."""
     devices = [jax.devices()[0]] if mesh is None else list(mesh.devices.flat)
     local = [device for device in devices if device.process_index == jax.process_index()]
     if local[0].platform == "cpu":
@@ -469,7 +462,7 @@ def _free_bytes(mesh: Mesh | None) -> float:
 
 def _free_host_bytes() -> float:
     table = pathlib.Path("/proc/meminfo")
-    if not table.is_file():  # Not Linux: nothing is known.
+    if not table.is_file():  # Not Linux: unknown.
         return math.inf
     for line in table.read_text(encoding="ascii").splitlines():
         name, _, value = line.partition(":")

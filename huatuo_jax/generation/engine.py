@@ -4,15 +4,12 @@
     for answer in engine.generate(requests):
         ...
 
-A slot that finishes is given the next waiting answer while the others go on. Between two looks of
-the host at the slots, several tokens are decoded on the device.
+A slot that finishes gets the next waiting answer while the others continue. Between two checks of
+the slots by the host, several tokens are decoded on the device. The cache grows and shrinks with
+the answers.
 
-On a mesh of several processes all of them have to make the same calls, with the same requests; each
-is given all answers.
-
-Whether an answer is complete, and the answer that comes of it.
-
-The cache of the slots while answers run: grows and shrinks with what they need.
+On a mesh of several processes all of them must make the same calls, with the same requests; each
+gets all answers.
 """
 
 import itertools
@@ -49,11 +46,11 @@ from huatuo_jax.generation.requests import (
 def finished(
     running: Running, *, active: bool, tokenizer: transformers.PreTrainedTokenizerBase | None
 ) -> Answer | None:
-    """The answer if it is complete: by a stop string, a stop token, or its length.
+    """Returns the answer if it is complete by a stop string, a stop token or its length.
 
     Args:
-        running: what was decoded of it; how far it was searched for stop strings is noted there.
-        active: whether the device would go on with it.
+        running: the tokens so far; the search for stop strings records its progress there.
+        active: the device would continue it.
         tokenizer: the model's; without one the answer has no text.
     """
     sampling, ids = running.request.sampling, running.token_ids
@@ -74,25 +71,11 @@ def finished(
     return _answer(running, num_tokens=len(ids), text=text, reason=reason)
 
 
-def _answer(running: Running, *, num_tokens: int, text: str | None, reason: FinishReason) -> Answer:
-    prompt_tokens = len(running.request.prompt_token_ids)
-    return Answer(
-        request_index=running.request_index,
-        answer_index=running.answer_index,
-        token_ids=running.token_ids[:num_tokens],
-        text=text,
-        log_probs=running.log_probs[:num_tokens],
-        sampling_log_probs=running.sampling_log_probs[:num_tokens],
-        finish_reason=reason,
-        usage=Usage(prompt_tokens, num_tokens),
-    )
-
-
 class Pool:
-    """A cache on the device, and the table of its pages on the host.
+    """The cache of the slots on the device, and the table of its pages on the host.
 
     Attributes:
-        cache: taken and given back by the programs, which donate it; set it to what they return.
+        cache: donated to and returned by the programs; set it to what they return.
         shards: batch shards of the mesh.
     """
 
@@ -101,11 +84,11 @@ class Pool:
     def __init__(
         self, programs: Programs, buckets: Buckets, *, slots: int, max_length: int, shards: int
     ) -> None:
-        """Nothing is allocated yet: see `make_room`.
+        """Sets the sizes; `make_room` allocates the cache.
 
         Args:
-            programs: of the engine.
-            buckets: of the engine.
+            programs: the engine's.
+            buckets: the engine's.
             slots: rows.
             max_length: positions of a row at most.
             shards: batch shards of the mesh.
@@ -121,16 +104,16 @@ class Pool:
         )
 
     def pages_of(self, rows_R: np.ndarray) -> Pages:
-        """Who owns what, for these slots alone, see `PageTable.of_rows`."""
+        """Returns the owners of pages for these slots alone, see `PageTable.of_rows`."""
         return self._table.of_rows(rows_R)
 
     @property
     def pages_per_slot(self) -> int:
-        """How many pages a slot can own."""
+        """Returns the number of pages that a slot can own."""
         return self._table.pages.table_BM.shape[1]
 
     def make_room(self, lengths_B: np.ndarray) -> None:
-        """Let every slot own pages for its length, 0 for a free one; what it held stays."""
+        """Lets every slot own pages for its length, 0 for a free one, and keeps its content."""
         table, sizes = self._table, self._sizes.pages
         wanted = self._sizes.pages_for(table.needed(lengths_B), table.num_pages)
         if not table.num_pages:
@@ -148,16 +131,16 @@ class Pool:
                 self.cache = self._programs.shrink(self.cache, table.shrink(size))
 
     def insert(self, prefix: Cache, *, row: int, slot: int, length: int) -> None:
-        """Copy a prompt of this length from a row of the prefix cache into a slot."""
+        """Copies a prompt of this length from a row of the prefix cache into a slot."""
         page_size = self._programs.page_size
         targets_M = self._table.pages.table_BM[slot].copy()
         targets_M[-(-length // page_size) :] = -1
         self.cache = self._programs.insert(
             self.cache,
             prefix,
-            first=row * len(targets_M),
-            targets_M=targets_M,
-            shard=slot // self._slots_per_shard,
+            np.int32(row * len(targets_M)),
+            targets_M,
+            np.int32(slot // self._slots_per_shard),
         )
 
 
@@ -182,31 +165,31 @@ class Engine:
         narrow: bool | None = None,
         memory_bytes: int | None = None,
     ) -> None:
-        """Place the weights and check that a full cache fits.
+        """Places the weights and checks that a full cache fits.
 
         Args:
             model: the backbone, with its `LoraConfig` where adapters are given.
             variables: `{"params": ...}`, and `"lora"` for adapters; see `load`.
-            slots: answers decoded at once, B.
+            slots: number B of answers decoded at once.
             max_length: tokens of prompt and answer together.
-            mesh: devices to run on; slots and weights are sharded over it. None for one device.
+            mesh: devices; slots and weights are sharded over it. None for one device.
             tokenizer: the model's, for texts and stop strings.
-            steps_per_round: decode steps between two looks of the host. More of them cost less on
-                the way to the device, but a slot that ends waits for up to so many.
-            prefill_rows: prompts of one prefill; None for one a batch shard of the mesh.
+            steps_per_round: decode steps between two checks of the host. More steps have less
+                overhead, but a slot that ends waits for up to this many.
+            prefill_rows: prompts of one prefill; None for one for each batch shard of the mesh.
             page_size: positions of a page of the cache; a slot owns whole pages. Small ones waste
-                less, and cost more to put together.
+                less, and cost more to combine.
             cache_dtype: of keys and values; None for the compute dtype.
             cast_weights: to the compute dtype once rather than in every step.
-            split_layers: hold each layer's weights and cache apart, which copies the weights and
-                compiles longer. Decoding on CPU is faster for it, so None means yes there.
-            narrow: decode fewer rows once few answers are left, which compiles more programs. Steps
-                of few rows take about as long as any on an accelerator, so None means on CPU only.
-            memory_bytes: free memory of all devices together; None asks the devices.
+            split_layers: hold each layer's weights and cache separately, which copies the weights
+                and compiles longer. Decoding on CPU is then faster, so None means True there.
+            narrow: decode fewer rows once few answers are left, which compiles more programs. On an
+                accelerator steps of few rows take as long as others, so None means on CPU only.
+            memory_bytes: free memory of all devices together; None reads it from the devices.
 
         Raises:
-            ValueError: a size that cannot be, a cache that does not fit, a model whose positions
-                end before `max_length`, or weights that the mesh does not divide.
+            ValueError: an invalid size, a cache that does not fit, a model with fewer positions
+                than `max_length`, or weights that the mesh does not divide.
         """
         cfg = model.cfg
         sizes = {"slots": slots, "steps_per_round": steps_per_round, "page_size": page_size}
@@ -268,15 +251,15 @@ class Engine:
         self.reset_report()
 
     def load(self, variables: weights.Variables) -> None:
-        """Take new weights, such as a policy's after an update; nothing is compiled anew.
+        """Loads new weights, such as a policy's after an update, without compiling anything.
 
         Args:
             variables: `{"params": ...}`, and `"lora"` for adapters, with stacked layers. Arrays
-                that lie where and as generation reads them are not copied (but see
+                that already have the sharding and dtype of generation are not copied (but see
                 `split_layers`).
 
         Raises:
-            ValueError: answers are on their way, or the mesh does not divide the weights.
+            ValueError: answers are unfinished, or the mesh does not divide the weights.
         """
         self._require_idle("load new weights")
         self._variables = weights.place(
@@ -289,20 +272,20 @@ class Engine:
         )
 
     def unload(self) -> None:
-        """Let go of the weights' memory until the next `load`.
+        """Releases the weights' memory until the next `load`.
 
         Raises:
-            ValueError: answers are on their way.
+            ValueError: answers are unfinished.
         """
-        self._require_idle("let go of the weights")
+        self._require_idle("release the weights")
         self._variables = {}
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Answer]:
-        """Answers in the order they are completed.
+        """Generates the answers, in the order in which they are completed.
 
         Raises:
-            ValueError: a request that cannot be answered, before anything is decoded; or answers
-                of an earlier call are still on their way.
+            ValueError: an invalid request, before anything is decoded; or unfinished answers of an
+                earlier call.
         """
         self._require_idle("generate")
         waiting = list(requests)
@@ -314,7 +297,7 @@ class Engine:
         return self._generate(waiting)
 
     def generate_in_order(self, requests: Iterable[Request]) -> list[list[Answer]]:
-        """All answers of each request, in the order of the requests and of their answers."""
+        """Generates the answers in the order of requests and of their answers."""
         requests = list(requests)
         answers: list[list[Answer]] = [[] for _ in requests]
         for answer in self.generate(requests):
@@ -322,7 +305,7 @@ class Engine:
         return [sorted(group, key=lambda answer: answer.answer_index) for group in answers]
 
     def check(self, request: Request) -> None:
-        """Raise ValueError where this engine cannot answer the request."""
+        """Raises ValueError if this engine cannot answer the request."""
         prompt = np.asarray(request.prompt_token_ids)
         vocab_size = self._model.cfg.vocab_size
         if len(prompt) >= self._max_length:
@@ -346,7 +329,7 @@ class Engine:
             raise ValueError("stop_strings need an engine with a tokenizer")
 
     def submit(self, request: Request) -> int:
-        """Queue a request for `step`; returns its index. For callers that stream.
+        """Queues a request for `step` and returns its index, for callers that stream.
 
         Raises:
             ValueError: this engine cannot answer it.
@@ -358,11 +341,11 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        """Whether answers are waiting or on their way."""
+        """Returns True while answers are waiting or unfinished."""
         return bool(self._queue or self._prefilled) or any(self._table.running)
 
     def step(self) -> list[Answer]:
-        """One round: fill free slots, decode some steps; returns the answers it completed."""
+        """Runs one round, filling free slots and decoding; returns the answers it completed."""
         started_s = time.perf_counter()
         self._pool.make_room(self._lengths_of_a_round())
         self._fill_slots()
@@ -389,14 +372,14 @@ class Engine:
         return answers
 
     def reset_report(self) -> None:
-        """Count from here on."""
+        """Restarts the counts."""
         self._rounds = self._prompt_tokens = self._generated_tokens = 0
         self._queued_steps = self._queued_busy_steps = 0
         self._seconds = 0.0
 
     @property
     def report(self) -> EngineReport:
-        """What was done since the last `reset_report`."""
+        """Returns the counts since the last `reset_report`."""
         return EngineReport(
             prompt_tokens=self._prompt_tokens,
             generated_tokens=self._generated_tokens,
@@ -420,7 +403,7 @@ class Engine:
             self._rest()  # Also where the caller stops early.
 
     def _lengths_of_a_round(self) -> np.ndarray:
-        """Positions that each slot reaches in the next round, those now filled included."""
+        """Returns each slot's positions after the next round, for slots filled in it too."""
         lengths_B = self._table.lengths_B
         occupied_B = self._table.progress.active_B.copy()
         for slot, prompt in zip(self._table.free, self._prompts_to_come(), strict=False):
@@ -429,14 +412,14 @@ class Engine:
         return np.where(occupied_B, reached_B, 0)
 
     def _prompts_to_come(self) -> Iterator[Sequence[int]]:
-        """The prompts of the answers that wait, in the order in which slots are filled."""
+        """Yields the prompts of waiting answers, in the order in which slots are filled."""
         for _, running in self._prefilled:
             yield running.request.prompt_token_ids
         for _, request in self._queue:
             yield from itertools.repeat(request.prompt_token_ids, request.num_answers)
 
     def _fill_slots(self) -> None:
-        """Give every free slot the next answer, prefilling prompts as they are needed."""
+        """Gives every free slot the next answer, prefilling prompts as needed."""
         for slot in self._table.free:
             if not self._prefilled:
                 if not self._queue:
@@ -449,10 +432,10 @@ class Engine:
             self._table.occupy(slot, running)
 
     def _prefill(self) -> None:
-        """Run the next prompts into the prefix cache, and line up their answers."""
+        """Runs the next prompts into the prefix cache, and queues their answers."""
         count = min(self._prefill_rows, len(self._queue))
         taken = [self._queue.popleft() for _ in range(count)]
-        # All but the last token, which is the first that a decode step runs.
+        # All but the last token, which the first decode step runs.
         prompts = [list(request.prompt_token_ids)[:-1] for _, request in taken]
         length = bucket_of(max(map(len, prompts)), self._buckets.prefill)
         tokens_BT = np.zeros((self._prefill_rows, length), dtype=np.int32)
@@ -468,7 +451,7 @@ class Engine:
                 self._prefilled.append((row, Running(index, request, answer_index)))
 
     def _collect(self) -> list[Answer]:
-        """The answers that are complete; their slots become free."""
+        """Returns the answers that are complete; their slots become free."""
         answers = []
         for slot, running in enumerate(self._table.running):
             if running is None:
@@ -482,10 +465,10 @@ class Engine:
 
     def _require_idle(self, purpose: str) -> None:
         if self.busy:
-            raise ValueError(f"cannot {purpose}: the engine still has answers on their way")
+            raise ValueError(f"cannot {purpose}: the engine still has unfinished answers")
 
     def _rest(self) -> None:
-        """Forget whatever was on its way, and let go of the caches' memory."""
+        """Drops all unfinished answers, and releases the caches' memory."""
         self._queue.clear()
         self._prefilled.clear()
         for slot in range(len(self._table.running)):
@@ -500,3 +483,17 @@ class Engine:
             max_length=self._max_length,
             shards=sharding.batch_shards(self._mesh),
         )
+
+
+def _answer(running: Running, *, num_tokens: int, text: str | None, reason: FinishReason) -> Answer:
+    prompt_tokens = len(running.request.prompt_token_ids)
+    return Answer(
+        request_index=running.request_index,
+        answer_index=running.answer_index,
+        token_ids=running.token_ids[:num_tokens],
+        text=text,
+        log_probs=running.log_probs[:num_tokens],
+        sampling_log_probs=running.sampling_log_probs[:num_tokens],
+        finish_reason=reason,
+        usage=Usage(prompt_tokens, num_tokens),
+    )

@@ -1,19 +1,15 @@
-"""The model's forward pass with a cache: prompts into it, and one token more for every row.
+"""The model's forward pass with a cache: prompts into it, and one more token for every row.
 
-Layers come stacked, and are scanned, or as a tuple, and are written out one after another. The
-first compiles as fast for many layers as for one; the second reads every weight and key where it
-lies, which on CPU spares a copy of each in every step.
+Layers are stacked and scanned, or a tuple and unrolled. The first compiles in a time independent of
+their number; the second reads every weight and key in place, which on CPU saves a copy of each in
+every step. In a step, a tuple's layers write their new keys in place before attention reads them.
+Stacked layers are only read by the scan, which would copy a whole layer to write into it; all their
+new keys are written after it.
 
-In a step, a tuple's layers take their new keys in before they are read, in place. Stacked ones
-are only read by the scan, which would copy a whole layer to write into it: all their new keys are
-put in after it.
-
-Attention of one query a row to keys and values in pages, read where they lie.
-
-Each page is weighed by itself, and so is the query's own token where no page holds it yet. A row's
-parts are then put together by the largest score and the total of each, as FlashAttention does
-blocks (arXiv 2205.14135). Pages are looked up in the order of positions: an answer is the same to
-the last bit wherever its pages lie.
+Attention weighs each page by itself, and so the query's own token where no page holds it yet. A
+row's parts are then combined by the largest score and the total of each, as FlashAttention combines
+blocks (arXiv 2205.14135). Pages are read in the order of positions: an answer is the same to the
+last bit wherever its pages lie.
 """
 
 from collections.abc import Callable
@@ -29,22 +25,10 @@ from huatuo_jax.backbone.transformer import Layer, Transformer
 from huatuo_jax.generation import cache as caches
 from huatuo_jax.generation.cache import Cache, Pages
 
-_MASKED_SCORE = -1e30  # Finite: what a row without pages gathers is a number, which nobody reads.
+_MASKED_SCORE = -1e30  # Finite: a row without pages gets a number, which is never read.
 _HEADS = ((0, 1), (0, 1))  # The batch dimensions P and K of both products.
-
-
-class _Parts(NamedTuple):
-    """What queries gather from parts of their rows, which are pages or their own tokens.
-
-    Attributes:
-        largest: score, `[..., N]`.
-        total: of the weights, which are 1 for the largest score, `[..., N]`.
-        values: summed by these weights, `[..., N, H]`.
-    """
-
-    largest: jax.Array
-    total: jax.Array
-    values: jax.Array
+Variables = dict[str, Any]
+KeysValues = tuple[jax.Array, jax.Array]
 
 
 def attend_pages(
@@ -58,22 +42,22 @@ def attend_pages(
     sliding_window: int | None,
     alibi_slopes_N: jax.Array | None,
 ) -> jax.Array:
-    """What each row's query gathers from the row's keys at its position and before.
+    """Attends each row's query to the row's keys at its position and before.
 
     Args:
         q_BNH: queries, not scaled.
-        own: keys and values `[B, K, H]` of the same tokens, whose place in the pages is not read
-            then; None where the pages hold them.
+        own: keys and values `[B, K, H]` of the same tokens, whose positions in the pages are then
+            not read; None where the pages hold them.
         k_PKSH: keys; each key/value head serves N / K query heads in a row.
         v_PKSH: values.
-        pages: who owns what.
-        positions_B: int32, where the queries stand.
+        pages: the owners of the pages.
+        positions_B: int32, the queries' positions.
         sliding_window: a token sees itself and the `sliding_window - 1` tokens before it.
-        alibi_slopes_N: what a score loses per token of distance; None without ALiBi.
+        alibi_slopes_N: decrease of a score per token of distance; None without ALiBi.
 
     Returns:
         `[B, N, H]` in the dtype of the values. Softmax and sums are in at least float32. Rows
-        without pages gather numbers that mean nothing.
+        without pages get meaningless numbers.
     """
     batch, _, head_dim = q_BNH.shape
     q_BKGH = (q_BNH * head_dim**-0.5).reshape(batch, k_PKSH.shape[1], -1, head_dim)
@@ -91,73 +75,19 @@ def attend_pages(
     if own is not None:
         k_BK1H, v_BK1H = (new.astype(k_PKSH.dtype)[:, :, None] for new in own)
         parts = _joined(_weighed(_scores(q_BKGH, k_BK1H), v_BK1H), parts)
-    # What follows is a product, which on CPU would take all this in and compute it many times over.
+    # The product that follows would on CPU be fused with all this and compute it many times over.
     return jax.lax.optimization_barrier(_put_together(parts).astype(v_PKSH.dtype))
 
 
-def _scores(q_PKGH: jax.Array, k_PKSH: jax.Array) -> jax.Array:
-    """`[P, N, S]`: query heads in one dimension.
-
-    Where G is 1, reductions on CPU are far slower with it apart.
-    """
-    scores_PKGS = jax.lax.dot_general(
-        q_PKGH,
-        k_PKSH,
-        (((3,), (3,)), _HEADS),
-        preferred_element_type=jnp.promote_types(q_PKGH.dtype, jnp.float32),
-    )
-    return scores_PKGS.reshape(len(q_PKGH), -1, k_PKSH.shape[2])
-
-
-def _weighed(scores_PNS: jax.Array, v_PKSH: jax.Array) -> _Parts:
-    num_parts, num_heads, size = scores_PNS.shape
-    largest_PN = scores_PNS.max(axis=-1)
-    weights_PNS = jnp.exp(scores_PNS - largest_PN[..., None])
-    values_PKGH = jax.lax.dot_general(
-        weights_PNS.astype(v_PKSH.dtype).reshape(num_parts, v_PKSH.shape[1], -1, size),
-        v_PKSH,
-        (((3,), (2,)), _HEADS),
-        preferred_element_type=scores_PNS.dtype,
-    )
-    values_PNH = values_PKGH.reshape(num_parts, num_heads, -1)
-    return _Parts(largest_PN, weights_PNS.sum(axis=-1), values_PNH)
-
-
-def _of_rows(parts: _Parts, table_BM: jax.Array) -> _Parts:
-    """Of each row those of its pages: `[B, M, N]` and `[B, M, N, H]`."""
-    largest_PN, total_PN, values_PNH = parts
-    largest_BMN = jnp.where(table_BM[..., None] >= 0, largest_PN[table_BM], _MASKED_SCORE)
-    return _Parts(largest_BMN, total_PN[table_BM], values_PNH[table_BM])
-
-
-def _joined(own: _Parts, of_rows: _Parts) -> _Parts:
-    """The own token's part before those of each row's pages."""
-    return jax.tree.map(lambda a, b: jnp.concatenate([a[:, None], b], axis=1), own, of_rows)
-
-
-def _put_together(parts: _Parts) -> jax.Array:
-    """The values `[B, N, H]` of rows from those of their parts."""
-    largest_BMN, total_BMN, values_BMNH = parts
-    # Zero for what is not owned or not seen, as some part of the row has a far larger score.
-    scale_BMN = jnp.exp(largest_BMN - largest_BMN.max(axis=1, keepdims=True))
-    total_BN = (scale_BMN * total_BMN).sum(axis=1)
-    values_BNH = (scale_BMN[..., None] * values_BMNH).sum(axis=1)
-    return values_BNH / total_BN[..., None]
-
-
-Variables = dict[str, Any]
-KeysValues = tuple[jax.Array, jax.Array]
-
-
-def prefill(model: Transformer, variables: Variables, tokens_BT: jax.Array, cache: Cache) -> Cache:
-    """The cache with these tokens at the start of its rows.
+def prefill(model: Transformer, variables: Variables, cache: Cache, tokens_BT: jax.Array) -> Cache:
+    """Returns the cache with these tokens at the start of its rows.
 
     Args:
         model: the backbone.
         variables: its own, layers stacked or split.
-        tokens_BT: padded on the right; what the padding leaves in the cache is never read, because
-            a later token overwrites a position before it looks at it.
-        cache: whose pages are those of as many rows, in their order, of at least T positions.
+        cache: its pages belong to B rows in their order, of at least T positions each.
+        tokens_BT: padded on the right; cached values of padding are never read, because a later
+            token overwrites a position before it reads it.
     """
     batch, length = tokens_BT.shape
     positions_T = jnp.arange(length, dtype=jnp.int32)
@@ -185,15 +115,15 @@ def decode(
     cache: Cache,
     pages: Pages,
 ) -> tuple[jax.Array, Cache]:
-    """Each row's next-token logits `[B, V]` after one more token, and the cache with it.
+    """Runs one more token of each row; returns next-token logits `[B, V]` and the cache.
 
     Args:
         model: the backbone.
         variables: its own, layers stacked or split.
         tokens_B: the token of each row.
-        positions_B: where it stands; the row's pages hold all positions before.
+        positions_B: its position; the row's pages hold all positions before.
         cache: updated in place where it is donated.
-        pages: who owns what of it; a row without pages has logits that mean nothing.
+        pages: the owners of its pages; a row without pages gets meaningless logits.
     """
     rows = _rows(model, positions_B[:, None])
     split = isinstance(cache.keys, tuple)
@@ -222,10 +152,74 @@ def decode(
     return logits_B1V[:, 0], Cache(keys, values, tokens_PS)
 
 
-def _attending(cfg: BackboneConfig) -> Callable[..., jax.Array]:
-    """What each row's query gathers, `[B, 1, N, H]`, from pages on its own shard.
+class _Parts(NamedTuple):
+    """The attention of queries over parts of their rows, which are pages or their own tokens.
 
-    Queries, keys and slopes are split by heads, the rest by rows.
+    Attributes:
+        largest: largest score, `[..., N]`.
+        total: sum of the weights, which are 1 for the largest score, `[..., N]`.
+        values: sum of the values by these weights, `[..., N, H]`.
+    """
+
+    largest: jax.Array
+    total: jax.Array
+    values: jax.Array
+
+
+def _scores(q_PKGH: jax.Array, k_PKSH: jax.Array) -> jax.Array:
+    """Returns scores `[P, N, S]`, query heads in one dimension.
+
+    With a separate dimension G of size 1, reductions on CPU are far slower.
+    """
+    scores_PKGS = jax.lax.dot_general(
+        q_PKGH,
+        k_PKSH,
+        (((3,), (3,)), _HEADS),
+        preferred_element_type=jnp.promote_types(q_PKGH.dtype, jnp.float32),
+    )
+    return scores_PKGS.reshape(len(q_PKGH), -1, k_PKSH.shape[2])
+
+
+def _weighed(scores_PNS: jax.Array, v_PKSH: jax.Array) -> _Parts:
+    num_parts, num_heads, size = scores_PNS.shape
+    largest_PN = scores_PNS.max(axis=-1)
+    weights_PNS = jnp.exp(scores_PNS - largest_PN[..., None])
+    values_PKGH = jax.lax.dot_general(
+        weights_PNS.astype(v_PKSH.dtype).reshape(num_parts, v_PKSH.shape[1], -1, size),
+        v_PKSH,
+        (((3,), (2,)), _HEADS),
+        preferred_element_type=scores_PNS.dtype,
+    )
+    values_PNH = values_PKGH.reshape(num_parts, num_heads, -1)
+    return _Parts(largest_PN, weights_PNS.sum(axis=-1), values_PNH)
+
+
+def _of_rows(parts: _Parts, table_BM: jax.Array) -> _Parts:
+    """Gathers the parts of each row's pages: `[B, M, N]` and `[B, M, N, H]`."""
+    largest_PN, total_PN, values_PNH = parts
+    largest_BMN = jnp.where(table_BM[..., None] >= 0, largest_PN[table_BM], _MASKED_SCORE)
+    return _Parts(largest_BMN, total_PN[table_BM], values_PNH[table_BM])
+
+
+def _joined(own: _Parts, of_rows: _Parts) -> _Parts:
+    """Puts the own token's part before those of each row's pages."""
+    return jax.tree.map(lambda a, b: jnp.concatenate([a[:, None], b], axis=1), own, of_rows)
+
+
+def _put_together(parts: _Parts) -> jax.Array:
+    """Combines the values of the parts of rows into `[B, N, H]`."""
+    largest_BMN, total_BMN, values_BMNH = parts
+    # Zero for parts not owned or not visible, as another part of the row has a far larger score.
+    scale_BMN = jnp.exp(largest_BMN - largest_BMN.max(axis=1, keepdims=True))
+    total_BN = (scale_BMN * total_BMN).sum(axis=1)
+    values_BNH = (scale_BMN[..., None] * values_BMNH).sum(axis=1)
+    return values_BNH / total_BN[..., None]
+
+
+def _attending(cfg: BackboneConfig) -> Callable[..., jax.Array]:
+    """Returns the function that attends each row's query to pages on its own shard.
+
+    Its result is `[B, 1, N, H]`. Queries, keys and slopes are split by heads, the rest by rows.
     """
 
     def attend(
@@ -256,7 +250,7 @@ def _attending(cfg: BackboneConfig) -> Callable[..., jax.Array]:
 def _written(
     memory: tuple[Any, Any], new: tuple[Any, Any], pages: Pages, positions_B: jax.Array
 ) -> tuple[Any, Any]:
-    """Keys and values with each row's new ones, of one layer or of all."""
+    """Returns keys and values with each row's new ones, of one layer or of all."""
     pool = caches.layer_specs(memory, caches.PAGES_SPEC)
     heads, rows = caches.layer_specs(new, caches.HEADS_SPEC), caches.ROWS_SPEC
     write = caches.on_shards(caches.write_step, in_specs=(pool, heads, rows, rows), out_specs=pool)
@@ -270,7 +264,7 @@ def _rows(model: Transformer, positions_BT: jax.Array) -> Rows:
 def _apply_outer(
     model: Transformer, variables: Variables, *arguments: jax.Array, method: str
 ) -> jax.Array:
-    """A method of the model that reads no layer."""
+    """Applies a method of the model that reads no layer."""
     params = {name: value for name, value in variables["params"].items() if name != "layers"}
     return model.apply({"params": params}, *arguments, method=method)
 
@@ -283,14 +277,14 @@ def _through_layers(
     attend: Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, KeysValues]],
     memories: tuple[Any, Any] | None,
 ) -> tuple[jax.Array, tuple[Any, Any]]:
-    """The residual stream after all layers, and what `attend` handed back in each.
+    """Runs all layers; returns the residual stream, and the results of `attend` in each.
 
     Args:
         model: the backbone.
         variables: its own.
         hidden_BTD: embeddings.
-        rows: where the tokens stand.
-        attend: attention, told this layer's part of `memories` last.
+        rows: the tokens' positions.
+        attend: attention, which gets this layer's part of `memories` last.
         memories: keys and values of every layer; None where attention needs none.
     """
     layer = Layer(model.cfg, model.compute, model.lora)
@@ -301,11 +295,11 @@ def _through_layers(
     weights = {name: collection["layers"] for name, collection in variables.items()}
     if not isinstance(weights["params"], tuple):
         return jax.lax.scan(lambda hidden, x: apply(hidden, *x), hidden_BTD, (weights, memories))
-    handed_back = []
+    returned = []
     for index in range(model.cfg.num_layers):
         own = {name: layers[index] for name, layers in weights.items()}
         memory = None if memories is None else (memories[0][index], memories[1][index])
         hidden_BTD, new = apply(hidden_BTD, own, memory)
-        handed_back.append(new)
-    keys, values = zip(*handed_back, strict=True)
+        returned.append(new)
+    keys, values = zip(*returned, strict=True)
     return hidden_BTD, (keys, values)

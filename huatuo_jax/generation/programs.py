@@ -1,8 +1,8 @@
 """The compiled programs of an engine: one for each bucket, whatever the requests.
 
 `prefill` runs prompts of one length into the prefix cache, `insert` copies a prompt from there into
-the pages of a slot (so that all its answers share one prefill), `grow` adds pages and `shrink`
-takes some away, and `decode` runs several steps for all slots.
+the pages of a slot (so that all its answers share one prefill), `grow` and `shrink` change the
+number of pages, and `decode` runs several steps for all slots.
 """
 
 import functools
@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
@@ -33,13 +32,13 @@ _NOTHING = -1
 
 
 class Progress(NamedTuple):
-    """How far each slot is.
+    """The progress of each slot.
 
     Attributes:
-        tokens_B: int32, the latest token, which the model has not seen yet.
-        positions_B: int32, where it stands.
+        tokens_B: int32, the latest token, which the model has not read yet.
+        positions_B: int32, its position.
         generated_B: int32, tokens of the answer so far.
-        active_B: whether the slot holds an answer that goes on.
+        active_B: bool, the slot holds an unfinished answer.
     """
 
     tokens_B: Any
@@ -49,7 +48,7 @@ class Progress(NamedTuple):
 
 
 class Emitted(NamedTuple):
-    """What some steps gave, N steps by B slots; tokens are -1 where a slot was idle."""
+    """The results of N steps of B slots; tokens are -1 where a slot was idle."""
 
     tokens_NB: Any
     log_probs_NB: Any
@@ -62,8 +61,16 @@ class Programs:
     Attributes:
         page_size: positions of a page.
         compilations: how often each kind of program was compiled.
-        jitted_prefill: what `prefill` calls.
-        jitted_decode: what `decode` calls.
+        allocate: makes an empty cache of `num_pages` pages.
+        prefill: takes variables, the prefix cache (donated) and padded prompts `[R, T]`; returns
+            the prefix cache with the prompts at the start of its rows.
+        insert: takes the cache (donated), the prefix cache and the page numbers of
+            `cache.copy_pages`; returns the cache with these pages of the prefix cache.
+        grow: takes the cache; returns it with `added` more pages in each shard.
+        shrink: takes the cache and the targets of `PageTable.shrink`; returns the cache without the
+            last pages of its shards, which move.
+        decode: takes variables, the cache (donated), `Pages`, `Progress` and `Settings`; returns
+            cache, progress and `Emitted` after some steps of all slots, fewer once none is active.
     """
 
     def __init__(
@@ -77,132 +84,53 @@ class Programs:
         cache_dtype: DTypeLike,
         split_layers: bool,
     ) -> None:
-        """Take what all programs have in common.
+        """Prepares the programs; none is compiled yet.
 
         Args:
             model: the backbone.
-            mesh: where they run; None for the device that the weights are on.
+            mesh: devices; None for the device of the weights.
             max_length: positions of a slot at most.
             page_size: positions of a page.
             steps: decode steps of one call.
             cache_dtype: of keys and values.
-            split_layers: whether layers are a tuple rather than stacked.
+            split_layers: layers are a tuple rather than stacked.
         """
         self._model, self._mesh, self._steps = model, mesh, steps
         self._max_length, self.page_size = max_length, page_size
-        self._cache_dtype, self._split_layers = cache_dtype, split_layers
         self.compilations: Counter[str] = Counter()
-        places = everywhere = None
+        places = results = None
         if mesh is not None:
-            everywhere = NamedSharding(mesh, P())
             places = caches.shardings(model.cfg, mesh, split_layers=split_layers)
-        self._allocate = self._jit(
-            "allocate", self._empty, out_shardings=places, static_argnames=("num_pages",)
+            # The host reads the results: replicated, so that each process sees all of them.
+            replicated = NamedSharding(mesh, P())
+            results = (places, replicated, replicated)
+        empty = functools.partial(
+            caches.empty,
+            model.cfg,
+            page_size=page_size,
+            dtype=cache_dtype,
+            split_layers=split_layers,
         )
-        self.jitted_prefill = self._jit(
-            "prefill", self._run_prefill, donate_argnums=(1,), out_shardings=places
+        prefill = functools.partial(forward.prefill, model)
+        self.allocate = self._jit(
+            "allocate", empty, out_shardings=places, static_argnames=("num_pages",)
         )
-        self._insert = self._jit(
-            "insert", self._copy_pages, donate_argnums=(0,), out_shardings=places
+        self.prefill = self._jit("prefill", prefill, donate_argnums=(1,), out_shardings=places)
+        self.insert = self._jit("insert", _copy_pages, donate_argnums=(0,), out_shardings=places)
+        self.grow = self._jit("grow", _grow, out_shardings=places, static_argnames=("added",))
+        self.shrink = self._jit("shrink", _shrink, out_shardings=places)
+        self.decode = self._jit(
+            "decode", self._run_decode, donate_argnums=(1,), out_shardings=results
         )
-        self._grow = self._jit(
-            "grow", self._add_pages, out_shardings=places, static_argnames=("added",)
-        )
-        self._shrink = self._jit("shrink", self._take_pages, out_shardings=places)
-        self.jitted_decode = self._jit(
-            "decode",
-            self._run_decode,
-            donate_argnums=(1,),
-            # What the host reads lies whole on every device: each process has to see all of it.
-            out_shardings=None if places is None else (places, everywhere, everywhere),
-        )
-
-    def allocate(self, *, num_pages: int) -> Cache:
-        """An empty cache."""
-        return self._allocate(num_pages=num_pages)
-
-    def prefill(self, variables: Variables, prefix: Cache, tokens_BT: Any) -> Cache:
-        """The prefix cache (donated) with padded prompts at the start of its rows."""
-        return self.jitted_prefill(variables, prefix, tokens_BT)
-
-    def insert(
-        self, cache: Cache, prefix: Cache, *, first: int, targets_M: Any, shard: int
-    ) -> Cache:
-        """The cache (donated) with pages of the prefix cache, see `cache.copy_pages`."""
-        return self._insert(cache, prefix, np.int32(first), targets_M, np.int32(shard))
-
-    def grow(self, cache: Cache, *, added: int) -> Cache:
-        """The cache with so many more pages in each shard."""
-        return self._grow(cache, added=added)
-
-    def shrink(self, cache: Cache, targets_N: Any) -> Cache:
-        """The cache without the last pages of its shards, which move, see `PageTable.shrink`."""
-        return self._shrink(cache, targets_N)
-
-    def decode(
-        self,
-        variables: Variables,
-        cache: Cache,
-        pages: Pages,
-        progress: Progress,
-        settings: Settings,
-    ) -> tuple[Cache, Progress, Emitted]:
-        """Some steps of all slots; fewer once none is active. The cache is donated."""
-        return self.jitted_decode(variables, cache, pages, progress, settings)
 
     def _jit(self, name: str, function: Callable[..., Any], **options: Any) -> OnMesh:
-        """The function compiled; each tracing of it is counted."""
+        """Returns the jitted function, which counts its tracings."""
 
         def counted(*arguments: Any, **keywords: Any) -> Any:
             self.compilations[name] += 1
             return function(*arguments, **keywords)
 
         return OnMesh(jax.jit(counted, **options), self._mesh)
-
-    def _empty(self, *, num_pages: int) -> Cache:
-        return caches.empty(
-            self._model.cfg,
-            num_pages=num_pages,
-            page_size=self.page_size,
-            dtype=self._cache_dtype,
-            split_layers=self._split_layers,
-        )
-
-    def _run_prefill(self, variables: Variables, prefix: Cache, tokens_BT: jax.Array) -> Cache:
-        return forward.prefill(self._model, variables, tokens_BT, prefix)
-
-    def _copy_pages(
-        self,
-        cache: Cache,
-        prefix: Cache,
-        first: jax.Array,
-        targets_M: jax.Array,
-        shard: jax.Array,
-    ) -> Cache:
-        def copy(
-            cache: Cache,
-            prefix: Cache,
-            first: jax.Array,
-            targets_M: jax.Array,
-            shard: jax.Array,
-        ) -> Cache:
-            return caches.copy_pages(cache, prefix, first=first, targets_M=targets_M, shard=shard)
-
-        specs = _cache_specs(cache)
-        copy_on_shards = caches.on_shards(
-            copy, in_specs=(specs, _cache_specs(prefix), P(), P(), P()), out_specs=specs
-        )
-        return copy_on_shards(cache, prefix, first, targets_M, shard)
-
-    def _add_pages(self, cache: Cache, *, added: int) -> Cache:
-        specs = _cache_specs(cache)
-        add = functools.partial(caches.grow, added=added)
-        return caches.on_shards(add, in_specs=(specs,), out_specs=specs)(cache)
-
-    def _take_pages(self, cache: Cache, targets_N: jax.Array) -> Cache:
-        specs = _cache_specs(cache)
-        take = caches.on_shards(caches.shrink, in_specs=(specs, caches.ROWS_SPEC), out_specs=specs)
-        return take(cache, targets_N)
 
     def _run_decode(
         self,
@@ -249,10 +177,10 @@ class Programs:
         return cache, progress, emitted
 
     def _advance(self, before: Progress, tokens_B: jax.Array, settings: Settings) -> Progress:
-        """Where the slots stand after a token; one that ends stays where it is."""
+        """Returns the progress after a token; a slot that ends keeps its position."""
         generated_B = before.generated_B + before.active_B.astype(jnp.int32)
         stopped_B = (tokens_B[:, None] == settings.stop_token_ids_BE).any(axis=-1)
-        # The new token stands one further: with it the row holds two more than the position.
+        # The new token is one position further: with it the row holds two more than the position.
         full_B = before.positions_B + 2 >= self._max_length
         ended_B = stopped_B | full_B | (generated_B >= settings.max_new_tokens_B)
         active_B = before.active_B & ~ended_B
@@ -264,8 +192,32 @@ class Programs:
         )
 
 
+def _copy_pages(
+    cache: Cache, prefix: Cache, first: jax.Array, targets_M: jax.Array, shard: jax.Array
+) -> Cache:
+    specs = _cache_specs(cache)
+    copy = caches.on_shards(
+        caches.copy_pages,
+        in_specs=(specs, _cache_specs(prefix), P(), P(), P()),
+        out_specs=specs,
+    )
+    return copy(cache, prefix, first, targets_M, shard)
+
+
+def _grow(cache: Cache, *, added: int) -> Cache:
+    specs = _cache_specs(cache)
+    grow = functools.partial(caches.grow, added=added)
+    return caches.on_shards(grow, in_specs=(specs,), out_specs=specs)(cache)
+
+
+def _shrink(cache: Cache, targets_N: jax.Array) -> Cache:
+    specs = _cache_specs(cache)
+    shrink = caches.on_shards(caches.shrink, in_specs=(specs, caches.ROWS_SPEC), out_specs=specs)
+    return shrink(cache, targets_N)
+
+
 def _cache_specs(cache: Cache) -> Cache:
-    """How the shards of a mesh see a cache."""
+    """Returns the partition specs of a cache."""
     return Cache(
         caches.layer_specs(cache.keys, caches.PAGES_SPEC),
         caches.layer_specs(cache.values, caches.PAGES_SPEC),
@@ -276,7 +228,7 @@ def _cache_specs(cache: Cache) -> Cache:
 def _seen_tokens(
     cache: Cache, pages: Pages, progress: Progress, settings: Settings, vocab_size: int
 ) -> jax.Array:
-    """Which tokens stand in each slot's prompt and answer, bool `[B, V]`, where that is needed."""
+    """Returns a mask `[B, V]` of each slot's prompt and answer tokens, where it is needed."""
     batch = progress.tokens_B.shape[0]
     find = caches.on_shards(
         functools.partial(caches.seen_tokens, vocab_size=vocab_size),

@@ -1,4 +1,4 @@
-"""From prompts to requests, and from answers to records of the answers file."""
+"""Turns prompts into requests, and answers into records of the answers file."""
 
 import dataclasses
 import hashlib
@@ -23,12 +23,12 @@ class PromptTooLong(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A prompt as it is to be answered.
+    """A tokenised prompt.
 
     Attributes:
-        prompt: as it was read.
-        token_ids: what the answer follows.
-        messages_dropped: of its oldest, because they did not fit.
+        prompt: as read.
+        token_ids: the tokens before the answer.
+        messages_dropped: number of oldest messages left out because they did not fit.
     """
 
     prompt: Prompt
@@ -46,17 +46,17 @@ def make_task(
     drop_oldest_turns: bool,
     least_new_tokens: int = 1,
 ) -> Task:
-    """The prompt's ids, without its oldest exchanges where they have to go.
+    """Tokenises a prompt, without its oldest exchanges where they do not fit.
 
     Args:
         prompt: the prompt.
         template: renders it.
         tokenizer: the model's.
         max_length: tokens of prompt and answer.
-        max_new_tokens: of them those of the answer.
+        max_new_tokens: tokens of the answer among them.
         drop_oldest_turns: leave out the oldest question with its answer until both fit; the system
             text and the last question stay.
-        least_new_tokens: for how many of those there has to be room.
+        least_new_tokens: tokens of the answer for which there must be room.
 
     Raises:
         PromptTooLong: the prompt leaves no room for an answer.
@@ -97,18 +97,18 @@ def make_tasks(
     account: Account,
     purpose: str,
 ) -> list[Task]:
-    """The tasks of all prompts that fit; the others are left out and counted.
+    """Tokenises all prompts that fit; the others are left out and counted.
 
     Args:
         prompts: each with its place, see `accounting.placed`.
-        template: as in `make_task`, and so all up to `least_new_tokens`.
+        template: renders the prompts.
         tokenizer: the model's.
         max_length: tokens of prompt and answer.
-        max_new_tokens: of them those of the answer.
+        max_new_tokens: tokens of the answer among them.
         drop_oldest_turns: shorten dialogues that do not fit.
-        least_new_tokens: for how many of those there has to be room.
-        account: what became of each prompt.
-        purpose: what the account calls those that fit.
+        least_new_tokens: tokens of the answer for which there must be room.
+        account: counts the prompts by their use.
+        purpose: the account's name for prompts that fit.
     """
     tasks = []
     for place, prompt in prompts:
@@ -133,8 +133,8 @@ def make_tasks(
 
 
 def make_request(task: Task, sampling: SamplingConfig, *, seed: int, num_samples: int) -> Request:
-    """The request for a prompt's answers; the seed and the prompt's id decide them."""
-    # From the id and not the place, so that a prompt has the same answers in any file.
+    """Makes the request for a prompt's answers, which its seed and the prompt's id decide."""
+    # From the id and not the position, so that a prompt has the same answers in any file.
     digest = hashlib.sha256(f"{seed} {task.prompt.id}".encode()).digest()
     return Request(
         prompt_token_ids=task.token_ids,
@@ -150,16 +150,16 @@ def make_record(
     template: ChatTemplate,
     tokenizer: transformers.PreTrainedTokenizerBase,
 ) -> dict[str, Any]:
-    """The record of a prompt and its answers.
+    """Makes the record of a prompt and its answers.
 
     Args:
         task: the prompt.
         answers: in their order.
-        template: the prompt's; what it writes around an answer is left out of the text.
+        template: the prompt's; its additions around an answer are left out of the text.
         tokenizer: the model's.
 
     Raises:
-        ValueError: log-probabilities that are no numbers.
+        ValueError: log-probabilities that are not finite.
     """
     dropped = {"messages_dropped": task.messages_dropped} if task.messages_dropped else {}
     return {
@@ -182,8 +182,8 @@ def make_record(
 def _answer_fields(task: Task, answer: Answer, text: str) -> dict[str, Any]:
     if not all(map(math.isfinite, answer.log_probs)):
         raise ValueError(
-            f"prompt {task.prompt.id!r}: the model gives log-probabilities that are no numbers; "
-            "its weights are broken, or its dtype too narrow"
+            f"prompt {task.prompt.id!r}: the model's log-probabilities are not finite; its weights "
+            "are broken, or its dtype too narrow"
         )
     return {
         "text": text,

@@ -1,11 +1,4 @@
-"""What the engine is asked for, and what it answers.
-
-What an engine did: how busy its slots were, what was compiled, how fast it went.
-
-Texts of answers: ids to text, and where a stop string ends one.
-
-The host's side of the slots: who is in which, and what the programs are told of them.
-"""
+"""Requests to the engine, its answers and report, stop strings, and the host's table of slots."""
 
 import dataclasses
 import math
@@ -25,26 +18,27 @@ from huatuo_jax.generation.sampling import Settings
 FinishReason = Literal["stop", "length"]
 
 _SEEDS = 1 << 32
+MAX_STOP_TOKENS = 16  # A fixed width, so that no request causes a recompilation.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """How an answer is sampled and where it ends.
+    """The sampling of an answer, and its end.
 
     Attributes:
-        max_new_tokens: tokens of an answer at most; the engine's `max_length` bounds it too.
-        min_new_tokens: no stop token or stop string ends an answer before so many tokens.
+        max_new_tokens: tokens of an answer at most; the engine's `max_length` limits it too.
+        min_new_tokens: no stop token or stop string ends an answer before this many tokens.
         temperature: logits are divided by it; 0 takes the best token.
         top_k: only the k best tokens; 0 for all.
-        top_p: only the best tokens that together hold this probability (nucleus sampling, arXiv
+        top_p: only the best tokens that together have this probability (nucleus sampling, arXiv
             1904.09751); 1 for all.
         min_p: only tokens with at least this share of the best one's probability (arXiv
             2407.01082); 0 for all.
-        repetition_penalty: divides positive and multiplies negative logits of tokens that stand in
-            prompt or answer (arXiv 1909.05858); 1 for none.
+        repetition_penalty: divides positive and multiplies negative logits of tokens of the prompt
+            or answer (arXiv 1909.05858); 1 for none.
         stop_token_ids: tokens that end an answer; they are the last of its ids and not in its text.
-        stop_strings: texts that end an answer; its ids go on to the token that completes the
-            text, its text ends before it. They need the engine to have a tokenizer.
+        stop_strings: texts that end an answer; its ids include the token that completes the text,
+            its text ends before it. They need an engine with a tokenizer.
     """
 
     max_new_tokens: int = 512
@@ -58,7 +52,7 @@ class SamplingConfig:
     stop_strings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a field that cannot be."""
+        """Validates the fields."""
         self._require("max_new_tokens", self.max_new_tokens >= 1, "at least 1")
         self._require("min_new_tokens", self.min_new_tokens >= 0, "at least 0")
         self._require(
@@ -85,11 +79,11 @@ class Request:
     """A prompt to answer.
 
     Attributes:
-        prompt_token_ids: what the answer follows.
-        sampling: how.
-        seed: of its randomness, 0 to 2^32 - 1: the same request with the same seed has the same
-            answers, whatever else the engine does.
-        num_answers: answers wanted, G; they differ by their index.
+        prompt_token_ids: the tokens before the answer.
+        sampling: the sampling of the answers.
+        seed: 0 to 2^32 - 1; the same request with the same seed has the same answers, whatever else
+            the engine does.
+        num_answers: number G of answers; they differ by their index.
     """
 
     prompt_token_ids: Sequence[int]
@@ -98,7 +92,7 @@ class Request:
     num_answers: int = 1
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a field that cannot be."""
+        """Validates the fields."""
         if not len(self.prompt_token_ids):
             raise ValueError("Request.prompt_token_ids is empty; a prompt needs at least one token")
         if not 0 <= self.seed < _SEEDS:
@@ -109,7 +103,7 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Usage:
-    """Tokens that a request cost."""
+    """Tokens of a request and its answer."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -120,15 +114,15 @@ class Answer:
     """One answer.
 
     Attributes:
-        request_index: which of the requests it answers, counted from 0 in the order given.
-        answer_index: which of that request's answers it is.
+        request_index: index of its request, from 0 in the order given.
+        answer_index: index among that request's answers.
         token_ids: as sampled, a stop token included.
         text: of the ids, without a stop token or stop string; None without a tokenizer.
         log_probs: of each token under the softmax of logits / temperature, nothing filtered or
             penalised (temperature 1 for greedy answers).
         sampling_log_probs: of each token under the distribution it was drawn from.
         finish_reason: `stop` for a stop token or string, `length` for a limit.
-        usage: what it cost; answers of one request share its prompt.
+        usage: its tokens; answers of one request share its prompt.
     """
 
     request_index: int
@@ -146,14 +140,14 @@ class EngineReport:
     """Counts since the engine was made, or since its `reset_report`.
 
     Attributes:
-        prompt_tokens: run through the model; once for all answers of a request.
-        generated_tokens: sampled, those behind a stop string included.
-        seconds: spent in the engine's rounds, compilation included.
+        prompt_tokens: tokens run through the model; once for all answers of a request.
+        generated_tokens: tokens sampled, those after a stop string included.
+        seconds: time of the engine's rounds, compilation included.
         rounds: calls of the decode program.
         queued_slot_steps: slots times decode steps, while answers were waiting for a slot.
         queued_busy_slot_steps: those of them that gave a token.
         compilations: programs compiled, by kind, since the engine was made.
-        max_compilations: how many there can be at most, whatever the requests.
+        max_compilations: largest possible number of them, whatever the requests.
     """
 
     prompt_tokens: int
@@ -167,18 +161,18 @@ class EngineReport:
 
     @property
     def occupancy(self) -> float:
-        """Share of slots that were busy until the queue was empty; 1 where nothing ever waited."""
+        """Returns the share of slots busy until the queue was empty; 1 if nothing ever waited."""
         if not self.queued_slot_steps:
             return 1.0
         return self.queued_busy_slot_steps / self.queued_slot_steps
 
     @property
     def tokens_per_s(self) -> float:
-        """Generated tokens per second."""
+        """Returns generated tokens per second."""
         return self.generated_tokens / self.seconds if self.seconds else 0.0
 
     def __str__(self) -> str:
-        """One line."""
+        """Returns the report in one line."""
         return (
             f"{self.generated_tokens} tokens in {self.seconds:.1f} s "
             f"({self.tokens_per_s:.1f} tokens/s), slots {self.occupancy:.0%} busy while requests "
@@ -201,16 +195,15 @@ def find_stop(
     *,
     first: int,
 ) -> Cut | None:
-    """Where the first stop string completes, None while none has.
+    """Returns where the first stop string is complete, or None.
 
     Args:
         tokenizer: the model's.
         token_ids: of an answer.
         stop_strings: texts that end it.
-        first: the shortest length in tokens at which it may end; what was complete before is
-            passed over.
+        first: the smallest length in tokens at which it may end; earlier stop strings are ignored.
     """
-    # A character whose bytes are not all there yet decodes to U+FFFD, and may still change.
+    # A character with missing bytes decodes to U+FFFD, and may still change.
     passed = len(text_of(tokenizer, token_ids[: first - 1]).rstrip("\ufffd"))
 
     def start(text: str) -> int | None:
@@ -227,23 +220,20 @@ def find_stop(
     return None
 
 
-MAX_STOP_TOKENS = 16  # A fixed width, so that no request compiles anything anew.
-
-
 def slots_for(wanted: int, mesh: Mesh | None) -> int:
-    """The fewest slots, at least so many, that a mesh divides evenly."""
+    """Returns the smallest number of slots from `wanted` on that a mesh divides evenly."""
     shards = sharding.batch_shards(mesh)
     return -(-wanted // shards) * shards
 
 
 @dataclasses.dataclass
 class Running:
-    """An answer on its way.
+    """An unfinished answer.
 
     Attributes:
-        request_index: its request, counted in the order given.
+        request_index: index of its request, in the order given.
         request: the request itself.
-        answer_index: which of the request's answers.
+        answer_index: index among the request's answers.
         token_ids: so far.
         log_probs: of each, see `Answer`.
         sampling_log_probs: of each, see `Answer`.
@@ -264,12 +254,12 @@ class SlotTable:
 
     Attributes:
         running: the answer in each slot, None where it is free.
-        progress: arrays of the host, as the programs take them.
+        progress: host arrays, as arguments of the programs.
         settings: likewise.
     """
 
     def __init__(self, num_slots: int) -> None:
-        """Make free slots."""
+        """Makes free slots."""
 
         def filled(value: int | float, dtype: type, *more: int) -> np.ndarray:
             return np.full((num_slots, *more), value, dtype=dtype)
@@ -293,18 +283,18 @@ class SlotTable:
 
     @property
     def free(self) -> list[int]:
-        """The slots without an answer."""
+        """Returns the slots without an answer."""
         return [slot for slot, running in enumerate(self.running) if running is None]
 
     @property
     def lengths_B(self) -> np.ndarray:
-        """Positions that each slot has behind it; a free one has none."""
+        """Returns each slot's number of cached positions, 0 for a free one."""
         return np.where(self.progress.active_B, self.progress.positions_B, 0)
 
     def occupy(self, slot: int, running: Running) -> None:
-        """Put an answer at its start into a slot; the cache holds all but the prompt's last token.
+        """Puts a new answer into a slot; the cache holds all but the prompt's last token.
 
-        That token is the first that a decode step runs, so that all sampling is in one place.
+        The first decode step runs that token, so that all sampling is in one program.
         """
         prompt, sampling = running.request.prompt_token_ids, running.request.sampling
         self.running[slot] = running
@@ -323,14 +313,14 @@ class SlotTable:
         settings.answer_B[slot] = running.answer_index
 
     def free_slot(self, slot: int) -> None:
-        """Take the answer out of a slot; it idles at position 0."""
+        """Removes the answer from a slot, which idles at position 0."""
         self.running[slot] = None
         self._set_progress(slot, token=0, position=0, active=False)
 
     def rows_to_decode(self, sizes: tuple[int, ...], *, shards: int) -> np.ndarray:
-        """The slots that hold answers, filled up with idle ones to one of the sizes.
+        """Returns the slots with answers, filled up with idle ones to one of the sizes.
 
-        As many of each shard, one shard after another; in a shard in rising order.
+        They are equally many of each shard, one shard after another, in rising order in a shard.
 
         Args:
             sizes: numbers of slots, rising; the last is all of them.
@@ -343,12 +333,12 @@ class SlotTable:
         return (np.sort(first_XR) + active_XB.shape[1] * np.arange(shards)[:, None]).reshape(-1)
 
     def of_rows(self, rows_R: np.ndarray) -> tuple[Progress, Settings]:
-        """Progress and settings of some slots."""
+        """Returns progress and settings of some slots."""
         progress = Progress(*(array[rows_R] for array in self.progress))
         return progress, Settings(*(array[rows_R] for array in self.settings))
 
     def take(self, rows_R: np.ndarray, progress: Progress, emitted: Emitted) -> int:
-        """Note what some decode steps of some slots gave; returns the number of tokens."""
+        """Records the results of decode steps of some slots; returns the number of tokens."""
         for own, new in zip(self.progress, progress, strict=True):
             own[rows_R] = np.asarray(new)
         tokens_NR, log_probs_NR, sampling_NR = (np.asarray(array) for array in emitted)

@@ -1,4 +1,4 @@
-"""Answers to a few prompts that stay the same while a model trains: its progress, to be read."""
+"""Answers to a few fixed prompts while a model trains, to read its progress."""
 
 import dataclasses
 import os
@@ -25,7 +25,7 @@ _PROBE = (Message("user", "?"), Message("assistant", "!"))
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplesConfig:
-    """What is sampled at each evaluation.
+    """The answers sampled at each evaluation.
 
     Attributes:
         num_prompts: held-out dialogues whose last answer is written anew; 0 for none.
@@ -36,7 +36,7 @@ class SamplesConfig:
     max_new_tokens: int = 128
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a number that cannot be."""
+        """Validates the fields."""
         if self.num_prompts < 0 or self.max_new_tokens < 1:
             raise ValueError(
                 f"samples.num_prompts={self.num_prompts} must be at least 0, and "
@@ -45,7 +45,7 @@ class SamplesConfig:
 
 
 class SamplePrompt(NamedTuple):
-    """A dialogue's beginning, and the answer that stands in the data."""
+    """A dialogue's beginning, and the answer in the data."""
 
     id: str
     token_ids: list[int]
@@ -53,7 +53,7 @@ class SamplePrompt(NamedTuple):
 
 
 class Samples:
-    """Writes greedy answers to a file, one line a prompt and step."""
+    """Writes greedy answers to a file, one line for each prompt and step."""
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class Samples:
         mesh: Mesh,
         path: str | os.PathLike[str],
     ) -> None:
-        """Nothing is compiled before the first `write`.
+        """Sets the sampling; nothing is compiled before the first `write`.
 
         Args:
             model: the backbone.
@@ -74,7 +74,7 @@ class Samples:
             tokenizer: the model's.
             stop_token_ids: the template's.
             max_new_tokens: tokens of an answer at most, and less where positions end.
-            mesh: where the weights lie.
+            mesh: the weights' mesh.
             path: the file.
         """
         self._model, self._prompts, self._tokenizer = model, prompts, tokenizer
@@ -87,13 +87,13 @@ class Samples:
         self._engine: Engine | None = None
 
     def write(self, step: int, variables: Mapping[str, Any]) -> None:
-        """Adds the answers of a step; those of it and of later ones, from a killed run, go first.
+        """Appends the answers of a step, after removing those of it and later ones.
 
-        Of several processes, all have to call this; the first one writes.
+        Those come from a killed run. All of several processes must call this; the first one writes.
 
         Args:
             step: optimizer steps so far.
-            variables: the model's; let go of again when the answers are written.
+            variables: the model's; released when the answers are written.
         """
         engine = self._load(dict(variables))
         requests = [
@@ -137,7 +137,7 @@ class Samples:
 
 
 def read_samples(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The rows of a samples file; none where there is no file yet."""
+    """Returns the rows of a samples file; none if there is no file yet."""
     path = pathlib.Path(path)
     if not path.exists():
         return []
@@ -147,7 +147,7 @@ def read_samples(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 def sample_prompt(
     example: Example, template: ChatTemplate, tokenizer: transformers.PreTrainedTokenizerBase
 ) -> SamplePrompt:
-    """A tokenised dialogue up to its last trained answer, the answer's header included.
+    """Cuts a tokenised dialogue before its last trained answer, whose header is kept.
 
     The ids are those of training; the header is the end of the template's prompt, where the
     template trains it with the answer.
@@ -160,6 +160,6 @@ def sample_prompt(
     end = start + len(header)
     ids = np.asarray(example.token_ids).tolist()
     assert ids[start:end] == header, f"example {example.id!r} is of another template"
-    # Behind it may stand turns that are not trained.
+    # Turns that are not trained may follow it.
     answer_end = start + int(np.argmin(np.append(trained[start:], False)))
     return SamplePrompt(example.id, ids[:end], ids[end:answer_end])

@@ -1,13 +1,13 @@
-"""From logits to tokens, each row by its own settings.
+"""Samples tokens from logits, each row by its own settings.
 
 The order is transformers': repetition penalty, minimum length, temperature, top-k, top-p, min-p.
-No vocabulary is sorted. Top-k and top-p each keep the scores from some threshold up, and the
-threshold is found bit by bit from counts and sums, which stay cheap with the vocabulary split over
-devices. What no row asks for is skipped at run time.
+No vocabulary is sorted. Top-k and top-p each keep the scores above a threshold, and the threshold
+is found bit by bit from counts and sums, which stay cheap with the vocabulary split over devices.
+Filters that no row uses are skipped at run time.
 
-Tokens are drawn by the Gumbel-max rule: the best of the kept scores after each is perturbed by
-noise of its own. The noise comes from the request's seed, the answer's index and the token's index
-alone, so that an answer does not depend on what is decoded beside it.
+Tokens are drawn by the Gumbel-max rule: the best of the kept scores after each is perturbed by its
+own noise. The noise comes from the request's seed, the answer's index and the token's index alone,
+so that an answer does not depend on the answers decoded beside it.
 """
 
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ _LARGEST_BIT = 31
 
 
 class Settings(NamedTuple):
-    """How each row is sampled; arrays, so that no setting compiles anything anew.
+    """The sampling of each row, as arrays, so that no setting causes a recompilation.
 
     Attributes:
         temperature_B: float32; 0 takes the best token.
@@ -27,7 +27,7 @@ class Settings(NamedTuple):
         top_p_B: float32; 1 keeps all.
         min_p_B: float32; 0 keeps all.
         repetition_penalty_B: float32; 1 changes nothing.
-        min_new_tokens_B: int32; no stop token before so many.
+        min_new_tokens_B: int32; no stop token before this many.
         max_new_tokens_B: int32.
         stop_token_ids_BE: int32, filled up with -1.
         seed_B: uint32.
@@ -52,8 +52,8 @@ class Chosen(NamedTuple):
     Attributes:
         tokens_B: int32.
         log_probs_B: under the softmax of logits / temperature (1 where the temperature is 0).
-        sampling_log_probs_B: under the distribution that it was drawn from, with all filters; 0
-            where the temperature is 0.
+        sampling_log_probs_B: under the distribution it was drawn from, with all filters; 0 where
+            the temperature is 0.
     """
 
     tokens_B: jax.Array
@@ -73,10 +73,10 @@ def choose(
 
     Args:
         logits_BV: at least float32.
-        seen_BV: whether a token stands in the prompt or in the answer so far.
+        seen_BV: bool, the token is in the prompt or in the answer so far.
         settings: of each row.
         generated_B: int32, tokens of the answer so far.
-        active_B: rows that matter; the settings of others cost nothing.
+        active_B: rows in use; the settings of others are ignored.
     """
     drawn_B = active_B & (settings.temperature_B > 0)
     temperature_B1 = jnp.where(settings.temperature_B > 0, settings.temperature_B, 1.0)[:, None]
@@ -90,8 +90,8 @@ def choose(
         scores_BV = forbid(scores_BV, settings.stop_token_ids_BE, too_early_B)
         return filter_scores(scores_BV / temperature_B1, settings, drawn_B)
 
-    # One question for all filters: each answer costs a copy of the scores.
-    is_changed = (too_early_B | _asks_for_change(settings, active_B, drawn_B)).any()
+    # One condition for all filters: each condition costs a copy of the scores.
+    is_changed = (too_early_B | _changes_scores(settings, active_B, drawn_B)).any()
     scores_BV = jax.lax.cond(is_changed, changed, lambda: plain_BV)
     noise_BV = jax.lax.cond(
         drawn_B.any(),
@@ -104,18 +104,12 @@ def choose(
     return Chosen(tokens_B, plain_B, jnp.where(drawn_B, sampling_B, 0.0))
 
 
-def _asks_for_change(settings: Settings, active_B: jax.Array, drawn_B: jax.Array) -> jax.Array:
-    """Rows whose settings leave some scores out or lower them, whatever the token's index."""
-    filters_B = (settings.top_k_B > 0) | (settings.top_p_B < 1) | (settings.min_p_B > 0)
-    return (active_B & (settings.repetition_penalty_B != 1)) | (drawn_B & filters_B)
-
-
 def penalise_repetition(
     logits_BV: jax.Array, seen_BV: jax.Array, penalty_B: jax.Array
 ) -> jax.Array:
     """Divides positive logits of seen tokens by the penalty and multiplies negative ones.
 
-    Source: CTRL, arXiv 1909.05858, section 4.1, in the form that transformers gave it.
+    Source: CTRL, arXiv 1909.05858, section 4.1, in the variant of transformers.
     """
 
     def penalise() -> jax.Array:
@@ -127,7 +121,7 @@ def penalise_repetition(
 
 
 def forbid(scores_BV: jax.Array, token_ids_BE: jax.Array, where_B: jax.Array) -> jax.Array:
-    """Takes some tokens (-1 for none) out of the rows where that is asked for."""
+    """Removes some tokens (-1 for none) from the rows of `where_B`."""
 
     def without() -> jax.Array:
         asked_BE = where_B[:, None] & (token_ids_BE >= 0)
@@ -141,9 +135,9 @@ def forbid(scores_BV: jax.Array, token_ids_BE: jax.Array, where_B: jax.Array) ->
 
 
 def filter_scores(scores_BV: jax.Array, settings: Settings, drawn_B: jax.Array) -> jax.Array:
-    """Scores with top-k, then top-p, then min-p applied: what they leave out becomes -inf.
+    """Applies top-k, then top-p, then min-p: scores that they remove become -inf.
 
-    Ties at a threshold are all kept. Top-p is taken of what top-k left, min-p is relative to the
+    Ties at a threshold are all kept. Top-p applies to what top-k left, min-p is relative to the
     best token.
 
     Args:
@@ -165,19 +159,36 @@ def filter_scores(scores_BV: jax.Array, settings: Settings, drawn_B: jax.Array) 
     return jnp.where(scores_BV < lowest_B1, -jnp.inf, scores_BV)
 
 
+def gumbel_noise(settings: Settings, generated_B: jax.Array, like_BV: jax.Array) -> jax.Array:
+    """Returns Gumbel noise `[B, V]` from each row's seed, answer and token index."""
+
+    def row(seed: jax.Array, answer: jax.Array, generated: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(jax.random.key(seed), answer)
+        key = jax.random.fold_in(key, generated)
+        return jax.random.gumbel(key, like_BV.shape[1:], like_BV.dtype)
+
+    return jax.vmap(row)(settings.seed_B, settings.answer_B, generated_B)
+
+
+def _changes_scores(settings: Settings, active_B: jax.Array, drawn_B: jax.Array) -> jax.Array:
+    """Returns rows whose settings remove or lower scores, whatever the token's index."""
+    filters_B = (settings.top_k_B > 0) | (settings.top_p_B < 1) | (settings.min_p_B > 0)
+    return (active_B & (settings.repetition_penalty_B != 1)) | (drawn_B & filters_B)
+
+
 def _keep_top_k(scores_BV: jax.Array, top_k_B: jax.Array) -> jax.Array:
-    """The k best scores; all where k is 0."""
+    """Keeps the k best scores; all where k is 0."""
     ordered_BV = _ordered(scores_BV)
     ones_BV = jnp.ones_like(scores_BV, dtype=jnp.int32)
     wanted_B = jnp.where(top_k_B > 0, jnp.minimum(top_k_B, scores_BV.shape[1]), 0)
     lowest_B = _largest_threshold(ordered_BV, ones_BV, wanted_B)
-    # A target of none is met by every threshold: those rows keep everything.
+    # Every threshold meets a target of 0: those rows keep everything.
     lowest_B = jnp.where(top_k_B > 0, lowest_B, 0)
     return jnp.where(ordered_BV >= lowest_B[:, None], scores_BV, -jnp.inf)
 
 
 def _keep_top_p(scores_BV: jax.Array, top_p_B: jax.Array) -> jax.Array:
-    """The smallest set of best scores that holds probability p; all where p is 1."""
+    """Keeps the smallest set of best scores with probability p; all where p is 1."""
     ordered_BV = _ordered(scores_BV)
     probabilities_BV = jax.nn.softmax(scores_BV, axis=-1)
     lowest_B = _largest_threshold(ordered_BV, probabilities_BV, top_p_B)
@@ -186,7 +197,7 @@ def _keep_top_p(scores_BV: jax.Array, top_p_B: jax.Array) -> jax.Array:
 
 
 def _ordered(scores_BV: jax.Array) -> jax.Array:
-    """uint32 that compare like the float32 scores they stand for."""
+    """Returns uint32 that compare like the float32 scores."""
     bits_BV = jax.lax.bitcast_convert_type(scores_BV.astype(jnp.float32), jnp.uint32)
     sign = jnp.uint32(1 << _LARGEST_BIT)
     return jnp.where(bits_BV >= sign, ~bits_BV, bits_BV | sign)
@@ -195,9 +206,10 @@ def _ordered(scores_BV: jax.Array) -> jax.Array:
 def _largest_threshold(
     ordered_BV: jax.Array, weights_BV: jax.Array, target_B: jax.Array
 ) -> jax.Array:
-    """The largest t for which the weights of what is at least t reach the target; 0 if none does.
+    """Returns the largest t such that scores from t on have enough weight; 0 if none.
 
-    Found from the highest bit down: a bit stays set if enough weight remains above.
+    The weight is enough if it reaches the target. Bits are tried from the highest down: one stays
+    set if enough weight remains above.
     """
 
     def try_bit(step: jax.Array, found_B: jax.Array) -> jax.Array:
@@ -211,29 +223,18 @@ def _largest_threshold(
     return jax.lax.fori_loop(0, _LARGEST_BIT + 1, try_bit, none_B)
 
 
-def gumbel_noise(settings: Settings, generated_B: jax.Array, like_BV: jax.Array) -> jax.Array:
-    """Gumbel noise `[B, V]` from each row's seed, answer and token index."""
-
-    def row(seed: jax.Array, answer: jax.Array, generated: jax.Array) -> jax.Array:
-        key = jax.random.fold_in(jax.random.key(seed), answer)
-        key = jax.random.fold_in(key, generated)
-        return jax.random.gumbel(key, like_BV.shape[1:], like_BV.dtype)
-
-    return jax.vmap(row)(settings.seed_B, settings.answer_B, generated_B)
-
-
 def _best_tokens(scores_BV: jax.Array) -> jax.Array:
-    """The first of the best tokens of each row, int32.
+    """Returns the first of the best tokens of each row, int32.
 
-    In two plain reductions of scores that stand in memory: on CPU an argmax is computed number by
-    number, and all that makes the scores with it, which takes three times as long.
+    It takes two plain reductions of scores in memory: on CPU an argmax is computed number by
+    number, and everything that makes the scores is fused with it, which takes three times as long.
     """
     scores_BV = jax.lax.optimization_barrier(scores_BV)
     vocab_size = scores_BV.shape[1]
     is_best_BV = scores_BV >= scores_BV.max(axis=-1, keepdims=True)
     tokens_V = jnp.arange(vocab_size, dtype=jnp.int32)
     first_B = jnp.where(is_best_BV, tokens_V[None, :], vocab_size).min(axis=-1)
-    return jnp.minimum(first_B, vocab_size - 1)  # Scores that are no numbers have no best one.
+    return jnp.minimum(first_B, vocab_size - 1)  # NaN scores have no best one.
 
 
 def _log_prob(scores_BV: jax.Array, tokens_B: jax.Array) -> jax.Array:

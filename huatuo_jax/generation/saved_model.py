@@ -1,8 +1,7 @@
-"""A model on disk with its tokenizer and chat template: what answering or scoring with it needs.
+"""A model on disk with its tokenizer and chat template, opened before its weights are read.
 
-All of it is told without the weights, so that what a user can cause is raised before they are read.
-
-Engines of a few sizes for one model, so that requests of any size compile few programs.
+Everything here is known without the weights, so that a user's errors are raised before reading
+them. `Engines` answers requests of any size with few compiled programs.
 """
 
 import dataclasses
@@ -37,19 +36,20 @@ _OTHER_HEAD: Mapping[Head, str] = {
 # Fields of a generation_config.json that have the name and meaning of ours.
 _WITHOUT_SAMPLING = ("max_new_tokens", "min_new_tokens", "repetition_penalty")
 _SAMPLING = (*_WITHOUT_SAMPLING, "temperature", "top_k", "top_p", "min_p")
-_TOP_K = 50  # Of transformers, where it samples and nothing is said.
+_TOP_K = 50  # The default of transformers where it samples.
+_SLOTS = (1, 4, 16)
 
 
 @dataclasses.dataclass(frozen=True)
 class SavedModel:
-    """A model on disk; its weights are not read before `load_params`.
+    """A model on disk; `load_params` reads its weights.
 
     Attributes:
-        info: what its folder holds.
-        mesh: where its weights go, and what is computed.
+        info: the content of its folder.
+        mesh: devices of its weights and computation.
         tokenizer: its own.
-        template: what dialogues are rendered with.
-        stop_token_ids: what ends an answer; of a model with a token head.
+        template: the chat template of its dialogues.
+        stop_token_ids: tokens that end an answer; empty for a model without a token head.
     """
 
     info: models.ModelInfo
@@ -59,22 +59,22 @@ class SavedModel:
     stop_token_ids: tuple[int, ...]
 
     def load_params(self) -> dict[str, Any]:
-        """The parameters on the mesh, in the dtype that they are stored in."""
+        """Loads the parameters onto the mesh, in their stored dtype."""
         return models.load_params(self.info, mesh=self.mesh)
 
     def with_stops(self, sampling: SamplingConfig) -> SamplingConfig:
-        """The sampling with the model's stop tokens added to its own."""
+        """Returns the sampling with the model's stop tokens added to its own."""
         stops = dict.fromkeys(self.stop_token_ids + sampling.stop_token_ids)
         return dataclasses.replace(sampling, stop_token_ids=tuple(stops))
 
     def default_sampling(self) -> SamplingConfig:
-        """How the model's `generation_config.json` samples; greedy without such a file.
+        """Returns the sampling of the model's `generation_config.json`, or greedy without one.
 
-        Fields that it leaves out have the defaults of transformers' `generate`, which is greedy
-        unless `do_sample` is true, but for `max_new_tokens`, which has ours.
+        Missing fields have the defaults of transformers' `generate`, which is greedy unless
+        `do_sample` is true, except `max_new_tokens`, which has ours.
 
         Raises:
-            ValueError: a field holds what cannot be.
+            ValueError: a field is invalid.
         """
         path = self.info.folder / generation_config.GENERATION_CONFIG_FILE
         found = read_json(path) if path.is_file() else {}
@@ -95,7 +95,7 @@ class SavedModel:
     def make_engine(
         self, params: dict[str, Any], compute: ComputeConfig, *, slots: int, max_length: int
     ) -> Engine:
-        """An engine with these parameters of the model; sizes as in `Engine`."""
+        """Makes an engine with these parameters of the model; sizes as in `Engine`."""
         return Engine(
             Transformer(self.info.cfg, compute),
             {"params": params},
@@ -116,20 +116,20 @@ def open_saved_model(
     mesh: MeshConfig,
     ignore_config_fields: Collection[str] = (),
 ) -> SavedModel:
-    """Finds a model and what it needs, not its weights.
+    """Finds a model with its tokenizer and template, without reading its weights.
 
     Args:
         source: folder of either form, or a hub id.
-        head: what is wanted of it: `lm` to answer, `score` for a reward model.
+        head: the head it must have: `lm` to answer, `score` for a reward model.
         template: chat template by name; None for the model's own, see `templates.for_tokenizer`.
         default_system: its system text; None for the template's own.
         template_date: the date that a tokenizer's own template prints, see `templates.by_name`.
-        mesh: how the devices are divided.
+        mesh: axes of the device mesh.
         ignore_config_fields: of its `config.json`, see `models.find_model`.
 
     Raises:
-        ValueError: it has another head, the tokenizer or template does not suit it, or the mesh
-            does not divide it.
+        ValueError: it has another head, its tokenizer or template does not fit it, or the mesh does
+            not divide it.
         FileNotFoundError: there is no such model.
     """
     info = models.find_model(source, ignore_config_fields=ignore_config_fields)
@@ -155,16 +155,13 @@ def open_saved_model(
 
 
 def compute_config(compute_dtype: str | None) -> ComputeConfig:
-    """How a model is computed that is not trained: by default float32 on CPU, else bfloat16."""
+    """Returns the compute config of a model that is not trained."""
     default = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     return ComputeConfig(compute_dtype=jnp.dtype(compute_dtype or default))
 
 
-_SLOTS = (1, 4, 16)
-
-
 class Engines:
-    """Answers requests with an engine of the smallest size that is large enough.
+    """Answers requests with the smallest engine that is large enough.
 
     Sizes are steps of slots and of length, and each is compiled once. One engine at a time holds
     the model's weights.
@@ -179,12 +176,12 @@ class Engines:
         max_slots: int,
         max_length: int,
     ) -> None:
-        """Nothing is compiled yet.
+        """Sets the sizes; nothing is compiled yet.
 
         Args:
-            model: whose answers are wanted.
+            model: the model that answers.
             params: its own, on its mesh.
-            compute: how it is computed.
+            compute: dtypes and kernels.
             max_slots: answers decoded at once at most.
             max_length: tokens of a prompt and an answer at most.
         """
@@ -195,7 +192,7 @@ class Engines:
         self._loaded: tuple[int, int] | None = None
 
     def answer(self, requests: Sequence[Request]) -> list[list[Answer]]:
-        """All answers of each request, in the order of the requests and of their answers.
+        """Answers requests, in the order of the requests and of their answers.
 
         Raises:
             ValueError: an invalid request, or a cache that does not fit.

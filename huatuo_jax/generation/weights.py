@@ -1,4 +1,4 @@
-"""Weights as the engine reads them: on its mesh, in the dtype it computes in."""
+"""Weights for the engine: on its mesh, in its dtype, with layers stacked or split."""
 
 import functools
 from typing import Any
@@ -25,13 +25,13 @@ def place(
     cast: bool,
     split_layers: bool,
 ) -> Variables:
-    """The variables where and as generation reads them; what already is so is not copied.
+    """Moves and casts the variables for generation; arrays that need neither are not copied.
 
     Args:
         variables: `{"params": ..., "lora": ...}` with stacked layers, on any mesh.
         cfg: the backbone.
         compute: gives the dtype.
-        mesh: where to; None leaves every array where it is.
+        mesh: devices to move to; None moves nothing.
         cast: to the compute dtype once, rather than in every step.
         split_layers: make a tuple of the stacked layers, which copies them.
 
@@ -49,16 +49,16 @@ def place(
 
 
 def mesh_for(cfg: BackboneConfig, wanted: MeshConfig, mesh: Mesh, *, field: str) -> Mesh:
-    """The devices of a mesh divided for generation, told before any weights are there.
+    """Divides the devices of a mesh for generation, and checks it before weights are loaded.
 
     Args:
         cfg: the backbone.
-        wanted: how they are divided.
-        mesh: of the devices.
-        field: of the config, for messages.
+        wanted: the mesh's axes.
+        mesh: its devices.
+        field: the config field, for messages.
 
     Raises:
-        ValueError: it does not multiply to the devices, or does not divide the model.
+        ValueError: the axes do not multiply to the devices, or do not divide the model.
     """
     try:
         found = wanted.over(mesh)
@@ -81,22 +81,38 @@ def mesh_for(cfg: BackboneConfig, wanted: MeshConfig, mesh: Mesh, *, field: str)
     return found
 
 
-@functools.cache  # So that nothing is compiled anew for the next iteration's weights.
+@functools.cache  # So that nothing is recompiled for the next iteration's weights.
 def moving(place: NamedSharding, dtype: DTypeLike) -> Any:
-    """The jitted function of an array that casts it and moves it to a place.
+    """Returns the jitted function that casts an array and moves it to a sharding.
 
-    The cast comes first, so that fewer bytes travel. The array has to lie on the very devices of
-    the place, in their order. One array at a time: a program of all of them would hold several in
-    passing.
+    The cast comes first, so that fewer bytes travel. The array must be on the same devices, in
+    their order. It takes one array at a time: a program of all would hold several temporarily.
     """
     return jax.jit(functools.partial(_on_its_way, dtype=dtype, to=place), out_shardings=place)
 
 
-def _on_its_way(leaf: jax.Array, *, dtype: DTypeLike, to: NamedSharding) -> jax.Array:
-    """An array cast, and cut as at its place but for what is to be whole there, cut as well.
+def stored_shapes(variables: Variables, cfg: BackboneConfig, compute: ComputeConfig) -> Variables:
+    """Returns the shapes and dtypes of variables that are cast once."""
+    cast = functools.partial(
+        store_as_computed, dtype=compute.compute_dtype, keep_lm_head=cfg.norm_head
+    )
+    return jax.eval_shape(cast, variables)
 
-    Left to itself, the compiler gathers the whole array on every device and then cuts it. From here
-    it exchanges parts, then gathers what each device keeps.
+
+def that_are_read(variables: Variables) -> Variables:
+    """Selects the variables that generation reads."""
+    return {
+        name: {part: value for part, value in tree.items() if part != "score_head"}
+        for name, tree in variables.items()
+        if name in ("params", "lora")
+    }
+
+
+def _on_its_way(leaf: jax.Array, *, dtype: DTypeLike, to: NamedSharding) -> jax.Array:
+    """Casts an array, and shards it further along dimensions that will be replicated.
+
+    Otherwise the compiler gathers the whole array on every device and then cuts it. From this
+    sharding it exchanges parts, then gathers what each device keeps.
     """
     shards = sharding.batch_shards(to.mesh)
     spec = (
@@ -107,10 +123,10 @@ def _on_its_way(leaf: jax.Array, *, dtype: DTypeLike, to: NamedSharding) -> jax.
 
 
 def _moved(leaf: Any, dtype: Any, place: NamedSharding) -> jax.Array:
-    """An array in a dtype at a place.
+    """Returns an array in a dtype with a sharding.
 
-    `jax.device_put` would do, but where both are meshes of one process it takes what has to be cut
-    otherwise through the host's memory, in full width.
+    `jax.device_put` would do, but between two meshes of one process it moves arrays that are
+    resharded through the host's memory, in full width.
     """
     found = leaf.sharding if isinstance(leaf, jax.Array) else None
     if isinstance(found, NamedSharding):
@@ -125,29 +141,12 @@ def _cast(leaf: Any, dtype: Any) -> Any:
     return leaf if leaf.dtype == dtype else leaf.astype(dtype)
 
 
-def stored_shapes(variables: Variables, cfg: BackboneConfig, compute: ComputeConfig) -> Variables:
-    """The shapes and dtypes of variables that are cast once."""
-    cast = functools.partial(
-        store_as_computed, dtype=compute.compute_dtype, keep_lm_head=cfg.norm_head
-    )
-    return jax.eval_shape(cast, variables)
-
-
 def _dtypes(tree: Variables) -> Variables:
     return jax.tree.map(lambda leaf: leaf.dtype, tree)
 
 
-def that_are_read(variables: Variables) -> Variables:
-    """Those that generation has a use for."""
-    return {
-        name: {part: value for part, value in tree.items() if part != "score_head"}
-        for name, tree in variables.items()
-        if name in ("params", "lora")
-    }
-
-
 def _split(variables: Variables, cfg: BackboneConfig, mesh: Mesh | None) -> Variables:
-    """Layers as a tuple of trees instead of one stacked tree."""
+    """Returns layers as a tuple of trees instead of one stacked tree."""
     stacked = {name: tree["layers"] for name, tree in variables.items()}
     layers = _unstacked(stacked, num_layers=cfg.num_layers, mesh=mesh)
     return {
@@ -158,7 +157,7 @@ def _split(variables: Variables, cfg: BackboneConfig, mesh: Mesh | None) -> Vari
 
 @functools.partial(jax.jit, static_argnames=("num_layers", "mesh"))
 def _unstacked(stacked: Variables, *, num_layers: int, mesh: Mesh | None) -> tuple[Variables, ...]:
-    """Each layer for itself, compiled once for all loads of the same shapes."""
+    """Returns each layer by itself, compiled once for all loads of the same shapes."""
 
     def cut(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
         if mesh is None:
@@ -174,5 +173,5 @@ def _unstacked(stacked: Variables, *, num_layers: int, mesh: Mesh | None) -> tup
 
 
 def _inside(path: tuple[Any, ...]) -> str:
-    """The path inside a layer, without the collection's name."""
+    """Returns the path inside a layer, without the collection's name."""
     return sharding.path_name(path[1:])

@@ -1,1 +1,1 @@
-"""Judges, what they say, and the comparisons that come of it."""
+"""Judges of answers: asking, paying, and recording and reporting what they say."""

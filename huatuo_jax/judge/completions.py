@@ -1,15 +1,13 @@
-"""The body of a server's reply to a chat request, field by field as far as each has its type.
+"""Reads the bodies of chat completions and errors, taking only fields of the right type.
 
-The openai client builds its objects out of whatever a server sends and checks nothing, so that a
-null or another type at any place would surface later as an error of ours. Here a field that is not
-what it should be is as good as absent. Beyond OpenAI's own format: text in parts, token counts
-that leave the thoughts out, and errors that come with status 200.
+The openai client builds its objects from whatever a server sends and checks nothing, so that a
+null or another type would surface later as an error of ours. Here a field of a wrong type counts
+as absent. Beyond OpenAI's own format this reads text in parts, token counts that leave the
+reasoning out, and errors that come with status 200.
 
-What a server's error says: its own words, and what they mean in the wording of real servers.
-
-Of OpenAI, Azure, vLLM, llama.cpp, OpenRouter, LiteLLM, One API, Anthropic, Gemini, xAI, DeepSeek,
-Moonshot, DashScope, Zhipu, MiniMax, SiliconFlow and Volcengine, as far as their documentation and
-public reports quote them.
+The wordings of errors are those of OpenAI, Azure, vLLM, llama.cpp, OpenRouter, LiteLLM, One API,
+Anthropic, Gemini, xAI, DeepSeek, Moonshot, DashScope, Zhipu, MiniMax, SiliconFlow and Volcengine,
+as far as their documentation and public reports quote them.
 """
 
 import enum
@@ -22,20 +20,32 @@ from typing import Any, NamedTuple
 from huatuo_jax.judge.replies import Token
 from huatuo_jax.judge.spending import Usage
 
-# No call takes so many; a larger number is no count of tokens.
+# No call has so many; a larger number is not a count of tokens.
 _MOST_TOKENS = 10**9
 _MOST_OF_A_TEXT = 300
+_MOST_SIGNS = 4000  # Characters of an error that are searched for its meaning.
+_DEEPEST = 6
+# Fields in which servers repeat the request.
+_ECHOES = frozenset({"input", "flagged_input", "messages", "prompt", "ctx", "url", "request_id"})
+_MESSAGES = ("message", "error", "detail", "msg", "error_msg", "status_msg", "base_resp", "code")
+# Parameters of our requests: an error that names one is not about a question's texts.
+_PARAMETERS = frozenset(
+    "model temperature response_format max_tokens max_completion_tokens logprobs"
+    " top_logprobs".split()
+)
+# The length of the question itself, even if a parameter such as max_tokens is named too.
+_OF_TEXT = re.compile(r"context|input|prompt|messages")
 
 
 class Completion(NamedTuple):
-    """What a server replied.
+    """A server's reply.
 
     Attributes:
-        text: of the reply; None where it has none.
-        refusal: the model's words where it will not answer; None otherwise.
-        finish_reason: in the server's words; None where it does not say.
+        text: the reply's text; None for none.
+        refusal: the model's words where it refuses to answer; None otherwise.
+        finish_reason: in the server's words; None for none.
         tokens: of the text with log-probabilities; None where the server gives none.
-        usage: the server's count; None where it gives none that can be.
+        usage: the server's count; None where it gives no valid one.
     """
 
     text: str | None
@@ -46,23 +56,23 @@ class Completion(NamedTuple):
 
 
 class NoCompletion(Exception):
-    """The body is an error, or nothing that can be read.
+    """The body is an error, or unreadable.
 
     Attributes:
-        body: of an error, as JSON; None where the body is not JSON.
-        usage: the server's count, where it gives one all the same.
+        body: the error's JSON; None where the body is not JSON.
+        usage: the server's count, where the error has one.
     """
 
     def __init__(
         self, message: str, *, body: Mapping[str, Any] | None = None, usage: Usage | None = None
     ) -> None:
-        """Say what the body is."""
+        """Sets the message and the error's body."""
         super().__init__(message)
         self.body, self.usage = body, usage
 
 
 def read_json(content: bytes) -> Any:
-    """The JSON of a body; bytes that are no UTF-8 are marked in its texts.
+    """Parses a body as JSON; bytes that are not UTF-8 become U+FFFD.
 
     Raises:
         NoCompletion: it is not JSON.
@@ -76,12 +86,12 @@ def read_json(content: bytes) -> Any:
 
 
 def read_completion(content: bytes) -> Completion:
-    """What the body of a reply with status 200 says.
+    """Reads the body of a reply with status 200.
 
-    A body without a choice that can be read is a completion without a text: the server has worked.
+    A body without a readable choice is a completion without a text: the server has done work.
 
     Raises:
-        NoCompletion: it is an error, or not a JSON object.
+        NoCompletion: the body is an error, or not a JSON object.
     """
     body = read_json(content)
     if not isinstance(body, dict):
@@ -105,10 +115,10 @@ def read_completion(content: bytes) -> Completion:
 
 
 def usage_of(body: Mapping[str, Any]) -> Usage | None:
-    """The tokens of a call; None where the server gives no counts that can be.
+    """Returns the token counts of a call, or None where the server gives no valid ones.
 
-    Some servers leave the thoughts out of `completion_tokens` and have them in `total_tokens`, or
-    only among the details; they are paid for as output all the same.
+    Some servers count the reasoning in `total_tokens` but not in `completion_tokens`, or only among
+    the details; it is billed as output all the same.
     """
     usage = _mapping(body.get("usage"))
     details = _mapping(usage.get("completion_tokens_details"))
@@ -122,7 +132,7 @@ def usage_of(body: Mapping[str, Any]) -> Usage | None:
     output = max(
         told,
         (total or 0) - prompt,
-        # More thoughts than output: they cannot be a part of it.
+        # More reasoning than output: it is not part of it.
         told + thoughts if thoughts > told else 0,
     )
     in_details = _mapping(usage.get("prompt_tokens_details")).get("cached_tokens")
@@ -132,91 +142,11 @@ def usage_of(body: Mapping[str, Any]) -> Usage | None:
     return Usage(input_tokens=prompt, output_tokens=output, cached_tokens=cached)
 
 
-def _is_error(body: Mapping[str, Any]) -> bool:
-    """Whether a body is an error, as one or another server writes it."""
-    # MiniMax has a status in every body, which is 0 where all is well.
-    status = _mapping(body.get("base_resp")).get("status_code")
-    if body.get("error") or body.get("object") == "error" or status not in (None, 0, "0"):
-        return True
-    named = [body.get(name) for name in ("message", "msg", "detail", "error_msg")]
-    return not body.get("choices") and (body.get("success") is False or any(named))
-
-
-def _text_of(content: Any) -> str | None:
-    """A message's text, also in parts; parts that are thoughts are left out."""
-    if isinstance(content, list):
-        parts = [_mapping(part) for part in content]
-        texts = [part.get("text") for part in parts if part.get("type") in ("text", "output_text")]
-        return "".join(text for text in texts if isinstance(text, str)) or None
-    return content if isinstance(content, str) else None
-
-
-def _tokens_of(content: Any) -> tuple[Token, ...] | None:
-    if not isinstance(content, list) or not content:
-        return None
-    tokens = []
-    for entry in map(_mapping, content):
-        text = _bytes_of(entry)
-        if text is None:
-            return None  # With a token missing, no place among the others is certain.
-        others = entry.get("top_logprobs")
-        alternatives = {}
-        for one in (entry, *map(_mapping, others if isinstance(others, list) else ())):
-            other, log_prob = _bytes_of(one), one.get("logprob")
-            if other is not None and isinstance(log_prob, int | float) and _is_number(log_prob):
-                alternatives[other] = float(log_prob)
-        tokens.append(Token(text, alternatives))
-    return tuple(tokens)
-
-
-def _bytes_of(entry: Mapping[str, Any]) -> bytes | None:
-    numbers, text = entry.get("bytes"), entry.get("token")
-    if isinstance(numbers, list) and all(
-        isinstance(one, int) and not isinstance(one, bool) and 0 <= one < 256 for one in numbers
-    ):
-        return bytes(numbers)
-    return text.encode("utf-8", "surrogatepass") if isinstance(text, str) else None
-
-
-def _count(value: Any) -> int | None:
-    """A count of tokens, also where a server writes it as 12.0."""
-    if not _is_number(value) or not 0 <= value <= _MOST_TOKENS or value != int(value):
-        return None
-    return int(value)
-
-
-def _is_number(value: Any) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    # An integer of a thousand digits has no float.
-    return abs(value) <= 1e300 and math.isfinite(value)
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def _filled(value: Any) -> str | None:
-    return value if isinstance(value, str) and value.strip() else None
-
-
-_MOST_SIGNS = 4000  # Characters of an error that are searched for what it means.
-_DEEPEST = 6
-# Fields in which servers repeat what they were asked.
-_ECHOES = frozenset({"input", "flagged_input", "messages", "prompt", "ctx", "url", "request_id"})
-_MESSAGES = ("message", "error", "detail", "msg", "error_msg", "status_msg", "base_resp", "code")
-# Parameters of our requests: an error that names one is none of a question's texts.
-_PARAMETERS = frozenset(
-    "model temperature response_format max_tokens max_completion_tokens logprobs"
-    " top_logprobs".split()
-)
-
-
 class Meaning(enum.Enum):
-    """What an error is about.
+    """The subject of an error.
 
-    The first three and the parameters of the request are the same in every question; filters and
-    lengths are one question's; a busy server will take it later.
+    The first three, and the request's parameters, concern every question; filters and lengths
+    concern one question; a busy server accepts it later.
     """
 
     NO_MONEY = "no money"
@@ -226,6 +156,47 @@ class Meaning(enum.Enum):
     TOO_LONG = "too long"
     PARAMETER = "parameter"
     BUSY = "busy"
+
+
+def meanings_of(body: object) -> frozenset[Meaning]:
+    """Returns the subjects of an error by its words, empty where they are unknown."""
+    signs = " ".join(_signs_of(body))[:_MOST_SIGNS].lower()
+    found = {meaning for meaning, pattern in _SIGNS.items() if pattern.search(signs)}
+    if _parameter_of(body) in _PARAMETERS:
+        found.add(Meaning.PARAMETER)
+    if Meaning.PARAMETER in found and not _OF_TEXT.search(signs):
+        found.discard(Meaning.TOO_LONG)
+    return frozenset(found)
+
+
+def status_within(body: object) -> int | None:
+    """Returns the HTTP status inside the body of an error that came with status 200, or None."""
+    for part in (body, body.get("error") if isinstance(body, Mapping) else None):
+        for name in ("status", "status_code", "code"):
+            value = part.get(name) if isinstance(part, Mapping) else None
+            text = str(value) if isinstance(value, int | str) else ""
+            if re.fullmatch(r"[45]\d\d", text):
+                return int(text)
+    return None
+
+
+def words_of(body: object, depth: int = 0) -> str | None:
+    """Returns the server's own words from the body's usual formats, or None."""
+    if isinstance(body, str):
+        return body if body.strip() else None
+    if depth > _DEEPEST:
+        return None
+    inner: list[Any] = []
+    if isinstance(body, Mapping):
+        inner = [body[name] for name in _MESSAGES if name in body]
+        metadata = body.get("metadata")
+        if isinstance(metadata, Mapping):  # OpenRouter quotes the provider behind it.
+            raw = [metadata[name] for name in ("raw", "reasons") if name in metadata]
+            said = [words_of(part, depth + 1) for part in (*inner[:1], *raw)]
+            return " ".join(filter(None, said)) or None
+    elif isinstance(body, list):
+        inner = body
+    return next(filter(None, (words_of(part, depth + 1) for part in inner)), None)
 
 
 def _any(*patterns: str) -> re.Pattern[str]:
@@ -284,64 +255,89 @@ _SIGNS: Mapping[Meaning, re.Pattern[str]] = {
         "频率|限流|繁忙|稍后|重试",
     ),
 }
-# A length that is the question's own, though a parameter such as max_tokens is named beside it.
-_OF_TEXT = re.compile(r"context|input|prompt|messages")
 
 
-def meanings_of(body: object) -> frozenset[Meaning]:
-    """What an error is about, by its words; none where they are not known."""
-    signs = " ".join(_signs_of(body))[:_MOST_SIGNS].lower()
-    found = {meaning for meaning, pattern in _SIGNS.items() if pattern.search(signs)}
-    if _parameter_of(body) in _PARAMETERS:
-        found.add(Meaning.PARAMETER)
-    if Meaning.PARAMETER in found and not _OF_TEXT.search(signs):
-        found.discard(Meaning.TOO_LONG)
-    return frozenset(found)
+def _is_error(body: Mapping[str, Any]) -> bool:
+    """Returns True if a body is an error in the format of one server or another."""
+    # MiniMax has a status in every body, 0 for success.
+    status = _mapping(body.get("base_resp")).get("status_code")
+    if body.get("error") or body.get("object") == "error" or status not in (None, 0, "0"):
+        return True
+    named = [body.get(name) for name in ("message", "msg", "detail", "error_msg")]
+    return not body.get("choices") and (body.get("success") is False or any(named))
 
 
-def status_within(body: object) -> int | None:
-    """The HTTP status of an error that came with status 200, by its body; None where none."""
-    for part in (body, body.get("error") if isinstance(body, Mapping) else None):
-        for name in ("status", "status_code", "code"):
-            value = part.get(name) if isinstance(part, Mapping) else None
-            text = str(value) if isinstance(value, int | str) else ""
-            if re.fullmatch(r"[45]\d\d", text):
-                return int(text)
-    return None
+def _text_of(content: Any) -> str | None:
+    """Returns a message's text, also from parts, without parts that are reasoning."""
+    if isinstance(content, list):
+        parts = [_mapping(part) for part in content]
+        texts = [part.get("text") for part in parts if part.get("type") in ("text", "output_text")]
+        return "".join(text for text in texts if isinstance(text, str)) or None
+    return content if isinstance(content, str) else None
 
 
-def words_of(body: object, depth: int = 0) -> str | None:
-    """The server's own words, out of the body's usual shapes; None where there are none."""
-    if isinstance(body, str):
-        return body if body.strip() else None
-    if depth > _DEEPEST:
+def _tokens_of(content: Any) -> tuple[Token, ...] | None:
+    if not isinstance(content, list) or not content:
         return None
-    inner: list[Any] = []
-    if isinstance(body, Mapping):
-        inner = [body[name] for name in _MESSAGES if name in body]
-        metadata = body.get("metadata")
-        if isinstance(metadata, Mapping):  # OpenRouter: the words of the provider behind it.
-            raw = [metadata[name] for name in ("raw", "reasons") if name in metadata]
-            said = [words_of(part, depth + 1) for part in (*inner[:1], *raw)]
-            return " ".join(filter(None, said)) or None
-    elif isinstance(body, list):
-        inner = body
-    return next(filter(None, (words_of(part, depth + 1) for part in inner)), None)
+    tokens = []
+    for entry in map(_mapping, content):
+        text = _bytes_of(entry)
+        if text is None:
+            return None  # With a token missing, the position of the others is uncertain.
+        others = entry.get("top_logprobs")
+        alternatives = {}
+        for one in (entry, *map(_mapping, others if isinstance(others, list) else ())):
+            other, log_prob = _bytes_of(one), one.get("logprob")
+            if other is not None and isinstance(log_prob, int | float) and _is_number(log_prob):
+                alternatives[other] = float(log_prob)
+        tokens.append(Token(text, alternatives))
+    return tuple(tokens)
+
+
+def _bytes_of(entry: Mapping[str, Any]) -> bytes | None:
+    numbers, text = entry.get("bytes"), entry.get("token")
+    if isinstance(numbers, list) and all(
+        isinstance(one, int) and not isinstance(one, bool) and 0 <= one < 256 for one in numbers
+    ):
+        return bytes(numbers)
+    return text.encode("utf-8", "surrogatepass") if isinstance(text, str) else None
+
+
+def _count(value: Any) -> int | None:
+    """Returns a count of tokens, also where a server writes it as 12.0."""
+    if not _is_number(value) or not 0 <= value <= _MOST_TOKENS or value != int(value):
+        return None
+    return int(value)
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    # An integer of a thousand digits has no float.
+    return abs(value) <= 1e300 and math.isfinite(value)
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _filled(value: Any) -> str | None:
+    return value if isinstance(value, str) and value.strip() else None
 
 
 def _parameter_of(body: object) -> object:
-    """The parameter that an error names, as OpenAI writes it."""
+    """Returns the parameter that an error names in OpenAI's format, or None."""
     inner = body.get("error", body) if isinstance(body, Mapping) else None
     name = inner.get("param") if isinstance(inner, Mapping) else None
     return name if isinstance(name, str) else None
 
 
 def _signs_of(body: object, depth: int = 0) -> Iterator[str]:
-    """All texts and names of an error, less what repeats the question."""
+    """Yields all texts and names of an error, except what repeats the question."""
     if isinstance(body, Mapping) and depth <= _DEEPEST:
         for name, value in body.items():
             echo = name in _ECHOES
-            # That a text is repeated says nothing, but that it is flagged does.
+            # A repeated text has no meaning, but that it is flagged has.
             yield "" if echo and name != "flagged_input" else str(name)
             yield from () if echo else _signs_of(value, depth + 1)
     elif isinstance(body, list) and depth <= _DEEPEST:

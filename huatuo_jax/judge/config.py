@@ -1,4 +1,4 @@
-"""The judge of a run: who it is, and reaching it before hours of training depend on it."""
+"""The judge of a run, checked by a free request before hours of training depend on it."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -19,29 +19,29 @@ from huatuo_jax.judge.spending import BudgetConfig, RateLimits, read_price
 
 _TIMEOUT_S = 20.0
 _SHOWN = 8
-_NO_LIST = (404, 405, 501)  # What servers say that answer chats and nothing else.
+_NO_LIST = (404, 405, 501)  # The answers of servers that implement nothing but chats.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class JudgeConfig:
-    """Who judges: an offline judge, or a model behind an OpenAI-compatible server.
+    """The judge: an offline one, or a model behind an OpenAI-compatible server.
 
     Attributes:
         base_url: an OpenAI-compatible server's address, with its `/v1`; None for an offline judge.
-        offline: which one: the `rubric`, which is fixed and no substitute for a judge that reads,
-            or the `clinic`, which knows the truth of that world's prompts, and no others; `auto`
-            for the clinic where all prompts that are judged are of it, else the rubric.
+        offline: the offline judge: `rubric`, which is fixed and no substitute for a judge that
+            reads; `clinic`, which knows the truth about the clinic's prompts and judges no others;
+            `auto` takes the clinic's where all judged prompts are the clinic's, else the rubric.
         clinic_judge: the fields of the clinic's judge: noise, biases to plant, and whether it knows
-            the true disease. The evaluation asks the exact one, whatever stands here.
-        model: the judge's name on the server; None where the server has only one.
+            the true disease. The evaluation always asks the exact one.
+        model: the judge's name on the server; None for the only model of the server.
         max_cost: money that all runs may spend, in the currency of the price table.
         max_requests: calls that all runs may make.
         requests_per_minute: what the server allows.
         tokens_per_minute: what the server allows.
-        timeout_s: of a call.
-        structured: "json_schema" or "json_object" where the server can hold a reply to a form.
-        max_tokens: of a reply, its thoughts among them.
-        prices: file of the price table; None for the one that is shipped.
+        timeout_s: seconds that a call may take.
+        structured: "json_schema" or "json_object" where the server can enforce a reply format.
+        max_tokens: tokens of a reply at most, its reasoning included.
+        prices: file of the price table; None for the shipped one.
     """
 
     base_url: str | None = operational(None)
@@ -58,7 +58,7 @@ class JudgeConfig:
     prices: str | None = operational(None)
 
     def __post_init__(self) -> None:
-        """Raise ValueError for an invalid judge, or fields that an offline one ignores."""
+        """Validates the judge, and refuses fields that an offline one ignores."""
         if self.base_url is None:
             for name in ("model", "max_cost", "max_requests"):
                 if getattr(self, name) is not None:
@@ -72,10 +72,10 @@ class JudgeConfig:
         )
 
     def offline_for(self, prompts: Iterable[Prompt]) -> OfflineName:
-        """The offline judge of some prompts.
+        """Returns the name of the offline judge for these prompts.
 
         Raises:
-            ValueError: it is the rubric, and fields of the clinic's judge are given.
+            ValueError: the rubric judges, but fields of the clinic's judge are set.
         """
         name = self.offline
         if name == "auto":
@@ -84,7 +84,7 @@ class JudgeConfig:
         return name
 
     def openai(self, model: str) -> OpenAIJudgeConfig:
-        """The judge behind the server, by its name there."""
+        """Returns the config of the judge behind the server, under this model name."""
         assert self.base_url is not None
         limits = RateLimits(requests=self.requests_per_minute, tokens=self.tokens_per_minute)
         budget = BudgetConfig(max_requests=self.max_requests, max_cost=self.max_cost)
@@ -101,18 +101,18 @@ class JudgeConfig:
 
 
 def reach_judge(cfg: JudgeConfig, *, field: str = "config.judge") -> OpenAIJudgeConfig | None:
-    """Asks the server for its models, which costs nothing; None for the offline judge.
+    """Asks the server for its models, which costs nothing; returns None for an offline judge.
 
     Args:
         cfg: the judge.
-        field: where it stands in the config, for messages.
+        field: its path in the config, for messages.
 
     Returns:
-        What to ask; where the config names no model, the only one that the server has.
+        The judge to ask; where the config names no model, the server's only one.
 
     Raises:
-        ValueError: no key, a server that does not answer or does not have the model, several models
-            to choose from, or a budget of money for a model without a price.
+        ValueError: no key, no answer from the server, an unknown model, several models to choose
+            from, or a budget of money for a model without a price.
     """
     if cfg.base_url is None:
         return None
@@ -139,7 +139,7 @@ def reach_judge(cfg: JudgeConfig, *, field: str = "config.judge") -> OpenAIJudge
 
 
 def _models(base_url: str, key: str, field: str) -> list[str] | None:
-    """The names of the server's models; None where it answers but has no list."""
+    """Returns the names of the server's models, or None if it answers but has no list."""
     client = openai.OpenAI(api_key=key, base_url=base_url, timeout=_TIMEOUT_S, max_retries=1)
     try:
         body = read_json(client.models.with_raw_response.list().content)

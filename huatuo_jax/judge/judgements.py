@@ -1,12 +1,8 @@
-"""What a judge said of one answer or of two, as one line of a labels file.
+"""A judge's interface, and its verdicts on one answer or two as lines of a labels file.
 
 A labels file is append-only. A judgement that failed is a line with `null` for its verdict, an
 `error` in words and the kind of `failure`; when the same question is answered later, that line
-supersedes it. `current` gives what stands, and never more than one judgement of a question.
-
-What every judge is: something that scores an answer, or says which of two is the better one.
-
-The labels file: grows by whole judgements, and goes on where a killed run left it.
+supersedes it. `current` returns what holds, at most one judgement of a question.
 """
 
 import dataclasses
@@ -20,7 +16,7 @@ import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 from huatuo_jax.core.files import AppendedFile, read_lines
 from huatuo_jax.data.records import Prompt, messages_to_json
@@ -28,12 +24,12 @@ from huatuo_jax.data.records import Prompt, messages_to_json
 Protocol = Literal["score", "pairwise"]
 PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
 CRITERIA = ("informative", "coherent", "preferred", "accurate", "overall")
-# Why there is no verdict: the server or the model will not judge this question; the reply ended at
-# its limit of tokens; it is not what was asked for; no attempt brought one.
+# Why there is no verdict: the server or the model refuses the question; the reply reached its token
+# limit; the reply is not in the requested format; no attempt got a reply.
 Failure = Literal["refused", "truncated", "unreadable", "unanswered"]
 FAILURES: tuple[Failure, ...] = get_args(Failure)
 
-# In the order of a line of the file.
+# In the order of the file's lines.
 _COMMON = (
     "judge",
     "template",
@@ -49,11 +45,16 @@ _COMMON = (
     "prompt_sha256",
     "answer_sha256",
 )
-# Lines that were written before these fields were known lack them.
+# Lines written before these fields existed lack them.
 _MAY_LACK = {"failure", "max_tokens"}
+# The fields that hold the index of each answer shown.
+INDEX_NAMES: Mapping[Protocol, tuple[str, ...]] = {
+    "score": ("answer",),
+    "pairwise": ("first", "second"),
+}
 _OF_PROTOCOL: Mapping[Protocol, tuple[str, ...]] = {
-    "score": ("answer", "scores"),
-    "pairwise": ("first", "second", "p_first"),
+    "score": (*INDEX_NAMES["score"], "scores"),
+    "pairwise": (*INDEX_NAMES["pairwise"], "p_first"),
 }
 
 
@@ -63,26 +64,26 @@ class Judgement:
 
     Attributes:
         id: of the prompt.
-        key: hash of all that was asked: the judge's settings, the template, the texts, their order.
+        key: hash of the question: the judge's settings, the template, the texts, their order.
         protocol: "score" asks for one answer's scores, "pairwise" for the better of two.
-        answer: score: which of the prompt's answers.
-        first: pairwise: which answer was shown first.
-        second: pairwise: which answer was shown second.
+        answer: score: index of the answer among the prompt's.
+        first: pairwise: index of the answer shown first.
+        second: pairwise: index of the answer shown second.
         scores: score: a number for each of `CRITERIA`; None where the judgement failed.
         p_first: pairwise: 1, 0, 0.5, or the probability that the first is the better one; None
             where the judgement failed.
         judge: the judge's name.
         template: hash of the prompt template.
         reason: why, in the judge's words.
-        raw: the reply as it came.
-        usage: tokens, as the server counted them, of all calls this judgement took.
-        cost: money, of all calls this judgement took; None where there is no price.
+        raw: the unparsed reply.
+        usage: tokens, as the server counted them, of all calls for this judgement.
+        cost: money for all these calls; None where there is no price.
         latency_s: of the last call.
         error: why it failed; None where it did not.
-        failure: the kind of failure; None where it did not fail, or where nobody told.
-        max_tokens: that the reply was allowed, where it ended there; None otherwise.
-        prompt_sha256: of the prompt's messages.
-        answer_sha256: of the texts judged, in the order shown.
+        failure: the kind of failure; None where it did not fail, or the kind is unknown.
+        max_tokens: the token limit at which a truncated reply ended; None otherwise.
+        prompt_sha256: hash of the prompt's messages.
+        answer_sha256: hashes of the judged texts, in the order shown.
     """
 
     id: str
@@ -107,7 +108,7 @@ class Judgement:
     answer_sha256: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a judgement that says too little or too much."""
+        """Validates that the fields fit the protocol and hold either a verdict or an error."""
         if self.protocol not in PROTOCOLS:
             raise ValueError(
                 f"protocol is {self.protocol!r}; it should be one of {', '.join(PROTOCOLS)}"
@@ -137,22 +138,21 @@ class Judgement:
 
     @property
     def failed(self) -> bool:
-        """Whether there is no verdict."""
+        """Returns True if there is no verdict."""
         return (self.scores if self.protocol == "score" else self.p_first) is None
 
     @property
     def answers(self) -> tuple[int, ...]:
-        """Which of the prompt's answers were judged, in the order shown."""
-        shown = (self.answer,) if self.protocol == "score" else (self.first, self.second)
-        return cast(tuple[int, ...], shown)
+        """Returns the indices of the judged answers, in the order shown."""
+        return tuple(getattr(self, name) for name in INDEX_NAMES[self.protocol])
 
     @property
     def identity(self) -> tuple[str, str, tuple[int, ...]]:
-        """What a labels file holds one standing judgement of: key, prompt id, answers."""
+        """Returns key, prompt id and answers; a labels file has one current judgement of each."""
         return self.key, self.id, self.answers
 
     def to_json(self) -> dict[str, Any]:
-        """The record of the labels file, with the fields of its protocol."""
+        """Returns the record of the labels file, with the fields of its protocol."""
         names = ("id", "protocol", *_OF_PROTOCOL[self.protocol], *_COMMON)
         row = {name: getattr(self, name) for name in names}
         for name in ("scores", "usage"):
@@ -162,10 +162,10 @@ class Judgement:
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> "Judgement":
-        """The judgement that `to_json` wrote.
+        """Returns the judgement that `to_json` wrote.
 
         Raises:
-            ValueError: a field lacks, is unknown, or has a value that cannot be.
+            ValueError: a field is missing, unknown or invalid.
         """
         protocol = row["protocol"] if "protocol" in row else None
         if protocol not in PROTOCOLS:
@@ -175,7 +175,7 @@ class Judgement:
         names = {"id", "protocol", *_OF_PROTOCOL[protocol], *_COMMON}
         lacking, unknown = sorted(names - set(row) - _MAY_LACK), sorted(set(row) - names)
         if lacking or unknown:
-            raise ValueError(f"a judgement that lacks {lacking} and has unknown {unknown}")
+            raise ValueError(f"a judgement without {lacking} and with unknown {unknown}")
         if not isinstance(row["answer_sha256"], list):
             raise ValueError("answer_sha256 should be a list")
         return cls(**{**row, "answer_sha256": tuple(row["answer_sha256"])})
@@ -189,10 +189,9 @@ def question_key(
     prompt: Prompt,
     texts: Sequence[str],
 ) -> str:
-    """Hash of all that decides a judgement: who is asked, how, about which texts, in which order.
+    """Returns a hash of everything that decides a judgement: judge, template, texts and order.
 
-    The prompt's id and the answers' places are not part of it, so that equal texts are one
-    question.
+    The prompt's id and the answers' indices are left out, so that equal texts are one question.
     """
     asked = [
         dict(settings),
@@ -207,31 +206,31 @@ def question_key(
 
 
 def prompt_hash(prompt: Prompt) -> str:
-    """Hash of a prompt's messages, as it stands in `prompt_sha256`."""
+    """Returns the hash of a prompt's messages that `prompt_sha256` holds."""
     return sha256(json.dumps(messages_to_json(prompt.messages), ensure_ascii=False))
 
 
 def printable(text: str) -> str:
-    """The text in one line, with a mark for each character that no terminal or file can show.
+    """Returns the text in one line, unprintable characters replaced by U+FFFD.
 
-    Such are control characters and halves of a broken character, which UTF-8 lacks.
+    These are control characters and lone surrogates, which UTF-8 cannot encode.
     """
     line = " ".join(text.split())
     return "".join(one if one.isprintable() else "\ufffd" for one in line)
 
 
 def sha256(text: str) -> str:
-    """The SHA-256 of a text, in hexadecimal digits."""
+    """Returns the SHA-256 of a text in hexadecimal digits."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def read_judgements(path: str | os.PathLike[str]) -> Iterator[Judgement]:
-    """Every line of a labels file in order, failed and superseded judgements too.
+    """Yields the judgements of a labels file in order, failed and superseded ones too.
 
-    A last line that a killed run left unfinished is passed over.
+    An unfinished last line, left by a killed run, is skipped.
 
     Raises:
-        ValueError: a whole line that is no judgement.
+        ValueError: a complete line that is not a judgement.
         OSError: the file cannot be read.
     """
     for line in read_lines(path, unfinished="skip"):
@@ -243,9 +242,9 @@ def read_judgements(path: str | os.PathLike[str]) -> Iterator[Judgement]:
 
 
 def current(judgements: Iterable[Judgement]) -> list[Judgement]:
-    """What stands: of each question about each answer its verdict, or else its last failure.
+    """Returns of each question about each answer its verdict, or else its last failure.
 
-    Ordered by prompt id and answers, whatever order the judgements came in.
+    Ordered by prompt id and answers, independent of the order of the judgements.
     """
     standing: dict[tuple[str, str, tuple[int, ...]], Judgement] = {}
     for judgement in judgements:
@@ -271,16 +270,16 @@ def _check_scores(scores: Mapping[str, float]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
-    """A judge's verdict and what it took.
+    """A judge's verdict and its cost.
 
     Attributes:
-        scores: to `score`: a number for each of `judgements.CRITERIA`.
-        p_first: to `compare`: the probability that the first answer is the better one.
+        scores: from `score`: a number for each of `CRITERIA`.
+        p_first: from `compare`: the probability that the first answer is the better one.
         reason: why, in the judge's words.
-        raw: the reply as it came.
+        raw: the unparsed reply.
         usage: tokens, as the server counted them.
         cost: money; None where there is no price.
-        latency_s: of the last call.
+        latency_s: seconds of the last call.
     """
 
     scores: Mapping[str, float] | None = None
@@ -294,13 +293,13 @@ class Reply:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """What a question may take.
+    """The expected and the largest cost of a question.
 
     Attributes:
-        calls: requests to a server, where none fails.
-        input_tokens: about so many.
-        max_input_tokens: no more than these.
-        max_output_tokens: no more than these.
+        calls: requests to a server if none fails.
+        input_tokens: estimate.
+        max_input_tokens: upper bound.
+        max_output_tokens: upper bound.
         cost: with `input_tokens` and all output tokens; None where there is no price.
         max_cost: with `max_input_tokens`; None where there is no price.
     """
@@ -319,7 +318,7 @@ NOTHING = Estimate(
 
 
 class JudgementFailed(Exception):
-    """This question has no verdict this time; another may have one, and a later try of this too."""
+    """This question got no verdict; another question, or a later attempt at this one, may."""
 
     def __init__(
         self,
@@ -333,19 +332,19 @@ class JudgementFailed(Exception):
         max_tokens: int | None = None,
         ends_after: int | None = None,
     ) -> None:
-        """Say why, and what it took all the same.
+        """Sets the reason, and what the question cost all the same.
 
         Args:
-            message: why.
-            raw: the reply as it came.
+            message: the reason.
+            raw: the unparsed reply.
             usage: tokens, as the server counted them.
             cost: money.
-            latency_s: of the last call.
-            failure: the kind.
-            max_tokens: that the reply was allowed, where it is truncated.
-            ends_after: this may be what every question meets, as the judge has answered none yet:
-                so many questions of that kind, and the judge is of no use. None where the question
-                alone is the matter.
+            latency_s: seconds of the last call.
+            failure: the kind of failure.
+            max_tokens: token limit of a truncated reply.
+            ends_after: number of questions that may fail in this way, while none has been
+                answered, before the judge counts as unusable; None where the failure concerns this
+                question alone.
         """
         super().__init__(printable(message))
         self.raw, self.usage, self.cost, self.latency_s = raw, usage, cost, latency_s
@@ -353,7 +352,7 @@ class JudgementFailed(Exception):
 
 
 class JudgeUnusable(ValueError):
-    """No question can be answered: a wrong key, an unknown model, a spent budget."""
+    """The judge cannot answer any question: a wrong key, an unknown model, a spent budget."""
 
 
 class Judge(typing.Protocol):
@@ -361,40 +360,40 @@ class Judge(typing.Protocol):
 
     @property
     def name(self) -> str:
-        """The name that stands in every record."""
+        """Returns the name that every record holds."""
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """Plain values that decide the verdicts, for the key of a question; never a secret."""
+        """Returns plain values that decide the verdicts, for the question key; never a secret."""
 
     def template_hash(self, protocol: Protocol) -> str:
-        """Hash of the prompt template, or of what stands for it, as it is in every record."""
+        """Returns the hash of the prompt template, or of its equivalent, for the records."""
 
     def estimate(self, prompt: Prompt, texts: Sequence[str]) -> Estimate:
-        """What a question about one text (a score) or two (a comparison) may take.
+        """Estimates the cost of a question about one text (a score) or two (a comparison).
 
         Raises:
-            ValueError: this prompt cannot be judged.
+            ValueError: the judge does not take this prompt.
         """
 
     async def score(self, prompt: Prompt, answer: str) -> Reply:
-        """The answer's scores.
+        """Scores an answer.
 
         Raises:
             JudgementFailed: there is no verdict.
-            JudgeUnusable: there will be none to any question.
+            JudgeUnusable: no question can get one.
         """
 
     async def compare(self, prompt: Prompt, first: str, second: str) -> Reply:
-        """How likely the first answer is the better one.
+        """Returns the probability that the first answer is the better one.
 
         Raises:
             JudgementFailed: there is no verdict.
-            JudgeUnusable: there will be none to any question.
+            JudgeUnusable: no question can get one.
         """
 
     async def close(self) -> None:
-        """Let go of connections and files."""
+        """Closes connections and files."""
 
 
 _TO_DISK_EVERY_S = 1.0
@@ -412,7 +411,7 @@ class LabelsFile:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Open the file, if there is one yet, and cut off a last line that is not whole.
+        """Opens the file, if it exists, and cuts off an unfinished last line.
 
         Args:
             path: the file.
@@ -429,7 +428,7 @@ class LabelsFile:
             self._open()
 
     def __enter__(self) -> "LabelsFile":
-        """The file itself."""
+        """Returns the file itself."""
         return self
 
     def __exit__(
@@ -438,13 +437,13 @@ class LabelsFile:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """See it onto the disk, and close it."""
+        """Flushes the file to disk and closes it."""
         if self._file is not None:
             self._file.close()
             self._file = None
 
     def append(self, judgements: Sequence[Judgement]) -> None:
-        """Add judgements, all of them or (killed) the first few."""
+        """Appends judgements; a killed run leaves the first few of them."""
         if self._file is None:
             self._open()
         assert self._file is not None

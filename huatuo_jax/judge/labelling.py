@@ -1,17 +1,18 @@
-"""Asks a judge about a file of answers, in a run that can be killed and started again.
+"""Asks a judge about a file of answers, in a run that can be killed and resumed.
 
-A call that is under way when a run is killed is asked again, and counts twice in the spending
-file; its judgement stands in the labels file once. Judgements come in the order in which they
-arrive; what is made of them later is ordered by id.
+A call under way when a run is killed is asked again, and counts twice in the spending file; the
+labels file holds its judgement once. Judgements are written in the order of arrival; later steps
+order them by id.
 """
 
 import asyncio
+import dataclasses
 import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from huatuo_jax.judge.judgements import (
     Estimate,
@@ -28,8 +29,7 @@ from huatuo_jax.judge.questions import Answered, Question, pairwise_questions, s
 
 Protocols = Literal["score", "pairwise", "both"]
 
-# Refusals of a question, each in a run of its own, before it is left alone: a filter that refuses
-# twice refuses always.
+# A question refused in so many runs is not asked again: a filter that refuses twice always refuses.
 _MOST_REFUSALS = 2
 
 Identity = tuple[str, str, tuple[int, ...]]
@@ -37,11 +37,11 @@ Identity = tuple[str, str, tuple[int, ...]]
 
 @dataclass(frozen=True, kw_only=True)
 class LabelConfig:
-    """What to ask about each prompt's answers.
+    """The questions about each prompt's answers.
 
     Attributes:
         protocol: "score" for each answer by itself, "pairwise" for every two in both orders.
-        max_pairs: of a prompt at most; None for all.
+        max_pairs: pairs of a prompt at most; None for all.
         concurrency: questions under way at once.
     """
 
@@ -50,7 +50,7 @@ class LabelConfig:
     concurrency: int = 8
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a field that cannot be."""
+        """Validates the fields."""
         if self.protocol not in ("score", "pairwise", "both"):
             raise ValueError(f"protocol is {self.protocol!r}; it should be score, pairwise or both")
         for name in ("max_pairs", "concurrency"):
@@ -61,19 +61,19 @@ class LabelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is to be asked, and what need not be.
+    """The questions still to ask, and those that need no asking.
 
     Attributes:
-        questions: all that the answers file and the settings make.
-        done: of them those with a verdict in the labels file.
-        copies: those of which an equal question has a verdict there, with that verdict.
-        refused: failed judgements of questions that were refused in two runs; not asked again.
-        truncated: failed judgements whose reply ended at its limit of tokens, where the limit is
-            no higher now; not asked again.
-        groups: the others; equal questions are together and asked once. Those that have not failed
-            yet come first.
-        others: judgements in the file that belong to none of the questions.
-        estimate: what the calls may take, where none fails.
+        questions: all questions of the answers file under the settings.
+        done: number of questions with a verdict in the labels file.
+        copies: questions equal to one with a verdict there, each with that verdict.
+        refused: number of questions refused in two runs, which are not asked again.
+        truncated: number of questions whose reply reached its token limit, where the limit is no
+            higher now; not asked again.
+        groups: the other questions; equal ones form a group and are asked once. Those that have
+            not failed yet come first.
+        others: number of judgements in the file that belong to none of the questions.
+        estimate: cost of the calls if none fails.
     """
 
     questions: Sequence[Question]
@@ -86,11 +86,11 @@ class Plan:
     estimate: Estimate
 
     def __str__(self) -> str:
-        """Counts and cost, for the user to see before anything is spent."""
+        """Returns counts and cost, to be shown before anything is spent."""
         estimate = self.estimate
         lines = [
             f"{len(self.questions)} judgements: {self.done} done, {len(self.copies)} copied from"
-            f" equal questions, {_num_asked(self.groups)} to get by {len(self.groups)} questions"
+            f" equal questions, {sum(map(len, self.groups))} to get by {len(self.groups)} questions"
         ]
         if estimate.calls:
             lines.append(
@@ -101,28 +101,28 @@ class Plan:
             lines.append(
                 "cost: unknown, as the price table lacks this model"
                 if estimate.cost is None
-                else f"cost: about {estimate.cost:.6g} if every reply is as long as it may be, at"
+                else f"cost: about {estimate.cost:.6g} if every reply has the maximum length, at"
                 f" most {estimate.max_cost:.6g} if no call fails"
             )
         lines += _not_asked_again(self.refused, self.truncated)
         if self.others:
-            lines.append(f"{self.others} judgements of other questions are in the file, and stay")
+            lines.append(f"{self.others} judgements of other questions stay in the file")
         return "\n".join(lines)
 
 
 @dataclass
 class Labels:
-    """What stands after a run.
+    """The judgements after a run.
 
     Attributes:
-        judgements: of all questions of the plan that were asked, by id and answers.
-        asked: questions of this run.
-        failed: judgements without a verdict.
-        refused: of the failed ones, those that are not asked again, as the question was refused in
-            two runs.
-        truncated: of the failed ones, those that are asked again with more tokens alone.
-        missing: questions that were not asked.
-        error: what ended the run early.
+        judgements: current ones of the plan's questions, by id and answers.
+        asked: number of questions of this run.
+        failed: number of judgements without a verdict.
+        refused: number of failed judgements whose question was refused in two runs, and is not
+            asked again.
+        truncated: number of failed judgements that need a higher token limit to be asked again.
+        missing: number of questions that were not asked.
+        error: the reason why the run ended early; None for none.
     """
 
     judgements: list[Judgement] = field(default_factory=list)
@@ -135,11 +135,11 @@ class Labels:
 
     @property
     def verdicts(self) -> int:
-        """Judgements that did not fail."""
+        """Counts the judgements that did not fail."""
         return len(self.judgements) - self.failed
 
     def __str__(self) -> str:
-        """One line."""
+        """Returns the counts in one line."""
         to_ask = self.failed + self.missing - self.refused - self.truncated
         again = f"; run again to ask for {to_ask} anew" if to_ask else ""
         kept = "".join(f"; {one}" for one in _not_asked_again(self.refused, self.truncated))
@@ -150,7 +150,7 @@ class Labels:
 
 
 def questions_of(cfg: LabelConfig, answered: Sequence[Answered], judge: Judge) -> list[Question]:
-    """All questions, each once."""
+    """Returns all questions, each once."""
     questions: list[Question] = []
     if cfg.protocol in ("score", "both"):
         questions += score_questions(answered, judge)
@@ -160,10 +160,10 @@ def questions_of(cfg: LabelConfig, answered: Sequence[Answered], judge: Judge) -
 
 
 def make_plan(questions: Sequence[Question], found: Iterable[Judgement], judge: Judge) -> Plan:
-    """What the judgements that are there leave to be asked.
+    """Plans the questions that the existing judgements leave to ask.
 
     Raises:
-        ValueError: a prompt that cannot be judged.
+        ValueError: a prompt that the judge does not take.
     """
     found = list(found)
     standing = {judgement.identity: judgement for judgement in current(found)}
@@ -205,22 +205,22 @@ def label(
     concurrency: int,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Labels:
-    """Asks all questions that have no verdict yet, and appends what comes to the labels file.
+    """Asks all questions without a verdict and appends the judgements to the labels file.
 
     Args:
-        questions: of `questions_of`.
-        judge: is closed at the end.
-        output: the labels file, made with its first judgement.
+        questions: from `questions_of`.
+        judge: closed at the end.
+        output: the labels file, created with its first judgement.
         concurrency: questions under way at once.
-        on_progress: is called with the judgements done and those in all.
+        on_progress: called with the number of judgements done and of all.
 
     Returns:
-        What stands. Where the judge could not go on, `error` says why, and all that had arrived by
-        then is in the file.
+        The judgements. Where the judge failed, `error` holds the reason, and everything that had
+        arrived is in the file.
 
     Raises:
-        ValueError: a prompt that cannot be judged, or a labels file that cannot be.
-        OSError: the file cannot be read.
+        ValueError: a prompt that the judge does not take, or an invalid labels file.
+        OSError: the file is not readable.
     """
 
     async def run() -> Labels:
@@ -247,9 +247,9 @@ class _Run:
         self._plan, self._judge, self._file = plan, judge, file
         self._on_progress = on_progress
         self._done = plan.done + plan.refused + plan.truncated
-        # Whether any question has a verdict, and replies that say none may have one.
+        # True once any question has a verdict; number of replies that suggest none will.
         self._has_verdict, self._num_in_vain = bool(plan.done or plan.copies), 0
-        # Whether the judge answers at all, and refusals that wait for that to be known.
+        # True once the judge answers at all; refusals are held back until that is known.
         self._answers = self._has_verdict
         self._held: list[tuple[Sequence[Question], JudgementFailed]] = []
         self._new: list[Judgement] = []
@@ -268,7 +268,7 @@ class _Run:
         return self._labels()
 
     async def _work(self, groups: Iterator[Sequence[Question]]) -> None:
-        """Asks until nothing is left, or until the judge cannot go on."""
+        """Asks until nothing is left or the judge fails."""
         for group in groups:
             if self._error is not None:
                 return
@@ -281,15 +281,15 @@ class _Run:
                     outcome = failure
                 self._record(group, outcome)
             except Exception as error:
-                # The others finish what is under way, as it is paid for.
+                # The others finish their calls under way, which are paid for.
                 self._error = self._error or error
                 return
 
     def _record(self, group: Sequence[Question], outcome: Reply | JudgementFailed) -> None:
-        """Append a group's judgements, or hold back a refusal that may be every question's matter.
+        """Appends a group's judgements, or holds back a refusal that every question may meet.
 
         Raises:
-            JudgeUnusable: so many questions had this outcome, and none a verdict, that it is.
+            JudgeUnusable: enough questions had this outcome, and none a verdict.
         """
         ends_after = None
         if isinstance(outcome, Reply):
@@ -313,10 +313,10 @@ class _Run:
                 raise JudgeUnusable(str(outcome))
 
     def _release(self) -> None:
-        """Append the refusals that were held back."""
+        """Appends the refusals that were held back."""
         held, self._held = self._held, []
         for group, outcome in held:
-            if not self._answers:  # Nobody knows whether the questions are the matter.
+            if not self._answers:  # The questions may not be the reason.
                 outcome.failure = "unanswered"
             self._append(_judgements(group, outcome))
 
@@ -348,12 +348,12 @@ class _Run:
 
 
 def _judgements(group: Sequence[Question], outcome: Reply | JudgementFailed) -> list[Judgement]:
-    """Of equal questions, of which the first one carries what the reply took."""
+    """Returns the judgements of equal questions, the first of which carries the reply's cost."""
     return [question.judgement(outcome, paid=index == 0) for index, question in enumerate(group)]
 
 
 def _refusals(found: Iterable[Judgement]) -> Counter[Identity]:
-    """How often each question was refused."""
+    """Counts the refusals of each question."""
     return Counter(one.identity for one in found if one.failure == "refused")
 
 
@@ -364,7 +364,7 @@ def _is_refused(judgement: Judgement, refusals: Mapping[Identity, int]) -> bool:
 def _settled(
     question: Question, there: Judgement, refusals: Mapping[Identity, int], judge: Judge
 ) -> Failure | None:
-    """Why a failed judgement is not asked for again; None where it is."""
+    """Returns why a failed judgement is not asked for again, or None where it is."""
     if _is_refused(there, refusals):
         return "refused"
     if there.max_tokens is not None:
@@ -375,27 +375,22 @@ def _settled(
 
 
 def _not_asked_again(refused: int, truncated: int) -> list[str]:
-    """What is left alone, and what the user can do about it."""
-    told = []
+    """Returns lines about the questions that are not asked again, with the remedy."""
+    lines = []
     if refused:
-        told.append(f"{refused} were refused in two runs and are not asked again")
+        lines.append(f"{refused} were refused in two runs and are not asked again")
     if truncated:
-        told.append(f"{truncated} have a truncated reply: ask again with more --max_tokens")
-    return told
-
-
-def _num_asked(groups: Iterable[Sequence[Question]]) -> int:
-    return sum(map(len, groups))
+        lines.append(f"{truncated} have a truncated reply: ask again with more --max_tokens")
+    return lines
 
 
 def _sum(estimates: Sequence[Estimate]) -> Estimate:
-    costs = [estimate.cost for estimate in estimates if estimate.cost is not None]
-    max_costs = [estimate.max_cost for estimate in estimates if estimate.max_cost is not None]
-    return Estimate(
-        calls=sum(estimate.calls for estimate in estimates),
-        input_tokens=sum(estimate.input_tokens for estimate in estimates),
-        max_input_tokens=sum(estimate.max_input_tokens for estimate in estimates),
-        max_output_tokens=sum(estimate.max_output_tokens for estimate in estimates),
-        cost=math.fsum(costs) if len(costs) == len(estimates) else None,
-        max_cost=math.fsum(max_costs) if len(max_costs) == len(estimates) else None,
-    )
+    """Sums estimates field by field; a cost is unknown where one of them is."""
+    sums: dict[str, Any] = {}
+    for name in (one.name for one in dataclasses.fields(Estimate)):
+        values = [getattr(estimate, name) for estimate in estimates]
+        if None in values:
+            sums[name] = None
+        else:
+            sums[name] = math.fsum(values) if name in ("cost", "max_cost") else sum(values)
+    return Estimate(**sums)

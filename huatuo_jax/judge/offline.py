@@ -1,24 +1,15 @@
-"""The offline judge: a fixed rubric of measurable properties, no model and no network.
+"""The offline judges, which need no model and no network: a fixed rubric, and the clinic's truth.
 
-It is named for what it is, `offline-rubric-v1`, in every record. It lets the whole recipe run and
-be tested for nothing; it is no substitute for a judge that reads. What it measures is in
-`huatuo_jax.judge.offline`, how much each property counts is `WEIGHTS`.
+The rubric is named for what it is, `offline-rubric-v1`, in every record. It lets the whole recipe
+run and be tested at no cost; it is no substitute for a judge that reads. Its measurements count
+characters and look for wording, and none understands a sentence; `WEIGHTS` says how much each
+counts. The wording is Chinese: text in other languages is measured, but its questions, complaints
+and unsafe promises mostly go unnoticed. Its one property of content is the agreement with the
+reference or the diagnosis. Without either it measures form, and form alone does not identify the
+better answer: on published preference pairs without references it does no better than chance.
 
-Its one property about content is the agreement with the reference or the diagnosis. Without either
-it measures form, and form alone does not tell the better answer: on published preference pairs
-without references it does no better than chance.
-
-Measurable properties of a doctor's answer, each a number from 0 (bad) to 1 (good).
-
-They count characters and look for wording; none of them understands a sentence. The wording is
-Chinese: text in other languages is measured, but its questions, complaints and unsafe promises
-mostly pass unseen. `None` says that a property does not apply, such as agreement where there is no
-reference. `huatuo_jax.judge.offline` makes scores of them.
-
-The judge of the clinic, as the labels ask it: the world's own truth, no model and no network.
-
-It judges prompts of `huatuo_jax.clinic` only, whose diagnosis is a name of that world's table. What
-it finds in an answer, and how that becomes scores and verdicts, is in `huatuo_jax.clinic.judge`.
+The clinic's judge takes prompts of `huatuo_jax.clinic` only, whose diagnosis is a name of that
+world's table. `huatuo_jax.clinic.judge` defines its findings, scores and verdicts.
 """
 
 import dataclasses
@@ -42,11 +33,10 @@ from huatuo_jax.judge.judgements import NOTHING, Estimate, Protocol, Reply, sha2
 
 # Most Chinese words have one or two characters; longer n-grams would count phrases.
 AGREEMENT_ORDERS = (1, 2)
-
 # Letters and characters of an answer without punctuation. A reference widens the band to half and
-# twice its own length: a busy doctor's "几天了？发烧没有？" cannot be too short beside itself.
+# twice its own length: a busy doctor's "几天了？发烧没有？" is not too short for itself.
 LENGTH_BAND = (20, 800)
-LENGTH_OCTAVES = 2.0  # Outside of the band by this many factors of 2, nothing is left.
+LENGTH_OCTAVES = 2.0  # Outside of the band by this many factors of 2, the score is 0.
 
 REPETITION_ORDER = 4
 REPETITION_RANGE = (0.5, 0.8)  # Shares of distinct n-grams that are worth 0 and 1.
@@ -56,7 +46,7 @@ LONGEST_BLOCK = 200  # A longer answer should be in paragraphs or a list.
 ENOUGH_FACETS = 3
 
 _NUMBER = r"(?:\d+|[一二两三四五六七八九十半几])"
-# What a doctor has to know before saying much; a complaint that tells few of them needs questions.
+# Facts that a doctor needs first; a complaint that states few of them calls for questions.
 FACETS = {
     "duration": rf"{_NUMBER}个?多?(?:天|日|周|星期|月|年|小时|分钟)|"
     "昨|今早|今天|前天|刚|最近|上周|长期|多年",
@@ -71,8 +61,7 @@ COMPLAINT = (
     "拉肚子|便秘|疹|疙瘩|流脓|流涕|流鼻涕|打喷嚏"
 )
 KNOWLEDGE = "什么是|是什么病|有哪些|哪些症状|如何预防|怎么预防|的区别"
-
-# Said of a treatment or to a patient, these harm whatever the illness is.
+# Wording about a treatment or to a patient that is harmful whatever the illness.
 UNSAFE_WORDING = {
     "promises a cure": r"保证能?(?:治好|治愈|痊愈)|包治|包好|根治不复发|药到病除|"
     r"(?:百分之百|100%|百分百)(?:有效|治愈|治好|安全)|一定能(?:治好|治愈)",
@@ -115,11 +104,49 @@ _NO_NEGATION = re.compile(
     r"(?:不用|不要|不必|别|无需)(?:太|过于)?(?:担心|害怕|着急|紧张)|没问题|没事|没关系|不错"
 )
 _TERM_END = re.compile(r"[\s,，、;；/。+＋]+")
+RUBRIC_NAME = "offline-rubric-v1"
+CAVEAT = "measurable properties only, no substitute for a judge"
+
+SCALE = (1.0, 5.0)
+# Weight of each property in a criterion. A property that does not apply (no reference, no missing
+# information) leaves its weight to the others.
+WEIGHTS: Mapping[str, Mapping[str, float]] = {
+    "informative": {"agreement": 0.5, "length": 0.5},
+    "coherent": {"repetition": 0.5, "structure": 0.5},
+    "preferred": {"asks_back": 0.4, "structure": 0.3, "length": 0.3},
+    "accurate": {"agreement": 1.0},
+}
+# Accuracy weighs most, as in the instruction to a judge.
+OVERALL: Mapping[str, float] = {
+    "informative": 0.2,
+    "coherent": 0.2,
+    "preferred": 0.2,
+    "accurate": 0.4,
+}
+# Log-odds of a comparison for each point of difference: one point is 88 to 12.
+LOG_ODDS_PER_POINT = 2.0
+EXACT = ClinicJudge()
+"""The judge without noise and biases, which knows the true disease."""
+
+TRUTHS: Mapping[str, tuple[str, bool]] = {
+    "diagnosis_right": ("names the right disease", True),
+    "asks_when_needed": ("asks back where it is needed", True),
+    "contraindicated": ("orders what the patient must not have", False),
+    "red_flag_missed": ("misses an emergency", False),
+}
+"""The facts that `TruthJudge.truths` returns: in words, and True if more of it is better."""
+
+OfflineName = Literal["rubric", "clinic"]
+
+OFFLINE: Mapping[str, OfflineName] = {"offline": "rubric", "clinic": "clinic"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measurements:
-    """All properties of one answer to one prompt; `flags` are the kinds of unsafe wording met."""
+    """The properties of one answer, each from 0 (bad) to 1 (good); None where one does not apply.
+
+    `flags` are the kinds of unsafe wording found.
+    """
 
     agreement: float | None
     length: float
@@ -131,7 +158,7 @@ class Measurements:
 
 
 def measure(prompt: Prompt, answer: str) -> Measurements:
-    """Every property of an answer, with the prompt's whole dialogue and its reference beside it."""
+    """Measures an answer against the prompt's whole dialogue and its reference."""
     patient = "\n".join(turn.content for turn in prompt.messages if turn.role == "user")
     before = "\n".join(turn.content for turn in prompt.messages if turn.role == "assistant")
     flags = unsafe_wording(answer, patient, before)
@@ -147,14 +174,14 @@ def measure(prompt: Prompt, answer: str) -> Measurements:
 
 
 def plain(text: str) -> str:
-    """The text's letters, digits and characters: full width made half, small letters, no spaces."""
+    """Returns a text's letters and digits in half width and lower case, without spaces."""
     return "".join(filter(str.isalnum, unicodedata.normalize("NFKC", text).lower()))
 
 
 def agreement_with_doctor(
     answer: str, reference: str | None, diagnosis: str | None
 ) -> float | None:
-    """The mean of what can be told of the doctor's answer and of the diagnosis; None for neither.
+    """Averages the agreement with the doctor's answer and the diagnosis; None without either.
 
     A reference or diagnosis without a letter counts as none.
     """
@@ -167,7 +194,7 @@ def agreement_with_doctor(
 
 
 def character_agreement(answer: str, reference: str) -> float:
-    """How far two texts share their character n-grams, order aside (chrF, orders 1 and 2).
+    """Measures how far two texts share their character n-grams (chrF, orders 1 and 2).
 
     Precision and recall are averaged over the orders that both texts are long enough for, and
     joined by their harmonic mean (Popovic 2015, doi:10.18653/v1/W15-3049, with beta 1). 1 for the
@@ -184,10 +211,10 @@ def character_agreement(answer: str, reference: str) -> float:
 
 
 def naming_of(answer: str, diagnosis: str) -> float:
-    """How far an answer names the diagnosis; several, split by commas, count alike.
+    """Measures how far an answer names the diagnosis; several, split by commas, count alike.
 
-    1 for a term that stands in the answer, else the share of its pairs of neighbouring characters
-    that do.
+    1 for a term that the answer contains, else the share of its pairs of neighbouring characters
+    that it contains.
     """
     found = plain(answer)
     terms = [term for term in map(plain, _TERM_END.split(diagnosis)) if term]
@@ -195,7 +222,7 @@ def naming_of(answer: str, diagnosis: str) -> float:
 
 
 def length_within_reason(answer: str, reference: str | None) -> float:
-    """1 inside of the band of lengths, falling with the logarithm of the length outside of it."""
+    """Scores the length: 1 inside of the band, falling with the log of the length outside."""
     length, (least, most) = len(plain(answer)), LENGTH_BAND
     wanted = len(plain(reference)) if reference is not None else 0
     if wanted:
@@ -207,7 +234,7 @@ def length_within_reason(answer: str, reference: str | None) -> float:
 
 
 def freedom_from_repetition(answer: str) -> float:
-    """The share of distinct n-grams of 4 characters, of which 0.8 and more is worth 1."""
+    """Scores the share of distinct n-grams of 4 characters; a share of 0.8 or more gives 1."""
     text = plain(answer)
     if len(text) < REPETITION_ORDER:
         return 1.0
@@ -217,9 +244,9 @@ def freedom_from_repetition(answer: str) -> float:
 
 
 def structure(answer: str) -> float:
-    """The mean of three checks: it ends as a sentence, has punctuation, and paragraphs where long.
+    """Averages three checks: ends as a sentence, has punctuation, has paragraphs where long.
 
-    The last one applies to answers over `LONGEST_BLOCK` letters only; items count within a line
+    The last one applies only to answers over `LONGEST_BLOCK` letters; items within a line count
     too (1、 首先 ①).
     """
     text = answer.strip()
@@ -234,43 +261,214 @@ def structure(answer: str) -> float:
 
 
 def asks_when_missing(answer: str, patient: str) -> float | None:
-    """Whether the answer asks the patient something; None where nothing asks for a question.
+    """Returns 1 if the answer asks the patient something, else 0; None if nothing calls for it.
 
     Args:
         answer: the doctor's.
-        patient: all that the patient said. Information is missing where it is a complaint, no
-            question of general knowledge, and tells fewer than 3 of the 6 `FACETS`.
+        patient: everything that the patient said. Information is missing where it is a complaint,
+            not a question of general knowledge, and states fewer than 3 of the 6 `FACETS`.
     """
-    told = unicodedata.normalize("NFKC", patient).lower().replace(" ", "")
-    if not re.search(COMPLAINT, told) or re.search(KNOWLEDGE, told):
+    said = unicodedata.normalize("NFKC", patient).lower().replace(" ", "")
+    if not re.search(COMPLAINT, said) or re.search(KNOWLEDGE, said):
         return None
-    if sum(re.search(pattern, told) is not None for pattern in FACETS.values()) >= ENOUGH_FACETS:
+    if sum(re.search(pattern, said) is not None for pattern in FACETS.values()) >= ENOUGH_FACETS:
         return None
     return float(asks_back(answer))
 
 
 def asks_back(answer: str) -> bool:
-    """Whether a sentence is a question about the patient, and not only a polite offer of help."""
+    """Returns True if a sentence asks about the patient, more than a polite offer of help."""
     sentences = (sentence.strip() for sentence in _SENTENCE_END.split(answer))
     return any(_QUESTION.search(one) and not _POLITE.search(one) for one in sentences)
 
 
 def unsafe_wording(answer: str, patient: str, before: str = "") -> tuple[str, ...]:
-    """The kinds of unsafe wording in an answer, each named once.
+    """Returns the kinds of unsafe wording in an answer, each once.
 
     Wording that its own clause negates does not count ("不能保证治好", "切勿自行停药"). Where the
-    patient tells of a warning sign, missing urgent advice is unsafe too.
+    patient mentions a warning sign, missing urgent advice is unsafe too.
 
     Args:
         answer: the doctor's.
-        patient: all that the patient said.
-        before: what the doctor said in earlier turns, where urgent advice may stand already.
+        patient: everything that the patient said.
+        before: the doctor's earlier turns, which may already hold urgent advice.
     """
     flags = [kind for kind, pattern in UNSAFE_WORDING.items() if _says(answer, pattern)]
     advised = re.search(URGENT_ADVICE, before + "\n" + answer)
     if _says(patient, WARNING_SIGNS) and not advised:
         flags.append(UNANSWERED_SIGN)
     return tuple(flags)
+
+
+class OfflineJudge:
+    """Scores and compares answers by the rubric; the same texts always get the same verdict."""
+
+    @property
+    def name(self) -> str:
+        """Returns `offline-rubric-v1`."""
+        return RUBRIC_NAME
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """Returns name and hash of the rubric: other code is another judge, with other labels."""
+        return {"judge": RUBRIC_NAME, "note": CAVEAT, "rubric": _rubric_hash()}
+
+    def template_hash(self, protocol: Protocol) -> str:
+        """Returns a hash of the rubric, which takes the place of a prompt template."""
+        return sha256(f"{RUBRIC_NAME} {protocol} {_rubric_hash()}")
+
+    def estimate(self, prompt: Prompt, texts: Sequence[str]) -> Estimate:
+        """Returns no cost: no request, no token, no money."""
+        return NOTHING
+
+    async def score(self, prompt: Prompt, answer: str) -> Reply:
+        """Scores an answer from 1 to 5, not rounded."""
+        return Reply(scores=score_answer(prompt, answer), reason=explain(prompt, answer), cost=0.0)
+
+    async def compare(self, prompt: Prompt, first: str, second: str) -> Reply:
+        """Returns the probability that the first is better; 1 minus the other order's, exactly."""
+        overall = [score_answer(prompt, text)["overall"] for text in (first, second)]
+        reason = (
+            f"{RUBRIC_NAME} ({CAVEAT}): first {overall[0]:.3f}, second {overall[1]:.3f}"
+            f" of {SCALE[1]:g}"
+        )
+        return Reply(p_first=preference(*overall), reason=reason, cost=0.0)
+
+    async def close(self) -> None:
+        """Does nothing: there is nothing to close."""
+
+
+def score_answer(prompt: Prompt, answer: str) -> dict[str, float]:
+    """Scores an answer from 1 to 5 on each criterion and overall.
+
+    A criterion is 1 + 4 times the weighted mean of its properties, `accurate` that of its mean
+    times the safety of the wording; without reference and diagnosis it is the safety alone.
+    `overall` is the weighted mean of the criteria. An answer without a letter gets the lowest score
+    everywhere.
+    """
+    lowest, highest = SCALE
+    if not plain(answer):
+        return dict.fromkeys((*WEIGHTS, "overall"), lowest)
+    found = measure(prompt, answer)
+    shares = {criterion: _weighted_mean(weights, found) for criterion, weights in WEIGHTS.items()}
+    shares["accurate"] *= found.safety
+    shares["overall"] = math.fsum(OVERALL[name] * share for name, share in shares.items())
+    return {name: lowest + (highest - lowest) * share for name, share in shares.items()}
+
+
+def explain(prompt: Prompt, answer: str) -> str:
+    """Returns the measurements behind a score, in one line."""
+    fields = dataclasses.asdict(measure(prompt, answer))
+    flags = fields.pop("flags")
+    parts = [
+        f"{name} {'does not apply' if value is None else format(value, '.3f')}"
+        for name, value in fields.items()
+    ]
+    unsafe = ", ".join(flags) or "none"
+    return f"{RUBRIC_NAME} ({CAVEAT}): {', '.join(parts)}; unsafe wording: {unsafe}"
+
+
+def preference(first: float, second: float) -> float:
+    """Returns the probability that the first is better, logistic in the scores' difference.
+
+    `preference(a, b) + preference(b, a)` is 1 without rounding error.
+    """
+    better = 1.0 / (1.0 + math.exp(-LOG_ODDS_PER_POINT * abs(first - second)))
+    return better if first >= second else 1.0 - better
+
+
+def is_of_clinic(prompt: Prompt) -> bool:
+    """Returns True if the clinic wrote a prompt, by its source and its diagnosis."""
+    return prompt.source == SOURCE and has_truth(prompt)
+
+
+def has_truth(prompt: Prompt) -> bool:
+    """Returns True if a prompt's diagnosis is in the clinic's table, so that its judge takes it."""
+    try:
+        truth_of(prompt)
+    except ValueError:
+        return False
+    return True
+
+
+class TruthJudge:
+    """Scores and compares answers by the clinic's table; equal questions get equal verdicts."""
+
+    def __init__(self, judge: ClinicJudge = EXACT) -> None:
+        """Sets the judge, which may have planted biases."""
+        self._judge = judge
+
+    @property
+    def name(self) -> str:
+        """Returns `clinic-truth-v1`, with the fields that differ from the exact judge's."""
+        changes = ", ".join(self._judge.changes)
+        return f"{NAME} ({changes})" if changes else NAME
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """Returns the judge's fields and a hash of the world that it judges by."""
+        return self._judge.settings()
+
+    def template_hash(self, protocol: Protocol) -> str:
+        """Returns a hash of the settings, which take the place of a prompt template."""
+        return sha256(f"{protocol} {sorted(self.settings.items())}")
+
+    def estimate(self, prompt: Prompt, texts: Sequence[str]) -> Estimate:
+        """Returns no cost: no request, no token, no money.
+
+        Raises:
+            ValueError: the prompt is not the clinic's.
+        """
+        truth_of(prompt)
+        return NOTHING
+
+    async def score(self, prompt: Prompt, answer: str) -> Reply:
+        """Scores an answer from 1 to 5, not rounded."""
+        scores = self._judge.scores(prompt, answer)
+        return Reply(scores=scores, reason=self._judge.reason(prompt, answer), cost=0.0)
+
+    async def compare(self, prompt: Prompt, first: str, second: str) -> Reply:
+        """Returns the probability that the first is better."""
+        reasons = [self._judge.reason(prompt, text) for text in (first, second)]
+        return Reply(
+            p_first=self._judge.p_first(prompt, first, second),
+            reason=f"first: {reasons[0]}; second: {reasons[1]}",
+            cost=0.0,
+        )
+
+    async def close(self) -> None:
+        """Does nothing: there is nothing to close."""
+
+    def truths(self, prompt: Prompt, answer: str) -> dict[str, float | None]:
+        """Returns the facts of `TRUTHS` about an answer: 1 or 0, None where one does not apply.
+
+        `diagnosis_right` applies to prompts with enough information for a diagnosis,
+        `asks_when_needed` to the others, `red_flag_missed` to those that need emergency care.
+        """
+        found = self._judge.findings(prompt, answer)
+        return {
+            "diagnosis_right": None if found.should_ask else float(found.diagnosis == "right"),
+            "asks_when_needed": float(found.asks_when_needed) if found.should_ask else None,
+            "contraindicated": float(bool(found.contraindicated)),
+            "red_flag_missed": float(found.red_flag_missed) if found.emergency else None,
+        }
+
+
+def open_offline(name: OfflineName, clinic_judge: ClinicJudge = EXACT) -> OfflineJudge | TruthJudge:
+    """Returns the offline judge of this name; the clinic's has these fields."""
+    return OfflineJudge() if name == "rubric" else TruthJudge(clinic_judge)
+
+
+def refuse_unused_judge(
+    clinic_judge: ClinicJudge, *, offline: Literal["auto"] | OfflineName, by_server: bool
+) -> None:
+    """Raises ValueError if fields of the clinic's judge are set and another judge is used."""
+    if clinic_judge == EXACT or (offline != "rubric" and not by_server):
+        return
+    changes = [f"clinic_judge.{change}" for change in clinic_judge.changes]
+    judge = "a model behind a server" if by_server else "the rubric"
+    fields = ", ".join(changes) or "clinic_judge"
+    raise ValueError(f"{fields} is for the clinic's judge alone, and {judge} judges: leave it out")
 
 
 def _says(text: str, pattern: str) -> bool:
@@ -292,108 +490,8 @@ def _naming_of_term(found: str, term: str) -> float:
     return sum(pair in found for pair in pairs) / len(pairs) if pairs else 0.0
 
 
-RUBRIC_NAME = "offline-rubric-v1"
-CAVEAT = "measurable properties only, no substitute for a judge"
-
-SCALE = (1.0, 5.0)
-# How much each property counts for a criterion. A property that does not apply (no reference, no
-# information missing) leaves its weight to the others.
-WEIGHTS: Mapping[str, Mapping[str, float]] = {
-    "informative": {"agreement": 0.5, "length": 0.5},
-    "coherent": {"repetition": 0.5, "structure": 0.5},
-    "preferred": {"asks_back": 0.4, "structure": 0.3, "length": 0.3},
-    "accurate": {"agreement": 1.0},
-}
-# The whole leans on accuracy, as the instruction to a judge does.
-OVERALL: Mapping[str, float] = {
-    "informative": 0.2,
-    "coherent": 0.2,
-    "preferred": 0.2,
-    "accurate": 0.4,
-}
-# Log-odds of a comparison for each point of difference: one point is 88 to 12.
-LOG_ODDS_PER_POINT = 2.0
-
-
-class OfflineJudge:
-    """Scores and compares answers by the rubric; the same texts always get the same verdict."""
-
-    @property
-    def name(self) -> str:
-        """`offline-rubric-v1`."""
-        return RUBRIC_NAME
-
-    @property
-    def settings(self) -> Mapping[str, Any]:
-        """The name and the hash of the rubric: other code is another judge, with other labels."""
-        return {"judge": RUBRIC_NAME, "note": CAVEAT, "rubric": _rubric_hash()}
-
-    def template_hash(self, protocol: Protocol) -> str:
-        """Hash of the rubric, which stands for a prompt template."""
-        return sha256(f"{RUBRIC_NAME} {protocol} {_rubric_hash()}")
-
-    def estimate(self, prompt: Prompt, texts: Sequence[str]) -> Estimate:
-        """Nothing: no request, no token, no money."""
-        return NOTHING
-
-    async def score(self, prompt: Prompt, answer: str) -> Reply:
-        """The answer's scores, 1 to 5, not rounded."""
-        return Reply(scores=score_answer(prompt, answer), reason=explain(prompt, answer), cost=0.0)
-
-    async def compare(self, prompt: Prompt, first: str, second: str) -> Reply:
-        """The probability that the first is better; 1 minus that of the other order, exactly."""
-        overall = [score_answer(prompt, text)["overall"] for text in (first, second)]
-        reason = (
-            f"{RUBRIC_NAME} ({CAVEAT}): first {overall[0]:.3f}, second {overall[1]:.3f}"
-            f" of {SCALE[1]:g}"
-        )
-        return Reply(p_first=preference(*overall), reason=reason, cost=0.0)
-
-    async def close(self) -> None:
-        """There is nothing to let go of."""
-
-
-def score_answer(prompt: Prompt, answer: str) -> dict[str, float]:
-    """Scores on a scale of 1 to 5 for each criterion and the whole.
-
-    A criterion is 1 + 4 times the weighted mean of its properties, `accurate` that of its mean
-    times the safety of the wording; without reference and diagnosis it is the safety alone.
-    `overall` is the weighted mean of the criteria. An answer without a letter gets the lowest score
-    everywhere.
-    """
-    lowest, highest = SCALE
-    if not plain(answer):
-        return dict.fromkeys((*WEIGHTS, "overall"), lowest)
-    found = measure(prompt, answer)
-    shares = {criterion: _weighted_mean(weights, found) for criterion, weights in WEIGHTS.items()}
-    shares["accurate"] *= found.safety
-    shares["overall"] = math.fsum(OVERALL[name] * share for name, share in shares.items())
-    return {name: lowest + (highest - lowest) * share for name, share in shares.items()}
-
-
-def explain(prompt: Prompt, answer: str) -> str:
-    """The measurements behind a score, in one line."""
-    fields = dataclasses.asdict(measure(prompt, answer))
-    flags = fields.pop("flags")
-    parts = [
-        f"{name} {'does not apply' if value is None else format(value, '.3f')}"
-        for name, value in fields.items()
-    ]
-    unsafe = ", ".join(flags) or "none"
-    return f"{RUBRIC_NAME} ({CAVEAT}): {', '.join(parts)}; unsafe wording: {unsafe}"
-
-
-def preference(first: float, second: float) -> float:
-    """The probability that the first is better: a logistic function of the scores' difference.
-
-    `preference(a, b) + preference(b, a)` is 1 without rounding error.
-    """
-    better = 1.0 / (1.0 + math.exp(-LOG_ODDS_PER_POINT * abs(first - second)))
-    return better if first >= second else 1.0 - better
-
-
 def _weighted_mean(weights: Mapping[str, float], found: Measurements) -> float:
-    """1 where none of the properties applies."""
+    """Averages the properties that apply; 1 where none does."""
     values = {name: getattr(found, name) for name in weights}
     applying = {name: value for name, value in values.items() if value is not None}
     total = math.fsum(weights[name] for name in applying)
@@ -405,114 +503,3 @@ def _weighted_mean(weights: Mapping[str, float], found: Measurements) -> float:
 @functools.cache
 def _rubric_hash() -> str:
     return sha256(inspect.getsource(sys.modules[__name__]))
-
-
-EXACT = ClinicJudge()
-"""The judge without noise and biases, which knows the true disease."""
-
-TRUTHS: Mapping[str, tuple[str, bool]] = {
-    "diagnosis_right": ("names the right disease", True),
-    "asks_when_needed": ("asks back where it is needed", True),
-    "contraindicated": ("orders what the patient must not have", False),
-    "red_flag_missed": ("misses an emergency", False),
-}
-"""What `truths` tells of an answer: in words, and whether more of it is better."""
-
-
-def is_of_clinic(prompt: Prompt) -> bool:
-    """Whether the clinic wrote a prompt: it says so, and its diagnosis is of that world's table."""
-    return prompt.source == SOURCE and has_truth(prompt)
-
-
-def has_truth(prompt: Prompt) -> bool:
-    """Whether a prompt's diagnosis is of the clinic's table, so that its judge can judge it."""
-    try:
-        truth_of(prompt)
-    except ValueError:
-        return False
-    return True
-
-
-class TruthJudge:
-    """Scores and compares answers by the clinic's table; equal questions get equal verdicts."""
-
-    def __init__(self, judge: ClinicJudge = EXACT) -> None:
-        """Takes a judge, which may have planted biases."""
-        self._judge = judge
-
-    @property
-    def name(self) -> str:
-        """`clinic-truth-v1`, and what makes it another judge than the exact one."""
-        changes = ", ".join(self._judge.changes)
-        return f"{NAME} ({changes})" if changes else NAME
-
-    @property
-    def settings(self) -> Mapping[str, Any]:
-        """The judge's fields, and a hash of the world it judges by."""
-        return self._judge.settings()
-
-    def template_hash(self, protocol: Protocol) -> str:
-        """Hash of the settings, which stand for a prompt template."""
-        return sha256(f"{protocol} {sorted(self.settings.items())}")
-
-    def estimate(self, prompt: Prompt, texts: Sequence[str]) -> Estimate:
-        """Nothing: no request, no token, no money.
-
-        Raises:
-            ValueError: the prompt is none of the clinic's.
-        """
-        truth_of(prompt)
-        return NOTHING
-
-    async def score(self, prompt: Prompt, answer: str) -> Reply:
-        """The answer's scores, 1 to 5, not rounded."""
-        scores = self._judge.scores(prompt, answer)
-        return Reply(scores=scores, reason=self._judge.reason(prompt, answer), cost=0.0)
-
-    async def compare(self, prompt: Prompt, first: str, second: str) -> Reply:
-        """The probability that the first is better."""
-        reasons = [self._judge.reason(prompt, text) for text in (first, second)]
-        return Reply(
-            p_first=self._judge.p_first(prompt, first, second),
-            reason=f"first: {reasons[0]}; second: {reasons[1]}",
-            cost=0.0,
-        )
-
-    async def close(self) -> None:
-        """There is nothing to let go of."""
-
-    def truths(self, prompt: Prompt, answer: str) -> dict[str, float | None]:
-        """What is true of an answer, by `TRUTHS`: 1 or 0, None where the question does not arise.
-
-        `diagnosis_right` is of answers to prompts that tell enough for a diagnosis,
-        `asks_when_needed` of the others, `red_flag_missed` of those that need emergency care.
-        """
-        found = self._judge.findings(prompt, answer)
-        return {
-            "diagnosis_right": None if found.should_ask else float(found.diagnosis == "right"),
-            "asks_when_needed": float(found.asks_when_needed) if found.should_ask else None,
-            "contraindicated": float(bool(found.contraindicated)),
-            "red_flag_missed": float(found.red_flag_missed) if found.emergency else None,
-        }
-
-
-OfflineName = Literal["rubric", "clinic"]
-
-
-OFFLINE: Mapping[str, OfflineName] = {"offline": "rubric", "clinic": "clinic"}
-
-
-def open_offline(name: OfflineName, clinic_judge: ClinicJudge = EXACT) -> OfflineJudge | TruthJudge:
-    """A judge that needs no server, by its name; the clinic's has these fields."""
-    return OfflineJudge() if name == "rubric" else TruthJudge(clinic_judge)
-
-
-def refuse_unused_judge(
-    clinic_judge: ClinicJudge, *, offline: Literal["auto"] | OfflineName, by_server: bool
-) -> None:
-    """Raise ValueError where fields of the clinic's judge are given, and another one judges."""
-    if clinic_judge == EXACT or (offline != "rubric" and not by_server):
-        return
-    told = ", ".join(f"clinic_judge.{change}" for change in clinic_judge.changes) or "clinic_judge"
-    judge = "a model behind a server" if by_server else "the rubric"
-    raise ValueError(f"{told} is for the clinic's judge alone, and {judge} judges: leave it out")

@@ -1,11 +1,9 @@
-"""A judge behind an OpenAI-compatible server: OpenAI's own, vLLM, or any other that speaks it.
+"""A judge behind an OpenAI-compatible server: OpenAI's own, vLLM or any other.
 
-What a language model is asked as a judge: template files, and texts put into them.
-
-A template is a UTF-8 file with the lines `[system]` and `[user]`, each before its message, and with
-places such as `{{dialogue}}` that are filled in one pass, so that nothing in a text is taken for a
-place. `{{mark}}` is a number that depends on the texts: a writer who wants to break out of the
-marks around a text would have to know it beforehand.
+A prompt template is a UTF-8 file with the lines `[system]` and `[user]`, each before its message,
+and with placeholders such as `{{dialogue}}`, all filled in one pass, so that no text is mistaken
+for a placeholder. `{{mark}}` is a number that depends on the texts: a writer who wants to break out
+of the marks around a text would have to know it beforehand.
 """
 
 import json
@@ -16,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from huatuo_jax.data.records import Message, Prompt
+from huatuo_jax.data.records import Prompt
 from huatuo_jax.judge import judgements, replies
 from huatuo_jax.judge.completions import Completion
 from huatuo_jax.judge.judgements import Estimate, JudgementFailed, Protocol, Reply, sha256
@@ -33,16 +31,26 @@ _SPEAKERS = {"system": "系统", "user": "患者", "assistant": "医生"}
 _NO_REFERENCE = "（没有参考，请以医学共识为准。）"
 _HASH_DIGITS = 16
 _MARK_DIGITS = 8
+# A byte-level tokenizer makes at most one token per byte; these cover the tokens that a server's
+# chat template and its own system text add.
+_MAX_TOKENS_A_MESSAGE = 16
+_MAX_TOKENS_A_CALL = 256
+# Typical of today's tokenizers for Chinese and for other text.
+_TOKENS_A_WIDE_CHARACTER = 0.8
+_TOKENS_A_NARROW_CHARACTER = 0.3
+_WIDE = re.compile(r"[\u2e80-\uffff]")
+_TOP_LOG_PROBS = 20
+_NO_LOG_PROBS_ENDS_AFTER = 3  # Replies, without a verdict on any question.
 
 
 @dataclass(frozen=True)
 class JudgePrompt:
-    """A template that is ready to be filled.
+    """A parsed template.
 
     Attributes:
-        protocol: the one it is for.
-        system: the system message, with places.
-        user: the user message, with places.
+        protocol: the protocol it is for.
+        system: the system message, with placeholders.
+        user: the user message, with placeholders.
         hash: of the file's text.
     """
 
@@ -60,10 +68,10 @@ class JudgePrompt:
         high: int,
         require_reference: bool = True,
     ) -> list[dict[str, str]]:
-        """The messages that ask about one text (a score) or two (a comparison).
+        """Returns the messages that ask about one text (a score) or two (a comparison).
 
         Args:
-            prompt: the whole dialogue before the answer, and what the doctor said.
+            prompt: the whole dialogue before the answer, and the doctor's answer or diagnosis.
             texts: the answers, in the order shown.
             low: the worst score.
             high: the best score.
@@ -75,16 +83,16 @@ class JudgePrompt:
         if require_reference and not (_given(prompt.reference) or _given(prompt.diagnosis)):
             raise ValueError(
                 f"prompt {prompt.id!r} has neither a reference nor a diagnosis for the judge to"
-                " lean on; --norequire_reference judges without"
+                " use; --norequire_reference judges without"
             )
-        dialogue = "\n".join(map(_spoken, prompt.messages))
+        dialogue = "\n".join(f"{_SPEAKERS[one.role]}：{one.content}" for one in prompt.messages)
         values = {
             "dialogue": dialogue,
             "reference": _reference(prompt),
             "low": str(low),
             "high": str(high),
             "mark": sha256("\0".join([dialogue, *texts]))[:_MARK_DIGITS],
-            **dict(zip(_names_of_texts(self.protocol), texts, strict=True)),
+            **dict(zip(judgements.INDEX_NAMES[self.protocol], texts, strict=True)),
         }
         return [
             {"role": role, "content": _sendable(_PLACE.sub(lambda place: values[place[1]], part))}
@@ -96,14 +104,14 @@ class JudgePrompt:
 def read_judge_prompt(
     protocol: Protocol, path: str | os.PathLike[str] | None = None
 ) -> JudgePrompt:
-    """The template of a file.
+    """Reads a template file.
 
     Args:
-        protocol: the one it is for.
-        path: the user's file; None for the one that is shipped.
+        protocol: the protocol it is for.
+        path: the user's file; None for the shipped one.
 
     Raises:
-        ValueError: no such file, no `[user]` part, a place that is unknown, or one that is missing.
+        ValueError: no such file, no `[user]` part, an unknown placeholder, or a missing one.
     """
     path = _FOLDER / f"{protocol}.txt" if path is None else pathlib.Path(path)
     if not path.is_file():
@@ -123,77 +131,27 @@ def read_judge_prompt(
     return JudgePrompt(protocol, system, user, sha256(text)[:_HASH_DIGITS])
 
 
-def _parts(text: str, path: pathlib.Path) -> tuple[str, str]:
-    pieces = re.split(r"^\[(system|user)\][ \t]*$", text, flags=re.MULTILINE)
-    parts = dict(zip(pieces[1::2], (piece.strip() for piece in pieces[2::2]), strict=True))
-    names = pieces[1::2]
-    if pieces[0].strip() or names not in (["system", "user"], ["user"]) or not parts["user"]:
-        raise ValueError(
-            f"judge's template {path} should be a line [system] and its text (or none), then a"
-            " line [user] and its text"
-        )
-    return parts["system"] if "system" in parts else "", parts["user"]
-
-
-def _names_of_texts(protocol: Protocol) -> tuple[str, ...]:
-    return ("answer",) if protocol == "score" else ("first", "second")
-
-
-def _spoken(message: Message) -> str:
-    return f"{_SPEAKERS[message.role]}：{message.content}"
-
-
-def _reference(prompt: Prompt) -> str:
-    parts = []
-    if _given(prompt.reference):
-        parts.append(f"医生当时的回答：{prompt.reference}")
-    if _given(prompt.diagnosis):
-        parts.append(f"医生的诊断：{prompt.diagnosis}")
-    return "\n".join(parts) if parts else _NO_REFERENCE
-
-
-def _sendable(text: str) -> str:
-    """The text with a question mark for each half of a broken character, which UTF-8 lacks."""
-    return text.encode("utf-8", "replace").decode("utf-8")
-
-
-def _given(text: str | None) -> bool:
-    return text is not None and bool(text.strip())
-
-
-# A byte-level tokenizer never makes more tokens than there are bytes; these cover what a server's
-# chat template and its own system text add.
-_MAX_TOKENS_A_MESSAGE = 16
-_MAX_TOKENS_A_CALL = 256
-# About what today's tokenizers make of Chinese and of the rest.
-_TOKENS_A_WIDE_CHARACTER = 0.8
-_TOKENS_A_NARROW_CHARACTER = 0.3
-_WIDE = re.compile(r"[\u2e80-\uffff]")
-_TOP_LOG_PROBS = 20
-_NO_LOG_PROBS_ENDS_AFTER = 3  # Replies, without a verdict on any question.
-
-
 @dataclass(frozen=True, kw_only=True)
 class OpenAIJudgeConfig:
-    """What to ask.
+    """The judge's model, its requests and its server.
 
     Attributes:
-        model: as the server calls it; the judge's name in every record.
-        server: where and how.
-        structured: "json_schema" or "json_object" where the server can hold a reply to a form.
-        log_probs: take a comparison's probability from the verdict's token. A judgement without
-            one that can be read, or with one that contradicts the verdict of its reply, fails: a
-            verdict of 1 or 0 would stand among probabilities. Ask at temperature 0, where the
-            likeliest verdict is the one that is said.
+        model: the model's name on the server; the judge's name in every record.
+        server: its address and limits.
+        structured: "json_schema" or "json_object" where the server can enforce a reply format.
+        log_probs: take a comparison's probability from the verdict's token. A judgement whose
+            probability is unreadable, or contradicts the verdict of its reply, fails: a verdict of
+            1 or 0 must not be mixed with probabilities. Use temperature 0, at which the likeliest
+            verdict is the one given.
         temperature: None to leave it to the server.
-        max_tokens: of a reply.
-        max_tokens_field: what the server calls it.
+        max_tokens: tokens of a reply at most.
+        max_tokens_field: the name of this parameter on the server.
         low: the worst score.
         high: the best score.
-        score_template: file; None for the one that is shipped.
-        pairwise_template: file; None for the one that is shipped.
+        score_template: file; None for the shipped one.
+        pairwise_template: file; None for the shipped one.
         require_reference: refuse prompts with neither a doctor's answer nor a diagnosis.
-        prices: file of the price table; None for the one that is shipped.
+        prices: file of the price table; None for the shipped one.
     """
 
     model: str
@@ -211,9 +169,9 @@ class OpenAIJudgeConfig:
     prices: str | None = None
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a field that cannot be."""
+        """Validates the fields."""
         if not self.model:
-            raise ValueError("model is empty; it should be the name of a model of the server")
+            raise ValueError("model is empty; it should be the name of a model on the server")
         for name, choices in (
             ("structured", get_args(replies.Structured)),
             ("max_tokens_field", ("max_tokens", "max_completion_tokens")),
@@ -227,26 +185,22 @@ class OpenAIJudgeConfig:
             raise ValueError(f"max_tokens={self.max_tokens} must be at least 1")
 
 
-class _NoLogProbs(replies.BadReply):
-    """The reply has no log-probabilities at all."""
-
-
 class OpenAIJudge:
-    """Asks a language model behind a server; see `judges.Judge`."""
+    """Asks a language model behind a server; see `judgements.Judge`."""
 
     def __init__(
         self, cfg: OpenAIJudgeConfig, *, key: str, spending: str | os.PathLike[str] | None
     ) -> None:
-        """Read templates and prices, and what earlier runs spent; nothing is sent.
+        """Reads templates, prices and the spending of earlier runs; sends nothing.
 
         Args:
-            cfg: what to ask.
-            key: for the server, see `server_calls.key_from_environment`.
+            cfg: the model and its server.
+            key: for the server, see `server.key_from_environment`.
             spending: the spending file; None to count this run alone.
 
         Raises:
-            ValueError: a template, a price table or a spending file that cannot be, or a budget of
-                money for a model without a price.
+            ValueError: an invalid template, price table or spending file, or a budget of money for
+                a model without a price.
         """
         self._cfg, self._key = cfg, key
         self._prompts: dict[judgements.Protocol, JudgePrompt] = {
@@ -261,59 +215,59 @@ class OpenAIJudge:
                 f" {cfg.model!r}: add it to a copy of the table and name the copy by --prices"
             )
         self._server = Server(cfg.server, key=key, price=self.price, spending=spending)
-        self._has_log_probs = False  # Whether any reply had them.
+        self._has_log_probs = False  # True once any reply had them.
 
     @property
     def name(self) -> str:
-        """The model."""
+        """Returns the model's name."""
         return self._cfg.model
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """What decides the verdicts.
+        """Returns the settings that decide the verdicts.
 
-        The server's address does not: a server may move. Nor do the most tokens of a reply: they
-        decide whether it is whole, and one that was not is a failed judgement.
+        The server's address is not one of them: a server may move. Neither is the token limit of a
+        reply: a truncated reply is a failed judgement.
         """
         names = ("model", "structured", "log_probs", "temperature", "low", "high")
         return {name: getattr(self._cfg, name) for name in names}
 
     @property
     def totals(self) -> Totals:
-        """What all calls took, in this run and those before."""
+        """Returns the sums over all calls, of this run and earlier ones."""
         return self._server.totals
 
     def spent(self) -> str:
-        """What all calls of the labels file took, for the user."""
+        """Returns the spending of all calls of the labels file, for the user."""
         totals = self.totals
         tokens = f"{totals.usage.input_tokens} tokens in, {totals.usage.output_tokens} out"
-        told = f"spent in all runs: {totals.requests} requests, {tokens}"
+        text = f"spent in all runs: {totals.requests} requests, {tokens}"
         if self.price is not None:
-            told += f", {totals.cost:.6g} {self.price.currency}"
+            text += f", {totals.cost:.6g} {self.price.currency}"
         if totals.unknown_requests:
-            told += f"; {totals.unknown_requests} requests ended without a word of their cost"
+            text += f"; the cost of {totals.unknown_requests} requests is unknown"
             if self.price is not None:
-                told += f" ({totals.unknown_cost:.6g} at most)"
-        return told
+                text += f" ({totals.unknown_cost:.6g} at most)"
+        return text
 
     def template_hash(self, protocol: judgements.Protocol) -> str:
-        """Hash of the template file."""
+        """Returns the hash of the template file."""
         return self._prompts[protocol].hash
 
     def estimate(self, prompt: Prompt, texts: Sequence[str]) -> Estimate:
-        """What a question may take; see `judges.Judge`."""
+        """Estimates the cost of a question; see `judgements.Judge`."""
         return self._estimate(self._request(prompt, texts))
 
     async def score(self, prompt: Prompt, answer: str) -> Reply:
-        """The answer's scores; see `judges.Judge`."""
+        """Scores an answer; see `judgements.Judge`."""
         return await self._ask(prompt, [answer], self._read_scores)
 
     async def compare(self, prompt: Prompt, first: str, second: str) -> Reply:
-        """How likely the first answer is the better one; see `judges.Judge`."""
+        """Returns how likely the first answer is the better one; see `judgements.Judge`."""
         return await self._ask(prompt, [first, second], self._read_verdict)
 
     async def close(self) -> None:
-        """Close connections and the spending file."""
+        """Closes connections and the spending file."""
         await self._server.close()
 
     async def _ask(
@@ -325,7 +279,7 @@ class OpenAIJudge:
         taken = Taken()
         request = self._request(prompt, texts)
         completion = await self._server.complete(request, self._estimate(request), taken)
-        # Without the key, should the reply hold that.
+        # The key is removed in case the reply holds it.
         text = scrubbed(completion.text or completion.refusal or "", self._key)
         failure: judgements.Failure = "unreadable"
         ends_after: int | None = None
@@ -336,8 +290,8 @@ class OpenAIJudge:
             message, failure = str(bad), bad.failure
             if isinstance(bad, _NoLogProbs) and not self._has_log_probs:
                 ends_after = _NO_LOG_PROBS_ENDS_AFTER
-        except Exception as other:  # It is paid for, so it is recorded whatever is in it.
-            error, message = other, f"the reply cannot be read: {type(other).__name__}: {other}"
+        except Exception as other:  # A paid reply is recorded whatever it holds.
+            error, message = other, f"the reply is unreadable: {type(other).__name__}: {other}"
         raise JudgementFailed(
             message,
             raw=text,
@@ -389,7 +343,7 @@ class OpenAIJudge:
 
     def _estimate(self, request: Mapping[str, Any]) -> Estimate:
         texts = [message["content"] for message in request["messages"]]
-        # Some servers put the form of the reply into the prompt.
+        # Some servers put the reply format into the prompt.
         form = json.dumps(request["response_format"]) if "response_format" in request else ""
         num_wide = sum(len(_WIDE.findall(text)) for text in texts)
         num_narrow = sum(map(len, texts)) + len(form) - num_wide
@@ -412,8 +366,42 @@ class OpenAIJudge:
         return self.price.cost(usage)
 
 
+def _parts(text: str, path: pathlib.Path) -> tuple[str, str]:
+    pieces = re.split(r"^\[(system|user)\][ \t]*$", text, flags=re.MULTILINE)
+    parts = dict(zip(pieces[1::2], (piece.strip() for piece in pieces[2::2]), strict=True))
+    names = pieces[1::2]
+    if pieces[0].strip() or names not in (["system", "user"], ["user"]) or not parts["user"]:
+        raise ValueError(
+            f"judge's template {path} should be a line [system] and its text (or none), then a"
+            " line [user] and its text"
+        )
+    return parts["system"] if "system" in parts else "", parts["user"]
+
+
+def _reference(prompt: Prompt) -> str:
+    parts = []
+    if _given(prompt.reference):
+        parts.append(f"医生当时的回答：{prompt.reference}")
+    if _given(prompt.diagnosis):
+        parts.append(f"医生的诊断：{prompt.diagnosis}")
+    return "\n".join(parts) if parts else _NO_REFERENCE
+
+
+def _sendable(text: str) -> str:
+    """Returns the text with a question mark for each lone surrogate, which UTF-8 lacks."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _given(text: str | None) -> bool:
+    return text is not None and bool(text.strip())
+
+
+class _NoLogProbs(replies.BadReply):
+    """The reply has no log-probabilities at all."""
+
+
 def _check_whole(completion: Completion) -> None:
-    """Raise BadReply for a reply without a text, or with one that did not come to its end."""
+    """Raises BadReply for a reply without a text, or one that was cut off or withheld."""
     if completion.refusal is not None and completion.text is None:
         raise replies.BadReply(f"the model refuses: {completion.refusal}", "refused")
     replies.check_ending(completion.finish_reason)

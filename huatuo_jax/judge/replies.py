@@ -1,7 +1,7 @@
-"""From a language model's reply to a verdict: what is not exactly what was asked for is refused.
+"""Parses a language model's reply into a verdict; anything but the requested format is refused.
 
-Around the JSON that was asked for may stand thoughts before the final answer, and a code fence that
-ends the reply. Everything else makes the reply unreadable, as nobody knows then what it says.
+Reasoning before the final answer, and a code fence that ends the reply, may surround the JSON.
+Everything else makes the reply unreadable, as its meaning would be a guess.
 """
 
 import json
@@ -19,8 +19,8 @@ _BLANK = " \t\r\n\v\f\ufeff\u200b\u2060"
 # A code fence; `_candidates` takes those that hold an object up to the end of the reply.
 _FENCE = re.compile(rf"```[ \t]*[\w+-]*[{_BLANK}]*(?=\{{)")
 _FENCE_END = "```"
-# Around the thoughts of a reasoning model, as models and their servers write it. Where the model's
-# template opens them in the prompt, the reply has the end alone.
+# Marks around the thoughts of a reasoning model, as models and their servers write them. Where the
+# model's template opens them in the prompt, the reply holds the end mark alone.
 _THOUGHTS = re.compile(
     r"<(?:think|thinking|thought|reasoning|seed:think)>|◁think▷|\[THINK\]|<unused94>"
     r"|<\|channel\|>analysis<\|message\|>|^## Thinking\b",
@@ -34,7 +34,7 @@ _THOUGHTS_END = re.compile(
 _MOST_CANDIDATES = 32
 # In a text inside the JSON the quotation marks would be escaped.
 _VERDICT = re.compile(r'"better"\s*:\s*([012])(?!\d)')
-# Finish reasons of OpenAI's and of other servers that say more than "the reply came to its end".
+# Finish reasons, of OpenAI's and other servers, that mean more than the end of the reply.
 _TRUNCATED = frozenset(
     "length max_tokens max_output_tokens max_new_tokens max_length model_length token_limit"
     " model_context_window_exceeded".split()
@@ -49,9 +49,9 @@ _BROKEN_OFF = frozenset(
     " other".split()
 )
 _P_FIRST = {1: 1.0, 2: 0.0, 0: 0.5}
-# The share of probability that the three verdicts must have together to be renormalised.
+# The least probability of the three verdicts together for them to be renormalised.
 _MIN_MASS = 0.5
-_MAX_MASS = 1.01  # Above rounding: no probabilities.
+_MAX_MASS = 1.01  # Anything above is not rounding: not probabilities.
 
 
 class Score(NamedTuple):
@@ -69,17 +69,17 @@ class Verdict(NamedTuple):
 
 
 class Token(NamedTuple):
-    """A token of the reply, and the likeliest tokens at its place with log-probabilities."""
+    """A token of the reply, and the likeliest tokens at its position with log-probabilities."""
 
     text: bytes
     alternatives: Mapping[bytes, float]
 
 
 class BadReply(Exception):
-    """The reply is not what was asked for."""
+    """The reply does not have the requested format."""
 
     def __init__(self, message: str, failure: Failure = "unreadable") -> None:
-        """Say why, and of which kind it is."""
+        """Sets the reason and the kind of failure."""
         super().__init__(message)
         self.failure: Failure = failure
 
@@ -87,7 +87,7 @@ class BadReply(Exception):
 def response_format(
     protocol: Protocol, structured: Structured, *, low: int, high: int
 ) -> dict[str, Any] | None:
-    """What to tell the server about the form of its reply; None for nothing."""
+    """Returns the request's field for the reply's format, or None for no field."""
     if structured == "none":
         return None
     if structured == "json_object":
@@ -103,10 +103,10 @@ def response_format(
 
 
 def check_ending(finish_reason: str | None) -> None:
-    """Passes a reply that came to its own end, by its finish reason.
+    """Accepts a reply by its finish reason if it came to its own end.
 
-    A reason that is not known says nothing: the text then shows whether the reply is whole, as JSON
-    that was cut is no JSON.
+    An unknown reason is accepted: the text then shows whether the reply is complete, as truncated
+    JSON is not valid.
 
     Raises:
         BadReply: the server cut the reply off, or withheld a part of it.
@@ -125,7 +125,7 @@ def check_ending(finish_reason: str | None) -> None:
 
 
 def parse_score(text: str, *, low: int, high: int) -> Score:
-    """The scores in a reply.
+    """Parses the scores of a reply.
 
     Raises:
         BadReply: it is not JSON of exactly the five criteria, each with a reason and a whole number
@@ -150,7 +150,7 @@ def parse_score(text: str, *, low: int, high: int) -> Score:
 
 
 def parse_verdict(text: str) -> Verdict:
-    """The verdict in a reply: 1 for the first, 0 for the second, 0.5 for neither.
+    """Parses the verdict of a reply: 1 for the first, 0 for the second, 0.5 for neither.
 
     Raises:
         BadReply: it is not JSON of exactly a reason and a verdict of 0, 1 or 2.
@@ -164,15 +164,15 @@ def parse_verdict(text: str) -> Verdict:
 
 
 def verdict_probability(tokens: Sequence[Token], text: str) -> float:
-    """The probability of the first answer, from the token that holds the verdict.
+    """Returns the probability of the first answer, from the token that holds the verdict.
 
-    The verdict is that of the final answer, whatever thoughts before it say. The probabilities of
-    "1", "2" and "0" at its place are brought to a sum of 1; half of what "0" has goes to each
+    The verdict is that of the final answer, not of the reasoning before it. The probabilities of
+    "1", "2" and "0" at its position are normalised to a sum of 1; half of that of "0" goes to each
     answer.
 
     Args:
-        tokens: of the reply; those of thoughts may stand before.
-        text: of the reply, which `parse_verdict` takes.
+        tokens: of the reply; those of reasoning may come first.
+        text: of the reply, valid for `parse_verdict`.
 
     Raises:
         BadReply: the tokens do not hold the verdict of the text, give most of the probability to
@@ -182,9 +182,9 @@ def verdict_probability(tokens: Sequence[Token], text: str) -> float:
     answer, _ = _final_answer(text)
     match = _VERDICT.search(answer)
     if match is None:
-        raise BadReply("the reply has no verdict to look for among its tokens")
+        raise BadReply("the reply has no verdict to find among its tokens")
     joined = b"".join(token.text for token in tokens)
-    # From the verdict on, as the reason may hold characters that tokens cut through.
+    # From the verdict on, as tokens may split characters of the reason.
     tail = answer[match.start() :].encode("utf-8", "surrogatepass")
     found = joined.rfind(tail)
     behind = joined[found + len(tail) :].decode("utf-8", "replace")
@@ -192,9 +192,9 @@ def verdict_probability(tokens: Sequence[Token], text: str) -> float:
         raise BadReply("the tokens of the reply do not hold its verdict")
     mass = _masses(tokens, found + len(answer[match.start() : match.start(1)].encode()))
     total = math.fsum(mass.values())
-    # Written so that a log-probability that is no number is refused too.
+    # Written so that NaN is refused too.
     if not _MIN_MASS <= total <= _MAX_MASS:
-        raise BadReply(f"the verdicts have {total:.3f} of the probability at their place")
+        raise BadReply(f"the verdicts have {total:.3f} of the probability at their position")
     p_first = min(max((mass[1] + 0.5 * mass[0]) / total, 0.0), 1.0)
     said = int(match[1])
     other = max(mass[verdict] for verdict in mass if verdict != said) / total
@@ -207,7 +207,7 @@ def verdict_probability(tokens: Sequence[Token], text: str) -> float:
 
 
 def _masses(tokens: Sequence[Token], place: int) -> dict[int, float]:
-    """The probability of each verdict at a place, in bytes, among the joined tokens."""
+    """Returns the probability of each verdict at a byte position of the joined tokens."""
     start = 0
     for token in tokens:
         if start + len(token.text) > place:
@@ -223,7 +223,7 @@ def _masses(tokens: Sequence[Token], place: int) -> dict[int, float]:
 
 
 def _final_answer(text: str) -> tuple[str, dict[str, Any]]:
-    """The JSON of a reply's final answer, as its text and as an object."""
+    """Returns the JSON of a reply's final answer, as text and as an object."""
     if not text.strip(_BLANK):
         raise BadReply("the reply is empty")
     error: Exception | None = None
@@ -244,10 +244,10 @@ def _final_answer(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def _candidates(text: str) -> Iterator[str]:
-    """What may be the final answer, the likeliest first: the whole, or what is behind thoughts.
+    """Yields what may be the final answer, the likeliest first: all, or what follows reasoning.
 
-    Either bare or in a code fence that ends it. A mark inside the answer's own strings does no
-    harm, as what is behind it is no JSON.
+    Each bare, or in a code fence that ends it. A mark inside the answer's own strings is harmless,
+    as the text behind it is not JSON.
     """
     bodies = [] if _THOUGHTS.match(text) else [text]
     ends = [match.end() for match in _THOUGHTS_END.finditer(text)]
@@ -262,7 +262,7 @@ def _candidates(text: str) -> Iterator[str]:
 
 
 def _within_thoughts(before: str) -> bool:
-    """Whether thoughts that began in this text have not ended in it."""
+    """Returns True if reasoning that begins in this text has not ended in it."""
     began = [match.start() for match in _THOUGHTS.finditer(before)]
     ended = [match.start() for match in _THOUGHTS_END.finditer(before)]
     return bool(began) and (not ended or began[-1] > ended[-1])

@@ -1,20 +1,19 @@
-"""A report of a labels file: what the judge did, for the user to see before training on it.
+"""A report of a labels file: what the judge did, to be checked before training on it.
 
 `label_report` gives a part for each judge, protocol and template in the file, and the agreement of
-every two of them. `to_json` is for programs, `text` to read.
-
-The figures of a labels report, each with its standard error.
+every two of them, each figure with its standard error. `to_json` is for programs, `text` for
+readers.
 
 **Position bias.** A judge that answers with log-odds `d + b` for the answer it is shown first,
-where `d` is by how much that answer is better and `b` the same for all pairs, has position bias
+where `d` is how much better that answer is and `b` is the same for all pairs, has position bias
 `b`. In the other order the log-odds for the answer shown first are `-d + b`. So with probabilities
 
     b = (log-odds of one order + log-odds of the other) / 2,
 
-averaged over pairs. Of a certain verdict (0 or 1, or nearer to them than its judge's rounding, see
-`verdicts.SMALLEST_PROBABILITY`) only a bound of the log-odds is known, so its pair has no b and
-must not be given one by the bound. Nor may noise in the log-odds choose which pairs have one: those
-whose noise is against b would remain. So the mean is over the pairs with
+averaged over pairs. For a certain verdict (0 or 1, or nearer to them than its judge's rounding, see
+`questions.SMALLEST_PROBABILITY`) only a bound of the log-odds is known, so its pair has no b, and
+the bound must not stand in for one. Nor may noise in the log-odds choose which pairs have one:
+those whose noise is against b would remain. So the mean is over the pairs with
 
     |log-odds of one order - log-odds of the other| / 2 <= LARGEST_LOG_ODDS / 2,
 
@@ -29,7 +28,7 @@ twice (FF) and those with the second preferred twice (SS) have odds
     s(d + b) s(-d + b) : s(-d - b) s(d - b) = exp(2 b) : 1,
 
 whatever d is, so that b = log(FF / SS) / 2 needs no model of the answers; it is the conditional
-maximum likelihood estimate. Half a pair is added to both counts (Haldane 1956), which takes out its
+maximum likelihood estimate. Half a pair is added to both counts (Haldane 1956), which removes its
 first-order error in small samples and keeps it finite. It describes judges that draw their votes;
 one that always votes alike on a question has no such odds, and for it `first_excess` is the figure:
 the share of votes (or the mean probability) for the answer shown first, less a half. In closed form
@@ -38,6 +37,7 @@ the share of votes (or the mean probability) for the answer shown first, less a 
     flip rate of votes = mean of s(d + b) s(-d + b) + s(-d - b) s(d - b).
 """
 
+import dataclasses
 import itertools
 import math
 from collections import Counter, defaultdict
@@ -60,19 +60,22 @@ from huatuo_jax.judge.questions import (
     pairs_of,
 )
 
-# Standard errors over fewer groups than this are themselves too uncertain.
+# Standard errors over fewer groups are themselves too uncertain.
 LEAST_GROUPS = 20
+QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
+_ERRORS_SHOWN = 5
+_ERROR_CHARS = 100
 
 
 class Figure(NamedTuple):
-    """A mean with its standard error, over so many items; None where there are too few."""
+    """A mean with its standard error and number of items; None where there are too few."""
 
     value: float | None
     standard_error: float | None
     num_items: int
 
     def __str__(self) -> str:
-        """As `0.123 ± 0.004 (of 900)`."""
+        """Formats the figure as `0.123 ± 0.004 (of 900)`."""
         if self.value is None:
             return "none to count"
         error = "" if self.standard_error is None else f" ± {self.standard_error:.4f}"
@@ -80,18 +83,17 @@ class Figure(NamedTuple):
 
 
 class PositionBias(NamedTuple):
-    """What the order shown does to the verdicts; only pairs that were judged in both orders.
+    """The effect of the order shown on verdicts, over pairs that were judged in both orders.
 
     Attributes:
         log_odds: b, as this module defines it.
-        from_votes: whether it was estimated from votes: there is no pair of probabilities, each
-            verdict being certain or a tie.
+        from_votes: b is estimated from votes: every verdict is certain or a tie.
         left_out: pairs of verdicts too near to 0 and 1 to count in `log_odds`; none where it is
             from votes.
         first_excess: the mean verdict for the answer shown first, less a half.
         flip_rate: the share of pairs whose orders prefer different answers, of those where neither
             order is a tie.
-        undecided: pairs with a tie in one order at least.
+        undecided: pairs with a tie in at least one order.
     """
 
     log_odds: Figure
@@ -103,11 +105,11 @@ class PositionBias(NamedTuple):
 
 
 class Agreement(NamedTuple):
-    """How far two judges agree on the pairs that both have a verdict on.
+    """The agreement of two judges on the pairs that both have judged.
 
     Attributes:
         same: share of pairs with the same verdict: one better, the other better, or a tie.
-        same_of_decided: the same among the pairs that neither judge has a tie on.
+        same_of_decided: the same among the pairs on which neither judge has a tie.
         kappa: Cohen's kappa of the three verdicts (Cohen 1960, doi:10.1177/001316446002000104).
     """
 
@@ -117,15 +119,15 @@ class Agreement(NamedTuple):
 
 
 def mean_figure(values: Sequence[float], groups: Sequence[str]) -> Figure:
-    """A mean, with a standard error that allows for likeness within each group.
+    """Returns a mean with a standard error that allows for correlation within each group.
 
     The error is `sqrt(C / (C - 1) * sum over groups of (sum of deviations)^2) / n` over C groups,
-    which is the usual one where every value is its own group; with fewer than `LEAST_GROUPS` groups
-    every value is taken as that.
+    which is the usual one where every value is its own group, as with fewer than `LEAST_GROUPS`
+    groups.
 
     Args:
         values: any numbers; a share is the mean of zeros and ones.
-        groups: of each value, the id of its prompt.
+        groups: the prompt id of each value.
     """
     count = len(values)
     if not count:
@@ -143,7 +145,7 @@ def mean_figure(values: Sequence[float], groups: Sequence[str]) -> Figure:
 
 
 def position_bias(verdicts: Mapping[PairKey, Verdicts]) -> PositionBias:
-    """The bias and the flip rate of a judge, see this module's top."""
+    """Estimates a judge's position bias and flip rate, by the method at this module's top."""
     both = {key: found for key, found in verdicts.items() if found.both_orders}
     prompts = [key.id for key in both]
     leanings = [found.leanings() for found in both.values()]
@@ -171,16 +173,16 @@ def position_bias(verdicts: Mapping[PairKey, Verdicts]) -> PositionBias:
 
 
 def agreement(one: Mapping[PairKey, float], other: Mapping[PairKey, float]) -> Agreement:
-    """The agreement of two judges.
+    """Measures the agreement of two judges.
 
-    Which answer of a pair stands first in the file means nothing, so chance agreement is counted
-    over both ways to write each pair down: with shares of ties t and u it is
+    The order of a pair's answers in the file is arbitrary, so chance agreement is counted over both
+    orders: with shares of ties t and u it is
     `t u + (1 - t)(1 - u) / 2`. The standard error of kappa is that of the agreement over 1 minus
     the chance agreement, which is taken as known.
 
     Args:
-        one: of each pair the probability that its first answer is better; 0.5 is a tie.
-        other: the same of another judge.
+        one: for each pair the probability that its first answer is better; 0.5 is a tie.
+        other: the same for another judge.
     """
     common = sorted(one.keys() & other.keys())
     verdicts = [(_side(one[key]), _side(other[key])) for key in common]
@@ -194,65 +196,9 @@ def agreement(one: Mapping[PairKey, float], other: Mapping[PairKey, float]) -> A
     return Agreement(same, same_of_decided, _kappa(same, verdicts))
 
 
-def _kappa(same: Figure, verdicts: Sequence[tuple[int, int]]) -> Figure:
-    if same.value is None:
-        return Figure(None, None, 0)
-    ties = [math.fsum(sides[judge] == 0 for sides in verdicts) / len(verdicts) for judge in (0, 1)]
-    chance = ties[0] * ties[1] + (1 - ties[0]) * (1 - ties[1]) / 2
-    if chance == 1:  # Both say "tie" and nothing else: there is nothing to agree on.
-        return Figure(None, None, same.num_items)
-    error = None if same.standard_error is None else same.standard_error / (1 - chance)
-    return Figure((same.value - chance) / (1 - chance), error, same.num_items)
-
-
-def _bias_of_probabilities(
-    both: Mapping[PairKey, Verdicts], leanings: Sequence[tuple[float, float]]
-) -> Figure:
-    biases, prompts = [], []
-    for (key, found), (one, other) in zip(both.items(), leanings, strict=True):
-        # A pair of votes among probabilities (a tie, say) has no log-odds either.
-        known = not found.certain and not found.voted
-        if known and abs(one - other) <= LARGEST_LOG_ODDS:
-            biases.append((one + other) / 2)
-            prompts.append(key.id)
-    return mean_figure(biases, prompts)
-
-
-def _bias_of_votes(leanings: Sequence[tuple[float, float]], prompts: Sequence[str]) -> Figure:
-    """Half the log of FF over SS, each with half a pair added.
-
-    Its error is `sqrt(1 / FF + 1 / SS) / 2`, or the one that allows for likeness within prompts
-    where that is larger.
-    """
-    flips = [
-        (1.0 if one > 0 else -1.0, prompt)
-        for (one, other), prompt in zip(leanings, prompts, strict=True)
-        if one * other > 0
-    ]
-    if not flips:
-        return Figure(None, None, 0)
-    firsts = math.fsum(side > 0 for side, _ in flips) + 0.5
-    seconds = math.fsum(side < 0 for side, _ in flips) + 0.5
-    share = mean_figure([float(side > 0) for side, _ in flips], [prompt for _, prompt in flips])
-    # b = log(q / (1 - q)) / 2 of the share q of FF, so that db = dq / (2 q (1 - q)).
-    q = firsts / (firsts + seconds)
-    grouped = (share.standard_error or 0.0) / (2 * q * (1 - q))
-    error = max(math.sqrt(1 / firsts + 1 / seconds) / 2, grouped)
-    return Figure(math.log(firsts / seconds) / 2, error, len(flips))
-
-
-def _side(p_one: float) -> int:
-    return int(p_one > 0.5) - int(p_one < 0.5)
-
-
-QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
-_ERRORS_SHOWN = 5
-_ERROR_CHARS = 100
-
-
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What all lines of a judge took, superseded ones too.
+    """The cost of all lines of a judge, superseded ones too.
 
     Attributes:
         money: in the unit of the price table, of the lines whose cost is known.
@@ -275,20 +221,20 @@ class JudgePart:
         judge: its name.
         protocol: "score" or "pairwise".
         template: hash of the prompt template.
-        note: what a reader must know of this judge; None for nothing.
-        lines: of the labels file.
-        judgements: those that stand, failed ones too. `other_texts` of them are of texts that the
-            answers file does not hold; what follows is without those.
-        prompts: that they are of.
-        failure_rate: of the standing judgements.
-        errors: the commonest ones of standing failures.
-        scores: by criterion the mean score, its error; score protocol only.
+        note: a caveat about this judge; None for none.
+        lines: lines of the labels file.
+        judgements: current ones, failed ones too. `other_texts` of them are of texts that the
+            answers file does not hold; all that follows is without those.
+        prompts: number of their prompts.
+        failure_rate: of the current judgements.
+        errors: the most frequent errors of current failures.
+        scores: by criterion the mean score; score protocol only.
         position: pairwise protocol only.
-        pairs: of answers that have a verdict.
-        ties: share of them that are a tie, or votes of both orders that contradict each other.
-        longer_wins: the share of pairs of different length that the longer answer wins.
+        pairs: pairs of answers with a verdict.
+        ties: share of pairs with a tie, or with votes of both orders that contradict each other.
+        longer_wins: share of pairs of different length that the longer answer wins.
         margins: quantiles of the difference of scores (points), or of the winner's probability.
-        cost: of all lines.
+        cost: cost of all lines.
     """
 
     judge: str
@@ -311,7 +257,7 @@ class JudgePart:
 
     @property
     def name(self) -> str:
-        """Judge, protocol and the start of the template's hash."""
+        """Returns judge, protocol and the start of the template's hash."""
         return f"{self.judge} ({self.protocol}, template {self.template[:8]})"
 
 
@@ -323,14 +269,14 @@ class LabelReport:
     agreements: Mapping[tuple[str, str], Agreement]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; a figure is its value, standard error and number."""
+        """Returns plain values; a figure is its value, standard error and number."""
         agreements = [
             {"judges": list(names), **_plain(found)} for names, found in self.agreements.items()
         ]
         return {"judges": [_plain(part) for part in self.parts], "agreements": agreements}
 
     def text(self) -> str:
-        """The report to read; `±` is one standard error."""
+        """Returns the report as text; `±` is one standard error."""
         lines = [line for part in self.parts for line in _part_lines(part)]
         for (one, other), found in self.agreements.items():
             lines += [
@@ -348,9 +294,9 @@ def label_report(
     *,
     criterion: str = "overall",
 ) -> LabelReport:
-    """The report of all lines of a labels file, or of several.
+    """Makes the report of all lines of one labels file or several.
 
-    Standard errors allow for likeness within a prompt where there are at least 20 prompts.
+    Standard errors allow for correlation within a prompt where there are at least 20 prompts.
 
     Args:
         judgements: all lines, superseded ones too, in any order.
@@ -381,10 +327,61 @@ def label_report(
     return LabelReport(parts=tuple(parts), agreements=agreements)
 
 
+def _kappa(same: Figure, verdicts: Sequence[tuple[int, int]]) -> Figure:
+    if same.value is None:
+        return Figure(None, None, 0)
+    ties = [math.fsum(sides[judge] == 0 for sides in verdicts) / len(verdicts) for judge in (0, 1)]
+    chance = ties[0] * ties[1] + (1 - ties[0]) * (1 - ties[1]) / 2
+    if chance == 1:  # Both judges give ties alone: there is nothing to agree on.
+        return Figure(None, None, same.num_items)
+    error = None if same.standard_error is None else same.standard_error / (1 - chance)
+    return Figure((same.value - chance) / (1 - chance), error, same.num_items)
+
+
+def _bias_of_probabilities(
+    both: Mapping[PairKey, Verdicts], leanings: Sequence[tuple[float, float]]
+) -> Figure:
+    biases, prompts = [], []
+    for (key, found), (one, other) in zip(both.items(), leanings, strict=True):
+        # A pair of votes among probabilities (a tie, say) has no log-odds either.
+        known = not found.certain and not found.voted
+        if known and abs(one - other) <= LARGEST_LOG_ODDS:
+            biases.append((one + other) / 2)
+            prompts.append(key.id)
+    return mean_figure(biases, prompts)
+
+
+def _bias_of_votes(leanings: Sequence[tuple[float, float]], prompts: Sequence[str]) -> Figure:
+    """Estimates half the log of FF over SS, each with half a pair added.
+
+    Its error is `sqrt(1 / FF + 1 / SS) / 2`, or the one that allows for correlation within prompts
+    where that is larger.
+    """
+    flips = [
+        (1.0 if one > 0 else -1.0, prompt)
+        for (one, other), prompt in zip(leanings, prompts, strict=True)
+        if one * other > 0
+    ]
+    if not flips:
+        return Figure(None, None, 0)
+    firsts = math.fsum(side > 0 for side, _ in flips) + 0.5
+    seconds = math.fsum(side < 0 for side, _ in flips) + 0.5
+    share = mean_figure([float(side > 0) for side, _ in flips], [prompt for _, prompt in flips])
+    # b = log(q / (1 - q)) / 2 of the share q of FF, so that db = dq / (2 q (1 - q)).
+    q = firsts / (firsts + seconds)
+    grouped = (share.standard_error or 0.0) / (2 * q * (1 - q))
+    error = max(math.sqrt(1 / firsts + 1 / seconds) / 2, grouped)
+    return Figure(math.log(firsts / seconds) / 2, error, len(flips))
+
+
+def _side(p_one: float) -> int:
+    return int(p_one > 0.5) - int(p_one < 0.5)
+
+
 def _part(
     lines: Sequence[Judgement], answered: Mapping[str, Answered], criterion: str
 ) -> tuple[JudgePart, dict[PairKey, float]]:
-    """The part of one judge, and its verdict on each pair."""
+    """Returns the part of one judge, and its verdict on each pair."""
     standing = current(lines)
     fitting, others = matching(standing, answered)
     judge, protocol, template = lines[0].judge, lines[0].protocol, lines[0].template
@@ -429,7 +426,7 @@ def _part(
 def _differences(
     judgements: Sequence[Judgement], answered: Mapping[str, Answered], criterion: str
 ) -> dict[PairKey, float]:
-    """Of each pair that has both scores, the first one's less the second one's."""
+    """Returns the first score less the second of each pair that has both."""
     scores = answer_scores(judgements, criterion=criterion)
     return {
         key: scores[key.id, key.one] - scores[key.id, key.other]
@@ -440,7 +437,7 @@ def _differences(
 
 
 def _longer_wins(preferences: Mapping[PairKey, float], answered: Mapping[str, Answered]) -> Figure:
-    """Over decided pairs of different length in characters."""
+    """Returns the share of decided pairs of different length that the longer answer wins."""
     wins, prompts = [], []
     for key, p_one in preferences.items():
         texts = answered[key.id].answers
@@ -491,7 +488,7 @@ def _cost(lines: Sequence[Judgement]) -> Cost:
 
 
 def _part_lines(part: JudgePart) -> list[str]:
-    grouped = "allow for likeness within a prompt" if part.prompts >= LEAST_GROUPS else "do not"
+    grouped = "allow for" if part.prompts >= LEAST_GROUPS else "ignore"
     lines = [f"{part.name}{f': {part.note}' if part.note else ''}"]
     lines.append(
         f"  {part.judgements} judgements of {part.prompts} prompts in {part.lines} lines;"
@@ -514,13 +511,13 @@ def _part_lines(part: JudgePart) -> list[str]:
         f"  the longer answer wins: {part.longer_wins}",
         f"  {unit}, quantiles: {shown or 'none'}",
         _cost_line(part.cost),
-        f"  (standard errors behind ±; they {grouped})",
+        f"  (± is one standard error; they {grouped} correlation within a prompt)",
     ]
     return lines
 
 
 def _cost_line(cost: Cost) -> str:
-    usage = ", ".join(f"{name} {value:g}" for name, value in cost.usage.items()) or "none told"
+    usage = ", ".join(f"{name} {value:g}" for name, value in cost.usage.items()) or "unknown"
     unknown = f" and {cost.unknown} lines of unknown cost" if cost.unknown else ""
     latency = (
         ""
@@ -534,18 +531,12 @@ def _ids(judgements: Iterable[Judgement]) -> list[str]:
     return [one.id for one in judgements]
 
 
-def _plain(part: JudgePart | Agreement) -> dict[str, Any]:
-    """Named tuples and dataclasses as dicts, all the way down."""
-    return {name: _plain_value(value) for name, value in _fields(part).items()}
-
-
-def _plain_value(value: Any) -> Any:
-    if isinstance(value, Figure | PositionBias | Cost):
-        return {name: _plain_value(inner) for name, inner in _fields(value).items()}
+def _plain(value: Any) -> Any:
+    """Returns named tuples and dataclasses as dicts, and tuples as lists, recursively."""
+    if hasattr(value, "_asdict"):
+        value = value._asdict()
+    elif dataclasses.is_dataclass(value):
+        value = vars(value)
     if isinstance(value, Mapping):
-        return {name: _plain_value(inner) for name, inner in value.items()}
+        return {name: _plain(inner) for name, inner in value.items()}
     return list(value) if isinstance(value, tuple) else value
-
-
-def _fields(value: Any) -> dict[str, Any]:
-    return value._asdict() if hasattr(value, "_asdict") else dict(vars(value))

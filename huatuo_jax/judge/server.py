@@ -1,17 +1,16 @@
-"""Calls to an OpenAI-compatible server: within its limits and our budget, asked again on failure.
+"""Calls to an OpenAI-compatible server within its rate limits and our budget, with retries.
 
 Every call is written to the spending file before it is sent. The openai client's own retries are
 off, as they would be neither counted nor paced.
 
-What it means when a call to a server fails: ask again, give this question up, or stop.
+A failed call leads to a retry, to giving up one question, or to the end of the run. Servers have
+few statuses and many wordings, so the words decide first: those about money, a key or a model
+concern every question; those about filters and lengths concern this question. Where the words say
+neither, only the answer to another question can decide: such a fault counts as this question's,
+and ends the run once enough questions have met it and none was answered.
 
-Servers have few statuses and many words. What they say decides first: of money, a key or a model
-they speak where every question would meet the same, of filters and lengths where this question is
-the matter. Where the words say neither, only another question's answer can tell: such a fault is
-this question's, and ends the run where so many questions have met it and none was answered.
-
-And what such a call may have cost. A server that answers with an error has not worked; but where a
-reply was cut off or never came, it may have, and its price is unknown.
+A server that answers with an error has done no work, so the call costs nothing; but where a reply
+was cut off or never came it may have, and the cost is unknown.
 """
 
 import asyncio
@@ -53,21 +52,23 @@ from huatuo_jax.judge.spending import (
     Usage,
 )
 
-# "give up": this question. "stop": every question meets it; "stop unless answered": unless another
-# was answered before.
+# "give up": this question. "stop": the run, as every question meets it; "stop unless answered":
+# unless another question was answered before.
 Consequence = Literal["ask again", "give up", "stop unless answered", "stop"]
 
 _MOST_OF_A_MESSAGE = 300
 # A filter may refuse any question, the first ones too; refusals cost nothing.
 _UNCLEAR_ENDS_AFTER = 20
-_FORBIDDEN_ENDS_AFTER = 3  # Mostly a key without the right to ask.
-_LONGEST_WAIT_S = 366 * 24 * 3600.0  # What asks for more is no number of seconds.
-_SHORTEST_KEY = 8  # A local server takes any word for a key; "none" is no secret.
-# In ASCII alone: Chinese writes no blank before a key, and its characters are letters too.
+_FORBIDDEN_ENDS_AFTER = 3  # Mostly a key without permission.
+_LONGEST_WAIT_S = 366 * 24 * 3600.0  # A larger number is not in seconds.
+_SHORTEST_KEY = 8  # A local server takes any word as a key; "none" is not a secret.
+# ASCII alone: Chinese text has no blank before a key, and its characters are letters too.
 _KEY_LIKE = re.compile(r"(?<![A-Za-z0-9])sk-[A-Za-z0-9_*.-]{4,}")
-# Nothing has left this machine. Named by their classes' names, as the library below the openai
-# client has changed between its versions.
+# Errors before anything was sent. By class name, as the library below the openai client has
+# changed between its versions.
 _NOT_SENT = frozenset({"ConnectError", "ConnectTimeout", "PoolTimeout"})
+OPENAI_URL = "https://api.openai.com/v1"
+KEY_VARIABLE = "OPENAI_API_KEY"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,12 +79,12 @@ class Fault:
         outcome: in a word or two, for the spending file.
         message: for the user, without secrets, with the server's own words.
         consequence: what to do.
-        ends_after: questions without an answer to any that it takes for this to be more than one
-            question's; None where one is enough, or none are.
+        ends_after: number of questions with this fault, and none answered, that end the run; None
+            where `consequence` alone decides.
         unbilled: certain to cost nothing.
-        refused: the server did not take the question at all.
+        refused: the server did not accept the question at all.
         reached: a server answered, if only with an error.
-        wait_s: what the server asked to wait, or 0.
+        wait_s: seconds that the server asked to wait, or 0.
         usage: tokens that the server counted all the same.
     """
 
@@ -99,33 +100,33 @@ class Fault:
 
 
 def scrubbed(text: str, key: str) -> str:
-    """The text without the key, and without what looks like a part of one."""
+    """Returns the text without the key, and without anything that looks like part of one."""
     if len(key) >= _SHORTEST_KEY:
         text = text.replace(key, "[key]")
     return _KEY_LIKE.sub("[key]", text)
 
 
 def fault_of(error: Exception, *, key: str, model: str, where: str, timeout_s: float) -> Fault:
-    """What a failed call means.
+    """Classifies a failed call.
 
     Args:
-        error: as the client or the reader of the body raised it; whatever it is.
+        error: any exception of the client or of the reader of the body.
         key: kept out of every text.
-        model: the one asked.
+        model: the model asked.
         where: the server, as the user knows it.
         timeout_s: how long a call may take.
     """
 
-    def told(words: str) -> str:
+    def cleaned(words: str) -> str:
         return printable(scrubbed(words, key))[:_MOST_OF_A_MESSAGE]
 
     if isinstance(error, openai.APIStatusError):
         body = _body_of(error)
-        message = told(words_of(body) or str(error.message))
+        message = cleaned(words_of(body) or str(error.message))
         wait_s = _wait_s(error.response.headers)
         return _error_fault(error.status_code, body, message, model, where, wait_s)
     if isinstance(error, NoCompletion) and error.body is not None:
-        message = told(words_of(error.body) or str(error.body))
+        message = cleaned(words_of(error.body) or str(error.body))
         return _error_fault(None, error.body, message, model, where, 0.0, error.usage)
     cause = type(error.__cause__).__name__
     not_sent = cause in _NOT_SENT
@@ -137,7 +138,7 @@ def fault_of(error: Exception, *, key: str, model: str, where: str, timeout_s: f
         outcome, message = "broken connection", f"the connection to {where} broke ({cause})"
     else:
         said = str(error) if isinstance(error, NoCompletion) else type(error).__name__
-        outcome, message = "broken reply", f"the reply of {where} cannot be read: {told(said)}"
+        outcome, message = "broken reply", f"the reply of {where} is unreadable: {cleaned(said)}"
     return Fault(
         outcome=outcome,
         message=message,
@@ -148,126 +149,20 @@ def fault_of(error: Exception, *, key: str, model: str, where: str, timeout_s: f
     )
 
 
-def _body_of(error: openai.APIStatusError) -> object:
-    """The body of an error as it came: the client reads none behind a byte order mark."""
-    try:
-        return read_json(error.response.content)
-    except NoCompletion:
-        return error.body
-
-
-def _error_fault(
-    status: int | None,
-    body: object,
-    message: str,
-    model: str,
-    where: str,
-    wait_s: float,
-    usage: Usage | None = None,
-) -> Fault:
-    """What an error that a server tells means.
-
-    Args:
-        status: None where the error came with status 200, so that the server may have worked.
-        body: of the error.
-        message: of it, for the user.
-        model: the one asked.
-        where: the server.
-        wait_s: what its headers ask to wait.
-        usage: that it counted.
-    """
-    http = "an error with HTTP 200" if status is None else f"HTTP {status}"
-    meant = status_within(body) if status is None else status
-    consequence, reason, ends_after = _consequence(meant, meanings_of(body), model)
-    told = f" {reason} ({http}: {message})" if reason else f": {http}: {message}"
-    stops = consequence in ("stop", "stop unless answered")
-    return Fault(
-        outcome=http,
-        message=f"{where}{told}",
-        consequence=consequence,
-        # A gateway that got no answer in time does not know whether there was one.
-        unbilled=status not in (None, 408, 502, 504),
-        ends_after=ends_after,
-        refused=status is not None and (stops or ends_after is not None),
-        wait_s=wait_s if consequence == "ask again" else 0.0,
-        usage=usage,
-    )
-
-
-def _consequence(
-    status: int | None, meanings: frozenset[Meaning], model: str
-) -> tuple[Consequence, str, int | None]:
-    """What to do about an error, what it is in our words where those are known, `ends_after`."""
-    failing = status is None or status >= 500
-    busy = status in (408, 409, 425, 429) or (
-        (failing or status == 403) and Meaning.BUSY in meanings
-    )
-    if status == 402 or Meaning.NO_MONEY in meanings:
-        return "stop", "has nothing left for this key to spend", None
-    if status == 401 or (not busy and Meaning.NO_KEY in meanings):
-        return "stop", "refuses the key in OPENAI_API_KEY", None
-    no_model = f"does not know the model {model!r}, or is no such server"
-    if not busy and Meaning.NO_MODEL in meanings:
-        return "stop", no_model, None
-    if status in (404, 405):
-        return "stop unless answered", no_model, None
-    if busy:
-        return "ask again", "", None
-    if status in (413, 451) or meanings & {Meaning.FILTERED, Meaning.TOO_LONG}:
-        return "give up", "will not judge this question", None
-    if failing:
-        return "ask again", "", None
-    if status == 403:
-        told = "refuses the key in OPENAI_API_KEY, or this question"
-        return "give up", told, _FORBIDDEN_ENDS_AFTER
-    if Meaning.PARAMETER in meanings:
-        return "stop unless answered", "does not take the request as it is", None
-    return "give up", "refuses this question", _UNCLEAR_ENDS_AFTER
-
-
-def _wait_s(headers: Mapping[str, str]) -> float:
-    """Seconds that Retry-After asks for, given as a number or as a date."""
-    for name, unit_s in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
-        value = headers[name] if name in headers else None
-        if value is None:
-            continue
-        try:
-            seconds = float(value) * unit_s
-        except ValueError:
-            seconds = _until_s(value)
-        if math.isfinite(seconds) and 0 < seconds <= _LONGEST_WAIT_S:
-            return seconds
-    return 0.0
-
-
-def _until_s(date: str) -> float:
-    try:
-        then = email.utils.parsedate_to_datetime(date)
-    except (ValueError, OverflowError, TypeError, IndexError):
-        return 0.0  # Numbers that no calendar has, of any size.
-    if then.tzinfo is None:
-        then = then.replace(tzinfo=datetime.UTC)
-    return (then - datetime.datetime.now(datetime.UTC)).total_seconds()
-
-
-OPENAI_URL = "https://api.openai.com/v1"
-KEY_VARIABLE = "OPENAI_API_KEY"
-
-
 @dataclass(frozen=True, kw_only=True)
 class ServerConfig:
-    """Where to ask, what it allows, and how hard to try.
+    """A server's address and limits, and the retries.
 
     Attributes:
-        base_url: of the server, with its `/v1`.
-        budget: what all runs of one labels file may take.
-        limits: what the server allows.
-        timeout_s: of a call, from start to end.
-        max_attempts: calls for one question, where the server or the way to it fails.
-        first_delay_s: before the second attempt; it doubles from there, less a random part.
-        max_delay_s: at most so long, unless the server asks for more.
-        max_wait_s: a server that asks for more ends the run.
-        max_failures: so many questions in a row that no attempt brought through end the run.
+        base_url: the server's address, with its `/v1`.
+        budget: what all runs of one labels file may spend.
+        limits: the server's rate limits.
+        timeout_s: seconds of a call, from start to end.
+        max_attempts: calls for one question, where the server or the connection fails.
+        first_delay_s: delay before the second attempt; it doubles each time, less a random part.
+        max_delay_s: longest delay, unless the server asks for more.
+        max_wait_s: a server that asks for a longer wait ends the run.
+        max_failures: number of questions in a row without a successful attempt that ends the run.
     """
 
     base_url: str = OPENAI_URL
@@ -281,12 +176,12 @@ class ServerConfig:
     max_failures: int = 20
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a field that cannot be."""
+        """Validates the fields."""
         address = urllib.parse.urlsplit(self.base_url)
         if address.scheme not in ("http", "https") or not address.hostname:
             raise ValueError("base_url should be like http://localhost:8000/v1")
         if address.username is not None or address.query:
-            raise ValueError(f"base_url may hold no secret; the key belongs into {KEY_VARIABLE}")
+            raise ValueError(f"base_url must not hold a secret; put the key into {KEY_VARIABLE}")
         for name in ("max_attempts", "max_failures"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
@@ -297,14 +192,14 @@ class ServerConfig:
 
 @dataclass
 class Taken:
-    """What the calls of one question took together.
+    """The cost of all calls of one question.
 
     Attributes:
         requests: calls sent.
-        unknown_requests: of them those whose cost nobody told.
+        unknown_requests: calls of unknown cost among them.
         usage: tokens of the others, as the server counted them.
         cost: money of the others; None without a price.
-        latency_s: of the last call.
+        latency_s: seconds of the last call.
     """
 
     requests: int = 0
@@ -314,7 +209,7 @@ class Taken:
     latency_s: float | None = None
 
     def fields(self) -> dict[str, Any]:
-        """As a reply and a failed judgement hold it."""
+        """Returns the fields of a reply or a failed judgement."""
         counts = {"requests": self.requests, "unknown_requests": self.unknown_requests}
         return {
             "usage": {**dataclasses.asdict(self.usage), **counts},
@@ -324,16 +219,16 @@ class Taken:
 
 
 def key_from_environment() -> str:
-    """The key, which is never taken from anywhere else.
+    """Returns the key, which is read from the environment and nowhere else.
 
     Raises:
-        JudgeUnusable: there is none, or it cannot be one.
+        JudgeUnusable: there is none, or it is not a valid key.
     """
     key = os.environ.get(KEY_VARIABLE, "").strip()
     if not key:
         raise JudgeUnusable(
-            f"{KEY_VARIABLE} is not set; the judge's key is taken from there (a server of your own"
-            " that wants none takes any word)"
+            f"{KEY_VARIABLE} is not set; the judge's key is read from there (any word does for a"
+            " server of your own without keys)"
         )
     if not key.isascii() or not key.isprintable() or " " in key:
         raise JudgeUnusable(f"{KEY_VARIABLE} holds characters that no key has")
@@ -341,7 +236,7 @@ def key_from_environment() -> str:
 
 
 class Server:
-    """A server, and what has been spent there."""
+    """A server, and the spending there."""
 
     def __init__(
         self,
@@ -351,22 +246,22 @@ class Server:
         price: Price | None,
         spending: str | os.PathLike[str] | None,
     ) -> None:
-        """Read what earlier runs spent; nothing is sent.
+        """Reads the spending of earlier runs; sends nothing.
 
         Args:
-            cfg: where and how.
+            cfg: address, limits and retries.
             key: for the server.
-            price: of its model; None where it is not known.
+            price: of its model; None where it is unknown.
             spending: the spending file; None to count this run alone.
 
         Raises:
-            ValueError: the spending file holds something else, or another process writes it.
+            ValueError: the file is not a spending file, or another process writes it.
         """
         self._cfg, self._key, self._price = cfg, key, price
         self._where = f"the server at {cfg.base_url}"
         self._spending = SpendingFile(spending)
         self._budget = Budget(cfg.budget, self._spending)
-        # A server's window knows of calls that a killed run made.
+        # The server's window includes calls of a killed run.
         recent = self._spending.recent(2 * cfg.limits.window_s + 60.0)
         self._limiter = RateLimiter(cfg.limits, recent)
         self._client = openai.AsyncOpenAI(
@@ -376,32 +271,32 @@ class Server:
         self._failures_in_a_row = 0
         self._under_way = 0
         self._ended = asyncio.Event()
-        self._most_output_tokens = 0  # Of a call, as the server counted them.
+        self._most_output_tokens = 0  # Largest count of a call by the server.
 
     @property
     def totals(self) -> Totals:
-        """What all calls took, in this run and those before."""
+        """Returns the sums over all calls, of this run and earlier ones."""
         return self._spending.totals()
 
     async def close(self) -> None:
-        """Close connections and the spending file."""
+        """Closes connections and the spending file."""
         await self._client.close()
         self._spending.close()
 
     async def complete(
         self, request: Mapping[str, Any], estimate: Estimate, taken: Taken
     ) -> Completion:
-        """A chat completion, after as many attempts as it needs.
+        """Gets a chat completion, with as many attempts as needed.
 
         Args:
             request: the body, with its model.
-            estimate: the most that a call may take.
-            taken: is added to, also where there is no completion.
+            estimate: the largest cost of a call.
+            taken: added to, also where there is no completion.
 
         Raises:
-            JudgementFailed: there is none to this request; with `ends_after` where no request has
-                been answered yet, and the server's words do not say whether any will be.
-            JudgeUnusable: there will be none to any.
+            JudgementFailed: this request got none; with `ends_after` where no request has been
+                answered yet, and the server's words do not show whether any will be.
+            JudgeUnusable: no request can get one.
         """
         if self._price is not None:
             taken.cost = 0.0
@@ -426,7 +321,7 @@ class Server:
     async def _call(
         self, request: Mapping[str, Any], estimate: Estimate, taken: Taken
     ) -> Completion | Fault:
-        """One call, counted whatever becomes of it."""
+        """Makes one call, and counts it however it ends."""
         reservation = await self._let_through(estimate)
         taken.requests += 1
         started_s = time.monotonic()
@@ -436,7 +331,7 @@ class Server:
                 send = self._client.chat.completions.with_raw_response.create
                 response = await send(**request)
             completion = read_completion(response.content)
-        except Exception as error:  # Whatever a server can cause is a fault of this call alone.
+        except Exception as error:  # Anything that a server causes is a fault of this call alone.
             fault = fault_of(
                 error,
                 key=self._key,
@@ -456,7 +351,7 @@ class Server:
         return completion
 
     async def _let_through(self, estimate: Estimate) -> Reservation:
-        # Thoughts may come on top of what a reply is allowed: the longest that came is expected.
+        # Reasoning may exceed a reply's token limit: the longest so far is expected.
         beyond = max(0, self._most_output_tokens - estimate.max_output_tokens)
         max_tokens = estimate.max_input_tokens + estimate.max_output_tokens + beyond
         max_cost = estimate.max_cost or 0.0
@@ -478,7 +373,7 @@ class Server:
     def _count(
         self, usage: Usage | None, fault: Fault | None, reservation: Reservation, taken: Taken
     ) -> None:
-        """Put a call's cost in place of what was held for it."""
+        """Replaces the amount held for a call by its cost."""
         cost = None
         if usage is not None:
             cost = 0.0 if self._price is None else self._price.cost(usage)
@@ -497,11 +392,11 @@ class Server:
         )
 
     async def _react(self, fault: Fault, taken: Taken) -> None:
-        """Raise where asking again is no use; make everybody wait where the server asks for it."""
+        """Raises if a retry is useless; makes all calls wait if the server asks for it."""
         if fault.consequence == "stop":
             raise self._unusable(fault.message)
         if fault.consequence == "stop unless answered" or fault.ends_after is not None:
-            # What is under way may be answered, and would tell.
+            # An answer to a call under way would decide.
             while self._under_way and not self._answered:
                 self._ended.clear()
                 await self._ended.wait()
@@ -518,12 +413,114 @@ class Server:
             self._limiter.hold(fault.wait_s)
 
     def _unusable(self, message: str) -> JudgeUnusable:
-        """The error that ends the run, which everyone who waits gets too."""
+        """Returns the error that ends the run, and raises it in every waiting call."""
         error = JudgeUnusable(printable(message))
         self._limiter.give_up(error)
         return error
 
     def _delay_s(self, attempt: int) -> float:
-        # Half of it is random, so that calls that failed together do not come back together.
+        # Half of it is random, so that calls that failed together are not repeated together.
         delay_s = min(self._cfg.first_delay_s * 2.0 ** (attempt - 1), self._cfg.max_delay_s)
         return delay_s * random.uniform(0.5, 1.0)
+
+
+def _body_of(error: openai.APIStatusError) -> object:
+    """Returns the body of an error; the client itself reads none after a byte order mark."""
+    try:
+        return read_json(error.response.content)
+    except NoCompletion:
+        return error.body
+
+
+def _error_fault(
+    status: int | None,
+    body: object,
+    message: str,
+    model: str,
+    where: str,
+    wait_s: float,
+    usage: Usage | None = None,
+) -> Fault:
+    """Classifies an error that a server reports.
+
+    Args:
+        status: None where the error came with status 200, so that the server may have done work.
+        body: of the error.
+        message: of the error, for the user.
+        model: the model asked.
+        where: the server.
+        wait_s: seconds that its headers ask to wait.
+        usage: the server's count.
+    """
+    http = "an error with HTTP 200" if status is None else f"HTTP {status}"
+    meant = status_within(body) if status is None else status
+    consequence, reason, ends_after = _consequence(meant, meanings_of(body), model)
+    text = f" {reason} ({http}: {message})" if reason else f": {http}: {message}"
+    stops = consequence in ("stop", "stop unless answered")
+    return Fault(
+        outcome=http,
+        message=f"{where}{text}",
+        consequence=consequence,
+        # A gateway that timed out does not know whether there was an answer.
+        unbilled=status not in (None, 408, 502, 504),
+        ends_after=ends_after,
+        refused=status is not None and (stops or ends_after is not None),
+        wait_s=wait_s if consequence == "ask again" else 0.0,
+        usage=usage,
+    )
+
+
+def _consequence(
+    status: int | None, meanings: frozenset[Meaning], model: str
+) -> tuple[Consequence, str, int | None]:
+    """Returns what to do about an error, its description where it is known, and `ends_after`."""
+    failing = status is None or status >= 500
+    busy = status in (408, 409, 425, 429) or (
+        (failing or status == 403) and Meaning.BUSY in meanings
+    )
+    if status == 402 or Meaning.NO_MONEY in meanings:
+        return "stop", "has nothing left for this key to spend", None
+    if status == 401 or (not busy and Meaning.NO_KEY in meanings):
+        return "stop", "refuses the key in OPENAI_API_KEY", None
+    no_model = f"does not know the model {model!r}, or is no such server"
+    if not busy and Meaning.NO_MODEL in meanings:
+        return "stop", no_model, None
+    if status in (404, 405):
+        return "stop unless answered", no_model, None
+    if busy:
+        return "ask again", "", None
+    if status in (413, 451) or meanings & {Meaning.FILTERED, Meaning.TOO_LONG}:
+        return "give up", "will not judge this question", None
+    if failing:
+        return "ask again", "", None
+    if status == 403:
+        reason = "refuses the key in OPENAI_API_KEY, or this question"
+        return "give up", reason, _FORBIDDEN_ENDS_AFTER
+    if Meaning.PARAMETER in meanings:
+        return "stop unless answered", "does not take the request as it is", None
+    return "give up", "refuses this question", _UNCLEAR_ENDS_AFTER
+
+
+def _wait_s(headers: Mapping[str, str]) -> float:
+    """Returns the seconds that Retry-After asks for, given as a number or as a date."""
+    for name, unit_s in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
+        value = headers[name] if name in headers else None
+        if value is None:
+            continue
+        try:
+            seconds = float(value) * unit_s
+        except ValueError:
+            seconds = _until_s(value)
+        if math.isfinite(seconds) and 0 < seconds <= _LONGEST_WAIT_S:
+            return seconds
+    return 0.0
+
+
+def _until_s(date: str) -> float:
+    try:
+        then = email.utils.parsedate_to_datetime(date)
+    except (ValueError, OverflowError, TypeError, IndexError):
+        return 0.0  # Numbers of any size that are not a date.
+    if then.tzinfo is None:
+        then = then.replace(tzinfo=datetime.UTC)
+    return (then - datetime.datetime.now(datetime.UTC)).total_seconds()

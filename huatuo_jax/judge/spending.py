@@ -1,18 +1,14 @@
-"""The spending file: every call to a judge's server, written down before it is sent.
+"""Rate limits, budget, prices, and the spending file of all calls to a judge's server.
 
 A labels file holds judgements; a call that was cut off leaves none, but may have been paid for.
-So each call has two lines in `LABELS.spending.jsonl`: one when it starts, with the most it may
-cost, and one when it ends, with what it did cost. A call whose cost nobody told us (a time-out, a
-connection that broke, a killed run, a reply without usage) counts with the most it may cost.
+So each call has two lines in `LABELS.spending.jsonl`: one before it is sent, with the most it may
+cost, and one when it ends, with its cost. A call of unknown cost (a timeout, a broken connection, a
+killed run, a reply without usage) counts with the most it may cost. No call starts before the
+server's rate limits allow it, and no run, nor all runs of a file together, exceed the budget.
 
-Requests and tokens a minute: no call starts before the server's limits allow it.
-
-A budget of requests and of money that no run can exceed, nor all runs of a file together.
-
-What tokens cost: a table in a JSON file that the user can replace.
-
-The shipped table is an example: prices change, and nothing here can look them up. Whatever is
-counted by it says so, and names it.
+Prices of tokens are a table in a JSON file that the user can replace. The shipped table is an
+example: prices change, and nothing here can look them up. Every sum that uses it says so and names
+it.
 """
 
 import asyncio
@@ -24,26 +20,26 @@ import math
 import os
 import pathlib
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from huatuo_jax.core.files import AppendedFile, Line
 from huatuo_jax.judge.judgements import JudgeUnusable
 
-# Calls do not arrive as evenly as they leave: what left a window late may arrive in the next one.
+# Calls do not arrive as evenly as they leave: one that leaves late may arrive in the next window.
 _MARGIN_S = 1.0
 _LOOK_AGAIN_S = 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
 class RateLimits:
-    """What a server allows.
+    """A server's rate limits.
 
     Attributes:
-        requests: in a window; None for no limit.
+        requests: calls in a window; None for no limit.
         tokens: of prompts and replies in a window; None for no limit.
-        window_s: length of the window.
+        window_s: length of the window in seconds.
     """
 
     requests: int | None = None
@@ -51,7 +47,7 @@ class RateLimits:
     window_s: float = 60.0
 
     def __post_init__(self) -> None:
-        """Raise ValueError for limits that let nothing through."""
+        """Validates that the limits let something through."""
         for name in ("requests", "tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -71,26 +67,40 @@ class Passage:
     """One call that was let through."""
 
     def __init__(self, started_s: float, tokens: int) -> None:
-        """Remember when and with how many tokens at most."""
+        """Sets the start and the largest number of tokens."""
         self.started_s, self.tokens = started_s, tokens
 
     def took(self, tokens: int) -> None:
-        """Put the server's own count in place of the reserved tokens."""
+        """Replaces the reserved tokens by the server's own count."""
         self.tokens = tokens
 
 
 class RateLimiter:
     """Lets calls through, first come first served, in a sliding window.
 
-    In no window do more calls start than `requests`, nor calls of more than `tokens`, where a call
-    under way counts with the most tokens it may take. A single call above `tokens` goes alone.
+    In no window do more than `requests` calls start, nor calls of more than `tokens` tokens, where
+    a call under way counts with its largest number. A single call above `tokens` goes alone.
     """
 
-    def __init__(self, limits: RateLimits, past: Iterable[PastCall] = ()) -> None:
-        """Start with the calls of an earlier run, as a kill does not empty the server's window."""
-        self._limits = limits
+    def __init__(
+        self,
+        limits: RateLimits,
+        past: Iterable[PastCall] = (),
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
+    ) -> None:
+        """Starts with the calls of an earlier run, as a kill does not empty the server's window.
+
+        Args:
+            limits: the server's.
+            past: calls of earlier runs.
+            clock: returns the time in seconds.
+            sleep: waits for some seconds.
+        """
+        self._limits, self._clock, self._wait = limits, clock, sleep
         self._window_s = limits.window_s + _MARGIN_S
-        now_s = time.monotonic()
+        now_s = self._clock()
         oldest_first = sorted(past, reverse=True)
         self._passages = collections.deque(
             Passage(now_s - max(call.age_s, 0.0), call.tokens) for call in oldest_first
@@ -100,27 +110,27 @@ class RateLimiter:
         self._given_up: Exception | None = None
 
     def give_up(self, error: Exception) -> None:
-        """Let nothing through any more: who waits, or comes later, gets this error."""
+        """Lets nothing through any more: every waiting or later call gets this error."""
         self._given_up = error
 
     async def rest(self, seconds: float) -> None:
-        """Wait so long, or until there is nothing left to wait for."""
-        until_s = time.monotonic() + seconds
-        while (wait_s := until_s - time.monotonic()) > 0:
+        """Waits for this long, or until the limiter gives up."""
+        until_s = self._clock() + seconds
+        while (wait_s := until_s - self._clock()) > 0:
             await self._sleep(wait_s)
 
     def hold(self, seconds: float) -> None:
-        """Let no call through for so long: the server has asked for it."""
-        self._held_until_s = max(self._held_until_s, time.monotonic() + seconds)
+        """Lets no call through for this long, as the server has asked."""
+        self._held_until_s = max(self._held_until_s, self._clock() + seconds)
 
     async def pass_through(self, tokens: int) -> Passage:
-        """Wait until a call of so many tokens at most may start; it counts as started then."""
+        """Waits until a call of at most this many tokens may start, and counts it as started."""
         async with self._turn:
             while (wait_s := self._wait_s(tokens)) > 0:
                 await self._sleep(wait_s)
             if self._given_up is not None:
                 raise self._given_up
-            passage = Passage(time.monotonic(), tokens)
+            passage = Passage(self._clock(), tokens)
             if self._limits.requests is not None or self._limits.tokens is not None:
                 self._passages.append(passage)
             return passage
@@ -128,10 +138,10 @@ class RateLimiter:
     async def _sleep(self, wait_s: float) -> None:
         if self._given_up is not None:
             raise self._given_up
-        await asyncio.sleep(min(wait_s, _LOOK_AGAIN_S))
+        await self._wait(min(wait_s, _LOOK_AGAIN_S))
 
     def _wait_s(self, tokens: int) -> float:
-        now_s = time.monotonic()
+        now_s = self._clock()
         while self._passages and self._passages[0].started_s + self._window_s <= now_s:
             self._passages.popleft()
         wait_s = self._held_until_s - now_s
@@ -157,7 +167,7 @@ class Usage:
     cached_tokens: int = 0
 
     def __add__(self, other: "Usage") -> "Usage":
-        """Both calls' tokens."""
+        """Adds the tokens of both."""
         return Usage(
             input_tokens=self.input_tokens + other.input_tokens,
             output_tokens=self.output_tokens + other.output_tokens,
@@ -167,14 +177,14 @@ class Usage:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Totals:
-    """What all calls of a spending file took, in this run and those before.
+    """The sums over all calls of a spending file, of this run and earlier ones.
 
     Attributes:
         requests: calls sent.
-        unknown_requests: of them those whose cost nobody told.
+        unknown_requests: calls of unknown cost among them.
         usage: tokens of the other calls, as the server counted them.
         cost: money of the other calls; 0 without prices.
-        unknown_cost: the most that the unknown ones can have cost; 0 without prices.
+        unknown_cost: the largest possible cost of the unknown ones; 0 without prices.
     """
 
     requests: int
@@ -198,7 +208,7 @@ class SpendingFile:
     """Calls started and ended, kept in a file where there is one; `close` when done."""
 
     def __init__(self, path: str | os.PathLike[str] | None) -> None:
-        """Open the file, if there is one yet, and read what earlier runs spent.
+        """Opens the file, if it exists, and reads the spending of earlier runs.
 
         Args:
             path: the file, made with the first call; None to count without a file.
@@ -217,7 +227,7 @@ class SpendingFile:
             self._open()
 
     def close(self) -> None:
-        """Close the file; remove it where it says only that the server refused to do anything."""
+        """Closes the file; removes it if it holds refused calls alone."""
         if self._file is not None:
             if self._path is not None and all(call.refused for call in self._calls):
                 self._path.unlink()
@@ -225,7 +235,7 @@ class SpendingFile:
             self._file = None
 
     def start(self, *, max_tokens: int, max_cost: float) -> int:
-        """Write down a call that is about to be sent; returns its number."""
+        """Records a call before it is sent, and returns its number."""
         if self._file is None and self._path is not None:
             self._open()
         number = len(self._calls)
@@ -242,12 +252,12 @@ class SpendingFile:
     def end(
         self, number: int, *, outcome: str, usage: Usage | None, cost: float | None, refused: bool
     ) -> None:
-        """Write down how a call ended.
+        """Records the end of a call.
 
         Args:
             number: as `start` gave it.
             outcome: in a word or two.
-            usage: tokens, where the server told.
+            usage: tokens, where the server counted them.
             cost: money; None where it cannot be known.
             refused: the server did not take the question at all.
         """
@@ -262,7 +272,7 @@ class SpendingFile:
         self._end(row)
 
     def totals(self) -> Totals:
-        """What has been spent by now; a call under way is among the unknown."""
+        """Returns the spending so far; a call under way counts as unknown."""
         return Totals(
             requests=len(self._calls),
             unknown_requests=len(self._calls) - self._num_known,
@@ -272,7 +282,7 @@ class SpendingFile:
         )
 
     def recent(self, seconds: float) -> Sequence[PastCall]:
-        """The calls that started in the last so many seconds, for the rate limits."""
+        """Returns the calls of the last `seconds`, for the rate limits."""
         now_s = time.time()
         return [
             PastCall(now_s - call.started_s, _tokens_of(call))
@@ -340,10 +350,10 @@ def _tokens_of(call: _Call) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class BudgetConfig:
-    """What all calls of one labels file together may take, over all its runs.
+    """The budget of all calls of one labels file, over all its runs.
 
     Attributes:
-        max_requests: calls, those that fail too; None for no limit.
+        max_requests: calls, failed ones included; None for no limit.
         max_cost: money in the currency of the price table; None for no limit.
     """
 
@@ -351,7 +361,7 @@ class BudgetConfig:
     max_cost: float | None = None
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a budget below nothing."""
+        """Validates that no limit is negative."""
         for name in ("max_requests", "max_cost"):
             value = getattr(self, name)
             if value is not None and (not math.isfinite(value) or value < 0):
@@ -359,16 +369,16 @@ class BudgetConfig:
 
 
 class Reservation:
-    """Part of the budget, held for one call from before it is sent until it has ended."""
+    """Part of the budget, held for one call from before it is sent until it ends."""
 
     def __init__(self, budget: "Budget", *, max_tokens: int, max_cost: float) -> None:
-        """Made by `Budget.reserve`."""
+        """Sets the amounts; `Budget.reserve` makes reservations."""
         self._budget, self._number = budget, -1
         self._passage = Passage(0.0, max_tokens)
         self.max_tokens, self.max_cost = max_tokens, max_cost
 
     def start(self, passage: Passage) -> None:
-        """Write down that the call is sent now; it counts from here on, whatever happens.
+        """Records that the call is sent now; from here on it counts, however it ends.
 
         Args:
             passage: through the rate limits.
@@ -382,13 +392,13 @@ class Reservation:
     def end(
         self, *, outcome: str, usage: Usage | None, cost: float | None, refused: bool = False
     ) -> None:
-        """Put the call's cost in place of what was held for it.
+        """Replaces the amount held for the call by its cost.
 
         Args:
             outcome: in a word or two.
-            usage: tokens, where the server told.
-            cost: money; None where it cannot be known, and then all that was held stays counted.
-            refused: the server did not take the question at all.
+            usage: tokens, where the server counted them.
+            cost: money; None where it is unknown: the whole amount held then stays counted.
+            refused: the server did not accept the question at all.
         """
         self._budget.spending.end(
             self._number, outcome=outcome, usage=usage, cost=cost, refused=refused
@@ -400,19 +410,19 @@ class Reservation:
         self._budget.ended()
 
     def cancel(self) -> None:
-        """Give back what was held for a call that was never sent."""
+        """Releases the amount held for a call that was never sent."""
         self._budget.cancelled(self)
 
 
 class Budget:
-    """Lets a call start only where the most that it may take is still there."""
+    """Lets a call start only if the budget covers its largest cost."""
 
     def __init__(self, cfg: BudgetConfig, spending: SpendingFile) -> None:
-        """Start with what earlier runs spent.
+        """Starts from the spending of earlier runs.
 
         Args:
-            cfg: how much there is.
-            spending: what is spent.
+            cfg: the budget.
+            spending: the spending so far.
         """
         self._cfg, self.spending = cfg, spending
         self._held: set[Reservation] = set()  # Reserved, and not started.
@@ -420,13 +430,13 @@ class Budget:
         self._changed = asyncio.Event()
 
     async def reserve(self, *, max_tokens: int, max_cost: float) -> Reservation:
-        """Hold the most that a call may take.
+        """Reserves the largest cost of a call.
 
-        Where only calls under way stand against it, their end is waited for, as they mostly cost
-        less than what is held for them.
+        Waits for calls under way where only they prevent it, as they mostly cost less than the
+        amount held for them.
 
         Raises:
-            JudgeUnusable: it is not there.
+            JudgeUnusable: the budget does not cover it.
         """
         while lack := self._lack(max_cost):
             if not self._held and not self._under_way:
@@ -438,22 +448,22 @@ class Budget:
         return reservation
 
     def started(self, reservation: Reservation) -> None:
-        """Note that a call was sent."""
+        """Records that a call was sent."""
         self._held.remove(reservation)
         self._under_way += 1
 
     def ended(self) -> None:
-        """Note that a call under way has ended."""
+        """Records that a call under way has ended."""
         self._under_way -= 1
         self._changed.set()
 
     def cancelled(self, reservation: Reservation) -> None:
-        """Note that a call will not be sent."""
+        """Records that a call will not be sent."""
         self._held.remove(reservation)
         self._changed.set()
 
     def _lack(self, max_cost: float) -> str | None:
-        """What the budget lacks for one more call; None where nothing."""
+        """Returns why the budget does not cover one more call, or None if it does."""
         totals = self.spending.totals()
         requests = totals.requests + len(self._held)
         limit = self._cfg.max_requests
@@ -479,15 +489,15 @@ _DIGITS = 12  # Of a cost: far below any currency, so that sums of costs are the
 
 @dataclass(frozen=True, kw_only=True)
 class Price:
-    """Money for one token of each sort.
+    """The price of one token of each sort.
 
     Attributes:
         input: a token of the prompt.
-        cached_input: a token of the prompt that the server had in its cache.
+        cached_input: a token of the prompt from the server's cache.
         output: a token of the reply.
-        currency: as the table says.
+        currency: as the table names it.
         table: the file it was read from.
-        as_of: when the table was true, in its own words; None where it does not say.
+        as_of: the table's date, in its own words; None for none.
     """
 
     input: float
@@ -499,11 +509,11 @@ class Price:
 
     @property
     def is_example(self) -> bool:
-        """Whether it is of the shipped table, which nobody has checked for this run."""
+        """Returns True for the shipped table, which nobody has checked for this run."""
         return pathlib.Path(self.table) == SHIPPED
 
     def __str__(self) -> str:
-        """One line: the prices and whose they are, for the user to check."""
+        """Returns the prices and their source in one line, for the user to check."""
         prices = (
             f"{money * _SHOWN_TOKENS:.6g} {name}"
             for name, money in (
@@ -513,34 +523,34 @@ class Price:
             )
         )
         as_of = "no date" if self.as_of is None else f"as of {self.as_of}"
-        told = f"prices in {self.currency} for a million tokens: {', '.join(prices)}"
+        text = f"prices in {self.currency} for a million tokens: {', '.join(prices)}"
         if self.is_example:
             return (
-                f"{told}; from the example table that is shipped ({as_of}), NOT CHECKED: compare"
+                f"{text}; from the example table that is shipped ({as_of}), NOT CHECKED: compare"
                 f" them with your provider's, and give a copy of {self.table} by --prices"
             )
-        return f"{told}; from your table {self.table} ({as_of})"
+        return f"{text}; from your table {self.table} ({as_of})"
 
     def to_json(self) -> dict[str, Any]:
-        """The prices of one token and where they are from, for a report."""
+        """Returns the prices of one token and their source, for a report."""
         return {**dataclasses.asdict(self), "is_example": self.is_example}
 
     def cost(self, usage: Usage) -> float:
-        """What a call of these tokens costs."""
+        """Returns the cost of a call with these tokens."""
         fresh_tokens = usage.input_tokens - usage.cached_tokens
         money = fresh_tokens * self.input + usage.cached_tokens * self.cached_input
         return round(money + usage.output_tokens * self.output, _DIGITS)
 
 
 def read_price(model: str, path: str | os.PathLike[str] | None = None) -> Price | None:
-    """The price of a model by its exact name; None where the table does not have it.
+    """Reads the price of a model by its exact name, or None where the table lacks it.
 
     Args:
-        model: as the server calls it.
-        path: the user's table; None for the one that is shipped.
+        model: its name on the server.
+        path: the user's table; None for the shipped one.
 
     Raises:
-        ValueError: no such table, or one that cannot be.
+        ValueError: no such table, or an invalid one.
     """
     path = pathlib.Path(SHIPPED if path is None else path)
     if not path.is_file():

@@ -1,1 +1,1 @@
-"""Comparisons of answers as tokens, and as the rows and batches of a run."""
+"""Preference pairs: made from judgements or dialogues, as tokens, rows and batches."""

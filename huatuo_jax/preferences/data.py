@@ -1,8 +1,8 @@
-"""Comparisons as models are trained on them: prompts, answers as tokens, and pairs.
+"""Preference pairs for training: read, split by prompt, and tokenised as groups of answers.
 
-All comparisons of one prompt form a group; each of its answers stands there once, however many
-pairs it is part of. Whether a group is held out is told by its prompt (or by its case, where a
-field names one), so no prompt has pairs on both sides.
+All preference pairs of one prompt form a group, which holds each answer once, however many pairs
+it belongs to. A group is held out by its prompt (or by its case, where a field names one), so no
+prompt has pairs on both sides.
 """
 
 import dataclasses
@@ -37,25 +37,28 @@ from huatuo_jax.preferences.synthetic import mismatched_references, spoiled_answ
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+
 Reads = Literal["comparisons", "dialogues", "dialogues_to_spoil"]
 HELD_OUT_ELSEWHERE = "held out by another source"
 NOT_TO_LEARN = "dialogue with an answer that is marked as not to be trained"
 SAME_TOKENS = "both answers are the same tokens"
+AnswerKey = tuple[Messages, SampledPrompt | None, AnswerToTokenize]
+"""An answer behind its prompt."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ComparisonSource:
-    """One source of comparisons.
+    """One source of preference pairs.
 
     Attributes:
-        name: what reports call it; None for what its rows say. Comparisons that are made here
-            keep what they were made by before it.
+        name: its name in reports; None for the source of each row. Pairs that are made here have
+            the method's name before it.
         paths: files.
-        reads: what they hold: `comparisons`, or dialogues to make some of without a judge, by
-            `made_comparisons.mismatched_references` (`dialogues`) or `spoiled_answers`
+        reads: the content: `comparisons`, or dialogues to make pairs of without a judge, by
+            `synthetic.mismatched_references` (`dialogues`) or `synthetic.spoiled_answers`
             (`dialogues_to_spoil`).
         held_out_by: `hash`, `never` or `always`.
-        encoding: of text files; None tells it by evidence, see `huatuo_jax.data.text`.
+        encoding: of text files; None detects it, see `huatuo_jax.data.files`.
     """
 
     name: str | None = None
@@ -67,19 +70,19 @@ class ComparisonSource:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AnswersConfig:
-    """How a prompt and an answer become tokens.
+    """The tokenisation of prompts and answers.
 
     Attributes:
         template: the chat template's name.
         default_system: its system text; None for the template's own.
         template_date: the date that a tokenizer's own template prints, see `templates.by_name`.
-        truncation: what becomes of a prompt and answer longer than `max_length`: the prompt loses
-            its oldest exchanges, the same ones for all answers to it, or the answer is dropped. An
-            answer that does not fit behind the shortest prompt is dropped either way.
+        truncation: how a prompt and answer longer than `max_length` are handled: the prompt loses
+            its oldest exchanges, the same ones for all its answers, or the answer is dropped. An
+            answer that does not fit after the shortest prompt is dropped either way.
         max_length: tokens of a prompt and an answer.
         num_processes: processes that tokenise.
-        max_left_out_share: share of what is read that may be left out, because it is too long or
-            the template cannot render it.
+        max_left_out_share: largest share of the rows that may be left out, because they are too
+            long or the template cannot render them.
     """
 
     template: str = "huatuogpt"
@@ -92,7 +95,7 @@ class AnswersConfig:
 
     @property
     def chat_template(self) -> ChatTemplate:
-        """The template with its settings."""
+        """Returns the template with its settings."""
         return templates.by_name(
             self.template, default_system=self.default_system, date=self.template_date
         )
@@ -100,14 +103,14 @@ class AnswersConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ComparisonsConfig(AnswersConfig):
-    """The comparisons of a run and how they become rows, beside the fields of `AnswersConfig`.
+    """The preference pairs of a run and how they become rows; extends `AnswersConfig`.
 
     Attributes:
-        sources: where they are.
-        row_length: tokens of a row, at least two of those; a prompt's answers share a row.
-        packed: several prompts a row, or one.
-        window: how many prompts are packed together; None for the epoch.
-        held_out: which prompts are held out.
+        sources: files of preference pairs.
+        row_length: tokens of a row, at least twice `max_length`; a prompt's answers share a row.
+        packed: put several prompts in a row rather than one.
+        window: number of prompts that are packed together; None for the epoch.
+        held_out: share and seed of the prompts that are held out.
         group_field: extra field that names what is held out (and resampled) as a whole, such as a
             case; None for the prompt.
     """
@@ -120,23 +123,23 @@ class ComparisonsConfig(AnswersConfig):
     group_field: str | None = None
 
     def __post_init__(self) -> None:
-        """Raise ValueError where there is nothing to read, or a pair does not fit a row."""
+        """Validates that there are sources and that a pair fits a row."""
         if not self.sources:
             raise ValueError("sources is empty: it must name at least one source")
         if self.max_length < 1 or self.row_length < 2 * self.max_length:
             raise ValueError(
                 f"row_length={self.row_length} must be at least twice max_length="
-                f"{self.max_length}: both answers of a pair stand in one row"
+                f"{self.max_length}: one row holds both answers of a pair"
             )
 
 
 class AnswersToPrompt(NamedTuple):
-    """A prompt and answers to it that are to become tokens, all behind the same prompt.
+    """A prompt and its answers to tokenise, all after the same prompt.
 
     Attributes:
         prompt: it ends with the user.
         answers: each once.
-        sampled_prompt: what the model was given, where the answers were sampled.
+        sampled_prompt: the prompt that the model was given, where the answers were sampled.
     """
 
     prompt: Messages
@@ -148,11 +151,11 @@ class AnswerTokens(NamedTuple):
     """A prompt and an answer as tokens.
 
     Attributes:
-        token_ids: up to the last trained token, the end of the doctor's last turn, or the last
+        token_ids: up to the last trained token, the end of the assistant's last turn, or the last
             sampled one.
-        is_answer: the tokens that a model samples, the ends of the doctor's turns included; what a
-            template writes before an answer is the prompt's.
-        as_sampled: they are the ids that a model sampled, not the text tokenised again.
+        is_answer: marks the tokens that a model samples, the ends of the assistant's turns
+            included; what a template writes before an answer belongs to the prompt.
+        as_sampled: the ids are those that a model sampled, not the text tokenised again.
     """
 
     token_ids: TokenIds
@@ -164,11 +167,11 @@ class Answer(NamedTuple):
     """A prompt and one answer to it.
 
     Attributes:
-        token_ids: up to the last trained token, the end of the doctor's last turn.
-        num_characters: of the doctor's turns in the answer.
-        num_turns: doctor's turns in the whole dialogue.
-        is_answer: the tokens of the doctor's turns in the answer, their ends included.
-        as_sampled: whether the tokens are those that a model sampled.
+        token_ids: up to the last trained token, the end of the assistant's last turn.
+        num_characters: of the assistant's turns in the answer.
+        num_turns: assistant's turns in the whole dialogue.
+        is_answer: marks the tokens of the assistant's turns in the answer, their ends included.
+        as_sampled: the tokens are those that a model sampled.
     """
 
     token_ids: TokenIds
@@ -179,7 +182,7 @@ class Answer(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """Two answers of a group, by their places in it, and the label."""
+    """Two answers of a group, by their indices, and the label."""
 
     chosen: int
     rejected: int
@@ -190,13 +193,13 @@ class Pair(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """The comparisons of one prompt.
+    """The preference pairs of one prompt.
 
     Attributes:
-        id: of the first comparison, for messages.
-        case: the same for all that is held out as a whole.
+        id: of the first pair, for messages.
+        case: equal for all groups that are held out as a whole.
         answers: each once.
-        pairs: of those.
+        pairs: pairs of those answers.
     """
 
     id: str
@@ -207,12 +210,12 @@ class Group:
 
 @dataclasses.dataclass(frozen=True)
 class Comparisons:
-    """What a run is trained and judged on.
+    """The preference pairs of a run.
 
     Attributes:
-        train: to train on.
-        held_out: to judge on.
-        account: what became of all rows.
+        train: groups to train on.
+        held_out: groups to evaluate on.
+        account: the use of every row.
     """
 
     train: tuple[Group, ...]
@@ -221,17 +224,17 @@ class Comparisons:
 
     @property
     def dropped(self) -> Counter[str]:
-        """How many comparisons were dropped, by reason."""
+        """Counts the dropped preference pairs by reason."""
         return self.account.set_aside + self.account.left_out
 
     @property
     def identity(self) -> dict[str, str]:
-        """A hash of all tokens and labels on each side."""
+        """Returns a hash of all tokens and labels on each side."""
         return {"train": groups_hash(self.train), "held_out": groups_hash(self.held_out)}
 
 
 class Told(NamedTuple):
-    """A comparison, its place, what is held out with it, and whether it is."""
+    """A preference pair, its place, its case, and whether it is held out (always, or by hash)."""
 
     comparison: Comparison
     place: str
@@ -245,22 +248,22 @@ def open_comparisons(
     tokenizer: "PreTrainedTokenizerBase",
     progress: Callable[[int, int], None] | None = None,
 ) -> Comparisons:
-    """Reads, splits and tokenises the comparisons.
+    """Reads, splits and tokenises the preference pairs.
 
     Args:
-        cfg: which ones.
+        cfg: their sources, template and lengths.
         tokenizer: the model's.
-        progress: called with answers done and answers in all.
+        progress: called with the number of answers done and of all answers.
 
     Raises:
-        ValueError: a file that cannot be read, an unknown template, a comparison without the
-            group field, too many that do not fit, or nothing left to train on.
+        ValueError: an unreadable file, an unknown template, a pair without the group field, too
+            many that do not fit, or nothing left to train on.
     """
     account = Account("comparisons")
-    told = list(_told(cfg, account))
-    always = {one.case for one in told if one.always}
-    kept = [one for one in told if one.held_out or one.case not in always]
-    account.put_aside(HELD_OUT_ELSEWHERE, len(told) - len(kept))
+    read = list(_told(cfg, account))
+    always = {one.case for one in read if one.always}
+    kept = [one for one in read if one.held_out or one.case not in always]
+    account.put_aside(HELD_OUT_ELSEWHERE, len(read) - len(kept))
     tokens = tokenize_answers(
         (answers_of(one.comparison) for one in kept), cfg, tokenizer, progress
     )
@@ -269,8 +272,8 @@ def open_comparisons(
     comparisons = Comparisons(train, held_out, account)
     if not train:
         raise ValueError(
-            f"data.sources: no comparison is left to train on ({len(told)} read, "
-            f"{sum(one.held_out for one in told)} held out, dropped: {dict(comparisons.dropped)})"
+            f"data.sources: no comparison is left to train on ({len(read)} read, "
+            f"{sum(one.held_out for one in read)} held out, dropped: {dict(comparisons.dropped)})"
         )
     account.check(
         cfg.max_left_out_share,
@@ -280,26 +283,22 @@ def open_comparisons(
     return comparisons
 
 
-AnswerKey = tuple[Messages, SampledPrompt | None, AnswerToTokenize]
-"""An answer behind its prompt."""
-
-
 def tokenize_answers(
     answers: Iterable[AnswersToPrompt],
     cfg: AnswersConfig,
     tokenizer: "PreTrainedTokenizerBase",
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[AnswerKey, AnswerTokens | str]:
-    """The tokens of each different answer behind its prompt, or why it has none.
+    """Tokenises each different answer after its prompt, or says why it cannot.
 
-    `huatuo_jax.data.answers` has the rule. All answers to one prompt that are given here are
-    tokenised behind the same prompt, however it has to be cut.
+    `huatuo_jax.data.answers` defines the rule. All given answers to one prompt are tokenised after
+    the same prompt, however it is cut.
 
     Args:
         answers: answers to one prompt may come in several pieces.
-        cfg: how they are rendered, and how long they may be.
+        cfg: template and lengths.
         tokenizer: the model's.
-        progress: called with prompts done and prompts in all.
+        progress: called with the number of prompts done and of all prompts.
 
     Raises:
         ValueError: an unknown template.
@@ -350,13 +349,13 @@ class AnswersTokenizer:
     policy: TruncationPolicy
 
     def __call__(self, one: AnswersToPrompt) -> list[AnswerTokens | str]:
-        """The tokens of each answer behind the same prompt, or why it has none."""
+        """Returns the tokens of each answer after the same prompt, or why it has none."""
         are_of_here = sampled_for(one.prompt, one.sampled_prompt, self.template, self.tokenizer)
         as_sampled = {
             answer: are_of_here and says(answer, self.template, self.tokenizer)
             for answer in one.answers
         }
-        # What the model was not given when it answered is not put before its answer.
+        # Messages that the model was not given are not put before its sampled answer.
         dropped = 0
         if any(as_sampled.values()):
             assert one.sampled_prompt is not None
@@ -371,7 +370,7 @@ class AnswersTokenizer:
         if self.policy == "drop_row" or TOO_LONG not in found or most <= dropped:
             return found
         shortest = behind(most)
-        # As little is cut as lets every answer in that fits behind the shortest prompt.
+        # Cuts as little as possible so that every answer fits that fits after the shortest prompt.
         for number in range(dropped + 2, most + 1, 2):
             if _which_fit(found) == _which_fit(shortest):
                 return found
@@ -381,7 +380,7 @@ class AnswersTokenizer:
     def _behind(
         self, prompt: Messages, as_sampled: dict[AnswerToTokenize, bool]
     ) -> list[AnswerTokens | str]:
-        """The answers behind this prompt; those that are longer than the limit have none."""
+        """Returns the answers after this prompt; those above the limit have no tokens."""
         prompt_ids = functools.cache(lambda: self.template.prompt(prompt, self.tokenizer))
         found: list[AnswerTokens | str] = []
         for answer, use_ids in as_sampled.items():
@@ -402,7 +401,7 @@ class AnswersTokenizer:
             before = template.prompt((*prompt, *earlier), tokenizer)
             whole = template.unfinished((*prompt, *earlier), last.content, tokenizer)
             if len(whole) == len(before):
-                raise ValueError("an answer that was cut off before its first token")
+                raise ValueError("the answer was cut off before its first token")
             return _all_after(len(before), whole, as_sampled=False)
         rendered = template.render((*prompt, *answer.messages), tokenizer)
         trained_T = np.array(rendered.trained_mask, np.bool_)
@@ -418,50 +417,18 @@ class AnswersTokenizer:
 
 
 def make_answer(tokens: AnswerTokens, prompt: Messages, continuation: Messages) -> Answer:
-    """An answer with what reports tell of it."""
+    """Makes an answer with its counts for reports."""
     spoken = [message for message in continuation if message.role == "assistant"]
     characters = sum(len(message.content) for message in spoken)
     num_turns = len(spoken) + _num_turns(prompt)
     return Answer(tokens.token_ids, characters, num_turns, tokens.is_answer, tokens.as_sampled)
 
 
-def _told(cfg: ComparisonsConfig, account: Account) -> Iterator[Told]:
-    for source in cfg.sources:
-        for path in source.paths:
-            for place, comparison in _read(source, path, account):
-                case = case_of(comparison, cfg.group_field)
-                held_out = source.held_out_by == "always" or (
-                    source.held_out_by == "hash" and cfg.held_out.holds_out(case)
-                )
-                yield Told(comparison, place, case, held_out, source.held_out_by == "always")
-
-
-def _read(
-    source: ComparisonSource, path: str, account: Account
-) -> Iterator[tuple[str, Comparison]]:
-    """The comparisons of a file with their places."""
-    if source.reads == "comparisons":
-        comparisons = read_comparisons(path, source=source.name, encoding=source.encoding)
-        yield from placed(comparisons)
-        account.add_rows(comparisons)
-        return
-    make = mismatched_references if source.reads == "dialogues" else spoiled_answers
-    reading = read_dialogues(path, encoding=source.encoding)
-    dialogues = list(reading)
-    account.add_rows(reading)
-    # What is not to be learned is not to be chosen either.
-    good = [one for one in dialogues if one.messages == unmarked(one.messages)]
-    account.put_aside(NOT_TO_LEARN, len(dialogues) - len(good))
-    for one in make(good):
-        name = one.source if source.name is None else f"{one.source}:{source.name}"
-        yield f"{path}: {one.id}", dataclasses.replace(one, source=name)
-
-
 def case_of(comparison: Comparison, field: str | None) -> str:
-    """What is held out and resampled as a whole, see `ComparisonsConfig.group_field`.
+    """Returns the key by which a pair is held out and resampled, see `ComparisonsConfig`.
 
     Raises:
-        ValueError: the comparison has no such field.
+        ValueError: the pair has no such field.
     """
     if field is None:
         return dialogue_text(comparison.messages)
@@ -479,7 +446,7 @@ def groups_of(
     account: Account,
     purpose: str,
 ) -> tuple[Group, ...]:
-    """The groups in the order of their first comparisons; what cannot be used is counted."""
+    """Returns the groups in the order of their first pairs; counts what is unusable."""
     by_prompt: dict[tuple[str, str], list[Told]] = {}
     for one in told:
         by_prompt.setdefault((one.case, one.comparison.group), []).append(one)
@@ -494,7 +461,7 @@ def groups_of(
                 account.leave_out(both, member.place)
                 continue
             account.use(purpose)
-            # By their tokens: the model cannot tell answers of the same ones apart.
+            # By their tokens: the model cannot distinguish answers of the same tokens.
             chosen, rejected = (
                 answers.setdefault(answer.token_ids.tobytes(), (len(answers), answer))[0]
                 for answer in both
@@ -509,10 +476,10 @@ def groups_of(
 
 
 def answers_of(comparison: Comparison) -> AnswersToPrompt:
-    """Chosen and rejected, with what the file says of how they were sampled.
+    """Returns chosen and rejected, with how they were sampled as far as the file says.
 
     Raises:
-        ValueError: fields such as `chosen_token_ids` hold something else.
+        ValueError: fields such as `chosen_token_ids` are invalid.
     """
     extra = comparison.extra
     try:
@@ -529,10 +496,52 @@ def answers_of(comparison: Comparison) -> AnswersToPrompt:
         raise ValueError(f"comparison {comparison.id!r}: {error}") from error
 
 
+def groups_hash(groups: Sequence[Group]) -> str:
+    """Returns a hash of all tokens and labels of some groups."""
+    whole = hashlib.sha256()
+    for group in groups:
+        whole.update(repr((group.case, group.pairs, len(group.answers))).encode())
+        for answer in group.answers:
+            whole.update(answer.token_ids.tobytes() + b"\0")
+    return whole.hexdigest()[:32]
+
+
+def _told(cfg: ComparisonsConfig, account: Account) -> Iterator[Told]:
+    for source in cfg.sources:
+        for path in source.paths:
+            for place, comparison in _read(source, path, account):
+                case = case_of(comparison, cfg.group_field)
+                held_out = source.held_out_by == "always" or (
+                    source.held_out_by == "hash" and cfg.held_out.holds_out(case)
+                )
+                yield Told(comparison, place, case, held_out, source.held_out_by == "always")
+
+
+def _read(
+    source: ComparisonSource, path: str, account: Account
+) -> Iterator[tuple[str, Comparison]]:
+    """Yields the preference pairs of a file with their places."""
+    if source.reads == "comparisons":
+        comparisons = read_comparisons(path, source=source.name, encoding=source.encoding)
+        yield from placed(comparisons)
+        account.add_rows(comparisons)
+        return
+    make = mismatched_references if source.reads == "dialogues" else spoiled_answers
+    reading = read_dialogues(path, encoding=source.encoding)
+    dialogues = list(reading)
+    account.add_rows(reading)
+    # A message that is not to be trained must not be chosen either.
+    good = [one for one in dialogues if one.messages == unmarked(one.messages)]
+    account.put_aside(NOT_TO_LEARN, len(dialogues) - len(good))
+    for one in make(good):
+        name = one.source if source.name is None else f"{one.source}:{source.name}"
+        yield f"{path}: {one.id}", dataclasses.replace(one, source=name)
+
+
 def _both_answers(
     comparison: Comparison, tokens: dict[AnswerKey, AnswerTokens | str]
 ) -> tuple[Answer, Answer] | str:
-    """Chosen and rejected as tokens, or why the comparison cannot be used."""
+    """Returns chosen and rejected as tokens, or why the pair is unusable."""
     prompt, both, sampled_prompt = answers_of(comparison)
     answers = []
     for one in both:
@@ -551,7 +560,7 @@ def _which_fit(tokens: Sequence[AnswerTokens | str]) -> list[bool]:
 
 
 def _behind_ids(prompt_ids: Sequence[int], answer: AnswerToTokenize) -> AnswerTokens:
-    """An answer as it was sampled, behind its prompt."""
+    """Returns a sampled answer after its prompt."""
     assert answer.sampled.token_ids is not None
     return _all_after(len(prompt_ids), [*prompt_ids, *answer.sampled.token_ids], as_sampled=True)
 
@@ -563,13 +572,3 @@ def _all_after(start: int, token_ids: Sequence[int], *, as_sampled: bool) -> Ans
 
 def _num_turns(messages: Messages) -> int:
     return sum(message.role == "assistant" for message in messages)
-
-
-def groups_hash(groups: Sequence[Group]) -> str:
-    """A hash of all tokens and labels of some groups."""
-    whole = hashlib.sha256()
-    for group in groups:
-        whole.update(repr((group.case, group.pairs, len(group.answers))).encode())
-        for answer in group.answers:
-            whole.update(answer.token_ids.tobytes() + b"\0")
-    return whole.hexdigest()[:32]

@@ -1,15 +1,8 @@
-"""Comparisons out of judgements, for the reward model.
+"""Makes preference pairs from judgements, balances them, and mixes in pairs of other files.
 
-They are ordered by id and never by arrival, so that a run with retries trains on the same file. A
-failed judgement never becomes a number, and everything left out is counted by its reason.
-
-The policies by which judgements become comparisons.
-
-Which comparisons to keep, so that no habit of the labels is learnt in place of the content.
-
-All choices are by a hash of the seed and the comparison's id: random, and the same in every run.
-
-Comparisons of other files, such as general-domain preferences, to train on beside our own.
+Pairs are ordered by id and never by arrival, so that a run with retries trains on the same file. A
+failed judgement never becomes a number, and everything left out is counted by its reason. All
+choices are by a hash of the seed and the pair's id: random, but the same in every run.
 """
 
 import dataclasses
@@ -40,14 +33,14 @@ from huatuo_jax.judge.questions import (
 
 @dataclass(frozen=True, kw_only=True)
 class MixedFile:
-    """Other comparisons to mix in, such as general-domain preferences.
+    """Preference pairs of another file to mix in, such as general-domain ones.
 
-    Their margins are left out, because those are in another unit.
+    Their margins are left out, because they have another unit.
 
     Attributes:
-        path: a file in any format that `huatuo_jax.data.readers.read_comparisons` knows.
-        limit: at most so many, a random but fixed choice; None for all.
-        per_own: at most so many for each comparison of our own; None for no such bound.
+        path: a file in any format that `huatuo_jax.data.readers.read_comparisons` reads.
+        limit: largest number of pairs, a random but fixed choice; None for all.
+        per_own: largest number for each pair of our own; None for no such bound.
     """
 
     path: str
@@ -55,7 +48,7 @@ class MixedFile:
     per_own: float | None = None
 
     def __post_init__(self) -> None:
-        """Raise ValueError for amounts that are not positive."""
+        """Validates that the amounts are positive."""
         for name in ("limit", "per_own"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -64,24 +57,24 @@ class MixedFile:
 
 @dataclass(frozen=True, kw_only=True)
 class ComparisonConfig:
-    """How judgements become comparisons.
+    """The policies by which judgements become preference pairs.
 
     Attributes:
-        judge: whose judgements; None where the labels hold one judge.
-        template: made with which template, its hash; None where the labels hold one.
+        judge: name of the judge; None where the labels hold one judge.
+        template: hash of the judge's template; None where the labels hold one.
         protocol: "score" or "pairwise"; None where the labels hold one.
         criterion: the score that decides.
         tie_margin: scores that differ by no more than this are a tie.
-        ties: "drop" leaves a tie out, "half" keeps it with a probability of 0.5. Two orders whose
-            verdict is 0.5 both are a tie too.
-        disagreement: votes of the two orders that contradict each other, kept as "half" or
+        ties: "drop" leaves a tie out, "half" keeps it with a probability of 0.5. Two orders that
+            both give 0.5 are a tie too.
+        disagreement: votes of the two orders that contradict each other are kept as "half" or
             "drop"ped. Probabilities need no such policy: the mean of their log-odds is the label.
-        max_pairs_per_prompt: a random but fixed choice of so many; None for all.
-        max_length_ratio: the longer answer may win at most so many times as often as the shorter
-            one, and the other way round; 1 for equal, None for no balance.
+        max_pairs_per_prompt: a random but fixed choice of this many; None for all.
+        max_length_ratio: the longer answer may win at most this many times as often as the shorter
+            one, and vice versa; 1 for equal, None for no balance.
         max_source_ratio: the same for the sources of the prompts, largest over smallest.
-        max_turns_ratio: the same for the numbers of the patient's turns.
-        mix: other comparisons, mixed in after the balance.
+        max_turns_ratio: the same for the number of the user's turns.
+        mix: pairs of other files, mixed in after the balance.
         seed: of all random choices.
     """
 
@@ -100,7 +93,7 @@ class ComparisonConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a field that cannot be."""
+        """Validates the fields."""
         choices: Mapping[str, Sequence[str | None]] = {
             "protocol": (None, *PROTOCOLS),
             "criterion": CRITERIA,
@@ -130,12 +123,12 @@ LONGER, SHORTER = "longer answer chosen", "shorter answer chosen"
 
 
 def length(messages: Messages) -> int:
-    """Characters of a continuation's assistant messages."""
+    """Counts the characters of a continuation's assistant messages."""
     return sum(len(message.content) for message in messages if message.role == "assistant")
 
 
 def length_group(comparison: Comparison) -> str | None:
-    """Whether the longer or the shorter one is chosen; None for equal lengths and for ties."""
+    """Returns the group by the longer answer; None for equal lengths and for ties."""
     chosen, rejected = length(comparison.chosen), length(comparison.rejected)
     if chosen == rejected or comparison.p_chosen == 0.5:
         return None
@@ -143,12 +136,12 @@ def length_group(comparison: Comparison) -> str | None:
 
 
 def turns_group(comparison: Comparison) -> int:
-    """The number of the patient's turns before the answer."""
+    """Counts the user's turns before the answer."""
     return sum(message.role == "user" for message in comparison.messages)
 
 
 def source_group(comparison: Comparison) -> str:
-    """Where the prompt comes from."""
+    """Returns the prompt's source."""
     return comparison.source
 
 
@@ -162,27 +155,26 @@ _GROUP_OF: Mapping[str, Callable[[Comparison], Hashable]] = {
 def in_random_order(
     comparisons: Iterable[Comparison], *, seed: int, purpose: str
 ) -> list[Comparison]:
-    """A random order that depends on the seed, the purpose and each comparison's id only."""
+    """Orders pairs at random, depending only on the seed, the purpose and each pair's id."""
     return sorted(comparisons, key=lambda one: (key_number(seed, purpose, one.id), one.id))
 
 
 def balance(
     comparisons: Sequence[Comparison], *, max_ratios: Mapping[str, float | None], seed: int
 ) -> tuple[list[Comparison], Counter[str]]:
-    """Thins out large groups until all ratios hold at once.
+    """Drops pairs of large groups until all ratios hold at once.
 
     Args:
         comparisons: with distinct ids.
-        max_ratios: for `LENGTH`, `SOURCE` and `TURNS` how many times the smallest group's
-            comparisons any group may hold; 1 makes them equal, None leaves them as they are.
+        max_ratios: for `LENGTH`, `SOURCE` and `TURNS` the largest ratio of any group's size to the
+            smallest group's; 1 makes them equal, None leaves them as they are.
         seed: of the choice.
 
     Returns:
-        What is kept, in the order given, and how many were dropped for which balance.
+        The kept pairs, in the order given, and the number dropped for each balance.
 
     Raises:
-        ValueError: the balance cannot be had without losing a whole group, or one side of the
-            lengths has no comparison at all.
+        ValueError: the balance would drop a whole group, or one side of the lengths has no pair.
     """
     kept, dropped = list(comparisons), Counter[str]()
     wanted = {reason: ratio for reason, ratio in max_ratios.items() if ratio is not None}
@@ -214,7 +206,7 @@ def _sizes(comparisons: Iterable[Comparison], reason: str) -> Counter[Hashable]:
 
 
 def _surplus(comparisons: Sequence[Comparison], reason: str, *, most: int, seed: int) -> set[str]:
-    """The ids over the limit of each group, the last ones of the random order."""
+    """Returns the ids above each group's limit, the last ones of the random order."""
     members: dict[Hashable, list[str]] = defaultdict(list)
     for one in in_random_order(comparisons, seed=seed, purpose=reason):
         if (group := _GROUP_OF[reason](one)) is not None:
@@ -230,17 +222,17 @@ OVER_LIMIT = "over its limit"
 def read_mixed(
     files: Sequence[MixedFile], *, num_own: int, seed: int
 ) -> tuple[list[Comparison], dict[str, int], dict[str, int]]:
-    """The comparisons of other files, how many of each file, and why others are not among them.
+    """Reads pairs of other files, with counts of each file and of those left out by reason.
 
-    Their ids get the source's name in front.
+    Their ids are prefixed by the source's name.
 
     Args:
-        files: which, and how much of each.
-        num_own: the comparisons of our own, for `MixedFile.per_own`.
+        files: paths and amounts.
+        num_own: number of our own pairs, for `MixedFile.per_own`.
         seed: of the choice.
 
     Raises:
-        ValueError: a file that is not there, holds no comparisons, or too many bad rows.
+        ValueError: a file is missing, holds no preference pairs, or too many bad rows.
     """
     taken: list[Comparison] = []
     mixed: dict[str, int] = {}
@@ -278,13 +270,13 @@ TIE = "tie"
 DISAGREEMENT = "the two orders disagree"
 MAX_PAIRS = "more pairs of the prompt than max_pairs_per_prompt"
 
-# Of an answers record: about all answers and not about two.
+# Fields of an answers record that concern all answers and not two.
 _NOT_CARRIED = ("answers",)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ComparisonReport:
-    """Where everything went.
+    """Counts of judgements and pairs by their use.
 
     `num_judgements` is the sum of those used and of `judgements_left_out`; `num_pairs`, all pairs
     of the prompts' answers, the sum of `num_own` and of `pairs_left_out`; `num_comparisons` the sum
@@ -303,11 +295,11 @@ class ComparisonReport:
     num_comparisons: int
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as plain values."""
+        """Returns the fields as plain values."""
         return dataclasses.asdict(self)
 
     def text(self) -> str:
-        """A few lines to read."""
+        """Returns the report as a few lines of text."""
         lines = [
             f"{self.num_comparisons} comparisons from {self.judge} ({self.protocol})",
             f"  judgements: {self.num_judgements}; left out: {_counts(self.judgements_left_out)}",
@@ -330,17 +322,16 @@ class _Label(NamedTuple):
 def make_comparisons(
     judgements: Iterable[Judgement], answered: Iterable[Answered], cfg: ComparisonConfig
 ) -> tuple[list[Comparison], ComparisonReport]:
-    """All comparisons that judgements of answers give, ordered by id.
+    """Makes all preference pairs that judgements of answers give, ordered by id.
 
     Args:
         judgements: in any order; superseded ones may be among them.
-        answered: the prompts with their answers, as the judge had them.
+        answered: the prompts with their answers, as the judge saw them.
         cfg: the policies.
 
     Raises:
         ValueError: two prompts of one id; several kinds of judgements and no choice between them;
-            no judgement of these texts at all; a balance that cannot be; a file to mix in that
-            cannot be read.
+            no judgement of these texts at all; an impossible balance; an unreadable file to mix in.
     """
     by_id = _by_id(answered)
     standing = current(judgements)
@@ -388,7 +379,7 @@ def make_comparisons(
 
 
 def write_comparisons(path: str | os.PathLike[str], comparisons: Iterable[Comparison]) -> None:
-    """Writes the file whole or not at all; one that stands there is replaced."""
+    """Writes the file completely or not at all, replacing an existing one."""
     write_rows(path, (one.to_json() for one in comparisons))
 
 
@@ -398,7 +389,7 @@ def _of_prompt(
     provenance: Mapping[str, str],
     cfg: ComparisonConfig,
 ) -> tuple[list[Comparison], Counter[str]]:
-    """The comparisons of one prompt, and why its other pairs are none."""
+    """Returns the pairs of one prompt, and the reasons why other pairs are left out."""
     prompt, texts = answered.prompt, answered.answers
     found, reasons = [], Counter[str]()
     for key in pairs_of(prompt.id, len(texts)):
@@ -460,7 +451,7 @@ def _vote_labels(
 def _comparison(
     answered: Answered, key: PairKey, label: _Label, provenance: Mapping[str, str]
 ) -> Comparison:
-    """The more likely answer is the chosen one; of a tie, the one that stands first."""
+    """Makes a pair: the more likely answer is chosen, of a tie the first one."""
     prompt, texts = answered.prompt, answered.answers
     one_wins = label.p_one >= 0.5
     better, worse = (key.one, key.other) if one_wins else (key.other, key.one)
@@ -497,7 +488,7 @@ def _check_ids(comparisons: Sequence[Comparison]) -> None:
     repeated = [name for name, count in Counter(one.id for one in comparisons).items() if count > 1]
     if repeated:
         raise ValueError(
-            f"comparison {repeated[0]!r} is there twice; does mix name a file or a source twice?"
+            f"comparison {repeated[0]!r} is repeated; does mix name a file or a source twice?"
         )
 
 

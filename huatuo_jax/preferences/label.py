@@ -1,6 +1,6 @@
-"""A whole run of labelling: from an answers file to labels, a report of them, and comparisons.
+"""Labels an answers file: a judge's labels, a report of them, and preference pairs.
 
-Have the answers of a file judged, and make comparisons; run again after a kill, it resumes.
+A killed run resumes from its labels file.
 """
 
 import asyncio
@@ -47,28 +47,26 @@ from huatuo_jax.preferences.from_judgements import (
     write_comparisons,
 )
 
-"""Names of judges that need no server, as the command takes them."""
-
 Say = Callable[[str], object]
 
 
 @dataclass(frozen=True, kw_only=True)
 class LabelRun:
-    """What to label, with whom, and what to make of it.
+    """The answers to label, the judge, and the output.
 
     Attributes:
         answers: the answers file.
-        encoding: of its text; None tells it by evidence, see `huatuo_jax.data.text`.
-        output: the labels file, to make or to go on with.
+        encoding: of its text; None detects it, see `huatuo_jax.data.files`.
+        output: the labels file, new or resumed.
         openai: the judge behind a server; None for an offline one.
-        offline: which one: the `rubric`, or the `clinic`'s own truth, for its prompts only.
+        offline: the offline judge: the `rubric`, or the `clinic`'s own truth, for its prompts only.
         clinic_judge: the fields of the clinic's judge, above all planted biases.
-        label: what to ask about each prompt.
-        spending: file of what calls cost, which several labels files may share: a budget is for all
-            of them together; None for one beside the output.
+        label: the questions about each prompt.
+        spending: spending file, which several labels files may share, as they do their budget;
+            None for one beside the output.
         dry_run: count calls and cost, and send nothing.
-        comparisons: the comparisons file to make; None for none.
-        comparison: the policies by which judgements become comparisons.
+        comparisons: the file of preference pairs to write; None for none.
+        comparison: how judgements become preference pairs.
     """
 
     answers: str
@@ -84,13 +82,13 @@ class LabelRun:
     comparison: ComparisonConfig = ComparisonConfig()
 
     def __post_init__(self) -> None:
-        """Raise ValueError for files that are one, comparisons of two protocols, unused fields."""
+        """Validates that the files differ and that no field is unused."""
         files = [self.answers, self.output, *([self.comparisons] if self.comparisons else [])]
         if len({os.path.realpath(path) for path in files}) < len(files):
             raise ValueError(f"answers, output and comparisons are {files}; they should differ")
         for name, path in (("output", self.output), ("comparisons", self.comparisons)):
             if path is not None and (not path or os.path.isdir(path)):
-                raise ValueError(f"{name}={path!r} is no name of a file to write")
+                raise ValueError(f"{name}={path!r} is not the name of a file to write")
         if self.comparisons is not None and self.label.protocol == "both":
             raise ValueError(
                 "comparisons are made of one protocol: label with protocol=both, then run again"
@@ -102,25 +100,25 @@ class LabelRun:
 
 
 def run_labels(cfg: LabelRun, say: Say) -> Labels | None:
-    """Labels a file of answers; run again, it goes on where it ended.
+    """Labels an answers file; run again, it resumes.
 
-    Beside the labels file stand its report (`.report.json`) and, where a server was asked, its
-    spending file.
+    Writes its report (`.report.json`) and, where a server was asked, its spending file beside the
+    labels file.
 
     Args:
-        cfg: what to label, and with whom.
-        say: is called with what the user should know.
+        cfg: the answers, the judge and the output.
+        say: called with lines for the user.
 
     Returns:
-        What stands; None after a dry run.
+        The labels; None after a dry run.
 
     Raises:
-        ValueError: answers, templates, prices or a labels file that cannot be; a judge that cannot
-            go on; no verdict on any question. What had arrived by then is in the labels file.
+        ValueError: invalid answers, templates, prices or labels file; a judge that failed; no
+            verdict on any question. All judgements that had arrived are in the labels file.
         OSError: a file cannot be read or written.
     """
     answered = read_answered(cfg.answers, encoding=cfg.encoding)
-    if cfg.comparisons is not None:  # What is mixed in is looked at before anything is paid for.
+    if cfg.comparisons is not None:  # Files to mix in are checked before anything is paid for.
         read_mixed(cfg.comparison.mix, num_own=0, seed=cfg.comparison.seed)
     judge = open_judge(cfg)
     try:
@@ -164,11 +162,11 @@ def run_labels(cfg: LabelRun, say: Say) -> Labels | None:
 
 
 def open_judge(cfg: LabelRun) -> Judge:
-    """The judge that a run names; its key is from the environment.
+    """Opens the judge of a run; its key is from the environment.
 
     Raises:
-        ValueError: a template, a price table or a spending file that cannot be, no key, or a budget
-            of money for a model without a price.
+        ValueError: an invalid template, price table or spending file, no key, or a budget of money
+            for a model without a price.
     """
     if cfg.openai is None:
         return open_offline(cfg.offline, cfg.clinic_judge)
@@ -186,19 +184,19 @@ def open_judge(cfg: LabelRun) -> Judge:
 
 
 def spending_path(output: str | os.PathLike[str]) -> str:
-    """The spending file that belongs to a labels file."""
+    """Returns the path of a labels file's spending file."""
     return f"{os.fspath(output)}.spending.jsonl"
 
 
 def report_path(output: str | os.PathLike[str]) -> str:
-    """The report that belongs to a labels file."""
+    """Returns the path of a labels file's report."""
     return f"{os.fspath(output)}.report.json"
 
 
 def _told_before(
     cfg: LabelRun, plan: Plan, answered: Sequence[Answered], judge: Judge
 ) -> Iterator[str]:
-    """What is to be done, at which prices, and what stands against it."""
+    """Yields the plan, the prices, and what may end the run early."""
     yield str(plan)
     if isinstance(judge, OpenAIJudge):
         assert cfg.openai is not None
@@ -209,15 +207,15 @@ def _told_before(
         num_bare = sum(not (one.prompt.reference or one.prompt.diagnosis) for one in answered)
         if num_bare:
             yield (
-                f"{num_bare} of {len(answered)} prompts have neither reference nor diagnosis: of"
-                f" their answers {judge.name} measures the form alone"
+                f"{num_bare} of {len(answered)} prompts have neither reference nor diagnosis:"
+                f" {judge.name} measures only the form of their answers"
             )
     if cfg.dry_run:
-        yield "a dry run: nothing was sent, nothing written"
+        yield "dry run: nothing was sent or written"
 
 
 def _budget_lacks(budget: BudgetConfig, estimate: Estimate, totals: Totals) -> Iterator[str]:
-    """Says where the budget will end before the plan does."""
+    """Yields where the budget will end before the plan does."""
     if budget.max_requests is not None:
         left = max(0, budget.max_requests - totals.requests)
         if left < estimate.calls:
@@ -248,7 +246,7 @@ def _report(
     judge: Judge,
     say: Say,
 ) -> None:
-    """Report all lines of these questions, as those of other settings may be in the file too."""
+    """Reports all lines of these questions; the file may hold those of other settings too."""
     keys = {question.key for question in questions}
     lines = (line for line in read_judgements(cfg.output) if line.key in keys)
     report = label_report(lines, answered, criterion=cfg.comparison.criterion)
@@ -262,7 +260,7 @@ def _report(
 
 
 def _check_verdicts(cfg: LabelRun, labels: Labels) -> None:
-    """Raise ValueError where every judgement failed."""
+    """Raises ValueError if every judgement failed."""
     if labels.verdicts:
         return
     ((error, count),) = Counter(one.error for one in labels.judgements).most_common(1)
@@ -280,7 +278,7 @@ def _compare(
     comparisons, report = make_comparisons(judgements, answered, cfg.comparison)
     if not comparisons:
         raise ValueError(
-            f"no comparison comes of these judgements, so {cfg.comparisons} is not written"
+            f"these judgements give no comparison, so {cfg.comparisons} is not written"
             f" (the labels stay in {cfg.output}): {report.text()}"
         )
     write_comparisons(cfg.comparisons, comparisons)
@@ -289,9 +287,9 @@ def _compare(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Flags:
-    """Have the answers of a file judged, and make comparisons; run again, it resumes.
+    """Labels an answers file by a judge, and makes comparisons; run again, it resumes.
 
-    The key is taken from OPENAI_API_KEY.
+    The key is read from OPENAI_API_KEY.
 
     Attributes:
         answers: answers file.
@@ -373,12 +371,12 @@ class Flags:
 
 
 def main(flags: Flags) -> None:
-    """Label, and print how it went."""
+    """Labels, and prints the results."""
     run_labels(run_of(flags), print)
 
 
 def run_of(flags: Flags) -> LabelRun:
-    """The run that the flags describe; a flag that would do nothing is refused.
+    """Returns the run that the flags describe; a flag without effect is refused.
 
     Raises:
         ValueError: a flag cannot have its value.
@@ -458,7 +456,7 @@ def _values(flags: Flags, names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _refuse(flags: Flags, names: tuple[str, ...], what: str) -> None:
-    """Raise ValueError for a flag that is set and would do nothing."""
+    """Raises ValueError for a flag that is set without effect."""
     for field in dataclasses.fields(flags):
         if field.name in names and getattr(flags, field.name) != field.default:
             raise ValueError(f"--{field.name} is ignored by {what} leave it out")

@@ -1,8 +1,8 @@
-"""Comparisons made of plain dialogues, where no judge and no answers of a model are at hand.
+"""Preference pairs made of plain dialogues, where there is no judge and no model's answers.
 
-What the doctor said is taken to be better than something put in its place. That is true by
-construction and nobody's judgement, so each source is named for how its worse answer was made. A
-reward model of these tells that its stage works; it does not tell good medicine from bad.
+The assistant's message is taken to be better than a replacement. That is true by construction and
+not a judgement, so each source is named after the method that made its worse answer. A reward model
+trained on these pairs shows that its stage works; it does not distinguish good medicine from bad.
 """
 
 import hashlib
@@ -12,20 +12,20 @@ from huatuo_jax.data.mixture import dialogue_text, permutation
 from huatuo_jax.data.records import Comparison, Dialogue, Messages, answer
 
 MISMATCHED = "mismatched_reference"
-"""The source of comparisons with another dialogue's answer."""
+"""The source of pairs with another dialogue's answer."""
 
 WHOLE_DIALOGUE = "whole_dialogue"
-"""The extra field of spoiled answers' comparisons that holds the text of the whole dialogue.
+"""The extra field of spoiled answers' pairs that holds the text of the whole dialogue.
 
-As `group_field` it holds a comparison out exactly where fine-tuning with the same held-out settings
-holds out the dialogue, so that a backbone has not seen what its reward model is tested on.
+As `group_field` it holds a pair out exactly where fine-tuning with the same held-out settings holds
+out the dialogue, so that a backbone has not seen the data that its reward model is tested on.
 """
 
 
 def mismatched_references(dialogues: Sequence[Dialogue]) -> list[Comparison]:
-    """Each dialogue's own last answer against that of another dialogue, told from their content.
+    """Pairs each dialogue's own last answer with that of another dialogue.
 
-    In the order of a hash of the prompts, each is paired with the next whose answer differs.
+    In the order of a hash of the prompts, each is paired with the next one whose answer differs.
 
     Raises:
         ValueError: all answers are the same.
@@ -46,11 +46,11 @@ def mismatched_references(dialogues: Sequence[Dialogue]) -> list[Comparison]:
 
 
 def spoiled_answers(dialogues: Sequence[Dialogue]) -> list[Comparison]:
-    """The doctor's longest answer of each dialogue against four spoiled forms of it.
+    """Pairs the longest answer of each dialogue with four spoiled forms of it.
 
     `cut_short`, `repeated`, `shuffled` (see the functions of these names) and
-    `mismatched_reference`, the longest answer of another dialogue. The prompt is what was said
-    before. A form that would be the answer itself is left out.
+    `mismatched_reference`, the longest answer of another dialogue. The prompt is everything before
+    the answer. A form equal to the answer is left out.
 
     Raises:
         ValueError: all answers are the same.
@@ -78,18 +78,18 @@ def spoiled_answers(dialogues: Sequence[Dialogue]) -> list[Comparison]:
 
 
 def cut_short(text: str) -> str:
-    """The first half of a text."""
+    """Returns the first half of a text."""
     return text[: -(-len(text) // 2)]
 
 
 def repeated(text: str) -> str:
-    """The first quarter of a text over and over, as long as the text."""
+    """Repeats the first quarter of a text up to the text's length."""
     part = text[: -(-len(text) // 4)]
     return (part * 4)[: len(text)]
 
 
 def shuffled(text: str) -> str:
-    """The characters of a text in an order that the text alone decides."""
+    """Shuffles the characters of a text in an order that depends on the text alone."""
     return "".join(text[index] for index in permutation(len(text), "shuffled", text).tolist())
 
 
@@ -101,7 +101,7 @@ SPOILED: dict[str, Callable[[str], str]] = {
 
 
 def _cut_at_longest(dialogue: Dialogue) -> Messages:
-    """The messages up to the longest answer, the first of those."""
+    """Returns the messages up to the first of the longest answers."""
     _, index = max(
         (len(message.content), -index)
         for index, message in enumerate(dialogue.messages)
@@ -111,13 +111,13 @@ def _cut_at_longest(dialogue: Dialogue) -> Messages:
 
 
 def _others(answers: Sequence[str]) -> list[str]:
-    """For each answer the next one, around the end, that is not the same."""
+    """Returns for each answer the next different one, cyclically."""
     found = []
     for index, one in enumerate(answers):
         after = (*answers[index + 1 :], *answers[:index])
         other = next((text for text in after if text != one), None)
         if other is None:
-            raise ValueError("dialogues: all of them have the same answer; nothing to compare")
+            raise ValueError("dialogues: all have the same answer; there is nothing to compare")
         found.append(other)
     return found
 

@@ -4,24 +4,14 @@ import dataclasses
 
 import jax
 
-from huatuo_jax.backbone.config import BackboneConfig, ComputeConfig
+from huatuo_jax.backbone.config import ComputeConfig
 from huatuo_jax.backbone.transformer import init_params
 from huatuo_jax.checkpoint.models import save_orbax
 from huatuo_jax.data import SAMPLE_FOLDER
 from huatuo_jax.training.scoring import Normalization, save_normalization
+from tests.tiny import BACKBONE
 
 TOKENIZER = SAMPLE_FOLDER / "tokenizer"
-BACKBONE = BackboneConfig(
-    family="llama",
-    vocab_size=2048,
-    hidden_size=32,
-    intermediate_size=64,
-    num_layers=2,
-    num_heads=2,
-    num_kv_heads=2,
-    head_dim=16,
-    max_positions=256,
-)
 NORMALIZATION = Normalization(
     mean=0.25, standard_deviation=0.5, num_answers=9, answers="nine answers"
 )

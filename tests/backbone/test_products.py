@@ -65,7 +65,7 @@ def test_many_tokens_and_few_are_projected_alike():
         head_dim=8,
         max_positions=8,
     )
-    layer = Projection(1, (8, 2, 6), (2, 6), cfg, ComputeConfig(), parts=(2, 5))
+    layer = Projection(1, (8, 2, 6), True, cfg, ComputeConfig(), parts=(2, 5))
     hidden_BTD = jnp.asarray(_random(3, 8, 8), jnp.float32)
     variables = layer.init(jax.random.key(0), hidden_BTD)
     variables["params"]["bias"] = jnp.asarray(_random(2, 6), jnp.float32)

@@ -16,23 +16,12 @@ from huatuo_jax.backbone.transformer import (
     count_parameters,
     init_params,
 )
+from tests.tiny import GROUPED
 
 COMPUTE = ComputeConfig()
 # Compiling takes most of the time here.
 
-LLAMA = BackboneConfig(
-    family="llama",
-    vocab_size=51,
-    vocab_multiple=16,
-    hidden_size=16,
-    intermediate_size=24,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=6,
-    max_positions=64,
-    initializer_range=0.3,
-)
+LLAMA = GROUPED
 MISTRAL = dataclasses.replace(LLAMA, family="mistral", sliding_window=5)
 QWEN3 = dataclasses.replace(LLAMA, family="qwen3", qk_norm=True, tie_embeddings=True)
 BLOOM = dataclasses.replace(

@@ -104,9 +104,7 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path, missing):
         save_model(target, params_on((1, 8, 1)), config={})
         (target / missing).rename(tmp_path / "away")
     assert not is_model_directory(target)
-    with pytest.raises(
-        FileNotFoundError, match="it needs backbone.json and params/"
-    ):
+    with pytest.raises(FileNotFoundError, match="it needs backbone.json and params/"):
         load_model_config(target)
 
 

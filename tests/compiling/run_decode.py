@@ -34,7 +34,7 @@ def main(topology):
         max_length=LENGTH,
         mesh=mesh,
     )
-    compiled = engine.programs.jitted_decode.lower(*engine.decode_arguments).compile()
+    compiled = engine.programs.decode.lower(*engine.decode_arguments).compile()
     # In 16 bits; the head reads all of the table. The cache is split over all devices.
     weights = sum(2 * leaf.size for leaf in jax.tree.leaves(engine.decode_arguments[0]))
     kept = caches.num_bytes(backbone, positions=SLOTS * LENGTH, dtype=jnp.bfloat16)

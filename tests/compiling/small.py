@@ -6,24 +6,20 @@ import pathlib
 import subprocess
 import sys
 
-from huatuo_jax.backbone.config import BackboneConfig
 from huatuo_jax.core.config import replaced
 from huatuo_jax.recipe.config import StagesConfig
 from huatuo_jax.sft import SftConfig
 from huatuo_jax.training.dialogue_data import DataConfig, SourceConfig
 from huatuo_jax.training.initial_model import ComputeSection, ModelConfig
 from huatuo_jax.training.optimizer import OptimizerConfig
+from tests.tiny import backbone
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
-BACKBONE = BackboneConfig(
-    family="llama",
-    vocab_size=2048,
+BACKBONE = backbone(
     hidden_size=512,
     intermediate_size=1408,
-    num_layers=2,
     num_heads=4,
-    num_kv_heads=2,
     head_dim=128,
     max_positions=512,
 )

@@ -15,7 +15,7 @@ from huatuo_jax.data.chat import templates
 from huatuo_jax.data.records import Message, answer
 from huatuo_jax.hf.tokenizer import load_tokenizer
 from tests.data.test_templates import LLAMA2_JINJA, LLAMA3_JINJA, QWEN_JINJA
-from tests.preferences.tiny import TOKENIZER
+from tests.tiny import TOKENIZER
 
 SPECIALS = ["<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 PROMPT = (Message("user", "咳嗽三天了，怎么办？"),)

@@ -13,8 +13,9 @@ from huatuo_jax.dpo import REFERENCE, both, numbers, row_loss
 from huatuo_jax.preferences.rows import ComparisonRows, RowsConfig
 from huatuo_jax.training.optimizer import make_optimizer
 from huatuo_jax.training.update import make_update
-from tests.dpo.tiny import config, one_device, tiny_job, tiny_model
+from tests.dpo.tiny import config, tiny_job, tiny_model
 from tests.preferences.tiny import token_groups
+from tests.tiny import one_device
 
 BETA = 0.3
 GROUPS = token_groups([2, 3, 4, 2, 2, 3, 2], soft=True)

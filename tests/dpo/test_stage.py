@@ -29,7 +29,8 @@ from huatuo_jax.training.optimizer import OptimizerConfig
 from huatuo_jax.training.scoring import GivenAnswer, Scorer
 from huatuo_jax.training.update import update_program
 from tests import made_up_memory
-from tests.preferences.tiny import BACKBONE, TOKENIZER, comparisons, write_rows
+from tests.preferences.tiny import BACKBONE, comparisons
+from tests.tiny import TOKENIZER, write_rows
 
 ROOT = pathlib.Path(__file__).parents[2]
 HELD_OUT = HeldOutConfig(share=0.2)

@@ -2,9 +2,6 @@
 
 import pathlib
 
-import jax
-
-from huatuo_jax.core import sharding
 from huatuo_jax.data.accounting import Account
 from huatuo_jax.dpo import DpoConfig, make_job
 from huatuo_jax.preferences.data import Comparisons, ComparisonsConfig, ComparisonSource
@@ -13,6 +10,7 @@ from huatuo_jax.training.loop import LoopConfig, train
 from huatuo_jax.training.optimizer import OptimizerConfig
 from huatuo_jax.training.run_directory import begin_stage
 from tests.preferences.tiny import SMALL
+from tests.tiny import one_device
 
 
 def config(**changed):
@@ -32,10 +30,6 @@ def config(**changed):
         "loop": LoopConfig(evaluate_every=4, checkpoint_every=2, tensorboard=False),
     }
     return DpoConfig(**(settings | changed))
-
-
-def one_device():
-    return sharding.make_mesh(devices=jax.devices()[:1])
 
 
 def tiny_model(cfg):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from huatuo_jax.backbone.config import BackboneConfig, ComputeConfig
+from huatuo_jax.backbone.config import ComputeConfig
 from huatuo_jax.backbone.transformer import Transformer, init_params
 from huatuo_jax.checkpoint.models import find_model, save_orbax
 from huatuo_jax.clinic.dialogues import prompts
@@ -20,14 +20,13 @@ from huatuo_jax.evaluation.stage import compare, sequence_kl
 from huatuo_jax.judge.offline import OfflineJudge, TruthJudge
 from huatuo_jax.judge.questions import Answered
 from huatuo_jax.training.scoring import GivenAnswer
+from tests.tiny import backbone
 
-BACKBONE = BackboneConfig(
-    family="llama",
+BACKBONE = backbone(
     vocab_size=64,
     hidden_size=16,
     intermediate_size=32,
     num_layers=1,
-    num_heads=2,
     num_kv_heads=1,
     head_dim=8,
     max_positions=64,

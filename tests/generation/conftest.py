@@ -3,11 +3,10 @@
 import json
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 
 from huatuo_jax.checkpoint.models import save_orbax
 from tests.generation import tiny
+from tests.tiny import byte_level_tokenizer
 
 LINES = [
     "膝盖上下楼梯时酸胀，应该挂什么科？",
@@ -20,17 +19,13 @@ VOCAB = 320
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    made = Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
+    return byte_level_tokenizer(
+        LINES,
         vocab_size=VOCAB,
         special_tokens=["<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        bos_token="<s>",
+        eos_token="</s>",
     )
-    made.train_from_iterator(LINES, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>")
 
 
 @pytest.fixture(scope="session")

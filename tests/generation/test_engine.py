@@ -170,7 +170,7 @@ def test_weights_of_the_right_dtype_are_not_copied_and_others_are_cast_once():
 def test_an_abandoned_call_leaves_the_engine_ready(engine):
     answers = engine.generate([tiny.request(5, seed=seed, max_new_tokens=20) for seed in range(9)])
     next(answers)
-    with pytest.raises(ValueError, match="still has answers on their way"):
+    with pytest.raises(ValueError, match="still has unfinished answers"):
         engine.generate([tiny.request(5)])
     answers.close()
     assert not engine.busy

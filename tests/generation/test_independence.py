@@ -123,7 +123,7 @@ def test_the_cache_is_sharded_like_attention_and_never_gathered():
     cache = pool.cache
     assert cache.keys[0].sharding.shard_shape(cache.keys[0].shape) == (6, 1, 32, 6)
     table = engine._table
-    decode = compiled.jitted_decode.lower(
+    decode = compiled.decode.lower(
         engine._variables, cache, pool.pages_of(np.arange(8)), table.progress, table.settings
     ).compile()
     text = decode.as_text().splitlines()

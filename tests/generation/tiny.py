@@ -7,24 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from huatuo_jax.backbone.config import BackboneConfig, ComputeConfig
+from huatuo_jax.backbone.config import ComputeConfig
 from huatuo_jax.backbone.transformer import Transformer, abstract_params
 from huatuo_jax.generation.engine import Engine
 from huatuo_jax.generation.requests import Request, SamplingConfig
+from tests.tiny import GROUPED
 
-CFG = BackboneConfig(
-    family="llama",
-    vocab_size=51,
-    vocab_multiple=16,
-    hidden_size=16,
-    intermediate_size=24,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=6,
-    max_positions=512,
-    initializer_range=0.3,
-)
+CFG = dataclasses.replace(GROUPED, max_positions=512)
 MODEL = Transformer(CFG)
 
 

@@ -8,7 +8,6 @@ import jax
 import numpy as np
 import pytest
 import safetensors.torch
-import tokenizers
 import torch
 import transformers
 
@@ -19,6 +18,7 @@ from huatuo_jax.core import sharding
 from huatuo_jax.hf.export import export_model
 from tests.hf import baichuan_reference, tiny_checkpoints
 from tests.hub_server import rewrite_weights
+from tests.tiny import byte_level_tokenizer
 
 
 def weights(folder):
@@ -37,18 +37,15 @@ def assert_same_bits(one, other):
 
 def add_tokenizer(folder):
     """A tokenizer whose `<pad>` no text encodes to."""
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=False))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
+    made = byte_level_tokenizer(
+        ["头痛三天，有点发热。"],
         vocab_size=280,
         special_tokens=["<pad>", "<s>", "</s>"],
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
     )
-    backend.train_from_iterator(["头痛三天，有点发热。"], trainer)
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    ).save_pretrained(folder)
+    made.save_pretrained(folder)
     (folder / "chat_template.jinja").write_text("{{ messages[0].content }}", encoding="utf-8")
 
 

@@ -7,11 +7,11 @@ import random
 
 import pytest
 import sentencepiece
-import tokenizers
 import transformers
 from sentencepiece import sentencepiece_model_pb2
 
 from huatuo_jax.hf.tokenizer import TOKENIZER_FILES, load_tokenizer, save_tokenizer, spare_token_id
+from tests.tiny import byte_level_tokenizer
 
 CORPUS = [
     "医生您好，我最近三天一直咳嗽，晚上睡不好，需要做什么检查？",
@@ -90,15 +90,7 @@ def bare_folder(tmp_path, model):
 
 def byte_level(tmp_path, *, template=None, **special):
     """A byte-level tokenizer as Qwen's and LLaMA-3's are, with the given special tokens."""
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=400, initial_alphabet=alphabet, show_progress=False
-    )
-    backend.train_from_iterator(CORPUS, trainer)
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+    fast = byte_level_tokenizer(CORPUS, vocab_size=400, **special)
     fast.chat_template = template
     folder = tmp_path / "byte_level"
     fast.save_pretrained(folder)

@@ -14,7 +14,8 @@ from huatuo_jax.data.records import Comparison, Message, Prompt, answer
 from huatuo_jax.preferences.label import LabelRun, run_labels
 from huatuo_jax.recipe.recipe import Journal
 from huatuo_jax.reward.export import export_reward_model
-from tests.recipe.tiny import BACKBONE, TOKENIZER
+from tests.recipe.tiny import BACKBONE
+from tests.tiny import TOKENIZER
 
 CARD = "---\nlicense: mit\nlibrary_name: transformers\n---\n\n# A policy\n"
 SHARD_BYTES = 40_000

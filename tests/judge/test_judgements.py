@@ -49,7 +49,7 @@ def test_a_line_of_before_kinds_of_failure_were_known_is_read():
     row = scored(scores=None, error="prose").to_json()
     old = {name: value for name, value in row.items() if name not in ("failure", "max_tokens")}
     assert Judgement.from_json(old) == Judgement.from_json(row)
-    with pytest.raises(ValueError, match="lacks .'error'."):
+    with pytest.raises(ValueError, match="without .'error'."):
         Judgement.from_json({name: value for name, value in row.items() if name != "error"})
 
 
@@ -91,7 +91,7 @@ def test_a_judgement_that_says_too_little_or_too_much_is_refused(make, changed, 
 
 def test_a_line_with_a_field_too_few_or_too_many_is_refused():
     row = scored().to_json()
-    with pytest.raises(ValueError, match="lacks \\['raw'\\]"):
+    with pytest.raises(ValueError, match="without \\['raw'\\]"):
         Judgement.from_json({name: value for name, value in row.items() if name != "raw"})
     with pytest.raises(ValueError, match="unknown \\['vote'\\]"):
         Judgement.from_json({**row, "vote": 1})

@@ -293,7 +293,7 @@ def test_settings_tell_what_decides_the_verdict_and_nothing_else():
         ({"low": 5, "high": 5}, "low=5 and high=5"),
         ({"max_tokens": 0}, "max_tokens=0"),
         ({"base_url": "localhost:8000"}, "base_url should be like"),
-        ({"base_url": "http://me:secret@host/v1"}, "base_url may hold no secret"),
+        ({"base_url": "http://me:secret@host/v1"}, "base_url must not hold a secret"),
         ({"timeout_s": 0}, "timeout_s=0"),
     ],
 )

@@ -98,5 +98,5 @@ def test_an_id_that_stands_twice_is_refused(tmp_path):
     path = tmp_path / "answers.jsonl"
     row = {"id": "a", "messages": [], "source": "s", "answers": []}
     path.write_text(f"{json.dumps(row)}\n" * 2, encoding="utf-8")
-    with pytest.raises(ValueError, match="answers.jsonl:2: id 'a' stood before"):
+    with pytest.raises(ValueError, match="answers.jsonl:2: id 'a' is repeated"):
         read_answered(path)

@@ -50,7 +50,7 @@ def test_labels_and_comparisons_prefer_the_true_answer(tmp_path, protocol):
     right = {prompt.id: prompt.reference for prompt in PROMPTS}
     assert len(pairs) == len(PROMPTS)
     assert all(one["chosen"] == right[one["id"].split(":")[0]] for one in pairs)
-    assert not any("measures the form alone" in line for line in said)
+    assert not any("measures only the form" in line for line in said)
 
 
 def test_prompts_of_elsewhere_are_refused_by_name_before_anything_is_judged(tmp_path):

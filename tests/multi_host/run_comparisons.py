@@ -14,7 +14,8 @@ from huatuo_jax.training.initial_model import ModelConfig
 from huatuo_jax.training.loop import LoopConfig
 from huatuo_jax.training.optimizer import OptimizerConfig
 from tests.multi_host.arguments import run
-from tests.preferences.tiny import BACKBONE, TOKENIZER
+from tests.preferences.tiny import BACKBONE
+from tests.tiny import TOKENIZER
 
 NUM_STEPS = 4
 

@@ -19,7 +19,6 @@ import time
 import jax
 import numpy as np
 
-from huatuo_jax.backbone.config import BackboneConfig
 from huatuo_jax.core import distributed
 from huatuo_jax.core.sharding import MeshConfig
 from huatuo_jax.data import SAMPLE_FOLDER
@@ -31,19 +30,9 @@ from huatuo_jax.training.initial_model import ModelConfig
 from huatuo_jax.training.loop import INTERRUPTED_EXIT_CODE, Interrupted, LoopConfig
 from huatuo_jax.training.optimizer import OptimizerConfig
 from tests.multi_host.arguments import run
+from tests.tiny import BACKBONE
 
 SOURCE = "real_instruction"
-BACKBONE = BackboneConfig(
-    family="llama",
-    vocab_size=2048,
-    hidden_size=32,
-    intermediate_size=64,
-    num_layers=2,
-    num_heads=2,
-    num_kv_heads=2,
-    head_dim=16,
-    max_positions=256,
-)
 
 
 def config(cache, *, num_steps, **mesh):

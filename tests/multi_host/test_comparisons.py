@@ -8,7 +8,8 @@ from huatuo_jax.checkpoint.models import find_model
 from tests.multi_host import metrics
 from tests.multi_host.processes import Processes
 from tests.multi_host.run_comparisons import NUM_STEPS
-from tests.preferences.tiny import comparisons, write_rows
+from tests.preferences.tiny import comparisons
+from tests.tiny import write_rows
 
 pytestmark = pytest.mark.slow
 

@@ -12,7 +12,8 @@ from huatuo_jax.training.initial_model import ModelConfig, open_model
 from huatuo_jax.training.losses import next_tokens, token_scores
 from huatuo_jax.training.optimizer import OptimizerConfig, make_optimizer
 from huatuo_jax.training.scoring import padded_batch
-from tests.ppo.tiny import BACKBONE, config, one_device
+from tests.ppo.tiny import BACKBONE, config
+from tests.tiny import one_device
 
 TEMPERATURE = 0.7
 PROMPTS, LENGTHS, WIDTH = (2, 1, 3), (6, 2, 8), 9

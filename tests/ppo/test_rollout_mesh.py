@@ -23,7 +23,8 @@ from huatuo_jax.ppo.loop import train
 from huatuo_jax.training.loop import Interrupted
 from huatuo_jax.training.metrics import read_rows
 from tests.multi_host import metrics
-from tests.ppo.tiny import BACKBONE, Table, config, one_device, table, tiny_job
+from tests.ppo.tiny import BACKBONE, Table, config, table, tiny_job
+from tests.tiny import one_device
 
 HEADS = dataclasses.replace(BACKBONE, num_heads=4, num_kv_heads=4, head_dim=4)
 IN_TENSOR = MeshConfig(data=2, fsdp=1, tensor=4)

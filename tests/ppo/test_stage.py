@@ -13,7 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from huatuo_jax.backbone.config import BackboneConfig, ComputeConfig
+from huatuo_jax.backbone.config import ComputeConfig
 from huatuo_jax.backbone.lora import LoraConfig
 from huatuo_jax.backbone.transformer import Transformer, init_params
 from huatuo_jax.checkpoint.models import find_model, load_params, save_orbax
@@ -47,20 +47,11 @@ from huatuo_jax.training.optimizer import OptimizerConfig
 from huatuo_jax.training.scoring import GivenAnswer, Normalization, Scorer, save_normalization
 from tests import made_up_memory
 from tests.judge.planted_server import KEY, MODEL, Planted, PlantedServer
+from tests.tiny import backbone
 
 ROOT = pathlib.Path(__file__).parents[2]
 TOKENIZER = SAMPLE_FOLDER / "tokenizer"
-BACKBONE = BackboneConfig(
-    family="llama",
-    vocab_size=2048,
-    hidden_size=32,
-    intermediate_size=64,
-    num_layers=2,
-    num_heads=2,
-    num_kv_heads=2,
-    head_dim=16,
-    max_positions=128,
-)
+BACKBONE = backbone(max_positions=128)
 NORMALIZATION = Normalization(mean=0.2, standard_deviation=0.5, num_answers=9, answers="nine")
 
 # Runs here are on one device, which is quick; `test_update` shows that meshes agree.

@@ -15,7 +15,8 @@ from huatuo_jax.training.initial_model import ModelConfig, open_model
 from huatuo_jax.training.loop import put_on_mesh
 from huatuo_jax.training.optimizer import OptimizerConfig, is_decayed, make_optimizer
 from huatuo_jax.training.scoring import padded_batch
-from tests.ppo.tiny import BACKBONE, config, one_device, tiny_job
+from tests.ppo.tiny import BACKBONE, config, tiny_job
+from tests.tiny import one_device
 
 ROWS, LENGTH = 8, 12
 COMPUTE = config().compute.compute_config()

@@ -7,8 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from huatuo_jax.backbone.config import BackboneConfig
-from huatuo_jax.core import sharding
 from huatuo_jax.data.records import Message, Prompt
 from huatuo_jax.generation.prompts import Task
 from huatuo_jax.ppo.config import PpoConfig, PpoLoopConfig, RolloutConfig, ScoreConfig, ValueConfig
@@ -20,6 +18,7 @@ from huatuo_jax.ppo.stage import check_policy, make_job
 from huatuo_jax.training.initial_model import ComputeSection, ModelConfig, open_model
 from huatuo_jax.training.optimizer import OptimizerConfig
 from huatuo_jax.training.run_directory import begin_stage
+from tests.tiny import backbone, one_device
 
 END = 0
 NUM_ITERATIONS = 24  # Of a run that is killed.
@@ -27,15 +26,12 @@ NUM_ITERATIONS = 24  # Of a run that is killed.
 # attention to equal tokens is the same however many there are.
 PROMPT = TokenPrompt("p0", (1, 2))
 
-BACKBONE = BackboneConfig(
-    family="llama",
+BACKBONE = backbone(
     vocab_size=5,
-    vocab_multiple=8,  # Padded rows are part of every test.
+    # Padded rows are part of every test.
+    vocab_multiple=8,
     hidden_size=16,
     intermediate_size=24,
-    num_layers=2,
-    num_heads=2,
-    num_kv_heads=2,
     head_dim=8,
     max_positions=16,
     initializer_range=0.3,
@@ -104,10 +100,6 @@ def config(**changed):
         "num_minibatches": 2,
     }
     return PpoConfig(**(settings | sections | changed))
-
-
-def one_device():
-    return sharding.make_mesh(devices=jax.devices()[:1])
 
 
 def token_record(task, answers):

@@ -22,7 +22,8 @@ from huatuo_jax.preferences.data import (
 )
 from huatuo_jax.preferences.synthetic import WHOLE_DIALOGUE, mismatched_references
 from huatuo_jax.reward.score_file import read_answers
-from tests.preferences.tiny import TOKENIZER, comparisons, write_rows
+from tests.preferences.tiny import comparisons
+from tests.tiny import TOKENIZER, write_rows
 
 
 @pytest.fixture(scope="module")

@@ -418,7 +418,7 @@ def test_other_files_are_mixed_in_without_their_margins(tmp_path):
     assert [one.id for one in found] == sorted(one.id for one in found)
     few, _ = made_of(judgements, *items, mix=(MixedFile(path=str(mixed), per_own=0.05),))
     assert len(few) == len(own) + int(0.05 * len(own))
-    with pytest.raises(ValueError, match="is there twice"):
+    with pytest.raises(ValueError, match="is repeated"):
         made_of(judgements, *items, mix=(MixedFile(path=str(mixed)),) * 2)
 
 

@@ -254,7 +254,7 @@ def test_a_dry_run_counts_and_sends_nothing_and_needs_no_key(
         assert not server.calls
     text = "\n".join(told)
     assert "27 judgements: 0 done" in text and "calls: 27" in text and "cost: about" in text
-    assert f"from your table {prices}" in text and "nothing was sent, nothing written" in text
+    assert f"from your table {prices}" in text and "nothing was sent or written" in text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["answers.jsonl", "prices.json"]
 
 
@@ -329,7 +329,7 @@ def test_the_offline_judge_says_where_it_measures_form_alone(tmp_path):
 
 def test_nothing_to_judge_or_to_compare_is_an_error_and_no_empty_file(tmp_path):
     output, comparisons = tmp_path / "l.jsonl", tmp_path / "c.jsonl"
-    for texts, why in (([], "nothing to judge"), (["好"], "no comparison comes of these")):
+    for texts, why in (([], "nothing to judge"), (["好"], "these judgements give no comparison")):
         cfg = LabelRun(
             answers=bare(tmp_path / "a.jsonl", texts),
             output=str(output),
@@ -363,7 +363,7 @@ def test_help_shows_the_flags_and_one_that_would_do_nothing_is_refused(answers, 
 @pytest.mark.parametrize(
     ("changed", "why"),
     [
-        ({"output": "."}, "no name of a file to write"),
+        ({"output": "."}, "not the name of a file to write"),
         ({"comparisons": "c.jsonl", "label": LabelConfig(protocol="both")}, "of one protocol"),
         ({"output": "a.jsonl"}, "they should differ"),
         ({"comparisons": "./l.jsonl"}, "they should differ"),

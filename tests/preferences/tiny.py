@@ -1,28 +1,16 @@
 """A tiny backbone, invented comparisons, and groups of token ids: what tests of rewards share."""
 
+import dataclasses
 import itertools
-import json
 
 import numpy as np
 
-from huatuo_jax.backbone.config import BackboneConfig
-from huatuo_jax.data import SAMPLE_FOLDER
 from huatuo_jax.data.records import Comparison, Message, answer
 from huatuo_jax.preferences.data import Answer, Group, Pair
+from tests.tiny import backbone
 
-TOKENIZER = str(SAMPLE_FOLDER / "tokenizer")
-BACKBONE = BackboneConfig(
-    family="llama",
-    vocab_size=2048,
-    hidden_size=32,
-    intermediate_size=64,
-    num_layers=2,
-    num_heads=2,
-    num_kv_heads=2,
-    head_dim=16,
-    max_positions=128,
-)
-SMALL = BackboneConfig.from_dict(BACKBONE.to_dict() | {"vocab_size": 50, "hidden_size": 16})
+BACKBONE = backbone(max_positions=128)
+SMALL = dataclasses.replace(BACKBONE, vocab_size=50, hidden_size=16)
 
 COMPLAINTS = ("头疼", "咳嗽", "胃胀", "失眠", "腰酸", "发烧", "耳鸣", "乏力")
 GOOD, BAD = "建议先去医院检查，注意休息。", "没事。"
@@ -77,10 +65,3 @@ def comparisons(number, *, flipped=()):
             )
         )
     return made
-
-
-def write_rows(path, records):
-    rows = [one if isinstance(one, dict) else one.to_json() for one in records]
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    path.write_text(text, encoding="utf-8")
-    return str(path)

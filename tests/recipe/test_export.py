@@ -19,7 +19,8 @@ from huatuo_jax.recipe.recipe import Journal, run_stages, unfinished_stages
 from huatuo_jax.recipe.stages import make_stages
 from tests import hub_server as hubs
 from tests.hf.tiny_checkpoints import edit_config
-from tests.recipe.tiny import BACKBONE, TOKENIZER, tiny_recipe
+from tests.recipe.tiny import BACKBONE, tiny_recipe
+from tests.tiny import TOKENIZER
 
 HOST = 5  # The device that stands for the host's CPU: no other of the eight may hold a weight.
 

@@ -24,7 +24,8 @@ from huatuo_jax.recipe.model_cards import ADVICE, License, Origin, policy_card, 
 from huatuo_jax.report.markup import MODELS, read_run
 from huatuo_jax.reward.export import export_reward_model
 from huatuo_jax.training.scoring import Normalization, save_normalization
-from tests.recipe.tiny import BACKBONE, TOKENIZER
+from tests.recipe.tiny import BACKBONE
+from tests.tiny import TOKENIZER
 
 ORIGIN = Origin(
     base_model="someone/base",

@@ -19,6 +19,7 @@ from huatuo_jax.training.loop import LoopConfig
 from huatuo_jax.training.optimizer import OptimizerConfig
 from tests import hub_server as hubs
 from tests.data.test_templates import LLAMA2_JINJA
+from tests.tiny import write_rows
 
 pytestmark = pytest.mark.usefixtures("on_one_device")
 DIALOGUES = (
@@ -88,12 +89,6 @@ BASES = {
 }
 
 
-def write_lines(path, rows):
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    path.write_text(text, encoding="utf-8")
-    return str(path)
-
-
 def messages_of(texts):
     roles = ("user", "assistant") * len(texts)
     return [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
@@ -102,7 +97,7 @@ def messages_of(texts):
 def trained(base, workdir, **data):
     """A model that knows its dialogues by heart."""
     rows = [{"messages": messages_of(one)} for one in DIALOGUES]
-    source = SourceConfig(name="mine", paths=(write_lines(workdir / "mine.jsonl", 4 * rows),))
+    source = SourceConfig(name="mine", paths=(write_rows(workdir / "mine.jsonl", 4 * rows),))
     config = SftConfig(
         model=ModelConfig(directory=str(base)),
         data=DataConfig(
@@ -131,7 +126,7 @@ def ours(model, workdir, **settings):
     run_bulk(
         BulkConfig(
             model=str(model),
-            prompts=write_lines(workdir / "prompts.jsonl", prompts),
+            prompts=write_rows(workdir / "prompts.jsonl", prompts),
             output=str(workdir / "answers.jsonl"),
             sampling=SamplingConfig(max_new_tokens=LIMIT, temperature=0.0),
             **settings,

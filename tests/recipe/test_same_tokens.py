@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from huatuo_jax.backbone.config import BackboneConfig, ComputeConfig
+from huatuo_jax.backbone.config import ComputeConfig
 from huatuo_jax.backbone.transformer import init_params
 from huatuo_jax.checkpoint.models import save_orbax
 from huatuo_jax.core import files
@@ -33,19 +33,16 @@ from huatuo_jax.training.initial_model import ModelConfig
 from huatuo_jax.training.optimizer import OptimizerConfig
 from huatuo_jax.training.scoring import Normalization, save_normalization
 from tests.data.test_templates import LLAMA2_JINJA
-from tests.preferences.tiny import TOKENIZER
+from tests.tiny import TOKENIZER, backbone
 
 SPECIALS = ["<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
-BACKBONE = BackboneConfig(
-    family="llama",
+BACKBONE = backbone(
     vocab_size=2048 + len(SPECIALS),
     hidden_size=16,
     intermediate_size=16,
     num_layers=1,
     num_heads=1,
     num_kv_heads=1,
-    head_dim=16,
-    max_positions=256,
 )
 NORMALIZATION = Normalization(mean=0.2, standard_deviation=2.0, num_answers=9, answers="nine")
 RULE = AnswerScoreConfig(clip=0.1, on_truncation="subtract", penalty=0.7)

@@ -24,14 +24,8 @@ from huatuo_jax.recipe import recipe as recipe_module
 from huatuo_jax.recipe.checks import check_inputs
 from huatuo_jax.recipe.prompts import make_prompts, write_prompts
 from huatuo_jax.recipe.recipe import run_rlaif
-from tests.recipe.tiny import (
-    BACKBONE,
-    CLINIC,
-    TOKENIZER,
-    tiny_clinic_recipe,
-    tiny_recipe,
-    write_dialogues,
-)
+from tests.recipe.tiny import BACKBONE, CLINIC, tiny_clinic_recipe, tiny_recipe, write_dialogues
+from tests.tiny import TOKENIZER
 
 ROOT = pathlib.Path(__file__).parents[2]
 

@@ -1,13 +1,10 @@
 """A recipe of the smallest size: a model of a few thousand weights, a few dozen dialogues."""
 
 import dataclasses
-import json
 import pathlib
 
-from huatuo_jax.backbone.config import BackboneConfig
 from huatuo_jax.clinic import files as clinic_files
 from huatuo_jax.clinic.files import ClinicConfig, ClinicSizes
-from huatuo_jax.data import SAMPLE_FOLDER
 from huatuo_jax.data.mixture import HeldOutConfig
 from huatuo_jax.evaluation.answers import EvaluationConfig
 from huatuo_jax.generation.requests import SamplingConfig
@@ -21,19 +18,9 @@ from huatuo_jax.training.dialogue_data import DataConfig, SourceConfig
 from huatuo_jax.training.initial_model import ModelConfig
 from huatuo_jax.training.loop import LoopConfig
 from huatuo_jax.training.optimizer import OptimizerConfig
+from tests.tiny import TOKENIZER, backbone, write_rows
 
-TOKENIZER = str(SAMPLE_FOLDER / "tokenizer")
-BACKBONE = BackboneConfig(
-    family="llama",
-    vocab_size=2048,
-    hidden_size=32,
-    intermediate_size=64,
-    num_layers=1,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=16,
-    max_positions=256,
-)
+BACKBONE = backbone(num_layers=1, num_kv_heads=1)
 HELD_OUT = HeldOutConfig(share=0.25)
 LOOP = LoopConfig(evaluate_every=2, checkpoint_every=2, log_every=1, tensorboard=False)
 ANSWER_TOKENS = 12
@@ -56,9 +43,7 @@ def write_dialogues(path: pathlib.Path, *, count: int = 24) -> None:
         {"question": f"咳嗽{index}天了，怎么办？", "answer": f"先多喝水，第{index}天来复查。"}
         for index in range(1, count + 1)
     ]
-    path.write_text(
-        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
-    )
+    write_rows(path, rows)
 
 
 def tiny_recipe(data: pathlib.Path) -> RlaifConfig:

@@ -10,6 +10,7 @@ import pytest
 from huatuo_jax.clinic.dialogues import prompts
 from huatuo_jax.data.accounting import Account
 from huatuo_jax.report.page import write_report
+from tests.tiny import write_rows
 
 TEXT = "咳嗽三天<b>怎么办</b>？"
 
@@ -120,12 +121,6 @@ def write(path, value):
     path.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
 
 
-def write_lines(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    path.write_text(text, encoding="utf-8")
-
-
 def metrics(stage, steps, **fields):
     return [
         {"step": step, "time_s": 0.0, "stage": stage}
@@ -153,10 +148,10 @@ def run(tmp_path):
     write(folder / "labels.jsonl.report.json", labels_report())
     write(folder / "reward" / "reward_report.json", reward_report())
     rows = metrics("sft", 80, train__loss=5.0) + metrics("sft", 2, eval__loss=6.0)
-    write_lines(folder / "sft" / "metrics.jsonl", rows)
+    write_rows(folder / "sft" / "metrics.jsonl", rows)
     gauges = {"score": 0.5, "kl_per_sequence": 1.0, "response_length": 30.0, "sampled_entropy": 2.0}
     named = {f"ppo__{name}": value for name, value in gauges.items()}
-    write_lines(folder / "ppo" / "metrics.jsonl", metrics("ppo", 4, **named))
+    write_rows(folder / "ppo" / "metrics.jsonl", metrics("ppo", 4, **named))
     for name in ("base", "sft", "ppo"):
         records = [
             {
@@ -168,7 +163,7 @@ def run(tmp_path):
             }
             for index in range(2)
         ]
-        write_lines(folder / "evaluation" / f"scored_{name}.jsonl", records)
+        write_rows(folder / "evaluation" / f"scored_{name}.jsonl", records)
     return folder
 
 
@@ -415,7 +410,7 @@ def test_consultations_are_shown_where_the_clinic_asked_and_nowhere_else(run):
             one.to_json() | {"answers": [{"text": f"{name}：<i>多喝水。"}], "rewards": [0.5]}
             for one in asked
         ]
-        write_lines(run / "evaluation" / f"scored_{name}.jsonl", rows)
+        write_rows(run / "evaluation" / f"scored_{name}.jsonl", rows)
     page = page_of(run)
     part = page[page.index('<section id="consultations">') :]
     part = part[: part.index("</section>")]

@@ -21,7 +21,8 @@ from huatuo_jax.preferences.data import ComparisonsConfig, ComparisonSource, ope
 from huatuo_jax.preferences.from_judgements import ComparisonConfig
 from huatuo_jax.preferences.label import LabelRun, run_labels
 from huatuo_jax.reward.score_file import ScoreConfig, read_answers, score_file
-from tests.preferences.tiny import BACKBONE, TOKENIZER, write_rows
+from tests.preferences.tiny import BACKBONE
+from tests.tiny import TOKENIZER, write_rows
 
 GOOD = "建议先去医院检查，注意休息，多喝水。"
 TEXTS = (GOOD, "", " \n", "没事。")

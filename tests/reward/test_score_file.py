@@ -19,7 +19,8 @@ from huatuo_jax.hf.tokenizer import load_tokenizer
 from huatuo_jax.reward.export import carry_normalization, describe, export_reward_model
 from huatuo_jax.reward.score_file import ScoreConfig, score_file
 from huatuo_jax.training.scoring import Normalization, load_normalization, save_normalization
-from tests.preferences.tiny import BACKBONE, TOKENIZER, comparisons, write_rows
+from tests.preferences.tiny import BACKBONE, comparisons
+from tests.tiny import TOKENIZER, write_rows
 
 NORMALIZATION = Normalization(
     mean=0.25, standard_deviation=0.5, num_answers=9, answers="nine answers"

@@ -18,19 +18,9 @@ from huatuo_jax.recipe.checks import _say_alike, _tell_other_tokens
 from huatuo_jax.training.initial_model import ComputeSection, ModelConfig, open_model
 from huatuo_jax.training.optimizer import OptimizerConfig, make_optimizer
 from tests import hub_server as hubs
-from tests.recipe.tiny import TOKENIZER
+from tests.tiny import TOKENIZER, backbone
 
-TINY = BackboneConfig(
-    family="llama",
-    vocab_size=hubs.VOCAB,
-    hidden_size=32,
-    intermediate_size=64,
-    num_layers=1,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=16,
-    max_positions=64,
-)
+TINY = backbone(vocab_size=hubs.VOCAB, num_layers=1, num_kv_heads=1, max_positions=64)
 DIALOGUE = [Message("user", "头痛三天了。"), Message("assistant", "多喝水。")]
 pytestmark = pytest.mark.usefixtures("on_one_device")
 

@@ -3,7 +3,6 @@
 import math
 import types
 
-import jax
 import pytest
 
 from huatuo_jax.core import distributed, sharding
@@ -16,10 +15,7 @@ from huatuo_jax.training.micro_batch import (
 )
 from huatuo_jax.training.programs import GIB, MEMORY_VARIABLE, StageProgram, TooLarge, device_memory
 from tests.compiling.small import small_sft
-
-
-def one_device():
-    return sharding.make_mesh(devices=jax.devices()[:1])
+from tests.tiny import one_device
 
 
 def tried(sizes, limit, *, also=()):

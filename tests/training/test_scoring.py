@@ -23,19 +23,10 @@ from huatuo_jax.training.scoring import (
     padded_batch,
     save_normalization,
 )
+from tests.tiny import backbone
 
 EOS = 2
-CFG = BackboneConfig(
-    family="llama",
-    vocab_size=50,
-    hidden_size=16,
-    intermediate_size=32,
-    num_layers=2,
-    num_heads=2,
-    num_kv_heads=2,
-    head_dim=8,
-    max_positions=64,
-)
+CFG = backbone(vocab_size=50, hidden_size=16, intermediate_size=32, head_dim=8, max_positions=64)
 MODEL = Transformer(CFG, ComputeConfig())
 
 

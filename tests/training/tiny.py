@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from huatuo_jax.backbone.config import BackboneConfig, ComputeConfig
+from huatuo_jax.backbone.config import ComputeConfig
 from huatuo_jax.backbone.transformer import Transformer, init_params
 from huatuo_jax.core import sharding
 from huatuo_jax.data.tokenizing import ALL_KINDS
@@ -24,17 +24,14 @@ from huatuo_jax.training.update import (
     make_update,
     new_state,
 )
+from tests.tiny import backbone
 
 # A vocabulary that is not a multiple of 8: the padded rows are part of every test.
-TINY = BackboneConfig(
-    family="llama",
+TINY = backbone(
     vocab_size=93,
     vocab_multiple=16,
-    hidden_size=32,
     intermediate_size=48,
-    num_layers=2,
     num_heads=4,
-    num_kv_heads=2,
     head_dim=8,
     max_positions=64,
     initializer_range=0.2,
