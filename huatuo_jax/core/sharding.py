@@ -23,7 +23,8 @@ BATCH_AXES = ("data", "fsdp")
 
 # Every parameter of every family, by the end of its path. Dimensions are written out in the
 # comment's letters (see CONTRIBUTING.md: B batch, T time, D width, N query heads, K key and value
-# heads, H head width, F feed-forward, V vocabulary, L layers; M = (N / K + 2) H, R the adapter's rank).
+# heads, H head width, F feed-forward, V vocabulary, L layers; M = (N / K + 2) H, R the rank of an
+# adapter).
 PARAMETER_RULES: tuple[tuple[str, P], ...] = (
     ("embedding/table", P("tensor", "fsdp")),  # VD
     ("embedding_norm/(scale|bias)", P(None)),  # D
