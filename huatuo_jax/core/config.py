@@ -226,7 +226,7 @@ def _card_file(name: str) -> pathlib.Path:
 
 def _cards_folder() -> pathlib.Path:
     """Where the cards are: inside of an installed package, beside it in a checkout."""
-    package = pathlib.Path(__file__).resolve().parent
+    package = pathlib.Path(__file__).resolve().parents[1]
     inside = package / "configs"
     return inside if inside.is_dir() else package.parent / "configs"
 

@@ -287,7 +287,7 @@ def policy_card(
         limits.insert(0, f"The judge: {model_card_figures.judge_in_words(evaluation['judge'])}")
         values |= _evaluated(evaluation, held_out)
     return _card(
-        "policy.md",
+        "policy_card.md",
         values,
         origin,
         pipeline_tag="text-generation",
@@ -344,7 +344,7 @@ def reward_card(
                 f"Whom it imitates: {model_card_figures.judge_in_words(one)}" for one in judges
             ]
     return _card(
-        "reward.md",
+        "reward_card.md",
         values,
         origin,
         pipeline_tag="text-classification",
