@@ -29,7 +29,7 @@ from huatuo_jax.ppo.rewards import AnswerScoreConfig
 from huatuo_jax.recipe.config import HELD_OUT_FILE, RELEASED, RlaifConfig
 from huatuo_jax.recipe.model_cards import find_origin, policy_card, reward_card
 from huatuo_jax.recipe.prompts import TRAIN_FILE
-from huatuo_jax.report.markup import read_json, read_run
+from huatuo_jax.report.run import read_json, read_run
 from huatuo_jax.reward.export import export_reward_model
 from huatuo_jax.training.initial_model import ModelConfig, talk_of
 from huatuo_jax.training.scoring import load_normalization

@@ -8,8 +8,8 @@ from huggingface_hub import EvalResult
 from huatuo_jax.clinic import judge as clinic_judge
 from huatuo_jax.core.markdown import ABSENT, inline, interval, number, plain, table
 from huatuo_jax.judge.offline import TRUTHS
-from huatuo_jax.report.markup import MODELS, Run
-from huatuo_jax.report.outcome import MEASURES, NAMES
+from huatuo_jax.report.run import MODELS, Run
+from huatuo_jax.report.sections import MEASURES, NAMES
 
 Figure = Mapping[str, Any]
 

@@ -20,7 +20,7 @@ from huatuo_jax.checkpoint import models
 from huatuo_jax.core.markdown import fenced, inline, interval, number, plain, table
 from huatuo_jax.data.readers import read_dialogues, read_prompts
 from huatuo_jax.recipe import model_card_figures
-from huatuo_jax.report.markup import Run
+from huatuo_jax.report.run import Run
 from huatuo_jax.reward.export import USAGE_FOLDER, usage
 from huatuo_jax.training.dialogue_data import SourceConfig
 from huatuo_jax.training.initial_model import ModelConfig

@@ -35,7 +35,7 @@ from huatuo_jax.recipe.config import (
 from huatuo_jax.recipe.export import RELEASE_FILE
 from huatuo_jax.recipe.prompts import ACCOUNT_FILE, TRAIN_FILE, Prompts, make_prompts, write_prompts
 from huatuo_jax.recipe.stages import Stage, make_stages
-from huatuo_jax.report.markup import read_json
+from huatuo_jax.report.run import read_json
 from huatuo_jax.sft import write_clinic_of
 from huatuo_jax.training.loop import INTERRUPTED_EXIT_CODE, Diverged, Interrupted
 
