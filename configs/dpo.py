@@ -49,7 +49,7 @@ HELD_OUT = HeldOutConfig(share=0.2)
 
 
 def get_config(model_and_files: str = "") -> StagesConfig:
-    """The stages, and the settings of each; see the module for the argument."""
+    """Returns the stages and their settings; the module describes the argument."""
     model, *files = model_and_files.split(",")
     if files:
         sources = tuple(

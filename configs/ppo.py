@@ -61,7 +61,7 @@ CRITIC = ValueConfig(
 
 
 def get_config(models_and_files: str = "") -> StagesConfig:
-    """The stages, and the settings of each; see the module for the argument."""
+    """Returns the stages and their settings; the module describes the argument."""
     given = models_and_files.split(",") if models_and_files else []
     estimator: Estimator = "gae"
     if given and given[0] in ("rloo", "grpo"):

@@ -51,7 +51,7 @@ HELD_OUT = HeldOutConfig(share=0.2)
 
 
 def get_config(model_and_files: str = "") -> StagesConfig:
-    """The stages, and the settings of each; see the module for the argument."""
+    """Returns the stages and their settings; the module describes the argument."""
     model, *files = model_and_files.split(",")
     if files:
         sources = tuple(
@@ -85,7 +85,7 @@ def get_config(model_and_files: str = "") -> StagesConfig:
 
 
 def short_sft() -> SftConfig:
-    """A backbone to put the head on, from the same sample dialogues."""
+    """Returns a short SFT stage on the same sample dialogues, for the backbone under the head."""
     sources = tuple(
         SourceConfig(name=kind, paths=(str(sample.FOLDER / f"{kind}.jsonl"),), kind=kind)
         for kind in KINDS

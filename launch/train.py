@@ -1,4 +1,4 @@
-"""Run the stages that a config names, or the whole recipe, or go on with them.
+"""Run the stages of a config, or the whole recipe; run again, it resumes.
 
 python launch/train.py --config=configs/rlaif.py --workdir=runs/demo [--config.sft.batch_size=8]
 Run again, it resumes and skips finished stages. Exit code 75: stopped (SIGTERM, Ctrl-C), saved.

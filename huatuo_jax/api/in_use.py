@@ -1,7 +1,4 @@
-"""What a loaded policy and a loaded reward model have in common.
-
-Responses as they are given out, and as they are scored again.
-"""
+"""Loaded models: the base class of policy and reward model, and the responses they exchange."""
 
 import dataclasses
 import functools
@@ -41,8 +38,8 @@ class Response:
         token_ids: as sampled, the token that ended it included.
         log_probs: of each token, at the sampling temperature, nothing filtered or penalised.
         finish_reason: `stop` for a stop token or string, `length` for a limit.
-        prompt_token_ids: what it follows.
-        messages_dropped: of the dialogue's oldest, which were left out so that it fits.
+        prompt_token_ids: of the dialogue before it.
+        messages_dropped: number of the dialogue's oldest messages left out so that it fits.
     """
 
     text: str
@@ -53,12 +50,12 @@ class Response:
     messages_dropped: int = 0
 
     def __str__(self) -> str:
-        """The text."""
+        """Returns the text."""
         return self.text
 
 
 class LogProbs(NamedTuple):
-    """What a model says of a given response.
+    """The log-probabilities of a given response.
 
     Attributes:
         token_ids: of the response, `[T]`, the end of its turn included.
@@ -77,18 +74,18 @@ def given_answers(
     max_length: int,
     drop_oldest_turns: bool,
 ) -> list[GivenAnswer]:
-    """The tokens of responses behind their dialogues, by the rule of `huatuo_jax.data.answers`.
+    """Tokenizes responses to dialogues, by the rule of `huatuo_jax.data.answers`.
 
     Args:
         dialogues: one a response.
-        responses: texts, which are complete; or those that a model gave, whose sampled tokens are
-            used where they are of this model's tokenizer and template.
-        model: whose tokens they become.
+        responses: complete texts; or a model's responses, whose sampled tokens are used where they
+            are of this model's tokenizer and template.
+        model: that gives tokenizer and template.
         max_length: tokens of a dialogue and a response at most.
         drop_oldest_turns: leave out the oldest question with its answer until both fit.
 
     Raises:
-        ValueError: there are more of the one than of the other, or one of them cannot be scored.
+        ValueError: the lists differ in length, or a response has no token to score.
     """
     for name, given in (("dialogues", dialogues), ("responses", responses)):
         if isinstance(given, str) or not isinstance(given, Sequence):
@@ -195,7 +192,7 @@ class ModelInUse:
             saved: the model.
             compute: how it is computed.
             max_length: tokens of a dialogue and a response.
-            result: what the stage reported that made it; None for a model from elsewhere.
+            result: of the stage that trained it; None for a model that was loaded.
         """
         self._saved, self._compute = saved, compute
         self._scorers: dict[int, Scorer] = {}
@@ -204,31 +201,31 @@ class ModelInUse:
 
     @property
     def folder(self) -> pathlib.Path:
-        """Where it lies on this machine."""
+        """Returns the model's local folder."""
         return self._saved.info.folder
 
     @property
     def tokenizer(self) -> transformers.PreTrainedTokenizerBase:
-        """Its tokenizer, of transformers."""
+        """Returns its tokenizer, of transformers."""
         return self._saved.tokenizer
 
     @property
     def template(self) -> ChatTemplate:
-        """What dialogues are rendered with."""
+        """Returns the chat template that renders dialogues."""
         return self._saved.template
 
     @property
     def ignored_config_fields(self) -> tuple[str, ...]:
-        """Fields of its `config.json` that were said not to matter."""
+        """Returns the fields of its `config.json` that were to be ignored."""
         return self._saved.info.ignored_fields
 
     @functools.cached_property
     def params(self) -> dict[str, Any]:
-        """Its parameters on the devices, in the dtype that they are stored in."""
+        """Returns its parameters on the devices, in the dtype in which they are stored."""
         return self._saved.load_params()
 
     def _write(self, target: str | os.PathLike[str], save_format: str, overwrite: bool) -> None:
-        """Writes the model with its tokenizer, template and what ends an answer."""
+        """Writes the model with its tokenizer, template and stop tokens."""
         form = next((form for name, form in _FORMS.items() if name == save_format), None)
         if form is None:
             raise ValueError(f"format={save_format!r} must be one of {list(_FORMS)}")
@@ -239,7 +236,7 @@ class ModelInUse:
             talk=talk_of(
                 saved.template,
                 saved.tokenizer,
-                # A model that scores has none of its own: its dialogues end as the template's do.
+                # A reward model has none of its own: its dialogues end as the template's do.
                 stop_token_ids=saved.stop_token_ids
                 or tuple(saved.template.stop_token_ids(saved.tokenizer)),
                 cfg=saved.info.cfg,
@@ -269,7 +266,7 @@ class ModelInUse:
         )
 
     def _scorer(self, num_answers: int) -> Scorer:
-        """What scores so many; its rows have few lengths, so that few programs are compiled."""
+        """Returns a scorer for so many responses, whose few row lengths need few programs."""
         rows = slots_for(1 if num_answers == 1 else _ROWS_AT_ONCE, self._saved.mesh)
         if rows not in self._scorers:
             self._scorers[rows] = Scorer(
@@ -285,7 +282,7 @@ class ModelInUse:
 def open_for_use(
     source: str | os.PathLike[str], head: Head, settings: Settings
 ) -> tuple[SavedModel, ComputeConfig, int]:
-    """The model, how it is computed, and how many tokens a dialogue and a response may have.
+    """Returns a saved model, its compute config, and its limit of tokens.
 
     Raises:
         ValueError: no such model, one with another head, or an invalid setting.

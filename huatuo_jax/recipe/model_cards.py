@@ -1,7 +1,4 @@
-"""The cards of a release, `README.md` of each model, in the form of the Hugging Face Hub.
-
-Where a released model comes from: base model, data on the Hub, licence, languages.
-"""
+"""Writes the model cards of a release (`README.md`) in the format of the Hugging Face Hub."""
 
 import dataclasses
 import itertools
@@ -45,7 +42,7 @@ class License(NamedTuple):
         id: of the Hub's list, or `other`.
         name: of a licence that is `other`.
         link: to its text.
-        told_by: whose word it is, for a reader.
+        told_by: the source of the licence, for a reader.
     """
 
     id: str | None = None
@@ -56,7 +53,7 @@ class License(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Origin:
-    """What both cards of a release say of where it comes from.
+    """Base model, licence, languages and data of a release, for both cards.
 
     Attributes:
         base_model: a Hub id; None for a model that has none.
@@ -75,7 +72,7 @@ class Origin:
     is_clinic: bool
 
     def of_model(self, model: ModelConfig, *, license: str | None, has_data: bool) -> "Origin":
-        """The same of what has begun with another model.
+        """Returns the origin of a model that started from another base.
 
         Args:
             model: that one.
@@ -101,7 +98,7 @@ def find_origin(
     languages: tuple[str, ...],
     is_clinic: bool,
 ) -> Origin:
-    """What the cards of a run say of where its models come from.
+    """Returns base model, licence, languages and data of a run's models.
 
     Args:
         model: that training began with.
@@ -126,7 +123,7 @@ def find_origin(
 
 
 def hub_id(source: str | None) -> str | None:
-    """A model's or data set's name where it is one of the Hub; None for a place on this machine."""
+    """Returns the Hub id of a model or data set; None for a local path."""
     if source is None or os.path.exists(source) or source.startswith((".", "/", "~")):
         return None
     try:
@@ -137,7 +134,7 @@ def hub_id(source: str | None) -> str | None:
 
 
 def base_in_words(model: ModelConfig) -> str:
-    """Which model training began with, without a path of this machine; Markdown."""
+    """Names the model that training began with, without local paths, in Markdown."""
     if (name := hub_id(model.directory)) is not None:
         return f"[{inline(name)}](https://huggingface.co/{name})"
     if model.directory is not None:
@@ -154,7 +151,7 @@ def base_in_words(model: ModelConfig) -> str:
 
 
 def find_license(source: str | None, given: str | None) -> License:
-    """The licence that the config gives, else that of the base model's own card.
+    """Returns the licence that the config gives, else that of the base model's own card.
 
     Args:
         source: the base model's folder or Hub id; None for fresh weights.
@@ -181,9 +178,9 @@ def find_license(source: str | None, given: str | None) -> License:
 
 
 def languages_of(texts: Iterable[str]) -> tuple[str, ...]:
-    """Chinese (`zh`) and English (`en`) where at least one text in twenty is in it.
+    """Detects Chinese (`zh`) and English (`en`), each where one text in twenty or more is in it.
 
-    Detected by the script, and English by its most frequent words; no other is detected.
+    Chinese is detected by its script, English by its most frequent words; no others are detected.
     """
     counts = {"zh": 0, "en": 0}
     total = 0
@@ -203,7 +200,7 @@ def languages_of(texts: Iterable[str]) -> tuple[str, ...]:
 def texts_of(
     sources: Sequence[SourceConfig], prompts: Sequence[pathlib.Path], *, limit: int = _READ_OF_EACH
 ) -> Iterable[str]:
-    """Some dialogues of each file, and some prompts, each as one text.
+    """Yields some dialogues of each file, and some prompts, each as one text.
 
     Args:
         sources: of the dialogues; names on the Hub are not looked up.
@@ -252,7 +249,7 @@ def policy_card(
     num_samples: int,
     same_tokens: bool,
 ) -> str:
-    """The policy's card.
+    """Returns the policy's card.
 
     Args:
         run: what the run's folder holds.
@@ -308,7 +305,7 @@ def reward_card(
     num_weights: int,
     is_of_run: bool,
 ) -> str:
-    """The reward model's card.
+    """Returns the reward model's card.
 
     Args:
         run: what the run's folder holds.
@@ -368,7 +365,7 @@ def _card(
     sentence: str,
     limits: Sequence[str],
 ) -> str:
-    """Metadata and body in one text, which is read back as the Hub will."""
+    """Renders a card's metadata and body, and reads them back as the Hub does."""
     license = origin.license
     metadata = ModelCardData(
         base_model=origin.base_model,
@@ -456,7 +453,7 @@ def _best_of_n(release: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _evaluated(evaluation: Mapping[str, Any], held_out: str) -> dict[str, Any]:
-    """The parts of a policy's card that are of an evaluation."""
+    """Returns a policy card's values that come from the evaluation."""
     sampling, divergence = evaluation["sampling"], evaluation["kl"]["per_sequence"]
     release = evaluation["release"]
     return {
@@ -474,7 +471,7 @@ def _evaluated(evaluation: Mapping[str, Any], held_out: str) -> dict[str, Any]:
 
 
 def _accuracy(report: Mapping[str, Any]) -> dict[str, Any]:
-    """The parts of a reward model's card that are of its held-out report."""
+    """Returns a reward model card's values that come from its held-out report."""
     rows = [
         ["reward model", interval(report["accuracy"]), number(report["loss"])],
         [
@@ -508,7 +505,7 @@ def _accuracy(report: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _samples(run: Run, name: str, number_of_them: int) -> list[str]:
-    """The first prompts with the first answer to each, each as a block of code."""
+    """Returns the first prompts with the first answer to each, each as a code block."""
     found = []
     for record in run.answers[name][:number_of_them]:
         turns = [
