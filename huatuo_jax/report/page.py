@@ -4,6 +4,7 @@ The text and the markup of each section are a Jinja template of `templates/`, wh
 `sections` has gathered for it; everything put into a template is escaped.
 """
 
+import functools
 import math
 import pathlib
 from collections.abc import Callable, Mapping
@@ -86,7 +87,7 @@ def make_page(run: Run, *, title: str, num_prompts: int) -> str:
 
 def render(name: str, **values: Any) -> Markup:
     """Renders a template of `templates/`; values are escaped unless they are `Markup`."""
-    return Markup(_environment.get_template(f"{name}.jinja").render(**values))
+    return Markup(environment().get_template(f"{name}.jinja").render(**values))
 
 
 def _run_line(run: Run) -> str:
@@ -116,8 +117,10 @@ def _versus(pair: str) -> str:
     return f"{sections.NAMES[one]} over {sections.NAMES[other]}"
 
 
-def _make_environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
+@functools.cache
+def environment() -> jinja2.Environment:
+    """Returns the environment of the templates, which escapes every value."""
+    found = jinja2.Environment(
         loader=jinja2.FileSystemLoader(pathlib.Path(__file__).with_name("templates")),
         undefined=jinja2.StrictUndefined,
         autoescape=True,
@@ -131,10 +134,7 @@ def _make_environment() -> jinja2.Environment:
         "versus": _versus,
         "short": lambda value: f"{value:g}",
     }
-    environment.filters |= filters
-    environment.globals["names"] = sections.NAMES
-    environment.tests["empty_text"] = is_empty
-    return environment
-
-
-_environment = _make_environment()
+    found.filters |= filters
+    found.globals["names"] = sections.NAMES
+    found.tests["empty_text"] = is_empty
+    return found

@@ -453,7 +453,8 @@ def answers(run: Run, num_prompts: int) -> Values | None:
     """Returns the records of each model for `num_prompts` prompts, evenly spaced."""
     by_id = {name: {record["id"]: record for record in rows} for name, rows in run.answers.items()}
     ids = list(by_id["ppo"])
-    wanted = [ids[index * len(ids) // num_prompts] for index in range(min(num_prompts, len(ids)))]
+    count = min(num_prompts, len(ids))
+    wanted = [ids[index * len(ids) // count] for index in range(count)]
     shown = [
         {
             "messages": by_id["ppo"][prompt_id]["messages"],
@@ -463,7 +464,7 @@ def answers(run: Run, num_prompts: int) -> Values | None:
                 if prompt_id in found
             ],
         }
-        for prompt_id in dict.fromkeys(wanted)
+        for prompt_id in wanted
     ]
     return {"prompts": shown} if shown else None
 
