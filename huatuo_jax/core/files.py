@@ -16,7 +16,6 @@ import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from types import TracebackType
 from typing import Any, Literal, NamedTuple
 
 _UNFINISHED = re.compile(r"\.tmp-[0-9a-f]{8}$")
@@ -255,7 +254,7 @@ def write_rows(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]]) 
         beside.unlink(missing_ok=True)
 
 
-class AppendedFile:
+class AppendedFile(contextlib.AbstractContextManager["AppendedFile"]):
     """An append-only JSON Lines file, cut back when a run resumes; a context manager.
 
     A killed process leaves complete rows, but for a last line without its end, which every cut
@@ -283,16 +282,7 @@ class AppendedFile:
             os.close(self._file)
             raise
 
-    def __enter__(self) -> "AppendedFile":
-        """Returns the file itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Closes it."""
         self.close()
 

@@ -20,6 +20,7 @@ Values = Mapping[str, Sequence[float | None]]
 """The values of each prompt's answers; None where an answer has none."""
 
 NUM_RESAMPLES = 2000
+NGRAMS = (1, 2)
 _BYTES_AT_ONCE = 1 << 26
 
 
@@ -102,9 +103,6 @@ def interval_of(per_prompt: Sequence[float], *, seed: int) -> Interval | None:
     values_P: Floats = np.asarray(per_prompt, np.float64)
     share = bootstrap_mean(values_P, np.arange(len(values_P)), seed=seed)
     return Interval(share.value, share.low, share.high, share.num_cases)
-
-
-NGRAMS = (1, 2)
 
 
 def mean_difference(values: Values, others: Values, *, seed: int = 0) -> Interval | None:

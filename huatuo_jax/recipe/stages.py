@@ -19,11 +19,13 @@ from huatuo_jax.evaluation.answers import sampling_of
 from huatuo_jax.evaluation.stage import run_evaluation, write_json
 from huatuo_jax.generation.bulk import BulkConfig, run_bulk
 from huatuo_jax.judge.config import reach_judge
+from huatuo_jax.ppo.config import PpoConfig
 from huatuo_jax.ppo.stage import run_ppo
 from huatuo_jax.preferences.label import LabelRun, report_path, run_labels
 from huatuo_jax.recipe.config import LABELS_FILE, RlaifConfig
 from huatuo_jax.recipe.export import RELEASE_FILE, choose_policy, run_export
 from huatuo_jax.report.page import write_report
+from huatuo_jax.reward.config import RewardConfig
 from huatuo_jax.reward.stage import run_reward
 from huatuo_jax.sft import run_sft, settled_step
 from huatuo_jax.training.dialogue_data import open_dialogues
@@ -167,15 +169,7 @@ def _reward(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:
     section = cfg.reward
     paths = [path for source in section.data.sources for path in source.paths]
     inputs = _files([*paths, *(path for probe in section.probes for path in probe.paths)])
-    if section.model.directory is not None:
-        inputs["model"] = section.model.directory
-    return Stage(
-        "reward",
-        identity(section),
-        inputs,
-        (workdir / "reward" / "model",),
-        lambda: run_reward(section, workdir),
-    )
+    return _trained("reward", section, workdir, inputs, run_reward)
 
 
 def _ppo(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:
@@ -184,15 +178,20 @@ def _ppo(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:
     if section.judging is not None and section.judging.prompts is not None:
         inputs["judged prompts"] = section.judging.prompts
     inputs["reward model"] = section.reward_model
+    return _trained("ppo", section, workdir, inputs, run_ppo)
+
+
+def _trained(
+    name: str,
+    section: RewardConfig | PpoConfig,
+    workdir: pathlib.Path,
+    inputs: dict[str, str],
+    run: Callable[[Any, pathlib.Path], Mapping[str, Any]],
+) -> Stage:
     if section.model.directory is not None:
         inputs["model"] = section.model.directory
-    return Stage(
-        "ppo",
-        identity(section),
-        inputs,
-        (workdir / "ppo" / "model",),
-        lambda: run_ppo(section, workdir),
-    )
+    outputs = (workdir / name / "model",)
+    return Stage(name, identity(section), inputs, outputs, lambda: run(section, workdir))
 
 
 def _evaluation(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:
