@@ -224,11 +224,31 @@ class ModelInUse:
         """Returns its parameters on the devices, in the dtype in which they are stored."""
         return self._saved.load_params()
 
-    def _write(self, target: str | os.PathLike[str], save_format: str, overwrite: bool) -> None:
-        """Writes the model with its tokenizer, template and stop tokens."""
-        form = next((form for name, form in _FORMS.items() if name == save_format), None)
+    def save(
+        self,
+        target: str | os.PathLike[str],
+        *,
+        format: SaveFormat = "hf",
+        overwrite: bool = False,
+    ) -> None:
+        """Writes the model with its tokenizer, chat template and stop tokens.
+
+        A reward model's normalization is written beside it; transformers' scores are raw.
+
+        Args:
+            target: the folder to make.
+            format: `hf` for transformers, vLLM and sglang, where a reward model is a sequence
+                classifier; `orbax` for a folder of ours. The weights are the same, bit for bit.
+            overwrite: replace a folder that is not empty.
+
+        Raises:
+            ValueError: an unknown format, or a family that Hugging Face's format cannot hold.
+            FileExistsError: the folder is not empty and `overwrite` is not set.
+            OSError: it cannot be written.
+        """
+        form = next((form for name, form in _FORMS.items() if name == format), None)
         if form is None:
-            raise ValueError(f"format={save_format!r} must be one of {list(_FORMS)}")
+            raise ValueError(f"format={format!r} must be one of {list(_FORMS)}")
         saved = self._saved
         side_files = SideFiles(
             model_folder=saved.info.folder,
@@ -250,6 +270,10 @@ class ModelInUse:
             side_files=side_files,
             overwrite=overwrite,
         )
+        self._save_more(pathlib.Path(target))
+
+    def _save_more(self, target: pathlib.Path) -> None:
+        """Writes the files that only one kind of model has."""
 
     def _given(
         self,

@@ -11,7 +11,7 @@ import pathlib
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypedDict, Unpack
 
-from huatuo_jax.api.in_use import LogProbs, ModelInUse, Response, SaveFormat, Settings, open_for_use
+from huatuo_jax.api.in_use import LogProbs, ModelInUse, Response, Settings, open_for_use
 from huatuo_jax.backbone.config import ComputeConfig
 from huatuo_jax.core.sharding import MeshConfig
 from huatuo_jax.data.python_data import DialogueLike, as_prompt, as_prompts, prompt_of
@@ -212,28 +212,6 @@ class Model(ModelInUse):
             LogProbs(tuple(one.token_ids[one.prompt_length :].tolist()), log_probs)
             for one, log_probs in zip(given, found, strict=True)
         ]
-
-    def save(
-        self,
-        target: str | os.PathLike[str],
-        *,
-        format: SaveFormat = "hf",
-        overwrite: bool = False,
-    ) -> None:
-        """Writes the model with its tokenizer, chat template and stop tokens.
-
-        Args:
-            target: the folder to make.
-            format: `hf` for transformers, vLLM and sglang; `orbax` for a folder of ours. The
-                weights are the same, bit for bit.
-            overwrite: replace a folder that is not empty.
-
-        Raises:
-            ValueError: an unknown format, or a family that Hugging Face's format cannot hold.
-            FileExistsError: the folder is not empty and `overwrite` is not set.
-            OSError: it cannot be written.
-        """
-        self._write(target, format, overwrite)
 
     @functools.cached_property
     def _engines(self) -> Engines:
@@ -441,32 +419,8 @@ class RewardModel(ModelInUse):
         normalized: list[float] = self.normalization.apply(found).tolist()
         return normalized
 
-    def save(
-        self,
-        target: str | os.PathLike[str],
-        *,
-        format: SaveFormat = "hf",
-        overwrite: bool = False,
-    ) -> None:
-        """Writes the model with its tokenizer and normalization.
-
-        Args:
-            target: the folder to make.
-            format: `hf` for transformers' sequence classification, whose scores are raw; `orbax`
-                for a folder of ours.
-            overwrite: replace a folder that is not empty.
-
-        Raises:
-            ValueError: an unknown format, or a family that transformers has no classifier for.
-            FileExistsError: the folder is not empty and `overwrite` is not set.
-            OSError: it cannot be written.
-        """
-        self._write(target, format, overwrite)
-        carry_normalization(
-            self.folder,
-            pathlib.Path(target),
-            ignore_config_fields=self.ignored_config_fields,
-        )
+    def _save_more(self, target: pathlib.Path) -> None:
+        carry_normalization(self.folder, target, ignore_config_fields=self.ignored_config_fields)
 
 
 def load_reward_model(
