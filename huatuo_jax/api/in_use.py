@@ -82,7 +82,7 @@ def given_answers(
             are of this model's tokenizer and template.
         model: that gives tokenizer and template.
         max_length: tokens of a dialogue and a response at most.
-        drop_oldest_turns: leave out the oldest question with its answer until both fit.
+        drop_oldest_turns: leave out the oldest turns until both fit.
 
     Raises:
         ValueError: the lists differ in length, or a response has no token to score.
@@ -154,13 +154,13 @@ _SHORTEST_ROW = 64
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How a model is loaded; shared by policies and reward models.
+    """Settings for loading a policy or a reward model.
 
     Attributes:
         template: chat template by name; None for the model's own, see `templates.for_tokenizer`.
         default_system: its system text; None for the template's own.
         template_date: the date that a tokenizer's own template prints, see `templates.by_name`.
-        mesh: how the devices are divided; None for all of them along `fsdp`.
+        mesh: division of the devices; None for all of them along `fsdp`.
         compute_dtype: None for float32 on CPU, bfloat16 elsewhere.
         max_length: tokens of a dialogue and a response; None for the model's positions.
         ignore_config_fields: of its `config.json`, see `models.find_model`.
@@ -190,7 +190,7 @@ class ModelInUse:
 
         Args:
             saved: the model.
-            compute: how it is computed.
+            compute: dtype and kernels.
             max_length: tokens of a dialogue and a response.
             result: of the stage that trained it; None for a model that was loaded.
         """

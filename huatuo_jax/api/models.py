@@ -38,14 +38,14 @@ class SamplingFields(TypedDict, total=False):
 
 
 class LoadFields(TypedDict, total=False):
-    """How a model is loaded, see `huatuo_jax.api.in_use.Settings`.
+    """Settings for loading a model, see `huatuo_jax.api.in_use.Settings`.
 
     Attributes:
         template: chat template by name; None for the model's own where it has one, else
             HuatuoGPT's.
         default_system: its system text; None for the template's own.
         template_date: the date that a tokenizer's own template prints, as 2024-07-26.
-        mesh: how the devices are divided; None for all of them along `fsdp`.
+        mesh: division of the devices; None for all of them along `fsdp`.
         compute_dtype: None for float32 on CPU, bfloat16 elsewhere.
         max_length: tokens of a dialogue and a response; None for the model's positions.
         ignore_config_fields: of its `config.json`: unknown ones that change nothing.

@@ -220,8 +220,8 @@ def train_reward_model(
         workdir: the run's folder; the model is left in `{workdir}/reward/model`.
         template: as for `sft`.
         default_system: as for `sft`.
-        max_length: tokens of a prompt and an answer; None for 1,024, or the model's positions where
-            they are fewer.
+        max_length: tokens of a prompt and a response; None for 1,024, or the model's positions
+            where they are fewer.
         held_out_share: of the prompts, to evaluate on, chosen by their content; None for 0.1.
         **fields: of `RewardConfig`; without `optimizer` and `batch_size` those that
             `huatuo_jax.recipe.base_model` has for models of this size.
@@ -294,7 +294,7 @@ def ppo(
         template: as for `sft`.
         default_system: as for `sft`.
         max_prompt_tokens: tokens of a prompt; None for 512, or what the model's positions leave
-            beside the answer where that is less.
+            beside the response where that is less.
         **fields: of `PpoConfig`; without `optimizer` and `batch_size` those that
             `huatuo_jax.recipe.base_model` has for models of this size.
 
@@ -308,11 +308,11 @@ def ppo(
         section, data = _section(policy), prompts
     else:
         section, backbone, rendered = _opened(policy, template, default_system)
-        answer = fields["rollout"] if "rollout" in fields else RolloutConfig()
-        room = backbone.max_positions - answer.max_new_tokens
+        rollout = fields["rollout"] if "rollout" in fields else RolloutConfig()
+        room = backbone.max_positions - rollout.max_new_tokens
         if room < 1:
             raise ValueError(
-                f"rollout.max_new_tokens={answer.max_new_tokens} leaves no room for a prompt in "
+                f"rollout.max_new_tokens={rollout.max_new_tokens} leaves no room for a prompt in "
                 f"the model's {backbone.max_positions} positions"
             )
         data = PromptsConfig(

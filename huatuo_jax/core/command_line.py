@@ -48,7 +48,7 @@ def run(
             and OSError are shown as messages; any other error keeps its traceback.
         flags: the dataclass whose fields are its flags; those of its sections are flags without
             the section's name.
-        with_config: whether `--config=CARD` and `--config.FIELD=VALUE` are flags of it.
+        with_config: take `--config=CARD` and `--config.FIELD=VALUE` as flags, too.
         first: fields of the config that the defaults of others follow from.
         adapt: takes the config with those fields and returns the one to which the others apply.
         name: of the command in its help; None for the file that Python runs.

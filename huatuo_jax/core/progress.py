@@ -23,8 +23,8 @@ def progress_bar(label: str, unit: str) -> Iterator[Callable[[int, int], None]]:
     """Shows progress: a bar on a terminal, a line now and then elsewhere, in the first process.
 
     Args:
-        label: what is being done.
-        unit: what is counted.
+        label: of the work.
+        unit: of the counts.
 
     Yields:
         A function to call with the count done and the count in all.

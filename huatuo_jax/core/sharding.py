@@ -65,7 +65,7 @@ ACTIVATION_RULES: Mapping[str, P] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """How the devices are divided, see `make_mesh`.
+    """The sizes of the mesh axes, see `make_mesh`.
 
     Attributes:
         data: mesh axis over which batches are split and parameters are copies; -1 takes the

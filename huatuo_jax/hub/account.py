@@ -185,7 +185,7 @@ class Token:
 
     Attributes:
         value: the token itself.
-        origin: where it is from, for messages.
+        origin: its source, for messages.
     """
 
     value: str = dataclasses.field(repr=False)

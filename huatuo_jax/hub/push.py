@@ -41,7 +41,7 @@ class Pushed:
     """One part as it lies on the Hub.
 
     Attributes:
-        part: which one.
+        part: of the run.
         repo: its repository, OWNER/NAME.
         url: of the repository, or of the pull request.
         commit: that holds it.

@@ -33,11 +33,11 @@ class PushConfig:
     Attributes:
         run: the run's folder, whose recipe has been through its export.
         repo: the policy's repository, as NAME (of the token's owner) or OWNER/NAME.
-        what: which of `policy`, `reward` and `data`; data holds prompts, which may be patients'
+        what: parts, of `policy`, `reward` and `data`; data holds prompts, which may be patients'
             words, and is pushed only where it is named here.
         reward_repo: the reward model's repository; None for `repo` with `-reward-model` behind it.
         data_repo: the dataset's repository; None for `repo` with `-data` behind it.
-        public: whether everyone may see the repositories; new ones are private otherwise, and one
+        public: make the repositories visible to everyone; new ones are private otherwise, and one
             that is public already is refused.
         create_pr: open a pull request in place of a commit; one of the same title that this account
             has open is continued.

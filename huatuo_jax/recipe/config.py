@@ -51,8 +51,8 @@ class PromptsConfig:
         held_out_files: of held-out prompts; None makes them of the dialogues that fine-tuning holds
             out, or takes those of the run's clinic. A prompt in files on both sides is refused.
         kinds: dialogues of these kinds are taken, and those that tell no kind.
-        limit: so many prompts to learn from at most, chosen by their content; None for all.
-        held_out_limit: so many held-out prompts at most.
+        limit: the most prompts to learn from, chosen by their content; None for all.
+        held_out_limit: the most held-out prompts.
     """
 
     files: str | None = operational(None)  # Their content decides.
@@ -78,11 +78,11 @@ class AnswersConfig:
         prompts: file of prompts; by default those made of the dialogues.
         max_left_out_share: share of the prompts that may be left out as too long for the model.
         num_samples: answers to each prompt.
-        sampling: how they are drawn.
+        sampling: of the answers.
         seed: of the answers.
         chunk_size: prompts whose answers are written together.
         slots: answers decoded at once; None for up to 64.
-        mesh: how the devices are divided; `tensor` leaves weights in their place while answers are
+        mesh: division of the devices; `tensor` leaves weights in their place while answers are
             decoded, `fsdp` gathers them for every token.
     """
 
@@ -99,11 +99,11 @@ class AnswersConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LabelsConfig:
-    """What the judge is asked, and which comparisons its verdicts make.
+    """The questions to the judge, and the comparisons of its verdicts.
 
     Attributes:
         answers: the answers file.
-        label: what is asked.
+        label: the questions to the judge.
         comparison: the policies by which verdicts become comparisons.
     """
 
@@ -119,10 +119,10 @@ class LabelsConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """What is released, in Hugging Face format.
+    """The release in Hugging Face format.
 
     Attributes:
-        policy: what becomes `export/policy`: `released` for what the evaluation decides; `base`,
+        policy: exported to `export/policy`: `released` for what the evaluation decides; `base`,
             `sft`, `best_of_n` or `ppo` for that model of the evaluation, whatever it decides; or
             a model folder. Best-of-n is the SFT model, with the reward model that chooses.
         reward: reward model's folder, to `export/reward`.
@@ -205,12 +205,12 @@ class RlaifConfig:
         template: chat template of all stages, by name; None for that of each stage.
         max_length: tokens of a dialogue in all stages: rows of fine-tuning, prompt and response in
             the others; None for that of each stage.
-        compute: how all training stages compute; None for that of each stage.
-        mesh: how all training stages divide the devices; None for that of each stage.
-        stages: which of them are run, in this order.
+        compute: of all training stages; None for that of each stage.
+        mesh: of all training stages; None for that of each stage.
+        stages: those to be run, in this order.
         data: files of dialogues of one's own, separated by commas; None for `sft.data.sources`.
         data_encoding: of those files, such as cp1252; None tells it by evidence.
-        clinic: which clinic is written to `{workdir}/clinic` before anything is read there. Its
+        clinic: written to `{workdir}/clinic` before anything is read there. Its
             prompts are the run's, unless `prompts` names files; its pairs that differ in one thing
             alone are probes of the reward model. None for none, and `data` leaves it out.
         judge: of the answers, and of PPO's where `ppo.config` has none of its own.
@@ -449,8 +449,8 @@ class StagesConfig:
         template: chat template of all stages, by name; None for that of each stage.
         max_length: tokens of a dialogue in all stages: rows of fine-tuning, prompt and response in
             the others; None for that of each stage.
-        compute: how all training stages compute; None for that of each stage.
-        mesh: how all training stages divide the devices; None for that of each stage.
+        compute: of all training stages; None for that of each stage.
+        mesh: of all training stages; None for that of each stage.
     """
 
     base_model: str | None = operational(None)  # Its files decide.
@@ -468,7 +468,7 @@ class StagesConfig:
     def __post_init__(self) -> None:
         """Refuses a config without a stage."""
         if not self.stages:
-            raise ValueError(f"no stage is given; there are {', '.join(STAGES)}")
+            raise ValueError(f"no stage is given; there are {', '.join(STAGE_RUNS)}")
 
     @property
     def stages(self) -> tuple[str, ...]:

@@ -41,14 +41,14 @@ RELEASE_FILE = "release.json"
 
 
 class Policy(NamedTuple):
-    """What becomes `export/policy`.
+    """The policy that is exported to `export/policy`.
 
     Attributes:
         name: of the evaluation's model; `folder` for one from elsewhere.
         source: its folder.
-        release: what `release.json` says of it.
+        release: the content of `release.json`.
         template: of the run; None for a model from elsewhere, which keeps its own.
-        sampling: how the evaluation samples its answers.
+        sampling: of the evaluation.
     """
 
     name: Candidate | Literal["folder"]

@@ -173,7 +173,7 @@ def policy_results(name: str, evaluation: Mapping[str, Any], *, data: str) -> li
     Args:
         name: of the evaluation's model.
         evaluation: `evaluation.json`.
-        data: what the held-out prompts are called.
+        data: name of the held-out prompts.
     """
     judge = plain(evaluation["judge"])
     found: list[tuple[str, str, Figure | None]] = [
@@ -200,7 +200,7 @@ def reward_results(report: Mapping[str, Any], *, data: str) -> list[EvalResult]:
 
     Args:
         report: `reward_report.json`.
-        data: what the held-out comparisons are called.
+        data: name of the held-out comparisons.
     """
     found = [("accuracy", "agrees with the judge's comparisons", report["accuracy"])]
     for probe in report.get("probes", ()):

@@ -61,7 +61,7 @@ class Origin:
         license: of the release.
         languages: ISO codes, the most frequent first; () where they are not known.
         datasets: the Hub ids of the data.
-        is_clinic: whether the data is the made-up clinic's.
+        is_clinic: True for data of the made-up clinic.
     """
 
     base_model: str | None
@@ -106,7 +106,7 @@ def find_origin(
         prompts: files of prompts.
         license: that the config gives; None for the base model's.
         languages: that the config gives; () tells them by dialogues and prompts.
-        is_clinic: whether the data is the made-up clinic's.
+        is_clinic: True for data of the made-up clinic.
 
     Raises:
         OSError: a file cannot be read.
@@ -205,7 +205,7 @@ def texts_of(
     Args:
         sources: of the dialogues; names on the Hub are not looked up.
         prompts: files of prompts; those that are not there are left out.
-        limit: so many of each file at most.
+        limit: the most of each file.
     """
     for source in sources:
         for path in filter(os.path.exists, source.paths):
@@ -252,13 +252,13 @@ def policy_card(
     """Returns the policy's card.
 
     Args:
-        run: what the run's folder holds.
+        run: the files of the run.
         release: of `release.json`: `policy`, `sentence`, and `best_of_n` where that is released.
-        origin: where the model comes from.
+        origin: of the model.
         title: of the run.
         num_weights: of the model.
         num_samples: sample answers to be shown.
-        same_tokens: whether the chat template gives the very tokens of training.
+        same_tokens: True if the chat template gives exactly the tokens of training.
 
     Raises:
         ValueError: the card cannot be read back.
@@ -308,12 +308,12 @@ def reward_card(
     """Returns the reward model's card.
 
     Args:
-        run: what the run's folder holds.
-        origin: where the model comes from.
+        run: the files of the run.
+        origin: of the model.
         normalization: of its scores.
         title: of the run.
         num_weights: of the model.
-        is_of_run: whether the run has trained it, so that the run's figures are its own.
+        is_of_run: True if the run has trained it, so that the run's figures are its own.
 
     Raises:
         ValueError: the card cannot be read back.

@@ -52,9 +52,9 @@ def make_prompts(data: DataConfig, cfg: PromptsConfig, *, num_judged: int | None
 
     Args:
         data: the dialogues.
-        cfg: which prompts are taken.
-        num_judged: so many held-out prompts, and a third of them at most, are set aside for PPO's
-            judgings; None for a third, 0 for none.
+        cfg: selects the prompts.
+        num_judged: held-out prompts to set aside for PPO's judgings, a third of them at most;
+            None for a third, 0 for none.
 
     Raises:
         ValueError: an unreadable file, no prompt on one of the sides, a single held-out one where

@@ -76,18 +76,19 @@ def test_stages_that_are_finished_are_not_checked(workdir):
 
 
 @pytest.mark.parametrize(
-    ("fields", "told"),
+    ("field", "told"),
     [
-        (("sft__data__row_length",), "sft.data.row_length=257"),
-        (("reward__data__max_length", "reward__data__row_length"), "reward.data.max_length=257"),
-        (("ppo__data__max_prompt_tokens",), "ppo.data.max_prompt_tokens + rollout=257"),
+        ("sft__data__row_length", "sft.data.row_length=257"),
+        ("reward__data__max_length", "reward.data.max_length=257"),
+        ("ppo__data__max_prompt_tokens", "ppo.data.max_prompt_tokens + rollout=257"),
     ],
 )
-def test_lengths_may_reach_the_models_positions_and_no_further(workdir, fields, told):
-    longest = 256 - 12 if "prompt_tokens" in fields[0] else 256
-    check(workdir, **dict.fromkeys(fields, longest))
+def test_lengths_may_reach_the_models_positions_and_no_further(workdir, field, told):
+    longest = 256 - 12 if "prompt_tokens" in field else 256
+    rows = {"reward__data__row_length": 1024}  # Both responses of a pair are in one row.
+    check(workdir, **{field: longest}, **rows)
     with pytest.raises(ValueError) as error:
-        check(workdir, **dict.fromkeys(fields, longest + 1))
+        check(workdir, **{field: longest + 1}, **rows)
     assert str(error.value) == f"config.{told} must be at most the model's 256 positions"
 
 
@@ -157,7 +158,7 @@ def test_files_of_comparisons_and_probes_must_hold_comparisons(workdir):
 
 def test_an_answers_file_is_read_unless_this_run_will_write_it(workdir):
     check(workdir)
-    with pytest.raises(OSError, match=r"answers\.jsonl"):
+    with pytest.raises(ValueError, match=r"answers\.jsonl: no such file"):
         check(workdir, {"labels"})
     own = workdir.parent / "own.jsonl"
     own.write_text('{"id": "p"}\n', encoding="utf-8")
@@ -173,13 +174,15 @@ def test_a_file_of_prompts_must_exist_and_leave_room_for_a_response(workdir, sta
         check(workdir, **change)
     path.write_text('{"id": "a", "question": "头痛怎么办？"}\n', encoding="utf-8")
     check(workdir, **change)
-    long = json.dumps({"id": "b", "question": "头咳胃失腰发耳乏" * 60}, ensure_ascii=False)
-    path.write_text(f"{long}\n", encoding="utf-8")
+    rows = [{"id": str(index), "question": f"{index}头痛怎么办？"} for index in range(8)]
+    rows += [{"id": f"long{one}", "question": one * 400} for one in "咳胃"]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    path.write_text(text, encoding="utf-8")
     with pytest.raises(ValueError) as error:
         check(workdir, **change)
     said = str(error.value)
     assert f"config.{stage}.max_left_out_share=0.1" in said
-    assert "the model's 256 positions" in said and "own_prompts.jsonl:1" in said
+    assert "the model's 256 positions" in said and "own_prompts.jsonl:9" in said
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
