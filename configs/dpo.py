@@ -6,7 +6,7 @@
 
 Hardware: any CPU. Without a model's directory a short SFT stage makes the policy first.
 
-Data: comparison files of one's own, named after the model's directory, the same that
+Data: comparison files of your own, named after the model's directory, the same that
 `configs/reward.py` takes; or, without any, the comparisons made of the package's sample dialogues
 that are described there. They teach the policy to say less of what was spoiled by hand, which shows
 that the stage works and nothing about medicine.

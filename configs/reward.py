@@ -6,7 +6,7 @@
 
 Hardware: any CPU. Without a model's directory a short SFT stage makes the backbone first.
 
-Data: comparison files of one's own, named after the model's directory; or, without any, comparisons
+Data: comparison files of your own, named after the model's directory; or, without any, comparisons
 made of the package's sample dialogues. There the longest answer of each dialogue is taken to be
 better than four spoiled forms of it, which no judge has seen: its first half (`cut_short`), its
 first quarter over and over (`repeated`), its characters in disorder (`shuffled`) and the answer of

@@ -28,6 +28,11 @@ from huatuo_jax.preferences.data import AnswersTokenizer, AnswersToPrompt
 from huatuo_jax.training.initial_model import talk_of
 from huatuo_jax.training.scoring import GivenAnswer, Scorer
 
+SaveFormat = Literal["hf", "orbax"]
+_FORMS: dict[SaveFormat, Form] = {"hf": "hugging_face", "orbax": "orbax"}
+_ROWS_AT_ONCE = 8  # Of a batch of responses; a single one takes a row a batch shard.
+_SHORTEST_ROW = 64
+
 
 @dataclasses.dataclass(frozen=True)
 class Response:
@@ -143,13 +148,6 @@ def _given(
             raise ValueError(f"{name}: {error}") from error
         raise ValueError(f"{name}: it was cut off before its first token")
     return GivenAnswer(found.token_ids, int(np.argmax(found.is_answer)))
-
-
-SaveFormat = Literal["hf", "orbax"]
-
-_FORMS: dict[SaveFormat, Form] = {"hf": "hugging_face", "orbax": "orbax"}
-_ROWS_AT_ONCE = 8  # Of a batch of responses; a single one takes a row a batch shard.
-_SHORTEST_ROW = 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

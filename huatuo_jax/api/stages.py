@@ -47,6 +47,19 @@ from huatuo_jax.training.loop import LoopConfig
 from huatuo_jax.training.micro_batch import MicroBatchSize
 from huatuo_jax.training.optimizer import OptimizerConfig
 
+ModelLike = str | os.PathLike[str] | Model | RewardModel | ModelConfig
+"""A folder of either format or a Hub id; a loaded model; or a section, for adapters or presets."""
+
+Prompts = str | os.PathLike[str] | Iterable[DialogueLike]
+"""A path, or dialogues: the user's message, messages, or rows of a file of prompts."""
+
+Made = TypeVar("Made", bound=ModelInUse)
+_ROW_LENGTH = 2048
+_COMPARED_LENGTH = 1024
+_PROMPT_LENGTH = 512
+_HELD_OUT_SHARE = 0.1
+_WARMUP_SHARE = 0.05
+
 
 class _Common(TypedDict, total=False):
     """The fields of all stages."""
@@ -118,21 +131,6 @@ class PpoFields(_Common, total=False):
     packed: bool
     loop: PpoLoopConfig
     judging: JudgingConfig | None
-
-
-ModelLike = str | os.PathLike[str] | Model | RewardModel | ModelConfig
-"""A folder of either format or a Hub id; a loaded model; or a section, for adapters or presets."""
-
-Prompts = str | os.PathLike[str] | Iterable[DialogueLike]
-"""A path, or dialogues: the user's message, messages, or rows of a file of prompts."""
-
-Made = TypeVar("Made", bound=ModelInUse)
-
-_ROW_LENGTH = 2048
-_COMPARED_LENGTH = 1024
-_PROMPT_LENGTH = 512
-_HELD_OUT_SHARE = 0.1
-_WARMUP_SHARE = 0.05
 
 
 class _DataOptions(NamedTuple):

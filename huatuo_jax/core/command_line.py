@@ -30,6 +30,13 @@ Flags = TypeVar("Flags")
 Files = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FILES")]
 """The type of a field that takes the arguments that are not flags."""
 
+_CONFIG = "config."
+_WIDE = 10_000  # Columns in which each of tyro's messages stands in one line.
+Given = dict[str, list[str]]
+"""Maps a field's name to its values as they were written."""
+
+_BOOLEANS = ("true", "false", "none")
+
 
 def run(
     main: Callable[..., None],
@@ -153,13 +160,6 @@ def terminal_width() -> int | None:
     if not sys.stdout.isatty() or os.environ.get("TERM") == "dumb":
         return None
     return shutil.get_terminal_size().columns
-
-
-_CONFIG = "config."
-_WIDE = 10_000  # Columns in which each of tyro's messages stands in one line.
-
-Given = dict[str, list[str]]
-"""Maps a field's name to its values as they were written."""
 
 
 class _Field(NamedTuple):
@@ -308,9 +308,6 @@ def _read(arguments: Sequence[str], known: Mapping[str, _Field]) -> Given:
             raise ValueError(f"{flag} is given twice")  # A value may be a secret.
         given[name] = found
     return given
-
-
-_BOOLEANS = ("true", "false", "none")
 
 
 def _field_name(name: str, known: Mapping[str, _Field]) -> tuple[str, bool]:

@@ -19,6 +19,11 @@ from typing import Any, Literal, TypeVar, cast, get_args, get_origin
 import typeguard
 
 _ABSENT = object()
+Config = TypeVar("Config")
+WORKDIR_MARK = "{workdir}"
+"""Stands for the run's folder in a config's path, such as that of an earlier stage's output."""
+
+_OPERATIONAL = "operational"
 
 
 def as_json(value: Any, *, name: str) -> Any:
@@ -87,12 +92,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(below) for below in value]
     return value
-
-
-Config = TypeVar("Config")
-
-WORKDIR_MARK = "{workdir}"
-"""Stands for the run's folder in a config's path, such as that of an earlier stage's output."""
 
 
 def placed_in(settings: Config, workdir: str | os.PathLike[str]) -> Config:
@@ -269,9 +268,6 @@ def _in_words(hint: Any) -> str:
     if hint is type(None):
         return "None"
     return f"of type {hint.__name__}" if isinstance(hint, type) else str(hint)
-
-
-_OPERATIONAL = "operational"
 
 
 def operational(default: Any) -> Any:

@@ -26,6 +26,15 @@ from jax._src import distributed  # The only way to the key-value store.
 PEER_LOST_EXIT_CODE = 75
 """Exit code of a process that ends because another one did; the run can resume (EX_TEMPFAIL)."""
 
+_MODE = "HUATUO_MULTI_HOST"
+_TIMEOUT = "HUATUO_HOST_TIMEOUT_S"
+_EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+_DEFAULT_TIMEOUT_S = 120.0
+_JOIN_TIMEOUT_S = 600  # Hosts of a pod do not come up at the same moment.
+# jax ends all processes, without our message, when it misses one for so long: the last resort.
+_JAX_TIMEOUT_FACTOR = 5
+T = TypeVar("T")
+
 
 class Peers(threading.Thread):
     """Heartbeats between processes: detects lost ones and coordinates a common stop.
@@ -206,16 +215,6 @@ class Peers(threading.Thread):
             self._is_deciding = False
             self._counting.release()
 
-
-_MODE = "HUATUO_MULTI_HOST"
-_TIMEOUT = "HUATUO_HOST_TIMEOUT_S"
-_EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-_DEFAULT_TIMEOUT_S = 120.0
-_JOIN_TIMEOUT_S = 600  # Hosts of a pod do not come up at the same moment.
-# jax ends all processes, without our message, when it misses one for so long: the last resort.
-_JAX_TIMEOUT_FACTOR = 5
-
-T = TypeVar("T")
 
 _run: Peers | None = None
 

@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 _UNFINISHED = re.compile(r"\.tmp-[0-9a-f]{8}$")
+Row = dict[str, Any]
+Unfinished = Literal["read", "skip"]
 
 
 def is_unfinished(path: str | os.PathLike[str]) -> bool:
@@ -185,10 +187,6 @@ def _flush_one(path: pathlib.Path) -> None:
 def _escaped(name: str) -> str:
     """Returns a name as a glob pattern that matches only itself."""
     return re.sub(r"([*?[])", r"[\1]", name)
-
-
-Row = dict[str, Any]
-Unfinished = Literal["read", "skip"]
 
 
 class Line(NamedTuple):

@@ -15,6 +15,22 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabl
 
 _WRITES = "repo.write"
 _PROPOSES = "discussion.write"
+_MOST_OF_A_MESSAGE = 400
+_QUOTA = re.compile(r"storage|quota|\blimit|exceed|upgrade|payment", re.IGNORECASE)
+# The Xet client (Rust) raises ConnectionError for a status too, and keeps the Hub's words back.
+_XET_STATUS = re.compile(r"HTTP status \w+ error \((\d{3})\b")
+MASK = "[token]"
+REMOVED = "[removed]"
+_SHORTEST = 8  # What is shorter is no token, and would be found in every other word.
+# Keys by the form that their issuers give them, and addresses with a password or a key in them. In
+# ASCII alone: Chinese writes no blank before or behind a key, and its characters are letters too.
+_CREDENTIAL = re.compile(
+    r"(?<![A-Za-z0-9])(?:hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{16,})"
+    r"|(?<=://)[^\s/@:\"']*:[^\s/@\"']+(?=@)"
+    r"|(?<=[?&])(?:api_?key|key|token|access_token)=[!#-%(-~]{8,}",
+    re.IGNORECASE,
+)
+_USER_OF_ADDRESS = re.compile(r"(?<=://)[^\s/@]+(?=@)")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,12 +108,6 @@ class Account:
                 )
 
 
-_MOST_OF_A_MESSAGE = 400
-_QUOTA = re.compile(r"storage|quota|\blimit|exceed|upgrade|payment", re.IGNORECASE)
-# The Xet client (Rust) raises ConnectionError for a status too, and keeps the Hub's words back.
-_XET_STATUS = re.compile(r"HTTP status \w+ error \((\d{3})\b")
-
-
 def reason_of(error: BaseException, *, endpoint: str) -> str:
     """Explains why a call of huggingface_hub failed; the text may still hold the token.
 
@@ -162,21 +172,6 @@ def _named(error: BaseException) -> str:
 def _one_line(text: str) -> str:
     line = " ".join(text.split())
     return line if len(line) <= _MOST_OF_A_MESSAGE else f"{line[:_MOST_OF_A_MESSAGE]}..."
-
-
-MASK = "[token]"
-REMOVED = "[removed]"
-_SHORTEST = 8  # What is shorter is no token, and would be found in every other word.
-
-# Keys by the form that their issuers give them, and addresses with a password or a key in them. In
-# ASCII alone: Chinese writes no blank before or behind a key, and its characters are letters too.
-_CREDENTIAL = re.compile(
-    r"(?<![A-Za-z0-9])(?:hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{16,})"
-    r"|(?<=://)[^\s/@:\"']*:[^\s/@\"']+(?=@)"
-    r"|(?<=[?&])(?:api_?key|key|token|access_token)=[!#-%(-~]{8,}",
-    re.IGNORECASE,
-)
-_USER_OF_ADDRESS = re.compile(r"(?<=://)[^\s/@]+(?=@)")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,6 +25,15 @@ _SOURCES_SHOWN = 20
 
 _Feature = dict[str, Any]
 _RecordT = TypeVar("_RecordT")
+_MEANINGS = {
+    PROMPTS_FILE: "what was asked; `reference` is a doctor's answer, `diagnosis` their finding",
+    LABELS_FILE: (
+        "one verdict of the judge a row, on the answers `texts` to the prompt `id`: with the "
+        "protocol `score` five scores of one answer, with `pairwise` the probability `p_first` "
+        "that the first of two is the better one"
+    ),
+    COMPARISONS_FILE: "pairs made of the verdicts: two answers to a prompt, the better one first",
+}
 
 
 def _text(name: str) -> _Feature:
@@ -68,15 +77,6 @@ _COLUMNS: Mapping[str, tuple[_Feature, ...]] = {
         _number("margin"),
         _text("source"),
     ),
-}
-_MEANINGS = {
-    PROMPTS_FILE: "what was asked; `reference` is a doctor's answer, `diagnosis` their finding",
-    LABELS_FILE: (
-        "one verdict of the judge a row, on the answers `texts` to the prompt `id`: with the "
-        "protocol `score` five scores of one answer, with `pairwise` the probability `p_first` "
-        "that the first of two is the better one"
-    ),
-    COMPARISONS_FILE: "pairs made of the verdicts: two answers to a prompt, the better one first",
 }
 
 

@@ -24,6 +24,14 @@ RepoType = Literal["model", "dataset"]
 _BRANCH = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./-]*")
 _NO_BRANCH = re.compile(r"\.\.|//|/\.|[./]$|\.lock(/|$)|^refs/(?!pr/\d+$)")
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]*")
+EXPORT_FOLDER = "export"
+RELEASE_FILE = "release.json"
+CARD_FILE = "README.md"
+_INDEX = "model.safetensors.index.json"
+# Beside the files that every model has. Evaluation results are read by the Hub from that folder.
+_OF_MODELS = (*SIDE_FILES, CARD_FILE, "reward_normalization.json", ".eval_results/*.yaml")
+_READ_FOR_SECRETS = (".md", ".json", ".jsonl", ".yaml", ".jinja", ".py")
+_MOST_READ_BYTES = 64 << 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,16 +130,6 @@ class PushConfig:
 def repo_type(part: Part) -> RepoType:
     """Returns the kind of repository for a part."""
     return "dataset" if part == "data" else "model"
-
-
-EXPORT_FOLDER = "export"
-RELEASE_FILE = "release.json"
-CARD_FILE = "README.md"
-_INDEX = "model.safetensors.index.json"
-# Beside the files that every model has. Evaluation results are read by the Hub from that folder.
-_OF_MODELS = (*SIDE_FILES, CARD_FILE, "reward_normalization.json", ".eval_results/*.yaml")
-_READ_FOR_SECRETS = (".md", ".json", ".jsonl", ".yaml", ".jinja", ".py")
-_MOST_READ_BYTES = 64 << 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -60,6 +60,13 @@ _CHATML_TOKENS = {"<|im_start|>", "<|im_end|>"}
 
 LORA = LoraConfig(rank=64, alpha=128.0)
 HELD_OUT = HeldOutConfig(share=0.1)
+_RATES_OF_ADAPTERS: dict[Trainer, float] = {
+    "sft": 2e-4,
+    "reward": 1e-4,
+    "ppo": 1e-5,
+    "dpo": 5e-6,
+}
+_TRAINING = ("sft", "reward", "ppo")
 
 
 class Hardware(NamedTuple):
@@ -119,12 +126,6 @@ SIZES = (
         math.inf, "adapters", 2048, 512, (128, 64), (5e-5, 9e-6, 5e-7, 9e-6, 5e-7), 128, 400, 20_000
     ),
 )
-_RATES_OF_ADAPTERS: dict[Trainer, float] = {
-    "sft": 2e-4,
-    "reward": 1e-4,
-    "ppo": 1e-5,
-    "dpo": 5e-6,
-}
 
 
 def recipe(card: str = "rlaif", **fields: Any) -> Config:
@@ -233,9 +234,6 @@ def check_adapted(config: RlaifConfig) -> None:
                 f"config.{name}={value!r} is followed by no stage; huatuo_jax.recipe({name}=...) "
                 "makes a config in which all stages do"
             )
-
-
-_TRAINING = ("sft", "reward", "ppo")
 
 
 def _shared(config: Config) -> dict[str, Any]:

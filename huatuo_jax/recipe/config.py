@@ -39,6 +39,13 @@ RELEASED: Literal["released"] = "released"
 """The value of `export.policy` that lets the evaluation decide."""
 
 STAGES = ("sft", "answers", "labels", "reward", "ppo", "evaluation", "export", "report")
+Run = Callable[[Any, str | os.PathLike[str]], dict[str, Any]]
+STAGE_RUNS: Mapping[str, Run] = {
+    SFT: run_sft,
+    reward.STAGE: reward.run_reward,
+    DPO: run_dpo,
+    ppo.STAGE: ppo.run_ppo,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -419,16 +426,6 @@ class RlaifConfig:
             ppo=dataclasses.replace(self.ppo, data=data["ppo"]),
             evaluation=dataclasses.replace(self.evaluation, default_system=system),
         )
-
-
-Run = Callable[[Any, str | os.PathLike[str]], dict[str, Any]]
-
-STAGE_RUNS: Mapping[str, Run] = {
-    SFT: run_sft,
-    reward.STAGE: reward.run_reward,
-    DPO: run_dpo,
-    ppo.STAGE: ppo.run_ppo,
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

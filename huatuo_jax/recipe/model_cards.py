@@ -33,6 +33,27 @@ _COMMON_ENGLISH = frozenset(
     on or she should so that the there they this to was we what when which who why will with you
     your""".split()
 )
+ADVICE = (
+    "Nothing that this model says is medical advice. It is no doctor, and it must not be used to "
+    "diagnose or to treat anyone."
+)
+_TITLES: Mapping[str, str] = {
+    "base": "the base model",
+    "sft": "the SFT model",
+    "best_of_n": "the SFT model, for best-of-n",
+    "ppo": "the model after PPO",
+    "folder": "a model that the config names",
+}
+_STAGES = {
+    "base": ("evaluation",),
+    "sft": ("sft", "evaluation"),
+    "best_of_n": ("sft", "answers", "labels", "reward", "evaluation"),
+    "ppo": ("sft", "answers", "labels", "reward", "ppo", "evaluation"),
+    "folder": (),
+}
+_SPEAKERS = {"user": "Patient", "assistant": "Doctor"}
+_TURN_CHARACTERS = 600
+_SMALL = 100_000_000
 
 
 class License(NamedTuple):
@@ -214,29 +235,6 @@ def texts_of(
     for file in filter(os.path.exists, prompts):
         for prompt in itertools.islice(read_prompts(file), limit):
             yield "\n".join(message.content for message in prompt.messages)
-
-
-ADVICE = (
-    "Nothing that this model says is medical advice. It is no doctor, and it must not be used to "
-    "diagnose or to treat anyone."
-)
-_TITLES: Mapping[str, str] = {
-    "base": "the base model",
-    "sft": "the SFT model",
-    "best_of_n": "the SFT model, for best-of-n",
-    "ppo": "the model after PPO",
-    "folder": "a model that the config names",
-}
-_STAGES = {
-    "base": ("evaluation",),
-    "sft": ("sft", "evaluation"),
-    "best_of_n": ("sft", "answers", "labels", "reward", "evaluation"),
-    "ppo": ("sft", "answers", "labels", "reward", "ppo", "evaluation"),
-    "folder": (),
-}
-_SPEAKERS = {"user": "Patient", "assistant": "Doctor"}
-_TURN_CHARACTERS = 600
-_SMALL = 100_000_000
 
 
 def policy_card(
