@@ -451,7 +451,7 @@ def _values(flags: Flags, names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _refuse(flags: Any, names: tuple[str, ...], what: str) -> None:
-    """Raises ValueError for a flag that is set and would do nothing."""
+    """Raises ValueError for a flag that is set without effect."""
     for field in dataclasses.fields(flags):
         value = getattr(flags, field.name)
         if field.name in names and value != field.default:
