@@ -366,7 +366,7 @@ def _compared(
     workdir: str | os.PathLike[str],
     options: _DataOptions,
 ) -> tuple[ModelConfig, ComparisonsConfig]:
-    """The sections of model and data of a stage that is trained on comparisons."""
+    """Returns the sections of model and data of a stage that trains on comparisons."""
     if isinstance(comparisons, ComparisonsConfig):
         _check_unused(**options._asdict())
         return _section(model), comparisons

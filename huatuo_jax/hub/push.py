@@ -68,9 +68,8 @@ def push(cfg: PushConfig, tell: Tell = print) -> tuple[Pushed, ...]:
         The parts that were pushed; none for a dry run, which makes no connection.
 
     Raises:
-        ValueError: a run without a finished export, a file that cannot be uploaded, a token or a
-            repository that will not do, a card that the Hub refuses, or a Hub that cannot be
-            reached or refuses; the message is one line, without the token.
+        ValueError: a run without a finished export, an invalid file, token, repository or card, or
+            a Hub that is unreachable or refuses; the message is one line, without the token.
         OSError: a file of the run cannot be read.
     """
     with tempfile.TemporaryDirectory(prefix="huatuo_push_") as name:
@@ -259,7 +258,7 @@ class _Hub:
 
 
 class _Target(NamedTuple):
-    """Where an upload goes: OWNER/NAME, whether that is there, and who opens pull requests."""
+    """The target of an upload: OWNER/NAME, its existence, and the author of pull requests."""
 
     repo: str
     is_there: bool
@@ -267,7 +266,7 @@ class _Target(NamedTuple):
 
 
 class _Refused(ValueError):
-    """What is said as it stands, in place of the library's own words."""
+    """An error whose message replaces the library's."""
 
 
 def _told_of(cfg: PushConfig, uploads: Sequence[Upload]) -> Iterator[str]:
