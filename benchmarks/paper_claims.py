@@ -57,7 +57,7 @@ from huatuo_jax.core.statistics import bootstrap_settings
 from huatuo_jax.evaluation.stage import write_json
 from huatuo_jax.recipe.config import RlaifConfig
 from huatuo_jax.recipe.recipe import Journal, run_rlaif
-from huatuo_jax.report.markup import read_json
+from huatuo_jax.report.run import read_json
 from huatuo_jax.training.loop import INTERRUPTED_EXIT_CODE, Diverged, Interrupted
 from huatuo_jax.training.run_directory import environment
 

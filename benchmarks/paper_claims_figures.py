@@ -18,7 +18,7 @@ from huatuo_jax.core.statistics import Values, mean_difference
 from huatuo_jax.evaluation.stage import judge_pairs, score_answers, truth_values
 from huatuo_jax.judge.offline import TruthJudge
 from huatuo_jax.judge.questions import Answered, read_answered, win_rates
-from huatuo_jax.report.markup import read_json
+from huatuo_jax.report.run import read_json
 
 Verdict = Literal["holds", "does not hold", "undecided"]
 Figures = dict[str, Any]

@@ -40,7 +40,7 @@ from huatuo_jax.recipe.config import (
     RlaifConfig,
 )
 from huatuo_jax.recipe.recipe import run_rlaif
-from huatuo_jax.report.markup import Run, read_run
+from huatuo_jax.report.run import Run, read_run
 from huatuo_jax.reward.config import RewardConfig
 from huatuo_jax.training.initial_model import ModelConfig
 from huatuo_jax.training.loop import LoopConfig

@@ -6,7 +6,7 @@
 
 Hardware: any CPU. Without a model's directory a short SFT stage makes the policy first.
 
-Data: comparison files of one's own, named after the model's directory, the same that
+Data: comparison files of your own, named after the model's directory, the same that
 `configs/reward.py` takes; or, without any, the comparisons made of the package's sample dialogues
 that are described there. They teach the policy to say less of what was spoiled by hand, which shows
 that the stage works and nothing about medicine.
@@ -49,7 +49,7 @@ HELD_OUT = HeldOutConfig(share=0.2)
 
 
 def get_config(model_and_files: str = "") -> StagesConfig:
-    """The stages, and the settings of each; see the module for the argument."""
+    """Returns the stages and their settings; the module describes the argument."""
     model, *files = model_and_files.split(",")
     if files:
         sources = tuple(

@@ -20,5 +20,5 @@ from huatuo_jax.recipe.paper import paper_recipe
 
 
 def get_config() -> RlaifConfig:
-    """All stages, and the settings of each."""
+    """Returns all stages and their settings."""
     return paper_recipe("IDEA-CCNL/Ziya-LLaMA-13B-Pretrain-v1")

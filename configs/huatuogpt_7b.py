@@ -31,5 +31,5 @@ from huatuo_jax.recipe.paper import paper_recipe
 
 
 def get_config() -> RlaifConfig:
-    """All stages, and the settings of each."""
+    """Returns all stages and their settings."""
     return paper_recipe("baichuan-inc/Baichuan-7B")

@@ -19,7 +19,7 @@ from huatuo_jax.recipe.paper import paper_recipe, with_adapters
 
 
 def get_config() -> RlaifConfig:
-    """All stages, and the settings of each."""
+    """Returns all stages and their settings."""
     recipe = paper_recipe("baichuan-inc/Baichuan-7B", tensor=1)
     lora = LoraConfig(rank=64, alpha=128.0)
     return with_adapters(recipe, lora, rows_at_once=4, slots=16)

@@ -9,7 +9,7 @@ first. The reward model then learns that the sample's answers are better than sp
 `configs/reward.py`): its scores show that the loop works, and nothing about medicine.
 
 Prompts: the first words of the patients in the sample's real dialogues; or, after the directories,
-files of prompts of one's own.
+files of prompts of your own.
 
 Other ways to go: `--config=configs/ppo.py:rloo` or `configs/ppo.py:grpo` (four answers a prompt in
 place of a critic; before the directories where those are named, as `rloo,SFT_DIR,REWARD_DIR`),
@@ -61,7 +61,7 @@ CRITIC = ValueConfig(
 
 
 def get_config(models_and_files: str = "") -> StagesConfig:
-    """The stages, and the settings of each; see the module for the argument."""
+    """Returns the stages and their settings; the module describes the argument."""
     given = models_and_files.split(",") if models_and_files else []
     estimator: Estimator = "gae"
     if given and given[0] in ("rloo", "grpo"):

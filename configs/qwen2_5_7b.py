@@ -16,6 +16,6 @@ from huatuo_jax.recipe.paper import paper_recipe
 
 
 def get_config() -> RlaifConfig:
-    """All stages, and the settings of each."""
+    """Returns all stages and their settings."""
     # It has four key/value heads.
     return paper_recipe("Qwen/Qwen2.5-7B", template="tokenizer", tensor=4)

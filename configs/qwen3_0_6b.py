@@ -34,7 +34,7 @@ SETTINGS = {
 
 
 def get_config(hardware: str = "one") -> RlaifConfig:
-    """All stages, and the settings of each; see the module for the argument."""
+    """Returns all stages and their settings; the module describes the argument."""
     return on_hardware(
         load_card("rlaif"),
         "Qwen/Qwen3-0.6B",

@@ -20,6 +20,6 @@ from huatuo_jax.recipe.paper import paper_recipe
 
 
 def get_config() -> RlaifConfig:
-    """All stages, and the settings of each."""
+    """Returns all stages and their settings."""
     recipe = paper_recipe("Qwen/Qwen3-8B", template="chatml")
     return replaced(recipe, {"ppo.micro_batch_size": 64})

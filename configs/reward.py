@@ -6,7 +6,7 @@
 
 Hardware: any CPU. Without a model's directory a short SFT stage makes the backbone first.
 
-Data: comparison files of one's own, named after the model's directory; or, without any, comparisons
+Data: comparison files of your own, named after the model's directory; or, without any, comparisons
 made of the package's sample dialogues. There the longest answer of each dialogue is taken to be
 better than four spoiled forms of it, which no judge has seen: its first half (`cut_short`), its
 first quarter over and over (`repeated`), its characters in disorder (`shuffled`) and the answer of
@@ -51,7 +51,7 @@ HELD_OUT = HeldOutConfig(share=0.2)
 
 
 def get_config(model_and_files: str = "") -> StagesConfig:
-    """The stages, and the settings of each; see the module for the argument."""
+    """Returns the stages and their settings; the module describes the argument."""
     model, *files = model_and_files.split(",")
     if files:
         sources = tuple(
@@ -85,7 +85,7 @@ def get_config(model_and_files: str = "") -> StagesConfig:
 
 
 def short_sft() -> SftConfig:
-    """A backbone to put the head on, from the same sample dialogues."""
+    """Returns a short SFT stage on the same sample dialogues, for the backbone under the head."""
     sources = tuple(
         SourceConfig(name=kind, paths=(str(SAMPLE_FOLDER / f"{kind}.jsonl"),), kind=kind)
         for kind in KINDS

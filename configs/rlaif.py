@@ -5,7 +5,7 @@
         --config.data=mine.jsonl --config.judge.base_url=http://localhost:8000/v1
 
 Stages: fine-tuning (SFT), answers of its model, AI labels and comparisons, reward model, PPO,
-evaluation, export in Hugging Face format, report. Stopped or killed, the same command goes on; a
+evaluation, export in Hugging Face format, report. Stopped or killed, the same command resumes; a
 finished stage is not run again.
 Data: the clinic, a small invented world of diseases and consultations whose truth is known. It is
 written to `clinic/` in the run's folder: dialogues of the four kinds, prompts to learn from, and
@@ -76,7 +76,7 @@ TEMPERATURE = 0.5  # Of the policy; the answers that are compared differ more at
 
 
 def get_config() -> RlaifConfig:
-    """All stages, and the settings of each."""
+    """Returns all stages and their settings."""
     return RlaifConfig(
         clinic=ClinicConfig(
             sizes=ClinicSizes(dialogues=6_000, prompts=1_500, held_out_prompts=214)

@@ -39,7 +39,7 @@ BACKBONE = BackboneConfig(
 
 
 def get_config(files: str = "") -> StagesConfig:
-    """The stages, and the settings of each; `files` are dialogues of one's own."""
+    """Returns the stages and their settings; `files` are dialogues of the user."""
     if files:
         paths = files.split(",")
         sources = tuple(

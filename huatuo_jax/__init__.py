@@ -1,6 +1,6 @@
 """HuatuoGPT in JAX: supervised fine-tuning, AI feedback, a reward model and PPO.
 
-The names below are the Python surface; each is imported when it is first used, so that importing
+The names below are the Python API; each is imported when it is first used, so that importing
 the package is cheap. Everything else is a deep import, as `from huatuo_jax.sft import SftConfig`.
 """
 
@@ -41,19 +41,19 @@ _PLACES["recipe"] = f"{__name__}.recipe.base_model"
 
 
 def __getattr__(name: str) -> Any:
-    """Imports a name of the surface."""
+    """Imports a name of the API."""
     if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_PLACES[name]), name)
 
 
 def __dir__() -> list[str]:
-    """The names of the surface, and those of submodules that are imported."""
+    """Returns the names of the API, and those of imported submodules."""
     return sorted({*globals(), *__all__})
 
 
 class _Package(types.ModuleType):
-    """A package in which a name of the surface is not hidden by a submodule of the same name.
+    """A package in which a name of the API is not hidden by a submodule of the same name.
 
     `huatuo_jax.sft` is the function, imported before or after the module of that name, which
     `from huatuo_jax.sft import ...` gives.

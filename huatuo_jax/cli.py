@@ -1,4 +1,4 @@
-"""`huatuo`: all commands behind one name."""
+"""The console command `huatuo`, with all commands as its subcommands."""
 
 import difflib
 import importlib
@@ -68,7 +68,7 @@ def run(name: str, *, shown_as: str | None = None) -> None:
 
 
 def main() -> None:
-    """The console command: `huatuo COMMAND [FLAGS]`."""
+    """Runs the console command `huatuo COMMAND [FLAGS]`."""
     given = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if given in ("-h", "--help", "help"):
         print(_help(shutil.get_terminal_size().columns))
@@ -83,7 +83,7 @@ def main() -> None:
 
 
 def _help(columns: int) -> str:
-    """All commands, in lines of so many columns."""
+    """Lists all commands, in lines of so many columns."""
     usage = "usage: huatuo COMMAND [FLAGS]; huatuo COMMAND --help lists the flags of one"
     lines, width = [textwrap.fill(usage, columns), ""], max(map(len, COMMANDS))
     for name, command in COMMANDS.items():

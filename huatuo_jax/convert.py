@@ -1,4 +1,4 @@
-"""Convert a model: Hugging Face to Orbax or back, decided by the source."""
+"""The command that converts a model between Hugging Face and Orbax format."""
 
 import dataclasses
 import pathlib
@@ -37,7 +37,7 @@ class Flags:
 
 
 def main(flags: Flags) -> None:
-    """Convert, and print what was written."""
+    """Converts a model and prints its folder."""
     # Conversion needs the host's memory, not an accelerator's.
     jax.config.update("jax_platforms", "cpu")
     target = pathlib.Path(flags.target)

@@ -1,4 +1,4 @@
-"""Look into data files: counts, token lengths, errors by line, samples with trained tokens."""
+"""The command that inspects data files: counts, token lengths, errors, rendered samples."""
 
 import dataclasses
 
@@ -46,7 +46,7 @@ class Flags:
 
 
 def main(flags: Flags) -> None:
-    """Report on the files; end in an error if one should not be trained on as it is."""
+    """Prints a report on the files; raises ValueError if one should not be trained on unchanged."""
     files = list(flags.files)
     if flags.json is not None:
         check_json_target(flags.json, files)

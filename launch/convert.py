@@ -1,4 +1,4 @@
-"""Convert a model: Hugging Face to Orbax or back, told from the source.
+"""Convert a model: Hugging Face to Orbax or back, decided by the source.
 
 python launch/convert.py --source=DIR_OR_HUB_ID --target=DIR [--verify]
 """

@@ -1,4 +1,4 @@
-"""Answer a file of prompts in bulk; run again after a kill, it goes on.
+"""Answer a file of prompts in bulk; run again after a kill, it resumes.
 
 python launch/generate.py --model=DIR --prompts=FILE.jsonl --output=FILE.jsonl --num_samples=4
 """

@@ -1,4 +1,4 @@
-"""Push a run to the Hugging Face Hub: policy, reward model, data; run again, it goes on.
+"""Push a run to the Hugging Face Hub: policy, reward model, data; run again, it resumes.
 
 python launch/push.py --run=runs/demo --repo=NAME [--what=policy,reward,data] [--dry_run]
 

@@ -1,1 +1,1 @@
-"""The Python surface: models that answer and score, and the stages on data in memory."""
+"""The Python API: models that generate and score, and the stages on data in memory."""

@@ -1,7 +1,4 @@
-"""What a loaded policy and a loaded reward model have in common.
-
-Responses as they are given out, and as they are scored again.
-"""
+"""Loaded models: the base class of policy and reward model, and the responses they exchange."""
 
 import dataclasses
 import functools
@@ -31,6 +28,11 @@ from huatuo_jax.preferences.data import AnswersTokenizer, AnswersToPrompt
 from huatuo_jax.training.initial_model import talk_of
 from huatuo_jax.training.scoring import GivenAnswer, Scorer
 
+SaveFormat = Literal["hf", "orbax"]
+_FORMS: dict[SaveFormat, Form] = {"hf": "hugging_face", "orbax": "orbax"}
+_ROWS_AT_ONCE = 8  # Of a batch of responses; a single one takes a row a batch shard.
+_SHORTEST_ROW = 64
+
 
 @dataclasses.dataclass(frozen=True)
 class Response:
@@ -41,8 +43,8 @@ class Response:
         token_ids: as sampled, the token that ended it included.
         log_probs: of each token, at the sampling temperature, nothing filtered or penalised.
         finish_reason: `stop` for a stop token or string, `length` for a limit.
-        prompt_token_ids: what it follows.
-        messages_dropped: of the dialogue's oldest, which were left out so that it fits.
+        prompt_token_ids: of the dialogue before it.
+        messages_dropped: number of the dialogue's oldest messages left out so that it fits.
     """
 
     text: str
@@ -53,12 +55,12 @@ class Response:
     messages_dropped: int = 0
 
     def __str__(self) -> str:
-        """The text."""
+        """Returns the text."""
         return self.text
 
 
 class LogProbs(NamedTuple):
-    """What a model says of a given response.
+    """The log-probabilities of a given response.
 
     Attributes:
         token_ids: of the response, `[T]`, the end of its turn included.
@@ -77,18 +79,18 @@ def given_answers(
     max_length: int,
     drop_oldest_turns: bool,
 ) -> list[GivenAnswer]:
-    """The tokens of responses behind their dialogues, by the rule of `huatuo_jax.data.answers`.
+    """Tokenizes responses to dialogues, by the rule of `huatuo_jax.data.answers`.
 
     Args:
         dialogues: one a response.
-        responses: texts, which are complete; or those that a model gave, whose sampled tokens are
-            used where they are of this model's tokenizer and template.
-        model: whose tokens they become.
+        responses: complete texts; or a model's responses, whose sampled tokens are used where they
+            are of this model's tokenizer and template.
+        model: that gives tokenizer and template.
         max_length: tokens of a dialogue and a response at most.
-        drop_oldest_turns: leave out the oldest question with its answer until both fit.
+        drop_oldest_turns: leave out the oldest turns until both fit.
 
     Raises:
-        ValueError: there are more of the one than of the other, or one of them cannot be scored.
+        ValueError: the lists differ in length, or a response has no token to score.
     """
     for name, given in (("dialogues", dialogues), ("responses", responses)):
         if isinstance(given, str) or not isinstance(given, Sequence):
@@ -148,22 +150,15 @@ def _given(
     return GivenAnswer(found.token_ids, int(np.argmax(found.is_answer)))
 
 
-SaveFormat = Literal["hf", "orbax"]
-
-_FORMS: dict[SaveFormat, Form] = {"hf": "hugging_face", "orbax": "orbax"}
-_ROWS_AT_ONCE = 8  # Of a batch of responses; a single one takes a row a batch shard.
-_SHORTEST_ROW = 64
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How a model is loaded; shared by policies and reward models.
+    """Settings for loading a policy or a reward model.
 
     Attributes:
         template: chat template by name; None for the model's own, see `templates.for_tokenizer`.
         default_system: its system text; None for the template's own.
         template_date: the date that a tokenizer's own template prints, see `templates.by_name`.
-        mesh: how the devices are divided; None for all of them along `fsdp`.
+        mesh: division of the devices; None for all of them along `fsdp`.
         compute_dtype: None for float32 on CPU, bfloat16 elsewhere.
         max_length: tokens of a dialogue and a response; None for the model's positions.
         ignore_config_fields: of its `config.json`, see `models.find_model`.
@@ -193,9 +188,9 @@ class ModelInUse:
 
         Args:
             saved: the model.
-            compute: how it is computed.
+            compute: dtype and kernels.
             max_length: tokens of a dialogue and a response.
-            result: what the stage reported that made it; None for a model from elsewhere.
+            result: of the stage that trained it; None for a model that was loaded.
         """
         self._saved, self._compute = saved, compute
         self._scorers: dict[int, Scorer] = {}
@@ -204,34 +199,54 @@ class ModelInUse:
 
     @property
     def folder(self) -> pathlib.Path:
-        """Where it lies on this machine."""
+        """Returns the model's local folder."""
         return self._saved.info.folder
 
     @property
     def tokenizer(self) -> transformers.PreTrainedTokenizerBase:
-        """Its tokenizer, of transformers."""
+        """Returns its tokenizer, of transformers."""
         return self._saved.tokenizer
 
     @property
     def template(self) -> ChatTemplate:
-        """What dialogues are rendered with."""
+        """Returns the chat template that renders dialogues."""
         return self._saved.template
 
     @property
     def ignored_config_fields(self) -> tuple[str, ...]:
-        """Fields of its `config.json` that were said not to matter."""
+        """Returns the fields of its `config.json` that were to be ignored."""
         return self._saved.info.ignored_fields
 
     @functools.cached_property
     def params(self) -> dict[str, Any]:
-        """Its parameters on the devices, in the dtype that they are stored in."""
+        """Returns its parameters on the devices, in the dtype in which they are stored."""
         return self._saved.load_params()
 
-    def _write(self, target: str | os.PathLike[str], save_format: str, overwrite: bool) -> None:
-        """Writes the model with its tokenizer, template and what ends an answer."""
-        form = next((form for name, form in _FORMS.items() if name == save_format), None)
+    def save(
+        self,
+        target: str | os.PathLike[str],
+        *,
+        format: SaveFormat = "hf",
+        overwrite: bool = False,
+    ) -> None:
+        """Writes the model with its tokenizer, chat template and stop tokens.
+
+        A reward model's normalization is written beside it; transformers' scores are raw.
+
+        Args:
+            target: the folder to make.
+            format: `hf` for transformers, vLLM and sglang, where a reward model is a sequence
+                classifier; `orbax` for a folder of ours. The weights are the same, bit for bit.
+            overwrite: replace a folder that is not empty.
+
+        Raises:
+            ValueError: an unknown format, or a family that Hugging Face's format cannot hold.
+            FileExistsError: the folder is not empty and `overwrite` is not set.
+            OSError: it cannot be written.
+        """
+        form = next((form for name, form in _FORMS.items() if name == format), None)
         if form is None:
-            raise ValueError(f"format={save_format!r} must be one of {list(_FORMS)}")
+            raise ValueError(f"format={format!r} must be one of {list(_FORMS)}")
         saved = self._saved
         side_files = SideFiles(
             model_folder=saved.info.folder,
@@ -239,7 +254,7 @@ class ModelInUse:
             talk=talk_of(
                 saved.template,
                 saved.tokenizer,
-                # A model that scores has none of its own: its dialogues end as the template's do.
+                # A reward model has none of its own: its dialogues end as the template's do.
                 stop_token_ids=saved.stop_token_ids
                 or tuple(saved.template.stop_token_ids(saved.tokenizer)),
                 cfg=saved.info.cfg,
@@ -253,6 +268,10 @@ class ModelInUse:
             side_files=side_files,
             overwrite=overwrite,
         )
+        self._save_more(pathlib.Path(target))
+
+    def _save_more(self, target: pathlib.Path) -> None:
+        """Writes the files that only one kind of model has."""
 
     def _given(
         self,
@@ -269,7 +288,7 @@ class ModelInUse:
         )
 
     def _scorer(self, num_answers: int) -> Scorer:
-        """What scores so many; its rows have few lengths, so that few programs are compiled."""
+        """Returns a scorer for so many responses, whose few row lengths need few programs."""
         rows = slots_for(1 if num_answers == 1 else _ROWS_AT_ONCE, self._saved.mesh)
         if rows not in self._scorers:
             self._scorers[rows] = Scorer(
@@ -285,7 +304,7 @@ class ModelInUse:
 def open_for_use(
     source: str | os.PathLike[str], head: Head, settings: Settings
 ) -> tuple[SavedModel, ComputeConfig, int]:
-    """The model, how it is computed, and how many tokens a dialogue and a response may have.
+    """Returns a saved model, its compute config, and its limit of tokens.
 
     Raises:
         ValueError: no such model, one with another head, or an invalid setting.

@@ -1,19 +1,17 @@
-"""A language model that answers, and says how likely given responses are.
+"""Language models and reward models, loaded from disk to generate and to score.
 
 model = load_model("runs/demo/ppo/model")
 print(model.chat("头痛三天了，怎么办？"))
-
-A reward model that scores responses.
 """
 
 import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypedDict, Unpack
 
-from huatuo_jax.api.in_use import LogProbs, ModelInUse, Response, SaveFormat, Settings, open_for_use
+from huatuo_jax.api.in_use import LogProbs, ModelInUse, Response, Settings, open_for_use
 from huatuo_jax.backbone.config import ComputeConfig
 from huatuo_jax.core.sharding import MeshConfig
 from huatuo_jax.data.python_data import DialogueLike, as_prompt, as_prompts, prompt_of
@@ -39,12 +37,35 @@ class SamplingFields(TypedDict, total=False):
     stop_strings: tuple[str, ...]
 
 
+class LoadFields(TypedDict, total=False):
+    """Settings for loading a model, see `huatuo_jax.api.in_use.Settings`.
+
+    Attributes:
+        template: chat template by name; None for the model's own where it has one, else
+            HuatuoGPT's.
+        default_system: its system text; None for the template's own.
+        template_date: the date that a tokenizer's own template prints, as 2024-07-26.
+        mesh: division of the devices; None for all of them along `fsdp`.
+        compute_dtype: None for float32 on CPU, bfloat16 elsewhere.
+        max_length: tokens of a dialogue and a response; None for the model's positions.
+        ignore_config_fields: of its `config.json`: unknown ones that change nothing.
+    """
+
+    template: str | None
+    default_system: str | None
+    template_date: str | None
+    mesh: MeshConfig | None
+    compute_dtype: str | None
+    max_length: int | None
+    ignore_config_fields: Collection[str]
+
+
 class Model(ModelInUse):
     """A language model with its tokenizer and chat template; see `load_model`.
 
     Attributes:
         max_length: tokens of a dialogue and a response at most.
-        result: what the stage reported that trained it; None for a model that was loaded.
+        result: of the stage that trained it; None for a model that was loaded.
     """
 
     def __init__(
@@ -56,7 +77,7 @@ class Model(ModelInUse):
         max_slots: int,
         result: dict[str, Any] | None = None,
     ) -> None:
-        """Made by `load_model` and by the stages."""
+        """Is called by `load_model` and by the stages."""
         super().__init__(saved, compute, max_length=max_length, result=result)
         self._max_slots = max_slots
 
@@ -68,18 +89,18 @@ class Model(ModelInUse):
         drop_oldest_turns: bool = False,
         **sampling: Unpack[SamplingFields],
     ) -> str:
-        """The answer to one dialogue, as text.
+        """Returns a response to one dialogue, as text.
 
         It is sampled as the model's `generation_config.json` says, and greedily without one.
 
         Args:
-            dialogue: the user's words; or messages with role and content, the user's last.
-            seed: with the dialogue it decides the answer, where that is sampled.
+            dialogue: the user's message; or messages with role and content, the user's last.
+            seed: with the dialogue it decides the response, where that is sampled.
             drop_oldest_turns: leave out the oldest turns of a dialogue that is too long.
             **sampling: fields of `SamplingConfig` in place of the model's own.
 
         Raises:
-            ValueError: the dialogue is empty, out of order or too long, or a field cannot be.
+            ValueError: the dialogue is empty, out of order or too long, or a field is invalid.
         """
         prompt = as_prompt(dialogue)
         how = self._default_sampling(sampling)
@@ -93,7 +114,7 @@ class Model(ModelInUse):
         drop_oldest_turns: bool = False,
         **sampling: Unpack[SamplingFields],
     ) -> "Chat":
-        """A conversation that keeps its turns.
+        """Starts a conversation that keeps its turns.
 
         Args:
             system: its system text; None for the template's default.
@@ -102,7 +123,7 @@ class Model(ModelInUse):
             **sampling: as for `chat`.
 
         Raises:
-            ValueError: the system text is empty, or a field cannot be.
+            ValueError: the system text is empty, or a field is invalid.
         """
         how = self._default_sampling(sampling)
         opening = () if system is None else (Message("system", system),)
@@ -124,7 +145,7 @@ class Model(ModelInUse):
         drop_oldest_turns: bool = False,
         **sampling: Unpack[SamplingFields],
     ) -> list[list[Response]]:
-        """Several responses to each of several dialogues.
+        """Samples several responses to each of several dialogues.
 
         They are those that `launch/generate.py` gives for the same ids, seed and settings, whose
         defaults they have: temperature 1 and no filter. A dialogue without an id has one that
@@ -157,7 +178,7 @@ class Model(ModelInUse):
         temperature: float = 1.0,
         drop_oldest_turns: bool = False,
     ) -> LogProbs:
-        """The log-probability of each token of a response, given the dialogue.
+        """Returns the log-probability of each token of a response, given the dialogue.
 
         Args:
             dialogue: as for `chat`.
@@ -182,7 +203,7 @@ class Model(ModelInUse):
         temperature: float = 1.0,
         drop_oldest_turns: bool = False,
     ) -> list[LogProbs]:
-        """`log_probs` of several responses, each to its own dialogue."""
+        """Returns `log_probs` of several responses, each to its own dialogue."""
         given = self._given(dialogues, responses, drop_oldest_turns)
         if not given:
             return []
@@ -191,28 +212,6 @@ class Model(ModelInUse):
             LogProbs(tuple(one.token_ids[one.prompt_length :].tolist()), log_probs)
             for one, log_probs in zip(given, found, strict=True)
         ]
-
-    def save(
-        self,
-        target: str | os.PathLike[str],
-        *,
-        format: SaveFormat = "hf",
-        overwrite: bool = False,
-    ) -> None:
-        """Writes the model with its tokenizer, chat template and stop tokens.
-
-        Args:
-            target: the folder to make.
-            format: `hf` for transformers, vLLM and sglang; `orbax` for a folder of ours. The
-                weights are the same, bit for bit.
-            overwrite: replace a folder that is not empty.
-
-        Raises:
-            ValueError: an unknown format, or a family that Hugging Face's form has no words for.
-            FileExistsError: the folder is not empty and `overwrite` is not set.
-            OSError: it cannot be written.
-        """
-        self._write(target, format, overwrite)
 
     @functools.cached_property
     def _engines(self) -> Engines:
@@ -230,7 +229,7 @@ class Model(ModelInUse):
     def _answer(
         self, prompt: Prompt, sampling: SamplingConfig, *, seed: int, drop_oldest_turns: bool
     ) -> str:
-        """The text of one response to one dialogue."""
+        """Returns the text of one response to one dialogue."""
         ((response,),) = self._respond(
             [("dialogue", prompt)],
             sampling,
@@ -249,7 +248,7 @@ class Model(ModelInUse):
         seed: int,
         drop_oldest_turns: bool,
     ) -> list[list[Response]]:
-        """Responses to prompts, each with its name for messages."""
+        """Samples responses to prompts, each with its name for messages."""
         if num_samples < 1:
             raise ValueError(f"num_samples={num_samples} must be at least 1")
         sampling = self._saved.with_stops(sampling)
@@ -298,16 +297,16 @@ class Chat:
     """
 
     def __init__(self, opening: Messages, answer: Callable[[Messages], str]) -> None:
-        """Made by `Model.start_chat`.
+        """Is called by `Model.start_chat`.
 
         Args:
-            opening: what stands before the user's first words.
-            answer: gives the answer to a dialogue that ends with the user.
+            opening: messages before the user's first one.
+            answer: returns the response to a dialogue that ends with the user.
         """
         self.messages, self._answer = opening, answer
 
     def send(self, text: str) -> str:
-        """The answer to the user's next words; both are kept, an empty answer too.
+        """Returns the response to the user's next message; both are kept, an empty response too.
 
         Raises:
             ValueError: as for `Model.chat`; the conversation stays as it was.
@@ -321,45 +320,23 @@ class Chat:
 def load_model(
     source: str | os.PathLike[str],
     *,
-    template: str | None = None,
-    default_system: str | None = None,
-    template_date: str | None = None,
-    mesh: MeshConfig | None = None,
-    compute_dtype: str | None = None,
-    max_length: int | None = None,
     slots: int = 64,
-    ignore_config_fields: Sequence[str] = (),
+    **settings: Unpack[LoadFields],
 ) -> Model:
-    """A language model from disk, ready to answer.
+    """Loads a language model from disk.
 
     Args:
         source: a folder of ours, a Hugging Face folder, or a hub id.
-        template: chat template by name; None for the model's own where it has one, else
-            HuatuoGPT's.
-        default_system: its system text; None for the template's own.
-        template_date: the date that a tokenizer's own template prints, as 2024-07-26.
-        mesh: how the devices are divided; None for all of them along `fsdp`.
-        compute_dtype: None for float32 on CPU, bfloat16 elsewhere.
-        max_length: tokens of a dialogue and a response; None for the model's positions.
         slots: responses decoded at once at most.
-        ignore_config_fields: of its `config.json`: unknown ones that change nothing.
+        **settings: fields of `LoadFields`, such as `template` and `max_length`.
 
     Raises:
         ValueError: there is no such model, it is a reward model, the template does not suit its
             tokenizer, or the mesh does not divide it.
         OSError: its weights cannot be read.
     """
-    settings = Settings(
-        template=template,
-        default_system=default_system,
-        template_date=template_date,
-        mesh=mesh,
-        compute_dtype=compute_dtype,
-        max_length=max_length,
-        ignore_config_fields=ignore_config_fields,
-    )
-    model = open_policy(source, settings, slots=slots)
-    _ = model.params  # Now, so that what is wrong with the weights is said here.
+    model = open_policy(source, Settings(**settings), slots=slots)
+    _ = model.params  # Read now, so that broken weights fail here.
     return model
 
 
@@ -370,7 +347,7 @@ def open_policy(
     slots: int = 64,
     result: dict[str, Any] | None = None,
 ) -> Model:
-    """As `load_model`, but the weights are read when they are first needed."""
+    """Opens a language model as `load_model` does; weights are read when they are first used."""
     if slots < 1:
         raise ValueError(f"slots={slots} must be at least 1")
     saved, compute, limit = open_for_use(source, "lm", settings)
@@ -383,7 +360,7 @@ class RewardModel(ModelInUse):
     Attributes:
         max_length: tokens of a dialogue and a response at most.
         normalization: mean and standard deviation that were stored with it; None where none were.
-        result: what the stage reported that trained it; None for a model that was loaded.
+        result: of the stage that trained it; None for a model that was loaded.
     """
 
     def __init__(
@@ -395,7 +372,7 @@ class RewardModel(ModelInUse):
         normalization: Normalization | None,
         result: dict[str, Any] | None = None,
     ) -> None:
-        """Made by `load_reward_model` and by `train_reward_model`."""
+        """Is called by `load_reward_model` and by `train_reward_model`."""
         super().__init__(saved, compute, max_length=max_length, result=result)
         self.normalization = normalization
 
@@ -407,10 +384,10 @@ class RewardModel(ModelInUse):
         raw: bool = False,
         drop_oldest_turns: bool = False,
     ) -> float:
-        """How good a response is; only scores of responses to one dialogue compare.
+        """Scores a response; only scores of responses to the same dialogue are comparable.
 
         Args:
-            dialogue: the user's words; or messages with role and content, the user's last.
+            dialogue: the user's message; or messages with role and content, the user's last.
             response: its text; or one that `Model.generate` gave.
             raw: as the model's head gives it; otherwise normalised, where a normalization is
                 stored with the model.
@@ -432,7 +409,7 @@ class RewardModel(ModelInUse):
         raw: bool = False,
         drop_oldest_turns: bool = False,
     ) -> list[float]:
-        """`score` of several responses, each to its own dialogue."""
+        """Scores several responses, each to its own dialogue."""
         given = self._given(dialogues, responses, drop_oldest_turns)
         if not given:
             return []
@@ -442,70 +419,29 @@ class RewardModel(ModelInUse):
         normalized: list[float] = self.normalization.apply(found).tolist()
         return normalized
 
-    def save(
-        self,
-        target: str | os.PathLike[str],
-        *,
-        format: SaveFormat = "hf",
-        overwrite: bool = False,
-    ) -> None:
-        """Writes the model with its tokenizer and normalization.
-
-        Args:
-            target: the folder to make.
-            format: `hf` for transformers' sequence classification, whose scores are raw; `orbax`
-                for a folder of ours.
-            overwrite: replace a folder that is not empty.
-
-        Raises:
-            ValueError: an unknown format, or a family that transformers has no classifier for.
-            FileExistsError: the folder is not empty and `overwrite` is not set.
-            OSError: it cannot be written.
-        """
-        self._write(target, format, overwrite)
-        carry_normalization(
-            self.folder,
-            pathlib.Path(target),
-            ignore_config_fields=self.ignored_config_fields,
-        )
+    def _save_more(self, target: pathlib.Path) -> None:
+        carry_normalization(self.folder, target, ignore_config_fields=self.ignored_config_fields)
 
 
 def load_reward_model(
-    source: str | os.PathLike[str],
-    *,
-    template: str | None = None,
-    default_system: str | None = None,
-    template_date: str | None = None,
-    mesh: MeshConfig | None = None,
-    compute_dtype: str | None = None,
-    max_length: int | None = None,
-    ignore_config_fields: Sequence[str] = (),
+    source: str | os.PathLike[str], **settings: Unpack[LoadFields]
 ) -> RewardModel:
-    """A reward model from disk, ready to score; arguments as for `load_model`.
+    """Loads a reward model from disk; arguments as for `load_model`.
 
     Raises:
         ValueError: there is no such model, it has a token head, the template does not suit its
             tokenizer, or the mesh does not divide it.
         OSError: its weights cannot be read.
     """
-    settings = Settings(
-        template=template,
-        default_system=default_system,
-        template_date=template_date,
-        mesh=mesh,
-        compute_dtype=compute_dtype,
-        max_length=max_length,
-        ignore_config_fields=ignore_config_fields,
-    )
-    model = open_reward_model(source, settings)
-    _ = model.params  # Now, so that what is wrong with the weights is said here.
+    model = open_reward_model(source, Settings(**settings))
+    _ = model.params  # Read now, so that broken weights fail here.
     return model
 
 
 def open_reward_model(
     source: str | os.PathLike[str], settings: Settings, *, result: dict[str, Any] | None = None
 ) -> RewardModel:
-    """As `load_reward_model`, but the weights are read when they are first needed."""
+    """Opens a reward model; its weights are read when they are first used."""
     saved, compute, limit = open_for_use(source, "score", settings)
     return RewardModel(
         saved,

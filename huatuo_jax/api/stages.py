@@ -1,16 +1,13 @@
 """The training stages and the recipe as functions, on files or on data in memory.
 
-Each takes the fields of its stage's config as keywords, runs in a run's folder, goes on there if it
-is called again, and gives back the model that it left. What is to be decided beside them has the
-defaults below.
-
-The fields of the stages' configs as keywords, beside the model and the data.
+Each takes the fields of its stage's config as keywords, runs in a workdir, resumes there if it is
+called again, and returns the trained model.
 """
 
 import os
 import pathlib
 from collections.abc import Callable, Iterable
-from typing import Any, TypedDict, TypeVar, Unpack
+from typing import Any, NamedTuple, TypedDict, TypeVar, Unpack
 
 from huatuo_jax.api.in_use import ModelInUse, Settings
 from huatuo_jax.api.models import Model, RewardModel, open_policy, open_reward_model
@@ -38,7 +35,7 @@ from huatuo_jax.ppo.prompts import PromptsConfig
 from huatuo_jax.ppo.stage import run_ppo
 from huatuo_jax.preferences.data import ComparisonsConfig, ComparisonSource
 from huatuo_jax.preferences.rows import Denominator as PairsDenominator
-from huatuo_jax.recipe.base_model import Trained, Trainer, size_of
+from huatuo_jax.recipe.base_model import Trainer, size_of
 from huatuo_jax.recipe.config import RlaifConfig
 from huatuo_jax.recipe.recipe import run_rlaif
 from huatuo_jax.reward.config import ProbeConfig, RewardConfig
@@ -50,9 +47,22 @@ from huatuo_jax.training.loop import LoopConfig
 from huatuo_jax.training.micro_batch import MicroBatchSize
 from huatuo_jax.training.optimizer import OptimizerConfig
 
+ModelLike = str | os.PathLike[str] | Model | RewardModel | ModelConfig
+"""A folder of either format or a Hub id; a loaded model; or a section, for adapters or presets."""
+
+Prompts = str | os.PathLike[str] | Iterable[DialogueLike]
+"""A path, or dialogues: the user's message, messages, or rows of a file of prompts."""
+
+Made = TypeVar("Made", bound=ModelInUse)
+_ROW_LENGTH = 2048
+_COMPARED_LENGTH = 1024
+_PROMPT_LENGTH = 512
+_HELD_OUT_SHARE = 0.1
+_WARMUP_SHARE = 0.05
+
 
 class _Common(TypedDict, total=False):
-    """What all stages have."""
+    """The fields of all stages."""
 
     optimizer: OptimizerConfig
     num_epochs: int
@@ -63,7 +73,7 @@ class _Common(TypedDict, total=False):
 
 
 class _Steps(_Common, total=False):
-    """What the stages have that train on data."""
+    """The fields of the stages that train on given data."""
 
     num_steps: int | None
     batch_size: int
@@ -123,19 +133,13 @@ class PpoFields(_Common, total=False):
     judging: JudgingConfig | None
 
 
-ModelLike = str | os.PathLike[str] | Model | RewardModel | ModelConfig
-"""A folder of either form or a hub id; a model in use; or a section, for adapters or presets."""
+class _DataOptions(NamedTuple):
+    """The keywords of a stage that make its section of data, where none is given."""
 
-Prompts = str | os.PathLike[str] | Iterable[DialogueLike]
-"""A path, or dialogues: the user's words, messages, or rows of a file of prompts."""
-
-Made = TypeVar("Made", bound=ModelInUse)
-
-_ROW_LENGTH = 2048
-_COMPARED_LENGTH = 1024
-_PROMPT_LENGTH = 512
-_HELD_OUT_SHARE = 0.1
-_WARMUP_SHARE = 0.05
+    template: str | None
+    default_system: str | None
+    max_length: int | None
+    held_out_share: float | None
 
 
 class _Template(TypedDict):
@@ -160,7 +164,7 @@ def sft(
     """Fine-tunes a model on dialogues; see `huatuo_jax.sft`.
 
     Args:
-        model: what to start from.
+        model: to start from.
         data: dialogues, as a path or as rows in any format that files may have; or a section.
         workdir: the run's folder; the model is left in `{workdir}/sft/model`.
         template: chat template by name; None for the model's own, else HuatuoGPT's.
@@ -176,13 +180,9 @@ def sft(
         Diverged: too many steps in a row were not finite.
         OSError: something cannot be read or written.
     """
+    options = _DataOptions(template, default_system, max_length, held_out_share)
     if isinstance(data, DataConfig):
-        _check_unused(
-            template=template,
-            default_system=default_system,
-            max_length=max_length,
-            held_out_share=held_out_share,
-        )
+        _check_unused(**options._asdict())
         section, dialogues = _section(model), data
     else:
         section, backbone, rendered = _opened(model, template, default_system)
@@ -192,8 +192,7 @@ def sft(
             held_out=_held_out(held_out_share),
             **rendered,
         )
-    rows, rate = _of_size(section, "sft")
-    optimizer = OptimizerConfig(learning_rate=rate, warmup_share=_WARMUP_SHARE)
+    rows, optimizer = _of_size(section, "sft")
     chosen: SftFields = {"optimizer": optimizer, "batch_size": rows, **fields}
     cfg = SftConfig(model=section, data=dialogues, **chosen)
     return _trained(run_sft, cfg, workdir, "sft", open_policy)
@@ -213,14 +212,14 @@ def train_reward_model(
     """Trains a score head, and the model under it, on comparisons; see `huatuo_jax.reward`.
 
     Args:
-        model: what to start from, mostly the SFT model.
+        model: to start from, usually the SFT model.
         comparisons: as a path or as rows, `{"messages", "chosen", "rejected"}` or any other format
             that files may have; or a section.
         workdir: the run's folder; the model is left in `{workdir}/reward/model`.
         template: as for `sft`.
         default_system: as for `sft`.
-        max_length: tokens of a prompt and an answer; None for 1,024, or the model's positions where
-            they are fewer.
+        max_length: tokens of a prompt and a response; None for 1,024, or the model's positions
+            where they are fewer.
         held_out_share: of the prompts, to evaluate on, chosen by their content; None for 0.1.
         **fields: of `RewardConfig`; without `optimizer` and `batch_size` those that
             `huatuo_jax.recipe.base_model` has for models of this size.
@@ -228,17 +227,9 @@ def train_reward_model(
     Raises:
         ValueError: as for `sft`, and so the others.
     """
-    section, data = _compared(
-        model,
-        comparisons,
-        workdir,
-        template=template,
-        default_system=default_system,
-        max_length=max_length,
-        held_out_share=held_out_share,
-    )
-    rows, rate = _of_size(section, "reward")
-    optimizer = OptimizerConfig(learning_rate=rate, warmup_share=_WARMUP_SHARE)
+    options = _DataOptions(template, default_system, max_length, held_out_share)
+    section, data = _compared(model, comparisons, workdir, options)
+    rows, optimizer = _of_size(section, "reward")
     chosen: RewardFields = {"optimizer": optimizer, "batch_size": rows, **fields}
     cfg = RewardConfig(model=section, data=data, **chosen)
     return _trained(run_reward, cfg, workdir, "reward", open_reward_model)
@@ -271,17 +262,9 @@ def dpo(
     Raises:
         ValueError: as for `sft`, and so the others.
     """
-    section, data = _compared(
-        model,
-        comparisons,
-        workdir,
-        template=template,
-        default_system=default_system,
-        max_length=max_length,
-        held_out_share=held_out_share,
-    )
-    rows, rate = _of_size(section, "dpo")
-    optimizer = OptimizerConfig(learning_rate=rate, warmup_share=_WARMUP_SHARE, weight_decay=0.0)
+    options = _DataOptions(template, default_system, max_length, held_out_share)
+    section, data = _compared(model, comparisons, workdir, options)
+    rows, optimizer = _of_size(section, "dpo", weight_decay=0.0)
     chosen: DpoFields = {"optimizer": optimizer, "batch_size": rows, **fields}
     return _trained(
         run_dpo, DpoConfig(model=section, data=data, **chosen), workdir, "dpo", open_policy
@@ -303,13 +286,13 @@ def ppo(
 
     Args:
         policy: to start from, which is the reference too.
-        reward: the reward model; a folder or hub id, or one in use.
-        prompts: what is asked, as a path or as dialogues that end with the user; or a section.
+        reward: the reward model; a folder or Hub id, or a loaded one.
+        prompts: a path, or dialogues that end with the user; or a section.
         workdir: the run's folder; the model is left in `{workdir}/ppo/model`.
         template: as for `sft`.
         default_system: as for `sft`.
         max_prompt_tokens: tokens of a prompt; None for 512, or what the model's positions leave
-            beside the answer where that is less.
+            beside the response where that is less.
         **fields: of `PpoConfig`; without `optimizer` and `batch_size` those that
             `huatuo_jax.recipe.base_model` has for models of this size.
 
@@ -323,11 +306,11 @@ def ppo(
         section, data = _section(policy), prompts
     else:
         section, backbone, rendered = _opened(policy, template, default_system)
-        answer = fields["rollout"] if "rollout" in fields else RolloutConfig()
-        room = backbone.max_positions - answer.max_new_tokens
+        rollout = fields["rollout"] if "rollout" in fields else RolloutConfig()
+        room = backbone.max_positions - rollout.max_new_tokens
         if room < 1:
             raise ValueError(
-                f"rollout.max_new_tokens={answer.max_new_tokens} leaves no room for a prompt in "
+                f"rollout.max_new_tokens={rollout.max_new_tokens} leaves no room for a prompt in "
                 f"the model's {backbone.max_positions} positions"
             )
         data = PromptsConfig(
@@ -336,10 +319,7 @@ def ppo(
             **rendered,
         )
     scores = reward.folder if isinstance(reward, ModelInUse) else reward
-    _, rate = _of_size(section, "ppo")
-    optimizer = OptimizerConfig(
-        learning_rate=rate, decay="constant", warmup_share=0.02, weight_decay=0.0
-    )
+    _, optimizer = _of_size(section, "ppo", decay="constant", warmup_share=0.02, weight_decay=0.0)
     chosen: PpoFields = {"optimizer": optimizer, **fields}
     cfg = PpoConfig(model=section, reward_model=os.fspath(scores), data=data, **chosen)
     return _trained(run_ppo, cfg, workdir, "ppo", open_policy)
@@ -375,7 +355,7 @@ def _trained(
     name: str,
     open_made: Callable[..., Made],
 ) -> Made:
-    """The model that a stage leaves, with its result; weights are read when they are needed."""
+    """Runs a stage and opens its model; weights are read when they are first used."""
     result = _run(stage, cfg, workdir)
     return open_made(pathlib.Path(workdir) / name / "model", Settings(), result=result)
 
@@ -384,29 +364,20 @@ def _compared(
     model: ModelLike,
     comparisons: Rows | ComparisonsConfig,
     workdir: str | os.PathLike[str],
-    *,
-    template: str | None,
-    default_system: str | None,
-    max_length: int | None,
-    held_out_share: float | None,
+    options: _DataOptions,
 ) -> tuple[ModelConfig, ComparisonsConfig]:
-    """The sections of model and data of a stage that is trained on comparisons."""
+    """Returns the sections of model and data of a stage that trains on comparisons."""
     if isinstance(comparisons, ComparisonsConfig):
-        _check_unused(
-            template=template,
-            default_system=default_system,
-            max_length=max_length,
-            held_out_share=held_out_share,
-        )
+        _check_unused(**options._asdict())
         return _section(model), comparisons
-    section, backbone, rendered = _opened(model, template, default_system)
-    limit = max_length or min(_COMPARED_LENGTH, backbone.max_positions)
+    section, backbone, rendered = _opened(model, options.template, options.default_system)
+    limit = options.max_length or min(_COMPARED_LENGTH, backbone.max_positions)
     source = ComparisonSource(paths=(as_file(comparisons, workdir, "comparisons"),))
     data = ComparisonsConfig(
         sources=(source,),
         max_length=limit,
         row_length=2 * limit,
-        held_out=_held_out(held_out_share),
+        held_out=_held_out(options.held_out_share),
         **rendered,
     )
     return section, data
@@ -422,17 +393,18 @@ def _section(model: ModelLike) -> ModelConfig:
     return ModelConfig(directory=os.fspath(model))
 
 
-def _of_size(section: ModelConfig, stage: Trainer) -> tuple[int, float]:
-    """Rows of an optimizer step, and learning rate, for a model of this size."""
+def _of_size(section: ModelConfig, stage: Trainer, **optimizer: Any) -> tuple[int, OptimizerConfig]:
+    """Returns the rows of a step and the optimizer for a model of this size, with other fields."""
     size = size_of(open_model(section, ComputeConfig()).cfg)
-    trained: Trained = "weights" if section.lora is None else "adapters"
-    return size.rows[stage != "sft"], size.rate(stage, trained)
+    rate = size.rate(stage, "weights" if section.lora is None else "adapters")
+    fields = {"learning_rate": rate, "warmup_share": _WARMUP_SHARE, **optimizer}
+    return size.rows[stage != "sft"], OptimizerConfig(**fields)
 
 
 def _opened(
     model: ModelLike, template: str | None, default_system: str | None
 ) -> tuple[ModelConfig, BackboneConfig, _Template]:
-    """A model's section, its backbone, and how its dialogues are rendered."""
+    """Returns a model's section, its backbone, and the fields that render its dialogues."""
     section = _section(model)
     try:
         backbone = open_model(section, ComputeConfig()).cfg
@@ -453,7 +425,7 @@ def _opened(
 
 
 def _prompts_file(prompts: Prompts, workdir: str | os.PathLike[str]) -> str:
-    """The path of prompts; dialogues that are no rows become rows."""
+    """Returns the path of prompts, writing dialogues in memory to a file."""
     if isinstance(prompts, str | os.PathLike):
         return os.fspath(prompts)
     rows = [one.to_json() for one in as_prompts(prompts, name="prompts")]

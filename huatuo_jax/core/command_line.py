@@ -1,4 +1,4 @@
-"""What every command shares: flags from a dataclass, one clear line for an error, exit codes.
+"""Runs a command: flags from a dataclass, one clear line for an error, exit codes.
 
 A command's flags are the fields of a frozen dataclass, with its `Attributes:` as their help; a
 command that takes `--config` has the fields of that card's config as flags too. tyro parses the
@@ -28,7 +28,14 @@ from huatuo_jax.core.config import cards, is_config, load_card, replaced
 Flags = TypeVar("Flags")
 
 Files = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FILES")]
-"""The type of a field that takes what stands on the command line beside the flags."""
+"""The type of a field that takes the arguments that are not flags."""
+
+_CONFIG = "config."
+_WIDE = 10_000  # Columns in which each of tyro's messages stands in one line.
+Given = dict[str, list[str]]
+"""Maps a field's name to its values as they were written."""
+
+_BOOLEANS = ("true", "false", "none")
 
 
 def run(
@@ -41,16 +48,16 @@ def run(
     name: str | None = None,
     arguments: Sequence[str] | None = None,
 ) -> None:
-    """Parses a command's flags and runs it; what a user can cause ends in one line, code 1.
+    """Parses a command's flags and runs it; a user's error ends in one line and exit code 1.
 
     Args:
         main: the command; takes the flags, and with `with_config` the config too. Its ValueError
-            and OSError are messages to the user; anything else is our bug and keeps its traceback.
+            and OSError are shown as messages; any other error keeps its traceback.
         flags: the dataclass whose fields are its flags; those of its sections are flags without
             the section's name.
-        with_config: whether `--config=CARD` and `--config.FIELD=VALUE` are flags of it.
+        with_config: take `--config=CARD` and `--config.FIELD=VALUE` as flags, too.
         first: fields of the config that the defaults of others follow from.
-        adapt: takes the config with those fields and gives the one that the others replace.
+        adapt: takes the config with those fields and returns the one to which the others apply.
         name: of the command in its help; None for the file that Python runs.
         arguments: those of the command line; None for the process's own.
     """
@@ -64,8 +71,8 @@ def run(
         else:
             main(parse(flags, given, name=name))
     except BrokenPipeError:
-        # The reader of the output has gone (`| head`); nothing is wrong, or left to say. Python
-        # flushes standard output once more as it ends, which must not fail either.
+        # The reader of the output has closed it (`| head`). Python flushes standard output once
+        # more as it ends, which must not fail either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (ValueError, OSError) as error:
@@ -76,7 +83,7 @@ def run(
 
 
 def parse(flags: type[Flags], arguments: Sequence[str], *, name: str) -> Flags:
-    """The flags of a command.
+    """Parses the flags of a command.
 
     `--name=value` and `--name value` are the same, and `-` in a name is `_`. A tuple's values stand
     one after the other, or after `=` with commas between them; given again, a flag adds to it. The
@@ -107,7 +114,7 @@ def parse_with_config(
     first: Sequence[str] = (),
     adapt: Callable[[Any], Any] = lambda config: config,
 ) -> tuple[Flags, Any]:
-    """The flags of a command, and the config of its card with the fields that are given.
+    """Parses the flags of a command, and the config of its card with the fields given.
 
     Flags are as in `parse`. A field of a section that is None makes the section, and
     `--config.SECTION=None` takes one away. See `run` for `first` and `adapt`.
@@ -149,17 +156,10 @@ def parse_with_config(
 
 
 def terminal_width() -> int | None:
-    """The columns of the terminal that standard output is; None where it is something else."""
+    """Returns the columns of the terminal; None where standard output is not one."""
     if not sys.stdout.isatty() or os.environ.get("TERM") == "dumb":
         return None
     return shutil.get_terminal_size().columns
-
-
-_CONFIG = "config."
-_WIDE = 10_000  # Columns in which each of tyro's messages stands in one line.
-
-Given = dict[str, list[str]]
-"""Name of a field -> its values as they were written."""
 
 
 class _Field(NamedTuple):
@@ -186,7 +186,7 @@ def _fields_of(
     flat: bool = False,
     absent: str | None = None,
 ) -> dict[str, _Field]:
-    """All fields of a dataclass and of its sections by the names of their flags."""
+    """Returns all fields of a dataclass and of its sections by the names of their flags."""
     found: dict[str, _Field] = {}
     hints = typing.get_type_hints(cls, include_extras=True)
     for field in dataclasses.fields(cls):
@@ -214,7 +214,7 @@ def _default_of(field: "dataclasses.Field[Any]") -> Any:
 
 
 def _section_of(hint: Any) -> type[Any] | None:
-    """The dataclass that a field's type is, alone or beside None."""
+    """Returns the dataclass in a field's type, alone or beside None; None if there is none."""
     choices = [one for one in _choices(hint) if dataclasses.is_dataclass(one)]
     return cast(type[Any], choices[0]) if choices else None
 
@@ -234,7 +234,7 @@ def _is_positional(hint: Any) -> bool:
 
 
 def _without_card(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
-    """The card that `--config` names, and the other arguments.
+    """Returns the card that `--config` names, and the other arguments.
 
     Raises:
         ValueError: two cards, or none after the flag.
@@ -252,7 +252,7 @@ def _without_card(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
 
 
 def _sought(arguments: Sequence[str], names: Collection[str]) -> Given:
-    """The values of some plain fields, whatever else stands among the arguments."""
+    """Returns the values of some plain fields, skipping all other arguments."""
     found: Given = {}
     tokens = list(arguments)
     while tokens:
@@ -268,7 +268,7 @@ def _wants_help(arguments: Sequence[str]) -> bool:
 
 
 def _read(arguments: Sequence[str], known: Mapping[str, _Field]) -> Given:
-    """The values that the command line gives to each field.
+    """Returns the values that the command line gives to each field.
 
     Raises:
         ValueError: a flag that is no field's, one without a value, or two values for one field.
@@ -310,14 +310,11 @@ def _read(arguments: Sequence[str], known: Mapping[str, _Field]) -> Given:
     return given
 
 
-_BOOLEANS = ("true", "false", "none")
-
-
 def _field_name(name: str, known: Mapping[str, _Field]) -> tuple[str, bool]:
-    """The field of a flag, and whether the flag is `no` before its name.
+    """Returns the field of a flag, and True if `no` is before its name.
 
     Raises:
-        ValueError: there is none; names the nearest one.
+        ValueError: an unknown flag; names the nearest field.
     """
     if name in known and not _is_positional(known[name].hint):
         return name, False
@@ -355,7 +352,7 @@ def _check_not_missing(known: Mapping[str, _Field], given: Given) -> None:
 
 
 def _config_of(settings: Any, given: Given, fields: Mapping[str, _Field], *, name: str) -> Any:
-    """The config with the fields that are given.
+    """Returns the config with the given fields.
 
     Raises:
         ValueError: a value of another type, or one that the config refuses.
@@ -387,7 +384,7 @@ def _config_of(settings: Any, given: Given, fields: Mapping[str, _Field], *, nam
         for field_name in plain:
             if made[gone] is None and field_name.startswith(f"{_CONFIG}{gone}."):
                 raise ValueError(f"--{field_name}: {_CONFIG}{gone}=None has no fields")
-    # Both at once, so that values that go together can change together.
+    # Both at once, as a field may be valid only together with another.
     return _by_tyro(type(settings), replaced(settings, made), plain, name=name, prefix=_CONFIG)
 
 
@@ -409,7 +406,7 @@ def _config_help() -> str:
 
 
 def _filled(text: str, *, indent: int = 0) -> str:
-    """Paragraphs in lines as long as the terminal's."""
+    """Wraps paragraphs to the width of the terminal."""
     columns, start = shutil.get_terminal_size().columns, " " * indent
     return "\n\n".join(
         textwrap.fill(paragraph, columns, initial_indent=start, subsequent_indent=start)
@@ -430,7 +427,7 @@ def _by_tyro(
     prefix: str = "",
     flat: bool = False,
 ) -> Any:
-    """A dataclass with the given values, typed by its fields.
+    """Makes a dataclass with the given values, typed by its fields.
 
     Raises:
         ValueError: a value of another type, or one that the dataclass refuses.
@@ -468,7 +465,7 @@ def _print_help(
 def _tyro(
     cls: type[Any], default: Any, arguments: list[str], *, name: str, prefix: str, flat: bool
 ) -> Any:
-    """What tyro makes of arguments that are spelled out."""
+    """Calls tyro on arguments whose flags are complete names."""
     parts = [part for part in prefix.split(".") if part]
     wrapped, value = cls, default
     for part in reversed(parts):
@@ -493,7 +490,7 @@ def _tyro(
 
 
 def _message(text: str) -> str:
-    """Tyro's message without its frame and its advice to read the help."""
+    """Returns tyro's message without its frame and its advice to read the help."""
     lines = [line.strip("│╭╮╰╯─|+- \t") for line in text.splitlines()]
     body = [line for line in lines[1:] if line]
     for number, line in enumerate(body):
@@ -505,7 +502,7 @@ def _message(text: str) -> str:
 
 @contextlib.contextmanager
 def _columns(width: int) -> Iterator[None]:
-    """Tells tyro how wide the terminal is."""
+    """Sets the width for which tyro formats."""
     before = os.environ.get("COLUMNS")
     os.environ["COLUMNS"] = str(width)
     try:

@@ -1,8 +1,7 @@
-"""Configs: frozen dataclasses from the card's file to the deepest function, and cards read.
+"""Config dataclasses: loads cards, replaces and checks fields, and compares saved configs.
 
 A card is a Python file with `get_config()`, which may take one string, and returns a dataclass.
-
-What differs between two configs, one readable line for each field.
+Fields marked `operational` may change between restarts; all others are a run's identity.
 """
 
 import dataclasses
@@ -20,6 +19,11 @@ from typing import Any, Literal, TypeVar, cast, get_args, get_origin
 import typeguard
 
 _ABSENT = object()
+Config = TypeVar("Config")
+WORKDIR_MARK = "{workdir}"
+"""Stands for the run's folder in a config's path, such as that of an earlier stage's output."""
+
+_OPERATIONAL = "operational"
 
 
 def as_json(value: Any, *, name: str) -> Any:
@@ -59,7 +63,7 @@ def _compare(saved: Any, current: Any, path: str, found: list[tuple[str, str]]) 
 
 
 def _lists_of_records(saved: Any, current: Any) -> bool:
-    """Tells lists whose elements are worth comparing one by one."""
+    """Tells whether two lists are to be compared element by element."""
     return (
         isinstance(saved, list)
         and isinstance(current, list)
@@ -82,7 +86,7 @@ def _text(value: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Turns mappings that are no dicts into dicts, which JSON can take."""
+    """Turns all mappings into dicts, for JSON."""
     if isinstance(value, Mapping):
         return {str(key): _plain(below) for key, below in value.items()}
     if isinstance(value, list | tuple):
@@ -90,14 +94,8 @@ def _plain(value: Any) -> Any:
     return value
 
 
-Config = TypeVar("Config")
-
-WORKDIR_MARK = "{workdir}"
-"""In a path of a config it stands for the run's folder: what earlier stages made is found so."""
-
-
 def placed_in(settings: Config, workdir: str | os.PathLike[str]) -> Config:
-    """A config with the run's folder in place of `WORKDIR_MARK`, in all of its sections."""
+    """Returns a config with the run's folder in place of `WORKDIR_MARK`, in all of its sections."""
     folder = os.fspath(workdir)
 
     def placed(value: Any) -> Any:
@@ -116,7 +114,7 @@ def placed_in(settings: Config, workdir: str | os.PathLike[str]) -> Config:
 
 
 def replaced(settings: Config, changes: Mapping[str, Any]) -> Config:
-    """A config with other values of fields that dotted names give, as `sft.optimizer.beta2`.
+    """Returns a config with other values for dotted names, such as `sft.optimizer.beta2`.
 
     A section is rebuilt once with all of its changes, so that values that go together can change
     together.
@@ -150,7 +148,7 @@ def checked(settings: Config, wanted: type[Config], *, path: str) -> Config:
     were checked as they were parsed.
 
     Args:
-        settings: what a caller gave as config.
+        settings: the config that a caller gave.
         wanted: the dataclass that it must be.
         path: its name in messages, as `config.sft`.
 
@@ -164,15 +162,15 @@ def checked(settings: Config, wanted: type[Config], *, path: str) -> Config:
 
 
 def cards() -> list[str]:
-    """Names of the cards that the package brings."""
+    """Returns the names of the cards in the package."""
     return sorted(path.stem for path in _cards_folder().glob("*.py") if path.stem != "__init__")
 
 
 def load_card(card: str) -> Any:
-    """The config of a card.
+    """Returns the config of a card.
 
     Args:
-        card: `FILE.py` or `FILE.py:ARGUMENTS`, or the name of a card that the package brings, as
+        card: `FILE.py` or `FILE.py:ARGUMENTS`, or the name of a card of the package, such as
             `rlaif` or `sft:mine.jsonl`.
 
     Raises:
@@ -205,7 +203,7 @@ def load_card(card: str) -> Any:
 
 
 def is_config(value: Any) -> bool:
-    """Whether a value is an instance of a dataclass."""
+    """Tells whether a value is an instance of a dataclass."""
     return dataclasses.is_dataclass(value) and not isinstance(value, type)
 
 
@@ -225,7 +223,7 @@ def _card_file(name: str) -> pathlib.Path:
 
 
 def _cards_folder() -> pathlib.Path:
-    """Where the cards are: inside of an installed package, beside it in a checkout."""
+    """Returns the cards' folder: inside an installed package, beside it in a checkout."""
     package = pathlib.Path(__file__).resolve().parents[1]
     inside = package / "configs"
     return inside if inside.is_dir() else package.parent / "configs"
@@ -259,7 +257,7 @@ def _takes_bool(hint: Any) -> bool:
 
 
 def _in_words(hint: Any) -> str:
-    """A field's type as a message names it."""
+    """Describes a field's type for a message."""
     if get_origin(hint) is Literal:
         return f"one of {list(get_args(hint))}"
     inner = get_args(hint)
@@ -272,21 +270,18 @@ def _in_words(hint: Any) -> str:
     return f"of type {hint.__name__}" if isinstance(hint, type) else str(hint)
 
 
-_OPERATIONAL = "operational"
-
-
 def operational(default: Any) -> Any:
-    """A dataclass field that may change between restarts: it does not decide results."""
+    """Returns a dataclass field that may change between restarts: it does not decide results."""
     return dataclasses.field(default=default, metadata={_OPERATIONAL: True})
 
 
 def identity(config: Any) -> dict[str, Any]:
-    """The fields of a config dataclass that decide results, nested, in JSON form."""
+    """Returns the fields of a config dataclass that decide results, nested, in JSON form."""
     return dict(as_json(_fields(config, everything=False), name=type(config).__name__))
 
 
 def all_fields(config: Any) -> dict[str, Any]:
-    """All fields of a config dataclass, nested, in JSON form."""
+    """Returns all fields of a config dataclass, nested, in JSON form."""
     return dict(as_json(_fields(config, everything=True), name=type(config).__name__))
 
 

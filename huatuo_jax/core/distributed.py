@@ -1,11 +1,9 @@
-"""Several processes as one run: joining them, waiting for each other, stopping together.
+"""Several processes as one run: they join, send heartbeats, wait for each other and stop together.
 
-A pod runs one process on each host. With one process every function here answers at once.
+A pod runs one process on each host. With one process every function here returns at once.
 
-The processes of a run, seen by one of them: who is there, who is gone, where all stop.
-
-What they tell each other goes through the key-value store of jax's coordination service, which
-process 0 keeps, and through no device: it works while devices wait for a process that is gone.
+The processes communicate through the key-value store of jax's coordination service, which process 0
+keeps, and not through devices: it works while devices wait for a lost process.
 """
 
 import contextlib
@@ -26,19 +24,28 @@ import jax
 from jax._src import distributed  # The only way to the key-value store.
 
 PEER_LOST_EXIT_CODE = 75
-"""Exit code of a process that ends because another one did: the run can go on (EX_TEMPFAIL)."""
+"""Exit code of a process that ends because another one did; the run can resume (EX_TEMPFAIL)."""
+
+_MODE = "HUATUO_MULTI_HOST"
+_TIMEOUT = "HUATUO_HOST_TIMEOUT_S"
+_EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+_DEFAULT_TIMEOUT_S = 120.0
+_JOIN_TIMEOUT_S = 600  # Hosts of a pod do not come up at the same moment.
+# jax ends all processes, without our message, when it misses one for so long: the last resort.
+_JAX_TIMEOUT_FACTOR = 5
+T = TypeVar("T")
 
 
 class Peers(threading.Thread):
-    """This process's part in a run of several: it tells the others how it is, and watches them.
+    """Heartbeats between processes: detects lost ones and coordinates a common stop.
 
     Each process keeps one status in the store, under `status/INDEX`: its heartbeat; whether it was
-    asked to stop; after how many questions about stopping it stands (told while they agree on
-    where to stop); whether it has finished, why it failed, and whether it is gone for good.
+    asked to stop; its number of calls of `stop_now` (published while they agree on where to stop);
+    whether it has finished, why it failed, and whether it has ended.
     """
 
     def __init__(self, client: Any, *, index: int, count: int, timeout_s: float) -> None:
-        """Watches nothing before `start`; `client` is that of jax's coordination service."""
+        """Publishes this process's status; `client` is that of jax's coordination service."""
         super().__init__(name="multi_host", daemon=True)
         self.index, self.count, self.timeout_s = index, count, timeout_s
         self.interval_s = min(2.0, timeout_s / 10)
@@ -60,7 +67,7 @@ class Peers(threading.Thread):
         self._over = threading.Event()
         self._ending = (
             threading.Lock()
-        )  # Taken once, by who ends this process: itself, or the watch.
+        )  # Taken once, by whichever ends this process: itself or the watch.
         self._uses = Counter[str]()
         # Held from the moment that any process was asked to stop until all know where.
         self._counting = threading.Lock()
@@ -74,17 +81,17 @@ class Peers(threading.Thread):
         self._client.key_value_set(f"huatuo/{key}", json.dumps(value), allow_overwrite=True)
 
     def read(self, folder: str) -> dict[int, Any]:
-        """The values of a folder of keys, by the number that ends the key."""
+        """Returns the values of a folder of keys, by the number that ends the key."""
         stored = self._client.key_value_dir_get(f"huatuo/{folder}/")
         return {int(key.rpartition("/")[2]): json.loads(value) for key, value in stored}
 
     def numbered(self, name: str) -> str:
-        """A folder for this use of a name; all processes use it in the same order."""
+        """Returns a folder for this use of a name; all processes use names in the same order."""
         self._uses[name] += 1
         return f"{name}/{self._uses[name]}"
 
     def named(self, indices: Sequence[int]) -> str:
-        """Processes for a message."""
+        """Names processes for a message."""
         return " and ".join(f"process {index} (host {self.hosts[index]})" for index in indices)
 
     def publish(self, **changes: Any) -> None:
@@ -94,7 +101,7 @@ class Peers(threading.Thread):
             self.put(f"status/{self.index}", self._status)
 
     def run(self) -> None:
-        """Beats and watches until the run is over, or ends this process because another has."""
+        """Sends heartbeats until the run ends, or ends this process because another one did."""
         pause_s = self.interval_s
         while not self._over.wait(pause_s):
             try:
@@ -108,18 +115,18 @@ class Peers(threading.Thread):
             pause_s = 0.05 if self._is_deciding else self.interval_s
 
     def stop_now(self) -> bool:
-        """Counts this question, and tells whether it is the one that all stop at."""
+        """Counts this call, and tells whether all processes stop at it."""
         with self._counting:
             self._calls += 1
             return self._stop_at is not None and self._calls >= self._stop_at
 
     def wait_for_the_lost(self) -> None:
-        """Gives the watch the time it takes to find a process missing."""
+        """Waits as long as the watch needs to find a lost process."""
         for _ in range(round(self.timeout_s / self.interval_s) + 2):
             time.sleep(self.interval_s)
 
     def wait_for_the_silent(self, indices: Sequence[int]) -> None:
-        """Leaves it to the watch to end this process, where one of these is not heard of.
+        """Waits for the watch to end this process where one of these sends no heartbeat.
 
         The watch may come to its time-out a moment after those who waited for the same process.
         """
@@ -127,9 +134,9 @@ class Peers(threading.Thread):
             time.sleep(self.interval_s)
 
     def fail(self, reason: str) -> None:
-        """Tells the others that this process fails; `go` must follow.
+        """Publishes that this process fails; `go` must follow.
 
-        Does not return where the watch is ending this process, and has said why.
+        Does not return where the watch is already ending this process with a message.
         """
         if not self._ending.acquire(blocking=False):
             threading.Event().wait()
@@ -138,7 +145,7 @@ class Peers(threading.Thread):
             self.publish(failed=reason)
 
     def finish(self) -> None:
-        """Waits until all have finished, and stops to watch."""
+        """Waits until all have finished, and stops the watch."""
         self.publish(finished=True)
         while not all(status["finished"] for status in self.read("status").values()):
             time.sleep(0.05)
@@ -146,10 +153,9 @@ class Peers(threading.Thread):
         self.join()
 
     def go(self, code: int) -> None:
-        """Ends this process, with no regard for what Python and jax would wait for.
+        """Ends this process at once, without the waits of Python and jax.
 
-        Process 0 stays until the others are gone: with it goes the store, and jax ends those that
-        are left without a word on why.
+        Process 0 ends last: without its store jax would end the others with no message.
         """
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             self.publish(gone=True)
@@ -166,9 +172,9 @@ class Peers(threading.Thread):
             time.sleep(self.interval_s)
 
     def _look(self, told: Mapping[int, Mapping[str, Any]], waited_s: float) -> None:
-        """Ends this process if another one failed, or has been silent for too long.
+        """Ends this process if another one failed, or sent no heartbeat for too long.
 
-        Silence is counted in this process's own pauses, so that a machine which sleeps misses none.
+        Silence is counted in this process's own pauses, so that a suspended machine counts none.
         """
         for index, status in told.items():
             if status["failed"] is not None:
@@ -192,9 +198,9 @@ class Peers(threading.Thread):
         self.go(PEER_LOST_EXIT_CODE)
 
     def _decide(self, told: Mapping[int, Mapping[str, Any]]) -> None:
-        """Agrees on the question to stop at: the one after the farthest that any has asked.
+        """Agrees on the call to stop at: the one after the last that any process has made.
 
-        Until it is known to all, none asks another.
+        Until all know it, none makes another call.
         """
         if self._stop_at is not None or not any(status["asked"] for status in told.values()):
             return
@@ -210,25 +216,15 @@ class Peers(threading.Thread):
             self._counting.release()
 
 
-_MODE = "HUATUO_MULTI_HOST"
-_TIMEOUT = "HUATUO_HOST_TIMEOUT_S"
-_EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-_DEFAULT_TIMEOUT_S = 120.0
-_JOIN_TIMEOUT_S = 600  # Hosts of a pod do not come up at the same moment.
-# jax ends all processes, without a word of ours, when it misses one for so long: the last resort.
-_JAX_TIMEOUT_FACTOR = 5
-
-T = TypeVar("T")
-
 _run: Peers | None = None
 
 
 @contextlib.contextmanager
 def joined() -> Iterator[None]:
-    """Joins the processes that the environment speaks of, and parts from them at the end.
+    """Joins the processes that the environment names, and leaves them at the end.
 
-    A process that fails tells the others, which stop as well; `leave` must follow. Where jax fails
-    because another process is gone, this one ends within the time-out with a line that names it.
+    A process that fails makes the others stop as well; `leave` must follow. Where jax fails because
+    another process is lost, this one ends within the time-out with a line that names it.
     """
     start()
     if _run is None:
@@ -248,15 +244,15 @@ def joined() -> Iterator[None]:
 
 
 def start() -> None:
-    """Joins the processes of a run, where the environment asks for it; before jax is used.
+    """Joins the processes of a run if the environment asks for it; call it before jax is used.
 
-    HUATUO_MULTI_HOST=auto joins them as jax finds out by itself: on TPU pods, Slurm, MPI and
+    HUATUO_MULTI_HOST=auto lets jax find them: on TPU pods, Slurm, MPI and
     Kubernetes. JAX_COORDINATOR_ADDRESS=HOST:PORT (of process 0), JAX_NUM_PROCESSES and
-    JAX_PROCESS_ID say it outright. HUATUO_HOST_TIMEOUT_S is how long a process may be silent, or
+    JAX_PROCESS_ID name them. HUATUO_HOST_TIMEOUT_S is how long a process may be silent, or
     keep the others waiting, before the run ends; 120 by default.
 
     Raises:
-        ValueError: a variable that cannot be.
+        ValueError: an invalid variable.
         OSError: the processes did not find each other.
     """
     global _run
@@ -291,8 +287,8 @@ def start() -> None:
 def leave() -> None:
     """Ends this process at once if it failed while others run; otherwise does nothing.
 
-    What Python and jax do at their end would wait for the others. Call it last, with the error
-    still on its way.
+    Python and jax would wait for the others at their end. Call it last, while the error is being
+    raised.
     """
     if _run is None or not _run.has_failed:
         return
@@ -304,12 +300,12 @@ def leave() -> None:
 
 
 def is_first() -> bool:
-    """Whether this is the process that prints, and writes what is written once."""
+    """Tells whether this is the process that prints and writes the run's files."""
     return _run is None or _run.index == 0
 
 
 def count() -> int:
-    """How many processes the run has."""
+    """Returns the number of processes of the run."""
     return 1 if _run is None else _run.count
 
 
@@ -322,10 +318,10 @@ def check_joined() -> None:
 
 
 def gather(name: str, value: Any = None) -> list[Any]:
-    """Waits until all processes are here, and gives each one's JSON value, in their order.
+    """Waits until all processes call this, and returns the JSON value of each, in their order.
 
     Raises:
-        TimeoutError: names those that did not come within the time-out, though they are heard of:
+        TimeoutError: names those that did not call within the time-out while sending heartbeats;
             where one is lost, the watch ends this process.
     """
     if _run is None:
@@ -348,15 +344,15 @@ def gather(name: str, value: Any = None) -> list[Any]:
 
 
 def barrier(name: str) -> None:
-    """Waits until all processes are here; `gather` says what is raised."""
+    """Waits until all processes call this; raises as `gather`."""
     gather(name)
 
 
 @contextlib.contextmanager
 def first_then_others(name: str) -> Iterator[None]:
-    """Lets the first process do a thing alone; the others then find it done.
+    """Lets the first process run the block alone; the others run it afterwards.
 
-    They wait as long as it takes: should the first process be lost, the watch ends them.
+    They wait without a time-out: if the first process is lost, the watch ends them.
     """
     if _run is None:
         yield
@@ -371,19 +367,19 @@ def first_then_others(name: str) -> Iterator[None]:
 
 
 def by_first(name: str, do: Callable[[], T]) -> T | None:
-    """Lets the first process do a thing for all, and gives what came of it; None in others."""
+    """Calls a function in the first process and returns its result there; None in the others."""
     with first_then_others(name):
         return do() if is_first() else None
 
 
 def told_by_first(name: str, do: Callable[[], T]) -> T:
-    """Lets the first process do a thing, and gives all of them what came of it, a JSON value."""
+    """Calls a function in the first process and returns its JSON value in all of them."""
     found: T = gather(name, by_first(name, do))[0]
     return found
 
 
 def check_same(name: str, value: Any) -> None:
-    """Raises ValueError in all processes unless they came with the same JSON value."""
+    """Raises ValueError in all processes unless all gave the same JSON value."""
     values = gather(name, value)
     for index, other in enumerate(values):
         if other != values[0]:
@@ -414,14 +410,14 @@ def check_shared(folder: pathlib.Path) -> None:
 
 
 def stop_together(asked: bool) -> bool:
-    """Whether all processes stop now, because any of them was asked to.
+    """Tells whether all processes stop now, because any of them was asked to.
 
-    All of them must call this equally often; they stop at the same call. It waits for no device.
+    All of them must call this equally often; they stop at the same call. No device is involved.
 
     Args:
-        asked: whether this one was asked, now or before.
+        asked: True if this process was asked to stop, now or before.
     """
-    assert _run is not None, "several processes need multi_host.start()"
+    assert _run is not None, "several processes need distributed.start()"
     _run.asked = _run.asked or asked
     return _run.stop_now()
 
@@ -432,7 +428,7 @@ def _finish(run: Peers) -> None:
 
 
 def _is_seen(path: pathlib.Path, *, timeout_s: float) -> bool:
-    """Whether a file is there, or comes: network file systems take a while."""
+    """Tells whether a file appears in time: network file systems are slow."""
     waited_s = 0.0
     while not path.exists():
         if waited_s >= timeout_s:
@@ -448,7 +444,7 @@ def _shown(value: Any) -> str:
 
 
 def _asked_for(environment: Mapping[str, str]) -> dict[str, Any] | None:
-    """The arguments that jax is to join with; None for a run of one process."""
+    """Returns the arguments for `jax.distributed.initialize`; None for a single process."""
     given = [name for name in _EXPLICIT if name in environment]
     mode = environment.get(_MODE, "")
     if mode == "auto":

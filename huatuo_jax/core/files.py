@@ -1,9 +1,10 @@
-r"""Files and folders that are whole or absent: written beside their place, then renamed into it.
+r"""Files and folders that are complete or absent, and JSON Lines files, whole or appended to.
 
-JSON Lines, the files between stages: one object a line, in UTF-8, split at `\n` alone.
+Complete files are written beside their place and renamed into it.
 
+JSON Lines, the files between stages, hold one object a line in UTF-8 and are split at `\n` alone:
 `str.splitlines` also cuts at U+2028, U+2029 and U+0085, which JSON text may hold unescaped. A line
-end written as `\r\n` is read too, and blank lines are passed over.
+end written as `\r\n` is read too, and blank lines are skipped.
 """
 
 import contextlib
@@ -15,23 +16,23 @@ import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from types import TracebackType
 from typing import Any, Literal, NamedTuple
 
 _UNFINISHED = re.compile(r"\.tmp-[0-9a-f]{8}$")
+Row = dict[str, Any]
+Unfinished = Literal["read", "skip"]
 
 
 def is_unfinished(path: str | os.PathLike[str]) -> bool:
-    """Tells whether a folder is the leftover of an interrupted write, which must never be loaded.
+    """Tells whether a folder is left from an interrupted write, and must never be loaded.
 
-    The name decides, because such a folder can look complete: everything is in it only after the
-    rename.
+    The name decides, because such a folder can look complete: it is complete only after the rename.
     """
     return _UNFINISHED.search(pathlib.Path(path).name) is not None
 
 
 def new_nonce() -> str:
-    """Returns the eight hexadecimal digits that make one write's temporary name its own."""
+    """Returns eight random hexadecimal digits for a temporary name."""
     return secrets.token_hex(4)
 
 
@@ -42,7 +43,7 @@ def temporary_name(target: str | os.PathLike[str], nonce: str) -> pathlib.Path:
 
 
 def write_file(path: pathlib.Path, content: str | bytes) -> None:
-    """Writes a file that is never seen half written; text as UTF-8.
+    """Writes a file, complete or not at all; text as UTF-8.
 
     Raises:
         OSError: it cannot be written.
@@ -56,7 +57,7 @@ def write_file(path: pathlib.Path, content: str | bytes) -> None:
 def writing_directory(
     target: str | os.PathLike[str], *, overwrite: bool = False, nonce: str | None = None
 ) -> Iterator[pathlib.Path]:
-    """Gives a new folder to fill, which becomes `target` when the block ends without an error.
+    """Yields a new folder to fill, which becomes `target` when the block ends without an error.
 
     The folder is `TARGET.tmp-NONCE` beside the target. At the end every file is flushed to the
     disk and the folder is renamed, so that a kill at any moment leaves either the old target or
@@ -114,7 +115,7 @@ def _check_target(target: pathlib.Path, *, overwrite: bool) -> None:
 
 
 def _rename_into_place(temporary: pathlib.Path, target: pathlib.Path) -> None:
-    """Puts a complete folder at its place; what stood there is removed last."""
+    """Moves a complete folder to its place; an older one there is removed last."""
     if not (target.is_dir() and any(target.iterdir())):
         os.replace(temporary, target)
         _flush_one(target.parent)
@@ -148,10 +149,10 @@ def _remove_leftovers(target: pathlib.Path) -> None:
 
 
 def lock_file(file: int, path: pathlib.Path) -> None:
-    """Locks an open file for this process; the kernel lets go when it ends, however it ends.
+    """Locks an open file for this process; the kernel unlocks it when the process ends.
 
     Raises:
-        ValueError: another process has it.
+        ValueError: another process has locked it.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -160,7 +161,7 @@ def lock_file(file: int, path: pathlib.Path) -> None:
 
 
 def _try_lock(folder: int) -> bool:
-    """Locks an open folder; the kernel lets go when its process ends, however it ends."""
+    """Locks an open folder until its process ends; False where that fails."""
     try:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:  # another process writes there, or the file system has no locks
@@ -188,16 +189,12 @@ def _escaped(name: str) -> str:
     return re.sub(r"([*?[])", r"[\1]", name)
 
 
-Row = dict[str, Any]
-Unfinished = Literal["read", "skip"]
-
-
 class Line(NamedTuple):
     """One line of a file.
 
     Attributes:
         number: counted from 1.
-        end: the byte behind its line end.
+        end: offset of the byte after its line end.
         row: its object.
     """
 
@@ -211,9 +208,9 @@ def read_lines(path: str | os.PathLike[str], *, unfinished: Unfinished) -> Itera
 
     Args:
         path: the file.
-        unfinished: what a last line without a line end is: `read` takes it like any other (files
-            that were written whole, or by others), `skip` passes it over (files that grow by
-            lines, where it is what a killed run left).
+        unfinished: `read` takes a last line without a line end like any other (files that were
+            written whole, or by others), `skip` ignores it (appended files, where a killed run
+            left it).
 
     Raises:
         ValueError: a line that is not UTF-8, not JSON or not an object; with file and line.
@@ -235,7 +232,7 @@ def read_rows(path: str | os.PathLike[str], *, unfinished: Unfinished) -> list[R
 
 
 def write_rows(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Writes a file whole or not at all; one that stands there is replaced.
+    """Writes a file, complete or not at all; an older one is replaced.
 
     Raises:
         ValueError: a row that JSON cannot write, with its number and id.
@@ -255,22 +252,22 @@ def write_rows(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]]) 
         beside.unlink(missing_ok=True)
 
 
-class AppendedFile:
-    """A file that grows by rows and is cut back to one when a run resumes; a context manager.
+class AppendedFile(contextlib.AbstractContextManager["AppendedFile"]):
+    """An append-only JSON Lines file, cut back when a run resumes; a context manager.
 
-    A kill of the process leaves rows whole, but for a last line without its end, which every cut
-    removes. What is appended survives a crash of the machine from the next `sync` on.
+    A killed process leaves complete rows, but for a last line without its end, which every cut
+    removes. Appended rows survive a crash of the machine from the next `sync` on.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, locked: bool) -> None:
-        """Opens the file, or makes it; nothing is cut yet.
+        """Opens the file, or makes it; cuts nothing yet.
 
         Args:
             path: the file.
-            locked: whether another process that opens it so is refused.
+            locked: refuse a second process that opens the file locked.
 
         Raises:
-            ValueError: another process has it.
+            ValueError: another process has locked it.
             OSError: it cannot be opened.
         """
         self.path = pathlib.Path(path)
@@ -283,25 +280,16 @@ class AppendedFile:
             os.close(self._file)
             raise
 
-    def __enter__(self) -> "AppendedFile":
-        """Returns the file itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Closes it."""
         self.close()
 
     def lines(self) -> Iterator[Line]:
-        """Yields the whole lines; errors as `read_lines`."""
+        """Yields the lines that have an end; errors as `read_lines`."""
         return read_lines(self.path, unfinished="skip")
 
     def cut(self, end: int) -> None:
-        """Removes what stands behind a byte, as `Line.end` gives it; 0 removes all."""
+        """Removes all bytes from `end` on, as `Line.end` gives it; 0 removes all."""
         if end != os.fstat(self._file).st_size:
             os.ftruncate(self._file, end)
 
@@ -313,7 +301,7 @@ class AppendedFile:
             self.cut(whole.rfind(b"\n") + 1)
 
     def keep_while(self, keeps: Callable[[Row], bool]) -> None:
-        """Removes the first row that is not to be kept, and all behind it.
+        """Removes the first row for which `keeps` is False, and all after it.
 
         Raises:
             ValueError: as `read_lines`.
@@ -333,7 +321,7 @@ class AppendedFile:
             OSError: they cannot be written.
         """
         data = b"".join(_encoded(self.path, number, row) for number, row in enumerate(rows, 1))
-        while data:  # One write as a rule: what a kill can leave is a line or nothing.
+        while data:  # Usually one write, so that a kill leaves a line or nothing.
             data = data[os.write(self._file, data) :]
 
     def sync(self) -> None:
@@ -365,5 +353,5 @@ def _encoded(path: pathlib.Path, number: int, row: Mapping[str, Any]) -> bytes:
     except (ValueError, TypeError, RecursionError) as error:
         name = f" (id {row['id']!r})" if "id" in row else ""
         raise ValueError(f"{path}: row {number}{name} cannot be written: {error}") from error
-    # Half a surrogate pair, which UTF-8 lacks, becomes JSON's escape of it.
+    # A lone surrogate, which UTF-8 lacks, becomes JSON's escape of it.
     return f"{text}\n".encode("utf-8", "backslashreplace")

@@ -1,4 +1,4 @@
-"""Pieces of a Markdown file: texts from anywhere made safe, numbers, tables, code blocks."""
+"""Markdown of untrusted text: escaped lines, numbers, tables and code blocks."""
 
 import math
 import re
@@ -14,7 +14,7 @@ _BIDIRECTIONAL = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u20
 
 
 def plain(text: object) -> str:
-    """A text without what no reader sees: controls, lone surrogates and marks that turn its order.
+    """Replaces invisible characters: controls, lone surrogates and bidirectional marks.
 
     Each becomes U+FFFD; of controls, line breaks (all as a line feed) and tabs stay.
     """
@@ -23,7 +23,7 @@ def plain(text: object) -> str:
 
 
 def inline(text: object) -> str:
-    """A text that stands inside a line or a table's cell and is nothing but text there."""
+    """Escapes a text for a line or a table's cell."""
     line = " ".join(plain(text).split())
     escaped = _PUNCTUATION.sub(r"\\\1", line).replace("&", "&amp;").replace("<", "&lt;")
     # What makes a heading, a quotation or a list, at the start of a line alone.
@@ -31,7 +31,7 @@ def inline(text: object) -> str:
 
 
 def fenced(text: object, *, language: str = "text") -> str:
-    """A text as a block of code, whose fence is longer than any in the text."""
+    """Returns a text as a code block whose fence is longer than any in the text."""
     body = plain(text)
     longest = max((len(run) for run in re.findall("`+", body)), default=0)
     fence = "`" * max(3, longest + 1)
@@ -39,20 +39,20 @@ def fenced(text: object, *, language: str = "text") -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table whose cells are Markdown already, without line breaks."""
+    """Returns a table; its cells are Markdown without line breaks."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def number(value: float | None, *, digits: int = 3) -> str:
-    """A number as it is shown; a dash for None and NaN."""
+    """Formats a number; a dash for None and NaN."""
     if value is None or not math.isfinite(value):
         return ABSENT
     return f"{value:,}" if isinstance(value, int) else f"{value:,.{digits}f}"
 
 
 def interval(found: Mapping[str, Any] | None, *, digits: int = 3) -> str:
-    """A figure with its 95 % interval, from its `value`, `low` and `high`."""
+    """Formats a figure's `value` with its 95 % interval, `low` and `high`."""
     if found is None:
         return ABSENT
     value, low, high = (number(found[name], digits=digits) for name in ("value", "low", "high"))

@@ -1,4 +1,4 @@
-"""Progress of counted work: a bar on a terminal, a plain line now and then elsewhere."""
+"""Progress of counted work: a bar on a terminal, a line now and then elsewhere."""
 
 import contextlib
 import sys
@@ -13,18 +13,18 @@ _PLAIN_LINE_EVERY_S = 10.0
 
 
 def tell(line: str) -> None:
-    """Prints a line for the person who waits, to standard error; of several processes the first."""
+    """Prints a line to standard error; of several processes only the first does."""
     if distributed.is_first():
         print(line, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def progress_bar(label: str, unit: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal, a plain line now and then elsewhere; of several processes the first's.
+    """Shows progress: a bar on a terminal, a line now and then elsewhere, in the first process.
 
     Args:
-        label: what is being done.
-        unit: what is counted.
+        label: of the work.
+        unit: of the counts.
 
     Yields:
         A function to call with the count done and the count in all.

@@ -1,4 +1,4 @@
-"""The mesh, and the one table that says which mesh axis splits which dimension.
+"""The mesh, and the one table of partition rules for parameters and activations.
 
 Axes: `data` replicates parameters, `fsdp` splits parameters and the batch (fully sharded data
 parallelism, arXiv 1910.02054), `tensor` splits heads, feed-forward and vocabulary (arXiv
@@ -53,7 +53,7 @@ PARAMETER_RULES: tuple[tuple[str, P], ...] = (
 )
 _COMPILED_RULES = tuple((re.compile(f"(^|/){rule}$"), spec) for rule, spec in PARAMETER_RULES)
 
-# Activations, by name: where they are cut is part of the model's contract with the compiler.
+# Activations by name: their sharding is part of the model's contract with the compiler.
 ACTIVATION_RULES: Mapping[str, P] = {
     # A lookup needs whole rows: left split over fsdp, the compiler would replicate its result.
     "table_VD": P("tensor", None),
@@ -66,7 +66,7 @@ ACTIVATION_RULES: Mapping[str, P] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """How the devices are divided, see `make_mesh`.
+    """The sizes of the mesh axes, see `make_mesh`.
 
     Attributes:
         data: mesh axis over which batches are split and parameters are copies; -1 takes the
@@ -80,7 +80,7 @@ class MeshConfig:
     tensor: int = 1
 
     def make(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
-        """The mesh of these devices, all there are by default.
+        """Makes the mesh of these devices, all of them by default.
 
         Raises:
             ValueError: the sizes do not multiply to the number of devices.
@@ -88,7 +88,7 @@ class MeshConfig:
         return make_mesh(data=self.data, fsdp=self.fsdp, tensor=self.tensor, devices=devices)
 
     def over(self, mesh: Mesh) -> Mesh:
-        """Another mesh of the devices of a mesh, in its order.
+        """Makes another mesh of the devices of a mesh, in its order.
 
         As the order is the same, one program can read arrays of either and write to the other:
         they travel between devices alone, and of several processes none has to hold them. Devices
@@ -115,12 +115,12 @@ class OnMesh:
     mesh: Mesh | None
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
-        """Run it."""
+        """Calls the function on its mesh."""
         with self._in_use():
             return self.jitted(*arguments, **keywords)
 
     def lower(self, *arguments: Any, **keywords: Any) -> jax.stages.Lowered:
-        """Trace it for arguments of which shapes suffice (`jax.ShapeDtypeStruct`)."""
+        """Lowers the function for arguments or their shapes (`jax.ShapeDtypeStruct`)."""
         with self._in_use():
             return self.jitted.lower(*arguments, **keywords)
 
@@ -129,9 +129,9 @@ class OnMesh:
 
 
 def platform_in_use() -> str:
-    """The platform of the mesh in use (`jax.set_mesh`); jax's own where there is none.
+    """Returns the platform of the mesh in use (`jax.set_mesh`); jax's own where there is none.
 
-    They differ where a program is compiled for devices that are not there.
+    They differ where a program is compiled for devices that this machine does not have.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
@@ -140,7 +140,7 @@ def platform_in_use() -> str:
 def make_mesh(
     *, data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-    """A mesh of `data * fsdp * tensor` devices.
+    """Makes a mesh of `data * fsdp * tensor` devices.
 
     Args:
         data: replicas of the parameters.
@@ -161,12 +161,12 @@ def make_mesh(
 
 
 def host_mesh() -> Mesh:
-    """A mesh of this host's CPU, for what needs its memory and not an accelerator's speed.
+    """Makes a mesh of this host's CPU, for work that needs host memory.
 
-    A whole model of 7B float32 parameters is larger than many an accelerator's memory.
+    A model of 7B float32 parameters is larger than the memory of most accelerators.
 
     Raises:
-        ValueError: jax was told to do without the CPU.
+        ValueError: JAX_PLATFORMS excludes the CPU.
     """
     try:
         devices = jax.local_devices(backend="cpu")
@@ -179,7 +179,7 @@ def host_mesh() -> Mesh:
 
 
 def mesh_sizes(num_devices: int, *, data: int, fsdp: int, tensor: int) -> dict[str, int]:
-    """The size of each axis of a mesh of so many devices; -1 takes what is left.
+    """Returns the size of each axis of a mesh of so many devices; -1 takes the rest.
 
     Raises:
         ValueError: the sizes do not multiply to the number of devices.
@@ -208,22 +208,22 @@ def mesh_sizes(num_devices: int, *, data: int, fsdp: int, tensor: int) -> dict[s
 
 
 def _compile_anew() -> None:
-    """Turns the persistent compilation cache off, as it is unsafe for several CPU devices.
+    """Disables the persistent compilation cache, which is unsafe for several CPU devices.
 
     A program that XLA:CPU reads from the cache has lost the order of its collectives (jaxlib
     0.10.2): one device waits in an all-gather for others that wait in an all-reduce, for ever.
     """
     jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()  # jax has asked for the setting once, and kept the answer.
+    compilation_cache.reset_cache()  # jax caches the setting.
 
 
 def path_name(path: tuple[Any, ...]) -> str:
-    """A tree path as one string: `layers/mlp/down/kernel`, also inside an optimizer's state."""
+    """Joins a tree path into `layers/mlp/down/kernel`, also inside an optimizer's state."""
     return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
 def parameter_spec(path: str) -> P:
-    """The rule for one parameter.
+    """Returns the partition rule for one parameter.
 
     Raises:
         ValueError: no rule matches, or more than one: the table must say each parameter once.
@@ -235,7 +235,7 @@ def parameter_spec(path: str) -> P:
 
 
 def parameter_shardings(tree: Any, mesh: Mesh) -> Any:
-    """Where each parameter of a tree lies on a mesh.
+    """Returns the sharding of each parameter of a tree.
 
     Args:
         tree: nested dict of arrays or `jax.ShapeDtypeStruct`; scalars (step counters of an
@@ -261,7 +261,7 @@ def parameter_shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def abstract_arrays(shapes: Any, places: Any) -> Any:
-    """A tree of shapes with a tree of shardings, as `jax.ShapeDtypeStruct`."""
+    """Combines a tree of shapes and a tree of shardings into `jax.ShapeDtypeStruct`."""
     return jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
         shapes,
@@ -270,17 +270,17 @@ def abstract_arrays(shapes: Any, places: Any) -> Any:
 
 
 def abstract_parameters(shapes: Any, mesh: Mesh) -> Any:
-    """A tree of parameters' shapes where the partition rules put them, see `abstract_arrays`."""
+    """Returns parameters' shapes with the shardings of the partition rules."""
     return abstract_arrays(shapes, parameter_shardings(shapes, mesh))
 
 
 def batch_shards(mesh: Mesh | AbstractMesh | None) -> int:
-    """Into how many parts a mesh splits a batch; 1 without a mesh."""
+    """Returns the number of parts into which a mesh splits a batch; 1 without a mesh."""
     return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def batch_share(mesh: Mesh) -> tuple[int, int]:
-    """Which of how many equal shares of a batch lies on this process's devices.
+    """Returns the index of this process's share of a batch, and the number of shares.
 
     Shares are numbered by their first row. Processes among which no batch axis divides, as where
     `tensor` spans them, hold the same share. Rows of a share need not be neighbours in the batch:
@@ -306,12 +306,12 @@ def batch_share(mesh: Mesh) -> tuple[int, int]:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows of a batch over `data` and `fsdp`, for arrays of any rank."""
+    """Returns the sharding of a batch's rows over `data` and `fsdp`, for arrays of any rank."""
     return NamedSharding(mesh, P(BATCH_AXES))
 
 
 def put_whole(batch: Mapping[str, npt.NDArray[Any]], mesh: Mesh) -> dict[str, jax.Array]:
-    """A batch of which every process has all rows, divided over the mesh."""
+    """Shards a batch over the mesh; every process must have all of its rows."""
     place = batch_sharding(mesh)
     return {
         name: jax.make_array_from_callback(rows.shape, place, rows.__getitem__)
@@ -320,7 +320,7 @@ def put_whole(batch: Mapping[str, npt.NDArray[Any]], mesh: Mesh) -> dict[str, ja
 
 
 def constrain(array: jax.Array, name: str) -> jax.Array:
-    """Pin an activation to its place on the mesh in use (`jax.set_mesh`), if there is one."""
+    """Constrains an activation's sharding on the mesh in use (`jax.set_mesh`), if there is one."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return array
@@ -336,7 +336,7 @@ def _spec(name: str) -> P:
 
 
 def _fitting(axes: Any, dim: int, mesh: Any) -> Any:
-    """The axes, or P.UNCONSTRAINED where they do not divide: the compiler then chooses."""
+    """Returns the axes, or P.UNCONSTRAINED where they do not divide: the compiler then chooses."""
     return axes if dim % _axis_size(axes, mesh) == 0 else P.UNCONSTRAINED
 
 

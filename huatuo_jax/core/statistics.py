@@ -1,13 +1,10 @@
-"""Means with the interval of a bootstrap that draws whole groups, such as prompts or cases.
+"""Means with bootstrap intervals over prompts or cases, and other statistics of responses.
 
-What belongs to one group is not independent, so groups are drawn with replacement and the interval
-is made of percentiles of their means (Efron and Tibshirani 1993, chapter 13).
+Items of one group are not independent, so whole groups (prompts, cases) are drawn with replacement,
+and the interval is made of percentiles of their means (Efron and Tibshirani 1993, chapter 13).
 
-Figures over prompts, each with the interval of a bootstrap that draws prompts.
-
-All answers to a prompt are one observation: their mean stands for the prompt. Models are compared
-on the same prompts, so a difference is taken prompt by prompt before anything is drawn (a paired
-bootstrap).
+All answers to a prompt are one observation: their mean. Models are compared on the same prompts, so
+a difference is taken prompt by prompt before anything is drawn (a paired bootstrap).
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,11 +20,12 @@ Values = Mapping[str, Sequence[float | None]]
 """The values of each prompt's answers; None where an answer has none."""
 
 NUM_RESAMPLES = 2000
+NGRAMS = (1, 2)
 _BYTES_AT_ONCE = 1 << 26
 
 
 class Share(NamedTuple):
-    """A mean over pairs with its 95 % interval, and over how many pairs and cases it is."""
+    """A mean over pairs with its 95 % interval, and the numbers of pairs and cases."""
 
     value: float
     low: float
@@ -36,7 +34,7 @@ class Share(NamedTuple):
     num_cases: int
 
     def to_json(self) -> dict[str, float | int]:
-        """The numbers by name."""
+        """Returns the numbers by name."""
         return self._asdict()
 
 
@@ -50,18 +48,18 @@ class Interval(NamedTuple):
 
     @property
     def without_zero(self) -> bool:
-        """Whether the interval lies on one side of 0."""
+        """Tells whether the interval lies on one side of 0."""
         return self.low > 0 or self.high < 0
 
     def to_json(self) -> dict[str, float | int]:
-        """The numbers by name."""
+        """Returns the numbers by name."""
         return self._asdict()
 
 
 def bootstrap_mean(
     values: Floats, cases: Ints, *, seed: int = 0, num_resamples: int = NUM_RESAMPLES
 ) -> Share:
-    """The mean of all values and its interval over resampled cases.
+    """Returns the mean of all values and its interval over resampled cases.
 
     Raises:
         ValueError: there are no values.
@@ -85,13 +83,13 @@ def bootstrap_mean(
 
 
 def mean_over_prompts(values: Values, *, seed: int = 0) -> Interval | None:
-    """The mean of the prompts' means; None where no answer has a value."""
+    """Returns the mean of the prompts' means; None where no answer has a value."""
     means = prompt_means(values)
     return interval_of(list(means.values()), seed=seed)
 
 
 def prompt_means(values: Values) -> dict[str, float]:
-    """The mean of each prompt that has a value, in the order given."""
+    """Returns the mean of each prompt that has a value, in the order given."""
     known = {
         name: [value for value in found if value is not None] for name, found in values.items()
     }
@@ -99,7 +97,7 @@ def prompt_means(values: Values) -> dict[str, float]:
 
 
 def interval_of(per_prompt: Sequence[float], *, seed: int) -> Interval | None:
-    """The mean of one number a prompt; None where there is none."""
+    """Returns the mean of one number a prompt, with its interval; None without any."""
     if not per_prompt:
         return None
     values_P: Floats = np.asarray(per_prompt, np.float64)
@@ -107,17 +105,14 @@ def interval_of(per_prompt: Sequence[float], *, seed: int) -> Interval | None:
     return Interval(share.value, share.low, share.high, share.num_cases)
 
 
-NGRAMS = (1, 2)
-
-
 def mean_difference(values: Values, others: Values, *, seed: int = 0) -> Interval | None:
-    """How much higher the first is, over the prompts that have a value in both."""
+    """Returns the mean of `values` minus `others`, over the prompts with a value in both."""
     one, other = prompt_means(values), prompt_means(others)
     return interval_of([one[name] - other[name] for name in one if name in other], seed=seed)
 
 
 def slope_within_prompts(values: Values, lengths: Values) -> float:
-    """How much a value rises with each unit of length among answers to one prompt.
+    """Returns the slope of values over lengths among answers to one prompt.
 
     Least squares with an intercept of its own for each prompt; 0 where lengths do not differ.
     """
@@ -138,7 +133,7 @@ def slope_within_prompts(values: Values, lengths: Values) -> float:
 
 
 def distinct(texts: Sequence[str], ngram: int) -> float | None:
-    """The mean over answers of the share of distinct n-grams of characters (arXiv 1510.03055).
+    """Returns the mean share of distinct n-grams of characters of an answer (arXiv 1510.03055).
 
     Answers shorter than an n-gram do not count; None where all of them are.
     """
@@ -152,5 +147,5 @@ def distinct(texts: Sequence[str], ngram: int) -> float | None:
 
 
 def bootstrap_settings(seed: int) -> dict[str, str | int]:
-    """What a reader must know of the intervals."""
+    """Returns the settings of the bootstrap, for a report."""
     return {"resampled": "prompts", "paired": "by prompt", "num": NUM_RESAMPLES, "seed": seed}

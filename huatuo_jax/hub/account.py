@@ -1,9 +1,4 @@
-"""Who a token belongs to, and whether it may write to a repository; told before anything is.
-
-What a failed call to the Hub means, in one line.
-
-The token: where it is from, and keeping it and other credentials out of all that is written.
-"""
+"""Finds the Hub's token and its rights, explains failed calls, and removes secrets from texts."""
 
 import contextlib
 import dataclasses
@@ -20,6 +15,22 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabl
 
 _WRITES = "repo.write"
 _PROPOSES = "discussion.write"
+_MOST_OF_A_MESSAGE = 400
+_QUOTA = re.compile(r"storage|quota|\blimit|exceed|upgrade|payment", re.IGNORECASE)
+# The Xet client (Rust) raises ConnectionError for a status too, and keeps the Hub's words back.
+_XET_STATUS = re.compile(r"HTTP status \w+ error \((\d{3})\b")
+MASK = "[token]"
+REMOVED = "[removed]"
+_SHORTEST = 8  # What is shorter is no token, and would be found in every other word.
+# Keys by the form that their issuers give them, and addresses with a password or a key in them. In
+# ASCII alone: Chinese writes no blank before or behind a key, and its characters are letters too.
+_CREDENTIAL = re.compile(
+    r"(?<![A-Za-z0-9])(?:hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{16,})"
+    r"|(?<=://)[^\s/@:\"']*:[^\s/@\"']+(?=@)"
+    r"|(?<=[?&])(?:api_?key|key|token|access_token)=[!#-%(-~]{8,}",
+    re.IGNORECASE,
+)
+_USER_OF_ADDRESS = re.compile(r"(?<=://)[^\s/@]+(?=@)")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,10 +52,10 @@ class Account:
 
     @classmethod
     def from_whoami(cls, told: Mapping[str, Any]) -> "Account":
-        """The account of an answer to `whoami`.
+        """Reads the Hub's response to `whoami`.
 
         Raises:
-            KeyError, TypeError, AttributeError: it is no such answer.
+            KeyError, TypeError, AttributeError: it is no such response.
         """
         token = (told.get("auth") or {}).get("accessToken") or {}
         fine = token.get("fineGrained") or {}
@@ -61,7 +72,7 @@ class Account:
         )
 
     def owns(self, owner: str) -> bool:
-        """Whether an owner of repositories is the user, or an organisation to write for."""
+        """Tells whether an owner is the user, or an organisation for which the user may write."""
         if owner.casefold() == self.name.casefold():
             return True
         roles = {name.casefold(): role for name, role in self.roles.items()}
@@ -97,14 +108,8 @@ class Account:
                 )
 
 
-_MOST_OF_A_MESSAGE = 400
-_QUOTA = re.compile(r"storage|quota|\blimit|exceed|upgrade|payment", re.IGNORECASE)
-# The Xet client (Rust) raises ConnectionError for a status too, and keeps the Hub's words back.
-_XET_STATUS = re.compile(r"HTTP status \w+ error \((\d{3})\b")
-
-
 def reason_of(error: BaseException, *, endpoint: str) -> str:
-    """Why a call of huggingface_hub failed, and what to do; the text may still hold the token.
+    """Explains why a call of huggingface_hub failed; the text may still hold the token.
 
     Args:
         error: as the library raised it.
@@ -129,7 +134,7 @@ def reason_of(error: BaseException, *, endpoint: str) -> str:
 
 
 def _of_status(status: int, said: str, wait: str | None) -> str:
-    """What a status of HTTP means, with the Hub's words and the seconds that it asks to wait."""
+    """Explains an HTTP status, with the Hub's message and the seconds that it asks to wait."""
     meaning = {
         400: "the Hub refuses it",
         401: "the Hub does not accept the token, or hides the repository from it",
@@ -152,7 +157,7 @@ def _of_status(status: int, said: str, wait: str | None) -> str:
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """The error, and those that it was made of."""
+    """Yields an error and its causes."""
     cause: BaseException | None = error
     while cause is not None:
         yield cause
@@ -169,46 +174,31 @@ def _one_line(text: str) -> str:
     return line if len(line) <= _MOST_OF_A_MESSAGE else f"{line[:_MOST_OF_A_MESSAGE]}..."
 
 
-MASK = "[token]"
-REMOVED = "[removed]"
-_SHORTEST = 8  # What is shorter is no token, and would be found in every other word.
-
-# Keys by the form that their issuers give them, and addresses with a password or a key in them. In
-# ASCII alone: Chinese writes no blank before or behind a key, and its characters are letters too.
-_CREDENTIAL = re.compile(
-    r"(?<![A-Za-z0-9])(?:hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{16,})"
-    r"|(?<=://)[^\s/@:\"']*:[^\s/@\"']+(?=@)"
-    r"|(?<=[?&])(?:api_?key|key|token|access_token)=[!#-%(-~]{8,}",
-    re.IGNORECASE,
-)
-_USER_OF_ADDRESS = re.compile(r"(?<=://)[^\s/@]+(?=@)")
-
-
 @dataclasses.dataclass(frozen=True)
 class Token:
     """An access token of the Hub.
 
     Attributes:
         value: the token itself.
-        origin: where it is from, for messages.
+        origin: its source, for messages.
     """
 
     value: str = dataclasses.field(repr=False)
     origin: str
 
     def masked(self, text: str) -> str:
-        """The text without the token, and without passwords in addresses."""
+        """Removes the token and the passwords in addresses from a text."""
         return _USER_OF_ADDRESS.sub(REMOVED, text.replace(self.value, MASK))
 
 
 def find_token(given: str | None) -> Token:
-    """The token of the argument, else of `HF_TOKEN`, else of the stored login.
+    """Returns the token of the argument, else of `HF_TOKEN`, else of the stored login.
 
     Args:
-        given: the argument; None where there is none.
+        given: the argument; None if it is not given.
 
     Raises:
-        ValueError: there is none, or it cannot be one. The message does not hold it.
+        ValueError: there is none, or it is malformed. The message does not hold it.
     """
     value, origin = given, "--token"
     if value is None:
@@ -238,7 +228,7 @@ def find_token(given: str | None) -> Token:
 
 @contextlib.contextmanager
 def kept_secret(token: Token) -> Iterator[None]:
-    """Keeps a token out of log records and warnings, whoever writes them, while the block runs."""
+    """Keeps a token out of all log records and warnings while the block runs."""
     make_record = logging.getLogRecordFactory()
 
     def make_masked(*arguments: Any, **keywords: Any) -> logging.LogRecord:
@@ -267,10 +257,10 @@ def kept_secret(token: Token) -> Iterator[None]:
 
 
 def without_credentials(text: str) -> str:
-    """The text with `[removed]` in place of what looks like a key or an address's password."""
+    """Replaces texts that look like a key or an address's password by `[removed]`."""
     return _CREDENTIAL.sub(REMOVED, text)
 
 
 def holds_credential(text: str) -> bool:
-    """Whether a text holds what looks like a key or an address's password."""
+    """Tells whether a text seems to hold a key or an address's password."""
     return _CREDENTIAL.search(text) is not None

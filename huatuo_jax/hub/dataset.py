@@ -1,4 +1,4 @@
-"""A run's prompts, labels and comparisons as a dataset: rows of one form each, and its card."""
+"""Writes a run's prompts, labels and comparisons as a dataset with its card."""
 
 import dataclasses
 import json
@@ -25,6 +25,15 @@ _SOURCES_SHOWN = 20
 
 _Feature = dict[str, Any]
 _RecordT = TypeVar("_RecordT")
+_MEANINGS = {
+    PROMPTS_FILE: "what was asked; `reference` is a doctor's answer, `diagnosis` their finding",
+    LABELS_FILE: (
+        "one verdict of the judge a row, on the answers `texts` to the prompt `id`: with the "
+        "protocol `score` five scores of one answer, with `pairwise` the probability `p_first` "
+        "that the first of two is the better one"
+    ),
+    COMPARISONS_FILE: "pairs made of the verdicts: two answers to a prompt, the better one first",
+}
 
 
 def _text(name: str) -> _Feature:
@@ -39,8 +48,7 @@ def _messages(name: str) -> _Feature:
     return {"name": name, "list": [_text("role"), _text("content")]}
 
 
-# What the columns are is said in the card's head: a file of many rows may begin with nulls alone,
-# of which no reader can tell the type.
+# The card declares the columns: the first rows of a file may be null alone, which tell no type.
 _COLUMNS: Mapping[str, tuple[_Feature, ...]] = {
     PROMPTS_FILE: (
         _text("id"),
@@ -70,24 +78,15 @@ _COLUMNS: Mapping[str, tuple[_Feature, ...]] = {
         _text("source"),
     ),
 }
-_MEANINGS = {
-    PROMPTS_FILE: "what was asked; `reference` is a doctor's answer, `diagnosis` their finding",
-    LABELS_FILE: (
-        "one verdict of the judge a row, on the answers `texts` to the prompt `id`: with the "
-        "protocol `score` five scores of one answer, with `pairwise` the probability `p_first` "
-        "that the first of two is the better one"
-    ),
-    COMPARISONS_FILE: "pairs made of the verdicts: two answers to a prompt, the better one first",
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Written:
-    """What was written.
+    """The outcome of `write_dataset`.
 
     Attributes:
-        missing: files of the run that are not there.
-        notes: what the user should know.
+        missing: files that the run does not have.
+        notes: for the user.
     """
 
     missing: tuple[str, ...]
@@ -167,7 +166,7 @@ def dataset_card(
     settings: Mapping[str, Any],
     notes: Sequence[str] = (),
 ) -> str:
-    """The dataset's card.
+    """Returns the dataset's card.
 
     Args:
         counts: rows of each file.
@@ -175,7 +174,7 @@ def dataset_card(
         report: of the labels; None where there are none.
         license_id: the Hub's identifier of the licence.
         settings: of the judging.
-        notes: what else is to be said of the rows.
+        notes: on the rows.
     """
     names = {name: name.removesuffix(".jsonl") for name in counts}
     head = huggingface_hub.DatasetCardData(
@@ -264,7 +263,7 @@ def _licence_line(license_id: str) -> str:
 def _rows(
     path: pathlib.Path, parse: Callable[[Row], _RecordT], to_row: Callable[[_RecordT], Row]
 ) -> list[Row]:
-    """The rows of a file whose records are those of the project, each with the file's columns."""
+    """Reads a file of the project's records into rows with the columns of the dataset."""
     rows = []
     for line in read_lines(path, unfinished="read"):
         try:
@@ -284,7 +283,7 @@ def _check_texts(row: Row, columns: Sequence[_Feature]) -> None:
 
 
 def _label_rows(run: pathlib.Path) -> tuple[list[Row], LabelReport, int]:
-    """The verdicts that stand, with the texts judged; a report of all; how many are left out."""
+    """Returns the current verdicts with the texts judged, a report, and how many are left out."""
     answers = run / _ANSWERS_FILE
     if not answers.is_file():
         raise ValueError(f"{answers}: no such file; it holds the answers that the labels judge")
@@ -338,7 +337,7 @@ def _plain(messages: Messages) -> list[dict[str, str]]:
 
 
 def _clean(value: Any) -> Any:
-    """The value with every text in it cleaned of credentials and of halves of characters."""
+    """Removes credentials and lone surrogates from every text of a value."""
     if isinstance(value, str):
         whole = value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         return without_credentials(whole)

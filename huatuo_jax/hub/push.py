@@ -1,9 +1,7 @@
-"""Pushing a run to the Hub: everything is looked at first, then each part is one upload.
+"""Pushes a run's policy, reward model and data to the Hugging Face Hub.
 
-Run again after an interruption it goes on: the Hub says which large files it has already, and those
-are not sent again; a part that is there and equal makes no commit.
-
-Push a run to the Hugging Face Hub: policy, reward model, data; run again, it resumes.
+All is checked first; then each part is one upload. Run again, it resumes: large files that the Hub
+has already are not sent again, and a part that is unchanged makes no commit.
 """
 
 import contextlib
@@ -43,7 +41,7 @@ class Pushed:
     """One part as it lies on the Hub.
 
     Attributes:
-        part: which one.
+        part: of the run.
         repo: its repository, OWNER/NAME.
         url: of the repository, or of the pull request.
         commit: that holds it.
@@ -58,21 +56,20 @@ class Pushed:
 
 
 def push(cfg: PushConfig, tell: Tell = print) -> tuple[Pushed, ...]:
-    """Pushes parts of a run to the Hugging Face Hub; run again, it goes on.
+    """Pushes parts of a run to the Hugging Face Hub; run again, it resumes.
 
     Before anything is uploaded, all files, the token, every repository and every card are checked.
 
     Args:
-        cfg: what, and where to.
-        tell: is called with what the user should know, line by line; no line holds the token.
+        cfg: parts and repositories.
+        tell: called with each line for the user; no line holds the token.
 
     Returns:
-        What was pushed; nothing for a dry run, which makes no connection.
+        The parts that were pushed; none for a dry run, which makes no connection.
 
     Raises:
-        ValueError: a run without a finished export, a file that cannot be uploaded, a token or a
-            repository that will not do, a card that the Hub refuses, or a Hub that cannot be
-            reached or refuses; the message is one line, without the token.
+        ValueError: a run without a finished export, an invalid file, token, repository or card, or
+            a Hub that is unreachable or refuses; the message is one line, without the token.
         OSError: a file of the run cannot be read.
     """
     with tempfile.TemporaryDirectory(prefix="huatuo_push_") as name:
@@ -110,7 +107,7 @@ class _Hub:
             except ValueError as error:
                 before = ", ".join(f"{one.part} to {one.repo}" for one in done) or "nothing"
                 raise ValueError(
-                    f"{error}; pushed before that: {before}; run the same command again to go on"
+                    f"{error}; pushed before that: {before}; run the same command again to resume"
                 ) from None
         return tuple(done)
 
@@ -123,7 +120,7 @@ class _Hub:
                 raise _Refused(f"{self._api.endpoint} does not answer as a Hub does") from None
 
     def _checked(self, upload: Upload, account: Account) -> "_Target":
-        """Where an upload goes; raises for a place or a card that cannot be."""
+        """Returns the target of an upload; raises for an invalid target or card."""
         repo = upload.repo if "/" in upload.repo else f"{account.name}/{upload.repo}"
         with self._asking(f"{repo!r} is no name of a repository"):
             validate_repo_id(repo)
@@ -151,7 +148,7 @@ class _Hub:
                 self._tell(self._token.masked(f"{upload.part}: the Hub says of the card: {line}"))
 
     def _check_repo(self, upload: Upload, repo: str, *, owned: bool) -> bool:
-        """Whether a repository is there; one that is not as visible as was asked for is refused."""
+        """Tells whether a repository exists; refuses one of another visibility than asked for."""
         with self._asking(f"{upload.part}: {repo} cannot be looked at"):
             try:
                 is_private = self._api.repo_info(repo, repo_type=upload.repo_type).private
@@ -210,7 +207,7 @@ class _Hub:
         return Pushed(part=upload.part, repo=repo, url=url, commit=commit.oid, changed=changed)
 
     def _open_request(self, upload: Upload, target: "_Target") -> str | None:
-        """The revision of a pull request of this account and title that is still open."""
+        """Returns the revision of this account's open pull request of the same title."""
         title, repo, author = self._cfg.message_of(upload.part), target.repo, target.author
         with self._asking(f"{upload.part}: the pull requests of {repo} cannot be listed"):
             for one in self._api.get_repo_discussions(
@@ -261,7 +258,7 @@ class _Hub:
 
 
 class _Target(NamedTuple):
-    """Where an upload goes: OWNER/NAME, whether that is there, and who opens pull requests."""
+    """The target of an upload: OWNER/NAME, its existence, and the author of pull requests."""
 
     repo: str
     is_there: bool
@@ -269,11 +266,11 @@ class _Target(NamedTuple):
 
 
 class _Refused(ValueError):
-    """What is said as it stands, in place of the library's own words."""
+    """An error whose message replaces the library's."""
 
 
 def _told_of(cfg: PushConfig, uploads: Sequence[Upload]) -> Iterator[str]:
-    """What a dry run says."""
+    """Yields the lines of a dry run."""
     visible = "public" if cfg.public else "private"
     place = "a pull request" if cfg.create_pr else cfg.revision or _MAIN
     for upload in uploads:
@@ -304,7 +301,7 @@ def _size(num_bytes: int) -> str:
 
 
 def main(flags: PushConfig) -> None:
-    """Push, and print what is where."""
-    # Nothing is computed here, and no accelerator is to be taken.
+    """Pushes, and prints the address of each part."""
+    # Pushing needs no accelerator.
     jax.config.update("jax_platforms", "cpu")
     push(flags)

@@ -1,7 +1,4 @@
-"""Which files of a run go into which repository, and what is left out; an allow-list.
-
-What of a run is pushed to the Hugging Face Hub, and where to.
-"""
+"""Selects the files of a run that are pushed to each repository, by an allow-list."""
 
 import dataclasses
 import pathlib
@@ -27,20 +24,28 @@ RepoType = Literal["model", "dataset"]
 _BRANCH = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./-]*")
 _NO_BRANCH = re.compile(r"\.\.|//|/\.|[./]$|\.lock(/|$)|^refs/(?!pr/\d+$)")
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]*")
+EXPORT_FOLDER = "export"
+RELEASE_FILE = "release.json"
+CARD_FILE = "README.md"
+_INDEX = "model.safetensors.index.json"
+# Beside the files that every model has. Evaluation results are read by the Hub from that folder.
+_OF_MODELS = (*SIDE_FILES, CARD_FILE, "reward_normalization.json", ".eval_results/*.yaml")
+_READ_FOR_SECRETS = (".md", ".json", ".jsonl", ".yaml", ".jinja", ".py")
+_MOST_READ_BYTES = 64 << 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PushConfig:
-    """What is pushed, and where to.
+    """The parts of a run that are pushed, and their repositories.
 
     Attributes:
         run: the run's folder, whose recipe has been through its export.
         repo: the policy's repository, as NAME (of the token's owner) or OWNER/NAME.
-        what: which of `policy`, `reward` and `data`; data holds prompts, which may be patients'
+        what: parts, of `policy`, `reward` and `data`; data holds prompts, which may be patients'
             words, and is pushed only where it is named here.
         reward_repo: the reward model's repository; None for `repo` with `-reward-model` behind it.
         data_repo: the dataset's repository; None for `repo` with `-data` behind it.
-        public: whether everyone may see the repositories; new ones are private otherwise, and one
+        public: make the repositories visible to everyone; new ones are private otherwise, and one
             that is public already is refused.
         create_pr: open a pull request in place of a commit; one of the same title that this account
             has open is continued.
@@ -67,7 +72,7 @@ class PushConfig:
     endpoint: str | None = None
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a field that cannot be."""
+        """Validates the fields."""
         unknown = [part for part in self.what if part not in PARTS]
         if unknown or not self.what or len(set(self.what)) < len(self.what):
             raise ValueError(
@@ -99,13 +104,13 @@ class PushConfig:
             raise ValueError("endpoint must be an address that begins with https:// or http://")
 
     def repo_of(self, part: Part) -> str:
-        """The name of a part's repository, as it is given or derived."""
+        """Returns the name of a part's repository, as it is given or derived."""
         if part == "reward":
             return self.reward_repo or f"{self.repo}-reward-model"
         return (self.data_repo or f"{self.repo}-data") if part == "data" else self.repo
 
     def message_of(self, part: Part) -> str:
-        """The title of a part's commit or pull request."""
+        """Returns the title of a part's commit or pull request."""
         of_part = {"policy": "the policy", "reward": "the reward model", "data": "the data"}
         return self.commit_message or f"Upload {of_part[part]} of a huatuo_jax run"
 
@@ -123,18 +128,8 @@ class PushConfig:
 
 
 def repo_type(part: Part) -> RepoType:
-    """The kind of repository that a part goes to."""
+    """Returns the kind of repository for a part."""
     return "dataset" if part == "data" else "model"
-
-
-EXPORT_FOLDER = "export"
-RELEASE_FILE = "release.json"
-CARD_FILE = "README.md"
-_INDEX = "model.safetensors.index.json"
-# Beside the files that every model has. Evaluation results are read by the Hub from that folder.
-_OF_MODELS = (*SIDE_FILES, CARD_FILE, "reward_normalization.json", ".eval_results/*.yaml")
-_READ_FOR_SECRETS = (".md", ".json", ".jsonl", ".yaml", ".jinja", ".py")
-_MOST_READ_BYTES = 64 << 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -142,11 +137,11 @@ class Upload:
     """The files of one repository.
 
     Attributes:
-        part: what it is.
+        part: of the run.
         repo: the repository as it was named, with its owner or without.
         files: by the name that each has in the repository.
         left_out: files of the same folder that are not uploaded, each with the reason.
-        notes: what else the user should know of the files.
+        notes: on the files, for the user.
     """
 
     part: Part
@@ -157,21 +152,21 @@ class Upload:
 
     @property
     def repo_type(self) -> RepoType:
-        """The kind of its repository."""
+        """Returns the kind of its repository."""
         return repo_type(self.part)
 
     @property
     def card(self) -> str:
-        """The text of its README.md."""
+        """Returns the text of its README.md."""
         return self.files[CARD_FILE].read_text(encoding="utf-8")
 
     @property
     def num_bytes(self) -> int:
-        """Of all files."""
+        """Returns the size of all files."""
         return sum(path.stat().st_size for path in self.files.values())
 
     def stage(self, folder: pathlib.Path) -> None:
-        """Makes a folder that holds these files, as links, and no others."""
+        """Links the files, and no others, into a folder."""
         for name, path in self.files.items():
             place = folder / name
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -179,11 +174,11 @@ class Upload:
 
 
 def find_uploads(cfg: PushConfig, made: pathlib.Path) -> tuple[Upload, ...]:
-    """The uploads of each part that is wanted, every file looked at.
+    """Returns the upload of each part in `cfg.what`, after checking every file.
 
     Args:
-        cfg: what is wanted.
-        made: an empty folder for the files of the dataset, which are made here.
+        cfg: parts and repositories.
+        made: an empty folder, into which the dataset is written.
 
     Raises:
         ValueError: there is no finished export, a file of it is missing or damaged, a row of data
@@ -208,7 +203,7 @@ def find_uploads(cfg: PushConfig, made: pathlib.Path) -> tuple[Upload, ...]:
 
 
 def left_in_run(cfg: PushConfig) -> dict[str, str]:
-    """What lies in the run's folder beside what is pushed, each with the reason to leave it."""
+    """Lists files and folders of the run that are not pushed, each with the reason."""
     reasons = {
         "checkpoints": "checkpoints with optimizer state",
         "compiled": "compiled programs",
@@ -228,7 +223,7 @@ def left_in_run(cfg: PushConfig) -> dict[str, str]:
 
 
 def check_without_token(uploads: tuple[Upload, ...], token: Token) -> None:
-    """Raises ValueError where a file holds the token that it is to be uploaded with."""
+    """Raises ValueError where a file holds the token that uploads it."""
     for upload in uploads:
         for name, text in _texts(upload):
             if token.value in text:
@@ -239,9 +234,9 @@ def check_without_token(uploads: tuple[Upload, ...], token: Token) -> None:
 
 
 def _check_exported(run: pathlib.Path, journal: Journal) -> None:
-    """An interrupted export leaves no `release.json`, and its stage unfinished in the journal."""
+    """Checks that the export is finished: its stage in the journal, and `release.json`."""
     folder = run / EXPORT_FOLDER
-    again = "run the recipe again (launch/train.py), it goes on there"
+    again = "run the recipe again (launch/train.py), it resumes there"
     if not folder.is_dir():
         raise ValueError(
             f"{folder}: no such folder; it is made by the stage 'export' of the recipe "
@@ -307,7 +302,7 @@ def _data(cfg: PushConfig, run: pathlib.Path, journal: Journal, made: pathlib.Pa
         if stage in stages and not journal.is_finished(stage) and (run / files).exists():
             raise ValueError(
                 f"{run}: the stage {stage!r} is not finished, and {files} is made from it; run the "
-                "recipe again (launch/train.py), it goes on there"
+                "recipe again (launch/train.py), it resumes there"
             )
     settings = stages["labels"]["settings"] if "labels" in stages else {}
     written = write_dataset(run, made, license_id=cfg.data_license, settings=settings)
@@ -321,7 +316,7 @@ def _data(cfg: PushConfig, run: pathlib.Path, journal: Journal, made: pathlib.Pa
 
 
 def _check_card(upload: Upload) -> None:
-    """What can be told of a card without the Hub: it begins with fields in YAML."""
+    """Checks that a card begins with fields in YAML; only the Hub can check their values."""
     path, fields = upload.files[CARD_FILE], None
     if upload.card.lstrip().startswith("---\n"):
         try:
@@ -346,7 +341,7 @@ def _check_no_credentials(upload: Upload) -> None:
 
 
 def _texts(upload: Upload) -> Iterator[tuple[str, str]]:
-    """The texts among the files; a tokenizer's is no place for a secret, and large."""
+    """Yields the text files, but for the tokenizer's, which are large and hold no secret."""
     for name, path in upload.files.items():
         if name.endswith(_READ_FOR_SECRETS) and not name.startswith(("tokenizer", "vocab")):
             if path.stat().st_size <= _MOST_READ_BYTES or name.endswith(".jsonl"):

@@ -298,12 +298,9 @@ class Flags:
         encoding: of the answers' text; None decides by evidence.
         dry_run: count calls and cost, and send nothing.
         comparisons: comparisons file to make of the labels.
-        protocol: `score` for each answer by itself, `pairwise` for every two in both orders.
-        max_pairs: pairs of a prompt to judge at most.
-        concurrency: questions under way at once.
+        label: what to ask about each prompt.
         base_url: the judge's server, with its `/v1`.
-        max_requests: calls that all runs of the output may make.
-        max_cost: money that all runs of the output may spend.
+        budget: what all runs of the output may take together.
         requests_per_minute: what the server allows.
         tokens_per_minute: what the server allows.
         timeout_s: of a call.
@@ -337,12 +334,9 @@ class Flags:
     encoding: str | None = None
     dry_run: bool = False
     comparisons: str | None = None
-    protocol: Literal["score", "pairwise", "both"] = "score"
-    max_pairs: int | None = None
-    concurrency: int = 8
+    label: LabelConfig = LabelConfig()
     base_url: str = OPENAI_URL
-    max_requests: int | None = None
-    max_cost: float | None = None
+    budget: BudgetConfig = BudgetConfig()
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
     timeout_s: float = 120.0
@@ -395,7 +389,7 @@ def run_of(flags: Flags) -> LabelRun:
         encoding=flags.encoding,
         dry_run=flags.dry_run,
         comparisons=flags.comparisons,
-        label=LabelConfig(**_values(flags, _OF_LABELS)),
+        label=flags.label,
         comparison=ComparisonConfig(
             **_values(flags, ("criterion", *_OF_COMPARISONS)) | {"mix": _mixed(flags)}
         ),
@@ -404,7 +398,6 @@ def run_of(flags: Flags) -> LabelRun:
     )
 
 
-_OF_LABELS = ("protocol", "max_pairs", "concurrency")
 _OF_SERVER = ("base_url", "timeout_s", "max_attempts")
 _OF_OPENAI = (
     "score_template",
@@ -419,7 +412,7 @@ _OF_OPENAI = (
     "low",
     "high",
 )
-_OF_LIMITS = ("max_requests", "max_cost", "requests_per_minute", "tokens_per_minute")
+_OF_LIMITS = ("budget", "requests_per_minute", "tokens_per_minute")
 _OF_A_SERVER = (*_OF_SERVER, *_OF_LIMITS, *_OF_OPENAI)
 _OF_COMPARISONS = (
     "tie_margin",
@@ -440,7 +433,7 @@ def _openai(flags: Flags) -> OpenAIJudgeConfig:
         temperature = None
     server = ServerConfig(
         **_values(flags, _OF_SERVER),
-        budget=BudgetConfig(max_requests=flags.max_requests, max_cost=flags.max_cost),
+        budget=flags.budget,
         limits=RateLimits(requests=flags.requests_per_minute, tokens=flags.tokens_per_minute),
     )
     values = _values(flags, _OF_OPENAI) | {"temperature": temperature}
@@ -455,8 +448,11 @@ def _values(flags: Flags, names: tuple[str, ...]) -> dict[str, Any]:
     return {name: getattr(flags, name) for name in names}
 
 
-def _refuse(flags: Flags, names: tuple[str, ...], what: str) -> None:
+def _refuse(flags: Any, names: tuple[str, ...], what: str) -> None:
     """Raises ValueError for a flag that is set without effect."""
     for field in dataclasses.fields(flags):
-        if field.name in names and getattr(flags, field.name) != field.default:
+        value = getattr(flags, field.name)
+        if field.name in names and value != field.default:
+            if dataclasses.is_dataclass(value):  # Its fields are flags without its name.
+                _refuse(value, tuple(one.name for one in dataclasses.fields(value)), what)
             raise ValueError(f"--{field.name} is ignored by {what} leave it out")

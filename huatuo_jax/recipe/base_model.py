@@ -1,4 +1,4 @@
-"""A base model of one's own: the settings that follow from its size and from what is trained.
+"""Derives the settings of all stages from a base model's size and from what is trained of it.
 
 Learning rates, and rows of an optimizer step or prompts of an iteration:
 
@@ -60,10 +60,17 @@ _CHATML_TOKENS = {"<|im_start|>", "<|im_end|>"}
 
 LORA = LoraConfig(rank=64, alpha=128.0)
 HELD_OUT = HeldOutConfig(share=0.1)
+_RATES_OF_ADAPTERS: dict[Trainer, float] = {
+    "sft": 2e-4,
+    "reward": 1e-4,
+    "ppo": 1e-5,
+    "dpo": 5e-6,
+}
+_TRAINING = ("sft", "reward", "ppo")
 
 
 class Hardware(NamedTuple):
-    """What fits some hardware, of a model whose card says so.
+    """Settings that fit a card's model on some hardware.
 
     Attributes:
         trained: weights or adapters.
@@ -84,7 +91,7 @@ class Size(NamedTuple):
 
     Attributes:
         up_to: parameters.
-        trained: unless told otherwise.
+        trained: by default.
         row_length: tokens.
         response_length: tokens.
         rows: of an optimizer step of fine-tuning, and of the reward model (DPO takes as many).
@@ -105,7 +112,7 @@ class Size(NamedTuple):
     prompts: int
 
     def rate(self, stage: Trainer, trained: Trained) -> float:
-        """The learning rate of a stage."""
+        """Returns the learning rate of a stage."""
         if trained == "adapters":
             return _RATES_OF_ADAPTERS[stage]
         places: dict[Trainer, int] = {"sft": 0, "reward": 1, "ppo": 2, "dpo": 4}
@@ -119,23 +126,17 @@ SIZES = (
         math.inf, "adapters", 2048, 512, (128, 64), (5e-5, 9e-6, 5e-7, 9e-6, 5e-7), 128, 400, 20_000
     ),
 )
-_RATES_OF_ADAPTERS: dict[Trainer, float] = {
-    "sft": 2e-4,
-    "reward": 1e-4,
-    "ppo": 1e-5,
-    "dpo": 5e-6,
-}
 
 
 def recipe(card: str = "rlaif", **fields: Any) -> Config:
-    """The config of a card, with fields replaced as on the command line.
+    """Returns the config of a card, with fields replaced as on the command line.
 
     Args:
         card: see `config.load_card`.
         fields: by name; dots of a path are double underscores, as `sft__num_epochs=3`.
 
     Raises:
-        ValueError: a field that there is not, or a value that is refused.
+        ValueError: an unknown field, or an invalid value.
         OSError: the card or the base model cannot be read.
     """
     changes = {name.replace("__", "."): value for name, value in fields.items()}
@@ -145,7 +146,7 @@ def recipe(card: str = "rlaif", **fields: Any) -> Config:
 
 
 def adapted(config: Config) -> Config:
-    """A config in which the stages follow from its fields of `FIRST`.
+    """Returns a config whose stages follow from its fields of `FIRST`.
 
     With a base model, model, template and settings of all stages are replaced; data, clinic, judge,
     stages, labels, export and report stay. `template`, `max_length`, `compute` and `mesh` are those
@@ -178,7 +179,7 @@ def on_hardware(
     hardware: str,
     settings: Mapping[str, Hardware],
 ) -> RlaifConfig:
-    """A recipe for a published base model on known hardware, for a card; nothing is downloaded.
+    """Returns a card's recipe for a published base model on known hardware; downloads nothing.
 
     As `adapted`, with what follows from the hardware's memory.
 
@@ -213,10 +214,10 @@ def on_hardware(
 
 
 def check_adapted(config: RlaifConfig) -> None:
-    """Refuses a config with a field of `FIRST` that no stage follows.
+    """Checks that the stages agree with the config's fields of `FIRST`.
 
     Raises:
-        ValueError: such a field.
+        ValueError: a field that no stage follows.
     """
     model = config.sft.model
     found: dict[str, Collection[Any]] = {
@@ -235,11 +236,8 @@ def check_adapted(config: RlaifConfig) -> None:
             )
 
 
-_TRAINING = ("sft", "reward", "ppo")
-
-
 def _shared(config: Config) -> dict[str, Any]:
-    """The fields of stages that stand once at the top."""
+    """Returns the stages' fields that are given once at the top of the config."""
     stages = [name for name in ("sft", "reward", "dpo", "ppo") if getattr(config, name, None)]
     changes: dict[str, Any] = {}
     for name in ("compute", "mesh"):
@@ -270,7 +268,7 @@ def _shared(config: Config) -> dict[str, Any]:
 
 
 def _recipe_of(config: Config) -> tuple[RlaifConfig, Size]:
-    """The paper's recipe for a base model with the settings of its size, and that size."""
+    """Returns the paper's recipe for a base model with the settings of its size, and that size."""
     assert config.base_model is not None
     given = None if config.sft is None else config.sft.model.tokenizer
     architecture, model, template = _look_at(config.base_model, given)
@@ -289,7 +287,7 @@ def _settled(
     *,
     template: str,
 ) -> RlaifConfig:
-    """The paper's recipe with the settings that follow from a base model that is known."""
+    """Returns the paper's recipe with the settings that follow from a base model's architecture."""
     assert config.base_model is not None
     found = _sized(paper_recipe(config.base_model, template=template), architecture, size)
     if (config.trained or size.trained) == "adapters":
@@ -299,13 +297,13 @@ def _settled(
 
 
 def size_of(architecture: BackboneConfig) -> Size:
-    """The line of the table that a model is in."""
+    """Returns the row of `SIZES` for a model."""
     number = num_parameters(architecture)
     return next(one for one in SIZES if number <= one.up_to)
 
 
 def _of_recipe(config: RlaifConfig, found: RlaifConfig) -> RlaifConfig:
-    """The recipe for a base model on the data, with the judge, and to the ends of another one."""
+    """Returns the recipe `found` with data, judge, stages and outputs of `config`."""
     names = ("stages", "data", "data_encoding", "clinic", "judge", "labels", "export", "report")
     limit = config.prompts.limit or found.prompts.limit
     return dataclasses.replace(
@@ -317,7 +315,7 @@ def _of_recipe(config: RlaifConfig, found: RlaifConfig) -> RlaifConfig:
 
 
 def _stages(config: StagesConfig, found: RlaifConfig, size: Size) -> StagesConfig:
-    """The stages with the settings of a base model, which the first of them begins with."""
+    """Returns the stages with the settings of a base model, from which the first one starts."""
     own = found.sft.model
 
     def model(now: ModelConfig) -> ModelConfig:
@@ -366,7 +364,7 @@ def _stages(config: StagesConfig, found: RlaifConfig, size: Size) -> StagesConfi
 
 
 def _with_data(config: StagesConfig) -> StagesConfig:
-    """The stages on files of one's own, which the first of them reads."""
+    """Returns the stages with `data` as the first one's files."""
     if config.data is None:
         return config
     paths = tuple(config.data.split(","))
@@ -382,7 +380,7 @@ def _with_data(config: StagesConfig) -> StagesConfig:
 
 
 def num_parameters(architecture: BackboneConfig) -> int:
-    """How many a backbone with its token head has."""
+    """Counts the parameters of a backbone with its token head."""
     params = jax.eval_shape(
         lambda: init_params(jax.random.key(0), architecture, ComputeConfig(), head="lm")
     )
@@ -390,7 +388,7 @@ def num_parameters(architecture: BackboneConfig) -> int:
 
 
 def _look_at(name: str, tokenizer: str | None) -> tuple[BackboneConfig, ModelConfig, ChatTemplate]:
-    """Architecture, model section and chat template of a base model."""
+    """Returns architecture, model section and chat template of a base model."""
     if name in PRESETS:
         if tokenizer is None:
             raise ValueError(
@@ -409,7 +407,7 @@ def _look_at(name: str, tokenizer: str | None) -> tuple[BackboneConfig, ModelCon
 
 
 def _template_of(tokenizer: "PreTrainedTokenizerBase") -> ChatTemplate:
-    """The tokenizer's own template where conversations can be trained in it."""
+    """Returns the tokenizer's own template if conversations can be trained in it, else another."""
     template = for_tokenizer(tokenizer)
     if template.name != "tokenizer":
         return template
@@ -422,7 +420,7 @@ def _template_of(tokenizer: "PreTrainedTokenizerBase") -> ChatTemplate:
 
 
 def _sized(recipe: RlaifConfig, architecture: BackboneConfig, size: Size) -> RlaifConfig:
-    """The paper's recipe with the settings of a size."""
+    """Returns the paper's recipe with the settings of a size."""
     row = min(size.row_length, architecture.max_positions)
     response = min(size.response_length, row // 4)
     of_sft, of_reward, of_policy, of_critic, _ = size.rates

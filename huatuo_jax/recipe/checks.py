@@ -1,7 +1,4 @@
-"""Everything that can be told of a run before its first stage compiles anything.
-
-Which offline judge a run has, told from the prompts that are judged.
-"""
+"""Checks a run's inputs before its first stage compiles anything, and chooses its offline judge."""
 
 import os
 from collections.abc import Iterator
@@ -34,10 +31,9 @@ from huatuo_jax.training.loop import check_rows
 
 
 def check_inputs(cfg: RlaifConfig, workdir: str | os.PathLike[str], wanted: set[str]) -> None:
-    """Raises for whatever the stages still to be run would stumble over later.
+    """Checks the inputs of all stages that are still to be run.
 
-    Files that an earlier stage of the run makes are not there yet; those of someone else have to
-    be, and to be what they should.
+    Files that an earlier stage of the run writes may be absent; all others must exist and be valid.
 
     Args:
         cfg: in its workdir.
@@ -45,8 +41,8 @@ def check_inputs(cfg: RlaifConfig, workdir: str | os.PathLike[str], wanted: set[
         wanted: the stages that are to be run.
 
     Raises:
-        ValueError: a file or setting that cannot be; names the field.
-        OSError: a file that is not there, or no model.
+        ValueError: an invalid file or setting; names the field.
+        OSError: a file or model does not exist.
     """
     model = open_model(cfg.sft.model, cfg.sft.compute.compute_config())
     template = cfg.sft.data.chat_template
@@ -90,7 +86,7 @@ def check_inputs(cfg: RlaifConfig, workdir: str | os.PathLike[str], wanted: set[
                 next(iter(read_comparisons(path, encoding=probe.encoding)), None)
     if "ppo" in wanted:
         _check_positions("ppo.data.max_prompt_tokens + rollout", cfg.ppo.max_length, model)
-        # That too many of them are too long is told now, and not after the reward model.
+        # Too many long prompts must be reported now, and not after the reward model's training.
         open_prompts(
             cfg.ppo.data,
             tokenizer,
@@ -109,7 +105,7 @@ def check_inputs(cfg: RlaifConfig, workdir: str | os.PathLike[str], wanted: set[
             max_new_tokens=cfg.evaluation.max_new_tokens,
         )
     if "export" in wanted:
-        sharding.host_mesh()  # Without a CPU the last stage but one would fail.
+        sharding.host_mesh()  # Export needs the CPU's memory.
         _tell_other_tokens(template, tokenizer, model.cfg)
     for name, section in (("sft", cfg.sft), ("reward", cfg.reward), ("ppo", cfg.ppo)):
         if name in wanted:
@@ -120,7 +116,7 @@ def check_inputs(cfg: RlaifConfig, workdir: str | os.PathLike[str], wanted: set[
 def _tell_other_tokens(
     template: ChatTemplate, tokenizer: PreTrainedTokenizerBase, cfg: BackboneConfig
 ) -> None:
-    """Says where the exported chat template will not give all tokens of training."""
+    """Prints a line if the exported chat template does not give the tokens of training."""
     exported = exported_tokenizer(template, tokenizer, model_type=exported_layout(cfg))
     if distributed.is_first() and not gives_the_tokens(template, exported):
         print(
@@ -132,7 +128,7 @@ def _tell_other_tokens(
 
 
 def _makers(wanted: set[str]) -> dict[str, str]:
-    """Which stage makes which folder of the run, of the stages that will be run."""
+    """Maps each folder of the run that a stage of `wanted` will write to that stage."""
     return {
         folder: stage
         for folder, stage in (("base", "sft"), ("sft", "sft"), ("reward", "reward"), ("ppo", "ppo"))
@@ -141,7 +137,7 @@ def _makers(wanted: set[str]) -> dict[str, str]:
 
 
 def _is_made(path: str, workdir: str | os.PathLike[str], wanted: set[str], stage: str) -> bool:
-    """Whether a stage of this very run will make the file."""
+    """Tells whether `stage` will write the file in this run."""
     inside = os.path.dirname(os.path.abspath(path)) == os.path.abspath(workdir)
     return inside and stage in wanted
 
@@ -155,10 +151,10 @@ def _check_model(
     *,
     made: dict[str, str],
 ) -> BackboneConfig | None:
-    """A folder from elsewhere must hold a model of the right kind that speaks the same tokens.
+    """Checks that a folder holds a model of the right kind with the run's tokenizer.
 
     Returns:
-        Its architecture; None for a model that this run is going to make.
+        Its architecture; None for a model that this run will write.
     """
     inside = os.path.relpath(os.path.abspath(place), os.path.abspath(workdir)).split(os.sep)
     if inside[0] in made:
@@ -192,7 +188,7 @@ def _say_alike(
     template: ChatTemplate,
     cfg: BackboneConfig,
 ) -> bool:
-    """Whether dialogues become the same tokens with two tokenizers.
+    """Tells whether two tokenizers give the same tokens for every dialogue.
 
     Training writes its template beside the weights, so that of the files counts only where it is
     the run's, and what it needs of a tokenizer, which the base model's need not have.
@@ -208,7 +204,7 @@ def _say_alike(
 
 
 def _check_mesh(name: str, backbone: BackboneConfig, cfg: RlaifConfig) -> None:
-    """The mesh that a model answers on must divide it."""
+    """Checks that the mesh on which a model generates divides it."""
     if name == "ppo.model.directory":
         mesh_of(cfg.ppo.rollout, cfg.ppo.mesh.make(), backbone)
     for stage, section in (("answers", cfg.answers), ("evaluation", cfg.evaluation)):
@@ -234,7 +230,7 @@ def _check_prompts(
     *,
     max_new_tokens: int,
 ) -> None:
-    """The prompts can be read, and enough of them leave room for a token of an answer."""
+    """Checks that the prompts can be read, and that enough of them leave room for a response."""
     account = Account("prompts")
     make_tasks(
         placed(read_prompts(cfg.prompts)),
@@ -264,12 +260,12 @@ def choose_offline_judge(
         workdir: the run's folder.
 
     Returns:
-        The config, and a line that says who judges, and why.
+        The config, and a line that names the judge and the reason.
 
     Raises:
-        ValueError: the clinic's judge is asked for, or its fields are given, and a prompt is none
-            that it knows. Or a file of prompts cannot be read.
-        OSError: a file of prompts is not there.
+        ValueError: the clinic's judge or its fields are given and a prompt is not of the clinic, or
+            a file of prompts cannot be read.
+        OSError: a file of prompts does not exist.
     """
     judged = list(_judged(cfg, workdir))
     foreign = [place for _, place, prompt in judged if not is_of_clinic(prompt)]
@@ -297,7 +293,7 @@ def choose_offline_judge(
 
 
 def _judged(cfg: RlaifConfig, workdir: str | os.PathLike[str]) -> Iterator[tuple[str, str, Prompt]]:
-    """The stage that has a prompt judged, the prompt's place, and the prompt."""
+    """Yields each prompt to be judged, with its stage and its place in a file."""
     if "labels" in cfg.stages:
         answers = cfg.labels.answers
         inside = os.path.dirname(os.path.abspath(answers)) == os.path.abspath(workdir)

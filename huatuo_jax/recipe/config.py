@@ -1,7 +1,4 @@
-"""The settings of the whole recipe: one section a stage.
-
-Training stages by name, and running some of them one after the other.
-"""
+"""The configs of the recipe and of single training stages: one section a stage."""
 
 import dataclasses
 import os
@@ -39,9 +36,16 @@ LABELS_FILE = "labels.jsonl"
 HELD_OUT_FILE = "held_out_prompts.jsonl"
 JUDGED_FILE = "judged_prompts.jsonl"
 RELEASED: Literal["released"] = "released"
-"""As `export.policy`: what the evaluation decides."""
+"""The value of `export.policy` that lets the evaluation decide."""
 
 STAGES = ("sft", "answers", "labels", "reward", "ppo", "evaluation", "export", "report")
+Run = Callable[[Any, str | os.PathLike[str]], dict[str, Any]]
+STAGE_RUNS: Mapping[str, Run] = {
+    SFT: run_sft,
+    reward.STAGE: reward.run_reward,
+    DPO: run_dpo,
+    ppo.STAGE: ppo.run_ppo,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,8 +58,8 @@ class PromptsConfig:
         held_out_files: of held-out prompts; None makes them of the dialogues that fine-tuning holds
             out, or takes those of the run's clinic. A prompt in files on both sides is refused.
         kinds: dialogues of these kinds are taken, and those that tell no kind.
-        limit: so many prompts to learn from at most, chosen by their content; None for all.
-        held_out_limit: so many held-out prompts at most.
+        limit: the most prompts to learn from, chosen by their content; None for all.
+        held_out_limit: the most held-out prompts.
     """
 
     files: str | None = operational(None)  # Their content decides.
@@ -65,7 +69,7 @@ class PromptsConfig:
     held_out_limit: int | None = 200
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a limit below 1."""
+        """Validates the limits."""
         for name in ("limit", "held_out_limit"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -77,15 +81,15 @@ class AnswersConfig:
     """The answers that are judged.
 
     Attributes:
-        model: who answers; the SFT stage's model unless told otherwise.
-        prompts: file of prompts; those made of the dialogues unless told otherwise.
+        model: that generates; the SFT stage's model by default.
+        prompts: file of prompts; by default those made of the dialogues.
         max_left_out_share: share of the prompts that may be left out as too long for the model.
         num_samples: answers to each prompt.
-        sampling: how they are drawn.
+        sampling: of the answers.
         seed: of the answers.
         chunk_size: prompts whose answers are written together.
         slots: answers decoded at once; None for up to 64.
-        mesh: how the devices are divided; `tensor` leaves weights in their place while answers are
+        mesh: division of the devices; `tensor` leaves weights in their place while answers are
             decoded, `fsdp` gathers them for every token.
     """
 
@@ -102,11 +106,11 @@ class AnswersConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LabelsConfig:
-    """What the judge is asked, and which comparisons its verdicts make.
+    """The questions to the judge, and the comparisons of its verdicts.
 
     Attributes:
         answers: the answers file.
-        label: what is asked.
+        label: the questions to the judge.
         comparison: the policies by which verdicts become comparisons.
     """
 
@@ -115,17 +119,17 @@ class LabelsConfig:
     comparison: ComparisonConfig = ComparisonConfig()
 
     def __post_init__(self) -> None:
-        """Raise ValueError where the verdicts would make no comparisons."""
+        """Refuses a protocol that makes no comparisons."""
         if self.label.protocol == "both":
             raise ValueError("label.protocol='both' makes no comparisons; take score or pairwise")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """What is released, in Hugging Face format.
+    """The release in Hugging Face format.
 
     Attributes:
-        policy: what becomes `export/policy`: `released` for what the evaluation decides; `base`,
+        policy: exported to `export/policy`: `released` for what the evaluation decides; `base`,
             `sft`, `best_of_n` or `ppo` for that model of the evaluation, whatever it decides; or
             a model folder. Best-of-n is the SFT model, with the reward model that chooses.
         reward: reward model's folder, to `export/reward`.
@@ -146,7 +150,7 @@ class ExportConfig:
     card_samples: int = 3
 
     def __post_init__(self) -> None:
-        """Raise ValueError for what no card can say."""
+        """Validates the fields that the model cards show."""
         if self.license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", self.license):
             raise ValueError(
                 f"license={self.license!r} must be a licence's name on the Hub, such as apache-2.0"
@@ -159,7 +163,7 @@ class ExportConfig:
 
     @property
     def choice(self) -> Candidate | Literal["released", "folder"]:
-        """The name that `policy` is; `folder` where it is none."""
+        """Returns the name that `policy` is; `folder` for a folder."""
         names: tuple[Candidate | Literal["released"], ...] = (RELEASED, *CANDIDATES)
         return next((name for name in names if name == self.policy), "folder")
 
@@ -178,7 +182,7 @@ class ReportConfig:
 
 
 def clinic_probes() -> tuple[ProbeConfig, ...]:
-    """The clinic's pairs that differ in one thing alone, as it writes them into a run's folder."""
+    """Returns the probes that the clinic writes: pairs that differ in one thing."""
     kinds: tuple[tuple[Difference, str, bool], ...] = (
         ("truth", "true", False),
         ("manner", "friendlier", True),
@@ -200,7 +204,7 @@ class RlaifConfig:
     """The recipe. `{workdir}` in a path stands for the run's folder.
 
     Attributes:
-        recipe: says that a config is of this kind.
+        recipe: identifies a config of this class.
         base_model: the model that fine-tuning starts from, instead of the card's: a Hub id, a
             folder in Hugging Face format or of ours, or a preset's name. Template and settings
             follow from it, see `huatuo_jax.recipe.base_model`; fields given beside it replace them.
@@ -208,18 +212,18 @@ class RlaifConfig:
         template: chat template of all stages, by name; None for that of each stage.
         max_length: tokens of a dialogue in all stages: rows of fine-tuning, prompt and response in
             the others; None for that of each stage.
-        compute: how all training stages compute; None for that of each stage.
-        mesh: how all training stages divide the devices; None for that of each stage.
-        stages: which of them are run, in this order.
+        compute: of all training stages; None for that of each stage.
+        mesh: of all training stages; None for that of each stage.
+        stages: those to be run, in this order.
         data: files of dialogues of one's own, separated by commas; None for `sft.data.sources`.
         data_encoding: of those files, such as cp1252; None tells it by evidence.
-        clinic: which clinic is written to `{workdir}/clinic` before anything is read there. Its
+        clinic: written to `{workdir}/clinic` before anything is read there. Its
             prompts are the run's, unless `prompts` names files; its pairs that differ in one thing
             alone are probes of the reward model. None for none, and `data` leaves it out.
         judge: of the answers, and of PPO's where `ppo.config` has none of its own.
         prompts: to learn from, and held out.
         sft: supervised fine-tuning.
-        answers: answers of its model, to be judged.
+        answers: answers of its model, which are judged.
         labels: the judge's verdicts, and comparisons of them.
         reward: the reward model.
         ppo: the policy.
@@ -251,7 +255,7 @@ class RlaifConfig:
     report: ReportConfig = ReportConfig()
 
     def __post_init__(self) -> None:
-        """Raise ValueError for stages out of order, and for stages that speak different formats."""
+        """Validates the order of the stages, and that all of them use one template."""
         places = [STAGES.index(name) for name in self.stages if name in STAGES]
         if len(places) < len(self.stages) or places != sorted(set(places)):
             raise ValueError(f"stages={self.stages} must be some of {STAGES}, in this order")
@@ -298,7 +302,7 @@ class RlaifConfig:
 
     @property
     def exported_policy(self) -> str | None:
-        """The folder that `export/policy` is made of; None where the evaluation decides."""
+        """Returns the folder of the exported policy; None where the evaluation decides."""
         choice = self.export.choice
         if choice == RELEASED:
             return None
@@ -306,7 +310,7 @@ class RlaifConfig:
 
     @property
     def candidates(self) -> dict[Candidate, str]:
-        """The folder of each model that may be released; best-of-n has the weights of SFT."""
+        """Maps each model that may be released to its folder; best-of-n has the weights of SFT."""
         assert self.evaluation.base is not None
         return {
             "base": self.evaluation.base,
@@ -317,9 +321,9 @@ class RlaifConfig:
 
     @property
     def base_as_it_is(self) -> str | None:
-        """The base model's directory, where it can be asked as it stands; None where it cannot.
+        """Returns the base model's directory if the evaluation can use it unchanged, else None.
 
-        It can where it brings the tokenizer that the run uses and all that the run says to it.
+        It can if the folder has the run's tokenizer and the run changes nothing of its template.
         """
         model, data = self.sft.model, self.sft.data
         changed = model.tokenizer is not None or model.ignore_config_fields
@@ -327,7 +331,7 @@ class RlaifConfig:
         return None if changed or (told and data.template == "tokenizer") else model.directory
 
     def in_workdir(self, workdir: str | os.PathLike[str]) -> "RlaifConfig":
-        """The config with the run's folder in its paths, and one's own data or the clinic's.
+        """Returns the config with the run's folder in its paths, and its data or the clinic's.
 
         The evaluation has what it takes from other stages: the base model, PPO's temperature and
         rule of scores; PPO's judgings have the run's judge, who spends on one account. All stages
@@ -345,7 +349,7 @@ class RlaifConfig:
         return dataclasses.replace(cfg, evaluation=evaluation)
 
     def with_offline_judge(self, name: OfflineName) -> "RlaifConfig":
-        """The config with an offline judge in place of "auto", and wherever none is named."""
+        """Returns the config with an offline judge in place of "auto" and of None."""
         named = name if self.judge.offline == "auto" else self.judge.offline
         ppo, judging = self.ppo, self.ppo.judging
         if judging is not None and judging.judge is not None and judging.judge.offline == "auto":
@@ -360,9 +364,9 @@ class RlaifConfig:
         )
 
     def num_judged_prompts(self, workdir: str | os.PathLike[str]) -> int | None:
-        """How many held-out prompts PPO's judgings want for themselves; None for as many as can be.
+        """Returns how many held-out prompts are set aside for PPO's judgings; None for the most.
 
-        None are set aside where the judgings are off, or have prompts of their own.
+        It is 0 where the judgings are off, or have prompts of their own.
         """
         judging = self.ppo.judging
         if judging is None or judging.prompts != f"{workdir}/{JUDGED_FILE}":
@@ -370,7 +374,7 @@ class RlaifConfig:
         return judging.num_prompts
 
     def _with_data(self) -> "RlaifConfig":
-        """One's own files, which leave the clinic out, or what the clinic writes."""
+        """Returns the config with the user's files and no clinic, or with the clinic's files."""
         if self.data is not None:
             paths = self.data.split(",")
             sources = tuple(
@@ -424,16 +428,6 @@ class RlaifConfig:
         )
 
 
-Run = Callable[[Any, str | os.PathLike[str]], dict[str, Any]]
-
-STAGE_RUNS: Mapping[str, Run] = {
-    SFT: run_sft,
-    reward.STAGE: reward.run_reward,
-    DPO: run_dpo,
-    ppo.STAGE: ppo.run_ppo,
-}
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StagesConfig:
     """Training stages that are run in this order; None leaves a stage out.
@@ -452,8 +446,8 @@ class StagesConfig:
         template: chat template of all stages, by name; None for that of each stage.
         max_length: tokens of a dialogue in all stages: rows of fine-tuning, prompt and response in
             the others; None for that of each stage.
-        compute: how all training stages compute; None for that of each stage.
-        mesh: how all training stages divide the devices; None for that of each stage.
+        compute: of all training stages; None for that of each stage.
+        mesh: of all training stages; None for that of each stage.
     """
 
     base_model: str | None = operational(None)  # Its files decide.
@@ -469,11 +463,11 @@ class StagesConfig:
     ppo: PpoConfig | None = None
 
     def __post_init__(self) -> None:
-        """Raise ValueError where there is no stage."""
+        """Refuses a config without a stage."""
         if not self.stages:
             raise ValueError(f"no stage is given; there are {', '.join(STAGE_RUNS)}")
 
     @property
     def stages(self) -> tuple[str, ...]:
-        """Those that are run, in order."""
+        """Returns the names of the stages that are run, in order."""
         return tuple(name for name in STAGE_RUNS if getattr(self, name) is not None)

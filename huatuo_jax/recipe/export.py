@@ -1,4 +1,4 @@
-"""The release of a run: policy and reward model in Hugging Face format, read back and compared."""
+"""Exports a run's policy and reward model to Hugging Face format, and compares them read back."""
 
 import dataclasses
 import importlib.util
@@ -29,7 +29,7 @@ from huatuo_jax.ppo.rewards import AnswerScoreConfig
 from huatuo_jax.recipe.config import HELD_OUT_FILE, RELEASED, RlaifConfig
 from huatuo_jax.recipe.model_cards import find_origin, policy_card, reward_card
 from huatuo_jax.recipe.prompts import TRAIN_FILE
-from huatuo_jax.report.markup import read_json, read_run
+from huatuo_jax.report.run import read_json, read_run
 from huatuo_jax.reward.export import export_reward_model
 from huatuo_jax.training.initial_model import ModelConfig, talk_of
 from huatuo_jax.training.scoring import load_normalization
@@ -41,15 +41,14 @@ RELEASE_FILE = "release.json"
 
 
 class Policy(NamedTuple):
-    """What becomes `export/policy`.
+    """The policy that is exported to `export/policy`.
 
     Attributes:
         name: of the evaluation's model; `folder` for one from elsewhere.
         source: its folder.
-        release: what `release.json` says of it.
-        template: that the run speaks to it in; None for a model from elsewhere, which keeps what
-            its folder says of that.
-        sampling: how the evaluation samples its answers.
+        release: the content of `release.json`.
+        template: of the run; None for a model from elsewhere, which keeps its own.
+        sampling: of the evaluation.
     """
 
     name: Candidate | Literal["folder"]
@@ -60,14 +59,14 @@ class Policy(NamedTuple):
 
 
 def choose_policy(cfg: RlaifConfig, evaluation: pathlib.Path | None) -> Policy:
-    """The policy that the evaluation has decided on, or that the config names.
+    """Returns the policy that the evaluation has chosen, or that the config names.
 
     Args:
         cfg: in its workdir.
         evaluation: `evaluation.json`; None where the recipe runs without an evaluation.
 
     Raises:
-        ValueError: the evaluation is no JSON.
+        ValueError: the evaluation is not JSON.
     """
     decision = None if evaluation is None else read_json(evaluation)["release"]
     choice = cfg.export.choice
@@ -96,24 +95,24 @@ def choose_policy(cfg: RlaifConfig, evaluation: pathlib.Path | None) -> Policy:
 def run_export(cfg: RlaifConfig, chosen: Policy, folder: pathlib.Path) -> dict[str, Any]:
     """Writes `policy/`, `reward/` with their cards, and `release.json`, and checks the models.
 
-    This needs the memory of the host, twice the larger of the two, and of no accelerator. Both are
+    This needs host memory, twice the larger of the two, and no accelerator memory. Both are
     read back and must be the weights they came from, bit for bit; where PyTorch is installed,
     transformers must give the same logits and scores up to rounding.
 
     Args:
         cfg: in its workdir.
         chosen: the policy.
-        folder: `export` in the run's folder, whose files the cards tell of.
+        folder: `export` in the run's folder, whose files the cards describe.
 
     Returns:
-        Which policy it is, and for each model the number of weights and what transformers said.
+        The policy's name, and for each model the number of weights and transformers' agreement.
 
     Raises:
-        ValueError: a model that cannot be exported so, or an export that differs.
+        ValueError: a model that Hugging Face's format cannot hold, or an export that differs.
         OSError: something cannot be read or written.
     """
     policy, reward = folder / "policy", folder / "reward"
-    # What it says is of this export alone: an interrupted one leaves none.
+    # An interrupted export must leave no release file of an earlier one.
     (folder / RELEASE_FILE).unlink(missing_ok=True)
     dtype = cfg.export.dtype
     export_policy(chosen, policy, dtype=dtype)
@@ -130,7 +129,7 @@ def run_export(cfg: RlaifConfig, chosen: Policy, folder: pathlib.Path) -> dict[s
 
 
 def export_policy(chosen: Policy, target: pathlib.Path, *, dtype: str | None = None) -> None:
-    """Writes a policy for transformers and the servers that take its form, ready to talk.
+    """Writes a policy for transformers and the servers that read its format, ready for chat.
 
     The chat template, the special tokens that it needs, the ids that end an answer and the sampling
     are those of the run, whatever the source's folder says.
@@ -141,7 +140,7 @@ def export_policy(chosen: Policy, target: pathlib.Path, *, dtype: str | None = N
         dtype: of the weights; None keeps the stored one.
 
     Raises:
-        ValueError: a model that cannot be exported so.
+        ValueError: a model that Hugging Face's format cannot hold.
         OSError: something cannot be read or written.
     """
     info = models.find_model(chosen.source)
@@ -242,7 +241,7 @@ def _checked(source: str, target: pathlib.Path, dtype: str | None) -> dict[str, 
 
 
 def _count_equal_weights(ours: ModelInfo, theirs: ModelInfo, dtype: str | None) -> int:
-    """How many weights the two have, which must be the same bit for bit."""
+    """Counts the weights of two models, which must be equal bit for bit."""
     mesh = sharding.host_mesh()
     saved = models.load_params(ours, mesh=mesh, dtype=dtype)
     read = models.load_params(theirs, mesh=mesh)

@@ -1,4 +1,4 @@
-"""The figures of a card: held-out ones as tables and as the Hub's metadata, settings, data."""
+"""Makes the tables of the model cards: held-out figures, settings, data, and the Hub's metadata."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -8,14 +8,14 @@ from huggingface_hub import EvalResult
 from huatuo_jax.clinic import judge as clinic_judge
 from huatuo_jax.core.markdown import ABSENT, inline, interval, number, plain, table
 from huatuo_jax.judge.offline import TRUTHS
-from huatuo_jax.report.markup import MODELS, Run
-from huatuo_jax.report.outcome import MEASURES, NAMES
+from huatuo_jax.report.run import MODELS, Run
+from huatuo_jax.report.sections import MEASURES, NAMES
 
 Figure = Mapping[str, Any]
 
 _DIGITS = 4  # Of a figure in the metadata.
 
-# Of each stage, what its result depends on most: where it stands in the stage's settings.
+# The settings of each stage that its result depends on most, by their paths.
 _SETTINGS: Mapping[str, tuple[tuple[str, str], ...]] = {
     "sft": (
         ("learning rate", "optimizer.learning_rate"),
@@ -92,7 +92,7 @@ _STAGES = {
 
 
 def settings_table(run: Run, stages: Iterable[str]) -> str:
-    """The settings of stages that the run has finished; empty where it has none of them."""
+    """Returns a table of the settings of finished stages; empty without any."""
     rows = []
     for stage in stages:
         if stage not in run.journal or run.journal[stage]["result"] is None:
@@ -108,7 +108,7 @@ def settings_table(run: Run, stages: Iterable[str]) -> str:
 
 
 def data_table(run: Run) -> str:
-    """Dialogues by kind, prompts, labels and comparisons, as they were used; empty without any."""
+    """Returns a table of the dialogues, prompts, labels and comparisons used; empty without any."""
     rows: list[list[str]] = []
     if run.dialogues is not None:
         splits = {name: found["by_kind"] for name, found in run.dialogues["splits"].items()}
@@ -137,7 +137,7 @@ def data_table(run: Run) -> str:
 
 
 def held_out_table(evaluation: Mapping[str, Any]) -> str:
-    """What each model is worth on the held-out prompts, with intervals."""
+    """Returns a table of each model's measures on the held-out prompts, with intervals."""
     there = [name for name in MODELS if name in evaluation["models"]]
     rows = [
         [
@@ -155,7 +155,7 @@ def held_out_table(evaluation: Mapping[str, Any]) -> str:
 
 
 def comparisons_table(evaluation: Mapping[str, Any]) -> str:
-    """The judge's shares of points between the models."""
+    """Returns a table of the judge's shares of points between the models."""
     rows = [
         [
             _versus(pair),
@@ -168,12 +168,12 @@ def comparisons_table(evaluation: Mapping[str, Any]) -> str:
 
 
 def policy_results(name: str, evaluation: Mapping[str, Any], *, data: str) -> list[EvalResult]:
-    """The held-out figures of a run's model for the metadata of its card.
+    """Returns the held-out figures of a run's model for the metadata of its card.
 
     Args:
         name: of the evaluation's model.
         evaluation: `evaluation.json`.
-        data: what the held-out prompts are called.
+        data: name of the held-out prompts.
     """
     judge = plain(evaluation["judge"])
     found: list[tuple[str, str, Figure | None]] = [
@@ -196,11 +196,11 @@ def policy_results(name: str, evaluation: Mapping[str, Any], *, data: str) -> li
 
 
 def reward_results(report: Mapping[str, Any], *, data: str) -> list[EvalResult]:
-    """The held-out figures of a reward model for the metadata of its card.
+    """Returns the held-out figures of a reward model for the metadata of its card.
 
     Args:
         report: `reward_report.json`.
-        data: what the held-out comparisons are called.
+        data: name of the held-out comparisons.
     """
     found = [("accuracy", "agrees with the judge's comparisons", report["accuracy"])]
     for probe in report.get("probes", ()):
@@ -211,7 +211,7 @@ def reward_results(report: Mapping[str, Any], *, data: str) -> list[EvalResult]:
 
 
 def judge_in_words(name: str) -> str:
-    """Who a judge is and what its verdicts are no proof of; Markdown."""
+    """Describes a judge and the limits of its verdicts, in Markdown."""
     if name.startswith(clinic_judge.NAME):
         return (
             f"{inline(name)} reads an answer by the grammar of a small invented world and holds it "
@@ -248,7 +248,7 @@ def _result(task: str, data: str, metric: str, words: str, figure: Figure) -> Ev
 
 
 def _at(settings: Any, path: str) -> Any:
-    """What stands at a path such as `optimizer.learning_rate`; None where it is absent."""
+    """Returns the value at a path such as `optimizer.learning_rate`; None where it is absent."""
     for name in path.split("."):
         if not isinstance(settings, Mapping) or name not in settings:
             return None

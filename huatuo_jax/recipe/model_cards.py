@@ -1,7 +1,4 @@
-"""The cards of a release, `README.md` of each model, in the form of the Hugging Face Hub.
-
-Where a released model comes from: base model, data on the Hub, licence, languages.
-"""
+"""Writes the model cards of a release (`README.md`) in the format of the Hugging Face Hub."""
 
 import dataclasses
 import itertools
@@ -20,7 +17,7 @@ from huatuo_jax.checkpoint import models
 from huatuo_jax.core.markdown import fenced, inline, interval, number, plain, table
 from huatuo_jax.data.readers import read_dialogues, read_prompts
 from huatuo_jax.recipe import model_card_figures
-from huatuo_jax.report.markup import Run
+from huatuo_jax.report.run import Run
 from huatuo_jax.reward.export import USAGE_FOLDER, usage
 from huatuo_jax.training.dialogue_data import SourceConfig
 from huatuo_jax.training.initial_model import ModelConfig
@@ -36,6 +33,27 @@ _COMMON_ENGLISH = frozenset(
     on or she should so that the there they this to was we what when which who why will with you
     your""".split()
 )
+ADVICE = (
+    "Nothing that this model says is medical advice. It is no doctor, and it must not be used to "
+    "diagnose or to treat anyone."
+)
+_TITLES: Mapping[str, str] = {
+    "base": "the base model",
+    "sft": "the SFT model",
+    "best_of_n": "the SFT model, for best-of-n",
+    "ppo": "the model after PPO",
+    "folder": "a model that the config names",
+}
+_STAGES = {
+    "base": ("evaluation",),
+    "sft": ("sft", "evaluation"),
+    "best_of_n": ("sft", "answers", "labels", "reward", "evaluation"),
+    "ppo": ("sft", "answers", "labels", "reward", "ppo", "evaluation"),
+    "folder": (),
+}
+_SPEAKERS = {"user": "Patient", "assistant": "Doctor"}
+_TURN_CHARACTERS = 600
+_SMALL = 100_000_000
 
 
 class License(NamedTuple):
@@ -45,7 +63,7 @@ class License(NamedTuple):
         id: of the Hub's list, or `other`.
         name: of a licence that is `other`.
         link: to its text.
-        told_by: whose word it is, for a reader.
+        told_by: the source of the licence, for a reader.
     """
 
     id: str | None = None
@@ -56,7 +74,7 @@ class License(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Origin:
-    """What both cards of a release say of where it comes from.
+    """Base model, licence, languages and data of a release, for both cards.
 
     Attributes:
         base_model: a Hub id; None for a model that has none.
@@ -64,7 +82,7 @@ class Origin:
         license: of the release.
         languages: ISO codes, the most frequent first; () where they are not known.
         datasets: the Hub ids of the data.
-        is_clinic: whether the data is the made-up clinic's.
+        is_clinic: True for data of the made-up clinic.
     """
 
     base_model: str | None
@@ -75,7 +93,7 @@ class Origin:
     is_clinic: bool
 
     def of_model(self, model: ModelConfig, *, license: str | None, has_data: bool) -> "Origin":
-        """The same of what has begun with another model.
+        """Returns the origin of a model that started from another base.
 
         Args:
             model: that one.
@@ -101,7 +119,7 @@ def find_origin(
     languages: tuple[str, ...],
     is_clinic: bool,
 ) -> Origin:
-    """What the cards of a run say of where its models come from.
+    """Returns base model, licence, languages and data of a run's models.
 
     Args:
         model: that training began with.
@@ -109,7 +127,7 @@ def find_origin(
         prompts: files of prompts.
         license: that the config gives; None for the base model's.
         languages: that the config gives; () tells them by dialogues and prompts.
-        is_clinic: whether the data is the made-up clinic's.
+        is_clinic: True for data of the made-up clinic.
 
     Raises:
         OSError: a file cannot be read.
@@ -126,7 +144,7 @@ def find_origin(
 
 
 def hub_id(source: str | None) -> str | None:
-    """A model's or data set's name where it is one of the Hub; None for a place on this machine."""
+    """Returns the Hub id of a model or data set; None for a local path."""
     if source is None or os.path.exists(source) or source.startswith((".", "/", "~")):
         return None
     try:
@@ -137,7 +155,7 @@ def hub_id(source: str | None) -> str | None:
 
 
 def base_in_words(model: ModelConfig) -> str:
-    """Which model training began with, without a path of this machine; Markdown."""
+    """Names the model that training began with, without local paths, in Markdown."""
     if (name := hub_id(model.directory)) is not None:
         return f"[{inline(name)}](https://huggingface.co/{name})"
     if model.directory is not None:
@@ -154,7 +172,7 @@ def base_in_words(model: ModelConfig) -> str:
 
 
 def find_license(source: str | None, given: str | None) -> License:
-    """The licence that the config gives, else that of the base model's own card.
+    """Returns the licence that the config gives, else that of the base model's own card.
 
     Args:
         source: the base model's folder or Hub id; None for fresh weights.
@@ -181,9 +199,9 @@ def find_license(source: str | None, given: str | None) -> License:
 
 
 def languages_of(texts: Iterable[str]) -> tuple[str, ...]:
-    """Chinese (`zh`) and English (`en`) where at least one text in twenty is in it.
+    """Detects Chinese (`zh`) and English (`en`), each where one text in twenty or more is in it.
 
-    Detected by the script, and English by its most frequent words; no other is detected.
+    Chinese is detected by its script, English by its most frequent words; no others are detected.
     """
     counts = {"zh": 0, "en": 0}
     total = 0
@@ -203,12 +221,12 @@ def languages_of(texts: Iterable[str]) -> tuple[str, ...]:
 def texts_of(
     sources: Sequence[SourceConfig], prompts: Sequence[pathlib.Path], *, limit: int = _READ_OF_EACH
 ) -> Iterable[str]:
-    """Some dialogues of each file, and some prompts, each as one text.
+    """Yields some dialogues of each file, and some prompts, each as one text.
 
     Args:
         sources: of the dialogues; names on the Hub are not looked up.
         prompts: files of prompts; those that are not there are left out.
-        limit: so many of each file at most.
+        limit: the most of each file.
     """
     for source in sources:
         for path in filter(os.path.exists, source.paths):
@@ -217,29 +235,6 @@ def texts_of(
     for file in filter(os.path.exists, prompts):
         for prompt in itertools.islice(read_prompts(file), limit):
             yield "\n".join(message.content for message in prompt.messages)
-
-
-ADVICE = (
-    "Nothing that this model says is medical advice. It is no doctor, and it must not be used to "
-    "diagnose or to treat anyone."
-)
-_TITLES: Mapping[str, str] = {
-    "base": "the base model",
-    "sft": "the SFT model",
-    "best_of_n": "the SFT model, for best-of-n",
-    "ppo": "the model after PPO",
-    "folder": "a model that the config names",
-}
-_STAGES = {
-    "base": ("evaluation",),
-    "sft": ("sft", "evaluation"),
-    "best_of_n": ("sft", "answers", "labels", "reward", "evaluation"),
-    "ppo": ("sft", "answers", "labels", "reward", "ppo", "evaluation"),
-    "folder": (),
-}
-_SPEAKERS = {"user": "Patient", "assistant": "Doctor"}
-_TURN_CHARACTERS = 600
-_SMALL = 100_000_000
 
 
 def policy_card(
@@ -252,16 +247,16 @@ def policy_card(
     num_samples: int,
     same_tokens: bool,
 ) -> str:
-    """The policy's card.
+    """Returns the policy's card.
 
     Args:
-        run: what the run's folder holds.
+        run: the files of the run.
         release: of `release.json`: `policy`, `sentence`, and `best_of_n` where that is released.
-        origin: where the model comes from.
+        origin: of the model.
         title: of the run.
         num_weights: of the model.
         num_samples: sample answers to be shown.
-        same_tokens: whether the chat template gives the very tokens of training.
+        same_tokens: True if the chat template gives exactly the tokens of training.
 
     Raises:
         ValueError: the card cannot be read back.
@@ -308,15 +303,15 @@ def reward_card(
     num_weights: int,
     is_of_run: bool,
 ) -> str:
-    """The reward model's card.
+    """Returns the reward model's card.
 
     Args:
-        run: what the run's folder holds.
-        origin: where the model comes from.
+        run: the files of the run.
+        origin: of the model.
         normalization: of its scores.
         title: of the run.
         num_weights: of the model.
-        is_of_run: whether the run has trained it, so that the run's figures are its own.
+        is_of_run: True if the run has trained it, so that the run's figures are its own.
 
     Raises:
         ValueError: the card cannot be read back.
@@ -368,7 +363,7 @@ def _card(
     sentence: str,
     limits: Sequence[str],
 ) -> str:
-    """Metadata and body in one text, which is read back as the Hub will."""
+    """Renders a card's metadata and body, and reads them back as the Hub does."""
     license = origin.license
     metadata = ModelCardData(
         base_model=origin.base_model,
@@ -456,7 +451,7 @@ def _best_of_n(release: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _evaluated(evaluation: Mapping[str, Any], held_out: str) -> dict[str, Any]:
-    """The parts of a policy's card that are of an evaluation."""
+    """Returns a policy card's values that come from the evaluation."""
     sampling, divergence = evaluation["sampling"], evaluation["kl"]["per_sequence"]
     release = evaluation["release"]
     return {
@@ -474,7 +469,7 @@ def _evaluated(evaluation: Mapping[str, Any], held_out: str) -> dict[str, Any]:
 
 
 def _accuracy(report: Mapping[str, Any]) -> dict[str, Any]:
-    """The parts of a reward model's card that are of its held-out report."""
+    """Returns a reward model card's values that come from its held-out report."""
     rows = [
         ["reward model", interval(report["accuracy"]), number(report["loss"])],
         [
@@ -508,7 +503,7 @@ def _accuracy(report: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _samples(run: Run, name: str, number_of_them: int) -> list[str]:
-    """The first prompts with the first answer to each, each as a block of code."""
+    """Returns the first prompts with the first answer to each, each as a code block."""
     found = []
     for record in run.answers[name][:number_of_them]:
         turns = [

@@ -42,7 +42,7 @@ HELD_OUT = HeldOutConfig(share=0.005)
 
 
 def paper_recipe(directory: str, *, template: str = "huatuogpt", tensor: int = 8) -> RlaifConfig:
-    """All stages, from a base model to a released one.
+    """Returns the recipe with all stages, from a base model to a released one.
 
     The judge is OpenAI's API, and its model has to be named: the paper's ChatGPT is not served any
     more. Whatever answers like that API can take its place.
@@ -79,7 +79,7 @@ def with_adapters(
     rows_at_once: int | Literal["auto"] = "auto",
     slots: int | None = None,
 ) -> RlaifConfig:
-    """The recipe with adapters in place of all weights, for a single device of much memory.
+    """Returns the recipe with adapters in place of all weights, for a single large device.
 
     In PPO policy, reference and critic share the frozen weights. Rates are choices: ten times
     those of all weights and more, as adapters want (arXiv 2106.09685, appendix D).
@@ -159,7 +159,7 @@ def _sft(directory: str, template: str) -> SftConfig:
 
 
 def _reward(template: str) -> RewardConfig:
-    """Its numbers are choices: one pass, as reward models overfit in the second."""
+    """Returns the reward model's config; its numbers are choices: one epoch against overfitting."""
     return RewardConfig(
         model=ModelConfig(directory="{workdir}/sft/model"),
         data=ComparisonsConfig(
@@ -179,7 +179,7 @@ def _reward(template: str) -> RewardConfig:
 
 
 def _ppo(template: str, generation: MeshConfig) -> PpoConfig:
-    """Rate, batch, passes, KL weight, discount and clip are HuatuoGPT-o1's."""
+    """Returns PPO's config; rate, batch, epochs, KL, discount and clip are HuatuoGPT-o1's."""
     return PpoConfig(
         model=ModelConfig(directory="{workdir}/sft/model"),
         data=PpoPrompts(

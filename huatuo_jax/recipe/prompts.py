@@ -1,4 +1,4 @@
-"""A run's prompts, of files or of its dialogues: to learn from, and held out to evaluate on."""
+"""Makes a run's training and held-out prompts from files or from its dialogues."""
 
 import dataclasses
 import itertools
@@ -29,14 +29,13 @@ _SHOWN = 3
 
 
 class Prompts(NamedTuple):
-    """The prompts of a run, and what became of each dialogue.
+    """The prompts of a run, and the account of its dialogues.
 
     Attributes:
         train: to learn from.
         held_out: to evaluate on.
-        judged: held-out ones that PPO chooses its policy by, and which are therefore none that it
-            is evaluated on.
-        account: what became of each dialogue.
+        judged: held-out ones by which PPO chooses its policy; they are not used in the evaluation.
+        account: rows read, used and left out.
     """
 
     train: list[Prompt]
@@ -46,21 +45,20 @@ class Prompts(NamedTuple):
 
 
 def make_prompts(data: DataConfig, cfg: PromptsConfig, *, num_judged: int | None = 0) -> Prompts:
-    """The prompts of files, and of all dialogues of the wanted kinds for a side without files.
+    """Reads the prompts from files, or makes them of the dialogues for a side without files.
 
     A dialogue that fine-tuning holds out makes a held-out prompt, unless the same prompt stands
     among those to learn from, too. Each prompt says in `READ_FROM` where it or its dialogue stands.
 
     Args:
         data: the dialogues.
-        cfg: which prompts are taken.
-        num_judged: so many held-out prompts, and a third of them at most, are set aside for PPO's
-            judgings; None for a third, 0 for none.
+        cfg: selects the prompts.
+        num_judged: held-out prompts to set aside for PPO's judgings, a third of them at most;
+            None for a third, 0 for none.
 
     Raises:
-        ValueError: a file that cannot be read, no prompt on one of the sides, a single held-out one
-            where some are to be set aside, or the same prompt on both sides where one of them is of
-            files.
+        ValueError: an unreadable file, no prompt on one of the sides, a single held-out one where
+            some are set aside, or the same prompt on both sides where one of them is of files.
     """
     train: dict[str, Prompt] = {}
     held_out: dict[str, Prompt] = {}
@@ -118,7 +116,7 @@ def make_prompts(data: DataConfig, cfg: PromptsConfig, *, num_judged: int | None
 
 
 def _set_aside(held_out: list[Prompt], num_judged: int | None) -> list[Prompt]:
-    """The held-out prompts that PPO is judged on while it trains."""
+    """Chooses the held-out prompts on which PPO is judged while it trains."""
     if num_judged == 0:
         return []
     if len(held_out) < 2:
@@ -191,7 +189,7 @@ def _add(
 
 
 def _dialogues(data: DataConfig, account: Account) -> Iterator[tuple[SourceConfig, Dialogue, str]]:
-    """Each dialogue with its source, and the name and line of its file."""
+    """Yields each dialogue with its source, and the name and line of its file."""
     for source in data.sources:
         for path in source.paths:
             dialogues = read_dialogues(path, **source.reading())
@@ -208,10 +206,10 @@ def _is_held_out(source: SourceConfig, dialogue: Dialogue, data: DataConfig) -> 
 
 
 def _prompt(dialogue: Dialogue) -> Prompt:
-    """What the doctor's longest answer answers, with that answer as the reference.
+    """Returns the prompt of the doctor's longest answer, with that answer as the reference.
 
     Answers that are marked as not to be learned from are no references. The last answer of a
-    conversation is often a goodbye, of which nothing can be learned.
+    conversation is often a goodbye, which teaches nothing.
     """
     _, index = max(
         (len(message.content), -index)

@@ -1,11 +1,9 @@
-"""The recipe: its stages in order, each once, resumable anywhere by running it again.
+"""Runs the recipe: its stages in order, each once; run again, it resumes.
 
-Several processes run it together, in a folder that all of them see. They train and generate on one
-mesh; the first of them asks the judge, and writes what is written once.
+Several processes run it together in a shared folder. They train and generate on one mesh; the first
+of them calls the judge and writes the files.
 
-`recipe.json`: which stages are finished, what they were made from, and how long they took.
-
-Run the training stages of a config, or the whole recipe; run again, it resumes.
+The journal `recipe.json` holds each stage's settings, inputs, times and result.
 """
 
 import dataclasses
@@ -35,7 +33,7 @@ from huatuo_jax.recipe.config import (
 from huatuo_jax.recipe.export import RELEASE_FILE
 from huatuo_jax.recipe.prompts import ACCOUNT_FILE, TRAIN_FILE, Prompts, make_prompts, write_prompts
 from huatuo_jax.recipe.stages import Stage, make_stages
-from huatuo_jax.report.markup import read_json
+from huatuo_jax.report.run import read_json
 from huatuo_jax.sft import write_clinic_of
 from huatuo_jax.training.loop import INTERRUPTED_EXIT_CODE, Diverged, Interrupted
 
@@ -43,15 +41,15 @@ JOURNAL_FILE = "recipe.json"
 
 
 class Entry(TypedDict):
-    """One stage.
+    """The journal's entry of one stage.
 
     Attributes:
-        settings: those that decide its result.
-        inputs: a hash of each file or model it was made from.
-        starts: when it was started, each time.
-        seconds: of all starts that ended in an orderly way; a killed one leaves none.
-        finished: when; None while it is not.
-        result: what it reported; None while it is not finished.
+        settings: the fields that decide its result.
+        inputs: a hash of each file or model that it reads.
+        starts: the time of each start.
+        seconds: of all starts but those that were killed.
+        finished: time of its end; None while it is not finished.
+        result: its figures; None while it is not finished.
     """
 
     settings: dict[str, Any]
@@ -66,14 +64,14 @@ class Journal:
     """The journal of one run's folder; every change is on disk when the call returns."""
 
     def __init__(self, workdir: str | os.PathLike[str], *, writes: bool = True) -> None:
-        """Reads it, where there is one.
+        """Reads the journal, if there is one.
 
         Args:
             workdir: the run's folder.
-            writes: whether this process is the one that writes it; others remember what they do.
+            writes: False for the processes that only keep it in memory.
 
         Raises:
-            ValueError: it is no JSON.
+            ValueError: it is not JSON.
         """
         self._path, self._writes = pathlib.Path(workdir) / JOURNAL_FILE, writes
         self.stages: dict[str, Entry] = {}
@@ -81,13 +79,13 @@ class Journal:
             self.stages = read_json(self._path)
 
     def is_finished(self, name: str) -> bool:
-        """Whether a stage is."""
+        """Tells whether a stage is finished."""
         return name in self.stages and self.stages[name]["finished"] is not None
 
     def changes(
         self, name: str, settings: Mapping[str, Any], inputs: Mapping[str, str]
     ) -> list[str]:
-        """Which settings and inputs of a finished stage are not those that it was made with."""
+        """Lists the settings and inputs of a finished stage that have changed since it ran."""
         entry = self.stages[name]
         settings = as_json(settings, name=name)
         changed = differences(entry["settings"], settings)
@@ -99,7 +97,7 @@ class Journal:
         return changed + [f"{which}: is gone" for which in entry["inputs"] if which not in inputs]
 
     def check(self, name: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> None:
-        """Raise ValueError where a finished stage was made with other settings or inputs."""
+        """Raises ValueError where a finished stage was run with other settings or inputs."""
         changed = self.changes(name, settings, inputs)
         if changed:
             raise ValueError(
@@ -108,7 +106,7 @@ class Journal:
             )
 
     def start(self, name: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> None:
-        """Writes down that a stage is started, for the first time or again."""
+        """Records that a stage starts, for the first time or again."""
         before = self.stages[name] if name in self.stages else None
         self.stages[name] = Entry(
             settings=as_json(settings, name=name),
@@ -122,12 +120,12 @@ class Journal:
         self._started_s = time.monotonic()
 
     def stop(self, name: str) -> None:
-        """Writes down the time of a start that did not finish the stage."""
+        """Records the time of a start that did not finish the stage."""
         self.stages[name]["seconds"] += time.monotonic() - self._started_s
         self._write()
 
     def finish(self, name: str, result: Mapping[str, Any]) -> None:
-        """Writes down that a stage is finished."""
+        """Records that a stage is finished, with its result."""
         entry = self.stages[name]
         entry["seconds"] += time.monotonic() - self._started_s
         entry["finished"] = _now()
@@ -146,24 +144,23 @@ def _now() -> str:
 
 
 def run_rlaif(config: RlaifConfig, workdir: str | os.PathLike[str]) -> dict[str, Any]:
-    """Runs the recipe in a run's folder, or goes on with it.
+    """Runs the recipe in a run's folder, resuming it there.
 
-    A finished stage is not run again. All inputs are looked at first, the judge's server too, so
-    that nothing is trained in vain.
+    A finished stage is not run again. All inputs, and the judge's server, are checked first.
 
     Args:
         config: of the recipe; `{workdir}` in a path stands for the run's folder.
         workdir: the run's folder.
 
     Returns:
-        The main figures: what PPO gained in reward, how far it went from SFT, and the time. Where
-        they were made, `released` says in a sentence what is released and why, and `report` is the
+        The main figures: PPO's gain in reward, its KL from SFT, and the time. After the stages of
+        their names, `released` is a sentence on what is released and why, and `report` is the
         report's path.
 
     Raises:
-        ValueError: a config, a file, a judge or a folder that cannot be; names the field. Or the
-            folder is none that all processes share.
-        Interrupted: the run was stopped, and can go on.
+        ValueError: an invalid config, file, judge or folder; names the field. Or workdir is not
+            visible to every process.
+        Interrupted: the run was stopped; the same call resumes it.
         Diverged: a training stage's steps were not finite.
         OSError: something cannot be read or written.
     """
@@ -193,7 +190,7 @@ def run_rlaif(config: RlaifConfig, workdir: str | os.PathLike[str]) -> dict[str,
         reach_judge(judging.judge, field="config.ppo.judging.judge")
     if "evaluation" in wanted and distributed.is_first():
         tell_temperatures(cfg)
-    # Nothing is begun, nor waited for, before all have looked at everything.
+    # No process starts before all of them have checked their inputs.
     distributed.barrier("inputs checked")
     _keep_compiled(folder)
     run_stages(stages, journal, wanted)
@@ -219,10 +216,10 @@ def _write_prompts(folder: pathlib.Path, prompts: Prompts) -> None:
 
 
 def unfinished_stages(stages: Sequence[Stage], journal: Journal) -> set[str]:
-    """The stages that are to be run; the report is cheap and is made anew each time.
+    """Returns the stages to be run; the report is cheap and is written each time.
 
-    A stage that follows the others is run again after any of them, and where its own settings or
-    inputs have changed.
+    A stage with `follows` is run again after any other one, and where its own settings or inputs
+    have changed.
 
     Raises:
         ValueError: another finished one was made with other settings, or from other files.
@@ -241,7 +238,7 @@ def unfinished_stages(stages: Sequence[Stage], journal: Journal) -> set[str]:
 
 
 def run_stages(stages: Sequence[Stage], journal: Journal, wanted: set[str]) -> None:
-    """Runs those that are wanted, in order, and says which of how many it is at."""
+    """Runs the stages of `wanted` in order, printing the number of each."""
     for number, stage in enumerate(stages, start=1):
         is_wanted = stage.name in wanted
         if distributed.is_first():
@@ -255,7 +252,7 @@ def run_stages(stages: Sequence[Stage], journal: Journal, wanted: set[str]) -> N
         except KeyboardInterrupt:
             journal.stop(stage.name)
             if distributed.count() > 1:
-                raise  # The others, which go on, are told that this one failed.
+                raise  # The other processes, which are still running, learn that this one failed.
             raise Interrupted(
                 f"stopped in stage {stage.name!r}; run the same command again to go on"
             ) from None
@@ -266,7 +263,7 @@ def run_stages(stages: Sequence[Stage], journal: Journal, wanted: set[str]) -> N
 
 
 def tell_temperatures(cfg: RlaifConfig) -> None:
-    """Says where the evaluation is not at the temperature that PPO samples at."""
+    """Prints a line where evaluation and PPO sample at different temperatures."""
     own, rollouts = cfg.evaluation.temperature, cfg.ppo.rollout.temperature
     if own != rollouts:
         print(
@@ -277,7 +274,7 @@ def tell_temperatures(cfg: RlaifConfig) -> None:
 
 
 def _keep_compiled(folder: pathlib.Path) -> None:
-    """Keeps compiled programs in the run's folder: several stages run the same ones."""
+    """Caches compiled programs in the run's folder, as several stages share them."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", os.path.abspath(folder / "compiled"))
 
@@ -297,7 +294,7 @@ class Flags:
 
 @distributed.joined()
 def main(flags: Flags, config: StagesConfig | RlaifConfig) -> None:
-    """Run each stage in order and print its result."""
+    """Runs each stage in order and prints its result."""
     for name, run, settings in _runs(config):
         try:
             result = run(settings, flags.workdir)
@@ -323,6 +320,6 @@ def _runs(config: Any) -> list[tuple[str, Callable[..., dict[str, Any]], Any]]:
 
 
 def _summary(result: dict[str, Any]) -> str:
-    """The numbers over all kinds of data, `eval/loss` but not `eval/loss/KIND`."""
+    """Returns the numbers over all kinds of data: `eval/loss`, but not `eval/loss/KIND`."""
     numbers = ((name, value) for name, value in result.items() if isinstance(value, int | float))
     return ", ".join(f"{name} {value:.4g}" for name, value in numbers if name.count("/") < 2)

@@ -1,4 +1,4 @@
-"""The stages of the recipe: what each is made from, what it leaves, and the call that runs it."""
+"""Makes the recipe's stages: inputs, outputs and call of each."""
 
 import dataclasses
 import os
@@ -19,11 +19,13 @@ from huatuo_jax.evaluation.answers import sampling_of
 from huatuo_jax.evaluation.stage import run_evaluation, write_json
 from huatuo_jax.generation.bulk import BulkConfig, run_bulk
 from huatuo_jax.judge.config import reach_judge
+from huatuo_jax.ppo.config import PpoConfig
 from huatuo_jax.ppo.stage import run_ppo
 from huatuo_jax.preferences.label import LabelRun, report_path, run_labels
 from huatuo_jax.recipe.config import LABELS_FILE, RlaifConfig
 from huatuo_jax.recipe.export import RELEASE_FILE, choose_policy, run_export
 from huatuo_jax.report.page import write_report
+from huatuo_jax.reward.config import RewardConfig
 from huatuo_jax.reward.stage import run_reward
 from huatuo_jax.sft import run_sft, settled_step
 from huatuo_jax.training.dialogue_data import open_dialogues
@@ -36,13 +38,13 @@ class Stage(NamedTuple):
 
     Attributes:
         name: as in the config.
-        settings: those that decide its result.
-        inputs: what it is made from, by name: files, folders, or names on the hub.
-        outputs: what stands when it is finished.
-        run: does it, or goes on with it, and returns its main figures. All processes have to call
-            it; those of what only the first one does are returned by the first one.
-        follows: it is made anew where anything that it is made from has changed; other stages,
-            which take long or cost money, refuse to.
+        settings: the fields that decide its result.
+        inputs: by name: files, folders, or names on the Hub.
+        outputs: files and folders that exist when it is finished.
+        run: runs or resumes it and returns its main figures. All processes must call it; figures of
+            work that only the first process does are returned by that one.
+        follows: it is run again where an input has changed; other stages, which take long or cost
+            money, refuse to.
     """
 
     name: str
@@ -53,12 +55,12 @@ class Stage(NamedTuple):
     follows: bool = False
 
     def input_hashes(self) -> dict[str, str]:
-        """A hash of the content of each input, wherever it lies."""
+        """Returns a hash of the content of each input, wherever it is stored."""
         return {name: _hash_of(place) for name, place in self.inputs.items()}
 
 
 def make_stages(cfg: RlaifConfig, workdir: pathlib.Path) -> list[Stage]:
-    """The stages of a config in their order; its paths are those of this folder."""
+    """Returns the stages of a config in order; its paths must be those of `workdir`."""
     makers = (_sft, _answers, _labels, _reward, _ppo, _evaluation, _export, _report)
     stages = [maker(cfg, workdir) for maker in makers]
     return [stage for stage in stages if stage.name in cfg.stages]
@@ -116,7 +118,7 @@ def _answers(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:
 
 
 def answer_figures(path: pathlib.Path) -> dict[str, float]:
-    """Prompts, answers and tokens of an answers file, and the shares that ended and are empty."""
+    """Counts prompts, answers and tokens of an answers file, and ended and empty answers."""
     prompts = answers = tokens = stopped = empty = 0
     for line in read_lines(path, unfinished="read"):
         prompts += 1
@@ -167,15 +169,7 @@ def _reward(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:
     section = cfg.reward
     paths = [path for source in section.data.sources for path in source.paths]
     inputs = _files([*paths, *(path for probe in section.probes for path in probe.paths)])
-    if section.model.directory is not None:
-        inputs["model"] = section.model.directory
-    return Stage(
-        "reward",
-        identity(section),
-        inputs,
-        (workdir / "reward" / "model",),
-        lambda: run_reward(section, workdir),
-    )
+    return _trained("reward", section, workdir, inputs, run_reward)
 
 
 def _ppo(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:
@@ -184,15 +178,20 @@ def _ppo(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:
     if section.judging is not None and section.judging.prompts is not None:
         inputs["judged prompts"] = section.judging.prompts
     inputs["reward model"] = section.reward_model
+    return _trained("ppo", section, workdir, inputs, run_ppo)
+
+
+def _trained(
+    name: str,
+    section: RewardConfig | PpoConfig,
+    workdir: pathlib.Path,
+    inputs: dict[str, str],
+    run: Callable[[Any, pathlib.Path], Mapping[str, Any]],
+) -> Stage:
     if section.model.directory is not None:
         inputs["model"] = section.model.directory
-    return Stage(
-        "ppo",
-        identity(section),
-        inputs,
-        (workdir / "ppo" / "model",),
-        lambda: run_ppo(section, workdir),
-    )
+    outputs = (workdir / name / "model",)
+    return Stage(name, identity(section), inputs, outputs, lambda: run(section, workdir))
 
 
 def _evaluation(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:
@@ -276,7 +275,7 @@ def _report(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:
 
 
 def _save_base(cfg: RlaifConfig, target: pathlib.Path) -> None:
-    """The model as fine-tuning begins with it, its tokenizer and template beside it."""
+    """Saves the model that fine-tuning begins with, its tokenizer and template."""
     if target.exists():
         return
     model = open_model(cfg.sft.model, cfg.sft.compute.compute_config())
@@ -289,7 +288,7 @@ def _save_base(cfg: RlaifConfig, target: pathlib.Path) -> None:
 
 
 def _files(paths: Iterable[str]) -> dict[str, str]:
-    """Files by their names, which may be those of other folders too: a path may change."""
+    """Maps files by name, numbering equal ones: a run's folder may be moved."""
     found: dict[str, str] = {}
     for path in paths:
         name = pathlib.Path(path).name

@@ -1,4 +1,4 @@
-"""Plots as SVG that stands in the page itself; all words in them are English."""
+"""Draws the report's plots as SVG elements for the page itself, with English labels."""
 
 import io
 import re
@@ -20,7 +20,7 @@ _SIZE = (4.6, 3.1)  # In inches: its type is 9 points on a phone's 390 pixels.
 def curves(
     lines: Mapping[str, Series], *, name: str, x: str, y: str, bound: float | None = None
 ) -> str:
-    """Lines over steps; a noisy one (over 60 points) is shown with its moving mean.
+    """Draws lines over steps; one of over 60 points is drawn with its moving mean.
 
     Args:
         lines: by their name in the legend.
@@ -59,7 +59,7 @@ def scatter(
     colour_by: Sequence[float] | None = None,
     colour_name: str = "",
 ) -> str:
-    """Points, coloured by a third number where one is given."""
+    """Draws points, coloured by a third number where one is given."""
 
     def draw(axes: "Axes") -> None:
         if colour_by is None:
@@ -75,7 +75,7 @@ def scatter(
 def reward_and_judge(
     rows: Sequence[Mapping[str, float]], *, kept: int | None, name: str, x: str
 ) -> str:
-    """The reward and the judge's share of points over the same KL, in the order of iterations.
+    """Draws the reward and the judge's share of points over KL, in the order of iterations.
 
     Args:
         rows: of metrics, each of a judging (`judged/...`).
@@ -115,7 +115,7 @@ def reward_and_judge(
 
 
 def clouds(groups: Mapping[str, Series], *, name: str, x: str, y: str) -> str:
-    """Points of several groups, each in its colour."""
+    """Draws the points of several groups, each in its colour."""
 
     def draw(axes: "Axes") -> None:
         for (label, (xs, ys)), colour in zip(groups.items(), _colours(len(groups)), strict=True):
@@ -127,7 +127,7 @@ def clouds(groups: Mapping[str, Series], *, name: str, x: str, y: str) -> str:
 
 
 def reliability(report: Mapping[str, Any], *, name: str) -> str:
-    """How often the reward model is right at each confidence, beside length alone."""
+    """Draws the reward model's agreement at each confidence, beside that of length alone."""
 
     def draw(axes: "Axes") -> None:
         axes.plot([0.5, 1], [0.5, 1], color="0.7", linestyle="--", label="calibrated")
@@ -166,7 +166,7 @@ def _moving_mean(values: Sequence[float]) -> list[float]:
 
 
 def _svg(draw: Any, name: str, *, panels: int = 1) -> str:
-    """The drawing without the heading of a file, its ids unlike those of other plots.
+    """Returns a drawing as an `svg` element whose ids start with the plot's name.
 
     Args:
         draw: is called with the axes of each panel, which share their horizontal axis.

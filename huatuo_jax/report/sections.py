@@ -1,6 +1,7 @@
-"""The parts of a report up to the reward model: data, curves, judge, reward model.
+"""Gathers what each section of a report shows, in the order of the page.
 
-Three consultations side by side, each in another situation, with what is true of each answer.
+Each function returns the values of the template of its name, or None where the run has nothing to
+show there.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,42 +10,40 @@ from typing import Any, NamedTuple
 from huatuo_jax.clinic.dialogues import Situation, conditions_against, situation
 from huatuo_jax.clinic.findings import Findings, find, truth_of
 from huatuo_jax.data.records import Prompt, is_empty
-from huatuo_jax.judge.offline import is_of_clinic
+from huatuo_jax.judge.offline import TRUTHS, is_of_clinic
 from huatuo_jax.report import plots
-from huatuo_jax.report.markup import (
-    Run,
-    figures,
-    interval,
-    number,
-    paragraph,
-    section,
-    table,
-    text,
-    turns,
-)
+from huatuo_jax.report.run import MODELS, Rows, Run
 
-OFFLINE_NOTE = (
-    '<p class="note"><strong>What the offline judge is.</strong> A fixed rubric '
-    "(<code>offline-rubric-v1</code>) that counts measurable properties: characters shared with "
-    "the doctor's answer or the diagnosis, length within reason, repetition, punctuation and "
-    "paragraphs, whether the patient is asked back, a few unsafe wordings. It lets the whole "
-    "recipe run and be tested for nothing. <strong>What it is not:</strong> it does not "
-    "understand a sentence, does not know medicine, and is no substitute for a judge that reads. "
-    "A gain before it shows that the machinery works, not that the answers are better "
-    "medicine.</p>"
-)
+Values = dict[str, Any]
 
-TRUTH_NOTE = (
-    '<p class="note"><strong>What the clinic\'s judge is.</strong> It '
-    "(<code>clinic-truth-v1</code>) reads an answer by the grammar of a small invented world and "
-    "holds it against that world's table of diseases: the right disease, the tests, departments, "
-    "advice and drugs that belong to it, questions where they are needed, dangers missed. "
-    "<strong>What it is not:</strong> it knows no other patients and no other medicine.</p>"
+NAMES = {
+    "base": "base",
+    "sft": "SFT",
+    "best_of_n": "best-of-n",
+    "ppo": "PPO",
+    "reference": "doctor (data)",
+}
+MEASURES = (
+    ("reward", "reward (normalised score, cut-off answers as PPO counts them)", 3),
+    ("truth_diagnosis_right", "names the right disease, where it can be known", 3),
+    ("truth_asks_when_needed", "asks back, where it cannot", 3),
+    ("truth_contraindicated", "orders what this patient must not have", 3),
+    ("truth_red_flag_missed", "misses an emergency", 3),
+    ("judge_overall", "judge, overall (1 to 5)", 3),
+    ("judge_accurate", "judge, accurate", 3),
+    ("characters", "characters", 1),
+    ("stopped", "came to an end", 3),
 )
+"""What an evaluation has of each model: field, words, digits after the point."""
 
+_DIAGNOSIS_RIGHT = "truth_diagnosis_right"
+_CONSULTED = {"sft": "SFT", "ppo": "PPO", "reference": "Reference"}
+_MAX_POINTS = 600
 _PLACES_SHOWN = 3
+_KL = "KL from SFT (nats an answer)"
+_SHARE = (("value", ""), ("low", "_low"), ("high", "_high"))
 
-# What a stage's result says in this table, and in which words.
+# What a stage's result says in the table of data, and in which words.
 _GAVE = {
     "step": "steps",
     "eval/loss": "held-out loss",
@@ -60,245 +59,6 @@ _GAVE = {
     "ppo/kl_per_sequence": "KL from SFT (nats an answer)",
     "reward_gain_value": "PPO's gain in score",
 }
-
-
-def data(run: Run) -> str:
-    """What was trained on what."""
-    parts = []
-    if run.dialogues is not None:
-        kinds: dict[str, dict[str, Any]] = {
-            split: groups["by_kind"] for split, groups in run.dialogues["splits"].items()
-        }
-        names = list(dict.fromkeys(name for found in kinds.values() for name in found))
-        rows = [
-            [
-                text(name),
-                *(
-                    number(kinds[split][name][field] if name in kinds[split] else 0)
-                    for split in kinds
-                    for field in ("examples", "trained_tokens")
-                ),
-            ]
-            for name in names
-        ]
-        head = [
-            "kind",
-            *(f"{split}: {what}" for split in kinds for what in ("dialogues", "tokens")),
-        ]
-        parts.append(
-            table(
-                [text(one.replace("_", " ")) for one in head],
-                rows,
-                caption="Dialogues; tokens are the trained ones",
-            )
-        )
-    results = {
-        name: entry["result"] for name, entry in run.journal.items() if entry["result"] is not None
-    }
-    rows = [[text(name), *_trained_on(name, results[name], run)] for name in results]
-    parts.append(table(["stage", "made from", "gave"], rows, words=True))
-    parts += _left_out(run)
-    return section("data", "What was trained on what", *parts)
-
-
-def _left_out(run: Run) -> list[str]:
-    """Of each stage what was read, used and left out, and by which reasons."""
-    if not run.accounts:
-        return []
-    rows = []
-    reasons = []
-    for name, account in run.accounts.items():
-        left_out = account["rows_left_out"] | account["left_out"]
-        used = ", ".join(
-            f"{text(purpose)} {number(count)}"
-            for purpose, count in (account["used"] | account["set_aside"]).items()
-        )
-        rows.append(
-            [
-                text(name),
-                number(account["rows"]),
-                f"{number(account['records'])} {text(account['unit'])}",
-                used or "none",
-                number(sum(left_out.values())),
-            ]
-        )
-        for reason, count in left_out.items():
-            places = account["places"][reason] if reason in account["places"] else []
-            shown = text("; ".join(places[:_PLACES_SHOWN]))
-            reasons.append([text(name), text(reason), number(count), shown])
-    parts = [
-        table(["stage", "rows read", "made of them", "used", "left out"], rows, words=True),
-    ]
-    if reasons:
-        head = ["stage", "left out because", "number", "such as"]
-        parts.append(table(head, reasons, words=True, caption="What was left out"))
-    return parts
-
-
-def curves(run: Run) -> str:
-    """The curves of every training stage."""
-    drawn = []
-    for stage, name, caption in (
-        ("sft", "loss", "Fine-tuning: cross-entropy of the doctor's tokens."),
-        ("reward", "loss", "Reward model: cross-entropy of the comparisons."),
-        ("reward", "accuracy", "Reward model: share of comparisons it agrees with."),
-    ):
-        lines = {
-            label: run.series(stage, f"{prefix}/{name}")
-            for label, prefix in (("training", "train"), ("held out", "eval"))
-        }
-        lines = {label: found for label, found in lines.items() if found[0]}
-        if lines:
-            svg = plots.curves(lines, name=f"{stage}-{name}", x="step", y=name)
-            drawn.append((svg, caption))
-    for name, label, caption in (
-        ("score", "score", "PPO: mean score of the answers by the reward model."),
-        ("kl_per_sequence", "KL (nats an answer)", "PPO: KL divergence from the SFT model."),
-        ("response_length", "tokens", "PPO: mean length of the policy's answers."),
-        ("sampled_entropy", "nats a token", "PPO: entropy of the policy."),
-    ):
-        found = run.series("ppo", f"ppo/{name}")
-        if found[0]:
-            svg = plots.curves({label: found}, name=f"ppo-{name}", x="iteration", y=label)
-            drawn.append((svg, caption))
-    return section("curves", "Curves of every stage", figures(*drawn)) if drawn else ""
-
-
-def judge(run: Run) -> str:
-    """What the judge did."""
-    if run.labels is None:
-        return ""
-    rows = []
-    for part in run.labels["judges"]:
-        position = part["position"]
-        rows.append(
-            [
-                f"{text(part['judge'])} ({text(part['protocol'])})",
-                number(part["judgements"], name="judgements"),
-                _figure(part["failure_rate"]),
-                _figure(part["ties"]),
-                _figure(part["longer_wins"], name="longer_wins"),
-                "not asked in pairs" if position is None else _figure(position["flip_rate"]),
-                "not asked in pairs" if position is None else _figure(position["log_odds"]),
-            ]
-        )
-    head = [
-        "judge",
-        "judgements",
-        "failed",
-        "ties",
-        "longer answer wins",
-        "orders flip",
-        "position bias (log-odds)",
-    ]
-    parts = [table(head, rows, caption="± is one standard error")]
-    scores = next((p["scores"] for p in run.labels["judges"] if p["scores"]), None)
-    if scores:
-        parts.append(
-            table(
-                list(map(text, scores)),
-                [[_figure(found) for found in scores.values()]],
-                caption="Mean scores of the answers that were labelled, 1 to 5",
-            )
-        )
-    names = {part["judge"] for part in run.labels["judges"]}
-    if any(name.startswith("offline") for name in names):
-        parts.insert(0, OFFLINE_NOTE)
-    if any(name.startswith("clinic") for name in names):
-        parts.insert(0, TRUTH_NOTE)
-    return section("judge", "The judge", *parts)
-
-
-def reward_model(run: Run) -> str:
-    """How far the reward model can be trusted."""
-    found = run.reward
-    if found is None:
-        return ""
-    length = found["length_baseline"]
-    rows = [
-        [
-            "reward model",
-            interval(found["accuracy"], name="reward_accuracy"),
-            number(found["loss"]),
-            number(found["calibration"]["expected_calibration_error"]),
-        ],
-        [
-            "length alone",
-            interval(length["accuracy"], name="length_accuracy"),
-            number(length["loss"]),
-            number(length["calibration"]["expected_calibration_error"]),
-        ],
-    ]
-    relation = found["score_length_correlation"]
-    drawn = plots.reliability(found, name="reliability")
-    caption = (
-        f"{found['num_pairs']} held-out pairs of {found['num_cases']} prompts; the dots' size is "
-        "the number of pairs."
-    )
-    by_margin = [
-        [
-            f"{one['margin_low']:.3f} to {one['margin_high']:.3f}",
-            interval(one if "value" in one else None),
-        ]
-        for one in found["accuracy_by_margin"]
-    ]
-    parts = [
-        table(["", "accuracy", "loss", "calibration error"], rows, caption="On held-out pairs"),
-        paragraph(
-            f"Above the length baseline by {interval(found['accuracy_above_length_baseline'])}.",
-            f"Correlation of score and characters: {number(relation['all_answers'])} over all "
-            f"answers, {number(relation['within_prompts'])} among answers to one prompt.",
-        ),
-        figures((drawn, caption)),
-    ]
-    if "probes" in found and found["probes"]:  # Older reports have none.
-        parts += _probes(found["probes"])
-    if by_margin:
-        parts.append(table(["judge's margin", "accuracy"], by_margin))
-    return section("reward", "The reward model", *parts)
-
-
-def _probes(found: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What the reward model makes of pairs that differ in one thing alone."""
-    rows = [
-        [
-            text(one["name"]),
-            f"the {text(one['chosen'])} one" + (" (neither is right)" if one["neutral"] else ""),
-            interval(one["accuracy"], name=f"probe_{one['name']}"),
-            interval(one["length_accuracy"]),
-            number(one["accuracy"]["num_pairs"]),
-        ]
-        for one in found
-    ]
-    head = ["what differs", "scores higher", "reward model", "length alone", "pairs"]
-    told = "Where neither side is right, .5 is indifference, and better than any preference."
-    return [
-        table(
-            head, rows, caption="Pairs that differ in one thing alone; no other figure holds them"
-        ),
-        *([paragraph(told)] if any(one["neutral"] for one in found) else []),
-    ]
-
-
-def _trained_on(name: str, result: Mapping[str, Any], run: Run) -> tuple[str, str]:
-    inputs = ", ".join(text(one) for one in run.journal[name]["inputs"]) or "the run's files"
-    shown = [
-        f"{label} {number(result[field])}"
-        for field, label in _GAVE.items()
-        if field in result and result[field] is not None
-    ]
-    return inputs, "; ".join(shown) or "done"
-
-
-def _figure(found: Mapping[str, Any], *, name: str | None = None) -> str:
-    error = found["standard_error"]
-    shown = "" if error is None else f' <span class="ci">± {number(error)}</span>'
-    return number(found["value"], name=name) + shown
-
-
-SECTION = "consultations"
-SHOWN = {"sft": "SFT", "ppo": "PPO", "reference": "Reference"}
-
 _TITLES: Mapping[Situation, str] = {
     "clear": "A clear case",
     "ask": "Asking comes first",
@@ -319,36 +79,91 @@ _BROKEN = {
 }
 
 
+def headline(run: Run) -> Values:
+    """Returns the main numbers: truth where the evaluation knows it, judge, reward, KL, time."""
+    found, labels = run.evaluation, run.labels
+    values: Values = {
+        "evaluation": found,
+        "reward": run.reward,
+        "time_s": sum(entry["seconds"] for entry in run.journal.values()),
+        "cost": None if labels is None else sum(one["cost"]["money"] for one in labels["judges"]),
+        "currency": _currency(labels),
+        "right_disease": [],
+        "truth": None,
+    }
+    if found is None:
+        return values
+    right = {name: model.get(_DIAGNOSIS_RIGHT) for name, model in found["models"].items()}
+    labelled = NAMES | {"reference": "reference answers"}
+    gain = found["differences"]["ppo_over_sft"]["reward"]
+    return values | {
+        "right_disease": [
+            (name, label, right[name]) for name, label in labelled.items() if right.get(name)
+        ],
+        "wins": found["win_rates"]["ppo_over_sft"],
+        "gain": gain,
+        "reward_rose": gain is not None and gain["low"] > 0,
+        "truth": _changes_of_truth(found["differences"]["ppo_over_sft"]),
+    }
+
+
+def _currency(labels: Mapping[str, Any] | None) -> str | None:
+    prices = labels.get("prices") if labels is not None else None
+    return None if prices is None else prices["currency"]
+
+
+def _changes_of_truth(differences: Mapping[str, Any]) -> Values | None:
+    """Returns which truths PPO's answers tell more and less often than SFT's."""
+    fields = {f"truth_{name}": found for name, found in TRUTHS.items()}
+    known = {name: differences[name] for name in fields if differences.get(name) is not None}
+    if not known:
+        return None
+    better: list[Values] = []
+    worse: list[Values] = []
+    for name, found in known.items():
+        words, more_is_better = fields[name]
+        if found["low"] > 0 or found["high"] < 0:
+            rises = found["low"] > 0
+            change = {"words": words, "rises": rises, "found": found}
+            (better if rises == more_is_better else worse).append(change)
+    return {"better": better, "worse": worse, "diagnosis": known.get(_DIAGNOSIS_RIGHT)}
+
+
 class Remark(NamedTuple):
-    """What is true of an answer, and whether that is as it should be."""
+    """A true statement about an answer, and whether it is as it should be."""
 
     told: str
     good: bool
 
 
-def consultations(run: Run) -> str:
-    """A held-out prompt of each situation; nothing where the truth is not known."""
-    records = {name: {one["id"]: one for one in run.answers[name]} for name in SHOWN}
+def consultations(run: Run) -> Values | None:
+    """Returns a held-out prompt of each situation; None where the truth is not known."""
+    records = {name: {one["id"]: one for one in run.answers[name]} for name in _CONSULTED}
     prompts = [
         Prompt.from_json(record)
         for record in run.answers["ppo"]
         if "source" in record and record["id"] in records["sft"]
     ]
     chosen = choose(prompts)
-    if not chosen:
-        return ""
-    shown = [_consultation(kind, chosen[kind], records) for kind in _TITLES if kind in chosen]
-    told = paragraph(
-        "Of each kind the first held-out prompt in which the doctor has spoken once, else the "
-        "shortest, and the first answer of each model: not chosen by their looks. The lines below "
-        "the answers are read from them, and held against the table of the invented world that the "
-        "patients are of."
-    )
-    return section(SECTION, "Consultations side by side", told, *shown)
+    shown = [
+        {
+            "title": title,
+            "messages": chosen[kind].messages,
+            "answers": [
+                (_CONSULTED[name], text, remarks(chosen[kind], text))
+                for name, found in records.items()
+                if chosen[kind].id in found
+                for text in [found[chosen[kind].id]["answers"][0]["text"]]
+            ],
+        }
+        for kind, title in _TITLES.items()
+        if kind in chosen
+    ]
+    return {"consultations": shown} if shown else None
 
 
 def choose(prompts: Sequence[Prompt]) -> dict[Situation, Prompt]:
-    """Of each situation the clinic's first prompt with one doctor's turn, else the shortest."""
+    """Returns each situation's first clinic prompt with one doctor's turn, else the shortest."""
 
     def rank(prompt: Prompt) -> tuple[bool, int]:
         spoken = sum(turn.role == "assistant" for turn in prompt.messages)
@@ -361,7 +176,7 @@ def choose(prompts: Sequence[Prompt]) -> dict[Situation, Prompt]:
 
 
 def remarks(prompt: Prompt, answer: str) -> list[Remark]:
-    """What is true of an answer in plain words, what matters most first.
+    """Returns remarks on an answer in plain words, the most important first.
 
     Raises:
         ValueError: the prompt's diagnosis is none of the clinic's.
@@ -413,26 +228,266 @@ def _diagnosis(prompt: Prompt, found: Findings) -> list[Remark]:
     return told
 
 
-def _consultation(
-    kind: Situation, prompt: Prompt, records: Mapping[str, Mapping[str, Mapping[str, Any]]]
-) -> str:
-    asked = turns((turn.role, turn.content) for turn in prompt.messages)
-    boxes = "".join(
-        _box(SHOWN[name], prompt, found[prompt.id]["answers"][0]["text"])
-        for name, found in records.items()
-        if prompt.id in found
-    )
-    title = f"<h3>{_TITLES[kind]}</h3>"
-    return f'<div class="prompt">{title}{asked}<div class="answers">{boxes}</div></div>'
+def release(run: Run) -> Values | None:
+    """Returns which model is released, why, and the comparisons that decided it."""
+    decided = None if run.evaluation is None else run.evaluation.get("release")
+    released = run.release
+    if released is not None and (decided is None or released["policy"] != decided["pick"]):
+        return {"reason": released["sentence"], "decided": decided}
+    if decided is None:
+        return None
+    return {"reason": decided["reason"], "decided": decided}
 
 
-def _box(name: str, prompt: Prompt, answer: str) -> str:
-    said = "<em>(an empty answer)</em>" if is_empty(answer) else text(answer)
-    lines = "".join(
-        f'<li class="{"good" if one.good else "bad"}">{text(one.told)}</li>'
-        for one in remarks(prompt, answer)
+def data(run: Run) -> Values:
+    """Returns what each stage was trained on, and what was left out by which reasons."""
+    kinds, heads = None, []
+    if run.dialogues is not None:
+        splits = {name: groups["by_kind"] for name, groups in run.dialogues["splits"].items()}
+        heads = [f"{split}: {what}" for split in splits for what in ("dialogues", "tokens")]
+        kinds = {
+            name: [
+                found[name][field] if name in found else 0
+                for found in splits.values()
+                for field in ("examples", "trained_tokens")
+            ]
+            for found in splits.values()
+            for name in found
+        }
+    accounts = {
+        name: account
+        | {
+            "used": account["used"] | account["set_aside"],
+            "left_out": account["rows_left_out"] | account["left_out"],
+        }
+        for name, account in run.accounts.items()
+    }
+    return {
+        "kinds": kinds,
+        "heads": [head.replace("_", " ") for head in heads],
+        "stages": [
+            (name, entry["inputs"], _gave(entry["result"]))
+            for name, entry in run.journal.items()
+            if entry["result"] is not None
+        ],
+        "accounts": accounts,
+        "left_out": [
+            (name, reason, count, account["places"].get(reason, [])[:_PLACES_SHOWN])
+            for name, account in accounts.items()
+            for reason, count in account["left_out"].items()
+        ],
+    }
+
+
+def _gave(result: Mapping[str, Any]) -> list[tuple[str, float]]:
+    return [
+        (label, result[field]) for field, label in _GAVE.items() if result.get(field) is not None
+    ]
+
+
+def curves(run: Run) -> Values | None:
+    """Returns the curves of every training stage."""
+    drawn = []
+    for stage, name, caption in (
+        ("sft", "loss", "Fine-tuning: cross-entropy of the doctor's tokens."),
+        ("reward", "loss", "Reward model: cross-entropy of the comparisons."),
+        ("reward", "accuracy", "Reward model: share of comparisons it agrees with."),
+    ):
+        lines = {
+            label: run.series(stage, f"{prefix}/{name}")
+            for label, prefix in (("training", "train"), ("held out", "eval"))
+        }
+        lines = {label: found for label, found in lines.items() if found[0]}
+        if lines:
+            svg = plots.curves(lines, name=f"{stage}-{name}", x="step", y=name)
+            drawn.append((svg, caption))
+    for name, label, caption in (
+        ("score", "score", "PPO: mean score of the answers by the reward model."),
+        ("kl_per_sequence", "KL (nats an answer)", "PPO: KL divergence from the SFT model."),
+        ("response_length", "tokens", "PPO: mean length of the policy's answers."),
+        ("sampled_entropy", "nats a token", "PPO: entropy of the policy."),
+    ):
+        found = run.series("ppo", f"ppo/{name}")
+        if found[0]:
+            svg = plots.curves({label: found}, name=f"ppo-{name}", x="iteration", y=label)
+            drawn.append((svg, caption))
+    return {"drawn": drawn} if drawn else None
+
+
+def judge(run: Run) -> Values | None:
+    """Returns the judges' failures, ties, biases and mean scores."""
+    if run.labels is None:
+        return None
+    judges = run.labels["judges"]
+    return {
+        "judges": judges,
+        "by_rubric": any(one["judge"].startswith("offline") for one in judges),
+        "by_clinic": any(one["judge"].startswith("clinic") for one in judges),
+        "scores": next((one["scores"] for one in judges if one["scores"]), None),
+    }
+
+
+def reward_model(run: Run) -> Values | None:
+    """Returns the reward model's held-out report with its reliability diagram."""
+    found = run.reward
+    if found is None:
+        return None
+    caption = (
+        f"{found['num_pairs']} held-out pairs of {found['num_cases']} prompts; the dots' size is "
+        "the number of pairs."
     )
-    return (
-        f'<div class="answer"><h4>{text(name)}</h4><div>{said}</div><ul class="truth">{lines}</ul>'
-        "</div>"
+    drawn = [(plots.reliability(found, name="reliability"), caption)]
+    return {"report": found, "drawn": drawn}
+
+
+def ppo(run: Run) -> Values | None:
+    """Returns score against KL and length, and the judge's verdicts during training."""
+    _, scores = run.series("ppo", "ppo/score")
+    steps, divergences = run.series("ppo", "ppo/kl_per_sequence")
+    if not scores:
+        return None
+    by_iteration: Any = {"colour_by": steps, "colour_name": "iteration"}
+    judged = [row for row in run.metrics["ppo"] if "judged/share" in row]
+    drawn = []
+    if not judged:
+        svg = plots.scatter(
+            divergences, scores, name="score-kl", x=_KL, y="mean score", **by_iteration
+        )
+        caption = "what the score costs in distance from SFT."
+        drawn.append((svg, f"Score against KL, one dot an iteration: {caption}"))
+    _, lengths = run.series("ppo", "ppo/response_length")
+    svg = plots.scatter(
+        lengths,
+        scores,
+        name="score-length",
+        x="mean length (tokens)",
+        y="mean score",
+        **by_iteration,
     )
+    caption = "Score against length, one dot an iteration: does the policy win by length?"
+    drawn.append((svg, caption))
+    sampled = [one for one in run.samples if None not in (one["kl"], one["answer_score"])]
+    if sampled := sampled[-_MAX_POINTS:]:
+        svg = plots.scatter(
+            [one["kl"] for one in sampled],
+            [one["answer_score"] for one in sampled],
+            name="samples-kl",
+            x="log-ratio to SFT (nats)",
+            y="score",
+            colour_by=[one["step"] for one in sampled],
+            colour_name="iteration",
+        )
+        caption = "Answers sampled while training: score against log-ratio to SFT, one dot each."
+        drawn.append((svg, caption))
+    groups = {NAMES[name]: _lengths_and_rewards(run, name) for name in ("sft", "ppo")}
+    if groups := {name: pairs for name, pairs in groups.items() if pairs[0]}:
+        svg = plots.clouds(groups, name="answers-length", x="characters", y="score")
+        drawn.append((svg, "Held-out answers: score against length, one dot an answer."))
+    return {
+        "judged": [_reward_and_judge(run, judged)] if judged else [],
+        "kept": _kept(run, judged) if judged else None,
+        "drawn": drawn,
+    }
+
+
+def _reward_and_judge(run: Run, judged: Rows) -> tuple[str, str]:
+    """Returns the plot that shows whether the judge's verdicts rise with the reward."""
+    svg = plots.reward_and_judge(judged, kept=_result(run, "kept_iteration"), name="judged", x=_KL)
+    return svg, (
+        f"Held-out answers of {len(judged)} policies, the initial one first: mean reward above, "
+        "below it the judge's share of points against the initial policy with its 95 % interval. "
+        "Where the reward rises and the judge falls, the policy learns the reward model's errors."
+    )
+
+
+def _kept(run: Run, judged: Rows) -> Values | None:
+    """Returns which policy was kept, and why the run ended."""
+    kept = _result(run, "kept_iteration")
+    if kept is None:
+        return None
+    (row,) = (one for one in judged if one["step"] == kept)
+    return {
+        "iteration": kept,
+        "share": {name: row[f"judged/share{end}"] for name, end in _SHARE},
+        "ended": _result(run, "ended"),
+        "best_is_initial": _result(run, "best_is_initial"),
+        "cost": sum(one["judged/cost"] for one in judged if "judged/cost" in one),
+    }
+
+
+def _result(run: Run, name: str) -> Any:
+    """Returns a field of PPO's result; None before its end, or without judgings."""
+    entry = run.journal.get("ppo", {"result": None})
+    return (entry["result"] or {}).get(name)
+
+
+def _lengths_and_rewards(run: Run, name: str) -> tuple[list[float], list[float]]:
+    pairs = [
+        (float(len(answer["text"])), float(reward))
+        for record in run.answers[name]
+        for answer, reward in zip(record["answers"], record["rewards"], strict=True)
+        if reward is not None
+    ][:_MAX_POINTS]
+    return [length for length, _ in pairs], [reward for _, reward in pairs]
+
+
+def evaluation(run: Run) -> Values | None:
+    """Returns the measures of all models on the held-out prompts."""
+    found = run.evaluation
+    if found is None:
+        return None
+    models = [name for name in MODELS if name in found["models"]]
+    # PPO's temperature where it is another one; older runs do not tell.
+    rollouts = found["sampling"].get("rollout_temperature")
+    return {
+        "found": found,
+        "models": {name: NAMES[name] for name in models},
+        "measures": [
+            one for one in MEASURES if any(one[0] in found["models"][name] for name in models)
+        ],
+        "rollout_temperature": None if rollouts == found["sampling"]["temperature"] else rollouts,
+    }
+
+
+def answers(run: Run, num_prompts: int) -> Values | None:
+    """Returns the records of each model for `num_prompts` prompts, evenly spaced."""
+    by_id = {name: {record["id"]: record for record in rows} for name, rows in run.answers.items()}
+    ids = list(by_id["ppo"])
+    count = min(num_prompts, len(ids))
+    wanted = [ids[index * len(ids) // count] for index in range(count)]
+    shown = [
+        {
+            "messages": by_id["ppo"][prompt_id]["messages"],
+            "records": [
+                (NAMES[name], found[prompt_id])
+                for name, found in by_id.items()
+                if prompt_id in found
+            ],
+        }
+        for prompt_id in wanted
+    ]
+    return {"prompts": shown} if shown else None
+
+
+def costs(run: Run) -> Values:
+    """Returns time and cost of each stage, settings and versions."""
+    return {
+        "journal": run.journal,
+        "judges": [] if run.labels is None else run.labels["judges"],
+        "settings": {
+            name: _flat(run.config[name]["settings"] if name in run.config else entry["settings"])
+            for name, entry in run.journal.items()
+        },
+        "environment": run.environment,
+    }
+
+
+def _flat(settings: Any, path: str = "") -> list[tuple[str, Any]]:
+    """Returns nested settings as pairs of path and value."""
+    if not isinstance(settings, Mapping):
+        return [(path, settings)]
+    return [
+        line
+        for name, value in settings.items()
+        for line in _flat(value, f"{path}.{name}" if path else str(name))
+    ]

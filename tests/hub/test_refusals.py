@@ -276,7 +276,7 @@ def test_what_the_hub_refuses_is_said_in_its_words(run, hub, at, fault, expected
     hub.faults[at] = fault
     message = refusal(config(run, hub))
     assert (
-        message.removesuffix("; pushed before that: nothing; run the same command again to go on")
+        message.removesuffix("; pushed before that: nothing; run the same command again to resume")
         == expected
     )
     assert not hub.asked("/commit/") or fault.status in (403, 412)

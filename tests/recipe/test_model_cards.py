@@ -21,7 +21,7 @@ from huatuo_jax.hf.generation_config import set_stop_token_ids
 from huatuo_jax.hf.tokenizer import load_tokenizer, set_chat_template
 from huatuo_jax.recipe.export import Policy, export_policy
 from huatuo_jax.recipe.model_cards import ADVICE, License, Origin, policy_card, reward_card
-from huatuo_jax.report.markup import MODELS, read_run
+from huatuo_jax.report.run import MODELS, read_run
 from huatuo_jax.reward.export import export_reward_model
 from huatuo_jax.training.scoring import Normalization, save_normalization
 from tests.recipe.tiny import BACKBONE

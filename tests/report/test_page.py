@@ -311,10 +311,10 @@ def test_what_was_exported_all_the_same_stands_in_place_of_the_reason(run):
     told = {"policy": "ppo", "sentence": "config.export.policy='ppo' is exported."}
     write(run / "export" / "release.json", told)
     page = page_of(run)
-    assert "config.export.policy=&#x27;ppo&#x27; is exported." in page
+    assert "config.export.policy=&#39;ppo&#39; is exported." in page
     assert "so says" not in page
     (run / "evaluation.json").unlink()
-    assert "config.export.policy=&#x27;ppo&#x27; is exported." in page_of(run)
+    assert "config.export.policy=&#39;ppo&#39; is exported." in page_of(run)
 
 
 def test_best_of_n_has_its_column_and_its_answers(run):
