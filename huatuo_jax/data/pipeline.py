@@ -220,9 +220,9 @@ def prepare(
         progress: called while dialogues are tokenised; not called if the cache exists.
 
     Raises:
-        ValueError: two sources of one name, a source that cannot be read, too many dialogues that
-            the template refuses, nothing held out in spite of `held_out.share`, or nothing left
-            to train.
+        ValueError: two sources of one name, an unreadable source, too many dialogues that the
+            template refuses, nothing held out in spite of `held_out.share`, or nothing left to
+            train.
     """
     inputs = _inputs(sources, tokenizer, config)
 
