@@ -1,24 +1,18 @@
-"""Batches out of packed rows: the endless stream of training, and the finite one of evaluation.
+"""Batches of packed rows: several examples a row, rows of all epochs end to end, made ahead.
 
-A batch is a slice of the stream of rows; one that starts in one epoch goes on in the next. The
-saved position is the global index of the next row, so that a run goes on with another number of
-hosts, processes, or rows in a batch.
-
-The stream of packed rows: all epochs end to end, each row found by its global row index.
-
-Row 0 is the first row of epoch 0, and the first row of epoch 1 follows the last one of epoch 0.
-What a row holds is a function of the data, the seed, and its index.
-
-Packing: several dialogues in one row, so that hardly a token of a batch is padding.
-
-Two steps, both pure. A plan says from lengths alone which examples share a row (best fit on
+Packing is two pure steps. A plan says from lengths alone which examples share a row (best fit on
 decreasing lengths); a row then lays their tokens end to end, each example a segment of its own.
 
-What a row holds, each of shape `[T]`:
+Rows form one endless stream: row 0 is the first row of epoch 0, and the first row of epoch 1
+follows the last one of epoch 0. What a row holds is a function of the data, the seed and its index.
+A batch is a slice of that stream. The saved position is the global index of the next row, so that a
+run can resume with another number of hosts, processes, or rows in a batch.
+
+What a row of dialogues holds, each of shape `[T]`:
 
 - `token_ids`: the examples' ids, then padding.
 - `segment_ids`: 1 for the first example's tokens, 2 for the second's, and 0 for padding. Tokens
-  attend within their segment; padding is told by this, never by an id.
+  attend within their segment; padding is known by this, never by an id.
 - `positions`: 0, 1, 2, ... from the start of each segment; 0 in padding.
 - `trained_mask`: whether token t is a target, predicted from token t - 1 of the same segment. It
   is False at every segment's first token, so `token_ids[1:]` with `trained_mask[1:]` are the
@@ -27,12 +21,13 @@ What a row holds, each of shape `[T]`:
   padding, which is never trained, so that a sum per kind needs no look at it.
 """
 
+import abc
 import bisect
 import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import grain
 import numpy as np
@@ -43,11 +38,83 @@ from huatuo_jax.data.mixture import Indices, Mixture, permutation
 from huatuo_jax.data.tokenizing import Example, TokenDataset
 
 Row = dict[str, npt.NDArray[Any]]
+_PLANS_KEPT = 2  # the epoch that is read and the one that prefetching has already begun
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackingConfig:
+    """The packing of examples into rows.
+
+    Attributes:
+        row_length: tokens of a row. No example is longer.
+        packed: several examples a row (see `huatuo_jax.data.batches`), or one.
+        window: how many examples of the shuffled order are packed together; None for the epoch.
+        pad_token_id: what padding is filled with; no mask looks at it.
+    """
+
+    row_length: int
+    packed: bool = True
+    window: int | None = None
+    pad_token_id: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowConfig(PackingConfig):
+    """The rows of dialogues, beside the fields of `PackingConfig`.
+
+    Attributes:
+        buckets: lengths that a batch may be cut to, where all its rows are that short: each costs a
+            compilation and saves padding where rows are not packed. `row_length` is always one.
+    """
+
+    buckets: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuses buckets that are no length below a row's."""
+        if self.row_length < 1:
+            raise ValueError(f"data.row_length: {self.row_length}, it should be at least 1")
+        if any(not 0 < bucket < self.row_length for bucket in self.buckets):
+            raise ValueError(
+                f"data.buckets: {self.buckets}, each should be above 0 and below row_length "
+                f"{self.row_length}"
+            )
+
+    def bucket_for(self, num_tokens: int) -> int:
+        """Returns the smallest length that holds so many tokens."""
+        return min(size for size in (*self.buckets, self.row_length) if size >= num_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefetchConfig:
+    """Threads that make batches ahead, and processes where threads are not enough.
+
+    Attributes:
+        num_threads: threads that read and pack, in each process. 0 makes each batch when asked.
+        num_batches: batches that are made ahead.
+        num_processes: 0 for threads of this process only.
+    """
+
+    num_threads: int = 2
+    num_batches: int = 8
+    num_processes: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostShare:
+    """A host's part of every global batch: an equal slice, in the order of the hosts."""
+
+    host: int = 0
+    num_hosts: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuses a host that is none of the hosts."""
+        if not 0 <= self.host < self.num_hosts:
+            raise ValueError(f"host: {self.host}, it should be 0 to {self.num_hosts - 1}")
 
 
 @dataclass(frozen=True)
 class PackingPlan:
-    """Which examples stand in which row.
+    """The examples of each row.
 
     Row r holds `example_indices[row_starts[r] : row_starts[r + 1]]`, in this order, and
     `tokens_per_row[r]` tokens in all, of the `row_length` there is room for.
@@ -59,16 +126,16 @@ class PackingPlan:
     row_length: int
 
     def __len__(self) -> int:
-        """The number of rows."""
+        """Returns the number of rows."""
         return len(self.row_starts) - 1
 
     def __getitem__(self, row: int) -> Indices:
-        """The examples of one row."""
+        """Returns the examples of one row."""
         return self.example_indices[self.row_starts[row] : self.row_starts[row + 1]]
 
     @property
     def efficiency(self) -> float:
-        """The share of all places that hold a token, 0 to 1."""
+        """Share of all places that hold a token, 0 to 1."""
         return float(self.tokens_per_row.sum() / (len(self) * self.row_length))
 
 
@@ -122,7 +189,7 @@ def plan_rows(
 
 
 def best_fit_rows(lengths: Indices, row_length: int) -> tuple[Indices, int]:
-    """Best-fit-decreasing bin packing: the row of each example, and the number of rows.
+    """Packs by best fit decreasing; returns the row of each example and the number of rows.
 
     Longest first, each example goes to the fullest row that still has room for it (of several
     equally full ones the latest), or opens a new row. It uses at most 11/9 of the fewest rows
@@ -185,87 +252,64 @@ def pack_row(examples: Sequence[Example], *, row_length: int, pad_token_id: int)
     }
 
 
-def _check_lengths(placed: Indices, order: Indices, row_length: int) -> None:
-    wrong = np.flatnonzero((placed > row_length) | (placed < 1))
-    if len(wrong):
-        raise ValueError(
-            f"{len(wrong)} examples do not fit a row of {row_length} tokens, the first is example "
-            f"{order[wrong[0]]} with {placed[wrong[0]]}; they should be truncated or dropped "
-            "before packing"
-        )
+class BatchRows(Protocol):
+    """Rows by global row index, as `BatchIterator` reads them."""
+
+    def read_batch(self, batch: range, wanted: range) -> list[Row]:
+        """Reads rows of a batch, all of the same shapes.
+
+        Args:
+            batch: the rows of the global batch; every host gives the same ones.
+            wanted: those to read; a row outside of `batch` is empty.
+        """
 
 
-_PLANS_KEPT = 2  # the epoch that is read and the one that prefetching has already begun
-
-
-@dataclass(frozen=True, kw_only=True)
-class RowConfig:
-    """How examples become rows.
-
-    Attributes:
-        row_length: the tokens of a row. No example is longer.
-        packed: several examples a row (see `huatuo_jax.data.batches`), or one.
-        window: how many examples of the shuffled order are packed together; None for the epoch.
-        buckets: lengths that a batch may be cut to, where all its rows are that short: each costs a
-            compilation and saves padding where rows are not packed. `row_length` is always one.
-        pad_token_id: what padding is filled with; no mask looks at it.
-    """
-
-    row_length: int
-    packed: bool = True
-    window: int | None = None
-    buckets: tuple[int, ...] = ()
-    pad_token_id: int = 0
-
-    def __post_init__(self) -> None:
-        """Refuses buckets that are no length below a row's."""
-        if self.row_length < 1:
-            raise ValueError(f"data.row_length: {self.row_length}, it should be at least 1")
-        if any(not 0 < bucket < self.row_length for bucket in self.buckets):
-            raise ValueError(
-                f"data.buckets: {self.buckets}, each should be above 0 and below row_length "
-                f"{self.row_length}"
-            )
-
-    def bucket_for(self, num_tokens: int) -> int:
-        """The smallest length that holds so many tokens."""
-        return min(size for size in (*self.buckets, self.row_length) if size >= num_tokens)
-
-
-class RowStream:
-    """All rows of all epochs, by global row index.
+class EpochRows(abc.ABC):
+    """Packed rows of all epochs, by global row index.
 
     Plans are made when they are needed: each is a function of the lengths, the seed and the epoch,
     so that every process makes the same ones.
     """
 
-    def __init__(
-        self, dataset: TokenDataset, config: RowConfig, *, mixture: Mixture | None, seed: int = 0
-    ) -> None:
-        """Takes the examples of `mixture`, or without one each example once, unshuffled."""
-        self.config = config
-        self._dataset = dataset
-        self._mixture = mixture
-        self._seed = seed
+    def __init__(self, packing: PackingConfig, *, key: tuple[int | str, ...]) -> None:
+        """Plans nothing yet.
+
+        Args:
+            packing: how rows are packed.
+            key: with the epoch it decides the order of an epoch's rows.
+        """
+        self._packing, self._key = packing, key
         self._plans: dict[int, PackingPlan] = {}
         self._first_rows = [0]  # of each epoch whose predecessors are planned
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        """For another process: without the lock, and the plans are made there again."""
+        """Leaves out the lock and the plans, which another process makes again."""
         return {**self.__dict__, "_lock": None, "_plans": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Takes the state of another process."""
         self.__dict__.update(state, _lock=threading.Lock())
 
+    @abc.abstractmethod
+    def placed(self, epoch: int) -> tuple[npt.ArrayLike, npt.ArrayLike]:
+        """Returns the lengths of all examples, and an epoch's order as indices into them."""
+
+    @abc.abstractmethod
+    def ids_in(self, row: int) -> list[str]:
+        """Returns the ids of what a global row holds, to name the data of a bad step."""
+
+    @abc.abstractmethod
+    def reading(self, num_rows: int) -> BatchRows:
+        """Returns the reader of the first so many rows."""
+
     def plan(self, epoch: int) -> PackingPlan:
-        """The rows of an epoch."""
+        """Returns the rows of an epoch."""
         with self._lock:
             return self._plan(epoch)
 
     def first_row(self, epoch: int) -> int:
-        """The global index of an epoch's first row, which is the number of rows before it."""
+        """Returns the global index of an epoch's first row, the number of rows before it."""
         with self._lock:
             while len(self._first_rows) <= epoch:
                 rows = len(self._plan(len(self._first_rows) - 1))
@@ -273,30 +317,16 @@ class RowStream:
             return self._first_rows[epoch]
 
     def locate(self, row: int) -> tuple[int, int]:
-        """The epoch of a global row, and which row of the epoch it is."""
+        """Returns the epoch of a global row, and its index in that epoch."""
         while self._first_rows[-1] <= row:
             self.first_row(len(self._first_rows))
         epoch = bisect.bisect_right(self._first_rows, row) - 1
         return epoch, row - self._first_rows[epoch]
 
     def examples_in(self, row: int) -> Indices:
-        """The indices of the examples of a global row."""
+        """Returns the indices of the examples of a global row."""
         epoch, row_of_epoch = self.locate(row)
         return self.plan(epoch)[row_of_epoch]
-
-    def num_tokens(self, row: int) -> int:
-        """The number of places of a global row that are not padding."""
-        epoch, row_of_epoch = self.locate(row)
-        return int(self.plan(epoch).tokens_per_row[row_of_epoch])
-
-    def read(self, row: int, *, row_length: int) -> Row:
-        """Reads a global row, cut to a length that holds it."""
-        examples = [self._dataset[index] for index in self.examples_in(row).tolist()]
-        return pack_row(examples, row_length=row_length, pad_token_id=self.config.pad_token_id)
-
-    def example_ids(self, row: int) -> list[str]:
-        """The ids of the dialogues in a global row, to name the data of a bad step."""
-        return [self._dataset[index].id for index in self.examples_in(row).tolist()]
 
     def _plan(self, epoch: int) -> PackingPlan:
         # Taken out and put in again: the dict's order is that of last use, the first one goes.
@@ -307,43 +337,65 @@ class RowStream:
         return plan
 
     def _make_plan(self, epoch: int) -> PackingPlan:
-        every = np.arange(len(self._dataset))
+        lengths, order = self.placed(epoch)
         return plan_rows(
-            self._dataset.lengths,
-            every if self._mixture is None else self._mixture.epoch(epoch),
-            row_length=self.config.row_length,
-            packed=self.config.packed,
-            window=self.config.window,
-            key=(self._seed, "rows", epoch),
+            lengths,
+            order,
+            row_length=self._packing.row_length,
+            packed=self._packing.packed,
+            window=self._packing.window,
+            key=(*self._key, epoch),
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class PrefetchConfig:
-    """How batches are made ahead: by threads, and by processes where threads are not enough.
+class RowStream(EpochRows):
+    """All rows of dialogues of all epochs, by global row index."""
 
-    Attributes:
-        num_threads: threads that read and pack, in each process. 0 makes each batch when asked.
-        num_batches: batches that are made ahead.
-        num_processes: 0 for threads of this process only.
-    """
+    def __init__(
+        self, dataset: TokenDataset, config: RowConfig, *, mixture: Mixture | None, seed: int = 0
+    ) -> None:
+        """Takes the examples of `mixture`, or without one each example once, unshuffled."""
+        super().__init__(config, key=(seed, "rows"))
+        self.config = config
+        self._dataset = dataset
+        self._mixture = mixture
 
-    num_threads: int = 2
-    num_batches: int = 8
-    num_processes: int = 0
+    def placed(self, epoch: int) -> tuple[npt.ArrayLike, npt.ArrayLike]:
+        """Returns the lengths of the dialogues, and the mixture's draw of an epoch."""
+        every = np.arange(len(self._dataset))
+        order = every if self._mixture is None else self._mixture.epoch(epoch)
+        return self._dataset.lengths, order
 
+    def num_tokens(self, row: int) -> int:
+        """Returns the number of places of a global row that are not padding."""
+        epoch, row_of_epoch = self.locate(row)
+        return int(self.plan(epoch).tokens_per_row[row_of_epoch])
 
-@dataclass(frozen=True, kw_only=True)
-class HostShare:
-    """Which part of every global batch a host takes: an equal slice, in the order of the hosts."""
+    def read(self, row: int | None, *, row_length: int) -> Row:
+        """Reads a global row, cut to a length that holds it; None gives an empty row."""
+        indices = [] if row is None else self.examples_in(row).tolist()
+        return pack_row(
+            [self._dataset[index] for index in indices],
+            row_length=row_length,
+            pad_token_id=self.config.pad_token_id,
+        )
 
-    host: int = 0
-    num_hosts: int = 1
+    def read_batch(self, batch: range, wanted: range) -> list[Row]:
+        """Reads rows of a batch, as long as its longest row needs."""
+        # All hosts have to come to the same length, so all rows of the batch count.
+        row_length = self.config.row_length
+        if self.config.buckets:
+            row_length = self.config.bucket_for(max(map(self.num_tokens, batch), default=0))
+        return [self.read(row if row in batch else None, row_length=row_length) for row in wanted]
 
-    def __post_init__(self) -> None:
-        """Refuses a host that is none of the hosts."""
-        if not 0 <= self.host < self.num_hosts:
-            raise ValueError(f"host: {self.host}, it should be 0 to {self.num_hosts - 1}")
+    def ids_in(self, row: int) -> list[str]:
+        """Returns the ids of the dialogues in a global row."""
+        return [self._dataset[index].id for index in self.examples_in(row).tolist()]
+
+    def reading(self, num_rows: int) -> "RowStream":
+        """Returns the stream itself: its rows are alike, however many are read."""
+        del num_rows
+        return self
 
 
 class HostBatches:
@@ -354,7 +406,7 @@ class HostBatches:
 
     def __init__(
         self,
-        rows: RowStream,
+        rows: BatchRows,
         *,
         batch_size: int,
         share: HostShare,
@@ -374,34 +426,21 @@ class HostBatches:
         self._end_row = end_row
 
     def __len__(self) -> int:
-        """The number of batches; the stream of training has no end."""
+        """Returns the number of batches; the stream of training has no end."""
         if self._end_row is None:
             return sys.maxsize
         return max(0, -(-(self._end_row - self._start_row) // self._batch_size))
 
     def __getitem__(self, batch: int) -> Row:
-        """This host's rows of a global batch, `[B, T]` each."""
+        """Reads this host's rows of a global batch, each array stacked to `[B, ...]`."""
         start = self._start_row + batch * self._batch_size
         stop = start + self._batch_size
         if self._end_row is not None:
             stop = min(stop, self._end_row)
-        row_length = self._row_length(range(start, stop))
         rows_per_host = self._batch_size // self._share.num_hosts
         first = start + self._share.host * rows_per_host
-        rows = [
-            self._rows.read(row, row_length=row_length)
-            if row < stop
-            else pack_row([], row_length=row_length, pad_token_id=self._rows.config.pad_token_id)
-            for row in range(first, first + rows_per_host)
-        ]
+        rows = self._rows.read_batch(range(start, stop), range(first, first + rows_per_host))
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-
-    def _row_length(self, rows: Sequence[int]) -> int:
-        """The batch's length: all hosts have to come to the same one, so all its rows count."""
-        config = self._rows.config
-        if not config.buckets:
-            return config.row_length
-        return config.bucket_for(max(self._rows.num_tokens(row) for row in rows))
 
 
 class BatchIterator(grain.DatasetIterator[Row]):
@@ -413,7 +452,7 @@ class BatchIterator(grain.DatasetIterator[Row]):
 
     def __init__(
         self,
-        rows: RowStream,
+        rows: BatchRows,
         *,
         batch_size: int,
         share: HostShare | None = None,
@@ -423,7 +462,7 @@ class BatchIterator(grain.DatasetIterator[Row]):
         """Starts at row 0.
 
         Args:
-            rows: all there is.
+            rows: from `EpochRows.reading`.
             batch_size: the rows of a global batch.
             share: this host's part; by default the whole.
             prefetch: how batches are made ahead; by default `PrefetchConfig()`.
@@ -441,10 +480,10 @@ class BatchIterator(grain.DatasetIterator[Row]):
         self._prefetch = prefetch or PrefetchConfig()
         self._end_row = end_row
         self._next_row = 0
-        self._host_batches()  # says what is wrong now, and starts nothing yet
+        self._host_batches()  # checks the sizes now, and starts nothing yet
 
     def __next__(self) -> Row:
-        """The next batch.
+        """Returns the next batch.
 
         Raises:
             StopIteration: all rows were given.
@@ -457,15 +496,15 @@ class BatchIterator(grain.DatasetIterator[Row]):
 
     @property
     def next_row(self) -> int:
-        """The global index of the next batch's first row."""
+        """Global index of the next batch's first row."""
         return self._next_row
 
     def get_state(self) -> dict[str, Any]:
-        """The position, as what JSON can say."""
+        """Returns the position, as JSON values."""
         return {"next_row": self._next_row}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes to a position that `get_state` gave, here or on any number of hosts."""
+        """Moves to a position from `get_state`, saved by any number of hosts."""
         self._drop_batches()
         self._next_row = int(state["next_row"])
 
@@ -486,7 +525,7 @@ class BatchIterator(grain.DatasetIterator[Row]):
         self._batches = None
 
     def _host_batches(self) -> HostBatches:
-        """This host's batches from the next row on."""
+        """Returns this host's batches from the next row on."""
         return HostBatches(
             self._rows,
             batch_size=self._batch_size,
@@ -511,17 +550,28 @@ class BatchIterator(grain.DatasetIterator[Row]):
 
 
 def evaluation_batches(
-    rows: RowStream,
+    rows: EpochRows,
     *,
     batch_size: int,
     share: HostShare | None = None,
     prefetch: PrefetchConfig | None = None,
 ) -> BatchIterator:
-    """Each row of a stream's first epoch once, the last batch filled up with empty rows."""
+    """Reads each row of a stream's first epoch once; the last batch is filled with empty rows."""
+    end_row = rows.first_row(1)
     return BatchIterator(
-        rows,
+        rows.reading(end_row),
         batch_size=batch_size,
         share=share,
         prefetch=prefetch,
-        end_row=rows.first_row(1),
+        end_row=end_row,
     )
+
+
+def _check_lengths(placed: Indices, order: Indices, row_length: int) -> None:
+    wrong = np.flatnonzero((placed > row_length) | (placed < 1))
+    if len(wrong):
+        raise ValueError(
+            f"{len(wrong)} examples do not fit a row of {row_length} tokens, the first is example "
+            f"{order[wrong[0]]} with {placed[wrong[0]]}; they should be truncated or dropped "
+            "before packing"
+        )

@@ -1,15 +1,12 @@
-"""Losses of the policy, the critic and the preference stage, as sums for one optimizer step.
+"""Losses of the policy and the critic, as sums for one optimizer step and as passes over rows.
 
-Each returns `LossSums`, so `training.update.make_update` takes a function that calls one of them
-and divides by the terms of the whole step: micro-batches, padding and mesh change only rounding.
-The policy's loss grows by `add_entropy_bonus` and `add_kl_loss`; all have the same denominator, the
-critic's too. What was known before the step (old and reference log-probabilities, advantages, old
-values, returns, labels) is not differentiated.
+Each returns `LossSums`, which are divided by the terms of the whole step: micro-batches, padding
+and mesh change only rounding. The policy's loss grows by `add_entropy_bonus` and `add_kl_loss`; all
+have the same denominator, the critic's too. What was known before the step (old and reference
+log-probabilities, advantages, old values, returns) is not differentiated.
 
-What the policy and the critic are trained on, from their variables and a minibatch of rows.
-
-A row is made of segments, each a prompt and an answer end to end, and then padding (`layout`).
-Numbers of a token lie in its own slot; the critic's value there is that of the state before it.
+A row is made of segments, each a prompt and an answer end to end, and then padding. Numbers of a
+token lie in its own slot; the critic's value there is that of the state before it.
 """
 
 import dataclasses
@@ -23,7 +20,6 @@ import jax.numpy as jnp
 from huatuo_jax.backbone.transformer import Transformer
 from huatuo_jax.ppo.metrics import policy_sums, value_sums
 from huatuo_jax.ppo.rewards import KlLoss, kl_losses, log_ratios
-from huatuo_jax.ppo.trainer import Outputs
 from huatuo_jax.training.losses import (
     Answers,
     at_tokens,
@@ -35,7 +31,7 @@ from huatuo_jax.training.losses import (
     token_scores,
 )
 from huatuo_jax.training.scoring import head_scores
-from huatuo_jax.training.update import Batch, LossSums, Variables
+from huatuo_jax.training.update import Batch, LossSums, Outputs, Variables
 
 
 def policy_loss(
@@ -50,7 +46,7 @@ def policy_loss(
     tokens_allowed: int | None = None,
     mean_per_answer: bool = False,
 ) -> LossSums:
-    """The clipped surrogate (arXiv 1707.06347, equation 7), bounded on the log scale.
+    """Computes the clipped surrogate (arXiv 1707.06347, equation 7), bounded on the log scale.
 
     min(ratio * A, clip(ratio) * A) is A times the exponential of a log-ratio bounded from above
     where A > 0 and from below where A < 0. Bounded before the exponential, a ratio past all range
@@ -74,7 +70,7 @@ def policy_loss(
         Sums of the loss; `others` are `gauges.policy_sums`.
 
     Raises:
-        ValueError: a clip that cannot be.
+        ValueError: a clip out of its range.
     """
     if not 0 < clip_low < 1:
         raise ValueError(f"clip_low={clip_low!r} must be above 0 and below 1")
@@ -117,7 +113,7 @@ def add_entropy_bonus(
     entropy_coef: float,
     mean_per_answer: bool = False,
 ) -> LossSums:
-    """The loss less entropy_coef times the entropy at each token (arXiv 1707.06347, equation 9).
+    """Takes entropy_coef times each token's entropy off the loss (arXiv 1707.06347, equation 9).
 
     Args:
         sums: of `policy_loss`.
@@ -148,7 +144,7 @@ def add_kl_loss(
     answers: Answers | None = None,
     mean_per_answer: bool = False,
 ) -> LossSums:
-    """The loss with the KL penalty in it, for rewards that hold none (`kl_coef=0` there).
+    """Adds the KL penalty to the loss, for rewards that hold none (`kl_coef=0` there).
 
     Args:
         sums: of `policy_loss`.
@@ -194,7 +190,7 @@ def value_loss(
     tokens_allowed: int | None = None,
     mean_per_answer: bool = False,
 ) -> LossSums:
-    """Half the squared error of the critic, that of the value held near the old one if larger.
+    """Computes half the critic's squared error, or that of the clipped value if larger.
 
     The clipped form is that of the PPO code behind arXiv 1909.08593 (see arXiv 2005.12729,
     section 2, on what the paper leaves out).
@@ -242,7 +238,7 @@ def value_loss(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PolicyObjective:
-    """How the policy's loss is made up; the fields are those of `ppo.losses`.
+    """The parts of the policy's loss; the fields are those of `ppo.losses`.
 
     Attributes:
         temperature: of the sampler; divides the logits.
@@ -272,7 +268,7 @@ class PolicyObjective:
 def policy_row_loss(
     model: Transformer, objective: PolicyObjective
 ) -> "functools.partial[tuple[LossSums, Outputs]]":
-    """The policy's loss as a pass takes it; its outputs are `log_probs`, zero outside answers."""
+    """Makes the policy's loss for a pass; its outputs are `log_probs`, zero outside answers."""
     return functools.partial(_policy_row_loss, model, objective)
 
 
@@ -335,7 +331,7 @@ def value_row_loss(
     mean_per_answer: bool = False,
     offset: float = 0.0,
 ) -> "functools.partial[tuple[LossSums, Outputs]]":
-    """The critic's loss as a pass takes it.
+    """Makes the critic's loss for a pass.
 
     Its outputs are `values`, those of the states before the tokens, and `values_after`, those of
     the states after them; both mean nothing outside of answers.

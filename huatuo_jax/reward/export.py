@@ -1,4 +1,4 @@
-"""A reward model in Hugging Face's form, with its normalization in the config and on its card."""
+"""Exports a reward model in Hugging Face's form, with its normalization in config and card."""
 
 import json
 import pathlib
@@ -118,7 +118,7 @@ def describe(folder: pathlib.Path, normalization: Normalization | None) -> None:
 
 
 def model_card(normalization: Normalization | None) -> str:
-    """The card of a reward model of which nothing more is known than its folder says."""
+    """Writes the card of a reward model of which only its folder is known."""
     metadata = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-classification",
@@ -133,7 +133,7 @@ def model_card(normalization: Normalization | None) -> str:
 
 
 def usage(normalization: Normalization | None) -> str:
-    """How to score with an exported reward model, as the sections of a card."""
+    """Describes how to score with an exported reward model, as the sections of a card."""
     return f"{_USAGE}\n\n## Normalization\n\n{_normalization(normalization)}"
 
 

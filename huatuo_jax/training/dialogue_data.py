@@ -58,7 +58,7 @@ class SourceConfig:
     held_out_by: HeldOutBy = "hash"
 
     def reading(self) -> Keywords:
-        """How the readers read its files."""
+        """Returns how the readers read its files."""
         reading = Keywords(source=self.name)
         if self.kind is not None:
             reading["kind"] = self.kind
@@ -106,7 +106,7 @@ class DataConfig:
     num_processes: int | None = operational(None)
 
     def __post_init__(self) -> None:
-        """Raise ValueError where there is nothing to read."""
+        """Raises ValueError where there is nothing to read."""
         if not self.sources:
             raise ValueError("sources is empty: it must name at least one source")
 
@@ -141,26 +141,16 @@ class DialogueData:
         """The cache's name is a hash of the content, the tokenizer, the template and the split."""
         return {"cache": self.prepared.folder.name}
 
-    def batches(self, batch_size: int, mesh: Mesh) -> BatchIterator:
-        """This host's share of the global batches of training."""
-        return BatchIterator(
-            self.train, batch_size=batch_size, share=host_share(mesh), prefetch=self._prefetch()
-        )
-
     def evaluation_batches(self, batch_size: int, mesh: Mesh) -> BatchIterator:
-        """This host's share of the held-out rows, each once."""
+        """Returns this host's share of the held-out rows, each once."""
         assert self.held_out is not None
         return evaluation_batches(
-            self.held_out, batch_size=batch_size, share=host_share(mesh), prefetch=self._prefetch()
+            self.held_out, batch_size=batch_size, share=host_share(mesh), prefetch=self.prefetch
         )
 
-    def example_ids(self, position: dict[str, Any], batch_size: int) -> list[str]:
-        """The ids of the dialogues in the batch at a position."""
-        first = position["next_row"]
-        rows = range(first, first + batch_size)
-        return [name for row in rows for name in self.train.example_ids(row)]
-
-    def _prefetch(self) -> PrefetchConfig:
+    @property
+    def prefetch(self) -> PrefetchConfig:
+        """Threads that make batches ahead."""
         return PrefetchConfig(num_threads=self.num_threads)
 
 
@@ -182,7 +172,7 @@ def open_dialogues(
         progress: called while dialogues are tokenised.
 
     Raises:
-        ValueError: a file that cannot be read, an unknown template, nothing left to train on.
+        ValueError: an unreadable file, an unknown template, nothing left to train on.
     """
     rows = RowConfig(row_length=cfg.row_length, packed=cfg.packed, window=cfg.window)
     template_tokenizer = TemplateTokenizer(
@@ -228,7 +218,7 @@ def open_dialogues(
 
 
 def _account(prepared: Prepared, sources: Sequence[SourceConfig]) -> Account | None:
-    """The cache's account, with what the sources' limits set aside."""
+    """Returns the cache's account, with what the sources' limits set aside."""
     if "account" not in prepared.statistics:
         return None
     account = Account.from_json(prepared.statistics["account"])

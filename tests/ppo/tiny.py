@@ -13,11 +13,11 @@ from huatuo_jax.data.records import Message, Prompt
 from huatuo_jax.generation.prompts import Task
 from huatuo_jax.ppo.config import PpoConfig, PpoLoopConfig, RolloutConfig, ScoreConfig, ValueConfig
 from huatuo_jax.ppo.held_out import HeldOutJudging
-from huatuo_jax.ppo.loop import train
 from huatuo_jax.ppo.models import open_critic
 from huatuo_jax.ppo.prompts import Prompts, PromptsConfig, TokenPrompt
 from huatuo_jax.ppo.stage import check_policy, make_job
 from huatuo_jax.training.initial_model import ComputeSection, ModelConfig, open_model
+from huatuo_jax.training.loop import train
 from huatuo_jax.training.optimizer import OptimizerConfig
 from huatuo_jax.training.run_directory import begin_stage
 
