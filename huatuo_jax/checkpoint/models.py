@@ -138,7 +138,7 @@ def _checked(directory: str | os.PathLike[str]) -> pathlib.Path:
     if atomic.is_unfinished(path):
         raise FileNotFoundError(f"{path} is the leftover of an interrupted write, it is not whole")
     if not is_model_directory(path):
-        raise FileNotFoundError(f"{path} is no model folder: it needs {CONFIG_FILE} and params/")
+        raise FileNotFoundError(f"{path} is no model folder: it needs {BACKBONE_FILE} and params/")
     return path
 
 

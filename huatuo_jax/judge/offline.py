@@ -330,7 +330,7 @@ class OfflineJudge:
 
     def template_hash(self, protocol: Protocol) -> str:
         """Hash of the rubric, which stands for a prompt template."""
-        return sha256(f"{NAME} {protocol} {_rubric_hash()}")
+        return sha256(f"{RUBRIC_NAME} {protocol} {_rubric_hash()}")
 
     def estimate(self, prompt: Prompt, texts: Sequence[str]) -> Estimate:
         """Nothing: no request, no token, no money."""
@@ -344,7 +344,7 @@ class OfflineJudge:
         """The probability that the first is better; 1 minus that of the other order, exactly."""
         overall = [score_answer(prompt, text)["overall"] for text in (first, second)]
         reason = (
-            f"{NAME} ({CAVEAT}): first {overall[0]:.3f}, second {overall[1]:.3f} of {SCALE[1]:g}"
+            f"{RUBRIC_NAME} ({CAVEAT}): first {overall[0]:.3f}, second {overall[1]:.3f} of {SCALE[1]:g}"
         )
         return Reply(p_first=preference(*overall), reason=reason, cost=0.0)
 
@@ -378,7 +378,7 @@ def explain(prompt: Prompt, answer: str) -> str:
         f"{name} {'does not apply' if value is None else format(value, '.3f')}"
         for name, value in fields.items()
     ]
-    return f"{NAME} ({CAVEAT}): {', '.join(parts)}; unsafe wording: {', '.join(flags) or 'none'}"
+    return f"{RUBRIC_NAME} ({CAVEAT}): {', '.join(parts)}; unsafe wording: {', '.join(flags) or 'none'}"
 
 
 def preference(first: float, second: float) -> float:

@@ -471,7 +471,7 @@ class StagesConfig:
     def __post_init__(self) -> None:
         """Raise ValueError where there is no stage."""
         if not self.stages:
-            raise ValueError(f"no stage is given; there are {', '.join(STAGES)}")
+            raise ValueError(f"no stage is given; there are {', '.join(STAGE_RUNS)}")
 
     @property
     def stages(self) -> tuple[str, ...]:

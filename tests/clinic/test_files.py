@@ -38,7 +38,7 @@ SIZES = {
 DIGEST = "92190c462b0b8b37682a88719cbf5358546c247d5a55b79fee4c4708031a4b61"
 PROGRAM = f"""
 import hashlib, pathlib, sys
-from huatuo_jax.clinic import consultations, judge, planted
+from huatuo_jax.clinic import judge, patient, planted
 from huatuo_jax.clinic.files import ClinicSizes, write_clinic
 paths = write_clinic(sys.argv[1], seed=0, sizes=ClinicSizes(**{SIZES!r}))
 digest = hashlib.sha256()

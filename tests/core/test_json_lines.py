@@ -124,4 +124,5 @@ def test_nothing_else_reads_json_by_lines_of_its_own():
         if re.search(r"splitlines\(|for \w+ in file\b|map\(json\.loads, ", path.read_text("utf-8"))
         and re.search(r"json\.loads", path.read_text("utf-8"))
     }
-    assert own <= {"huatuo_jax/json_lines.py"}
+    # The distributed module reads single values, and cuts messages at line ends.
+    assert own <= {"huatuo_jax/core/files.py", "huatuo_jax/core/distributed.py"}

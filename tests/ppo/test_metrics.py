@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from huatuo_jax.dpo import preference_numbers, preference_sums
 from huatuo_jax.ppo import metrics
 from huatuo_jax.ppo.losses import policy_loss, value_loss
 from tests.ppo.ragged import make_rollout
@@ -176,8 +177,8 @@ def test_an_ngram_longer_than_the_slots_is_refused():
 def test_gauges_of_preferences_are_means_over_pairs():
     chosen, rejected = jnp.array([1.0, -1.0, 0.5, 0.0]), jnp.array([0.0, 2.0, 0.5, 0.0])
     labels, mask = jnp.array([0.9, 0.2, 1.0, 0.0]), jnp.array([True, True, True, False])
-    sums = metrics.preference_sums(chosen, rejected, labels, mask)
-    assert metrics.preference_numbers(sums, prefix="dpo") == pytest.approx(
+    sums = preference_sums(chosen, rejected, labels, mask)
+    assert preference_numbers(sums, prefix="dpo") == pytest.approx(
         {
             "dpo/chosen_reward": 0.5 / 3,
             "dpo/rejected_reward": 2.5 / 3,
@@ -189,7 +190,7 @@ def test_gauges_of_preferences_are_means_over_pairs():
 
 def test_rewards_that_differ_by_rounding_alone_are_a_tie():
     chosen_B = jnp.array([1e-7, 2e-7, -1e-7, 0.5])
-    sums = metrics.preference_sums(
+    sums = preference_sums(
         chosen_B, jnp.zeros(4), jnp.ones(4), jnp.ones(4, bool), rounding_B=jnp.full(4, 1.5e-7)
     )
     assert float(sums["agreed"]) == 0.5 + 1 + 0.5 + 1

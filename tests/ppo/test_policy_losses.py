@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from huatuo_jax.dpo import dpo_loss
 from huatuo_jax.ppo import losses
 from tests.ppo.ragged import make_rollout
 
@@ -277,14 +278,14 @@ def test_the_dpo_loss_equals_a_loop_and_empty_rows_count_nowhere():
         loss -= label * math.log(likely) + (1 - label) * math.log(1 - likely)
         agreed += 0.5 if label == 0.5 else (mine > other) == (label > 0.5)
         chosen_reward += mine
-    sums = losses.dpo_loss(*arrays, beta=0.1)
+    sums = dpo_loss(*arrays, beta=0.1)
     assert sums.loss == pytest.approx(loss, rel=1e-12)
     assert sums.num_terms == sums.others["pairs"] == 4
     assert sums.others["agreed"] == agreed
     assert sums.others["chosen_reward"] == pytest.approx(chosen_reward)
 
     def total(*given):
-        return losses.dpo_loss(*given, *arrays[2:], beta=0.1).loss
+        return dpo_loss(*given, *arrays[2:], beta=0.1).loss
 
     gradients = jax.grad(total, argnums=(0, 1))(*arrays[:2])
     np.testing.assert_allclose(gradients[0], -gradients[1])
@@ -296,7 +297,7 @@ def test_the_dpo_loss_stays_finite_far_out():
         arrays = [jnp.array([value], jnp.float32) for value in (-1e5, 0.0, 0.0, -1e5, 1.0)]
 
         def loss(chosen_B):
-            return losses.dpo_loss(chosen_B, *arrays[1:], jnp.ones(1, bool), beta=1.0).loss
+            return dpo_loss(chosen_B, *arrays[1:], jnp.ones(1, bool), beta=1.0).loss
 
         found, gradient_B = jax.value_and_grad(loss)(arrays[0])
     assert found == 2e5 and gradient_B[0] == -1
@@ -323,7 +324,7 @@ def test_what_was_known_before_the_step_is_not_differentiated():
     arrays = _pairs()
 
     def preference(*known):
-        return losses.dpo_loss(*arrays[:2], *known, arrays[-1], beta=0.1).loss
+        return dpo_loss(*arrays[:2], *known, arrays[-1], beta=0.1).loss
 
     for gradient in jax.grad(preference, argnums=(0, 1, 2))(*arrays[2:5]):
         assert not gradient.any()
@@ -349,7 +350,7 @@ def test_other_settings_that_cannot_be_are_refused():
     with pytest.raises(ValueError, match="clip=0.0 must be above 0"):
         losses.value_loss(*arrays, clip=0.0)
     with pytest.raises(ValueError, match="beta=0.0 must be above 0"):
-        losses.dpo_loss(*_pairs(), beta=0.0)
+        dpo_loss(*_pairs(), beta=0.0)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32, jnp.float64])
