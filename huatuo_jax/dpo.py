@@ -92,7 +92,7 @@ class DpoStage(PreferenceStage[DpoConfig]):
 
     def report(self, metrics: Mapping[str, np.ndarray]) -> StepReport:
         """Returns the numbers of an optimizer step."""
-        return report_step(metrics, flops=self.flops)
+        return report_step(metrics, flops=self.model.flops)
 
     def evaluation_numbers(self, sums: Mapping[str, np.ndarray]) -> dict[str, float]:
         """Returns the numbers of held-out data."""
@@ -181,7 +181,7 @@ def row_loss(
 
     Args:
         model: the policy's.
-        variables: the policy's, with the reference among them, see `policy.both`.
+        variables: the policy's, with the reference among them, see `both`.
         batch: rows of answers (`token_ids`, `segment_ids`, `positions`, `trained_mask`, each
             `[B, T]`) and pairs: `chosen_at` and `rejected_at` (where in the row their last tokens
             stand), `p_chosen` and `pair_weight`, each `[B, P]`. A weight of 0 is no pair.
@@ -249,8 +249,8 @@ def dpo_loss(
     reference * exp(reward / beta), which is PPO's optimum with `kl_coef=beta`.
 
     Args:
-        chosen_log_probs_B: of whole answers (`masks.sum_by_answer`); differentiated, as are the
-            rejected ones.
+        chosen_log_probs_B: of whole answers (`training.losses.sum_by_answer`); differentiated, as
+            are the rejected ones.
         rejected_log_probs_B: of the others.
         reference_chosen_log_probs_B: of the reference, at the same temperature.
         reference_rejected_log_probs_B: of the reference.
@@ -259,7 +259,7 @@ def dpo_loss(
         beta: how strongly the reference holds.
 
     Returns:
-        Sums over pairs; `others` are `gauges.preference_sums`.
+        Sums over pairs; `others` are `preference_sums`.
 
     Raises:
         ValueError: `beta` is not above 0.

@@ -108,7 +108,7 @@ class SftStage(UpdateStage[SftConfig]):
 
     def report(self, metrics: Mapping[str, np.ndarray]) -> StepReport:
         """Returns the numbers of an optimizer step."""
-        return report_step(metrics, flops=self.flops)
+        return report_step(metrics, flops=self.model.flops)
 
     def evaluation_numbers(self, sums: Mapping[str, np.ndarray]) -> dict[str, float]:
         """Computes the numbers of held-out data, with perplexity, the exponential of the loss."""

@@ -196,7 +196,8 @@ def gae(
 def rloo_advantages(rewards_BG: jax.Array) -> jax.Array:
     """Takes the mean reward of a prompt's other answers off each (arXiv 2402.14740, eq. 8).
 
-    Unbiased, as no answer is in its own baseline. Lay them on tokens with `masks.over_tokens`.
+    Unbiased, as no answer is in its own baseline. `training.losses.over_tokens`
+    lays them on tokens.
 
     Args:
         rewards_BG: of whole answers, one prompt a row: the sum of `rewards.token_rewards`, KL
@@ -216,8 +217,8 @@ def grpo_advantages(
 
     With the deviation: arXiv 2402.03300, section 4.1.2, which weighs prompts by how alike their
     answers' rewards are and so has another optimum; its loss is the mean over answers of each one's
-    mean, see `masks.count_terms`. Without: arXiv 2503.20783, equation 5, whose gradient is
-    (G - 1) / G times that of RLOO.
+    mean, see `training.losses.count_terms`. Without: arXiv 2503.20783, equation 5, whose gradient
+    is (G - 1) / G times that of RLOO.
 
     Args:
         rewards_BG: of whole answers, one prompt a row.

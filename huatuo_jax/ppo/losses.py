@@ -63,11 +63,11 @@ def policy_loss(
             leaves room for unlikely tokens (arXiv 2503.14476, section 3.1).
         dual_clip: bounds the ratio of tokens with A < 0 to this (arXiv 1912.09729, equation 5),
             None for no bound.
-        tokens_allowed: see `masks.count_terms`.
+        tokens_allowed: see `training.losses.count_terms`.
         mean_per_answer: see there.
 
     Returns:
-        Sums of the loss; `others` are `gauges.policy_sums`.
+        Sums of the loss; `others` are `metrics.policy_sums`.
 
     Raises:
         ValueError: a clip out of its range.
@@ -89,7 +89,7 @@ def policy_loss(
     # From both sides, which leaves a ratio that is no number as it is.
     within_BT = jnp.minimum(lowered_BT, highest)
     bounded_BT = jnp.where(advantages_BT == 0, within_BT, bounded_BT)
-    gauges = policy_sums(
+    metrics = policy_sums(
         jax.lax.stop_gradient(ratios_BT),
         mask_BT,
         clipped_low_BT=(advantages_BT < 0) & (ratios_BT < lowest),
@@ -101,7 +101,7 @@ def policy_loss(
         num_terms=count_terms(
             mask_BT, tokens_allowed=tokens_allowed, mean_per_answer=mean_per_answer
         ),
-        others=gauges,
+        others=metrics,
     )
 
 
@@ -152,7 +152,7 @@ def add_kl_loss(
         reference_log_probs_BT: of the reference.
         mask_BT: the answers' tokens.
         kl_coef: its weight.
-        kind: see `kl.kl_losses`; `k3` has another optimum than the penalty in the reward.
+        kind: see `rewards.kl_losses`; `k3` has another optimum than the penalty in the reward.
         answers: None for one a row.
         mean_per_answer: as the policy's loss was told.
 
@@ -201,11 +201,11 @@ def value_loss(
         returns_BT: from `advantages.gae`.
         mask_BT: the answers' tokens.
         clip: how far from the old value counts; None for the plain squared error.
-        tokens_allowed: see `masks.count_terms`; the policy's.
+        tokens_allowed: see `training.losses.count_terms`; the policy's.
         mean_per_answer: see there; the policy's.
 
     Returns:
-        Sums of the loss; `others` are `gauges.value_sums`.
+        Sums of the loss; `others` are `metrics.value_sums`.
 
     Raises:
         ValueError: the clip is not above 0.
@@ -224,7 +224,7 @@ def value_loss(
         is_clipped_BT = is_past_BT & (near_squares_BT > squares_BT)
         # Within the clip both are the same up to rounding, which is not to choose the gradient.
         squares_BT = jnp.where(is_clipped_BT, near_squares_BT, squares_BT)
-    gauges = value_sums(
+    metrics = value_sums(
         jax.lax.stop_gradient(values_BT), returns_BT, mask_BT, clipped_BT=is_clipped_BT
     )
     return LossSums(
@@ -232,7 +232,7 @@ def value_loss(
         num_terms=count_terms(
             mask_BT, tokens_allowed=tokens_allowed, mean_per_answer=mean_per_answer
         ),
-        others=gauges,
+        others=metrics,
     )
 
 

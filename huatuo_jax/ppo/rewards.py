@@ -82,7 +82,8 @@ def kl_losses(
         mask_BT: the answers' tokens.
         kind: `sequence_square` or `k3`.
         answers: None for one a row.
-        mean_per_answer: divide each answer's by its number of tokens, as `masks.per_token` does.
+        mean_per_answer: divide each answer's by its number of tokens, as
+            `training.losses.per_token` does.
 
     Raises:
         ValueError: an unknown kind.
@@ -114,7 +115,7 @@ def next_kl_coef(
     Args:
         kl_coef: the present one.
         kl_per_sequence: k1 summed over an answer's tokens, in nats, mean of the rollout's answers
-            (`gauges.rollout_numbers`); not the mean of a token.
+            (`metrics.rollout_numbers`); not the mean of a token.
         target_kl_per_sequence: in the same unit; None leaves the coefficient fixed.
         gain: of the paper; 0.1 there.
 

@@ -5,7 +5,7 @@ An iteration (`huatuo_jax.ppo.trainer`) samples answers, scores them and updates
 
 import functools
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -80,14 +80,24 @@ _RESULT = (
 
 
 class PpoStage(Stage[PpoConfig]):
-    """One run of PPO."""
+    """One run of PPO.
+
+    Attributes:
+        critic: to start from; None for estimators without one.
+        prompts: what is asked.
+        normalization: of raw scores, where `cfg.score.scale` is `stored`.
+        judging: of held-out answers; None for none.
+        decode: from tokens to text; None for tokens in `samples.jsonl`.
+    """
 
     name = STAGE
-    reward: RewardModel
     critic: Critic | None
     prompts: Prompts
-    tasks: list[Task] | None = None
+    normalization: Normalization | None = None
     judging: HeldOutJudging | None = None
+    decode: Decode | None = None
+    _reward: RewardModel | None = None
+    _tasks: list[Task] | None = None
 
     @staticmethod
     def open_model(cfg: PpoConfig) -> InitialModel:
@@ -101,13 +111,15 @@ class PpoStage(Stage[PpoConfig]):
     def open_data(self) -> dict[str, Any]:
         """Finds reward model and critic, and reads the prompts."""
         cfg, policy = self.cfg, self.model
-        self.reward = open_reward_model(
+        reward = open_reward_model(
             cfg.reward_model,
             scale=cfg.score.scale,
             max_length=cfg.max_length,
             tokenizer=self.tokenizer,
         )
-        self.critic = open_critic(cfg, policy, self.reward)
+        self._reward, self.normalization = reward, reward.normalization
+        self.decode = functools.partial(text_of, self.tokenizer)
+        self.critic = open_critic(cfg, policy, reward)
         self.prompts = open_prompts(
             cfg.data,
             self.tokenizer,
@@ -116,17 +128,17 @@ class PpoStage(Stage[PpoConfig]):
         )
         self.account = self.prompts.account
         found: dict[str, Any] = {
-            "reward_model_files": self.reward.identity,
+            "reward_model_files": reward.identity,
             "prompts": self.prompts.identity,
         }
         if cfg.judging is not None:
-            self.tasks = open_held_out(cfg, self.tokenizer)
-            found["held_out"] = identity_of(cfg, self.tasks)
+            self._tasks = open_held_out(cfg, self.tokenizer)
+            found["held_out"] = identity_of(cfg, self._tasks)
         return found
 
     def make_job(self, directory: StageDirectory, decisive: Mapping[str, Any]) -> PpoJob:
-        """Makes the job of a run; no weights are read before the loop asks for them."""
-        by_length = self.cfg.score.of == "length"
+        """Makes the job of the loop, with a number for `micro_batch_size`."""
+        reward = self._scoring_model
         self.cfg, _ = settle(
             self.cfg,
             stage=STAGE,
@@ -136,26 +148,95 @@ class PpoStage(Stage[PpoConfig]):
                 abstract_roles,
                 policy=self.model,
                 critic=self.critic,
-                rewarding=None if by_length else self.reward.info.cfg,
+                rewarding=None if reward is None else reward.info.cfg,
                 mesh=self.mesh,
             ),
             programs=micro_batch_programs,
         )
-        if self.tasks is not None:
-            self.judging = self._make_judging(directory, self.tasks)
-        return make_job(
-            self.cfg,
-            policy=self.model,
-            critic=self.critic,
-            prompts=self.prompts,
-            make_scorer=self._make_scorer,
-            normalization=self.reward.normalization,
+        if self._tasks is not None:
+            self.judging = self._make_judging(directory, self._tasks)
+        return self.job(directory, decisive)
+
+    def job(self, directory: StageDirectory, decisive: Mapping[str, Any]) -> PpoJob:
+        """Makes the job of a run; no weights are read before the loop asks for them.
+
+        Raises:
+            ValueError: `cfg.rollout.mesh` does not divide the devices or the model.
+        """
+        cfg, mesh, policy = self.cfg, self.mesh, self.model
+        critic, reward = self.critic, self._scoring_model
+        rollout_mesh = mesh_of(cfg.rollout, mesh, policy.cfg)
+        key = jax.random.key(cfg.seed)
+        trained = policy_of(cfg, policy, mesh)
+        valued = None if critic is None else critic_of(cfg, critic, mesh)
+
+        def make_state() -> PpoState:
+            value = None
+            if critic is not None and valued is not None:
+                value = critic.make_state(key, valued.optimizer, mesh)
+            return new_ppo_state(
+                policy.make_state(key, trained.optimizer, mesh),
+                value,
+                kl_coef=cfg.kl_coef,
+                seed=cfg.seed,
+                mesh=mesh,
+            )
+
+        def make_trainer() -> Trainer:
+            stop_token_ids = self.prompts.stop_token_ids
+            return Trainer(
+                cfg=cfg,
+                mesh=mesh,
+                prompts=self.prompts,
+                sampler=Sampler(
+                    policy.transformer,
+                    cfg.rollout,
+                    stop_token_ids=stop_token_ids,
+                    max_length=cfg.max_length,
+                    mesh=rollout_mesh,
+                ),
+                scorer=self.make_scorer(),
+                make_targets=compile_targets(
+                    cfg,
+                    stop_token_ids=stop_token_ids,
+                    normalization=self.normalization,
+                    mesh=mesh,
+                ),
+                policy=trained.learner,
+                reference=make_reference(policy, key, mesh),
+                critic=critic,
+                value=None if valued is None else valued.learner,
+            )
+
+        return PpoJob(
             directory=directory,
             decisive=decisive,
-            mesh=self.mesh,
-            decode=functools.partial(text_of, self.tokenizer),
-            scorer_flops=None if by_length else ModelFlops.of(self.reward.info.cfg),
+            num_steps=cfg.num_iterations,
+            mesh=mesh,
+            make_state=make_state,
+            abstract_state=abstract_ppo_state(
+                trained.state, None if valued is None else valued.state, mesh
+            ),
+            make_trainer=make_trainer,
+            flops=IterationFlops(
+                policy=policy.flops,
+                critic=None if critic is None else critic.model.flops,
+                scorer=None if reward is None else ModelFlops.of(reward.info.cfg),
+            ),
+            decode=self.decode,
             judging=self.judging,
+        )
+
+    def make_scorer(self) -> AnswerScorer:
+        """Makes what scores answers: the reward model on its devices, or the control."""
+        reward = self._scoring_model
+        if reward is None:
+            return LengthScorer()
+        return reward.make_scorer(
+            self.model.compute,
+            self.mesh,
+            rows_at_once=self.cfg.rows_at_once,
+            row_length=self.cfg.max_length,
         )
 
     def finish(
@@ -169,17 +250,13 @@ class PpoStage(Stage[PpoConfig]):
         result |= {name: numbers[name] for name in names if name in numbers}
         return result if self.judging is None else result | self.judging.result()
 
-    def _make_scorer(self) -> AnswerScorer:
-        if self.cfg.score.of == "length":
-            return LengthScorer()
-        return self.reward.make_scorer(
-            self.model.compute,
-            self.mesh,
-            rows_at_once=self.cfg.rows_at_once,
-            row_length=self.cfg.max_length,
-        )
+    @property
+    def _scoring_model(self) -> RewardModel | None:
+        """The reward model; None where something else gives the scores."""
+        return None if self.cfg.score.of == "length" else self._reward
 
     def _make_judging(self, directory: StageDirectory, tasks: list[Task]) -> HeldOutJudging:
+        assert self._reward is not None
         return HeldOutJudging(
             cfg=self.cfg,
             folder=directory.folder / JUDGED_FOLDER,
@@ -188,7 +265,7 @@ class PpoStage(Stage[PpoConfig]):
             make_record=functools.partial(
                 record_of, template=self.template, tokenizer=self.tokenizer
             ),
-            normalization=self.reward.normalization_outside_training(self.cfg.score),
+            normalization=self._reward.normalization_outside_training(self.cfg.score),
             transformer=self.model.transformer,
             keep=functools.partial(self.save_model, directory),
         )
@@ -260,104 +337,6 @@ def critic_of(cfg: PpoConfig, critic: Critic, mesh: Mesh) -> Trained:
     state = critic.abstract_state(optimizer, mesh)
     return Trained(
         optimizer, state, _learner(cfg, _value_loss(cfg, critic), optimizer, state, mesh)
-    )
-
-
-def make_job(
-    cfg: PpoConfig,
-    *,
-    policy: InitialModel,
-    critic: Critic | None,
-    prompts: Prompts,
-    make_scorer: Callable[[], AnswerScorer],
-    normalization: Normalization | None,
-    directory: StageDirectory,
-    decisive: Mapping[str, Any],
-    mesh: Mesh,
-    decode: Decode | None,
-    scorer_flops: ModelFlops | None,
-    judging: HeldOutJudging | None = None,
-) -> PpoJob:
-    """Makes the job of a run; no weights are read before the loop asks for them.
-
-    Args:
-        cfg: the run's settings.
-        policy: to start from.
-        critic: to start from; None for estimators without one.
-        prompts: what is asked.
-        make_scorer: makes what scores the answers.
-        normalization: of its scores, where `cfg.score.scale` is `stored`.
-        directory: where the run's files are.
-        decisive: the settings that decide results.
-        mesh: where everything lies; answers are generated where `cfg.rollout.mesh` says.
-        decode: from tokens to text; None for tokens in `samples.jsonl`.
-        scorer_flops: of the reward model; None where there is none.
-        judging: of held-out answers; None for none.
-
-    Raises:
-        ValueError: `cfg.rollout.mesh` does not divide the devices or the model.
-    """
-    rollout_mesh = mesh_of(cfg.rollout, mesh, policy.cfg)
-    key = jax.random.key(cfg.seed)
-    trained = policy_of(cfg, policy, mesh)
-    valued = None if critic is None else critic_of(cfg, critic, mesh)
-
-    def make_state() -> PpoState:
-        value = None
-        if critic is not None and valued is not None:
-            value = critic.make_state(key, valued.optimizer, mesh)
-        return new_ppo_state(
-            policy.make_state(key, trained.optimizer, mesh),
-            value,
-            kl_coef=cfg.kl_coef,
-            seed=cfg.seed,
-            mesh=mesh,
-        )
-
-    def make_trainer() -> Trainer:
-        return Trainer(
-            cfg=cfg,
-            mesh=mesh,
-            prompts=prompts,
-            sampler=Sampler(
-                policy.transformer,
-                cfg.rollout,
-                stop_token_ids=prompts.stop_token_ids,
-                max_length=cfg.max_length,
-                mesh=rollout_mesh,
-            ),
-            scorer=make_scorer(),
-            make_targets=compile_targets(
-                cfg,
-                stop_token_ids=prompts.stop_token_ids,
-                normalization=normalization,
-                mesh=mesh,
-            ),
-            policy=trained.learner,
-            reference=make_reference(policy, key, mesh),
-            critic=critic,
-            value=None if valued is None else valued.learner,
-        )
-
-    return PpoJob(
-        directory=directory,
-        decisive=decisive,
-        num_steps=cfg.num_iterations,
-        mesh=mesh,
-        make_state=make_state,
-        abstract_state=abstract_ppo_state(
-            trained.state, None if valued is None else valued.state, mesh
-        ),
-        make_trainer=make_trainer,
-        flops=IterationFlops(
-            policy=ModelFlops.of(policy.cfg, adapters_only=cfg.model.lora is not None),
-            critic=None
-            if critic is None
-            else ModelFlops.of(critic.model.cfg, adapters_only=cfg.value.lora is not None),
-            scorer=scorer_flops,
-        ),
-        decode=decode,
-        judging=judging,
     )
 
 

@@ -78,7 +78,7 @@ class Targets(NamedTuple):
         returns_NT: the critic's targets.
         scores_N: scaled, clipped, truncation dealt with.
         kl_N: k1 of each answer, in nats.
-        sums: for gauges.
+        sums: for metrics.
         kl_coef: for the next rollout.
         running: moments of all raw scores, this rollout's among them.
     """

@@ -111,8 +111,8 @@ class Learner:
     """The compiled programs of a model that is trained.
 
     Attributes:
-        run_pass: see `update.compile_pass`.
-        apply: see `update.compile_apply`.
+        run_pass: see `compile_pass`.
+        apply: see `compile_apply`.
     """
 
     run_pass: OnMesh
@@ -129,9 +129,9 @@ class Trainer:
         prompts: what is asked.
         sampler: answers.
         scorer: scores the answers.
-        make_targets: see `estimates`.
+        make_targets: see `targets.make_targets`.
         policy: its programs.
-        reference: takes the place of the policy's trained variables, see `roles.make_reference`.
+        reference: takes the place of the policy's trained variables, see `models.make_reference`.
         critic: where its frozen variables are; None without one.
         value: its programs; None without one.
     """

@@ -93,7 +93,7 @@ class RewardStage(PreferenceStage[RewardConfig]):
 
     def report(self, metrics: Mapping[str, np.ndarray]) -> StepReport:
         """Returns the numbers of an optimizer step."""
-        return report_step(metrics, flops=self.flops)
+        return report_step(metrics, flops=self.model.flops)
 
     def evaluation_numbers(self, sums: Mapping[str, np.ndarray]) -> dict[str, float]:
         """Returns the numbers of held-out data."""

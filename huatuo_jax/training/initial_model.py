@@ -27,6 +27,7 @@ from huatuo_jax.hf import generation_config
 from huatuo_jax.hf import tokenizer as tokenizers
 from huatuo_jax.hf.config import exported_layout
 from huatuo_jax.hf.tokenizer import SideFiles, Talk
+from huatuo_jax.training.metrics import ModelFlops
 from huatuo_jax.training.optimizer import Optimizer
 from huatuo_jax.training.update import (
     TrainState,
@@ -164,6 +165,12 @@ class InitialModel:
     def transformer(self) -> Transformer:
         """The module its variables belong to."""
         return Transformer(self.cfg, self.compute, self.section.lora)
+
+    @property
+    def flops(self) -> ModelFlops:
+        """The model's part of the count of a step's floating-point operations."""
+        adapters_only = self.head_only or self.section.lora is not None
+        return ModelFlops.of(self.cfg, adapters_only=adapters_only)
 
     def make_state(self, key: jax.Array, optimizer: Optimizer, mesh: Mesh) -> TrainState:
         """Returns the state before the first step, in its shards.

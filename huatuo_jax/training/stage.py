@@ -33,7 +33,6 @@ from huatuo_jax.training.loop import (
     make_measure,
     train,
 )
-from huatuo_jax.training.metrics import ModelFlops
 from huatuo_jax.training.micro_batch import (
     MicroBatchSize,
     check_micro_batch_size,
@@ -59,7 +58,7 @@ MODEL_FOLDER = "model"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class StageConfig:
+class StageConfig(abc.ABC):
     """The fields of every training stage.
 
     Attributes:
@@ -84,9 +83,9 @@ class StageConfig:
     loop: BaseLoopConfig = operational(BaseLoopConfig())
 
     @property
+    @abc.abstractmethod
     def rows_of_update(self) -> int:
         """Rows of an optimizer step, on all devices together."""
-        raise NotImplementedError
 
     @property
     def rows_at_once(self) -> int:
@@ -225,12 +224,6 @@ class UpdateStage(Stage[Trained]):
         cfg = self.cfg
         return cfg.num_steps or -(-self.train_rows.first_row(cfg.num_epochs) // cfg.batch_size)
 
-    @property
-    def flops(self) -> ModelFlops:
-        """The model's part of the count of floating-point operations."""
-        adapters_only = self.model.head_only or self.model.section.lora is not None
-        return ModelFlops.of(self.model.cfg, adapters_only=adapters_only)
-
     def settle(self) -> Step:
         """Puts a number in the place of `micro_batch_size='auto'` and makes the step."""
         num_steps, rows = self.num_steps, self.cfg.batch_size
@@ -250,6 +243,7 @@ class UpdateStage(Stage[Trained]):
         """Makes the job of the loop; no weights are read before the loop asks for them."""
         step, num_steps, rows = self.settle(), self.num_steps, self.train_rows
         batch_size = self.cfg.batch_size
+        num_rows = num_steps * batch_size
         return Job(
             directory=directory,
             decisive=decisive,
@@ -259,10 +253,11 @@ class UpdateStage(Stage[Trained]):
             abstract_state=step.state,
             update=step.update,
             batches=BatchIterator(
-                rows.reading(num_steps * batch_size),
+                rows.reading(num_rows),
                 batch_size=batch_size,
                 share=host_share(self.mesh),
                 prefetch=self.prefetch,
+                end_row=num_rows,
             ),
             report=self.report,
             evaluate=self.evaluator(step, directory),

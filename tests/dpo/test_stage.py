@@ -160,7 +160,7 @@ def test_a_run_that_broke_off_ends_as_an_unbroken_one(files, tmp_path, lora):
     original = BatchIterator.__next__
 
     def next_or_stop(self):
-        if self.get_state()["next_row"] == 5 * 4 and self._end_row is None:
+        if self.get_state()["next_row"] == 5 * 4 and self._end_row == 6 * 4:
             raise _Stop
         return original(self)
 
