@@ -186,7 +186,7 @@ def write_clinic_of(workdir: str | os.PathLike[str], cfg: ClinicConfig | None) -
     """Writes a run's clinic, where it has one, by the first process; the others wait.
 
     Raises:
-        ValueError: another clinic stands there, and a stage was trained.
+        ValueError: another clinic is there, and a stage was trained on it.
         OSError: it cannot be written.
     """
     if cfg is None:

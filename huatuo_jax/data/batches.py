@@ -1,6 +1,6 @@
 """Batches of packed rows: several examples a row, rows of all epochs end to end, made ahead.
 
-Packing is two pure steps. A plan says from lengths alone which examples share a row (best fit on
+Packing is two pure steps. A plan decides from lengths alone which examples share a row (best fit on
 decreasing lengths); a row then lays their tokens end to end, each example a segment of its own.
 
 Rows form one endless stream: row 0 is the first row of epoch 0, and the first row of epoch 1
@@ -447,7 +447,7 @@ class BatchIterator(grain.DatasetIterator[Row]):
     """Batches in order, made ahead, at a position that is one number.
 
     `get_state` is `{"next_row": GLOBAL_ROW_INDEX}`: the same on all hosts, whatever their number,
-    and whatever was prefetched. Orbax and grain's checkpoint handler save it as it stands.
+    and whatever was prefetched. Orbax and grain's checkpoint handler save it as it is.
     """
 
     def __init__(

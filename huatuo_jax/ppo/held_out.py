@@ -1,6 +1,6 @@
 """Judgings of the policy on held-out prompts, by the judge and the reward model, resumable.
 
-Under `STAGE/judged/` stand `ITERATION/answers.jsonl`, each record with the initial policy's answer
+`STAGE/judged/` holds `ITERATION/answers.jsonl`, each record with the initial policy's answer
 and that iteration's, and one `labels.jsonl` for all iterations with its report and spending. The
 judge is asked when the iteration's checkpoint is on disk: a killed run resumes with the very
 answers that were being judged, and asks about none that has a verdict.
@@ -163,7 +163,7 @@ class HeldOutJudging:
     _scorer: Scorer | None = None
 
     def open(self, history: Sequence[Mapping[str, Any]], *, restored: int | None) -> None:
-        """Takes up a run where its checkpoint stands, and removes answers that came after it.
+        """Resumes from a checkpoint's history, and removes answers that came after it.
 
         Verdicts stay in the labels file: they belong to texts, whichever run has them.
 

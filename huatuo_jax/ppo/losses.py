@@ -122,7 +122,7 @@ def add_entropy_bonus(
             gradient of its mean is 0.
         mask_BT: the answers' tokens.
         entropy_coef: at least 0.
-        mean_per_answer: as the policy's loss was told.
+        mean_per_answer: as for the policy's loss.
 
     Returns:
         The sums, with `entropy` (of all tokens alike) among the others.
@@ -154,7 +154,7 @@ def add_kl_loss(
         kl_coef: its weight.
         kind: see `rewards.kl_losses`; `k3` has another optimum than the penalty in the reward.
         answers: None for one a row.
-        mean_per_answer: as the policy's loss was told.
+        mean_per_answer: as for the policy's loss.
 
     Returns:
         The sums, with `kl_loss` (unweighted, of all tokens alike) among the others.

@@ -109,7 +109,7 @@ class IterationFlops:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class IterationReport:
-    """All that is told of an iteration.
+    """An iteration, as it is reported.
 
     Attributes:
         cfg: the run's settings.

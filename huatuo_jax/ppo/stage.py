@@ -66,7 +66,7 @@ from huatuo_jax.training.update import TrainState, abstract_batch
 
 STAGE = "ppo"
 
-# Of the last iteration, in the result; all others stand in its row of metrics.
+# Metrics of the last iteration that are in the result; its row of metrics has all.
 _RESULT = (
     "score",
     "reward",

@@ -252,7 +252,7 @@ class Layout:
             rollout: arrays `[N, T]`, one answer a row, from slot 0.
 
         Returns:
-            Those arrays as `[R, width]`, zero where nothing stands, `segment_ids` anew; and
+            Those arrays as `[R, width]`, zero where there is no token, `segment_ids` anew; and
             `answers`, int32: which of the n answers a token belongs to, n outside of them.
         """
         here, there = self._here(), self._there()
@@ -297,7 +297,7 @@ def packed_layout(
     narrow: int,
     row_counts: tuple[int, ...],
 ) -> Layout:
-    """Answers packed into as few rows as they need, and then some that nothing stands in.
+    """Answers packed into as few rows as they need, and then some empty ones.
 
     A mesh of many devices wants more rows than short answers need. Narrow ones are taken there if
     they come to fewer slots.
@@ -314,7 +314,7 @@ def packed_layout(
         narrow_rows_n, num_narrow = best_fit_rows(lengths_n, narrow)
         if bucket_of(num_narrow, row_counts) * narrow < row_counts[0] * width:
             rows_n, num_rows, width = narrow_rows_n, num_narrow, narrow
-    # Within a row they stand in the order of the minibatch.
+    # Within a row they are in the order of the minibatch.
     order = np.argsort(rows_n, kind="stable")
     is_first = np.append(True, np.diff(rows_n[order]) > 0)
     ahead = np.cumsum(lengths_n[order]) - lengths_n[order]

@@ -173,7 +173,7 @@ class Trainer:
             spent=spent,
         )
         place = jax.NamedSharding(self.mesh, jax.P())
-        # Before its first step the policy's KL is 0, which says nothing of the coefficient.
+        # Before its first step the policy's KL is 0, whatever the coefficient is.
         kl_coef = targets.kl_coef if trains_policy else state.kl_coef
         return dataclasses.replace(
             state,

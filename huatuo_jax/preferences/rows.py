@@ -306,7 +306,7 @@ def open_probe(
     name: str,
     encoding: str | None = None,
 ) -> tuple[tuple[Group, ...], Account]:
-    """Reads and tokenises pairs; each counts as certain, whatever its label says.
+    """Reads and tokenises pairs; each counts as certain, whatever its label.
 
     What is measured is how often the `chosen` side gets the higher score.
 
@@ -314,7 +314,7 @@ def open_probe(
         paths: files of comparisons.
         cfg: how they are rendered.
         tokenizer: the model's.
-        name: of the probe; it stands for the source of each pair.
+        name: of the probe; it becomes the source of each pair.
         encoding: of text files; None tells it by evidence.
 
     Returns:

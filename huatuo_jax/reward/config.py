@@ -11,11 +11,11 @@ class ProbeConfig:
     """Pairs that differ in one thing alone, to measure the reward model by: none is trained on.
 
     Attributes:
-        name: what differs, such as `truth`; reports call it so.
+        name: what differs, such as `truth`; its name in reports.
         paths: files of comparisons. How often the `chosen` side of a pair gets the higher score is
             what is reported, whatever `p_chosen` says.
         chosen: what the `chosen` side is, such as `true` or `longer`.
-        neutral: neither side is the right one, so that 1/2, indifference, is what is wished for.
+        neutral: neither side is right, so that 1/2, indifference, is the best value.
         encoding: of text files; None tells it by evidence, see `huatuo_jax.data.text`.
     """
 
@@ -67,7 +67,9 @@ class RewardConfig(PreferenceConfig):
         super().__post_init__()
         names = [probe.name for probe in self.probes]
         if repeated := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"probes: {', '.join(repeated)} stands twice; each needs its own name")
+            raise ValueError(
+                f"probes: {', '.join(repeated)} is given twice; each probe needs its own name"
+            )
         for name in ("margin_scale", "centring"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be 0 or more")

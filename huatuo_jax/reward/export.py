@@ -33,7 +33,7 @@ def export_reward_model(
 ) -> None:
     """Writes a reward model for transformers' sequence classification.
 
-    The exported model gives raw scores. The normalization stands in its config.json
+    The exported model gives raw scores. The normalization is in its config.json
     (`task_specific_params.reward_normalization`), in `reward_normalization.json`, and on the card.
 
     Args:
@@ -149,7 +149,7 @@ def _normalization(found: Normalization | None) -> str:
     return (
         "The model gives raw scores. On the answers below they have this mean and standard\n"
         "deviation, so that `(score - mean) / standard_deviation` has mean 0 and standard\n"
-        "deviation 1 there. The numbers stand in `config.json` too, under\n"
+        "deviation 1 there. The numbers are in `config.json` too, under\n"
         f"`{'.'.join(CONFIG_FIELDS)}`.\n\n{table(['', ''], rows)}"
     )
 

@@ -30,7 +30,7 @@ _TURN_RANGES = ((1, 1), (2, 3), (4, 6), (7, None))
 
 @dataclasses.dataclass(frozen=True)
 class ScoredPairs:
-    """Pairs with what a model and the label say of them, each of shape `[N]`.
+    """Pairs with a model's scores and their labels, each of shape `[N]`.
 
     Attributes:
         difference: score of the chosen answer less that of the rejected one.
@@ -38,7 +38,7 @@ class ScoredPairs:
         margin: of the label; NaN where there is none.
         cases: the case of each pair, from 0.
         sources: names.
-        num_turns: doctor's turns of the longer dialogue.
+        num_turns: assistant's turns of the longer dialogue.
         length_difference: characters of the chosen answer less those of the rejected one.
     """
 
@@ -87,7 +87,7 @@ def make_report(
         seed: of the bootstrap.
 
     Returns:
-        JSON values. Shares stand with the 95 % interval of a bootstrap over cases.
+        JSON values. Shares come with the 95 % interval of a bootstrap over cases.
     """
     pairs = scored_pairs(held_out, scores)
     by_length = slope * pairs.length_difference
@@ -138,7 +138,7 @@ def probe_report(
         seed: of the bootstrap.
 
     Returns:
-        JSON values; equal scores count as one half, and shares stand with their 95 % interval.
+        JSON values; equal scores count as one half, and shares come with their 95 % interval.
     """
     pairs = scored_pairs(groups, scores)
     by_length = _with(pairs, slope * pairs.length_difference)

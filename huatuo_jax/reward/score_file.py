@@ -147,7 +147,7 @@ class Answered(NamedTuple):
 
     Attributes:
         record: as JSON, extra fields kept.
-        to_prompt: the prompt and its answers, which end with the doctor.
+        to_prompt: the prompt and its answers, which end with the assistant.
         several: whether the record can hold more than one, as opposed to a dialogue.
         place: file and line of the record.
     """
@@ -310,7 +310,7 @@ def read_answers(
 
     Args:
         path: the file.
-        cfg: how they are said.
+        cfg: how they are rendered.
         tokenizer: the model's.
         account: all rows and answers are counted there.
 

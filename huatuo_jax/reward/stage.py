@@ -130,7 +130,7 @@ def run_reward(config: RewardConfig, workdir: str | os.PathLike[str]) -> dict[st
     Returns:
         The last step and its evaluation, the normalization and which answers it is of. The model
         is in `WORKDIR/reward/model`, an Orbax directory with the tokenizer, adapters merged, and
-        `reward_normalization.json`; beside it stands `reward_report.json` with its plot, where
+        `reward_normalization.json`; beside it is `reward_report.json` with its plot, where
         anything was held out.
 
     Raises:
@@ -237,7 +237,7 @@ def reward_loss(
     is_pair_BP = weight_BP > 0
 
     def at(places_BP: jax.Array) -> jax.Array:
-        # What stands at padding means nothing, and must not reach a sum even times 0.
+        # Scores at padding have no meaning, and must not reach a sum even times 0.
         return jnp.where(is_pair_BP, jnp.take_along_axis(scores_BT, places_BP, axis=1), 0)
 
     chosen_BP, rejected_BP = at(batch["chosen_at"]), at(batch["rejected_at"])
@@ -317,7 +317,7 @@ def _open_probes(
 ) -> dict[str, tuple[Group, ...]]:
     """Reads the pairs of each probe; prints what is left out, and what is trained on too."""
     found = {}
-    # Where a field names the cases they are not told by the prompts, which is all that probes have.
+    # Cases named by a field do not follow from the prompts, which is all that probes have.
     by_prompt = cfg.data.group_field is None
     trained = {group.case for group in trained_on} if by_prompt else set()
     for probe in cfg.probes:

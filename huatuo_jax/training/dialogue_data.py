@@ -36,7 +36,7 @@ class SourceConfig:
     """One source of dialogues and its share of the mixture.
 
     Attributes:
-        name: what reports call it.
+        name: its name in reports.
         paths: files, folders or hub names; their content decides, not their place.
         kind: the kind of all its dialogues; None takes the rows' own.
         adapter: the name of the adapter of an odd format; None for the common ones.
@@ -79,12 +79,12 @@ class DataConfig:
         default_system: its system text; None for the template's own.
         template_date: the date that a tokenizer's own template prints, see `templates.by_name`.
         truncation: what becomes of a dialogue longer than a row.
-        trained_turns: which of the doctor's turns are trained.
+        trained_turns: which of the assistant's turns are trained.
         row_length: tokens of a row.
         packed: several dialogues a row, or one.
         window: how many dialogues are packed together; None for the epoch.
         held_out: which dialogues are held out.
-        duplicates: what is done about dialogues that stand twice.
+        duplicates: what is done about dialogues that occur twice.
         cache: folder of the tokenised data; None for one in the run's folder.
         num_threads: threads that make batches; 0 makes each when it is asked for.
         num_processes: processes that tokenise; None for the cores where it pays.
@@ -168,7 +168,7 @@ def open_dialogues(
         cfg: which ones.
         tokenizer: the model's.
         seed: of the order and the draw.
-        default_cache: where the cache goes unless the config says.
+        default_cache: where the cache goes unless the config names a folder.
         progress: called while dialogues are tokenised.
 
     Raises:

@@ -1,6 +1,6 @@
 """The model that a run trains: its config, first state, tokenizer, and how it is saved.
 
-A backbone comes from a preset, from its fields or from a model on disk. Beside a saved model stand
+A backbone comes from a preset, from its fields or from a model on disk. A saved model comes with
 its tokenizer, chat template and stop tokens, so that others use it with the tokens of its training.
 """
 
@@ -82,10 +82,10 @@ class ModelConfig:
     def __post_init__(self) -> None:
         """Raises ValueError unless exactly one way to find the model is given."""
         ways = {name: getattr(self, name) for name in ("directory", "preset", "backbone")}
-        told = [name for name, value in ways.items() if value is not None]
-        if len(told) != 1:
+        given = [name for name, value in ways.items() if value is not None]
+        if len(given) != 1:
             raise ValueError(
-                f"the model is given by {' and '.join(told) or 'nothing'}; give exactly one of "
+                f"the model is given by {' and '.join(given) or 'nothing'}; give exactly one of "
                 f"{', '.join(ways)}"
             )
         if self.directory is None and self.tokenizer is None:
@@ -215,7 +215,7 @@ class InitialModel:
 
         Args:
             stage: that asks, for messages.
-            template: what dialogues are said in.
+            template: of the dialogues.
 
         Raises:
             ValueError: there is none, the template or the model does not suit it, or a dialogue may
@@ -269,7 +269,7 @@ class InitialModel:
         Args:
             variables: the trained ones.
             target: the folder to make, or to replace.
-            template: what dialogues were said in.
+            template: of the dialogues.
             tokenizer: from `load_tokenizer`.
         """
         models.save_orbax(

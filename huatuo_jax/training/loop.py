@@ -377,7 +377,7 @@ class Session(contextlib.AbstractContextManager["Session[State, Cfg]", None], Ge
         """Returns what a checkpoint holds beside the state, as JSON values."""
 
     def saved_metrics(self) -> dict[str, float]:
-        """Returns the metrics of a checkpoint, by which the best one is told."""
+        """Returns the metrics of a checkpoint, by which the best one is chosen."""
         return {}
 
     def is_evaluated(self) -> bool:
@@ -388,11 +388,11 @@ class Session(contextlib.AbstractContextManager["Session[State, Cfg]", None], Ge
         """Does what has to be done after a step and before its checkpoint; not where it stops."""
 
     def must_save(self) -> bool:
-        """Tells whether this step is saved whatever the config says."""
+        """Tells whether this step is saved even where no checkpoint is due."""
         return False
 
     def flush(self) -> None:
-        """Puts all reports on disk, before a checkpoint says that they are there."""
+        """Puts all reports on disk, before a checkpoint refers to them."""
         if self.log is not None:
             self.log.flush()
 

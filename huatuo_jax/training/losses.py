@@ -43,7 +43,7 @@ class Answers(NamedTuple):
     """The answer of each token, where a row may hold several.
 
     Attributes:
-        of_tokens_BT: int, from 0; what it says outside of the mask is not read.
+        of_tokens_BT: int, from 0; not read outside of the mask.
         number: of answers at most; static.
     """
 
@@ -274,7 +274,7 @@ def count_terms(
 ) -> jax.Array:
     """Counts what a loss is divided by, to be added up over the whole optimizer step.
 
-    The first two keep every token's weight independent of the answer it stands in. The third does
+    The first two keep every token's weight independent of its answer. The third does
     not: it favours short good answers and long bad ones (arXiv 2503.20783, section 3).
 
     - Neither argument: the number of tokens in the step (DAPO, arXiv 2503.14476, equation 8).
@@ -286,7 +286,7 @@ def count_terms(
     Args:
         mask_BT: the tokens.
         tokens_allowed: of an answer at most.
-        mean_per_answer: as `per_token` was told.
+        mean_per_answer: as for `per_token`.
 
     Raises:
         ValueError: `tokens_allowed` is less than 1, or both are given.

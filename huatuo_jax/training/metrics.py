@@ -109,7 +109,7 @@ class MetricsLog:
                 self._events.add_scalar(name, value, step, walltime=now)
 
     def flush(self) -> None:
-        """Puts all rows on disk, where a kill cannot take them back."""
+        """Puts all rows on disk, so that a kill cannot lose them."""
         self._file.sync()
         if self._events is not None:
             self._events.flush()

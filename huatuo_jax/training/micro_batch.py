@@ -129,7 +129,7 @@ def settle(
         stage: its name.
         rows: that are divided into micro-batches.
         mesh: where.
-        make: makes what the stage runs; told settings with a number in them.
+        make: makes what the stage runs, from settings with a number in them.
         programs: those of what was made whose memory depends on the micro-batch.
 
     Raises:
@@ -142,7 +142,7 @@ def settle(
         if not _is_host(mesh):
             tell(
                 f"{stage}: micro_batch_size=auto: all {rows} rows at once, as the devices do not "
-                f"tell their memory; {MEMORY_VARIABLE} says it in their place"
+                f"tell their memory; set {MEMORY_VARIABLE} to give it"
             )
         cfg = _with_size(cfg, rows)
         return cfg, make(cfg)

@@ -31,7 +31,7 @@ class StageProgram:
         rows: of a call.
         rows_at_once: of them, that go through the model together.
         attends: whether rows attend to themselves in it, by the attention kernel.
-        in_micro_batches: whether `micro_batch_size` says how many go together.
+        in_micro_batches: whether `micro_batch_size` decides how many go together.
     """
 
     name: str
@@ -132,7 +132,7 @@ def shard_of(leaf: Any) -> tuple[tuple[int, ...], int]:
 def device_memory(mesh: Mesh) -> int | None:
     """Returns each device's bytes for arrays and programs; the same in all processes.
 
-    HUATUO_DEVICE_MEMORY_GIB says it in the devices' place, as where others use them too.
+    HUATUO_DEVICE_MEMORY_GIB overrides it, as where other programs use the devices too.
 
     Returns:
         The least of any device; None where they do not tell, as CPUs do not.

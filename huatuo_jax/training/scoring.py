@@ -2,8 +2,8 @@
 
 The answers are tokens already, and lengths tell prompt, answer and padding apart: no mask looks at
 an id, so padding may equal EOS. The score of an answer is the head's at its last token, which is
-the end of the doctor's last turn. Rows are packed or padded, on either side, on any mesh: it makes
-no difference but rounding.
+the end of the assistant's last turn. Rows are packed or padded, on either side, on any mesh: it
+makes no difference but rounding.
 """
 
 import copy
@@ -70,7 +70,7 @@ def head_scores(model: Transformer, variables: Variables, batch: Batch) -> jax.A
         model: a backbone with a score head.
         variables: its own.
         batch: `token_ids`, `segment_ids`, `positions`, each `[B, T]`, as
-            `huatuo_jax.data.batches` describes them; padding stands on either side.
+            `huatuo_jax.data.batches` describes them; padding may be on either side.
     """
     return model.apply(variables, hidden_of(model, variables, batch), method="scores")
 
@@ -128,7 +128,7 @@ def padded_batch(
         side: where the padding is.
 
     Returns:
-        Beside the arrays `[B, T]` of a batch, `last_B`: where each answer's last token stands (0
+        Beside the arrays `[B, T]` of a batch, `last_B`: index of each answer's last token (0
         in a row of nothing).
     """
     width = token_ids_BT.shape[1]
@@ -358,7 +358,7 @@ def save_normalization(folder: pathlib.Path, normalization: Normalization) -> No
 def load_normalization(folder: pathlib.Path) -> Normalization | None:
     """Returns the normalization that was stored with a model; None for a model without one.
 
-    It stands in a file of its own, and in the config.json of an exported model.
+    It is in a file of its own, and in the config.json of an exported model.
 
     Raises:
         ValueError: it cannot be read.

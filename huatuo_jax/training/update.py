@@ -111,7 +111,7 @@ def new_state(
 
     Args:
         variables: the model's.
-        is_trained: told a path such as `params/layers/mlp/down/kernel`.
+        is_trained: tells for a path such as `params/layers/mlp/down/kernel`.
         optimizer: from `make_optimizer`.
         key: the run's.
 
