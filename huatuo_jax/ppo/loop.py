@@ -5,7 +5,6 @@
 
 import dataclasses
 import math
-import pathlib
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any, ClassVar
@@ -90,7 +89,9 @@ class _Iterations(Session[PpoState, PpoLoopConfig]):
     def open_reports(self, restored: int | None) -> None:
         """Opens metrics, progress and samples, cut back to the restored checkpoint."""
         super().open_reports(restored)
-        self._samples = open_samples(self._job.directory.folder / SAMPLES_FILE, after_step=restored)
+        path = self._job.directory.folder / SAMPLES_FILE
+        self._samples = AppendedFile(path, locked=False)
+        self._samples.keep_while(lambda row: restored is not None and row["step"] <= restored)
 
     def __exit__(self, *_: object) -> None:
         """Closes the reports."""
@@ -162,14 +163,3 @@ class _Iterations(Session[PpoState, PpoLoopConfig]):
             )
         if skipped := report.not_finite_in_a_row:
             self.progress.say(f"the last {skipped} steps were not finite and were skipped")
-
-
-def open_samples(path: pathlib.Path, *, after_step: int | None) -> AppendedFile:
-    """Opens a file of samples without those written after a checkpoint; None removes all."""
-    file = AppendedFile(path, locked=False)
-    try:
-        file.keep_while(lambda row: after_step is not None and row["step"] <= after_step)
-    except BaseException:
-        file.close()
-        raise
-    return file

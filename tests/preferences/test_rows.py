@@ -5,7 +5,12 @@ import itertools
 import numpy as np
 import pytest
 
-from huatuo_jax.data.batches import BatchIterator, HostShare, evaluation_batches
+from huatuo_jax.data.batches import (
+    BatchIterator,
+    HostShare,
+    PrefetchConfig,
+    evaluation_batches,
+)
 from huatuo_jax.preferences.rows import ComparisonRows, RowsConfig, parts_of
 from tests.preferences.tiny import token_groups
 
@@ -106,3 +111,21 @@ def test_evaluation_gives_each_pair_once_and_fills_up_with_empty_rows():
         len(group.pairs) for group in GROUPS
     )
     assert {batch["token_ids"].shape for batch in read} == {(3, 64)}
+
+
+def test_batches_that_threads_make_ahead_are_those_made_when_asked_for():
+    found = []
+    for num_threads in (0, 2):
+        rows = ComparisonRows(GROUPS, RowsConfig(row_length=64))
+        batches = BatchIterator(
+            rows.reading(40),
+            batch_size=4,
+            prefetch=PrefetchConfig(num_threads=num_threads),
+            end_row=40,
+        )
+        found.append(list(batches))
+    assert len(found[0]) == len(found[1]) == 10
+    for asked, ahead in zip(*found, strict=True):
+        assert asked.keys() == ahead.keys()
+        for name in asked:
+            np.testing.assert_array_equal(asked[name], ahead[name])
