@@ -338,6 +338,7 @@ class Session(contextlib.AbstractContextManager["Session[State, Cfg]", None], Ge
         step: steps done.
         state: after them.
         numbers: what `train` returns.
+        evaluated: whether they are the state's evaluation, which is saved with it.
         log: of metrics; None in all processes but the first.
         progress: of the run; silent in all processes but the first.
     """
@@ -351,6 +352,7 @@ class Session(contextlib.AbstractContextManager["Session[State, Cfg]", None], Ge
         """Restores the newest checkpoint, or makes the first state, and opens the reports."""
         self.cfg, self.store, self._base, self._stop = cfg, store, job, stop
         self.numbers: dict[str, float] = {}
+        self.evaluated = False
         newest = store.latest_step()
         distributed.check_same("the newest checkpoint", newest)
         if newest is None:
@@ -376,14 +378,6 @@ class Session(contextlib.AbstractContextManager["Session[State, Cfg]", None], Ge
     def extra(self) -> dict[str, Any]:
         """Returns what a checkpoint holds beside the state, as JSON values."""
 
-    def saved_metrics(self) -> dict[str, float]:
-        """Returns the metrics of a checkpoint, by which the best one is chosen."""
-        return {}
-
-    def is_evaluated(self) -> bool:
-        """Tells whether the newest checkpoint's evaluation belongs to the rows that are kept."""
-        return False
-
     def before_save(self) -> None:
         """Does what has to be done after a step and before its checkpoint; not where it stops."""
 
@@ -396,9 +390,6 @@ class Session(contextlib.AbstractContextManager["Session[State, Cfg]", None], Ge
         if self.log is not None:
             self.log.flush()
 
-    def saved(self) -> None:
-        """Notes that a checkpoint was started."""
-
     def after_save(self) -> bool:
         """Does what needs the step's checkpoint on disk; returns whether the run ends here."""
         return False
@@ -410,7 +401,7 @@ class Session(contextlib.AbstractContextManager["Session[State, Cfg]", None], Ge
             job.directory.metrics,
             stage=job.directory.name,
             after_step=restored,
-            evaluated=self.is_evaluated(),
+            evaluated=self.evaluated,
             tensorboard=job.directory.tensorboard if cfg.tensorboard else None,
         )
         self.progress = make_progress(
@@ -436,7 +427,7 @@ class Session(contextlib.AbstractContextManager["Session[State, Cfg]", None], Ge
             if not stopping:
                 self.before_save()
             if stopping or self.must_save() or self.is_due(self.cfg.checkpoint_every):
-                self._save()
+                self.save()
             if stopping:
                 self.interrupt()
             ended = self.after_save()
@@ -460,17 +451,16 @@ class Session(contextlib.AbstractContextManager["Session[State, Cfg]", None], Ge
             "same command again to resume"
         )
 
-    def _save(self) -> None:
+    def save(self) -> None:
         """Starts a checkpoint; the rows up to it are on disk before it can be."""
         self.flush()
         self.store.save(
             self.step,
             self.state,
             config=self._base.decisive,
-            metrics=self.saved_metrics(),
+            metrics=self.numbers if self.evaluated else {},
             extra=self.extra(),
         )
-        self.saved()
 
 
 class _Updates(Session[TrainState, LoopConfig]):
@@ -482,27 +472,18 @@ class _Updates(Session[TrainState, LoopConfig]):
         """Restores the newest checkpoint, or makes the first state."""
         self._job = job
         self._pending: deque[tuple[int, dict[str, jax.Array], dict[str, Any]]] = deque()
-        self._evaluated = False
         super().__init__(job, cfg, store, stop)
         self._clock = StepClock()
 
     def restore(self, found: Restored) -> None:
         """Takes the position of the data and the evaluation from a checkpoint."""
-        self._evaluated = found.extra["evaluated"]
+        self.evaluated = found.extra["evaluated"]
         self.numbers = found.metrics
         self._job.batches.set_state(found.extra["data"])
 
     def extra(self) -> dict[str, Any]:
         """Returns the position of the data, and whether the state was evaluated."""
-        return {"data": self._job.batches.get_state(), "evaluated": self._evaluated}
-
-    def saved_metrics(self) -> dict[str, float]:
-        """Returns the state's evaluation, if it was evaluated."""
-        return self.numbers if self._evaluated else {}
-
-    def is_evaluated(self) -> bool:
-        """Tells whether the state was evaluated."""
-        return self._evaluated
+        return {"data": self._job.batches.get_state(), "evaluated": self.evaluated}
 
     def advance(self) -> None:
         """Starts one step on the devices, without waiting for it."""
@@ -512,7 +493,7 @@ class _Updates(Session[TrainState, LoopConfig]):
         self._clock.add_wait(time.perf_counter() - began)
         self.state, metrics = self._job.update(self.state, batch)
         self.step += 1
-        self._evaluated = False
+        self.evaluated = False
         self._pending.append((self.step, metrics, position))
         while len(self._pending) > self._steps_in_flight:
             self._settle_oldest()
@@ -564,11 +545,11 @@ class _Updates(Session[TrainState, LoopConfig]):
         """Evaluates the state, if that is due."""
         job = self._job
         due = self.step > 0 and self.is_due(self.cfg.evaluate_every)
-        if job.evaluate is None or self._evaluated or not due:
+        if job.evaluate is None or self.evaluated or not due:
             return
         self._settle_all()
         self.numbers = job.evaluate(self.state)
-        self._evaluated = True
+        self.evaluated = True
         if self.log is not None:
             self.log.write(self.step, self.numbers)
         shown = f"{self.numbers[BEST_METRIC]:.4f}"
@@ -580,8 +561,9 @@ class _Updates(Session[TrainState, LoopConfig]):
         self._settle_all()
         super().flush()
 
-    def saved(self) -> None:
-        """Leaves the time of the save out of the next step's."""
+    def save(self) -> None:
+        """Starts a checkpoint, and leaves its time out of the next step's."""
+        super().save()
         self._clock.restart()
 
     def _settle_all(self) -> None:
