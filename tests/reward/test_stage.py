@@ -203,7 +203,7 @@ def test_probes_of_one_name_and_without_files_are_refused():
     with pytest.raises(ValueError, match="paths is empty: probe 'truth' must name"):
         ProbeConfig(name="truth")
     probe = ProbeConfig(name="truth", paths=("a.jsonl",))
-    with pytest.raises(ValueError, match="probes: truth stands twice"):
+    with pytest.raises(ValueError, match="probes: truth is given twice"):
         _config(pathlib.Path("none"), probes=(probe, probe))
 
 
