@@ -142,7 +142,7 @@ def settle(
         if not _is_host(mesh):
             tell(
                 f"{stage}: micro_batch_size=auto: all {rows} rows at once, as the devices do not "
-                f"tell their memory; set {MEMORY_VARIABLE} to give it"
+                f"tell their memory; {MEMORY_VARIABLE} sets it"
             )
         cfg = _with_size(cfg, rows)
         return cfg, make(cfg)
