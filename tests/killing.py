@@ -105,7 +105,7 @@ class Stage:
         process.send_signal(number)
         output, _ = process.communicate(timeout=1800)
         assert process.returncode == INTERRUPTED_EXIT_CODE, output
-        assert "run the same command again to go on" in output
+        assert "run the same command again to resume" in output
         return self.newest(workdir)
 
 

@@ -229,7 +229,7 @@ def _changed(cache, path, value):
         ("micro_batch_size", 3, "micro_batch_size=3 must divide batch_size=8"),
         ("data.row_length", 512, "row_length=512 must be at most the model's 256 positions"),
         ("data.template", "alpaca", "template: 'alpaca' is not known"),
-        ("model.preset", "llama_7b", "told by preset and backbone; give exactly one"),
+        ("model.preset", "llama_7b", "given by preset and backbone; give exactly one"),
         ("model.backbone.vocab_size", 2000, "has 2048 tokens, more than the model's"),
         ("optimizer.warmup_steps", 9, "warmup_steps=9 must be at most the 8 updates"),
     ],

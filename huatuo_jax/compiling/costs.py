@@ -7,8 +7,8 @@ a fusion costs no memory traffic. Slices and updates count for the bytes that th
 
 Calls of kernels that the compiler did not write are counted by formula: splash attention (Pallas)
 on TPUs; cuDNN's attention and cuBLAS' matrix products on GPUs. Compiled without a GPU, a program's
-products are Triton's, which are `dot`s within fusions: cuBLAS is used where it is faster, which only
-a GPU can tell.
+products are Triton's, which are `dot`s within fusions: cuBLAS is used where it is faster, which
+only a GPU can tell.
 
 In the roofline, computation, memory traffic and communication between chips overlap entirely: the
 longest of the three is a lower bound of the time (Williams et al. 2009). A collective over chips

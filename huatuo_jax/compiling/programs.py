@@ -19,7 +19,6 @@ from huatuo_jax.core.config import WORKDIR_MARK
 from huatuo_jax.core.sharding import OnMesh, path_name
 from huatuo_jax.dpo import STAGE as DPO
 from huatuo_jax.dpo import DpoConfig, dpo_step
-from huatuo_jax.dpo import abstract_rows as abstract_pairs
 from huatuo_jax.dpo import step_flops as dpo_flops
 from huatuo_jax.generation import weights
 from huatuo_jax.generation.abstract import abstract_engine
@@ -37,6 +36,7 @@ from huatuo_jax.ppo.stage import (
     scoring,
     value_pass,
 )
+from huatuo_jax.preferences.rows import abstract_rows as abstract_pairs
 from huatuo_jax.recipe.config import RlaifConfig, StagesConfig
 from huatuo_jax.reward import stage as reward
 from huatuo_jax.reward.config import RewardConfig
@@ -223,7 +223,7 @@ def _reward(cfg: RewardConfig, devices: Devices, architectures: Architectures) -
     frozen = cfg.head_only or cfg.model.lora is not None
     flops = ModelFlops.of(model.cfg, adapters_only=frozen)
     sizes = _sizes(cfg, model, all_scored=False)
-    batch = reward.abstract_rows(cfg, mesh, num_pairs=_PAIRS_OF_A_ROW)
+    batch = abstract_pairs(cfg, mesh, num_pairs=_PAIRS_OF_A_ROW)
     return [_update(reward.STAGE, cfg, mesh, model, step, batch, flops.of_step(**sizes))]
 
 

@@ -1,32 +1,33 @@
-"""Batches of packed rows: packing, the stream of rows, and batches for training and evaluation.
+"""Batches of packed rows: several examples a row, rows of all epochs end to end, made ahead.
 
-Packing puts several dialogues in one row, so that hardly a token of a batch is padding, in two pure
-steps: a plan assigns examples to rows by their lengths alone (best fit on decreasing lengths), and
-a row then lays their tokens end to end, each example a segment of its own. A row holds, each of
-shape `[T]`:
+Packing is two pure steps. A plan decides from lengths alone which examples share a row (best fit on
+decreasing lengths); a row then lays their tokens end to end, each example a segment of its own.
+
+Rows form one endless stream: row 0 is the first row of epoch 0, and the first row of epoch 1
+follows the last one of epoch 0. What a row holds is a function of the data, the seed and its index.
+A batch is a slice of that stream. The saved position is the global index of the next row, so that a
+run can resume with another number of hosts, processes, or rows in a batch.
+
+What a row of dialogues holds, each of shape `[T]`:
 
 - `token_ids`: the examples' ids, then padding.
 - `segment_ids`: 1 for the first example's tokens, 2 for the second's, and 0 for padding. Tokens
-  attend within their segment; padding is recognized by this, never by an id.
+  attend within their segment; padding is known by this, never by an id.
 - `positions`: 0, 1, 2, ... from the start of each segment; 0 in padding.
 - `trained_mask`: whether token t is a target, predicted from token t - 1 of the same segment. It
   is False at every segment's first token, so `token_ids[1:]` with `trained_mask[1:]` are the
-  targets of positions `[:-1]`, never across a border.
+  targets of positions `[:-1]`, with no look across a border.
 - `kind_ids`: the example's kind, as an index into `huatuo_jax.data.tokenizing.ALL_KINDS`; 0 in
-  padding, which is never trained, so a sum per kind may ignore it.
-
-The stream of rows is all epochs end to end: the first row of epoch 1 follows the last one of epoch
-0. A row is a function of the data, the seed, and its global row index. A batch is a slice of the
-stream and may span two epochs. The saved position is the global index of the next row, so a run
-may resume with another number of hosts, processes, or rows in a batch.
+  padding, which is never trained, so that a sum per kind needs no look at it.
 """
 
+import abc
 import bisect
 import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import grain
 import numpy as np
@@ -37,31 +38,39 @@ from huatuo_jax.data.mixture import Indices, Mixture, permutation
 from huatuo_jax.data.tokenizing import Example, TokenDataset
 
 Row = dict[str, npt.NDArray[Any]]
-
-_PLANS_KEPT = 2  # the epoch that is read and the one that is prefetched
+_PLANS_KEPT = 2  # the epoch that is read and the one that prefetching has already begun
 
 
 @dataclass(frozen=True, kw_only=True)
-class RowConfig:
-    """Settings of packing examples into rows.
+class PackingConfig:
+    """The packing of examples into rows.
 
     Attributes:
-        row_length: the tokens of a row. No example is longer.
+        row_length: tokens of a row. No example is longer.
         packed: several examples a row (see `huatuo_jax.data.batches`), or one.
-        window: number of examples of the shuffled order packed together; None for the epoch.
-        buckets: lengths that a batch may be cut to, if all its rows are that short: each costs a
-            compilation and saves padding if rows are not packed. `row_length` is always one.
-        pad_token_id: of padding; no mask depends on it.
+        window: how many examples of the shuffled order are packed together; None for the epoch.
+        pad_token_id: what padding is filled with; no mask looks at it.
     """
 
     row_length: int
     packed: bool = True
     window: int | None = None
-    buckets: tuple[int, ...] = ()
     pad_token_id: int = 0
 
+
+@dataclass(frozen=True, kw_only=True)
+class RowConfig(PackingConfig):
+    """The rows of dialogues, beside the fields of `PackingConfig`.
+
+    Attributes:
+        buckets: lengths that a batch may be cut to, where all its rows are that short: each costs a
+            compilation and saves padding where rows are not packed. `row_length` is always one.
+    """
+
+    buckets: tuple[int, ...] = ()
+
     def __post_init__(self) -> None:
-        """Refuses buckets that are not lengths below a row's."""
+        """Refuses buckets that are no length below a row's."""
         if self.row_length < 1:
             raise ValueError(f"data.row_length: {self.row_length}, it should be at least 1")
         if any(not 0 < bucket < self.row_length for bucket in self.buckets):
@@ -71,13 +80,13 @@ class RowConfig:
             )
 
     def bucket_for(self, num_tokens: int) -> int:
-        """Returns the smallest length that holds a number of tokens."""
+        """Returns the smallest length that holds so many tokens."""
         return min(size for size in (*self.buckets, self.row_length) if size >= num_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrefetchConfig:
-    """Settings of prefetching: threads, and processes where threads are not enough.
+    """Threads that make batches ahead, and processes where threads are not enough.
 
     Attributes:
         num_threads: threads that read and pack, in each process. 0 makes each batch when asked.
@@ -98,17 +107,17 @@ class HostShare:
     num_hosts: int = 1
 
     def __post_init__(self) -> None:
-        """Validates the index of the host."""
+        """Refuses a host that is none of the hosts."""
         if not 0 <= self.host < self.num_hosts:
             raise ValueError(f"host: {self.host}, it should be 0 to {self.num_hosts - 1}")
 
 
 @dataclass(frozen=True)
 class PackingPlan:
-    """The assignment of examples to rows.
+    """The examples of each row.
 
     Row r holds `example_indices[row_starts[r] : row_starts[r + 1]]`, in this order, and
-    `tokens_per_row[r]` tokens in all, of at most `row_length`.
+    `tokens_per_row[r]` tokens in all, of the `row_length` there is room for.
     """
 
     example_indices: Indices
@@ -126,7 +135,7 @@ class PackingPlan:
 
     @property
     def efficiency(self) -> float:
-        """The share of all places that hold a token, 0 to 1."""
+        """Share of all places that hold a token, 0 to 1."""
         return float(self.tokens_per_row.sum() / (len(self) * self.row_length))
 
 
@@ -142,14 +151,14 @@ def plan_rows(
     """Distributes examples over rows; a pure function of its arguments.
 
     Args:
-        lengths: the number of tokens of every example.
-        order: the examples to place, as indices into `lengths`; one may occur more than once.
+        lengths: the number of tokens of every example there is.
+        order: the examples to place, as indices into `lengths`; one may come more than once.
         row_length: the most tokens a row can hold.
         packed: False gives every example a row of its own, in the given order.
-        window: number of consecutive examples of the order that are packed together. The default,
-            all of them, wastes least; the rows of a small window are closer to a random draw.
-        key: seed of the order of the packed rows. Packing sorts by length, so its rows are shuffled
-            over the whole epoch.
+        window: how many examples in a row of the order are packed together. The default, all of
+            them, wastes least; the rows of a small window are closer to a random draw.
+        key: what the order of the packed rows depends on. Packing goes by length, so its rows are
+            shuffled over the whole epoch.
 
     Raises:
         ValueError: an example is longer than a row, or empty, or `window` is not positive.
@@ -168,10 +177,10 @@ def plan_rows(
         rows, used = best_fit_rows(placed[start : start + window], row_length)
         row_of[start : start + window] = rows + num_rows
         num_rows += used
-    # Renumber the rows: row r of the packing becomes row shuffled[r] of the plan.
+    # New numbers for the rows: row r of the packing becomes row shuffled[r] of the plan.
     shuffled = permutation(num_rows, *key)
     row_of = shuffled[row_of]
-    # Examples of equal length keep the given order, which is random.
+    # Examples of equal length have no order among them but the given one, which is random.
     by_row = np.argsort(row_of, kind="stable")
     sizes = np.bincount(row_of, minlength=num_rows)
     tokens = np.zeros(num_rows, np.int64)
@@ -212,7 +221,7 @@ def best_fit_rows(lengths: Indices, row_length: int) -> tuple[Indices, int]:
 
 
 def pack_row(examples: Sequence[Example], *, row_length: int, pad_token_id: int) -> Row:
-    """Lays examples end to end into one row; the module documents its arrays.
+    """Lays examples end to end into one row; see the module for what it holds.
 
     Without examples it is an empty row: padding that trains nothing.
 
@@ -243,32 +252,56 @@ def pack_row(examples: Sequence[Example], *, row_length: int, pad_token_id: int)
     }
 
 
-class RowStream:
-    """All rows of all epochs, by global row index.
+class BatchRows(Protocol):
+    """Rows by global row index, as `BatchIterator` reads them."""
 
-    Plans are made on demand: each is a function of the lengths, the seed and the epoch, so every
-    process makes the same ones.
+    def read_batch(self, batch: range, wanted: range) -> list[Row]:
+        """Reads rows of a batch, all of the same shapes.
+
+        Args:
+            batch: the rows of the global batch; every host gives the same ones.
+            wanted: those to read; a row outside of `batch` is empty.
+        """
+
+
+class EpochRows(abc.ABC):
+    """Packed rows of all epochs, by global row index.
+
+    Plans are made when they are needed: each is a function of the lengths, the seed and the epoch,
+    so that every process makes the same ones.
     """
 
-    def __init__(
-        self, dataset: TokenDataset, config: RowConfig, *, mixture: Mixture | None, seed: int = 0
-    ) -> None:
-        """Uses the examples of `mixture`, or without one each example once, unshuffled."""
-        self.config = config
-        self._dataset = dataset
-        self._mixture = mixture
-        self._seed = seed
+    def __init__(self, packing: PackingConfig, *, key: tuple[int | str, ...]) -> None:
+        """Plans nothing yet.
+
+        Args:
+            packing: how rows are packed.
+            key: with the epoch it decides the order of an epoch's rows.
+        """
+        self._packing, self._key = packing, key
         self._plans: dict[int, PackingPlan] = {}
         self._first_rows = [0]  # of each epoch whose predecessors are planned
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Returns the state for another process, which makes its own lock and plans."""
+        """Leaves out the lock and the plans, which another process makes again."""
         return {**self.__dict__, "_lock": None, "_plans": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restores the state in another process."""
+        """Takes the state of another process."""
         self.__dict__.update(state, _lock=threading.Lock())
+
+    @abc.abstractmethod
+    def placed(self, epoch: int) -> tuple[npt.ArrayLike, npt.ArrayLike]:
+        """Returns the lengths of all examples, and an epoch's order as indices into them."""
+
+    @abc.abstractmethod
+    def ids_in(self, row: int) -> list[str]:
+        """Returns the ids of what a global row holds, to name the data of a bad step."""
+
+    @abc.abstractmethod
+    def reading(self, num_rows: int) -> BatchRows:
+        """Returns the reader of the first so many rows."""
 
     def plan(self, epoch: int) -> PackingPlan:
         """Returns the rows of an epoch."""
@@ -276,7 +309,7 @@ class RowStream:
             return self._plan(epoch)
 
     def first_row(self, epoch: int) -> int:
-        """Returns the global index of an epoch's first row: the number of rows before it."""
+        """Returns the global index of an epoch's first row, the number of rows before it."""
         with self._lock:
             while len(self._first_rows) <= epoch:
                 rows = len(self._plan(len(self._first_rows) - 1))
@@ -284,7 +317,7 @@ class RowStream:
             return self._first_rows[epoch]
 
     def locate(self, row: int) -> tuple[int, int]:
-        """Returns the epoch of a global row, and its index in the epoch."""
+        """Returns the epoch of a global row, and its index in that epoch."""
         while self._first_rows[-1] <= row:
             self.first_row(len(self._first_rows))
         epoch = bisect.bisect_right(self._first_rows, row) - 1
@@ -295,22 +328,8 @@ class RowStream:
         epoch, row_of_epoch = self.locate(row)
         return self.plan(epoch)[row_of_epoch]
 
-    def num_tokens(self, row: int) -> int:
-        """Returns the number of tokens of a global row that are not padding."""
-        epoch, row_of_epoch = self.locate(row)
-        return int(self.plan(epoch).tokens_per_row[row_of_epoch])
-
-    def read(self, row: int, *, row_length: int) -> Row:
-        """Reads a global row, cut to a length that holds it."""
-        examples = [self._dataset[index] for index in self.examples_in(row).tolist()]
-        return pack_row(examples, row_length=row_length, pad_token_id=self.config.pad_token_id)
-
-    def example_ids(self, row: int) -> list[str]:
-        """Returns the ids of the dialogues in a global row, to report the data of a bad step."""
-        return [self._dataset[index].id for index in self.examples_in(row).tolist()]
-
     def _plan(self, epoch: int) -> PackingPlan:
-        # Removed and inserted again: the dict is in order of last use, its first plan is dropped.
+        # Taken out and put in again: the dict's order is that of last use, the first one goes.
         plan = self._plans.pop(epoch) if epoch in self._plans else self._make_plan(epoch)
         while len(self._plans) >= _PLANS_KEPT:
             del self._plans[next(iter(self._plans))]
@@ -318,33 +337,83 @@ class RowStream:
         return plan
 
     def _make_plan(self, epoch: int) -> PackingPlan:
-        every = np.arange(len(self._dataset))
+        lengths, order = self.placed(epoch)
         return plan_rows(
-            self._dataset.lengths,
-            every if self._mixture is None else self._mixture.epoch(epoch),
-            row_length=self.config.row_length,
-            packed=self.config.packed,
-            window=self.config.window,
-            key=(self._seed, "rows", epoch),
+            lengths,
+            order,
+            row_length=self._packing.row_length,
+            packed=self._packing.packed,
+            window=self._packing.window,
+            key=(*self._key, epoch),
         )
+
+
+class RowStream(EpochRows):
+    """All rows of dialogues of all epochs, by global row index."""
+
+    def __init__(
+        self, dataset: TokenDataset, config: RowConfig, *, mixture: Mixture | None, seed: int = 0
+    ) -> None:
+        """Takes the examples of `mixture`, or without one each example once, unshuffled."""
+        super().__init__(config, key=(seed, "rows"))
+        self.config = config
+        self._dataset = dataset
+        self._mixture = mixture
+
+    def placed(self, epoch: int) -> tuple[npt.ArrayLike, npt.ArrayLike]:
+        """Returns the lengths of the dialogues, and the mixture's draw of an epoch."""
+        every = np.arange(len(self._dataset))
+        order = every if self._mixture is None else self._mixture.epoch(epoch)
+        return self._dataset.lengths, order
+
+    def num_tokens(self, row: int) -> int:
+        """Returns the number of places of a global row that are not padding."""
+        epoch, row_of_epoch = self.locate(row)
+        return int(self.plan(epoch).tokens_per_row[row_of_epoch])
+
+    def read(self, row: int | None, *, row_length: int) -> Row:
+        """Reads a global row, cut to a length that holds it; None gives an empty row."""
+        indices = [] if row is None else self.examples_in(row).tolist()
+        return pack_row(
+            [self._dataset[index] for index in indices],
+            row_length=row_length,
+            pad_token_id=self.config.pad_token_id,
+        )
+
+    def read_batch(self, batch: range, wanted: range) -> list[Row]:
+        """Reads rows of a batch, as long as its longest row needs."""
+        # All hosts have to come to the same length, so all rows of the batch count.
+        row_length = self.config.row_length
+        if self.config.buckets:
+            row_length = self.config.bucket_for(max(map(self.num_tokens, batch), default=0))
+        return [self.read(row if row in batch else None, row_length=row_length) for row in wanted]
+
+    def ids_in(self, row: int) -> list[str]:
+        """Returns the ids of the dialogues in a global row."""
+        return [self._dataset[index].id for index in self.examples_in(row).tolist()]
+
+    def reading(self, num_rows: int) -> "RowStream":
+        """Returns the stream itself: its rows are alike, however many are read."""
+        del num_rows
+        return self
 
 
 class HostBatches:
     """A host's slices of the global batches from one row on, by number; grain reads these.
 
-    Rows from `end_row` on, if it is given, are empty.
+    Rows from `end_row` on, where it is given, are empty.
     """
 
     def __init__(
         self,
-        rows: RowStream,
+        rows: BatchRows,
         *,
         batch_size: int,
         share: HostShare,
         start_row: int,
         end_row: int | None,
     ) -> None:
-        """Checks that the hosts can share the batch equally; else ValueError."""
+        """Raises ValueError if the hosts cannot share the batch equally."""
         if batch_size < 1 or batch_size % share.num_hosts:
             raise ValueError(
                 f"batch_size: {batch_size} rows, it should be a multiple of the number of hosts "
@@ -357,46 +426,33 @@ class HostBatches:
         self._end_row = end_row
 
     def __len__(self) -> int:
-        """Returns the number of batches; the training stream is endless."""
+        """Returns the number of batches; the stream of training has no end."""
         if self._end_row is None:
             return sys.maxsize
         return max(0, -(-(self._end_row - self._start_row) // self._batch_size))
 
     def __getitem__(self, batch: int) -> Row:
-        """Returns this host's rows of a global batch, `[B, T]` each."""
+        """Reads this host's rows of a global batch, each array stacked to `[B, ...]`."""
         start = self._start_row + batch * self._batch_size
         stop = start + self._batch_size
         if self._end_row is not None:
             stop = min(stop, self._end_row)
-        row_length = self._row_length(range(start, stop))
         rows_per_host = self._batch_size // self._share.num_hosts
         first = start + self._share.host * rows_per_host
-        rows = [
-            self._rows.read(row, row_length=row_length)
-            if row < stop
-            else pack_row([], row_length=row_length, pad_token_id=self._rows.config.pad_token_id)
-            for row in range(first, first + rows_per_host)
-        ]
+        rows = self._rows.read_batch(range(start, stop), range(first, first + rows_per_host))
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-
-    def _row_length(self, rows: Sequence[int]) -> int:
-        """Returns the batch's length, from all its rows, so that all hosts agree on it."""
-        config = self._rows.config
-        if not config.buckets:
-            return config.row_length
-        return config.bucket_for(max(self._rows.num_tokens(row) for row in rows))
 
 
 class BatchIterator(grain.DatasetIterator[Row]):
-    """Batches in order, prefetched, with a position that is one number.
+    """Batches in order, made ahead, at a position that is one number.
 
-    `get_state` is `{"next_row": GLOBAL_ROW_INDEX}`: the same on all hosts, for any number of them,
-    whatever is prefetched. Orbax and grain's checkpoint handler save it unchanged.
+    `get_state` is `{"next_row": GLOBAL_ROW_INDEX}`: the same on all hosts, whatever their number,
+    and whatever was prefetched. Orbax and grain's checkpoint handler save it as it is.
     """
 
     def __init__(
         self,
-        rows: RowStream,
+        rows: BatchRows,
         *,
         batch_size: int,
         share: HostShare | None = None,
@@ -406,12 +462,12 @@ class BatchIterator(grain.DatasetIterator[Row]):
         """Starts at row 0.
 
         Args:
-            rows: the stream.
+            rows: from `EpochRows.reading`.
             batch_size: the rows of a global batch.
             share: this host's part; by default the whole.
-            prefetch: settings of prefetching; by default `PrefetchConfig()`.
-            end_row: end of the stream; by default none. The last batch is filled with empty rows
-                (all segment ids 0), so that every batch has the same shape and no row is lost.
+            prefetch: how batches are made ahead; by default `PrefetchConfig()`.
+            end_row: where the stream ends; by default never. The last batch is filled up with empty
+                rows (all segment ids 0), so that every batch has the same shape and no row is lost.
 
         Raises:
             ValueError: the hosts cannot share the batch equally.
@@ -424,13 +480,13 @@ class BatchIterator(grain.DatasetIterator[Row]):
         self._prefetch = prefetch or PrefetchConfig()
         self._end_row = end_row
         self._next_row = 0
-        self._host_batches()  # checks the arguments, and starts nothing yet
+        self._host_batches()  # checks the sizes now, and starts nothing yet
 
     def __next__(self) -> Row:
         """Returns the next batch.
 
         Raises:
-            StopIteration: all rows were returned.
+            StopIteration: all rows were given.
         """
         if self._batches is None:
             self._batches = self._make_ahead()
@@ -440,20 +496,20 @@ class BatchIterator(grain.DatasetIterator[Row]):
 
     @property
     def next_row(self) -> int:
-        """The global index of the next batch's first row."""
+        """Global index of the next batch's first row."""
         return self._next_row
 
     def get_state(self) -> dict[str, Any]:
-        """Returns the position in JSON types."""
+        """Returns the position, as JSON values."""
         return {"next_row": self._next_row}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Moves to a position of `get_state`, from any number of hosts."""
+        """Moves to a position from `get_state`, saved by any number of hosts."""
         self._drop_batches()
         self._next_row = int(state["next_row"])
 
     def start_prefetch(self) -> None:
-        """Starts prefetching before the first batch is asked for."""
+        """Begins to make batches before the first one is asked for."""
         if self._batches is None:
             self._batches = self._make_ahead()
         self._batches.start_prefetch()
@@ -485,7 +541,7 @@ class BatchIterator(grain.DatasetIterator[Row]):
         )
         prefetched = grain.MapDataset.source(self._host_batches()).to_iter_dataset(threads)
         if self._prefetch.num_processes:
-            if not flags.FLAGS.is_parsed():  # grain reads its own flags, also in a notebook
+            if not flags.FLAGS.is_parsed():  # grain asks its own flags, also in a notebook
                 flags.FLAGS.mark_as_parsed()
             prefetched = prefetched.mp_prefetch(
                 grain.MultiprocessingOptions(num_workers=self._prefetch.num_processes)
@@ -494,19 +550,20 @@ class BatchIterator(grain.DatasetIterator[Row]):
 
 
 def evaluation_batches(
-    rows: RowStream,
+    rows: EpochRows,
     *,
     batch_size: int,
     share: HostShare | None = None,
     prefetch: PrefetchConfig | None = None,
 ) -> BatchIterator:
-    """Returns the batches of a stream's first epoch, each row once; empty rows fill the last."""
+    """Reads each row of a stream's first epoch once; the last batch is filled with empty rows."""
+    end_row = rows.first_row(1)
     return BatchIterator(
-        rows,
+        rows.reading(end_row),
         batch_size=batch_size,
         share=share,
         prefetch=prefetch,
-        end_row=rows.first_row(1),
+        end_row=end_row,
     )
 
 

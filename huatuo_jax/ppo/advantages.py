@@ -1,6 +1,7 @@
-"""How much better a token did than expected: by a critic (GAE), or by its group (RLOO, GRPO).
+"""Advantages and value targets: GAE with a critic, RLOO and GRPO within a prompt's group.
 
-Mean and variance under a mask, of parts that can be put together, and whitening by them.
+Means, variances and whitening are masked. Their moments can be combined, so that those of parts
+(micro-batches, rollouts) give those of the whole.
 """
 
 import dataclasses
@@ -51,13 +52,13 @@ class Moments:
 
 
 def no_moments(dtype: DTypeLike = jnp.float32) -> Moments:
-    """Those of no numbers, to start running statistics from."""
+    """Returns the moments of no numbers, to start running statistics from."""
     # Arrays of their own, as an update may take over the memory of each.
     return Moments(jnp.zeros((), dtype), jnp.zeros((), dtype), jnp.zeros((), dtype))
 
 
 def moments(values: jax.Array, mask: jax.Array) -> Moments:
-    """Those of the values in a mask of the same shape; under `jax.jit`, of the whole global array.
+    """Computes the moments of masked values; under `jax.jit`, of the whole global array.
 
     In two passes, first the mean, then deviations from it.
     """
@@ -68,7 +69,7 @@ def moments(values: jax.Array, mask: jax.Array) -> Moments:
 
 
 def mean_of(values: jax.Array, mask: jax.Array, *, axis: int | None = None) -> jax.Array:
-    """The mean of the values in a mask of the same shape, exact where they are all equal.
+    """Returns the mean of the values in a mask of the same shape, exact where they are all equal.
 
     The sum of n equal numbers, divided by n, is rounded, and what is left when that is taken off
     them is not 0. So the deviations from one of them are averaged, and once more from that mean,
@@ -93,7 +94,7 @@ def mean_of(values: jax.Array, mask: jax.Array, *, axis: int | None = None) -> j
 
 
 def combine(left: Moments, right: Moments) -> Moments:
-    """Those of all numbers of both (Chan, Golub and LeVeque 1979, equation 2.1)."""
+    """Combines the moments of two sets (Chan, Golub and LeVeque 1979, equation 2.1)."""
     count = left.count + right.count
     right_share = right.count / jnp.maximum(count, 1)
     difference = right.mean - left.mean
@@ -134,7 +135,7 @@ def whiten(
 
 
 class Estimates(NamedTuple):
-    """What a policy and a critic are trained towards; zero outside of the mask.
+    """Advantages and value targets; zero outside of the mask.
 
     Attributes:
         advantages_BT: not whitened.
@@ -154,7 +155,7 @@ def gae(
     lambda_: float,
     values_after_B: jax.Array | None = None,
 ) -> Estimates:
-    """Generalised advantage estimation (arXiv 1506.02438, equations 11 and 16).
+    """Computes generalised advantage estimates (arXiv 1506.02438, equations 11 and 16).
 
     A_t = sum over k of (gamma * lambda)^k d_(t+k), with d_t = r_t + gamma * V_(t+1) - V_t, and 0
     for the value after the last token: the answer is over there. With lambda 1 the policy gradient
@@ -167,8 +168,8 @@ def gae(
         gamma: discount of the next token's value; 1 for the objective of
             `rewards.token_rewards`, in which every token's penalty counts the same.
         lambda_: 0 trusts the critic, 1 the rewards.
-        values_after_B: the critic's values after the last token, to go on from where an answer was
-            cut off; must be 0 where it ended.
+        values_after_B: the critic's values after the last token, to bootstrap from where an answer
+            was cut off; must be 0 where it ended.
 
     Returns:
         Advantages and returns; nothing is differentiated through them.
@@ -193,9 +194,10 @@ def gae(
 
 
 def rloo_advantages(rewards_BG: jax.Array) -> jax.Array:
-    """Each answer's reward less the mean of the others' to its prompt (arXiv 2402.14740, eq. 8).
+    """Takes the mean reward of a prompt's other answers off each (arXiv 2402.14740, eq. 8).
 
-    Unbiased, as no answer is in its own baseline. Lay them on tokens with `masks.over_tokens`.
+    Unbiased, as no answer is in its own baseline. `training.losses.over_tokens`
+    lays them on tokens.
 
     Args:
         rewards_BG: of whole answers, one prompt a row: the sum of `rewards.token_rewards`, KL
@@ -211,12 +213,12 @@ def rloo_advantages(rewards_BG: jax.Array) -> jax.Array:
 def grpo_advantages(
     rewards_BG: jax.Array, *, divide_by_deviation: bool, epsilon: float = 1e-4
 ) -> jax.Array:
-    """Each answer's reward less the mean of all to its prompt, itself included.
+    """Returns each answer's reward less the mean of all to its prompt, itself included.
 
     With the deviation: arXiv 2402.03300, section 4.1.2, which weighs prompts by how alike their
     answers' rewards are and so has another optimum; its loss is the mean over answers of each one's
-    mean, see `masks.count_terms`. Without: arXiv 2503.20783, equation 5, whose gradient is
-    (G - 1) / G times that of RLOO.
+    mean, see `training.losses.count_terms`. Without: arXiv 2503.20783, equation 5, whose gradient
+    is (G - 1) / G times that of RLOO.
 
     Args:
         rewards_BG: of whole answers, one prompt a row.

@@ -1,18 +1,16 @@
-"""The settings of a PPO stage.
-
-When PPO asks the judge anew, which policy it keeps, and when it stops: decisions, no arrays.
+"""The settings of a PPO stage, and the rules of its judgings: when, what is kept, when to stop.
 
 A policy that is trained long enough against a reward model comes to answers which that model
-overrates: its reward goes on rising while what the reward stands for falls (Gao et al. 2022,
+overrates: its reward keeps rising while what the reward stands for falls (Gao et al. 2022,
 arXiv 2210.10760, who find the turn with a gold reward model). Here the judge, whose verdicts the
-reward model was trained on, is asked anew about held-out answers of the policy, each beside one of
-the initial policy.
+reward model was trained on, is asked anew about held-out answers of the policy, each paired with
+one of the initial policy.
 """
 
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from huatuo_jax.backbone.lora import LoraConfig
 from huatuo_jax.core.config import operational
@@ -20,19 +18,38 @@ from huatuo_jax.core.sharding import MeshConfig
 from huatuo_jax.judge.config import JudgeConfig
 from huatuo_jax.ppo.prompts import PromptsConfig
 from huatuo_jax.ppo.rewards import AnswerScoreConfig
-from huatuo_jax.training.initial_model import ComputeSection, ModelConfig
+from huatuo_jax.training.loop import BaseLoopConfig
 from huatuo_jax.training.metrics import JUDGED_PREFIX
-from huatuo_jax.training.micro_batch import (
-    MicroBatchSize,
-    check_micro_batch_size,
-    most_rows_at_once,
-)
+from huatuo_jax.training.micro_batch import check_micro_batch_size
 from huatuo_jax.training.optimizer import OptimizerConfig
+from huatuo_jax.training.stage import StageConfig
+
+Estimator = Literal["gae", "rloo", "grpo"]
+KlPlace = Literal["reward", "sequence_square", "k3"]
+Denominator = Literal["tokens", "max_new_tokens", "answers"]
+
+
+def _require_positive(name: str, value: float | None, *, whole: bool = False) -> None:
+    if value is None:
+        return
+    fits = value >= 1 if whole else value > 0
+    if not (fits and value < float("inf")):
+        raise ValueError(f"{name}={value!r} must be {'at least 1' if whole else 'above 0'}")
+
+
+def _changed(section: Any, *names: str) -> list[str]:
+    """Lists the fields (of these, or all) that do not have their default, with their values."""
+    return [
+        field.name if dataclasses.is_dataclass(value) else f"{field.name}={value!r}"
+        for field in dataclasses.fields(section)
+        if (not names or field.name in names)
+        and (value := getattr(section, field.name)) != field.default
+    ]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class JudgingConfig:
-    """How often held-out answers of the policy go to the judge, and what follows from it.
+    """Judgings of held-out answers: how often, by whom, and when the run stops.
 
     At each judging the judge compares an answer of the policy with one of the initial policy to
     the same prompt, in both orders. The policy's share of the points (1 for a win, 1/2 for a tie
@@ -42,7 +59,7 @@ class JudgingConfig:
     The run stops at a judging where both hold: the last `patience` judgings all have a share below
     the best one so far, and the last mean reward is above that of the best judging. Below the best
     alone may be noise, or a policy that gets worse by the reward's own measure, which later
-    iterations repair; only where the reward still rises does training go on away from what the
+    iterations repair; only where the reward still rises does training move away from what the
     judge prefers. The initial policy counts among the judgings with a share of 1/2, which is what
     it has against itself, so that a run also stops where the judge prefers the initial policy from
     the beginning.
@@ -73,7 +90,7 @@ class JudgingConfig:
     spending: str | None = operational(None)
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a number that cannot be."""
+        """Raises ValueError for a number out of its range."""
         for name in ("every", "num_prompts", "num_samples", "patience", "concurrency"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -83,143 +100,8 @@ class JudgingConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Judged:
-    """What a judging found; the initial policy's is iteration 0.
-
-    Attributes:
-        iteration: whose policy was judged.
-        share: of the points against the initial policy.
-        share_low: of its 95 % interval over prompts.
-        share_high: of its 95 % interval over prompts.
-        reward: mean over the same answers of what the reward holds of the reward model's score.
-        kl_per_sequence: mean log-ratio to the reference of the same answers, in nats.
-        length: mean tokens of an answer.
-        pairs: of answers with a verdict, equal answers (ties, which nobody is asked about) too.
-        failed: pairs without a verdict, which count nowhere.
-        cost: of the verdicts; None where there is no price.
-    """
-
-    iteration: int
-    share: float
-    share_low: float
-    share_high: float
-    reward: float
-    kl_per_sequence: float
-    length: float
-    pairs: int
-    failed: int
-    cost: float | None
-
-    def __str__(self) -> str:
-        """One line."""
-        if not self.iteration:
-            return f"initial policy, held-out answers: reward {self.reward:.3f}"
-        failed = f", {self.failed} failed" if self.failed else ""
-        return (
-            f"judged: {self.share:.3f} [{self.share_low:.3f}, {self.share_high:.3f}] of the points "
-            f"against the initial policy ({self.pairs} pairs{failed}), "
-            f"reward {self.reward:.3f}, KL {self.kl_per_sequence:.3f}, length {self.length:.1f}"
-        )
-
-    def fields(self) -> dict[str, float]:
-        """The numbers for `metrics.jsonl`."""
-        numbers = dataclasses.asdict(self)
-        del numbers["iteration"]
-        return {
-            f"{JUDGED_PREFIX}{name}": value for name, value in numbers.items() if value is not None
-        }
-
-
-def is_due(cfg: JudgingConfig, iteration: int, *, warmup: int, last: int) -> bool:
-    """Whether the policy after so many iterations is to be judged.
-
-    Args:
-        cfg: how often.
-        iteration: 0 for the initial policy.
-        warmup: first iterations that leave the policy as it is.
-        last: iterations in all.
-    """
-    if iteration == 0:
-        return True
-    return iteration > warmup and (iteration % cfg.every == 0 or iteration == last)
-
-
-def best_of(history: Sequence[Judged]) -> Judged:
-    """The judging with the highest share, the earliest of equal ones."""
-    return max(history, key=lambda one: (one.share, -one.iteration))
-
-
-def kept_of(history: Sequence[Judged]) -> Judged | None:
-    """The best judging of a policy that was trained; None before there is one."""
-    trained = [one for one in history if one.iteration]
-    return best_of(trained) if trained else None
-
-
-def has_turned(history: Sequence[Judged], *, patience: int | None) -> bool:
-    """Whether the judge has turned while the reward still rises, see `JudgingConfig`.
-
-    Args:
-        history: all judgings in order, the initial policy's first.
-        patience: judgings in a row that have to be below the best one.
-    """
-    best, last = best_of(history), history[-1]
-    if patience is None or len(history) <= patience:
-        return False
-    below = all(one.share < best.share for one in history[-patience:])
-    return below and last.reward > best.reward
-
-
-def outcome(history: Sequence[Judged], *, turned: bool) -> dict[str, Any]:
-    """What the stage's result says: which policy was kept, and why the run ended."""
-    kept, best, last = kept_of(history), best_of(history), history[-1]
-    assert kept is not None, "the last iteration is always judged"
-    ended = "all iterations"
-    if turned:
-        ended = (
-            f"the judge turned at iteration {last.iteration} while the reward rose from "
-            f"{best.reward:.3f} to {last.reward:.3f}"
-        )
-    return {
-        "kept_iteration": kept.iteration,
-        "kept_share": kept.share,
-        "kept_share_low": kept.share_low,
-        "kept_share_high": kept.share_high,
-        "best_is_initial": best.iteration == 0,
-        "ended": ended,
-    }
-
-
-def from_json(rows: Sequence[Mapping[str, Any]]) -> list[Judged]:
-    """A history as a checkpoint holds it: the fields of each judging."""
-    return [Judged(**row) for row in rows]
-
-
-Estimator = Literal["gae", "rloo", "grpo"]
-KlPlace = Literal["reward", "sequence_square", "k3"]
-Denominator = Literal["tokens", "max_new_tokens", "answers"]
-
-
-def _require_positive(name: str, value: float | None, *, whole: bool = False) -> None:
-    if value is None:
-        return
-    fits = value >= 1 if whole else value > 0
-    if not (fits and value < float("inf")):
-        raise ValueError(f"{name}={value!r} must be {'at least 1' if whole else 'above 0'}")
-
-
-def _changed(section: Any, *names: str) -> list[str]:
-    """The fields, of these or of all, that do not have their default; with their plain values."""
-    return [
-        field.name if dataclasses.is_dataclass(value) else f"{field.name}={value!r}"
-        for field in dataclasses.fields(section)
-        if (not names or field.name in names)
-        and (value := getattr(section, field.name)) != field.default
-    ]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
-    """What the policy writes in an iteration; it samples with top-p 1 and without top-k.
+    """The sampling of an iteration, with top-p 1 and without top-k.
 
     Attributes:
         num_prompts: prompts of an iteration.
@@ -240,7 +122,7 @@ class RolloutConfig:
     mesh: MeshConfig | None = operational(None)
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a number that cannot be."""
+        """Raises ValueError for a number out of its range."""
         for name in ("num_prompts", "answers_per_prompt", "max_new_tokens", "slots"):
             _require_positive(name, getattr(self, name), whole=True)
         _require_positive("temperature", self.temperature)
@@ -268,7 +150,7 @@ class ScoreConfig(AnswerScoreConfig):
     whiten: bool = False
 
     def __post_init__(self) -> None:
-        """Raise ValueError for rules that cannot be."""
+        """Raises ValueError for rules that contradict each other."""
         super().__post_init__()
         if self.of == "length" and self.scale == "stored":
             raise ValueError(
@@ -300,7 +182,7 @@ class ValueConfig:
     warmup_iterations: int = 0
 
     def __post_init__(self) -> None:
-        """Raise ValueError for settings that contradict each other."""
+        """Raises ValueError for settings that contradict each other."""
         if self.head == "keep" and self.start != "reward":
             raise ValueError(f"head='keep' needs start='reward', not {self.start!r}")
         if self.start == "shared" and self.lora is None:
@@ -311,8 +193,8 @@ class ValueConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PpoLoopConfig:
-    """What the loop does beside training; none of it decides the parameters.
+class PpoLoopConfig(BaseLoopConfig):
+    """The loop of PPO, apart from training; no field decides the parameters.
 
     Attributes:
         checkpoint_every: iterations between two checkpoints; there is always one at the end.
@@ -320,27 +202,17 @@ class PpoLoopConfig:
         log_every: iterations between two lines where there is no terminal.
         samples_per_iteration: answers of each iteration that are written to `samples.jsonl`.
         max_not_finite_in_a_row: so many skipped minibatches in a row stop the run.
-        tensorboard: whether to write TensorBoard events.
     """
 
     checkpoint_every: int = 10
-    keep_checkpoints: int = 2
     log_every: int = 1
     samples_per_iteration: int = 8
-    max_not_finite_in_a_row: int = 5
-    tensorboard: bool = True
 
-    def __post_init__(self) -> None:
-        """Raise ValueError for a number that cannot be."""
-        for field in dataclasses.fields(self):
-            least = 0 if field.name == "samples_per_iteration" else 1
-            value = getattr(self, field.name)
-            if field.type is int and value < least:
-                raise ValueError(f"{field.name}={value!r} must be at least {least}")
+    _MAY_BE_ZERO: ClassVar[tuple[str, ...]] = ("samples_per_iteration",)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PpoConfig:
+class PpoConfig(StageConfig):
     """A run of PPO (arXiv 1707.06347, 1909.08593), or of its relatives without a critic.
 
     Attributes:
@@ -384,19 +256,15 @@ class PpoConfig:
             for as many as fit the devices' memory with every model of the run (a whole minibatch
             on CPU), None for a whole minibatch.
         packed: lay several answers of a minibatch into a row, which changes rounding only.
-        seed: of everything random.
         compute: how a pass is computed.
-        mesh: how the devices are divided.
         loop: checkpoints, logging.
         judging: held-out answers go to the judge anew every few iterations, the policy that it
             likes best is kept, and the run stops where it turns; None for none of that: the last
             policy is kept.
     """
 
-    model: ModelConfig
     reward_model: str = operational("{workdir}/reward/model")
     data: PromptsConfig
-    optimizer: OptimizerConfig
     value: ValueConfig = ValueConfig()
     rollout: RolloutConfig = RolloutConfig()
     score: ScoreConfig = ScoreConfig()
@@ -418,16 +286,12 @@ class PpoConfig:
     num_epochs: int = 3
     num_minibatches: int = 1
     stop_at_kl: float | None = None
-    micro_batch_size: MicroBatchSize = operational("auto")
     packed: bool = operational(True)
-    seed: int = 0
-    compute: ComputeSection = ComputeSection()
-    mesh: MeshConfig = operational(MeshConfig())
     loop: PpoLoopConfig = operational(PpoLoopConfig())
     judging: JudgingConfig | None = None
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a number that cannot be, or settings that contradict each other."""
+        """Raises ValueError for a number out of its range, or contradicting settings."""
         for name in ("num_iterations", "num_epochs", "num_minibatches"):
             _require_positive(name, getattr(self, name), whole=True)
         for name in ("target_kl_per_sequence", "stop_at_kl", "clip_high"):
@@ -475,7 +339,7 @@ class PpoConfig:
             raise ValueError("score.on_truncation='bootstrap' needs a critic: estimator='gae'")
 
     def _check_unused(self) -> None:
-        """Raise ValueError for fields that are set and that other fields leave without a use."""
+        """Raises ValueError for fields that are set and that other fields leave without a use."""
         unused: list[tuple[str, list[str]]] = []
         if not self.has_critic:
             found = _changed(self, "gamma", "gae_lambda", "whiten_advantages")
@@ -503,7 +367,7 @@ class PpoConfig:
         return f"estimator={self.estimator!r} has no use for {', '.join(names)}" if names else None
 
     def _check_kept_head(self) -> None:
-        """Raise ValueError where rewards have another scale than the reward model's head."""
+        """Raises ValueError where rewards have another scale than the reward model's head."""
         if not self.has_critic or self.value.head != "keep":
             return
         score = self.score
@@ -520,7 +384,7 @@ class PpoConfig:
 
     @property
     def has_critic(self) -> bool:
-        """Whether there is a value model."""
+        """True where there is a value model."""
         return self.estimator == "gae"
 
     @property
@@ -529,9 +393,9 @@ class PpoConfig:
         return self.rollout.num_answers // self.num_minibatches
 
     @property
-    def rows_at_once(self) -> int:
-        """Rows that go through a model together; at most, where `auto` is not settled yet."""
-        return most_rows_at_once(self.micro_batch_size, self.minibatch_size)
+    def rows_of_update(self) -> int:
+        """Rows of an optimizer step, on all devices together."""
+        return self.minibatch_size
 
     @property
     def max_length(self) -> int:
@@ -542,3 +406,115 @@ class PpoConfig:
     def warmup_iterations(self) -> int:
         """First iterations that leave the policy as it is."""
         return self.value.warmup_iterations if self.has_critic else 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Judged:
+    """Outcome of a judging; the initial policy's is iteration 0.
+
+    Attributes:
+        iteration: whose policy was judged.
+        share: of the points against the initial policy.
+        share_low: of its 95 % interval over prompts.
+        share_high: of its 95 % interval over prompts.
+        reward: mean over the same answers of what the reward holds of the reward model's score.
+        kl_per_sequence: mean log-ratio to the reference of the same answers, in nats.
+        length: mean tokens of an answer.
+        pairs: of answers with a verdict, equal answers (ties, which nobody is asked about) too.
+        failed: pairs without a verdict, which count nowhere.
+        cost: of the verdicts; None where there is no price.
+    """
+
+    iteration: int
+    share: float
+    share_low: float
+    share_high: float
+    reward: float
+    kl_per_sequence: float
+    length: float
+    pairs: int
+    failed: int
+    cost: float | None
+
+    def __str__(self) -> str:
+        """Describes it in one line."""
+        if not self.iteration:
+            return f"initial policy, held-out answers: reward {self.reward:.3f}"
+        failed = f", {self.failed} failed" if self.failed else ""
+        return (
+            f"judged: {self.share:.3f} [{self.share_low:.3f}, {self.share_high:.3f}] of the points "
+            f"against the initial policy ({self.pairs} pairs{failed}), "
+            f"reward {self.reward:.3f}, KL {self.kl_per_sequence:.3f}, length {self.length:.1f}"
+        )
+
+    def fields(self) -> dict[str, float]:
+        """Returns the numbers for `metrics.jsonl`."""
+        numbers = dataclasses.asdict(self)
+        del numbers["iteration"]
+        return {
+            f"{JUDGED_PREFIX}{name}": value for name, value in numbers.items() if value is not None
+        }
+
+
+def is_due(cfg: JudgingConfig, iteration: int, *, warmup: int, last: int) -> bool:
+    """Tells whether the policy after so many iterations is to be judged.
+
+    Args:
+        cfg: how often.
+        iteration: 0 for the initial policy.
+        warmup: first iterations that leave the policy as it is.
+        last: iterations in all.
+    """
+    if iteration == 0:
+        return True
+    return iteration > warmup and (iteration % cfg.every == 0 or iteration == last)
+
+
+def best_of(history: Sequence[Judged]) -> Judged:
+    """Returns the judging with the highest share, the earliest of equal ones."""
+    return max(history, key=lambda one: (one.share, -one.iteration))
+
+
+def kept_of(history: Sequence[Judged]) -> Judged | None:
+    """Returns the best judging of a policy that was trained; None before there is one."""
+    trained = [one for one in history if one.iteration]
+    return best_of(trained) if trained else None
+
+
+def has_turned(history: Sequence[Judged], *, patience: int | None) -> bool:
+    """Tells whether the judge has turned while the reward still rises, see `JudgingConfig`.
+
+    Args:
+        history: all judgings in order, the initial policy's first.
+        patience: judgings in a row that have to be below the best one.
+    """
+    best, last = best_of(history), history[-1]
+    if patience is None or len(history) <= patience:
+        return False
+    below = all(one.share < best.share for one in history[-patience:])
+    return below and last.reward > best.reward
+
+
+def outcome(history: Sequence[Judged], *, turned: bool) -> dict[str, Any]:
+    """Returns the judgings' part of the result: which policy was kept, and why the run ended."""
+    kept, best, last = kept_of(history), best_of(history), history[-1]
+    assert kept is not None, "the last iteration is always judged"
+    ended = "all iterations"
+    if turned:
+        ended = (
+            f"the judge turned at iteration {last.iteration} while the reward rose from "
+            f"{best.reward:.3f} to {last.reward:.3f}"
+        )
+    return {
+        "kept_iteration": kept.iteration,
+        "kept_share": kept.share,
+        "kept_share_low": kept.share_low,
+        "kept_share_high": kept.share_high,
+        "best_is_initial": best.iteration == 0,
+        "ended": ended,
+    }
+
+
+def from_json(rows: Sequence[Mapping[str, Any]]) -> list[Judged]:
+    """Reads a history as a checkpoint holds it: the fields of each judging."""
+    return [Judged(**row) for row in rows]

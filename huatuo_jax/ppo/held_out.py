@@ -1,8 +1,8 @@
-"""Held-out answers of the policy before the judge and the reward model; a killed run goes on.
+"""Judgings of the policy on held-out prompts, by the judge and the reward model, resumable.
 
-Under `STAGE/judged/` stand `ITERATION/answers.jsonl`, each record with the initial policy's answer
+`STAGE/judged/` holds `ITERATION/answers.jsonl`, each record with the initial policy's answer
 and that iteration's, and one `labels.jsonl` for all iterations with its report and spending. The
-judge is asked when the iteration's checkpoint is on disk: a killed run goes on with the very
+judge is asked when the iteration's checkpoint is on disk: a killed run resumes with the very
 answers that were being judged, and asks about none that has a verdict.
 """
 
@@ -53,7 +53,7 @@ _EQUAL = Verdict(0.5, 0.5)
 
 
 def open_held_out(cfg: PpoConfig, tokenizer: "PreTrainedTokenizerBase") -> list[Task]:
-    """The prompts whose answers are judged, as the policy is given them.
+    """Reads the prompts whose answers are judged, as the policy is given them.
 
     Raises:
         ValueError: judge or prompts are not named, or the file holds none that fit, or one that the
@@ -90,7 +90,7 @@ def open_held_out(cfg: PpoConfig, tokenizer: "PreTrainedTokenizerBase") -> list[
 
 
 def identity_of(cfg: PpoConfig, tasks: Sequence[Task]) -> dict[str, Any]:
-    """What shares of points depend on, beside the config: the prompts, and the kind of judge."""
+    """Returns what win rates depend on, beside the config: the prompts, and the kind of judge."""
     assert cfg.judging is not None and cfg.judging.judge is not None
     whole = hashlib.sha256()
     for task in tasks:
@@ -101,7 +101,7 @@ def identity_of(cfg: PpoConfig, tasks: Sequence[Task]) -> dict[str, Any]:
 
 
 def reach_server(cfg: PpoConfig) -> OpenAIJudgeConfig | None:
-    """The judge behind a server, reached by the first process; None in others and for offline ones.
+    """Reaches the judge's server, in the first process; None in others and for offline judges.
 
     Raises:
         ValueError: as `reach_judge`.
@@ -120,7 +120,7 @@ def record_of(
     template: ChatTemplate,
     tokenizer: "PreTrainedTokenizerBase",
 ) -> Record:
-    """The record of answers that the rollouts' engine gave, which makes no texts."""
+    """Makes the record of answers of the rollouts' engine, which makes no texts."""
     with_texts = [
         dataclasses.replace(
             one,
@@ -163,7 +163,7 @@ class HeldOutJudging:
     _scorer: Scorer | None = None
 
     def open(self, history: Sequence[Mapping[str, Any]], *, restored: int | None) -> None:
-        """Takes up a run where its checkpoint stands, and removes answers that came after it.
+        """Resumes from a checkpoint's history, and removes answers that came after it.
 
         Verdicts stay in the labels file: they belong to texts, whichever run has them.
 
@@ -177,15 +177,15 @@ class HeldOutJudging:
         )
 
     def to_json(self) -> list[dict[str, Any]]:
-        """The history, for a checkpoint."""
+        """Returns the history, for a checkpoint."""
         return [dataclasses.asdict(one) for one in self.history]
 
     def result(self) -> dict[str, Any]:
-        """Which policy was kept, and why the run ended."""
+        """Returns which policy was kept, and why the run ended."""
         return config.outcome(self.history, turned=self.turned)
 
     def is_due(self, iteration: int) -> bool:
-        """Whether the policy after so many iterations has to be judged and was not yet."""
+        """Tells whether the policy after so many iterations has to be judged and was not yet."""
         if self.history and self.history[-1].iteration >= iteration:
             return False
         return config.is_due(
@@ -199,7 +199,7 @@ class HeldOutJudging:
         """Judges the policy; keeps it where it is the best so far.
 
         Raises:
-            ValueError: the judge cannot go on, or gave no verdict; what had arrived is kept.
+            ValueError: the judge stopped, or gave no verdict; what had arrived is kept.
             OSError: a file cannot be read or written.
         """
         iteration = int(state.iteration)
@@ -271,7 +271,7 @@ class HeldOutJudging:
         )
 
     def _ask(self, answers: pathlib.Path, records: Sequence[Record]) -> dict[str, Any]:
-        """The verdicts on the new answers against the initial ones, by record, and their cost."""
+        """Asks for verdicts on new answers against the initial ones; returns them with the cost."""
         texts = {record["id"]: [one["text"] for one in record["answers"]] for record in records}
         verdicts = {name: _EQUAL for name, pair in texts.items() if not differ(*pair)}
         cost: float | None = 0.0
@@ -310,7 +310,7 @@ class HeldOutJudging:
         )
 
     def _answers(self, variables: Variables, trainer: Trainer, iteration: int) -> list[Record]:
-        """An answer a record; their randomness depends on seed, iteration and prompt alone."""
+        """Samples an answer a record; randomness depends on seed, iteration and prompt alone."""
         number = self._judging.num_samples
         digest = hashlib.sha256(f"judging {self.cfg.seed} {iteration}".encode()).digest()
         sampling = dataclasses.replace(trainer.sampler.sampling, temperature=self._temperature)
@@ -335,7 +335,7 @@ class HeldOutJudging:
         *,
         kl_per_sequence: float,
     ) -> dict[str, float]:
-        """Reward, KL and length of the records' answers, one each."""
+        """Measures reward, KL and length of the records' answers, one each."""
         given = _given(records)
         scores_N = np.asarray(trainer.scorer.scores(given), np.float64)
         if self.normalization is not None:
@@ -358,7 +358,7 @@ class HeldOutJudging:
     def _log_probs(
         self, trainer: Trainer, variables: Variables, given: Sequence[GivenAnswer]
     ) -> np.ndarray:
-        """The log-probability of each answer."""
+        """Computes the log-probability of each answer."""
         cfg = self.cfg
         if self._scorer is None:
             self._scorer = Scorer(
@@ -377,7 +377,7 @@ class HeldOutJudging:
         return join(trainer.reference, state.policy.frozen)
 
     def _kept_or_made(self, path: pathlib.Path, make: Callable[[], list[Record]]) -> list[Record]:
-        """The records of a file; where there is none yet, all processes make them."""
+        """Reads the records of a file; where there is none yet, all processes make them."""
         if distributed.told_by_first("answers kept", path.exists):
             return read_rows(path, unfinished="read")
         records = make()
@@ -392,7 +392,7 @@ class HeldOutJudging:
 
 
 def _given(records: Sequence[Record]) -> list[GivenAnswer]:
-    """The records' first answers as the tokens that were sampled."""
+    """Returns the records' first answers as the tokens that were sampled."""
     return [
         GivenAnswer(
             np.asarray([*record["prompt_token_ids"], *record["answers"][0]["token_ids"]], np.int32),

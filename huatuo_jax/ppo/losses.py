@@ -1,15 +1,12 @@
-"""Losses of the policy, the critic and the preference stage, as sums for one optimizer step.
+"""Losses of the policy and the critic, as sums for one optimizer step and as passes over rows.
 
-Each returns `LossSums`, so `training.update.make_update` takes a function that calls one of them
-and divides by the terms of the whole step: micro-batches, padding and mesh change only rounding.
-The policy's loss grows by `add_entropy_bonus` and `add_kl_loss`; all have the same denominator, the
-critic's too. What was known before the step (old and reference log-probabilities, advantages, old
-values, returns, labels) is not differentiated.
+Each returns `LossSums`, which are divided by the terms of the whole step: micro-batches, padding
+and mesh change only rounding. The policy's loss grows by `add_entropy_bonus` and `add_kl_loss`; all
+have the same denominator, the critic's too. What was known before the step (old and reference
+log-probabilities, advantages, old values, returns) is not differentiated.
 
-What the policy and the critic are trained on, from their variables and a minibatch of rows.
-
-A row is made of segments, each a prompt and an answer end to end, and then padding (`layout`).
-Numbers of a token lie in its own slot; the critic's value there is that of the state before it.
+A row is made of segments, each a prompt and an answer end to end, and then padding. Numbers of a
+token lie in its own slot; the critic's value there is that of the state before it.
 """
 
 import dataclasses
@@ -23,7 +20,6 @@ import jax.numpy as jnp
 from huatuo_jax.backbone.transformer import Transformer
 from huatuo_jax.ppo.metrics import policy_sums, value_sums
 from huatuo_jax.ppo.rewards import KlLoss, kl_losses, log_ratios
-from huatuo_jax.ppo.trainer import Outputs
 from huatuo_jax.training.losses import (
     Answers,
     at_tokens,
@@ -35,7 +31,7 @@ from huatuo_jax.training.losses import (
     token_scores,
 )
 from huatuo_jax.training.scoring import head_scores
-from huatuo_jax.training.update import Batch, LossSums, Variables
+from huatuo_jax.training.update import Batch, LossSums, Outputs, Variables
 
 
 def policy_loss(
@@ -50,7 +46,7 @@ def policy_loss(
     tokens_allowed: int | None = None,
     mean_per_answer: bool = False,
 ) -> LossSums:
-    """The clipped surrogate (arXiv 1707.06347, equation 7), bounded on the log scale.
+    """Computes the clipped surrogate (arXiv 1707.06347, equation 7), bounded on the log scale.
 
     min(ratio * A, clip(ratio) * A) is A times the exponential of a log-ratio bounded from above
     where A > 0 and from below where A < 0. Bounded before the exponential, a ratio past all range
@@ -67,14 +63,14 @@ def policy_loss(
             leaves room for unlikely tokens (arXiv 2503.14476, section 3.1).
         dual_clip: bounds the ratio of tokens with A < 0 to this (arXiv 1912.09729, equation 5),
             None for no bound.
-        tokens_allowed: see `masks.count_terms`.
+        tokens_allowed: see `training.losses.count_terms`.
         mean_per_answer: see there.
 
     Returns:
-        Sums of the loss; `others` are `gauges.policy_sums`.
+        Sums of the loss; `others` are `metrics.policy_sums`.
 
     Raises:
-        ValueError: a clip that cannot be.
+        ValueError: a clip out of its range.
     """
     if not 0 < clip_low < 1:
         raise ValueError(f"clip_low={clip_low!r} must be above 0 and below 1")
@@ -93,7 +89,7 @@ def policy_loss(
     # From both sides, which leaves a ratio that is no number as it is.
     within_BT = jnp.minimum(lowered_BT, highest)
     bounded_BT = jnp.where(advantages_BT == 0, within_BT, bounded_BT)
-    gauges = policy_sums(
+    metrics = policy_sums(
         jax.lax.stop_gradient(ratios_BT),
         mask_BT,
         clipped_low_BT=(advantages_BT < 0) & (ratios_BT < lowest),
@@ -105,7 +101,7 @@ def policy_loss(
         num_terms=count_terms(
             mask_BT, tokens_allowed=tokens_allowed, mean_per_answer=mean_per_answer
         ),
-        others=gauges,
+        others=metrics,
     )
 
 
@@ -117,7 +113,7 @@ def add_entropy_bonus(
     entropy_coef: float,
     mean_per_answer: bool = False,
 ) -> LossSums:
-    """The loss less entropy_coef times the entropy at each token (arXiv 1707.06347, equation 9).
+    """Takes entropy_coef times each token's entropy off the loss (arXiv 1707.06347, equation 9).
 
     Args:
         sums: of `policy_loss`.
@@ -126,7 +122,7 @@ def add_entropy_bonus(
             gradient of its mean is 0.
         mask_BT: the answers' tokens.
         entropy_coef: at least 0.
-        mean_per_answer: as the policy's loss was told.
+        mean_per_answer: as for the policy's loss.
 
     Returns:
         The sums, with `entropy` (of all tokens alike) among the others.
@@ -148,7 +144,7 @@ def add_kl_loss(
     answers: Answers | None = None,
     mean_per_answer: bool = False,
 ) -> LossSums:
-    """The loss with the KL penalty in it, for rewards that hold none (`kl_coef=0` there).
+    """Adds the KL penalty to the loss, for rewards that hold none (`kl_coef=0` there).
 
     Args:
         sums: of `policy_loss`.
@@ -156,9 +152,9 @@ def add_kl_loss(
         reference_log_probs_BT: of the reference.
         mask_BT: the answers' tokens.
         kl_coef: its weight.
-        kind: see `kl.kl_losses`; `k3` has another optimum than the penalty in the reward.
+        kind: see `rewards.kl_losses`; `k3` has another optimum than the penalty in the reward.
         answers: None for one a row.
-        mean_per_answer: as the policy's loss was told.
+        mean_per_answer: as for the policy's loss.
 
     Returns:
         The sums, with `kl_loss` (unweighted, of all tokens alike) among the others.
@@ -194,7 +190,7 @@ def value_loss(
     tokens_allowed: int | None = None,
     mean_per_answer: bool = False,
 ) -> LossSums:
-    """Half the squared error of the critic, that of the value held near the old one if larger.
+    """Computes half the critic's squared error, or that of the clipped value if larger.
 
     The clipped form is that of the PPO code behind arXiv 1909.08593 (see arXiv 2005.12729,
     section 2, on what the paper leaves out).
@@ -205,11 +201,11 @@ def value_loss(
         returns_BT: from `advantages.gae`.
         mask_BT: the answers' tokens.
         clip: how far from the old value counts; None for the plain squared error.
-        tokens_allowed: see `masks.count_terms`; the policy's.
+        tokens_allowed: see `training.losses.count_terms`; the policy's.
         mean_per_answer: see there; the policy's.
 
     Returns:
-        Sums of the loss; `others` are `gauges.value_sums`.
+        Sums of the loss; `others` are `metrics.value_sums`.
 
     Raises:
         ValueError: the clip is not above 0.
@@ -228,7 +224,7 @@ def value_loss(
         is_clipped_BT = is_past_BT & (near_squares_BT > squares_BT)
         # Within the clip both are the same up to rounding, which is not to choose the gradient.
         squares_BT = jnp.where(is_clipped_BT, near_squares_BT, squares_BT)
-    gauges = value_sums(
+    metrics = value_sums(
         jax.lax.stop_gradient(values_BT), returns_BT, mask_BT, clipped_BT=is_clipped_BT
     )
     return LossSums(
@@ -236,13 +232,13 @@ def value_loss(
         num_terms=count_terms(
             mask_BT, tokens_allowed=tokens_allowed, mean_per_answer=mean_per_answer
         ),
-        others=gauges,
+        others=metrics,
     )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PolicyObjective:
-    """How the policy's loss is made up; the fields are those of `ppo.losses`.
+    """The parts of the policy's loss; the fields are those of `ppo.losses`.
 
     Attributes:
         temperature: of the sampler; divides the logits.
@@ -272,7 +268,7 @@ class PolicyObjective:
 def policy_row_loss(
     model: Transformer, objective: PolicyObjective
 ) -> "functools.partial[tuple[LossSums, Outputs]]":
-    """The policy's loss as a pass takes it; its outputs are `log_probs`, zero outside answers."""
+    """Makes the policy's loss for a pass; its outputs are `log_probs`, zero outside answers."""
     return functools.partial(_policy_row_loss, model, objective)
 
 
@@ -335,7 +331,7 @@ def value_row_loss(
     mean_per_answer: bool = False,
     offset: float = 0.0,
 ) -> "functools.partial[tuple[LossSums, Outputs]]":
-    """The critic's loss as a pass takes it.
+    """Makes the critic's loss for a pass.
 
     Its outputs are `values`, those of the states before the tokens, and `values_after`, those of
     the states after them; both mean nothing outside of answers.

@@ -1,9 +1,9 @@
-"""What to watch while a policy is trained: masked sums that add up, then numbers.
+"""Training metrics of PPO: masked sums on the device that add up, then numbers on the host.
 
 Functions named `_sums` run on the device and return sums over what they are given: those of
 micro-batches, devices and processes are added. Functions named `_numbers` run on the host, in
-float64, and divide the sums of a whole step or rollout. A number that nothing defines (a
-correlation without variance, a mean of nothing) is NaN; `metrics.jsonl` leaves it out.
+float64, and divide the sums of a whole step or rollout. An undefined number (a correlation without
+variance, a mean of nothing) is NaN; `metrics.jsonl` leaves it out.
 """
 
 import math
@@ -29,7 +29,7 @@ def policy_sums(
     clipped_low_BT: jax.Array,
     clipped_high_BT: jax.Array,
 ) -> Sums:
-    """How far the policy has moved from the one that sampled.
+    """Sums how far the policy has moved from the one that sampled.
 
     Args:
         log_ratios_BT: log policy - log old policy, zero outside of the mask.
@@ -54,7 +54,7 @@ def policy_sums(
 
 
 def policy_numbers(sums: Mapping[str, Any], *, prefix: str) -> dict[str, float]:
-    """Means over the tokens of a step, and the approximate KL of a whole answer.
+    """Computes means over a step's tokens, and the approximate KL of a whole answer.
 
     Args:
         sums: of `policy_sums`, and `entropy` and `kl_loss` where the loss holds them.
@@ -77,7 +77,7 @@ def policy_numbers(sums: Mapping[str, Any], *, prefix: str) -> dict[str, float]:
 def value_sums(
     values_BT: jax.Array, returns_BT: jax.Array, mask_BT: jax.Array, *, clipped_BT: jax.Array
 ) -> Sums:
-    """How well the critic knows its targets.
+    """Sums how well the critic predicts its targets.
 
     Args:
         values_BT: the critic's.
@@ -104,7 +104,7 @@ def value_sums(
 
 
 def value_numbers(sums: Mapping[str, Any], *, prefix: str) -> dict[str, float]:
-    """Means over tokens, and the explained variance: 1 - Var(return - value) / Var(return).
+    """Computes means over tokens, and explained variance: 1 - Var(return - value) / Var(return).
 
     Args:
         sums: of `value_sums`.
@@ -130,7 +130,7 @@ def rollout_sums(
     ended_B: jax.Array,
     mask_BT: jax.Array,
 ) -> Sums:
-    """What the policy wrote, before it is trained on.
+    """Sums what the policy sampled, before it is trained on.
 
     Args:
         old_log_probs_BT: of the policy that sampled, recomputed by the training graph.
@@ -167,7 +167,7 @@ def rollout_sums(
 
 
 def rollout_numbers(sums: Mapping[str, Any], *, prefix: str) -> dict[str, float]:
-    """Means over tokens and answers, and the correlation of score and length (Pearson's).
+    """Computes means over tokens and answers, and the correlation of score and length (Pearson's).
 
     Args:
         sums: of `rollout_sums`.
@@ -197,7 +197,7 @@ def rollout_numbers(sums: Mapping[str, Any], *, prefix: str) -> dict[str, float]
 
 
 def distinct_sums(token_ids_BT: jax.Array, mask_BT: jax.Array, *, n: int) -> Sums:
-    """Distinct-n of each answer (arXiv 1510.03055, section 5.3), over its tokens.
+    """Sums distinct-n of each answer (arXiv 1510.03055, section 5.3), over its tokens.
 
     The share of its n-grams that differ, a mean of answers rather than of all their n-grams
     together, so that it does not fall with the size of the batch. Exact: n-grams are sorted.
@@ -230,7 +230,7 @@ def distinct_sums(token_ids_BT: jax.Array, mask_BT: jax.Array, *, n: int) -> Sum
 
 
 def distinct_numbers(sums: Mapping[str, Any], *, n: int, prefix: str) -> dict[str, float]:
-    """Mean over answers.
+    """Computes means over answers.
 
     Args:
         sums: of `distinct_sums`.
@@ -242,7 +242,7 @@ def distinct_numbers(sums: Mapping[str, Any], *, n: int, prefix: str) -> dict[st
 
 
 def _variance(total: Any, total_squared: Any, count: float) -> float:
-    """Zero where it is no more than rounding: what is divided by it has no meaning."""
+    """Computes a variance; zero where it is only rounding, as nothing may be divided by that."""
     mean, square = ratio(total, count), ratio(total_squared, count)
     variance = square - mean**2
     return 0.0 if variance <= _LEAST_VARIANCE * square else variance

@@ -1,4 +1,4 @@
-"""The models of a run: policy, reference, critic and reward model, of one kind of architecture."""
+"""The models of a PPO run: policy, reference, critic and reward model, of one architecture kind."""
 
 import dataclasses
 from typing import TYPE_CHECKING, Any
@@ -53,7 +53,7 @@ class RewardModel:
         return models.fingerprint(self.info.folder)
 
     def normalization_outside_training(self, cfg: ScoreConfig) -> Normalization | None:
-        """That of its scores by the rule that holds outside of training.
+        """Returns the normalization of its scores by the rule that holds outside of training.
 
         It is there for `running` scores too, where it was stored; None for raw ones.
         """
@@ -64,7 +64,7 @@ class RewardModel:
     def make_scorer(
         self, compute: ComputeConfig, mesh: Mesh, *, rows_at_once: int, row_length: int
     ) -> Scorer:
-        """The model on its devices, stored as it computes."""
+        """Loads the model to its devices, stored as it computes."""
         params = models.load_params(self.info, mesh=mesh, dtype=compute.param_dtype)
         variables = store_as_computed({"params": params}, compute.compute_dtype)
         return Scorer(
@@ -133,7 +133,7 @@ class Critic:
     head_offset: float = 0.0
 
     def make_state(self, key: jax.Array, optimizer: Optimizer, mesh: Mesh) -> TrainState:
-        """The state before the first step, in its shards."""
+        """Makes the state before the first step, in its shards."""
         if self.shares_trunk:
             return make_sharded(lambda key: self._on_shared_trunk(key, optimizer), mesh, key)
         state = self.model.make_state(key, optimizer, mesh)
@@ -145,14 +145,14 @@ class Critic:
         return dataclasses.replace(state, trained=trained)
 
     def abstract_state(self, optimizer: Optimizer, mesh: Mesh) -> TrainState:
-        """That state's shapes and shardings."""
+        """Returns that state's shapes and shardings."""
         if self.shares_trunk:
             key = jax.random.key(0)
             return abstract(lambda key: self._on_shared_trunk(key, optimizer), mesh, key)
         return self.model.abstract_state(optimizer, mesh)
 
     def frozen(self, own: Variables, policy_frozen: Variables) -> Variables:
-        """Its frozen variables, the policy's trunk among them where it is shared."""
+        """Returns its frozen variables, the policy's trunk among them where it is shared."""
         return join(own, policy_frozen) if self.shares_trunk else own
 
     def _on_shared_trunk(self, key: jax.Array, optimizer: Optimizer) -> TrainState:
@@ -168,7 +168,7 @@ class Critic:
 
 
 def open_critic(cfg: PpoConfig, policy: InitialModel, reward: RewardModel | None) -> Critic | None:
-    """The critic that a config describes; None for estimators without one.
+    """Opens the critic that a config describes; None for estimators without one.
 
     Args:
         cfg: the run's config.
@@ -203,12 +203,12 @@ def open_critic(cfg: PpoConfig, policy: InitialModel, reward: RewardModel | None
 
 
 def make_reference(policy: InitialModel, key: jax.Array, mesh: Mesh) -> Variables:
-    """What takes the place of the policy's trained variables where the reference is asked.
+    """Makes the reference, which takes the place of the policy's trained variables.
 
     With adapters it is adapters of zeros: what they add is 0 and the program stays the same.
     Otherwise it is the first state's weights, stored as the forward pass casts them.
     """
-    # Read once more, and without moments, so that a run that goes on has the very same.
+    # Read once more, and without moments, so that a resumed run has the very same.
     without_state = Optimizer(OptimizerConfig(learning_rate=1.0), 1, optax.identity())
     if policy.section.lora is not None:
         shapes = policy.abstract_state(without_state, mesh).trained

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PromptsConfig:
-    """Where prompts come from and how they become tokens.
+    """Files of prompts, and how they become tokens.
 
     Attributes:
         paths: files, see `huatuo_jax.data.readers`.
@@ -49,7 +49,7 @@ class PromptsConfig:
     max_left_out_share: float = operational(0.1)
 
     def __post_init__(self) -> None:
-        """Raise ValueError where there is nothing to read, or no room for it."""
+        """Raises ValueError where there is nothing to read, or no room for it."""
         if not self.paths:
             raise ValueError("paths is empty: it must name at least one file of prompts")
         if self.max_prompt_tokens < 1:
@@ -95,7 +95,7 @@ class Prompts:
         return whole.hexdigest()[:32]
 
     def rows(self, first: int, number: int, *, seed: int) -> list[TokenPrompt]:
-        """The prompts of so many rows of an endless order, from one row on.
+        """Returns the prompts of so many rows of an endless order, from one row on.
 
         Each pass over the prompts has an order of its own, a function of seed and pass alone.
         """
@@ -123,7 +123,7 @@ def open_prompts(
         stop_token_ids: what ends an answer of the policy, see `InitialModel.stop_token_ids`.
 
     Raises:
-        ValueError: a file that cannot be read or holds something else, an unknown template, no
+        ValueError: a file that is unreadable or holds something else, an unknown template, no
             prompt that fits, or too many that do not.
     """
     account = Account("prompts")
@@ -144,7 +144,7 @@ def read_tasks(
     account: Account,
     purpose: str,
 ) -> list[Task]:
-    """The prompts of the files that leave room for an answer, rendered; see `open_prompts`.
+    """Reads the prompts that leave room for an answer, rendered; see `open_prompts`.
 
     Args:
         cfg: which.
@@ -173,7 +173,7 @@ def read_tasks(
 
 
 def _read(cfg: PromptsConfig, account: Account) -> Iterator[tuple[str, Prompt]]:
-    """The prompts of all files with their places."""
+    """Reads the prompts of all files with their places."""
     for path in cfg.paths:
         if cfg.reads == "prompts":
             prompts = read_prompts(path, encoding=cfg.encoding)

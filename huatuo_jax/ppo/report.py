@@ -1,4 +1,4 @@
-"""An iteration in numbers and in samples."""
+"""Reports an iteration: its metrics, its speed, and samples of its answers."""
 
 import contextlib
 import dataclasses
@@ -51,7 +51,7 @@ class Spent:
 
 @dataclasses.dataclass
 class UpdateSums:
-    """What the steps of an update told.
+    """Metrics of the steps of an update.
 
     Attributes:
         policy: metrics of each of the policy's steps.
@@ -64,7 +64,7 @@ class UpdateSums:
     stopped_early: bool = False
 
     def on_host(self) -> "UpdateSums":
-        """The same as numpy arrays; waits for them."""
+        """Returns the same as numpy arrays; waits for them."""
         return UpdateSums(
             jax.device_get(self.policy), jax.device_get(self.value), self.stopped_early
         )
@@ -87,7 +87,7 @@ class IterationFlops:
     scorer: ModelFlops | None
 
     def of(self, rollout: Rollout, *, policy_passes: float, critic_passes: float) -> float:
-        """Those of one iteration, its update having made so many passes over the rollout."""
+        """Counts one iteration, whose update made so many passes over the rollout."""
         lengths_N = rollout.rows["segment_ids"].sum(axis=1).astype(float)
         pairs, answered = (lengths_N * (lengths_N + 1) / 2).sum(), rollout.num_answer_tokens
 
@@ -109,7 +109,7 @@ class IterationFlops:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class IterationReport:
-    """All that is told of an iteration.
+    """An iteration, as it is reported.
 
     Attributes:
         cfg: the run's settings.
@@ -132,7 +132,7 @@ class IterationReport:
     spent: Spent
 
     def fields(self) -> dict[str, float]:
-        """The numbers for `metrics.jsonl`, those of the clock left aside."""
+        """Returns the numbers for `metrics.jsonl`, those of the clock left aside."""
         fields = rollout_fields(self.targets.sums, prefix=PREFIX)
         fields |= {
             f"{PREFIX}/kl_coef": self.kl_coef,
@@ -156,7 +156,7 @@ class IterationReport:
         return fields
 
     def speed(self, flops: IterationFlops, *, peak_flops: float | None) -> dict[str, float]:
-        """The numbers that depend on the clock.
+        """Returns the numbers that depend on the clock.
 
         Args:
             flops: of the models.
@@ -182,7 +182,7 @@ class IterationReport:
 
     @property
     def not_finite_in_a_row(self) -> int:
-        """How many of the last steps were skipped, of the model for which those are more."""
+        """Number of last steps that were skipped, of the model with more of them."""
         last = [steps[-1] for steps in (self.update.policy, self.update.value) if steps]
         return max((int(one["not_finite_in_a_row"]) for one in last), default=0)
 
@@ -218,7 +218,7 @@ class IterationReport:
 
 
 def _added(steps: Sequence[Metrics]) -> dict[str, np.ndarray]:
-    """The sums of all steps together, in float64."""
+    """Adds up the sums of all steps, in float64."""
     names = [name for name in steps[0] if name not in _NOT_SUMS]
     return {name: np.sum([np.asarray(one[name], np.float64) for one in steps]) for name in names}
 
@@ -238,5 +238,5 @@ def _step_fields(
 
 
 def _number(value: Any) -> float | None:
-    """For JSON, which has no word for what is no number."""
+    """Returns a number for JSON; None for NaN and infinities, which it lacks."""
     return float(value) if np.isfinite(value) else None

@@ -35,17 +35,17 @@ _LARGEST_ERROR = 0.2
 
 
 def log_ratios(left_BT: jax.Array, right_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:
-    """Left minus right in at least float32, zero outside of the mask."""
+    """Returns left minus right in at least float32, zero outside of the mask."""
     return masked(wide(left_BT) - wide(right_BT), mask_BT)
 
 
 def k3(log_ratios_BT: jax.Array) -> jax.Array:
-    """exp(-L) - 1 + L, exact also where L is small."""
+    """Computes exp(-L) - 1 + L, exact also where L is small."""
     return jnp.expm1(-log_ratios_BT) + log_ratios_BT
 
 
 def in_reward(estimator: str, log_ratios_BT: jax.Array) -> jax.Array:
-    """The estimate that a reward may hold, which is k1.
+    """Returns the estimate that a reward may hold, which is k1.
 
     Raises:
         ValueError: any other estimator, and why.
@@ -71,7 +71,7 @@ def kl_losses(
     answers: Answers | None = None,
     mean_per_answer: bool = False,
 ) -> jax.Array:
-    """The penalty as a loss, of each answer, to be summed and divided as the policy's is.
+    """Computes each answer's KL penalty as a loss, to be summed and divided as the policy's is.
 
     Its gradient is the one named above at samples of the policy itself; in later epochs, whose
     samples are the old policy's, it is off by what the policy has moved.
@@ -82,7 +82,8 @@ def kl_losses(
         mask_BT: the answers' tokens.
         kind: `sequence_square` or `k3`.
         answers: None for one a row.
-        mean_per_answer: divide each answer's by its number of tokens, as `masks.per_token` does.
+        mean_per_answer: divide each answer's by its number of tokens, as
+            `training.losses.per_token` does.
 
     Raises:
         ValueError: an unknown kind.
@@ -106,7 +107,7 @@ def next_kl_coef(
     target_kl_per_sequence: float | None,
     gain: float = 0.1,
 ) -> jax.Array:
-    """The coefficient for the next rollout: a proportional controller (arXiv 1909.08593, 2.2).
+    """Adapts the coefficient for the next rollout proportionally (arXiv 1909.08593, section 2.2).
 
     It is multiplied by 1 + gain * error, the error being how far the KL is above its target, in
     parts of the target, clipped to +-0.2.
@@ -114,7 +115,7 @@ def next_kl_coef(
     Args:
         kl_coef: the present one.
         kl_per_sequence: k1 summed over an answer's tokens, in nats, mean of the rollout's answers
-            (`gauges.rollout_numbers`); not the mean of a token.
+            (`metrics.rollout_numbers`); not the mean of a token.
         target_kl_per_sequence: in the same unit; None leaves the coefficient fixed.
         gain: of the paper; 0.1 there.
 
@@ -140,7 +141,7 @@ TruncationPolicy = Literal["keep", "replace", "subtract", "bootstrap"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AnswerScoreConfig:
-    """What a score of an answer counts: one rule for PPO, `score.py` and evaluation.
+    """The rule from scores to rewards: one for PPO, `score.py` and evaluation.
 
     Attributes:
         scale: `stored` takes the mean and deviation that stand beside the reward model, `running`
@@ -157,7 +158,7 @@ class AnswerScoreConfig:
     penalty: float | None = 1.0
 
     def __post_init__(self) -> None:
-        """Raise ValueError for rules that cannot be."""
+        """Raises ValueError for an invalid rule."""
         _check_rule(clip=self.clip, on_truncation=self.on_truncation, penalty=self.penalty)
         if self.penalty is not None and self.penalty == float("inf"):
             raise ValueError(f"penalty={self.penalty!r} must be finite")
@@ -177,7 +178,7 @@ class AnswerScoreConfig:
         )
 
     def rewards(self, scores_B: jax.Array, ended_B: jax.Array) -> jax.Array:
-        """`answer_scores` by this rule.
+        """Applies `answer_scores` by this rule.
 
         Args:
             scores_B: scaled already.
@@ -195,7 +196,7 @@ class AnswerScoreConfig:
 def have_ended(
     token_ids_BT: jax.Array, mask_BT: jax.Array, *, stop_token_ids: Sequence[int]
 ) -> jax.Array:
-    """Bool `[B]`: answers whose last token is a stop token; a row without an answer has not ended.
+    """Marks answers whose last token is a stop token, bool `[B]`; an empty row has not ended.
 
     Args:
         token_ids_BT: the sampled ids.
@@ -270,7 +271,7 @@ def token_rewards(
     kl_coef: float | jax.Array,
     estimator: str = "k1",
 ) -> jax.Array:
-    """Each token's reward: minus kl_coef times the log-ratio, and the score at the last token.
+    """Computes token rewards: minus kl_coef times the log-ratio, and the score at the last token.
 
     arXiv 1909.08593, equation 2, taken token by token: the log-ratio of a whole answer is the sum
     of its tokens', and `gae` carries each into the return of the tokens before it. The last token

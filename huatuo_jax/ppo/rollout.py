@@ -1,4 +1,4 @@
-"""What the policy answers, as rows of tokens, and what those answers are worth."""
+"""Samples answers of the policy as rows of tokens, and scores them."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -28,14 +28,14 @@ class AnswerScorer(Protocol):
     """Whatever gives answers their scores: `scoring.Scorer` with a reward model, or a table."""
 
     def scores(self, answers: Sequence[GivenAnswer]) -> npt.NDArray[np.float32]:
-        """A score of each answer, from its token ids."""
+        """Scores each answer, from its token ids."""
 
 
 class LengthScorer:
     """An answer's length in tokens, its end included, and nothing else: a control."""
 
     def scores(self, answers: Sequence[GivenAnswer]) -> npt.NDArray[np.float32]:
-        """One for each answer."""
+        """Counts the tokens of each answer."""
         lengths = [len(one.token_ids) - one.prompt_length for one in answers]
         return np.array(lengths, np.float32)
 
@@ -67,7 +67,7 @@ class Rollout:
         return int(self.rows["mask"].sum())
 
     def prompt_of(self, answer: int) -> TokenPrompt:
-        """The prompt of an answer."""
+        """Returns the prompt of an answer."""
         return self.prompts[answer // (len(self.answers) // len(self.prompts))]
 
     def given(self) -> list[GivenAnswer]:
@@ -97,7 +97,7 @@ class Sampler:
         max_length: int,
         mesh: Mesh,
     ) -> None:
-        """Nothing is compiled before the first `sample`.
+        """Compiles nothing before the first `sample`.
 
         Args:
             model: the policy's.
@@ -119,7 +119,7 @@ class Sampler:
     def sample(
         self, variables: Variables, prompts: Sequence[TokenPrompt], key: jax.Array
     ) -> Rollout:
-        """The policy's answers.
+        """Samples the policy's answers.
 
         Args:
             variables: the policy's, on a mesh of the same devices; what generation holds of them
@@ -141,7 +141,7 @@ class Sampler:
         return make_rollout(prompts, answers, lengths=self._lengths)
 
     def answers(self, variables: Variables, requests: Sequence[Request]) -> list[list[Answer]]:
-        """The policy's answers to each request, in order; of the weights nothing is held on to."""
+        """Samples answers to each request, in order; holds on to none of the weights."""
         engine = self._load(variables)
         groups = engine.generate_in_order(requests)
         engine.unload()
@@ -162,7 +162,7 @@ class Sampler:
 
 
 def mesh_of(cfg: RolloutConfig, training: Mesh, backbone: BackboneConfig) -> Mesh:
-    """The mesh that a rollout is generated on: that of training, or its devices divided anew.
+    """Returns the mesh of generation: that of training, or its devices divided anew.
 
     Raises:
         ValueError: the mesh of the config does not divide the devices or the model.

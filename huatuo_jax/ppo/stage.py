@@ -1,13 +1,11 @@
 """The PPO stage: an SFT model, a reward model and prompts in, a policy out.
 
-From the models and settings of a run to what its loop needs.
-
-The models of a run as shapes, and those of its programs whose memory the micro-batch decides.
+An iteration (`huatuo_jax.ppo.trainer`) samples answers, scores them and updates policy and critic.
 """
 
 import functools
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -19,10 +17,10 @@ from huatuo_jax.backbone.config import BackboneConfig
 from huatuo_jax.backbone.matmul import store_as_computed
 from huatuo_jax.backbone.transformer import Transformer, init_params
 from huatuo_jax.core import sharding
-from huatuo_jax.core.config import all_fields, checked, identity, placed_in
 from huatuo_jax.core.progress import tell
 from huatuo_jax.data.answers import text_of
 from huatuo_jax.data.batches import pack_row
+from huatuo_jax.generation.prompts import Task
 from huatuo_jax.ppo.config import PpoConfig
 from huatuo_jax.ppo.held_out import FOLDER as JUDGED_FOLDER
 from huatuo_jax.ppo.held_out import (
@@ -32,9 +30,15 @@ from huatuo_jax.ppo.held_out import (
     reach_server,
     record_of,
 )
-from huatuo_jax.ppo.loop import PpoJob, train
+from huatuo_jax.ppo.loop import PpoJob
 from huatuo_jax.ppo.losses import PolicyObjective, policy_row_loss, value_row_loss
-from huatuo_jax.ppo.models import Critic, make_reference, open_critic, open_reward_model
+from huatuo_jax.ppo.models import (
+    Critic,
+    RewardModel,
+    make_reference,
+    open_critic,
+    open_reward_model,
+)
 from huatuo_jax.ppo.prompts import Prompts, open_prompts
 from huatuo_jax.ppo.report import Decode, IterationFlops
 from huatuo_jax.ppo.rollout import AnswerScorer, LengthScorer, Sampler, mesh_of
@@ -51,18 +55,247 @@ from huatuo_jax.ppo.trainer import (
     new_ppo_state,
 )
 from huatuo_jax.training.initial_model import InitialModel, open_model
-from huatuo_jax.training.loop import check_rows
 from huatuo_jax.training.metrics import ModelFlops
 from huatuo_jax.training.micro_batch import settle
 from huatuo_jax.training.optimizer import Optimizer, make_optimizer
 from huatuo_jax.training.programs import StageProgram
-from huatuo_jax.training.run_directory import StageDirectory, begin_stage, report_data
+from huatuo_jax.training.run_directory import StageDirectory
 from huatuo_jax.training.scoring import Normalization, compile_values, head_scores
-from huatuo_jax.training.update import TrainState, Variables, abstract_batch
+from huatuo_jax.training.stage import Stage, run_stage
+from huatuo_jax.training.update import TrainState, abstract_batch
+
+STAGE = "ppo"
+
+# Metrics of the last iteration that are in the result; its row of metrics has all.
+_RESULT = (
+    "score",
+    "reward",
+    "kl_per_sequence",
+    "kl_coef",
+    "response_length",
+    "eos_rate",
+    "entropy",
+    "explained_variance",
+)
+
+
+class PpoStage(Stage[PpoConfig]):
+    """One run of PPO.
+
+    Attributes:
+        critic: to start from; None for estimators without one.
+        prompts: what is asked.
+        normalization: of raw scores, where `cfg.score.scale` is `stored`.
+        judging: of held-out answers; None for none.
+        decode: from tokens to text; None for tokens in `samples.jsonl`.
+    """
+
+    name = STAGE
+    critic: Critic | None
+    prompts: Prompts
+    normalization: Normalization | None = None
+    judging: HeldOutJudging | None = None
+    decode: Decode | None = None
+    _reward: RewardModel | None = None
+    _tasks: list[Task] | None = None
+
+    @staticmethod
+    def open_model(cfg: PpoConfig) -> InitialModel:
+        """Finds the policy and checks that prompts and answers suit it."""
+        if cfg.without_use is not None:
+            tell(f"{STAGE}: {cfg.without_use}")
+        policy = open_model(cfg.model, cfg.compute.compute_config())
+        check_policy(cfg, policy)
+        return policy
+
+    def open_data(self) -> dict[str, Any]:
+        """Finds reward model and critic, and reads the prompts."""
+        cfg, policy = self.cfg, self.model
+        reward = open_reward_model(
+            cfg.reward_model,
+            scale=cfg.score.scale,
+            max_length=cfg.max_length,
+            tokenizer=self.tokenizer,
+        )
+        self._reward, self.normalization = reward, reward.normalization
+        self.decode = functools.partial(text_of, self.tokenizer)
+        self.critic = open_critic(cfg, policy, reward)
+        self.prompts = open_prompts(
+            cfg.data,
+            self.tokenizer,
+            max_new_tokens=cfg.rollout.max_new_tokens,
+            stop_token_ids=policy.stop_token_ids(self.template, self.tokenizer),
+        )
+        self.account = self.prompts.account
+        found: dict[str, Any] = {
+            "reward_model_files": reward.identity,
+            "prompts": self.prompts.identity,
+        }
+        if cfg.judging is not None:
+            self._tasks = open_held_out(cfg, self.tokenizer)
+            found["held_out"] = identity_of(cfg, self._tasks)
+        return found
+
+    def make_job(self, directory: StageDirectory, decisive: Mapping[str, Any]) -> PpoJob:
+        """Makes the job of the loop, with a number for `micro_batch_size`."""
+        reward = self._scoring_model
+        self.cfg, _ = settle(
+            self.cfg,
+            stage=STAGE,
+            rows=self.cfg.minibatch_size,
+            mesh=self.mesh,
+            make=functools.partial(
+                abstract_roles,
+                policy=self.model,
+                critic=self.critic,
+                rewarding=None if reward is None else reward.info.cfg,
+                mesh=self.mesh,
+            ),
+            programs=micro_batch_programs,
+        )
+        if self._tasks is not None:
+            self.judging = self._make_judging(directory, self._tasks)
+        return self.job(directory, decisive)
+
+    def job(self, directory: StageDirectory, decisive: Mapping[str, Any]) -> PpoJob:
+        """Makes the job of a run; no weights are read before the loop asks for them.
+
+        Raises:
+            ValueError: `cfg.rollout.mesh` does not divide the devices or the model.
+        """
+        cfg, mesh, policy = self.cfg, self.mesh, self.model
+        critic, reward = self.critic, self._scoring_model
+        rollout_mesh = mesh_of(cfg.rollout, mesh, policy.cfg)
+        key = jax.random.key(cfg.seed)
+        trained = policy_of(cfg, policy, mesh)
+        valued = None if critic is None else critic_of(cfg, critic, mesh)
+
+        def make_state() -> PpoState:
+            value = None
+            if critic is not None and valued is not None:
+                value = critic.make_state(key, valued.optimizer, mesh)
+            return new_ppo_state(
+                policy.make_state(key, trained.optimizer, mesh),
+                value,
+                kl_coef=cfg.kl_coef,
+                seed=cfg.seed,
+                mesh=mesh,
+            )
+
+        def make_trainer() -> Trainer:
+            stop_token_ids = self.prompts.stop_token_ids
+            return Trainer(
+                cfg=cfg,
+                mesh=mesh,
+                prompts=self.prompts,
+                sampler=Sampler(
+                    policy.transformer,
+                    cfg.rollout,
+                    stop_token_ids=stop_token_ids,
+                    max_length=cfg.max_length,
+                    mesh=rollout_mesh,
+                ),
+                scorer=self.make_scorer(),
+                make_targets=compile_targets(
+                    cfg,
+                    stop_token_ids=stop_token_ids,
+                    normalization=self.normalization,
+                    mesh=mesh,
+                ),
+                policy=trained.learner,
+                reference=make_reference(policy, key, mesh),
+                critic=critic,
+                value=None if valued is None else valued.learner,
+            )
+
+        return PpoJob(
+            directory=directory,
+            decisive=decisive,
+            num_steps=cfg.num_iterations,
+            mesh=mesh,
+            make_state=make_state,
+            abstract_state=abstract_ppo_state(
+                trained.state, None if valued is None else valued.state, mesh
+            ),
+            make_trainer=make_trainer,
+            flops=IterationFlops(
+                policy=policy.flops,
+                critic=None if critic is None else critic.model.flops,
+                scorer=None if reward is None else ModelFlops.of(reward.info.cfg),
+            ),
+            decode=self.decode,
+            judging=self.judging,
+        )
+
+    def make_scorer(self) -> AnswerScorer:
+        """Makes what scores answers: the reward model on its devices, or the control."""
+        reward = self._scoring_model
+        if reward is None:
+            return LengthScorer()
+        return reward.make_scorer(
+            self.model.compute,
+            self.mesh,
+            rows_at_once=self.cfg.rows_at_once,
+            row_length=self.cfg.max_length,
+        )
+
+    def finish(
+        self, directory: StageDirectory, state: PpoState, numbers: Mapping[str, float]
+    ) -> dict[str, Any]:
+        """Saves the policy, unless judgings kept one; returns the main numbers of the run."""
+        if self.judging is None:
+            self.save_model(directory, state.policy.variables)
+        names = (f"{STAGE}/{name}" for name in _RESULT)
+        result: dict[str, Any] = {"step": int(state.iteration)}
+        result |= {name: numbers[name] for name in names if name in numbers}
+        return result if self.judging is None else result | self.judging.result()
+
+    @property
+    def _scoring_model(self) -> RewardModel | None:
+        """The reward model; None where something else gives the scores."""
+        return None if self.cfg.score.of == "length" else self._reward
+
+    def _make_judging(self, directory: StageDirectory, tasks: list[Task]) -> HeldOutJudging:
+        assert self._reward is not None
+        return HeldOutJudging(
+            cfg=self.cfg,
+            folder=directory.folder / JUDGED_FOLDER,
+            tasks=tasks,
+            server=reach_server(self.cfg),
+            make_record=functools.partial(
+                record_of, template=self.template, tokenizer=self.tokenizer
+            ),
+            normalization=self._reward.normalization_outside_training(self.cfg.score),
+            transformer=self.model.transformer,
+            keep=functools.partial(self.save_model, directory),
+        )
+
+
+def run_ppo(config: PpoConfig, workdir: str | os.PathLike[str]) -> dict[str, Any]:
+    """Runs the stage, resuming from its newest checkpoint; returns the saved result if it is done.
+
+    Args:
+        config: of the stage; `{workdir}` in a path stands for the run's folder.
+        workdir: the run's folder.
+
+    Returns:
+        The number of iterations and the main metrics of the last one; with `judging`, which
+        iteration's policy was kept, its share of points, whether the initial policy is better
+        (`best_is_initial`), and why the run ended. The policy is in `WORKDIR/ppo/model`, an Orbax
+        directory with the tokenizer, adapters merged.
+
+    Raises:
+        ValueError: an invalid config, file, model or mesh; before anything is compiled.
+        FileNotFoundError: there is no such model.
+        Interrupted: the run was stopped and saved.
+        Diverged: too many steps in a row were not finite.
+        OSError: something cannot be read or written.
+    """
+    return run_stage(PpoStage, PpoConfig, config, workdir)
 
 
 def check_policy(cfg: PpoConfig, policy: InitialModel) -> None:
-    """Raise ValueError where a model cannot be the policy of a run."""
+    """Raises ValueError where a model does not suit as the policy of a run."""
     backbone = policy.cfg
     if cfg.max_length > backbone.max_positions:
         raise ValueError(
@@ -88,7 +321,7 @@ class Trained(NamedTuple):
 
 
 def policy_of(cfg: PpoConfig, policy: InitialModel, mesh: Mesh) -> Trained:
-    """The policy as a run trains it."""
+    """Makes the policy's optimizer, abstract state and programs."""
     steps = cfg.num_epochs * cfg.num_minibatches * (cfg.num_iterations - cfg.warmup_iterations)
     optimizer = make_optimizer(cfg.optimizer, num_steps=steps)
     state = policy.abstract_state(optimizer, mesh)
@@ -98,149 +331,12 @@ def policy_of(cfg: PpoConfig, policy: InitialModel, mesh: Mesh) -> Trained:
 
 
 def critic_of(cfg: PpoConfig, critic: Critic, mesh: Mesh) -> Trained:
-    """The critic as a run trains it."""
+    """Makes the critic's optimizer, abstract state and programs."""
     steps = cfg.num_epochs * cfg.num_minibatches * cfg.num_iterations
     optimizer = make_optimizer(cfg.value.optimizer or cfg.optimizer, num_steps=steps)
     state = critic.abstract_state(optimizer, mesh)
     return Trained(
         optimizer, state, _learner(cfg, _value_loss(cfg, critic), optimizer, state, mesh)
-    )
-
-
-def _learner(
-    cfg: PpoConfig, loss: RowLoss, optimizer: Optimizer, state: TrainState, mesh: Mesh
-) -> Learner:
-    return Learner(
-        run_pass=compile_pass(loss, state, mesh, rows_at_once=cfg.rows_at_once),
-        apply=compile_apply(optimizer, state, mesh),
-    )
-
-
-def make_job(
-    cfg: PpoConfig,
-    *,
-    policy: InitialModel,
-    critic: Critic | None,
-    prompts: Prompts,
-    make_scorer: Callable[[], AnswerScorer],
-    normalization: Normalization | None,
-    directory: StageDirectory,
-    decisive: Mapping[str, Any],
-    mesh: Mesh,
-    decode: Decode | None,
-    scorer_flops: ModelFlops | None,
-    judging: HeldOutJudging | None = None,
-) -> PpoJob:
-    """The job of a run; no weights are read before the loop asks for them.
-
-    Args:
-        cfg: the run's settings.
-        policy: to start from.
-        critic: to start from; None for estimators without one.
-        prompts: what is asked.
-        make_scorer: makes what scores the answers.
-        normalization: of its scores, where `cfg.score.scale` is `stored`.
-        directory: where the run's files are.
-        decisive: the settings that decide results.
-        mesh: where everything lies; answers are generated where `cfg.rollout.mesh` says.
-        decode: from tokens to text; None for tokens in `samples.jsonl`.
-        scorer_flops: of the reward model; None where there is none.
-        judging: of held-out answers; None for none.
-
-    Raises:
-        ValueError: `cfg.rollout.mesh` does not divide the devices or the model.
-    """
-    rollout_mesh = mesh_of(cfg.rollout, mesh, policy.cfg)
-    key = jax.random.key(cfg.seed)
-    trained = policy_of(cfg, policy, mesh)
-    valued = None if critic is None else critic_of(cfg, critic, mesh)
-
-    def make_state() -> PpoState:
-        value = None
-        if critic is not None and valued is not None:
-            value = critic.make_state(key, valued.optimizer, mesh)
-        return new_ppo_state(
-            policy.make_state(key, trained.optimizer, mesh),
-            value,
-            kl_coef=cfg.kl_coef,
-            seed=cfg.seed,
-            mesh=mesh,
-        )
-
-    def make_trainer() -> Trainer:
-        return Trainer(
-            cfg=cfg,
-            mesh=mesh,
-            prompts=prompts,
-            sampler=Sampler(
-                policy.transformer,
-                cfg.rollout,
-                stop_token_ids=prompts.stop_token_ids,
-                max_length=cfg.max_length,
-                mesh=rollout_mesh,
-            ),
-            scorer=make_scorer(),
-            make_targets=compile_targets(
-                cfg,
-                stop_token_ids=prompts.stop_token_ids,
-                normalization=normalization,
-                mesh=mesh,
-            ),
-            policy=trained.learner,
-            reference=make_reference(policy, key, mesh),
-            critic=critic,
-            value=None if valued is None else valued.learner,
-        )
-
-    return PpoJob(
-        directory=directory,
-        decisive=decisive,
-        num_iterations=cfg.num_iterations,
-        mesh=mesh,
-        make_state=make_state,
-        abstract_state=abstract_ppo_state(
-            trained.state, None if valued is None else valued.state, mesh
-        ),
-        make_trainer=make_trainer,
-        flops=IterationFlops(
-            policy=ModelFlops.of(policy.cfg, adapters_only=cfg.model.lora is not None),
-            critic=None
-            if critic is None
-            else ModelFlops.of(critic.model.cfg, adapters_only=cfg.value.lora is not None),
-            scorer=scorer_flops,
-        ),
-        decode=decode,
-        judging=judging,
-    )
-
-
-def _tokens_allowed(cfg: PpoConfig) -> int | None:
-    return cfg.rollout.max_new_tokens if cfg.denominator == "max_new_tokens" else None
-
-
-def _policy_loss(cfg: PpoConfig, policy: InitialModel) -> RowLoss:
-    objective = PolicyObjective(
-        temperature=cfg.rollout.temperature,
-        clip_low=cfg.clip_low,
-        clip_high=cfg.clip_high,
-        dual_clip=cfg.dual_clip,
-        entropy_coef=cfg.entropy_coef,
-        kl_loss=None if cfg.kl_in == "reward" else cfg.kl_in,
-        num_answers=cfg.minibatch_size,
-        tokens_allowed=_tokens_allowed(cfg),
-        chunk=cfg.compute.loss_chunk,
-        mean_per_answer=cfg.denominator == "answers",
-    )
-    return policy_row_loss(policy.transformer, objective)
-
-
-def _value_loss(cfg: PpoConfig, critic: Critic) -> RowLoss:
-    return value_row_loss(
-        critic.model.transformer,
-        clip=cfg.value.clip,
-        tokens_allowed=_tokens_allowed(cfg),
-        mean_per_answer=cfg.denominator == "answers",
-        offset=critic.head_offset,
     )
 
 
@@ -283,7 +379,7 @@ def abstract_roles(
     rewarding: BackboneConfig | None,
     mesh: Mesh,
 ) -> Roles:
-    """The models of a run on a mesh; no array is made for them.
+    """Makes the models of a run on a mesh as shapes, without an array.
 
     Args:
         cfg: the run's settings.
@@ -319,7 +415,7 @@ def abstract_roles(
 
 
 def micro_batch_programs(roles: Roles) -> Iterator[StageProgram]:
-    """The passes of policy and critic over a minibatch of the longest rows, and the scoring."""
+    """Yields policy and critic passes over a minibatch of the longest rows, and the scoring."""
     yield policy_pass(roles)
     if roles.valued is not None:
         yield value_pass(roles)
@@ -328,14 +424,14 @@ def micro_batch_programs(roles: Roles) -> Iterator[StageProgram]:
 
 
 def policy_pass(roles: Roles) -> StageProgram:
-    """A pass of the policy over a minibatch, with its gradients."""
+    """Describes a pass of the policy over a minibatch, with its gradients."""
     state = roles.trained.state
     beside = (state.opt_state, roles.reference, roles.value_state, roles.scorer_variables)
     return _pass(roles, "policy", roles.trained, state.frozen, beside)
 
 
 def value_pass(roles: Roles) -> StageProgram:
-    """That of the critic, of a run that has one."""
+    """Describes that pass of the critic, of a run that has one."""
     assert roles.critic is not None and roles.valued is not None
     state, policy = roles.valued.state, roles.trained.state
     frozen = roles.critic.frozen(state.frozen, policy.frozen)
@@ -346,7 +442,7 @@ def value_pass(roles: Roles) -> StageProgram:
 
 
 def scoring(roles: Roles, scorer: Transformer) -> StageProgram:
-    """The reward model on a micro-batch of the longest rows."""
+    """Describes the reward model on a micro-batch of the longest rows."""
     cfg, mesh = roles.cfg, roles.mesh
     rows = cfg.rows_at_once
     row = pack_row([], row_length=cfg.max_length, pad_token_id=0)
@@ -360,6 +456,45 @@ def scoring(roles: Roles, scorer: Transformer) -> StageProgram:
         rows_at_once=rows,
         in_micro_batches=True,
     )
+
+
+def _learner(
+    cfg: PpoConfig, loss: RowLoss, optimizer: Optimizer, state: TrainState, mesh: Mesh
+) -> Learner:
+    return Learner(
+        run_pass=compile_pass(loss, state, mesh, rows_at_once=cfg.rows_at_once),
+        apply=compile_apply(optimizer, state, mesh),
+    )
+
+
+def _policy_loss(cfg: PpoConfig, policy: InitialModel) -> RowLoss:
+    objective = PolicyObjective(
+        temperature=cfg.rollout.temperature,
+        clip_low=cfg.clip_low,
+        clip_high=cfg.clip_high,
+        dual_clip=cfg.dual_clip,
+        entropy_coef=cfg.entropy_coef,
+        kl_loss=None if cfg.kl_in == "reward" else cfg.kl_in,
+        num_answers=cfg.minibatch_size,
+        tokens_allowed=_tokens_allowed(cfg),
+        chunk=cfg.compute.loss_chunk,
+        mean_per_answer=cfg.denominator == "answers",
+    )
+    return policy_row_loss(policy.transformer, objective)
+
+
+def _value_loss(cfg: PpoConfig, critic: Critic) -> RowLoss:
+    return value_row_loss(
+        critic.model.transformer,
+        clip=cfg.value.clip,
+        tokens_allowed=_tokens_allowed(cfg),
+        mean_per_answer=cfg.denominator == "answers",
+        offset=critic.head_offset,
+    )
+
+
+def _tokens_allowed(cfg: PpoConfig) -> int | None:
+    return cfg.rollout.max_new_tokens if cfg.denominator == "max_new_tokens" else None
 
 
 def _pass(
@@ -386,7 +521,7 @@ def _pass(
 
 
 def _row(length: int) -> dict[str, np.ndarray]:
-    """A row of a minibatch."""
+    """Returns a row of a minibatch."""
     packed = pack_row([], row_length=length, pad_token_id=0)
     row = {name: packed[name] for name in ("token_ids", "segment_ids", "positions")}
     row["mask"] = packed["trained_mask"]
@@ -395,142 +530,7 @@ def _row(length: int) -> dict[str, np.ndarray]:
 
 
 def _stored(variables: Any, cfg: BackboneConfig, dtype: Any) -> Any:
-    """Abstract variables as they are stored where no gradient is taken of them."""
+    """Casts abstract variables as they are stored where no gradient is taken of them."""
     cast = functools.partial(store_as_computed, dtype=dtype, keep_lm_head=cfg.norm_head)
     places = jax.tree.map(lambda leaf: leaf.sharding, variables)
     return sharding.abstract_arrays(jax.eval_shape(cast, variables), places)
-
-
-STAGE = "ppo"
-MODEL_FOLDER = "model"
-
-# Of the last iteration, in the result; all others stand in its row of metrics.
-_RESULT = (
-    "score",
-    "reward",
-    "kl_per_sequence",
-    "kl_coef",
-    "response_length",
-    "eos_rate",
-    "entropy",
-    "explained_variance",
-)
-
-
-def run_ppo(config: PpoConfig, workdir: str | os.PathLike[str]) -> dict[str, Any]:
-    """Runs the stage in a run's folder, or goes on with it, or finds it done.
-
-    Args:
-        config: of the stage; `{workdir}` in a path stands for the run's folder.
-        workdir: the run's folder.
-
-    Returns:
-        The number of iterations and the main gauges of the last one; with `judging`, which
-        iteration's policy was kept, its share of points, whether the initial policy is better
-        (`best_is_initial`), and why the run ended. The policy is in `WORKDIR/ppo/model`, an Orbax
-        directory with the tokenizer, adapters merged.
-
-    Raises:
-        ValueError: a config, a file, a model or a mesh that cannot be; before anything is compiled.
-        FileNotFoundError: there is no such model.
-        Interrupted: the run was stopped and saved.
-        Diverged: too many steps in a row were not finite.
-        OSError: something cannot be read or written.
-    """
-    cfg = placed_in(checked(config, PpoConfig, path=f"config.{STAGE}"), workdir)
-    if cfg.without_use is not None:
-        tell(f"{STAGE}: {cfg.without_use}")
-    mesh = cfg.mesh.make()
-    check_rows(cfg.rows_at_once, name="micro_batch_size", mesh=mesh)
-    policy = open_model(cfg.model, cfg.compute.compute_config())
-    check_policy(cfg, policy)
-    template = cfg.data.chat_template
-    tokenizer = policy.load_tokenizer(STAGE, template)
-    reward = open_reward_model(
-        cfg.reward_model,
-        scale=cfg.score.scale,
-        max_length=cfg.max_length,
-        tokenizer=tokenizer,
-    )
-    critic = open_critic(cfg, policy, reward)
-    prompts = open_prompts(
-        cfg.data,
-        tokenizer,
-        max_new_tokens=cfg.rollout.max_new_tokens,
-        stop_token_ids=policy.stop_token_ids(template, tokenizer),
-    )
-    tasks = None if cfg.judging is None else open_held_out(cfg, tokenizer)
-    decisive = identity(cfg) | {
-        "initial_model": policy.identity,
-        "reward_model_files": reward.identity,
-        "prompts": prompts.identity,
-    }
-    if tasks is not None:
-        decisive["held_out"] = identity_of(cfg, tasks)
-    directory = begin_stage(workdir, STAGE, settings=all_fields(cfg), decisive=decisive)
-    if (result := directory.result()) is not None:
-        return result
-    report_data(directory, prompts.account)
-    by_length = cfg.score.of == "length"
-    cfg, _ = settle(
-        cfg,
-        stage=STAGE,
-        rows=cfg.minibatch_size,
-        mesh=mesh,
-        make=functools.partial(
-            abstract_roles,
-            policy=policy,
-            critic=critic,
-            rewarding=None if by_length else reward.info.cfg,
-            mesh=mesh,
-        ),
-        programs=micro_batch_programs,
-    )
-
-    def make_scorer() -> AnswerScorer:
-        if by_length:
-            return LengthScorer()
-        compute = policy.compute
-        rows, length = cfg.rows_at_once, cfg.max_length
-        return reward.make_scorer(compute, mesh, rows_at_once=rows, row_length=length)
-
-    def keep(variables: Variables) -> None:
-        place = directory.folder / MODEL_FOLDER
-        policy.save(variables, place, template=template, tokenizer=tokenizer)
-
-    judging = None
-    if tasks is not None:
-        judging = HeldOutJudging(
-            cfg=cfg,
-            folder=directory.folder / JUDGED_FOLDER,
-            tasks=tasks,
-            server=reach_server(cfg),
-            make_record=functools.partial(record_of, template=template, tokenizer=tokenizer),
-            normalization=reward.normalization_outside_training(cfg.score),
-            transformer=policy.transformer,
-            keep=keep,
-        )
-    job = make_job(
-        cfg,
-        policy=policy,
-        critic=critic,
-        prompts=prompts,
-        make_scorer=make_scorer,
-        normalization=reward.normalization,
-        directory=directory,
-        decisive=decisive,
-        mesh=mesh,
-        decode=functools.partial(text_of, tokenizer),
-        scorer_flops=None if by_length else ModelFlops.of(reward.info.cfg),
-        judging=judging,
-    )
-    state, fields = train(job, cfg.loop)
-    if judging is None:
-        keep(state.policy.variables)
-    names = (f"{STAGE}/{name}" for name in _RESULT)
-    result = {"step": int(state.iteration)}
-    result |= {name: fields[name] for name in names if name in fields}
-    if judging is not None:
-        result |= judging.result()
-    directory.finish(result)
-    return result

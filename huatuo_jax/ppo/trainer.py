@@ -1,14 +1,11 @@
-"""One iteration: the policy answers, the answers are scored, policy and critic are trained.
+"""One PPO iteration: the policy samples, answers are scored, policy and critic are updated.
 
 Everything random in it is a function of the run's key, the iteration and the place of a row.
 
-One pass over a minibatch, with or without its gradient, and the step that uses the gradient.
-
-Both kinds of pass are one compiled program, so that numbers computed before an update (old
-log-probabilities, old values, the reference's) equal those of the update's first minibatch bit for
-bit: whether to differentiate is asked at run time, after the forward pass.
-
-What an iteration of PPO reads and leaves behind.
+A pass over a minibatch, with or without its gradient, is one compiled program: whether to
+differentiate is decided at run time, after the forward pass. So numbers computed before an update
+(old log-probabilities, old values, the reference's) equal those of the update's first minibatch bit
+for bit.
 """
 
 import dataclasses
@@ -43,170 +40,32 @@ from huatuo_jax.ppo.targets import (
     plain_layout,
     row_counts,
 )
+from huatuo_jax.training.losses import wide
 from huatuo_jax.training.optimizer import Optimizer, advance_schedule
 from huatuo_jax.training.update import (
     Batch,
     LossSums,
     Metrics,
+    Outputs,
     TrainState,
     Variables,
     apply_gradients,
+    in_place,
     join,
+    over_micro_batches,
 )
-
-Outputs = dict[str, jax.Array]
-"""Numbers of each row, `[B, T]`."""
 
 RowLoss = Callable[[Variables, Batch, jax.Array], tuple[LossSums, Outputs]]
 """Told variables, rows and the KL coefficient."""
 
-
-class Pass(NamedTuple):
-    """What a pass over a minibatch gives.
-
-    Attributes:
-        sums: over all of its rows.
-        outputs: of each row.
-        gradients: of the summed loss, in at least float32; zero where none was wanted.
-    """
-
-    sums: LossSums
-    outputs: Outputs
-    gradients: Variables
-
-
-def compile_pass(
-    loss: RowLoss, state: TrainState, mesh: Mesh, *, rows_at_once: int
-) -> sharding.OnMesh:
-    """The pass under one `jax.jit`.
-
-    Args:
-        loss: sums over the rows it is given, and numbers of each.
-        state: whose variables it will be given, or its abstract form.
-        mesh: where state and batch lie.
-        rows_at_once: rows of a micro-batch; changes rounding only. Of rows that it does not divide
-            there are fewer, and all go together.
-
-    Returns:
-        From trained and frozen variables, rows, the KL coefficient, and whether to differentiate,
-        to a `Pass`.
-    """
-    places = sharding.parameter_shardings(state.trained, mesh)
-    everywhere = jax.NamedSharding(mesh, jax.P())
-
-    def run(
-        trained: Variables,
-        frozen: Variables,
-        batch: Batch,
-        kl_coef: jax.Array,
-        differentiate: jax.Array,
-    ) -> Pass:
-        def one(rows: Batch) -> tuple[tuple[LossSums, Variables], Outputs]:
-            return _one_pass(
-                lambda trained: loss(join(trained, frozen), rows, kl_coef), trained, differentiate
-            )
-
-        number = max(len(batch["mask"]) // rows_at_once, 1)
-        (sums, gradients), outputs = _over_micro_batches(one, batch, trained, number)
-        return Pass(sums, outputs, gradients)
-
-    prefix: Any = (everywhere, everywhere, places)
-    return sharding.OnMesh(jax.jit(run, out_shardings=Pass(*prefix)), mesh)
-
-
-def compile_apply(optimizer: Optimizer, state: TrainState, mesh: Mesh) -> sharding.OnMesh:
-    """The step from a pass's gradients, under one `jax.jit`; the old state is used up.
-
-    A step whose loss or gradient is not finite is skipped and counted, as `training.update` does.
-
-    Args:
-        optimizer: of the state.
-        state: a state, or its abstract form.
-        mesh: where it lies.
-
-    Returns:
-        From a state, and the sums and gradients of a pass, to the next state and its metrics.
-    """
-    places = sharding.parameter_shardings(state, mesh)
-
-    def apply(
-        state: TrainState, sums: LossSums, gradients: Variables
-    ) -> tuple[TrainState, Metrics]:
-        new, metrics = apply_gradients(
-            dataclasses.replace(state, frozen={}), sums, gradients, optimizer
-        )
-        return dataclasses.replace(new, frozen=state.frozen), metrics
-
-    compiled = jax.jit(
-        apply,
-        out_shardings=(places, jax.NamedSharding(mesh, jax.P())),
-        donate_argnums=0,
-    )
-    return sharding.OnMesh(compiled, mesh)
-
-
-def _one_pass(
-    loss: Callable[[Variables], tuple[LossSums, Outputs]],
-    trained: Variables,
-    differentiate: jax.Array,
-) -> tuple[tuple[LossSums, Variables], Outputs]:
-    def summed(trained: Variables) -> tuple[jax.Array, tuple[LossSums, Outputs]]:
-        sums, outputs = loss(trained)
-        return sums.loss, (sums, outputs)
-
-    value, pull_back, (sums, outputs) = jax.vjp(summed, trained, has_aux=True)
-
-    def gradients() -> Variables:
-        return _in_place(jax.tree.map(_wide, pull_back(jnp.ones_like(value))[0]), trained)
-
-    def zeros() -> Variables:
-        return _in_place(
-            jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, _wide(leaf).dtype), trained), trained
-        )
-
-    return (sums, jax.lax.cond(differentiate, gradients, zeros)), outputs
-
-
-def _over_micro_batches(
-    one: Callable[[Batch], tuple[tuple[LossSums, Variables], Outputs]],
-    batch: Batch,
-    trained: Variables,
-    number: int,
-) -> tuple[tuple[LossSums, Variables], Outputs]:
-    """Sums over all rows; micro-batch i takes rows i, i + number, ..., so that none has to move."""
-    if number == 1:
-        return one(batch)
-    rows = {
-        name: array.reshape(-1, number, *array.shape[1:]).swapaxes(0, 1)
-        for name, array in batch.items()
-    }
-
-    def add(total: Any, rows: Batch) -> tuple[Any, Outputs]:
-        summed, outputs = one(rows)
-        (sums, gradients) = jax.tree.map(jnp.add, total, summed)
-        return (sums, _in_place(gradients, trained)), outputs
-
-    shapes, _ = jax.eval_shape(one, {name: array[0] for name, array in rows.items()})
-    sums, gradients = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    total, outputs = jax.lax.scan(add, (sums, _in_place(gradients, trained)), rows)
-    return total, {
-        name: array.swapaxes(0, 1).reshape(-1, *array.shape[2:]) for name, array in outputs.items()
-    }
-
-
-def _in_place(gradients: Variables, trained: Mapping[str, Any]) -> Variables:
-    """Gradients lie where their parameters do, so that none is ever held whole."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
-        return gradients
-    specs = jax.tree_util.tree_map_with_path(
-        lambda path, _: sharding.parameter_spec(sharding.path_name(path)), trained
-    )
-    return jax.lax.with_sharding_constraint(gradients, specs)
-
-
-def _wide(leaf: jax.Array) -> jax.Array:
-    return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+NUMBERS_OF_TOKENS = (
+    "old_log_probs",
+    "reference_log_probs",
+    "advantages",
+    "old_values",
+    "returns",
+)
+"""What a minibatch holds beside its rows, float32 each."""
 
 
 @jax.tree_util.register_dataclass
@@ -233,45 +92,18 @@ class PpoState:
     value: TrainState | None
 
 
-def new_ppo_state(
-    policy: TrainState, value: TrainState | None, *, kl_coef: float, seed: int, mesh: Mesh
-) -> PpoState:
-    """The state before the first iteration."""
-    everywhere = jax.NamedSharding(mesh, jax.P())
-    small = jax.jit(_beside_the_models, static_argnums=(0, 1), out_shardings=everywhere)
-    return PpoState(**small(kl_coef, seed), policy=policy, value=value)
+class Pass(NamedTuple):
+    """Result of a pass over a minibatch.
 
+    Attributes:
+        sums: over all of its rows.
+        outputs: of each row.
+        gradients: of the summed loss, in at least float32; zero where none was wanted.
+    """
 
-def abstract_ppo_state(policy: TrainState, value: TrainState | None, mesh: Mesh) -> PpoState:
-    """That state's shapes and shardings, from those of its parts."""
-    everywhere = jax.NamedSharding(mesh, jax.P())
-
-    def scalar(leaf: jax.Array) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere)
-
-    small = jax.tree.map(scalar, _beside_the_models(kl_coef=0.0, seed=0))
-    return PpoState(**small, policy=policy, value=value)
-
-
-def _beside_the_models(kl_coef: float, seed: int) -> dict[str, Any]:
-    """All of the first state but policy and critic."""
-    return {
-        "iteration": jnp.zeros((), jnp.int32),
-        "next_prompt": jnp.zeros((), jnp.int32),
-        "kl_coef": jnp.asarray(kl_coef, jnp.float32),
-        "scores": no_moments(),
-        "key": jax.random.key(seed),
-    }
-
-
-NUMBERS_OF_TOKENS = (
-    "old_log_probs",
-    "reference_log_probs",
-    "advantages",
-    "old_values",
-    "returns",
-)
-"""What a minibatch holds beside its rows, float32 each."""
+    sums: LossSums
+    outputs: Outputs
+    gradients: Variables
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -279,8 +111,8 @@ class Learner:
     """The compiled programs of a model that is trained.
 
     Attributes:
-        run_pass: see `update.compile_pass`.
-        apply: see `update.compile_apply`.
+        run_pass: see `compile_pass`.
+        apply: see `compile_apply`.
     """
 
     run_pass: OnMesh
@@ -289,7 +121,7 @@ class Learner:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Trainer:
-    """What stays the same from one iteration to the next.
+    """Everything that stays the same from one iteration to the next.
 
     Attributes:
         cfg: the run's settings.
@@ -297,9 +129,9 @@ class Trainer:
         prompts: what is asked.
         sampler: answers.
         scorer: scores the answers.
-        make_targets: see `estimates`.
+        make_targets: see `targets.make_targets`.
         policy: its programs.
-        reference: takes the place of the policy's trained variables, see `roles.make_reference`.
+        reference: takes the place of the policy's trained variables, see `models.make_reference`.
         critic: where its frozen variables are; None without one.
         value: its programs; None without one.
     """
@@ -316,7 +148,7 @@ class Trainer:
     value: Learner | None
 
     def iterate(self, state: PpoState) -> tuple[PpoState, IterationReport]:
-        """The state after one more iteration; the one before is used up."""
+        """Makes one more iteration; the state before is used up."""
         spent = Spent()
         trains_policy = int(state.iteration) >= self.cfg.warmup_iterations
         with spent.on("generation"):
@@ -341,7 +173,7 @@ class Trainer:
             spent=spent,
         )
         place = jax.NamedSharding(self.mesh, jax.P())
-        # Before its first step the policy's KL is 0, which says nothing of the coefficient.
+        # Before its first step the policy's KL is 0, whatever the coefficient is.
         kl_coef = targets.kl_coef if trains_policy else state.kl_coef
         return dataclasses.replace(
             state,
@@ -358,7 +190,7 @@ class Trainer:
         return self.sampler.sample(state.policy.variables, prompts, key)
 
     def _layouts(self, state: PpoState, rollout: Rollout, epoch: int) -> list[Layout]:
-        """The minibatches of a pass over the rollout."""
+        """Returns the minibatches of a pass over the rollout."""
         cfg, iteration = self.cfg, int(state.iteration)
         order = permutation(cfg.rollout.num_answers, "rows", cfg.seed, iteration, epoch)
         lengths_N = rollout.rows["segment_ids"].sum(axis=1, dtype=np.int64)
@@ -381,7 +213,7 @@ class Trainer:
         scores_N: npt.NDArray[np.float32],
         minibatches: Sequence[Layout],
     ) -> Experience:
-        """The rollout as the models see it, by the programs of the update.
+        """Evaluates the rollout under all models, by the programs of the update.
 
         In the minibatches of the first pass, so that each of those meets the very numbers it would
         compute itself.
@@ -432,7 +264,7 @@ class Trainer:
         *,
         trains_policy: bool,
     ) -> tuple[PpoState, UpdateSums]:
-        """All passes over the rollout, or those up to the bound of the KL.
+        """Makes all passes over the rollout, or those up to the bound of the KL.
 
         The learning rates go by the plan of the run: updates that the bound leaves out are passed
         over in their schedules, which end with the run all the same.
@@ -496,8 +328,131 @@ class Trainer:
         return put_whole(layout.pack(rows), self.mesh)
 
 
+def new_ppo_state(
+    policy: TrainState, value: TrainState | None, *, kl_coef: float, seed: int, mesh: Mesh
+) -> PpoState:
+    """Makes the state before the first iteration."""
+    everywhere = jax.NamedSharding(mesh, jax.P())
+    small = jax.jit(_beside_the_models, static_argnums=(0, 1), out_shardings=everywhere)
+    return PpoState(**small(kl_coef, seed), policy=policy, value=value)
+
+
+def abstract_ppo_state(policy: TrainState, value: TrainState | None, mesh: Mesh) -> PpoState:
+    """Returns that state's shapes and shardings, from those of its parts."""
+    everywhere = jax.NamedSharding(mesh, jax.P())
+
+    def scalar(leaf: jax.Array) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere)
+
+    small = jax.tree.map(scalar, _beside_the_models(kl_coef=0.0, seed=0))
+    return PpoState(**small, policy=policy, value=value)
+
+
+def compile_pass(
+    loss: RowLoss, state: TrainState, mesh: Mesh, *, rows_at_once: int
+) -> sharding.OnMesh:
+    """Compiles the pass under one `jax.jit`.
+
+    Args:
+        loss: sums over the rows it is given, and numbers of each.
+        state: whose variables it will be given, or its abstract form.
+        mesh: where state and batch lie.
+        rows_at_once: rows of a micro-batch; changes rounding only. Of rows that it does not divide
+            there are fewer, and all go together.
+
+    Returns:
+        From trained and frozen variables, rows, the KL coefficient, and whether to differentiate,
+        to a `Pass`.
+    """
+    places = sharding.parameter_shardings(state.trained, mesh)
+    everywhere = jax.NamedSharding(mesh, jax.P())
+
+    def run(
+        trained: Variables,
+        frozen: Variables,
+        batch: Batch,
+        kl_coef: jax.Array,
+        differentiate: jax.Array,
+    ) -> Pass:
+        def one(rows: Batch) -> tuple[tuple[LossSums, Variables], Outputs]:
+            return _one_pass(
+                lambda trained: loss(join(trained, frozen), rows, kl_coef), trained, differentiate
+            )
+
+        number = max(len(batch["mask"]) // rows_at_once, 1)
+        (sums, gradients), outputs = over_micro_batches(one, batch, trained, number)
+        return Pass(sums, outputs, gradients)
+
+    prefix: Any = (everywhere, everywhere, places)
+    return sharding.OnMesh(jax.jit(run, out_shardings=Pass(*prefix)), mesh)
+
+
+def compile_apply(optimizer: Optimizer, state: TrainState, mesh: Mesh) -> sharding.OnMesh:
+    """Compiles the step from a pass's gradients, under one `jax.jit`; the old state is used up.
+
+    A step whose loss or gradient is not finite is skipped and counted, as `training.update` does.
+
+    Args:
+        optimizer: of the state.
+        state: a state, or its abstract form.
+        mesh: where it lies.
+
+    Returns:
+        From a state, and the sums and gradients of a pass, to the next state and its metrics.
+    """
+    places = sharding.parameter_shardings(state, mesh)
+
+    def apply(
+        state: TrainState, sums: LossSums, gradients: Variables
+    ) -> tuple[TrainState, Metrics]:
+        new, metrics = apply_gradients(
+            dataclasses.replace(state, frozen={}), sums, gradients, optimizer
+        )
+        return dataclasses.replace(new, frozen=state.frozen), metrics
+
+    compiled = jax.jit(
+        apply,
+        out_shardings=(places, jax.NamedSharding(mesh, jax.P())),
+        donate_argnums=0,
+    )
+    return sharding.OnMesh(compiled, mesh)
+
+
+def _one_pass(
+    loss: Callable[[Variables], tuple[LossSums, Outputs]],
+    trained: Variables,
+    differentiate: jax.Array,
+) -> tuple[tuple[LossSums, Variables], Outputs]:
+    def summed(trained: Variables) -> tuple[jax.Array, tuple[LossSums, Outputs]]:
+        sums, outputs = loss(trained)
+        return sums.loss, (sums, outputs)
+
+    value, pull_back, (sums, outputs) = jax.vjp(summed, trained, has_aux=True)
+
+    def gradients() -> Variables:
+        return in_place(jax.tree.map(wide, pull_back(jnp.ones_like(value))[0]), trained)
+
+    def zeros() -> Variables:
+        return in_place(
+            jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, wide(leaf).dtype), trained), trained
+        )
+
+    return (sums, jax.lax.cond(differentiate, gradients, zeros)), outputs
+
+
+def _beside_the_models(kl_coef: float, seed: int) -> dict[str, Any]:
+    """Makes all of the first state but policy and critic."""
+    return {
+        "iteration": jnp.zeros((), jnp.int32),
+        "next_prompt": jnp.zeros((), jnp.int32),
+        "kl_coef": jnp.asarray(kl_coef, jnp.float32),
+        "scores": no_moments(),
+        "key": jax.random.key(seed),
+    }
+
+
 def _without_updates(state: PpoState, number: int) -> PpoState:
-    """The state as it goes on where so many planned updates are not taken."""
+    """Passes over so many planned updates in the schedules of the learning rates."""
 
     def advanced(part: TrainState) -> TrainState:
         return dataclasses.replace(part, opt_state=advance_schedule(part.opt_state, number))

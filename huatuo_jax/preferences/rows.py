@@ -1,26 +1,28 @@
-"""Rows of answers and the pairs among them, and the batches of a run.
+"""Rows of preference pairs, and what the stages that train on them share.
 
 A row holds all answers that its pairs need, so rows can be divided over micro-batches and devices
-at will. Which prompts share a row follows from lengths, seed and epoch alone; the position of a run
-is the global index of its next row.
-
-Pairs that a model is measured by and not trained on: they differ in one thing alone.
+at will. Which prompts share a row follows from lengths, seed and epoch alone.
 """
 
-import bisect
 import dataclasses
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
+import jax
 import numpy as np
+import numpy.typing as npt
+from jax.sharding import Mesh
 
+from huatuo_jax.backbone.config import BackboneConfig
+from huatuo_jax.core.progress import progress_bar
 from huatuo_jax.data.accounting import HELD_OUT, Account, placed
-from huatuo_jax.data.batches import HostShare, PackingPlan, Row, pack_row, plan_rows
+from huatuo_jax.data.batches import EpochRows, PackingConfig, Row, pack_row
 from huatuo_jax.data.mixture import permutation
 from huatuo_jax.data.readers import read_comparisons
 from huatuo_jax.data.tokenizing import UNKNOWN_KIND, Example
 from huatuo_jax.preferences.data import (
     Answer,
+    Comparisons,
     ComparisonsConfig,
     Group,
     Pair,
@@ -28,11 +30,58 @@ from huatuo_jax.preferences.data import (
     answers_of,
     case_of,
     groups_of,
+    open_comparisons,
     tokenize_answers,
 )
+from huatuo_jax.training.loop import Job
+from huatuo_jax.training.run_directory import StageDirectory
+from huatuo_jax.training.stage import TrainingConfig, UpdateStage
+from huatuo_jax.training.update import abstract_batch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 Denominator = Literal["pairs", "prompts"]
 _OF_TOKENS = ("token_ids", "segment_ids", "positions", "trained_mask")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RowsConfig(PackingConfig):
+    """The rows of groups, beside the fields of `PackingConfig`.
+
+    Attributes:
+        denominator: see `parts_of`.
+        shuffled: each epoch in an order of its own, or in the given one.
+        seed: of that order.
+    """
+
+    denominator: Denominator = "pairs"
+    shuffled: bool = True
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PreferenceConfig(TrainingConfig):
+    """The fields of the stages that train on comparisons, beside those of `TrainingConfig`.
+
+    Attributes:
+        data: the comparisons.
+        num_epochs: passes over the comparisons.
+    """
+
+    data: ComparisonsConfig
+
+    def rows(self, *, shuffled: bool, denominator: Denominator = "pairs") -> RowsConfig:
+        """Returns how comparisons become rows, to train on or to evaluate."""
+        return RowsConfig(
+            row_length=self.data.row_length,
+            packed=self.data.packed,
+            window=self.data.window,
+            denominator=denominator,
+            shuffled=shuffled,
+            seed=self.seed,
+        )
 
 
 class Part(NamedTuple):
@@ -57,7 +106,7 @@ class Part(NamedTuple):
 
 
 def parts_of(group: Group, *, row_length: int, denominator: Denominator) -> list[Part]:
-    """A group as parts that fit a row each: one, unless its answers are too many.
+    """Divides a group into parts that fit a row each: one, unless its answers are too many.
 
     Where they are, pairs go in order to the first part with room for the answers they add, and an
     answer that several parts need goes through the model once for each.
@@ -95,31 +144,8 @@ def parts_of(group: Group, *, row_length: int, denominator: Denominator) -> list
     ]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RowsConfig:
-    """How groups become rows.
-
-    Attributes:
-        row_length: tokens of a row.
-        packed: several groups a row, or one.
-        window: how many are packed together; None for the epoch.
-        denominator: see `parts_of`.
-        shuffled: each epoch in an order of its own, or in the given one.
-        seed: of that order.
-        pad_token_id: what padding is filled with; nothing looks at it.
-    """
-
-    row_length: int
-    packed: bool = True
-    window: int | None = None
-    denominator: Denominator = "pairs"
-    shuffled: bool = True
-    seed: int = 0
-    pad_token_id: int = 0
-
-
-class ComparisonRows:
-    """All rows of all epochs, by global row index; each holds as many places for pairs.
+class ComparisonRows(EpochRows):
+    """All rows of comparisons of all epochs, by global row index.
 
     Attributes:
         parts: what is packed.
@@ -127,6 +153,7 @@ class ComparisonRows:
 
     def __init__(self, groups: Sequence[Group], cfg: RowsConfig) -> None:
         """Plans the first epoch."""
+        super().__init__(cfg, key=(cfg.seed, "reward rows"))
         self._cfg = cfg
         self.parts = [
             part
@@ -134,14 +161,11 @@ class ComparisonRows:
             for part in parts_of(group, row_length=cfg.row_length, denominator=cfg.denominator)
         ]
         self._lengths = [part.num_tokens for part in self.parts]
-        self._plans: list[PackingPlan] = []
-        self._first_rows = [0]
-        self._most_pairs = 0
-        self._add_epoch()
+        self.plan(0)
 
     @property
     def num_repeated(self) -> int:
-        """How many answers go through the model again in an epoch, as their group fits no row."""
+        """Answers that go through the model again in an epoch, as their group fits no row."""
         return sum(len(part.answers) for part in self.parts) - len(
             {
                 (part.id, answer.token_ids.tobytes())
@@ -150,28 +174,36 @@ class ComparisonRows:
             }
         )
 
-    def first_row(self, epoch: int) -> int:
-        """The global index of an epoch's first row."""
-        while len(self._first_rows) <= epoch:
-            self._add_epoch()
-        return self._first_rows[epoch]
+    def placed(self, epoch: int) -> tuple[npt.ArrayLike, npt.ArrayLike]:
+        """Returns the lengths of the parts, and an epoch's order of them."""
+        if self._cfg.shuffled:
+            return self._lengths, permutation(len(self.parts), self._cfg.seed, "prompts", epoch)
+        return self._lengths, np.arange(len(self.parts))
 
     def most_pairs(self, num_rows: int) -> int:
-        """The most pairs of any row in the epochs that so many rows take."""
-        while self._first_rows[-1] < num_rows:
-            self._add_epoch()
-        return self._most_pairs
+        """Returns the most pairs of any row in the epochs that so many rows take."""
+        last_epoch, _ = self.locate(max(num_rows, 1) - 1)
+        plans = map(self.plan, range(last_epoch + 1))
+        return max(
+            sum(len(self.parts[index].pairs) for index in plan[row])
+            for plan in plans
+            for row in range(len(plan))
+        )
 
     def parts_in(self, row: int) -> list[Part]:
-        """What a global row holds."""
-        while self._first_rows[-1] <= row:
-            self._add_epoch()
-        epoch = bisect.bisect_right(self._first_rows, row) - 1
-        indices = self._plans[epoch][row - self._first_rows[epoch]]
-        return [self.parts[index] for index in indices.tolist()]
+        """Returns the parts that a global row holds."""
+        return [self.parts[index] for index in self.examples_in(row).tolist()]
+
+    def ids_in(self, row: int) -> list[str]:
+        """Returns the ids of the groups in a global row."""
+        return [part.id for part in self.parts_in(row)]
+
+    def reading(self, num_rows: int) -> "PairRows":
+        """Returns the reader of the first so many rows, with places for the pairs of each."""
+        return PairRows(self, self.most_pairs(num_rows))
 
     def read(self, row: int | None, *, num_pairs: int) -> Row:
-        """A global row with so many places for pairs; None for an empty row."""
+        """Reads a global row with so many places for pairs; None gives an empty row."""
         parts = [] if row is None else self.parts_in(row)
         answers = [answer for part in parts for answer in part.answers]
         row_of = _row_of(answers, self._cfg, num_pairs=num_pairs)
@@ -191,99 +223,79 @@ class ComparisonRows:
             row_of["pair_weight"][index] = weight
         return row_of
 
-    def _add_epoch(self) -> None:
-        epoch, cfg = len(self._plans), self._cfg
-        order = np.arange(len(self.parts))
-        if cfg.shuffled:
-            order = permutation(len(self.parts), cfg.seed, "prompts", epoch)
-        plan = plan_rows(
-            self._lengths,
-            order,
-            row_length=cfg.row_length,
-            packed=cfg.packed,
-            window=cfg.window,
-            key=(cfg.seed, "reward rows", epoch),
-        )
-        self._plans.append(plan)
-        self._first_rows.append(self._first_rows[-1] + len(plan))
-        most = max(sum(len(self.parts[i].pairs) for i in plan[row]) for row in range(len(plan)))
-        self._most_pairs = max(self._most_pairs, most)
+
+class PairRows(NamedTuple):
+    """Rows with the same number of places for pairs.
+
+    Attributes:
+        rows: of comparisons.
+        num_pairs: places for pairs in each.
+    """
+
+    rows: ComparisonRows
+    num_pairs: int
+
+    def read_batch(self, batch: range, wanted: range) -> list[Row]:
+        """Reads rows of a batch; one outside of it is empty."""
+        return [
+            self.rows.read(row if row in batch else None, num_pairs=self.num_pairs)
+            for row in wanted
+        ]
 
 
 def empty_row(cfg: RowsConfig, *, num_pairs: int) -> Row:
-    """A row without answers, with so many places for pairs."""
+    """Returns a row without answers, with so many places for pairs."""
     return _row_of([], cfg, num_pairs=num_pairs)
 
 
-def _row_of(answers: Sequence[Answer], cfg: RowsConfig, *, num_pairs: int) -> Row:
-    """A row of answers, without their pairs."""
-    packed = pack_row(
-        [Example(one.token_ids, one.is_answer, UNKNOWN_KIND, "") for one in answers],
-        row_length=cfg.row_length,
-        pad_token_id=cfg.pad_token_id,
-    )
-    row: Row = {name: packed[name] for name in _OF_TOKENS}
-    row |= {name: np.zeros(num_pairs, np.int32) for name in ("chosen_at", "rejected_at")}
-    row |= {name: np.zeros(num_pairs, np.float32) for name in ("p_chosen", "margin", "pair_weight")}
-    return row
+Preference = TypeVar("Preference", bound=PreferenceConfig)
 
 
-class ComparisonBatches(Iterator[Row]):
-    """This host's rows of the global batches; the position is `{"next_row": GLOBAL_ROW_INDEX}`."""
+class PreferenceStage(UpdateStage[Preference]):
+    """One run of a stage that trains on comparisons.
 
-    def __init__(
-        self,
-        rows: ComparisonRows,
-        *,
-        batch_size: int,
-        num_pairs: int,
-        share: HostShare,
-        end_row: int | None = None,
-    ) -> None:
-        """Starts at row 0.
+    Attributes:
+        comparisons: set by `open_data`.
+    """
 
-        Args:
-            rows: all there is.
-            batch_size: rows of a global batch.
-            num_pairs: places for pairs in each row.
-            share: this host's part.
-            end_row: where the stream ends, the last batch filled up with empty rows; None for
-                never.
-        """
-        assert batch_size % share.num_hosts == 0, (batch_size, share)
-        self._rows, self._batch_size, self._num_pairs = rows, batch_size, num_pairs
-        self._share, self._end_row = share, end_row
-        self._next_row = 0
+    comparisons: Comparisons
 
-    def __next__(self) -> Row:
-        """The next batch.
+    def open_data(self) -> dict[str, Any]:
+        """Reads and tokenises the comparisons."""
+        with progress_bar(f"{self.name}: tokenising", "answers") as on_progress:
+            comparisons = open_comparisons(self.cfg.data, self.tokenizer, on_progress)
+        self.use(comparisons)
+        return {"comparisons": comparisons.identity}
 
-        Raises:
-            StopIteration: all rows were given.
-        """
-        start, end = self._next_row, self._end_row
-        if end is not None and start >= end:
-            raise StopIteration
-        per_host = self._batch_size // self._share.num_hosts
-        first = start + self._share.host * per_host
-        rows = [
-            self._rows.read(row if end is None or row < end else None, num_pairs=self._num_pairs)
-            for row in range(first, first + per_host)
-        ]
-        self._next_row += self._batch_size
-        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    def use(self, comparisons: Comparisons) -> None:
+        """Takes comparisons to train on."""
+        self.comparisons, self.account = comparisons, comparisons.account
 
-    def get_state(self) -> dict[str, Any]:
-        """The position, as what JSON can say."""
-        return {"next_row": self._next_row}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Goes to a position that `get_state` gave, here or on any number of hosts."""
-        self._next_row = int(state["next_row"])
+    def make_job(self, directory: StageDirectory, decisive: Mapping[str, Any]) -> Job:
+        """Packs the rows and makes the job of the loop."""
+        self.train_rows = ComparisonRows(self.comparisons.train, self.cfg.rows(shuffled=True))
+        if held_out := self.comparisons.held_out:
+            self.held_out_rows = ComparisonRows(held_out, self.cfg.rows(shuffled=False))
+        return super().make_job(directory, decisive)
 
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+def check_fits(data: ComparisonsConfig, backbone: BackboneConfig, *, stage: str) -> None:
+    """Raises ValueError where comparisons do not suit the backbone."""
+    if data.max_length > backbone.max_positions:
+        raise ValueError(
+            f"config.{stage}.data.max_length={data.max_length} must be at most the model's "
+            f"{backbone.max_positions} positions"
+        )
+    # Also where prompts are not packed: the answers of one share a row.
+    backbone.require_fixed_angles(data.max_length, purpose="comparing answers in one row")
+
+
+def abstract_rows(
+    cfg: PreferenceConfig, mesh: Mesh, *, num_pairs: int
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the rows of a step as shapes on a mesh, with places for so many pairs each."""
+    row = empty_row(cfg.rows(shuffled=False), num_pairs=num_pairs)
+    return abstract_batch(row, cfg.batch_size, mesh)
 
 
 def open_probe(
@@ -294,7 +306,7 @@ def open_probe(
     name: str,
     encoding: str | None = None,
 ) -> tuple[tuple[Group, ...], Account]:
-    """Reads and tokenises pairs; each counts as certain, whatever its label says.
+    """Reads and tokenises pairs; each counts as certain, whatever its label.
 
     What is measured is how often the `chosen` side gets the higher score.
 
@@ -302,7 +314,7 @@ def open_probe(
         paths: files of comparisons.
         cfg: how they are rendered.
         tokenizer: the model's.
-        name: of the probe; it stands for the source of each pair.
+        name: of the probe; it becomes the source of each pair.
         encoding: of text files; None tells it by evidence.
 
     Returns:
@@ -327,3 +339,16 @@ def open_probe(
         limit=f"data.max_length={cfg.max_length}",
     )
     return groups, account
+
+
+def _row_of(answers: Sequence[Answer], cfg: RowsConfig, *, num_pairs: int) -> Row:
+    """Returns a row of answers, without their pairs."""
+    packed = pack_row(
+        [Example(one.token_ids, one.is_answer, UNKNOWN_KIND, "") for one in answers],
+        row_length=cfg.row_length,
+        pad_token_id=cfg.pad_token_id,
+    )
+    row: Row = {name: packed[name] for name in _OF_TOKENS}
+    row |= {name: np.zeros(num_pairs, np.int32) for name in ("chosen_at", "rejected_at")}
+    row |= {name: np.zeros(num_pairs, np.float32) for name in ("p_chosen", "margin", "pair_weight")}
+    return row

@@ -27,7 +27,7 @@ from huatuo_jax.recipe.export import RELEASE_FILE, choose_policy, run_export
 from huatuo_jax.report.page import write_report
 from huatuo_jax.reward.config import RewardConfig
 from huatuo_jax.reward.stage import run_reward
-from huatuo_jax.sft import run_sft, settled_step
+from huatuo_jax.sft import run_sft, settled_config
 from huatuo_jax.training.dialogue_data import open_dialogues
 from huatuo_jax.training.initial_model import open_model
 from huatuo_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -209,7 +209,7 @@ def _evaluation(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:
             )
         mesh = cfg.sft.mesh.make()
         # As many rows as fine-tuning evaluated, so that its figures come out the same.
-        sft, _ = settled_step(cfg.sft, model, data, mesh)
+        sft = settled_config(cfg.sft, model, data, mesh, workdir)
         found = run_evaluation(
             section,
             workdir / "evaluation",

@@ -1,4 +1,4 @@
-"""A reward model in Hugging Face's form, with its normalization in the config and on its card."""
+"""Exports a reward model in Hugging Face's form, with its normalization in config and card."""
 
 import json
 import pathlib
@@ -33,7 +33,7 @@ def export_reward_model(
 ) -> None:
     """Writes a reward model for transformers' sequence classification.
 
-    The exported model gives raw scores. The normalization stands in its config.json
+    The exported model gives raw scores. The normalization is in its config.json
     (`task_specific_params.reward_normalization`), in `reward_normalization.json`, and on the card.
 
     Args:
@@ -118,7 +118,7 @@ def describe(folder: pathlib.Path, normalization: Normalization | None) -> None:
 
 
 def model_card(normalization: Normalization | None) -> str:
-    """The card of a reward model of which nothing more is known than its folder says."""
+    """Writes the card of a reward model of which only its folder is known."""
     metadata = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-classification",
@@ -133,7 +133,7 @@ def model_card(normalization: Normalization | None) -> str:
 
 
 def usage(normalization: Normalization | None) -> str:
-    """How to score with an exported reward model, as the sections of a card."""
+    """Describes how to score with an exported reward model, as the sections of a card."""
     return f"{_USAGE}\n\n## Normalization\n\n{_normalization(normalization)}"
 
 
@@ -149,7 +149,7 @@ def _normalization(found: Normalization | None) -> str:
     return (
         "The model gives raw scores. On the answers below they have this mean and standard\n"
         "deviation, so that `(score - mean) / standard_deviation` has mean 0 and standard\n"
-        "deviation 1 there. The numbers stand in `config.json` too, under\n"
+        "deviation 1 there. The numbers are in `config.json` too, under\n"
         f"`{'.'.join(CONFIG_FIELDS)}`.\n\n{table(['', ''], rows)}"
     )
 

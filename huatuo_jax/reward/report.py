@@ -1,6 +1,4 @@
-"""The held-out report of a reward model: one JSON file, and its reliability plot beside it.
-
-What a reward model is worth on labelled pairs, as pure functions of numbers.
+"""The held-out report of a reward model: its measures, one JSON file and a reliability plot.
 
 Agreement with a label: 1 where the answer with the higher score is the preferred one, 0 where it is
 the other, 1/2 for equal scores; a tie (`p_chosen` of 1/2) has no agreement. Intervals are those of
@@ -24,12 +22,15 @@ from huatuo_jax.reward.config import ProbeConfig
 from huatuo_jax.training.scoring import GivenAnswer
 
 NUM_BINS = 10
+REPORT_FILE = "reward_report.json"
+PLOT_FILE = "reward_reliability.png"
 _MARGIN_GROUPS = 4
+_TURN_RANGES = ((1, 1), (2, 3), (4, 6), (7, None))
 
 
 @dataclasses.dataclass(frozen=True)
 class ScoredPairs:
-    """Pairs with what a model and the label say of them, each of shape `[N]`.
+    """Pairs with a model's scores and their labels, each of shape `[N]`.
 
     Attributes:
         difference: score of the chosen answer less that of the rejected one.
@@ -37,7 +38,7 @@ class ScoredPairs:
         margin: of the label; NaN where there is none.
         cases: the case of each pair, from 0.
         sources: names.
-        num_turns: doctor's turns of the longer dialogue.
+        num_turns: assistant's turns of the longer dialogue.
         length_difference: characters of the chosen answer less those of the rejected one.
     """
 
@@ -50,17 +51,17 @@ class ScoredPairs:
     length_difference: Floats
 
     def __len__(self) -> int:
-        """How many pairs."""
+        """Returns the number of pairs."""
         return len(self.difference)
 
     def only(self, wanted: npt.NDArray[np.bool_]) -> "ScoredPairs":
-        """Some of the pairs."""
+        """Returns some of the pairs."""
         fields = (field.name for field in dataclasses.fields(self))
         return ScoredPairs(**{name: getattr(self, name)[wanted] for name in fields})
 
     @property
     def labelled(self) -> npt.NDArray[np.bool_]:
-        """Which pairs are no tie."""
+        """Mask of the pairs that are no tie."""
         return self.p_chosen != 0.5
 
 
@@ -74,192 +75,10 @@ class Bin(NamedTuple):
     agreement: float
 
 
-def agreement(difference: Floats, p_chosen: Floats) -> Floats:
-    """1, 1/2 or 0 for each pair; the pairs are no ties."""
-    return (np.sign(difference) * np.sign(p_chosen - 0.5) + 1) / 2
-
-
-def accuracy(pairs: ScoredPairs, *, seed: int = 0) -> Share | None:
-    """The mean agreement over all pairs that are no tie; None where there is none."""
-    pairs = pairs.only(pairs.labelled)
-    if not len(pairs):
-        return None
-    return bootstrap_mean(agreement(pairs.difference, pairs.p_chosen), pairs.cases, seed=seed)
-
-
-def accuracy_gain(pairs: ScoredPairs, other: Floats, *, seed: int = 0) -> Share | None:
-    """How much higher the agreement is than with another difference, over the same resamples."""
-    labelled = pairs.labelled
-    pairs, other = pairs.only(labelled), other[labelled]
-    if not len(pairs):
-        return None
-    gains = agreement(pairs.difference, pairs.p_chosen) - agreement(other, pairs.p_chosen)
-    return bootstrap_mean(gains, pairs.cases, seed=seed)
-
-
-def reliability(
-    difference: Floats, p_chosen: Floats, *, num_bins: int = NUM_BINS
-) -> tuple[Bin, ...]:
-    """The reliability table: bins of equal width over confidences from 1/2 to 1; no empty ones.
-
-    The confidence of a pair is the probability of the answer the model prefers, sigmoid of the
-    scores' difference; the agreement is the label's probability of that answer (1/2 where the
-    scores are equal). Ties count.
-    """
-    probability = sigmoid(difference)
-    confidence = np.maximum(probability, 1 - probability)
-    agreed = np.where(difference > 0, p_chosen, 1 - p_chosen)
-    agreed = np.where(difference == 0, 0.5, agreed)
-    edges = np.linspace(0.5, 1, num_bins + 1)
-    index = np.clip(np.searchsorted(edges, confidence, side="right") - 1, 0, num_bins - 1)
-    table = []
-    for number in range(num_bins):
-        inside = index == number
-        if inside.any():
-            table.append(
-                Bin(
-                    float(edges[number]),
-                    float(edges[number + 1]),
-                    int(inside.sum()),
-                    float(confidence[inside].mean()),
-                    float(agreed[inside].mean()),
-                )
-            )
-    return tuple(table)
-
-
-def calibration_error(table: tuple[Bin, ...]) -> float:
-    """The expected calibration error (arXiv 1706.04599, equation 3): |confidence - agreement|."""
-    total = sum(one.num_pairs for one in table)
-    return sum(one.num_pairs * abs(one.confidence - one.agreement) for one in table) / total
-
-
-def cross_entropy(difference: Floats, p_chosen: Floats) -> float:
-    """The mean loss of the pairs, without margin."""
-    won, lost = np.logaddexp(-difference, 0), np.logaddexp(difference, 0)
-    return float((p_chosen * won + (1 - p_chosen) * lost).mean())
-
-
-def fit_slope(feature: Floats, p_chosen: Floats, *, num_steps: int = 50) -> float:
-    """The slope of a logistic regression on one difference, without intercept, by Newton's method.
-
-    A length-only reward model is this: the sign says whether longer or shorter answers win. Where
-    the labels can be told apart entirely, the slope is only large.
-    """
-    scale = float(np.sqrt(np.mean(np.square(feature)))) if len(feature) else 0.0
-    if not scale:
-        return 0.0
-    scaled, slope = feature / scale, 0.0
-    for _ in range(num_steps):
-        probability = sigmoid(slope * scaled)
-        gradient = float(((p_chosen - probability) * scaled).sum())
-        curvature = float((probability * (1 - probability) * np.square(scaled)).sum())
-        # A tiny prior keeps the slope finite; a step of at most 1 keeps Newton's method from
-        # overshooting.
-        step = (gradient - 1e-6 * slope) / (curvature + 1e-6)
-        slope += float(np.clip(step, -1, 1))
-        if abs(step) < 1e-12:
-            break
-    return slope / scale
-
-
-def correlation(left: npt.ArrayLike, right: npt.ArrayLike) -> float | None:
-    """Pearson's; None where either does not vary."""
-    one, other = np.asarray(left, np.float64), np.asarray(right, np.float64)
-    # Not by their deviation: that of equal numbers is the rounding of their mean.
-    if len(one) < 2 or not np.ptp(one) > 0 or not np.ptp(other) > 0:
-        return None
-    return float(np.corrcoef(one, other)[0, 1])
-
-
-def within_groups(values: npt.ArrayLike, groups: Ints) -> Floats:
-    """Values less the mean of their group; exactly 0 where a group's are all equal."""
-    array = np.asarray(values, np.float64)
-    if not len(array):
-        return array
-    largest = np.full(int(groups.max()) + 1, -np.inf)
-    np.maximum.at(largest, groups, array)
-    array = array - largest[groups]
-    counts = np.maximum(np.bincount(groups), 1)
-    return array - (np.bincount(groups, array) / counts)[groups]
-
-
-def margin_ranges(margin: Floats) -> list[tuple[float, float]]:
-    """Up to four ranges of margins `[low, high]`, of about as many pairs each."""
-    known = np.abs(margin[np.isfinite(margin)])
-    if not len(known):
-        return []
-    inner = np.quantile(known, np.linspace(0, 1, _MARGIN_GROUPS + 1)[1:-1], method="lower")
-    uppers = np.unique([*inner, known.max()])
-    lows = [float(known.min()), *(float(known[known > upper].min()) for upper in uppers[:-1])]
-    return list(zip(lows, uppers.tolist(), strict=True))
-
-
-def sigmoid(values: Floats) -> Floats:
-    """1 / (1 + exp(-values)), without overflow."""
-    return np.exp(-np.logaddexp(0, -values))
-
-
-REPORT_FILE = "reward_report.json"
-PLOT_FILE = "reward_reliability.png"
-
-_TURN_RANGES = ((1, 1), (2, 3), (4, 6), (7, None))
-
-
-def given(answer: Answer) -> GivenAnswer:
-    """The answer as the scorer takes it; where its prompt ends makes no difference to a score."""
-    return GivenAnswer(answer.token_ids, 0)
-
-
-def all_answers(groups: Sequence[Group]) -> list[Answer]:
-    """The answers of all groups, in order."""
-    return [answer for group in groups for answer in group.answers]
-
-
-def scored_pairs(groups: Sequence[Group], scores: npt.ArrayLike) -> ScoredPairs:
-    """The pairs of all groups, with the scores of `all_answers` in their order."""
-    scores_N = np.asarray(scores, np.float64)
-    numbers = {case: index for index, case in enumerate(dict.fromkeys(g.case for g in groups))}
-    columns: list[tuple[Any, ...]] = []
-    first = 0
-    for group in groups:
-        for pair in group.pairs:
-            chosen, rejected = group.answers[pair.chosen], group.answers[pair.rejected]
-            columns.append(
-                (
-                    scores_N[first + pair.chosen] - scores_N[first + pair.rejected],
-                    pair.p_chosen,
-                    np.nan if pair.margin is None else pair.margin,
-                    numbers[group.case],
-                    pair.source,
-                    max(chosen.num_turns, rejected.num_turns),
-                    chosen.num_characters - rejected.num_characters,
-                )
-            )
-        first += len(group.answers)
-    assert first == len(scores_N), (first, len(scores_N))
-    difference, p_chosen, margin, cases, sources, turns, lengths = zip(*columns, strict=True)
-    return ScoredPairs(
-        np.array(difference, np.float64),
-        np.array(p_chosen, np.float64),
-        np.array(margin, np.float64),
-        np.array(cases, np.int64),
-        np.array(sources, np.str_),
-        np.array(turns, np.int64),
-        np.array(lengths, np.float64),
-    )
-
-
-def length_slope(train: Sequence[Group]) -> float:
-    """The length-only reward model of the training pairs: log-odds a character."""
-    pairs = scored_pairs(train, np.zeros(len(all_answers(train))))
-    return fit_slope(pairs.length_difference, pairs.p_chosen)
-
-
 def make_report(
     held_out: Sequence[Group], scores: npt.ArrayLike, *, slope: float, seed: int = 0
 ) -> dict[str, Any]:
-    """The report of raw scores on held-out groups.
+    """Makes the report of raw scores on held-out groups.
 
     Args:
         held_out: at least one group.
@@ -268,7 +87,7 @@ def make_report(
         seed: of the bootstrap.
 
     Returns:
-        JSON values. Shares stand with the 95 % interval of a bootstrap over cases.
+        JSON values. Shares come with the 95 % interval of a bootstrap over cases.
     """
     pairs = scored_pairs(held_out, scores)
     by_length = slope * pairs.length_difference
@@ -309,7 +128,7 @@ def probe_report(
     slope: float,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """How often the `chosen` side of a probe's pairs gets the higher of two raw scores.
+    """Reports how often the `chosen` side of a probe's pairs gets the higher of two raw scores.
 
     Args:
         groups: of `preferences.rows.open_probe`, at least one.
@@ -319,7 +138,7 @@ def probe_report(
         seed: of the bootstrap.
 
     Returns:
-        JSON values; equal scores count as one half, and shares stand with their 95 % interval.
+        JSON values; equal scores count as one half, and shares come with their 95 % interval.
     """
     pairs = scored_pairs(groups, scores)
     by_length = _with(pairs, slope * pairs.length_difference)
@@ -340,7 +159,7 @@ def write_report(folder: pathlib.Path, report: dict[str, Any]) -> None:
 
 
 def reliability_plot(report: dict[str, Any]) -> bytes:
-    """The reliability plot of a report, as a PNG."""
+    """Draws the reliability plot of a report, as a PNG."""
     # Imported here: it is slow to, and only this needs it.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -374,6 +193,185 @@ def reliability_plot(report: dict[str, Any]) -> bytes:
     return buffer.getvalue()
 
 
+def given(answer: Answer) -> GivenAnswer:
+    """Returns the answer for the scorer, whose scores do not depend on where the prompt ends."""
+    return GivenAnswer(answer.token_ids, 0)
+
+
+def all_answers(groups: Sequence[Group]) -> list[Answer]:
+    """Returns the answers of all groups, in order."""
+    return [answer for group in groups for answer in group.answers]
+
+
+def scored_pairs(groups: Sequence[Group], scores: npt.ArrayLike) -> ScoredPairs:
+    """Returns the pairs of all groups, with the scores of `all_answers` in their order."""
+    scores_N = np.asarray(scores, np.float64)
+    numbers = {case: index for index, case in enumerate(dict.fromkeys(g.case for g in groups))}
+    columns: list[tuple[Any, ...]] = []
+    first = 0
+    for group in groups:
+        for pair in group.pairs:
+            chosen, rejected = group.answers[pair.chosen], group.answers[pair.rejected]
+            columns.append(
+                (
+                    scores_N[first + pair.chosen] - scores_N[first + pair.rejected],
+                    pair.p_chosen,
+                    np.nan if pair.margin is None else pair.margin,
+                    numbers[group.case],
+                    pair.source,
+                    max(chosen.num_turns, rejected.num_turns),
+                    chosen.num_characters - rejected.num_characters,
+                )
+            )
+        first += len(group.answers)
+    assert first == len(scores_N), (first, len(scores_N))
+    difference, p_chosen, margin, cases, sources, turns, lengths = zip(*columns, strict=True)
+    return ScoredPairs(
+        np.array(difference, np.float64),
+        np.array(p_chosen, np.float64),
+        np.array(margin, np.float64),
+        np.array(cases, np.int64),
+        np.array(sources, np.str_),
+        np.array(turns, np.int64),
+        np.array(lengths, np.float64),
+    )
+
+
+def length_slope(train: Sequence[Group]) -> float:
+    """Fits the length-only reward model of the training pairs: log-odds a character."""
+    pairs = scored_pairs(train, np.zeros(len(all_answers(train))))
+    return fit_slope(pairs.length_difference, pairs.p_chosen)
+
+
+def agreement(difference: Floats, p_chosen: Floats) -> Floats:
+    """Scores each pair 1, 1/2 or 0; the pairs are no ties."""
+    return (np.sign(difference) * np.sign(p_chosen - 0.5) + 1) / 2
+
+
+def accuracy(pairs: ScoredPairs, *, seed: int = 0) -> Share | None:
+    """Returns the mean agreement over all pairs that are no tie; None where there is none."""
+    pairs = pairs.only(pairs.labelled)
+    if not len(pairs):
+        return None
+    return bootstrap_mean(agreement(pairs.difference, pairs.p_chosen), pairs.cases, seed=seed)
+
+
+def accuracy_gain(pairs: ScoredPairs, other: Floats, *, seed: int = 0) -> Share | None:
+    """Returns by how much the agreement exceeds another difference's, over the same resamples."""
+    labelled = pairs.labelled
+    pairs, other = pairs.only(labelled), other[labelled]
+    if not len(pairs):
+        return None
+    gains = agreement(pairs.difference, pairs.p_chosen) - agreement(other, pairs.p_chosen)
+    return bootstrap_mean(gains, pairs.cases, seed=seed)
+
+
+def reliability(
+    difference: Floats, p_chosen: Floats, *, num_bins: int = NUM_BINS
+) -> tuple[Bin, ...]:
+    """Makes the reliability table: bins of equal width over confidences from 1/2 to 1, none empty.
+
+    The confidence of a pair is the probability of the answer the model prefers, sigmoid of the
+    scores' difference; the agreement is the label's probability of that answer (1/2 where the
+    scores are equal). Ties count.
+    """
+    probability = sigmoid(difference)
+    confidence = np.maximum(probability, 1 - probability)
+    agreed = np.where(difference > 0, p_chosen, 1 - p_chosen)
+    agreed = np.where(difference == 0, 0.5, agreed)
+    edges = np.linspace(0.5, 1, num_bins + 1)
+    index = np.clip(np.searchsorted(edges, confidence, side="right") - 1, 0, num_bins - 1)
+    table = []
+    for number in range(num_bins):
+        inside = index == number
+        if inside.any():
+            table.append(
+                Bin(
+                    float(edges[number]),
+                    float(edges[number + 1]),
+                    int(inside.sum()),
+                    float(confidence[inside].mean()),
+                    float(agreed[inside].mean()),
+                )
+            )
+    return tuple(table)
+
+
+def calibration_error(table: tuple[Bin, ...]) -> float:
+    """Computes the expected calibration error (arXiv 1706.04599, equation 3).
+
+    It is the mean of |confidence - agreement| over pairs.
+    """
+    total = sum(one.num_pairs for one in table)
+    return sum(one.num_pairs * abs(one.confidence - one.agreement) for one in table) / total
+
+
+def cross_entropy(difference: Floats, p_chosen: Floats) -> float:
+    """Returns the mean loss of the pairs, without margin."""
+    won, lost = np.logaddexp(-difference, 0), np.logaddexp(difference, 0)
+    return float((p_chosen * won + (1 - p_chosen) * lost).mean())
+
+
+def fit_slope(feature: Floats, p_chosen: Floats, *, num_steps: int = 50) -> float:
+    """Fits a logistic regression on one difference, without intercept, by Newton's method.
+
+    A length-only reward model is this: the sign says whether longer or shorter answers win. Where
+    the labels can be told apart entirely, the slope is only large.
+    """
+    scale = float(np.sqrt(np.mean(np.square(feature)))) if len(feature) else 0.0
+    if not scale:
+        return 0.0
+    scaled, slope = feature / scale, 0.0
+    for _ in range(num_steps):
+        probability = sigmoid(slope * scaled)
+        gradient = float(((p_chosen - probability) * scaled).sum())
+        curvature = float((probability * (1 - probability) * np.square(scaled)).sum())
+        # A tiny prior keeps the slope finite; a step of at most 1 keeps Newton's method from
+        # overshooting.
+        step = (gradient - 1e-6 * slope) / (curvature + 1e-6)
+        slope += float(np.clip(step, -1, 1))
+        if abs(step) < 1e-12:
+            break
+    return slope / scale
+
+
+def correlation(left: npt.ArrayLike, right: npt.ArrayLike) -> float | None:
+    """Computes Pearson's correlation; None where either does not vary."""
+    one, other = np.asarray(left, np.float64), np.asarray(right, np.float64)
+    # Not by their deviation: that of equal numbers is the rounding of their mean.
+    if len(one) < 2 or not np.ptp(one) > 0 or not np.ptp(other) > 0:
+        return None
+    return float(np.corrcoef(one, other)[0, 1])
+
+
+def within_groups(values: npt.ArrayLike, groups: Ints) -> Floats:
+    """Values less the mean of their group; exactly 0 where a group's are all equal."""
+    array = np.asarray(values, np.float64)
+    if not len(array):
+        return array
+    largest = np.full(int(groups.max()) + 1, -np.inf)
+    np.maximum.at(largest, groups, array)
+    array = array - largest[groups]
+    counts = np.maximum(np.bincount(groups), 1)
+    return array - (np.bincount(groups, array) / counts)[groups]
+
+
+def margin_ranges(margin: Floats) -> list[tuple[float, float]]:
+    """Returns up to four ranges of margins `[low, high]`, of about as many pairs each."""
+    known = np.abs(margin[np.isfinite(margin)])
+    if not len(known):
+        return []
+    inner = np.quantile(known, np.linspace(0, 1, _MARGIN_GROUPS + 1)[1:-1], method="lower")
+    uppers = np.unique([*inner, known.max()])
+    lows = [float(known.min()), *(float(known[known > upper].min()) for upper in uppers[:-1])]
+    return list(zip(lows, uppers.tolist(), strict=True))
+
+
+def sigmoid(values: Floats) -> Floats:
+    """Computes 1 / (1 + exp(-values)), without overflow."""
+    return np.exp(-np.logaddexp(0, -values))
+
+
 def _calibration(difference: Floats, pairs: ScoredPairs) -> dict[str, Any]:
     table = reliability(difference, pairs.p_chosen)
     return {
@@ -383,7 +381,7 @@ def _calibration(difference: Floats, pairs: ScoredPairs) -> dict[str, Any]:
 
 
 def _length_correlation(groups: Sequence[Group], scores: npt.ArrayLike) -> dict[str, Any]:
-    """Of score and characters, over all answers, and within prompts (less each prompt's means)."""
+    """Correlates score and characters, over all answers, and within prompts (less their means)."""
     lengths = np.array([answer.num_characters for answer in all_answers(groups)], np.float64)
     group_of = np.repeat(np.arange(len(groups)), [len(group.answers) for group in groups])
     return {

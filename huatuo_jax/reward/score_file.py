@@ -1,9 +1,4 @@
-"""Reward scores of every answer in a file, by any reward model on disk.
-
-Answers in files: of dialogues, of comparisons, or of several answers a prompt.
-
-Score every answer in a file with a reward model.
-"""
+"""Scores every answer in a file with a reward model: dialogues, comparisons, or several answers."""
 
 import dataclasses
 import hashlib
@@ -42,140 +37,6 @@ from huatuo_jax.training.scoring import GivenAnswer, Normalization, Scorer, load
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-class Answered(NamedTuple):
-    """A record of a file with its answers.
-
-    Attributes:
-        record: as JSON, extra fields kept.
-        to_prompt: the prompt and its answers, which end with the doctor.
-        several: whether the record can hold more than one, as opposed to a dialogue.
-        place: file and line of the record.
-    """
-
-    record: dict[str, Any]
-    to_prompt: AnswersToPrompt
-    several: bool
-    place: str
-
-    @property
-    def keys(self) -> list[AnswerKey]:
-        """Each answer behind its prompt, as `tokenize_answers` names it."""
-        prompt, answers, sampled_prompt = self.to_prompt
-        return [(prompt, sampled_prompt, answer) for answer in answers]
-
-
-def read_answered(
-    path: str, account: Account, *, encoding: str | None = None
-) -> Iterator[Answered]:
-    """The records of a file of dialogues, of comparisons, or of several answers a prompt.
-
-    Args:
-        path: the file.
-        account: is told of its rows.
-        encoding: of a text file; None tells it by evidence.
-
-    Raises:
-        ValueError: it cannot be read, or holds records without an answer.
-    """
-    rows = read_rows(path, encoding=encoding)
-    first = next((row for row in rows if isinstance(row, Row)), None)
-    if first is not None and _is_answers_record(first.value):
-        for answered in _read_answers_file(path, encoding):
-            account.rows += 1
-            account.rows_used += 1
-            yield answered
-        return
-    reading = read_records(path, encoding=encoding, empty_answers=True)
-    for record in reading:
-        if isinstance(record, Dialogue):
-            *prompt, answer = unmarked(record.messages)
-            to_prompt = AnswersToPrompt(tuple(prompt), (AnswerToTokenize((answer,)),))
-        elif isinstance(record, Comparison):
-            to_prompt = answers_of(record)
-        else:
-            kind = type(record).__name__
-            raise ValueError(f"{path}: record {record.id!r} is a {kind}, which holds no answer")
-        several, place = isinstance(record, Comparison), f"{path}:{reading.line}"
-        yield Answered(record.to_json(), to_prompt, several, place)
-    account.add_rows(reading)
-
-
-def read_answers(
-    path: str,
-    cfg: AnswersConfig,
-    tokenizer: "PreTrainedTokenizerBase",
-    account: Account | None = None,
-) -> list[Answer]:
-    """All answers of a file as tokens; those that do not fit are left out and counted.
-
-    Args:
-        path: the file.
-        cfg: how they are said.
-        tokenizer: the model's.
-        account: is told of all rows and answers.
-
-    Raises:
-        ValueError: as `read_answered`, or more answers do not fit than `cfg.max_left_out_share`.
-    """
-    account = Account("answers") if account is None else account
-    records = list(read_answered(path, account))
-    tokens = tokenize_answers((record.to_prompt for record in records), cfg, tokenizer)
-    answers = []
-    for record in records:
-        for key in record.keys:
-            found = tokens[key]
-            if isinstance(found, str):
-                account.leave_out(found, record.place)
-                continue
-            account.use("to be scored")
-            answers.append(make_answer(found, key[0], key[2].messages))
-    limit = f"max_length={cfg.max_length}"
-    account.check(cfg.max_left_out_share, name="max_left_out_share", limit=limit)
-    return answers
-
-
-def answers_hash(answers: Sequence[Answer]) -> str:
-    """A hash of all tokens."""
-    whole = hashlib.sha256()
-    for answer in answers:
-        whole.update(answer.token_ids.tobytes() + b"\0")
-    return whole.hexdigest()[:32]
-
-
-def _is_answers_record(row: object) -> bool:
-    """Whether it is a record as `huatuo_jax.generation` writes it; scored lists are comparisons."""
-    if not isinstance(row, Mapping) or not {"id", "messages", "source", "answers"} <= row.keys():
-        return False
-    answers = row["answers"]
-    return isinstance(answers, list) and all(
-        isinstance(one, Mapping) and "text" in one and "score" not in one for one in answers
-    )
-
-
-def _read_answers_file(path: str, encoding: str | None) -> Iterator[Answered]:
-    for row in read_rows(path, encoding=encoding):
-        if not isinstance(row, Row):
-            raise ValueError(str(row))
-        if not _is_answers_record(row.value):
-            raise ValueError(
-                f"{row.file} line {row.line}: not an answers record (id, messages, source, answers "
-                "with text), while the first one is"
-            )
-        prompt = Prompt.from_json(row.value).messages
-        try:
-            answers = tuple(map(_answer, row.value["answers"]))
-            to_prompt = AnswersToPrompt(prompt, answers, SampledPrompt.from_fields(row.value))
-        except ValueError as error:
-            raise ValueError(f"{row.file} line {row.line}: {error}") from error
-        yield Answered(dict(row.value), to_prompt, True, f"{row.file}:{row.line}")
-
-
-def _answer(fields: Mapping[str, Any]) -> AnswerToTokenize:
-    if not isinstance(fields["text"], str):
-        raise ValueError("an answer's text is no text")
-    return AnswerToTokenize((Message("assistant", fields["text"]),), Sampled.from_fields(fields))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -225,7 +86,7 @@ class ScoreConfig:
     rule: AnswerScoreConfig = AnswerScoreConfig()
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a size, an output or a rule that cannot be."""
+        """Raises ValueError for an invalid size, output or rule."""
         if self.rule != self.rule.outside_training:
             raise ValueError(
                 f"on_truncation={self.rule.on_truncation!r}, scale={self.rule.scale!r}: a critic "
@@ -243,7 +104,7 @@ class ScoreConfig:
 
 
 class Scored(NamedTuple):
-    """What was done.
+    """Outcome of scoring a file.
 
     Attributes:
         num_records: in the file.
@@ -265,7 +126,7 @@ class Scored(NamedTuple):
     mean: float | None
 
     def __str__(self) -> str:
-        """One line."""
+        """Describes it in one line."""
         line = f"{self.num_records} records, {self.num_answers} answers"
         if self.num_without:
             line += f", {self.num_without} without a score (too long, or not in the template)"
@@ -281,12 +142,43 @@ class Scored(NamedTuple):
         return line if self.mean is None else f"{line}, mean score {self.mean:.4f}"
 
 
+class Answered(NamedTuple):
+    """A record of a file with its answers.
+
+    Attributes:
+        record: as JSON, extra fields kept.
+        to_prompt: the prompt and its answers, which end with the assistant.
+        several: whether the record can hold more than one, as opposed to a dialogue.
+        place: file and line of the record.
+    """
+
+    record: dict[str, Any]
+    to_prompt: AnswersToPrompt
+    several: bool
+    place: str
+
+    @property
+    def keys(self) -> list[AnswerKey]:
+        """Each answer behind its prompt, as `tokenize_answers` names it."""
+        prompt, answers, sampled_prompt = self.to_prompt
+        return [(prompt, sampled_prompt, answer) for answer in answers]
+
+
+@distributed.joined()
+def main(flags: ScoreConfig) -> None:
+    """Scores, and prints how it went."""
+    scored = score_file(flags)
+    if distributed.is_first():
+        print(scored)
+        print(f"written: {flags.output}")
+
+
 def score_file(cfg: ScoreConfig, say: Callable[[str], object] = tell) -> Scored:
     """Writes each record of the input with the scores of its answers.
 
     A dialogue gets `score`, a record of several answers `scores` in their order (of a comparison:
     chosen, rejected). They are raw; where the model was stored with a normalization,
-    `normalized_score` or `normalized_scores` stands beside them. `reward` or `rewards` is what
+    `normalized_score` or `normalized_scores` is written with them. `reward` or `rewards` is what
     PPO's reward holds of the score under `cfg.rule`, in raw units where nothing is stored. An
     answer that does not fit, or that the template cannot render, has null.
 
@@ -296,7 +188,7 @@ def score_file(cfg: ScoreConfig, say: Callable[[str], object] = tell) -> Scored:
             first process.
 
     Raises:
-        ValueError: a file, model or setting that cannot be, before anything is compiled.
+        ValueError: an invalid file, model or setting, before anything is compiled.
         FileNotFoundError: there is no such model.
         OSError: the output cannot be written.
     """
@@ -372,6 +264,118 @@ def score_file(cfg: ScoreConfig, say: Callable[[str], object] = tell) -> Scored:
     )
 
 
+def read_answered(
+    path: str, account: Account, *, encoding: str | None = None
+) -> Iterator[Answered]:
+    """Reads the records of a file of dialogues, of comparisons, or of several answers a prompt.
+
+    Args:
+        path: the file.
+        account: its rows are counted there.
+        encoding: of a text file; None tells it by evidence.
+
+    Raises:
+        ValueError: it cannot be read, or holds records without an answer.
+    """
+    rows = read_rows(path, encoding=encoding)
+    first = next((row for row in rows if isinstance(row, Row)), None)
+    if first is not None and _is_answers_record(first.value):
+        for answered in _read_answers_file(path, encoding):
+            account.rows += 1
+            account.rows_used += 1
+            yield answered
+        return
+    reading = read_records(path, encoding=encoding, empty_answers=True)
+    for record in reading:
+        if isinstance(record, Dialogue):
+            *prompt, answer = unmarked(record.messages)
+            to_prompt = AnswersToPrompt(tuple(prompt), (AnswerToTokenize((answer,)),))
+        elif isinstance(record, Comparison):
+            to_prompt = answers_of(record)
+        else:
+            kind = type(record).__name__
+            raise ValueError(f"{path}: record {record.id!r} is a {kind}, which holds no answer")
+        several, place = isinstance(record, Comparison), f"{path}:{reading.line}"
+        yield Answered(record.to_json(), to_prompt, several, place)
+    account.add_rows(reading)
+
+
+def read_answers(
+    path: str,
+    cfg: AnswersConfig,
+    tokenizer: "PreTrainedTokenizerBase",
+    account: Account | None = None,
+) -> list[Answer]:
+    """Reads all answers of a file as tokens; those that do not fit are left out and counted.
+
+    Args:
+        path: the file.
+        cfg: how they are rendered.
+        tokenizer: the model's.
+        account: all rows and answers are counted there.
+
+    Raises:
+        ValueError: as `read_answered`, or more answers do not fit than `cfg.max_left_out_share`.
+    """
+    account = Account("answers") if account is None else account
+    records = list(read_answered(path, account))
+    tokens = tokenize_answers((record.to_prompt for record in records), cfg, tokenizer)
+    answers = []
+    for record in records:
+        for key in record.keys:
+            found = tokens[key]
+            if isinstance(found, str):
+                account.leave_out(found, record.place)
+                continue
+            account.use("to be scored")
+            answers.append(make_answer(found, key[0], key[2].messages))
+    limit = f"max_length={cfg.max_length}"
+    account.check(cfg.max_left_out_share, name="max_left_out_share", limit=limit)
+    return answers
+
+
+def answers_hash(answers: Sequence[Answer]) -> str:
+    """Hashes all tokens."""
+    whole = hashlib.sha256()
+    for answer in answers:
+        whole.update(answer.token_ids.tobytes() + b"\0")
+    return whole.hexdigest()[:32]
+
+
+def _is_answers_record(row: object) -> bool:
+    """Tells records as `huatuo_jax.generation` writes them; scored lists are comparisons."""
+    if not isinstance(row, Mapping) or not {"id", "messages", "source", "answers"} <= row.keys():
+        return False
+    answers = row["answers"]
+    return isinstance(answers, list) and all(
+        isinstance(one, Mapping) and "text" in one and "score" not in one for one in answers
+    )
+
+
+def _read_answers_file(path: str, encoding: str | None) -> Iterator[Answered]:
+    for row in read_rows(path, encoding=encoding):
+        if not isinstance(row, Row):
+            raise ValueError(str(row))
+        if not _is_answers_record(row.value):
+            raise ValueError(
+                f"{row.file} line {row.line}: not an answers record (id, messages, source, answers "
+                "with text), while the first one is"
+            )
+        prompt = Prompt.from_json(row.value).messages
+        try:
+            answers = tuple(map(_answer, row.value["answers"]))
+            to_prompt = AnswersToPrompt(prompt, answers, SampledPrompt.from_fields(row.value))
+        except ValueError as error:
+            raise ValueError(f"{row.file} line {row.line}: {error}") from error
+        yield Answered(dict(row.value), to_prompt, True, f"{row.file}:{row.line}")
+
+
+def _answer(fields: Mapping[str, Any]) -> AnswerToTokenize:
+    if not isinstance(fields["text"], str):
+        raise ValueError("an answer's text is no text")
+    return AnswerToTokenize((Message("assistant", fields["text"]),), Sampled.from_fields(fields))
+
+
 def _is_as_sampled(found: AnswerTokens | str) -> bool:
     return isinstance(found, AnswerTokens) and found.as_sampled
 
@@ -379,7 +383,7 @@ def _is_as_sampled(found: AnswerTokens | str) -> bool:
 def _scores(
     scorer: Scorer, tokens: dict[AnswerKey, AnswerTokens | str]
 ) -> dict[AnswerKey, float | None]:
-    """The raw score of each answer, None for one that has no tokens."""
+    """Returns the raw score of each answer, None for one that has no tokens."""
     scores: dict[AnswerKey, float | None] = dict.fromkeys(tokens)
     rendered = {key: found for key, found in tokens.items() if isinstance(found, AnswerTokens)}
     with progress_bar(f"scoring {len(rendered)} answers", "rows") as on_progress:
@@ -406,7 +410,7 @@ def _fields(
     normalization: Normalization | None,
     rule: AnswerScoreConfig,
 ) -> dict[str, Mapping[AnswerKey, float | None]]:
-    """What is written of each answer, by name."""
+    """Returns what is written of each answer, by name."""
     known = {key: score for key, score in scores.items() if score is not None}
     none: dict[AnswerKey, float | None] = dict.fromkeys(scores)
     scaled_N = np.array(list(known.values()), np.float64)
@@ -420,12 +424,3 @@ def _fields(
         jnp.array([key[2].sampled.ended for key in known], jnp.bool_),
     )
     return found | {"reward": none | dict(zip(known, rewards_N.tolist(), strict=True))}
-
-
-@distributed.joined()
-def main(flags: ScoreConfig) -> None:
-    """Score, and print how it went."""
-    scored = score_file(flags)
-    if distributed.is_first():
-        print(scored)
-        print(f"written: {flags.output}")

@@ -1,7 +1,5 @@
 """The reward stage: a backbone and comparisons in, a reward model with its normalization out.
 
-The loss of a reward model, as pure functions of scores.
-
 Bradley and Terry (1952): the answer with score r is preferred over the one with score s with
 probability sigmoid(r - s); as a loss of a language model, InstructGPT (arXiv 2203.02155, equation
 1). Labels may be soft: `p_chosen` is the probability that the judge prefers the chosen answer.
@@ -19,21 +17,17 @@ import numpy as np
 import transformers
 from jax.sharding import Mesh
 
-from huatuo_jax.backbone.config import BackboneConfig
 from huatuo_jax.backbone.transformer import Transformer
 from huatuo_jax.core import distributed
-from huatuo_jax.core.config import all_fields, checked, identity, placed_in
 from huatuo_jax.core.progress import progress_bar
 from huatuo_jax.data.accounting import Account
 from huatuo_jax.preferences.data import (
     Answer,
     Comparisons,
-    ComparisonsConfig,
     Group,
     groups_hash,
-    open_comparisons,
 )
-from huatuo_jax.preferences.rows import ComparisonBatches, ComparisonRows, empty_row, open_probe
+from huatuo_jax.preferences.rows import PreferenceStage, check_fits, open_probe
 from huatuo_jax.reward.config import RewardConfig
 from huatuo_jax.reward.report import (
     all_answers,
@@ -45,29 +39,139 @@ from huatuo_jax.reward.report import (
 )
 from huatuo_jax.reward.score_file import answers_hash, read_answers
 from huatuo_jax.training.initial_model import InitialModel, ModelConfig, open_model
-from huatuo_jax.training.loop import (
-    Job,
-    StepReport,
-    check_rows,
-    host_share,
-    make_evaluate,
-    step_numbers,
-    train,
-)
+from huatuo_jax.training.loop import Job, StepReport, step_numbers
+from huatuo_jax.training.losses import row_sizes
 from huatuo_jax.training.metrics import ModelFlops
-from huatuo_jax.training.micro_batch import settle
-from huatuo_jax.training.optimizer import make_optimizer
-from huatuo_jax.training.run_directory import StageDirectory, begin_stage, report_data
+from huatuo_jax.training.run_directory import StageDirectory
 from huatuo_jax.training.scoring import Normalization, Scorer, head_scores, save_normalization
-from huatuo_jax.training.update import (
-    Batch,
-    LossSums,
-    Step,
-    Variables,
-    abstract_batch,
-    make_step,
-    update_program,
-)
+from huatuo_jax.training.stage import MODEL_FOLDER, run_stage, stage_step
+from huatuo_jax.training.update import Batch, LossSums, Step, TrainState, Variables
+
+STAGE = "reward"
+TRAINING_ANSWERS = "the chosen and rejected answers of the training comparisons, each once"
+
+
+class RewardStage(PreferenceStage[RewardConfig]):
+    """One run of reward training."""
+
+    name = STAGE
+    probes: dict[str, tuple[Group, ...]]
+    normalization_answers: list[Answer] | None = None
+
+    @staticmethod
+    def open_model(cfg: RewardConfig) -> InitialModel:
+        """Finds the backbone and checks that the comparisons suit it."""
+        return open_backbone(cfg, cfg.model)
+
+    def open_data(self) -> dict[str, Any]:
+        """Reads comparisons, probes, and the answers for the normalization of scores."""
+        cfg, found = self.cfg, super().open_data()
+        self.probes = _open_probes(cfg, self.tokenizer, trained_on=self.comparisons.train)
+        found["normalization_answers"] = None
+        if cfg.normalization_answers is not None:
+            self._normalization_account = Account("answers")
+            answers = read_answers(
+                cfg.normalization_answers, cfg.data, self.tokenizer, self._normalization_account
+            )
+            self.normalization_answers = answers
+            found["normalization_answers"] = answers_hash(answers)
+        if self.probes:
+            probes = self.probes.items()
+            found["probe_pairs"] = {name: groups_hash(groups) for name, groups in probes}
+        return found
+
+    def make_job(self, directory: StageDirectory, decisive: Mapping[str, Any]) -> Job:
+        """Reports on the answers for the normalization, and makes the job of the loop."""
+        if self.normalization_answers is not None and distributed.is_first():
+            for line in self._normalization_account.lines():
+                print(f"{STAGE}: for the normalization: {line}", flush=True)
+        return super().make_job(directory, decisive)
+
+    def make_step(self, cfg: RewardConfig, *, num_steps: int) -> Step:
+        """Makes the optimizer step of a run of so many steps."""
+        return reward_step(cfg, self.model, self.mesh, num_steps=num_steps)
+
+    def report(self, metrics: Mapping[str, np.ndarray]) -> StepReport:
+        """Returns the numbers of an optimizer step."""
+        return report_step(metrics, flops=self.model.flops)
+
+    def evaluation_numbers(self, sums: Mapping[str, np.ndarray]) -> dict[str, float]:
+        """Returns the numbers of held-out data."""
+        return numbers(sums, prefix="eval")
+
+    def finish(
+        self, directory: StageDirectory, state: TrainState, numbers: Mapping[str, float]
+    ) -> dict[str, Any]:
+        """Saves the model with its normalization, and writes the held-out report."""
+        result = super().finish(directory, state, numbers)
+        cfg = self.cfg
+        scorer = Scorer(
+            self.model.transformer,
+            state.variables,
+            mesh=self.mesh,
+            rows_at_once=cfg.rows_at_once,
+            row_length=cfg.data.row_length,
+            packed=cfg.data.packed,
+        )
+        normalization = _normalize(cfg, scorer, self.comparisons, self.normalization_answers)
+        result |= {f"normalization/{k}": v for k, v in normalization.to_json().items()}
+        if distributed.is_first():
+            save_normalization(directory.folder / MODEL_FOLDER, normalization)
+        return result | _report(cfg, scorer, self.comparisons, self.probes, directory)
+
+
+def run_reward(config: RewardConfig, workdir: str | os.PathLike[str]) -> dict[str, Any]:
+    """Runs the stage, resuming from its newest checkpoint; returns the saved result if it is done.
+
+    Args:
+        config: of the stage; `{workdir}` in a path stands for the run's folder.
+        workdir: the run's folder.
+
+    Returns:
+        The last step and its evaluation, the normalization and which answers it is of. The model
+        is in `WORKDIR/reward/model`, an Orbax directory with the tokenizer, adapters merged, and
+        `reward_normalization.json`; beside it is `reward_report.json` with its plot, where
+        anything was held out.
+
+    Raises:
+        ValueError: an invalid config, file, model or mesh; before anything is compiled.
+        FileNotFoundError: there is no such model.
+        Interrupted: the run was stopped and saved.
+        Diverged: too many steps in a row were not finite.
+        OSError: something cannot be read or written.
+    """
+    return run_stage(RewardStage, RewardConfig, config, workdir)
+
+
+def open_backbone(cfg: RewardConfig, section: ModelConfig) -> InitialModel:
+    """Finds the backbone that the stage begins with; no weight of it is read.
+
+    Args:
+        cfg: the run's settings.
+        section: which backbone.
+
+    Raises:
+        FileNotFoundError: there is no such model.
+        ValueError: it is none that this project can do, or the rows do not suit it.
+    """
+    model = open_model(
+        section,
+        cfg.compute.compute_config(),
+        head="score",
+        head_init=cfg.head_init,
+        head_only=cfg.head_only,
+    )
+    check_fits(cfg.data, model.cfg, stage=STAGE)
+    return model
+
+
+def reward_step(cfg: RewardConfig, model: InitialModel, mesh: Mesh, *, num_steps: int) -> Step:
+    """Makes the optimizer step of a run of so many steps."""
+    loss = functools.partial(
+        reward_loss, model.transformer, margin_scale=cfg.margin_scale, centring=cfg.centring
+    )
+    abstract_state = functools.partial(model.abstract_state, mesh=mesh)
+    return stage_step(cfg, loss, abstract_state, mesh, num_steps=num_steps)
 
 
 def pair_losses(
@@ -78,7 +182,7 @@ def pair_losses(
     margin: jax.Array | float = 0.0,
     centring: float = 0.0,
 ) -> jax.Array:
-    """The cross-entropy of each pair, and a penalty on scores that drift away from 0 together.
+    """Computes each pair's cross-entropy, and penalizes scores that drift away from 0 together.
 
     Args:
         chosen: scores.
@@ -109,7 +213,7 @@ def reward_loss(
     margin_scale: float = 0.0,
     centring: float = 0.0,
 ) -> LossSums:
-    """The summed loss of a batch's pairs; each answer goes through the model once.
+    """Sums the loss of a batch's pairs; each answer goes through the model once.
 
     Args:
         model: a backbone with a score head.
@@ -133,7 +237,7 @@ def reward_loss(
     is_pair_BP = weight_BP > 0
 
     def at(places_BP: jax.Array) -> jax.Array:
-        # What stands at padding means nothing, and must not reach a sum even times 0.
+        # Scores at padding have no meaning, and must not reach a sum even times 0.
         return jnp.where(is_pair_BP, jnp.take_along_axis(scores_BT, places_BP, axis=1), 0)
 
     chosen_BP, rejected_BP = at(batch["chosen_at"]), at(batch["rejected_at"])
@@ -147,10 +251,6 @@ def reward_loss(
     plain_BP = pair_losses(chosen_BP, rejected_BP, p_chosen=p_chosen_BP)
     side_BP = jnp.sign(p_chosen_BP - 0.5) * is_pair_BP
     difference_BP = side_BP * (chosen_BP - rejected_BP)
-    is_token_BT = batch["segment_ids"] > 0
-    seen_BT = batch["positions"] + 1
-    if model.cfg.sliding_window is not None:
-        seen_BT = seen_BT.clip(max=model.cfg.sliding_window)
     return LossSums(
         loss=(weight_BP * losses_BP).sum(),
         num_terms=weight_BP.sum(),
@@ -162,149 +262,13 @@ def reward_loss(
             "labelled": jnp.abs(side_BP).sum(),
             "correct": (jnp.abs(side_BP) * (jnp.sign(difference_BP) + 1) / 2).sum(),
             "difference": difference_BP.sum(),
-            "tokens": is_token_BT.sum(),
-            "attended_pairs": (seen_BT * is_token_BT).astype(jnp.float32).sum(),
+            **row_sizes(batch, model.cfg.sliding_window),
         },
     )
 
 
-STAGE = "reward"
-MODEL_FOLDER = "model"
-TRAINING_ANSWERS = "the chosen and rejected answers of the training comparisons, each once"
-
-
-def run_reward(config: RewardConfig, workdir: str | os.PathLike[str]) -> dict[str, Any]:
-    """Runs the stage in a run's folder, or goes on with it, or finds it done.
-
-    Args:
-        config: of the stage; `{workdir}` in a path stands for the run's folder.
-        workdir: the run's folder.
-
-    Returns:
-        The last step and its evaluation, the normalization and which answers it is of. The model
-        is in `WORKDIR/reward/model`, an Orbax directory with the tokenizer, adapters merged, and
-        `reward_normalization.json`; beside it stands `reward_report.json` with its plot, where
-        anything was held out.
-
-    Raises:
-        ValueError: a config, a file or a mesh that cannot be; before anything is compiled.
-        FileNotFoundError: there is no such model.
-        Interrupted: the run was stopped and saved.
-        Diverged: too many steps in a row were not finite.
-        OSError: something cannot be read or written.
-    """
-    cfg = placed_in(checked(config, RewardConfig, path=f"config.{STAGE}"), workdir)
-    mesh = cfg.mesh.make()
-    check_rows(cfg.rows_at_once, name="micro_batch_size", mesh=mesh)
-    model = open_backbone(cfg, cfg.model)
-    template = cfg.data.chat_template
-    tokenizer = model.load_tokenizer(STAGE, template)
-    with progress_bar(f"{STAGE}: tokenising", "answers") as on_progress:
-        comparisons = open_comparisons(cfg.data, tokenizer, on_progress)
-    probes = _open_probes(cfg, tokenizer, trained_on=comparisons.train)
-    sft_answers, account = None, Account("answers")
-    if cfg.normalization_answers is not None:
-        sft_answers = read_answers(cfg.normalization_answers, cfg.data, tokenizer, account)
-    decisive = identity(cfg) | {
-        "initial_model": model.identity,
-        "comparisons": comparisons.identity,
-        "normalization_answers": None if sft_answers is None else answers_hash(sft_answers),
-    }
-    if probes:
-        decisive["probe_pairs"] = {name: groups_hash(groups) for name, groups in probes.items()}
-    directory = begin_stage(workdir, STAGE, settings=all_fields(cfg), decisive=decisive)
-    if (result := directory.result()) is not None:
-        return result
-    report_data(directory, comparisons.account)
-    if sft_answers is not None and distributed.is_first():
-        for line in account.lines():
-            print(f"{STAGE}: for the normalization: {line}", flush=True)
-    rows = ComparisonRows(comparisons.train, cfg.rows(shuffled=True))
-    cfg, step = settled_step(cfg, model, rows, mesh)
-    job = _job(cfg, step, model, rows, comparisons.held_out, directory, decisive, mesh)
-    state, evaluation = train(job, cfg.loop)
-    place = directory.folder / MODEL_FOLDER
-    model.save(state.variables, place, template=template, tokenizer=tokenizer)
-    scorer = Scorer(
-        model.transformer,
-        state.variables,
-        mesh=mesh,
-        rows_at_once=cfg.rows_at_once,
-        row_length=cfg.data.row_length,
-        packed=cfg.data.packed,
-    )
-    normalization = _normalize(cfg, scorer, comparisons, sft_answers)
-    result = {"step": int(state.step), **evaluation}
-    result |= {f"normalization/{k}": v for k, v in normalization.to_json().items()}
-    if jax.process_index() == 0:
-        save_normalization(directory.folder / MODEL_FOLDER, normalization)
-    result |= _report(cfg, scorer, comparisons, probes, directory)
-    directory.finish(result)
-    return result
-
-
-def open_backbone(cfg: RewardConfig, section: ModelConfig) -> InitialModel:
-    """The backbone that the stage begins with; no weight of it is read.
-
-    Args:
-        cfg: the run's settings.
-        section: which backbone.
-
-    Raises:
-        FileNotFoundError: there is no such model.
-        ValueError: it is none that this project can do, or the rows do not suit it.
-    """
-    model = open_model(
-        section,
-        cfg.compute.compute_config(),
-        head="score",
-        head_init=cfg.head_init,
-        head_only=cfg.head_only,
-    )
-    _check_lengths(cfg.data, model.cfg)
-    return model
-
-
-def reward_step(cfg: RewardConfig, model: InitialModel, mesh: Mesh, *, num_steps: int) -> Step:
-    """The optimizer step of a run of so many steps."""
-    optimizer = make_optimizer(cfg.optimizer, num_steps=num_steps)
-    return make_step(
-        functools.partial(
-            reward_loss, model.transformer, margin_scale=cfg.margin_scale, centring=cfg.centring
-        ),
-        optimizer,
-        model.abstract_state(optimizer, mesh),
-        mesh,
-        num_micro_batches=cfg.batch_size // cfg.rows_at_once,
-    )
-
-
-def settled_step(
-    cfg: RewardConfig, model: InitialModel, rows: ComparisonRows, mesh: Mesh
-) -> tuple[RewardConfig, Step]:
-    """The settings of a run with a number for `micro_batch_size`, and its step; see `settle`."""
-    num_steps = _num_steps(cfg, rows)
-    batch = abstract_rows(cfg, mesh, num_pairs=rows.most_pairs(num_steps * cfg.batch_size))
-    return settle(
-        cfg,
-        stage=STAGE,
-        rows=cfg.batch_size,
-        mesh=mesh,
-        make=functools.partial(reward_step, model=model, mesh=mesh, num_steps=num_steps),
-        programs=lambda step: [update_program(STAGE, step, batch, mesh)],
-    )
-
-
-def abstract_rows(
-    cfg: RewardConfig, mesh: Mesh, *, num_pairs: int
-) -> dict[str, jax.ShapeDtypeStruct]:
-    """The rows of a step as shapes on a mesh, with places for so many pairs each."""
-    row = empty_row(cfg.rows(shuffled=False), num_pairs=num_pairs)
-    return abstract_batch(row, cfg.batch_size, mesh)
-
-
 def numbers(sums: Mapping[str, np.ndarray], *, prefix: str) -> dict[str, float]:
-    """Loss and accuracy out of the sums of `reward_loss`.
+    """Computes loss and accuracy out of the sums of `reward_loss`.
 
     Args:
         sums: of a step, or of all held-out data.
@@ -322,67 +286,11 @@ def numbers(sums: Mapping[str, np.ndarray], *, prefix: str) -> dict[str, float]:
 
 
 def report_step(metrics: Mapping[str, np.ndarray], *, flops: ModelFlops) -> StepReport:
-    """The numbers of an optimizer step."""
+    """Returns the numbers of an optimizer step."""
     tokens, pairs = float(metrics["tokens"]), float(metrics["attended_pairs"])
     fields = numbers(metrics, prefix="train") | step_numbers(metrics)
     step_flops = flops.of_step(tokens=tokens, scored_tokens=0.0, attended_pairs=pairs)
     return StepReport(fields, tokens, tokens, step_flops)
-
-
-def _num_steps(cfg: RewardConfig, rows: ComparisonRows) -> int:
-    return cfg.num_steps or -(-rows.first_row(cfg.num_epochs) // cfg.batch_size)
-
-
-def _job(
-    cfg: RewardConfig,
-    step: Step,
-    model: InitialModel,
-    rows: ComparisonRows,
-    held_out_groups: Sequence[Group],
-    directory: StageDirectory,
-    decisive: dict[str, Any],
-    mesh: Mesh,
-) -> Job:
-    num_steps = _num_steps(cfg, rows)
-    evaluate = None
-    if held_out_groups:
-        held_out = ComparisonRows(held_out_groups, cfg.rows(shuffled=False))
-        end_row = held_out.first_row(1)
-        evaluate = make_evaluate(
-            lambda variables, batch: step.loss(variables, batch).others,
-            lambda: ComparisonBatches(
-                held_out,
-                batch_size=cfg.rows_at_once,
-                num_pairs=held_out.most_pairs(end_row),
-                share=host_share(mesh),
-                end_row=end_row,
-            ),
-            functools.partial(numbers, prefix="eval"),
-            mesh,
-        )
-    frozen = cfg.head_only or cfg.model.lora is not None
-    return Job(
-        directory=directory,
-        decisive=decisive,
-        num_steps=num_steps,
-        mesh=mesh,
-        make_state=lambda: model.make_state(jax.random.key(cfg.seed), step.optimizer, mesh),
-        abstract_state=step.state,
-        update=step.update,
-        batches=ComparisonBatches(
-            rows,
-            batch_size=cfg.batch_size,
-            num_pairs=rows.most_pairs(num_steps * cfg.batch_size),
-            share=host_share(mesh),
-        ),
-        report=functools.partial(report_step, flops=ModelFlops.of(model.cfg, adapters_only=frozen)),
-        evaluate=evaluate,
-        row_names=lambda position: [
-            part.id
-            for row in range(position["next_row"], position["next_row"] + cfg.batch_size)
-            for part in rows.parts_in(row)
-        ],
-    )
 
 
 def _normalize(
@@ -407,9 +315,9 @@ def _open_probes(
     *,
     trained_on: Sequence[Group],
 ) -> dict[str, tuple[Group, ...]]:
-    """The pairs of each probe; what is left out, and what is trained on too, is said."""
+    """Reads the pairs of each probe; prints what is left out, and what is trained on too."""
     found = {}
-    # Where a field names the cases they are not told by the prompts, which is all that probes have.
+    # Cases named by a field do not follow from the prompts, which is all that probes have.
     by_prompt = cfg.data.group_field is None
     trained = {group.case for group in trained_on} if by_prompt else set()
     for probe in cfg.probes:
@@ -429,7 +337,7 @@ def _open_probes(
 def _measure_probes(
     cfg: RewardConfig, scorer: Scorer, probes: Mapping[str, tuple[Group, ...]], *, slope: float
 ) -> list[dict[str, Any]]:
-    """The report of each probe, which is also said in a line."""
+    """Measures each probe; its report is also printed in a line."""
     reports = []
     for probe in cfg.probes:
         groups = probes[probe.name]
@@ -482,13 +390,3 @@ def _report(
         if share is not None:
             result[f"report/{name}"] = share["value"]
     return result | apart
-
-
-def _check_lengths(data: ComparisonsConfig, backbone: BackboneConfig) -> None:
-    if data.max_length > backbone.max_positions:
-        raise ValueError(
-            f"config.{STAGE}.data.max_length={data.max_length} must be at most the model's "
-            f"{backbone.max_positions} positions"
-        )
-    # Also where prompts are not packed: the answers of one share a row.
-    backbone.require_fixed_angles(data.max_length, purpose="comparing answers in one row")

@@ -35,7 +35,7 @@ class SourceConfig:
     """One source of dialogues and its share of the mixture.
 
     Attributes:
-        name: what reports call it.
+        name: its name in reports.
         paths: files, folders or hub names; their content decides, not their place.
         kind: the kind of all its dialogues; None takes the rows' own.
         adapter: the name of the adapter of an odd format; None for the common ones.
@@ -57,7 +57,7 @@ class SourceConfig:
     held_out_by: HeldOutBy = "hash"
 
     def reading(self) -> Keywords:
-        """How the readers read its files."""
+        """Returns how the readers read its files."""
         reading = Keywords(source=self.name)
         if self.kind is not None:
             reading["kind"] = self.kind
@@ -78,12 +78,12 @@ class DataConfig:
         default_system: its system text; None for the template's own.
         template_date: the date that a tokenizer's own template prints, see `templates.by_name`.
         truncation: what becomes of a dialogue longer than a row.
-        trained_turns: which of the doctor's turns are trained.
+        trained_turns: which of the assistant's turns are trained.
         row_length: tokens of a row.
         packed: several dialogues a row, or one.
         window: how many dialogues are packed together; None for the epoch.
         held_out: which dialogues are held out.
-        duplicates: what is done about dialogues that stand twice.
+        duplicates: what is done about dialogues that occur twice.
         cache: folder of the tokenised data; None for one in the run's folder.
         num_threads: threads that make batches; 0 makes each when it is asked for.
         num_processes: processes that tokenise; None for the cores where it pays.
@@ -105,7 +105,7 @@ class DataConfig:
     num_processes: int | None = operational(None)
 
     def __post_init__(self) -> None:
-        """Raise ValueError where there is nothing to read."""
+        """Raises ValueError where there is nothing to read."""
         if not self.sources:
             raise ValueError("sources is empty: it must name at least one source")
 
@@ -140,26 +140,16 @@ class DialogueData:
         """The cache's name is a hash of the content, the tokenizer, the template and the split."""
         return {"cache": self.prepared.folder.name}
 
-    def batches(self, batch_size: int, mesh: Mesh) -> BatchIterator:
-        """This host's share of the global batches of training."""
-        return BatchIterator(
-            self.train, batch_size=batch_size, share=host_share(mesh), prefetch=self._prefetch()
-        )
-
     def evaluation_batches(self, batch_size: int, mesh: Mesh) -> BatchIterator:
-        """This host's share of the held-out rows, each once."""
+        """Returns this host's share of the held-out rows, each once."""
         assert self.held_out is not None
         return evaluation_batches(
-            self.held_out, batch_size=batch_size, share=host_share(mesh), prefetch=self._prefetch()
+            self.held_out, batch_size=batch_size, share=host_share(mesh), prefetch=self.prefetch
         )
 
-    def example_ids(self, position: dict[str, Any], batch_size: int) -> list[str]:
-        """The ids of the dialogues in the batch at a position."""
-        first = position["next_row"]
-        rows = range(first, first + batch_size)
-        return [name for row in rows for name in self.train.example_ids(row)]
-
-    def _prefetch(self) -> PrefetchConfig:
+    @property
+    def prefetch(self) -> PrefetchConfig:
+        """Threads that make batches ahead."""
         return PrefetchConfig(num_threads=self.num_threads)
 
 
@@ -177,11 +167,11 @@ def open_dialogues(
         cfg: which ones.
         tokenizer: the model's.
         seed: of the order and the draw.
-        default_cache: where the cache goes unless the config says.
+        default_cache: where the cache goes unless the config names a folder.
         progress: called while dialogues are tokenised.
 
     Raises:
-        ValueError: a file that cannot be read, an unknown template, nothing left to train on.
+        ValueError: an unreadable file, an unknown template, nothing left to train on.
     """
     rows = RowConfig(row_length=cfg.row_length, packed=cfg.packed, window=cfg.window)
     template_tokenizer = TemplateTokenizer(
@@ -227,7 +217,7 @@ def open_dialogues(
 
 
 def _account(prepared: Prepared, sources: Sequence[SourceConfig]) -> Account | None:
-    """The cache's account, with what the sources' limits set aside."""
+    """Returns the cache's account, with what the sources' limits set aside."""
     if "account" not in prepared.statistics:
         return None
     account = Account.from_json(prepared.statistics["account"])

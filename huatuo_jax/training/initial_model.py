@@ -1,6 +1,7 @@
-"""What a run trains: a backbone from a preset, its fields or a model on disk, and a head on it.
+"""The model that a run trains: its config, first state, tokenizer, and how it is saved.
 
-What stands beside a trained model, so that others talk to it in the tokens of its training.
+A backbone comes from a preset, from its fields or from a model on disk. A saved model comes with
+its tokenizer, chat template and stop tokens, so that others use it with the tokens of its training.
 """
 
 import dataclasses
@@ -26,6 +27,7 @@ from huatuo_jax.hf import generation_config
 from huatuo_jax.hf import tokenizer as tokenizers
 from huatuo_jax.hf.config import exported_layout
 from huatuo_jax.hf.tokenizer import SideFiles, Talk
+from huatuo_jax.training.metrics import ModelFlops
 from huatuo_jax.training.optimizer import Optimizer
 from huatuo_jax.training.update import (
     TrainState,
@@ -41,70 +43,25 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def talk_of(
-    template: ChatTemplate,
-    tokenizer: "PreTrainedTokenizerBase",
-    *,
-    stop_token_ids: tuple[int, ...],
-    cfg: BackboneConfig,
-) -> Talk:
-    """What is written beside a model that is talked to in a template.
-
-    Args:
-        template: of its dialogues.
-        tokenizer: the model's.
-        stop_token_ids: all that end an answer, see `generation_config.stop_token_ids`.
-        cfg: the model.
-    """
-    exported = exported_tokenizer(template, tokenizer, model_type=exported_layout(cfg))
-    return Talk(
-        tokenizer=None if exported is tokenizer else exported,
-        chat_template=exported_source(template, exported),
-        stop_token_ids=stop_token_ids,
-        vocab_size=cfg.vocab_size,
-    )
-
-
-def exported_tokenizer(
-    template: ChatTemplate, tokenizer: "PreTrainedTokenizerBase", *, model_type: str
-) -> "PreTrainedTokenizerBase":
-    """The tokenizer that reads a template's text as training does, where it can be made to.
-
-    Dialogues that are rendered here have the same tokens with either. The template's control tokens
-    become special ones. Where tokens would reach over the border of two turns, texts are split
-    before the marks of the turns, unless the tokenizer's class forgets that beside the model.
-
-    Args:
-        template: of the dialogues.
-        tokenizer: the model's; it is left as it is, and returned where nothing has to change.
-        model_type: of the exported model.
-    """
-    special = unread_tokens(template, tokenizer)
-    exported = tokenizers.with_special_tokens(tokenizer, special)
-    if not (template.turn_marks and exported.is_fast) or gives_the_tokens(template, exported):
-        return exported
-    split = tokenizers.with_splits_before(exported, template.turn_marks)
-    fits = gives_the_tokens(template, split) and tokenizers.loads_beside(split, model_type)
-    return split if fits else exported
-
-
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+
 # Folded into the run's key for the fresh values of adapters and of a score head.
 _ADAPTERS_ROLE = 1
+
 _SCORE_HEAD_ROLE = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Which model is trained, told in one of three ways, and which part of it.
+    """A model to train, given in one of three ways, and which part of it is trained.
 
     Attributes:
         directory: a Hugging Face folder or hub id, or an Orbax directory of ours.
         preset: a published architecture with fresh weights.
         backbone: an architecture of its own with fresh weights.
-        tokenizer: folder or hub id of the tokenizer, of which nothing else is taken; None for the
+        tokenizer: folder or hub id of the tokenizer, from which nothing else is taken; None for the
             model directory's own.
         ignore_config_fields: fields of the directory's `config.json` that are unknown here and
             change nothing of what the model computes; they are left out of what is written.
@@ -123,12 +80,12 @@ class ModelConfig:
     frozen_as_computed: bool = True
 
     def __post_init__(self) -> None:
-        """Raise ValueError unless the model is told in exactly one way."""
+        """Raises ValueError unless exactly one way to find the model is given."""
         ways = {name: getattr(self, name) for name in ("directory", "preset", "backbone")}
-        told = [name for name, value in ways.items() if value is not None]
-        if len(told) != 1:
+        given = [name for name, value in ways.items() if value is not None]
+        if len(given) != 1:
             raise ValueError(
-                f"the model is told by {' and '.join(told) or 'nothing'}; give exactly one of "
+                f"the model is given by {' and '.join(given) or 'nothing'}; give exactly one of "
                 f"{', '.join(ways)}"
             )
         if self.directory is None and self.tokenizer is None:
@@ -136,7 +93,7 @@ class ModelConfig:
 
     @property
     def tokenizer_source(self) -> str:
-        """Where the tokenizer is."""
+        """Folder or hub id of the tokenizer."""
         source = self.tokenizer or self.directory
         assert source is not None
         return source
@@ -144,7 +101,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ComputeSection:
-    """How a step is computed.
+    """The computation of a step: dtypes, rematerialisation, kernels, chunks.
 
     Attributes:
         compute_dtype: dtype of matrix products; weights and optimizer are float32.
@@ -161,13 +118,13 @@ class ComputeSection:
     loss_chunk: int = operational(128)
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a chunk below 1."""
+        """Raises ValueError for a chunk below 1."""
         if self.loss_chunk < 1:
             raise ValueError(f"loss_chunk={self.loss_chunk!r} must be at least 1")
         self.compute_config()
 
     def compute_config(self) -> ComputeConfig:
-        """The backbone's part of it."""
+        """Returns the backbone's part of it."""
         return ComputeConfig(
             compute_dtype=self.compute_dtype,
             remat=self.remat,
@@ -200,7 +157,7 @@ class InitialModel:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What the weights at the start depend on, beside the seed."""
+        """Everything that the first weights depend on, beside the seed."""
         weights = None if self.info is None else models.fingerprint(self.info.folder)
         return {"backbone": self.cfg.to_dict(), "weights": weights}
 
@@ -209,8 +166,14 @@ class InitialModel:
         """The module its variables belong to."""
         return Transformer(self.cfg, self.compute, self.section.lora)
 
+    @property
+    def flops(self) -> ModelFlops:
+        """The model's part of the count of a step's floating-point operations."""
+        adapters_only = self.head_only or self.section.lora is not None
+        return ModelFlops.of(self.cfg, adapters_only=adapters_only)
+
     def make_state(self, key: jax.Array, optimizer: Optimizer, mesh: Mesh) -> TrainState:
-        """The state before the first step, in its shards.
+        """Returns the state before the first step, in its shards.
 
         Raises:
             ValueError: the weights on disk are not those of the config, or a dimension does not
@@ -229,13 +192,13 @@ class InitialModel:
         return make_sharded(build, mesh, key, params, donated=(1,))
 
     def abstract_state(self, optimizer: Optimizer, mesh: Mesh) -> TrainState:
-        """That state's shapes and shardings."""
+        """Returns that state's shapes and shardings."""
         return abstract(
             lambda key: self._state(key, self._fresh(key), optimizer), mesh, jax.random.key(0)
         )
 
     def is_trained(self, path: str) -> bool:
-        """Whether the variable at a path such as `params/embedding/table` is trained."""
+        """Tells whether the variable at a path such as `params/embedding/table` is trained."""
         if self.head == "score" and path.startswith("params/score_head/"):
             return True
         if self.head_only:
@@ -245,14 +208,14 @@ class InitialModel:
         return not (self.section.freeze_embeddings and path == "params/embedding/table")
 
     def load_tokenizer(self, stage: str, template: ChatTemplate) -> "PreTrainedTokenizerBase":
-        """The tokenizer of the model's section.
+        """Loads the tokenizer of the model's section and checks that it suits model and template.
 
         All that `save` writes beside the weights is written once, elsewhere, so that nothing of it
         fails after training.
 
         Args:
             stage: that asks, for messages.
-            template: what dialogues are said in.
+            template: of the dialogues.
 
         Raises:
             ValueError: there is none, the template or the model does not suit it, or a dialogue may
@@ -269,7 +232,7 @@ class InitialModel:
     def stop_token_ids(
         self, template: ChatTemplate, tokenizer: "PreTrainedTokenizerBase"
     ) -> tuple[int, ...]:
-        """What ends an answer of this model; see `generation_config.stop_token_ids`.
+        """Returns the ids that end an answer; see `generation_config.stop_token_ids`.
 
         Raises:
             ValueError: an id that the model does not have.
@@ -282,7 +245,7 @@ class InitialModel:
         )
 
     def merged(self, variables: Variables) -> dict[str, Any]:
-        """The parameters with the adapters' updates added to them."""
+        """Returns the parameters with the adapters' updates added to them."""
         params: dict[str, Any] = variables["params"]
         if self.section.lora is None:
             return params
@@ -306,7 +269,7 @@ class InitialModel:
         Args:
             variables: the trained ones.
             target: the folder to make, or to replace.
-            template: what dialogues were said in.
+            template: of the dialogues.
             tokenizer: from `load_tokenizer`.
         """
         models.save_orbax(
@@ -340,7 +303,7 @@ class InitialModel:
         return params
 
     def _score_head(self, key: jax.Array) -> Variables:
-        """A fresh head; the trunk's output has mean square 1 and `hidden_size` parts, or nearly."""
+        """Makes a fresh head; trunk outputs have mean square 1, about, and `hidden_size` parts."""
         width = self.cfg.hidden_size
         scale = self.head_init / math.sqrt(width)
         role = jax.random.fold_in(key, _SCORE_HEAD_ROLE)
@@ -403,3 +366,50 @@ def open_model(
     return InitialModel(
         cfg, section, compute, info, head=head, head_init=head_init, head_only=head_only
     )
+
+
+def talk_of(
+    template: ChatTemplate,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    stop_token_ids: tuple[int, ...],
+    cfg: BackboneConfig,
+) -> Talk:
+    """Returns what is written beside a model that is used in a chat template.
+
+    Args:
+        template: of its dialogues.
+        tokenizer: the model's.
+        stop_token_ids: all that end an answer, see `generation_config.stop_token_ids`.
+        cfg: the model.
+    """
+    exported = exported_tokenizer(template, tokenizer, model_type=exported_layout(cfg))
+    return Talk(
+        tokenizer=None if exported is tokenizer else exported,
+        chat_template=exported_source(template, exported),
+        stop_token_ids=stop_token_ids,
+        vocab_size=cfg.vocab_size,
+    )
+
+
+def exported_tokenizer(
+    template: ChatTemplate, tokenizer: "PreTrainedTokenizerBase", *, model_type: str
+) -> "PreTrainedTokenizerBase":
+    """Returns a tokenizer that reads a template's text as training does, where possible.
+
+    Dialogues that are rendered here have the same tokens with either. The template's control tokens
+    become special ones. Where tokens would reach over the border of two turns, texts are split
+    before the marks of the turns, unless the tokenizer's class forgets that beside the model.
+
+    Args:
+        template: of the dialogues.
+        tokenizer: the model's; it is left as it is, and returned where nothing has to change.
+        model_type: of the exported model.
+    """
+    special = unread_tokens(template, tokenizer)
+    exported = tokenizers.with_special_tokens(tokenizer, special)
+    if not (template.turn_marks and exported.is_fast) or gives_the_tokens(template, exported):
+        return exported
+    split = tokenizers.with_splits_before(exported, template.turn_marks)
+    fits = gives_the_tokens(template, split) and tokenizers.loads_beside(split, model_type)
+    return split if fits else exported

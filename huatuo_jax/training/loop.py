@@ -1,13 +1,11 @@
-"""The loop of a stage: next batch, update, metrics, evaluation, checkpoint, until it is done.
+"""The loop of all training stages: advance, report, evaluate, save, until it is done.
 
-A run that is stopped or killed goes on where its newest checkpoint stands and gives, bit for bit,
-what an unbroken one would have given (on the same mesh).
-
-Stopping a run from outside: SIGTERM and Ctrl-C ask it to finish its step and save.
-
-Held-out data through a model: sums over all of it, then numbers.
+A run that was stopped or killed resumes from its newest checkpoint and gives, bit for bit, what an
+unbroken one would have given (on the same mesh). SIGTERM and Ctrl-C end a run after its current
+step, with a checkpoint.
 """
 
+import abc
 import contextlib
 import dataclasses
 import signal
@@ -16,13 +14,13 @@ import time
 import types
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol, Self
+from typing import Any, ClassVar, Generic, NoReturn, Protocol, Self, TypeVar
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from huatuo_jax.checkpoint.store import CheckpointStore
+from huatuo_jax.checkpoint.store import CheckpointStore, Restored
 from huatuo_jax.core import distributed, sharding
 from huatuo_jax.data.batches import HostShare
 from huatuo_jax.training.metrics import (
@@ -33,17 +31,70 @@ from huatuo_jax.training.metrics import (
     Silent,
     StepClock,
     make_progress,
-    peak_flops,
+    mesh_peak_flops,
 )
 from huatuo_jax.training.run_directory import StageDirectory
 from huatuo_jax.training.update import Batch, TrainState, Update, Variables
 
 INTERRUPTED_EXIT_CODE = 75
-"""Exit code of a run that was asked to stop and can go on (EX_TEMPFAIL of sysexits.h)."""
+"""Exit code of a run that was stopped and can resume (EX_TEMPFAIL of sysexits.h)."""
+
+BEST_METRIC = f"{EVALUATION_PREFIX}loss"
+LocalBatch = Mapping[str, np.ndarray]
+Sums = Mapping[str, np.ndarray]
+_STEPS_IN_FLIGHT = 2  # Enough to keep the devices busy.
+_ROWS_NAMED = 8
 
 
 class Interrupted(Exception):
-    """A run was asked to stop and has saved; running the same command goes on."""
+    """A run was asked to stop and has saved; running the same command resumes it."""
+
+
+class Diverged(Exception):
+    """Too many losses or gradients in a row were not finite."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BaseLoopConfig:
+    """The loop of every stage, apart from training; no field decides the parameters.
+
+    Attributes:
+        checkpoint_every: steps between two checkpoints (iterations in PPO); there is always one at
+            the end.
+        keep_checkpoints: how many of the newest are kept, beside the best.
+        log_every: steps (iterations) between two lines where there is no terminal.
+        max_not_finite_in_a_row: so many skipped optimizer steps in a row stop the run.
+        tensorboard: whether to write TensorBoard events.
+    """
+
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+    log_every: int = 10
+    max_not_finite_in_a_row: int = 5
+    tensorboard: bool = True
+
+    _MAY_BE_ZERO: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a number that is too small."""
+        for field in dataclasses.fields(self):
+            value, least = getattr(self, field.name), int(field.name not in self._MAY_BE_ZERO)
+            if field.type is int and value < least:
+                name = f"{type(self).__name__}.{field.name}"
+                raise ValueError(f"{name}={value!r} must be at least {least}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoopConfig(BaseLoopConfig):
+    """The loop of a stage that trains on batches; no field decides the parameters.
+
+    Attributes:
+        evaluate_every: steps between two evaluations; there is always one at the end.
+        checkpoint_every: steps between two checkpoints; there is always one at the end.
+        log_every: steps between two lines where there is no terminal.
+    """
+
+    evaluate_every: int = 500
 
 
 class StopSignals:
@@ -55,9 +106,9 @@ class StopSignals:
         self._before: dict[signal.Signals, signal._HANDLER] = {}
 
     def requested(self) -> bool:
-        """Whether to stop, since any process of the run was asked to.
+        """Tells whether any process of the run was asked to stop.
 
-        All of them must call this together, and have the same answer.
+        All of them must call this together; all get the same answer.
         """
         if jax.process_count() == 1:
             return self._requested
@@ -82,56 +133,17 @@ class StopSignals:
         self._requested = True
 
 
-LocalBatch = Mapping[str, np.ndarray]
-BEST_METRIC = f"{EVALUATION_PREFIX}loss"
-
-_STEPS_IN_FLIGHT = 2  # Enough to keep the devices busy.
-_ROWS_NAMED = 8
-
-
-class Diverged(Exception):
-    """Too many losses or gradients in a row were not finite."""
-
-
 class BatchIterator(Protocol):
-    """This process's rows of the global batches, in an order that a position tells."""
+    """This process's rows of the global batches, in an order given by a position."""
 
     def __next__(self) -> LocalBatch:
-        """The next batch."""
+        """Returns the next batch."""
 
     def get_state(self) -> dict[str, Any]:
-        """The position of the next batch, in JSON values."""
+        """Returns the position of the next batch, as JSON values."""
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes to a position that `get_state` gave."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LoopConfig:
-    """What the loop does beside updating; none of it decides the parameters.
-
-    Attributes:
-        evaluate_every: steps between two evaluations; there is always one at the end.
-        checkpoint_every: steps between two checkpoints; there is always one at the end.
-        keep_checkpoints: how many of the newest are kept, beside the best.
-        log_every: steps between two lines where there is no terminal.
-        max_not_finite_in_a_row: so many skipped steps stop the run.
-        tensorboard: whether to write TensorBoard events.
-    """
-
-    evaluate_every: int = 500
-    checkpoint_every: int = 500
-    keep_checkpoints: int = 2
-    log_every: int = 10
-    max_not_finite_in_a_row: int = 5
-    tensorboard: bool = True
-
-    def __post_init__(self) -> None:
-        """Raise ValueError for a number below 1."""
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type is int and value < 1:
-                raise ValueError(f"LoopConfig.{field.name}={value!r} must be at least 1")
+        """Moves to a position from `get_state`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,42 +163,71 @@ class StepReport:
     flops: float
 
 
+State = TypeVar("State")
+Cfg = TypeVar("Cfg", bound=BaseLoopConfig)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Job:
+class BaseJob(abc.ABC, Generic[State, Cfg]):
     """A stage as the loop sees it.
 
     Attributes:
         directory: where its files are.
         decisive: the settings that decide results; stored in each checkpoint.
-        num_steps: batches in all.
-        mesh: where state and batches lie.
+        num_steps: steps in all (iterations in PPO).
+        mesh: where the state lies.
         make_state: makes the state before the first step; not called on resume.
         abstract_state: that state's shapes and shardings.
-        update: compiled.
-        batches: global batches of the same rows on every mesh and host.
-        report: names the numbers of an update's metrics.
-        evaluate: `eval/` numbers of a state, among them `eval/loss`; None without held-out data.
-        row_names: what stands in the batch at a position, to name the data of a bad step.
     """
 
     directory: StageDirectory
     decisive: Mapping[str, Any]
     num_steps: int
     mesh: Mesh
-    make_state: Callable[[], TrainState]
-    abstract_state: TrainState
+    make_state: Callable[[], State]
+    abstract_state: State
+
+    best_metric: ClassVar[str | None] = None
+    """The metric whose best checkpoint is kept; None keeps the newest alone."""
+
+    @abc.abstractmethod
+    def session(self, cfg: Cfg, store: CheckpointStore, stop: StopSignals) -> "Session[State, Cfg]":
+        """Opens the run of this job, resumed from its newest checkpoint if it has one."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job(BaseJob[TrainState, LoopConfig]):
+    """A stage whose steps each consume a batch, beside the attributes of `BaseJob`.
+
+    Attributes:
+        update: compiled.
+        batches: global batches of the same rows on every mesh and host.
+        report: names the numbers of an update's metrics.
+        evaluate: `eval/` numbers of a state, among them `eval/loss`; None without held-out data.
+        row_names: ids of the data in the batch at a position, to name the data of a bad step.
+    """
+
     update: Update
     batches: BatchIterator
     report: Callable[[Mapping[str, np.ndarray]], StepReport]
     evaluate: Callable[[TrainState], dict[str, float]] | None
     row_names: Callable[[dict[str, Any]], Sequence[str]]
 
+    best_metric: ClassVar[str | None] = BEST_METRIC
 
-def train(job: Job, cfg: LoopConfig) -> tuple[TrainState, dict[str, float]]:
+    def session(
+        self, cfg: LoopConfig, store: CheckpointStore, stop: StopSignals
+    ) -> "Session[TrainState, LoopConfig]":
+        """Opens the run of this job, resumed from its newest checkpoint if it has one."""
+        return _Updates(self, cfg, store, stop)
+
+
+def train(job: BaseJob[State, Cfg], cfg: Cfg) -> tuple[State, dict[str, float]]:
     """Runs a stage to its end, from its newest checkpoint if it has one.
 
     Returns:
-        The last state, whose checkpoint is on disk, and its evaluation.
+        The last state, whose checkpoint is on disk, and its evaluation; in PPO, which has none, the
+        numbers of the last iteration.
 
     Raises:
         Interrupted: SIGTERM or Ctrl-C came; the state is saved.
@@ -200,16 +241,15 @@ def train(job: Job, cfg: LoopConfig) -> tuple[TrainState, dict[str, float]]:
             CheckpointStore(
                 job.directory.checkpoints,
                 keep_newest=cfg.keep_checkpoints,
-                best_metric=BEST_METRIC,
+                best_metric=job.best_metric,
             )
         )
-        session = _Session(job, cfg, store, stop)
-        stack.enter_context(session)
+        session = stack.enter_context(job.session(cfg, store, stop))
         return session.run()
 
 
 def step_numbers(metrics: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """What every stage reports of an update, whatever its loss."""
+    """Returns the numbers that every stage reports of an update, whatever its loss."""
     return {
         "train/grad_norm": float(metrics["grad_norm"]),
         "train/learning_rate": float(metrics["learning_rate"]),
@@ -221,198 +261,18 @@ def step_numbers(metrics: Mapping[str, np.ndarray]) -> dict[str, float]:
 
 
 def host_share(mesh: Mesh) -> HostShare:
-    """Which rows of each global batch this process reads: those that its devices hold."""
+    """Returns the part of each global batch that this process reads: its devices' rows."""
     share, num_shares = sharding.batch_share(mesh)
     return HostShare(host=share, num_hosts=num_shares)
 
 
 def put_on_mesh(batch: LocalBatch, mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's rows as part of global arrays, rows divided over the mesh."""
+    """Makes global arrays, rows divided over the mesh, of which each process gives its rows."""
     place = sharding.batch_sharding(mesh)
     return {
         name: jax.make_array_from_process_local_data(place, np.asarray(rows))
         for name, rows in batch.items()
     }
-
-
-class _Session(contextlib.AbstractContextManager["_Session", None]):
-    """One process's run of the loop."""
-
-    def __init__(
-        self, job: Job, cfg: LoopConfig, store: CheckpointStore, stop: StopSignals
-    ) -> None:
-        """Restores the newest checkpoint, or makes the first state."""
-        self._job, self._cfg, self._store, self._stop = job, cfg, store, stop
-        self._pending: deque[tuple[int, dict[str, jax.Array], dict[str, Any]]] = deque()
-        self._evaluation: dict[str, float] = {}
-        newest = store.latest_step()
-        distributed.check_same("the newest checkpoint", newest)
-        self._evaluated = False
-        if newest is None:
-            self._step, self._state = 0, job.make_state()
-        else:
-            restored = store.restore(newest, abstract_state=job.abstract_state, config=job.decisive)
-            self._step, self._state = restored.step, restored.state
-            self._evaluated = restored.extra["evaluated"]
-            self._evaluation = restored.metrics
-            job.batches.set_state(restored.extra["data"])
-        self._log: MetricsLog | None = None
-        self._progress: ProgressReport = Silent()
-        if jax.process_index() == 0:
-            self._open_reports(newest)
-        self._clock = StepClock()
-
-    def _open_reports(self, restored: int | None) -> None:
-        job, cfg = self._job, self._cfg
-        self._log = MetricsLog(
-            job.directory.metrics,
-            stage=job.directory.name,
-            after_step=restored,
-            evaluated=self._evaluated,
-            tensorboard=job.directory.tensorboard if cfg.tensorboard else None,
-        )
-        self._progress = make_progress(
-            job.directory.name, job.num_steps, start=self._step, every=cfg.log_every
-        )
-        if restored is not None:
-            self._progress.say(f"goes on from the checkpoint of step {restored}")
-
-    def __exit__(self, *_: object) -> None:
-        """Closes the reports."""
-        self._progress.close()
-        if self._log is not None:
-            self._log.close()
-
-    def run(self) -> tuple[TrainState, dict[str, float]]:
-        """The loop itself."""
-        job = self._job
-        self._evaluate_if_due()
-        while self._step < job.num_steps:
-            self._advance()
-            stopping = self._stop.requested()
-            # An evaluation may take long; the next start makes up for it.
-            if not stopping:
-                self._evaluate_if_due()
-            if stopping or self._is_due(self._cfg.checkpoint_every):
-                self._save()
-            if stopping:
-                self._store.wait()
-                raise Interrupted(
-                    f"stopped after step {self._step} of {job.num_steps} and saved; run the same "
-                    "command again to go on"
-                )
-        self._store.wait()
-        return self._state, self._evaluation
-
-    def _advance(self) -> None:
-        """One step: asked of the devices, not waited for."""
-        position = self._job.batches.get_state()
-        began = time.perf_counter()
-        batch = put_on_mesh(next(self._job.batches), self._job.mesh)
-        self._clock.add_wait(time.perf_counter() - began)
-        self._state, metrics = self._job.update(self._state, batch)
-        self._step += 1
-        self._evaluated = False
-        self._pending.append((self._step, metrics, position))
-        while len(self._pending) > self._steps_in_flight:
-            self._settle_oldest()
-
-    @property
-    def _steps_in_flight(self) -> int:
-        """How many steps may run ahead of their metrics.
-
-        None on virtual devices: their collectives share a few cores, and jax aborts the process
-        when steps that wait for each other pile up.
-        """
-        mesh = self._job.mesh
-        is_virtual = mesh.size > 1 and mesh.devices.flat[0].platform == "cpu"
-        return 0 if is_virtual else _STEPS_IN_FLIGHT
-
-    def _is_due(self, every: int) -> bool:
-        return self._step % every == 0 or self._step == self._job.num_steps
-
-    def _settle_oldest(self) -> None:
-        """Waits for a step's metrics and writes their row."""
-        step, on_devices, position = self._pending.popleft()
-        metrics = {name: np.asarray(value) for name, value in on_devices.items()}
-        report = self._job.report(metrics)
-        took_s, waited_s = self._clock.step()
-        speed = {
-            "step_s": took_s,
-            "data_wait_s": waited_s,
-            "compute_s": took_s - waited_s,
-            "tokens_per_s": report.tokens / took_s,
-            "trained_tokens_per_s": report.trained_tokens / took_s,
-        }
-        devices = self._job.mesh.devices.flatten()
-        peak = peak_flops(devices[0])
-        if peak is not None:
-            speed["model_flops_utilisation"] = report.flops / (took_s * peak * len(devices))
-        if self._log is not None:
-            named = {TIME_PREFIX + name: value for name, value in speed.items()}
-            self._log.write(step, report.fields | named)
-        loss = report.fields.get("train/loss")
-        self._progress.step(step, loss=loss, tokens_per_s=report.tokens / took_s)
-        self._check_finite(step, int(metrics["not_finite_in_a_row"]), position)
-
-    def _check_finite(self, step: int, in_a_row: int, position: dict[str, Any]) -> None:
-        if not in_a_row:
-            return
-        names = list(self._job.row_names(position))
-        shown = ", ".join(names[:_ROWS_NAMED]) + (", ..." if len(names) > _ROWS_NAMED else "")
-        what = f"step {step}: loss or gradient is not finite on the batch of {shown}"
-        if in_a_row >= self._cfg.max_not_finite_in_a_row:
-            raise Diverged(
-                f"{what}; {in_a_row} steps in a row were skipped for this "
-                f"(loop.max_not_finite_in_a_row), the run stops"
-            )
-        self._progress.say(f"{what}; skipped")
-
-    def _settle_all(self) -> None:
-        while self._pending:
-            self._settle_oldest()
-
-    def _evaluate_if_due(self) -> None:
-        job = self._job
-        due = self._step > 0 and self._is_due(self._cfg.evaluate_every)
-        if job.evaluate is None or self._evaluated or not due:
-            return
-        self._settle_all()
-        self._evaluation = job.evaluate(self._state)
-        self._evaluated = True
-        if self._log is not None:
-            self._log.write(self._step, self._evaluation)
-        shown = f"{self._evaluation[BEST_METRIC]:.4f}"
-        self._progress.say(f"step {self._step}: held-out loss {shown}")
-        self._clock.restart()
-
-    def _save(self) -> None:
-        """Starts a checkpoint; the rows up to it are on disk before it can be."""
-        self._settle_all()
-        if self._log is not None:
-            self._log.flush()
-        self._store.save(
-            self._step,
-            self._state,
-            config=self._job.decisive,
-            metrics=self._evaluation if self._evaluated else {},
-            extra={"data": self._job.batches.get_state(), "evaluated": self._evaluated},
-        )
-        self._clock.restart()
-
-
-Sums = Mapping[str, np.ndarray]
-
-
-def make_evaluate(
-    sums: Callable[[Variables, Batch], dict[str, jax.Array]],
-    batches: Callable[[], Iterable[LocalBatch]],
-    report: Callable[[Sums], dict[str, float]],
-    mesh: Mesh,
-) -> Callable[[TrainState], dict[str, float]]:
-    """The function that evaluates a state; see `make_measure`."""
-    measure = make_measure(sums, batches, report, mesh)
-    return lambda state: measure(state.variables)
 
 
 def make_measure(
@@ -421,7 +281,7 @@ def make_measure(
     report: Callable[[Sums], dict[str, float]],
     mesh: Mesh,
 ) -> Callable[[Variables], dict[str, float]]:
-    """The function that evaluates a model's variables.
+    """Makes the function that evaluates a model's variables.
 
     Args:
         sums: pure; sums over a batch.
@@ -444,10 +304,268 @@ def make_measure(
 
 
 def check_rows(rows: int, *, name: str, mesh: Mesh) -> None:
-    """Raise ValueError unless the mesh can divide so many rows evenly."""
+    """Raises ValueError unless the mesh divides so many rows evenly."""
     shards = sharding.batch_shards(mesh)
     if rows < 1 or rows % shards:
         axes = " x ".join(sharding.BATCH_AXES)
         raise ValueError(
             f"{name}={rows} rows must be a multiple of the {shards} shards of the mesh ({axes})"
         )
+
+
+def check_in_a_row(number: int, cfg: BaseLoopConfig, *, what: str) -> None:
+    """Raises Diverged where so many skipped steps in a row stop a run.
+
+    Args:
+        number: optimizer steps in a row that were not finite.
+        cfg: of the loop.
+        what: the last one, in words.
+    """
+    if number >= cfg.max_not_finite_in_a_row:
+        raise Diverged(
+            f"{what}; {number} steps in a row were skipped for this "
+            "(loop.max_not_finite_in_a_row), the run stops"
+        )
+
+
+class Session(contextlib.AbstractContextManager["Session[State, Cfg]", None], Generic[State, Cfg]):
+    """One process's run of the loop: what all stages do alike.
+
+    A stage's own part is `advance`, and where it has something to do there the hooks around a
+    checkpoint.
+
+    Attributes:
+        step: steps done.
+        state: after them.
+        numbers: what `train` returns.
+        evaluated: whether they are the state's evaluation, which is saved with it.
+        log: of metrics; None in all processes but the first.
+        progress: of the run; silent in all processes but the first.
+    """
+
+    unit: ClassVar[str] = "step"
+    """The word for one of `num_steps` in messages."""
+
+    def __init__(
+        self, job: BaseJob[State, Cfg], cfg: Cfg, store: CheckpointStore, stop: StopSignals
+    ) -> None:
+        """Restores the newest checkpoint, or makes the first state, and opens the reports."""
+        self.cfg, self.store, self._base, self._stop = cfg, store, job, stop
+        self.numbers: dict[str, float] = {}
+        self.evaluated = False
+        newest = store.latest_step()
+        distributed.check_same("the newest checkpoint", newest)
+        if newest is None:
+            self.step, self.state = 0, job.make_state()
+        else:
+            found = store.restore(newest, abstract_state=job.abstract_state, config=job.decisive)
+            self.step, self.state = found.step, found.state
+            self.restore(found)
+        self.log: MetricsLog | None = None
+        self.progress: ProgressReport = Silent()
+        if distributed.is_first():
+            self.open_reports(newest)
+
+    @abc.abstractmethod
+    def restore(self, found: Restored) -> None:
+        """Takes over what `extra` saved beside the state."""
+
+    @abc.abstractmethod
+    def advance(self) -> None:
+        """Makes the next step."""
+
+    @abc.abstractmethod
+    def extra(self) -> dict[str, Any]:
+        """Returns what a checkpoint holds beside the state, as JSON values."""
+
+    def before_save(self) -> None:
+        """Does what has to be done after a step and before its checkpoint; not where it stops."""
+
+    def must_save(self) -> bool:
+        """Tells whether this step is saved even where no checkpoint is due."""
+        return False
+
+    def flush(self) -> None:
+        """Puts all reports on disk, before a checkpoint refers to them."""
+        if self.log is not None:
+            self.log.flush()
+
+    def after_save(self) -> bool:
+        """Does what needs the step's checkpoint on disk; returns whether the run ends here."""
+        return False
+
+    def open_reports(self, restored: int | None) -> None:
+        """Opens metrics and progress, cut back to the restored checkpoint."""
+        job, cfg = self._base, self.cfg
+        self.log = MetricsLog(
+            job.directory.metrics,
+            stage=job.directory.name,
+            after_step=restored,
+            evaluated=self.evaluated,
+            tensorboard=job.directory.tensorboard if cfg.tensorboard else None,
+        )
+        self.progress = make_progress(
+            job.directory.name, job.num_steps, start=self.step, every=cfg.log_every
+        )
+        if restored is not None:
+            self.progress.say(f"resumes from the checkpoint of {self.unit} {restored}")
+
+    def __exit__(self, *_: object) -> None:
+        """Closes the reports."""
+        self.progress.close()
+        if self.log is not None:
+            self.log.close()
+
+    def run(self) -> tuple[State, dict[str, float]]:
+        """Advances to the last step, with checkpoints on the way."""
+        self.before_save()
+        ended = self.after_save()
+        while self.step < self._base.num_steps and not ended:
+            self.advance()
+            stopping = self._stop.requested()
+            # An evaluation may take long; the next start makes up for it.
+            if not stopping:
+                self.before_save()
+            if stopping or self.must_save() or self.is_due(self.cfg.checkpoint_every):
+                self.save()
+            if stopping:
+                self.interrupt()
+            ended = self.after_save()
+        self.store.wait()
+        return self.state, self.numbers
+
+    def is_due(self, every: int) -> bool:
+        """Tells whether something that is done every so many steps, and at the end, is due."""
+        return self.step % every == 0 or self.step == self._base.num_steps
+
+    def stop_if_requested(self) -> None:
+        """Raises Interrupted where any process of the run was asked to stop."""
+        if self._stop.requested():
+            self.interrupt()
+
+    def interrupt(self) -> NoReturn:
+        """Raises Interrupted, once the checkpoint is on disk."""
+        self.store.wait()
+        raise Interrupted(
+            f"stopped after {self.unit} {self.step} of {self._base.num_steps} and saved; run the "
+            "same command again to resume"
+        )
+
+    def save(self) -> None:
+        """Starts a checkpoint; the rows up to it are on disk before it can be."""
+        self.flush()
+        self.store.save(
+            self.step,
+            self.state,
+            config=self._base.decisive,
+            metrics=self.numbers if self.evaluated else {},
+            extra=self.extra(),
+        )
+
+
+class _Updates(Session[TrainState, LoopConfig]):
+    """The loop of `Job`: batches, updates whose metrics are awaited later, evaluations."""
+
+    def __init__(
+        self, job: Job, cfg: LoopConfig, store: CheckpointStore, stop: StopSignals
+    ) -> None:
+        """Restores the newest checkpoint, or makes the first state."""
+        self._job = job
+        self._pending: deque[tuple[int, dict[str, jax.Array], dict[str, Any]]] = deque()
+        super().__init__(job, cfg, store, stop)
+        self._clock = StepClock()
+
+    def restore(self, found: Restored) -> None:
+        """Takes the position of the data and the evaluation from a checkpoint."""
+        self.evaluated = found.extra["evaluated"]
+        self.numbers = found.metrics
+        self._job.batches.set_state(found.extra["data"])
+
+    def extra(self) -> dict[str, Any]:
+        """Returns the position of the data, and whether the state was evaluated."""
+        return {"data": self._job.batches.get_state(), "evaluated": self.evaluated}
+
+    def advance(self) -> None:
+        """Starts one step on the devices, without waiting for it."""
+        position = self._job.batches.get_state()
+        began = time.perf_counter()
+        batch = put_on_mesh(next(self._job.batches), self._job.mesh)
+        self._clock.add_wait(time.perf_counter() - began)
+        self.state, metrics = self._job.update(self.state, batch)
+        self.step += 1
+        self.evaluated = False
+        self._pending.append((self.step, metrics, position))
+        while len(self._pending) > self._steps_in_flight:
+            self._settle_oldest()
+
+    @property
+    def _steps_in_flight(self) -> int:
+        """Number of steps that may run ahead of their metrics.
+
+        None on virtual devices: their collectives share a few cores, and jax aborts the process
+        when steps that wait for each other pile up.
+        """
+        mesh = self._job.mesh
+        is_virtual = mesh.size > 1 and mesh.devices.flat[0].platform == "cpu"
+        return 0 if is_virtual else _STEPS_IN_FLIGHT
+
+    def _settle_oldest(self) -> None:
+        """Waits for a step's metrics and writes their row."""
+        step, on_devices, position = self._pending.popleft()
+        metrics = {name: np.asarray(value) for name, value in on_devices.items()}
+        report = self._job.report(metrics)
+        took_s, waited_s = self._clock.step()
+        speed = {
+            "step_s": took_s,
+            "data_wait_s": waited_s,
+            "compute_s": took_s - waited_s,
+            "tokens_per_s": report.tokens / took_s,
+            "trained_tokens_per_s": report.trained_tokens / took_s,
+        }
+        peak = mesh_peak_flops(self._job.mesh)
+        if peak is not None:
+            speed["model_flops_utilisation"] = report.flops / (took_s * peak)
+        if self.log is not None:
+            named = {TIME_PREFIX + name: value for name, value in speed.items()}
+            self.log.write(step, report.fields | named)
+        loss = report.fields.get("train/loss")
+        self.progress.step(step, loss=loss, tokens_per_s=report.tokens / took_s)
+        self._check_finite(step, int(metrics["not_finite_in_a_row"]), position)
+
+    def _check_finite(self, step: int, in_a_row: int, position: dict[str, Any]) -> None:
+        if not in_a_row:
+            return
+        names = list(self._job.row_names(position))
+        shown = ", ".join(names[:_ROWS_NAMED]) + (", ..." if len(names) > _ROWS_NAMED else "")
+        what = f"step {step}: loss or gradient is not finite on the batch of {shown}"
+        check_in_a_row(in_a_row, self.cfg, what=what)
+        self.progress.say(f"{what}; skipped")
+
+    def before_save(self) -> None:
+        """Evaluates the state, if that is due."""
+        job = self._job
+        due = self.step > 0 and self.is_due(self.cfg.evaluate_every)
+        if job.evaluate is None or self.evaluated or not due:
+            return
+        self._settle_all()
+        self.numbers = job.evaluate(self.state)
+        self.evaluated = True
+        if self.log is not None:
+            self.log.write(self.step, self.numbers)
+        shown = f"{self.numbers[BEST_METRIC]:.4f}"
+        self.progress.say(f"step {self.step}: held-out loss {shown}")
+        self._clock.restart()
+
+    def flush(self) -> None:
+        """Writes the rows of all steps so far and puts them on disk."""
+        self._settle_all()
+        super().flush()
+
+    def save(self) -> None:
+        """Starts a checkpoint, and leaves its time out of the next step's."""
+        super().save()
+        self._clock.restart()
+
+    def _settle_all(self) -> None:
+        while self._pending:
+            self._settle_oldest()

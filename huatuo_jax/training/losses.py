@@ -1,17 +1,15 @@
-"""Log-probabilities of given tokens, and the sums a token loss is made of.
+"""Log-probabilities of given tokens, masks of answers, and the sums that losses are made of.
 
 Logits over the vocabulary are the largest array of a step, so they are never held whole: they are
 made for some positions of every row at a time and made again in the backward pass. Positions whose
-score nobody wants (prompts, padding) are moved behind the wanted ones, and chunks that hold none of
-those are not computed at all.
-
-Which slots hold the tokens of an answer, and sums over just those.
+score is not wanted (prompts, padding) are moved behind the wanted ones, and chunks that hold none
+of those are not computed at all.
 
 An array `[B, T]` holds answers, end tokens included, each in one run of slots without a gap; where
 a run starts is free. Where a row holds several (in losses alone; rewards and estimators take one a
-row), their prompts stand between them. A mask says which slots those are. What lies in the others
-is never read: NaN there changes neither a result nor a gradient. Log-probabilities, values and
-rewards of a token lie in the slot of that token, the value being that of the state before it.
+row), their prompts stand between them. A mask marks those slots. What lies in the others is never
+read: NaN there changes neither a result nor a gradient. Log-probabilities, values and rewards of a
+token lie in the slot of that token, the value being that of the state before it.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,7 +25,7 @@ Project = Callable[[jax.Array], jax.Array]
 
 
 class TokenScores(NamedTuple):
-    """What the model says of given tokens; zero and False where no score was wanted.
+    """The model's scores of given tokens; zero and False where no score was wanted.
 
     Attributes:
         log_probs_BT: in the dtype of the logits.
@@ -41,10 +39,22 @@ class TokenScores(NamedTuple):
     entropies_BT: jax.Array
 
 
+class Answers(NamedTuple):
+    """The answer of each token, where a row may hold several.
+
+    Attributes:
+        of_tokens_BT: int, from 0; not read outside of the mask.
+        number: of answers at most; static.
+    """
+
+    of_tokens_BT: jax.Array
+    number: int
+
+
 def hidden_of(
     model: Transformer, variables: Mapping[str, Any], batch: Mapping[str, jax.Array]
 ) -> jax.Array:
-    """The trunk's output `[B, T, D]` of rows: `token_ids`, `segment_ids`, `positions`."""
+    """Returns the trunk's output `[B, T, D]` of rows: `token_ids`, `segment_ids`, `positions`."""
     return model.apply(
         variables,
         batch["token_ids"],
@@ -101,7 +111,7 @@ def token_scores(
     order_BT = jnp.argsort(~wanted_BT, axis=1, stable=True)  # Wanted positions first.
 
     def chunks(array_BT: jax.Array) -> jax.Array:
-        """The array in that order, as `[T / chunk, B, chunk, ...]`."""
+        """Returns the array in that order, as `[T / chunk, B, chunk, ...]`."""
         index = order_BT.reshape(order_BT.shape + (1,) * (array_BT.ndim - 2))
         ordered = jnp.take_along_axis(array_BT, index, axis=1)
         surplus = [(0, 0)] * array_BT.ndim
@@ -152,38 +162,28 @@ def sums_by_kind(values_BT: jax.Array, kind_ids_BT: jax.Array, num_kinds: int) -
     return values_BTK.sum(axis=(0, 1))
 
 
-def _score_targets(logits_BTV: jax.Array, targets_BT: jax.Array, *, entropy: bool) -> TokenScores:
-    # The shift cancels out of the log-probability, so nothing flows back through it.
-    largest_BT = jax.lax.stop_gradient(logits_BTV.max(axis=-1))
-    shifted_BTV = logits_BTV - largest_BT[:, :, None]
-    # Picked by comparison and sum rather than by a gather: it stays local where the vocabulary is
-    # split, and its gradient is no scatter.
-    is_target_BTV = targets_BT[:, :, None] == jnp.arange(logits_BTV.shape[-1])[None, None, :]
-    target_BT = jnp.where(is_target_BTV, shifted_BTV, 0).sum(axis=-1)
-    total_BT = jnp.exp(shifted_BTV).sum(axis=-1)
-    log_total_BT = jnp.log(total_BT)
-    entropies_BT = jnp.zeros_like(log_total_BT)
-    if entropy:
-        # In padded rows of the vocabulary the exponential is 0 and the logit finite.
-        mean_BT = (jnp.exp(shifted_BTV) * shifted_BTV).sum(axis=-1) / total_BT
-        entropies_BT = log_total_BT - mean_BT
-    return TokenScores(target_BT - log_total_BT, target_BT >= 0, entropies_BT)
+def row_sizes(batch: Mapping[str, jax.Array], sliding_window: int | None) -> dict[str, jax.Array]:
+    """Counts what a step's floating-point operations follow from.
 
+    Args:
+        batch: `segment_ids` and `positions`, each `[B, T]`.
+        sliding_window: of the model's attention; None for none.
 
-class Answers(NamedTuple):
-    """Which answer each token belongs to, where a row may hold several.
-
-    Attributes:
-        of_tokens_BT: int, from 0; what it says outside of the mask is not read.
-        number: of answers at most; static.
+    Returns:
+        `tokens` without padding, and `attended_pairs` of query and key.
     """
-
-    of_tokens_BT: jax.Array
-    number: int
+    is_token_BT = batch["segment_ids"] > 0
+    seen_BT = batch["positions"] + 1
+    if sliding_window is not None:
+        seen_BT = seen_BT.clip(max=sliding_window)
+    return {
+        "tokens": is_token_BT.sum(),
+        "attended_pairs": (seen_BT * is_token_BT).astype(jnp.float32).sum(),
+    }
 
 
 def answer_mask(lengths_B: jax.Array, num_slots: int) -> jax.Array:
-    """The mask `[B, T]` of answers that start in slot 0.
+    """Returns the mask `[B, T]` of answers that start in slot 0.
 
     Args:
         lengths_B: tokens of each answer, its end token included; 0 for a row that only fills up a
@@ -194,35 +194,35 @@ def answer_mask(lengths_B: jax.Array, num_slots: int) -> jax.Array:
 
 
 def last_tokens(mask_BT: jax.Array) -> jax.Array:
-    """Bool `[B, T]`: the last token of each answer."""
+    """Marks the last token of each answer, bool `[B, T]`."""
     return mask_BT & ~next_tokens(mask_BT)
 
 
 def has_tokens(mask_BT: jax.Array) -> jax.Array:
-    """Bool `[B]`: rows that hold an answer."""
+    """Marks the rows that hold an answer, bool `[B]`."""
     return mask_BT.any(axis=1)
 
 
 def wide(values: jax.Array) -> jax.Array:
-    """The values in at least float32; float64 stays."""
+    """Returns the values in at least float32; float64 stays."""
     values = jnp.asarray(values)
     return values.astype(jnp.promote_types(values.dtype, jnp.float32))
 
 
 def masked(values: jax.Array, mask: jax.Array) -> jax.Array:
-    """The values in at least float32, zero outside of the mask, which has their shape."""
+    """Returns the values in at least float32, zero outside of the mask, which has their shape."""
     return jnp.where(mask, wide(values), 0)
 
 
 def count_answers(mask_BT: jax.Array) -> jax.Array:
-    """How many answers there are, each having a token."""
+    """Counts the answers that have a token."""
     return last_tokens(mask_BT).sum()
 
 
 def sum_by_answer(
     values_BT: jax.Array, mask_BT: jax.Array, answers: Answers | None = None
 ) -> jax.Array:
-    """Each answer's sum over its tokens.
+    """Returns each answer's sum over its tokens.
 
     Args:
         values_BT: of the tokens.
@@ -240,12 +240,12 @@ def sum_by_answer(
 
 
 def over_tokens(values_B: jax.Array, mask_BT: jax.Array) -> jax.Array:
-    """One number for each answer, laid on each of its tokens: `[B, T]`, zero elsewhere."""
+    """Lays one number of each answer on each of its tokens: `[B, T]`, zero elsewhere."""
     return jnp.where(mask_BT, wide(values_B)[:, None], 0)
 
 
 def answer_lengths(mask_BT: jax.Array) -> jax.Array:
-    """How many tokens the answer of each token has, int `[B, T]`; 0 outside of the mask."""
+    """Counts the tokens of each token's answer, int `[B, T]`; 0 outside of the mask."""
     num_slots = mask_BT.shape[1]
     slots_1T = jnp.arange(num_slots)[None, :]
     starts_BT = mask_BT & ~at_tokens(mask_BT)
@@ -256,7 +256,7 @@ def answer_lengths(mask_BT: jax.Array) -> jax.Array:
 
 
 def per_token(values_BT: jax.Array, mask_BT: jax.Array, *, mean_per_answer: bool) -> jax.Array:
-    """What each token adds to the sum of a loss, zero outside of the mask.
+    """Returns each token's part of the sum of a loss, zero outside of the mask.
 
     Args:
         values_BT: of the tokens.
@@ -272,9 +272,9 @@ def per_token(values_BT: jax.Array, mask_BT: jax.Array, *, mean_per_answer: bool
 def count_terms(
     mask_BT: jax.Array, *, tokens_allowed: int | None = None, mean_per_answer: bool = False
 ) -> jax.Array:
-    """What the sums of a loss are divided by, once added up over the whole optimizer step.
+    """Counts what a loss is divided by, to be added up over the whole optimizer step.
 
-    The first two keep every token's weight independent of the answer it stands in. The third does
+    The first two keep every token's weight independent of its answer. The third does
     not: it favours short good answers and long bad ones (arXiv 2503.20783, section 3).
 
     - Neither argument: the number of tokens in the step (DAPO, arXiv 2503.14476, equation 8).
@@ -286,7 +286,7 @@ def count_terms(
     Args:
         mask_BT: the tokens.
         tokens_allowed: of an answer at most.
-        mean_per_answer: as `per_token` was told.
+        mean_per_answer: as for `per_token`.
 
     Raises:
         ValueError: `tokens_allowed` is less than 1, or both are given.
@@ -300,3 +300,21 @@ def count_terms(
     if tokens_allowed < 1:
         raise ValueError(f"tokens_allowed={tokens_allowed!r} must be at least 1, or None")
     return count_answers(mask_BT) * tokens_allowed
+
+
+def _score_targets(logits_BTV: jax.Array, targets_BT: jax.Array, *, entropy: bool) -> TokenScores:
+    # The shift cancels out of the log-probability, so nothing flows back through it.
+    largest_BT = jax.lax.stop_gradient(logits_BTV.max(axis=-1))
+    shifted_BTV = logits_BTV - largest_BT[:, :, None]
+    # Picked by comparison and sum rather than by a gather: it stays local where the vocabulary is
+    # split, and its gradient is no scatter.
+    is_target_BTV = targets_BT[:, :, None] == jnp.arange(logits_BTV.shape[-1])[None, None, :]
+    target_BT = jnp.where(is_target_BTV, shifted_BTV, 0).sum(axis=-1)
+    total_BT = jnp.exp(shifted_BTV).sum(axis=-1)
+    log_total_BT = jnp.log(total_BT)
+    entropies_BT = jnp.zeros_like(log_total_BT)
+    if entropy:
+        # In padded rows of the vocabulary the exponential is 0 and the logit finite.
+        mean_BT = (jnp.exp(shifted_BTV) * shifted_BTV).sum(axis=-1) / total_BT
+        entropies_BT = log_total_BT - mean_BT
+    return TokenScores(target_BT - log_total_BT, target_BT >= 0, entropies_BT)

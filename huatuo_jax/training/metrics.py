@@ -1,11 +1,9 @@
-"""`metrics.jsonl` and TensorBoard: numbers by name, one row for each step and each evaluation.
+"""Metrics of a run: `metrics.jsonl`, TensorBoard, throughput, and progress on the terminal.
 
-A row is `{"step", "time_s", "stage", NAME: number, ...}`. Which fields depend on the clock is
-fixed by their names (`is_time_field`): all others are the same in a run that was interrupted and in
-one that was not. A number that is not finite has no place in JSON and is left out of its row; the
+A row is `{"step", "time_s", "stage", NAME: number, ...}`. The fields that depend on the clock are
+known by their names (`is_time_field`): all others are the same in a run that was interrupted and in
+one that was not. A number that is not finite has no JSON form and is left out of its row; the
 counters in the row say why (`train/steps_not_finite`).
-
-How fast a run is: tokens per second, and the share of the device's peak that the model uses.
 
 Model-FLOPs utilisation (PaLM, arXiv 2204.02311, appendix B) is the floating-point operations that
 the model's mathematics asks for, over what the devices could do in that time:
@@ -21,8 +19,6 @@ forward and twice backward; the 12 is the same for the two products of attention
 rematerialisation computes again does not count, nor does padding: both lower the utilisation. With
 adapters the gradients of frozen weights are not computed, and 6 becomes 4; the adapters' own
 products are left out as small.
-
-How far a run is, for the person who waits: a bar on a terminal, plain lines elsewhere.
 """
 
 import dataclasses
@@ -34,6 +30,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 import jax
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
@@ -44,10 +41,28 @@ TIME_PREFIX = "throughput/"
 EVALUATION_PREFIX = "eval/"
 JUDGED_PREFIX = "judged/"
 
+# Peak of dense bfloat16 matrix products per device in FLOPs/s, by jax's name for it, as published
+# by the makers. A TPU v2 or v3 device is one of its chip's two cores.
+PEAK_FLOPS: dict[str, float] = {
+    "TPU v2": 22.5e12,
+    "TPU v3": 61.5e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA L4": 121e12,
+}
 
-def is_time_field(name: str) -> bool:
-    """Tells the fields that depend on the clock: `time_s` and all of `throughput/`."""
-    return name == "time_s" or name.startswith(TIME_PREFIX)
+Sums = dict[str, jax.Array]
 
 
 class MetricsLog:
@@ -94,7 +109,7 @@ class MetricsLog:
                 self._events.add_scalar(name, value, step, walltime=now)
 
     def flush(self) -> None:
-        """Puts all rows on disk, where a kill cannot take them back."""
+        """Puts all rows on disk, so that a kill cannot lose them."""
         self._file.sync()
         if self._events is not None:
             self._events.flush()
@@ -115,8 +130,13 @@ class MetricsLog:
         self.close()
 
 
+def is_time_field(name: str) -> bool:
+    """Tells the fields that depend on the clock: `time_s` and all of `throughput/`."""
+    return name == "time_s" or name.startswith(TIME_PREFIX)
+
+
 def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file, without a last one that a kill cut short."""
+    """Reads a metrics file, without a last row that a kill cut short."""
     return files.read_rows(path, unfinished="skip")
 
 
@@ -141,39 +161,20 @@ def cut_rows(path: pathlib.Path, *, after_step: int | None, evaluated: bool) -> 
         file.keep_while(is_kept)
 
 
-Sums = dict[str, jax.Array]
-
-
 def ratio(total: Any, count: float) -> float:
     """Divides a sum by a count; NaN where there is nothing to count."""
     return float(total) / count if count else math.nan
 
 
-# Peak of dense bfloat16 matrix products per device in FLOPs/s, by jax's name for it, as published
-# by the makers. A TPU v2 or v3 device is one of its chip's two cores.
-PEAK_FLOPS: dict[str, float] = {
-    "TPU v2": 22.5e12,
-    "TPU v3": 61.5e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA A100 80GB PCIe": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA L4": 121e12,
-}
-
-
 def peak_flops(device: jax.Device) -> float | None:
-    """The device's peak in FLOPs per second; None where it is not known, as on a CPU."""
+    """Returns the device's peak in FLOPs per second; None where it is not known, as on a CPU."""
     return PEAK_FLOPS.get(device.device_kind)
+
+
+def mesh_peak_flops(mesh: Mesh) -> float | None:
+    """Returns the peak of a mesh's devices together, in FLOPs per second; None if unknown."""
+    peak = peak_flops(mesh.devices.flat[0])
+    return None if peak is None else peak * mesh.size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,7 +195,7 @@ class ModelFlops:
 
     @classmethod
     def of(cls, cfg: BackboneConfig, *, adapters_only: bool = False) -> "ModelFlops":
-        """The parts for a backbone with a language-model head."""
+        """Counts the parts of a backbone with a language-model head."""
         heads = cfg.num_heads + 2 * cfg.num_kv_heads
         attention = cfg.hidden_size * cfg.head_dim * (heads + cfg.num_heads)
         mlp = cfg.hidden_size * cfg.intermediate_size * (3 if cfg.gated_mlp else 2)
@@ -206,12 +207,12 @@ class ModelFlops:
         )
 
     def of_step(self, *, tokens: float, scored_tokens: float, attended_pairs: float) -> float:
-        """The FLOPs of a step with so many tokens, scored tokens and (query, key) pairs."""
+        """Returns the FLOPs of a step, from its tokens, scored tokens and (query, key) pairs."""
         products = self.layers * tokens + self.head * scored_tokens
         return self.per_parameter * products + 12 * self.attention * attended_pairs
 
     def of_forward(self, *, tokens: float, scored_tokens: float, attended_pairs: float) -> float:
-        """The FLOPs of a forward pass alone: a third of a step in which everything is trained."""
+        """Returns the FLOPs of a forward pass: a third of a step in which everything is trained."""
         return (
             dataclasses.replace(self, per_parameter=6).of_step(
                 tokens=tokens, scored_tokens=scored_tokens, attended_pairs=attended_pairs
@@ -246,20 +247,20 @@ class StepClock:
 
 
 class ProgressReport(Protocol):
-    """What the loop tells of itself."""
+    """Progress of a loop, for the person who waits."""
 
     def step(self, step: int, *, loss: float | None, tokens_per_s: float) -> None:
-        """A step is done."""
+        """Reports that a step is done."""
 
     def say(self, line: str) -> None:
-        """Something happened that is worth a line."""
+        """Reports something that is worth a line."""
 
     def close(self) -> None:
-        """The run ends."""
+        """Ends the report."""
 
 
 def make_progress(stage: str, num_steps: int, *, start: int, every: int) -> ProgressReport:
-    """A bar if standard output is a terminal, otherwise lines.
+    """Makes a bar if standard output is a terminal, otherwise lines.
 
     Args:
         stage: the stage's name.
@@ -276,13 +277,13 @@ class Silent:
     """No report: for the processes of a run that are not the first, and for tests."""
 
     def step(self, step: int, *, loss: float | None, tokens_per_s: float) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def say(self, line: str) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def close(self) -> None:
-        """Nothing."""
+        """Does nothing."""
 
 
 class _TimeLeft:
@@ -294,18 +295,13 @@ class _TimeLeft:
         self._first_done = time.perf_counter()
 
     def after(self, step: int) -> str:
-        """Hours, minutes and seconds as `1:02:03`; `?` before there is a pace."""
+        """Returns hours, minutes and seconds as `1:02:03`; `?` before there is a pace."""
         if step <= self._first_step:
             self._first_done = time.perf_counter()
             return "?"
         pace = (time.perf_counter() - self._first_done) / (step - self._first_step)
         seconds = round(pace * (self._num_steps - step))
         return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
-
-
-def _numbers(loss: float | None, tokens_per_s: float, left: str) -> str:
-    shown = f"loss {loss:.4f}" if loss is not None and math.isfinite(loss) else "no loss"
-    return f"{shown}, {tokens_per_s:,.0f} tokens/s, {left} left"
 
 
 class _Lines:
@@ -348,3 +344,8 @@ class _Bar:
 
     def close(self) -> None:
         self._progress.stop()
+
+
+def _numbers(loss: float | None, tokens_per_s: float, left: str) -> str:
+    shown = f"loss {loss:.4f}" if loss is not None and math.isfinite(loss) else "no loss"
+    return f"{shown}, {tokens_per_s:,.0f} tokens/s, {left} left"

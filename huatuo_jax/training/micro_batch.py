@@ -1,7 +1,4 @@
-"""How many rows go through a model at once: as many as the devices have memory for.
-
-What to change in a config whose program does not fit.
-"""
+"""Chooses the micro-batch size that fits the devices' memory, and advises where none fits."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
@@ -22,25 +19,150 @@ from huatuo_jax.training.programs import (
     memory_of,
 )
 
+MicroBatchSize = int | Literal["auto"] | None
+"""Rows that go through a model at once, on all devices together.
+
+`auto` for as many as fit the memory of the devices, None for all.
+"""
+
+# Of a device's memory, left free. The compiler counts all that a program holds, but not the
+# batches on their way (three at most), the code of the stage's other programs (evaluation,
+# samples), or the gaps of an allocator, which places temporaries in one piece.
+MARGIN = 0.05
+
 
 class TrainingSection(Protocol):
-    """What the settings of all training stages have."""
+    """The settings that all training stages have."""
 
     @property
     def model(self) -> ModelConfig:
-        """What is trained."""
+        """The model that is trained."""
 
     @property
     def compute(self) -> ComputeSection:
-        """How a step is computed."""
+        """The computation of a step."""
 
     @property
     def micro_batch_size(self) -> object:
         """Rows that go through a model at once."""
 
 
+Section = TypeVar("Section", bound=TrainingSection)
+Made = TypeVar("Made")
+
+
+def check_micro_batch_size(size: object, rows: int, *, name: str) -> None:
+    """Raises ValueError for a size that is not valid.
+
+    Args:
+        size: of the field `micro_batch_size`.
+        rows: that it must divide.
+        name: of those, as `batch_size=8`.
+    """
+    if size is None or size == "auto":
+        return
+    if not isinstance(size, int):
+        raise ValueError(f"micro_batch_size={size!r} must be a whole number, 'auto' or None")
+    if size < 1:
+        raise ValueError(f"micro_batch_size={size!r} must be at least 1")
+    if rows % size:
+        raise ValueError(f"micro_batch_size={size} must divide {name}")
+
+
+def most_rows_at_once(size: MicroBatchSize, rows: int) -> int:
+    """Returns the rows that go through a model together; all of them while that is not settled."""
+    return size if isinstance(size, int) else rows
+
+
+def usable(memory: int) -> int:
+    """Returns the bytes of a device's memory that a program may take."""
+    return int((1 - MARGIN) * memory)
+
+
+def micro_batch_sizes(rows: int, mesh: Mesh) -> list[int]:
+    """Lists the divisors of so many rows that a mesh's shards divide, from the largest."""
+    shards = sharding.batch_shards(mesh)
+    return [size for size in range(rows, 0, -1) if rows % size == 0 and size % shards == 0]
+
+
+def largest_that_fits(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
+    """Finds the first size that fits, by halving; sizes below one that fits are taken to fit.
+
+    The last one for which `fits` was true is the one that is returned.
+
+    Args:
+        sizes: from the largest, which is tried before all others, as it needs no sums of gradients.
+        fits: tries one.
+
+    Returns:
+        None where not even the smallest does.
+    """
+    if fits(sizes[0]):
+        return sizes[0]
+    first, end = 1, len(sizes)
+    while first < end:
+        middle = (first + end) // 2
+        if fits(sizes[middle]):
+            end = middle
+        else:
+            first = middle + 1
+    return sizes[end] if end < len(sizes) else None
+
+
+def settle(
+    cfg: Section,
+    *,
+    stage: str,
+    rows: int,
+    mesh: Mesh,
+    make: Callable[[Section], Made],
+    programs: Callable[[Made], Iterable[StageProgram]],
+) -> tuple[Section, Made]:
+    """Puts a number in the place of `auto`; returns the settings and what is made by them.
+
+    With `auto`, programs are compiled and the largest micro-batch is taken whose programs fit the
+    devices' memory, which a line tells. It is the same in all processes, and in a later start on
+    the same devices. Where devices do not tell their memory it is all rows.
+
+    Args:
+        cfg: the stage's settings.
+        stage: its name.
+        rows: that are divided into micro-batches.
+        mesh: where.
+        make: makes what the stage runs, from settings with a number in them.
+        programs: those of what was made whose memory depends on the micro-batch.
+
+    Raises:
+        ValueError: no micro-batch fits; names the fields that would help.
+    """
+    if cfg.micro_batch_size != "auto":
+        return cfg, make(cfg)
+    memory = device_memory(mesh)
+    if memory is None:
+        if not _is_host(mesh):
+            tell(
+                f"{stage}: micro_batch_size=auto: all {rows} rows at once, as the devices do not "
+                f"tell their memory; {MEMORY_VARIABLE} sets it"
+            )
+        cfg = _with_size(cfg, rows)
+        return cfg, make(cfg)
+    search = _Search(cfg, usable(memory), make, programs)
+    size = largest_that_fits(micro_batch_sizes(rows, mesh), search.fits)
+    shown = f"{usable(memory) / GIB:.3g} GiB (a device's {memory / GIB:.3g} less {MARGIN:.0%})"
+    if size is None:
+        assert search.refused is not None
+        raise ValueError(_nothing_fits(cfg, search.refused, shown, capacity=memory))
+    assert search.made is not None
+    (made,) = search.made
+    tell(
+        f"{stage}: micro_batch_size=auto: {size} of {rows} rows at once; {search.largest} takes "
+        f"{search.peak / GIB:.3g} GiB of {shown}"
+    )
+    return _with_size(cfg, size), made
+
+
 def advice(program: StageProgram, cfg: TrainingSection, *, capacity: int) -> list[str]:
-    """The fields that would help, those first that cost least.
+    """Lists the fields that would help, those first that cost least.
 
     Args:
         program: the one that does not fit.
@@ -93,131 +215,6 @@ def _smaller_states(name: str, cfg: TrainingSection, program: StageProgram) -> l
     return [*ways, "or a larger slice"]
 
 
-MicroBatchSize = int | Literal["auto"] | None
-"""Rows that go through a model at once, on all devices together.
-
-`auto` for as many as fit the memory of the devices, None for all.
-"""
-
-# Of a device's memory, left free. The compiler counts all that a program holds, but not the
-# batches on their way (three at most), the code of the stage's other programs (evaluation,
-# samples), or the gaps of an allocator, which places temporaries in one piece.
-MARGIN = 0.05
-
-Section = TypeVar("Section", bound=TrainingSection)
-Made = TypeVar("Made")
-
-
-def check_micro_batch_size(size: object, rows: int, *, name: str) -> None:
-    """Raises ValueError for a size that cannot be.
-
-    Args:
-        size: of the field `micro_batch_size`.
-        rows: that it must divide.
-        name: of those, as `batch_size=8`.
-    """
-    if size is None or size == "auto":
-        return
-    if not isinstance(size, int):
-        raise ValueError(f"micro_batch_size={size!r} must be a whole number, 'auto' or None")
-    if size < 1:
-        raise ValueError(f"micro_batch_size={size!r} must be at least 1")
-    if rows % size:
-        raise ValueError(f"micro_batch_size={size} must divide {name}")
-
-
-def most_rows_at_once(size: MicroBatchSize, rows: int) -> int:
-    """Rows that go through a model together; all of them where that is not settled yet."""
-    return size if isinstance(size, int) else rows
-
-
-def usable(memory: int) -> int:
-    """Bytes of a device's memory that a program may take."""
-    return int((1 - MARGIN) * memory)
-
-
-def micro_batch_sizes(rows: int, mesh: Mesh) -> list[int]:
-    """What divides so many rows, and is divided by a mesh's shards, from the largest."""
-    shards = sharding.batch_shards(mesh)
-    return [size for size in range(rows, 0, -1) if rows % size == 0 and size % shards == 0]
-
-
-def largest_that_fits(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
-    """The first that fits, found by halving; what is smaller than one that fits is taken to fit.
-
-    The last one for which `fits` was true is the one that is returned.
-
-    Args:
-        sizes: from the largest, which is tried before all others, as it needs no sums of gradients.
-        fits: tries one.
-
-    Returns:
-        None where not even the smallest does.
-    """
-    if fits(sizes[0]):
-        return sizes[0]
-    first, end = 1, len(sizes)
-    while first < end:
-        middle = (first + end) // 2
-        if fits(sizes[middle]):
-            end = middle
-        else:
-            first = middle + 1
-    return sizes[end] if end < len(sizes) else None
-
-
-def settle(
-    cfg: Section,
-    *,
-    stage: str,
-    rows: int,
-    mesh: Mesh,
-    make: Callable[[Section], Made],
-    programs: Callable[[Made], Iterable[StageProgram]],
-) -> tuple[Section, Made]:
-    """A stage's settings with a number in place of `auto`, and what is made by them.
-
-    With `auto`, programs are compiled and the largest micro-batch is taken whose programs fit the
-    devices' memory, which a line tells. It is the same in all processes, and in a later start on
-    the same devices. Where devices do not tell their memory it is all rows.
-
-    Args:
-        cfg: the stage's settings.
-        stage: its name.
-        rows: that are divided into micro-batches.
-        mesh: where.
-        make: makes what the stage runs; told settings with a number in them.
-        programs: those of what was made whose memory depends on the micro-batch.
-
-    Raises:
-        ValueError: no micro-batch fits; names the fields that would help.
-    """
-    if cfg.micro_batch_size != "auto":
-        return cfg, make(cfg)
-    memory = device_memory(mesh)
-    if memory is None:
-        if not _is_host(mesh):
-            tell(
-                f"{stage}: micro_batch_size=auto: all {rows} rows at once, as the devices do not "
-                f"tell their memory; {MEMORY_VARIABLE} says it in their place"
-            )
-        cfg = _with_size(cfg, rows)
-        return cfg, make(cfg)
-    search = _Search(cfg, usable(memory), make, programs)
-    size = largest_that_fits(micro_batch_sizes(rows, mesh), search.fits)
-    shown = f"{usable(memory) / GIB:.3g} GiB (a device's {memory / GIB:.3g} less {MARGIN:.0%})"
-    if size is None:
-        assert search.refused is not None
-        raise ValueError(_nothing_fits(cfg, search.refused, shown, capacity=memory))
-    assert search.made is not None
-    (made,) = search.made
-    tell(
-        f"{stage}: micro_batch_size=auto: {size} of {rows} rows at once; {search.largest} takes "
-        f"{search.peak / GIB:.3g} GiB of {shown}"
-    )
-    return _with_size(cfg, size), made
-
-
 def _is_host(mesh: Mesh) -> bool:
     return bool(mesh.devices.flat[0].platform == "cpu")
 
@@ -260,7 +257,7 @@ class _Search:
 
 
 def _peak(program: StageProgram) -> int | str:
-    """Bytes that a program holds on a device, or why the compiler refuses it; in all processes."""
+    """Returns a program's bytes on a device, or why the compiler refuses it; in all processes."""
     own: int | str
     try:
         own = memory_of(program.compile(), beside=program.beside, capacity=0).total

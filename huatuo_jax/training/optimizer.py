@@ -1,4 +1,4 @@
-"""AdamW with a warm-up, a decay, and a bound on the gradient's norm."""
+"""AdamW with warm-up, decay and clipping by the global norm of the gradients."""
 
 import dataclasses
 import math
@@ -47,7 +47,7 @@ class OptimizerConfig:
     clip_norm: float | None = 1.0
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a field that cannot be."""
+        """Raises ValueError for a field out of its range."""
         if self.decay not in get_args(Decay):
             raise _wrong("decay", self.decay, f"one of {list(get_args(Decay))}")
         for name in ("learning_rate", "epsilon", "clip_norm"):
@@ -71,7 +71,7 @@ class OptimizerConfig:
             raise _wrong("warmup_steps", self.warmup_steps, "0 or more")
 
     def num_warmup_steps(self, num_steps: int) -> int:
-        """How many of `num_steps` updates the warm-up takes.
+        """Counts the updates of the warm-up, of `num_steps` in all.
 
         Raises:
             ValueError: `warmup_steps` is more than all of them.
@@ -89,7 +89,7 @@ def _wrong(name: str, value: object, right: str) -> ValueError:
 
 
 def learning_rate(update: jax.typing.ArrayLike, cfg: OptimizerConfig, num_steps: int) -> jax.Array:
-    """The learning rate of one update, counted from 0.
+    """Returns the learning rate of one update, counted from 0.
 
     With w warm-up updates of n in all and peak p it is `p (u + 1) / w` before update w, and from
     there on, with `s = (u - w) / (n - w)` going from 0 to 1, `p (f + (1 - f) d(s))` where f is
@@ -118,19 +118,19 @@ def learning_rate(update: jax.typing.ArrayLike, cfg: OptimizerConfig, num_steps:
 
 
 class Optimizer(NamedTuple):
-    """What an update needs to know; made by `make_optimizer`."""
+    """The optimizer of an update; made by `make_optimizer`."""
 
     cfg: OptimizerConfig
     num_steps: int
     transformation: optax.GradientTransformation
 
     def learning_rate(self, update: jax.typing.ArrayLike) -> jax.Array:
-        """The learning rate of one update, counted from 0."""
+        """Returns the learning rate of one update, counted from 0."""
         return learning_rate(update, self.cfg, self.num_steps)
 
 
 def make_optimizer(cfg: OptimizerConfig, *, num_steps: int) -> Optimizer:
-    """AdamW for a run of `num_steps` updates; its state has the paths of the parameters.
+    """Makes AdamW for a run of `num_steps` updates; its state has the paths of the parameters.
 
     Raises:
         ValueError: the warm-up is longer than the run.
@@ -150,7 +150,7 @@ def make_optimizer(cfg: OptimizerConfig, *, num_steps: int) -> Optimizer:
 
 
 def schedule_position(opt_state: Any, default: jax.Array) -> jax.Array:
-    """The update that an optimizer's schedule comes to next, counted from 0.
+    """Returns the update that an optimizer's schedule comes to next, counted from 0.
 
     Args:
         opt_state: of `make_optimizer`'s transformation.
@@ -161,7 +161,7 @@ def schedule_position(opt_state: Any, default: jax.Array) -> jax.Array:
 
 
 def advance_schedule(opt_state: Any, updates: int) -> Any:
-    """The optimizer's state with its schedule so many updates further on.
+    """Moves the schedule in an optimizer's state so many updates further on.
 
     For updates that were planned and are not taken. Adam's own count, that of the gradients it has
     seen, stays as it is.
@@ -191,7 +191,7 @@ def is_decayed(params: Any) -> Any:
 
 
 def clip_by_norm(gradients: Any, norm: jax.Array, clip_norm: float | None) -> Any:
-    """The gradients scaled down to a global norm of `clip_norm`, if theirs is larger.
+    """Scales gradients down to a global norm of `clip_norm`, if theirs is larger.
 
     Args:
         gradients: any tree.

@@ -1,4 +1,4 @@
-"""A compiled program of a stage, and what it holds in a device's memory."""
+"""A compiled program of a stage, and the device memory that it takes."""
 
 import dataclasses
 import math
@@ -31,7 +31,7 @@ class StageProgram:
         rows: of a call.
         rows_at_once: of them, that go through the model together.
         attends: whether rows attend to themselves in it, by the attention kernel.
-        in_micro_batches: whether `micro_batch_size` says how many go together.
+        in_micro_batches: whether `micro_batch_size` decides how many go together.
     """
 
     name: str
@@ -99,7 +99,7 @@ class Memory(NamedTuple):
 
 
 def memory_of(compiled: jax.stages.Compiled, *, beside: Any, capacity: int) -> Memory:
-    """What the compiler counted.
+    """Reads a compiled program's memory, as the compiler counted it.
 
     Args:
         compiled: the program.
@@ -119,26 +119,26 @@ def memory_of(compiled: jax.stages.Compiled, *, beside: Any, capacity: int) -> M
 
 
 def bytes_on_device(tree: Any) -> int:
-    """Bytes of abstract arrays on each device, without the padding of tiles."""
+    """Counts the bytes of abstract arrays on each device, without the padding of tiles."""
     return sum(shard_of(leaf)[1] for leaf in jax.tree.leaves(tree))
 
 
 def shard_of(leaf: Any) -> tuple[tuple[int, ...], int]:
-    """The shape and the bytes of an abstract array on one device."""
+    """Returns the shape and the bytes of an abstract array on one device."""
     shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
     return tuple(shape), math.prod(shape) * leaf.dtype.itemsize
 
 
 def device_memory(mesh: Mesh) -> int | None:
-    """Bytes that each device of a mesh has for arrays and programs; the same in all processes.
+    """Returns each device's bytes for arrays and programs; the same in all processes.
 
-    HUATUO_DEVICE_MEMORY_GIB says it in the devices' place, as where others use them too.
+    HUATUO_DEVICE_MEMORY_GIB overrides it, as where other programs use the devices too.
 
     Returns:
         The least of any device; None where they do not tell, as CPUs do not.
 
     Raises:
-        ValueError: the variable cannot be.
+        ValueError: the variable is not a number above 0.
     """
     told = [
         one for one in distributed.gather("device memory", _own_memory(mesh)) if one is not None
@@ -147,7 +147,7 @@ def device_memory(mesh: Mesh) -> int | None:
 
 
 def _own_memory(mesh: Mesh) -> int | None:
-    """Of this process's devices."""
+    """Returns the least memory of this process's devices."""
     if (text := os.environ.get(MEMORY_VARIABLE)) is not None:
         return _bytes_in(text)
     found = []

@@ -2,12 +2,10 @@
 
     config.json        all settings of every stage that was begun
     environment.json   versions, devices and commit, one entry for each start
-    STAGE/checkpoints/ STAGE/metrics.jsonl  STAGE/tensorboard/  STAGE/finished.json
+    STAGE/checkpoints/ STAGE/metrics.jsonl  STAGE/tensorboard/  STAGE/data.json  STAGE/finished.json
 
 Settings that decide results are a run's identity: once a stage has a checkpoint they may not
 change. A field is operational (free to change) if it was declared with `operational`.
-
-Says before a stage's first step what it trains on and what is left out, and keeps it.
 """
 
 import dataclasses
@@ -32,6 +30,7 @@ from huatuo_jax.data.accounting import Account
 CONFIG_FILE = "config.json"
 ENVIRONMENT_FILE = "environment.json"
 FINISHED_FILE = "finished.json"
+DATA_FILE = "data.json"
 
 _PACKAGES = (
     "huatuo_jax",
@@ -48,7 +47,7 @@ _PACKAGES = (
 
 @dataclasses.dataclass(frozen=True)
 class StageDirectory:
-    """Where one stage keeps what it makes."""
+    """The folder of one stage."""
 
     folder: pathlib.Path
 
@@ -73,7 +72,7 @@ class StageDirectory:
         return self.folder / "tensorboard"
 
     def result(self) -> dict[str, Any] | None:
-        """What the finished stage reported, or None: a finished one is not run again."""
+        """Returns the finished stage's result, or None: a finished one is not run again."""
         path = self.folder / FINISHED_FILE
         return _read(path) if path.exists() else None
 
@@ -83,7 +82,7 @@ class StageDirectory:
         distributed.by_first("stage finished", lambda: _write(self.folder / FINISHED_FILE, result))
 
     def has_checkpoint(self) -> bool:
-        """Whether a whole checkpoint is there: from then on the stage's settings stand."""
+        """Tells whether there is a whole checkpoint: from then on the settings are fixed."""
         if not self.checkpoints.is_dir():
             return False
         return any(path.name.isdigit() for path in self.checkpoints.iterdir())
@@ -137,8 +136,21 @@ def begin_stage(
     return stage
 
 
+def report_data(directory: StageDirectory, account: Account) -> None:
+    """Prints an account of the stage's data and writes it to `STAGE/data.json`.
+
+    Of several processes, the first one does.
+    """
+    if not distributed.is_first():
+        return
+    for line in account.lines():
+        print(f"{directory.name}: {line}", flush=True)
+    text = json.dumps(account.to_json(), ensure_ascii=False, indent=2)
+    write_file(directory.folder / DATA_FILE, f"{text}\n")
+
+
 def is_begun(workdir: str | os.PathLike[str]) -> bool:
-    """Whether any stage in a run's folder has a checkpoint or is finished."""
+    """Tells whether any stage in a run's folder has a checkpoint or is finished."""
     folder = pathlib.Path(workdir)
     if not folder.is_dir():
         return False
@@ -147,7 +159,7 @@ def is_begun(workdir: str | os.PathLike[str]) -> bool:
 
 
 def environment() -> dict[str, Any]:
-    """Versions, devices and commit of this process."""
+    """Returns versions, devices and commit of this process."""
     devices = jax.devices()
     return {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -162,7 +174,7 @@ def environment() -> dict[str, Any]:
 
 
 def _version(package: str) -> str | None:
-    """The version of an installed package; None for ours in a checkout that is not installed."""
+    """Returns a package's version; None for ours in a checkout that is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -170,7 +182,7 @@ def _version(package: str) -> str | None:
 
 
 def _git_commit() -> str | None:
-    """The commit of the code, with `+changes` where files differ from it; None outside git."""
+    """Returns the code's commit, with `+changes` where files differ; None outside git."""
     here = pathlib.Path(__file__).parent
 
     def git(*arguments: str) -> str:
@@ -198,19 +210,3 @@ def _write(path: pathlib.Path, value: Mapping[str, Any]) -> None:
     """Writes JSON that is never seen half written."""
     text = json.dumps(as_json(value, name=path.name), ensure_ascii=False, indent=2)
     write_file(path, f"{text}\n")
-
-
-DATA_FILE = "data.json"
-
-
-def report_data(directory: StageDirectory, account: Account) -> None:
-    """Prints an account of the stage's data and writes it to `STAGE/data.json`.
-
-    Of several processes, the first one does.
-    """
-    if not distributed.is_first():
-        return
-    for line in account.lines():
-        print(f"{directory.name}: {line}", flush=True)
-    text = json.dumps(account.to_json(), ensure_ascii=False, indent=2)
-    write_file(directory.folder / DATA_FILE, f"{text}\n")

@@ -1,9 +1,9 @@
-"""What a model says of given answers: one reward score each, or the log-probability of each token.
+"""Scores given responses: one reward each, or per-token log-probs.
 
-The answers are tokens already, and lengths tell what is prompt, answer and padding: no mask looks
-at an id, so padding may equal EOS. The score of an answer is the head's at its last token, which is
-the end of the doctor's last turn. Rows are packed or padded, on either side, on any mesh: it makes
-no difference but rounding.
+The answers are tokens already, and lengths tell prompt, answer and padding apart: no mask looks at
+an id, so padding may equal EOS. The score of an answer is the head's at its last token, which is
+the end of the assistant's last turn. Rows are packed or padded, on either side, on any mesh: it
+makes no difference but rounding.
 """
 
 import copy
@@ -55,7 +55,7 @@ class GivenAnswer:
     prompt_length: int
 
     def __post_init__(self) -> None:
-        """Raise ValueError for an answer without a token, or a length that cannot be."""
+        """Raises ValueError for an answer without a token, or an invalid length."""
         if not 0 <= self.prompt_length < len(self.token_ids):
             raise ValueError(
                 f"prompt_length={self.prompt_length} must be 0 or more and below the "
@@ -64,13 +64,13 @@ class GivenAnswer:
 
 
 def head_scores(model: Transformer, variables: Variables, batch: Batch) -> jax.Array:
-    """The score head at every token, `[B, T]` in at least float32.
+    """Computes the score head's output at every token, `[B, T]` in at least float32.
 
     Args:
         model: a backbone with a score head.
         variables: its own.
         batch: `token_ids`, `segment_ids`, `positions`, each `[B, T]`, as
-            `huatuo_jax.data.batches` describes them; padding stands on either side.
+            `huatuo_jax.data.batches` describes them; padding may be on either side.
     """
     return model.apply(variables, hidden_of(model, variables, batch), method="scores")
 
@@ -83,7 +83,7 @@ def answer_log_probs(
     temperature: float = 1.0,
     chunk: int = 128,
 ) -> jax.Array:
-    """The log-probability of every answer token given those before it, `[B, T]`.
+    """Computes the log-probability of every answer token given those before it, `[B, T]`.
 
     Args:
         model: a backbone with a token head.
@@ -108,7 +108,7 @@ def answer_log_probs(
 
 
 def compile_values(values: Callable[[Variables, Batch], jax.Array], mesh: Mesh) -> sharding.OnMesh:
-    """One of the two above under one `jax.jit`, its values on every device of the mesh."""
+    """Compiles one of the two above under one `jax.jit`, its values on every device of the mesh."""
     return sharding.OnMesh(jax.jit(values, out_shardings=jax.NamedSharding(mesh, jax.P())), mesh)
 
 
@@ -119,7 +119,7 @@ def padded_batch(
     lengths_B: jax.Array,
     side: Side = "right",
 ) -> dict[str, jax.Array]:
-    """A batch of one answer a row, for `head_scores` and `answer_log_probs`.
+    """Makes a batch of one answer a row, for `head_scores` and `answer_log_probs`.
 
     Args:
         token_ids_BT: prompt and answer end to end, then padding of any ids; or padding first.
@@ -128,7 +128,7 @@ def padded_batch(
         side: where the padding is.
 
     Returns:
-        Beside the arrays `[B, T]` of a batch, `last_B`: where each answer's last token stands (0
+        Beside the arrays `[B, T]` of a batch, `last_B`: index of each answer's last token (0
         in a row of nothing).
     """
     width = token_ids_BT.shape[1]
@@ -183,7 +183,7 @@ class Scorer:
         self._log_probs: dict[tuple[float, int], sharding.OnMesh] = {}
 
     def of(self, variables: Variables) -> "Scorer":
-        """The same programs, compiled once for both, with other variables of the model."""
+        """Returns the same programs, compiled once for both, with other variables of the model."""
         other = copy.copy(self)
         other._variables = variables
         return other
@@ -191,7 +191,7 @@ class Scorer:
     def scores(
         self, answers: Sequence[GivenAnswer], on_progress: Progress | None = None
     ) -> npt.NDArray[np.float32]:
-        """The head's score at the last token of each answer, in their order.
+        """Returns the head's score at the last token of each answer, in their order.
 
         Raises:
             ValueError: an answer is longer than a row or than the model's positions.
@@ -209,7 +209,7 @@ class Scorer:
         chunk: int = 128,
         on_progress: Progress | None = None,
     ) -> list[npt.NDArray[np.float32]]:
-        """The log-probability of each token of each answer; the prompts have to hold a token.
+        """Returns each answer's log-probabilities, one a token; prompts have to hold a token.
 
         Raises:
             ValueError: an answer is too long, or has no prompt.
@@ -235,7 +235,7 @@ class Scorer:
         answers: Sequence[GivenAnswer],
         on_progress: Progress | None,
     ) -> Iterator[tuple[int, int, int, npt.NDArray[np.float32]]]:
-        """Of each answer: its index, where it begins and ends in its row, and the row's values."""
+        """Yields each answer's index, where it begins and ends in its row, and the row's values."""
         if not answers:
             return
         plan = self._plan(answers)
@@ -272,7 +272,7 @@ class Scorer:
         return plan_rows(lengths, order, row_length=row_length, packed=self._packed)
 
     def _batch(self, rows: Sequence[Sequence[GivenAnswer]], plan: PackingPlan) -> Row:
-        """The rows, filled up with empty ones to the number that the program was compiled for."""
+        """Returns the rows, filled up with empty ones to the compiled program's number."""
         surplus: list[Sequence[GivenAnswer]] = [[]] * (self._rows_at_once - len(rows))
         packed = [
             pack_row(
@@ -288,7 +288,7 @@ class Scorer:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Normalization:
-    """What makes raw scores have mean 0 and standard deviation 1 on some answers.
+    """Mean and deviation that give raw scores mean 0 and standard deviation 1 on some answers.
 
     Attributes:
         mean: of the raw scores.
@@ -304,7 +304,7 @@ class Normalization:
 
     @classmethod
     def of(cls, scores: npt.ArrayLike, *, answers: str) -> "Normalization":
-        """The one of these raw scores.
+        """Computes the normalization of these raw scores.
 
         Raises:
             ValueError: there are none, they are all the same, or one is not finite.
@@ -324,19 +324,19 @@ class Normalization:
         )
 
     def apply(self, scores: npt.ArrayLike) -> npt.NDArray[np.float64]:
-        """Raw scores in units of the standard deviation, from the mean."""
+        """Returns raw scores in units of the standard deviation, from the mean."""
         return (np.asarray(scores, np.float64) - self.mean) / self.standard_deviation
 
     def to_json(self) -> dict[str, Any]:
-        """Its fields."""
+        """Returns its fields."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "Normalization":
-        """From the fields that `to_json` gave.
+        """Makes it from the fields that `to_json` gave.
 
         Raises:
-            ValueError: a field is missing or unknown, or a number cannot be.
+            ValueError: a field is missing or unknown, or a number is invalid.
         """
         names = {field.name for field in dataclasses.fields(cls)}
         if set(fields) != names:
@@ -356,9 +356,9 @@ def save_normalization(folder: pathlib.Path, normalization: Normalization) -> No
 
 
 def load_normalization(folder: pathlib.Path) -> Normalization | None:
-    """The normalization that was stored with a model; None for a model without one.
+    """Returns the normalization that was stored with a model; None for a model without one.
 
-    It stands in a file of its own, and in the config.json of an exported model.
+    It is in a file of its own, and in the config.json of an exported model.
 
     Raises:
         ValueError: it cannot be read.

@@ -1,8 +1,6 @@
-"""One optimizer step as a pure function: gradients of all micro-batches, then one update.
+"""One optimizer step as a pure function: train state, gradients over micro-batches, update.
 
-An optimizer step as a stage runs it, and as a compiler takes it that has no devices.
-
-What a training step reads and leaves behind, and where it lies on the mesh.
+A step runs jitted on a mesh; it can also be compiled ahead of time, from shapes and shardings.
 """
 
 import dataclasses
@@ -16,6 +14,7 @@ import optax
 from jax.sharding import Mesh
 
 from huatuo_jax.core import sharding
+from huatuo_jax.training.losses import wide
 from huatuo_jax.training.optimizer import Optimizer, clip_by_norm, schedule_position
 from huatuo_jax.training.programs import StageProgram
 
@@ -23,6 +22,26 @@ COUNTERS = ("step", "num_updates", "num_not_finite", "not_finite_in_a_row", "num
 
 Variables = dict[str, Any]
 """Flax collections: `{"params": parameters, "lora": adapters}`, each a plain nested dict."""
+
+
+Batch = Mapping[str, jax.Array]
+Metrics = dict[str, jax.Array]
+Outputs = dict[str, jax.Array]
+"""Numbers of each row, `[B, T]`."""
+
+
+class LossSums(NamedTuple):
+    """Sums that a loss function returns, so that those of micro-batches add up.
+
+    Attributes:
+        loss: summed over what it is taken of (trained tokens, comparisons).
+        num_terms: how many those are; `loss / num_terms` of a whole step is minimised.
+        others: more sums, for metrics.
+    """
+
+    loss: jax.Array
+    num_terms: jax.Array
+    others: dict[str, jax.Array]
 
 
 @jax.tree_util.register_dataclass
@@ -59,6 +78,28 @@ class TrainState:
         return join(self.trained, self.frozen)
 
 
+LossFunction = Callable[[Variables, Batch], LossSums]
+Update = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+class Step(NamedTuple):
+    """An optimizer step on a mesh; no array is made for it.
+
+    Attributes:
+        loss: what is minimised.
+        optimizer: by what.
+        state: shapes and shardings of what it takes and leaves.
+        update: jitted.
+        num_micro_batches: that a batch is divided into.
+    """
+
+    loss: LossFunction
+    optimizer: Optimizer
+    state: TrainState
+    update: sharding.OnMesh
+    num_micro_batches: int
+
+
 def new_state(
     variables: Variables,
     *,
@@ -66,11 +107,11 @@ def new_state(
     optimizer: Optimizer,
     key: jax.Array,
 ) -> TrainState:
-    """The state before the first step.
+    """Makes the state before the first step.
 
     Args:
         variables: the model's.
-        is_trained: told a path such as `params/layers/mlp/down/kernel`.
+        is_trained: tells for a path such as `params/layers/mlp/down/kernel`.
         optimizer: from `make_optimizer`.
         key: the run's.
 
@@ -109,7 +150,7 @@ def make_sharded(
 
 
 def abstract(make: Callable[..., Any], mesh: Mesh, *arguments: Any) -> Any:
-    """The result of `make_sharded` as `jax.ShapeDtypeStruct` with shardings, without an array."""
+    """Returns the result of `make_sharded` as `jax.ShapeDtypeStruct`s, without making an array."""
     return sharding.abstract_parameters(jax.eval_shape(make, *arguments), mesh)
 
 
@@ -127,7 +168,7 @@ def split(tree: Mapping[str, Any], wanted: Callable[[str], bool]) -> tuple[Varia
 
 
 def join(left: Mapping[str, Any], right: Mapping[str, Any]) -> Variables:
-    """One nested dict with the leaves of two that share none."""
+    """Joins two nested dicts that share no leaf."""
     joined = dict(left)
     for name, value in right.items():
         if name in joined:
@@ -138,30 +179,8 @@ def join(left: Mapping[str, Any], right: Mapping[str, Any]) -> Variables:
     return joined
 
 
-Batch = Mapping[str, jax.Array]
-Metrics = dict[str, jax.Array]
-
-
-class LossSums(NamedTuple):
-    """What a loss function returns: sums, so that those of micro-batches add up.
-
-    Attributes:
-        loss: summed over what it is taken of (trained tokens, comparisons).
-        num_terms: how many those are; `loss / num_terms` of a whole step is minimised.
-        others: more sums, for metrics.
-    """
-
-    loss: jax.Array
-    num_terms: jax.Array
-    others: dict[str, jax.Array]
-
-
-LossFunction = Callable[[Variables, Batch], LossSums]
-Update = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
-
-
 def make_update(loss: LossFunction, optimizer: Optimizer, *, num_micro_batches: int) -> Update:
-    """The pure `update(state, batch) -> state, metrics`.
+    """Makes the pure `update(state, batch) -> state, metrics`.
 
     A step with nothing to train on, or whose loss or gradient is not finite, leaves parameters,
     optimizer and schedule as they were and is counted in the state.
@@ -186,7 +205,7 @@ def make_update(loss: LossFunction, optimizer: Optimizer, *, num_micro_batches: 
 def apply_gradients(
     state: TrainState, sums: LossSums, gradients: Variables, optimizer: Optimizer
 ) -> tuple[TrainState, Metrics]:
-    """The optimizer step of `make_update`, from the gradients of the summed loss.
+    """Applies the optimizer step of `make_update`, from the gradients of the summed loss.
 
     Args:
         state: before it.
@@ -223,7 +242,7 @@ def apply_gradients(
 
 
 def compile_update(update: Update, state: Any, mesh: Mesh) -> sharding.OnMesh:
-    """The update under one `jax.jit`: shards in, shards out, the old state's memory reused.
+    """Compiles the update under one `jax.jit`: shards in and out, the old state's memory reused.
 
     Args:
         update: from `make_update`.
@@ -243,88 +262,54 @@ def compile_update(update: Update, state: Any, mesh: Mesh) -> sharding.OnMesh:
     return sharding.OnMesh(compiled, mesh)
 
 
-def _gradients(
-    loss: LossFunction, state: TrainState, batch: Batch, num_micro_batches: int
-) -> tuple[LossSums, Variables]:
-    """Sums over the whole batch, and the gradient of its summed loss, in at least float32."""
-
-    def summed(trained: Variables, rows: Batch) -> tuple[jax.Array, LossSums]:
-        sums = loss(join(trained, state.frozen), rows)
-        return sums.loss, sums
-
-    differentiate = jax.value_and_grad(summed, has_aux=True)
-
-    def wide_gradients(rows: Batch) -> tuple[LossSums, Variables]:
-        (_, sums), gradients = differentiate(state.trained, rows)
-        return sums, jax.tree.map(
-            lambda leaf: leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)), gradients
-        )
-
-    if num_micro_batches == 1:
-        return wide_gradients(batch)
-
-    def add(total: Any, rows: Batch) -> tuple[Any, None]:
-        return _in_place(jax.tree.map(jnp.add, total, wide_gradients(rows)), state), None
-
-    micro_batches = {name: _micro_batches(rows, num_micro_batches) for name, rows in batch.items()}
-    shapes = jax.eval_shape(wide_gradients, jax.tree.map(lambda rows: rows[0], micro_batches))
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    total, _ = jax.lax.scan(add, _in_place(zeros, state), micro_batches)
-    return total
-
-
-def _micro_batches(rows: jax.Array, number: int) -> jax.Array:
-    """Rows `[B, ...]` as `[number, B / number, ...]`.
+def over_micro_batches(
+    one: Callable[[Batch], tuple[tuple[LossSums, Variables], Outputs]],
+    batch: Batch,
+    trained: Variables,
+    number: int,
+) -> tuple[tuple[LossSums, Variables], Outputs]:
+    """Adds up the sums and gradients of micro-batches and puts their outputs back in row order.
 
     Micro-batch i takes rows i, i + number, ...: each device then divides the rows it has, and none
     has to move.
+
+    Args:
+        one: computes sums, gradients and outputs `[B, ...]` of some rows.
+        batch: all rows, each array `[B, ...]`.
+        trained: the variables that the gradients are of.
+        number: of micro-batches; it divides B.
     """
-    assert rows.shape[0] % number == 0, f"{rows.shape[0]} rows in {number} micro-batches"
-    return rows.reshape(-1, number, *rows.shape[1:]).swapaxes(0, 1)
+    if number == 1:
+        return one(batch)
+    num_rows = len(next(iter(batch.values())))
+    assert num_rows % number == 0, f"{num_rows} rows in {number} micro-batches"
+    micro_batches = {
+        name: rows.reshape(-1, number, *rows.shape[1:]).swapaxes(0, 1)
+        for name, rows in batch.items()
+    }
 
+    def add(total: tuple[LossSums, Variables], rows: Batch) -> tuple[Any, Outputs]:
+        summed, outputs = one(rows)
+        sums, gradients = jax.tree.map(jnp.add, total, summed)
+        return (sums, in_place(gradients, trained)), outputs
 
-def _in_place(total: tuple[LossSums, Variables], state: TrainState) -> tuple[LossSums, Variables]:
-    """Gradient sums lie where their parameters do, so that none is ever held whole."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
-        return total
-    sums, gradients = total
-    specs = jax.tree_util.tree_map_with_path(
-        lambda path, _: sharding.parameter_spec(sharding.path_name(path)), state.trained
-    )
-    return sums, jax.lax.with_sharding_constraint(gradients, specs)
-
-
-def _count(state: TrainState, *, is_empty: jax.Array, is_finite: jax.Array) -> Metrics:
-    """The state's counters after a step; an empty batch ends no row of failures."""
-    failed = (~is_finite).astype(jnp.int32)
-    empty = (is_empty & is_finite).astype(jnp.int32)
-    in_a_row = jnp.where(is_finite & ~is_empty, 0, state.not_finite_in_a_row + failed)
-    return {
-        "step": state.step + 1,
-        "num_updates": state.num_updates + 1 - failed - empty,
-        "num_not_finite": state.num_not_finite + failed,
-        "not_finite_in_a_row": in_a_row,
-        "num_empty": state.num_empty + empty,
+    shapes, _ = jax.eval_shape(one, {name: rows[0] for name, rows in micro_batches.items()})
+    sums, gradients = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    total, outputs = jax.lax.scan(add, (sums, in_place(gradients, trained)), micro_batches)
+    return total, {
+        name: array.swapaxes(0, 1).reshape(-1, *array.shape[2:]) for name, array in outputs.items()
     }
 
 
-class Step(NamedTuple):
-    """An optimizer step on a mesh; no array is made for it.
-
-    Attributes:
-        loss: what is minimised.
-        optimizer: by what.
-        state: shapes and shardings of what it takes and leaves.
-        update: jitted.
-        num_micro_batches: that a batch is divided into.
-    """
-
-    loss: LossFunction
-    optimizer: Optimizer
-    state: TrainState
-    update: sharding.OnMesh
-    num_micro_batches: int
+def in_place(gradients: Variables, trained: Variables) -> Variables:
+    """Constrains gradients to the shards of their parameters, so that none is ever held whole."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return gradients
+    specs = jax.tree_util.tree_map_with_path(
+        lambda path, _: sharding.parameter_spec(sharding.path_name(path)), trained
+    )
+    return jax.lax.with_sharding_constraint(gradients, specs)
 
 
 def make_step(
@@ -335,7 +320,7 @@ def make_step(
     *,
     num_micro_batches: int,
 ) -> Step:
-    """The step of an abstract state; see `update.make_update` for the other arguments."""
+    """Makes the step of an abstract state; see `make_update` for the other arguments."""
     update = make_update(loss, optimizer, num_micro_batches=num_micro_batches)
     compiled = compile_update(update, state, mesh)
     return Step(loss, optimizer, state, compiled, num_micro_batches)
@@ -344,7 +329,7 @@ def make_step(
 def update_program(
     stage: str, step: Step, batch: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh
 ) -> StageProgram:
-    """The update of a stage as a program of its own.
+    """Describes the update of a stage as a program of its own.
 
     Args:
         stage: its name.
@@ -367,9 +352,44 @@ def update_program(
 def abstract_batch(
     row: Mapping[str, np.ndarray], batch_size: int, mesh: Mesh
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and shardings of so many rows like this one."""
+    """Returns shapes and shardings of so many rows like this one."""
     place = sharding.batch_sharding(mesh)
     return {
         name: jax.ShapeDtypeStruct((batch_size, *array.shape), array.dtype, sharding=place)
         for name, array in row.items()
+    }
+
+
+def _gradients(
+    loss: LossFunction, state: TrainState, batch: Batch, num_micro_batches: int
+) -> tuple[LossSums, Variables]:
+    """Sums the loss over the whole batch, and its gradient, in at least float32."""
+
+    def summed(trained: Variables, rows: Batch) -> tuple[jax.Array, LossSums]:
+        sums = loss(join(trained, state.frozen), rows)
+        return sums.loss, sums
+
+    differentiate = jax.value_and_grad(summed, has_aux=True)
+
+    def wide_gradients(rows: Batch) -> tuple[LossSums, Variables]:
+        (_, sums), gradients = differentiate(state.trained, rows)
+        return sums, jax.tree.map(wide, gradients)
+
+    (sums, gradients), _ = over_micro_batches(
+        lambda rows: (wide_gradients(rows), {}), batch, state.trained, num_micro_batches
+    )
+    return sums, gradients
+
+
+def _count(state: TrainState, *, is_empty: jax.Array, is_finite: jax.Array) -> Metrics:
+    """Counts a step in the state; empty batches do not reset the consecutive-failure counter."""
+    failed = (~is_finite).astype(jnp.int32)
+    empty = (is_empty & is_finite).astype(jnp.int32)
+    in_a_row = jnp.where(is_finite & ~is_empty, 0, state.not_finite_in_a_row + failed)
+    return {
+        "step": state.step + 1,
+        "num_updates": state.num_updates + 1 - failed - empty,
+        "num_not_finite": state.num_not_finite + failed,
+        "not_finite_in_a_row": in_a_row,
+        "num_empty": state.num_empty + empty,
     }

@@ -273,7 +273,7 @@ def test_the_dialogues_of_a_row_can_be_named(dataset):
     row = rows.first_row(1) + 2
     batches = BatchIterator(rows, batch_size=1, prefetch=NO_THREADS)
     batches.set_state({"next_row": row})
-    assert rows.example_ids(row) == [f"d{number}" for number in examples_seen(next(batches))]
+    assert rows.ids_in(row) == [f"d{number}" for number in examples_seen(next(batches))]
 
 
 def test_a_stream_in_another_process_has_the_same_rows(dataset):

@@ -17,11 +17,12 @@ from huatuo_jax.backbone.transformer import Transformer, init_params
 from huatuo_jax.checkpoint.models import find_model, load_params, save_orbax
 from huatuo_jax.core import sharding
 from huatuo_jax.core.config import replaced
+from huatuo_jax.data.batches import BatchIterator
 from huatuo_jax.data.mixture import HeldOutConfig
-from huatuo_jax.dpo import DpoConfig, abstract_rows, dpo_step, run_dpo
+from huatuo_jax.dpo import DpoConfig, dpo_step, run_dpo
 from huatuo_jax.hf.tokenizer import load_tokenizer
-from huatuo_jax.preferences import rows as comparison_rows
 from huatuo_jax.preferences.data import ComparisonsConfig, ComparisonSource, open_comparisons
+from huatuo_jax.preferences.rows import abstract_rows
 from huatuo_jax.training.initial_model import ModelConfig, open_model
 from huatuo_jax.training.loop import LoopConfig
 from huatuo_jax.training.metrics import is_time_field, read_rows
@@ -157,15 +158,15 @@ class _Stop(Exception):
 def test_a_run_that_broke_off_ends_as_an_unbroken_one(files, tmp_path, lora):
     config = _config(files, lora=lora, num_steps=6)
     expected = run_dpo(config, tmp_path / "unbroken")
-    original = comparison_rows.ComparisonBatches.__next__
+    original = BatchIterator.__next__
 
     def next_or_stop(self):
-        if self.get_state()["next_row"] == 5 * 4 and self._end_row is None:
+        if self.get_state()["next_row"] == 5 * 4 and self._end_row == 6 * 4:
             raise _Stop
         return original(self)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(comparison_rows.ComparisonBatches, "__next__", next_or_stop)
+        patch.setattr(BatchIterator, "__next__", next_or_stop)
         with pytest.raises(_Stop):
             run_dpo(config, tmp_path / "broken")
     assert run_dpo(config, tmp_path / "broken") == expected

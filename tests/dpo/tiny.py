@@ -1,9 +1,7 @@
 """Tiny DPO runs on groups of token ids: what the tests of DPO share."""
 
-import pathlib
-
 from huatuo_jax.data.accounting import Account
-from huatuo_jax.dpo import DpoConfig, make_job
+from huatuo_jax.dpo import DpoConfig, DpoStage
 from huatuo_jax.preferences.data import Comparisons, ComparisonsConfig, ComparisonSource
 from huatuo_jax.training.initial_model import ComputeSection, ModelConfig, open_model
 from huatuo_jax.training.loop import LoopConfig, train
@@ -38,14 +36,10 @@ def tiny_model(cfg):
 
 def tiny_job(cfg, workdir, groups, held_out=(), *, mesh=None):
     decisive = {"num_steps": cfg.num_steps}
-    return make_job(
-        cfg,
-        tiny_model(cfg),
-        Comparisons(tuple(groups), tuple(held_out), Account("comparisons")),
-        begin_stage(pathlib.Path(workdir), "dpo", settings=decisive, decisive=decisive),
-        decisive,
-        mesh or one_device(),
-    )
+    stage = DpoStage(cfg, mesh=mesh or one_device(), workdir=workdir, model=tiny_model(cfg))
+    stage.use(Comparisons(tuple(groups), tuple(held_out), Account("comparisons")))
+    directory = begin_stage(workdir, "dpo", settings=decisive, decisive=decisive)
+    return stage.make_job(directory, decisive)
 
 
 def run_tiny(cfg, workdir, groups, held_out=(), **options):

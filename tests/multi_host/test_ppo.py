@@ -95,7 +95,7 @@ def test_sigterm_to_one_of_two_stops_both_at_one_iteration_and_one_goes_on(by_on
     step = int(said[1].splitlines()[-1].split()[3])
     assert 2 <= step < NUM_ITERATIONS and said[0].splitlines()[-1] == said[1].splitlines()[-1]
     logs = finish(tmp_path, count=1, attempt=1)
-    assert f"goes on from the checkpoint of iteration {step}" in logs[0]
+    assert f"resumes from the checkpoint of iteration {step}" in logs[0]
     assert_same_run(tmp_path, by_one)
 
 
@@ -106,5 +106,5 @@ def test_a_killed_process_is_named_and_two_others_go_on(by_one, tmp_path):
         assert processes.wait() == [75, -signal.SIGKILL], processes.log(0)
         last = processes.log(0).splitlines()[-1]
     assert f"process 1 (host {socket.gethostname()}) not heard of for 60 s" in last
-    assert "goes on from the checkpoint" in finish(tmp_path, count=2, attempt=1)[0]
+    assert "resumes from the checkpoint" in finish(tmp_path, count=2, attempt=1)[0]
     assert_same_run(tmp_path, by_one)

@@ -114,7 +114,7 @@ def test_sigterm_to_one_of_four_stops_all_at_one_step_and_two_go_on(runs):
     assert 1 <= step < NUM_STEPS
     assert runs.checkpoints("stopped")[-1] == step
     logs = runs.finish("stopped", count=2, attempt=1)
-    assert f"goes on from the checkpoint of step {step}" in logs[0]
+    assert f"resumes from the checkpoint of step {step}" in logs[0]
     assert_same_losses(runs, "stopped")
 
 
@@ -127,7 +127,7 @@ def test_a_killed_process_is_named_by_the_others_and_the_run_goes_on(runs):
         last = processes.log(0).splitlines()[-1]
     assert last.startswith(f"error: process 1 (host {HOST}) not heard of for 60 s; process 0 stops")
     logs = runs.finish("killed", count=2, attempt=1)
-    assert "goes on from the checkpoint of step 4" in logs[0]
+    assert "resumes from the checkpoint of step 4" in logs[0]
     assert_same_losses(runs, "killed")
 
 

@@ -9,8 +9,7 @@ import optax
 import pytest
 
 from huatuo_jax.core import files
-from huatuo_jax.ppo.loop import train
-from huatuo_jax.training.loop import Diverged
+from huatuo_jax.training.loop import Diverged, train
 from huatuo_jax.training.metrics import read_rows
 from huatuo_jax.training.optimizer import schedule_position
 from tests.ppo.tiny import PROMPT, Table, config, run_tiny, table, tiny_job

@@ -52,7 +52,7 @@ def _kill(workdir, moments, *, seed):
 def test_a_run_killed_at_random_moments_ends_as_an_unbroken_one(unbroken, tmp_path):
     _kill(tmp_path, 3, seed=1)
     assert PPO.newest(tmp_path) < NUM_ITERATIONS
-    assert "goes on from the checkpoint of iteration" in PPO.finish(tmp_path)
+    assert "resumes from the checkpoint of iteration" in PPO.finish(tmp_path)
     assert_identical(PPO.result(tmp_path), unbroken)
 
 

@@ -19,8 +19,7 @@ from huatuo_jax.core import sharding
 from huatuo_jax.core.config import identity
 from huatuo_jax.core.sharding import MeshConfig, make_mesh
 from huatuo_jax.generation import weights
-from huatuo_jax.ppo.loop import train
-from huatuo_jax.training.loop import Interrupted
+from huatuo_jax.training.loop import Interrupted, train
 from huatuo_jax.training.metrics import read_rows
 from tests.multi_host import metrics
 from tests.ppo.tiny import BACKBONE, Table, config, table, tiny_job

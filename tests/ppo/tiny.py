@@ -11,11 +11,11 @@ from huatuo_jax.data.records import Message, Prompt
 from huatuo_jax.generation.prompts import Task
 from huatuo_jax.ppo.config import PpoConfig, PpoLoopConfig, RolloutConfig, ScoreConfig, ValueConfig
 from huatuo_jax.ppo.held_out import HeldOutJudging
-from huatuo_jax.ppo.loop import train
 from huatuo_jax.ppo.models import open_critic
 from huatuo_jax.ppo.prompts import Prompts, PromptsConfig, TokenPrompt
-from huatuo_jax.ppo.stage import check_policy, make_job
+from huatuo_jax.ppo.stage import PpoStage, check_policy
 from huatuo_jax.training.initial_model import ComputeSection, ModelConfig, open_model
+from huatuo_jax.training.loop import train
 from huatuo_jax.training.optimizer import OptimizerConfig
 from huatuo_jax.training.run_directory import begin_stage
 from tests.tiny import backbone, one_device
@@ -150,20 +150,14 @@ def tiny_job(cfg, workdir, *, scorer=None, mesh=None, prompts=(PROMPT,), normali
     check_policy(cfg, policy)
     decisive = {"seed": cfg.seed, "num_iterations": cfg.num_iterations}
     scorer = scorer or table(longest=cfg.rollout.max_new_tokens)
-    return make_job(
-        cfg,
-        policy=policy,
-        critic=open_critic(cfg, policy, None),
-        prompts=Prompts(prompts, (END,)),
-        make_scorer=lambda: scorer,
-        normalization=normalization,
-        directory=begin_stage(pathlib.Path(workdir), "ppo", settings=decisive, decisive=decisive),
-        decisive=decisive,
-        mesh=mesh or one_device(),
-        decode=None,
-        scorer_flops=None,
-        judging=None if cfg.judging is None else tiny_judging(cfg, workdir, policy),
-    )
+    stage = PpoStage(cfg, mesh=mesh or one_device(), workdir=workdir, model=policy)
+    stage.critic = open_critic(cfg, policy, None)
+    stage.prompts = Prompts(prompts, (END,))
+    stage.make_scorer = lambda: scorer
+    stage.normalization = normalization
+    if cfg.judging is not None:
+        stage.judging = tiny_judging(cfg, workdir, policy)
+    return stage.job(begin_stage(workdir, "ppo", settings=decisive, decisive=decisive), decisive)
 
 
 def run_tiny(cfg, workdir, **options):

@@ -5,12 +5,16 @@ import itertools
 import numpy as np
 import pytest
 
-from huatuo_jax.data.batches import HostShare
-from huatuo_jax.preferences.rows import ComparisonBatches, ComparisonRows, RowsConfig, parts_of
+from huatuo_jax.data.batches import (
+    BatchIterator,
+    HostShare,
+    PrefetchConfig,
+    evaluation_batches,
+)
+from huatuo_jax.preferences.rows import ComparisonRows, RowsConfig, parts_of
 from tests.preferences.tiny import token_groups
 
 GROUPS = token_groups([2, 3, 2, 5, 2, 2, 4, 2, 3, 2], soft=True)
-ALONE = HostShare(host=0, num_hosts=1)
 
 
 def _pairs_in(row):
@@ -82,15 +86,12 @@ def test_a_group_that_fits_no_row_keeps_all_its_pairs_in_parts():
 
 def test_a_stream_goes_on_from_its_position_on_any_number_of_hosts():
     rows = ComparisonRows(GROUPS, RowsConfig(row_length=64))
-    places = rows.most_pairs(40)
-    plain = ComparisonBatches(rows, batch_size=4, num_pairs=places, share=ALONE)
+    plain = BatchIterator(rows.reading(40), batch_size=4)
     batches = [next(plain) for _ in range(8)]
     assert plain.get_state() == {"next_row": 32}
     other = ComparisonRows(GROUPS, RowsConfig(row_length=64))
     hosts = [
-        ComparisonBatches(
-            other, batch_size=4, num_pairs=places, share=HostShare(host=host, num_hosts=2)
-        )
+        BatchIterator(other.reading(40), batch_size=4, share=HostShare(host=host, num_hosts=2))
         for host in range(2)
     ]
     for host in hosts:
@@ -104,12 +105,27 @@ def test_a_stream_goes_on_from_its_position_on_any_number_of_hosts():
 def test_evaluation_gives_each_pair_once_and_fills_up_with_empty_rows():
     rows = ComparisonRows(GROUPS, RowsConfig(row_length=64, shuffled=False))
     end = rows.first_row(1)
-    batches = ComparisonBatches(
-        rows, batch_size=3, num_pairs=rows.most_pairs(end), share=ALONE, end_row=end
-    )
-    read = list(batches)
+    read = list(evaluation_batches(rows, batch_size=3))
     assert len(read) == -(-end // 3)
     assert sum(float(batch["pair_weight"].sum()) for batch in read) == sum(
         len(group.pairs) for group in GROUPS
     )
     assert {batch["token_ids"].shape for batch in read} == {(3, 64)}
+
+
+def test_batches_that_threads_make_ahead_are_those_made_when_asked_for():
+    found = []
+    for num_threads in (0, 2):
+        rows = ComparisonRows(GROUPS, RowsConfig(row_length=64))
+        batches = BatchIterator(
+            rows.reading(40),
+            batch_size=4,
+            prefetch=PrefetchConfig(num_threads=num_threads),
+            end_row=40,
+        )
+        found.append(list(batches))
+    assert len(found[0]) == len(found[1]) == 10
+    for asked, ahead in zip(*found, strict=True):
+        assert asked.keys() == ahead.keys()
+        for name in asked:
+            np.testing.assert_array_equal(asked[name], ahead[name])

@@ -19,13 +19,14 @@ from huatuo_jax.checkpoint.models import find_model, load_params, save_orbax
 from huatuo_jax.core import sharding
 from huatuo_jax.core.config import replaced
 from huatuo_jax.data import SAMPLE_FOLDER
+from huatuo_jax.data.batches import BatchIterator
 from huatuo_jax.data.mixture import HeldOutConfig
 from huatuo_jax.hf.tokenizer import load_tokenizer
-from huatuo_jax.preferences import rows as comparison_rows
 from huatuo_jax.preferences.data import ComparisonsConfig, ComparisonSource, open_comparisons
+from huatuo_jax.preferences.rows import abstract_rows
 from huatuo_jax.reward.config import ProbeConfig, RewardConfig
 from huatuo_jax.reward.score_file import read_answers
-from huatuo_jax.reward.stage import abstract_rows, open_backbone, reward_step, run_reward
+from huatuo_jax.reward.stage import open_backbone, reward_step, run_reward
 from huatuo_jax.training.initial_model import ComputeSection, ModelConfig, open_model
 from huatuo_jax.training.loop import LoopConfig
 from huatuo_jax.training.metrics import is_time_field, read_rows
@@ -203,7 +204,7 @@ def test_probes_of_one_name_and_without_files_are_refused():
     with pytest.raises(ValueError, match="paths is empty: probe 'truth' must name"):
         ProbeConfig(name="truth")
     probe = ProbeConfig(name="truth", paths=("a.jsonl",))
-    with pytest.raises(ValueError, match="probes: truth stands twice"):
+    with pytest.raises(ValueError, match="probes: truth is given twice"):
         _config(pathlib.Path("none"), probes=(probe, probe))
 
 
@@ -279,7 +280,7 @@ class Stopped(Exception):
 
 @pytest.mark.slow
 def test_a_run_that_breaks_off_ends_as_an_unbroken_one(trained, files, tmp_path, monkeypatch):
-    plain = comparison_rows.ComparisonBatches.__next__
+    plain = BatchIterator.__next__
 
     def breaks_off(self):
         if self.get_state()["next_row"] == 9 * 8:
@@ -287,7 +288,7 @@ def test_a_run_that_breaks_off_ends_as_an_unbroken_one(trained, files, tmp_path,
         return plain(self)
 
     with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(comparison_rows.ComparisonBatches, "__next__", breaks_off)
+        patch.setattr(BatchIterator, "__next__", breaks_off)
         run_reward(_config(files), tmp_path)
     assert not (tmp_path / "reward" / "finished.json").exists()
     result = run_reward(_config(files), tmp_path)
@@ -442,5 +443,5 @@ def test_the_command_runs_the_default_config_and_survives_kills(tmp_path):
         process.communicate()
     last = _launch(tmp_path / "killed", *short)
     output, _ = last.communicate(timeout=900)
-    assert last.returncode == 0 and "goes on from the checkpoint" in output, output
+    assert last.returncode == 0 and "resumes from the checkpoint" in output, output
     _assert_same(tmp_path / "killed", tmp_path / "unbroken")

@@ -42,7 +42,7 @@ def _kill(workdir, moments, *, seed):
 @pytest.mark.slow
 def test_a_run_killed_at_random_moments_ends_as_an_unbroken_one(unbroken, tmp_path):
     _kill(tmp_path, 2, seed=1)
-    assert "goes on from the checkpoint" in SFT.finish(tmp_path)
+    assert "resumes from the checkpoint" in SFT.finish(tmp_path)
     assert_identical(SFT.result(tmp_path), unbroken)
 
 
@@ -68,7 +68,7 @@ def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(unbroken
     wait_for(saving, process)
     kill(process)
     if SFT.newest(tmp_path) == 4:  # The save may have been over before the kill came.
-        assert "goes on from the checkpoint of step 4" in SFT.finish(tmp_path)
+        assert "resumes from the checkpoint of step 4" in SFT.finish(tmp_path)
     else:
         SFT.finish(tmp_path)
     assert_identical(SFT.result(tmp_path), unbroken)

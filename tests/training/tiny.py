@@ -13,7 +13,7 @@ from huatuo_jax.backbone.transformer import Transformer, init_params
 from huatuo_jax.core import sharding
 from huatuo_jax.data.tokenizing import ALL_KINDS
 from huatuo_jax.sft import evaluation_numbers, report_step, token_loss
-from huatuo_jax.training.loop import Job, LoopConfig, make_evaluate, train
+from huatuo_jax.training.loop import Job, LoopConfig, make_measure, train
 from huatuo_jax.training.metrics import ModelFlops
 from huatuo_jax.training.optimizer import OptimizerConfig, make_optimizer
 from huatuo_jax.training.run_directory import begin_stage
@@ -126,6 +126,12 @@ def tiny_job(
     key = jax.random.key(3)
     state = abstract(make, mesh, key)
     held_out = [random_batch(10_000 + n) for n in range(2)]
+    measure = make_measure(
+        lambda variables, batch: loss(variables, batch).others,
+        lambda: held_out,
+        evaluation_numbers,
+        mesh,
+    )
     return Job(
         directory=begin_stage(workdir, "sft", settings=decisive, decisive=decisive),
         decisive=decisive,
@@ -138,12 +144,7 @@ def tiny_job(
         ),
         batches=EndlessBatches(seconds_each=seconds_each, spoilt=spoilt),
         report=functools.partial(report_step, flops=ModelFlops.of(TINY)),
-        evaluate=make_evaluate(
-            lambda variables, batch: loss(variables, batch).others,
-            lambda: held_out,
-            evaluation_numbers,
-            mesh,
-        ),
+        evaluate=lambda state: measure(state.variables),
         row_names=lambda position: [f"dialogue-{position['next']}-{row}" for row in range(8)],
     )
 
