@@ -144,7 +144,7 @@ class AnswerScoreConfig:
     """The rule from scores to rewards: one for PPO, `score.py` and evaluation.
 
     Attributes:
-        scale: `stored` takes the mean and deviation that stand beside the reward model, `running`
+        scale: `stored` takes the mean and deviation that are saved with the reward model, `running`
             those of all scores of the run so far, `raw` neither.
         clip: scaled scores are bounded to +-clip; None for no bound.
         on_truncation: what becomes of the score of an answer without a stop token, see

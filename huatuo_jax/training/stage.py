@@ -1,4 +1,4 @@
-"""What the training stages share: config fields, opening, resuming, the job, the saved result.
+"""The shared course of the training stages: config fields, opening, resuming, job, saved result.
 
 `run_stage` is the course of every stage. SFT, reward training and DPO are `UpdateStage`s, whose
 steps each consume a batch of packed rows; PPO has a loop of its own kind and is a plain `Stage`.
