@@ -5,7 +5,7 @@ import pathlib
 from setuptools import find_packages, setup
 
 TORCH = "torch==2.13.0"  # Parity with transformers only: nothing trains on it.
-DATA = ["*.css", "*.j2", "*.jinja", "*.json", "*.jsonl", "*.md", "*.txt", "py.typed"]
+DATA = ["*.css", "*.html", "*.j2", "*.jinja", "*.json", "*.jsonl", "*.md", "*.txt", "py.typed"]
 
 setup(
     name="huatuo_jax",
