@@ -5,6 +5,7 @@ import pathlib
 from setuptools import find_packages, setup
 
 TORCH = "torch==2.13.0"  # Parity with transformers only: nothing trains on it.
+EVALUATION = ["jieba==0.42.1", "nltk>=3.9.1,<4", "rapidfuzz>=3.9,<4"]
 DATA = ["*.css", "*.j2", "*.jinja", "*.json", "*.jsonl", "*.md", "*.txt", "py.typed"]
 
 setup(
@@ -48,9 +49,11 @@ setup(
     extras_require={
         "cuda": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
+        "evaluation": EVALUATION,
         "verify": [TORCH],
         "test": [
             TORCH,
+            *EVALUATION,
             "ipython>=9.0",
             "mypy>=2.0",
             "pytest>=9.0",
