@@ -552,7 +552,7 @@ def _corpus_distinct(pairs: Sequence[Pair], settings: LexicalSettings) -> tuple[
 
 
 def ratios(values: Mapping[str, float | None]) -> dict[str, float | None]:
-    """The ratios of `RATIOS` by name, as `BLEU-4/BLEU-1`; None where one of the two has no value."""
+    """The ratios of `RATIOS` by name, as `BLEU-4/BLEU-1`; None where one has no value."""
     found = {}
     for part, whole in RATIOS:
         one, other = values[part], values[whole]
