@@ -5,7 +5,7 @@ import pathlib
 from setuptools import find_packages, setup
 
 TORCH = "torch==2.13.0"  # Parity with transformers only: nothing trains on it.
-EVALUATION = ["jieba==0.42.1", "nltk>=3.9.1,<4", "rapidfuzz>=3.9,<4"]
+EVALUATION = ["jieba==0.42.1", "nltk>=3.9.1,<4"]
 DATA = ["*.css", "*.j2", "*.jinja", "*.json", "*.jsonl", "*.md", "*.txt", "py.typed"]
 
 setup(
@@ -36,6 +36,7 @@ setup(
         "optax>=0.2.6,<0.3",
         "orbax-checkpoint>=0.11.30,<0.13",
         "protobuf>=5.0",
+        "rapidfuzz>=3.9,<4",
         "rich>=13.0",
         "safetensors>=0.6",
         "sentencepiece>=0.2.1",

@@ -24,6 +24,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
+from rapidfuzz.distance import Indel
 
 from huatuo_jax.feedback.intervals import NUM_RESAMPLES, bootstrap_mean
 from huatuo_jax.markdown import table
@@ -297,7 +298,6 @@ def _rouge(
     response: list[str], references: list[list[str]], grams: Grams, others: list[Grams]
 ) -> dict[str, tuple[float, float, float]]:
     """ROUGE-1, -2 and -L (Lin 2004) by measure, the best reference for each."""
-    indel = _library("rapidfuzz.distance").Indel
     found: dict[str, list[tuple[float, ...]]] = {name: [] for name in get_args(RougeMeasure)}
     for tokens, other in zip(references, others, strict=True):
         # The longest common subsequence is half of what an edit by insertions and deletions keeps.
@@ -305,7 +305,7 @@ def _rouge(
             ((mine & theirs).total(), mine.total(), theirs.total())
             for mine, theirs in zip(grams[:2], other[:2], strict=True)
         ]
-        counts.append((indel.similarity(response, tokens) // 2, len(response), len(tokens)))
+        counts.append((Indel.similarity(response, tokens) // 2, len(response), len(tokens)))
         found["f1"].append(tuple(_share(2 * common, ours + all_) for common, ours, all_ in counts))
         found["recall"].append(tuple(_share(common, all_) for common, _, all_ in counts))
         found["precision"].append(tuple(_share(common, ours) for common, ours, _ in counts))
