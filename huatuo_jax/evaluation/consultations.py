@@ -81,7 +81,7 @@ COMMON_ALIASES: Mapping[str, tuple[str, ...]] = {
 }
 """Other names of diseases that a consultation uses as often."""
 
-_GOODBYE = re.compile(r"(?:再见|拜拜)(?![面到过你您一])|再见[你您]?$")
+_GOODBYE = re.compile(r"(?:再见|拜拜)(?![面到过你您一好效轻])|再见[你您]?$")
 
 PATIENT_OPENING = "您好，我是医生。请问您哪里不舒服？"
 """The line of the doctor that the model that plays the patient answers first."""
@@ -158,7 +158,7 @@ def read_med_dialog(
             `COMMON_ALIASES`.
 
     Raises:
-        ValueError: no such file, a row of another form, or an id that stands twice.
+        ValueError: no such file, a row of another form, or an id that is used twice.
     """
     found: dict[str, tuple[str, PatientCase]] = {}
     for row in read_rows(path):
@@ -176,7 +176,7 @@ def read_med_dialog(
             texts.append(text.strip())
         case_id, description, diagnosis, department = texts
         if case_id in found:
-            raise ValueError(f"{place}: the id {case_id!r} stands at {found[case_id][0]} too")
+            raise ValueError(f"{place}: the id {case_id!r} is already used at {found[case_id][0]}")
         found[case_id] = (
             place,
             PatientCase(
@@ -231,7 +231,7 @@ def clinic_case(case: world.Case) -> PatientCase:
 
 @dataclass(frozen=True, kw_only=True)
 class ConsultationSettings:
-    """How a consultation ends.
+    """The rules by which a consultation ends.
 
     Attributes:
         ending: "goodbye": the patient says 再见, at the latest after `max_exchanges`; "exchanges":
@@ -255,7 +255,7 @@ class ConsultationSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Consultation:
+class ConsultationState:
     """A consultation up to some turn.
 
     Attributes:
@@ -270,12 +270,12 @@ class Consultation:
 
     @property
     def exchanges(self) -> int:
-        """How often the doctor has answered."""
+        """The number of the doctor's messages, each of which completes an exchange."""
         return len(self.messages) // 2
 
     @property
     def end(self) -> End | None:
-        """Why it is over; None where it is not."""
+        """The reason that it is over; None while it is not."""
         settings, by_patient = self.settings, len(self.messages) % 2 == 1
         if settings.ending == "goodbye" and by_patient and self.exchanges:
             if says_goodbye(self.messages[-1].content):
@@ -288,12 +288,12 @@ class Consultation:
 
     @property
     def speaker(self) -> Speaker | None:
-        """Who speaks next; None where it is over."""
+        """The role that speaks next; None if it is over."""
         if self.end is not None:
             return None
         return "assistant" if len(self.messages) % 2 else "user"
 
-    def add(self, text: str) -> "Consultation":
+    def add(self, text: str) -> "ConsultationState":
         """The consultation with the next speaker's message.
 
         Raises:
@@ -305,11 +305,11 @@ class Consultation:
         return dataclasses.replace(self, messages=(*self.messages, Message(speaker, text)))
 
     def doctor_messages(self) -> list[dict[str, str]]:
-        """What is sent to the model that is evaluated; its own template adds a system message."""
+        """The messages for the model that is evaluated; its own template adds a system message."""
         return messages_to_json(self.messages)
 
     def patient_messages(self) -> list[dict[str, str]]:
-        """What is sent to the language model that plays the patient, whose turns are its own.
+        """The messages for the language model that plays the patient, whose turns are its own.
 
         The diagnosis is not in it.
         """
@@ -340,11 +340,11 @@ class Consultation:
 
 
 def says_goodbye(text: str) -> bool:
-    """Whether a patient's message ends the consultation, as "再见" does and "再见面" does not."""
+    """Returns True if a patient's message says goodbye, as "再见" does and "再见面" does not."""
     return _GOODBYE.search(text.strip().rstrip("。！!~～ ")) is not None
 
 
-def clinic_turn(case: world.Case, consultation: Consultation, *, seed: int = 0) -> str:
+def clinic_turn(case: world.Case, consultation: ConsultationState, *, seed: int = 0) -> str:
     """The next message of the clinic's patient, which follows from the doctor's so far.
 
     Raises:
@@ -362,7 +362,7 @@ def clinic_turn(case: world.Case, consultation: Consultation, *, seed: int = 0) 
 
 @dataclass(frozen=True, kw_only=True)
 class ConsultationOutcome:
-    """What became of a consultation.
+    """The outcome of one consultation.
 
     Attributes:
         id: of the case.
@@ -389,12 +389,12 @@ class ConsultationOutcome:
 
     @property
     def spoiled(self) -> bool:
-        """Whether the patient did what makes the doctor's part easier, or no part at all."""
+        """True if the patient flipped roles, leaked the diagnosis or said nothing."""
         return any(fault.kind != "loop" and fault.speaker == "user" for fault in self.faults)
 
 
-def consultation_outcome(consultation: Consultation) -> ConsultationOutcome:
-    """The outcome of a consultation."""
+def consultation_outcome(consultation: ConsultationState) -> ConsultationOutcome:
+    """Returns the outcome of a consultation."""
     case = consultation.case
     answers = [one.content for one in consultation.messages if one.role == "assistant"]
     wordings = [name for diagnosis in case.to_be_found for name in diagnosis]
@@ -418,7 +418,7 @@ def consultation_outcome(consultation: Consultation) -> ConsultationOutcome:
 
 
 def names_one(text: str, names: Iterable[str]) -> bool:
-    """Whether a doctor's text says one of the names, and not only to rule it out."""
+    """Returns True if a doctor's text says one of the names, and not only to rule it out."""
     normal = plain(text)
     for name in names:
         for match in re.finditer(re.escape(plain(name)), normal):
@@ -527,7 +527,7 @@ def figures_by_department(
 
 
 def conversation_contests(
-    ones: Sequence[Consultation], others: Sequence[Consultation]
+    ones: Sequence[ConsultationState], others: Sequence[ConsultationState]
 ) -> list[Contest]:
     """Two models' whole consultations on the same cases, for `pairwise` to compare.
 
@@ -540,7 +540,7 @@ def conversation_contests(
     ids = [one.case.id for one in ones]
     if sorted(ids) != sorted(one.case.id for one in others) or len(set(ids)) < len(ids):
         lacking = sorted(set(ids) ^ set(by_case))
-        what = f"only one model has case {lacking[0]!r}" if lacking else "a case stands twice"
+        what = f"only one model has case {lacking[0]!r}" if lacking else "a case is there twice"
         raise ValueError(f"consultations: {what}; each model needs the same cases, each once")
     contests = []
     for one in ones:

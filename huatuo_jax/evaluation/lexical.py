@@ -4,7 +4,7 @@ N-grams are of characters (white space left out) or of jieba's words. Published 
 differ by many points with the convention alone, so every figure carries its `LexicalSettings`, and
 `conventions` computes the same pairs under each.
 
-What is not obvious is defined: an empty response scores 0 against any reference; an empty reference
+Edge cases are defined: an empty response scores 0 against any reference; an empty reference
 is left out, and a pair without any other has no value in BLEU, GLEU and ROUGE (it is counted, and
 still has Distinct); of several references BLEU clips by the highest count and takes the closest
 length, GLEU and ROUGE take the best one; a response shorter than n tokens has no Distinct-n.
@@ -229,7 +229,7 @@ def _library(name: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class _Counted:
-    """What the metrics need of one pair.
+    """The counts of one pair that the metrics are made of.
 
     Attributes:
         response: its tokens.
@@ -561,7 +561,7 @@ def ratios(values: Mapping[str, float | None]) -> dict[str, float | None]:
 
 
 def distance(convention: Convention, published: Mapping[str, float]) -> float | None:
-    """How far a convention's ratios are from published ones: root mean square of log ratios.
+    """The distance of a convention's ratios to published ones: root mean square of log ratios.
 
     None where one of them is 0 or has no value.
     """

@@ -26,11 +26,11 @@ from huatuo_jax.feedback.replies import BadReply, check_ending, parse_verdict
 from huatuo_jax.feedback.verdicts import matching, one_judge
 from huatuo_jax.feedback.win_rates import Verdict, verdicts_of, win_rates
 
-Outcome = Literal["win", "tie", "loss"]
+ContestOutcome = Literal["win", "tie", "loss"]
 
 ORDERS = ((0, 1), (1, 0))
 """Which response is shown first and second: that of `Contest.one` is 0."""
-_OUTCOMES: Mapping[float, Outcome] = {1.0: "win", 0.5: "tie", 0.0: "loss"}
+_OUTCOMES: Mapping[float, ContestOutcome] = {1.0: "win", 0.5: "tie", 0.0: "loss"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ def read_kuake_qic(path: Path) -> list[IntentQuestion]:
     """The questions of HuatuoGPT's single-turn evaluation, `{"id", "label", "query"}` a row.
 
     Raises:
-        ValueError: no such file, a row without these as text, or an id that stands twice.
+        ValueError: no such file, a row without these as text, or an id that is used twice.
     """
     found: dict[str, tuple[str, IntentQuestion]] = {}
     for row in read_rows(path):
@@ -71,7 +71,7 @@ def read_kuake_qic(path: Path) -> list[IntentQuestion]:
         question = IntentQuestion(id=value["id"], intent=value["label"], question=value["query"])
         if question.id in found:
             earlier = found[question.id][0]
-            raise ValueError(f"{place}: the id {shown(question.id)!r} stands at {earlier} too")
+            raise ValueError(f"{place}: the id {shown(question.id)!r} is already used at {earlier}")
         found[question.id] = (place, question)
     if not found:
         raise ValueError(f"{path}: there are no rows")
@@ -106,7 +106,7 @@ class Contest:
 
     @property
     def same(self) -> bool:
-        """Whether the responses are equal, or both empty: a tie that no judge is asked about."""
+        """True if the responses are equal, or both empty: a tie that no judge is asked about."""
         return not differ(self.one, self.other)
 
 
@@ -219,7 +219,7 @@ class GroupFigures:
 
 @dataclass(frozen=True, kw_only=True)
 class PairwiseFigures:
-    """What one judge says of two models.
+    """The figures of one judge on two models.
 
     Attributes:
         judge: the judge's name; None where all responses were equal, and none was asked.
@@ -274,7 +274,7 @@ def contest_verdicts(
 
 def outcomes(
     contests: Sequence[Contest], judgements: Iterable[Judgement]
-) -> dict[str, Outcome | None]:
+) -> dict[str, ContestOutcome | None]:
     """Win, tie or loss of the first model in each contest, by id; None where there is no verdict.
 
     Raises:

@@ -100,7 +100,7 @@ _TELLING_CHARACTERS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class FaultRules:
-    """When turns count as a loop.
+    """The rule by which turns count as a loop.
 
     Attributes:
         similarity: from which on two turns are the same, by characters: 1 less insertions and
@@ -170,12 +170,12 @@ def find_faults(
 
 
 def in_a_loop(messages: Sequence[Message], rules: FaultRules) -> bool:
-    """Whether the latest turns repeat themselves."""
+    """Returns True if the last message completes a loop."""
     return any(fault.turn == len(messages) - 1 for fault in _loops(messages, rules))
 
 
 def speaks_as_doctor(text: str) -> tuple[str, str] | None:
-    """What in a patient's text is a doctor's, and of which kind; None where nothing is."""
+    """Returns kind and text of what only a doctor says; None where a patient's text has none."""
     normal = plain(text)
     for name, pattern in _DOCTOR_PATTERNS:
         for match in pattern.finditer(normal):
@@ -231,7 +231,7 @@ def _loops(messages: Sequence[Message], rules: FaultRules) -> Iterator[Fault]:
 
 
 def _repeats(texts: Sequence[str], turn: int, before: Sequence[int], similarity: float) -> bool:
-    """Whether a turn says what the same speaker has said before.
+    """Returns True if a turn says what the same speaker has said before.
 
     A short one does so only where it also follows the same turn of the other speaker: "没有" may be
     the answer to many questions, and "谢谢" after "不客气" once more to none.

@@ -36,7 +36,7 @@ class ReferenceQuestion:
 
 @dataclass
 class _Question:
-    """A question whose references are still coming."""
+    """A question whose references are being collected."""
 
     place: str
     text: str
@@ -53,8 +53,8 @@ def read_cmedqa2(folder: Path, *, split: str = "test") -> list[ReferenceQuestion
             named `pos_ans_id` (train).
 
     Raises:
-        ValueError: a file is missing, has other columns, or a row that cannot be read; an id stands
-            twice, or one that a candidate names is in no file.
+        ValueError: a file is missing, has other columns, or a row that cannot be read; an id is
+            used twice, or one that a candidate names is in no file.
     """
     questions = _by_id(_member(folder, "question.csv"), "question_id", ("content",))
     answers = _by_id(_member(folder, "answer.csv"), "ans_id", ("question_id", "content"))
@@ -125,7 +125,7 @@ def read_huatuo26m(path: Path, *, split: str = "test") -> list[ReferenceQuestion
     others say the same in other words. Without ids, the id is the row's number from 1 on.
 
     Raises:
-        ValueError: no such file, a row of another form, or an id that stands twice.
+        ValueError: no such file, a row of another form, or an id that is used twice.
     """
     found: dict[str, _Question] = {}
     for number, (place, row) in enumerate(_rows(path, split=split), start=1):
@@ -136,7 +136,9 @@ def read_huatuo26m(path: Path, *, split: str = "test") -> list[ReferenceQuestion
         wordings, answers = (_texts(row[name], name, place) for name in known[0])
         key = str(row["id"]).strip() if row.get("id") not in (None, "") else str(number)
         if key in found:
-            raise ValueError(f"{place}: the id {shown(key)!r} stands at {found[key].place} too")
+            raise ValueError(
+                f"{place}: the id {shown(key)!r} is already used at {found[key].place}"
+            )
         question = _needed(wordings[0] if wordings else "", known[0][0], place)
         category = row["label"] if isinstance(row.get("label"), str) else None
         found[key] = _Question(place, question, category, answers)
@@ -191,7 +193,9 @@ def _by_id(
             raise ValueError(f"{path}: there is no column {lacking[0]}; it has {', '.join(row)}")
         name = _needed(row[key], key, place)
         if name in found:
-            raise ValueError(f"{place}: the {key} {shown(name)!r} stands at {found[name][0]} too")
+            raise ValueError(
+                f"{place}: the {key} {shown(name)!r} is already used at {found[name][0]}"
+            )
         found[name] = (place, {column: (row[column] or "").strip() for column in others})
     return found
 

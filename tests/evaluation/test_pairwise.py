@@ -293,7 +293,7 @@ def test_kuake_qic_is_read_whole(shared_data):
         ({"id": "s2", "label": "病情诊断"}, r"q\.json:.*: query is None; it should be text"),
         ({"id": "s2", "label": "", "query": "x"}, r"label is ''; it should be text"),
         ({"id": 3, "label": "x", "query": "x"}, r"id is 3; it should be text"),
-        ({"id": "s1", "label": "x", "query": "x"}, r"the id 's1' stands at .*q\.json:1 too"),
+        ({"id": "s1", "label": "x", "query": "x"}, r"the id 's1' is already used at .*q\.json:1"),
         ("s3", r"id is None; it should be text"),
     ],
 )

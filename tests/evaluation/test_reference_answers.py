@@ -53,7 +53,10 @@ def test_cmedqa2_keeps_a_blank_answer_as_an_empty_reference(cmedqa2):
         ({"test": "question,answer\n7,1\n"}, r"txt:1: the columns are question,answer"),
         ({"test": "question_id,ans_id,cnt,label\n7,1,0,0\n"}, "no candidate is marked"),
         ({"questions": "id,content\n7,x\n"}, r"question.csv: there is no column question_id"),
-        ({"questions": QUESTIONS + "7,again\n"}, r"csv:5: the question_id '7' stands at .*csv:2"),
+        (
+            {"questions": QUESTIONS + "7,again\n"},
+            r"csv:5: the question_id '7' is already .*csv:2",
+        ),
         ({"questions": "question_id,content\n7,\n8,x\n"}, r"question.csv:2: content is empty"),
         ({"answers": ANSWERS + "5,7\n"}, r"answer.csv:6: 2 fields, the header has 3"),
     ],
@@ -143,7 +146,10 @@ def test_huatuo26m_reads_texts_lists_and_lists_of_lists(tmp_path):
         ({"questions": [], "answers": "b"}, r"jsonl:2: questions is empty"),
         ({"questions": {"a": 1}, "answers": "b"}, r"jsonl:2: questions is a dict"),
         ({"questions": "a", "answers": []}, r"jsonl:2: question '2' has no right answer"),
-        ({"id": "1", "questions": "a", "answers": "b"}, r"jsonl:2: the id '1' stands at .*jsonl:1"),
+        (
+            {"id": "1", "questions": "a", "answers": "b"},
+            r"jsonl:2: the id '1' is already .*jsonl:1",
+        ),
     ],
 )
 def test_huatuo26m_names_the_row_that_does_not_fit(tmp_path, row, message):
