@@ -1,5 +1,6 @@
 """Faults of simulated patients: planted ones are found, and none in clean dialogues."""
 
+import csv
 import itertools
 import json
 import pathlib
@@ -174,3 +175,14 @@ def test_clean_dialogues_have_next_to_no_faults_and_doctors_in_the_patients_plac
     assert flipped == 0
     assert num - clean <= 3, "some dialogues do repeat a whole turn"
     assert seen / num_doctors > 0.9
+
+
+def test_questions_of_real_patients_are_no_role_flips(shared_data):
+    rows = json.loads((shared_data / "5_gen_benchmark" / "huatuo26M_test.json").read_text())
+    texts = [row["instruction"][0] for row in rows]
+    table = shared_data / "1_sft_single_real" / "toyhom_internal_medicine.csv"
+    with table.open(encoding="gb18030", newline="") as file:
+        texts += [row["ask"] for row in csv.DictReader(file)]
+    flips = [text for text in texts if speaks_as_doctor(text) is not None]
+    assert len(texts) == 7600
+    assert len(flips) <= 2, "one quotes a friend, one asks for help"
