@@ -177,6 +177,17 @@ def test_corpus_intervals_are_those_of_nltk_on_resampled_pairs(real_pairs, nltk)
         assert found[name].low < found[name].high
 
 
+def test_intervals_of_means_are_those_of_resampled_pairs(real_pairs):
+    settings = LexicalSettings(num_resamples=50, seed=7, average="sentence", percent=False)
+    found = score(real_pairs, settings).figures
+    for metric in ("GLEU", "ROUGE-2", "Distinct-1"):
+        values_P = np.array([pair_values(pair, settings)[metric] for pair in real_pairs])
+        num = len(values_P)
+        times_RP = np.random.default_rng(7).multinomial(num, np.full(num, 1 / num), size=50)
+        low, high = np.quantile(times_RP @ values_P / num, (0.025, 0.975))
+        assert (found[metric].low, found[metric].high) == pytest.approx((low, high), rel=1e-12)
+
+
 def test_rouge_l_of_characters_is_rapidfuzz_indel_similarity(real_pairs):
     from rapidfuzz.distance import Indel
 
@@ -224,7 +235,7 @@ def test_a_pair_without_a_reference_has_no_value_and_moves_no_figure(average):
 
 def test_of_several_references_bleu_clips_by_all_and_the_others_take_the_best(nltk):
     bleu, gleu = nltk
-    response, references = "多喝水多休息", ("多喝水", "多休息，少熬夜", "住院")
+    response, references = "多喝水多休息", ("住院", "多喝水", "多休息，少熬夜")
     found = one(response, *references)
     split = [list(text) for text in references]
     theirs = bleu.sentence_bleu(split, list(response), WEIGHTS, bleu.SmoothingFunction().method1)

@@ -167,6 +167,12 @@ def test_a_later_verdict_takes_the_place_of_a_failure_and_both_are_kept():
     assert pairwise_figures(contests, back) == found
 
 
+def test_a_verdict_stands_against_a_later_one_on_the_same_question():
+    contests = [contest("a")]
+    first, later = (judged(contests, by_table(a=table)) for table in ((1.0, 1.0), (0.0, 0.0)))
+    assert outcomes(contests, [*first, *later]) == {"a": "win"}
+
+
 def test_verdicts_on_other_texts_are_set_aside_and_counted():
     before, now = [contest("a", "旧的", "去医院")], [contest("a", "新的", "去医院")]
     table = by_table(a=(1.0, 1.0))

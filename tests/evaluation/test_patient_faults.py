@@ -118,6 +118,8 @@ def test_short_answers_come_again_without_a_loop_but_thanks_without_end_are_one(
     thanks = talk("谢谢", "不客气", "谢谢", "不客气", "谢谢", "不客气", "谢谢", "不客气")
     assert {(one.kind, one.speaker) for one in find_faults(thanks)} >= {("loop", "user")}
     assert any(in_a_loop(thanks[:end], FaultRules()) for end in range(len(thanks)))
+    # The first turn answers nothing, so its first repetition is none.
+    assert {one.speaker for one in find_faults(thanks[:6])} == {"assistant"}
 
 
 def test_empty_turns_are_found_on_either_side():
