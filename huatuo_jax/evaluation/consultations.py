@@ -46,7 +46,7 @@ _BETWEEN = re.compile(
     r"[;；,，、。.？?！!()（）\s]|待查|待诊|造成|引起|导致|侵犯|[和及伴或](?=[^\s]{2})"
 )
 _BEFORE_NAME = re.compile(
-    r"^.*(?:考虑|诊断为?|提示|判断[:：]?|符合|目前是|有\d+个)|^\d+岁|^(?:左侧|右侧|双侧|原发性的)"
+    r"^.*(?:考虑|诊断为?|提示|判断[:：]?|符合|目前是|有\d+个)|^\d+岁|^(?:左侧|右侧|双侧|原发性的?)"
 )
 # A diagnosis ends in one of these; what follows it ("可能", "术后") is no part of the name.
 _NAME = re.compile(
