@@ -6,6 +6,7 @@ from setuptools import find_packages, setup
 
 TORCH = "torch==2.13.0"  # Parity with transformers only: nothing trains on it.
 DATA = ["*.css", "*.html", "*.j2", "*.jinja", "*.json", "*.jsonl", "*.md", "*.txt", "py.typed"]
+EVALUATION = ["jieba==0.42.1", "nltk>=3.9.1,<4"]
 
 setup(
     name="huatuo_jax",
@@ -35,6 +36,7 @@ setup(
         "optax>=0.2.6,<0.3",
         "orbax-checkpoint>=0.11.30,<0.13",
         "protobuf>=5.0",
+        "rapidfuzz>=3.9,<4",
         "rich>=13.0",
         "safetensors>=0.6",
         "sentencepiece>=0.2.1",
@@ -48,9 +50,11 @@ setup(
     extras_require={
         "cuda": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
+        "evaluation": EVALUATION,
         "verify": [TORCH],
         "test": [
             TORCH,
+            *EVALUATION,
             "ipython>=9.0",
             "mypy>=2.0",
             "pytest>=9.0",

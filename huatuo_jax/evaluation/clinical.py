@@ -14,10 +14,10 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from huatuo_jax.core.statistics import bootstrap_mean
 from huatuo_jax.data.records import shown
 from huatuo_jax.evaluation.quoting import BadReply, ChatMessage, quote, read_object
-from huatuo_jax.feedback.intervals import bootstrap_mean
-from huatuo_jax.feedback.judgements import sha256
+from huatuo_jax.judge.judgements import sha256
 
 History = Literal["reference", "model"]
 

@@ -19,10 +19,10 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from huatuo_jax.core.files import Line, read_lines
 from huatuo_jax.data.records import Message, shown
 from huatuo_jax.evaluation.quoting import BadReply, ChatMessage, quote, read_object
-from huatuo_jax.feedback.judgements import sha256
-from huatuo_jax.json_lines import Line, read_lines
+from huatuo_jax.judge.judgements import sha256
 
 Calls = Literal["criterion", "row"]
 Subset = Literal["all", "hard", "consensus"]

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import jinja2
 import numpy as np
 
-from huatuo_jax.atomic import write_file
+from huatuo_jax.core.files import write_file
 from huatuo_jax.data.records import Message
 
 CRITERIA = ("diagnosis", "treatment", "knowledge")

@@ -7,6 +7,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
+from huatuo_jax.core.statistics import interval_of
 from huatuo_jax.data.records import shown
 from huatuo_jax.evaluation.agreement import agreement_share, cohen_kappa, fleiss_kappa
 from huatuo_jax.evaluation.human import (
@@ -19,7 +20,6 @@ from huatuo_jax.evaluation.human import (
     BlindSet,
     read_json_object,
 )
-from huatuo_jax.feedback.intervals import interval_of
 
 Outcome = Literal["win", "tie", "loss"]
 """Of one of two systems against the other."""

@@ -7,8 +7,8 @@ to contain the hash of itself. No text is put into another by replacing a placeh
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from huatuo_jax.feedback.judgements import sha256
-from huatuo_jax.feedback.replies import BadReply, _final_answer
+from huatuo_jax.judge.judgements import sha256
+from huatuo_jax.judge.replies import BadReply, _final_answer
 
 ChatMessage = dict[str, str]
 """A message as it is sent to a server: role and content."""

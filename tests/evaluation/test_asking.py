@@ -121,7 +121,12 @@ def test_the_cost_is_told_before_anything_is_sent(tmp_path):
     entry = {"input": 1.0, "cached_input": 1.0, "output": 2.0}
     prices.write_text(
         json.dumps(
-            {"currency": "USD", "per_tokens": 1_000_000, "as_of": "2026-11", "models": {"scripted": entry}}
+            {
+                "currency": "USD",
+                "per_tokens": 1_000_000,
+                "as_of": "2026-11",
+                "models": {"scripted": entry},
+            }
         ),
         "utf-8",
     )
