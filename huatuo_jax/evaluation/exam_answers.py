@@ -108,12 +108,13 @@ _SO_LEFT = _pattern(
     r",?(?:\s+(?:it|this|that|must|would|should|be|is|the))*$",
 )
 _COPULA_LEFT = _pattern(
-    r"(?:是|为|即|属于|考虑|的有|包括|首选|应选|选用|选择)$", r"\b(?:is|are|be|was|with)$"
+    r"(?:是|为|即|属于|考虑|的有|包括|首选|应选|选用|选择)$", r"\b(?:is|are|be|was|with|it's)$"
 )
 _NOT_COPULA_LEFT = _pattern(rf"(?:{_NOT_ZH})(?:是|为|即|属于|考虑|包括|首选|选用)$")
 
 _JUDGED_ZH = (
-    "都|均|也|则|却|是|的|说法|描述|叙述|表述|内容|明显|显然|肯定|为|属于|完全|全|本题|答案|选项"
+    "都|均|也|则|却|是|的|说法|描述|叙述|表述|内容|明显|显然|肯定|为|属于|完全|全|本题|答案|选项|"
+    "[二两三四五][项个]"
 )
 _VERB_EN = (
     r"(?:(?:is|are|was|were|would|can|could|may|must|should|be|seems?|appears?|to|both|all|also|"
@@ -131,7 +132,7 @@ _ANSWER_RIGHT = _pattern(
 )
 _RIGHT_RIGHT = _pattern(
     rf"\s*[:—-]*\s*(?:{_JUDGED_ZH}|最|唯一|才|就|更|较)*(?:正确|无误|符合|恰当|合适|合理|准确|成立|入选|可选|"
-    r"√|✓|✔|✅|对(?=[,。;!?\s.、)]|$|的))",
+    r"√|✓|✔|✅|对(?=[,。;!?\s.、)A-J]|$|的))",
     rf"\s*[:—-]*\s*(?:{_VERB_EN}*(?:correct|right|true|accurate|appropriate|✓|✅)"
     r"|(?:is|are)\s+(?:the\s+)?(?:most\s+likely|best)\b)",
 )
@@ -318,4 +319,7 @@ def _alone(
     reason = _ENDS.match(right) or _GIVES_REASON.match(right) or len(whole) > 8
     if first and reason and not listed:
         return _Said.ANSWER
-    return _Said.ANSWER if line and not listed else _Said.NOTHING
+    if line and not listed:
+        return _Said.ANSWER
+    concludes = whole[-1] in CLOSING and not text[group.end :].strip(" \n.。!")
+    return _Said.IN_PASSING if concludes else _Said.NOTHING

@@ -75,6 +75,7 @@ _DECORATION_LEFT = re.compile(
     rf"(?:(?:选项|选择项|\b(?:options?|choices?|letters?))[ \t]*)?(?:[{OPENING}]+[ \t]*)?\Z",
     re.IGNORECASE,
 )
+_BEFORE_TEXT = re.compile(rf"(?:\b(?:an?|the)[ \t]+)?(?:[{OPENING}]+[ \t]*)?\Z", re.IGNORECASE)
 _DECORATION_RIGHT = re.compile(rf"(?:[ \t]?[{CLOSING}]+)?(?:[ \t]*(?:选项|项(?!目)))?")
 _BEFORE_OWN_TEXT = re.compile(rf"\s*[{CLOSING}]*(?:选项|项)?[.、:,。-]?\s*")
 _BEFORE_BRACKETED_TEXT = re.compile(rf"[{OPENING}](?:即|i\.e\.,?\s*)?")
@@ -229,7 +230,7 @@ class OptionFinder:
     def _text_mentions(self, text: str) -> Iterator[Mention]:
         for match in self._any_text.finditer(text):
             (label,) = self._labels_of[_compared(match.group(), fold=self._fold)]
-            left = _DECORATION_LEFT.search(text, 0, match.start())
+            left = _BEFORE_TEXT.search(text, 0, match.start())
             assert left is not None
             right = _DECORATION_RIGHT.match(text, match.end())
             assert right is not None

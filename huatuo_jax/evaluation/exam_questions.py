@@ -108,6 +108,7 @@ class Unusable(Exception):
     """A row that is no question, with its reason and what it has."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
+        """Keeps both, as `Exclusion` has them."""
         super().__init__(reason)
         self.reason = reason
         self.detail = detail
@@ -117,6 +118,7 @@ class SetBuilder:
     """Builds a set row by row."""
 
     def __init__(self, exam: str) -> None:
+        """Begins without questions."""
         self.exam = exam
         self.questions: dict[str, Question] = {}
         self.excluded: list[Exclusion] = []
