@@ -54,6 +54,11 @@ class Question:
         if self.kind == "single" and len(self.answer) > 1:
             raise ValueError("single choice with several right answers")
 
+    @property
+    def text(self) -> str:
+        """Context and question, without the options."""
+        return f"{self.context}\n{self.question}" if self.context else self.question
+
 
 class Exclusion(NamedTuple):
     """A row that is no question of the set.
