@@ -20,12 +20,12 @@ from typing import NamedTuple
 
 from huatuo_jax.evaluation.exam_mentions import (
     CLOSING,
-    LINE_BEGINS,
     LINE_ENDS,
     OPENING,
     Group,
     OptionFinder,
     final_part,
+    line_begins,
     plain_text,
 )
 
@@ -73,7 +73,7 @@ _ANSWER_WORDS_EN = (
 )
 _ANSWER_LEFT = _pattern(
     rf"{_ANSWER_WORDS_ZH}(?:{_FILL_ZH}|[:\s])*$",
-    rf"{_ANSWER_WORDS_EN}[\"'\s:]*(?:\s*\b(?:{_FILL_EN})\b[\s:]*)*$",
+    rf"{_ANSWER_WORDS_EN}(?:[\"'\s:]+(?:{_FILL_EN})\b)*[\"'\s:]*$",
     r"(?:更正|纠正|修正|改正|改选|改)(?:答案)?(?:为|成|是|选)*$",
     r"\b(?:correction|i mean)$",
 )
@@ -150,12 +150,12 @@ _ALL = _pattern(
     r"\ball (?:of )?(?:the )?(?:options|choices|answers) are (?:correct|right|true)",
 )
 _TAKEN_BACK = _pattern(
-    r"(?:^|[。!?;\n…])\s*(?:不对|更正|纠正|我错了)(?=\s*[,。:.!…、]|$)",
-    r"(?:^|[.!?;\n…])\s*(?:scratch that|correction)\b",
+    r"(?:^|[。!?;\n…])[ \t]*(?:不对|更正|纠正|我错了)(?=\s*[,。:.!…、]|$)",
+    r"(?:^|[.!?;\n…])[ \t]*(?:scratch that|correction)\b",
 )
 _THOUGHT_AGAIN = _pattern(
-    r"(?:^|[。!?;\n…])\s*(?:等等|等一下|重新考虑|重新分析)(?=\s*[,。:.!…、]|$|一下)",
-    r"(?:^|[.!?;\n…])\s*(?:no,? wait|wait|hold on|let me (?:reconsider|rethink|re-?evaluate))\b",
+    r"(?:^|[。!?;\n…])[ \t]*(?:等等|等一下|重新考虑|重新分析)(?=\s*[,。:.!…、]|$|一下)",
+    r"(?:^|[.!?;\n…])[ \t]*(?:no,? wait|wait|hold on|let me (?:reconsider|rethink|re-?evaluate))\b",
 )
 _NEXT_QUESTION = re.compile(
     r"^[ \t]*(?:问题|题目|问|question|q)[ \t]*\d*[ \t]*:|^以下是.{0,40}选择题",
@@ -242,9 +242,7 @@ def _lists_options(groups: Sequence[Group], text: str, finder: OptionFinder) -> 
 
     An answer on a line of its own, with words about the next option below, is no such list.
     """
-    lines = [
-        group for group in groups if LINE_BEGINS.search(text, 0, group.start) and not group.by_text
-    ][:2]
+    lines = [group for group in groups if line_begins(text, group.start) and not group.by_text][:2]
     if [group.labels for group in lines] != [frozenset({label}) for label in finder.labels[:2]]:
         return False
     first, second = (bool(LINE_ENDS.match(text, group.end)) for group in lines)
@@ -308,7 +306,7 @@ def _alone(
 ) -> _Said:
     """What stands at the beginning of a reply, or alone on a line."""
     first = not left
-    line = bool(LINE_BEGINS.search(text, 0, group.start) and LINE_ENDS.match(right))
+    line = bool(line_begins(text, group.start) and LINE_ENDS.match(right))
     all_of_many = len(group.labels) == len(finder.labels) and "\n" in text[group.start : group.end]
     if all_of_many or (not several and len(group.labels) > 1 and line):
         return _Said.NOTHING  # The options were said again.

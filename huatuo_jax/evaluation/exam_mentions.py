@@ -4,6 +4,7 @@ The letters in CT, B超 and 维生素A, the article A and 37 °C are no mentions
 that are listed together (A、C和D) form a group, which is judged as one.
 """
 
+import bisect
 import functools
 import re
 import unicodedata
@@ -11,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 OPENING = "(\\[{<【「『《\"'“‘"
+_SEEN = 40  # Characters on each side of a letter that tell whether it is a label.
 CLOSING = ")\\]}>】」』》\"'”’"
 
 _THINKING_TAGS = "think|thinking|thought|reasoning"
@@ -24,6 +26,11 @@ _FINAL_PART = re.compile(
 )
 _THINKING_PART = re.compile(
     r"^[ \t]*#{1,4}[ \t]*(?:thinking|思考)[ \t]*[:：]?[ \t]*$|<\|channel\|>analysis<\|message\|>",
+    re.MULTILINE | re.IGNORECASE,
+)
+_ANSWER_PART = re.compile(
+    r"^[ \t]*#{1,4}[ \t]*"
+    r"(?:(?:final[ \t]+)?(?:answer|response)|conclusion|(?:最终)?(?:答案|回答)|结论)",
     re.MULTILINE | re.IGNORECASE,
 )
 
@@ -66,6 +73,10 @@ _ARTICLE = re.compile(
     r"due|matches|fits|describes|represents|does|will|may|might|must|isn't|instead|over|rather|"
     r"not|with)\b)[a-z0-9]"
 )
+_SPECIES = re.compile(r"\.\s[a-z]{3,}")  # E. coli
+_SAID_BEFORE = re.compile(
+    r"(?:答案[是为:]?|选项?|\b(?:answer|option|choice)(?:\s+is)?)\s*$", re.IGNORECASE
+)
 _BEFORE_LOWER_CASE = re.compile(
     r"(?:答案|选|选择|answer|option|choice|choose|select|pick)[\s:是为]*(?:is\s*)?$", re.IGNORECASE
 )
@@ -87,7 +98,7 @@ _OTHERWISE = re.compile(r"或|\bor\b", re.IGNORECASE)
 _LISTED_LINE = re.compile(r"[ \t]*[.。;,]?[ \t]*\n\s*(?:[-•]|\d{1,2}[.)、])?[ \t]*")
 _LIST_GOES_ON = re.compile(r"\s*(?:$|[,;、。.!?\n]|和|与|及|以及|等|and\b|or\b)")
 LINE_ENDS = re.compile(r"[ \t]*[.。;,!]?[ \t]*(?:\n|$)")
-LINE_BEGINS = re.compile(r"(?:^|\n)[ \t]*(?:[-•]|\d{1,2}[.)、])?[ \t]*\Z")
+_LINE_BEGINS = re.compile(r"(?:^|\n)[ \t]*(?:[-•]|\d{1,2}[.)、])?[ \t]*\Z")
 
 _WORDS_FOR = {
     "yes": "是的|是|肯定",
@@ -138,10 +149,13 @@ def final_part(reply: str) -> str:
     finals = [match.end() for match in _FINAL_PART.finditer(text)]
     if finals:
         return text[finals[-1] :]
-    for begins in (_THOUGHT_BEGINS, _THINKING_PART):
-        match = begins.search(text)
-        text = text[: match.start()] if match else text
-    return text
+    unfinished = _THOUGHT_BEGINS.search(text)
+    text = text[: unfinished.start()] if unfinished else text
+    thinking = _THINKING_PART.search(text)
+    if thinking is None:
+        return text
+    answer = _ANSWER_PART.search(text, thinking.end())
+    return text[: thinking.start()] + (text[answer.start() :] if answer else "")
 
 
 def plain_text(text: str) -> str:
@@ -162,6 +176,7 @@ class OptionFinder:
         Args:
             options: text by label; labels are single letters, or words such as yes and no.
         """
+        assert len(options) > 1
         self.labels = tuple(options)
         self.by_words = any(len(label) > 1 for label in options)
         if self.by_words:
@@ -194,10 +209,10 @@ class OptionFinder:
 
     def groups(self, text: str) -> list[Group]:
         """All mentions in a plain text, in order, grouped where they are listed."""
-        mentions = list(self._word_mentions(text) if self.by_words else self._mentions(text))
+        mentions = self._word_mentions(text) if self.by_words else self._mentions(text)
         return _grouped(mentions, text)
 
-    def _word_mentions(self, text: str) -> Iterator[Mention]:
+    def _word_mentions(self, text: str) -> list[Mention]:
         label_of = {label.lower(): label for label in self.labels}
         found = [
             Mention(m.start(), m.end(), frozenset({label_of[m.group().lower()]}), False)
@@ -210,34 +225,36 @@ class OptionFinder:
                     Mention(m.start(1), m.end(), frozenset({label_of[label]}), False)
                     for m in re.finditer(alone, text)
                 ]
-        return iter(sorted(found))
+        return sorted(found)
 
-    def _mentions(self, text: str) -> Iterator[Mention]:
+    def _mentions(self, text: str) -> list[Mention]:
         spelled = list(self._text_mentions(text))
-        found = [*self._letter_mentions(text, spelled)]
-        # `肺炎(B)` is one mention, of B.
+        letters = list(self._letter_mentions(text, spelled))
+        ends = [mention.end for mention in letters]
+        found = []
         for mention in spelled:
-            behind = next(
-                (one for one in found if mention.start < one.end and one.start <= mention.end + 1),
-                None,
-            )
-            if behind is None:
+            # `肺炎(B)` is one mention, of B.
+            place = bisect.bisect_right(ends, mention.start)
+            if place == len(letters) or letters[place].start > mention.end + 1:
                 found.append(mention)
-            elif mention.start < behind.start:
-                found[found.index(behind)] = behind._replace(start=mention.start)
-        return iter(sorted(found))
+            elif mention.start < letters[place].start:
+                letters[place] = letters[place]._replace(start=mention.start)
+        return sorted([*found, *letters])
 
     def _text_mentions(self, text: str) -> Iterator[Mention]:
         for match in self._any_text.finditer(text):
-            (label,) = self._labels_of[_compared(match.group(), fold=self._fold)]
-            left = _BEFORE_TEXT.search(text, 0, match.start())
+            labels = self._labels_of.get(_compared(match.group(), fold=self._fold))
+            if not labels:  # Case folding differs, as of the two small sigmas.
+                continue
+            left = _BEFORE_TEXT.search(text, _near(match.start()), match.start())
             assert left is not None
             right = _DECORATION_RIGHT.match(text, match.end())
             assert right is not None
-            yield Mention(left.start(), right.end(), frozenset({label}), True)
+            yield Mention(left.start(), right.end(), frozenset(labels), True)
 
     def _letter_mentions(self, text: str, spelled: list[Mention]) -> Iterator[Mention]:
         behind_text = 0
+        whole = {place: one for one in spelled for place in range(one.start, one.end)}
         for match in self._letters.finditer(text):
             if match.start() < behind_text:
                 continue
@@ -246,14 +263,11 @@ class OptionFinder:
             if match.group(1) is None and len(labels) < len(run):
                 continue
             own_text = self._own(run, text, match.end())
-            inside = any(
-                one.start <= match.start() < one.end and not own_text
-                for one in spelled
-                if text[one.start : one.end].strip(OPENING + CLOSING).upper() != run
-            )
+            spelled_here = whole.get(match.start())
+            inside = spelled_here and not own_text
             if inside or not (own_text or _is_label(text, match)):
                 continue
-            left = _DECORATION_LEFT.search(text, 0, match.start())
+            left = _DECORATION_LEFT.search(text, _near(match.start()), match.start())
             assert left is not None
             right = _DECORATION_RIGHT.match(text, own_text.end() if own_text else match.end())
             assert right is not None
@@ -267,7 +281,8 @@ class OptionFinder:
         bracket = _BEFORE_BRACKETED_TEXT.match(text, between.end())
         for begin in (between.end(), bracket.end() if bracket else between.end()):
             found = self._own_text.match(text, begin)
-            if found and label in self._labels_of[_compared(found.group(), fold=self._fold)]:
+            key = _compared(found.group(), fold=self._fold) if found else ""
+            if label in self._labels_of.get(key, ()):
                 return found
         return None
 
@@ -310,20 +325,31 @@ def _bounded(text: str) -> str:
     return pattern
 
 
+def line_begins(text: str, place: int) -> bool:
+    """Whether there is nothing but a list sign in front of a place on its line."""
+    return bool(_LINE_BEGINS.search(text, _near(place), place))
+
+
+def _near(place: int) -> int:
+    return max(0, place - _SEEN)
+
+
 def _is_label(text: str, match: re.Match[str]) -> bool:
-    letters, left, right = match.group(), text[: match.start()], text[match.end() :]
+    letters = match.group()
+    left = text[_near(match.start()) : match.start()]
+    right = text[match.end() : match.end() + _SEEN]
     bracketed = left[-1:] in set("([【") and right[:1] in set(")]】")
     if bracketed:
         return True
     if letters.islower():
-        alone = not left.strip() or _BEFORE_LOWER_CASE.search(left)
-        return bool(alone and _AFTER_LOWER_CASE.match(right))
-    if _WORD_BEFORE.search(left[-24:]) or _WORD_BEHIND.match(right):
+        alone = match.start() == len(left) and not left.strip()
+        said = alone or _BEFORE_LOWER_CASE.search(left)
+        return bool(said and _AFTER_LOWER_CASE.match(right))
+    if _WORD_BEFORE.search(left) or _WORD_BEHIND.match(right):
         return False
-    said = re.search(
-        r"(?:答案|选项?|\b(?:answer|option|choice)(?:\s+is)?)\s*$", left, re.IGNORECASE
-    )
-    return bool(letters not in {"A", "I"} or said or not _ARTICLE.match(right))
+    if _SAID_BEFORE.search(left):
+        return True
+    return not (_SPECIES.match(right) or (letters in {"A", "I"} and _ARTICLE.match(right)))
 
 
 def _grouped(mentions: list[Mention], text: str) -> list[Group]:
@@ -350,7 +376,7 @@ def _grouped(mentions: list[Mention], text: str) -> list[Group]:
                 groups[-1] = _joined(groups[-1], group, between)
                 continue
         elif between is not None and _LISTED_LINE.fullmatch(between):
-            begins = lines or LINE_BEGINS.search(text, 0, groups[-1].start)
+            begins = lines or line_begins(text, groups[-1].start)
             if begins and LINE_ENDS.match(text, group.end):
                 groups[-1] = _joined(groups[-1], group, between)
                 lines = True

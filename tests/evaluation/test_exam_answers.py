@@ -75,3 +75,24 @@ def test_no_released_extractor_reads_two_thirds_of_the_tricky_replies(released):
     cases = [(*case, False) for case in SINGLE] + [(*case, True) for case in SEVERAL]
     right = [released(reply, options, several) == key for options, reply, key, several in cases]
     assert sum(right) < 2 / 3 * len(right)
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        *("\n" * 20_000, " " * 20_000, "(" * 20_000, "x" * 20_000, "A" * 20_000),
+        *(
+            "A B " * 1_500,
+            "A、" * 1_500,
+            "答案是" * 5_000,
+            "答案" + "应该" * 5_000,
+            "急性阑尾炎" * 3_000,
+        ),
+        *("answer " + "is " * 5_000, "if " * 5_000, "not " * 5_000, "\\boxed{" * 3_000),
+        *("<think>" * 1_000, "<answer>" * 1_000, "不对，" * 5_000, "~" * 20_000),
+    ],
+)
+def test_replies_that_never_end_are_read_in_a_moment(reply):
+    # A quadratic or exponential pattern would take minutes here.
+    for end in ("", "答案是B。"):
+        extract_answer(reply + end, DISEASES, several=True)

@@ -77,6 +77,8 @@ SINGLE = [
     (DISEASES, "<think></think>B", "B"),
     (DISEASES, "## Thinking\n\n答案是A？\n\n## Final Response\n\n答案是B。", "B"),
     (DISEASES, "## Thinking\n\n也许是A。答案是A", ""),
+    (DISEASES, "## 思考\n分析一下A\n## 答案\nB", "B"),
+    (DISEASES, "### Thinking\nA?\n### Answer: C", "C"),
     (DISEASES, "## Final Response\n\nA\n\n## Final Response\n\nB", "B"),
     (DISEASES, "<|channel|>analysis<|message|>answer is A<|channel|>final<|message|>B", "B"),
     # Letters that are none.
@@ -287,6 +289,8 @@ SINGLE = [
     (ENGLISH, "Choose (A); do not choose (B).", "A"),
     (ENGLISH, "If one chooses B, the liver is missed. The answer is A.", "A"),
     (ENGLISH, "Is it A? No. It is D.", "D"),
+    (ENGLISH, "The pathogen is E. coli; C. difficile is not.", ""),
+    (ENGLISH, "Caused by C. difficile. Answer: B", "B"),
     (ENGLISH, "I don't know.", ""),
     (ENGLISH, "Question: what is it?\nAnswer: B\n\nQuestion: and this?\nAnswer: C", "B"),
     (ENGLISH, "B\nQuestion: and this?\nAnswer: C", "B"),
