@@ -13,6 +13,7 @@ import pathlib
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 from huatuo_jax.data.exam_formats import options_from_text
@@ -66,7 +67,7 @@ def read_cmb(questions: Path, *, answers: Path | None = None) -> ExamSet:
     for number, row in rows:
         name = str(row.get("id", f"{pathlib.Path(questions).stem}:{number}"))
         used.add(name)
-        builder.add(questions, number, name, lambda row=row, name=name: _cmb(row, name, keys))
+        builder.add(questions, number, name, partial(_cmb, row, name, keys))
     for name, (number, _) in (keys or {}).items():
         if name not in used:
             builder.exclude(answers or "", number, name, "answer without a question")
@@ -125,7 +126,7 @@ def read_cmexam(path: Path, *, subject: str = "Medical Discipline") -> ExamSet:
     builder = SetBuilder("cmexam")
     for number, row in _csv_rows(path, ("Question", "Options", "Answer"), "CMExam"):
         name = f"{pathlib.Path(path).stem}:{number}"
-        builder.add(path, number, name, lambda row=row: _cmexam(row, subject))
+        builder.add(path, number, name, partial(_cmexam, row, subject))
     return builder.close(path)
 
 
@@ -154,7 +155,7 @@ def read_medqa(path: Path, *, region: Literal["us", "mainland", "taiwan"]) -> Ex
     builder = SetBuilder(f"medqa_{region}")
     for number, row in _json_rows(path, ("question", "options", "answer_idx"), "MedQA"):
         name = f"{pathlib.Path(path).stem}:{number}"
-        builder.add(path, number, name, lambda row=row: _medqa(row))
+        builder.add(path, number, name, partial(_medqa, row))
     return builder.close(path)
 
 
@@ -200,9 +201,7 @@ def read_medmcqa(path: Path, *, first_option: Literal[0, 1] | None = None) -> Ex
             )
     builder = SetBuilder("medmcqa")
     for number, row in rows:
-        builder.add(
-            path, number, str(row.get("id")), lambda row=row: _medmcqa(row, first_option or 0)
-        )
+        builder.add(path, number, str(row.get("id")), partial(_medmcqa, row, first_option or 0))
     return builder.close(path)
 
 
@@ -245,7 +244,7 @@ def read_pubmedqa(path: Path, *, ground_truth: Path | None = None) -> ExamSet:
     for number, (name, row) in enumerate(rows.items(), start=1):
         if keys is None or name in keys:
             key = keys[name] if keys else None
-            builder.add(path, number, name, lambda row=row, key=key: _pubmedqa(row, key))
+            builder.add(path, number, name, partial(_pubmedqa, row, key))
     for number, name in enumerate(keys or {}, start=1):
         if name not in rows:
             builder.exclude(ground_truth or "", number, name, "answer without a question")
@@ -344,18 +343,19 @@ def read_subject_files(
         for number, row in _csv_rows(last, needs, exam.upper(), header=header):
             place = row.get(table.id) or number
             name = f"{subject}:{place}"
-            builder.add(
-                *(last, number, name),
-                lambda row=row, subject=subject: {
-                    "subject": subject,
-                    "question": _text(row, table.question),
-                    "options": {letter: _text(row, letter, optional=True) for letter in "ABCD"},
-                    "answer": _letters(row.get(table.answer)),
-                    "kind": "single",
-                    "explanation": _text(row, table.explanation, optional=True),
-                },
-            )
+            builder.add(last, number, name, partial(_table_row, row, table, subject))
     return builder.close(last)
+
+
+def _table_row(row: Row, table: _Table, subject: str) -> dict[str, Any]:
+    return {
+        "subject": subject,
+        "question": _text(row, table.question),
+        "options": {letter: _text(row, letter, optional=True) for letter in "ABCD"},
+        "answer": _letters(row.get(table.answer)),
+        "kind": "single",
+        "explanation": _text(row, table.explanation, optional=True),
+    }
 
 
 def read_apollo(path: Path) -> ExamSet:
@@ -370,7 +370,7 @@ def read_apollo(path: Path) -> ExamSet:
     builder = SetBuilder(str(rows[0][1].get("source", "apollo")))
     for number, row in rows:
         name = f"{pathlib.Path(path).stem}:{number}"
-        builder.add(path, number, name, lambda row=row: _apollo(row))
+        builder.add(path, number, name, partial(_apollo, row))
     return builder.close(path)
 
 
