@@ -67,13 +67,14 @@ _FILL_EN = (
 )
 _NOT_EN = r"not|never|neither|cannot|\w+n't"
 _ANSWER_WORDS_EN = (
-    r"\b(?:answers?|ans|(?:correct|right|best|final|appropriate|suitable)\s+"
+    r"(?<![A-Za-z])(?:answers?|ans|(?:correct|right|best|final|appropriate|suitable)[\s_]+"
     r"(?:option|choice|response|one|selection|letter|decision)s?|conclusion|my\s+(?:choice|pick))"
     r"(?:\s+(?:to|for|of|in)\b[^.,;:!?\n]{0,60}?)?"
 )
 _ANSWER_LEFT = _pattern(
     rf"{_ANSWER_WORDS_ZH}(?:{_FILL_ZH}|[:\s])*$",
-    rf"{_ANSWER_WORDS_EN}(?:[\"'\s:]+(?:{_FILL_EN})\b)*[\"'\s:]*$",
+    rf"{_ANSWER_WORDS_EN}(?:[\"'\s:_]+(?:{_FILL_EN})\b)*[\"'\s:]*$",
+    r"[\"'](?:choice|option|prediction|选项|选择)$",
     r"(?:更正|纠正|修正|改正|改选|改)(?:答案)?(?:为|成|是|选)*$",
     r"\b(?:correction|i mean)$",
 )
