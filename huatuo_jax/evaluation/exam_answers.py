@@ -33,7 +33,7 @@ _SEEN = 100  # Characters on each side of a mention that its statement is looked
 
 
 class _Said(IntEnum):
-    """What a reply says of a group of options, the strongest last."""
+    """The kinds of statement about a group of options, the strongest last."""
 
     NOTHING = 0
     IGNORED = 1
@@ -239,7 +239,7 @@ def _statements(text: str, finder: OptionFinder, *, several: bool) -> list[_Stat
 
 
 def _lists_options(groups: Sequence[Group], text: str, finder: OptionFinder) -> bool:
-    """Whether the reply goes through the options line by line from the first one on.
+    """Tells whether the reply goes through the options line by line from the first one on.
 
     An answer on a line of its own, with words about the next option below, is no such list.
     """
@@ -251,7 +251,7 @@ def _lists_options(groups: Sequence[Group], text: str, finder: OptionFinder) -> 
 
 
 def _judged(group: Group, text: str, finder: OptionFinder, *, several: bool, listed: bool) -> _Said:
-    """What the words around a group say of it."""
+    """Classifies a group by the words around it."""
     raw_left = text[max(0, group.start - _SEEN) : group.start]
     right = text[group.end : group.end + _SEEN]
     left = _DECORATION.sub("", raw_left)
@@ -282,7 +282,7 @@ def _is_all(group: Group, text: str) -> bool:
 
 
 def _stated(group: Group, left: str, right: str, *, ends: bool) -> _Said:
-    """What the words on the same line say."""
+    """Classifies a group by the words on the same line."""
     copula = bool(_COPULA_LEFT.search(left) and not _NOT_COPULA_LEFT.search(left))
     if group.by_text:
         if _RIGHT_RIGHT.match(right):
@@ -305,7 +305,7 @@ def _alone(
     several: bool,
     listed: bool,
 ) -> _Said:
-    """What stands at the beginning of a reply, or alone on a line."""
+    """Classifies a group at the beginning of a reply, or alone on a line."""
     first = not left
     line = bool(line_begins(text, group.start) and LINE_ENDS.match(right))
     all_of_many = len(group.labels) == len(finder.labels) and "\n" in text[group.start : group.end]

@@ -51,6 +51,14 @@ _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     )
 )
 
+# The characters of the statements that are looked for; MedQA's Taiwan part has traditional ones.
+_SIMPLIFIED = str.maketrans(
+    "選項確錯誤應該當對為題擇結論總於則屬說敘並無後終個麼嗎會與參標準認編號維環細類區級鏈線帶組體試驗點"
+    "剔餘稱從據經幾數們這樣絕單雙內關現實問請檢診斷慮況僅須顯斷綜",
+    "选项确错误应该当对为题择结论总于则属说叙并无后终个么吗会与参标准认编号维环细类区级链线带组体试验点"
+    "剔余称从据经几数们这样绝单双内关现实问请检诊断虑况仅须显断综",
+)
+
 # A letter behind or before one of these is part of a word: 维生素A, hepatitis B, B超, D-dimer.
 _WORD_BEFORE = re.compile(
     r"(?:维生素|维他命|血型|肝炎|素|酶|蛋白|抗原|抗体|因子|补体|球菌|受体|疫苗|病毒|嘌呤|维)\s?$"
@@ -159,8 +167,11 @@ def final_part(reply: str) -> str:
 
 
 def plain_text(text: str) -> str:
-    r"""NFKC, without invisible characters, markup and struck-out text; `\boxed{B}` as answer: B."""
-    text = unicodedata.normalize("NFKC", text)
+    r"""NFKC, without invisible characters, markup and struck-out text; `\boxed{B}` as answer: B.
+
+    Traditional characters of statements (選, 錯誤) become simplified ones.
+    """
+    text = unicodedata.normalize("NFKC", text).translate(_SIMPLIFIED)
     text = "".join(char for char in text if unicodedata.category(char) != "Cf")
     for pattern, by in _REWRITES:
         text = pattern.sub(by, text)
@@ -326,7 +337,7 @@ def _bounded(text: str) -> str:
 
 
 def line_begins(text: str, place: int) -> bool:
-    """Whether there is nothing but a list sign in front of a place on its line."""
+    """Tells whether only a list sign is in front of a place on its line."""
     return bool(_LINE_BEGINS.search(text, _near(place), place))
 
 

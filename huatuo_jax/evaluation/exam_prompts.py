@@ -33,10 +33,10 @@ _CHINESE = re.compile("[\u4e00-\u9fff]")
 
 @dataclass(frozen=True, kw_only=True)
 class PromptForm:
-    """How a question is put and how an example answers it.
+    """Templates of a question's prompt and of an example's reply.
 
-    The texts are templates with fields in braces: question, options, labels, context, category,
-    subject and kind of the question; answer and explanation in `reply`.
+    Fields are in braces: question, options, labels, context, category, subject and kind of the
+    question; answer and explanation in `reply`.
 
     Attributes:
         prompt: the question as the user's message.
@@ -298,7 +298,7 @@ def _filled(template: str, question: Question, form: PromptForm) -> str:
 
 
 def _labels(question: Question, language: Language) -> str:
-    """What a reply is asked to give, in words."""
+    """The words for the answer that the prompt asks for."""
     if any(len(label) > 1 for label in question.options):
         words = list(question.options)
         return f"{'、'.join(words)}之一" if language == "zh" else f"one of {', '.join(words)}"

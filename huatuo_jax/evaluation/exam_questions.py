@@ -97,7 +97,7 @@ class ExamSet:
     num_empty_options: int
 
     def reasons(self) -> dict[str, int]:
-        """How many rows were excluded for each reason."""
+        """The number of excluded rows by reason."""
         return dict(collections.Counter(one.reason for one in self.excluded))
 
     def describe(self) -> str:

@@ -49,7 +49,7 @@ class Macro(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class OptionBias:
-    """How often one option is given, beside how often it is right.
+    """The frequency of one option in the answers and in the keys.
 
     Attributes:
         given: share of the answers that could be read that have it; None where none could be read.
@@ -103,7 +103,7 @@ class ExamScores:
 
 
 class Choice(NamedTuple):
-    """What likelihoods choose.
+    """The answer chosen by likelihood.
 
     Attributes:
         answer: the labels of the likeliest answer; None where two are equally likely.

@@ -274,7 +274,7 @@ def _pubmedqa(row: Any, key: object) -> dict[str, Any]:
 
 
 class _Table(NamedTuple):
-    """Where a set of one table a subject has its files, and how its columns are called."""
+    """File and column names of a set that has one table for each subject."""
 
     subjects: Mapping[str, str]
     file: str

@@ -5,6 +5,7 @@ DRUGS = {"A": "青霉素", "B": "维生素A", "C": "环孢素A", "D": "两性霉
 EXAMINATIONS = {"A": "CT", "B": "B超", "C": "X线", "D": "MRI"}
 ORGANS = {"A": "心", "B": "肝", "C": "脾", "D": "肺", "E": "肾"}
 MARKERS = {"A": "AFP", "B": "CEA", "C": "CA125", "D": "PSA"}
+TRADITIONAL = {"A": "肺炎", "B": "急性闌尾炎", "C": "胃潰瘍", "D": "心肌梗塞"}
 COMBINED = {"A": "倒位", "B": "重复", "C": "缺失", "D": "A和C均是"}
 CYTOCHROMES = {"A": "B", "B": "C", "C": "P450", "D": "AA3"}
 DOSES = {"A": "15～18g", "B": "3～6g", "C": "5～8g", "D": "8～15g"}
@@ -140,6 +141,14 @@ SINGLE = [
     (DISEASES, "参考答案A有误，应选B。", "B"),
     (DISEASES, "A选项是错误的，而B选项是正确的。", "B"),
     (DISEASES, "A、B都正确。", ""),
+    # In traditional characters.
+    (TRADITIONAL, "A錯誤，C錯誤，因此選B。", "B"),
+    (TRADITIONAL, "正確答案應該是選項B：急性闌尾炎。", "B"),
+    (TRADITIONAL, "答案不是A，應為B。", "B"),
+    (TRADITIONAL, "綜上所述，本題應選擇(B)。", "B"),
+    (TRADITIONAL, "最可能的診斷為急性闌尾炎。", "B"),
+    (TRADITIONAL, "應補充維生素D。", ""),
+    (TRADITIONAL, "A項不正確，B項正確。", "B"),
     # Corrected.
     (DISEASES, "答案是A。更正：答案是B。", "B"),
     (DISEASES, "答案是A。更正：B。", "B"),
