@@ -16,8 +16,8 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
-from huatuo_jax.data.exam_formats import options_from_text
-from huatuo_jax.data.turns import RowProblem
+from huatuo_jax.data.formats.dialogues import options_from_text
+from huatuo_jax.data.formats.turns import RowProblem
 from huatuo_jax.evaluation.exam_questions import ExamSet, Kind, Path, SetBuilder, Unusable
 
 Row = Mapping[Any, Any]

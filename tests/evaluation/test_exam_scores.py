@@ -6,12 +6,7 @@ import pytest
 from scipy import stats
 
 from huatuo_jax.evaluation.exam_questions import Question
-from huatuo_jax.evaluation.exam_scores import (
-    choose_by_likelihood,
-    macro_mean,
-    score_exam,
-    wilson,
-)
+from huatuo_jax.evaluation.exam_scores import choose_by_likelihood, macro_mean, score_exam, wilson
 
 
 def question(number, answer="A", *, category="", subject="", kind="single"):
