@@ -29,6 +29,7 @@ Dialogue = Sequence[Mapping[str, str]]
 Progress = Callable[[int, int], None]
 
 _CHUNK = 64
+_SCORED_CHUNK = 512
 _SERVER_PREFIX = "openai:"
 _ROWS_AT_ONCE = 8
 
@@ -62,6 +63,12 @@ class Respondent(Protocol):
 
     def cost(self, prompts: Mapping[str, Dialogue], path: pathlib.Path) -> Cost | None:
         """What the prompts without a response may take; None where nothing is paid."""
+
+    def read(self, prompts: Mapping[str, Dialogue], path: pathlib.Path) -> dict[str, ChatReply]:
+        """The responses that the file holds to these very prompts."""
+
+    def release(self) -> None:
+        """Lets go of the memory that responding took; it is taken again when needed."""
 
     def respond(
         self,
@@ -100,6 +107,13 @@ class ServerRespondent:
     def cost(self, prompts: Mapping[str, Dialogue], path: pathlib.Path) -> Cost:
         """Returns what the prompts without a response may take."""
         return ReplyFile(path, self._cfg).estimate(_as_messages(prompts))
+
+    def read(self, prompts: Mapping[str, Dialogue], path: pathlib.Path) -> dict[str, ChatReply]:
+        """Returns the responses that the file holds to these very prompts."""
+        return ReplyFile(path, self._cfg).read(_as_messages(prompts))
+
+    def release(self) -> None:
+        """Does nothing: the model is the server's."""
 
     def respond(
         self,
@@ -160,6 +174,7 @@ class SavedRespondent:
         self._max_length = min(max_length or positions, positions)
         self._params: dict[str, Any] | None = None
         self._engines: Engines | None = None
+        self._scorer: ContinuationScorer | None = None
 
     @property
     def name(self) -> str:
@@ -179,6 +194,17 @@ class SavedRespondent:
     def cost(self, prompts: Mapping[str, Dialogue], path: pathlib.Path) -> None:
         """Returns None: nothing is paid."""
 
+    def read(self, prompts: Mapping[str, Dialogue], path: pathlib.Path) -> dict[str, ChatReply]:
+        """Returns the responses that the file holds to these very prompts."""
+        if not path.exists():
+            return {}
+        with AppendedFile(path, locked=False) as file:
+            return _standing(file, self._hashes(prompts))
+
+    def release(self) -> None:
+        """Lets go of weights and compiled programs."""
+        self._params = self._engines = self._scorer = None
+
     def respond(
         self,
         prompts: Mapping[str, Dialogue],
@@ -192,17 +218,9 @@ class SavedRespondent:
         Raises:
             ValueError: another process writes the file, or a line of it is no response.
         """
-        settings = sha256(json.dumps(self.settings(), sort_keys=True, ensure_ascii=False))
-        hashes = {
-            name: sha256(json.dumps([settings, [dict(one) for one in dialogue]]))
-            for name, dialogue in prompts.items()
-        }
-        found: dict[str, ChatReply] = {}
+        hashes = self._hashes(prompts)
         with AppendedFile(path, locked=True) as file:
-            for line in file.lines():
-                name = line.row.get("name")
-                if name in hashes and line.row.get("request") == hashes[name]:
-                    found[name] = ChatReply(*map(line.row.get, ChatReply._fields))
+            found = _standing(file, hashes)
             file.cut_unfinished()
             left = [name for name in prompts if name not in found]
             for first in range(0, len(left), _CHUNK):
@@ -215,6 +233,47 @@ class SavedRespondent:
                 found |= replies
                 if on_progress is not None:
                     on_progress(len(found), len(prompts))
+        return found
+
+    def log_probs_in_file(
+        self,
+        asked: Mapping[str, tuple[str, Sequence[str]]],
+        path: pathlib.Path,
+        on_progress: Progress | None = None,
+    ) -> dict[str, tuple[float, ...] | None]:
+        """Returns `option_log_probs` by name, each kept in the file.
+
+        A text that with a continuation is longer than the model's positions has None.
+
+        Raises:
+            ValueError: another process writes the file, or a line of it is broken.
+        """
+        settings = self.settings()
+        settings.pop("decoding")
+        hashes = {
+            name: sha256(json.dumps([settings, context, list(ends)], sort_keys=True))
+            for name, (context, ends) in asked.items()
+        }
+        found: dict[str, tuple[float, ...] | None] = {}
+        with AppendedFile(path, locked=True) as file:
+            for line in file.lines():
+                name, values = line.row.get("name"), line.row.get("log_probs")
+                if name in hashes and line.row.get("request") == hashes[name]:
+                    found[name] = None if values is None else tuple(map(float, values))
+            file.cut_unfinished()
+            left = [name for name in asked if name not in found]
+            for first in range(0, len(left), _SCORED_CHUNK):
+                names = left[first : first + _SCORED_CHUNK]
+                fitting = [name for name in names if self._fits(*asked[name])]
+                scored = iter(self.option_log_probs([asked[name] for name in fitting]))
+                values_of = {name: next(scored) if name in fitting else None for name in names}
+                file.append(
+                    {"name": name, "request": hashes[name], "log_probs": values_of[name]}
+                    for name in names
+                )
+                found |= values_of
+                if on_progress is not None:
+                    on_progress(len(found), len(asked))
         return found
 
     def option_log_probs(
@@ -234,13 +293,16 @@ class SavedRespondent:
         Raises:
             ValueError: a context with a continuation is longer than the model's positions.
         """
-        scorer = ContinuationScorer(
-            Transformer(self._saved.info.cfg, self._compute),
-            {"params": self._loaded()},
-            mesh=self._saved.mesh,
-            rows_at_once=_ROWS_AT_ONCE,
-        )
-        return scorer([self._continuations(*one) for one in asked], on_progress)
+        if not asked:
+            return []
+        if self._scorer is None:
+            self._scorer = ContinuationScorer(
+                Transformer(self._saved.info.cfg, self._compute),
+                {"params": self._loaded()},
+                mesh=self._saved.mesh,
+                rows_at_once=_ROWS_AT_ONCE,
+            )
+        return self._scorer([self._continuations(*one) for one in asked], on_progress)
 
     def _continuations(self, context: str, continuations: Sequence[str]) -> Continuations:
         encode = self._saved.tokenizer.encode
@@ -251,6 +313,20 @@ class SavedRespondent:
         return Continuations(
             before, [encode(stripped + space + one)[len(before) :] for one in continuations]
         )
+
+    def _fits(self, context: str, continuations: Sequence[str]) -> bool:
+        """Tells whether a text with each continuation fits the model's positions."""
+        before, ends = self._continuations(context, continuations)
+        longest = len(before) + max(map(len, ends))
+        return longest <= self._saved.info.cfg.max_positions
+
+    def _hashes(self, prompts: Mapping[str, Dialogue]) -> dict[str, str]:
+        """What tells a prompt under these settings from all others, by its name."""
+        settings = sha256(json.dumps(self.settings(), sort_keys=True, ensure_ascii=False))
+        return {
+            name: sha256(json.dumps([settings, [dict(one) for one in dialogue]]))
+            for name, dialogue in prompts.items()
+        }
 
     def _answer(self, prompts: Mapping[str, Dialogue]) -> dict[str, ChatReply]:
         """Responses to prompts, the ones that are too long named."""
@@ -295,6 +371,16 @@ class SavedRespondent:
         if self._params is None:
             self._params = self._saved.load_params()
         return self._params
+
+
+def _standing(file: AppendedFile, hashes: Mapping[str, str]) -> dict[str, ChatReply]:
+    """The file's responses to prompts of these names and hashes."""
+    found: dict[str, ChatReply] = {}
+    for line in file.lines():
+        name = str(line.row.get("name"))
+        if name in hashes and line.row.get("request") == hashes[name]:
+            found[name] = ChatReply(*map(line.row.get, ChatReply._fields))
+    return found
 
 
 def open_respondent(
