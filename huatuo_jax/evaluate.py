@@ -30,6 +30,7 @@ from huatuo_jax.evaluation.consultations import (
 )
 from huatuo_jax.evaluation.contamination import find_overlaps
 from huatuo_jax.evaluation.exam_files import ExampleFiles
+from huatuo_jax.evaluation.graded_suites import ClinicalSuite, HealthBenchSuite
 from huatuo_jax.evaluation.healthbench import Calls, HealthBenchConfig, Subset, read_healthbench
 from huatuo_jax.evaluation.lexical import Average, LexicalSettings, Tokenizer
 from huatuo_jax.evaluation.pairwise import read_kuake_qic
@@ -42,11 +43,9 @@ from huatuo_jax.evaluation.respondents import (
 from huatuo_jax.evaluation.session import ServerJudge, Session, Suite
 from huatuo_jax.evaluation.suites import (
     By,
-    ClinicalSuite,
     ClinicSuite,
     ExamConfig,
     ExamSuite,
-    HealthBenchSuite,
     LexicalSuite,
 )
 from huatuo_jax.judge.config import JudgeConfig, reach_judge
@@ -227,9 +226,9 @@ def main(flags: Flags) -> None:
     if flags.dry_run:
         for suite in suites:
             suite.run(session)
-        for line in [*session.plan, *session.cost_lines()]:
+        for line in session.plan_lines():
             print(line)
-        print("nothing was sent or computed; replies that cannot be read are asked for again")
+        print("nothing was sent or computed; unreadable replies are asked for twice more")
         return
     # One model after the other, so that each is loaded once.
     for model, suite in itertools.product(models, suites):

@@ -13,12 +13,13 @@ import hashlib
 import pathlib
 import random
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 from huatuo_jax.core.files import write_rows
-from huatuo_jax.core.progress import progress_bar, tell
+from huatuo_jax.core.progress import progress_bar
 from huatuo_jax.evaluation.asking import ChatMessages, ChatModelConfig, ChatReply, Cost, ReplyFile
 from huatuo_jax.evaluation.exam_mentions import final_part
 from huatuo_jax.evaluation.respondents import Dialogue, Respondent, SavedRespondent
@@ -213,8 +214,9 @@ class Session:
         self.models, self.output = models, output
         self.judge, self.second_judge = judge, second_judge
         self.seed, self.limit, self.dry = seed, limit, dry
-        self.plan: list[str] = []
-        self.costs: dict[str, list[Cost]] = {}
+        self._plan: Counter[tuple[str, str]] = Counter()
+        self._costs: dict[str, list[Cost]] = {}
+        self._planned: set[str] = set()
         self._max_new_tokens = max_new_tokens
         self._used: Respondent | None = None
 
@@ -235,10 +237,7 @@ class Session:
         if self.dry:
             found = respondent.read(named, path)
             left = {name: named[name] for name in named if name not in found}
-            cost = respondent.cost(left, path)
-            if cost is not None:
-                self._note(f"responses of {model}", cost)
-            self.plan.append(f"{suite}: {len(left)} responses of {model}")
+            self._note(suite, f"responses of {model}", len(left), respondent.cost(left, path))
             found |= {name: self._assumed(f"{model}/{name}") for name in left}
         else:
             with progress_bar(f"{suite}: {model}", "responses") as on_progress:
@@ -253,7 +252,7 @@ class Session:
         assert isinstance(respondent, SavedRespondent)
         named = {f"{suite}/{name}": one for name, one in asked.items()}
         if self.dry:
-            self.plan.append(f"{suite}: {len(asked)} questions of {model} by likelihood")
+            self._note(suite, f"questions by likelihood of {model}", len(asked), None)
             return dict.fromkeys(asked)
         with progress_bar(f"{suite}: {model}", "questions") as on_progress:
             path = self._path("log_probs", model)
@@ -273,8 +272,8 @@ class Session:
         assert judge is not None
         named = {f"{suite}/{name}": messages for name, messages in requests.items()}
         if self.dry:
-            self._note(f"judge {judge.name}", judge.estimate(named))
-            self.plan.append(f"{suite}: {len(named)} verdicts of {judge.name}")
+            cost = judge.estimate(named)
+            self._note(suite, f"verdicts of {judge.name}", cost.requests, cost)
             return {}
         cut = len(suite) + 1
         found = judge.verdicts(
@@ -291,7 +290,10 @@ class Session:
         if self.dry:
             found = self.judge.replies(named)
             left = {name: named[name] for name in named if name not in found}
-            self._note(f"patient {self.judge.name}", self.judge.estimate(left))
+            new = {name: left[name] for name in left if name not in self._planned}
+            self._planned |= set(new)
+            cost = self.judge.estimate(new)
+            self._note(suite, f"turns of {self.judge.name} as patient", len(new), cost)
             found |= {name: self._assumed(name, short=True) for name in left}
         else:
             found = self.judge.ask(named, label=f"{suite}: patient")
@@ -316,8 +318,10 @@ class Session:
         name = _NAME_CHARACTERS.sub("-", model).strip("-.")[:60]
         return self.output / folder / f"{name}-{sha256(settings)[:8]}.jsonl"
 
-    def _note(self, what: str, cost: Cost) -> None:
-        self.costs.setdefault(what, []).append(cost)
+    def _note(self, suite: str, what: str, count: int, cost: Cost | None) -> None:
+        self._plan[suite, what] += count
+        if cost is not None:
+            self._costs.setdefault(what, []).append(cost)
 
     def _assumed(self, name: str, *, short: bool = False) -> ChatReply:
         """A text as long as a response may be, unlike all others."""
@@ -325,10 +329,10 @@ class Session:
         length = 40 if short else round(self._max_new_tokens * _CHARACTERS_PER_TOKEN)
         return ChatReply("".join(chr(draw.randrange(0x4E00, 0x9FA0)) for _ in range(length)))
 
-    def cost_lines(self) -> list[str]:
-        """What a dry run found: one line for each model and judge that is paid for."""
-        lines = []
-        for what, costs in self.costs.items():
+    def plan_lines(self) -> list[str]:
+        """What a dry run found: counts by suite, then the cost of what is paid for."""
+        lines = [f"{suite}: {count} {what}" for (suite, what), count in self._plan.items()]
+        for what, costs in self._costs.items():
             known = [one.cost for one in costs if one.cost is not None]
             total = Cost(
                 requests=sum(one.requests for one in costs),
@@ -359,8 +363,3 @@ def failures(replies: Mapping[str, ChatReply]) -> dict[str, Any]:
         "empty": empty,
         "num_cut_at_limit": len(cut),
     }
-
-
-def finished(suite: str) -> None:
-    """Says that a suite is done."""
-    tell(f"{suite}: done")

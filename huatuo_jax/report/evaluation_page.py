@@ -1,11 +1,8 @@
 """Writes the page of an evaluation: tables with intervals, and radar plots of comparisons.
 
-One HTML file that loads nothing from anywhere. Every text goes through Jinja's escaping. The radar
-plots are drawn by the template itself: their labels are the data sets' own words, in any script,
-which matplotlib would measure in a font that lacks them and would read `$` in as mathematics.
+One HTML file that loads nothing from anywhere. Every text goes through Jinja's escaping.
 """
 
-import math
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,14 +12,22 @@ import jinja2
 
 from huatuo_jax.core.files import write_file
 from huatuo_jax.evaluation.lexical import DISTINCT, METRICS
+from huatuo_jax.report.evaluation_blocks import (
+    ABSENT,
+    RADIUS,
+    Block,
+    Cell,
+    Note,
+    Table,
+    figure,
+    number,
+    percent,
+    plain,
+    radar,
+)
 from huatuo_jax.report.page import STYLE
 
-COLOURS = ("#0b6e69", "#c77700", "#3a6ea5", "#8e3b73", "#5b6675", "#6b8e23")
-ABSENT = "–"
-
 _TEMPLATE = "evaluation_page.html.j2"
-_RADIUS = 100.0
-_RINGS = (0.25, 0.5, 0.75, 1.0)
 _FEWEST_GROUPS = 3
 _EXAMPLES = 3
 
@@ -47,67 +52,6 @@ _CLINIC = {
     "informative": "informative (1 to 5)",
     "overall": "overall (1 to 5)",
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cell:
-    """A table's cell: a text or a number with its interval."""
-
-    text: str
-    interval: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Table:
-    """A table: the first cell of a row is its name."""
-
-    head: Sequence[str]
-    rows: Sequence[tuple[str, Sequence[Cell]]]
-    caption: str = ""
-    kind: str = "table"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Polygon:
-    """One model's values in a radar plot."""
-
-    name: str
-    colour: str
-    points: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Label:
-    """The name of an axis, and where it stands."""
-
-    text: str
-    x: float
-    y: float
-    anchor: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Radar:
-    """A radar plot of shares from 0 to 1, an axis for each group."""
-
-    caption: str
-    labels: Sequence[Label]
-    rings: Sequence[tuple[str, float]]
-    axes: Sequence[tuple[float, float]]
-    polygons: Sequence[Polygon]
-    kind: str = "radar"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Note:
-    """A line of text."""
-
-    text: str
-    warning: bool = False
-    kind: str = "note"
-
-
-Block = Table | Radar | Note
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,39 +104,12 @@ def render_page(result: Mapping[str, Any]) -> str:
         told=f"{', '.join(models)} · judge: {_judge_name(result['judge'])}",
         style=STYLE,
         sections=sections,
-        radius=_RADIUS,
+        radius=RADIUS,
     )
 
 
 def _judge_name(judge: Mapping[str, Any] | None) -> str:
     return "none" if judge is None else str(judge["judge"])
-
-
-def _number(value: float | int | None, *, digits: int = 3) -> str:
-    if value is None or not math.isfinite(value):
-        return ABSENT
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:.{digits}f}".replace("-", "\u2212")
-
-
-def _figure(found: Mapping[str, Any] | None, *, digits: int = 3, scale: float = 1.0) -> Cell:
-    """A value with its interval."""
-    if found is None or found["value"] is None:
-        return Cell(text=ABSENT)
-    low, value, high = (_number(found[name] * scale, digits=digits) for name in _BOUNDS)
-    return Cell(text=value, interval=f"[{low}, {high}]")
-
-
-_BOUNDS = ("low", "value", "high")
-
-
-def _percent(found: Mapping[str, Any] | None) -> Cell:
-    return _figure(found, digits=1, scale=100.0)
-
-
-def _plain(value: float | int | None, *, digits: int = 3) -> Cell:
-    return Cell(text=_number(value, digits=digits))
 
 
 def _responses(found: Mapping[str, Any]) -> str:
@@ -218,7 +135,7 @@ def _lexical(found: Mapping[str, Any], models: Sequence[str]) -> Iterator[Block]
                 (
                     metric,
                     [
-                        _figure(each["figures"][metric], digits=3 if metric in DISTINCT else 2)
+                        figure(each["figures"][metric], digits=3 if metric in DISTINCT else 2)
                         for each in by_model.values()
                     ],
                 )
@@ -234,7 +151,7 @@ def _lexical(found: Mapping[str, Any], models: Sequence[str]) -> Iterator[Block]
                     rows=[
                         (
                             row["convention"],
-                            [_plain(row["values"][metric], digits=2) for metric in METRICS],
+                            [plain(row["values"][metric], digits=2) for metric in METRICS],
                         )
                         for row in each["conventions"]
                     ],
@@ -256,9 +173,9 @@ def _exams(found: Mapping[str, Any], models: Sequence[str]) -> Iterator[Block]:
     ]
     head = ["", *(f"{model}, {by}" for model, by in columns)]
     for title, pick in (
-        ("Accuracy", lambda one: _percent(one["accuracy"])),
-        ("Macro accuracy", lambda one: _percent(one["macro"])),
-        ("Not read", lambda one: _percent(one["unparsed"])),
+        ("Accuracy", lambda one: percent(one["accuracy"])),
+        ("Macro accuracy", lambda one: percent(one["macro"])),
+        ("Not read", lambda one: percent(one["unparsed"])),
     ):
         yield Table(
             caption=title,
@@ -292,12 +209,12 @@ def _comparisons(
             (
                 f"{one['models'][0]} against {one['models'][1]}",
                 [
-                    *(_plain(overall[name]) for name in ("wins", "ties", "losses", "failed")),
-                    _percent(overall["share"]),
-                    _plain(overall["score_ratio"], digits=2),
-                    _plain(figures["orders_disagree"]),
-                    _percent(figures["position_bias"]),
-                    _percent(figures["longer_share"]),
+                    *(plain(overall[name]) for name in ("wins", "ties", "losses", "failed")),
+                    percent(overall["share"]),
+                    plain(overall["score_ratio"], digits=2),
+                    plain(figures["orders_disagree"]),
+                    percent(figures["position_bias"]),
+                    percent(figures["longer_share"]),
                 ],
             )
         )
@@ -318,13 +235,13 @@ def _comparisons(
                 text=f"{one['models'][0]} against {one['models'][1]}, second judge"
                 f" {one['second_judge']['figures']['judge']}: {overall['wins']} wins,"
                 f" {overall['ties']} ties, {overall['losses']} losses; Cohen's kappa with the judge"
-                f" {_number(agreement['kappa'])}, agreement {_number(agreement['agreement'])} over"
+                f" {number(agreement['kappa'])}, agreement {number(agreement['agreement'])} over"
                 f" {agreement['num_contests']} contests."
             )
     names = list(compared[0]["figures"]["groups"])
     shares = {model: _group_shares(compared, model, names) for model in models}
     if len(names) >= _FEWEST_GROUPS:
-        yield _radar(shares, names, caption=f"Share of points by {groups}, in percent")
+        yield radar(shares, names, caption=f"Share of points by {groups}, in percent")
     for one in compared:
         yield Table(
             caption=f"By {groups}: {one['models'][0]} against {one['models'][1]}",
@@ -333,8 +250,8 @@ def _comparisons(
                 (
                     name,
                     [
-                        *(_plain(group[each]) for each in ("wins", "ties", "losses", "failed")),
-                        _plain(group["score_ratio"], digits=2),
+                        *(plain(group[each]) for each in ("wins", "ties", "losses", "failed")),
+                        plain(group["score_ratio"], digits=2),
                     ],
                 )
                 for name, group in one["figures"]["groups"].items()
@@ -359,56 +276,13 @@ def _group_shares(
     return shares
 
 
-def _radar(
-    shares: Mapping[str, Sequence[float | None]], names: Sequence[str], *, caption: str
-) -> Radar:
-    """A radar plot; a group without a value is drawn at the centre, and the caption says so."""
-    count = len(names)
-    turns = [2 * math.pi * place / count for place in range(count)]
-    axes = [(math.sin(turn), -math.cos(turn)) for turn in turns]
-    labels = [
-        Label(
-            text=name if len(name) <= 12 else f"{name[:11]}…",
-            x=round(x * (_RADIUS + 10), 1),
-            y=round(y * (_RADIUS + 12) + 4, 1),
-            anchor="middle" if abs(x) < 0.2 else ("start" if x > 0 else "end"),
-        )
-        for name, (x, y) in zip(names, axes, strict=True)
-    ]
-    polygons = [
-        Polygon(
-            name=model,
-            colour=COLOURS[number % len(COLOURS)],
-            points=" ".join(
-                f"{x * _RADIUS * (value or 0.0):.1f},{y * _RADIUS * (value or 0.0):.1f}"
-                for value, (x, y) in zip(values, axes, strict=True)
-            ),
-        )
-        for number, (model, values) in enumerate(shares.items())
-    ]
-    lacking = [
-        name
-        for place, name in enumerate(names)
-        if all(values[place] is None for values in shares.values())
-    ]
-    if lacking:
-        caption += f"; no verdict on {', '.join(lacking)}"
-    return Radar(
-        caption=caption,
-        labels=labels,
-        rings=[(f"{100 * ring:.0f}", ring * _RADIUS) for ring in _RINGS],
-        axes=[(round(x * _RADIUS, 1), round(y * _RADIUS, 1)) for x, y in axes],
-        polygons=polygons,
-    )
-
-
 def _single_turn(found: Mapping[str, Any], models: Sequence[str]) -> Iterator[Block]:
     yield Note(text=f"{found['num']} questions of patients.")
     yield from _comparisons(found, models, groups="intent")
     for model, one in found["models"].items():
         yield Note(
             text=f"{model}: {_responses(one['responses'])}, of"
-            f" {_number(one['mean_characters'], digits=0)} characters in the mean."
+            f" {number(one['mean_characters'], digits=0)} characters in the mean."
         )
     if "human" in found:
         yield from _human(found["human"])
@@ -428,9 +302,9 @@ def _human(found: Mapping[str, Any]) -> Iterator[Block]:
                 (
                     name,
                     [
-                        *(_plain(each[key]) for key in ("wins", "ties", "losses")),
-                        _percent(each["win_share"]),
-                        _percent(each["loss_share"]),
+                        *(plain(each[key]) for key in ("wins", "ties", "losses")),
+                        percent(each["win_share"]),
+                        percent(each["loss_share"]),
                     ],
                 )
                 for name, each in one["criteria"].items()
@@ -440,7 +314,7 @@ def _human(found: Mapping[str, Any]) -> Iterator[Block]:
         caption="Agreement of the raters",
         head=["", "Fleiss' kappa", "items"],
         rows=[
-            (name, [_plain(one["fleiss"]["kappa"]), _plain(one["fleiss"]["num_items"])])
+            (name, [plain(one["fleiss"]["kappa"]), plain(one["fleiss"]["num_items"])])
             for name, one in ratings["agreement"].items()
         ],
     )
@@ -448,7 +322,7 @@ def _human(found: Mapping[str, Any]) -> Iterator[Block]:
         majority = ratings["judge"]["majority"]
         yield Note(
             text=f"Cohen's kappa of the judge with the raters' majority:"
-            f" {_number(majority['kappa'])}, over {majority['num_items']} items."
+            f" {number(majority['kappa'])}, over {majority['num_items']} items."
         )
 
 
@@ -468,31 +342,31 @@ def _multi_turn(found: Mapping[str, Any], models: Sequence[str]) -> Iterator[Blo
     kinds = dict.fromkeys(kind for one in outcomes.values() for kind in one["faults"])
     reasons = dict.fromkeys(reason for one in outcomes.values() for reason in one["ends"])
     rows: list[tuple[str, Sequence[Cell]]] = [
-        ("consultations", [_plain(one["consultations"]) for one in outcomes.values()]),
+        ("consultations", [plain(one["consultations"]) for one in outcomes.values()]),
         (
             "diagnosis named, percent",
-            [_percent(one["diagnosis_named"]) for one in outcomes.values()],
+            [percent(one["diagnosis_named"]) for one in outcomes.values()],
         ),
         (
             "the same, without spoiled ones",
-            [_percent(one["without_spoiled"]["diagnosis_named"]) for one in _each(found)],
+            [percent(one["without_spoiled"]["diagnosis_named"]) for one in _each(found)],
         ),
         (
             "questions before concluding",
-            [_figure(one["questions"], digits=2) for one in outcomes.values()],
+            [figure(one["questions"], digits=2) for one in outcomes.values()],
         ),
-        ("exchanges", [_figure(one["exchanges"], digits=2) for one in outcomes.values()]),
-        ("not concluded", [_plain(one["not_concluded"]) for one in outcomes.values()]),
-        ("spoiled by the patient", [_plain(one["spoiled"]) for one in outcomes.values()]),
+        ("exchanges", [figure(one["exchanges"], digits=2) for one in outcomes.values()]),
+        ("not concluded", [plain(one["not_concluded"]) for one in outcomes.values()]),
+        ("spoiled by the patient", [plain(one["spoiled"]) for one in outcomes.values()]),
         *(
-            (f"fault: {kind}", [_plain(one["faults"].get(kind, 0)) for one in outcomes.values()])
+            (f"fault: {kind}", [plain(one["faults"].get(kind, 0)) for one in outcomes.values()])
             for kind in kinds
         ),
         *(
-            (f"ended: {reason}", [_plain(one["ends"].get(reason, 0)) for one in outcomes.values()])
+            (f"ended: {reason}", [plain(one["ends"].get(reason, 0)) for one in outcomes.values()])
             for reason in reasons
         ),
-        ("left out", [_plain(len(one["left_out"])) for one in _each(found)]),
+        ("left out", [plain(len(one["left_out"])) for one in _each(found)]),
     ]
     yield Table(caption="Outcomes, with 95 % intervals over cases", head=["", *outcomes], rows=rows)
     yield from _comparisons(found, models, groups="department")
@@ -512,9 +386,9 @@ def _clinical(found: Mapping[str, Any], models: Sequence[str]) -> Iterator[Block
     )
     names = ("fluency", "relevance", "completeness", "proficiency", "overall")
     rows: list[tuple[str, Sequence[Cell]]] = [
-        (name, [_figure(one[name], digits=2) for one in by_model.values()]) for name in names
+        (name, [figure(one[name], digits=2) for one in by_model.values()]) for name in names
     ]
-    rows.append(("not judged", [_plain(one["num_unjudged"]) for one in by_model.values()]))
+    rows.append(("not judged", [plain(one["num_unjudged"]) for one in by_model.values()]))
     yield Table(head=["", *by_model], rows=rows)
     for model, one in by_model.items():
         yield Note(text=f"{model}: {_responses(one['responses'])}.")
@@ -530,13 +404,13 @@ def _healthbench(found: Mapping[str, Any], models: Sequence[str]) -> Iterator[Bl
     )
     tags = dict.fromkeys(tag for one in by_model.values() for tag in one["tags"])
     rows: list[tuple[str, Sequence[Cell]]] = [
-        ("score", [_figure(one["score"]) for one in by_model.values()]),
-        ("length-adjusted", [_figure(one["length_adjusted"]) for one in by_model.values()]),
-        ("criteria not judged", [_plain(one["num_unjudged"]) for one in by_model.values()]),
+        ("score", [figure(one["score"]) for one in by_model.values()]),
+        ("length-adjusted", [figure(one["length_adjusted"]) for one in by_model.values()]),
+        ("criteria not judged", [plain(one["num_unjudged"]) for one in by_model.values()]),
         (
             "score if all were judged",
             [
-                Cell(text=" to ".join(_number(one) for one in each["score_if_all_were_judged"]))
+                Cell(text=" to ".join(number(one) for one in each["score_if_all_were_judged"]))
                 for each in by_model.values()
             ],
         ),
@@ -545,7 +419,7 @@ def _healthbench(found: Mapping[str, Any], models: Sequence[str]) -> Iterator[Bl
     yield Table(
         caption="By tag",
         head=["", *by_model],
-        rows=[(tag, [_figure(one["tags"].get(tag)) for one in by_model.values()]) for tag in tags],
+        rows=[(tag, [figure(one["tags"].get(tag)) for one in by_model.values()]) for tag in tags],
     )
     for model, one in by_model.items():
         yield Note(text=f"{model}: {_responses(one['responses'])}.")
@@ -559,7 +433,7 @@ def _clinic(found: Mapping[str, Any], models: Sequence[str]) -> Iterator[Block]:
     )
 
     def cell(name: str, one: Mapping[str, Any] | None) -> Cell:
-        return _figure(one, digits=2) if name in ("informative", "overall") else _percent(one)
+        return figure(one, digits=2) if name in ("informative", "overall") else percent(one)
 
     yield Table(
         head=["", *by_model],
@@ -597,10 +471,10 @@ def _contamination(found: Mapping[str, Any]) -> Iterator[Block]:
             (
                 name,
                 [
-                    _plain(one["num"]),
-                    _plain(len(one["overlaps"])),
-                    _plain(one["num_short"]),
-                    _plain(one["num_unchecked"]),
+                    plain(one["num"]),
+                    plain(len(one["overlaps"])),
+                    plain(one["num_short"]),
+                    plain(one["num_unchecked"]),
                 ],
             )
             for name, one in found["suites"].items()
