@@ -28,11 +28,12 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """A table: the first cell of a row is its name."""
+    """A table: the first cell of a row is its name; folded, only its caption is seen at first."""
 
     head: Sequence[str]
     rows: Sequence[tuple[str, Sequence[Cell]]]
     caption: str = ""
+    folded: bool = False
     kind: str = "table"
 
 

@@ -4,6 +4,7 @@ One HTML file that loads nothing from anywhere. Every text goes through Jinja's 
 """
 
 import pathlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -91,7 +92,8 @@ def render_page(result: Mapping[str, Any]) -> str:
         "clinic": _clinic,
     }
     models = list(result["models"])
-    sections = [
+    sections = [Section(id="overview", title="Overview", blocks=[_overview(result, models)])]
+    sections += [
         Section(id=name, title=_TITLES[name], blocks=list(writers[name](found, models)))
         for name, found in result["suites"].items()
     ]
@@ -108,20 +110,58 @@ def render_page(result: Mapping[str, Any]) -> str:
     )
 
 
+def _overview(result: Mapping[str, Any], models: Sequence[str]) -> Table:
+    """The main figure of each suite, a column for each model."""
+    rows: list[tuple[str, Sequence[Cell]]] = []
+    suites = result["suites"]
+    for name, one in suites.get("lexical", {"sets": {}})["sets"].items():
+        for metric in ("BLEU-4", "ROUGE-L"):
+            cells = [figure(one["models"][model]["figures"][metric], digits=2) for model in models]
+            rows.append((f"{name}: {metric}", cells))
+    for name, one in suites.get("exams", {"sets": {}})["sets"].items():
+        for by in suites["exams"]["settings"]["by"]:
+            cells = [percent(one["models"][model][by]["accuracy"]) for model in models]
+            rows.append((f"{name}: accuracy by {by}, percent", cells))
+    for suite, words in (("single_turn", "questions"), ("multi_turn", "consultations")):
+        for one in suites.get(suite, {"comparisons": []})["comparisons"]:
+            cell = percent(one["figures"]["overall"]["share"])
+            cells = [cell if model == one["models"][0] else plain(None) for model in models]
+            rows.append((f"{words}: wins against {one['models'][1]}, percent", cells))
+    for suite, words, pick in (
+        (
+            "multi_turn",
+            "consultations: diagnosis named, percent",
+            lambda one: percent(one["outcomes"]["diagnosis_named"]),
+        ),
+        ("clinical", "CMB-Clin: overall, 1 to 5", lambda one: figure(one["overall"], digits=2)),
+        ("healthbench", "HealthBench: score", lambda one: figure(one["score"])),
+        (
+            "clinic",
+            "clinic: diagnosis right, percent",
+            lambda one: percent(one["figures"]["diagnosis_right"]),
+        ),
+    ):
+        if suite in suites:
+            rows.append((words, [pick(suites[suite]["models"][model]) for model in models]))
+    return Table(head=["", *models], rows=rows)
+
+
 def _judge_name(judge: Mapping[str, Any] | None) -> str:
     return "none" if judge is None else str(judge["judge"])
 
 
-def _responses(found: Mapping[str, Any]) -> str:
-    told = f"{found['num']} responses"
-    for name, words in (
-        ("num_missing", "missing"),
-        ("num_empty", "empty"),
-        ("num_cut_at_limit", "cut at the limit of tokens"),
-    ):
-        if found[name]:
-            told += f", {found[name]} {words}"
-    return told
+def _responses(model: str, found: Mapping[str, Any]) -> Note:
+    """The number of a model's responses, and of those that are none."""
+    told = f"{model}: {found['num']} responses"
+    if found["num_missing"]:
+        reasons = Counter(found["missing"].values())
+        words = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+        told += f", {found['num_missing']} missing ({words}) and taken as empty"
+    if found["num_empty"]:
+        told += f", {found['num_empty']} empty"
+    if found["num_cut_at_limit"]:
+        told += f", {found['num_cut_at_limit']} cut at the limit of tokens"
+    return Note(text=f"{told}.", warning=bool(found["num_missing"] or found["num_empty"]))
 
 
 def _lexical(found: Mapping[str, Any], models: Sequence[str]) -> Iterator[Block]:
@@ -143,10 +183,11 @@ def _lexical(found: Mapping[str, Any], models: Sequence[str]) -> Iterator[Block]
             ],
         )
         for model, each in by_model.items():
-            yield Note(text=f"{model}: {_responses(each['responses'])}.")
+            yield _responses(model, each["responses"])
             if "conventions" in each:
                 yield Table(
                     caption=f"{name}, {model}: the same responses under other conventions",
+                    folded=True,
                     head=["", *METRICS],
                     rows=[
                         (
@@ -189,6 +230,13 @@ def _exams(found: Mapping[str, Any], models: Sequence[str]) -> Iterator[Block]:
             ],
         )
     for name, one in found["sets"].items():
+        for model, by in columns:
+            if count := one["models"][model][by]["num_too_long"]:
+                yield Note(
+                    text=f"{name}: {count} of {one['num']} questions are too long for {model} by"
+                    f" {by}, and count as wrong.",
+                    warning=True,
+                )
         if one["excluded"]:
             told = ", ".join(f"{count} {reason}" for reason, count in one["excluded"].items())
             yield Note(text=f"{name}: of {one['num_rows']} rows left out: {told}.", warning=True)
@@ -280,10 +328,9 @@ def _single_turn(found: Mapping[str, Any], models: Sequence[str]) -> Iterator[Bl
     yield Note(text=f"{found['num']} questions of patients.")
     yield from _comparisons(found, models, groups="intent")
     for model, one in found["models"].items():
-        yield Note(
-            text=f"{model}: {_responses(one['responses'])}, of"
-            f" {number(one['mean_characters'], digits=0)} characters in the mean."
-        )
+        yield _responses(model, one["responses"])
+        characters = number(one["mean_characters"], digits=0)
+        yield Note(text=f"{model}: {characters} characters a response in the mean.")
     if "human" in found:
         yield from _human(found["human"])
 
@@ -391,7 +438,7 @@ def _clinical(found: Mapping[str, Any], models: Sequence[str]) -> Iterator[Block
     rows.append(("not judged", [plain(one["num_unjudged"]) for one in by_model.values()]))
     yield Table(head=["", *by_model], rows=rows)
     for model, one in by_model.items():
-        yield Note(text=f"{model}: {_responses(one['responses'])}.")
+        yield _responses(model, one["responses"])
 
 
 def _healthbench(found: Mapping[str, Any], models: Sequence[str]) -> Iterator[Block]:
@@ -416,13 +463,19 @@ def _healthbench(found: Mapping[str, Any], models: Sequence[str]) -> Iterator[Bl
         ),
     ]
     yield Table(head=["", *by_model], rows=rows)
-    yield Table(
-        caption="By tag",
-        head=["", *by_model],
-        rows=[(tag, [figure(one["tags"].get(tag)) for one in by_model.values()]) for tag in tags],
-    )
+    for caption, folded in (("By axis and theme", False), ("By all other tags", True)):
+        yield Table(
+            caption=caption,
+            folded=folded,
+            head=["", *by_model],
+            rows=[
+                (tag, [figure(one["tags"].get(tag)) for one in by_model.values()])
+                for tag in tags
+                if tag.startswith(("axis:", "theme:")) != folded
+            ],
+        )
     for model, one in by_model.items():
-        yield Note(text=f"{model}: {_responses(one['responses'])}.")
+        yield _responses(model, one["responses"])
 
 
 def _clinic(found: Mapping[str, Any], models: Sequence[str]) -> Iterator[Block]:
@@ -452,7 +505,7 @@ def _clinic(found: Mapping[str, Any], models: Sequence[str]) -> Iterator[Block]:
             ],
         )
     for model, one in by_model.items():
-        yield Note(text=f"{model}: {_responses(one['responses'])}.")
+        yield _responses(model, one["responses"])
 
 
 def _pairs(found: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -502,6 +555,7 @@ def _settings(result: Mapping[str, Any]) -> Iterator[Block]:
         if found is not None:
             yield Table(
                 caption=title,
+                folded=True,
                 head=["", ""],
                 rows=[(name, [Cell(text=_told(value))]) for name, value in found.items()],
                 kind="words",

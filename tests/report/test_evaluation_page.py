@@ -31,7 +31,13 @@ def result(name=HOSTILE):
         "position_bias": share,
         "longer_share": None,
     }
-    responses = {"num": 6, "num_missing": 1, "num_empty": 0, "num_cut_at_limit": 0}
+    responses = {
+        "num": 6,
+        "num_missing": 1,
+        "missing": {"q": "too long"},
+        "num_empty": 0,
+        "num_cut_at_limit": 0,
+    }
     return {
         "models": {name: {"model": name}, "other": {"model": "x"}},
         "judge": {"judge": name},
@@ -73,7 +79,8 @@ def test_hostile_text_is_shown_as_text_and_loads_nothing():
     assert page.count("<polygon") == 2
 
 
-def test_a_group_without_a_verdict_is_named():
+def test_groups_without_a_verdict_and_missing_responses_are_named():
+    assert "1 missing (1 too long) and taken as empty" in render_page(result("m"))
     assert "no verdict on 空" in render_page(result("m"))
 
 
