@@ -60,6 +60,7 @@ PAGE_FILE = "report.html"
 
 _PACKAGES = ("huatuo_jax", "jax", "numpy", "transformers", "nltk", "jieba", "rapidfuzz")
 _SERVER_PREFIX = "openai:"
+_EXAMPLES = 20
 _LEXICAL = ("cmedqa2", "webmedqa", "huatuo26m")
 
 
@@ -524,17 +525,20 @@ def _contamination(suites: Sequence[Suite], paths: Sequence[str]) -> dict[str, A
     unreadable: list[str] = []
     found = find_overlaps(tests, _training_texts(paths, unreadable))
     by_suite: dict[str, Any] = {}
+    unchecked, short = set(found.unchecked), set(found.short)
     for suite in suites:
-        own = [name for name in tests if name.startswith(f"{suite.name}\0")]
-        unchecked = set(found.unchecked)
+        own = {
+            name: name.partition("\0")[2] for name in tests if name.startswith(f"{suite.name}\0")
+        }
+        shared = [name for name in own if name in found.overlaps]
         by_suite[suite.name] = {
             "num": len(own),
             "num_unchecked": sum(name in unchecked for name in own),
-            "num_short": sum(name in set(found.short) for name in own),
-            "overlaps": {
-                name.partition("\0")[2]: [one._asdict() for one in found.overlaps[name]]
-                for name in own
-                if name in found.overlaps
+            "num_short": sum(name in short for name in own),
+            "overlaps": [own[name] for name in shared],
+            "examples": {
+                own[name]: [one._asdict() for one in found.overlaps[name]]
+                for name in shared[:_EXAMPLES]
             },
         }
     return {

@@ -150,9 +150,9 @@ def _judge_name(judge: Mapping[str, Any] | None) -> str:
     return "none" if judge is None else str(judge["judge"])
 
 
-def _responses(model: str, found: Mapping[str, Any]) -> Note:
+def _responses(model: str, found: Mapping[str, Any], more: str = "") -> Note:
     """The number of a model's responses, and of those that are none."""
-    told = f"{model}: {found['num']} responses"
+    told = f"{model}: {found['num']} responses{more}"
     if found["num_missing"]:
         reasons = Counter(found["missing"].values())
         words = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
@@ -216,7 +216,8 @@ def _exams(found: Mapping[str, Any], models: Sequence[str]) -> Iterator[Block]:
     for title, pick in (
         ("Accuracy", lambda one: percent(one["accuracy"])),
         ("Macro accuracy", lambda one: percent(one["macro"])),
-        ("Not read", lambda one: percent(one["unparsed"])),
+        ("Not read, or too long for the model", lambda one: percent(one["unparsed"])),
+        ("Of them too long (questions)", lambda one: plain(one["num_too_long"])),
     ):
         yield Table(
             caption=title,
@@ -230,13 +231,6 @@ def _exams(found: Mapping[str, Any], models: Sequence[str]) -> Iterator[Block]:
             ],
         )
     for name, one in found["sets"].items():
-        for model, by in columns:
-            if count := one["models"][model][by]["num_too_long"]:
-                yield Note(
-                    text=f"{name}: {count} of {one['num']} questions are too long for {model} by"
-                    f" {by}, and count as wrong.",
-                    warning=True,
-                )
         if one["excluded"]:
             told = ", ".join(f"{count} {reason}" for reason, count in one["excluded"].items())
             yield Note(text=f"{name}: of {one['num_rows']} rows left out: {told}.", warning=True)
@@ -328,9 +322,8 @@ def _single_turn(found: Mapping[str, Any], models: Sequence[str]) -> Iterator[Bl
     yield Note(text=f"{found['num']} questions of patients.")
     yield from _comparisons(found, models, groups="intent")
     for model, one in found["models"].items():
-        yield _responses(model, one["responses"])
         characters = number(one["mean_characters"], digits=0)
-        yield Note(text=f"{model}: {characters} characters a response in the mean.")
+        yield _responses(model, one["responses"], f" of {characters} characters in the mean")
     if "human" in found:
         yield from _human(found["human"])
 
@@ -534,7 +527,7 @@ def _contamination(found: Mapping[str, Any]) -> Iterator[Block]:
         ],
     )
     for name, one in found["suites"].items():
-        for test, shared in list(one["overlaps"].items())[:_EXAMPLES]:
+        for test, shared in list(one["examples"].items())[:_EXAMPLES]:
             yield Note(
                 text=f"{name}, {test}: shared with {shared[0]['source']}:"
                 f" “{shared[0]['passage'][:120]}”",

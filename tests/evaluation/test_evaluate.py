@@ -387,7 +387,9 @@ def test_lexical_figures_are_those_of_the_responses_without_their_thoughts(tmp_p
     one = result["suites"]["lexical"]["sets"]["huatuo26m"]["models"][NAMES[0]]
     assert one["figures"]["BLEU-4"]["value"] == pytest.approx(100.0)
     assert len(one["conventions"]) > 10
-    assert result["contamination"]["num_training_texts"] == 4
+    found = result["contamination"]
+    # The questions with their answers are in the training texts, and too short to tell.
+    assert found["num_training_texts"] == 4 and found["suites"]["lexical"]["num_unchecked"] == 4
 
 
 def test_a_dry_run_sends_and_writes_nothing_and_counts_what_a_run_asks(tmp_path, capsys):

@@ -53,7 +53,8 @@ def result(name=HOSTILE):
                     "num": 6,
                     "num_unchecked": 1,
                     "num_short": 0,
-                    "overlaps": {name: [{"source": name, "passage": name}]},
+                    "overlaps": [name],
+                    "examples": {name: [{"source": name, "passage": name}]},
                 }
             },
         },
