@@ -6,12 +6,11 @@ import itertools
 import json
 import pathlib
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from huatuo_jax.core.files import write_file
 from huatuo_jax.core.progress import tell
-from huatuo_jax.data.files import RowError, read_rows
 from huatuo_jax.evaluation import comparing_suites, exam_files, reference_answers
 from huatuo_jax.evaluation.asking import ChatModelConfig
 from huatuo_jax.evaluation.clinical import ClinicalConfig, History, read_clinical
@@ -28,7 +27,7 @@ from huatuo_jax.evaluation.consultations import (
     clinic_case,
     read_med_dialog,
 )
-from huatuo_jax.evaluation.contamination import find_overlaps
+from huatuo_jax.evaluation.contamination import overlaps_with_files
 from huatuo_jax.evaluation.exam_files import ExampleFiles
 from huatuo_jax.evaluation.graded_suites import ClinicalSuite, HealthBenchSuite
 from huatuo_jax.evaluation.healthbench import Calls, HealthBenchConfig, Subset, read_healthbench
@@ -60,7 +59,6 @@ PAGE_FILE = "report.html"
 
 _PACKAGES = ("huatuo_jax", "jax", "numpy", "transformers", "nltk", "jieba", "rapidfuzz")
 _SERVER_PREFIX = "openai:"
-_EXAMPLES = 20
 _LEXICAL = ("cmedqa2", "webmedqa", "huatuo26m")
 
 
@@ -248,7 +246,8 @@ def main(flags: Flags) -> None:
         result["suites"][suite.name] = suite.run(session)
         tell(f"{suite.name}: done")
     if flags.training_data:
-        result["contamination"] = _contamination(suites, flags.training_data)
+        tests = {suite.name: suite.test_texts() for suite in suites}
+        result["contamination"] = overlaps_with_files(tests, flags.training_data)
     output.mkdir(parents=True, exist_ok=True)
     text = json.dumps(result, ensure_ascii=False, indent=1, allow_nan=False)
     write_file(output / RESULTS_FILE, text.encode("utf-8", "replace"))
@@ -352,9 +351,12 @@ def _parts(path: str) -> tuple[str, ...]:
 
 
 def _open_judges(flags: Flags, output: pathlib.Path) -> Judges:
-    """The judges that the flags name, reached before anything is computed."""
+    """The judges of the flags, reached before anything is computed."""
     judges: list[PairJudge | None] = []
     for field, cfg in (("judge", flags.judge), ("second_judge", flags.second_judge)):
+        for name in ("structured", "clinic_judge"):
+            if getattr(cfg, name) != getattr(JudgeConfig(), name):
+                raise ValueError(f"--{field}.{name} decides nothing here; leave it out")
         if cfg.base_url is None:
             if cfg.offline == "clinic":
                 raise ValueError(f"--{field}.offline=clinic judges no set here; give rubric")
@@ -513,61 +515,6 @@ def _check_given(flags: Flags, suite: str, names: Sequence[str]) -> None:
     if not any(getattr(flags.files, name) for name in names):
         flags_named = ", ".join(f"--files.{name}" for name in names)
         raise ValueError(f"{suite} needs a set: give one of {flags_named}")
-
-
-def _contamination(suites: Sequence[Suite], paths: Sequence[str]) -> dict[str, Any]:
-    """The overlap of each suite's test texts with training files, with examples."""
-    tests = {
-        f"{suite.name}\0{name}": text
-        for suite in suites
-        for name, text in suite.test_texts().items()
-    }
-    unreadable: list[str] = []
-    found = find_overlaps(tests, _training_texts(paths, unreadable))
-    by_suite: dict[str, Any] = {}
-    unchecked, short = set(found.unchecked), set(found.short)
-    for suite in suites:
-        own = {
-            name: name.partition("\0")[2] for name in tests if name.startswith(f"{suite.name}\0")
-        }
-        shared = [name for name in own if name in found.overlaps]
-        by_suite[suite.name] = {
-            "num": len(own),
-            "num_unchecked": sum(name in unchecked for name in own),
-            "num_short": sum(name in short for name in own),
-            "overlaps": [own[name] for name in shared],
-            "examples": {
-                own[name]: [one._asdict() for one in found.overlaps[name]]
-                for name in shared[:_EXAMPLES]
-            },
-        }
-    return {
-        "files": list(paths),
-        "num_training_texts": found.num_sources,
-        "num_unreadable_rows": len(unreadable),
-        "suites": by_suite,
-    }
-
-
-def _training_texts(paths: Sequence[str], unreadable: list[str]) -> Iterator[tuple[str, str]]:
-    """Name and text of each row; all strings of a row are its text."""
-    for path in paths:
-        for row in read_rows(path):
-            if isinstance(row, RowError):
-                unreadable.append(str(row))
-            else:
-                yield f"{row.file}:{row.line}", "\n".join(_strings(row.value))
-
-
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for one in value.values():
-            yield from _strings(one)
-    elif isinstance(value, list):
-        for one in value:
-            yield from _strings(one)
 
 
 def _judge_settings(judge: PairJudge | None) -> dict[str, Any] | None:

@@ -278,11 +278,12 @@ class Comparing:
     ) -> list[Judgement]:
         settings = dict(judge.settings() if isinstance(judge, ServerJudge) else judge.settings)
         named: dict[str, Ballot] = {}
+        one, other = map(self._session.source, models)
         for ballot in ballots(
             contests, judge=judge.name, settings=settings, template=self._template
         ):
             order = _ORDER_NAMES[ballot.question.answers[0]]
-            named[f"{models[0]} against {models[1]}/{ballot.question.prompt.id}/{order}"] = ballot
+            named[f"{one} against {other}/{ballot.question.prompt.id}/{order}"] = ballot
         if isinstance(judge, OfflineJudge):
             found = {} if self._session.dry else _offline(named, judge)
             replies: dict[str, list[dict[str, Any]]] = {name: [] for name in found}
@@ -499,7 +500,7 @@ class MultiTurnSuite:
                 )
                 for name, one in talks.items()
             }
-        before = "opening" if turn == 1 else model
+        before = "opening" if turn == 1 else session.source(model)
         requests = {
             f"{before}/{name}/{turn}": tuple(one.state.patient_messages())
             for name, one in talks.items()

@@ -11,19 +11,23 @@ character. Memory grows with the test texts alone.
 """
 
 import functools
+import os
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+
+from huatuo_jax.data.files import RowError, read_rows
 
 Hashes = npt.NDArray[np.uint64]
 
 _BASE = 0x9E3779B97F4A7C15  # Odd, so that it has an inverse modulo 2 ** 64.
 _BLOCK = 1 << 18  # Positions hashed together.
 _FILTER_BITS = 22
+_NUM_SHOWN = 20
 _BETWEEN = "\n"  # White space is in no normalised text, so that no passage goes over it.
 
 
@@ -114,6 +118,68 @@ def find_overlaps(
 def normalised(text: str) -> str:
     """NFKC without white space."""
     return "".join(unicodedata.normalize("NFKC", text).split())
+
+
+def overlaps_with_files(
+    tests: Mapping[str, Mapping[str, str]], paths: Sequence[str | os.PathLike[str]]
+) -> dict[str, Any]:
+    """Looks for test texts in training files of any layout: all strings of a row are its text.
+
+    Args:
+        tests: test texts by suite, then by id.
+        paths: files or folders of training data.
+
+    Returns:
+        The numbers of training texts and of rows that could not be read; by suite the numbers of
+        texts, of those too short to tell, the ids of those that overlap, and the passages of some.
+
+    Raises:
+        ValueError: a file cannot be read.
+    """
+    names = {f"{suite}\0{name}": text for suite in tests for name, text in tests[suite].items()}
+    unreadable: list[str] = []
+    found = find_overlaps(names, _training_texts(paths, unreadable))
+    unchecked, short = set(found.unchecked), set(found.short)
+    by_suite: dict[str, Any] = {}
+    for suite, texts in tests.items():
+        own = {name: f"{suite}\0{name}" for name in texts}
+        shared = [name for name in own if own[name] in found.overlaps]
+        by_suite[suite] = {
+            "num": len(own),
+            "num_unchecked": sum(one in unchecked for one in own.values()),
+            "num_short": sum(one in short for one in own.values()),
+            "overlaps": shared,
+            "examples": {
+                name: [one._asdict() for one in found.overlaps[own[name]]]
+                for name in shared[:_NUM_SHOWN]
+            },
+        }
+    return {
+        "files": [os.fspath(path) for path in paths],
+        "num_training_texts": found.num_sources,
+        "num_unreadable_rows": len(unreadable),
+        "suites": by_suite,
+    }
+
+
+def _training_texts(
+    paths: Sequence[str | os.PathLike[str]], unreadable: list[str]
+) -> Iterator[tuple[str, str]]:
+    """Name and text of each row; rows that cannot be read are noted."""
+    for path in paths:
+        for row in read_rows(path):
+            if isinstance(row, RowError):
+                unreadable.append(str(row))
+            else:
+                yield f"{row.file}:{row.line}", "\n".join(_strings(row.value))
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _strings(one)
 
 
 class _Passages:

@@ -36,8 +36,9 @@ class ClinicalSuite:
         for model in session.models:
             replies = self._responses(session, model)
             texts = {place: judged_text(reply) for place, reply in replies.items()}
+            source = session.source(model)
             places = {
-                f"{model}/{case.id}/{index + 1}": (case, index)
+                f"{source}/{case.id}/{index + 1}": (case, index)
                 for case in cases
                 for index in range(len(case.questions))
             }
@@ -155,9 +156,10 @@ class HealthBenchSuite:
         for model in session.models:
             replies = self._responses(session, model)
             texts = {name: judged_text(reply) for name, reply in replies.items()}
+            source = session.source(model)
             requests, read_as = {}, {}
             for row in rows:
-                text, start = texts[row.prompt_id], f"{model}/{row.prompt_id}"
+                text, start = texts[row.prompt_id], f"{source}/{row.prompt_id}"
                 if self._cfg.calls == "row":
                     requests[start] = tuple(healthbench.row_messages(row, text))
                     read_as[start] = len(row.criteria)
@@ -177,7 +179,7 @@ class HealthBenchSuite:
                 continue
             verdicts: dict[str, list[healthbench.Verdict]] = {}
             for row in rows:
-                start = f"{model}/{row.prompt_id}"
+                start = f"{source}/{row.prompt_id}"
                 names = [start]
                 if self._cfg.calls == "criterion":
                     names = [f"{start}/{index + 1}" for index in range(len(row.criteria))]

@@ -217,8 +217,15 @@ class Session:
         self._plan: Counter[tuple[str, str]] = Counter()
         self._costs: dict[str, list[Cost]] = {}
         self._planned: set[str] = set()
+        self._sources: dict[str, str] = {}
         self._max_new_tokens = max_new_tokens
         self._used: Respondent | None = None
+
+    def source(self, model: str) -> str:
+        """The model's own name, which its name in tables does not change."""
+        if model not in self._sources:
+            self._sources[model] = str(self.models[model].settings()["model"])
+        return self._sources[model]
 
     def limited(self, items: Sequence[Item], name: str) -> list[Item]:
         """The first `limit` of a seeded draw, in the order of the set."""
@@ -315,7 +322,7 @@ class Session:
 
     def _path(self, folder: str, model: str) -> pathlib.Path:
         settings = str(sorted(self.models[model].settings().items()))
-        name = _NAME_CHARACTERS.sub("-", model).strip("-.")[:60]
+        name = _NAME_CHARACTERS.sub("-", self.source(model)).strip("-.")[-60:]
         return self.output / folder / f"{name}-{sha256(settings)[:8]}.jsonl"
 
     def _note(self, suite: str, what: str, count: int, cost: Cost | None) -> None:

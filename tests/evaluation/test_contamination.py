@@ -1,3 +1,4 @@
+import json
 import random
 import tracemalloc
 
@@ -136,3 +137,17 @@ def test_planted_real_questions_are_found_and_no_others(shared_data):
     }
     named = {name: {one.source for one in found.overlaps[name]} for name in planted & by_loop}
     assert all(f"planted:{name}" in sources for name, sources in named.items())
+
+
+def test_training_files_are_searched_in_any_layout(tmp_path):
+    shared = "".join(chr(0x4E00 + 7 * n) for n in range(80))
+    row = {"messages": [{"role": "user", "content": f"前文。{shared}后文。"}]}
+    path = tmp_path / "train.jsonl"
+    path.write_text(f"{json.dumps(row)}\nno json\n", encoding="utf-8")
+    tests = {"exams": {"a": shared, "b": "另一道题" * 20}, "single_turn": {"a": "短"}}
+    found = contamination.overlaps_with_files(tests, [path])
+    assert found["num_training_texts"] == 1 and found["num_unreadable_rows"] == 1
+    exams, single = found["suites"]["exams"], found["suites"]["single_turn"]
+    assert exams["overlaps"] == ["a"] and exams["num"] == 2
+    assert exams["examples"]["a"][0] == {"source": f"{path}:1", "passage": shared}
+    assert single["overlaps"] == [] and single["num_unchecked"] == 1

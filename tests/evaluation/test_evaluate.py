@@ -95,6 +95,7 @@ def test_a_second_run_pays_for_nothing(tmp_path):
         assert paid == 12 * 4
         assert run(tmp_path / "out", server, **given) == first and server.paid == paid
         run(tmp_path / "out", server, **given | {"limit": 5})
+        run(tmp_path / "out", server, **given, names=("one", "other"))
         assert server.paid == paid
 
 
@@ -488,6 +489,10 @@ def test_what_cannot_be_is_one_line_before_anything_is_sent(tmp_path):
                 "files": files,
                 "human": True,
                 "model": MODELS[:1],
+            },
+            "--judge.structured decides nothing here": {
+                "suite": ("clinic",),
+                "judge": JudgeConfig(base_url=server.url, model="judge", structured="json_object"),
             },
             "--names has 1 for 2 models": {"suite": ("clinic",), "names": ("one",)},
             "train.jsonl: there is no such file": {
