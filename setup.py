@@ -6,7 +6,8 @@ from setuptools import find_packages, setup
 
 TORCH = "torch==2.13.0"  # Parity with transformers only: nothing trains on it.
 DOCS = ["docstring-parser>=0.16", "mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10"]
-DATA = ["*.css", "*.j2", "*.jinja", "*.json", "*.jsonl", "*.md", "*.txt", "py.typed"]
+DATA = ["*.css", "*.html", "*.j2", "*.jinja", "*.json", "*.jsonl", "*.md", "*.txt", "py.typed"]
+EVALUATION = ["jieba==0.42.1", "nltk>=3.9.1,<4"]
 
 setup(
     name="huatuo_jax",
@@ -36,6 +37,7 @@ setup(
         "optax>=0.2.6,<0.3",
         "orbax-checkpoint>=0.11.30,<0.13",
         "protobuf>=5.0",
+        "rapidfuzz>=3.9,<4",
         "rich>=13.0",
         "safetensors>=0.8",
         "sentencepiece>=0.2.1",
@@ -49,11 +51,13 @@ setup(
     extras_require={
         "cuda": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
+        "evaluation": EVALUATION,
         "verify": [TORCH],
         "docs": DOCS,
         "test": [
             TORCH,
             *DOCS,
+            *EVALUATION,
             "ipython>=9.0",
             "mypy>=2.0",
             "pytest>=9.0",

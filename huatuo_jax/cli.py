@@ -16,12 +16,14 @@ class Command(NamedTuple):
         does: one line for the list of all commands.
         flags: name of the dataclass of its flags, in that module.
         with_config: True where it takes `--config`.
+        with_sections: True where flags of sections have the section's name, as `--judge.model`.
     """
 
     module: str
     does: str
     flags: str = "Flags"
     with_config: bool = False
+    with_sections: bool = False
 
 
 COMMANDS = {
@@ -35,6 +37,9 @@ COMMANDS = {
     "inspect": Command("inspect_data", "look into data files"),
     "compile": Command(
         "compiling.command", "compile a config for TPUs or GPUs without one", with_config=True
+    ),
+    "evaluate": Command(
+        "evaluate", "compare models on exams, questions and consultations", with_sections=True
     ),
     "push": Command("hub.push", "push a run to the Hugging Face Hub", "PushConfig"),
 }
@@ -53,7 +58,7 @@ def run(name: str, *, shown_as: str | None = None) -> None:
     module = importlib.import_module(f"huatuo_jax.{command.module}")
     flags = getattr(module, command.flags)
     if not command.with_config:
-        command_line.run(module.main, flags, name=shown_as)
+        command_line.run(module.main, flags, name=shown_as, with_sections=command.with_sections)
         return
     from huatuo_jax.recipe import base_model
 

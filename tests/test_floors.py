@@ -27,6 +27,7 @@ FLOORS = {
     "hub": 12,
     "compiling": 12,
     "convert": 12,
+    "evaluate": 12,
     "inspect_data": 12,
     "api": 13,
     "cli": 14,

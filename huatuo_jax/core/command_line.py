@@ -43,6 +43,7 @@ def run(
     flags: type[Any],
     *,
     with_config: bool = False,
+    with_sections: bool = False,
     first: Sequence[str] = (),
     adapt: Callable[[Any], Any] = lambda config: config,
     name: str | None = None,
@@ -56,6 +57,7 @@ def run(
         flags: the dataclass whose fields are its flags; those of its sections are flags without
             the section's name.
         with_config: take `--config=CARD` and `--config.FIELD=VALUE` as flags, too.
+        with_sections: name the flags of sections with their section, `--SECTION.FIELD`.
         first: fields of the config that the defaults of others follow from.
         adapt: takes the config with those fields and returns the one to which the others apply.
         name: of the command in its help; None for the file that Python runs.
@@ -69,7 +71,7 @@ def run(
         if with_config:
             main(*parse_with_config(flags, given, name=name, first=first, adapt=adapt))
         else:
-            main(parse(flags, given, name=name))
+            main(parse(flags, given, name=name, flat=not with_sections))
     except BrokenPipeError:
         # The reader of the output has closed it (`| head`). Python flushes standard output once
         # more as it ends, which must not fail either.
@@ -82,28 +84,28 @@ def run(
         distributed.leave()
 
 
-def parse(flags: type[Flags], arguments: Sequence[str], *, name: str) -> Flags:
+def parse(flags: type[Flags], arguments: Sequence[str], *, name: str, flat: bool = True) -> Flags:
     """Parses the flags of a command.
 
     `--name=value` and `--name value` are the same, and `-` in a name is `_`. A tuple's values stand
     one after the other, or after `=` with commas between them; given again, a flag adds to it. The
     name of a boolean alone is True, with `no` before it False. `None` is None where the field takes
-    it.
+    it. With `flat` the fields of a section are flags without the section's name.
 
     Raises:
         ValueError: an unknown flag, a missing one, or a value of the wrong type.
         SystemExit: after `--help`.
     """
-    known = _fields_of(flags, None, flat=True)
+    known = _fields_of(flags, None, flat=flat)
     if _wants_help(arguments):
-        _print_help(flags, None, name=name, flat=True)
+        _print_help(flags, None, name=name, flat=flat)
         raise SystemExit(0)
     given = _read(arguments, known)
     for field in given:
         if known[field].section is not None:
             raise _of_a_section(field, given[field], known)
     _check_not_missing(known, given)
-    return cast(Flags, _by_tyro(flags, None, given, name=name, flat=True))
+    return cast(Flags, _by_tyro(flags, None, given, name=name, flat=flat))
 
 
 def parse_with_config(

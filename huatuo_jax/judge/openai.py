@@ -342,28 +342,40 @@ class OpenAIJudge:
         return request
 
     def _estimate(self, request: Mapping[str, Any]) -> Estimate:
-        texts = [message["content"] for message in request["messages"]]
-        # Some servers put the reply format into the prompt.
-        form = json.dumps(request["response_format"]) if "response_format" in request else ""
-        num_wide = sum(len(_WIDE.findall(text)) for text in texts)
-        num_narrow = sum(map(len, texts)) + len(form) - num_wide
-        about = _TOKENS_A_WIDE_CHARACTER * num_wide + _TOKENS_A_NARROW_CHARACTER * num_narrow
-        at_most = sum(len(text.encode("utf-8", "surrogatepass")) for text in (*texts, form))
-        at_most += _MAX_TOKENS_A_MESSAGE * len(texts) + _MAX_TOKENS_A_CALL
-        return Estimate(
-            calls=1,
-            input_tokens=round(about),
-            max_input_tokens=at_most,
-            max_output_tokens=self._cfg.max_tokens,
-            cost=self._cost(round(about)),
-            max_cost=self._cost(at_most),
-        )
+        return request_estimate(request, max_tokens=self._cfg.max_tokens, price=self.price)
 
-    def _cost(self, input_tokens: int) -> float | None:
-        if self.price is None:
-            return None
-        usage = Usage(input_tokens=input_tokens, output_tokens=self._cfg.max_tokens)
-        return self.price.cost(usage)
+
+def request_estimate(
+    request: Mapping[str, Any], *, max_tokens: int, price: Price | None
+) -> Estimate:
+    """Returns what a chat request may take.
+
+    Args:
+        request: its body.
+        max_tokens: of the reply.
+        price: of the model; None where it is not known.
+    """
+    texts = [message["content"] for message in request["messages"]]
+    # Some servers put the form of the reply into the prompt.
+    form = json.dumps(request["response_format"]) if "response_format" in request else ""
+    num_wide = sum(len(_WIDE.findall(text)) for text in texts)
+    num_narrow = sum(map(len, texts)) + len(form) - num_wide
+    about = round(_TOKENS_A_WIDE_CHARACTER * num_wide + _TOKENS_A_NARROW_CHARACTER * num_narrow)
+    at_most = sum(len(text.encode("utf-8", "surrogatepass")) for text in (*texts, form))
+    at_most += _MAX_TOKENS_A_MESSAGE * len(texts) + _MAX_TOKENS_A_CALL
+
+    def cost(input_tokens: int) -> float | None:
+        usage = Usage(input_tokens=input_tokens, output_tokens=max_tokens)
+        return None if price is None else price.cost(usage)
+
+    return Estimate(
+        calls=1,
+        input_tokens=about,
+        max_input_tokens=at_most,
+        max_output_tokens=max_tokens,
+        cost=cost(about),
+        max_cost=cost(at_most),
+    )
 
 
 def _parts(text: str, path: pathlib.Path) -> tuple[str, str]:

@@ -1,0 +1,140 @@
+"""Reads the exam sets that a command line names, and the questions that examples are drawn from."""
+
+import pathlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+
+from huatuo_jax.evaluation import exam_sets
+from huatuo_jax.evaluation.exam_questions import ExamSet, Question
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExampleFiles:
+    """Questions that worked examples are drawn from, of a dev or val split.
+
+    CMMLU, C-Eval and MMLU have them in the folder `dev` of the set.
+
+    Attributes:
+        cmb: such as CMB-val-merge.json.
+        cmexam: CSV in the columns of the set.
+        medqa_us: JSON lines in the form of the set.
+        medqa_mainland: likewise.
+        medqa_taiwan: likewise.
+        medmcqa: likewise.
+        pubmedqa: JSON in the form of ori_pqal.json.
+        apollo: JSON lines in the form of the sets.
+    """
+
+    cmb: str | None = None
+    cmexam: str | None = None
+    medqa_us: str | None = None
+    medqa_mainland: str | None = None
+    medqa_taiwan: str | None = None
+    medmcqa: str | None = None
+    pubmedqa: str | None = None
+    apollo: tuple[str, ...] = ()
+
+
+_FOLDERS = {"cmmlu": "test", "ceval": "val", "mmlu": "test"}
+"""Sets that are folders, and the split with published answers."""
+
+EXAMS = ("cmb", "cmexam", "medqa_us", "medqa_mainland", "medqa_taiwan", "medmcqa", "pubmedqa")
+
+
+def read_exam_sets(files: Mapping[str, str | None], apollo: tuple[str, ...]) -> dict[str, ExamSet]:
+    """The sets that are given, by name.
+
+    Args:
+        files: path by field: those of `EXAMS`, `cmb_answers`, `pubmedqa_test`, and the folders
+            `cmmlu`, `ceval` and `mmlu`.
+        apollo: files of Apollo, each a set of its own.
+
+    Raises:
+        ValueError: a file is missing or in another layout, or two files of Apollo are of one set.
+    """
+    found = {}
+    for name in EXAMS:
+        path = files.get(name)
+        if path is not None:
+            extra = {"cmb": "cmb_answers", "pubmedqa": "pubmedqa_test"}.get(name)
+            found[name] = _read(name, path, files.get(extra) if extra else None)
+    for name, split in _FOLDERS.items():
+        path = files.get(name)
+        if path is not None:
+            found[name] = _read_folder(name, _existing(path), split)
+    for path in apollo:
+        one = exam_sets.read_apollo(_existing(path))
+        name = f"apollo_{one.exam}"
+        if name in found:
+            raise ValueError(f"{path}: another file of {one.exam} is given; give each set once")
+        found[name] = one
+    for needs, name in (("cmb_answers", "cmb"), ("pubmedqa_test", "pubmedqa")):
+        if files.get(needs) is not None and name not in found:
+            raise ValueError(f"--files.{needs} needs --files.{name}, the questions")
+    return found
+
+
+def read_examples(
+    sets: Mapping[str, ExamSet], files: Mapping[str, str | None], examples: ExampleFiles
+) -> dict[str, list[Question]]:
+    """The questions that examples of each set are drawn from, where there are any.
+
+    Raises:
+        ValueError: a file is missing or in another layout, or is of a set that is not given.
+    """
+    found: dict[str, list[Question]] = {}
+    for field in fields(ExampleFiles):
+        path = getattr(examples, field.name)
+        if field.name != "apollo" and path is not None:
+            if field.name not in sets:
+                raise ValueError(f"--examples.{field.name} needs --files.{field.name}")
+            found[field.name] = list(_read(field.name, path, None).questions)
+    for name in _FOLDERS:
+        folder = files.get(name)
+        if folder is not None and (pathlib.Path(folder) / "dev").is_dir():
+            found[name] = list(_read_folder(name, folder, "dev").questions)
+    pool: dict[str, list[Question]] = {}
+    for path in examples.apollo:
+        one = exam_sets.read_apollo(_existing(path))
+        pool.setdefault(f"apollo_{one.exam}", []).extend(one.questions)
+    unknown = sorted(set(pool) - set(sets))
+    if unknown:
+        raise ValueError(
+            f"--examples.apollo has examples of {unknown[0].removeprefix('apollo_')}, and no file"
+            " of --files.apollo is of that set"
+        )
+    return found | pool
+
+
+def _read(name: str, path: str, extra: str | None) -> ExamSet:
+    path = _existing(path)
+    extra = None if extra is None else _existing(extra)
+    readers: Mapping[str, Callable[[], ExamSet]] = {
+        "cmb": lambda: exam_sets.read_cmb(path, answers=extra),
+        "cmexam": lambda: exam_sets.read_cmexam(path),
+        "medqa_us": lambda: exam_sets.read_medqa(path, region="us"),
+        "medqa_mainland": lambda: exam_sets.read_medqa(path, region="mainland"),
+        "medqa_taiwan": lambda: exam_sets.read_medqa(path, region="taiwan"),
+        "medmcqa": lambda: exam_sets.read_medmcqa(path),
+        "pubmedqa": lambda: exam_sets.read_pubmedqa(path, ground_truth=extra),
+    }
+    return replace(readers[name](), exam=name)
+
+
+def _read_folder(name: str, folder: str, split: str) -> ExamSet:
+    if name == "cmmlu":
+        return exam_sets.read_subject_folder(folder, exam="cmmlu", split=split)
+    if name == "ceval":
+        return exam_sets.read_subject_folder(folder, exam="ceval", split=split)
+    return exam_sets.read_subject_folder(folder, exam="mmlu", split=split)
+
+
+def _existing(path: str) -> str:
+    """The path.
+
+    Raises:
+        ValueError: nothing is there.
+    """
+    if not pathlib.Path(path).exists():
+        raise ValueError(f"{path}: there is no such file or folder")
+    return path

@@ -1,0 +1,75 @@
+"""A chat server on loopback whose replies a test writes; it keeps every request that it saw."""
+
+import http.server
+import json
+import threading
+
+KEY = "sk-scripted-0123456789abcdef"
+
+
+class Refuse(Exception):
+    """Raised by a script: the HTTP status and the words of the error."""
+
+    def __init__(self, status, words):
+        super().__init__(words)
+        self.status = status
+
+
+class ScriptedServer:
+    """Serves while the context lasts.
+
+    Attributes:
+        requests: bodies in the order of arrival, refused ones too.
+        paid: how many were answered.
+    """
+
+    def __init__(self, reply):
+        """`reply(body, number)` gives the text of the reply to the n-th request."""
+        self.reply, self.requests, self.paid = reply, [], 0
+        self.lock = threading.Lock()
+        outer = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with outer.lock:
+                    number = len(outer.requests)
+                    outer.requests.append(body)
+                try:
+                    text = outer.reply(body, number)
+                except Refuse as refused:
+                    return self.send(refused.status, {"error": {"message": str(refused)}})
+                with outer.lock:
+                    outer.paid += 1
+                message = {"role": "assistant", "content": text}
+                choice = {"index": 0, "message": message, "finish_reason": "stop"}
+                usage = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
+                self.send(200, {"choices": [choice], "usage": usage, "model": body["model"]})
+
+            def send(self, status, content):
+                data = json.dumps(content).encode()
+                self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *args):
+                pass
+
+        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http.daemon_threads = True
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.http.server_port}/v1"
+
+    def __enter__(self):
+        threading.Thread(target=self.http.serve_forever, args=(0.05,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.http.shutdown()
+        self.http.server_close()
