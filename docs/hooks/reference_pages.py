@@ -209,7 +209,8 @@ def _commands_page() -> str:
                 "",
             ]
         hints, texts = typing.get_type_hints(flags), _attributes(flags)
-        for shown, field, hint, text in _flags(flags, hints, texts):
+        sections = command.with_sections
+        for shown, field, hint, text in _flags(flags, hints, texts, with_sections=sections):
             lines += [
                 " · ".join((f"`{shown}`", _type(hint), _default(field))),
                 f":   {_upper(text)}",
@@ -219,19 +220,30 @@ def _commands_page() -> str:
 
 
 def _flags(
-    cls: type[Any], hints: dict[str, Any], texts: dict[str, str]
+    cls: type[Any],
+    hints: dict[str, Any],
+    texts: dict[str, str],
+    *,
+    with_sections: bool,
+    before: str = "",
 ) -> Iterator[tuple[str, "dataclasses.Field[Any]", Any, str]]:
-    """A command's flags; those of its sections are flags without the section's name."""
+    """A command's flags; those of its sections are flags with or without the section's name."""
     for field in _fields(cls):
         inner = _dataclasses_in(hints[field.name])
         if inner:
-            yield from _flags(inner[0], typing.get_type_hints(inner[0]), _attributes(inner[0]))
+            yield from _flags(
+                inner[0],
+                typing.get_type_hints(inner[0]),
+                _attributes(inner[0]),
+                with_sections=with_sections,
+                before=f"{before}{field.name}." if with_sections else "",
+            )
             continue
         if not texts.get(field.name):
             raise ValueError(f"{cls.__name__}.{field.name} has no line under Attributes:")
-        is_file = field.name == "files"
+        is_file = field.name == "files" and not before
         yield (
-            ("FILES" if is_file else f"--{field.name}"),
+            ("FILES" if is_file else f"--{before}{field.name}"),
             field,
             hints[field.name],
             texts[field.name],

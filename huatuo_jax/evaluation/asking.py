@@ -57,7 +57,7 @@ class ChatModelConfig:
 
 
 class ChatReply(NamedTuple):
-    """What became of one request.
+    """The outcome of one request.
 
     Attributes:
         text: of the reply; None where there is none.
@@ -73,7 +73,7 @@ class ChatReply(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """What requests may take before they are sent.
+    """The cost of requests, estimated before they are sent.
 
     Attributes:
         requests: not answered yet.

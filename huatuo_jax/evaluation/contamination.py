@@ -165,7 +165,7 @@ def overlaps_with_files(
 def _training_texts(
     paths: Sequence[str | os.PathLike[str]], unreadable: list[str]
 ) -> Iterator[tuple[str, str]]:
-    """Name and text of each row; rows that cannot be read are noted."""
+    """Name and text of each row; unreadable rows are noted."""
     for path in paths:
         for row in read_rows(path):
             if isinstance(row, RowError):

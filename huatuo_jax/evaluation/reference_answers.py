@@ -53,7 +53,7 @@ def read_cmedqa2(folder: Path, *, split: str = "test") -> list[ReferenceQuestion
             named `pos_ans_id` (train).
 
     Raises:
-        ValueError: a file is missing, has other columns, or a row that cannot be read; an id is
+        ValueError: a file is missing, has other columns, or an unreadable row; an id is
             used twice, or one that a candidate names is in no file.
     """
     questions = _by_id(_member(folder, "question.csv"), "question_id", ("content",))
@@ -161,7 +161,7 @@ def _questions(found: dict[str, _Question]) -> list[ReferenceQuestion]:
 
 
 def _rows(path: Path, *, split: str = "train") -> Iterator[tuple[str, Any]]:
-    """Place and value of each row; a row that cannot be read stops all."""
+    """Place and value of each row; an unreadable row stops all."""
     empty = True
     for row in read_rows(path, split=split):
         if isinstance(row, RowError):

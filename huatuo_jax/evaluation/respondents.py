@@ -36,7 +36,7 @@ _ROWS_AT_ONCE = 8
 
 @dataclass(frozen=True, kw_only=True)
 class DecodingConfig:
-    """How responses are drawn.
+    """The drawing of responses.
 
     Attributes:
         max_new_tokens: of a response.
@@ -59,10 +59,10 @@ class Respondent(Protocol):
         """Its name in tables."""
 
     def settings(self) -> dict[str, Any]:
-        """What a figure's reader has to know of the model and its decoding."""
+        """Returns the model and its decoding, as a figure's reader needs them."""
 
     def cost(self, prompts: Mapping[str, Dialogue], path: pathlib.Path) -> Cost | None:
-        """What the prompts without a response may take; None where nothing is paid."""
+        """Returns what the prompts without a response may take; None where nothing is paid."""
 
     def read(self, prompts: Mapping[str, Dialogue], path: pathlib.Path) -> dict[str, ChatReply]:
         """The responses that the file holds to these very prompts."""
@@ -321,7 +321,7 @@ class SavedRespondent:
         return longest <= self._saved.info.cfg.max_positions
 
     def _hashes(self, prompts: Mapping[str, Dialogue]) -> dict[str, str]:
-        """What tells a prompt under these settings from all others, by its name."""
+        """Returns a hash of each prompt under these settings, by its name."""
         settings = sha256(json.dumps(self.settings(), sort_keys=True, ensure_ascii=False))
         return {
             name: sha256(json.dumps([settings, [dict(one) for one in dialogue]]))

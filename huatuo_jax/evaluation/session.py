@@ -50,7 +50,7 @@ class Read(Generic[Value]):
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict(Generic[Value]):
-    """What a judge said in the end.
+    """The final verdict of a judge.
 
     Attributes:
         value: read from the most complete reply.
@@ -102,7 +102,7 @@ class ServerJudge:
         return self.cfg.model
 
     def settings(self) -> dict[str, Any]:
-        """What a figure's reader has to know of the judge; no key is among it."""
+        """Returns the judge's settings, as a figure's reader needs them; no key is among them."""
         return {
             "judge": self.cfg.model,
             "base_url": self.cfg.server.base_url,
@@ -111,7 +111,7 @@ class ServerJudge:
         }
 
     def estimate(self, requests: Mapping[str, ChatMessages]) -> Cost:
-        """What asking for replies that are not there may take, without repetitions."""
+        """Estimates the cost of the missing replies, without repetitions."""
         every = {attempt: requests[name] for name in requests for attempt in _attempts(name)}
         standing = self._file.read(every)
         left = {
@@ -291,7 +291,7 @@ class Session:
     def patient_turns(
         self, suite: str, requests: Mapping[str, ChatMessages]
     ) -> dict[str, ChatReply]:
-        """What the judge's model says as the patient."""
+        """Returns the next messages of the patient, who is played by the judge's model."""
         assert self.judge is not None
         named = {f"{suite}/{name}": messages for name, messages in requests.items()}
         if self.dry:
@@ -337,7 +337,7 @@ class Session:
         return ChatReply("".join(chr(draw.randrange(0x4E00, 0x9FA0)) for _ in range(length)))
 
     def plan_lines(self) -> list[str]:
-        """What a dry run found: counts by suite, then the cost of what is paid for."""
+        """Returns the lines of a dry run: counts by suite, then the cost of what is paid for."""
         lines = [f"{suite}: {count} {what}" for (suite, what), count in self._plan.items()]
         for what, costs in self._costs.items():
             known = [one.cost for one in costs if one.cost is not None]

@@ -398,7 +398,7 @@ class ClinicSuite:
 
 
 def _truths(judge: TruthJudge, prompt: Prompt, text: str) -> dict[str, float | None]:
-    """What is true of a response: shares from 0 to 1, and the exact judge's scores from 1 to 5."""
+    """Returns the truth about a response: shares (0 to 1) and the exact judge's scores (1 to 5)."""
     found = ClinicJudge().findings(prompt, text)
     shares = {f"diagnosis_{name}": 0.0 for name in ("right", "plausible", "wrong", "absent")}
     shares[f"diagnosis_{found.diagnosis}"] = 1.0

@@ -26,9 +26,8 @@ from huatuo_jax.report.evaluation_blocks import (
     plain,
     radar,
 )
-from huatuo_jax.report.page import STYLE
 
-_TEMPLATE = "evaluation_page.html.j2"
+_TEMPLATE = "evaluation_page.jinja"
 _FEWEST_GROUPS = 3
 _EXAMPLES = 3
 
@@ -76,7 +75,7 @@ def write_page(result: Mapping[str, Any], path: pathlib.Path) -> None:
 def render_page(result: Mapping[str, Any]) -> str:
     """The page as one HTML text."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
+        loader=jinja2.FileSystemLoader(pathlib.Path(__file__).with_name("templates")),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -104,7 +103,6 @@ def render_page(result: Mapping[str, Any]) -> str:
     return environment.get_template(_TEMPLATE).render(
         title="Evaluation",
         told=f"{', '.join(models)} · judge: {_judge_name(result['judge'])}",
-        style=STYLE,
         sections=sections,
         radius=RADIUS,
     )
