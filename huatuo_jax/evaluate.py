@@ -119,7 +119,7 @@ class Flags:
         model: folders or Hub ids, or openai:NAME for a model behind a server.
         suite: lexical, exams, single_turn, multi_turn, clinical, healthbench, clinic.
         output: folder of results; a run that was killed resumes there.
-        names: of the models in tables, in their order; None for the ends of their paths.
+        names: of the models in tables, in their order; none for the ends of their paths.
         files: the sets.
         examples: questions that worked examples of the exams are drawn from.
         limit: items of each set, drawn by the seed; None for all.

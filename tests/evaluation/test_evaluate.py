@@ -216,11 +216,9 @@ def scripted_patient(body, number):
     if body["model"] in NAMES:
         asks = ("有没有发热？", "什么时候开始的？", "以前有没有过？", "碰过洗衣粉吗？")
         count = sum(one["role"] == "user" for one in messages)
-        return (
-            asks[count - 1]
-            if count <= 4
-            else f"{body['model']}第{count}次说：可能是湿疹，建议外用药膏。"
-        )
+        if count > len(asks):
+            return f"{body['model']}第{count}次说：可能是湿疹，建议外用药膏。"
+        return asks[count - 1] if body["model"] == NAMES[0] else f"请问{asks[count - 1]}"
     if "病例flip" in text and "患者" in text:
         return (
             "手背起红疹，很痒。",
