@@ -5,7 +5,11 @@ import pathlib
 from setuptools import find_packages, setup
 
 TORCH = "torch==2.13.0"  # Parity with transformers only: nothing trains on it.
-DATA = ["*.css", "*.html", "*.j2", "*.jinja", "*.json", "*.jsonl", "*.md", "*.txt", "py.typed"]
+DATA = [
+    *("*.css", "*.html", "*.j2", "*.jinja", "*.json", "*.jsonl", "*.md", "*.txt", "*.yaml"),
+    *("*_yaml", "py.typed"),
+]
+LM_EVAL = ["lm-eval>=0.4.13,<0.5"]
 EVALUATION = ["jieba==0.42.1", "nltk>=3.9.1,<4"]
 
 setup(
@@ -51,10 +55,12 @@ setup(
         "cuda": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
         "evaluation": EVALUATION,
+        "lm-eval": LM_EVAL,
         "verify": [TORCH],
         "test": [
             TORCH,
             *EVALUATION,
+            *LM_EVAL,
             "ipython>=9.0",
             "mypy>=2.0",
             "pytest>=9.0",
