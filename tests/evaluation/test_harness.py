@@ -24,6 +24,7 @@ from huatuo_jax.evaluation import exam_prompts, exam_sets
 from huatuo_jax.evaluation.exam_scores import score_exam
 from huatuo_jax.evaluation.harness import TASKS, HuatuoLM
 from huatuo_jax.evaluation.harness.model import ChatPrompt
+from huatuo_jax.generation.requests import Answer, Usage
 from tests.hf import tiny_checkpoints
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -232,22 +233,33 @@ def test_a_chat_keeps_its_ids_in_the_harness_and_in_its_cache(model):
     assert back.messages == prompt.messages
 
 
-def test_responses_in_a_chat_have_what_the_template_writes_around_them_taken_off(model):
+@pytest.mark.parametrize(("end", "wanted"), [([2], "多喝水"), ([], "多喝水 ")])
+def test_responses_in_a_chat_have_what_the_template_writes_around_them_taken_off(
+    model, monkeypatch, end, wanted
+):
+    """HuatuoGPT's writes a space before EOS; without EOS the response may still go on."""
     prompt = model.apply_chat_template(DIALOGUE)
-    settings = {"until": [], "max_gen_toks": 6}
-    assert len(prompt.token_ids) + 6 < model.max_length
-    (found,) = model.generate_until([request(prompt, settings, kind="generate_until")])
-    ids = prompt.token_ids
-    (plain,) = model.generate_until(
-        [
-            request(
-                ChatPrompt.of(prompt.messages, "", model._saved.template, model.tokenizer),
-                settings,
-                kind="generate_until",
-            )
-        ]
+    token_ids = [*model.tokenizer.encode("多喝水 ", add_special_tokens=False), *end]
+    answer = Answer(
+        request_index=0,
+        answer_index=0,
+        token_ids=token_ids,
+        text="多喝水 ",
+        log_probs=[0.0] * len(token_ids),
+        sampling_log_probs=[0.0] * len(token_ids),
+        finish_reason="stop" if end else "length",
+        usage=Usage(1, len(token_ids)),
     )
-    assert found == plain and ids == prompt.token_ids
+    asked = []
+    monkeypatch.setattr(
+        model._engines, "answer", lambda made: asked.extend(made) or [[answer]] * len(made)
+    )
+    settings = {"until": ["问："], "max_gen_toks": 9}
+    requests = [request(one, settings, kind="generate_until") for one in (prompt, "头痛")]
+    assert model.generate_until(requests) == [wanted, "多喝水 "]
+    assert asked[0].prompt_token_ids == prompt.token_ids
+    assert asked[0].sampling.stop_strings == ("问：",)
+    assert 2 in asked[0].sampling.stop_token_ids
 
 
 def test_the_template_of_a_run_is_recorded_and_another_is_refused(model):
