@@ -182,8 +182,8 @@ class ContinuationScorer:
         owners = np.repeat(np.arange(len(asked)), [len(group) for group, _ in groups])
         left = np.bincount(owners, minlength=len(asked))
         found: list[_Found | None] = [None] * len(segments)
-        for number, scores in self._found(segments):
-            found[number] = scores
+        for number, values in self._found(segments):
+            found[number] = values
             left[owners[number]] -= 1
             if on_progress is not None and not left[owners[number]]:
                 on_progress(int((left == 0).sum()), len(asked))

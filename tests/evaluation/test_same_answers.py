@@ -29,7 +29,7 @@ SUBJECTS = ("anatomy", "clinical_knowledge")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return save(tmp_path_factory.mktemp("models") / "qwen2", max_position_embeddings=4096)
+    return save(tmp_path_factory.mktemp("models") / "qwen3", max_position_embeddings=4096)
 
 
 @pytest.fixture(scope="module")
