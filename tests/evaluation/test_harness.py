@@ -143,7 +143,7 @@ def test_a_context_that_is_too_long_loses_its_first_tokens_and_it_is_logged(mode
     assert "1 of 1 requests are longer than the 96 tokens" in caplog.text
 
 
-@pytest.mark.parametrize("repeats", [1, 40])
+@pytest.mark.parametrize("repeats", [1, 60])
 def test_whole_texts_are_scored_in_windows(model, theirs, repeats):
     text = "头痛三天了，怎么办？" * repeats
     (found,) = model.loglikelihood_rolling([request(text, kind="loglikelihood_rolling")])
@@ -491,8 +491,13 @@ def test_the_harness_keeps_likelihoods_and_finds_them_again(model, tmp_path, mon
 
 
 WITHOUT_TORCH = """
-import json, sys
-sys.modules["torch"] = None  # As where it is not installed.
+import importlib.machinery, json, sys
+
+# As where torch is not installed.
+find = importlib.machinery.PathFinder.find_spec
+importlib.machinery.PathFinder.find_spec = lambda name, *further: (
+    None if name == "torch" else find(name, *further)
+)
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 from huatuo_jax.evaluation.harness import TASKS
@@ -507,7 +512,7 @@ found = simple_evaluate(
     gen_kwargs="max_gen_toks=4",
 )
 assert "huatuogpt" in found["config"]["model_template"].lower()
-print(found["n-samples"]["huatuo_cmmlu"]["effective"], sys.modules["torch"])
+print(found["n-samples"]["huatuo_cmmlu"]["effective"], "torch" in sys.modules)
 """
 
 
@@ -523,7 +528,7 @@ def test_the_harness_runs_without_torch(folder, tmp_path):
     files = json.dumps(made_up_files(tmp_path))
     done = run("-c", WITHOUT_TORCH, os.fspath(folder), files, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split()[-2:] == ["8", "None"]
+    assert done.stdout.split()[-2:] == ["8", "False"]
 
 
 @pytest.mark.slow
