@@ -89,9 +89,7 @@ def in_harness(model, file, rows, *, limit, **options):
     )
     (samples,) = found["samples"].values()
     return {
-        sample["arguments"]["gen_args_0"]["arg_0"]: [
-            float(log_prob) for log_prob, _ in sample["filtered_resps"]
-        ]
+        sample["arguments"][0][0]: [float(log_prob) for log_prob, _ in sample["filtered_resps"]]
         for sample in samples
     }
 
