@@ -44,8 +44,9 @@ def json_rows(path):
 
 
 def csv_rows(path):
+    """The cells without the white space around them, which our readers take off, too."""
     with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+        return [{name: cell.strip() for name, cell in row.items()} for row in csv.DictReader(file)]
 
 
 def real_sets(shared_data):
@@ -57,8 +58,8 @@ def real_sets(shared_data):
         yield f"cmmlu/cmmlu_{subject}.yaml", csv_rows(path), found.questions, "cmmlu"
     path = folder / "medqa_us_4opt_test.jsonl"
     rows = [
-        {"sent1": row["question"], "label": "ABCD".index(row["answer_idx"])}
-        | {f"ending{place}": row["options"]["ABCD"[place]] for place in range(4)}
+        {"sent1": row["question"].strip(), "label": "ABCD".index(row["answer_idx"])}
+        | {f"ending{place}": row["options"]["ABCD"[place]].strip() for place in range(4)}
         for row in json_rows(path)
     ]
     yield "medqa/medqa.yaml", rows, exam_sets.read_medqa(path, region="us").questions, "medqa"
@@ -101,8 +102,12 @@ def in_our_evaluator(respondent, questions, form):
 
 
 def compare(name, ours, theirs):
-    """The share of equal answers; all of them but near-ties have to be."""
+    """All answers but near-ties have to be equal."""
     ties = differ = 0
+    # Our reader drops an empty option, which one question of MedQA's file has.
+    apart = [prompt for prompt in theirs if prompt not in ours]
+    assert len(apart) <= (1 if "medqa" in name else 0), apart
+    theirs = {prompt: values for prompt, values in theirs.items() if prompt in ours}
     for prompt, values in theirs.items():
         mine = np.asarray(ours[prompt])
         np.testing.assert_allclose(mine, values, atol=1e-3, err_msg=prompt)
@@ -112,7 +117,6 @@ def compare(name, ours, theirs):
             assert best - second < NEAR_TIE, (prompt, mine, values)
         ties += best - second < NEAR_TIE
     print(f"{name}: {len(theirs)} questions, {ties} near-ties, {differ} of them answered apart")
-    assert len(theirs) - differ > 0
 
 
 def test_our_model_in_the_harness_answers_as_our_evaluator(folder, shared_data, on_one_device):
