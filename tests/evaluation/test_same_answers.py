@@ -104,10 +104,6 @@ def in_our_evaluator(respondent, questions, form):
 def compare(name, ours, theirs):
     """All answers but near-ties have to be equal."""
     ties = differ = 0
-    # Our reader drops an empty option, which one question of MedQA's file has.
-    apart = [prompt for prompt in theirs if prompt not in ours]
-    assert len(apart) <= (1 if "medqa" in name else 0), apart
-    theirs = {prompt: values for prompt, values in theirs.items() if prompt in ours}
     for prompt, values in theirs.items():
         mine = np.asarray(ours[prompt])
         np.testing.assert_allclose(mine, values, atol=1e-3, err_msg=prompt)
