@@ -37,16 +37,15 @@ def our_evaluator(folder: pathlib.Path, files: dict[str, str]) -> Run:
 
 def in_lm_eval(model: Any, files: dict[str, str]) -> Run:
     """A model of lm-evaluation-harness on our task file."""
-    from lm_eval import simple_evaluate
+    from lm_eval import evaluate
     from lm_eval.tasks import TaskManager
 
     from huatuo_jax.evaluation.harness.model import TASKS
 
     def run() -> list[list[float]]:
         manager = TaskManager(include_path=TASKS, include_defaults=False, metadata=files)
-        found = simple_evaluate(
-            model, tasks=["huatuo_cmmlu"], task_manager=manager, bootstrap_iters=0
-        )
+        # Not `simple_evaluate`, which also looks up what is installed.
+        found = evaluate(model, manager.load(["huatuo_cmmlu"]), bootstrap_iters=0)
         samples = found["samples"]["huatuo_cmmlu"]
         ordered = sorted(samples, key=lambda sample: sample["doc_id"])
         return [[float(value) for value, _ in one["filtered_resps"]] for one in ordered]
