@@ -6,7 +6,11 @@ from setuptools import find_packages, setup
 
 TORCH = "torch==2.13.0"  # Parity with transformers only: nothing trains on it.
 DOCS = ["docstring-parser>=0.16", "mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10"]
-DATA = ["*.css", "*.html", "*.j2", "*.jinja", "*.json", "*.jsonl", "*.md", "*.txt", "py.typed"]
+DATA = [
+    *("*.css", "*.html", "*.j2", "*.jinja", "*.json", "*.jsonl", "*.md", "*.txt", "*.yaml"),
+    *("*_yaml", "py.typed"),
+]
+LM_EVAL = ["lm-eval>=0.4.13,<0.5"]
 EVALUATION = ["jieba==0.42.1", "nltk>=3.9.1,<4"]
 
 setup(
@@ -52,12 +56,14 @@ setup(
         "cuda": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
         "evaluation": EVALUATION,
+        "lm-eval": LM_EVAL,
         "verify": [TORCH],
         "docs": DOCS,
         "test": [
             TORCH,
             *DOCS,
             *EVALUATION,
+            *LM_EVAL,
             "ipython>=9.0",
             "mypy>=2.0",
             "pytest>=9.0",

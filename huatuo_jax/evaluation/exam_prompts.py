@@ -274,7 +274,7 @@ def _reply(example: Question, form: PromptForm) -> str:
 
 def _filled(template: str, question: Question, form: PromptForm) -> str:
     lines = (
-        text if label == text else form.option.format(label=label, text=text)
+        text if len(label) > 1 else form.option.format(label=label, text=text)
         for label, text in question.options.items()
     )
     for field in ("category", "subject"):

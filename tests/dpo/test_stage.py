@@ -80,6 +80,7 @@ def trained(files, tmp_path_factory):
     return workdir, run_dpo(_config(files), workdir)
 
 
+@pytest.mark.slow
 def test_auto_takes_the_most_rows_that_fit_and_changes_no_number(
     trained, files, tmp_path, monkeypatch, capsys
 ):

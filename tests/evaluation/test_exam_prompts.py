@@ -173,3 +173,9 @@ def test_what_a_form_needs_has_to_be_there():
 def test_templates_with_other_fields_are_refused(change, said):
     with pytest.raises(ValueError, match=said):
         PromptForm(**{"prompt": "{question}", "reply": "{answer}", **change})
+
+
+def test_an_option_whose_text_is_its_letter_keeps_its_label():
+    region = dataclasses.replace(ENGLISH, options={"A": "A", "B": "C"})
+    content = chat_messages(region, PUBLISHED_FORMS["medqa"])[0]["content"]
+    assert content == "Question: Which is it?\nA. A\nB. C\nAnswer:"

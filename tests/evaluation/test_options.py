@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from huatuo_jax.core.sharding import MeshConfig
+from huatuo_jax.evaluation import options
 from huatuo_jax.evaluation.options import Continuations, ContinuationScorer
 from huatuo_jax.training.scoring import GivenAnswer, Scorer
 from tests.generation import tiny
@@ -15,10 +16,11 @@ def asked(*, several=False):
     made = []
     for index in range(23):
         context = tiny.prompt(int(draw.integers(1, 200)), seed=index)
-        options = [[int(one)] for one in draw.choice(tiny.CFG.vocab_size, 2 + index % 4, False)]
+        listed = [[int(one)] for one in draw.choice(tiny.CFG.vocab_size, 2 + index % 4, False)]
         if several and index % 3 == 0:
-            options[0] = [*options[0], 5, 6]
-        made.append(Continuations(context, options))
+            listed[0] = [*listed[0], 5, 6]
+            listed += [[*listed[0], 7], listed[0][:2], [*listed[1], 5]]
+        made.append(Continuations(context, listed))
     return made
 
 
@@ -70,6 +72,56 @@ def test_a_mesh_of_eight_devices_gives_the_same():
 def test_what_cannot_be_scored_is_named():
     with pytest.raises(ValueError, match=r"asked\[1\]: context and continuations must hold"):
         scorer()([Continuations([3], [[4]]), Continuations([3], [[4], []])])
-    too_long = Continuations(tiny.prompt(tiny.CFG.max_positions), [[4]])
-    with pytest.raises(ValueError, match=r"asked\[0\] has a context of 512 tokens"):
+    too_long = Continuations(tiny.prompt(tiny.CFG.max_positions), [[4], [4, 5]])
+    with pytest.raises(ValueError, match=r"asked\[0\] has 513 tokens before the last one"):
         scorer()([too_long])
+
+
+def test_the_last_token_needs_no_position_of_its_own():
+    context = tiny.prompt(tiny.CFG.max_positions)
+    ((found,),) = scorer()([Continuations(context, [[4]])])
+    (logits_TV,) = tiny.full_logits([context])
+    np.testing.assert_allclose(found, tiny.log_softmax(logits_TV)[-1, 4], rtol=1e-5)
+
+
+def greedy(context, num_tokens):
+    ids = list(context)
+    for _ in range(num_tokens):
+        ids.append(int(tiny.full_logits([ids])[0][-1].argmax()))
+    return ids[len(context) :]
+
+
+def test_a_continuation_is_greedy_where_each_of_its_tokens_is_the_likeliest():
+    questions = []
+    for index in range(6):
+        context = tiny.prompt(9 + index, seed=index)
+        best = greedy(context, 3)
+        other = (best[0] + 1) % tiny.CFG.vocab_size
+        # Some end early, some leave it at the first, the middle or the last token.
+        questions.append(
+            Continuations(
+                context,
+                [
+                    best,
+                    best[:1],
+                    best[:2],
+                    [other, *best[1:]],
+                    [best[0], (best[1] + 1) % tiny.CFG.vocab_size, best[2]],
+                    [*best[:2], (best[2] + 1) % tiny.CFG.vocab_size],
+                ],
+            )
+        )
+    for one in scorer().score(questions):
+        assert [each.is_greedy for each in one] == [True, True, True, False, False, False]
+
+
+def test_what_continuations_have_in_common_is_computed_once():
+    question = Continuations([7, 8], [[1], [2], [1, 3], [1, 3, 4], [2, 5], [2, 6], [9]])
+    segments, places = options._segments(question)
+    assert [list(one.token_ids) for one in segments] == [[7, 8, 2], [7, 8, 1, 3]]
+    assert places[3] == 1 and places[4] == places[5] == 0
+
+
+def test_rows_of_more_places_than_are_held_at_once_are_scored():
+    question = Continuations(tiny.prompt(3), [tiny.prompt(300, seed=1), [4]])
+    np.testing.assert_allclose(scorer()([question])[0], alone([question])[0], rtol=1e-5)

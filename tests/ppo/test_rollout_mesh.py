@@ -110,6 +110,7 @@ def test_adapters_travel_too(tmp_path, start):
     assert_same_run(tmp_path / "two", tmp_path / "one")
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_a_checkpoint_on_another_mesh_of_generation(on_one_mesh, tmp_path):
     """The field is operational: half of the iterations by each."""
     with pytest.raises(Interrupted):

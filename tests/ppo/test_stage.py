@@ -196,6 +196,7 @@ def test_a_finished_stage_is_not_run_again_and_its_settings_stand(trained, files
     assert run_ppo(_config(files, micro_batch_size=1), workdir) == result
 
 
+@pytest.mark.slow
 def test_auto_takes_the_most_rows_that_fit_and_changes_no_number(
     files, tmp_path, monkeypatch, capsys
 ):

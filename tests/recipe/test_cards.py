@@ -180,6 +180,7 @@ def run_recipe(config, workdir, **expected):
     check_recipe(workdir, **expected)
 
 
+@pytest.mark.slow
 def test_the_7b_card_runs_from_its_hub_id_to_its_export(hub, data, tmp_path):
     """Fine-tuning, then the export: the shortest way through what a Hub id has to carry."""
     config = card("huatuogpt_7b")

@@ -128,10 +128,10 @@ def _tokenizer(folder):
     [
         "huatuogpt",
         "chatml",
-        "llama2",
-        "llama3",
-        "baichuan",
-        "tokenizer",
+        pytest.param("llama2", marks=pytest.mark.slow),
+        pytest.param("llama3", marks=pytest.mark.slow),
+        pytest.param("baichuan", marks=pytest.mark.slow),
+        pytest.param("tokenizer", marks=pytest.mark.slow),
     ],
 )
 def test_a_sampled_answer_has_the_same_tokens_and_score_in_every_stage(name, tmp_path):
