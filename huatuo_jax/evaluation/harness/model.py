@@ -218,7 +218,7 @@ class HuatuoLM(LM):
         scored = self._score(self._encode_pairs(pairs))
         for pair, one in zip(pairs, scored, strict=True):
             self.cache_hook.add_partial("loglikelihood", pair, tuple(one))
-        return [tuple(one) for one in scored]
+        return [(log_prob, is_greedy) for log_prob, is_greedy in scored]
 
     def loglikelihood_rolling(
         self, requests: Sequence[Any], disable_tqdm: bool = False
