@@ -82,7 +82,7 @@ class Installed:
 
     def has(self, expression, cwd):
         """The text of an expression over the package and its config module."""
-        code = f"import huatuo_jax; from huatuo_jax import config; print({expression})"
+        code = f"import huatuo_jax; from huatuo_jax.core import config; print({expression})"
         return run(self.python, "-c", code, cwd=cwd).stdout.strip()
 
 

@@ -271,7 +271,7 @@ def test_what_cannot_be_loaded_ends_in_one_clear_message(folder, tmp_path):
     reward = tiny.save(tmp_path / "reward", "score")
     short = tiny.save(tmp_path / "short", "lm", vocab_size=1024)
     for source, options, message in (
-        (tmp_path / "empty", {}, "empty is no model: .*config.json: absent"),
+        (tmp_path / "empty", {}, "empty is no model: .*config.json: missing"),
         (tmp_path / "none", {}, "none is no model: .*no such folder"),
         (reward, {}, "this model scores; generation needs one with a token head"),
         (folder, {"template": "nope"}, "template: 'nope' is not known"),

@@ -135,7 +135,7 @@ def test_a_host_whose_cpu_jax_may_not_use_is_told_how_to_let_it(monkeypatch):
 
 def test_several_cpu_devices_never_run_a_program_from_the_compilation_cache(tmp_path):
     program = (
-        "import jax; from huatuo_jax import sharding\n"
+        "import jax; from huatuo_jax.core import sharding\n"
         "jax.config.update('jax_num_cpu_devices', 2)\n"
         "jax.jit(lambda x: x + 1)(1)\n"
         "before = len(os.listdir(folder))\n"
