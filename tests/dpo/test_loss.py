@@ -144,6 +144,7 @@ def test_nothing_flows_into_the_reference_and_the_policy_moves(tmp_path, variabl
     assert any(np.any(leaf) for leaf in jax.tree.leaves(gradients["params"]))
 
 
+@pytest.mark.slow
 def test_padding_micro_batches_and_mesh_change_nothing_but_rounding(tmp_path):
     cfg = config(batch_size=8)
     job = tiny_job(cfg, tmp_path / "one", GROUPS)

@@ -38,6 +38,7 @@ def assert_same_answers(found, expected):
             assert found[place][field] == value, (place, field)
 
 
+@pytest.mark.slow
 def test_two_processes_are_each_given_the_answers_of_one(of_one, tmp_path):
     first, second = answers(tmp_path / "run", count=2)
     assert first == second

@@ -121,6 +121,7 @@ def test_a_run_goes_on_from_a_checkpoint_on_another_mesh_of_generation(on_one_me
     assert run_settings[0] == run_settings[1]
 
 
+@pytest.mark.slow
 def test_later_iterations_compile_nothing_and_leave_nothing_behind(tmp_path):
     cfg = settings(IN_TENSOR, num_iterations=5)
     job = tiny_job(cfg, tmp_path, mesh=make_mesh(fsdp=8))

@@ -144,7 +144,7 @@ def test_the_order_of_rows_changes_only_rounding(head, expected):
         )
 
 
-@pytest.mark.parametrize("number", [2, 8])
+@pytest.mark.parametrize("number", [2, pytest.param(8, marks=pytest.mark.slow)])
 def test_micro_batches_change_only_rounding(head, expected, number):
     found = _pass(head, _rows(), num_micro_batches=number)
     _assert_close(found, expected)

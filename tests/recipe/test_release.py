@@ -140,7 +140,7 @@ def read(folder, name):
     return json.loads((folder / name).read_text(encoding="utf-8"))
 
 
-FAST = ("huatuogpt", "chatml")
+FAST = ("huatuogpt",)
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,7 @@ def _tokenizer(folder):
     "name",
     [
         "huatuogpt",
-        "chatml",
+        pytest.param("chatml", marks=pytest.mark.slow),
         pytest.param("llama2", marks=pytest.mark.slow),
         pytest.param("llama3", marks=pytest.mark.slow),
         pytest.param("baichuan", marks=pytest.mark.slow),

@@ -112,6 +112,7 @@ def test_a_preference_that_is_there_is_learned_and_reported(trained):
     assert (workdir / "reward" / "reward_reliability.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_auto_takes_the_most_rows_that_fit_and_changes_no_number(
     trained, files, tmp_path, monkeypatch, capsys
 ):
