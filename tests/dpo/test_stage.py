@@ -153,7 +153,7 @@ class _Stop(Exception):
     "lora",
     [
         pytest.param(None, marks=pytest.mark.slow, id="full"),
-        pytest.param(LoraConfig(rank=2, alpha=4.0), id="adapters", marks=pytest.mark.slow),
+        pytest.param(LoraConfig(rank=2, alpha=4.0), id="adapters"),
     ],
 )
 def test_a_run_that_broke_off_ends_as_an_unbroken_one(files, tmp_path, lora):
