@@ -217,8 +217,8 @@ class HuatuoLM(LM):
         pairs = [tuple(request.args[:2]) for request in requests]
         scored = self._score(self._encode_pairs(pairs))
         for pair, one in zip(pairs, scored, strict=True):
-            self.cache_hook.add_partial("loglikelihood", pair, tuple(one))
-        return [(log_prob, is_greedy) for log_prob, is_greedy in scored]
+            self.cache_hook.add_partial("loglikelihood", pair, (one.log_prob, one.is_greedy))
+        return [(one.log_prob, one.is_greedy) for one in scored]
 
     def loglikelihood_rolling(
         self, requests: Sequence[Any], disable_tqdm: bool = False
