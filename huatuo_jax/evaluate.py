@@ -36,8 +36,8 @@ from huatuo_jax.evaluation.pairwise import read_kuake_qic
 from huatuo_jax.evaluation.respondents import (
     DecodingConfig,
     Respondent,
+    SavedRespondent,
     ServerRespondent,
-    open_respondent,
 )
 from huatuo_jax.evaluation.session import ServerJudge, Session, Suite
 from huatuo_jax.evaluation.suites import (
@@ -320,10 +320,9 @@ def _open_models(flags: Flags) -> dict[str, Respondent]:
                 key_from_environment()
             found[name] = ServerRespondent(cfg)
         else:
-            found[name] = open_respondent(
+            found[name] = SavedRespondent(
                 model,
                 decoding,
-                server=None,
                 name=name,
                 template=flags.template,
                 compute_dtype=flags.compute_dtype,

@@ -6,6 +6,7 @@ asked again by the next run, except where the server refused it.
 """
 
 import asyncio
+import functools
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -49,11 +50,6 @@ class ChatModelConfig:
         for name in ("max_tokens", "concurrency"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-
-    @property
-    def price(self) -> Price | None:
-        """The model's price; None where the table does not have it."""
-        return read_price(self.model, self.prices)
 
 
 class ChatReply(NamedTuple):
@@ -119,7 +115,7 @@ class ReplyFile:
         """Returns what asking the requests without a reply may take."""
         standing = self.read(requests)
         left = [self._body(requests[name]) for name in requests if _is_open(standing.get(name))]
-        price = self._cfg.price
+        price = self._price
         estimates = [
             request_estimate(body, max_tokens=self._cfg.max_tokens, price=price) for body in left
         ]
@@ -139,12 +135,7 @@ class ReplyFile:
             ValueError: a line is no reply.
         """
         hashes = {name: self._hash(messages) for name, messages in requests.items()}
-        found: dict[str, ChatReply] = {}
-        if os.path.exists(self._path):
-            with AppendedFile(self._path, locked=False) as file:
-                for line in file.lines():
-                    _take(line.row, hashes, found, f"{self._path}, line {line.number}")
-        return found
+        return read_kept(self._path, hashes)
 
     def ask(
         self, requests: Mapping[str, ChatMessages], on_progress: Progress | None = None
@@ -166,11 +157,9 @@ class ReplyFile:
         self, requests: Mapping[str, ChatMessages], on_progress: Progress | None
     ) -> dict[str, ChatReply]:
         hashes = {name: self._hash(messages) for name, messages in requests.items()}
-        found: dict[str, ChatReply] = {}
         error: JudgeUnusable | None = None
         with AppendedFile(self._path, locked=True) as file:
-            for line in file.lines():
-                _take(line.row, hashes, found, f"{self._path}, line {line.number}")
+            found = kept(file, hashes)
             file.cut_unfinished()
             waiting = iter([name for name in requests if _is_open(found.get(name))])
             server = self._open_server()
@@ -210,7 +199,7 @@ class ReplyFile:
         """Asks once, as often as the server needs; a failure is a reply without a text."""
         assert self._key is not None
         body, taken = self._body(messages), Taken()
-        estimate = request_estimate(body, max_tokens=self._cfg.max_tokens, price=self._cfg.price)
+        estimate = request_estimate(body, max_tokens=self._cfg.max_tokens, price=self._price)
         try:
             completion = await server.complete(body, estimate, taken)
         except JudgementFailed as failed:
@@ -226,8 +215,13 @@ class ReplyFile:
                 )
         return reply, reply._asdict() | taken.fields()
 
+    @functools.cached_property
+    def _price(self) -> Price | None:
+        """The model's price, read once; None where the table does not have it."""
+        return read_price(self._cfg.model, self._cfg.prices)
+
     def _open_server(self) -> Server:
-        cfg, price = self._cfg, self._cfg.price
+        cfg, price = self._cfg, self._price
         max_cost = cfg.server.budget.max_cost
         if price is None and max_cost is not None:
             raise ValueError(
@@ -257,12 +251,28 @@ def _is_open(reply: ChatReply | None) -> bool:
     return reply is None or (reply.text is None and reply.failure != "refused")
 
 
-def _take(
-    row: Mapping[str, Any], hashes: Mapping[str, str], found: dict[str, ChatReply], where: str
-) -> None:
-    """Notes a row's reply, unless it is one to another request of that name."""
-    name, asked = row.get("name"), row.get("request")
-    if not isinstance(name, str) or not isinstance(asked, str):
-        raise ValueError(f"{where}: this is no reply to a request (name and request are missing)")
-    if hashes.get(name) == asked:
-        found[name] = ChatReply(**{each: row.get(each) for each in ChatReply._fields})
+def kept(file: AppendedFile, hashes: Mapping[str, str]) -> dict[str, ChatReply]:
+    """Returns the replies that a file holds to requests of these names and hashes.
+
+    Raises:
+        ValueError: a line is no reply.
+    """
+    found: dict[str, ChatReply] = {}
+    for line in file.lines():
+        name, asked = line.row.get("name"), line.row.get("request")
+        if not isinstance(name, str) or not isinstance(asked, str):
+            raise ValueError(
+                f"{file.path}, line {line.number}: this is no reply to a request (name and request "
+                "are missing)"
+            )
+        if hashes.get(name) == asked:
+            found[name] = ChatReply(**{each: line.row.get(each) for each in ChatReply._fields})
+    return found
+
+
+def read_kept(path: str | os.PathLike[str], hashes: Mapping[str, str]) -> dict[str, ChatReply]:
+    """Returns `kept` of a file that may not be there yet."""
+    if not os.path.exists(path):
+        return {}
+    with AppendedFile(path, locked=False) as file:
+        return kept(file, hashes)

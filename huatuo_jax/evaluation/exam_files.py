@@ -3,6 +3,7 @@
 import pathlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
+from typing import Literal
 
 from huatuo_jax.evaluation import exam_sets
 from huatuo_jax.evaluation.exam_questions import ExamSet, Question
@@ -35,13 +36,16 @@ class ExampleFiles:
     apollo: tuple[str, ...] = ()
 
 
-_FOLDERS = {"cmmlu": "test", "ceval": "val", "mmlu": "test"}
+_Folder = Literal["cmmlu", "ceval", "mmlu"]
+_FOLDERS: Mapping[_Folder, str] = {"cmmlu": "test", "ceval": "val", "mmlu": "test"}
 """Sets that are folders, and the split with published answers."""
 
 EXAMS = ("cmb", "cmexam", "medqa_us", "medqa_mainland", "medqa_taiwan", "medmcqa", "pubmedqa")
 
 
-def read_exam_sets(files: Mapping[str, str | None], apollo: tuple[str, ...]) -> dict[str, ExamSet]:
+def read_exam_sets(
+    files: Mapping[str, str | None], apollo: tuple[str, ...] = ()
+) -> dict[str, ExamSet]:
     """The sets that are given, by name.
 
     Args:
@@ -61,7 +65,7 @@ def read_exam_sets(files: Mapping[str, str | None], apollo: tuple[str, ...]) -> 
     for name, split in _FOLDERS.items():
         path = files.get(name)
         if path is not None:
-            found[name] = _read_folder(name, _existing(path), split)
+            found[name] = exam_sets.read_subject_folder(_existing(path), exam=name, split=split)
     for path in apollo:
         one = exam_sets.read_apollo(_existing(path))
         name = f"apollo_{one.exam}"
@@ -92,7 +96,8 @@ def read_examples(
     for name in _FOLDERS:
         folder = files.get(name)
         if folder is not None and (pathlib.Path(folder) / "dev").is_dir():
-            found[name] = list(_read_folder(name, folder, "dev").questions)
+            examples_of = exam_sets.read_subject_folder(folder, exam=name, split="dev")
+            found[name] = list(examples_of.questions)
     pool: dict[str, list[Question]] = {}
     for path in examples.apollo:
         one = exam_sets.read_apollo(_existing(path))
@@ -119,14 +124,6 @@ def _read(name: str, path: str, extra: str | None) -> ExamSet:
         "pubmedqa": lambda: exam_sets.read_pubmedqa(path, ground_truth=extra),
     }
     return replace(readers[name](), exam=name)
-
-
-def _read_folder(name: str, folder: str, split: str) -> ExamSet:
-    if name == "cmmlu":
-        return exam_sets.read_subject_folder(folder, exam="cmmlu", split=split)
-    if name == "ceval":
-        return exam_sets.read_subject_folder(folder, exam="ceval", split=split)
-    return exam_sets.read_subject_folder(folder, exam="mmlu", split=split)
 
 
 def _existing(path: str) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from huatuo_jax.judge.judgements import sha256
-from huatuo_jax.judge.replies import BadReply, _final_answer
+from huatuo_jax.judge.replies import BadReply, final_answer
 
 ChatMessage = dict[str, str]
 """A message as it is sent to a server: role and content."""
@@ -52,7 +52,7 @@ def read_object(reply: str) -> dict[str, Any]:
     Raises:
         BadReply: the reply has no such object, or one with a field twice or with NaN.
     """
-    return _final_answer(reply)[1]
+    return final_answer(reply)[1]
 
 
 __all__ = ["BadReply", "ChatMessage", "Quoted", "quote", "read_object"]

@@ -5,8 +5,8 @@ resumes with the responses that are there; one to another prompt, or under other
 taken.
 """
 
+import functools
 import json
-import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,7 +17,14 @@ from huatuo_jax.checkpoint.models import fingerprint
 from huatuo_jax.core.files import AppendedFile
 from huatuo_jax.core.sharding import MeshConfig
 from huatuo_jax.data.python_data import as_prompt
-from huatuo_jax.evaluation.asking import ChatModelConfig, ChatReply, Cost, ReplyFile
+from huatuo_jax.evaluation.asking import (
+    ChatModelConfig,
+    ChatReply,
+    Cost,
+    ReplyFile,
+    kept,
+    read_kept,
+)
 from huatuo_jax.evaluation.options import Continuations, ContinuationScorer
 from huatuo_jax.generation.prompts import PromptTooLong, Task, make_record, make_request, make_task
 from huatuo_jax.generation.requests import SamplingConfig
@@ -30,7 +37,6 @@ Progress = Callable[[int, int], None]
 
 _CHUNK = 64
 _SCORED_CHUNK = 512
-_SERVER_PREFIX = "openai:"
 _ROWS_AT_ONCE = 8
 
 
@@ -185,7 +191,7 @@ class SavedRespondent:
         """Source, weights, template and decoding."""
         return {
             "model": self._source,
-            "weights": fingerprint(self._saved.info.folder),
+            "weights": self._weights,
             "template": repr(self._saved.template),
             "compute_dtype": str(self._compute.compute_dtype),
             "decoding": asdict(self._decoding),
@@ -196,10 +202,7 @@ class SavedRespondent:
 
     def read(self, prompts: Mapping[str, Dialogue], path: pathlib.Path) -> dict[str, ChatReply]:
         """Returns the responses that the file holds to these very prompts."""
-        if not path.exists():
-            return {}
-        with AppendedFile(path, locked=False) as file:
-            return _standing(file, self._hashes(prompts))
+        return read_kept(path, self._hashes(prompts))
 
     def release(self) -> None:
         """Lets go of weights and compiled programs."""
@@ -220,7 +223,7 @@ class SavedRespondent:
         """
         hashes = self._hashes(prompts)
         with AppendedFile(path, locked=True) as file:
-            found = _standing(file, hashes)
+            found = kept(file, hashes)
             file.cut_unfinished()
             left = [name for name in prompts if name not in found]
             for first in range(0, len(left), _CHUNK):
@@ -367,40 +370,15 @@ class SavedRespondent:
             drop_oldest_turns=False,
         )
 
+    @functools.cached_property
+    def _weights(self) -> str:
+        """The fingerprint of the model's files, taken once: every prompt's hash holds it."""
+        return fingerprint(self._saved.info.folder)
+
     def _loaded(self) -> dict[str, Any]:
         if self._params is None:
             self._params = self._saved.load_params()
         return self._params
-
-
-def _standing(file: AppendedFile, hashes: Mapping[str, str]) -> dict[str, ChatReply]:
-    """The file's responses to prompts of these names and hashes."""
-    found: dict[str, ChatReply] = {}
-    for line in file.lines():
-        name = str(line.row.get("name"))
-        if name in hashes and line.row.get("request") == hashes[name]:
-            found[name] = ChatReply(*map(line.row.get, ChatReply._fields))
-    return found
-
-
-def open_respondent(
-    model: str,
-    decoding: DecodingConfig,
-    *,
-    server: ChatModelConfig | None,
-    **options: Any,
-) -> Respondent:
-    """Returns the model of a command line: `openai:NAME` behind the server, else a saved one.
-
-    Raises:
-        FileNotFoundError: there is no such model.
-        ValueError: `openai:NAME` without a server, or a model that is not supported.
-    """
-    if not model.startswith(_SERVER_PREFIX):
-        return SavedRespondent(os.fspath(model), decoding, **options)
-    if server is None:
-        raise ValueError(f"{model} is behind a server: give its --base_url")
-    return ServerRespondent(server)
 
 
 def _as_messages(prompts: Mapping[str, Dialogue]) -> dict[str, tuple[Mapping[str, str], ...]]:

@@ -131,7 +131,7 @@ def parse_score(text: str, *, low: int, high: int) -> Score:
         BadReply: it is not JSON of exactly the five criteria, each with a reason and a whole number
             from `low` to `high`.
     """
-    _, found = _final_answer(text)
+    _, found = final_answer(text)
     _check_fields(found, CRITERIA, "the reply")
     scores, reasons = {}, []
     for name in CRITERIA:
@@ -155,7 +155,7 @@ def parse_verdict(text: str) -> Verdict:
     Raises:
         BadReply: it is not JSON of exactly a reason and a verdict of 0, 1 or 2.
     """
-    _, found = _final_answer(text)
+    _, found = final_answer(text)
     _check_fields(found, ("reason", "better"), "the reply")
     better = found["better"]
     if isinstance(better, bool) or not isinstance(better, int) or better not in _P_FIRST:
@@ -179,7 +179,7 @@ def verdict_probability(tokens: Sequence[Token], text: str) -> float:
             something else, or contradict the verdict: the probability prefers the other answer, or
             makes something else than a stated tie likelier than not.
     """
-    answer, _ = _final_answer(text)
+    answer, _ = final_answer(text)
     match = _VERDICT.search(answer)
     if match is None:
         raise BadReply("the reply has no verdict to find among its tokens")
@@ -222,7 +222,7 @@ def _masses(tokens: Sequence[Token], place: int) -> dict[int, float]:
     return mass
 
 
-def _final_answer(text: str) -> tuple[str, dict[str, Any]]:
+def final_answer(text: str) -> tuple[str, dict[str, Any]]:
     """Returns the JSON of a reply's final answer, as text and as an object."""
     if not text.strip(_BLANK):
         raise BadReply("the reply is empty")

@@ -5,14 +5,13 @@ A task names the set and the form of its prompts; where the files are is said by
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import datasets
 
-from huatuo_jax.evaluation import exam_sets
 from huatuo_jax.evaluation.exam_answers import extract_answer
+from huatuo_jax.evaluation.exam_files import read_exam_sets
 from huatuo_jax.evaluation.exam_prompts import (
     PUBLISHED_FORMS,
     PromptForm,
@@ -21,25 +20,13 @@ from huatuo_jax.evaluation.exam_prompts import (
     default_form,
     plain_prompt,
 )
-from huatuo_jax.evaluation.exam_questions import ExamSet, Question
+from huatuo_jax.evaluation.exam_questions import Question
 from huatuo_jax.evaluation.exam_scores import Answer, choose_by_likelihood, score_exam
 
 Document = Mapping[str, Any]
 Outcome = tuple[Question, Answer]
 
-_READERS: Mapping[str, Callable[..., ExamSet]] = {
-    "cmb": exam_sets.read_cmb,
-    "cmexam": exam_sets.read_cmexam,
-    "medqa_us": partial(exam_sets.read_medqa, region="us"),
-    "medqa_mainland": partial(exam_sets.read_medqa, region="mainland"),
-    "medqa_taiwan": partial(exam_sets.read_medqa, region="taiwan"),
-    "medmcqa": exam_sets.read_medmcqa,
-    "pubmedqa": exam_sets.read_pubmedqa,
-    "cmmlu": partial(exam_sets.read_subject_folder, exam="cmmlu", split="test"),
-    "ceval": partial(exam_sets.read_subject_folder, exam="ceval", split="val"),
-    "mmlu": partial(exam_sets.read_subject_folder, exam="mmlu", split="test"),
-}
-_SECOND_FILES = {"cmb": ("cmb_answers", "answers"), "pubmedqa": ("pubmedqa_test", "ground_truth")}
+_FURTHER_FILES = ("cmb_answers", "pubmedqa_test")
 _log = logging.getLogger(__name__)
 
 
@@ -63,9 +50,8 @@ def read(
         raise ValueError(
             f'the files of {exam} are not given; name them by --metadata \'{{"{exam}": "PATH"}}\''
         )
-    second, argument = _SECOND_FILES.get(exam, ("", ""))
-    further = {argument: given[second]} if given.get(second) else {}
-    found = _READERS[exam](path, **further)
+    further = {name: given.get(name) for name in _FURTHER_FILES if name.startswith(exam)}
+    found = read_exam_sets({exam: path, **further})[exam]
     if found.excluded or found.num_empty_options:
         _log.warning("%s", found.describe())
     chosen = [(one, _form(form, one)) for one in found.questions]
