@@ -170,7 +170,8 @@ def attend(
     """
     fit = choose_kernel(
         kernel,
-        sharding.platform_in_use(),
+        # A named kernel does not depend on it, and asking makes jax look for its devices.
+        sharding.platform_in_use() if kernel == "auto" else None,
         length=q_BTNH.shape[1],
         head_dim=q_BTNH.shape[-1],
         dtype=str(q_BTNH.dtype),
@@ -194,13 +195,13 @@ def attend(
 
 @functools.cache  # Traced once for each stack of layers, so this also logs the warning once.
 def choose_kernel(
-    wanted: Kernel, platform: str, *, length: int, head_dim: int, dtype: str, alibi: bool
+    wanted: Kernel, platform: str | None, *, length: int, head_dim: int, dtype: str, alibi: bool
 ) -> Literal["xla", "cudnn", "splash"]:
     """Chooses the kernel that computes attention, by the table at this module's top.
 
     Args:
         wanted: a kernel's name, or `auto`.
-        platform: `cpu`, `gpu` or `tpu`.
+        platform: `cpu`, `gpu` or `tpu`, for `auto`.
         length: tokens T a row.
         head_dim: width H of a head.
         dtype: of queries, keys and values.
@@ -209,10 +210,11 @@ def choose_kernel(
     Raises:
         ValueError: the kernel chosen by name does not fit; gives the reasons.
     """
-    own: dict[str, Literal["cudnn", "splash"]] = {"gpu": "cudnn", "tpu": "splash"}
-    if wanted == "xla" or (wanted == "auto" and platform not in own):
+    own: dict[str, Literal["xla", "cudnn", "splash"]] = {"gpu": "cudnn", "tpu": "splash"}
+    candidate: Literal["xla", "cudnn", "splash"]
+    candidate = own.get(platform or "cpu", "xla") if wanted == "auto" else wanted
+    if candidate == "xla":
         return "xla"
-    candidate = own[platform] if wanted == "auto" else wanted
     misfits = _misfits(candidate, length=length, head_dim=head_dim, dtype=dtype, alibi=alibi)
     if not misfits:
         return candidate

@@ -313,11 +313,14 @@ def _gpus(gpu: Gpu, number: int, num_hosts: int) -> Sequence[jax.Device]:
         raise ValueError(
             f"compiling for a GPU needs {PLUGIN}: pip install 'huatuo_jax[cuda]' (no GPU is needed)"
         )
-    found = topologies.get_topology_desc(
-        platform="cuda",
-        target_config=gpu.target(),
-        topology=f"{num_hosts}x1x{number}",  # Partitions, hosts of one, GPUs of a host.
-    )
+    try:
+        found = topologies.get_topology_desc(
+            platform="cuda",
+            target_config=gpu.target(),
+            topology=f"{num_hosts}x1x{number}",  # Partitions, hosts of one, GPUs of a host.
+        )
+    except (NotImplementedError, RuntimeError) as error:  # What jax raises without the plugin.
+        raise ValueError(f"{PLUGIN} did not start: {_first_line(error)}") from error
     return found.devices
 
 

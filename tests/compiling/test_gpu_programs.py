@@ -54,6 +54,17 @@ def test_without_the_cuda_plugin_one_line_names_the_extra(monkeypatch):
     assert "\n" not in str(error.value)
 
 
+def test_a_cuda_plugin_that_does_not_start_is_named_in_one_line(monkeypatch):
+    def refuse(**_):
+        raise NotImplementedError("topology not implemented for cuda\nmore")
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(importlib.metadata, "version", lambda package: "1.2.3")
+    monkeypatch.setattr(hardware.topologies, "get_topology_desc", refuse)
+    with pytest.raises(ValueError, match="did not start: topology not implemented for cuda$"):
+        hardware.open_slice("h100:8")
+
+
 def test_the_peak_is_that_of_the_kind_of_device_that_jax_names():
     assert {gpu.peak_flops for gpu in GPUS.values()} == {
         PEAK_FLOPS[gpu.device_kind] for gpu in GPUS.values()

@@ -5,6 +5,8 @@ Only sizes are changed, and what would leave the machine: the data set and the j
 
 import json
 import pathlib
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -178,6 +180,25 @@ def check_recipe(workdir, *, template, tokenizer):
 def run_recipe(config, workdir, **expected):
     run_rlaif(config, workdir)
     check_recipe(workdir, **expected)
+
+
+def test_reading_the_cards_and_taking_a_base_model_leave_the_devices_alone(folders):
+    """Several processes join before jax looks for devices, which it does only once."""
+    read_all = """
+import pathlib, sys
+from jax._src import xla_bridge
+from huatuo_jax.core.config import load_card, replaced
+from huatuo_jax.recipe.base_model import adapted
+
+for path in sorted(pathlib.Path(sys.argv[1]).glob("*.py")):
+    load_card(str(path))
+    assert not xla_bridge.backends_are_initialized(), path.name
+adapted(replaced(load_card(f"{sys.argv[1]}/rlaif.py"), {"base_model": sys.argv[2]}))
+assert not xla_bridge.backends_are_initialized(), "a base model"
+"""
+    command = [sys.executable, "-c", read_all, str(CONFIGS), str(folders / "qwen")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.slow
