@@ -156,7 +156,13 @@ class ScriptedChat:
         if self.reward:
             kinds[self.reward] = "reward"
         return [
-            {"id": name, "object": "model", "created": 1, "owned_by": "test", "huatuo": {"kind": kind}}
+            {
+                "id": name,
+                "object": "model",
+                "created": 1,
+                "owned_by": "test",
+                "huatuo": {"kind": kind},
+            }
             for name, kind in kinds.items()
         ]
 
