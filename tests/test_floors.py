@@ -31,7 +31,8 @@ FLOORS = {
     "inspect_data": 12,
     "serving": 13,
     "api": 13,
-    "cli": 14,
+    "chat": 14,
+    "cli": 15,
 }
 
 
