@@ -58,8 +58,8 @@ class Flags:
         repetition_penalty: 1 for none.
         max_new_tokens: tokens of an answer at most.
         seed: decides the answers; None draws a new one for each.
-        drop_oldest_turns: leave out the oldest turns of a conversation that is too long for a model
-            on this machine.
+        drop_oldest_turns: leave out the oldest turns of a conversation that is too long, also for
+            its score; for a model on this machine.
         template: chat template by name, of a model on this machine; None for its own.
         max_length: tokens of a conversation, of a model on this machine; None for its positions.
         compute_dtype: of a model on this machine; None for float32 on CPU, bfloat16 elsewhere.
@@ -138,7 +138,7 @@ def _no_reward_model(messages: Messages, answer: str) -> float:
     raise Unanswered("no reward model; name one by --reward_model")
 
 
-def _score_of(source: str | None, settings: Settings) -> Score:
+def _score_of(source: str | None, settings: Settings, *, drop_oldest_turns: bool = False) -> Score:
     """Opens a reward model on disk, whose weights are read for the first score."""
     if source is None:
         return _no_reward_model
@@ -146,7 +146,7 @@ def _score_of(source: str | None, settings: Settings) -> Score:
 
     def score(messages: Messages, answer: str) -> float:
         try:
-            return model.score(messages, answer, raw=True)
+            return model.score(messages, answer, raw=True, drop_oldest_turns=drop_oldest_turns)
         except (ValueError, OSError) as error:
             raise Unanswered(str(error)) from error
 
@@ -299,7 +299,7 @@ def find_partner(flags: Flags) -> Partner:
     if flags.base_url is None:
         assert flags.model is not None
         # Opened before the long wait for the policy.
-        score = _score_of(flags.reward_model, settings)
+        score = _score_of(flags.reward_model, settings, drop_oldest_turns=flags.drop_oldest_turns)
         model = load_model(
             flags.model,
             slots=1,

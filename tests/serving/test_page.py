@@ -152,6 +152,21 @@ def test_a_conversation_of_three_turns_streams_stops_and_is_there_after_a_reload
     assert page.errors == []
 
 
+def test_what_was_written_before_a_reload_is_kept_as_a_stopped_answer(page):
+    with ScriptedChat(lambda body, index: ["先", HOLD] if not server.left.is_set() else ["好"]) as (
+        server
+    ):
+        enter(page, server)
+        ask(page, "头痛", wait=False)
+        until(page, f"({BODIES})[0] === '先'")
+        page.reload()
+        server.left.wait()
+        until(page, "connected")
+        assert bodies(page) == ["先"] and page.run("document.querySelector('.note').textContent")
+        ask(page, "发烧")
+    assert told(server.asked[1])[1] == ("assistant", "先")
+
+
 def test_two_models_are_compared_and_the_preferences_are_read_as_comparisons(page, tmp_path):
     texts = {"sft": "多喝水。", "ppo": "建议胃镜\n\n- 空腹“八”小时\t\\ 😀"}
     with ScriptedChat(
