@@ -29,8 +29,10 @@ FLOORS = {
     "convert": 12,
     "evaluate": 12,
     "inspect_data": 12,
+    "serving": 13,
     "api": 13,
-    "cli": 14,
+    "chat": 14,
+    "cli": 15,
 }
 
 

@@ -59,6 +59,18 @@ class Response:
         return self.text
 
 
+class Delta(NamedTuple):
+    """A piece of a response that is being written.
+
+    Attributes:
+        text: that follows the pieces before; it may be empty in the last one.
+        finish_reason: of the last piece, see `Response`; None before.
+    """
+
+    text: str
+    finish_reason: FinishReason | None = None
+
+
 class LogProbs(NamedTuple):
     """The log-probabilities of a given response.
 

@@ -4,14 +4,22 @@ model = load_model("runs/demo/ppo/model")
 print(model.chat("头痛三天了，怎么办？"))
 """
 
+import contextlib
 import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from typing import Any, TypedDict, Unpack
 
-from huatuo_jax.api.in_use import LogProbs, ModelInUse, Response, Settings, open_for_use
+from huatuo_jax.api.in_use import (
+    Delta,
+    LogProbs,
+    ModelInUse,
+    Response,
+    Settings,
+    open_for_use,
+)
 from huatuo_jax.backbone.config import ComputeConfig
 from huatuo_jax.core.sharding import MeshConfig
 from huatuo_jax.data.python_data import DialogueLike, as_prompt, as_prompts, prompt_of
@@ -19,6 +27,7 @@ from huatuo_jax.data.records import Message, Messages, Prompt, is_empty
 from huatuo_jax.generation.prompts import Task, make_record, make_request, make_task
 from huatuo_jax.generation.requests import Answer, SamplingConfig
 from huatuo_jax.generation.saved_model import Engines, SavedModel
+from huatuo_jax.generation.streaming import GrowingAnswer
 from huatuo_jax.reward.export import carry_normalization
 from huatuo_jax.training.scoring import Normalization, load_normalization
 
@@ -105,6 +114,39 @@ class Model(ModelInUse):
         prompt = as_prompt(dialogue)
         how = self._default_sampling(sampling)
         return self._answer(prompt, how, seed=seed, drop_oldest_turns=drop_oldest_turns)
+
+    def stream(
+        self,
+        dialogue: DialogueLike,
+        *,
+        seed: int = 0,
+        drop_oldest_turns: bool = False,
+        **sampling: Unpack[SamplingFields],
+    ) -> Generator[Delta, None, None]:
+        """Yields the response of `chat` in pieces, as it is written.
+
+        A caller that stops early drops the rest; no other response may be asked for before.
+
+        Args:
+            dialogue: as for `chat`.
+            seed: as for `chat`.
+            drop_oldest_turns: as for `chat`.
+            **sampling: as for `chat`.
+
+        Raises:
+            ValueError: as for `chat`, at the first piece.
+        """
+        how = self._saved.with_stops(self._default_sampling(sampling))
+        task = self._task("dialogue", as_prompt(dialogue), how, drop_oldest_turns)
+        request = make_request(task, how, seed=seed, num_samples=1)
+        growing = GrowingAnswer(self.template, self.tokenizer, how.stop_strings)
+        with contextlib.closing(self._engines.stream(request)) as answers:
+            for answer in answers:
+                if isinstance(answer, Answer):
+                    (response,) = self._responses(task, [answer])
+                    yield Delta(growing.finish(response.text), response.finish_reason)
+                elif piece := growing.grow(answer.token_ids):
+                    yield Delta(piece)
 
     def start_chat(
         self,

@@ -339,6 +339,26 @@ class Engine:
         self._queue.append((self._num_requests - 1, request))
         return self._num_requests - 1
 
+    def abort(self, request_index: int) -> None:
+        """Drops a request with all its answers; their slots are free for the next step.
+
+        An unknown index, or one whose answers are complete, does nothing.
+        """
+        self._queue = deque(one for one in self._queue if one[0] != request_index)
+        self._prefilled = deque(
+            one for one in self._prefilled if one[1].request_index != request_index
+        )
+        for slot, running in enumerate(self._table.running):
+            if running is not None and running.request_index == request_index:
+                self._table.free_slot(slot)
+        if not self.busy:
+            self._rest()
+
+    @property
+    def running(self) -> list[Running]:
+        """Returns the unfinished answers in slots, for callers that stream after each step."""
+        return [running for running in self._table.running if running is not None]
+
     @property
     def busy(self) -> bool:
         """Returns True while answers are waiting or unfinished."""

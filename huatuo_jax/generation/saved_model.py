@@ -5,7 +5,7 @@ them. `Engines` answers requests of any size with few compiled programs.
 """
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,7 +23,7 @@ from huatuo_jax.data.chat.template import ChatTemplate
 from huatuo_jax.generation import weights
 from huatuo_jax.generation.buckets import bucket_of, row_lengths
 from huatuo_jax.generation.engine import Engine
-from huatuo_jax.generation.requests import Answer, Request, SamplingConfig, slots_for
+from huatuo_jax.generation.requests import Answer, Request, Running, SamplingConfig, slots_for
 from huatuo_jax.hf import generation_config
 from huatuo_jax.hf.config import read_json
 from huatuo_jax.hf.tokenizer import check_fits, load_tokenizer
@@ -203,6 +203,27 @@ class Engines:
         wanted = sum(one.num_answers for one in requests)
         slots = slots_for(bucket_of(wanted, self._slots), self._model.mesh)
         return self._engine(slots, bucket_of(longest, self._lengths)).generate_in_order(requests)
+
+    def stream(self, request: Request) -> Generator[Running | Answer, None, None]:
+        """Yields a request's answer as it grows, and last when it is complete.
+
+        A caller that stops early, or an interrupt, drops the answer.
+
+        Raises:
+            ValueError: an invalid request, or a cache that does not fit.
+        """
+        assert request.num_answers == 1
+        longest = len(request.prompt_token_ids) + request.sampling.max_new_tokens
+        engine = self._engine(slots_for(1, self._model.mesh), bucket_of(longest, self._lengths))
+        index = engine.submit(request)
+        try:
+            while True:
+                finished = engine.step()
+                yield from finished or engine.running
+                if finished:
+                    return
+        finally:
+            engine.abort(index)
 
     def _engine(self, slots: int, max_length: int) -> Engine:
         size = (slots, max_length)

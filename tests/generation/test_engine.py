@@ -191,6 +191,34 @@ def test_requests_can_be_added_while_others_are_on_their_way(engine):
     assert found == {first: alone[1].token_ids, second: alone[2].token_ids}
 
 
+def test_an_aborted_request_frees_its_slots_and_leaves_the_others_alone(engine):
+    wanted = tiny.request(9, seed=1, max_new_tokens=30)
+    ((alone,),) = engine.generate_in_order([wanted])
+    in_slots = engine.submit(tiny.request(9, seed=2, num_answers=3, max_new_tokens=40))
+    kept = engine.submit(wanted)
+    prefilled = engine.submit(tiny.request(9, seed=3, num_answers=6, max_new_tokens=40))
+    queued = engine.submit(tiny.request(9, seed=4, max_new_tokens=40))
+    engine.step()
+    assert [one.request_index for one in engine.running] == [in_slots] * 3 + [kept]
+    assert all(one.token_ids for one in engine.running)
+    engine.abort(in_slots)
+    engine.abort(in_slots)
+    engine.abort(999)
+    engine.step()
+    assert [one.request_index for one in engine.running] == [prefilled] * 3 + [kept]
+    engine.abort(queued)
+    engine.abort(prefilled)
+    answers = []
+    while engine.busy:
+        answers += engine.step()
+    assert [(one.request_index, one.token_ids) for one in answers] == [(kept, alone.token_ids)]
+    last = engine.submit(wanted)
+    engine.step()
+    engine.abort(last)
+    assert not engine.busy
+    assert ids_of(engine.generate_in_order([wanted])[0]) == [alone.token_ids]
+
+
 @pytest.mark.parametrize(
     ("request_fields", "message"),
     [

@@ -108,6 +108,15 @@ def cut_apart(text: str, strings: frozenset[str]) -> list[str]:
     return [*chunks, text[start:]]
 
 
+def without_start_of(text: str, ends: Sequence[str]) -> str:
+    """Returns a text without the longest end of it that may be the start of one of these texts."""
+    longest = max((len(one) for one in ends), default=0)
+    for length in range(min(longest, len(text)), 0, -1):
+        if any(one.startswith(text[-length:]) for one in ends):
+            return text[:-length]
+    return text
+
+
 def encode_after(tokenizer: PreTrainedTokenizerBase, anchor: str | None, text: str) -> list[int]:
     """Returns the ids of a text right after a control token, or at the start of a text if None."""
     # Not verbose: `truncate` limits the length, the tokenizer need not warn.
@@ -296,6 +305,13 @@ class ChatTemplate(abc.ABC):
         content again adds it once and not twice. Text after the content exists only if the
         response `ended`.
         """
+
+    def settled_content(self, text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+        """Returns the start of the content that holds however an unfinished response continues.
+
+        White space at the end is left out, as it may belong to the end of the turn.
+        """
+        return self.content_of(text, tokenizer, ended=False).rstrip()
 
     def render(
         self,

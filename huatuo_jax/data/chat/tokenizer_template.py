@@ -36,6 +36,7 @@ from huatuo_jax.data.chat.template import (
     cut_apart,
     encode_after,
     special_strings,
+    without_start_of,
 )
 from huatuo_jax.data.records import Message, Role
 
@@ -263,6 +264,13 @@ class TokenizerTemplate(ChatTemplate):
         before, after = self._around_content(tokenizer)
         text = text.removeprefix(before)
         return text.removesuffix(after) if ended else text
+
+    def settled_content(self, text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+        """Returns the content so far, see `ChatTemplate.settled_content`."""
+        before, after = self._around_content(tokenizer)
+        if before.startswith(text):
+            return ""
+        return without_start_of(text.removeprefix(before), (after,)).rstrip()
 
     def _around_content(self, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
         """Returns the text between prompt and content, and from there to the end of turn.

@@ -1,0 +1,1 @@
+"""Serves models over HTTP, and the web page that talks to them."""
