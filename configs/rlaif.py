@@ -53,7 +53,7 @@ from huatuo_jax.recipe.config import AnswersConfig, LabelsConfig, RlaifConfig
 from huatuo_jax.reward.config import RewardConfig
 from huatuo_jax.sft import SftConfig, clinic_sources
 from huatuo_jax.training.dialogue_data import DataConfig
-from huatuo_jax.training.initial_model import ModelConfig
+from huatuo_jax.training.initial_model import ComputeSection, ModelConfig
 from huatuo_jax.training.loop import LoopConfig
 from huatuo_jax.training.optimizer import OptimizerConfig
 
@@ -70,6 +70,8 @@ BACKBONE = BackboneConfig(
     max_positions=512,
     tie_embeddings=True,
 )
+# Rows of several short dialogues on a CPU: small blocks of attention, and the logits all at once.
+COMPUTE = ComputeSection(query_chunk=64, loss_chunk=512)
 HELD_OUT = HeldOutConfig(share=0.1)
 ANSWER_TOKENS = 100
 TEMPERATURE = 0.5  # Of the policy; the answers that are compared differ more at 0.7.
@@ -99,6 +101,7 @@ def _sft() -> SftConfig:
     return SftConfig(
         model=ModelConfig(backbone=BACKBONE, tokenizer=str(TOKENIZER)),
         data=DataConfig(sources=clinic_sources(), row_length=512, held_out=HELD_OUT),
+        compute=COMPUTE,
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_share=0.05, beta2=0.99),
         num_epochs=3,
         batch_size=1,  # So small a model learns more of many small steps than of few large ones.
@@ -116,6 +119,7 @@ def _reward() -> RewardConfig:
             row_length=640,
             held_out=HELD_OUT,
         ),
+        compute=COMPUTE,
         optimizer=OptimizerConfig(learning_rate=1e-3, warmup_share=0.1),
         num_epochs=2,
         batch_size=3,
@@ -128,6 +132,7 @@ def _ppo() -> PpoConfig:
     return PpoConfig(
         model=ModelConfig(directory="{workdir}/sft/model"),
         data=PromptsConfig(paths=("{workdir}/prompts.jsonl",), max_prompt_tokens=256),
+        compute=COMPUTE,
         optimizer=OptimizerConfig(learning_rate=1e-4, decay="constant", weight_decay=0.0),
         value=ValueConfig(
             optimizer=OptimizerConfig(learning_rate=1e-3, decay="constant", weight_decay=0.0)
