@@ -24,7 +24,7 @@ from huatuo_jax.clinic.world import (
     posterior,
     told_in_order,
 )
-from huatuo_jax.core.files import write_file
+from huatuo_jax.core.files import hash_of_files, write_file
 from huatuo_jax.data import records
 
 LETTERS = "ABCDE"
@@ -417,10 +417,8 @@ def _write(target: pathlib.Path, cfg: ClinicConfig, contents: Mapping[str, bytes
 
 def _settings(cfg: ClinicConfig) -> dict[str, Any]:
     """Returns everything that decides the bytes."""
-    code = hashlib.sha256()
-    for path in sorted(pathlib.Path(__file__).parent.glob("*.py")):
-        code.update(path.name.encode() + b"\0" + path.read_bytes())
-    return {**asdict(cfg), "code": code.hexdigest()}
+    code = sorted(pathlib.Path(__file__).parent.glob("*.py"))
+    return {**asdict(cfg), "code": hash_of_files(code)}
 
 
 def _settings_there(folder: pathlib.Path) -> dict[str, Any] | None:

@@ -5,16 +5,14 @@ bias adds an amount of log-odds, against which a measurement can be compared. Eq
 equal verdicts: noise is seeded by the texts. `huatuo_jax.judge.offline` makes it a judge of labels.
 """
 
-import hashlib
-import inspect
 import math
-import sys
+import pathlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 
-from huatuo_jax.clinic import diseases, findings, reading, symptoms, world
 from huatuo_jax.clinic.findings import Findings, find
 from huatuo_jax.clinic.world import Draws
+from huatuo_jax.core.files import hash_of_files
 from huatuo_jax.data.records import Prompt
 
 NAME = "clinic-truth-v1"
@@ -196,9 +194,9 @@ def describe(found: Findings) -> str:
 
 def world_hash() -> str:
     """Returns a hash of the tables and of the code that judges by them."""
-    modules = (diseases, symptoms, world, reading, findings, sys.modules[__name__])
-    text = "\n".join(inspect.getsource(module) for module in modules)
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+    names = ("diseases", "symptoms", "world", "reading", "findings", "judge")
+    folder = pathlib.Path(__file__).parent
+    return hash_of_files(folder / f"{name}.py" for name in names)
 
 
 def _accurate(found: Findings) -> float:

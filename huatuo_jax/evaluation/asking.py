@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from huatuo_jax.core.files import AppendedFile
-from huatuo_jax.judge.judgements import JudgementFailed, JudgeUnusable, printable, sha256
+from huatuo_jax.judge.judgements import JudgementFailed, JudgeUnusable, for_each, printable, sha256
 from huatuo_jax.judge.openai import request_estimate
 from huatuo_jax.judge.server import Server, ServerConfig, Taken, scrubbed
 from huatuo_jax.judge.spending import SHIPPED, Price, read_price
@@ -157,34 +157,25 @@ class ReplyFile:
         self, requests: Mapping[str, ChatMessages], on_progress: Progress | None
     ) -> dict[str, ChatReply]:
         hashes = {name: self._hash(messages) for name, messages in requests.items()}
-        error: JudgeUnusable | None = None
         with AppendedFile(self._path, locked=True) as file:
             found = kept(file, hashes)
             file.cut_unfinished()
-            waiting = iter([name for name in requests if _is_open(found.get(name))])
+            waiting = [name for name in requests if _is_open(found.get(name))]
             server = self._open_server()
 
-            async def work() -> None:
-                nonlocal error
-                for name in waiting:
-                    if error is not None:
-                        return
-                    try:
-                        reply, row = await self._complete(server, requests[name])
-                    except JudgeUnusable as unusable:
-                        error = error or unusable
-                        return
-                    file.append([{"name": name, "request": hashes[name], **row}])
-                    found[name] = reply
-                    if on_progress is not None:
-                        on_progress(len(found), len(requests))
+            async def work(name: str) -> None:
+                reply, row = await self._complete(server, requests[name])
+                file.append([{"name": name, "request": hashes[name], **row}])
+                found[name] = reply
+                if on_progress is not None:
+                    on_progress(len(found), len(requests))
 
             try:
-                async with asyncio.TaskGroup() as tasks:
-                    for _ in range(self._cfg.concurrency):
-                        tasks.create_task(work())
+                error = await for_each(waiting, work, concurrency=self._cfg.concurrency)
             finally:
                 await server.close()
+        if error is not None and not isinstance(error, JudgeUnusable):
+            raise error
         if error is not None:
             missing = sum(_is_open(found.get(name)) for name in requests)
             raise ValueError(

@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from huatuo_jax.clinic import world
+from huatuo_jax.core.statistics import agreement_share, cohen_kappa
 from huatuo_jax.data.records import is_empty, messages_to_json
 from huatuo_jax.evaluation import consultations, human, human_ratings
-from huatuo_jax.evaluation.agreement import agreement_share, cohen_kappa
 from huatuo_jax.evaluation.asking import ChatReply
 from huatuo_jax.evaluation.consultations import (
     ConsultationSettings,

@@ -401,10 +401,8 @@ def _options(row: Row, key: str) -> dict[str, str]:
     """Options by letter, or as lines such as `A text` and `(A) text`."""
     given = row.get(key)
     if isinstance(given, str):
-        # A letter alone on its line is an option without text.
-        marked = re.sub(r"^[ \t]*([A-J])[ \t]*$", r"\1.", given, flags=re.MULTILINE)
         try:
-            return options_from_text(marked)
+            return options_from_text(given)
         except RowProblem as problem:
             raise Unusable("options are not readable", str(problem)) from problem
     if not isinstance(given, dict):

@@ -7,9 +7,8 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from huatuo_jax.core.statistics import interval_of
+from huatuo_jax.core.statistics import agreement_share, cohen_kappa, fleiss_kappa, interval_of
 from huatuo_jax.data.records import shown
-from huatuo_jax.evaluation.agreement import agreement_share, cohen_kappa, fleiss_kappa
 from huatuo_jax.evaluation.human import (
     CRITERIA,
     PREFERENCES,

@@ -27,7 +27,7 @@ import numpy.typing as npt
 from rapidfuzz.distance import Indel
 
 from huatuo_jax.core.markdown import table
-from huatuo_jax.core.statistics import NUM_RESAMPLES, bootstrap_mean
+from huatuo_jax.core.statistics import NUM_RESAMPLES, bootstrap_mean, distinct_share
 
 Floats = npt.NDArray[np.float64]
 Grams = list[Counter[tuple[str, ...]]]
@@ -238,7 +238,7 @@ class _Counted:
             length, the closest reference's length. None without references.
         gleu: matches and the larger count of n-grams of orders 1 to 4, of the best reference.
         rouge: by measure, ROUGE-1, -2 and -L of the best reference.
-        distinct: of n-grams of orders 1 and 2, distinct ones and all.
+        distinct: share of distinct n-grams of orders 1 and 2; None where there are none.
     """
 
     response: list[str] = field(repr=False)
@@ -246,7 +246,7 @@ class _Counted:
     bleu: tuple[int, ...] | None
     gleu: tuple[int, int] | None
     rouge: Mapping[str, tuple[float, float, float]] | None
-    distinct: tuple[tuple[int, int], ...]
+    distinct: tuple[float | None, ...]
 
 
 def _ngrams(tokens: Sequence[str]) -> Grams:
@@ -268,7 +268,7 @@ def _count(pair: Pair, settings: LexicalSettings) -> _Counted:
         bleu=_bleu_counts(response, references, grams, others) if references else None,
         gleu=_gleu_counts(grams, others) if references else None,
         rouge=_rouge(response, references, grams, others) if references else None,
-        distinct=tuple((len(grams[n]), grams[n].total()) for n in range(len(DISTINCT))),
+        distinct=tuple(distinct_share(response, n + 1) for n in range(len(DISTINCT))),
     )
 
 
@@ -364,8 +364,7 @@ def _pair_values(counted: _Counted, settings: LexicalSettings) -> dict[str, floa
         found.update(zip(BLEU, bleu, strict=True))
         found["GLEU"] = counted.gleu[0] / counted.gleu[1]
         found.update(zip(ROUGE, counted.rouge[settings.rouge], strict=True))
-    for metric, (distinct, total) in zip(DISTINCT, counted.distinct, strict=True):
-        found[metric] = distinct / total if total else None
+    found.update(zip(DISTINCT, counted.distinct, strict=True))
     return {
         metric: None if value is None else value * settings.scale(metric)
         for metric, value in found.items()

@@ -17,7 +17,7 @@ from typing import Any
 
 import huggingface_hub
 import transformers
-from tokenizers import AddedToken, Regex, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, pre_tokenizers
 
 from huatuo_jax.hf import sentencepiece_bpe
 from huatuo_jax.hf.config import read_json, write_json
@@ -35,6 +35,10 @@ _MODEL_FILES = (CONFIG_FILE, GENERATION_CONFIG_FILE, "*.py")
 _TOKENIZER_FILES = (*TOKENIZER_FILES, TEMPLATE_FILES)
 SIDE_FILES = (*_MODEL_FILES, *_TOKENIZER_FILES)
 
+# Frequent characters, which no normalization changes.
+_PROBE = "患者今天发热咳嗽三天了我想问医生应该吃什么药好不是有人大的一在来上个国到年月"
+_SPACE_BYTE = "\u0120"  # of byte-level vocabularies, which write every text
+
 _NEW_PAD_TOKEN = "<|reward_pad|>"
 _BAICHUAN_CLASS = re.compile("baichuantokenizer", re.IGNORECASE)
 _SPARE_NAME = re.compile("(?<![a-z])(pad|reserved|unused)(?![a-z])", re.IGNORECASE)
@@ -46,22 +50,63 @@ def load_tokenizer(source: str | pathlib.Path) -> transformers.PreTrainedTokeniz
     A Baichuan tokenizer (or a bare `tokenizer.model`) comes as a `PreTrainedTokenizerFast` with
     SentencePiece's ids; special tokens in the text become theirs, as in Baichuan's own class.
 
+    Any other one is read as transformers reads it, which may build another pipeline from the files
+    than `tokenizer.json` describes.
+
     Raises:
         ValueError: The folder holds no tokenizer, a file is broken, a package is missing, the
-            tokenizer exists only as remote code, or the hub id cannot be reached.
+            tokenizer exists only as remote code, the hub id cannot be reached, or the class that
+            transformers takes loses text that the files can write.
     """
     folder = local_folder(source)
+    tokenizer = _read(folder)
+    if lost := _lost_characters(tokenizer, folder):
+        model_type = _read_json(folder / CONFIG_FILE).get("model_type")
+        named = _read_json(folder / "tokenizer_config.json").get("tokenizer_class")
+        raise ValueError(
+            f"{folder}: transformers reads this tokenizer as {type(tokenizer).__name__}, which "
+            f"loses characters that the files have tokens for ({lost[:8]!r}); one of config.json's "
+            f"model_type={model_type!r} and tokenizer_config.json's tokenizer_class={named!r}, "
+            "which choose that class, does not suit the files"
+        )
+    return tokenizer
+
+
+def _read(folder: pathlib.Path) -> transformers.PreTrainedTokenizerBase:
+    """Loads a folder's tokenizer, of whatever class transformers takes."""
     if not holds_tokenizer(folder):
         wanted = "tokenizer.json, tokenizer.model, or vocab.json with merges.txt"
         raise ValueError(f"{folder}: no tokenizer in this folder; it should hold {wanted}")
     if _needs_rebuilding(folder):
         return _load_sentencepiece(folder)
     try:
-        return transformers.AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        tokenizer.encode(_PROBE)
     except Exception as error:  # tokenizers and transformers raise plain Exceptions for bad files
         raise ValueError(
             f"{folder}: cannot load the tokenizer (remote code is never run): {_one_line(error)}"
         ) from error
+    return tokenizer
+
+
+def _lost_characters(tokenizer: transformers.PreTrainedTokenizerBase, folder: pathlib.Path) -> str:
+    """Returns the characters of a text that the tokenizer loses and its folder's files do not."""
+    if (folder / "tokenizer.json").is_file():
+        file = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        kept = file.decode(file.encode(_PROBE, add_special_tokens=False).ids)
+    elif (folder / "tokenizer.model").is_file():
+        try:
+            processor, _ = sentencepiece_bpe.read_model(folder / "tokenizer.model")
+            kept = processor.decode(processor.encode(_PROBE))
+        except ValueError:  # Of another algorithm, whose text only the class knows.
+            kept = ""
+    elif (folder / "vocab.json").is_file():
+        vocabulary = read_json(folder / "vocab.json")
+        kept = _PROBE if _SPACE_BYTE in vocabulary else "".join(vocabulary)
+    else:
+        kept = (folder / "vocab.txt").read_text(encoding="utf-8")
+    said = tokenizer.decode(tokenizer.encode(_PROBE, add_special_tokens=False))
+    return "".join(one for one in dict.fromkeys(_PROBE) if one in kept and one not in said)
 
 
 def save_tokenizer(
@@ -336,7 +381,7 @@ def equals_files(tokenizer: transformers.PreTrainedTokenizerBase, folder: pathli
         roles = (tokenizer.special_tokens_map, tokenizer.chat_template)
         return [tokenizer.get_vocab(), pipeline, added, sides, roles]
 
-    return state(tokenizer) == state(load_tokenizer(folder))
+    return state(tokenizer) == state(_read(folder))
 
 
 def check_loads_as(

@@ -5,6 +5,7 @@ A labels file is append-only. A judgement that failed is a line with `null` for 
 supersedes it. `current` returns what holds, at most one judgement of a question.
 """
 
+import asyncio
 import dataclasses
 import hashlib
 import json
@@ -13,14 +14,15 @@ import os
 import pathlib
 import time
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from huatuo_jax.core.files import AppendedFile, read_lines
 from huatuo_jax.data.records import Prompt, messages_to_json
 
+Item = TypeVar("Item")
 Protocol = Literal["score", "pairwise"]
 PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
 CRITERIA = ("informative", "coherent", "preferred", "accurate", "overall")
@@ -217,6 +219,34 @@ def printable(text: str) -> str:
     """
     line = " ".join(text.split())
     return "".join(one if one.isprintable() else "\ufffd" for one in line)
+
+
+async def for_each(
+    items: Iterable[Item], work: Callable[[Item], Awaitable[None]], *, concurrency: int
+) -> Exception | None:
+    """Works on items, several at once, until none is left or one fails.
+
+    After a failure nothing more is begun, but calls under way are finished, which are paid for.
+
+    Returns:
+        The first error; None for none.
+    """
+    waiting = iter(items)
+    errors: list[Exception] = []
+
+    async def take() -> None:
+        for item in waiting:
+            if errors:
+                return
+            try:
+                await work(item)
+            except Exception as error:
+                errors.append(error)
+
+    async with asyncio.TaskGroup() as tasks:
+        for _ in range(concurrency):
+            tasks.create_task(take())
+    return errors[0] if errors else None
 
 
 def sha256(text: str) -> str:

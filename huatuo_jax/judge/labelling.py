@@ -10,7 +10,7 @@ import dataclasses
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ from huatuo_jax.judge.judgements import (
     LabelsFile,
     Reply,
     current,
+    for_each,
 )
 from huatuo_jax.judge.questions import Answered, Question, pairwise_questions, score_questions
 
@@ -259,31 +260,19 @@ class _Run:
     async def run(self, concurrency: int) -> Labels:
         for question, judgement in self._plan.copies:
             self._append([question.copy_of(judgement)])
-        groups = iter(self._plan.groups)
-        async with asyncio.TaskGroup() as tasks:
-            for _ in range(min(concurrency, len(self._plan.groups))):
-                tasks.create_task(self._work(groups))
+        self._error = await for_each(self._plan.groups, self._ask, concurrency=concurrency)
         if self._error is None:
             self._release()
         return self._labels()
 
-    async def _work(self, groups: Iterator[Sequence[Question]]) -> None:
-        """Asks until nothing is left or the judge fails."""
-        for group in groups:
-            if self._error is not None:
-                return
-            outcome: Reply | JudgementFailed
-            self._asked += 1
-            try:
-                try:
-                    outcome = await group[0].ask(self._judge)
-                except JudgementFailed as failure:
-                    outcome = failure
-                self._record(group, outcome)
-            except Exception as error:
-                # The others finish their calls under way, which are paid for.
-                self._error = self._error or error
-                return
+    async def _ask(self, group: Sequence[Question]) -> None:
+        outcome: Reply | JudgementFailed
+        self._asked += 1
+        try:
+            outcome = await group[0].ask(self._judge)
+        except JudgementFailed as failure:
+            outcome = failure
+        self._record(group, outcome)
 
     def _record(self, group: Sequence[Question], outcome: Reply | JudgementFailed) -> None:
         """Appends a group's judgements, or holds back a refusal that every question may meet.

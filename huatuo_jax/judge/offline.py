@@ -14,11 +14,10 @@ world's table. `huatuo_jax.clinic.judge` defines its findings, scores and verdic
 
 import dataclasses
 import functools
-import inspect
 import itertools
 import math
+import pathlib
 import re
-import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -28,6 +27,7 @@ from typing import Any, Literal
 from huatuo_jax.clinic.dialogues import SOURCE
 from huatuo_jax.clinic.findings import truth_of
 from huatuo_jax.clinic.judge import NAME, ClinicJudge
+from huatuo_jax.core.files import hash_of_files
 from huatuo_jax.data.records import Prompt
 from huatuo_jax.judge.judgements import NOTHING, Estimate, Protocol, Reply, sha256
 
@@ -502,4 +502,4 @@ def _weighted_mean(weights: Mapping[str, float], found: Measurements) -> float:
 
 @functools.cache
 def _rubric_hash() -> str:
-    return sha256(inspect.getsource(sys.modules[__name__]))
+    return hash_of_files([pathlib.Path(__file__)])

@@ -47,6 +47,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from huatuo_jax.core.statistics import (
+    LEAST_GROUPS,
+    Figure,
+    chance_agreement,
+    cohen_kappa,
+    mean_figure,
+)
 from huatuo_jax.judge import offline
 from huatuo_jax.judge.judgements import CRITERIA, Judgement, Protocol, current
 from huatuo_jax.judge.questions import (
@@ -60,26 +67,9 @@ from huatuo_jax.judge.questions import (
     pairs_of,
 )
 
-# Standard errors over fewer groups are themselves too uncertain.
-LEAST_GROUPS = 20
 QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 _ERRORS_SHOWN = 5
 _ERROR_CHARS = 100
-
-
-class Figure(NamedTuple):
-    """A mean with its standard error and number of items; None where there are too few."""
-
-    value: float | None
-    standard_error: float | None
-    num_items: int
-
-    def __str__(self) -> str:
-        """Formats the figure as `0.123 ± 0.004 (of 900)`."""
-        if self.value is None:
-            return "none to count"
-        error = "" if self.standard_error is None else f" ± {self.standard_error:.4f}"
-        return f"{self.value:.4f}{error} (of {self.num_items})"
 
 
 class PositionBias(NamedTuple):
@@ -116,32 +106,6 @@ class Agreement(NamedTuple):
     same: Figure
     same_of_decided: Figure
     kappa: Figure
-
-
-def mean_figure(values: Sequence[float], groups: Sequence[str]) -> Figure:
-    """Returns a mean with a standard error that allows for correlation within each group.
-
-    The error is `sqrt(C / (C - 1) * sum over groups of (sum of deviations)^2) / n` over C groups,
-    which is the usual one where every value is its own group, as with fewer than `LEAST_GROUPS`
-    groups.
-
-    Args:
-        values: any numbers; a share is the mean of zeros and ones.
-        groups: the prompt id of each value.
-    """
-    count = len(values)
-    if not count:
-        return Figure(None, None, 0)
-    mean = math.fsum(values) / count
-    deviations: dict[object, list[float]] = defaultdict(list)
-    grouped = len(set(groups)) >= LEAST_GROUPS
-    for place, (value, group) in enumerate(zip(values, groups, strict=True)):
-        deviations[group if grouped else place].append(value - mean)
-    if len(deviations) < 2:
-        return Figure(mean, None, count)
-    squares = math.fsum(math.fsum(found) ** 2 for found in deviations.values())
-    correction = len(deviations) / (len(deviations) - 1)
-    return Figure(mean, math.sqrt(correction * squares) / count, count)
 
 
 def position_bias(verdicts: Mapping[PairKey, Verdicts]) -> PositionBias:
@@ -328,14 +292,15 @@ def label_report(
 
 
 def _kappa(same: Figure, verdicts: Sequence[tuple[int, int]]) -> Figure:
-    if same.value is None:
-        return Figure(None, None, 0)
-    ties = [math.fsum(sides[judge] == 0 for sides in verdicts) / len(verdicts) for judge in (0, 1)]
-    chance = ties[0] * ties[1] + (1 - ties[0]) * (1 - ties[1]) / 2
-    if chance == 1:  # Both judges give ties alone: there is nothing to agree on.
-        return Figure(None, None, same.num_items)
-    error = None if same.standard_error is None else same.standard_error / (1 - chance)
-    return Figure((same.value - chance) / (1 - chance), error, same.num_items)
+    # In both orders of each pair's answers.
+    ones, others = (
+        [sign * sides[judge] for sign in (1, -1) for sides in verdicts] for judge in (0, 1)
+    )
+    kappa = cohen_kappa(ones, others)
+    if kappa is None or same.standard_error is None:
+        return Figure(kappa, None, same.num_items)
+    error = same.standard_error / float(1 - chance_agreement(ones, others))
+    return Figure(kappa, error, same.num_items)
 
 
 def _bias_of_probabilities(

@@ -1,3 +1,4 @@
+import hashlib
 import os
 import pathlib
 import signal
@@ -6,7 +7,7 @@ import sys
 
 import pytest
 
-from huatuo_jax.core.files import is_unfinished, writing_directory
+from huatuo_jax.core.files import hash_of_files, is_unfinished, writing_directory
 
 
 def files_of(folder):
@@ -186,3 +187,11 @@ def test_the_folder_of_a_writer_that_still_runs_is_left_alone(tmp_path):
             path.unlink()
         (target / "below").rmdir()
     assert files_of(target) == {"a": "outer", "b": "still here"}
+
+
+def test_the_hash_of_files_is_that_of_their_names_and_bytes_in_order(tmp_path):
+    one, two = tmp_path / "one.py", tmp_path / "two.py"
+    one.write_bytes(b"a")
+    two.write_bytes(b"b\r\n")
+    wanted = hashlib.sha256(b"one.py\0a" + b"two.py\0b\r\n").hexdigest()
+    assert hash_of_files([one, two]) == wanted != hash_of_files([two, one])

@@ -54,6 +54,20 @@ def test_options_go_on_over_lines_that_do_not_begin_the_next_option():
     }
 
 
+def test_a_letter_alone_on_its_line_is_an_option_without_text():
+    assert options_from_text("A 心\n B \nC\n(D)\nE 肝") == {
+        **{"A": "心", "B": "", "C": "", "D": "", "E": "肝"}
+    }
+    (question,) = convert({**ASKED, "options": "A 心\nB 肝\nC 脾 B 型\nD\nE", "answer": "B"})
+    assert dict(question.options) == OPTIONS
+
+
+def test_a_line_after_the_last_letter_continues_its_option():
+    letters = "ABCDEFGHIJ"
+    given = "\n".join(f"{letter} 药" for letter in letters) + "\nA 心"
+    assert options_from_text(given) == {**dict.fromkeys(letters, "药"), "J": "药\nA 心"}
+
+
 def test_our_own_exam_and_case_lines_come_back_equal():
     written = ExamQuestion("e", "哪些？", OPTIONS, "AB", "exam", "因为", {"year": 3})
     assert convert(written.to_json()) == (written,)

@@ -5,7 +5,7 @@ import random
 import pytest
 from sklearn.metrics import cohen_kappa_score
 
-from huatuo_jax.evaluation.agreement import agreement_share, cohen_kappa, fleiss_kappa
+from huatuo_jax.core.statistics import agreement_share, cohen_kappa, fleiss_kappa
 
 
 @pytest.mark.parametrize("seed", range(20))

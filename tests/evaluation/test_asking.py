@@ -1,9 +1,11 @@
 """Chat requests are answered once, whatever the server does and however often a run is started."""
 
+import errno
 import json
 
 import pytest
 
+from huatuo_jax.core.files import AppendedFile
 from huatuo_jax.evaluation.asking import ChatModelConfig, ReplyFile
 from huatuo_jax.judge.server import ServerConfig
 from huatuo_jax.judge.spending import BudgetConfig
@@ -107,6 +109,25 @@ def test_what_a_kill_leaves_of_a_line_is_cut_off(tmp_path):
         found = file_of(tmp_path, server).ask(requests(3))
         assert all(reply.text for reply in found.values()) and server.paid == 4
         assert [json.loads(line)["name"] for line in path.read_text("utf-8").splitlines()]
+
+
+def test_a_disk_without_space_ends_the_run_with_its_own_error(tmp_path, monkeypatch):
+    append = AppendedFile.append
+
+    def until_full(file, rows):
+        if (
+            file.path.name == "replies.jsonl"
+            and file.path.read_text(encoding="utf-8").count("\n") > 1
+        ):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        append(file, rows)
+
+    with ScriptedServer(echo) as server:
+        monkeypatch.setattr(AppendedFile, "append", until_full)
+        with pytest.raises(OSError, match="No space left on device"):
+            file_of(tmp_path, server).ask(requests())
+        monkeypatch.undo()
+        assert len(file_of(tmp_path, server).read(requests())) == 2
 
 
 def test_the_key_is_in_no_file_even_where_the_server_says_it(tmp_path):

@@ -12,7 +12,7 @@ import pytest
 
 from huatuo_jax import evaluate
 from huatuo_jax.core import command_line
-from huatuo_jax.evaluation.agreement import cohen_kappa
+from huatuo_jax.core.statistics import cohen_kappa
 from huatuo_jax.evaluation.session import Session
 from huatuo_jax.judge.config import JudgeConfig
 from huatuo_jax.judge.server import KEY_VARIABLE

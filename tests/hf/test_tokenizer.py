@@ -382,3 +382,81 @@ def test_real_ordinary_tokenizers_load_and_have_spare_ids(shared_data):
     assert spare_token_id(qwen, 152064) == len(qwen)
     small = load_tokenizer(shared_data / "tokenizers" / "minimind_6400")
     assert small.decode(small.encode("血压😀", add_special_tokens=False)) == "血压😀"
+
+
+def spaced_tokenizer(folder):
+    """A tokenizer.json with SentencePiece's way of spaces and bytes, which Qwen2's class lacks."""
+    (folder / "tokenizer.model").write_bytes(train(**SETTINGS["llama"]))
+    load_tokenizer(folder).save_pretrained(folder)
+    (folder / "tokenizer.model").unlink()
+
+
+def sentencepiece_model(folder):
+    (folder / "tokenizer.model").write_bytes(train(**SETTINGS["llama"]))
+
+
+def byte_level_vocabulary(folder):
+    byte_level_tokenizer(CORPUS, vocab_size=400).backend_tokenizer.model.save(str(folder))
+
+
+def vocabulary_of_words(folder):
+    words = ["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]", *sorted(set("".join(CORPUS)))]
+    (folder / "vocab.txt").write_text("\n".join(words), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("files", "model_type", "class_name", "loaded"),
+    [
+        (spaced_tokenizer, "qwen2", None, "Qwen2Tokenizer"),
+        (spaced_tokenizer, "qwen2", "LlamaTokenizer", "Qwen2Tokenizer"),
+        (spaced_tokenizer, None, "Qwen2Tokenizer", "Qwen2Tokenizer"),
+        (spaced_tokenizer, "gpt2", None, "GPT2Tokenizer"),
+        (sentencepiece_model, "qwen2", "LlamaTokenizer", "Qwen2Tokenizer"),
+        (byte_level_vocabulary, "llama", "LlamaTokenizer", "LlamaTokenizer"),
+        (byte_level_vocabulary, "gemma", None, "GemmaTokenizer"),
+        (vocabulary_of_words, "qwen2", "BertTokenizer", "Qwen2Tokenizer"),
+    ],
+)
+def test_a_tokenizer_whose_class_loses_text_of_its_files_is_refused(
+    files, model_type, class_name, loaded, tmp_path
+):
+    files(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": class_name}))
+    with pytest.raises(ValueError) as caught:
+        load_tokenizer(tmp_path)
+    for part in (
+        f"reads this tokenizer as {loaded}, which loses characters that the files have tokens for",
+        f"model_type={model_type!r}",
+        f"tokenizer_class={class_name!r}",
+    ):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("files", "model_type", "class_name"),
+    [
+        (spaced_tokenizer, "llama", "LlamaTokenizer"),
+        (spaced_tokenizer, "qwen3", "PreTrainedTokenizerFast"),
+        (sentencepiece_model, "llama", "LlamaTokenizer"),
+        (byte_level_vocabulary, "qwen2", None),
+        (vocabulary_of_words, "bert", None),  # "今" and others are not in the vocabulary
+    ],
+)
+def test_a_tokenizer_whose_class_suits_its_files_keeps_their_text(
+    files, model_type, class_name, tmp_path
+):
+    files(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": class_name}))
+    tokenizer = load_tokenizer(tmp_path)
+    said = tokenizer.decode(tokenizer.encode("医生您好，咳嗽三天", add_special_tokens=False))
+    assert "".join(said.split()) == "医生您好，咳嗽三天"
+
+
+def test_a_tokenizer_that_cannot_encode_is_refused_with_one_line(tmp_path):
+    byte_level(tmp_path)
+    config = {"tokenizer_class": "BertTokenizer"}
+    (tmp_path / "byte_level" / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"cannot load the tokenizer .*: WordPiece error: Missing"):
+        load_tokenizer(tmp_path / "byte_level")

@@ -1,3 +1,4 @@
+import asyncio
 import dataclasses
 import itertools
 import json
@@ -5,7 +6,14 @@ import json
 import pytest
 
 from huatuo_jax.data.records import Message, Prompt
-from huatuo_jax.judge.judgements import CRITERIA, Judgement, current, question_key, read_judgements
+from huatuo_jax.judge.judgements import (
+    CRITERIA,
+    Judgement,
+    current,
+    for_each,
+    question_key,
+    read_judgements,
+)
 
 SCORES = {name: index + 1.0 for index, name in enumerate(CRITERIA)}
 
@@ -143,3 +151,38 @@ def test_a_torn_last_line_is_passed_over_and_a_bad_one_is_named(tmp_path):
     path.write_text(line + "{}\n" + line, encoding="utf-8")
     with pytest.raises(ValueError, match="labels.jsonl:2: not a judgement"):
         list(read_judgements(path))
+
+
+@pytest.mark.parametrize("concurrency", [1, 3, 20])
+def test_items_are_worked_on_once_each_and_so_many_at_once(concurrency):
+    begun, under_way, most = [], 0, 0
+
+    async def work(item):
+        nonlocal under_way, most
+        begun.append(item)
+        under_way += 1
+        most = max(most, under_way)
+        await asyncio.sleep(0)
+        under_way -= 1
+
+    assert asyncio.run(for_each(iter(range(10)), work, concurrency=concurrency)) is None
+    assert begun == list(range(10)) and most == min(concurrency, 10)
+
+
+def test_after_a_failure_calls_under_way_are_finished_and_none_is_begun():
+    begun, done, failed = [], [], asyncio.Event()
+
+    async def work(item):
+        begun.append(item)
+        await asyncio.sleep(0)
+        if item == 1:
+            failed.set()
+            raise OSError("no space left")
+        await failed.wait()
+        if item == 2:
+            raise ValueError("a later one")
+        done.append(item)
+
+    error = asyncio.run(for_each(range(9), work, concurrency=3))
+    assert isinstance(error, OSError) and str(error) == "no space left"
+    assert begun == [0, 1, 2] and done == [0]

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from huatuo_jax.core.statistics import Figure, mean_figure
 from huatuo_jax.data.records import Message, Prompt
 from huatuo_jax.judge import report as statistics
 from huatuo_jax.judge.judgements import CRITERIA, Judgement, prompt_hash, sha256
@@ -20,10 +21,8 @@ from huatuo_jax.judge.offline import CAVEAT, RUBRIC_NAME
 from huatuo_jax.judge.questions import Answered, PairKey, Verdicts, log_odds, pair_verdicts
 from huatuo_jax.judge.report import (
     QUANTILES,
-    Figure,
     agreement,
     label_report,
-    mean_figure,
     position_bias,
 )
 

@@ -112,12 +112,11 @@ def test_records_say_what_the_judge_is():
     assert JUDGE.estimate(PROMPT, [GOOD]).max_cost == 0.0
 
 
-def test_a_changed_weight_or_wording_is_another_judge(monkeypatch):
-    sources = {offline: "a"}
-    monkeypatch.setattr(offline.inspect, "getsource", sources.__getitem__)
+def test_a_changed_weight_or_wording_is_another_judge(monkeypatch, tmp_path):
+    monkeypatch.setattr(offline, "__file__", str(tmp_path / "offline.py"))
     hashes = set()
     for text in ("a", "a2"):
-        sources[offline] = text
+        (tmp_path / "offline.py").write_text(text)
         offline._rubric_hash.cache_clear()
         hashes.add((JUDGE.template_hash("score"), JUDGE.settings["rubric"]))
     offline._rubric_hash.cache_clear()

@@ -65,8 +65,8 @@ _OPTIONS_KEYS = ("options", "option", "Options")
 _ANSWER_KEYS = ("answer_idx", "answer", "Answer")
 _EXPLANATION_KEYS = ("explanation", "Explanation", "rationale")
 _LETTERS = "ABCDEFGHIJ"
-# `A text`, `A. text`, `A、text`, `(A) text`, one on each line.
-_LETTERED_LINE = re.compile(r"[(（]?([A-J])(?:[)）.、:：]\s*|\s+)(.*)", re.DOTALL)
+# `A text`, `A. text`, `A、text`, `(A) text`, one on each line; a letter alone has no text.
+_LETTERED_LINE = re.compile(r"[(（]?([A-J])(?:[)）.、:：]\s*|\s+|$)(.*)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -543,7 +543,7 @@ def options_from_text(text: object) -> dict[str, str]:
     options: dict[str, str] = {}
     for line in text.strip().split("\n"):
         match = _LETTERED_LINE.fullmatch(line.strip())
-        if match and match.group(1) == _LETTERS[len(options)]:
+        if match and match.group(1) == _LETTERS[len(options) :][:1]:
             options[match.group(1)] = match.group(2).strip()
         elif options:
             options[_LETTERS[len(options) - 1]] += f"\n{line.strip()}"
