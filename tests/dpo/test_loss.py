@@ -18,6 +18,7 @@ from tests.preferences.tiny import token_groups
 from tests.tiny import one_device
 
 BETA = 0.3
+MAX_LENGTH = 20
 GROUPS = token_groups([2, 3, 4, 2, 2, 3, 2], soft=True)
 LORA = LoraConfig(rank=2, alpha=4.0)
 
@@ -51,16 +52,29 @@ def variables(tmp_path_factory):
     return job.make_state().variables
 
 
-def _answer_log_prob(model, variables, answer):
-    """Alone in the model, by a log-softmax over all logits; the answer's tokens added up."""
-    hidden_1TD = model.apply(variables, jnp.asarray(answer.token_ids[None]))
-    logits_TV = model.apply(variables, hidden_1TD, method="logits")[0]
-    log_probs_TV = np.asarray(jax.nn.log_softmax(logits_TV), np.float64)
-    return sum(
-        log_probs_TV[t - 1, answer.token_ids[t]]
-        for t in range(1, len(answer.token_ids))
-        if answer.is_answer[t]
-    )
+def _answer_log_prob(model):
+    """The function from variables and an answer to the sum of its tokens' log-probabilities.
+
+    Each answer is alone in the model, and the log-softmax is over all logits. What follows an
+    answer's last token in its row does not reach it: one length, so one program for all.
+    """
+
+    @jax.jit
+    def all_log_probs(variables, token_ids_1T):
+        logits_1TV = model.apply(variables, model.apply(variables, token_ids_1T), method="logits")
+        return jax.nn.log_softmax(logits_1TV[0])
+
+    def of_answer(variables, answer):
+        row_1T = np.zeros((1, MAX_LENGTH), np.int32)
+        row_1T[0, : len(answer.token_ids)] = answer.token_ids
+        log_probs_TV = np.asarray(all_log_probs(variables, row_1T), np.float64)
+        return sum(
+            log_probs_TV[t - 1, answer.token_ids[t]]
+            for t in range(1, len(answer.token_ids))
+            if answer.is_answer[t]
+        )
+
+    return of_answer
 
 
 @pytest.mark.parametrize(
@@ -74,12 +88,12 @@ def test_the_loss_is_that_of_each_pair_by_itself(variables, settings):
     variables = _moved(variables, of=("params",))
     model = tiny_model(config()).transformer
     policy, reference = both(variables)
+    log_prob = _answer_log_prob(model)
     total = chosen_total = agreed = 0.0
     num_pairs = 0
     for group in GROUPS:
         ours, theirs = (
-            [_answer_log_prob(model, side, answer) for answer in group.answers]
-            for side in (policy, reference)
+            [log_prob(side, answer) for answer in group.answers] for side in (policy, reference)
         )
         for pair in group.pairs:
             margin = (ours[pair.chosen] - theirs[pair.chosen]) - (
@@ -90,7 +104,8 @@ def test_the_loss_is_that_of_each_pair_by_itself(variables, settings):
             chosen_total += ours[pair.chosen]
             agreed += (margin > 0) == (pair.p_chosen > 0.5)
             num_pairs += 1
-    sums = row_loss(model, variables, _batch(**settings), beta=BETA, chunk=16)
+    loss = jax.jit(functools.partial(row_loss, model, beta=BETA, chunk=16))
+    sums = loss(variables, _batch(**settings))
     assert float(sums.num_terms) == num_pairs
     np.testing.assert_allclose(sums.loss, total, rtol=1e-5)
     found = numbers(jax.device_get(sums.others), prefix="dpo")
@@ -137,8 +152,9 @@ def test_nothing_flows_into_the_reference_and_the_policy_moves(tmp_path, variabl
     )
     assert all(jax.tree.leaves(moved))
     model = tiny_model(config()).transformer
-    gradients = jax.grad(
-        lambda all_of_it: row_loss(model, all_of_it, _batch(row_length=100), beta=BETA).loss
+    batch = _batch(row_length=100)
+    gradients = jax.jit(
+        jax.grad(lambda all_of_it: row_loss(model, all_of_it, batch, beta=BETA).loss)
     )(_moved(variables, of=("params",)))
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradients[REFERENCE]))
     assert any(np.any(leaf) for leaf in jax.tree.leaves(gradients["params"]))
