@@ -17,6 +17,7 @@ FLOORS = {
     "judge": 4,
     "training": 5,
     "preferences": 6,
+    "reward_functions": 6,
     "sft": 7,
     "reward": 8,
     "dpo": 7,

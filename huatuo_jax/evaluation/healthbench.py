@@ -23,6 +23,7 @@ from huatuo_jax.core.files import Line, read_lines
 from huatuo_jax.data.records import Message, shown
 from huatuo_jax.evaluation.quoting import BadReply, ChatMessage, quote, read_object
 from huatuo_jax.judge.judgements import sha256
+from huatuo_jax.reward_functions.rubrics import HEALTHBENCH
 
 Calls = Literal["criterion", "row"]
 Subset = Literal["all", "hard", "consensus"]
@@ -315,15 +316,7 @@ def _verdict(found: Mapping[str, Any]) -> Verdict:
 
 def row_score(criteria: Sequence[Criterion], verdicts: Sequence[bool | None]) -> float | None:
     """Met points over positive points, among the judged criteria; None without positive points."""
-    judged = [
-        (criterion.points, met)
-        for criterion, met in zip(criteria, verdicts, strict=True)
-        if met is not None
-    ]
-    positive = math.fsum(points for points, _ in judged if points > 0)
-    if positive == 0:
-        return None
-    return math.fsum(points for points, met in judged if met) / positive
+    return HEALTHBENCH.score([criterion.points for criterion in criteria], verdicts)
 
 
 def row_metrics(row: HealthBenchRow, verdicts: Sequence[bool | None]) -> dict[str, float]:

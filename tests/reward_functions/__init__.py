@@ -1,0 +1,1 @@
+"""Tests of huatuo_jax.ppo."""
