@@ -24,6 +24,7 @@ FLOORS = {
     "evaluation": 9,
     "report": 10,
     "recipe": 11,
+    "synthesis": 11,
     "hub": 12,
     "compiling": 12,
     "convert": 12,
