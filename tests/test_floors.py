@@ -30,6 +30,7 @@ FLOORS = {
     "convert": 12,
     "evaluate": 12,
     "inspect_data": 12,
+    "synthesize": 12,
     "serving": 13,
     "api": 13,
     "chat": 14,

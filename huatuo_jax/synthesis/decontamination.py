@@ -4,13 +4,15 @@ A row is contaminated where it shares 64 characters in a row with a test text (o
 as a whole: `evaluation.contamination`), or where its prompt is a near-duplicate of one.
 """
 
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from huatuo_jax.data.files import RowError, read_rows
 from huatuo_jax.evaluation.contamination import find_overlaps, strings_of
-from huatuo_jax.synthesis.near_duplicates import NearDuplicateIndex
+from huatuo_jax.judge.judgements import sha256
+from huatuo_jax.synthesis.near_duplicates import Match, NearDuplicateIndex
 
 SIZE = 64
 _LEAST_CHARACTERS = 8  # Labels, names of classes and numbers of a test row are no test texts.
@@ -37,12 +39,22 @@ class EvaluationTexts:
         Raises:
             ValueError: a text is too long to be compared.
         """
-        self._texts = dict(texts)
+        self._texts, self._threshold = dict(texts), threshold
         self._index = NearDuplicateIndex(self._texts.items(), threshold=threshold)
 
     def __len__(self) -> int:
         """The number of test texts."""
         return len(self._texts)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """A hash of all texts and of the threshold, empty without texts."""
+        parts = [f"{self._threshold}", *sorted(self._texts.values())]
+        return sha256("\0".join(parts))[:16] if self._texts else ""
+
+    def near(self, prompt: str) -> Match | None:
+        """The test text that a prompt is a near-duplicate of."""
+        return self._index.nearest(prompt)
 
     def contaminated(self, rows: Mapping[str, tuple[str, str]]) -> dict[str, Contaminated]:
         """The rows that are contaminated.

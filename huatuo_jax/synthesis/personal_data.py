@@ -216,7 +216,7 @@ def mask(text: str) -> Masked:
 
 
 def _spans(pattern: re.Pattern[str], plain: str) -> Iterator[tuple[int, int]]:
-    """Where a pattern's personal data stands: its group, or all of the match."""
+    """The places of a pattern's personal data: its group, or all of the match."""
     group = next(iter(pattern.groupindex), 0)
     for match in pattern.finditer(plain):
         yield match.span(group)
