@@ -41,6 +41,7 @@ COMMANDS = {
     "evaluate": Command(
         "evaluate", "compare models on exams, questions and consultations", with_sections=True
     ),
+    "synthesize": Command("synthesize", "make training data by a teacher model"),
     "chat": Command("chat", "talk to a model in the terminal"),
     "push": Command("hub.push", "push a run to the Hugging Face Hub", "PushConfig"),
 }

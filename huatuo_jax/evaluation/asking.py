@@ -100,16 +100,24 @@ class ReplyFile:
     """The replies to requests by name, of one chat model."""
 
     def __init__(
-        self, path: str | os.PathLike[str], cfg: ChatModelConfig, *, key: str | None = None
+        self,
+        path: str | os.PathLike[str],
+        cfg: ChatModelConfig,
+        *,
+        key: str | None = None,
+        spending: str | os.PathLike[str] | None = None,
     ) -> None:
         """Remembers where and whom; nothing is read or sent.
 
         Args:
-            path: JSON Lines file; made with its first reply. Beside it stands its spending file.
+            path: JSON Lines file; made with its first reply.
             cfg: the model that is asked.
             key: for the server; None where nothing is to be sent.
+            spending: the spending file, which several reply files may share; None for one beside
+                the replies.
         """
         self._path, self._cfg, self._key = path, cfg, key
+        self._spending = f"{os.fspath(path)}.spending.jsonl" if spending is None else spending
 
     def estimate(self, requests: Mapping[str, ChatMessages]) -> Cost:
         """Returns what asking the requests without a reply may take."""
@@ -220,8 +228,7 @@ class ReplyFile:
                 f"{cfg.model!r}"
             )
         assert self._key is not None
-        spending = f"{os.fspath(self._path)}.spending.jsonl"
-        return Server(cfg.server, key=self._key, price=price, spending=spending)
+        return Server(cfg.server, key=self._key, price=price, spending=self._spending)
 
     def _body(self, messages: ChatMessages) -> dict[str, Any]:
         body: dict[str, Any] = {

@@ -171,15 +171,16 @@ def _training_texts(
             if isinstance(row, RowError):
                 unreadable.append(str(row))
             else:
-                yield f"{row.file}:{row.line}", "\n".join(_strings(row.value))
+                yield f"{row.file}:{row.line}", "\n".join(strings_of(row.value))
 
 
-def _strings(value: Any) -> Iterator[str]:
+def strings_of(value: Any) -> Iterator[str]:
+    """The texts of a row of any layout, in its order."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list):
         for one in value.values() if isinstance(value, dict) else value:
-            yield from _strings(one)
+            yield from strings_of(one)
 
 
 class _Passages:

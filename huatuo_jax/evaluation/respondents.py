@@ -7,6 +7,7 @@ taken.
 
 import functools
 import json
+import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -88,13 +89,16 @@ class Respondent(Protocol):
 class ServerRespondent:
     """A model behind an OpenAI-compatible server."""
 
-    def __init__(self, cfg: ChatModelConfig) -> None:
+    def __init__(
+        self, cfg: ChatModelConfig, *, spending: str | os.PathLike[str] | None = None
+    ) -> None:
         """Remembers whom to ask; nothing is sent.
 
         Args:
             cfg: the model; its `max_tokens` and `temperature` are those of the responses.
+            spending: the spending file of all responses; None for one beside each file of them.
         """
-        self._cfg = cfg
+        self._cfg, self._spending = cfg, spending
 
     @property
     def name(self) -> str:
@@ -128,7 +132,7 @@ class ServerRespondent:
         on_progress: Progress | None = None,
     ) -> dict[str, ChatReply]:
         """Returns a response to each prompt; see `ReplyFile.ask`."""
-        file = ReplyFile(path, self._cfg, key=key_from_environment())
+        file = ReplyFile(path, self._cfg, key=key_from_environment(), spending=self._spending)
         return file.ask(_as_messages(prompts), on_progress)
 
 

@@ -120,7 +120,7 @@ def read_judge_prompt(
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"judge's template {path} should be UTF-8: {error}") from error
-    system, user = _parts(text, path)
+    system, user = template_parts(text, path)
     places = set(_PLACE.findall(system + user))
     lacking = sorted(_REQUIRED[protocol] - places)
     unknown = sorted(places - _REQUIRED[protocol] - {"mark", "low", "high"})
@@ -378,13 +378,18 @@ def request_estimate(
     )
 
 
-def _parts(text: str, path: pathlib.Path) -> tuple[str, str]:
+def template_parts(text: str, path: pathlib.Path) -> tuple[str, str]:
+    """Returns the system message of a template, empty without one, and the user message.
+
+    Raises:
+        ValueError: the parts are not those of a template.
+    """
     pieces = re.split(r"^\[(system|user)\][ \t]*$", text, flags=re.MULTILINE)
     parts = dict(zip(pieces[1::2], (piece.strip() for piece in pieces[2::2]), strict=True))
     names = pieces[1::2]
     if pieces[0].strip() or names not in (["system", "user"], ["user"]) or not parts["user"]:
         raise ValueError(
-            f"judge's template {path} should be a line [system] and its text (or none), then a"
+            f"template {path} should be a line [system] and its text (or none), then a"
             " line [user] and its text"
         )
     return parts["system"] if "system" in parts else "", parts["user"]

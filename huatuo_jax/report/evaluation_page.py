@@ -74,13 +74,6 @@ def write_page(result: Mapping[str, Any], path: pathlib.Path) -> None:
 
 def render_page(result: Mapping[str, Any]) -> str:
     """The page as one HTML text."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(pathlib.Path(__file__).with_name("templates")),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     writers = {
         "lexical": _lexical,
         "exams": _exams,
@@ -100,11 +93,30 @@ def render_page(result: Mapping[str, Any]) -> str:
         blocks = list(_contamination(result["contamination"]))
         sections.append(Section(id="contamination", title="Training data", blocks=blocks))
     sections.append(Section(id="settings", title="Settings", blocks=list(_settings(result))))
-    return environment.get_template(_TEMPLATE).render(
+    return render_sections(
+        sections,
         title="Evaluation",
         told=f"{', '.join(models)} · judge: {_judge_name(result['judge'])}",
-        sections=sections,
-        radius=RADIUS,
+    )
+
+
+def render_sections(sections: Sequence[Section], *, title: str, told: str) -> str:
+    """A page of tables, plots and notes as one HTML text; every value is escaped.
+
+    Args:
+        sections: in their order.
+        title: of the page.
+        told: the line below it.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(pathlib.Path(__file__).with_name("templates")),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(_TEMPLATE).render(
+        title=title, told=told, sections=sections, radius=RADIUS
     )
 
 

@@ -1,0 +1,1 @@
+"""Makes training data of the four kinds by a teacher model, within a budget."""

@@ -1,0 +1,169 @@
+"""Jobs that make candidate rows: each asks the teacher, and may give up with a reason.
+
+A job is a generator. It yields the requests of one step and is sent their replies, or yields
+proposals and is sent whether each is new; in the end it returns its results. The runner takes many
+jobs a step at a time, so that which step a job is at follows from the replies alone, and a run that
+was killed comes back to the same point by the replies that are kept.
+"""
+
+import dataclasses
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, get_args
+
+from huatuo_jax.data.records import Json, Messages
+from huatuo_jax.evaluation.asking import ChatReply
+from huatuo_jax.evaluation.session import judged_text
+from huatuo_jax.judge.replies import BadReply, final_answer
+
+Task = Literal["instruct", "answer", "patient", "doctor", "polish", "question", "verify"]
+"""What the teacher is asked for: instructions, the answer to one, a turn of the patient or the
+doctor, polished answers, an open question, whether a question is clear."""
+
+TASKS: tuple[Task, ...] = get_args(Task)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A request to the teacher.
+
+    Attributes:
+        step: unlike the job's other requests; its reply is found by it.
+        task: what is asked for.
+        messages: for a model that follows instructions.
+        plain: the bare question or dialogue, for a model that only answers as a doctor.
+        material: what the clinic's teacher, which reads no text, works from.
+    """
+
+    step: str
+    task: Task
+    messages: Sequence[Mapping[str, str]]
+    plain: Sequence[Mapping[str, str]] = ()
+    material: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proposal:
+    """A prompt that has to be new before an answer to it is asked for."""
+
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A row that passed the checks of its kind.
+
+    Attributes:
+        messages: of the row.
+        prompt: its text that near-duplicates are found by.
+        labels: such as department and role, for the report's distributions.
+        extra: further fields of the row.
+        row: fields in place of the messages, for a kind whose rows are no dialogues.
+        proposed: the prompt was found to be new by a proposal.
+    """
+
+    messages: Messages
+    prompt: str
+    labels: Mapping[str, str] = field(default_factory=dict)
+    extra: Json = field(default_factory=dict)
+    row: Json | None = None
+    proposed: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rejection:
+    """A candidate that is left out.
+
+    Attributes:
+        reason: a word or two, one of few.
+        detail: what was found.
+        sample: the rejected text.
+        labels: as a candidate's.
+    """
+
+    reason: str
+    detail: str = ""
+    sample: str = ""
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+class Rejected(Exception):
+    """Raised by a job that gives up its only candidate."""
+
+    def __init__(self, reason: str, detail: str = "", sample: str = "") -> None:
+        """Sets the reason; see `Rejection`."""
+        super().__init__(f"{reason}: {detail}")
+        self.rejection = Rejection(reason=reason, detail=detail, sample=sample)
+
+
+Result = Candidate | Rejection
+Verdict = Rejection | None
+Step = Sequence[Request] | Sequence[Proposal]
+Job = Generator[Step, list[Any], Sequence[Result]]
+"""Yields requests and gets `ChatReply`, or yields proposals and gets a `Verdict` for each."""
+
+
+class Maker(Protocol):
+    """One kind of data: where its candidates come from."""
+
+    @property
+    def kind(self) -> str:
+        """Its name on the command line."""
+
+    @property
+    def num_candidates(self) -> int | None:
+        """The number of candidates; None for no end."""
+
+    def settings(self) -> dict[str, Any]:
+        """Returns what decides its requests: prompts, seeds, tables, hashes of source files."""
+
+    def batch(self, number: int, kept: Sequence[Candidate]) -> list[tuple[str, Job]]:
+        """Returns the jobs of a batch by their ids; none where the source is exhausted.
+
+        Args:
+            number: of the batch, from 0 on.
+            kept: the rows of all batches before it.
+        """
+
+    def assumed(self, request: Request) -> str:
+        """Returns a reply of usual length, for the estimate of a dry run."""
+
+
+def ask(request: Request) -> Generator[Step, list[Any], str]:
+    """Yields one request and returns the text of its reply."""
+    (reply,) = yield [request]
+    return text_of(reply)
+
+
+def text_of(reply: ChatReply) -> str:
+    """Returns the text of a reply without its thoughts.
+
+    Raises:
+        Rejected: there is none, it is empty, or it was cut off.
+    """
+    if reply.text is None:
+        reason = "refused by the server" if reply.failure == "refused" else "no reply"
+        raise Rejected(reason, reply.error or reply.failure or "")
+    text = judged_text(reply)
+    if reply.finish_reason == "length":
+        raise Rejected("cut off", "the reply is longer than --max_new_tokens", text)
+    if not text:
+        raise Rejected("empty reply", "", reply.text)
+    return text
+
+
+def with_labels(result: Result, labels: Mapping[str, str]) -> Result:
+    """Adds labels to a result that has none."""
+    return result if result.labels else dataclasses.replace(result, labels=dict(labels))
+
+
+def object_of(text: str) -> dict[str, Any]:
+    """Returns the JSON object of a reply, bare or in a code fence, thoughts before it apart.
+
+    Raises:
+        Rejected: there is none.
+    """
+    try:
+        return final_answer(text)[1]
+    except BadReply as bad:
+        raise Rejected("broken JSON", str(bad), text) from bad

@@ -1,0 +1,277 @@
+"""Distilled instructions of a scripted teacher: every planted fault is found, and no other."""
+
+import json
+import os
+import pathlib
+import random
+import subprocess
+import sys
+import time
+from collections import Counter
+
+import pytest
+
+from huatuo_jax import synthesize
+from huatuo_jax.data.readers import read_dialogues
+from huatuo_jax.synthesis.instructions import read_seeds
+from huatuo_jax.synthesis.tables import draw_settings, read_table
+from tests.synthesis import run_synthesis
+from tests.synthesis.scripted_instructions import ScriptedInstructions
+from tests.synthesis.teacher_server import KEY, MODEL, TeacherServer, price_table, some_fault
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def key(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+
+
+def flags(folder, server, **given):
+    return {
+        "kind": "distilled_instruction",
+        "output": str(folder / "rows.jsonl"),
+        "teacher": f"openai:{MODEL}",
+        "base_url": server.url,
+        "prices": price_table(folder / "prices.json"),
+        "num_rows": 60,
+        "batch_size": 6,
+        **given,
+    }
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_every_planted_fault_is_found_and_no_other(tmp_path):
+    teacher = ScriptedInstructions()
+    with TeacherServer(teacher) as server:
+        run_synthesis.run(flags(tmp_path, server, num_rows=260, batch_size=16))
+    kept = rows_of(tmp_path / "rows.jsonl")
+    rejected = rows_of(tmp_path / "rows.jsonl.rejected.jsonl")
+    assert len(kept) >= 260
+    found = Counter(one["reason"] for one in rejected)
+    items = Counter(fault for fault in teacher.planted.values() if fault)
+    answers = Counter(fault for fault in teacher.answers.values() if fault)
+    whole = Counter(teacher.whole.values())
+    planted = [*items.values(), *answers.values(), *whole.values()]
+    assert min(planted) >= 2, (items, answers, whole)
+    for one in kept:
+        assert teacher.planted[one["instruction"]] is None, one["instruction"]
+        assert teacher.answers[one["messages"][0]["content"]] is None
+    for one in rejected:
+        text, _, _ = one["sample"].partition("\n\n")
+        if one["reason"] in ("echo", "cut off") or one["sample"] in teacher.whole:
+            continue
+        if text in teacher.planted:
+            assert teacher.planted[text] == one["reason"], one
+    for reason in found.keys() - {"near duplicate"}:
+        assert found[reason] == items[reason] + answers[reason] + whole[reason], reason
+    assert found["near duplicate"] >= items["near duplicate"] > 0
+    assert set(found) == set(items) | set(answers) | set(whole)
+
+
+def test_yield_and_cost_are_the_servers_own_count(tmp_path):
+    with TeacherServer(ScriptedInstructions(), fault=some_fault(0.1)) as server:
+        run_synthesis.run(flags(tmp_path, server))
+    report = json.loads((tmp_path / "rows.jsonl.report.json").read_text(encoding="utf-8"))
+    delivered = server.delivered()
+    cost = report["cost"]
+    assert cost["requests"] == len(server.calls)
+    assert cost["input_tokens"] == sum(call.input_tokens for call in delivered)
+    assert cost["output_tokens"] == sum(call.output_tokens for call in delivered)
+    assert cost["money"] == pytest.approx(server.money(delivered), abs=1e-9)
+    assert cost["unknown_requests"] == sum(c.outcome in ("cut", "garbled") for c in server.calls)
+    rows = len(rows_of(tmp_path / "rows.jsonl"))
+    rejected = len(rows_of(tmp_path / "rows.jsonl.rejected.jsonl"))
+    assert (report["rows"], report["candidates"]) == (rows, rows + rejected)
+    assert report["yield"] == rows / (rows + rejected)
+    assert cost["money_per_row"] == pytest.approx(server.money(delivered) / rows, abs=1e-12)
+
+
+def result(folder):
+    """What must not depend on faults and kills."""
+    report = json.loads((folder / "rows.jsonl.report.json").read_text(encoding="utf-8"))
+    return (
+        (folder / "rows.jsonl").read_bytes(),
+        (folder / "rows.jsonl.rejected.jsonl").read_bytes(),
+        {name: report[name] for name in ("yield", "labels", "rejections", "diversity", "lengths")},
+    )
+
+
+def run_in_process(given):
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.synthesis.run_synthesis", json.dumps(given)],
+        cwd=ROOT,
+        env=dict(os.environ, PYTHONPATH=str(ROOT)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_faults_of_the_server_and_five_kills_change_nothing_and_pay_nothing_twice(tmp_path):
+    unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
+    unbroken.mkdir()
+    killed.mkdir()
+    with TeacherServer(ScriptedInstructions()) as server:
+        run_synthesis.run(flags(unbroken, server))
+        num_needed = len(server.calls)
+    draw = random.Random(0)
+    with TeacherServer(
+        ScriptedInstructions(), fault=some_fault(0.3, seed=1), delay_s=0.05
+    ) as server:
+        given = flags(killed, server, concurrency=4)
+        for kill in range(1, 6):
+            process = run_in_process(given)
+            while len(server.calls) < kill * num_needed // 5:
+                assert process.poll() is None, process.stdout.read()
+                time.sleep(0.005)
+            time.sleep(draw.uniform(0.0, 0.05))
+            process.kill()
+            process.wait()
+        process = run_in_process(given)
+        output, _ = process.communicate()
+        assert process.returncode == 0, output
+        assert result(killed) == result(unbroken)
+        # A reply that was on its way when the run was killed is asked for again.
+        assert len(server.delivered()) <= num_needed + 5 * 4
+        spent = json.loads((killed / "rows.jsonl.report.json").read_text(encoding="utf-8"))["cost"]
+        assert spent["requests"] == len(server.calls)
+        before = len(server.calls)
+        run_synthesis.run(given)
+        assert len(server.calls) == before
+        assert result(killed) == result(unbroken)
+
+
+def test_a_budget_stops_the_run_and_a_larger_one_goes_on(tmp_path):
+    with TeacherServer(ScriptedInstructions()) as server:
+        whole = tmp_path / "whole"
+        whole.mkdir()
+        run_synthesis.run(flags(whole, server))
+        needed = len(server.calls)
+        parts = tmp_path / "parts"
+        parts.mkdir()
+        given = flags(parts, server)
+        with pytest.raises(ValueError, match="max_requests=20 is spent.*the rows that are done"):
+            run_synthesis.run({**given, "max_requests": 20})
+        assert len(server.calls) == needed + 20
+        report = json.loads((parts / "rows.jsonl.report.json").read_text(encoding="utf-8"))
+        assert "max_requests=20 is spent" in report["stopped"]
+        assert 0 < report["rows"] == len(rows_of(parts / "rows.jsonl"))
+        run_synthesis.run(given)
+        assert len(server.calls) == 2 * needed
+        assert result(parts) == result(whole)
+
+
+def test_a_dry_run_sends_nothing_and_tells_the_cost(tmp_path, capsys):
+    with TeacherServer(ScriptedInstructions()) as server:
+        run_synthesis.run(flags(tmp_path, server, dry_run=True, num_rows=100))
+        assert not server.calls
+    told = capsys.readouterr().out
+    assert "5 batches of 24 rows: 30 requests to instruct, 120 requests to answer" in told
+    assert "150 requests, about " in told and " EUR" in told
+    assert "nothing was sent or computed" in told
+    assert [path.name for path in tmp_path.iterdir()] == ["prices.json"]
+
+
+def test_another_setting_for_the_same_output_is_refused(tmp_path):
+    with TeacherServer(ScriptedInstructions()) as server:
+        run_synthesis.run(flags(tmp_path, server, num_rows=10))
+        before = len(server.calls)
+        with pytest.raises(ValueError, match="seed was 0 and is 1 now; choose another --output"):
+            run_synthesis.run(flags(tmp_path, server, num_rows=10, seed=1))
+        assert len(server.calls) == before
+        run_synthesis.run(flags(tmp_path, server, num_rows=40))  # More rows are no other setting.
+
+
+def test_rows_load_as_dialogues_to_train_on(tmp_path):
+    with TeacherServer(ScriptedInstructions()) as server:
+        run_synthesis.run(flags(tmp_path, server))
+    reading = read_dialogues(tmp_path / "rows.jsonl")
+    dialogues = list(reading)
+    assert not reading.errors and len(dialogues) >= 60
+    assert {one.kind for one in dialogues} == {"distilled_instruction"}
+    assert {one.source for one in dialogues} == {f"synthesis, {MODEL}"}
+    assert all([m.role for m in one.messages] == ["user", "assistant"] for one in dialogues)
+
+
+def test_departments_roles_and_use_cases_come_equally_often(tmp_path):
+    with TeacherServer(ScriptedInstructions()) as server:
+        run_synthesis.run(flags(tmp_path, server, num_rows=250, batch_size=13))
+    report = json.loads((tmp_path / "rows.jsonl.report.json").read_text(encoding="utf-8"))
+    table = read_table()
+    for name, entries in (
+        ("department", table.departments),
+        ("role", table.roles),
+        ("use_case", table.use_cases),
+    ):
+        counts = report["labels"][name]
+        assert set(counts) == {one.zh for one in entries}
+        mean = report["rows"] / len(entries)
+        # Rows of the last batch are rejected after all were drawn.
+        assert 0.5 * mean <= min(counts.values()) and max(counts.values()) <= 1.5 * mean
+
+
+def test_settings_are_drawn_for_what_the_kept_rows_have_least_of():
+    table = read_table()
+    kept = [{"department": one.zh} for one in table.departments[1:]]
+    (first,) = draw_settings(table, ("zh",), 1, kept=kept, draw=random.Random(0))
+    assert first.department == table.departments[0]
+    drawn = draw_settings(table, ("zh", "en"), 100, kept=[], draw=random.Random(0))
+    assert Counter(one.language for one in drawn) == {"zh": 50, "en": 50}
+
+
+def test_shipped_seeds_are_in_both_languages_and_no_two_alike():
+    seeds = read_seeds()
+    assert Counter(one.language for one in seeds) == {"zh": 32, "en": 24}
+    assert len({one.prompt for one in seeds}) == len(seeds)
+    maker, known = synthesize.MAKERS["distilled_instruction"](
+        synthesize.Flags(kind="distilled_instruction", output="x", teacher="openai:x", base_url="x")
+    )
+    assert len(known) == len(seeds) and maker.kind == "distilled_instruction"
+
+
+def test_seeds_in_the_form_of_self_instruct_are_read(shared_data):
+    seeds = read_seeds(shared_data / "8_synthesis" / "self_instruct_seed_tasks.jsonl")
+    assert len(seeds) == 175 and {one.language for one in seeds} == {"en"}
+
+
+WRONG = {
+    "no seeds": ({"seeds": "missing.jsonl"}, "seeds: there is no file missing.jsonl"),
+    "a language": ({"languages": ("fr",)}, "--languages=fr should be zh, en or zh,en"),
+    "no rows": ({"num_rows": 0}, "--num_rows=0 must be at least 1"),
+    "money without a price": (
+        {"max_cost": 1.0, "teacher": "openai:unknown"},
+        "--max_cost=1 needs a price for 'unknown'",
+    ),
+    "money for the clinic": (
+        {"max_cost": 1.0, "teacher": "clinic", "base_url": None, "prices": None},
+        "--max_cost is for a teacher named openai:NAME, and --teacher is clinic",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_wrong_is_one_line_before_anything_is_sent(tmp_path, case):
+    given, message = WRONG[case]
+    with TeacherServer(ScriptedInstructions()) as server:
+        with pytest.raises(ValueError) as caught:
+            run_synthesis.run(flags(tmp_path, server, **given))
+        assert message in str(caught.value) and "\n" not in str(caught.value)
+        assert not server.calls
+
+
+def test_the_clinic_is_a_teacher_without_server_or_weights(tmp_path):
+    synthesize.main(
+        synthesize.Flags(
+            kind="distilled_instruction", output=str(tmp_path / "rows.jsonl"), num_rows=40
+        )
+    )
+    rows = rows_of(tmp_path / "rows.jsonl")
+    assert len(rows) >= 40 and len(list(read_dialogues(tmp_path / "rows.jsonl"))) == len(rows)
+    page = (tmp_path / "rows.jsonl.report.html").read_text(encoding="utf-8")
+    assert "Yield and cost" in page and "huatuo_jax clinic" in page
+    card = (tmp_path / "rows.jsonl.card.md").read_text(encoding="utf-8")
+    assert card.startswith("---\n") and "# distilled_instruction" in card
