@@ -111,7 +111,8 @@ def run_in_process(given):
     )
 
 
-def test_faults_of_the_server_and_five_kills_change_nothing_and_pay_nothing_twice(tmp_path):
+@pytest.mark.parametrize("num_kills", [1, pytest.param(5, marks=pytest.mark.slow)])
+def test_faults_of_the_server_and_kills_change_nothing_and_pay_nothing_twice(tmp_path, num_kills):
     unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
     unbroken.mkdir()
     killed.mkdir()
@@ -123,9 +124,9 @@ def test_faults_of_the_server_and_five_kills_change_nothing_and_pay_nothing_twic
         ScriptedInstructions(), fault=some_fault(0.3, seed=1), delay_s=0.05
     ) as server:
         given = flags(killed, server, concurrency=4)
-        for kill in range(1, 6):
+        for kill in range(1, num_kills + 1):
             process = run_in_process(given)
-            while len(server.calls) < kill * num_needed // 5:
+            while len(server.calls) < kill * num_needed // (num_kills + 1):
                 assert process.poll() is None, process.stdout.read()
                 time.sleep(0.005)
             time.sleep(draw.uniform(0.0, 0.05))
@@ -136,9 +137,10 @@ def test_faults_of_the_server_and_five_kills_change_nothing_and_pay_nothing_twic
         assert process.returncode == 0, output
         assert result(killed) == result(unbroken)
         # A reply that was on its way when the run was killed is asked for again.
-        assert len(server.delivered()) <= num_needed + 5 * 4
+        assert len(server.delivered()) <= num_needed + num_kills * 4
         spent = json.loads((killed / "rows.jsonl.report.json").read_text(encoding="utf-8"))["cost"]
-        assert spent["requests"] == len(server.calls)
+        # A call is booked before it is sent: killed in between, it never reaches the server.
+        assert len(server.calls) <= spent["requests"] <= len(server.calls) + num_kills * 4
         before = len(server.calls)
         run_synthesis.run(given)
         assert len(server.calls) == before
