@@ -20,11 +20,31 @@ if "XLA_FLAGS" not in os.environ:  # Of several workers the first process asks f
 
 import jax
 import pytest
+from jax._src import compilation_cache
 
 from huatuo_jax.core import sharding
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def _only_cache_programs_of_one_device():
+    """Keeps programs of several devices out of the compilation cache, and only those.
+
+    A run has one mesh, so the package disables the cache for the whole process at the first of
+    several devices. The tests of a process have many: each program is asked for its devices, and
+    one without a key is neither looked up nor written.
+    """
+    key_of = compilation_cache.get_cache_key
+
+    def key_of_one_device(module, devices, *options):
+        return key_of(module, devices, *options) if devices.size == 1 else None
+
+    compilation_cache.get_cache_key = key_of_one_device
+    sharding._compile_anew = lambda: None
+
+
+_only_cache_programs_of_one_device()
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ it.
 
 import asyncio
 import collections
+import contextlib
 import dataclasses
 import decimal
 import json
@@ -108,16 +109,20 @@ class RateLimiter:
         self._turn = asyncio.Lock()
         self._held_until_s = now_s
         self._given_up: Exception | None = None
+        self._gave_up = asyncio.Event()
 
     def give_up(self, error: Exception) -> None:
         """Lets nothing through any more: every waiting or later call gets this error."""
         self._given_up = error
+        self._gave_up.set()
 
     async def rest(self, seconds: float) -> None:
         """Waits for this long, or until the limiter gives up."""
-        until_s = self._clock() + seconds
-        while (wait_s := until_s - self._clock()) > 0:
-            await self._sleep(wait_s)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._gave_up.wait()
+        if self._given_up is not None:
+            raise self._given_up
 
     def hold(self, seconds: float) -> None:
         """Lets no call through for this long, as the server has asked."""

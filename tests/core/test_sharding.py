@@ -5,6 +5,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import time
 from typing import Any
 
 import jax
@@ -152,6 +153,22 @@ def test_several_cpu_devices_never_run_a_program_from_the_compilation_cache(tmp_
     )
     before, after = map(int, result.stdout.split())
     assert before == after > 0
+
+
+@pytest.mark.parametrize(("num_devices", "cached"), [(1, True), (8, False)])
+def test_of_the_tests_programs_only_those_of_one_device_are_cached(num_devices, cached):
+    sharding.make_mesh()
+    mesh = sharding.make_mesh(devices=jax.devices()[:num_devices])
+
+    def total(x):
+        return x.sum()
+
+    # The name of a program is the beginning of its file's.
+    total.__name__ = f"total_{os.getpid()}_{time.time_ns()}"
+    rows = jax.device_put(np.ones((8, 2), np.float32), sharding.batch_sharding(mesh))
+    assert jax.jit(total)(rows) == 16
+    folder = pathlib.Path(jax.config.jax_compilation_cache_dir)
+    assert any(folder.glob(f"*{total.__name__}*")) == cached
 
 
 def test_make_mesh_fills_the_free_axis():
