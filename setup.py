@@ -21,6 +21,13 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
+    classifiers=[
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
     packages=[*find_packages(include=["huatuo_jax", "huatuo_jax.*"]), "huatuo_jax.configs"],
     package_dir={"huatuo_jax.configs": "configs"},  # A checkout has the cards beside the package.
     package_data={"huatuo_jax": [f"**/{files}" for files in DATA]},

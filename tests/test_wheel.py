@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -228,3 +229,12 @@ def test_the_python_surface_of_an_installed_wheel_answers_scores_and_saves(
     script.write_text(f"import huatuo_jax as hj\n{lines}", encoding="utf-8")
     run(installed.python, script, cwd=trained[0])
     assert (trained[0] / "exported" / "policy" / "config.json").is_file()
+
+
+def test_the_pythons_that_are_named_are_those_that_the_workflow_tests():
+    setup = (ROOT / "setup.py").read_text(encoding="utf-8")
+    workflow = (ROOT / ".github" / "workflows" / "tests.yml").read_text(encoding="utf-8")
+    named = re.findall(r'"Programming Language :: Python :: (\d\.\d+)"', setup)
+    (tested,) = re.findall(r"^ +python: \[(.+)\]$", workflow, re.MULTILINE)
+    assert named == re.findall(r"\d\.\d+", tested)
+    assert f'python_requires=">={named[0]}"' in setup

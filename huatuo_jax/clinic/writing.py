@@ -310,8 +310,3 @@ def counted_sentences(texts: Iterable[str]) -> set[str]:
             if terms or any(phrase in bare for phrase in _PHRASES):
                 found.add(bare)
     return found
-
-
-def shared_sentences(training: Iterable[str], held_out: Iterable[str]) -> set[str]:
-    """Returns the sentences with a term of the tables on both sides; there should be none."""
-    return counted_sentences(training) & counted_sentences(held_out)

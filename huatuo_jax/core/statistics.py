@@ -54,11 +54,6 @@ class Interval(NamedTuple):
     high: float
     num_prompts: int
 
-    @property
-    def without_zero(self) -> bool:
-        """Tells whether the interval lies on one side of 0."""
-        return self.low > 0 or self.high < 0
-
     def to_json(self) -> dict[str, float | int]:
         """Returns the numbers by name."""
         return self._asdict()

@@ -494,11 +494,6 @@ class BatchIterator(grain.DatasetIterator[Row]):
         self._next_row += self._batch_size
         return batch
 
-    @property
-    def next_row(self) -> int:
-        """Global index of the next batch's first row."""
-        return self._next_row
-
     def get_state(self) -> dict[str, Any]:
         """Returns the position, as JSON values."""
         return {"next_row": self._next_row}

@@ -398,7 +398,7 @@ def _counts(shares: Sequence[SourceShare], sizes: Sequence[int]) -> list[int]:
         unweighted = [share.name for share in shares if share.weight is None]
         raise ValueError(f"mixture: {unweighted} have no weight, it should be all sources or none")
     if weights:
-        exact = [weight / sum(weights) * sum(sizes) for weight in weights]
+        exact = [weight / math.fsum(weights) * sum(sizes) for weight in weights]
     else:
         passes = [1.0 if share.epochs is None else share.epochs for share in shares]
         exact = [times * size for times, size in zip(passes, sizes, strict=True)]

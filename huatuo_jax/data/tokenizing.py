@@ -209,11 +209,6 @@ class Progress(NamedTuple):
     num_tokens: int
     seconds: float
 
-    @property
-    def tokens_per_second(self) -> float:
-        """The speed so far, in tokens kept."""
-        return self.num_tokens / max(self.seconds, 1e-9)
-
 
 def tokenize_in_chunks(
     dialogues: Sequence[Item],

@@ -8,6 +8,7 @@ asked again by the next run, except where the server refused it.
 import asyncio
 import functools
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -127,7 +128,7 @@ class ReplyFile:
         estimates = [
             request_estimate(body, max_tokens=self._cfg.max_tokens, price=price) for body in left
         ]
-        cost = None if price is None else sum(one.cost or 0.0 for one in estimates)
+        cost = None if price is None else math.fsum(one.cost or 0.0 for one in estimates)
         return Cost(
             requests=len(left),
             input_tokens=sum(one.input_tokens for one in estimates),

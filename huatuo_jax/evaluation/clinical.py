@@ -6,6 +6,7 @@ response from 1 to 5 for fluency, relevance, completeness and proficiency in med
 """
 
 import json
+import math
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -242,7 +243,7 @@ def clinical_figures(
     number_of = {case.id: number for number, case in enumerate(cases)}
     cases_N = np.array([number_of[name] for (name, _), _ in judged], np.int64)
     values = {name: [float(found[name]) for _, found in judged] for name in CRITERIA}
-    overall = [sum(found[name] for name in CRITERIA) / len(CRITERIA) for _, found in judged]
+    overall = [math.fsum(found[name] for name in CRITERIA) / len(CRITERIA) for _, found in judged]
     values["overall"] = overall
     by_question: dict[int, list[float]] = {}
     for ((_, index), _), value in zip(judged, overall, strict=True):
@@ -255,7 +256,7 @@ def clinical_figures(
             for name, found in values.items()
         },
         "by_question": [
-            {"question": index + 1, "value": sum(found) / len(found), "num": len(found)}
+            {"question": index + 1, "value": math.fsum(found) / len(found), "num": len(found)}
             for index, found in sorted(by_question.items())
         ],
         "num_cases": len(cases),

@@ -167,9 +167,9 @@ def macro_mean(shares: Sequence[Proportion | Macro]) -> Macro:
     (Stat. Med. 27, 2008), so that it is not empty where all shares are 0 or 1.
     """
     count = len(shares)
-    value = sum(share.value for share in shares) / count
-    below = math.sqrt(sum((share.value - share.low) ** 2 for share in shares)) / count
-    above = math.sqrt(sum((share.high - share.value) ** 2 for share in shares)) / count
+    value = math.fsum(share.value for share in shares) / count
+    below = math.sqrt(math.fsum((share.value - share.low) ** 2 for share in shares)) / count
+    above = math.sqrt(math.fsum((share.high - share.value) ** 2 for share in shares)) / count
     return Macro(value, value - below, value + above, count)
 
 

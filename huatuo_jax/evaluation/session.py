@@ -10,6 +10,7 @@ read: texts that are not there yet are taken as long as they may be, and costs a
 """
 
 import hashlib
+import math
 import pathlib
 import random
 import re
@@ -345,7 +346,7 @@ class Session:
                 requests=sum(one.requests for one in costs),
                 input_tokens=sum(one.input_tokens for one in costs),
                 max_output_tokens=sum(one.max_output_tokens for one in costs),
-                cost=sum(known) if len(known) == len(costs) else None,
+                cost=math.fsum(known) if len(known) == len(costs) else None,
                 currency=costs[0].currency,
             )
             lines.append(f"{what}: {total}")

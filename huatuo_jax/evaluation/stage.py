@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import json
+import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -402,7 +403,7 @@ def _less(values: Sequence[float | None], others: Sequence[float | None]) -> lis
 
 def _kl(ratios: Values, num_tokens: int, *, seed: int) -> dict[str, Any]:
     per_sequence = mean_over_prompts(ratios, seed=seed)
-    total = sum(one for one in itertools.chain(*ratios.values()) if one is not None)
+    total = math.fsum(one for one in itertools.chain(*ratios.values()) if one is not None)
     return {
         "per_sequence": _json(per_sequence),
         "per_token": total / num_tokens if num_tokens else None,

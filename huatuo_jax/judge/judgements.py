@@ -6,6 +6,7 @@ supersedes it. `current` returns what holds, at most one judgement of a question
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -16,7 +17,6 @@ import time
 import typing
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, Literal, TypeVar, get_args
 
 from huatuo_jax.core.files import AppendedFile, read_lines
@@ -429,7 +429,7 @@ class Judge(typing.Protocol):
 _TO_DISK_EVERY_S = 1.0
 
 
-class LabelsFile:
+class LabelsFile(contextlib.AbstractContextManager["LabelsFile"]):
     """A labels file opened for one run; a context manager.
 
     It is made with its first judgement, so that a run that cannot start leaves nothing behind. A
@@ -457,16 +457,7 @@ class LabelsFile:
         if self._path.exists():
             self._open()
 
-    def __enter__(self) -> "LabelsFile":
-        """Returns the file itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Flushes the file to disk and closes it."""
         if self._file is not None:
             self._file.close()

@@ -9,6 +9,7 @@ answers that were being judged, and asks about none that has a verdict.
 import dataclasses
 import hashlib
 import json
+import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -294,7 +295,7 @@ class HeldOutJudging:
             verdicts |= verdicts_of(labels.judgements, one=1, other=0)
             costs = [one.cost for one in labels.judgements]
             known = [one for one in costs if one is not None]
-            cost = sum(known) if len(known) == len(costs) else None
+            cost = math.fsum(known) if len(known) == len(costs) else None
             if not verdicts:
                 raise ValueError(
                     f"{answers}: the judge gave no pair a verdict in both orders (the verdicts "

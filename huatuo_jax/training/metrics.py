@@ -21,6 +21,7 @@ adapters the gradients of frozen weights are not computed, and 6 becomes 4; the 
 products are left out as small.
 """
 
+import contextlib
 import dataclasses
 import math
 import pathlib
@@ -65,7 +66,7 @@ PEAK_FLOPS: dict[str, float] = {
 Sums = dict[str, jax.Array]
 
 
-class MetricsLog:
+class MetricsLog(contextlib.AbstractContextManager["MetricsLog"]):
     """Writes rows of one stage; used as a context manager, by one process of a run."""
 
     def __init__(
@@ -120,10 +121,6 @@ class MetricsLog:
         self._file.close()
         if self._events is not None:
             self._events.close()
-
-    def __enter__(self) -> "MetricsLog":
-        """Returns the log itself."""
-        return self
 
     def __exit__(self, *_: object) -> None:
         """Closes it."""

@@ -60,6 +60,15 @@ def test_more_than_one_epoch_repeats_every_example_evenly():
     assert Counter(counts.values()) == {2: 5, 3: 5}
 
 
+def test_equal_weights_are_equal_shares_on_any_python():
+    """Added one after another, as `sum` did before Python 3.12, ten times 0.1 is less than 1."""
+    shares = [SourceShare(name=f"s{n}", weight=0.1) for n in range(10)]
+    names = [share.name for share in shares]
+    source_ids = np.array([n % 10 for n in range(25)], np.int32)
+    mixture = Mixture(source_ids, names, shares, seed=0)  # 2.5 examples each, rounded to even
+    assert set(mixture.examples_per_source.values()) == {2}
+
+
 def test_weights_are_shares_of_the_mixture():
     shares = [
         SourceShare(name="small", weight=1.0),

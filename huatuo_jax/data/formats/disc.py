@@ -118,7 +118,7 @@ def _scored(place: Row, dialogues: dict[_Key, tuple[Row, Dialogue]], taken: set[
         raise RowProblem(f"a second score for {key}")
     scores = disc_scores_of(row)
     taken.add(key)
-    return _Scored(place, key, dialogues[key][1], sum(scores.values()) / len(scores))
+    return _Scored(place, key, dialogues[key][1], math.fsum(scores.values()) / len(scores))
 
 
 def _compare(rows: Sequence[_Scored], source: str | None) -> Iterator[Outcome]:

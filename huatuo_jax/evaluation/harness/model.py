@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 import logging
+import math
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -245,7 +246,7 @@ class HuatuoLM(LM):
             for token_ids in self._encode(texts)
         ]
         scored = iter(self._score([pair for one in windows for pair in one]))
-        sums = [sum(next(scored).log_prob for _ in one) for one in windows]
+        sums = [math.fsum(next(scored).log_prob for _ in one) for one in windows]
         for text, value in zip(texts, sums, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", (text,), value)
         return sums
