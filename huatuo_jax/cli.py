@@ -41,6 +41,11 @@ COMMANDS = {
     "evaluate": Command(
         "evaluate", "compare models on exams, questions and consultations", with_sections=True
     ),
+    "serve": Command(
+        "serving.command",
+        "serve models over HTTP, as OpenAI does, with a web page",
+        with_sections=True,
+    ),
     "chat": Command("chat", "talk to a model in the terminal"),
     "push": Command("hub.push", "push a run to the Hugging Face Hub", "PushConfig"),
 }

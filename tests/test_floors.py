@@ -29,9 +29,9 @@ FLOORS = {
     "convert": 12,
     "evaluate": 12,
     "inspect_data": 12,
-    "serving": 13,
     "api": 13,
     "chat": 14,
+    "serving": 14,
     "cli": 15,
 }
 
