@@ -1,9 +1,11 @@
 """The command that serves models over HTTP."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import logging
 import os
+import signal
 import socket
 import sys
 
@@ -122,7 +124,10 @@ def main(flags: Flags) -> None:
         print(f"{names} at http://{shown}:{port}/ (interface: http://{shown}:{port}/v1)")
         sys.stdout.flush()
         logging.getLogger("huatuo_jax.serving").addHandler(logging.StreamHandler())
-        uvicorn.Server(config).run(sockets=[listening])
+        # uvicorn ends at both signals, and raises them once more afterwards.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        with contextlib.suppress(KeyboardInterrupt):
+            uvicorn.Server(config).run(sockets=[listening])
 
 
 def _listen(host: str, port: int) -> socket.socket:
