@@ -65,7 +65,7 @@ setup(
             TORCH,
             *DOCS,
             *EVALUATION,
-            *LM_EVAL,
+            "lm-eval[api]>=0.4.13,<0.5",
             *SERVE,
             "accelerate>=1.15",
             "ipython>=9.0",

@@ -33,6 +33,8 @@ class Flags:
         cors: origins whose web pages may ask, as https://example.org; `*` for all.
         max_waiting: answers that wait for a slot of a model before more are refused.
         slots: answers that a model writes at once.
+        prefix_cache_tokens: of earlier prompts and answers that a model keeps, so that a later turn
+            and a shared system text are not computed again; 0 for none.
         max_length: tokens of a conversation and its answer; None for the model's positions.
         template: chat template by name; None for each model's own.
         default_system: system text of conversations without one; None for the template's own.
@@ -50,6 +52,7 @@ class Flags:
     cors: tuple[str, ...] = ()
     max_waiting: int = 256
     slots: int = 32
+    prefix_cache_tokens: int = 8192
     max_length: int | None = None
     template: str | None = None
     default_system: str | None = None
@@ -62,7 +65,12 @@ class Flags:
         """Raises ValueError for an invalid field."""
         if not self.model:
             raise ValueError("--model is missing; give the folder of a model")
-        for name, least in (("max_waiting", 1), ("slots", 1), ("port", 0)):
+        for name, least in (
+            ("max_waiting", 1),
+            ("slots", 1),
+            ("port", 0),
+            ("prefix_cache_tokens", 0),
+        ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
         if self.port > 65535:
@@ -103,7 +111,13 @@ def main(flags: Flags) -> None:
 
     key = flags.api_key or os.environ.get(KEY_VARIABLE, "").strip()
     with _listen(flags.host, flags.port) as listening:  # Before the models, which take long.
-        served = load(flags.model, flags.reward_model, flags.settings, slots=flags.slots)
+        served = load(
+            flags.model,
+            flags.reward_model,
+            flags.settings,
+            slots=flags.slots,
+            prefix_cache_tokens=flags.prefix_cache_tokens,
+        )
         app = make_app(
             served,
             max_waiting=flags.max_waiting,

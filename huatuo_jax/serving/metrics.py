@@ -16,6 +16,16 @@ _LONG_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _GAUGES: tuple[tuple[str, str, Callable[[ServedEngine], float]], ...] = (
     ("answers_waiting", "Answers that wait for a slot.", lambda engine: engine.waiting),
     ("answers_running", "Answers under way.", lambda engine: engine.running),
+    (
+        "cached_prompt_tokens",
+        "Tokens of prompts that the prefix cache held, since the start.",
+        lambda engine: engine.engine.report.cached_prompt_tokens,
+    ),
+    (
+        "computed_prompt_tokens",
+        "Tokens of prompts that were run through the model, since the start.",
+        lambda engine: engine.engine.report.prompt_tokens,
+    ),
 )
 
 

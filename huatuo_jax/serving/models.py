@@ -15,6 +15,7 @@ from huatuo_jax.api.models import RewardModel, open_reward_model
 from huatuo_jax.backbone.config import ComputeConfig
 from huatuo_jax.data.python_data import as_prompt
 from huatuo_jax.data.records import Messages
+from huatuo_jax.generation.programs import PAGE_SIZE
 from huatuo_jax.generation.requests import Request, SamplingConfig, slots_for
 from huatuo_jax.generation.saved_model import SavedModel
 from huatuo_jax.serving.bodies import ChatMessage, Sampling
@@ -283,7 +284,9 @@ def named(sources: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def load_policy(name: str, source: str, settings: Settings, *, slots: int) -> Policy:
+def load_policy(
+    name: str, source: str, settings: Settings, *, slots: int, prefix_cache_tokens: int
+) -> Policy:
     """Loads a language model and makes its engine, which answers once before it is served.
 
     Args:
@@ -291,6 +294,7 @@ def load_policy(name: str, source: str, settings: Settings, *, slots: int) -> Po
         source: a folder of either form, or a hub id.
         settings: of its loading.
         slots: answers decoded at once; as many more as the mesh needs.
+        prefix_cache_tokens: of earlier prompts and answers to keep, likewise; 0 for none.
 
     Raises:
         ValueError: no such model, or an invalid setting.
@@ -299,10 +303,15 @@ def load_policy(name: str, source: str, settings: Settings, *, slots: int) -> Po
     saved, compute, max_length = open_for_use(source, "lm", settings)
     own = saved.default_sampling()
     slots = slots_for(slots, saved.mesh)
-    engine = ServedEngine(
-        saved.make_engine(saved.load_params(), compute, slots=slots, max_length=max_length),
+    pages = -(-prefix_cache_tokens // PAGE_SIZE)
+    made = saved.make_engine(
+        saved.load_params(),
+        compute,
         slots=slots,
+        max_length=max_length,
+        prefix_cache_pages=slots_for(pages, saved.mesh),
     )
+    engine = ServedEngine(made, slots=slots)
     engine.probe()
     return Policy(
         name=name,
@@ -335,7 +344,12 @@ def load_reward(name: str, source: str, settings: Settings) -> Reward:
 
 
 def load(
-    models: Sequence[str], reward_models: Sequence[str], settings: Settings, *, slots: int
+    models: Sequence[str],
+    reward_models: Sequence[str],
+    settings: Settings,
+    *,
+    slots: int,
+    prefix_cache_tokens: int = 0,
 ) -> Served:
     """Loads all models.
 
@@ -344,6 +358,7 @@ def load(
         reward_models: reward models likewise.
         settings: of their loading.
         slots: answers that a model writes at once.
+        prefix_cache_tokens: of earlier prompts and answers that a model keeps; 0 for none.
 
     Raises:
         ValueError: no such model, or an invalid setting.
@@ -351,6 +366,9 @@ def load(
     """
     sources = list(named([*models, *reward_models]).items())
     return Served(
-        [load_policy(*one, settings, slots=slots) for one in sources[: len(models)]],
+        [
+            load_policy(*one, settings, slots=slots, prefix_cache_tokens=prefix_cache_tokens)
+            for one in sources[: len(models)]
+        ],
         [load_reward(*one, settings) for one in sources[len(models) :]],
     )

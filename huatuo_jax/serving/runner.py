@@ -90,12 +90,13 @@ class ServedEngine:
         """Generates one token; raises what the engine raises."""
         sampling = SamplingConfig(max_new_tokens=1, temperature=0.0)
         request = Request(prompt_token_ids=[0, 0], sampling=sampling)
-        index = self.engine.submit(request)
+        self.engine.submit(request)
         try:
             while self.engine.busy:
                 self.engine.step()
-        finally:
-            self.engine.abort(index)
+        except BaseException:
+            self.engine.reset()
+            raise
 
     # The rest runs in the thread.
 
@@ -118,7 +119,8 @@ class ServedEngine:
     def drop(self, call: Call) -> None:
         """Forgets the requests of a call, whose slots are free for the next step."""
         for index in [index for index, job in self._jobs.items() if job.call is call]:
-            self._forget(index)
+            self.engine.abort(index)
+            del self._jobs[index], self._remaining[index]
         groups = [[job for job in group if job.call is not call] for group in self._suspects]
         self._suspects = deque(group for group in groups if group)
 
@@ -143,7 +145,7 @@ class ServedEngine:
             updates.append((job.call, Update(job.prompt, answer.answer_index, answer)))
             self._remaining[answer.request_index] -= 1
             if not self._remaining[answer.request_index]:
-                self._forget(answer.request_index)
+                del self._jobs[answer.request_index], self._remaining[answer.request_index]
         return updates, []
 
     def give_up(self) -> list[Call]:
@@ -159,15 +161,12 @@ class ServedEngine:
             index = self.engine.submit(job.request)
             self._jobs[index], self._remaining[index] = job, job.request.num_answers
 
-    def _forget(self, index: int) -> None:
-        self.engine.abort(index)
-        del self._jobs[index], self._remaining[index]
-
     def _after_failure(self) -> list[Call]:
         """Sets the failed requests aside in halves; returns the call of one that fails alone."""
         jobs = list(self._jobs.values())
-        for index in [*self._jobs]:
-            self._forget(index)
+        self.engine.reset()
+        self._jobs.clear()
+        self._remaining.clear()
         if len(jobs) > 1:
             half = len(jobs) // 2
             self._suspects.extendleft((jobs[half:], jobs[:half]))

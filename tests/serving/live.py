@@ -114,7 +114,7 @@ class ScriptedEngine:
         self.count = 0
         self.queue = deque()
         self.writing = {}
-        self.report = SimpleNamespace(cached_prompt_tokens=0)
+        self.report = SimpleNamespace(cached_prompt_tokens=0, prompt_tokens=0)
 
     def check(self, request):
         pass
@@ -130,6 +130,10 @@ class ScriptedEngine:
         self.writing = {
             key: one for key, one in self.writing.items() if one[0].request_index != index
         }
+
+    def reset(self):
+        self.queue.clear()
+        self.writing.clear()
 
     @property
     def running(self):

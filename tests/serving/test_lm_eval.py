@@ -15,6 +15,8 @@ from tests.api import tiny
 from tests.serving import live
 from tests.tiny import byte_level_tokenizer
 
+pytest.importorskip("tenacity", reason="the harness's clients need lm-eval[api]")
+
 EXAM = [
     {
         "id": str(index),
