@@ -26,7 +26,6 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-import generation
 import numpy as np
 from absl import app, flags
 
@@ -43,6 +42,11 @@ _VLLM = flags.DEFINE_string("vllm_python", None, "Interpreter that has vLLM.")
 _OUTPUT = flags.DEFINE_string("output", "benchmarks/results/serve_cpu.json", "Where to.")
 _BULK = flags.DEFINE_string("bulk", None, "Answer this folder's questions in this process.")
 
+SHAPES = {  # Width, feed-forward width, layers, heads.
+    "tiny": (64, 160, 2, 2),
+    "10m": (256, 704, 8, 4),
+    "50m": (512, 1408, 14, 8),
+}
 QUESTIONS = 64
 LENGTHS = (16, 96)  # Tokens of an answer.
 MAX_LENGTH = 512
@@ -112,7 +116,7 @@ def make_model(folder: pathlib.Path) -> None:
     from huatuo_jax.data import SAMPLE_FOLDER
     from huatuo_jax.hf.tokenizer import load_tokenizer
 
-    width, wide, layers, heads = generation.SHAPES[_SIZE.value]
+    width, wide, layers, heads = SHAPES[_SIZE.value]
     tokenizer = load_tokenizer(SAMPLE_FOLDER / "tokenizer")
     cfg = BackboneConfig(
         family="llama",
@@ -146,14 +150,12 @@ def make_questions() -> list[dict[str, Any]]:
 
 def bulk(folder: pathlib.Path) -> dict[str, Any]:
     """Our engine alone, on the same prompts in the same number of rounds."""
-    import huatuo_jax as hj
     from huatuo_jax.backbone.config import ComputeConfig
     from huatuo_jax.core.sharding import MeshConfig
     from huatuo_jax.data.python_data import as_prompt
     from huatuo_jax.generation.requests import Request, SamplingConfig
     from huatuo_jax.generation.saved_model import open_saved_model
 
-    assert hj
     saved = open_saved_model(str(folder / "model"), head="lm", mesh=MeshConfig())
     engine = saved.make_engine(
         saved.load_params(), ComputeConfig(), slots=_SLOTS.value, max_length=MAX_LENGTH

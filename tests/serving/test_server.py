@@ -1,6 +1,7 @@
 """The server with its engine, asked by the openai client: the engine's tokens, streamed or not."""
 
 import asyncio
+import json
 import math
 
 import numpy as np
@@ -14,8 +15,9 @@ from huatuo_jax.data.python_data import as_prompt
 from huatuo_jax.data.records import Message
 from huatuo_jax.generation.requests import Request, SamplingConfig
 from huatuo_jax.serving.models import load
+from tests import browser
 from tests.api import tiny
-from tests.serving import live
+from tests.serving import live, test_page
 
 QUESTIONS = [f"{tiny.QUESTION}{number}" for number in range(16)]
 USER = [{"role": "user", "content": tiny.QUESTION}]
@@ -381,3 +383,25 @@ def test_the_engines_default_sampling_and_limit_hold_where_nothing_is_said(serve
     )
     assert first.message.content == again.message.content  # Greedy, without a generation_config.
     assert first.finish_reason in ("stop", "length")
+
+
+def test_the_page_shows_the_servers_answers_with_their_scores(server, client):
+    asked = {"model": "policy", "messages": USER, "max_tokens": MOST, "temperature": 1}
+    seed_of = {"seed": 7, "n": 2}
+    texts = [
+        one.message.content for one in client.chat.completions.create(**asked, **seed_of).choices
+    ]
+    body = {"model": "reward", "messages": USER, "responses": texts}
+    scores = [one["score"] for one in client.post("/classify", cast_to=object, body=body)["data"]]
+    with browser.chromium() as page:
+        page.size(1280, 800)
+        numbers = {"seed": 7, "max_tokens": MOST, "temperature": 1}
+        test_page.enter(page, server, n=2, reward="reward", numbers=numbers)
+        test_page.ask(page, tiny.QUESTION)
+        test_page.until(page, "document.querySelectorAll('.score').length === 2")
+        shown = page.run("document.body.innerText")
+        kept = test_page.stored(page)
+        assert all(json.dumps(text, ensure_ascii=False)[1:-1] in kept for text in texts)
+        assert all(f"{score:.2f}" in shown.replace("\u2212", "-") for score in scores)
+        assert not page.errors
+        assert all(one.startswith((server.address, "data:")) for one in page.requests)
