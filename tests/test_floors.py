@@ -32,9 +32,9 @@ FLOORS = {
     "evaluate": 12,
     "inspect_data": 12,
     "synthesize": 12,
-    "serving": 13,
     "api": 13,
     "chat": 14,
+    "serving": 14,
     "cli": 15,
 }
 

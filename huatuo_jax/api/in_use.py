@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -205,7 +205,6 @@ class ModelInUse:
             result: of the stage that trained it; None for a model that was loaded.
         """
         self._saved, self._compute = saved, compute
-        self._scorers: dict[int, Scorer] = {}
         self.max_length = max_length
         self.result = result
 
@@ -213,6 +212,11 @@ class ModelInUse:
     def folder(self) -> pathlib.Path:
         """Returns the model's local folder."""
         return self._saved.info.folder
+
+    @property
+    def saved(self) -> SavedModel:
+        """Returns the model on disk."""
+        return self._saved
 
     @property
     def tokenizer(self) -> transformers.PreTrainedTokenizerBase:
@@ -300,15 +304,46 @@ class ModelInUse:
         )
 
     def _scorer(self, num_answers: int) -> Scorer:
-        """Returns a scorer for so many responses, whose few row lengths need few programs."""
+        return self._scorers.of(num_answers)
+
+    @functools.cached_property
+    def _scorers(self) -> "Scorers":
+        return Scorers(self._saved, self._compute, self.params, max_length=self.max_length)
+
+
+class Scorers:
+    """Scorers of a model for one response and for many; their few row lengths need few programs."""
+
+    def __init__(
+        self,
+        saved: SavedModel,
+        compute: ComputeConfig,
+        params: Mapping[str, Any],
+        *,
+        max_length: int,
+    ) -> None:
+        """Compiles nothing yet.
+
+        Args:
+            saved: the model.
+            compute: dtype and kernels.
+            params: its own, on its mesh.
+            max_length: tokens of a dialogue and a response at most.
+        """
+        self._saved, self._compute, self._params = saved, compute, params
+        self._max_length = max_length
+        self._scorers: dict[int, Scorer] = {}
+
+    def of(self, num_answers: int) -> Scorer:
+        """Returns the scorer for so many responses."""
         rows = slots_for(1 if num_answers == 1 else _ROWS_AT_ONCE, self._saved.mesh)
         if rows not in self._scorers:
             self._scorers[rows] = Scorer(
                 Transformer(self._saved.info.cfg, self._compute),
-                {"params": self.params},
+                {"params": self._params},
                 mesh=self._saved.mesh,
                 rows_at_once=rows,
-                row_length=ladder(min(_SHORTEST_ROW, self.max_length), self.max_length),
+                row_length=ladder(min(_SHORTEST_ROW, self._max_length), self._max_length),
             )
         return self._scorers[rows]
 

@@ -461,6 +461,13 @@ class RewardModel(ModelInUse):
         normalized: list[float] = self.normalization.apply(found).tolist()
         return normalized
 
+    def count_tokens(
+        self, dialogues: Sequence[DialogueLike], responses: Sequence[str | Response]
+    ) -> int:
+        """Returns the tokens of dialogues and responses; errors as of `score_batch`."""
+        given = self._given(dialogues, responses, False)
+        return sum(len(one.token_ids) for one in given)
+
     def _save_more(self, target: pathlib.Path) -> None:
         carry_normalization(self.folder, target, ignore_config_fields=self.ignored_config_fields)
 

@@ -325,6 +325,10 @@ class Engine:
             )
         if len(stops) > MAX_STOP_TOKENS:
             raise ValueError(f"stop_token_ids has {len(stops)} ids, at most {MAX_STOP_TOKENS} fit")
+        if request.num_top_log_probs > vocab_size:
+            raise ValueError(
+                f"num_top_log_probs={request.num_top_log_probs}; the model has {vocab_size} tokens"
+            )
         if request.sampling.stop_strings and self._tokenizer is None:
             raise ValueError("stop_strings need an engine with a tokenizer")
 
@@ -377,6 +381,8 @@ class Engine:
             self._pool.pages_of(rows_R),
             *self._table.of_rows(rows_R),
         )
+        if not self._table.wants_top:
+            emitted = emitted._replace(top=None)
         progress, emitted = jax.device_get((progress, emitted))
         num_tokens = self._table.take(rows_R, progress, emitted)
         if waiting:
@@ -516,4 +522,5 @@ def _answer(running: Running, *, num_tokens: int, text: str | None, reason: Fini
         sampling_log_probs=running.sampling_log_probs[:num_tokens],
         finish_reason=reason,
         usage=Usage(prompt_tokens, num_tokens),
+        top_log_probs=running.top_log_probs[:num_tokens],
     )

@@ -23,7 +23,7 @@ from huatuo_jax.generation import cache as caches
 from huatuo_jax.generation import forward
 from huatuo_jax.generation.cache import Cache, Pages
 from huatuo_jax.generation.forward import Variables
-from huatuo_jax.generation.sampling import Settings, choose
+from huatuo_jax.generation.sampling import Settings, TopTokens, choose, no_top_tokens
 
 STEPS_PER_ROUND = 8
 PAGE_SIZE = 64
@@ -48,11 +48,15 @@ class Progress(NamedTuple):
 
 
 class Emitted(NamedTuple):
-    """The results of N steps of B slots; tokens are -1 where a slot was idle."""
+    """The results of N steps of B slots; tokens are -1 where a slot was idle.
+
+    `top` is of `[N, B, K]`, and None where the host has no use for it.
+    """
 
     tokens_NB: Any
     log_probs_NB: Any
     sampling_log_probs_NB: Any
+    top: TopTokens | None
 
 
 class Programs:
@@ -145,6 +149,7 @@ class Programs:
             jnp.full((self._steps, batch), _NOTHING, jnp.int32),
             jnp.zeros((self._steps, batch), jnp.float32),
             jnp.zeros((self._steps, batch), jnp.float32),
+            no_top_tokens(self._steps, batch, self._model.cfg.padded_vocab_size),
         )
         seen_BV = _seen_tokens(cache, pages, progress, settings, self._model.cfg.padded_vocab_size)
         rows_B = jnp.arange(batch)
@@ -167,6 +172,7 @@ class Programs:
                 emitted.tokens_NB.at[step].set(shown_B),
                 emitted.log_probs_NB.at[step].set(chosen.log_probs_B),
                 emitted.sampling_log_probs_NB.at[step].set(chosen.sampling_log_probs_B),
+                jax.tree.map(lambda all, new: all.at[step].set(new), emitted.top, chosen.top),
             )
             progress = self._advance(progress, chosen.tokens_B, settings)
             seen_BV = seen_BV.at[rows_B, chosen.tokens_B].max(active_B)

@@ -13,9 +13,10 @@ from huatuo_jax.core import sharding
 from huatuo_jax.data.answers import text_of
 from huatuo_jax.generation.buckets import bucket_of
 from huatuo_jax.generation.programs import Emitted, Progress
-from huatuo_jax.generation.sampling import Settings
+from huatuo_jax.generation.sampling import MAX_TOP_LOG_PROBS, Settings, TopTokens
 
 FinishReason = Literal["stop", "length"]
+TopLogProbs = list[tuple[int, float]]  # Tokens with their log-probabilities, best first.
 
 _SEEDS = 1 << 32
 MAX_STOP_TOKENS = 16  # A fixed width, so that no request causes a recompilation.
@@ -84,12 +85,14 @@ class Request:
         seed: 0 to 2^32 - 1; the same request with the same seed has the same answers, whatever else
             the engine does.
         num_answers: number G of answers; they differ by their index.
+        num_top_log_probs: the number of best tokens to return at every place, 0 to 20.
     """
 
     prompt_token_ids: Sequence[int]
     sampling: SamplingConfig = SamplingConfig()
     seed: int = 0
     num_answers: int = 1
+    num_top_log_probs: int = 0
 
     def __post_init__(self) -> None:
         """Validates the fields."""
@@ -99,6 +102,11 @@ class Request:
             raise ValueError(f"Request.seed={self.seed} must lie between 0 and 2^32 - 1")
         if self.num_answers < 1:
             raise ValueError(f"Request.num_answers={self.num_answers} must be at least 1")
+        if not 0 <= self.num_top_log_probs <= MAX_TOP_LOG_PROBS:
+            raise ValueError(
+                f"Request.num_top_log_probs={self.num_top_log_probs} must lie between 0 and "
+                f"{MAX_TOP_LOG_PROBS}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +131,8 @@ class Answer:
         sampling_log_probs: of each token under the distribution it was drawn from.
         finish_reason: `stop` for a stop token or string, `length` for a limit.
         usage: its tokens; answers of one request share its prompt.
+        top_log_probs: for each token the best tokens there and their log-probabilities, best first,
+            under the distribution of `log_probs`; as many as the request asked for.
     """
 
     request_index: int
@@ -133,6 +143,7 @@ class Answer:
     sampling_log_probs: list[float]
     finish_reason: FinishReason
     usage: Usage
+    top_log_probs: list[TopLogProbs] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -237,6 +248,7 @@ class Running:
         token_ids: so far.
         log_probs: of each, see `Answer`.
         sampling_log_probs: of each, see `Answer`.
+        top_log_probs: of each, see `Answer`.
         num_checked: tokens already searched for stop strings.
     """
 
@@ -246,6 +258,7 @@ class Running:
     token_ids: list[int] = dataclasses.field(default_factory=list)
     log_probs: list[float] = dataclasses.field(default_factory=list)
     sampling_log_probs: list[float] = dataclasses.field(default_factory=list)
+    top_log_probs: list[TopLogProbs] = dataclasses.field(default_factory=list)
     num_checked: int = 0
 
 
@@ -279,6 +292,7 @@ class SlotTable:
             stop_token_ids_BE=filled(-1, np.int32, MAX_STOP_TOKENS),
             seed_B=filled(0, np.uint32),
             answer_B=filled(0, np.int32),
+            num_top_log_probs_B=filled(0, np.int32),
         )
 
     @property
@@ -290,6 +304,11 @@ class SlotTable:
     def lengths_B(self) -> np.ndarray:
         """Returns each slot's number of cached positions, 0 for a free one."""
         return np.where(self.progress.active_B, self.progress.positions_B, 0)
+
+    @property
+    def wants_top(self) -> bool:
+        """Returns True if any answer wants the best tokens."""
+        return bool((self.progress.active_B & (self.settings.num_top_log_probs_B > 0)).any())
 
     def occupy(self, slot: int, running: Running) -> None:
         """Puts a new answer into a slot; the cache holds all but the prompt's last token.
@@ -311,6 +330,7 @@ class SlotTable:
         settings.stop_token_ids_BE[slot, : len(sampling.stop_token_ids)] = sampling.stop_token_ids
         settings.seed_B[slot] = running.request.seed
         settings.answer_B[slot] = running.answer_index
+        settings.num_top_log_probs_B[slot] = running.request.num_top_log_probs
 
     def free_slot(self, slot: int) -> None:
         """Removes the answer from a slot, which idles at position 0."""
@@ -341,7 +361,7 @@ class SlotTable:
         """Records the results of decode steps of some slots; returns the number of tokens."""
         for own, new in zip(self.progress, progress, strict=True):
             own[rows_R] = np.asarray(new)
-        tokens_NR, log_probs_NR, sampling_NR = (np.asarray(array) for array in emitted)
+        tokens_NR, log_probs_NR, sampling_NR = (np.asarray(array) for array in emitted[:3])
         for column, slot in enumerate(rows_R):
             running = self.running[slot]
             if running is None:
@@ -350,9 +370,21 @@ class SlotTable:
             running.token_ids += tokens_NR[steps, column].tolist()
             running.log_probs += log_probs_NR[steps, column].tolist()
             running.sampling_log_probs += sampling_NR[steps, column].tolist()
+            running.top_log_probs += [
+                _top_log_probs(emitted.top, int(step), column, running.request.num_top_log_probs)
+                for step in steps
+            ]
         return int((tokens_NR >= 0).sum())
 
     def _set_progress(self, slot: int, *, token: int, position: int, active: bool) -> None:
         progress = self.progress
         progress.tokens_B[slot], progress.positions_B[slot] = token, position
         progress.generated_B[slot], progress.active_B[slot] = 0, active
+
+
+def _top_log_probs(top: TopTokens | None, step: int, column: int, count: int) -> TopLogProbs:
+    """Returns the first tokens of a slot in a step; none where the device gave none."""
+    if top is None or not count:
+        return []
+    ids_K, log_probs_K = top.token_ids_BK[step, column], top.log_probs_BK[step, column]
+    return list(zip(ids_K[:count].tolist(), log_probs_K[:count].tolist(), strict=True))

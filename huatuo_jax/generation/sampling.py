@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+MAX_TOP_LOG_PROBS = 20  # A fixed width, so that no request causes a recompilation.
 _LARGEST_BIT = 31
 
 
@@ -32,6 +33,7 @@ class Settings(NamedTuple):
         stop_token_ids_BE: int32, filled up with -1.
         seed_B: uint32.
         answer_B: int32, the answer's index among those of its request.
+        num_top_log_probs_B: int32, wanted alternatives to each token; 0 for none.
     """
 
     temperature_B: Any
@@ -44,6 +46,7 @@ class Settings(NamedTuple):
     stop_token_ids_BE: Any
     seed_B: Any
     answer_B: Any
+    num_top_log_probs_B: Any
 
 
 class Chosen(NamedTuple):
@@ -54,11 +57,25 @@ class Chosen(NamedTuple):
         log_probs_B: under the softmax of logits / temperature (1 where the temperature is 0).
         sampling_log_probs_B: under the distribution it was drawn from, with all filters; 0 where
             the temperature is 0.
+        top: the best tokens, where any row wants them.
     """
 
     tokens_B: jax.Array
     log_probs_B: jax.Array
     sampling_log_probs_B: jax.Array
+    top: "TopTokens"
+
+
+class TopTokens(NamedTuple):
+    """The best tokens at B places, best first; of equal ones the lowest id comes first.
+
+    Attributes:
+        token_ids_BK: int32.
+        log_probs_BK: of each.
+    """
+
+    token_ids_BK: Any
+    log_probs_BK: Any
 
 
 def choose(
@@ -99,9 +116,39 @@ def choose(
         lambda: jnp.zeros_like(logits_BV),
     )
     tokens_B = _best_tokens(scores_BV + jnp.where(drawn_B[:, None], noise_BV, 0.0))
-    plain_B = _log_prob(plain_BV, tokens_B)
-    sampling_B = jax.lax.cond(is_changed, lambda: _log_prob(scores_BV, tokens_B), lambda: plain_B)
-    return Chosen(tokens_B, plain_B, jnp.where(drawn_B, sampling_B, 0.0))
+    total_B = jax.nn.logsumexp(plain_BV, axis=-1)
+    plain_B = _score(plain_BV, tokens_B) - total_B
+    sampling_B = jax.lax.cond(
+        is_changed,
+        lambda: _score(scores_BV, tokens_B) - jax.nn.logsumexp(scores_BV, axis=-1),
+        lambda: plain_B,
+    )
+    none = no_top_tokens(*logits_BV.shape)
+    top = jax.lax.cond(
+        (active_B & (settings.num_top_log_probs_B > 0)).any(),
+        lambda: top_tokens(plain_BV, total_B, count=none.log_probs_BK.shape[1]),
+        lambda: none,
+    )
+    return Chosen(tokens_B, plain_B, jnp.where(drawn_B, sampling_B, 0.0), top)
+
+
+def top_tokens(scores_BV: jax.Array, total_B: jax.Array, *, count: int) -> TopTokens:
+    """Returns the best tokens of each row.
+
+    Args:
+        scores_BV: logits divided by the temperature.
+        total_B: their logsumexp.
+        count: number K of tokens.
+    """
+    best_BK, tokens_BK = jax.lax.top_k(scores_BV, count)
+    return TopTokens(tokens_BK, (best_BK - total_B[:, None]).astype(jnp.float32))
+
+
+def no_top_tokens(*shape: int) -> TopTokens:
+    """Returns zeros in place of the best of scores of this shape, `[..., V]`."""
+    *rows, vocab_size = shape
+    count = min(MAX_TOP_LOG_PROBS, vocab_size)
+    return TopTokens(jnp.zeros((*rows, count), jnp.int32), jnp.zeros((*rows, count), jnp.float32))
 
 
 def penalise_repetition(
@@ -237,6 +284,5 @@ def _best_tokens(scores_BV: jax.Array) -> jax.Array:
     return jnp.minimum(first_B, vocab_size - 1)  # NaN scores have no best one.
 
 
-def _log_prob(scores_BV: jax.Array, tokens_B: jax.Array) -> jax.Array:
-    chosen_B = jnp.take_along_axis(scores_BV, tokens_B[:, None], axis=-1)[:, 0]
-    return chosen_B - jax.nn.logsumexp(scores_BV, axis=-1)
+def _score(scores_BV: jax.Array, tokens_B: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(scores_BV, tokens_B[:, None], axis=-1)[:, 0]

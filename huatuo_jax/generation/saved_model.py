@@ -93,7 +93,13 @@ class SavedModel:
             raise ValueError(f"{path}: {error}") from error
 
     def make_engine(
-        self, params: dict[str, Any], compute: ComputeConfig, *, slots: int, max_length: int
+        self,
+        params: dict[str, Any],
+        compute: ComputeConfig,
+        *,
+        slots: int,
+        max_length: int,
+        prefix_cache_pages: int = 0,
     ) -> Engine:
         """Makes an engine with these parameters of the model; sizes as in `Engine`."""
         return Engine(
@@ -103,6 +109,7 @@ class SavedModel:
             max_length=max_length,
             mesh=self.mesh,
             tokenizer=self.tokenizer,
+            prefix_cache_pages=prefix_cache_pages,
         )
 
 

@@ -22,14 +22,14 @@ class GrowingAnswer:
 
     def __init__(
         self,
-        template: ChatTemplate,
+        template: ChatTemplate | None,
         tokenizer: transformers.PreTrainedTokenizerBase,
         stop_strings: Sequence[str] = (),
     ) -> None:
         """Starts without tokens.
 
         Args:
-            template: that rendered the prompt.
+            template: that rendered the prompt; None for the text as it is, white space and all.
             tokenizer: the model's.
             stop_strings: of the answer's sampling.
         """
@@ -50,6 +50,8 @@ class GrowingAnswer:
             end -= 1
         text = text_of(self._tokenizer, token_ids[:end]).rstrip(_INCOMPLETE)
         text = without_start_of(text, self._stop_strings)
+        if self._template is None:
+            return self._more(text)
         return self._more(self._template.settled_content(text, self._tokenizer))
 
     def finish(self, text: str) -> str:

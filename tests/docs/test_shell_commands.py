@@ -81,6 +81,8 @@ PARSED_ONLY = {
     "launch/label.py --answers=answers.jsonl --output=labels_of_a_model.jsonl": "asks a server",
     "launch/convert.py --source=baichuan-inc/Baichuan-7B": "downloads a model",
     "launch/convert.py --source=FreedomIntelligence/": "downloads a model",
+    "launch/serve.py": "runs until it is stopped; tests/serving starts it",
+    "launch/chat.py": "waits for questions; tests/test_chat.py talks to it",
     "launch/compile.py": "tests/compiling compiles small models; these take minutes",
 }
 

@@ -104,6 +104,20 @@ def test_what_may_start_a_stop_string_waits(tokenizer):
     assert given + growing.finish("。多喝水多喝。") == "。多喝水多喝。"
 
 
+def test_without_a_template_the_text_is_given_as_it_is(tokenizer):
+    growing = GrowingAnswer(None, tokenizer, ("水水",))
+    ids = tokenizer.encode("发烧  水", add_special_tokens=False)
+    cut = next(n for n in range(len(ids)) if text_of(tokenizer, ids[:n]) == "发烧  ")
+    assert growing.grow(ids[:cut]) == "发烧  " and growing.grow(ids) == ""
+    assert growing.finish("发烧  水 ") == "水 "
+    draw = random.Random(1)
+    for _ in range(60):
+        ids = [draw.randrange(4, len(tokenizer)) for _ in range(draw.randrange(1, 30))]
+        final = text_of(tokenizer, ids)
+        found = pieces(GrowingAnswer(None, tokenizer), ids, at_once=1, final=final)
+        assert "".join(found) == final
+
+
 def test_a_character_waits_for_its_bytes(tokenizer):
     growing = GrowingAnswer(templates.by_name("huatuogpt"), tokenizer)
     start, ids = (tokenizer.encode(one, add_special_tokens=False) for one in ("水", "水𠮷水"))

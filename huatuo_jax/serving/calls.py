@@ -1,0 +1,116 @@
+"""The engine's answers to one HTTP request, as they come, on the side of the event loop."""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from huatuo_jax.generation.requests import Answer, Request, Running
+
+
+class Growing(NamedTuple):
+    """An unfinished answer, whose lists grow in the engine's thread.
+
+    Attributes:
+        running: the answer; only its first tokens may be read.
+        num_tokens: number of them.
+    """
+
+    running: Running
+    num_tokens: int
+
+
+class Update(NamedTuple):
+    """What is new of an answer.
+
+    Attributes:
+        prompt: number of its prompt in the call.
+        answer: number of the answer among those of the prompt.
+        state: the answer so far, or when it is complete.
+    """
+
+    prompt: int
+    answer: int
+    state: Growing | Answer
+
+
+class Call:
+    """The requests of one HTTP request, and what their answers are by now.
+
+    A reader that is slow gets the newest state of each answer: nothing piles up.
+
+    Attributes:
+        requests: one a prompt.
+        num_answers: of all of them.
+        remaining: answers that are not complete.
+        started_s: time of its start, by `time.perf_counter`.
+        first_s: time of its first tokens; None before.
+    """
+
+    def __init__(self, requests: Sequence[Request]) -> None:
+        """Is made in the event loop that reads it.
+
+        Args:
+            requests: one a prompt.
+        """
+        self.requests = tuple(requests)
+        self.num_answers = sum(one.num_answers for one in self.requests)
+        self.remaining = self.num_answers
+        self.started_s, self.first_s = time.perf_counter(), None
+        self._error: BaseException | None = None
+        self._complete: set[tuple[int, int]] = set()
+        self._updates: dict[tuple[int, int], Update] = {}
+        self._changed = asyncio.Event()
+
+    def put(self, update: Update) -> bool:
+        """Records an update, unless the answer is complete; returns True if it is new."""
+        key = (update.prompt, update.answer)
+        if key in self._complete or self._error is not None:
+            return False
+        if isinstance(update.state, Answer):
+            self._complete.add(key)
+            self.remaining -= 1
+        self._updates[key] = update
+        self._changed.set()
+        return True
+
+    def fail(self, error: BaseException) -> None:
+        """Ends the call with an error, unless it has ended."""
+        if self.remaining and self._error is None:
+            self._error = error
+            self._changed.set()
+
+    @property
+    def ended(self) -> bool:
+        """True once all answers are complete, or the call has failed."""
+        return not self.remaining or self._error is not None
+
+    async def updates(self) -> list[Update]:
+        """Waits for updates and returns them, at most one an answer; none when all is told.
+
+        Raises:
+            BaseException: the error that ended the call.
+        """
+        while not self._updates:
+            if self._error is not None:
+                raise self._error
+            if not self.remaining:
+                return []
+            self._changed.clear()
+            await self._changed.wait()
+        found = list(self._updates.values())
+        self._updates.clear()
+        return found
+
+    async def answers(self) -> list[list[Answer]]:
+        """Waits for all answers; returns them in the order of prompts and answers.
+
+        Raises:
+            BaseException: the error that ended the call.
+        """
+        found: list[dict[int, Answer]] = [{} for _ in self.requests]
+        while updates := await self.updates():
+            for prompt, answer, state in updates:
+                if isinstance(state, Answer):
+                    found[prompt][answer] = state
+        return [[group[index] for index in sorted(group)] for group in found]
