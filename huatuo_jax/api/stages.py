@@ -23,15 +23,18 @@ from huatuo_jax.hf.tokenizer import load_tokenizer
 from huatuo_jax.ppo.config import (
     Denominator,
     Estimator,
-    JudgingConfig,
     KlPlace,
     PpoConfig,
     PpoLoopConfig,
+    Ratio,
     RolloutConfig,
     ScoreConfig,
     ValueConfig,
 )
+from huatuo_jax.ppo.held_out_config import HeldOutRewardsConfig
+from huatuo_jax.ppo.judging import JudgingConfig
 from huatuo_jax.ppo.prompts import PromptsConfig
+from huatuo_jax.ppo.reward_terms import RewardMixConfig, RewardTerm
 from huatuo_jax.ppo.stage import run_ppo
 from huatuo_jax.preferences.data import ComparisonsConfig, ComparisonSource
 from huatuo_jax.preferences.rows import Denominator as PairsDenominator
@@ -40,6 +43,8 @@ from huatuo_jax.recipe.config import RlaifConfig
 from huatuo_jax.recipe.recipe import run_rlaif
 from huatuo_jax.reward.config import ProbeConfig, RewardConfig
 from huatuo_jax.reward.stage import run_reward
+from huatuo_jax.reward_functions.functions import Function as RewardFunction
+from huatuo_jax.reward_functions.functions import name_of
 from huatuo_jax.sft import SftConfig, run_sft
 from huatuo_jax.training.dialogue_data import DataConfig, SourceConfig
 from huatuo_jax.training.initial_model import ComputeSection, ModelConfig, open_model
@@ -108,6 +113,7 @@ class DpoFields(_Steps, total=False):
 class PpoFields(_Common, total=False):
     """The fields of `huatuo_jax.ppo.config.PpoConfig`."""
 
+    reward_model: str
     value: ValueConfig
     rollout: RolloutConfig
     score: ScoreConfig
@@ -116,6 +122,11 @@ class PpoFields(_Common, total=False):
     gamma: float
     gae_lambda: float
     whiten_advantages: bool
+    ratio: Ratio
+    sampler_ratio_cap: float | None
+    trains_on_truncated: bool
+    stop_at_total_kl: float | None
+    held_out_rewards: HeldOutRewardsConfig | None
     kl_coef: float
     kl_in: KlPlace
     target_kl_per_sequence: float | None
@@ -274,7 +285,7 @@ def dpo(
 def ppo(
     policy: ModelLike,
     *,
-    reward: str | os.PathLike[str] | RewardModel,
+    reward: str | os.PathLike[str] | RewardModel | RewardFunction | RewardMixConfig,
     prompts: Prompts | PromptsConfig,
     workdir: str | os.PathLike[str],
     template: str | None = None,
@@ -282,11 +293,13 @@ def ppo(
     max_prompt_tokens: int | None = None,
     **fields: Unpack[PpoFields],
 ) -> Model:
-    """Trains a policy by PPO, or a relative of it, against a reward model; see `huatuo_jax.ppo`.
+    """Trains a policy by PPO, or a relative of it, against a reward; see `huatuo_jax.ppo`.
 
     Args:
         policy: to start from, which is the reference too.
-        reward: the reward model; a folder or Hub id, or a loaded one.
+        reward: the reward model; a folder or Hub id, or a loaded one. Or a function of prompts,
+            responses and columns, see `huatuo_jax.reward_functions`; or a weighted sum of these,
+            whose reward model, where it has one, is the field `reward_model`.
         prompts: a path, or dialogues that end with the user; or a section.
         workdir: the run's folder; the model is left in `{workdir}/ppo/model`.
         template: as for `sft`.
@@ -318,11 +331,30 @@ def ppo(
             max_prompt_tokens=max_prompt_tokens or min(_PROMPT_LENGTH, room),
             **rendered,
         )
-    scores = reward.folder if isinstance(reward, ModelInUse) else reward
+    mix = _reward_mix(reward)
+    if mix is None:
+        if "reward_model" in fields:
+            raise ValueError("reward_model: give the reward model as reward, or a sum of terms")
+        assert not callable(reward) and not isinstance(reward, RewardMixConfig)
+        folder = reward.folder if isinstance(reward, ModelInUse) else reward
+        fields["reward_model"] = os.fspath(folder)
     _, optimizer = _of_size(section, "ppo", decay="constant", warmup_share=0.02, weight_decay=0.0)
     chosen: PpoFields = {"optimizer": optimizer, **fields}
-    cfg = PpoConfig(model=section, reward_model=os.fspath(scores), data=data, **chosen)
+    cfg = PpoConfig(model=section, data=data, reward=mix, **chosen)
     return _trained(run_ppo, cfg, workdir, "ppo", open_policy)
+
+
+def _reward_mix(
+    reward: str | os.PathLike[str] | RewardModel | RewardFunction | RewardMixConfig,
+) -> RewardMixConfig | None:
+    """Returns the terms of a reward; None for a reward model alone."""
+    if isinstance(reward, RewardMixConfig):
+        return reward
+    if not callable(reward):
+        return None
+    name = getattr(reward, "__name__", "")
+    label = name if name.isidentifier() else "function"
+    return RewardMixConfig(terms=(RewardTerm(of=name_of(reward), name=label),))
 
 
 def run_recipe(config: RlaifConfig, workdir: str | os.PathLike[str]) -> dict[str, Any]:

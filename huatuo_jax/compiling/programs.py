@@ -26,16 +26,16 @@ from huatuo_jax.hf.generation_config import CONFIG_FILE
 from huatuo_jax.ppo import stage as ppo
 from huatuo_jax.ppo.config import PpoConfig
 from huatuo_jax.ppo.models import open_critic
-from huatuo_jax.ppo.rollout import mesh_of, slots_of
-from huatuo_jax.ppo.stage import (
+from huatuo_jax.ppo.roles import (
     Roles,
     Trained,
     abstract_roles,
-    check_policy,
     policy_pass,
     scoring,
     value_pass,
 )
+from huatuo_jax.ppo.rollout import mesh_of, slots_of
+from huatuo_jax.ppo.stage import check_policy
 from huatuo_jax.preferences.rows import abstract_rows as abstract_pairs
 from huatuo_jax.recipe.config import RlaifConfig, StagesConfig
 from huatuo_jax.reward import stage as reward
@@ -166,7 +166,8 @@ def ppo_programs(cfg: PpoConfig, devices: Devices, architectures: Architectures)
         ValueError: the config, or a model of it, is invalid.
     """
     roles = _roles(cfg, devices, architectures)
-    programs = [*_generation(roles), _scoring(roles), *_training(roles, "policy", roles.trained)]
+    scores = [] if roles.scorer is None else [_scoring(roles)]
+    programs = [*_generation(roles), *scores, *_training(roles, "policy", roles.trained)]
     if roles.valued is not None:
         programs += _training(roles, "value", roles.valued)
     return programs
@@ -253,17 +254,21 @@ def _roles(cfg: PpoConfig, devices: Devices, architectures: Architectures) -> Ro
     cfg = dataclasses.replace(cfg, model=architectures.in_place(cfg.model, path="config.ppo.model"))
     policy = open_model(cfg.model, compute)
     check_policy(cfg, policy)
-    rewarding = architectures.of(cfg.reward_model, path="config.ppo.reward_model")
+    rewarding = None
+    if cfg.needs_reward_model:
+        rewarding = architectures.of(cfg.reward_model, path="config.ppo.reward_model")
     critic = open_critic(_without_reward_model(cfg, rewarding), policy, None)
+    if not cfg.scores_by_model:
+        rewarding = None
     return abstract_roles(cfg, policy=policy, critic=critic, rewarding=rewarding, mesh=mesh)
 
 
-def _without_reward_model(cfg: PpoConfig, rewarding: BackboneConfig) -> PpoConfig:
+def _without_reward_model(cfg: PpoConfig, rewarding: BackboneConfig | None) -> PpoConfig:
     """Returns the config with a critic of the reward model's architecture, if it starts there.
 
     Its initial weights decide no shape.
     """
-    if cfg.value.start != "reward":
+    if cfg.value.start != "reward" or rewarding is None:
         return cfg
     return dataclasses.replace(
         cfg,

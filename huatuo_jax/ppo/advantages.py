@@ -1,4 +1,4 @@
-"""Advantages and value targets: GAE with a critic, RLOO and GRPO within a prompt's group.
+"""Advantages and value targets: GAE with a critic, and the estimators that need none.
 
 Means, variances and whitening are masked. Their moments can be combined, so that those of parts
 (micro-batches, rollouts) give those of the whole.
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from huatuo_jax.training.losses import last_tokens, masked, next_tokens, wide
+from huatuo_jax.training.losses import last_tokens, masked, next_tokens, over_tokens, wide
 
 _EPSILON = 1e-8
 
@@ -193,7 +193,69 @@ def gae(
     return jax.lax.stop_gradient(Estimates(advantages_BT, advantages_BT + values_BT))
 
 
-def rloo_advantages(rewards_BG: jax.Array) -> jax.Array:
+def reinforce_advantages(
+    rewards_BT: jax.Array,
+    mask_BT: jax.Array,
+    *,
+    gamma: float,
+    baselines_B: jax.Array | None = None,
+) -> jax.Array:
+    """Returns what is still to come at each token, less a baseline (REINFORCE++).
+
+    arXiv 2501.03262, which whitens the result over all tokens of the rollout and has no baseline
+    (equation 8), or the mean of the prompt's group (REINFORCE++-baseline).
+
+    Args:
+        rewards_BT: from `rewards.token_rewards`.
+        mask_BT: the answers' tokens.
+        gamma: discount of the next token's return.
+        baselines_B: of each answer, the same at all of its tokens; None for 0.
+    """
+    zeros_BT = jnp.zeros_like(wide(rewards_BT))
+    returns_BT = gae(rewards_BT, zeros_BT, mask_BT, gamma=gamma, lambda_=1.0).returns_BT
+    if baselines_B is None:
+        return returns_BT
+    return returns_BT - over_tokens(jax.lax.stop_gradient(baselines_B), mask_BT)
+
+
+def group_means(rewards_BG: jax.Array, *, applies_BG: jax.Array) -> jax.Array:
+    """Returns each group's mean over the answers that have a reward, `[B, 1]`; 0 without any."""
+    return mean_of(jax.lax.stop_gradient(wide(rewards_BG)), applies_BG, axis=1)
+
+
+def have_variance(rewards_BG: jax.Array, *, applies_BG: jax.Array) -> jax.Array:
+    """Marks groups with two answers whose rewards differ, bool `[B]`; others teach nothing."""
+    low_B = jnp.where(applies_BG, rewards_BG, jnp.inf).min(axis=1)
+    high_B = jnp.where(applies_BG, rewards_BG, -jnp.inf).max(axis=1)
+    return high_B > low_B
+
+
+def importance_weights(
+    old_log_probs_BT: jax.Array,
+    sampler_log_probs_BT: jax.Array,
+    mask_BT: jax.Array,
+    *,
+    cap: float,
+) -> jax.Array:
+    """Computes min(policy / sampler, cap) of each token, zero outside of the mask.
+
+    The sampler computes the same weights in another way (another dtype, kernel or cache), so that
+    its tokens are not quite from the policy that is trained. Times this weight their advantages
+    are, but for the truncation, which bounds the variance (https://fengyao.notion.site/off-policy-rl,
+    truncated importance sampling; cap 2 there).
+
+    Args:
+        old_log_probs_BT: of the policy that sampled, recomputed by the training graph.
+        sampler_log_probs_BT: as the sampler computed them.
+        mask_BT: the answers' tokens.
+        cap: above 0.
+    """
+    ratios_BT = masked(wide(old_log_probs_BT) - wide(sampler_log_probs_BT), mask_BT)
+    # Bounded before the exponential, which has a range.
+    return masked(jnp.exp(jnp.minimum(ratios_BT, jnp.log(cap))), mask_BT)
+
+
+def rloo_advantages(rewards_BG: jax.Array, *, applies_BG: jax.Array | None = None) -> jax.Array:
     """Takes the mean reward of a prompt's other answers off each (arXiv 2402.14740, eq. 8).
 
     Unbiased, as no answer is in its own baseline. `training.losses.over_tokens`
@@ -202,16 +264,23 @@ def rloo_advantages(rewards_BG: jax.Array) -> jax.Array:
     Args:
         rewards_BG: of whole answers, one prompt a row: the sum of `rewards.token_rewards`, KL
             penalty included.
+        applies_BG: the answers that have a reward; the others are in no mean and at 0, and so is
+            one that is alone. None for all.
 
     Raises:
         ValueError: there is one answer a prompt.
     """
-    num_answers = _count_group(rewards_BG)
-    return _from_mean(rewards_BG) * (num_answers / (num_answers - 1))
+    advantages_BG, applies_BG = _from_mean(rewards_BG, applies_BG)
+    count_B1 = applies_BG.sum(axis=1, keepdims=True).astype(advantages_BG.dtype)
+    return advantages_BG * (count_B1 / jnp.maximum(count_B1 - 1, 1))
 
 
 def grpo_advantages(
-    rewards_BG: jax.Array, *, divide_by_deviation: bool, epsilon: float = 1e-4
+    rewards_BG: jax.Array,
+    *,
+    divide_by_deviation: bool,
+    epsilon: float = 1e-4,
+    applies_BG: jax.Array | None = None,
 ) -> jax.Array:
     """Returns each answer's reward less the mean of all to its prompt, itself included.
 
@@ -226,25 +295,26 @@ def grpo_advantages(
             constant factor) plus epsilon.
         epsilon: bounds how far a small deviation is enlarged; a group whose rewards are all equal
             is at 0 exactly.
+        applies_BG: the answers that have a reward; the others are in no mean and no deviation,
+            and at 0. None for all.
 
     Raises:
         ValueError: there is one answer a prompt.
     """
-    _count_group(rewards_BG)
-    advantages_BG = _from_mean(rewards_BG)
+    advantages_BG, applies_BG = _from_mean(rewards_BG, applies_BG)
     if not divide_by_deviation:
         return advantages_BG
-    deviation_B1 = jnp.sqrt(jnp.square(advantages_BG).mean(axis=1, keepdims=True))
-    return advantages_BG / (deviation_B1 + epsilon)
+    count_B1 = jnp.maximum(applies_BG.sum(axis=1, keepdims=True), 1).astype(advantages_BG.dtype)
+    squares_B1 = jnp.square(advantages_BG).sum(axis=1, keepdims=True)
+    return advantages_BG / (jnp.sqrt(squares_B1 / count_B1) + epsilon)
 
 
-def _from_mean(rewards_BG: jax.Array) -> jax.Array:
-    rewards_BG = jax.lax.stop_gradient(wide(rewards_BG))
-    return rewards_BG - mean_of(rewards_BG, jnp.ones_like(rewards_BG, bool), axis=1)
-
-
-def _count_group(rewards_BG: jax.Array) -> int:
+def _from_mean(rewards_BG: jax.Array, applies_BG: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """The rewards less their group's mean, 0 where there is none, and where there is one."""
     num_answers = rewards_BG.shape[1]
     if num_answers < 2:
         raise ValueError(f"{num_answers} answer to a prompt must be at least 2 to be compared")
-    return num_answers
+    if applies_BG is None:
+        applies_BG = jnp.ones_like(rewards_BG, bool)
+    rewards_BG = masked(jax.lax.stop_gradient(wide(rewards_BG)), applies_BG)
+    return masked(rewards_BG - mean_of(rewards_BG, applies_BG, axis=1), applies_BG), applies_BG

@@ -1,30 +1,23 @@
-"""The settings of a PPO stage, and the rules of its judgings: when, what is kept, when to stop.
-
-A policy that is trained long enough against a reward model comes to answers which that model
-overrates: its reward keeps rising while what the reward stands for falls (Gao et al. 2022,
-arXiv 2210.10760, who find the turn with a gold reward model). Here the judge, whose verdicts the
-reward model was trained on, is asked anew about held-out answers of the policy, each paired with
-one of the initial policy.
-"""
+"""The settings of a PPO stage."""
 
 import dataclasses
-import math
-from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from huatuo_jax.backbone.lora import LoraConfig
 from huatuo_jax.core.config import operational
 from huatuo_jax.core.sharding import MeshConfig
-from huatuo_jax.judge.config import JudgeConfig
+from huatuo_jax.ppo.held_out_config import HeldOutRewardsConfig
+from huatuo_jax.ppo.judging import JudgingConfig
 from huatuo_jax.ppo.prompts import PromptsConfig
+from huatuo_jax.ppo.reward_terms import RewardMixConfig
 from huatuo_jax.ppo.rewards import AnswerScoreConfig
 from huatuo_jax.training.loop import BaseLoopConfig
-from huatuo_jax.training.metrics import JUDGED_PREFIX
 from huatuo_jax.training.micro_batch import check_micro_batch_size
 from huatuo_jax.training.optimizer import OptimizerConfig
 from huatuo_jax.training.stage import StageConfig
 
-Estimator = Literal["gae", "rloo", "grpo"]
+Estimator = Literal["gae", "rloo", "grpo", "reinforce", "reinforce_group"]
+Ratio = Literal["token", "sequence"]
 KlPlace = Literal["reward", "sequence_square", "k3"]
 Denominator = Literal["tokens", "max_new_tokens", "answers"]
 
@@ -48,64 +41,15 @@ def _changed(section: Any, *names: str) -> list[str]:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class JudgingConfig:
-    """Judgings of held-out answers: how often, by whom, and when the run stops.
-
-    At each judging the judge compares an answer of the policy with one of the initial policy to
-    the same prompt, in both orders. The policy's share of the points (1 for a win, 1/2 for a tie
-    or for orders that contradict each other) decides: `ppo/model` holds the policy of the judging
-    with the highest share, the earlier one of equal shares.
-
-    The run stops at a judging where both hold: the last `patience` judgings all have a share below
-    the best one so far, and the last mean reward is above that of the best judging. Below the best
-    alone may be noise, or a policy that gets worse by the reward's own measure, which later
-    iterations repair; only where the reward still rises does training move away from what the
-    judge prefers. The initial policy counts among the judgings with a share of 1/2, which is what
-    it has against itself, so that a run also stops where the judge prefers the initial policy from
-    the beginning.
-
-    Attributes:
-        every: iterations between two judgings; the last iteration is always judged, those that
-            train the critic alone never.
-        prompts: file of prompts that no stage trains on; None for the recipe's held-out prompts.
-        num_prompts: so many of them, chosen by their content; None for all.
-        num_samples: answers of either policy to each prompt.
-        patience: judgings in a row below the best one after which the run may stop; None never
-            stops it.
-        temperature: answers are drawn at; None for that of the rollouts.
-        judge: who judges; None for the recipe's judge, of `labels`.
-        concurrency: questions under way at once.
-        spending: file of what the judge's calls cost; the budget is for all calls in it. None for
-            one of the judgings alone, in the recipe for that of the labels.
-    """
-
-    every: int = 4
-    prompts: str | None = operational(None)
-    num_prompts: int | None = 64
-    num_samples: int = 1
-    patience: int | None = 3
-    temperature: float | None = None
-    judge: JudgeConfig | None = None
-    concurrency: int = operational(8)
-    spending: str | None = operational(None)
-
-    def __post_init__(self) -> None:
-        """Raises ValueError for a number out of its range."""
-        for name in ("every", "num_prompts", "num_samples", "patience", "concurrency"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value!r} must be at least 1")
-        if self.temperature is not None and not 0 < self.temperature < math.inf:
-            raise ValueError(f"temperature={self.temperature!r} must be above 0")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
     """The sampling of an iteration, with top-p 1 and without top-k.
 
     Attributes:
         num_prompts: prompts of an iteration.
         answers_per_prompt: answers to each; RLOO and GRPO compare them.
+        redraw_rounds: a group whose answers all have the same reward, which teaches a comparison
+            nothing, is replaced by one to the next prompt, in so many rounds at most (dynamic
+            sampling, DAPO, arXiv 2503.14476, section 3.2); groups that are still equal stay.
         max_new_tokens: tokens of an answer at most.
         temperature: of sampler, policy and reference alike.
         slots: answers decoded at once; None for as many as are asked for, 64 at most.
@@ -116,6 +60,7 @@ class RolloutConfig:
 
     num_prompts: int = 64
     answers_per_prompt: int = 1
+    redraw_rounds: int = 0
     max_new_tokens: int = 256
     temperature: float = 1.0
     slots: int | None = operational(None)
@@ -126,6 +71,13 @@ class RolloutConfig:
         for name in ("num_prompts", "answers_per_prompt", "max_new_tokens", "slots"):
             _require_positive(name, getattr(self, name), whole=True)
         _require_positive("temperature", self.temperature)
+        if self.redraw_rounds < 0:
+            raise ValueError(f"redraw_rounds={self.redraw_rounds!r} must be 0 or more")
+        if self.redraw_rounds and self.answers_per_prompt < 2:
+            raise ValueError(
+                f"redraw_rounds={self.redraw_rounds} needs answers_per_prompt >= 2: one answer "
+                "alone has nothing that it could be equal to"
+            )
 
     @property
     def num_answers(self) -> int:
@@ -225,13 +177,25 @@ class PpoConfig(StageConfig):
         value: the critic.
         rollout: what is sampled.
         score: how answers are rewarded.
+        reward: what the rewards are summed from, in place of `score.of`: the reward model,
+            functions of your own, verifiers; None for `score.of` alone. `score.scale='stored'` is
+            then of the reward model's term.
         estimator: `gae` with a critic (PPO); `rloo` (arXiv 2402.14740) and `grpo` (arXiv
-            2402.03300) compare the answers to a prompt.
+            2402.03300) compare the answers to a prompt; `reinforce` is REINFORCE++ (arXiv
+            2501.03262), what is still to come at each token, and `reinforce_group` takes the mean
+            of the prompt's answers off it (REINFORCE++-baseline); both are whitened.
         divide_by_deviation: `grpo` as published, which also has `denominator='answers'`; without
             it, the gradient of `rloo` but for a factor.
-        gamma: discount of `gae`; the other estimators have none.
+        gamma: discount of `gae` and of both `reinforce`; the other estimators have none.
         gae_lambda: of `gae`; 1 for no trust in the critic.
-        whiten_advantages: `gae`'s advantages get mean 0 and variance 1 over the rollout.
+        whiten_advantages: advantages of `gae` and of both `reinforce` get mean 0 and variance 1
+            over the rollout.
+        ratio: what is clipped, and what weighs a token: its own ratio, or the `sequence`'s, the
+            geometric mean over its tokens (GSPO, arXiv 2507.18071, which has
+            `denominator='answers'`, clip_low 3e-4 and clip_high 4e-4).
+        sampler_ratio_cap: multiply each token's advantage by min(policy / sampler, cap), for the
+            gap between the probabilities of the sampler and those of the trainer (truncated
+            importance sampling; 2 is usual); None for no weights.
         kl_coef: weight of the KL penalty, the first one where it adapts.
         kl_in: `reward` takes it off each token's reward (k1); `sequence_square` and `k3` put it
             into the loss, the latter with another optimum, see `ppo.rewards`.
@@ -241,6 +205,8 @@ class PpoConfig(StageConfig):
         clip_high: of the policy's ratio.
         dual_clip: bound of the ratio where the advantage is negative.
         entropy_coef: weight of the entropy bonus.
+        trains_on_truncated: whether answers without an end are in the loss; without them they are
+            still in the means of their group and of the rollout (overlong filtering, DAPO).
         denominator: what the losses of a step are divided by: its `tokens`, all of which weigh the
             same (DAPO, arXiv 2503.14476); `max_new_tokens` for each answer, however long it is
             (Dr. GRPO, arXiv 2503.20783); or its `answers`, each of which is the mean over its own
@@ -252,6 +218,9 @@ class PpoConfig(StageConfig):
         stop_at_kl: the passes over a rollout end before a step whose minibatch has a larger
             approximate KL (k3, nats a token) from the policy that sampled; None for no bound. The
             schedules of the learning rates count the steps that are left out.
+        stop_at_total_kl: the run ends after an iteration whose answers have this mean KL from the
+            reference or more (k1, nats of a whole answer): the distance that it may spend in all.
+            None for no budget.
         micro_batch_size: rows that go through a model at once, on all devices together; `auto`
             for as many as fit the devices' memory with every model of the run (a whole minibatch
             on CPU), None for a whole minibatch.
@@ -261,6 +230,8 @@ class PpoConfig(StageConfig):
         judging: held-out answers go to the judge anew every few iterations, the policy that it
             likes best is kept, and the run stops where it turns; None for none of that: the last
             policy is kept.
+        held_out_rewards: held-out answers are rewarded every few iterations, and the policy with
+            the highest measure is kept; in place of `judging`. None for none of that.
     """
 
     reward_model: str = operational("{workdir}/reward/model")
@@ -268,11 +239,14 @@ class PpoConfig(StageConfig):
     value: ValueConfig = ValueConfig()
     rollout: RolloutConfig = RolloutConfig()
     score: ScoreConfig = ScoreConfig()
+    reward: RewardMixConfig | None = None
     estimator: Estimator = "gae"
     divide_by_deviation: bool = True
     gamma: float = 1.0
     gae_lambda: float = 0.95
     whiten_advantages: bool = True
+    ratio: Ratio = "token"
+    sampler_ratio_cap: float | None = None
     kl_coef: float = 0.03
     kl_in: KlPlace = "reward"
     target_kl_per_sequence: float | None = None
@@ -281,20 +255,29 @@ class PpoConfig(StageConfig):
     clip_high: float = 0.2
     dual_clip: float | None = None
     entropy_coef: float = 0.0
+    trains_on_truncated: bool = True
     denominator: Denominator = "tokens"
     num_iterations: int = 100
     num_epochs: int = 3
     num_minibatches: int = 1
     stop_at_kl: float | None = None
+    stop_at_total_kl: float | None = None
     packed: bool = operational(True)
     loop: PpoLoopConfig = operational(PpoLoopConfig())
     judging: JudgingConfig | None = None
+    held_out_rewards: HeldOutRewardsConfig | None = None
 
     def __post_init__(self) -> None:
         """Raises ValueError for a number out of its range, or contradicting settings."""
         for name in ("num_iterations", "num_epochs", "num_minibatches"):
             _require_positive(name, getattr(self, name), whole=True)
-        for name in ("target_kl_per_sequence", "stop_at_kl", "clip_high"):
+        for name in (
+            "target_kl_per_sequence",
+            "stop_at_kl",
+            "stop_at_total_kl",
+            "clip_high",
+            "sampler_ratio_cap",
+        ):
             _require_positive(name, getattr(self, name))
         for name in ("gamma", "gae_lambda"):
             if not 0 <= getattr(self, name) <= 1:
@@ -311,6 +294,8 @@ class PpoConfig(StageConfig):
         self._check_sizes()
         self._check_estimator()
         self._check_unused()
+        self._check_reward()
+        self._check_held_out()
         self._check_kept_head()
 
     def _check_sizes(self) -> None:
@@ -333,16 +318,63 @@ class PpoConfig(StageConfig):
                     f"num_iterations={self.num_iterations}: the policy would never be trained"
                 )
             return
-        if self.rollout.answers_per_prompt < 2:
+        if self.estimator != "reinforce" and self.rollout.answers_per_prompt < 2:
             raise ValueError(f"estimator={self.estimator!r} needs rollout.answers_per_prompt >= 2")
         if self.score.on_truncation == "bootstrap":
             raise ValueError("score.on_truncation='bootstrap' needs a critic: estimator='gae'")
+
+    def _check_reward(self) -> None:
+        """Raises ValueError for settings of the reward that contradict each other."""
+        mix = self.reward
+        if mix is None:
+            return
+        if self.score.of != "reward_model":
+            raise ValueError(
+                f"score.of={self.score.of!r} has no use beside reward: make it one of its terms"
+            )
+        if mix.combine == "sum_of_normalised" and self.rollout.answers_per_prompt < 2:
+            raise ValueError(
+                "reward.combine='sum_of_normalised' needs rollout.answers_per_prompt >= 2"
+            )
+        if not mix.has_model and self.has_critic and self.value.start == "reward":
+            raise ValueError(
+                "value.start='reward' needs a reward model, which is no term of reward: "
+                "value.start='policy' or 'shared', or an estimator without a critic"
+            )
+
+    def _check_held_out(self) -> None:
+        """Raises ValueError where two measures would keep a policy, or one that there is not."""
+        if self.held_out_rewards is None:
+            return
+        if self.judging is not None:
+            raise ValueError("held_out_rewards must be None beside judging: one of them keeps")
+        terms = () if self.reward is None else tuple(one.label for one in self.reward.terms)
+        measure = self.held_out_rewards.measure
+        if measure not in ("reward", *terms):
+            raise ValueError(
+                f"held_out_rewards.measure={measure!r} must be one of {['reward', *terms]}"
+            )
+
+    @property
+    def needs_reward_model(self) -> bool:
+        """True where a reward model is opened: for rewards or for the critic."""
+        starts_critic = self.has_critic and self.value.start == "reward"
+        return self.reward is None or self.reward.has_model or starts_critic
+
+    @property
+    def scores_by_model(self) -> bool:
+        """True where the reward model scores answers."""
+        if self.reward is not None:
+            return self.reward.has_model
+        return self.score.of == "reward_model"
 
     def _check_unused(self) -> None:
         """Raises ValueError for fields that are set and that other fields leave without a use."""
         unused: list[tuple[str, list[str]]] = []
         if not self.has_critic:
-            found = _changed(self, "gamma", "gae_lambda", "whiten_advantages")
+            found = _changed(self, "gae_lambda")
+            if not self.estimator.startswith("reinforce"):
+                found += _changed(self, "gamma", "whiten_advantages")
             unused.append((f"estimator={self.estimator!r}", found))
         if self.estimator != "grpo":
             found = _changed(self, "divide_by_deviation")
@@ -372,7 +404,7 @@ class PpoConfig(StageConfig):
             return
         score = self.score
         for name, fits, right in (
-            ("of", score.of == "reward_model", "of='reward_model'"),
+            ("of", self.reward is None and score.of == "reward_model", "of='reward_model'"),
             ("scale", score.scale != "running", "scale='stored' or 'raw'"),
             ("whiten", not score.whiten, "whiten=False"),
         ):
@@ -406,115 +438,3 @@ class PpoConfig(StageConfig):
     def warmup_iterations(self) -> int:
         """First iterations that leave the policy as it is."""
         return self.value.warmup_iterations if self.has_critic else 0
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Judged:
-    """Outcome of a judging; the initial policy's is iteration 0.
-
-    Attributes:
-        iteration: whose policy was judged.
-        share: of the points against the initial policy.
-        share_low: of its 95 % interval over prompts.
-        share_high: of its 95 % interval over prompts.
-        reward: mean over the same answers of what the reward holds of the reward model's score.
-        kl_per_sequence: mean log-ratio to the reference of the same answers, in nats.
-        length: mean tokens of an answer.
-        pairs: of answers with a verdict, equal answers (ties, which nobody is asked about) too.
-        failed: pairs without a verdict, which count nowhere.
-        cost: of the verdicts; None where there is no price.
-    """
-
-    iteration: int
-    share: float
-    share_low: float
-    share_high: float
-    reward: float
-    kl_per_sequence: float
-    length: float
-    pairs: int
-    failed: int
-    cost: float | None
-
-    def __str__(self) -> str:
-        """Describes it in one line."""
-        if not self.iteration:
-            return f"initial policy, held-out answers: reward {self.reward:.3f}"
-        failed = f", {self.failed} failed" if self.failed else ""
-        return (
-            f"judged: {self.share:.3f} [{self.share_low:.3f}, {self.share_high:.3f}] of the points "
-            f"against the initial policy ({self.pairs} pairs{failed}), "
-            f"reward {self.reward:.3f}, KL {self.kl_per_sequence:.3f}, length {self.length:.1f}"
-        )
-
-    def fields(self) -> dict[str, float]:
-        """Returns the numbers for `metrics.jsonl`."""
-        numbers = dataclasses.asdict(self)
-        del numbers["iteration"]
-        return {
-            f"{JUDGED_PREFIX}{name}": value for name, value in numbers.items() if value is not None
-        }
-
-
-def is_due(cfg: JudgingConfig, iteration: int, *, warmup: int, last: int) -> bool:
-    """Tells whether the policy after so many iterations is to be judged.
-
-    Args:
-        cfg: how often.
-        iteration: 0 for the initial policy.
-        warmup: first iterations that leave the policy as it is.
-        last: iterations in all.
-    """
-    if iteration == 0:
-        return True
-    return iteration > warmup and (iteration % cfg.every == 0 or iteration == last)
-
-
-def best_of(history: Sequence[Judged]) -> Judged:
-    """Returns the judging with the highest share, the earliest of equal ones."""
-    return max(history, key=lambda one: (one.share, -one.iteration))
-
-
-def kept_of(history: Sequence[Judged]) -> Judged | None:
-    """Returns the best judging of a policy that was trained; None before there is one."""
-    trained = [one for one in history if one.iteration]
-    return best_of(trained) if trained else None
-
-
-def has_turned(history: Sequence[Judged], *, patience: int | None) -> bool:
-    """Tells whether the judge has turned while the reward still rises, see `JudgingConfig`.
-
-    Args:
-        history: all judgings in order, the initial policy's first.
-        patience: judgings in a row that have to be below the best one.
-    """
-    best, last = best_of(history), history[-1]
-    if patience is None or len(history) <= patience:
-        return False
-    below = all(one.share < best.share for one in history[-patience:])
-    return below and last.reward > best.reward
-
-
-def outcome(history: Sequence[Judged], *, turned: bool) -> dict[str, Any]:
-    """Returns the judgings' part of the result: which policy was kept, and why the run ended."""
-    kept, best, last = kept_of(history), best_of(history), history[-1]
-    assert kept is not None, "the last iteration is always judged"
-    ended = "all iterations"
-    if turned:
-        ended = (
-            f"the judge turned at iteration {last.iteration} while the reward rose from "
-            f"{best.reward:.3f} to {last.reward:.3f}"
-        )
-    return {
-        "kept_iteration": kept.iteration,
-        "kept_share": kept.share,
-        "kept_share_low": kept.share_low,
-        "kept_share_high": kept.share_high,
-        "best_is_initial": best.iteration == 0,
-        "ended": ended,
-    }
-
-
-def from_json(rows: Sequence[Mapping[str, Any]]) -> list[Judged]:
-    """Reads a history as a checkpoint holds it: the fields of each judging."""
-    return [Judged(**row) for row in rows]

@@ -31,9 +31,11 @@ from huatuo_jax.judge.labelling import LabelConfig
 from huatuo_jax.judge.offline import open_offline
 from huatuo_jax.judge.openai import OpenAIJudgeConfig
 from huatuo_jax.judge.questions import Verdict, differ, verdicts_of, win_rates
-from huatuo_jax.ppo import config
-from huatuo_jax.ppo.config import Judged, PpoConfig
-from huatuo_jax.ppo.prompts import read_tasks
+from huatuo_jax.ppo import judging
+from huatuo_jax.ppo.config import PpoConfig
+from huatuo_jax.ppo.judging import Judged
+from huatuo_jax.ppo.prompts import TokenPrompt, read_tasks
+from huatuo_jax.ppo.rollout import Sampled
 from huatuo_jax.ppo.trainer import PpoState, Trainer
 from huatuo_jax.preferences.label import LabelRun, run_labels
 from huatuo_jax.training.scoring import GivenAnswer, Normalization, Scorer
@@ -172,7 +174,7 @@ class HeldOutJudging:
             history: of the checkpoint, as `to_json` gave it; empty without one.
             restored: the checkpoint's iteration; None without one.
         """
-        self.history, self.turned = config.from_json(history), False
+        self.history, self.turned = judging.from_json(history), False
         distributed.by_first(
             "judged answers", lambda: self._cut(-1 if restored is None else restored)
         )
@@ -183,14 +185,21 @@ class HeldOutJudging:
 
     def result(self) -> dict[str, Any]:
         """Returns which policy was kept, and why the run ended."""
-        return config.outcome(self.history, turned=self.turned)
+        return judging.outcome(self.history, turned=self.turned)
 
-    def is_due(self, iteration: int) -> bool:
-        """Tells whether the policy after so many iterations has to be judged and was not yet."""
+    def is_due(self, iteration: int, *, is_last: bool = False) -> bool:
+        """Tells whether the policy after so many iterations has to be judged and was not yet.
+
+        Args:
+            iteration: how many.
+            is_last: the run ends with it, for another reason than that it is the last one.
+        """
         if self.history and self.history[-1].iteration >= iteration:
             return False
-        return config.is_due(
-            self._judging,
+        if is_last and iteration > self.cfg.warmup_iterations:
+            return True
+        return judging.is_due(
+            self._judging.every,
             iteration,
             warmup=self.cfg.warmup_iterations,
             last=self.cfg.num_iterations,
@@ -213,13 +222,13 @@ class HeldOutJudging:
         else:
             judged = Judged(**found)
         self.history.append(judged)
-        if config.kept_of(self.history) is judged:
+        if judging.kept_of(self.history) is judged:
             self.keep(state.policy.variables)
-        self.turned = config.has_turned(self.history, patience=self._judging.patience)
+        self.turned = judging.has_turned(self.history, patience=self._judging.patience)
         return judged
 
     @property
-    def _judging(self) -> config.JudgingConfig:
+    def _judging(self) -> judging.JudgingConfig:
         assert self.cfg.judging is not None
         return self.cfg.judging
 
@@ -338,14 +347,20 @@ class HeldOutJudging:
     ) -> dict[str, float]:
         """Measures reward, KL and length of the records' answers, one each."""
         given = _given(records)
-        scores_N = np.asarray(trainer.scorer.scores(given), np.float64)
+        answers = [_answer(record) for record in records]
+        prompts = [
+            TokenPrompt.of(self.tasks[index // self._judging.num_samples])
+            for index in range(len(records))
+        ]
+        rewards = trainer.rewards.of(prompts, answers, group=None)
+        scores_N = np.asarray(rewards.scores_N, np.float64)
         if self.normalization is not None:
             scores_N = self.normalization.apply(scores_N)
-        ended = [record["answers"][0]["finish_reason"] == "stop" for record in records]
+        ended = [answer.finish_reason == "stop" for answer in answers]
         rule = self.cfg.score.outside_training
         rewards_N = rule.rewards(jnp.asarray(scores_N, jnp.float32), jnp.asarray(ended))
         measured = {
-            "reward": float(np.mean(np.asarray(rewards_N, np.float64))),
+            "reward": float(np.mean(np.asarray(rewards_N, np.float64), where=rewards.has_reward_N)),
             "kl_per_sequence": kl_per_sequence,
             "length": float(np.mean([len(one.token_ids) - one.prompt_length for one in given])),
         }
@@ -401,6 +416,12 @@ def _given(records: Sequence[Record]) -> list[GivenAnswer]:
         )
         for record in records
     ]
+
+
+def _answer(record: Record) -> Sampled:
+    """Returns a record's first answer as it was sampled."""
+    one = record["answers"][0]
+    return Sampled(one["token_ids"], one["finish_reason"])
 
 
 def _read_outcome(place: pathlib.Path) -> dict[str, Any] | None:

@@ -12,13 +12,15 @@ from typing import Any, ClassVar
 from huatuo_jax.checkpoint.store import CheckpointStore, Restored
 from huatuo_jax.core.files import AppendedFile
 from huatuo_jax.ppo.config import PpoLoopConfig
-from huatuo_jax.ppo.held_out import HeldOutJudging
+from huatuo_jax.ppo.held_out_rewards import HeldOutCheck
 from huatuo_jax.ppo.report import PREFIX, Decode, IterationFlops, IterationReport
 from huatuo_jax.ppo.trainer import PpoState, Trainer
 from huatuo_jax.training.loop import BaseJob, Session, StopSignals, check_in_a_row
 from huatuo_jax.training.metrics import mesh_peak_flops
 
 SAMPLES_FILE = "samples.jsonl"
+TOTAL_KL = f"{PREFIX}/kl_per_sequence"
+"""The mean KL of the answers of an iteration from the reference, in nats of a whole answer."""
 
 _PROMPTS_NAMED = 8
 _SHOWN = (
@@ -39,12 +41,14 @@ class PpoJob(BaseJob[PpoState, PpoLoopConfig]):
         flops: of the models.
         decode: from tokens to text; None for tokens in `samples.jsonl`.
         judging: of held-out answers; it keeps the best policy and may end the run early.
+        stop_at_total_kl: the run ends after an iteration of this KL or more; None for no budget.
     """
 
     make_trainer: Callable[[], Trainer]
     flops: IterationFlops
     decode: Decode | None
-    judging: HeldOutJudging | None = None
+    judging: HeldOutCheck | None = None
+    stop_at_total_kl: float | None = None
 
     def session(
         self, cfg: PpoLoopConfig, store: CheckpointStore, stop: StopSignals
@@ -120,14 +124,14 @@ class _Iterations(Session[PpoState, PpoLoopConfig]):
         )
 
     def must_save(self) -> bool:
-        """Tells whether the policy is judged next: no kill may take a judged policy away."""
-        return self._is_judging_due()
+        """Tells whether the policy is judged next, or the run ends: no kill may take it away."""
+        return self._is_judging_due() or self._is_spent
 
     def after_save(self) -> bool:
         """Judges the policy, if that is due; returns whether the run ends here."""
         judging = self._job.judging
         if judging is None or not self._is_judging_due():
-            return False
+            return self._is_spent
         self.store.wait()
         judged = judging.judge(self.state, self._trainer)
         if self.log is not None:
@@ -135,11 +139,17 @@ class _Iterations(Session[PpoState, PpoLoopConfig]):
             self.progress.say(str(judged))
         if self.step and not judging.turned:  # Its checkpoint is there, and so is the outcome.
             self.stop_if_requested()
-        return judging.turned
+        return judging.turned or self._is_spent
 
     def _is_judging_due(self) -> bool:
         judging = self._job.judging
-        return judging is not None and judging.is_due(self.step)
+        return judging is not None and judging.is_due(self.step, is_last=self._is_spent)
+
+    @property
+    def _is_spent(self) -> bool:
+        """Tells whether the last iteration's KL from the reference has reached its budget."""
+        kl, budget = self.numbers.get(TOTAL_KL), self._job.stop_at_total_kl
+        return bool(self.step) and kl is not None and budget is not None and kl >= budget
 
     def _write(self, report: IterationReport) -> None:
         """Adds an iteration to the reports."""

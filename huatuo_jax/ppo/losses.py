@@ -18,16 +18,19 @@ import jax
 import jax.numpy as jnp
 
 from huatuo_jax.backbone.transformer import Transformer
+from huatuo_jax.ppo.config import Ratio
 from huatuo_jax.ppo.metrics import policy_sums, value_sums
 from huatuo_jax.ppo.rewards import KlLoss, kl_losses, log_ratios
 from huatuo_jax.training.losses import (
     Answers,
+    answer_lengths,
     at_tokens,
     count_terms,
     hidden_of,
     masked,
     next_tokens,
     per_token,
+    sum_by_answer,
     token_scores,
 )
 from huatuo_jax.training.scoring import head_scores
@@ -43,6 +46,8 @@ def policy_loss(
     clip_low: float,
     clip_high: float,
     dual_clip: float | None = None,
+    ratio: Ratio = "token",
+    answers: Answers | None = None,
     tokens_allowed: int | None = None,
     mean_per_answer: bool = False,
 ) -> LossSums:
@@ -63,6 +68,8 @@ def policy_loss(
             leaves room for unlikely tokens (arXiv 2503.14476, section 3.1).
         dual_clip: bounds the ratio of tokens with A < 0 to this (arXiv 1912.09729, equation 5),
             None for no bound.
+        ratio: of each `token`; or of the `sequence`, see `sequence_ratios`.
+        answers: for ratios of sequences; None for one a row.
         tokens_allowed: see `training.losses.count_terms`.
         mean_per_answer: see there.
 
@@ -79,6 +86,11 @@ def policy_loss(
     if dual_clip is not None and not dual_clip > 1:
         raise ValueError(f"dual_clip={dual_clip!r} must be above 1, or None")
     ratios_BT = log_ratios(log_probs_BT, jax.lax.stop_gradient(old_log_probs_BT), mask_BT)
+    of_tokens_BT = ratios_BT
+    if ratio == "sequence":
+        ratios_BT = sequence_ratios(ratios_BT, mask_BT, answers)
+    elif ratio != "token":
+        raise ValueError(f"ratio={ratio!r} must be 'token' or 'sequence'")
     advantages_BT = masked(jax.lax.stop_gradient(advantages_BT), mask_BT)
     lowest, highest = math.log1p(-clip_low), math.log1p(clip_high)
     raised_BT = jnp.minimum(ratios_BT, highest)
@@ -90,10 +102,11 @@ def policy_loss(
     within_BT = jnp.minimum(lowered_BT, highest)
     bounded_BT = jnp.where(advantages_BT == 0, within_BT, bounded_BT)
     metrics = policy_sums(
-        jax.lax.stop_gradient(ratios_BT),
+        jax.lax.stop_gradient(of_tokens_BT),
         mask_BT,
         clipped_low_BT=(advantages_BT < 0) & (ratios_BT < lowest),
         clipped_high_BT=(advantages_BT > 0) & (ratios_BT > highest),
+        dual_clipped_BT=(advantages_BT < 0) & (ratios_BT > math.log(dual_clip or math.inf)),
     )
     gains_BT = advantages_BT * jnp.exp(bounded_BT)
     return LossSums(
@@ -103,6 +116,29 @@ def policy_loss(
         ),
         others=metrics,
     )
+
+
+def sequence_ratios(ratios_BT: jax.Array, mask_BT: jax.Array, answers: Answers | None) -> jax.Array:
+    """Lays the mean log-ratio of each answer on its tokens (GSPO, arXiv 2507.18071).
+
+    The value is that of equation 7, log of the length-normalised ratio of the whole answer, so
+    that all of its tokens are clipped or none; the gradient at each token is that token's own
+    (GSPO-token, equation 14), which allows advantages that differ within an answer. Where they do
+    not, and each answer's loss is the mean over its tokens, it is GSPO's gradient, equation 10.
+
+    Args:
+        ratios_BT: log-ratios, zero outside of the mask; differentiated.
+        mask_BT: the answers' tokens.
+        answers: None for one a row.
+    """
+    fixed_BT = jax.lax.stop_gradient(ratios_BT)
+    sums = sum_by_answer(fixed_BT, mask_BT, answers)
+    if answers is None:
+        sums_BT = jnp.broadcast_to(sums[:, None], mask_BT.shape)
+    else:
+        sums_BT = sums[jnp.where(mask_BT, answers.of_tokens_BT, 0)]
+    means_BT = sums_BT / jnp.maximum(answer_lengths(mask_BT), 1).astype(sums.dtype)
+    return masked(means_BT, mask_BT) + ratios_BT - fixed_BT
 
 
 def add_entropy_bonus(
@@ -251,6 +287,7 @@ class PolicyObjective:
         tokens_allowed: the fixed denominator; None for the tokens there are.
         chunk: positions of each row whose logits are held at once.
         mean_per_answer: the loss is the mean over answers of the mean over their tokens.
+        ratio: of each token or of the sequence.
     """
 
     temperature: float
@@ -263,6 +300,7 @@ class PolicyObjective:
     tokens_allowed: int | None
     chunk: int
     mean_per_answer: bool = False
+    ratio: Ratio = "token"
 
 
 def policy_row_loss(
@@ -289,6 +327,8 @@ def _policy_row_loss(
         chunk=objective.chunk,
         entropy=True,
     )
+    by_answer = objective.ratio == "sequence" or objective.kl_loss is not None
+    answers = Answers(batch["answers"], objective.num_answers) if by_answer else None
     log_probs_BT, entropies_BT = at_tokens(scores.log_probs_BT), at_tokens(scores.entropies_BT)
     sums = policy_loss(
         log_probs_BT,
@@ -298,6 +338,8 @@ def _policy_row_loss(
         clip_low=objective.clip_low,
         clip_high=objective.clip_high,
         dual_clip=objective.dual_clip,
+        ratio=objective.ratio,
+        answers=answers,
         tokens_allowed=objective.tokens_allowed,
         mean_per_answer=objective.mean_per_answer,
     )
@@ -317,7 +359,7 @@ def _policy_row_loss(
             mask_BT,
             kl_coef=kl_coef,
             kind=objective.kl_loss,
-            answers=Answers(batch["answers"], objective.num_answers),
+            answers=answers,
             mean_per_answer=objective.mean_per_answer,
         )
     return sums, {"log_probs": jax.lax.stop_gradient(log_probs_BT)}

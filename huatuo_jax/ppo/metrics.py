@@ -28,6 +28,7 @@ def policy_sums(
     *,
     clipped_low_BT: jax.Array,
     clipped_high_BT: jax.Array,
+    dual_clipped_BT: jax.Array | None = None,
 ) -> Sums:
     """Sums how far the policy has moved from the one that sampled.
 
@@ -36,9 +37,11 @@ def policy_sums(
         mask_BT: the answers' tokens.
         clipped_low_BT: bool, tokens whose gradient the lower clip stops.
         clipped_high_BT: those that the upper one stops.
+        dual_clipped_BT: those that the bound for negative advantages stops; None for none.
 
     Returns:
-        `answers`; `tokens`, and sums over them of `ratio`, `clipped_low`, `clipped_high`, and of
+        `answers`; `tokens`, and sums over them of `ratio`, `clipped_low`, `clipped_high`,
+        `dual_clipped`, and of
         the estimates of KL(old policy, policy) from samples of the old one, `approximate_kl_k1`
         and `approximate_kl_k3`.
     """
@@ -48,6 +51,9 @@ def policy_sums(
         "ratio": masked(jnp.exp(log_ratios_BT), mask_BT).sum(),
         "clipped_low": clipped_low_BT.sum(),
         "clipped_high": clipped_high_BT.sum(),
+        "dual_clipped": jnp.zeros((), jnp.int32)
+        if dual_clipped_BT is None
+        else dual_clipped_BT.sum(),
         "approximate_kl_k1": -log_ratios_BT.sum(),
         "approximate_kl_k3": k3(-log_ratios_BT).sum(),
     }
@@ -65,6 +71,7 @@ def policy_numbers(sums: Mapping[str, Any], *, prefix: str) -> dict[str, float]:
         "ratio": "ratio",
         "clipped_low": "clipped_low",
         "clipped_high": "clipped_high",
+        "dual_clipped": "dual_clipped",
         "approximate_kl_k1": "approximate_kl_k1_per_token",
         "approximate_kl_k3": "approximate_kl_k3_per_token",
     }
@@ -129,6 +136,7 @@ def rollout_sums(
     scores_B: jax.Array,
     ended_B: jax.Array,
     mask_BT: jax.Array,
+    has_reward_B: jax.Array | None = None,
 ) -> Sums:
     """Sums what the policy sampled, before it is trained on.
 
@@ -139,17 +147,21 @@ def rollout_sums(
         scores_B: of the reward model, without penalties.
         ended_B: bool, from `rewards.have_ended`.
         mask_BT: the answers' tokens.
+        has_reward_B: bool, answers whose score is one; None for all.
 
     Returns:
         `tokens`; sums over them of `kl_k1`, `kl_k3`, `surprise` (minus the log-probability, whose
         mean estimates the entropy) and `mismatch`, exp|sampler - trainer|; `answers`; sums over
-        them of `ended`, `length`, `score`, their squares and `score_times_length`.
+        them of `ended`, `length` and its square; `rewarded`, answers with a score; sums over them
+        of `score`, `rewarded_length`, their squares and `score_times_length`.
     """
     is_answer_B = has_tokens(mask_BT)
+    is_rewarded_B = is_answer_B if has_reward_B is None else is_answer_B & has_reward_B
     ratios_BT = log_ratios(old_log_probs_BT, reference_log_probs_BT, mask_BT)
     differences_BT = log_ratios(sampler_log_probs_BT, old_log_probs_BT, mask_BT)
-    scores_B = masked(scores_B, is_answer_B)
+    scores_B = masked(scores_B, is_rewarded_B)
     lengths_B = mask_BT.sum(axis=1).astype(scores_B.dtype)
+    rewarded_lengths_B = masked(lengths_B, is_rewarded_B)
     return {
         "tokens": mask_BT.sum(),
         "kl_k1": ratios_BT.sum(),
@@ -160,6 +172,9 @@ def rollout_sums(
         "ended": (ended_B & is_answer_B).sum(),
         "length": lengths_B.sum(),
         "length_squared": jnp.square(lengths_B).sum(),
+        "rewarded": is_rewarded_B.sum(),
+        "rewarded_length": rewarded_lengths_B.sum(),
+        "rewarded_length_squared": jnp.square(rewarded_lengths_B).sum(),
         "score": scores_B.sum(),
         "score_squared": jnp.square(scores_B).sum(),
         "score_times_length": (scores_B * lengths_B).sum(),
@@ -174,12 +189,15 @@ def rollout_numbers(sums: Mapping[str, Any], *, prefix: str) -> dict[str, float]
         prefix: of the names. `kl_per_sequence` is what `kl.next_kl_coef` goes by.
     """
     tokens, answers = float(sums["tokens"]), float(sums["answers"])
-    score, length = ratio(sums["score"], answers), ratio(sums["length"], answers)
+    rewarded = float(sums["rewarded"])
+    score, rewarded_length = (ratio(sums[n], rewarded) for n in ("score", "rewarded_length"))
     variances = [
-        _variance(sums[name], sums[f"{name}_squared"], answers) for name in ("score", "length")
+        _variance(sums[name], sums[f"{name}_squared"], rewarded)
+        for name in ("score", "rewarded_length")
     ]
-    covariance = ratio(sums["score_times_length"], answers) - score * length
+    covariance = ratio(sums["score_times_length"], rewarded) - score * rewarded_length
     correlation = ratio(covariance, math.sqrt(math.prod(variances)))
+    of_lengths = _variance(sums["length"], sums["length_squared"], answers)
     return {
         f"{prefix}/kl_per_sequence": ratio(sums["kl_k1"], answers),
         f"{prefix}/kl_per_token": ratio(sums["kl_k1"], tokens),
@@ -188,8 +206,8 @@ def rollout_numbers(sums: Mapping[str, Any], *, prefix: str) -> dict[str, float]
         f"{prefix}/sampled_entropy": ratio(sums["surprise"], tokens),
         f"{prefix}/sampler_mismatch": ratio(sums["mismatch"], tokens),
         f"{prefix}/eos_rate": ratio(sums["ended"], answers),
-        f"{prefix}/response_length": length,
-        f"{prefix}/response_length_deviation": math.sqrt(variances[1]),
+        f"{prefix}/response_length": ratio(sums["length"], answers),
+        f"{prefix}/response_length_deviation": math.sqrt(of_lengths),
         f"{prefix}/score": score,
         f"{prefix}/score_deviation": math.sqrt(variances[0]),
         f"{prefix}/score_length_correlation": float(np.clip(correlation, -1, 1)),

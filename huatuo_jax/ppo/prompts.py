@@ -2,8 +2,9 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Literal
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -66,10 +67,34 @@ class PromptsConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TokenPrompt:
-    """A prompt as the policy is given it."""
+    """A prompt as the policy is given it.
+
+    Attributes:
+        id: of its record.
+        token_ids: rendered.
+        messages: as `{"role", "content"}`.
+        columns: the other fields of its record, for reward functions.
+    """
 
     id: str
     token_ids: tuple[int, ...]
+    messages: tuple[Mapping[str, str], ...] = ()
+    columns: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def of(cls, task: Task) -> "TokenPrompt":
+        """Returns the prompt of a task."""
+        prompt = task.prompt
+        columns = {"source": prompt.source, **prompt.extra}
+        for name in ("reference", "diagnosis"):
+            if (value := getattr(prompt, name)) is not None:
+                columns[name] = value
+        return cls(
+            prompt.id,
+            tuple(np.asarray(task.token_ids).tolist()),
+            tuple({"role": one.role, "content": one.content} for one in prompt.messages),
+            columns,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +117,15 @@ class Prompts:
         whole = hashlib.sha256(repr(self.stop_token_ids).encode())
         for one in self.items:
             whole.update(repr(one.token_ids).encode())
+        return whole.hexdigest()[:32]
+
+    @property
+    def columns_identity(self) -> str:
+        """A hash of what reward functions are given of the prompts."""
+        whole = hashlib.sha256()
+        for one in self.items:
+            text = json.dumps([one.id, one.messages, one.columns], sort_keys=True)
+            whole.update(text.encode())
         return whole.hexdigest()[:32]
 
     def rows(self, first: int, number: int, *, seed: int) -> list[TokenPrompt]:
@@ -130,9 +164,7 @@ def open_prompts(
     tasks = read_tasks(
         cfg, tokenizer, max_new_tokens=max_new_tokens, account=account, purpose=TRAINED_ON
     )
-    items = [
-        TokenPrompt(task.prompt.id, tuple(np.asarray(task.token_ids).tolist())) for task in tasks
-    ]
+    items = [TokenPrompt.of(task) for task in tasks]
     return Prompts(items, tuple(stop_token_ids), account)
 
 

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from huatuo_jax.ppo.config import PpoConfig
 from huatuo_jax.ppo.metrics import policy_numbers
+from huatuo_jax.ppo.reward_mix import Rewards
 from huatuo_jax.ppo.rollout import Rollout
 from huatuo_jax.ppo.targets import Targets, rollout_fields
 from huatuo_jax.training.metrics import TIME_PREFIX, ModelFlops
@@ -41,7 +42,7 @@ class Spent:
         """Counts the time inside; what is done there has to wait for the devices itself."""
         began = time.perf_counter()
         yield
-        self.seconds[what] = time.perf_counter() - began
+        self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - began
 
     @property
     def whole(self) -> float:
@@ -116,7 +117,8 @@ class IterationReport:
         iteration: its number, from 1.
         kl_coef: its coefficient.
         rollout: what was sampled.
-        raw_scores_N: of the scorer.
+        rewards: of the answers, not scaled.
+        num_prompts: that were asked, those of groups that were drawn anew among them.
         targets: on the host.
         update: on the host.
         spent: its time.
@@ -126,7 +128,8 @@ class IterationReport:
     iteration: int
     kl_coef: float
     rollout: Rollout
-    raw_scores_N: npt.NDArray[np.float32]
+    rewards: Rewards
+    num_prompts: int
     targets: Targets
     update: UpdateSums
     spent: Spent
@@ -140,6 +143,11 @@ class IterationReport:
             f"{PREFIX}/answer_tokens": self.rollout.num_answer_tokens,
             f"{PREFIX}/stopped_early": float(self.update.stopped_early),
         }
+        if self.cfg.rollout.redraw_rounds:
+            drawn_anew = self.num_prompts - len(self.rollout.prompts)
+            fields[f"{PREFIX}/groups_drawn_anew"] = drawn_anew
+        if self.rewards.terms:
+            fields |= self.rewards.fields(prefix=PREFIX)
         if self.update.policy:
             total = _added(self.update.policy)
             fields |= policy_numbers(total, prefix=PREFIX)
@@ -205,16 +213,23 @@ class IterationReport:
                     "id": prompt.id,
                     "prompt": show(prompt.token_ids),
                     "answer": show(answer.token_ids),
-                    "score": _number(self.raw_scores_N[index]),
-                    "answer_score": _number(self.targets.scores_N[index]),
+                    "score": self._if_rewarded(index, self.rewards.scores_N),
+                    "answer_score": self._if_rewarded(index, self.targets.scores_N),
                     "kl": _number(self.targets.kl_N[index]),
                     "length": len(answer.token_ids),
                     "prompt_token_ids": list(prompt.token_ids),
                     "token_ids": list(answer.token_ids),
                     "finish_reason": answer.finish_reason,
                 }
+                | self._terms(index)
             )
         return rows
+
+    def _if_rewarded(self, index: int, values_N: npt.NDArray[Any]) -> float | None:
+        return _number(values_N[index]) if self.rewards.has_reward_N[index] else None
+
+    def _terms(self, index: int) -> dict[str, Any]:
+        return {"rewards": self.rewards.shown(index)} if self.rewards.terms else {}
 
 
 def _added(steps: Sequence[Metrics]) -> dict[str, np.ndarray]:

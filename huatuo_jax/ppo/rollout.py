@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from huatuo_jax.backbone.transformer import Transformer
 from huatuo_jax.generation import weights
 from huatuo_jax.generation.buckets import bucket_of, row_lengths
 from huatuo_jax.generation.engine import Engine
-from huatuo_jax.generation.requests import Answer, Request, SamplingConfig, slots_for
+from huatuo_jax.generation.requests import Answer, FinishReason, Request, SamplingConfig, slots_for
 from huatuo_jax.ppo.config import RolloutConfig
 from huatuo_jax.ppo.prompts import TokenPrompt
 from huatuo_jax.training.scoring import GivenAnswer, padded_batch
@@ -29,6 +29,30 @@ class AnswerScorer(Protocol):
 
     def scores(self, answers: Sequence[GivenAnswer]) -> npt.NDArray[np.float32]:
         """Scores each answer, from its token ids."""
+
+
+class Sampled(NamedTuple):
+    """What a reward reads of an answer.
+
+    Attributes:
+        token_ids: as sampled, a stop token included.
+        finish_reason: `stop` or `length`.
+    """
+
+    token_ids: Sequence[int]
+    finish_reason: FinishReason
+
+
+def given_answers(
+    prompts: Sequence[TokenPrompt], answers: Sequence[Sampled | Answer]
+) -> list[GivenAnswer]:
+    """Lays each prompt and its answer end to end, as they were sampled."""
+    return [
+        GivenAnswer(
+            np.array((*prompt.token_ids, *answer.token_ids), np.int32), len(prompt.token_ids)
+        )
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
 
 
 class LengthScorer:
@@ -72,13 +96,12 @@ class Rollout:
 
     def given(self) -> list[GivenAnswer]:
         """Prompts and answers for a scorer: the ids that were sampled, never tokenised again."""
-        return [
-            GivenAnswer(
-                np.array((*self.prompt_of(index).token_ids, *answer.token_ids), np.int32),
-                len(self.prompt_of(index).token_ids),
-            )
-            for index, answer in enumerate(self.answers)
-        ]
+        return given_answers(self.prompt_of_each, self.answers)
+
+    @property
+    def prompt_of_each(self) -> list[TokenPrompt]:
+        """The prompt of each answer."""
+        return [self.prompt_of(index) for index in range(len(self.answers))]
 
 
 class Sampler:
@@ -138,6 +161,10 @@ class Sampler:
             for prompt, seed in zip(prompts, seeds, strict=True)
         ]
         answers = [answer for group in self.answers(variables, requests) for answer in group]
+        return self.lay(prompts, answers)
+
+    def lay(self, prompts: Sequence[TokenPrompt], answers: Sequence[Answer]) -> Rollout:
+        """Lays prompts and their answers in rows, see `make_rollout`."""
         return make_rollout(prompts, answers, lengths=self._lengths)
 
     def answers(self, variables: Variables, requests: Sequence[Request]) -> list[list[Answer]]:

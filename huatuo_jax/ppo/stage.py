@@ -5,21 +5,13 @@ An iteration (`huatuo_jax.ppo.trainer`) samples answers, scores them and updates
 
 import functools
 import os
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh
 
-from huatuo_jax.backbone.config import BackboneConfig
-from huatuo_jax.backbone.matmul import store_as_computed
-from huatuo_jax.backbone.transformer import Transformer, init_params
-from huatuo_jax.core import sharding
 from huatuo_jax.core.progress import tell
 from huatuo_jax.data.answers import text_of
-from huatuo_jax.data.batches import pack_row
 from huatuo_jax.generation.prompts import Task
 from huatuo_jax.ppo.config import PpoConfig
 from huatuo_jax.ppo.held_out import FOLDER as JUDGED_FOLDER
@@ -30,8 +22,12 @@ from huatuo_jax.ppo.held_out import (
     reach_server,
     record_of,
 )
-from huatuo_jax.ppo.loop import PpoJob
-from huatuo_jax.ppo.losses import PolicyObjective, policy_row_loss, value_row_loss
+from huatuo_jax.ppo.held_out_rewards import (
+    HeldOutCheck,
+    HeldOutRewarding,
+    open_held_out_rewards,
+)
+from huatuo_jax.ppo.loop import TOTAL_KL, PpoJob
 from huatuo_jax.ppo.models import (
     Critic,
     RewardModel,
@@ -39,30 +35,27 @@ from huatuo_jax.ppo.models import (
     open_critic,
     open_reward_model,
 )
-from huatuo_jax.ppo.prompts import Prompts, open_prompts
+from huatuo_jax.ppo.prompts import Prompts, TokenPrompt, open_prompts
 from huatuo_jax.ppo.report import Decode, IterationFlops
+from huatuo_jax.ppo.reward_mix import MixedRewards, RewardSource, ScorerRewards, check_functions
+from huatuo_jax.ppo.roles import abstract_roles, critic_of, micro_batch_programs, policy_of
 from huatuo_jax.ppo.rollout import AnswerScorer, LengthScorer, Sampler, mesh_of
 from huatuo_jax.ppo.targets import compile_targets
 from huatuo_jax.ppo.trainer import (
-    NUMBERS_OF_TOKENS,
-    Learner,
     PpoState,
-    RowLoss,
     Trainer,
     abstract_ppo_state,
-    compile_apply,
-    compile_pass,
     new_ppo_state,
 )
 from huatuo_jax.training.initial_model import InitialModel, open_model
 from huatuo_jax.training.metrics import ModelFlops
 from huatuo_jax.training.micro_batch import settle
-from huatuo_jax.training.optimizer import Optimizer, make_optimizer
-from huatuo_jax.training.programs import StageProgram
 from huatuo_jax.training.run_directory import StageDirectory
-from huatuo_jax.training.scoring import Normalization, compile_values, head_scores
+from huatuo_jax.training.scoring import Normalization
 from huatuo_jax.training.stage import Stage, run_stage
-from huatuo_jax.training.update import TrainState, abstract_batch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 STAGE = "ppo"
 
@@ -86,7 +79,7 @@ class PpoStage(Stage[PpoConfig]):
         critic: to start from; None for estimators without one.
         prompts: what is asked.
         normalization: of raw scores, where `cfg.score.scale` is `stored`.
-        judging: of held-out answers; None for none.
+        judging: of held-out answers, or their rewards; None for none.
         decode: from tokens to text; None for tokens in `samples.jsonl`.
     """
 
@@ -94,10 +87,11 @@ class PpoStage(Stage[PpoConfig]):
     critic: Critic | None
     prompts: Prompts
     normalization: Normalization | None = None
-    judging: HeldOutJudging | None = None
+    judging: HeldOutCheck | None = None
     decode: Decode | None = None
     _reward: RewardModel | None = None
     _tasks: list[Task] | None = None
+    _held_out_prompts: Sequence[TokenPrompt] | None = None
 
     @staticmethod
     def open_model(cfg: PpoConfig) -> InitialModel:
@@ -111,13 +105,16 @@ class PpoStage(Stage[PpoConfig]):
     def open_data(self) -> dict[str, Any]:
         """Finds reward model and critic, and reads the prompts."""
         cfg, policy = self.cfg, self.model
-        reward = open_reward_model(
-            cfg.reward_model,
-            scale=cfg.score.scale,
-            max_length=cfg.max_length,
-            tokenizer=self.tokenizer,
-        )
-        self._reward, self.normalization = reward, reward.normalization
+        reward: RewardModel | None = None
+        if cfg.needs_reward_model:
+            reward = open_reward_model(
+                cfg.reward_model,
+                scale=cfg.score.scale,
+                max_length=cfg.max_length,
+                tokenizer=self.tokenizer,
+            )
+        self._reward = reward
+        self.normalization = None if reward is None else reward.normalization
         self.decode = functools.partial(text_of, self.tokenizer)
         self.critic = open_critic(cfg, policy, reward)
         self.prompts = open_prompts(
@@ -127,13 +124,20 @@ class PpoStage(Stage[PpoConfig]):
             stop_token_ids=policy.stop_token_ids(self.template, self.tokenizer),
         )
         self.account = self.prompts.account
-        found: dict[str, Any] = {
-            "reward_model_files": reward.identity,
-            "prompts": self.prompts.identity,
-        }
+        found: dict[str, Any] = {"prompts": self.prompts.identity}
+        if reward is not None:
+            found["reward_model_files"] = reward.identity
+        if cfg.reward is not None:
+            found["reward_functions"] = check_functions(cfg.reward, self.prompts)
+            found["prompt_columns"] = self.prompts.columns_identity
         if cfg.judging is not None:
             self._tasks = open_held_out(cfg, self.tokenizer)
             found["held_out"] = identity_of(cfg, self._tasks)
+        if cfg.held_out_rewards is not None:
+            tasks = open_held_out_rewards(cfg, cfg.data, self.tokenizer)
+            held_out = Prompts([TokenPrompt.of(task) for task in tasks], ())
+            found["held_out"] = [held_out.identity, held_out.columns_identity]
+            self._held_out_prompts = held_out.items
         return found
 
     def make_job(self, directory: StageDirectory, decisive: Mapping[str, Any]) -> PpoJob:
@@ -155,6 +159,13 @@ class PpoStage(Stage[PpoConfig]):
         )
         if self._tasks is not None:
             self.judging = self._make_judging(directory, self._tasks)
+        elif self._held_out_prompts is not None:
+            self.judging = HeldOutRewarding(
+                cfg=self.cfg,
+                prompts=self._held_out_prompts,
+                normalization=self._normalization_outside_training,
+                keep=functools.partial(self.save_model, directory),
+            )
         return self.job(directory, decisive)
 
     def job(self, directory: StageDirectory, decisive: Mapping[str, Any]) -> PpoJob:
@@ -195,7 +206,7 @@ class PpoStage(Stage[PpoConfig]):
                     max_length=cfg.max_length,
                     mesh=rollout_mesh,
                 ),
-                scorer=self.make_scorer(),
+                rewards=self.make_rewards(),
                 make_targets=compile_targets(
                     cfg,
                     stop_token_ids=stop_token_ids,
@@ -225,6 +236,20 @@ class PpoStage(Stage[PpoConfig]):
             ),
             decode=self.decode,
             judging=self.judging,
+            stop_at_total_kl=cfg.stop_at_total_kl,
+        )
+
+    def make_rewards(self) -> RewardSource:
+        """Makes what rewards answers: a scorer alone, or the sum of terms."""
+        cfg = self.cfg
+        if cfg.reward is None:
+            return ScorerRewards(self.make_scorer())
+        return MixedRewards(
+            cfg.reward,
+            scorer=self.make_scorer() if cfg.reward.has_model else None,
+            normalization=self.normalization,
+            decode=functools.partial(text_of, self.tokenizer),
+            count_tokens=functools.partial(_count_tokens, self.tokenizer),
         )
 
     def make_scorer(self) -> AnswerScorer:
@@ -248,15 +273,27 @@ class PpoStage(Stage[PpoConfig]):
         names = (f"{STAGE}/{name}" for name in _RESULT)
         result: dict[str, Any] = {"step": int(state.iteration)}
         result |= {name: numbers[name] for name in names if name in numbers}
-        return result if self.judging is None else result | self.judging.result()
+        if self.judging is not None:
+            result |= self.judging.result()
+        budget, kl = self.cfg.stop_at_total_kl, numbers.get(TOTAL_KL, 0.0)
+        if budget is not None and kl >= budget and not (self.judging and self.judging.turned):
+            ended = f"KL of {kl:.3f} from the reference, the budget being {budget:g}"
+            result["ended"] = ended
+        return result
 
     @property
     def _scoring_model(self) -> RewardModel | None:
         """The reward model; None where something else gives the scores."""
-        return None if self.cfg.score.of == "length" else self._reward
+        return self._reward if self.cfg.scores_by_model else None
+
+    @property
+    def _normalization_outside_training(self) -> Normalization | None:
+        """Of a reward model that is the reward alone; a sum of terms normalises by itself."""
+        if self.cfg.reward is not None or self._reward is None:
+            return None
+        return self._reward.normalization_outside_training(self.cfg.score)
 
     def _make_judging(self, directory: StageDirectory, tasks: list[Task]) -> HeldOutJudging:
-        assert self._reward is not None
         return HeldOutJudging(
             cfg=self.cfg,
             folder=directory.folder / JUDGED_FOLDER,
@@ -265,10 +302,14 @@ class PpoStage(Stage[PpoConfig]):
             make_record=functools.partial(
                 record_of, template=self.template, tokenizer=self.tokenizer
             ),
-            normalization=self._reward.normalization_outside_training(self.cfg.score),
+            normalization=self._normalization_outside_training,
             transformer=self.model.transformer,
             keep=functools.partial(self.save_model, directory),
         )
+
+
+def _count_tokens(tokenizer: "PreTrainedTokenizerBase", text: str) -> int:
+    return len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def run_ppo(config: PpoConfig, workdir: str | os.PathLike[str]) -> dict[str, Any]:
@@ -304,233 +345,3 @@ def check_policy(cfg: PpoConfig, policy: InitialModel) -> None:
             f"{backbone.max_positions} positions together"
         )
     backbone.require_fixed_angles(cfg.max_length, purpose="PPO")
-
-
-class Trained(NamedTuple):
-    """A model that a run trains; no array is made for it.
-
-    Attributes:
-        optimizer: by what.
-        state: shapes and shardings.
-        learner: its programs.
-    """
-
-    optimizer: Optimizer
-    state: TrainState
-    learner: Learner
-
-
-def policy_of(cfg: PpoConfig, policy: InitialModel, mesh: Mesh) -> Trained:
-    """Makes the policy's optimizer, abstract state and programs."""
-    steps = cfg.num_epochs * cfg.num_minibatches * (cfg.num_iterations - cfg.warmup_iterations)
-    optimizer = make_optimizer(cfg.optimizer, num_steps=steps)
-    state = policy.abstract_state(optimizer, mesh)
-    return Trained(
-        optimizer, state, _learner(cfg, _policy_loss(cfg, policy), optimizer, state, mesh)
-    )
-
-
-def critic_of(cfg: PpoConfig, critic: Critic, mesh: Mesh) -> Trained:
-    """Makes the critic's optimizer, abstract state and programs."""
-    steps = cfg.num_epochs * cfg.num_minibatches * cfg.num_iterations
-    optimizer = make_optimizer(cfg.value.optimizer or cfg.optimizer, num_steps=steps)
-    state = critic.abstract_state(optimizer, mesh)
-    return Trained(
-        optimizer, state, _learner(cfg, _value_loss(cfg, critic), optimizer, state, mesh)
-    )
-
-
-class Roles(NamedTuple):
-    """The models of a run, abstract.
-
-    Attributes:
-        cfg: the run's settings.
-        mesh: where everything lies.
-        policy: to start from.
-        trained: the policy as it is trained.
-        reference: in place of its trained variables.
-        critic: to start from, None without one.
-        valued: the critic as it is trained, None without one.
-        scorer: the reward model; None without one.
-        scorer_variables: its own; nothing without one.
-    """
-
-    cfg: PpoConfig
-    mesh: Mesh
-    policy: InitialModel
-    trained: Trained
-    reference: Any
-    critic: Critic | None
-    valued: Trained | None
-    scorer: Transformer | None
-    scorer_variables: Any
-
-    @property
-    def value_state(self) -> Any:
-        """Of the critic; nothing without one."""
-        return () if self.valued is None else self.valued.state
-
-
-def abstract_roles(
-    cfg: PpoConfig,
-    *,
-    policy: InitialModel,
-    critic: Critic | None,
-    rewarding: BackboneConfig | None,
-    mesh: Mesh,
-) -> Roles:
-    """Makes the models of a run on a mesh as shapes, without an array.
-
-    Args:
-        cfg: the run's settings.
-        policy: to start from.
-        critic: to start from; None for estimators without one.
-        rewarding: the reward model's architecture; None where something else gives the scores.
-        mesh: where everything lies.
-    """
-    trained = policy_of(cfg, policy, mesh)
-    reference = trained.state.trained
-    if cfg.model.lora is None:
-        reference = _stored(reference, policy.cfg, policy.compute.compute_dtype)
-    scorer: Transformer | None = None
-    scorer_variables: Any = ()
-    if rewarding is not None:
-        scorer = Transformer(rewarding, policy.compute)
-        params = jax.eval_shape(
-            lambda: init_params(jax.random.key(0), rewarding, policy.compute, head="score")
-        )
-        variables = sharding.abstract_parameters({"params": params}, mesh)
-        scorer_variables = _stored(variables, rewarding, policy.compute.compute_dtype)
-    return Roles(
-        cfg=cfg,
-        mesh=mesh,
-        policy=policy,
-        trained=trained,
-        reference=reference,
-        critic=critic,
-        valued=None if critic is None else critic_of(cfg, critic, mesh),
-        scorer=scorer,
-        scorer_variables=scorer_variables,
-    )
-
-
-def micro_batch_programs(roles: Roles) -> Iterator[StageProgram]:
-    """Yields policy and critic passes over a minibatch of the longest rows, and the scoring."""
-    yield policy_pass(roles)
-    if roles.valued is not None:
-        yield value_pass(roles)
-    if roles.scorer is not None:
-        yield scoring(roles, roles.scorer)
-
-
-def policy_pass(roles: Roles) -> StageProgram:
-    """Describes a pass of the policy over a minibatch, with its gradients."""
-    state = roles.trained.state
-    beside = (state.opt_state, roles.reference, roles.value_state, roles.scorer_variables)
-    return _pass(roles, "policy", roles.trained, state.frozen, beside)
-
-
-def value_pass(roles: Roles) -> StageProgram:
-    """Describes that pass of the critic, of a run that has one."""
-    assert roles.critic is not None and roles.valued is not None
-    state, policy = roles.valued.state, roles.trained.state
-    frozen = roles.critic.frozen(state.frozen, policy.frozen)
-    # The policy's frozen trunk is an argument where it is the critic's too.
-    others = (policy.trained, policy.opt_state) if roles.critic.shares_trunk else policy
-    beside = (state.opt_state, roles.reference, others, roles.scorer_variables)
-    return _pass(roles, "value", roles.valued, frozen, beside)
-
-
-def scoring(roles: Roles, scorer: Transformer) -> StageProgram:
-    """Describes the reward model on a micro-batch of the longest rows."""
-    cfg, mesh = roles.cfg, roles.mesh
-    rows = cfg.rows_at_once
-    row = pack_row([], row_length=cfg.max_length, pad_token_id=0)
-    return StageProgram(
-        name="ppo/score",
-        function=compile_values(functools.partial(head_scores, scorer), mesh),
-        arguments=(roles.scorer_variables, abstract_batch(row, rows, mesh)),
-        beside=(roles.trained.state, roles.reference, roles.value_state),
-        mesh=mesh,
-        rows=rows,
-        rows_at_once=rows,
-        in_micro_batches=True,
-    )
-
-
-def _learner(
-    cfg: PpoConfig, loss: RowLoss, optimizer: Optimizer, state: TrainState, mesh: Mesh
-) -> Learner:
-    return Learner(
-        run_pass=compile_pass(loss, state, mesh, rows_at_once=cfg.rows_at_once),
-        apply=compile_apply(optimizer, state, mesh),
-    )
-
-
-def _policy_loss(cfg: PpoConfig, policy: InitialModel) -> RowLoss:
-    objective = PolicyObjective(
-        temperature=cfg.rollout.temperature,
-        clip_low=cfg.clip_low,
-        clip_high=cfg.clip_high,
-        dual_clip=cfg.dual_clip,
-        entropy_coef=cfg.entropy_coef,
-        kl_loss=None if cfg.kl_in == "reward" else cfg.kl_in,
-        num_answers=cfg.minibatch_size,
-        tokens_allowed=_tokens_allowed(cfg),
-        chunk=cfg.compute.loss_chunk,
-        mean_per_answer=cfg.denominator == "answers",
-    )
-    return policy_row_loss(policy.transformer, objective)
-
-
-def _value_loss(cfg: PpoConfig, critic: Critic) -> RowLoss:
-    return value_row_loss(
-        critic.model.transformer,
-        clip=cfg.value.clip,
-        tokens_allowed=_tokens_allowed(cfg),
-        mean_per_answer=cfg.denominator == "answers",
-        offset=critic.head_offset,
-    )
-
-
-def _tokens_allowed(cfg: PpoConfig) -> int | None:
-    return cfg.rollout.max_new_tokens if cfg.denominator == "max_new_tokens" else None
-
-
-def _pass(
-    roles: Roles, name: str, trained: Trained, frozen: Any, beside: tuple[Any, ...]
-) -> StageProgram:
-    cfg, mesh = roles.cfg, roles.mesh
-    everywhere = jax.NamedSharding(mesh, jax.P())
-    return StageProgram(
-        name=f"ppo/{name}_pass",
-        function=trained.learner.run_pass,
-        arguments=(
-            trained.state.trained,
-            frozen,
-            abstract_batch(_row(cfg.max_length), cfg.minibatch_size, mesh),
-            jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere),
-            jax.ShapeDtypeStruct((), jnp.bool_),
-        ),
-        beside=beside,
-        mesh=mesh,
-        rows=cfg.minibatch_size,
-        rows_at_once=cfg.rows_at_once,
-        in_micro_batches=True,
-    )
-
-
-def _row(length: int) -> dict[str, np.ndarray]:
-    """Returns a row of a minibatch."""
-    packed = pack_row([], row_length=length, pad_token_id=0)
-    row = {name: packed[name] for name in ("token_ids", "segment_ids", "positions")}
-    row["mask"] = packed["trained_mask"]
-    row["answers"] = np.zeros(length, np.int32)
-    return row | dict.fromkeys(NUMBERS_OF_TOKENS, np.zeros(length, np.float32))
-
-
-def _stored(variables: Any, cfg: BackboneConfig, dtype: Any) -> Any:
-    """Casts abstract variables as they are stored where no gradient is taken of them."""
-    cast = functools.partial(store_as_computed, dtype=dtype, keep_lm_head=cfg.norm_head)
-    places = jax.tree.map(lambda leaf: leaf.sharding, variables)
-    return sharding.abstract_arrays(jax.eval_shape(cast, variables), places)

@@ -23,8 +23,12 @@ from huatuo_jax.ppo.advantages import (
     Moments,
     combine,
     gae,
+    group_means,
     grpo_advantages,
+    have_variance,
+    importance_weights,
     moments,
+    reinforce_advantages,
     rloo_advantages,
     whiten,
 )
@@ -39,11 +43,19 @@ from huatuo_jax.ppo.metrics import (
 )
 from huatuo_jax.ppo.rewards import have_ended, next_kl_coef, normalised_scores, token_rewards
 from huatuo_jax.training.losses import last_tokens, masked, over_tokens, sum_by_answer
+from huatuo_jax.training.metrics import ratio
 from huatuo_jax.training.scoring import Normalization
 
 Rows = dict[str, npt.NDArray[Any]]
 Numbers = npt.NDArray[np.int64]
 _DISTINCT = (1, 2)
+_SHARES = {
+    "sampler_ratio": "tokens",
+    "sampler_ratio_capped": "tokens",
+    "score_clipped": "rewarded",
+    "groups_without_variance": "groups",
+}
+"""Sums that are there by the config, and what each is divided by."""
 
 
 class Experience(NamedTuple):
@@ -58,6 +70,8 @@ class Experience(NamedTuple):
         raw_scores_N: of the scorer.
         values_NT: the critic's, before each token; zero without one.
         values_after_NT: the critic's, after each token.
+        has_reward_N: bool, answers whose raw score is one; the others' advantages are 0 and they
+            are in no mean of rewards. None for all.
     """
 
     token_ids_NT: Any
@@ -68,6 +82,7 @@ class Experience(NamedTuple):
     raw_scores_N: Any
     values_NT: Any
     values_after_NT: Any
+    has_reward_N: Any = None
 
 
 class Targets(NamedTuple):
@@ -139,10 +154,13 @@ def make_targets(
     """
     mask_NT, scores_N = experience.mask_NT, experience.raw_scores_N
     ended_N = have_ended(experience.token_ids_NT, mask_NT, stop_token_ids=stop_token_ids)
-    seen = combine(running, moments(scores_N, jnp.ones_like(ended_N)))
+    has_reward_N = _all_or(experience.has_reward_N, ended_N)
+    scores_N = masked(scores_N, has_reward_N)
+    seen = combine(running, moments(scores_N, has_reward_N))
     # Numbers that are not finite skip this update; they are not to spoil all later ones.
     running = _keep_finite(seen, running)
-    answer_scores_N = cfg.score.rewards(_scaled(scores_N, cfg, running, normalization), ended_N)
+    scaled_N = _scaled(scores_N, cfg, running, normalization)
+    answer_scores_N = cfg.score.rewards(scaled_N, ended_N)
     rewards_NT = token_rewards(
         answer_scores_N,
         experience.old_log_probs_NT,
@@ -150,20 +168,46 @@ def make_targets(
         mask_NT,
         kl_coef=kl_coef if cfg.kl_in == "reward" else 0.0,
     )
+    rewarded_NT = mask_NT & has_reward_N[:, None]
+    rewards_NT = masked(rewards_NT, rewarded_NT)
     if cfg.score.whiten:
-        rewards_NT = whiten(rewards_NT, mask_NT, moments(rewards_NT, mask_NT), shift_mean=False)
-    estimates = _estimates(rewards_NT, ended_N, experience, cfg)
-    sums = rollout_sums(
+        statistics = moments(rewards_NT, rewarded_NT)
+        rewards_NT = whiten(rewards_NT, rewarded_NT, statistics, shift_mean=False)
+    estimates = _estimates(rewards_NT, rewarded_NT, ended_N, experience, cfg)
+    advantages_NT = estimates.advantages_BT
+    weights: dict[str, jax.Array] = {}
+    if cfg.sampler_ratio_cap is not None:
+        weights_NT = importance_weights(
+            experience.old_log_probs_NT,
+            experience.sampler_log_probs_NT,
+            mask_NT,
+            cap=cfg.sampler_ratio_cap,
+        )
+        advantages_NT = advantages_NT * weights_NT
+        is_capped_NT = mask_NT & (weights_NT >= cfg.sampler_ratio_cap)
+        weights = {"sampler_ratio": weights_NT.sum(), "sampler_ratio_capped": is_capped_NT.sum()}
+    sums = weights | rollout_sums(
         experience.old_log_probs_NT,
         experience.reference_log_probs_NT,
         experience.sampler_log_probs_NT,
         scores_N,
         ended_N,
         mask_NT,
+        has_reward_N,
     )
     for n in _distinct(mask_NT.shape[1]):
         sums |= distinct_sums(experience.token_ids_NT, mask_NT, n=n)
-    sums |= {"reward": rewards_NT.sum(), "answer_score": answer_scores_N.sum()}
+    sums |= {
+        "reward": rewards_NT.sum(),
+        "answer_score": masked(answer_scores_N, has_reward_N).sum(),
+    }
+    if cfg.score.clip is not None:
+        is_clipped_N = has_reward_N & (jnp.abs(scaled_N) > cfg.score.clip)
+        sums |= {"score_clipped": is_clipped_N.sum()}
+    if cfg.rollout.answers_per_prompt > 1:
+        groups = scores_N.reshape(-1, cfg.rollout.answers_per_prompt)
+        varied_P = have_variance(groups, applies_BG=has_reward_N.reshape(groups.shape))
+        sums |= {"groups": jnp.asarray(varied_P.size), "groups_without_variance": (~varied_P).sum()}
     if cfg.has_critic:
         clipped_NT = jnp.zeros_like(mask_NT)
         known = value_sums(
@@ -178,7 +222,7 @@ def make_targets(
         gain=cfg.kl_gain,
     )
     return Targets(
-        advantages_NT=estimates.advantages_BT,
+        advantages_NT=advantages_NT,
         returns_NT=estimates.returns_BT,
         scores_N=answer_scores_N,
         kl_N=sum_by_answer(differences_NT, mask_NT),
@@ -195,13 +239,16 @@ def rollout_fields(sums: Mapping[str, Any], *, prefix: str) -> dict[str, float]:
         sums: of `Targets`, on the host.
         prefix: of the names.
     """
-    answers = float(sums["answers"])
+    rewarded = float(sums["rewarded"])
     fields = rollout_numbers(sums, prefix=prefix)
     for n in _DISTINCT:
         if f"distinct_{n}" in sums:
             fields |= distinct_numbers(sums, n=n, prefix=prefix)
-    fields[f"{prefix}/reward"] = float(sums["reward"]) / answers
-    fields[f"{prefix}/answer_score"] = float(sums["answer_score"]) / answers
+    fields[f"{prefix}/reward"] = ratio(sums["reward"], rewarded)
+    fields[f"{prefix}/answer_score"] = ratio(sums["answer_score"], rewarded)
+    for name, whole in _SHARES.items():
+        if name in sums:
+            fields[f"{prefix}/{name}"] = ratio(sums[name], float(sums[whole]))
     of_critic = {
         name.removeprefix("critic/"): value
         for name, value in sums.items()
@@ -363,15 +410,35 @@ def row_counts(minibatch_size: int, *, rows_at_once: int, shards: int) -> tuple[
 
 
 def _estimates(
-    rewards_NT: jax.Array, ended_N: jax.Array, experience: Experience, cfg: PpoConfig
+    rewards_NT: jax.Array,
+    rewarded_NT: jax.Array,
+    ended_N: jax.Array,
+    experience: Experience,
+    cfg: PpoConfig,
 ) -> Estimates:
+    """Estimates by the config; answers without a reward get advantage 0 and their values."""
     mask_NT = experience.mask_NT
     if not cfg.has_critic:
         totals_PG = sum_by_answer(rewards_NT, mask_NT).reshape(-1, cfg.rollout.answers_per_prompt)
+        applies_PG = rewarded_NT.any(axis=1).reshape(totals_PG.shape)
+        if cfg.estimator in ("reinforce", "reinforce_group"):
+            baselines_N = None
+            if cfg.estimator == "reinforce_group":
+                means_P1 = group_means(totals_PG, applies_BG=applies_PG)
+                baselines_N = jnp.broadcast_to(means_P1, totals_PG.shape).reshape(-1)
+            advantages_NT = reinforce_advantages(
+                rewards_NT, rewarded_NT, gamma=cfg.gamma, baselines_B=baselines_N
+            )
+            if cfg.whiten_advantages:
+                statistics = moments(advantages_NT, rewarded_NT)
+                advantages_NT = whiten(advantages_NT, rewarded_NT, statistics)
+            return Estimates(advantages_NT, jnp.zeros_like(advantages_NT))
         if cfg.estimator == "rloo":
-            advantages_PG = rloo_advantages(totals_PG)
+            advantages_PG = rloo_advantages(totals_PG, applies_BG=applies_PG)
         else:
-            advantages_PG = grpo_advantages(totals_PG, divide_by_deviation=cfg.divide_by_deviation)
+            advantages_PG = grpo_advantages(
+                totals_PG, divide_by_deviation=cfg.divide_by_deviation, applies_BG=applies_PG
+            )
         advantages_NT = over_tokens(advantages_PG.reshape(-1), mask_NT)
         return Estimates(advantages_NT, jnp.zeros_like(advantages_NT))
     after_N = None
@@ -386,16 +453,23 @@ def _estimates(
         lambda_=cfg.gae_lambda,
         values_after_B=after_N,
     )
-    advantages_NT = found.advantages_BT
+    advantages_NT = masked(found.advantages_BT, rewarded_NT)
     if cfg.whiten_advantages:
-        advantages_NT = whiten(advantages_NT, mask_NT, moments(advantages_NT, mask_NT))
-    return Estimates(advantages_NT, found.returns_BT)
+        advantages_NT = whiten(advantages_NT, rewarded_NT, moments(advantages_NT, rewarded_NT))
+    # The critic stays where it is on an answer that says nothing about it.
+    returns_NT = jnp.where(rewarded_NT, found.returns_BT, masked(experience.values_NT, mask_NT))
+    return Estimates(advantages_NT, returns_NT)
+
+
+def _all_or(has_reward_N: jax.Array | None, like_N: jax.Array) -> jax.Array:
+    return jnp.ones_like(like_N) if has_reward_N is None else jnp.asarray(has_reward_N)
 
 
 def _scaled(
     scores_N: jax.Array, cfg: PpoConfig, running: Moments, normalization: Normalization | None
 ) -> jax.Array:
-    if cfg.score.scale == "raw":
+    # A mix has the reward model's scores normalised before it sums them.
+    if cfg.score.scale == "raw" or (cfg.score.scale == "stored" and cfg.reward is not None):
         return scores_N
     if cfg.score.scale == "running":
         # Scores that are all the same are at their mean, whatever they are divided by.

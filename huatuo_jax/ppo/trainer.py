@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpy.typing as npt
 from jax.sharding import Mesh
 
 from huatuo_jax.core import sharding
@@ -27,8 +26,10 @@ from huatuo_jax.ppo.advantages import Moments, no_moments
 from huatuo_jax.ppo.config import PpoConfig
 from huatuo_jax.ppo.models import Critic
 from huatuo_jax.ppo.prompts import Prompts
+from huatuo_jax.ppo.redrawing import with_variance
 from huatuo_jax.ppo.report import IterationReport, Spent, UpdateSums
-from huatuo_jax.ppo.rollout import AnswerScorer, Rollout, Sampler
+from huatuo_jax.ppo.reward_mix import Rewards, RewardSource
+from huatuo_jax.ppo.rollout import Rollout, Sampler
 from huatuo_jax.ppo.targets import (
     Experience,
     Layout,
@@ -128,7 +129,7 @@ class Trainer:
         mesh: where everything lies.
         prompts: what is asked.
         sampler: answers.
-        scorer: scores the answers.
+        rewards: rewards the answers.
         make_targets: see `targets.make_targets`.
         policy: its programs.
         reference: takes the place of the policy's trained variables, see `models.make_reference`.
@@ -140,7 +141,7 @@ class Trainer:
     mesh: Mesh
     prompts: Prompts
     sampler: Sampler
-    scorer: AnswerScorer
+    rewards: RewardSource
     make_targets: MakeTargets
     policy: Learner
     reference: Variables
@@ -151,13 +152,18 @@ class Trainer:
         """Makes one more iteration; the state before is used up."""
         spent = Spent()
         trains_policy = int(state.iteration) >= self.cfg.warmup_iterations
-        with spent.on("generation"):
-            rollout = self._sample(state)
-        with spent.on("scoring"):
-            scores_N = np.asarray(self.scorer.scores(rollout.given()), np.float32)
+        drawn = with_variance(
+            functools.partial(self._draw, state, spent),
+            self.sampler.lay,
+            num_prompts=self.cfg.rollout.num_prompts,
+            rounds=self.cfg.rollout.redraw_rounds,
+        )
+        rollout, rewards = drawn.rollout, drawn.rewards
+        if self.cfg.reward is not None:
+            rewards.check(self.cfg.reward, iteration=int(state.iteration) + 1)
         layouts = [self._layouts(state, rollout, epoch) for epoch in range(self.cfg.num_epochs)]
         with spent.on("log_probs"):
-            experience = self._experience(state, rollout, scores_N, layouts[0])
+            experience = self._experience(state, rollout, rewards, layouts[0])
             targets = on_host(self.make_targets(experience, state.kl_coef, state.scores))
         with spent.on("update"):
             rows = self._training_rows(rollout, experience, targets)
@@ -167,7 +173,8 @@ class Trainer:
             iteration=int(state.iteration) + 1,
             kl_coef=float(state.kl_coef),
             rollout=rollout,
-            raw_scores_N=scores_N,
+            rewards=rewards,
+            num_prompts=drawn.num_prompts,
             targets=targets,
             update=sums,
             spent=spent,
@@ -178,15 +185,33 @@ class Trainer:
         return dataclasses.replace(
             state,
             iteration=state.iteration + 1,
-            next_prompt=state.next_prompt + self.cfg.rollout.num_prompts,
+            next_prompt=state.next_prompt + drawn.num_prompts,
             kl_coef=jax.device_put(kl_coef, place),
             scores=jax.device_put(targets.running, place),
         ), report
 
-    def _sample(self, state: PpoState) -> Rollout:
-        first, number = int(state.next_prompt), self.cfg.rollout.num_prompts
-        prompts = self.prompts.rows(first, number, seed=self.cfg.seed)
+    def _draw(
+        self, state: PpoState, spent: Spent, number: int, first: int, num_prompts: int
+    ) -> tuple[Rollout, Rewards]:
+        """Samples answers to some prompts and rewards them, see `redrawing.Draw`."""
+        with spent.on("generation"):
+            rollout = self._sample(state, number, first, num_prompts)
+        with spent.on("scoring"):
+            rewards = self.rewards.of(
+                rollout.prompt_of_each, rollout.answers, group=self.cfg.rollout.answers_per_prompt
+            )
+        return rollout, rewards
+
+    def _sample(
+        self, state: PpoState, number: int = 0, first: int = 0, num_prompts: int | None = None
+    ) -> Rollout:
+        """Samples answers to so many prompts, all of an iteration's where it is not said."""
+        place = int(state.next_prompt) + first
+        num_prompts = num_prompts or self.cfg.rollout.num_prompts
+        prompts = self.prompts.rows(place, num_prompts, seed=self.cfg.seed)
         key = jax.random.fold_in(state.key, state.iteration)
+        if number:
+            key = jax.random.fold_in(key, number)
         return self.sampler.sample(state.policy.variables, prompts, key)
 
     def _layouts(self, state: PpoState, rollout: Rollout, epoch: int) -> list[Layout]:
@@ -210,7 +235,7 @@ class Trainer:
         self,
         state: PpoState,
         rollout: Rollout,
-        scores_N: npt.NDArray[np.float32],
+        rewards: Rewards,
         minibatches: Sequence[Layout],
     ) -> Experience:
         """Evaluates the rollout under all models, by the programs of the update.
@@ -242,13 +267,19 @@ class Trainer:
             old_log_probs_NT=found["log_probs"],
             reference_log_probs_NT=found["reference"],
             sampler_log_probs_NT=rollout.sampler_log_probs_NT,
-            raw_scores_N=scores_N,
+            raw_scores_N=rewards.scores_N,
             values_NT=found["values"],
             values_after_NT=found["values_after"],
+            has_reward_N=rewards.has_reward_N,
         )
 
     def _training_rows(self, rollout: Rollout, experience: Experience, targets: Targets) -> Rows:
+        mask_NT = rollout.rows["mask"]
+        if not self.cfg.trains_on_truncated:
+            ended_N = np.array([one.finish_reason == "stop" for one in rollout.answers])
+            mask_NT = mask_NT & ended_N[:, None]
         return rollout.rows | {
+            "mask": mask_NT,
             "old_log_probs": experience.old_log_probs_NT,
             "reference_log_probs": experience.reference_log_probs_NT,
             "advantages": targets.advantages_NT,

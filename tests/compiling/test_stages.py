@@ -12,8 +12,8 @@ from huatuo_jax.compiling.programs import Architectures, attended_pairs, program
 from huatuo_jax.core.config import load_card, replaced
 from huatuo_jax.generation.requests import Answer, Usage
 from huatuo_jax.ppo.prompts import TokenPrompt
+from huatuo_jax.ppo.roles import _row
 from huatuo_jax.ppo.rollout import make_rollout
-from huatuo_jax.ppo.stage import _row
 from huatuo_jax.ppo.targets import plain_layout
 from huatuo_jax.ppo.trainer import NUMBERS_OF_TOKENS
 from huatuo_jax.preferences.rows import ComparisonRows, RowsConfig, empty_row

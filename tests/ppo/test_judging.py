@@ -12,7 +12,7 @@ import pytest
 from huatuo_jax.clinic import dialogues as clinic
 from huatuo_jax.judge.config import JudgeConfig
 from huatuo_jax.judge.judgements import read_judgements
-from huatuo_jax.ppo.config import Judged, JudgingConfig, has_turned, is_due, kept_of, outcome
+from huatuo_jax.ppo.judging import Judged, JudgingConfig, has_turned, is_due, kept_of, outcome
 from huatuo_jax.preferences import label
 from huatuo_jax.training.loop import train
 from huatuo_jax.training.metrics import is_time_field, read_rows

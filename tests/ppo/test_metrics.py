@@ -52,6 +52,7 @@ def test_gauges_of_the_policy_are_means_over_tokens():
             "ppo/ratio": ratios.mean(),
             "ppo/clipped_low": ((ratios < 0.8) & (advantages < 0)).mean(),
             "ppo/clipped_high": ((ratios > 1.28) & (advantages > 0)).mean(),
+            "ppo/dual_clipped": 0.0,
             "ppo/approximate_kl_k1_per_token": -log_ratios.mean(),
             "ppo/approximate_kl_k3_per_token": (ratios - 1 - log_ratios).mean(),
             "ppo/approximate_kl_k3_per_sequence": (ratios - 1 - log_ratios).sum() / 5,

@@ -30,7 +30,7 @@ def _policy(rollout, log_probs_BT=None, **settings):
 
 def _policy_by_hand(rollout, *, dual_clip=None):
     """The loss, its derivative at each token, and how many tokens each clip stops."""
-    loss, slopes_BT, low, high = 0.0, np.zeros_like(rollout.old_BT), 0, 0
+    loss, slopes_BT, low, high, dual = 0.0, np.zeros_like(rollout.old_BT), 0, 0, 0
     for row, slots in rollout.places():
         for t in slots:
             advantage = rollout.advantages_BT[row, t]
@@ -41,16 +41,16 @@ def _policy_by_hand(rollout, *, dual_clip=None):
             low += advantage < 0 and ratio < 0.8
             high += advantage > 0 and ratio > 1.28
             if dual_clip is not None and advantage < 0 and gain < dual_clip * advantage:
-                gain, moves = dual_clip * advantage, False
+                gain, moves, dual = dual_clip * advantage, False, dual + 1
             loss -= gain
             slopes_BT[row, t] = -gain if moves else 0.0
-    return loss, slopes_BT, low, high
+    return loss, slopes_BT, low, high, dual
 
 
 @pytest.mark.parametrize("dual_clip", [None, 1.2])
 def test_the_policy_loss_and_its_gradient_equal_a_loop(dual_clip):
     rollout = make_rollout(5).with_junk(np.nan)
-    loss, slopes_BT, low, high = _policy_by_hand(rollout, dual_clip=dual_clip)
+    loss, slopes_BT, low, high, dual = _policy_by_hand(rollout, dual_clip=dual_clip)
     assert low and high and (slopes_BT[rollout.mask_BT] != 0).any()  # Every case is met.
 
     def summed(log_probs_BT):
@@ -62,6 +62,7 @@ def test_the_policy_loss_and_its_gradient_equal_a_loop(dual_clip):
     np.testing.assert_allclose(gradient_BT, slopes_BT, rtol=1e-12)
     assert sums.num_terms == sums.others["tokens"] == 16
     assert (sums.others["clipped_low"], sums.others["clipped_high"]) == (low, high)
+    assert sums.others["dual_clipped"] == dual and bool(dual) == (dual_clip is not None)
     assert _policy(rollout, tokens_allowed=50).num_terms == 250
 
 
@@ -141,6 +142,7 @@ def test_at_the_policy_that_sampled_the_ratio_is_one_and_nothing_is_clipped():
         "ratio": 16,
         "clipped_low": 0,
         "clipped_high": 0,
+        "dual_clipped": 0,
         "approximate_kl_k1": 0,
         "approximate_kl_k3": 0,
     }
@@ -204,7 +206,7 @@ def test_the_value_loss_and_its_gradient_equal_a_loop(clip):
 def test_the_mean_of_each_answers_mean_equals_a_loop_gradients_included(kind):
     """As GRPO was published: each answer is the mean over its own tokens, then all are alike."""
     rollout = make_rollout(5).with_junk(np.nan)
-    _, slopes_BT, _, _ = _policy_by_hand(rollout)
+    _, slopes_BT, *_ = _policy_by_hand(rollout)
     loss, critic, num_answers = 0.0, 0.0, 0
     expected_BT = np.zeros_like(slopes_BT)
     for row, slots in rollout.places():

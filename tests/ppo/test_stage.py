@@ -37,7 +37,8 @@ from huatuo_jax.ppo.config import (
 )
 from huatuo_jax.ppo.models import open_critic, open_reward_model
 from huatuo_jax.ppo.prompts import PromptsConfig, open_prompts
-from huatuo_jax.ppo.stage import abstract_roles, critic_of, micro_batch_programs, run_ppo
+from huatuo_jax.ppo.roles import abstract_roles, critic_of, micro_batch_programs
+from huatuo_jax.ppo.stage import run_ppo
 from huatuo_jax.ppo.trainer import NUMBERS_OF_TOKENS
 from huatuo_jax.reward.score_file import ScoreConfig as FileScoreConfig
 from huatuo_jax.reward.score_file import score_file

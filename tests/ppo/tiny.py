@@ -11,6 +11,7 @@ from huatuo_jax.data.records import Message, Prompt
 from huatuo_jax.generation.prompts import Task
 from huatuo_jax.ppo.config import PpoConfig, PpoLoopConfig, RolloutConfig, ScoreConfig, ValueConfig
 from huatuo_jax.ppo.held_out import HeldOutJudging
+from huatuo_jax.ppo.held_out_rewards import HeldOutRewarding
 from huatuo_jax.ppo.models import open_critic
 from huatuo_jax.ppo.prompts import Prompts, PromptsConfig, TokenPrompt
 from huatuo_jax.ppo.stage import PpoStage, check_policy
@@ -144,7 +145,18 @@ def tiny_judging(cfg, workdir, policy, *, num_prompts=16):
     )
 
 
-def tiny_job(cfg, workdir, *, scorer=None, mesh=None, prompts=(PROMPT,), normalization=None):
+def token_text(token_ids):
+    """Tokens as a text: their ids."""
+    return " ".join(map(str, token_ids))
+
+
+kept = []
+"""The variables that held-out rewards kept, of all runs of the process."""
+
+
+def tiny_job(
+    cfg, workdir, *, scorer=None, mesh=None, prompts=(PROMPT,), normalization=None, rewards=None
+):
     """A whole stage on the tiny world."""
     policy = open_model(cfg.model, cfg.compute.compute_config())
     check_policy(cfg, policy)
@@ -154,7 +166,14 @@ def tiny_job(cfg, workdir, *, scorer=None, mesh=None, prompts=(PROMPT,), normali
     stage.critic = open_critic(cfg, policy, None)
     stage.prompts = Prompts(prompts, (END,))
     stage.make_scorer = lambda: scorer
+    if rewards is not None:
+        stage.make_rewards = lambda: rewards
     stage.normalization = normalization
+    if cfg.held_out_rewards is not None:
+        held_out = [TokenPrompt(f"h{index}", PROMPT.token_ids) for index in range(8)]
+        stage.judging = HeldOutRewarding(
+            cfg=cfg, prompts=held_out, normalization=None, keep=kept.append
+        )
     if cfg.judging is not None:
         stage.judging = tiny_judging(cfg, workdir, policy)
     return stage.job(begin_stage(workdir, "ppo", settings=decisive, decisive=decisive), decisive)
