@@ -11,6 +11,11 @@ from huatuo_jax.evaluation.respondents import DecodingConfig, SavedRespondent, S
 from huatuo_jax.judge.server import OPENAI_URL, ServerConfig, key_from_environment
 from huatuo_jax.judge.spending import BudgetConfig, Price, RateLimits, read_price
 from huatuo_jax.synthesis.clinic_teacher import ClinicTeacher, clinic_table
+from huatuo_jax.synthesis.conversations import (
+    ConversationMaker,
+    clinic_teaching_cases,
+    read_teaching_cases,
+)
 from huatuo_jax.synthesis.decontamination import EvaluationTexts, read_test_texts
 from huatuo_jax.synthesis.instructions import InstructionMaker, read_seeds
 from huatuo_jax.synthesis.jobs import Maker, Task
@@ -19,10 +24,11 @@ from huatuo_jax.synthesis.runner import Checks, PersonalData, Runner, plan
 from huatuo_jax.synthesis.tables import LANGUAGES, read_table
 from huatuo_jax.synthesis.teachers import ModelTeacher, SharedTeacher, Teacher
 
-Kind = Literal["distilled_instruction"]
+Kind = Literal["distilled_instruction", "distilled_conversation"]
 Style = Literal["instructions", "questions"]
 
 CLINIC = "clinic"
+_CLINIC_SPARE = 4  # Cases of the clinic for each row that is wanted.
 _SERVER_PREFIX = "openai:"
 _CLINIC_TASKS: frozenset[Task] = frozenset({"instruct", "patient", "question", "verify"})
 
@@ -44,6 +50,8 @@ class Flags:
         seeds: file of instructions to start from; None for those that are shipped.
         table: file of departments, roles and use cases; None for the one that is shipped.
         per_request: instructions that one request asks for.
+        cases: files of cases with their diagnoses, for conversations.
+        max_exchanges: of a conversation.
         near_duplicate: prompts whose ROUGE-L F of characters with an earlier one or a seed is
             above this are left out.
         evaluation_sets: files whose texts no row may hold.
@@ -75,6 +83,8 @@ class Flags:
     seeds: str | None = None
     table: str | None = None
     per_request: int = 4
+    cases: tuple[str, ...] = ()
+    max_exchanges: int = 8
     near_duplicate: float = 0.7
     evaluation_sets: tuple[str, ...] = ()
     personal_data: PersonalData = "mask"
@@ -95,7 +105,14 @@ class Flags:
 
     def __post_init__(self) -> None:
         """Validates the fields, and that they go together."""
-        for name in ("num_rows", "batch_size", "per_request", "concurrency", "slots"):
+        for name in (
+            "num_rows",
+            "batch_size",
+            "per_request",
+            "max_exchanges",
+            "concurrency",
+            "slots",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name}={getattr(self, name)} must be at least 1")
         if self.seed < 0:
@@ -230,7 +247,28 @@ def _distilled_instruction(flags: Flags) -> tuple[Maker, dict[str, str]]:
     return maker, {one.id: one.prompt for one in seeds}
 
 
+def _distilled_conversation(flags: Flags) -> tuple[Maker, dict[str, str]]:
+    if flags.languages != ("zh",):
+        raise ValueError("--languages: conversations are made and checked in Chinese alone")
+    if flags.uses_clinic:
+        if flags.cases:
+            raise ValueError("--cases is not used where the clinic plays the patient")
+        cases = clinic_teaching_cases(_CLINIC_SPARE * flags.num_rows, seed=flags.seed)
+    elif flags.cases:
+        cases = read_teaching_cases(flags.cases)
+    else:
+        raise ValueError("distilled_conversation needs cases: give --cases=FILE")
+    maker = ConversationMaker(
+        cases=cases,
+        max_exchanges=flags.max_exchanges,
+        seed=flags.seed,
+        batch_size=flags.batch_size,
+    )
+    return maker, {}
+
+
 MAKERS: Mapping[str, Callable[[Flags], tuple[Maker, dict[str, str]]]] = {
     "distilled_instruction": _distilled_instruction,
+    "distilled_conversation": _distilled_conversation,
 }
 """By kind, what reads its files and checks its flags: the maker, and the prompts known before."""

@@ -70,6 +70,8 @@ class ClinicTeacher:
         writers = {
             "instruct": self._instructions,
             "answer": self._answer,
+            "patient": self._patient,
+            "doctor": self._doctor,
         }
         return writers[request.task](name, request.material)
 
@@ -100,6 +102,14 @@ class ClinicTeacher:
         case = Case.from_json(material["case"])
         observation = heard([Message("user", str(material["instruction"]))])
         return DistilledDoctor(self._writer(name), case).answer(observation)
+
+    def _patient(self, name: str, material: Mapping[str, Any]) -> str:
+        # Of the job, not the request: a consultation is played anew up to each turn.
+        return patient_turn(self._writer(material["key"]), material["case"], material["messages"])
+
+    def _doctor(self, name: str, material: Mapping[str, Any]) -> str:
+        writer = self._writer(f"doctor {material['key']}")
+        return doctor_turn(writer, material["case"], material["messages"])
 
 
 def doctor_turn(writer: Writer, case: Case, messages: Sequence[Message]) -> str:

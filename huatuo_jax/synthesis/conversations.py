@@ -1,0 +1,349 @@
+"""Distilled conversations: one model plays patient and doctor over a case with its diagnosis.
+
+After HuatuoGPT (arXiv 2305.15075, section 3.1): the patient sees the case, starts vaguely and ends
+with 再见; the doctor sees the diagnosis, too, and must ask before naming it. Each turn is checked
+when it is said and asked for again where it is faulty; a dialogue whose turn stays faulty is left
+out with its reason. The checks are patterns of Chinese consultations.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from huatuo_jax.clinic.files import written_cases
+from huatuo_jax.clinic.world import Case as ClinicCase
+from huatuo_jax.data.readers import read_cases
+from huatuo_jax.data.records import Message, is_empty
+from huatuo_jax.evaluation.consultations import (
+    ConsultationSettings,
+    ConsultationState,
+    PatientCase,
+    clinic_case,
+    diagnoses_of,
+    names_one,
+    questions_before_concluding,
+    says_goodbye,
+)
+from huatuo_jax.evaluation.patient_faults import (
+    find_faults,
+    in_a_loop,
+    mentions,
+    plain,
+    speaks_as_doctor,
+)
+from huatuo_jax.judge.judgements import sha256
+from huatuo_jax.synthesis import checks
+from huatuo_jax.synthesis.jobs import Candidate, Job, Rejected, Rejection, Request, Step, text_of
+
+TURN_ATTEMPTS = 3
+"""Requests for one turn, where the turn that came is faulty."""
+
+_DOCTOR = """你是一位经验丰富的医生，正在网上接诊一位患者。
+你已经知道这位患者的病情和真实诊断，但要像第一次听说那样问诊：
+
+病情：{case}
+真实诊断：{diagnosis}
+
+请遵守：
+1. 先问诊，后判断：开头几轮每次问一到三个与鉴别有关的问题，问清以前不要说出诊断。
+2. 问清以后再说明判断和依据，判断要与真实诊断一致，然后给出检查、用药、生活和就医的建议。
+3. 患者没有告诉你的细节不要当作已经知道，也不要提到“病情资料”“真实诊断”这些说法。
+4. 语气亲切、专业，用口语；只写医生说的话，不写旁白、动作和角色名。
+5. 你是医生，不是患者，也不要提及自己是模型；用中文。"""
+
+_LONGEST_NAME = 12  # Characters of a diagnosis that is nothing but a name.
+_FIRST_AT_MOST = 100  # Characters of a vague first message.
+_ROLE_NAMES = r"(?:患者|病人|医生|大夫|医师)"
+_OWN_NAME = re.compile(rf"^\s*(?:\*\*)?{_ROLE_NAMES}(?:\*\*)?\s*[:：]\s*")
+_ANOTHER_NAME = re.compile(rf"(?:^|\n)\s*(?:\*\*)?{_ROLE_NAMES}(?:\*\*)?\s*[:：]")
+# What a patient says and a doctor does not.
+_AS_PATIENT = re.compile(
+    r"(?:谢谢|多谢|感谢)(?:您|你)?[,，]?(?:医生|大夫)|^(?:您好|你好)?[,，]?(?:医生|大夫)[,，!！您你我]"
+    r"|我(?:最近|这几天|这两天|从昨天|昨晚|今天早上|已经|也|还|一直|总是)?[^。!?，,您你]{0,8}"
+    r"(?:疼|痛|咳嗽|发烧|头晕|拉肚子|不舒服|难受|恶心)(?:得|了|已经|好几|[一二两三四五六七八九十\d]+[天周月])"
+    r"|我(?:该|应该|要)(?:怎么办|吃什么药|挂什么科|看什么科)|请问医生"
+)
+_PROMPT_LEAK = re.compile(
+    r"真实诊断|病情资料|病例资料(?:显示|里|中)|(?:系统|提示词|设定)(?:提示|要求|里)|扮演|角色设定|作为患者|作为病人"
+)
+
+TurnFault = tuple[str, str]
+Said = Sequence[Message]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeachingCase:
+    """A case that a dialogue is made over.
+
+    Attributes:
+        case: description, diagnosis with its wordings, department.
+        clinic: the clinic's own case, where it is one.
+    """
+
+    case: PatientCase
+    clinic: ClinicCase | None = None
+
+
+def read_teaching_cases(paths: Sequence[str]) -> list[TeachingCase]:
+    """Reads cases of any form that the project's readers know.
+
+    Raises:
+        ValueError: a file cannot be read, or an id is used twice.
+    """
+    found: dict[str, TeachingCase] = {}
+    for path in paths:
+        for one in read_cases(path):
+            if one.id in found:
+                raise ValueError(f"{path}: the case {one.id!r} is there twice")
+            diagnosis = one.doctor_diagnosis.strip()
+            names = diagnoses_of(diagnosis)
+            if not names and len(diagnosis) <= _LONGEST_NAME:
+                names = ((diagnosis,),)  # A name whose ending is not among the known ones.
+            case = PatientCase(
+                id=one.id,
+                department=one.department or "",
+                description=one.medical_case,
+                diagnosis=one.doctor_diagnosis,
+                diagnoses=names,
+            )
+            found[one.id] = TeachingCase(case=case)
+    if not found:
+        raise ValueError("cases: there are no cases")
+    return list(found.values())
+
+
+def clinic_teaching_cases(count: int, *, seed: int) -> list[TeachingCase]:
+    """Returns cases of the clinic, whose truth is known."""
+    found = []
+    for one in written_cases(count, seed=seed):
+        own = ClinicCase.from_json(one.extra["case"])
+        case = dataclasses.replace(clinic_case(own), description=one.medical_case)
+        found.append(TeachingCase(case=case, clinic=own))
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversationMaker:
+    """Makes distilled conversations, one over each case.
+
+    Attributes:
+        cases: in their order.
+        max_exchanges: messages of the doctor, at most.
+        seed: part of the rows' ids.
+        batch_size: dialogues that are taken together.
+    """
+
+    cases: Sequence[TeachingCase]
+    max_exchanges: int = 8
+    seed: int = 0
+    batch_size: int = 64
+    kind: str = field(default="distilled_conversation", init=False)
+
+    @property
+    def num_candidates(self) -> int:
+        """One for each case."""
+        return len(self.cases)
+
+    def settings(self) -> dict[str, Any]:
+        """Prompts, cases and the turn cap."""
+        return {
+            "prompts": sha256(_DOCTOR)[:16],
+            "cases": sha256("\0".join(repr(one.case) for one in self.cases))[:16],
+            "max_exchanges": self.max_exchanges,
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+        }
+
+    def batch(self, number: int, kept: Sequence[Candidate]) -> list[tuple[str, Job]]:
+        """Returns the dialogues over the next cases."""
+        first = number * self.batch_size
+        return [
+            (f"{self.kind}-{self.seed}-{place:06d}", self._job(place, one))
+            for place, one in enumerate(self.cases[first : first + self.batch_size], first)
+        ]
+
+    def assumed(self, request: Request) -> str:
+        """Returns a turn of usual length; the doctor asks twice, then advises."""
+        said = len(request.material["messages"])
+        if request.task == "doctor":
+            if said < 4:
+                return ("请问疼痛是什么时候开始的？", "晚上会不会加重，以前治过没有？")[
+                    said // 2
+                ] * 2
+            return f"考虑{'、'.join(request.material['names'])}，建议先做检查，一周后复查。" * 8
+        turns = ("您好，我最近有点难受。", "大概三天了，吃过一次药。", "晚上重一些，没有治过。")
+        return turns[said // 2] if said < 6 else "明白了，谢谢，再见。"
+
+    def _job(self, place: int, one: TeachingCase) -> Job:
+        name = f"{self.seed}-{place}"
+        settings = ConsultationSettings(max_exchanges=self.max_exchanges)
+        state = ConsultationState(case=one.case, settings=settings)
+        labels = {"department": one.case.department or "unknown", "language": "zh"}
+        try:
+            while (speaker := state.speaker) is not None:
+                if speaker == "user":
+                    text = yield from _turn("patient", name, one, state, patient_fault)
+                else:
+                    text = yield from _turn("doctor", name, one, state, doctor_fault)
+                state = state.add(text)
+            return [_finished(one, state, labels)]
+        except Rejected as rejected:
+            found = rejected.rejection
+            sample = f"{state.transcript}\n>> {found.sample}"
+            rejection = Rejection(
+                reason=found.reason, detail=found.detail, sample=sample, labels=labels
+            )
+            return [rejection]
+
+
+def _turn(
+    task: Literal["patient", "doctor"],
+    name: str,
+    one: TeachingCase,
+    state: ConsultationState,
+    fault_of: Callable[[str, ConsultationState], TurnFault | None],
+) -> Generator[Step, list[Any], str]:
+    """Asks for the next turn until one has no fault; raises Rejected if none has."""
+    said = len(state.messages)
+    fault: TurnFault | None = None
+    text = ""
+    for attempt in range(1, TURN_ATTEMPTS + 1):
+        request = Request(
+            step=f"{task}-{said:02d}.{attempt}",
+            task=task,
+            messages=state.patient_messages() if task == "patient" else doctor_messages(state),
+            plain=state.doctor_messages(),
+            material={
+                "key": name,
+                "case": one.clinic,
+                "names": _wordings(state),
+                "messages": state.messages,
+            },
+        )
+        (reply,) = yield [request]
+        try:
+            text = _OWN_NAME.sub("", text_of(reply)).strip()
+            fault = fault_of(text, state)
+        except Rejected as rejected:
+            fault = rejected.rejection.reason, rejected.rejection.detail
+        if fault is None:
+            return text
+    assert fault is not None
+    raise Rejected(fault[0], f"{task}: {fault[1]}", text)
+
+
+def doctor_messages(state: ConsultationState) -> list[dict[str, str]]:
+    """Returns the messages for the model that plays the doctor, who knows the diagnosis."""
+    case = state.case
+    system = _DOCTOR.format(case=case.description, diagnosis=case.diagnosis)
+    return [{"role": "system", "content": system}, *state.doctor_messages()]
+
+
+def patient_fault(text: str, state: ConsultationState) -> TurnFault | None:
+    """Returns the reason why a patient's turn is faulty, and what was found; None if it is not."""
+    fault = _common_fault(text, state, "user")
+    if fault is not None:
+        return fault
+    if not state.messages:
+        if len(text) > _FIRST_AT_MOST:
+            return "not vague", f"the first message has {len(text)} characters"
+        if says_goodbye(text):
+            return "early goodbye", text[-20:]
+    as_doctor = speaks_as_doctor(text)
+    if as_doctor is not None:
+        return "role flip", f"{as_doctor[0]}: {as_doctor[1]}"
+    whole = (*state.messages, Message("user", text))
+    for found in find_faults(whole, diagnoses=state.case.to_be_found, rules=state.settings.rules):
+        if found.kind == "leak" and found.turn == len(whole) - 1:
+            return "diagnosis leak", found.evidence
+    if says_goodbye(text) and state.messages and not _concluded(state):
+        return "early goodbye", text[-20:]
+    return None
+
+
+def doctor_fault(text: str, state: ConsultationState) -> TurnFault | None:
+    """Returns the reason why a doctor's turn is faulty, and what was found; None if it is not."""
+    fault = _common_fault(text, state, "assistant")
+    if fault is not None:
+        return fault
+    as_patient = _AS_PATIENT.search(plain(text))
+    if as_patient is not None:
+        return "role flip", as_patient.group()
+    leak = _PROMPT_LEAK.search(plain(text))
+    if leak is not None:
+        return "prompt leak", leak.group()
+    wordings = _wordings(state)
+    if names_one(text, wordings) and not _has_asked(state.messages):
+        return "diagnosis leak", mentions(text, wordings) or ""
+    return None
+
+
+def _common_fault(text: str, state: ConsultationState, speaker: str) -> TurnFault | None:
+    if is_empty(text):
+        return "empty reply", ""
+    refused = checks.refusal(text)
+    if refused is not None:
+        return "refusal", refused
+    if checks.switches_language(text, "zh"):
+        return "language", str(checks.language(text))
+    if _ANOTHER_NAME.search(text):
+        return "role flip", "writes the other's turn, too"
+    if state.messages and checks.echoes(text, state.messages[-1].content):
+        return "echo", "repeats the other's last message"
+    own = [one.content for one in state.messages if one.role == speaker]
+    if own and checks.echoes(text, own[-1]):
+        return "echo", "repeats the own last message"
+    role: Literal["user", "assistant"] = "user" if speaker == "user" else "assistant"
+    if in_a_loop((*state.messages, Message(role, text)), state.settings.rules):
+        return "loop", "goes round in circles"
+    return None
+
+
+def _has_asked(messages: Said) -> bool:
+    """Returns True if the doctor asked something in an earlier message."""
+    answers = (one.content for one in messages if one.role == "assistant")
+    return any(questions_before_concluding([one])[0] for one in answers)
+
+
+def _finished(one: TeachingCase, state: ConsultationState, labels: Mapping[str, str]) -> Candidate:
+    """Returns the row of a dialogue that is over, without a last message of the patient.
+
+    Raises:
+        Rejected: the doctor gave neither judgement nor advice, or never named the diagnosis.
+    """
+    if not _concluded(state):
+        raise Rejected("no conclusion", f"ended by {state.end}")
+    wordings, answers = _wordings(state), _answers(state)
+    if wordings and not any(names_one(text, wordings) for text in answers):
+        raise Rejected("diagnosis never named", ", ".join(wordings))
+    messages = state.messages
+    if messages[-1].role == "user":
+        messages = messages[:-1]
+    return Candidate(
+        messages=messages,
+        prompt="\n".join(one.content for one in messages if one.role == "user"),
+        labels={**labels, "ended by": str(state.end), "exchanges": str(state.exchanges)},
+        extra={
+            "diagnosis": state.case.diagnosis,
+            "case_id": one.case.id,
+            "questions": questions_before_concluding(answers)[0],
+        },
+    )
+
+
+def _answers(state: ConsultationState) -> list[str]:
+    return [one.content for one in state.messages if one.role == "assistant"]
+
+
+def _wordings(state: ConsultationState) -> list[str]:
+    """All names of the diagnoses that the patient does not know."""
+    return [name for names in state.case.to_be_found for name in names]
+
+
+def _concluded(state: ConsultationState) -> bool:
+    """Returns True if the doctor gave a judgement or advice, or named the diagnosis."""
+    answers, wordings = _answers(state), _wordings(state)
+    named = any(names_one(text, wordings) for text in answers)
+    return named or questions_before_concluding(answers)[1]
