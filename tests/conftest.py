@@ -9,6 +9,8 @@ from tests import xla_flags
 # Before jax starts. On a machine with few cores, 8 virtual devices starve each other's collectives
 # unless the thread pools are sized as if there were a core for each (jax 0.10 aborts otherwise).
 os.environ.setdefault("NPROC", "16")
+# Of torch's threads, those without work spin; for tiny models one is enough.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault(
