@@ -74,6 +74,7 @@ def make_app(
     # Without FastAPI's own pages, which load scripts from other addresses.
     app = FastAPI(title="huatuo_jax", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_exception_handler(ApiError, api_error)
+    app.add_exception_handler(Exception, api_error)
     app.add_exception_handler(HTTPException, http_error)
     app.add_exception_handler(RequestValidationError, query_error)
     _add_pages(app, answering)

@@ -41,10 +41,8 @@ class Call:
 
     Attributes:
         requests: one a prompt.
-        num_answers: of all of them.
         remaining: answers that are not complete.
         started_s: time of its start, by `time.perf_counter`.
-        first_s: time of its first tokens; None before.
     """
 
     def __init__(self, requests: Sequence[Request]) -> None:
@@ -54,9 +52,8 @@ class Call:
             requests: one a prompt.
         """
         self.requests = tuple(requests)
-        self.num_answers = sum(one.num_answers for one in self.requests)
-        self.remaining = self.num_answers
-        self.started_s, self.first_s = time.perf_counter(), None
+        self.remaining = sum(one.num_answers for one in self.requests)
+        self.started_s = time.perf_counter()
         self._error: BaseException | None = None
         self._complete: set[tuple[int, int]] = set()
         self._updates: dict[tuple[int, int], Update] = {}

@@ -173,14 +173,15 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        started_s, status = time.perf_counter(), 0
+        started_s, status, is_whole = time.perf_counter(), 0, False
 
         async def send_with_headers(message: Message) -> None:
-            nonlocal status
+            nonlocal status, is_whole
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message = {**message, "headers": [*message["headers"], *_HEADERS]}
             await send(message)
+            is_whole = message["type"] == "http.response.body" and not message.get("more_body")
 
         try:
             await self._serve(scope, receive, send_with_headers)
@@ -188,9 +189,10 @@ class Guard:
             status = 499  # As others count it; nobody is there to read a response.
         except Exception as error:
             log_error(error, doing="answering a request")
-            if status:
+            if not status:
+                await error_response(unexpected())(scope, receive, send_with_headers)
+            elif not is_whole:  # So that the connection is closed, and not taken as ended.
                 raise SystemError("the response was cut off") from None
-            await error_response(unexpected())(scope, receive, send_with_headers)
         finally:
             path = scope["path"] if scope["path"] in self._paths else "other"
             self._metrics.responses.labels(path, status).inc()
@@ -215,8 +217,8 @@ class Guard:
 
 
 def api_error(_: Request, error: Any) -> Response:
-    """Handles errors of the server's own."""
-    return error_response(error)
+    """Handles errors of the server's own, and its faults, which are raised further."""
+    return error_response(error if isinstance(error, ApiError) else unexpected())
 
 
 def http_error(request: Request, error: Any) -> Response:

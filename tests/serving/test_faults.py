@@ -12,6 +12,7 @@ import pytest
 
 from huatuo_jax.core.sharding import MeshConfig
 from huatuo_jax.generation.saved_model import open_saved_model
+from huatuo_jax.serving.models import Policy
 from tests.api import tiny
 from tests.serving import live
 
@@ -137,6 +138,21 @@ def test_a_poisoned_request_fails_alone(saved, script, caplog):
         assert told["error"]["message"] == "the model failed on this request"
         assert server.ask("GET", "/health")[0] == 200
     assert "RuntimeError" in caplog.text and "secret" not in caplog.text
+
+
+def test_a_fault_outside_of_the_engine_is_one_error_too(saved, script, caplog, monkeypatch):
+    def fail(self, prompts, num_top):
+        raise RuntimeError("secret")
+
+    monkeypatch.setattr(Policy, "score", fail)
+    asked = {"model": "policy", "prompt": [5, 6], "echo": True, "logprobs": 1, "max_tokens": 1}
+    with live.serve(live.scripted(saved, script)) as server:
+        status, headers, told = server.ask("POST", "/v1/completions", asked)
+        assert status == 500 and told["error"]["type"] == "server_error"
+        assert headers["X-Frame-Options"] == "DENY"
+        assert server.ask("POST", CHAT, body())[0] == 200
+    assert "RuntimeError while answering a request" in caplog.text
+    assert "secret" not in caplog.text
 
 
 def test_a_stream_that_fails_ends_with_the_error(saved, script):

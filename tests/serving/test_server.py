@@ -19,7 +19,7 @@ from tests import browser
 from tests.api import tiny
 from tests.serving import live, test_page
 
-QUESTIONS = [f"{tiny.QUESTION}{number}" for number in range(16)]
+QUESTIONS = [f"{tiny.QUESTION}{number}" for number in range(32)]
 USER = [{"role": "user", "content": tiny.QUESTION}]
 MOST = 24
 
