@@ -65,7 +65,7 @@ class ModelChoice(NamedTuple):
 
 
 class Opening(NamedTuple):
-    """What a suite is opened with.
+    """Settings and judges that a suite is opened with.
 
     Attributes:
         cfg: the settings.
