@@ -35,6 +35,7 @@ PLACES = {
     **{name: "release" for name in ("export", "report")},
     **{name: name for name in ("sft", "reward", "ppo", "dpo", "evaluation")},
     **{name: "recipe" for name in ("clinic", "clinic.sizes", "prompts")},
+    **{name: "evaluation" for name in ("suites", "suites.files", "suites.examples")},
     "judge.clinic_judge": "feedback",
 }
 """Field of the recipe -> page; other fields at the top are on the recipe's own."""

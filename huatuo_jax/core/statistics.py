@@ -100,6 +100,37 @@ def bootstrap_mean(
     return Share(mean, float(low), float(high), len(values), num_cases)
 
 
+def mean_and_half_difference(
+    ones: Floats, others: Floats, *, seed: int = 0, num_resamples: int = NUM_RESAMPLES
+) -> tuple[Share, Share]:
+    """Returns the mean of two groups' means and half their difference, which may be negative.
+
+    Each group counts for a half, however many values it has, and is resampled by itself.
+
+    Raises:
+        ValueError: a group has no values.
+    """
+    if not len(ones) or not len(others):
+        raise ValueError("values: each group needs at least one")
+    draw = np.random.default_rng(seed)
+
+    def means(values: Floats) -> Floats:
+        count = len(values)
+        drawn = draw.multinomial(count, np.full(count, 1 / count), size=num_resamples)
+        found: Floats = drawn @ values / count
+        return found
+
+    resampled = means(ones), means(others)
+
+    def share(sign: int) -> Share:
+        low, high = np.quantile((resampled[0] + sign * resampled[1]) / 2, (0.025, 0.975))
+        value = (float(ones.mean()) + sign * float(others.mean())) / 2
+        count = len(ones) + len(others)
+        return Share(value, float(low), float(high), count, count)
+
+    return share(1), share(-1)
+
+
 def mean_over_prompts(values: Values, *, seed: int = 0) -> Interval | None:
     """Returns the mean of the prompts' means; None where no answer has a value."""
     means = prompt_means(values)

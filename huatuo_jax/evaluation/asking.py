@@ -3,10 +3,16 @@
 Each request is answered once: a reply in the file is read and not paid for again, however often a
 run is killed and started. A request that no attempt brought through is kept as failed, counted, and
 asked again by the next run, except where the server refused it.
+
+SIGTERM and Ctrl-C send nothing more and wait for the replies under way, so that none is lost. A
+process that is killed at once (SIGKILL, no power) loses what it had sent and not yet got a reply
+to, at most `concurrency` requests: no protocol brings such a reply back. They stand in the spending
+file as calls without an end, count against the budget at their highest cost, and are sent again.
 """
 
 import asyncio
 import functools
+import itertools
 import json
 import math
 import os
@@ -19,6 +25,7 @@ from huatuo_jax.judge.judgements import JudgementFailed, JudgeUnusable, for_each
 from huatuo_jax.judge.openai import request_estimate
 from huatuo_jax.judge.server import Server, ServerConfig, Taken, scrubbed
 from huatuo_jax.judge.spending import SHIPPED, Price, read_price
+from huatuo_jax.training.loop import Interrupted, StopSignals
 
 ChatMessages = tuple[Mapping[str, str], ...]
 Progress = Callable[[int, int], None]
@@ -158,6 +165,7 @@ class ReplyFile:
         Raises:
             ValueError: no request can be answered any more (no money, key, model or server); all
                 replies that came before are in the file, and the message says how many are missing.
+            Interrupted: SIGTERM or Ctrl-C came; replies under way were waited for and are kept.
         """
         assert self._key is not None
         return asyncio.run(self._ask(requests, on_progress))
@@ -166,7 +174,7 @@ class ReplyFile:
         self, requests: Mapping[str, ChatMessages], on_progress: Progress | None
     ) -> dict[str, ChatReply]:
         hashes = {name: self._hash(messages) for name, messages in requests.items()}
-        with AppendedFile(self._path, locked=True) as file:
+        with StopSignals() as stop, AppendedFile(self._path, locked=True) as file:
             found = kept(file, hashes)
             file.cut_unfinished()
             waiting = [name for name in requests if _is_open(found.get(name))]
@@ -180,17 +188,22 @@ class ReplyFile:
                     on_progress(len(found), len(requests))
 
             try:
-                error = await for_each(waiting, work, concurrency=self._cfg.concurrency)
+                until_stop = itertools.takewhile(lambda _: not stop.requested(), waiting)
+                error = await for_each(until_stop, work, concurrency=self._cfg.concurrency)
             finally:
                 await server.close()
+            stopped = stop.requested()
         if error is not None and not isinstance(error, JudgeUnusable):
             raise error
+        missing = sum(_is_open(found.get(name)) for name in requests)
+        left = (
+            f"{missing} of {len(requests)} requests to {self._cfg.model!r} have no reply yet, the "
+            f"others are in {self._path}: run the same command again to resume"
+        )
         if error is not None:
-            missing = sum(_is_open(found.get(name)) for name in requests)
-            raise ValueError(
-                f"{error}; {missing} of {len(requests)} requests to {self._cfg.model!r} have no "
-                f"reply yet, the others are in {self._path}: run the same command again to resume"
-            )
+            raise ValueError(f"{error}; {left}")
+        if stopped:
+            raise Interrupted(f"stopped; {left}")
         return found
 
     async def _complete(

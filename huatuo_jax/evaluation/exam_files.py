@@ -41,6 +41,8 @@ _FOLDERS: Mapping[_Folder, str] = {"cmmlu": "test", "ceval": "val", "mmlu": "tes
 """Sets that are folders, and the split with published answers."""
 
 EXAMS = ("cmb", "cmexam", "medqa_us", "medqa_mainland", "medqa_taiwan", "medmcqa", "pubmedqa")
+COMPLETIONS: Mapping[str, str] = {"cmb": "cmb_answers", "pubmedqa": "pubmedqa_test"}
+"""Sets that a second file completes, and its field."""
 
 
 def read_exam_sets(
@@ -60,7 +62,7 @@ def read_exam_sets(
     for name in EXAMS:
         path = files.get(name)
         if path is not None:
-            extra = {"cmb": "cmb_answers", "pubmedqa": "pubmedqa_test"}.get(name)
+            extra = COMPLETIONS.get(name)
             found[name] = _read(name, path, files.get(extra) if extra else None)
     for name, split in _FOLDERS.items():
         path = files.get(name)
@@ -72,9 +74,6 @@ def read_exam_sets(
         if name in found:
             raise ValueError(f"{path}: another file of {one.exam} is given; give each set once")
         found[name] = one
-    for needs, name in (("cmb_answers", "cmb"), ("pubmedqa_test", "pubmedqa")):
-        if files.get(needs) is not None and name not in found:
-            raise ValueError(f"--files.{needs} needs --files.{name}, the questions")
     return found
 
 
@@ -90,8 +89,6 @@ def read_examples(
     for field in fields(ExampleFiles):
         path = getattr(examples, field.name)
         if field.name != "apollo" and path is not None:
-            if field.name not in sets:
-                raise ValueError(f"--examples.{field.name} needs --files.{field.name}")
             found[field.name] = list(_read(field.name, path, None).questions)
     for name in _FOLDERS:
         folder = files.get(name)
@@ -105,8 +102,8 @@ def read_examples(
     unknown = sorted(set(pool) - set(sets))
     if unknown:
         raise ValueError(
-            f"--examples.apollo has examples of {unknown[0].removeprefix('apollo_')}, and no file"
-            " of --files.apollo is of that set"
+            f"examples.apollo has examples of {unknown[0].removeprefix('apollo_')}, and no file"
+            " of files.apollo is of that set"
         )
     return found | pool
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from huatuo_jax.core.statistics import Share, bootstrap_mean
+from huatuo_jax.core.statistics import Share, bootstrap_mean, mean_and_half_difference
 from huatuo_jax.data.files import RowError, read_rows
 from huatuo_jax.data.records import Message, Prompt, shown
 from huatuo_jax.evaluation.reference_answers import Path
@@ -223,6 +223,9 @@ class GroupFigures:
     score_ratio: float | None
 
 
+_SHARES = ("position_bias", "longer_share", "length_bias", "length_balanced_share")
+
+
 @dataclass(frozen=True, kw_only=True)
 class PairwiseFigures:
     """The figures of one judge on two models.
@@ -236,7 +239,13 @@ class PairwiseFigures:
         position_bias: the share of points that the response shown first gets, less one half: 0
             without bias, 0.5 where the first always wins; with its 95 % interval over contests.
         longer_share: the share of points that the longer response gets, of responses of different
-            lengths, with its interval: 0.5 where length does not matter.
+            lengths, with its interval: 0.5 where length does not matter, and the better model's
+            responses are no longer than the other's.
+        length_bias: the share of points that the longer response gets, less one half, if each
+            model's were the longer one equally often: half the difference between the first model's
+            shares where its response is the longer and the shorter one. 0 without bias; None where
+            one model's responses are always the longer ones.
+        length_balanced_share: the first model's share of points likewise: the mean of these two.
         same: contests with equal responses, ties that no judge was asked about.
         unparsed: orders of contests without a readable verdict, by which response is shown first.
         failures: judgements without a verdict by kind, those that a later one supersedes too.
@@ -250,6 +259,8 @@ class PairwiseFigures:
     orders_disagree: int
     position_bias: Share | None
     longer_share: Share | None
+    length_bias: Share | None
+    length_balanced_share: Share | None
     same: int
     unparsed: Mapping[str, int]
     failures: Mapping[str, int]
@@ -258,7 +269,7 @@ class PairwiseFigures:
     def to_json(self) -> dict[str, Any]:
         """The fields by name."""
         found = asdict(self)
-        for name in ("position_bias", "longer_share"):
+        for name in _SHARES:
             share: Share | None = getattr(self, name)
             found[name] = None if share is None else share.to_json()
         return found
@@ -318,6 +329,9 @@ def pairwise_figures(
     standing = {(one.id, one.answers) for one in fitting if not one.failed}
     known = [(one, found) for one in judged if (found := verdicts[one.id]) is not None]
     groups = dict.fromkeys(one.group for one in contests)
+    where_longer = [sum(found) / 2 for one, found in known if len(one.one) > len(one.other)]
+    where_shorter = [sum(found) / 2 for one, found in known if len(one.one) < len(one.other)]
+    balanced, length_bias = _balanced(where_longer, where_shorter, seed)
     return PairwiseFigures(
         judge=every[0].judge if every else None,
         template=every[0].template if every else None,
@@ -329,14 +343,9 @@ def pairwise_figures(
         orders_disagree=sum(set(found) == {0.0, 1.0} for _, found in known),
         # The first response's points where it is shown first, and the other's where that one is.
         position_bias=_mean([(found[0] - found[1]) / 2 for _, found in known], seed),
-        longer_share=_mean(
-            [
-                sum(found) / 2 if len(one.one) > len(one.other) else 1.0 - sum(found) / 2
-                for one, found in known
-                if len(one.one) != len(one.other)
-            ],
-            seed,
-        ),
+        longer_share=_mean(where_longer + [1.0 - one for one in where_shorter], seed),
+        length_bias=length_bias,
+        length_balanced_share=balanced,
         same=len(contests) - len(judged),
         unparsed={
             name: sum((one.id, order) not in standing for one in judged)
@@ -367,6 +376,16 @@ def _mean(values: Sequence[float], seed: int) -> Share | None:
     if not values:
         return None
     return bootstrap_mean(np.asarray(values, np.float64), np.arange(len(values)), seed=seed)
+
+
+def _balanced(
+    where_longer: Sequence[float], where_shorter: Sequence[float], seed: int
+) -> tuple[Share | None, Share | None]:
+    if not where_longer or not where_shorter:
+        return None, None
+    return mean_and_half_difference(
+        np.asarray(where_longer, np.float64), np.asarray(where_shorter, np.float64), seed=seed
+    )
 
 
 def _check_ids(contests: Sequence[Contest]) -> None:

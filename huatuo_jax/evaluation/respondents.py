@@ -146,6 +146,7 @@ class SavedRespondent:
         *,
         name: str | None = None,
         template: str | None = None,
+        default_system: str | None = None,
         mesh: MeshConfig | None = None,
         compute_dtype: str | None = None,
         slots: int = 32,
@@ -158,6 +159,7 @@ class SavedRespondent:
             decoding: how responses are drawn.
             name: in tables; None for the source.
             template: chat template; None for the model's own.
+            default_system: its system text; None for the template's own.
             mesh: how the devices are divided.
             compute_dtype: None for float32 on CPU, else bfloat16.
             slots: responses under way at once, at most.
@@ -169,7 +171,11 @@ class SavedRespondent:
         """
         self._source, self._name = source, name or source
         self._saved = open_saved_model(
-            source, head="lm", template=template, mesh=mesh or MeshConfig()
+            source,
+            head="lm",
+            template=template,
+            default_system=default_system,
+            mesh=mesh or MeshConfig(),
         )
         self._decoding, self._compute = decoding, compute_config(compute_dtype)
         self._sampling = self._saved.with_stops(

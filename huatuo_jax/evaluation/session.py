@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 from huatuo_jax.core.files import write_rows
-from huatuo_jax.core.progress import progress_bar
+from huatuo_jax.core.progress import progress_bar, tell
 from huatuo_jax.evaluation.asking import ChatMessages, ChatModelConfig, ChatReply, Cost, ReplyFile
 from huatuo_jax.evaluation.exam_mentions import final_part
 from huatuo_jax.evaluation.respondents import Dialogue, Respondent, SavedRespondent
@@ -250,6 +250,9 @@ class Session:
         else:
             with progress_bar(f"{suite}: {model}", "responses") as on_progress:
                 found = respondent.respond(named, path, on_progress)
+            too_long = sum(one.failure == "too long" for one in found.values())
+            if too_long:
+                tell(f"{suite}: {too_long} of {len(found)} prompts leave {model} no room to answer")
         return {name: found[f"{suite}/{name}"] for name in prompts}
 
     def log_probs(

@@ -186,8 +186,8 @@ class ExamSuite:
         for name, found in sets.items():
             if cfg.num_examples and name not in examples:
                 raise ValueError(
-                    f"num_examples={cfg.num_examples}, and there are no examples for {name}; give"
-                    f" --examples.{name}"
+                    f"num_examples={cfg.num_examples}, and there are no examples for {name}: a"
+                    " set of folders has them in dev, any other one in a file of examples"
                 )
             for question in found.questions:
                 self._messages(name, question)

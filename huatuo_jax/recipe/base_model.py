@@ -304,11 +304,12 @@ def size_of(architecture: BackboneConfig) -> Size:
 
 def _of_recipe(config: RlaifConfig, found: RlaifConfig) -> RlaifConfig:
     """Returns the recipe `found` with data, judge, stages and outputs of `config`."""
-    names = ("stages", "data", "data_encoding", "clinic", "judge", "labels", "export", "report")
+    inputs = ("stages", "data", "data_encoding", "clinic", "judge", "labels")
+    outputs = ("suites", "export", "report")
     limit = config.prompts.limit or found.prompts.limit
     return dataclasses.replace(
         found,
-        **{name: getattr(config, name) for name in (*names, *FIRST)},
+        **{name: getattr(config, name) for name in (*inputs, *outputs, *FIRST)},
         prompts=dataclasses.replace(config.prompts, limit=limit),
         sft=replaced(found.sft, {"data.sources": config.sft.data.sources}),
     )

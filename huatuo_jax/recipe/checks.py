@@ -1,6 +1,7 @@
 """Checks a run's inputs before its first stage compiles anything, and chooses its offline judge."""
 
 import os
+import pathlib
 from collections.abc import Iterator
 
 from transformers import PreTrainedTokenizerBase
@@ -16,6 +17,8 @@ from huatuo_jax.data.records import Prompt
 from huatuo_jax.data.tokenizing import tokenizer_hash
 from huatuo_jax.evaluation.answers import EvaluationConfig
 from huatuo_jax.evaluation.release import CANDIDATES
+from huatuo_jax.evaluation.suite_run import SuiteRun
+from huatuo_jax.evaluation.suite_settings import check_once, check_settings
 from huatuo_jax.generation import weights
 from huatuo_jax.generation.prompts import make_tasks
 from huatuo_jax.hf.config import exported_layout
@@ -25,7 +28,7 @@ from huatuo_jax.judge.questions import read_answered
 from huatuo_jax.ppo.held_out import open_held_out
 from huatuo_jax.ppo.prompts import open_prompts
 from huatuo_jax.ppo.rollout import mesh_of
-from huatuo_jax.recipe.config import RELEASED, AnswersConfig, RlaifConfig
+from huatuo_jax.recipe.config import RELEASED, SUITES_FLAG, AnswersConfig, RlaifConfig
 from huatuo_jax.training.initial_model import InitialModel, exported_tokenizer, open_model
 from huatuo_jax.training.loop import check_rows
 
@@ -104,6 +107,9 @@ def check_inputs(cfg: RlaifConfig, workdir: str | os.PathLike[str], wanted: set[
             template,
             max_new_tokens=cfg.evaluation.max_new_tokens,
         )
+    check_settings(cfg.suites, flag=SUITES_FLAG)
+    if "suites" in wanted and cfg.suites.suite:
+        _check_suites(cfg, pathlib.Path(workdir))
     if "export" in wanted:
         sharding.host_mesh()  # Export needs the CPU's memory.
         _tell_other_tokens(template, tokenizer, model.cfg)
@@ -111,6 +117,21 @@ def check_inputs(cfg: RlaifConfig, workdir: str | os.PathLike[str], wanted: set[
         if name in wanted:
             rows = f"config.{name}.micro_batch_size"
             check_rows(section.rows_at_once, name=rows, mesh=section.mesh.make())
+
+
+def _check_suites(cfg: RlaifConfig, workdir: pathlib.Path) -> None:
+    """Checks sets, judges and models of the suites; models of the run need not be there yet."""
+    if distributed.count() > 1:
+        raise ValueError(
+            f"{SUITES_FLAG}suite={','.join(cfg.suites.suite)} needs one process, and there are "
+            f"{distributed.count()}: leave it out, and run `huatuo evaluate` on the run's models"
+        )
+    check_once(cfg.suites.models, name=f"{SUITES_FLAG}models")
+    chosen = cfg.suite_models
+    SuiteRun(cfg.suites, chosen, workdir / "suites", flag=SUITES_FLAG)
+    for name, one in chosen.items():
+        if name not in CANDIDATES and not one.by_server:
+            models.find_model(one.source)
 
 
 def _tell_other_tokens(

@@ -16,7 +16,9 @@ from huatuo_jax.data.records import Kind
 from huatuo_jax.dpo import STAGE as DPO
 from huatuo_jax.dpo import DpoConfig, run_dpo
 from huatuo_jax.evaluation.answers import EvaluationConfig
+from huatuo_jax.evaluation.opening import ModelChoice, short_names
 from huatuo_jax.evaluation.release import CANDIDATES, Candidate
+from huatuo_jax.evaluation.suite_settings import SuiteSettings
 from huatuo_jax.generation.requests import SamplingConfig
 from huatuo_jax.judge.config import JudgeConfig
 from huatuo_jax.judge.labelling import LabelConfig
@@ -35,10 +37,15 @@ from huatuo_jax.training.initial_model import ComputeSection
 LABELS_FILE = "labels.jsonl"
 HELD_OUT_FILE = "held_out_prompts.jsonl"
 JUDGED_FILE = "judged_prompts.jsonl"
+SUITES_FLAG = "--config.suites."
+"""Before the names of the suites' fields in messages."""
+
 RELEASED: Literal["released"] = "released"
 """The value of `export.policy` that lets the evaluation decide."""
 
-STAGES = ("sft", "answers", "labels", "reward", "ppo", "evaluation", "export", "report")
+STAGES = ("sft", "answers", "labels", "reward", "ppo", "evaluation", "suites", "export", "report")
+"""All stages; `suites` runs where any suite is named."""
+
 Run = Callable[[Any, str | os.PathLike[str]], dict[str, Any]]
 STAGE_RUNS: Mapping[str, Run] = {
     SFT: run_sft,
@@ -169,6 +176,19 @@ class ExportConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class SuitesConfig(SuiteSettings):
+    """The evaluation by suites, as of `huatuo evaluate`; without a suite there is no such stage.
+
+    The judge is one of its own: one that has also labelled would judge what it has taught.
+
+    Attributes:
+        models: base, sft or ppo for that model of the run; others by folder, Hub id or openai:NAME.
+    """
+
+    models: tuple[str, ...] = ("base", "sft", "ppo")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ReportConfig:
     """The report.
 
@@ -228,6 +248,7 @@ class RlaifConfig:
         reward: the reward model.
         ppo: the policy.
         evaluation: of base, SFT and PPO on held-out prompts.
+        suites: the evaluation of these and other models on exams, questions and consultations.
         export: in Hugging Face format.
         report: `report.html`.
     """
@@ -251,6 +272,7 @@ class RlaifConfig:
     reward: RewardConfig
     ppo: PpoConfig
     evaluation: EvaluationConfig = EvaluationConfig()
+    suites: SuitesConfig = SuitesConfig()
     export: ExportConfig = ExportConfig()
     report: ReportConfig = ReportConfig()
 
@@ -317,6 +339,25 @@ class RlaifConfig:
             "sft": self.evaluation.sft,
             "best_of_n": self.evaluation.sft,
             "ppo": self.evaluation.ppo,
+        }
+
+    @property
+    def suite_models(self) -> dict[str, ModelChoice]:
+        """Maps the models of the suites by their names in tables.
+
+        The run's models speak its template, as in the evaluation.
+        """
+        own = {name: place for name, place in self.candidates.items() if name != "best_of_n"}
+        others = [one for one in self.suites.models if one not in own]
+        names = dict(zip(others, short_names(others), strict=True)) if others else {}
+        cfg = self.evaluation
+        return {
+            (one if one in own or names[one] in own else names[one]): (
+                ModelChoice(own[one], cfg.template, cfg.default_system)
+                if one in own
+                else ModelChoice(one)
+            )
+            for one in self.suites.models
         }
 
     @property

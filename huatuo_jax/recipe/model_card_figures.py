@@ -8,6 +8,7 @@ from huggingface_hub import EvalResult
 from huatuo_jax.clinic import judge as clinic_judge
 from huatuo_jax.core.markdown import ABSENT, inline, interval, number, plain, table
 from huatuo_jax.judge.offline import TRUTHS
+from huatuo_jax.report.main_figures import count_of, main_figures
 from huatuo_jax.report.run import MODELS, Run
 from huatuo_jax.report.sections import MEASURES, NAMES
 
@@ -193,6 +194,51 @@ def policy_results(name: str, evaluation: Mapping[str, Any], *, data: str) -> li
         for metric, words, figure in found
         if figure is not None
     ]
+
+
+def suite_results(name: str, suites: Mapping[str, Any]) -> list[EvalResult]:
+    """Returns a model's main figures of the suites for the metadata of its card.
+
+    Args:
+        name: of the model in the results.
+        suites: `suites/evaluation.json`.
+    """
+    found = []
+    for one in main_figures(suites):
+        figure = one.by_model.get(name)
+        if figure is None or figure["value"] is None:
+            continue
+        low, high = (round(figure[end], _DIGITS) for end in ("low", "high"))
+        told = {"low": low, "high": high, "confidence": 0.95, "num_items": count_of(figure)}
+        if one.judged:
+            told["judge"] = plain(str(suites["judge"]["judge"]))
+        found.append(
+            EvalResult(
+                task_type="text-generation",
+                dataset_type=one.suite,
+                dataset_name=plain(one.dataset),
+                dataset_config=None if one.set is None else plain(one.set),
+                dataset_args={"limit": suites["settings"]["limit"]},
+                metric_type=one.metric,
+                metric_value=round(figure["value"], _DIGITS),
+                metric_name=plain(one.words),
+                metric_args=told | {"huatuo_jax": suites["versions"]["huatuo_jax"]},
+            )
+        )
+    return found
+
+
+def suites_table(suites: Mapping[str, Any]) -> str:
+    """Returns a table of the main figures of the suites, of all models; empty without any."""
+    models = list(suites["models"])
+    rows = []
+    for one in main_figures(suites):
+        counts = {count_of(found) for found in one.by_model.values() if found is not None}
+        items = " to ".join(number(count) for count in sorted({*counts}))
+        shown = (interval(one.shown(model), digits=one.digits) for model in models)
+        rows.append([inline(one.title), inline(one.dataset), items or ABSENT, *shown])
+    names = (inline(NAMES.get(model, model)) for model in models)
+    return table(["", "set", "items", *names], rows) if rows else ""
 
 
 def reward_results(report: Mapping[str, Any], *, data: str) -> list[EvalResult]:

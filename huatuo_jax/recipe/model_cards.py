@@ -277,7 +277,13 @@ def policy_card(
         "samples": [] if name == "folder" else _samples(run, name, num_samples),
         "same_tokens": same_tokens,
         "held_out_table": "",
+        "suites_table": "",
     }
+    # Best-of-n has the weights of SFT, whose single responses the suites are about.
+    weights = "sft" if name == "best_of_n" else name
+    if run.suites is not None and weights in run.suites["models"]:
+        results += model_card_figures.suite_results(weights, run.suites)
+        values |= _suites(run.suites, limits)
     if evaluation is not None:
         limits.insert(0, f"The judge: {model_card_figures.judge_in_words(evaluation['judge'])}")
         values |= _evaluated(evaluation, held_out)
@@ -465,6 +471,29 @@ def _evaluated(evaluation: Mapping[str, Any], held_out: str) -> dict[str, Any]:
         "comparisons_table": model_card_figures.comparisons_table(evaluation),
         "divergence": f"KL divergence of PPO from SFT: {interval(divergence)} nats an answer.",
         "warnings": [inline(one) for one in release["warnings"]],
+    }
+
+
+def _suites(suites: Mapping[str, Any], limits: list[str]) -> dict[str, Any]:
+    """Returns a policy card's values that come from the suites, and tells the judge's limits."""
+    judge, settings = suites["judge"], suites["settings"]
+    judged = ""
+    if judge is not None:
+        name = str(judge["judge"])
+        judged = f" Comparisons and grades are those of {inline(name)}."
+        told = f"The judge: {model_card_figures.judge_in_words(name)}"
+        if told not in limits:
+            limits.insert(0, told)
+    limited = settings["limit"]
+    drawn = "" if limited is None else f" At most {limited} items of each set were drawn."
+    return {
+        "suites_table": model_card_figures.suites_table(suites),
+        "suites_told": (
+            "One response of each model to each prompt, at temperature "
+            f"{settings['temperature']:g}, of at most {settings['max_new_tokens']} tokens; in "
+            f"brackets 95 % intervals.{drawn}{judged} Evaluated with huatuo_jax "
+            f"{inline(suites['versions']['huatuo_jax'])}."
+        ),
     }
 
 

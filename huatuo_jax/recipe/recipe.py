@@ -132,6 +132,11 @@ class Journal:
         entry["result"] = as_json(result, name=name)
         self._write()
 
+    def forget(self, name: str) -> None:
+        """Removes the entry of a stage that the run no longer has."""
+        if self.stages.pop(name, None) is not None:
+            self._write()
+
     def _write(self) -> None:
         if not self._writes:
             return
@@ -179,6 +184,8 @@ def run_rlaif(config: RlaifConfig, workdir: str | os.PathLike[str]) -> dict[str,
     if distributed.is_first():
         print(told, flush=True)
     stages, journal = make_stages(cfg, folder), Journal(folder, writes=distributed.is_first())
+    if "suites" in cfg.stages and not cfg.suites.suite:
+        journal.forget("suites")
     wanted = unfinished_stages(stages, journal)
     distributed.check_same("the stages to be run", sorted(wanted))
     check_inputs(cfg, folder, wanted)

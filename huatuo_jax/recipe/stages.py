@@ -17,13 +17,17 @@ from huatuo_jax.data.readers import content_hash
 from huatuo_jax.data.records import is_empty
 from huatuo_jax.evaluation.answers import sampling_of
 from huatuo_jax.evaluation.stage import run_evaluation, write_json
+from huatuo_jax.evaluation.suite_run import PAGE_FILE, RESULTS_FILE, SuiteRun
+from huatuo_jax.evaluation.suite_settings import given_files
 from huatuo_jax.generation.bulk import BulkConfig, run_bulk
 from huatuo_jax.judge.config import reach_judge
 from huatuo_jax.ppo.config import PpoConfig
 from huatuo_jax.ppo.stage import run_ppo
 from huatuo_jax.preferences.label import LabelRun, report_path, run_labels
-from huatuo_jax.recipe.config import LABELS_FILE, RlaifConfig
+from huatuo_jax.recipe.config import LABELS_FILE, SUITES_FLAG, RlaifConfig
 from huatuo_jax.recipe.export import RELEASE_FILE, choose_policy, run_export
+from huatuo_jax.report.evaluation_page import write_page
+from huatuo_jax.report.main_figures import main_figures
 from huatuo_jax.report.page import write_report
 from huatuo_jax.reward.config import RewardConfig
 from huatuo_jax.reward.stage import run_reward
@@ -61,9 +65,10 @@ class Stage(NamedTuple):
 
 def make_stages(cfg: RlaifConfig, workdir: pathlib.Path) -> list[Stage]:
     """Returns the stages of a config in order; its paths must be those of `workdir`."""
-    makers = (_sft, _answers, _labels, _reward, _ppo, _evaluation, _export, _report)
+    makers = (_sft, _answers, _labels, _reward, _ppo, _evaluation, _suites, _export, _report)
     stages = [maker(cfg, workdir) for maker in makers]
-    return [stage for stage in stages if stage.name in cfg.stages]
+    names = set(cfg.stages) - (set() if cfg.suites.suite else {"suites"})
+    return [stage for stage in stages if stage.name in names]
 
 
 def _sft(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:
@@ -237,6 +242,30 @@ def _main_figures(evaluation: Mapping[str, Any]) -> dict[str, float]:
     return figures
 
 
+def _suites(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:
+    section, folder = cfg.suites, workdir / "suites"
+
+    def evaluate() -> Mapping[str, Any]:
+        result = SuiteRun(section, cfg.suite_models, folder, flag=SUITES_FLAG).evaluate()
+        write_page(result, folder / PAGE_FILE)
+        return {
+            f"{one.words}: {model}": None if found is None else found["value"]
+            for one in main_figures(result)
+            for model, found in one.by_model.items()
+        }
+
+    def run() -> Mapping[str, Any]:
+        return distributed.by_first("suites", evaluate) or {}
+
+    models = {name: one.source for name, one in cfg.suite_models.items() if not one.by_server}
+    files = given_files(section.files) | given_files(section.examples)
+    given = [path for paths in files.values() for path in paths]
+    inputs = {f"model {name}": source for name, source in models.items()}
+    inputs |= _files([*given, *section.ratings, *section.training_data])
+    outputs = (folder / RESULTS_FILE, folder / PAGE_FILE)
+    return Stage("suites", identity(section), inputs, outputs, run, follows=True)
+
+
 def _export(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:
     section, folder = cfg.export, workdir / "export"
     evaluation = workdir / "evaluation.json" if "evaluation" in cfg.stages else None
@@ -248,6 +277,8 @@ def _export(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:
         inputs["policy"] = policy
     if evaluation is not None:
         inputs["evaluation"] = str(evaluation)
+    if cfg.suites.suite and "suites" in cfg.stages:
+        inputs["suites"] = str(workdir / "suites" / RESULTS_FILE)
     outputs = (folder / "policy", folder / "reward", folder / RELEASE_FILE)
 
     def run() -> Mapping[str, Any]:

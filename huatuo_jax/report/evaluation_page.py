@@ -26,6 +26,7 @@ from huatuo_jax.report.evaluation_blocks import (
     plain,
     radar,
 )
+from huatuo_jax.report.main_figures import main_figures
 
 _TEMPLATE = "evaluation_page.jinja"
 _FEWEST_GROUPS = 3
@@ -121,38 +122,11 @@ def render_sections(sections: Sequence[Section], *, title: str, told: str) -> st
 
 
 def _overview(result: Mapping[str, Any], models: Sequence[str]) -> Table:
-    """The main figure of each suite, a column for each model."""
-    rows: list[tuple[str, Sequence[Cell]]] = []
-    suites = result["suites"]
-    for name, one in suites.get("lexical", {"sets": {}})["sets"].items():
-        for metric in ("BLEU-4", "ROUGE-L"):
-            cells = [figure(one["models"][model]["figures"][metric], digits=2) for model in models]
-            rows.append((f"{name}: {metric}", cells))
-    for name, one in suites.get("exams", {"sets": {}})["sets"].items():
-        for by in suites["exams"]["settings"]["by"]:
-            cells = [percent(one["models"][model][by]["accuracy"]) for model in models]
-            rows.append((f"{name}: accuracy by {by}, percent", cells))
-    for suite, words in (("single_turn", "questions"), ("multi_turn", "consultations")):
-        for one in suites.get(suite, {"comparisons": []})["comparisons"]:
-            cell = percent(one["figures"]["overall"]["share"])
-            cells = [cell if model == one["models"][0] else plain(None) for model in models]
-            rows.append((f"{words}: wins against {one['models'][1]}, percent", cells))
-    for suite, words, pick in (
-        (
-            "multi_turn",
-            "consultations: diagnosis named, percent",
-            lambda one: percent(one["outcomes"]["diagnosis_named"]),
-        ),
-        ("clinical", "CMB-Clin: overall, 1 to 5", lambda one: figure(one["overall"], digits=2)),
-        ("healthbench", "HealthBench: score", lambda one: figure(one["score"])),
-        (
-            "clinic",
-            "clinic: diagnosis right, percent",
-            lambda one: percent(one["figures"]["diagnosis_right"]),
-        ),
-    ):
-        if suite in suites:
-            rows.append((words, [pick(suites[suite]["models"][model]) for model in models]))
+    """The main figures of each suite, a column for each model."""
+    rows = [
+        (one.title, [figure(one.shown(model), digits=one.digits) for model in models])
+        for one in main_figures(result)
+    ]
     return Table(head=["", *models], rows=rows)
 
 
@@ -267,15 +241,20 @@ def _comparisons(
                     plain(figures["orders_disagree"]),
                     percent(figures["position_bias"]),
                     percent(figures["longer_share"]),
+                    percent(figures["length_bias"]),
+                    percent(figures["length_balanced_share"]),
                 ],
             )
         )
     yield Table(
         caption="The first model's wins, ties and losses in both orders; contests without a verdict"
-        " failed. Share of wins and bias in percent, with 95 % intervals over contests.",
+        " failed. Shares and biases in percent, with 95 % intervals over contests. For balance,"
+        " contests where the first model's response is the longer one weigh as much as those where"
+        " it is the shorter one.",
         head=[
             *("", "wins", "ties", "losses", "failed", "share of wins", "score ratio"),
             *("orders disagree", "bias to the first shown", "points of the longer"),
+            *("bias to the longer", "share of wins, lengths balanced"),
         ],
         rows=rows,
     )

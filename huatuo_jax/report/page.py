@@ -44,6 +44,7 @@ _PARTS = (
     _Part("reward", "Reward model", sections.reward_model),
     _Part("ppo", "PPO", sections.ppo),
     _Part("evaluation", "Evaluation", sections.evaluation),
+    _Part("suites", "Suites", sections.suites),
 )
 _COSTS = _Part("costs", "Time and settings", sections.costs)
 

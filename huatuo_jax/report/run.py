@@ -28,6 +28,7 @@ class Run:
         reward: the reward model's held-out report.
         samples: PPO's answers while it was trained.
         evaluation: `evaluation.json`.
+        suites: results of the evaluation by suites, where that stage is finished.
         release: `export/release.json`.
         answers: scored answers of each model to the held-out prompts.
     """
@@ -43,6 +44,7 @@ class Run:
     reward: dict[str, Any] | None
     samples: Rows
     evaluation: dict[str, Any] | None
+    suites: dict[str, Any] | None
     release: dict[str, Any] | None
     answers: dict[str, Rows]
 
@@ -59,10 +61,12 @@ def read_run(folder: pathlib.Path) -> Run:
         ValueError: a file is not JSON.
     """
     config = _json(folder / CONFIG_FILE) or {}
+    journal = _json(folder / "recipe.json") or {}
+    evaluated = journal.get("suites", {"finished": None})["finished"] is not None
     environment = _json(folder / ENVIRONMENT_FILE)
     return Run(
         folder=folder,
-        journal=_json(folder / "recipe.json") or {},
+        journal=journal,
         config=config,
         environment=environment["starts"][-1] if environment else None,
         dialogues=_dialogues(folder, config),
@@ -74,6 +78,7 @@ def read_run(folder: pathlib.Path) -> Run:
         reward=_json(folder / "reward" / "reward_report.json"),
         samples=_rows(folder / "ppo" / "samples.jsonl"),
         evaluation=_json(folder / "evaluation.json"),
+        suites=_json(folder / "suites" / "evaluation.json") if evaluated else None,
         release=_json(folder / "export" / "release.json"),
         answers={name: _rows(folder / "evaluation" / f"scored_{name}.jsonl") for name in MODELS},
     )

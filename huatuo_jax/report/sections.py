@@ -12,6 +12,7 @@ from huatuo_jax.clinic.findings import Findings, find, truth_of
 from huatuo_jax.data.records import Prompt, is_empty
 from huatuo_jax.judge.offline import TRUTHS, is_of_clinic
 from huatuo_jax.report import plots
+from huatuo_jax.report.main_figures import main_figures
 from huatuo_jax.report.run import MODELS, Rows, Run
 
 Values = dict[str, Any]
@@ -446,6 +447,20 @@ def evaluation(run: Run) -> Values | None:
             one for one in MEASURES if any(one[0] in found["models"][name] for name in models)
         ],
         "rollout_temperature": None if rollouts == found["sampling"]["temperature"] else rollouts,
+    }
+
+
+def suites(run: Run) -> Values | None:
+    """Returns the main figures of the evaluation by suites."""
+    found = run.suites
+    if found is None:
+        return None
+    judge = found["judge"]
+    return {
+        "figures": main_figures(found),
+        "models": {name: NAMES.get(name, name) for name in found["models"]},
+        "judge": None if judge is None else judge["judge"],
+        "page": "suites/report.html",
     }
 
 

@@ -21,11 +21,12 @@ class ScriptedServer:
     Attributes:
         requests: bodies in the order of arrival, refused ones too.
         paid: how many were answered.
+        under_way: how many are being answered.
     """
 
     def __init__(self, reply):
         """`reply(body, number)` gives the text of the reply to the n-th request."""
-        self.reply, self.requests, self.paid = reply, [], 0
+        self.reply, self.requests, self.paid, self.under_way = reply, [], 0, 0
         self.lock = threading.Lock()
         outer = self
 
@@ -33,6 +34,17 @@ class ScriptedServer:
             protocol_version = "HTTP/1.1"
 
             def do_POST(self):
+                with outer.lock:
+                    outer.under_way += 1
+                try:
+                    self.answer()
+                except ConnectionError:  # Of a client that a test has killed.
+                    self.close_connection = True
+                finally:
+                    with outer.lock:
+                        outer.under_way -= 1
+
+            def answer(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 with outer.lock:
                     number = len(outer.requests)

@@ -4,24 +4,33 @@ import json
 import os
 import pathlib
 import signal
-import subprocess
-import sys
-import threading
+import time
 
 import pytest
 
 from huatuo_jax import evaluate
 from huatuo_jax.core import command_line
 from huatuo_jax.core.statistics import cohen_kappa
+from huatuo_jax.evaluation.opening import short_names
 from huatuo_jax.evaluation.session import Session
+from huatuo_jax.evaluation.suite_settings import Files
 from huatuo_jax.judge.config import JudgeConfig
 from huatuo_jax.judge.server import KEY_VARIABLE
-from tests.evaluation import planted_judge
+from huatuo_jax.training.loop import INTERRUPTED_EXIT_CODE
+from tests.evaluation import killed_runs, planted_judge
+from tests.evaluation.killed_runs import calls_without_an_end, kept_replies
 from tests.evaluation.planted_judge import NAMES, points
 from tests.evaluation.scripted_server import KEY, ScriptedServer
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 MODELS = tuple(f"openai:{name}" for name in NAMES)
+EVALUATE = """
+from huatuo_jax import cli, evaluate
+
+def run():
+    cli.run("evaluate")
+"""
+start = pytest.fixture(killed_runs.start)
+JUDGED = {"single_turn", "multi_turn", "clinical", "healthbench"}
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +47,8 @@ def run(folder, server=None, **fields):
     """The results of an evaluation of the scripted models."""
     if server is not None:
         fields.setdefault("model", MODELS)
-        fields.setdefault("judge", JudgeConfig(base_url=server.url, model="judge"))
+        if set(fields["suite"]) & JUDGED:
+            fields.setdefault("judge", JudgeConfig(base_url=server.url, model="judge"))
         if any(name.startswith("openai:") for name in fields["model"]):
             fields.setdefault("base_url", server.url)
     evaluate.main(evaluate.Flags(output=str(folder), **fields))
@@ -47,7 +57,7 @@ def run(folder, server=None, **fields):
 
 def kuake(folder, count):
     path = write_json(folder / "kuake.json", planted_judge.questions(count))
-    return evaluate.Files(kuake_qic=path)
+    return Files(kuake_qic=path)
 
 
 def test_a_planted_judges_wins_ties_losses_and_bias_are_recovered(tmp_path):
@@ -70,12 +80,22 @@ def test_a_planted_judges_wins_ties_losses_and_bias_are_recovered(tmp_path):
     assert overall["wins"] + overall["ties"] + overall["losses"] + failed == count
     disagree = sum(one in ((1.0, 0.0), (0.0, 1.0)) for one in verdicts)
     assert disagree - failed <= figures["orders_disagree"] <= disagree
-    planted_share = (1 - planted_judge.FIRST_ALWAYS) * (
-        planted_judge.WIN + planted_judge.TIE / 2
-    ) + planted_judge.FIRST_ALWAYS / 2
+    looks = 1 - planted_judge.FIRST_ALWAYS
+    of_longer = looks * planted_judge.LONGER_ALWAYS
+    planted_share = (
+        planted_judge.FIRST_ALWAYS / 2
+        + of_longer / 2  # Each model's response is the longer one on half of the questions.
+        + (looks - of_longer) * (planted_judge.WIN + planted_judge.TIE / 2)
+    )
     assert overall["share"]["low"] < planted_share < overall["share"]["high"]
     bias = figures["position_bias"]
     assert bias["low"] < planted_judge.FIRST_ALWAYS / 2 < bias["high"]
+    length_bias = figures["length_bias"]
+    assert 0 < length_bias["low"] < of_longer / 2 < length_bias["high"]
+    balanced = figures["length_balanced_share"]
+    assert balanced["low"] < planted_share < balanced["high"]
+    longer = [planted_judge.longer(row["query"]) for row in rows]
+    assert length_bias["num_pairs"] >= sum(one is not None for one in longer) - failed
     # Each order once, each prose reply at most twice more, each response of both models once.
     assert 4 * count < paid < 4 * count + 2 * count * 0.4
     assert set(figures["groups"]) == {row["label"] for row in rows}
@@ -99,80 +119,84 @@ def test_a_second_run_pays_for_nothing(tmp_path):
         assert server.paid == paid
 
 
-STARTER = """
-import os, sys
-from huatuo_jax import cli, evaluate
-for line in sys.stdin:
-    child = os.fork()
-    if not child:
-        cli.run("evaluate")
-        os._exit(0)
-    print(child, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
-
-@pytest.fixture()
-def start(tmp_path):
-    """Starts the command in a process of its own, as often as wanted; the modules are read once."""
-    running = []
-
-    def begin(arguments):
-        running.append(
-            subprocess.Popen(
-                [sys.executable, "-c", STARTER, *arguments],
-                cwd=ROOT,
-                env=dict(os.environ, PYTHONPATH=str(ROOT)),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-        )
-        return running[0]
-
-    yield begin
-    for process in running:
-        process.stdin.close()
-        process.wait()
-
-
-def test_killed_three_times_it_pays_what_an_unbroken_run_pays(tmp_path, start):
-    kill_at, children, ended = {7, 20, 33}, [], threading.Event()
-    planted = planted_judge.Planted(faults=0.0)
+@pytest.mark.parametrize(
+    ("concurrency", "kill_at"), [(1, (7, 20, 33, 41, 48)), (4, (9, 22, 33, 41, 50))]
+)
+def test_killed_five_times_it_pays_again_for_replies_lost_under_way_alone(
+    tmp_path, start, concurrency, kill_at
+):
+    """A killed run of one request at a time loses none, as it is killed before each is answered."""
+    count, lost_at_most = 12, (concurrency - 1) * len(kill_at)
+    planted, out = planted_judge.Planted(), tmp_path / "out"
 
     def reply(body, number):
-        if number in kill_at:
-            os.kill(children[-1], signal.SIGKILL)
-            ended.wait()
-            raise ConnectionAbortedError
+        process.kill_at(number in kill_at)
+        time.sleep(0.02)
         return planted.reply(body, number)
 
+    def forget_lost():
+        while server.under_way > 1:  # The request at which the run was killed waits.
+            time.sleep(0.01)
+        kept = kept_replies(out)
+        with planted.lock:
+            planted.seen = {request: kept[request] for request in planted.seen}
+
     with ScriptedServer(reply) as server:
-        files = kuake(tmp_path, 9)
+        files = kuake(tmp_path, count)
         process = start(
+            EVALUATE,
             [
-                *(f"--model={','.join(MODELS)}", "--suite=single_turn", "--concurrency=1"),
+                *(f"--model={','.join(MODELS)}", "--suite=single_turn"),
+                *(f"--concurrency={concurrency}", f"--base_url={server.url}"),
+                *(f"--judge.base_url={server.url}", "--judge.model=judge"),
+                *(f"--files.kuake_qic={files.kuake_qic}", f"--output={out}"),
+            ],
+        )
+        codes = process.run_while_killed(forget_lost)
+        assert codes == [-signal.SIGKILL] * len(kill_at) + [0]
+        paid, kept = server.paid, kept_replies(out)
+    with planted_judge.serve() as server:
+        whole = run(tmp_path / "whole", server, suite=("single_turn",), files=files)
+        unbroken = server.paid
+    assert kept == kept_replies(tmp_path / "whole") and kept.total() == unbroken
+    assert unbroken > 4 * count  # The faults were asked about again.
+    lost = paid - unbroken
+    assert 0 <= lost <= lost_at_most
+    # Every kill's calls under way are on record, whether the server answered them or not.
+    assert lost + len(kill_at) <= calls_without_an_end(out) <= concurrency * len(kill_at)
+    broken = json.loads((out / evaluate.RESULTS_FILE).read_text("utf-8"))
+    assert broken["suites"] == whole["suites"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stopped_it_waits_for_the_replies_under_way_and_loses_none(tmp_path, start, number):
+    count, planted, out = 8, planted_judge.Planted(faults=0.0), tmp_path / "out"
+
+    def reply(body, sent):
+        if sent == 21:
+            os.kill(process.child, number)
+        time.sleep(0.05)
+        return planted.reply(body, sent)
+
+    with ScriptedServer(reply) as server:
+        files = kuake(tmp_path, count)
+        process = start(
+            EVALUATE,
+            [
+                *(f"--model={','.join(MODELS)}", "--suite=single_turn", "--concurrency=4"),
                 *(f"--base_url={server.url}", f"--judge.base_url={server.url}"),
                 *("--judge.model=judge", f"--files.kuake_qic={files.kuake_qic}"),
-                f"--output={tmp_path / 'out'}",
-            ]
+                f"--output={out}",
+            ],
         )
-        codes = []
-        while not codes or codes[-1] == -signal.SIGKILL:
-            ended.clear()
-            process.stdin.write("again\n")
-            process.stdin.flush()
-            children.append(int(process.stdout.readline()))
-            told = process.stdout.readline()
-            while not told.lstrip("-").strip().isdigit():
-                told = process.stdout.readline()
-            codes.append(int(told))
-            ended.set()
-        assert codes == [-signal.SIGKILL] * 3 + [0]
-        assert server.paid == 9 * 4
-        broken = json.loads((tmp_path / "out" / evaluate.RESULTS_FILE).read_text("utf-8"))
-        whole = run(tmp_path / "whole", server, suite=("single_turn",), files=files)
-        assert broken["suites"] == whole["suites"] and server.paid == 2 * 9 * 4
+
+        def nothing_is_lost():
+            assert kept_replies(out).total() == server.paid
+
+        codes = process.run_while_killed(nothing_is_lost)
+        assert codes == [INTERRUPTED_EXIT_CODE] and 21 < server.paid < 4 * count
+        codes = process.run_while_killed(nothing_is_lost)
+        assert codes == [0] and server.paid == 4 * count and calls_without_an_end(out) == 0
 
 
 def test_the_agreement_of_two_judges_is_cohens_kappa_of_their_outcomes(tmp_path):
@@ -233,7 +257,7 @@ def scripted_patient(body, number):
 
 
 def test_a_patient_that_flips_roles_leaks_and_never_ends_is_caught(tmp_path):
-    files = evaluate.Files(med_dialog=write_json(tmp_path / "cases.json", CASES))
+    files = Files(med_dialog=write_json(tmp_path / "cases.json", CASES))
     with ScriptedServer(scripted_patient) as server:
         given = {"suite": ("multi_turn",), "files": files}
         result = run(tmp_path / "out", server, **given)
@@ -336,9 +360,7 @@ def grader(body, number):
 def test_clinical_and_healthbench_count_what_was_never_judged(tmp_path, history):
     rows = tmp_path / "rubrics.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in RUBRIC), "utf-8")
-    files = evaluate.Files(
-        cmb_clin=write_json(tmp_path / "clin.json", CLINICAL), healthbench=str(rows)
-    )
+    files = Files(cmb_clin=write_json(tmp_path / "clin.json", CLINICAL), healthbench=str(rows))
     with ScriptedServer(grader) as server:
         result = run(
             *(tmp_path / "out", server),
@@ -379,7 +401,7 @@ def test_lexical_figures_are_those_of_the_responses_without_their_thoughts(tmp_p
             *(tmp_path / "out", server),
             suite=("lexical",),
             judge=JudgeConfig(),
-            files=evaluate.Files(huatuo26m=str(path)),
+            files=Files(huatuo26m=str(path)),
             conventions=True,
             training_data=(str(path),),
         )
@@ -450,8 +472,8 @@ def refused(folder, server, **fields):
 def test_what_cannot_be_is_one_line_before_anything_is_sent(tmp_path):
     none = JudgeConfig()
     files = kuake(tmp_path, 4)
-    broken = evaluate.Files(kuake_qic=write_json(tmp_path / "b.json", [{"id": "1", "label": "x"}]))
-    absent = evaluate.Files(kuake_qic=str(tmp_path / "absent.json"))
+    broken = Files(kuake_qic=write_json(tmp_path / "b.json", [{"id": "1", "label": "x"}]))
+    absent = Files(kuake_qic=str(tmp_path / "absent.json"))
     with planted_judge.serve() as server:
         for said, fields in {
             "unknown suite 'exam'; there are lexical, exams,": {"suite": ("exam",)},
@@ -469,12 +491,12 @@ def test_what_cannot_be_is_one_line_before_anything_is_sent(tmp_path):
             "clinical needs its set": {"suite": ("clinical",)},
             "healthbench needs a judge": {
                 "suite": ("healthbench",),
-                "files": evaluate.Files(healthbench=files.kuake_qic),
+                "files": Files(healthbench=files.kuake_qic),
                 "judge": none,
             },
             "--patient=judge needs a model to play the patient": {
                 "suite": ("multi_turn",),
-                "files": evaluate.Files(med_dialog=files.kuake_qic),
+                "files": Files(med_dialog=files.kuake_qic),
                 "judge": JudgeConfig(offline="rubric"),
             },
             "lexical needs a set: give one of --files.cmedqa2": {"suite": ("lexical",)},
@@ -489,7 +511,8 @@ def test_what_cannot_be_is_one_line_before_anything_is_sent(tmp_path):
                 "model": MODELS[:1],
             },
             "--judge.structured decides nothing here": {
-                "suite": ("clinic",),
+                "suite": ("single_turn",),
+                "files": files,
                 "judge": JudgeConfig(base_url=server.url, model="judge", structured="json_object"),
             },
             "--names has 1 for 2 models": {"suite": ("clinic",), "names": ("one",)},
@@ -518,11 +541,11 @@ def test_flags_of_sections_have_the_sections_names():
 
 
 def test_models_are_named_by_the_ends_of_their_paths_that_differ():
-    assert evaluate._short_names(["/runs/sft/model", "/runs/ppo/model"]) == [
+    assert short_names(["/runs/sft/model", "/runs/ppo/model"]) == [
         "sft/model",
         "ppo/model",
     ]
-    assert evaluate._short_names(["openai:gpt", "/runs/model"]) == ["gpt", "model"]
+    assert short_names(["openai:gpt", "/runs/model"]) == ["gpt", "model"]
 
 
 def test_the_limit_draws_by_the_seed_and_keeps_the_order():

@@ -11,6 +11,7 @@ from huatuo_jax.checkpoint.models import save_orbax
 from huatuo_jax.evaluation.exam_prompts import default_form, likelihood_prompt
 from huatuo_jax.evaluation.exam_sets import read_subject_files
 from huatuo_jax.evaluation.respondents import DecodingConfig, SavedRespondent
+from huatuo_jax.evaluation.suite_settings import Files
 from huatuo_jax.hf.tokenizer import load_tokenizer
 from tests.generation import tiny
 
@@ -52,7 +53,7 @@ def test_exams_by_likelihood_and_by_generation(model_folder, cmmlu, shared_data,
         model=(str(model_folder),),
         suite=("exams",),
         output=str(out),
-        files=evaluate.Files(
+        files=Files(
             cmmlu=str(cmmlu),
             cmexam=str(shared_data / "6_exam" / "cmexam_test_01_clinical_depart.csv"),
         ),
@@ -118,11 +119,11 @@ def test_worked_examples_come_from_the_dev_folder_or_are_asked_for(
         "dry_run": True,
         "template": "huatuogpt",
     }
-    evaluate.main(evaluate.Flags(files=evaluate.Files(cmmlu=str(cmmlu)), **given))
+    evaluate.main(evaluate.Flags(files=Files(cmmlu=str(cmmlu)), **given))
     assert "exams/cmmlu/generation: 1149 responses of tiny" in capsys.readouterr().out
     cmexam = str(shared_data / "6_exam" / "cmexam_test_01_clinical_depart.csv")
     with pytest.raises(ValueError, match="no examples for cmexam; give --examples.cmexam"):
-        evaluate.main(evaluate.Flags(files=evaluate.Files(cmexam=cmexam), **given))
+        evaluate.main(evaluate.Flags(files=Files(cmexam=cmexam), **given))
 
 
 def test_a_set_in_another_layout_is_one_line(model_folder, tmp_path):
@@ -134,6 +135,31 @@ def test_a_set_in_another_layout_is_one_line(model_folder, tmp_path):
                 model=(str(model_folder),),
                 suite=("exams",),
                 output=str(tmp_path / "out"),
-                files=evaluate.Files(medqa_us=str(path)),
+                files=Files(medqa_us=str(path)),
             )
         )
+
+
+def test_a_response_fills_the_room_that_is_left_and_a_prompt_without_room_is_told(
+    model_folder, tmp_path, capsys
+):
+    def evaluated(**fields):
+        flags = evaluate.Flags(
+            model=(str(model_folder),),
+            suite=("clinic",),
+            output=str(tmp_path / "out"),
+            template="huatuogpt",
+            clinic_cases=2,
+            slots=2,
+            **fields,
+        )
+        evaluate.main(flags)
+        result = json.loads((tmp_path / "out" / evaluate.RESULTS_FILE).read_text("utf-8"))
+        return result["suites"]["clinic"]["models"]["tiny"]["responses"]
+
+    # As many new tokens as there are positions, which the prompts take a part of.
+    assert evaluated(max_length=128, max_new_tokens=128)["num_missing"] == 0
+    capsys.readouterr()
+    found = evaluated(max_length=8, max_new_tokens=8)
+    assert set(found["missing"].values()) == {"too long"} and found["num_missing"] == 2
+    assert "clinic: 2 of 2 prompts leave tiny no room to answer" in capsys.readouterr().err

@@ -272,6 +272,45 @@ def test_a_judge_that_likes_length_is_seen_by_it():
     found = pairwise_figures(contests, judged(contests, longer))
     assert found.longer_share.value == 1.0
     assert found.longer_share.num_pairs == int((lengths != 6).sum())
+    assert found.length_bias.value == 0.5 and found.length_balanced_share.value == 0.5
+
+
+def test_a_better_model_that_writes_longer_is_told_from_a_judge_that_likes_length():
+    draw = np.random.default_rng(5)
+    count, win, bias = 4000, 0.7, 0.1
+    lengths = np.where(draw.random(count) < 0.8, 11, 1)  # The other's have 6.
+    contests, truth, _ = planted(count, win=win, bias=0.0, lengths=lengths)
+
+    def judge(likes_length):
+        taken = {one.id: draw.random() < 2 * likes_length for one in contests}
+
+        def reply(one, order):
+            wins = len(one.one) > len(one.other) if taken[one.id] else truth[one.id]
+            return verdict(1.0 if wins == (order == (0, 1)) else 0.0)
+
+        return pairwise_figures(contests, judged(contests, reply))
+
+    fair, biased = judge(0.0), judge(bias)
+    # The longer responses of a better model get more points from a fair judge, too.
+    assert fair.longer_share.low > 0.55
+    assert fair.length_bias.low < 0.0 < fair.length_bias.high
+    assert fair.length_balanced_share.low < win < fair.length_balanced_share.high
+    assert biased.length_bias.low < bias < biased.length_bias.high
+    assert biased.length_bias.high - biased.length_bias.low < 0.06
+    # Verdicts by length are a half for each where lengths are balanced; without that, 0.8.
+    expected = 2 * bias * 0.5 + (1 - 2 * bias) * win
+    balanced = biased.length_balanced_share
+    assert balanced.low < expected < balanced.high
+    unbalanced = 2 * bias * 0.8 + (1 - 2 * bias) * win
+    share = biased.overall.share
+    assert share["low"] < unbalanced < share["high"] and share["low"] > expected
+
+
+def test_a_model_whose_responses_are_always_longer_leaves_the_bias_to_length_open():
+    contests, _, judgements = planted(20, win=0.5, bias=0.0, lengths=np.full(20, 9))
+    found = pairwise_figures(contests, judgements)
+    assert found.length_bias is None and found.length_balanced_share is None
+    assert found.longer_share is not None
 
 
 def test_the_prompt_for_conversations_has_all_places_and_is_another_version():

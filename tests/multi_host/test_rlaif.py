@@ -10,11 +10,10 @@ import pytest
 
 from huatuo_jax.checkpoint.models import find_model, load_params
 from huatuo_jax.core.sharding import path_name
-from huatuo_jax.recipe.config import STAGES
 from huatuo_jax.recipe.recipe import Journal
 from tests.multi_host import metrics
 from tests.multi_host.processes import Processes
-from tests.recipe.tiny import write_dialogues
+from tests.recipe.tiny import RUN_STAGES, write_dialogues
 
 pytestmark = pytest.mark.slow
 
@@ -74,7 +73,7 @@ def test_two_processes_make_what_one_makes(data, by_two, tmp_path):
         assert [row["answer"] for row in samples] == [row["answer"] for row in others] != []
     for name in ("report.html", "evaluation.json", "export/policy/model.safetensors"):
         assert (two / name).is_file()
-    assert all(Journal(two).is_finished(stage) for stage in STAGES)
+    assert all(Journal(two).is_finished(stage) for stage in RUN_STAGES)
     first, second = by_two[1]
     assert "stage 8 of 8: report" in first and "stage" not in second
 
@@ -87,7 +86,7 @@ def weights(folder):
 
 @pytest.mark.parametrize("stage", ["answers", "ppo"])
 def test_a_run_that_lost_a_process_goes_on_to_the_same_end(data, by_two, tmp_path, stage):
-    number = STAGES.index(stage) + 1
+    number = RUN_STAGES.index(stage) + 1
     with start(data, tmp_path, count=2) as processes:
         processes.wait_until(lambda: f"stage {number} of 8" in processes.log(0))
         processes.kill(1)
@@ -95,7 +94,7 @@ def test_a_run_that_lost_a_process_goes_on_to_the_same_end(data, by_two, tmp_pat
         last = processes.log(0).splitlines()[-1]
     assert f"process 1 (host {socket.gethostname()}) not heard of for 60 s" in last
     logs = finish(data, tmp_path, count=2, attempt=1)
-    assert f"stage {number - 1} of 8: {STAGES[number - 2]}, finished before" in logs[0]
+    assert f"stage {number - 1} of 8: {RUN_STAGES[number - 2]}, finished before" in logs[0]
     found, expected = tmp_path / "run", by_two[0] / "run"
     for name in ("sft", "reward", "ppo"):
         one, two = (metrics.numbers(run / name / "metrics.jsonl") for run in (found, expected))

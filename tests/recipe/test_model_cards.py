@@ -345,3 +345,95 @@ def test_the_card_of_a_converted_reward_model_is_read_back(exported):
     ]
     config = transformers.AutoConfig.from_pretrained(exported / "reward")
     assert config.num_labels == 1
+
+
+def write_suites(folder):
+    """Results of suites: one that is judged, an exam of two sets, and the clinic."""
+
+    def exam(value):
+        return {"generation": {"accuracy": {"value": value, "low": 0.25, "high": 0.5, "num": 20}}}
+
+    names = ("sft", "ppo")
+    suites = {
+        "exams": {
+            "settings": {"by": ["generation"]},
+            "sets": {
+                "cmmlu": {"num": 20, "models": {"sft": exam(0.3125), "ppo": exam(0.4375)}},
+                "my|set": {"num": 20, "models": {"sft": exam(0.28125), "ppo": exam(0.34375)}},
+            },
+        },
+        "single_turn": {
+            "comparisons": [{"models": list(names), "figures": {"overall": {"share": figure(0.5)}}}]
+        },
+        "clinic": {
+            "models": {
+                "sft": {"figures": {"diagnosis_right": figure(0.6875, num_prompts=8)}},
+                "ppo": {"figures": {"diagnosis_right": None}},
+            }
+        },
+    }
+    result = {
+        "models": dict.fromkeys(names, {}),
+        "judge": {"judge": "another|judge"},
+        "settings": {"limit": 20, "temperature": 0.0, "max_new_tokens": 64},
+        "versions": {"huatuo_jax": "1.2.3"},
+        "suites": suites,
+    }
+    write(folder, "suites/evaluation.json", result)
+    journal = json.loads((folder / "recipe.json").read_text("utf-8"))
+    write(folder, "recipe.json", journal | {"suites": {"finished": "now", "result": {}}})
+
+
+def test_the_figures_of_the_suites_are_read_back_with_interval_set_judge_number_and_version(
+    workdir,
+):
+    write_suites(workdir)
+
+    def read(name):
+        return ModelCard(policy(workdir, name, num_samples=0))
+
+    card = read("sft")
+    found = [one for one in card.data.eval_results if one.dataset_type != "held-out"]
+    told = {
+        (one.dataset_type, one.dataset_config, one.dataset_name, one.metric_type): one
+        for one in found
+    }
+    world = "huatuo_jax's clinic, an invented world"
+    accuracy = "accuracy_by_generation"
+    assert {key: one.metric_value for key, one in told.items()} == {
+        ("exams", "cmmlu", "CMMLU, medical subjects", accuracy): 0.3125,
+        ("exams", "my|set", "my|set", accuracy): 0.2812,
+        ("single_turn", None, "KUAKE-QIC", "win_share"): 0.5,
+        ("clinic", None, world, "diagnosis_right"): 0.6875,
+    }
+    judged = told["single_turn", None, "KUAKE-QIC", "win_share"]
+    assert judged.metric_name == "questions: wins against ppo"
+    assert judged.dataset_args == {"limit": 20}
+    assert judged.metric_args == {
+        "low": 0.4,
+        "high": 0.6,
+        "confidence": 0.95,
+        "num_items": 9,
+        "judge": "another|judge",
+        "huatuo_jax": "1.2.3",
+    }
+    assert "judge" not in told["clinic", None, world, "diagnosis_right"].metric_args
+    # No figure of a model that has none, and the single responses of SFT for its best-of-n.
+    values = [one.metric_value for one in read("ppo").data.eval_results]
+    assert 0.4375 in values and 0.6875 not in values and 0.3125 not in values
+    values = [one.metric_value for one in read("best_of_n").data.eval_results]
+    assert 0.3125 in values and 0.6875 in values
+    assert not any(one.dataset_type == "exams" for one in read("base").data.eval_results)
+
+
+def test_the_card_shows_the_suites_of_all_models_in_a_table(workdir):
+    write_suites(workdir)
+    card = policy(workdir, "sft", num_samples=0)
+    assert "## On exams, questions and consultations" in card
+    row = next(line for line in card.splitlines() if line.startswith("| cmmlu: accuracy"))
+    assert row == (
+        "| cmmlu: accuracy by generation, percent | CMMLU, medical subjects | 20 "
+        "| 31.2 (25.0 to 50.0) | 43.8 (25.0 to 50.0) |"
+    )
+    assert "At most 20 items of each set were drawn." in card
+    assert "huatuo_jax 1.2.3" in card and "another\\|judge is a language model" in card

@@ -14,9 +14,8 @@ import pytest
 
 from huatuo_jax.checkpoint.models import find_model, load_params
 from huatuo_jax.core.sharding import path_name
-from huatuo_jax.recipe.config import STAGES
 from huatuo_jax.recipe.recipe import Journal, run_rlaif
-from tests.recipe.tiny import tiny_recipe, write_dialogues
+from tests.recipe.tiny import RUN_STAGES, tiny_recipe, write_dialogues
 
 ROOT = pathlib.Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
@@ -83,9 +82,9 @@ def what_stands(folder):
 def test_every_stage_runs_in_order_and_leaves_what_the_design_says(unbroken):
     folder, told = unbroken
     assert re.findall(r"^stage (\d) of 8: (\w+)$", told, re.MULTILINE) == [
-        (str(number), name) for number, name in enumerate(STAGES, start=1)
+        (str(number), name) for number, name in enumerate(RUN_STAGES, start=1)
     ]
-    assert all(Journal(folder).is_finished(name) for name in STAGES)
+    assert all(Journal(folder).is_finished(name) for name in RUN_STAGES)
     for name in ("config.json", "labels.jsonl", "evaluation.json", "report.html"):
         assert (folder / name).is_file(), name
 
@@ -191,7 +190,7 @@ def compare(found, expected):
 def test_a_run_killed_in_every_stage_ends_bit_for_bit_as_an_unbroken_one(unbroken, data, tmp_path):
     folder, kills = tmp_path / "run", 0
     draw = np.random.default_rng(0)
-    for stage in STAGES:
+    for stage in RUN_STAGES:
         process = start(data, folder)
         assert process.stdout is not None
         for line in process.stdout:
@@ -202,7 +201,7 @@ def test_a_run_killed_in_every_stage_ends_bit_for_bit_as_an_unbroken_one(unbroke
         process.communicate()
         kills += process.returncode == -signal.SIGKILL
     run(data, folder)
-    assert kills >= len(STAGES) - 2  # The last ones may be done before they are killed.
+    assert kills >= len(RUN_STAGES) - 2  # The last ones may be done before they are killed.
     compare(what_stands(folder), what_stands(unbroken[0]))
 
 

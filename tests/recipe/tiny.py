@@ -11,7 +11,7 @@ from huatuo_jax.generation.requests import SamplingConfig
 from huatuo_jax.ppo.config import JudgingConfig, PpoConfig, PpoLoopConfig, RolloutConfig
 from huatuo_jax.ppo.prompts import PromptsConfig
 from huatuo_jax.preferences.data import ComparisonsConfig, ComparisonSource
-from huatuo_jax.recipe.config import AnswersConfig, RlaifConfig
+from huatuo_jax.recipe.config import STAGES, AnswersConfig, RlaifConfig
 from huatuo_jax.reward.config import RewardConfig
 from huatuo_jax.sft import SftConfig, clinic_sources
 from huatuo_jax.training.dialogue_data import DataConfig, SourceConfig
@@ -24,6 +24,9 @@ BACKBONE = backbone(num_layers=1, num_kv_heads=1)
 HELD_OUT = HeldOutConfig(share=0.25)
 LOOP = LoopConfig(evaluate_every=2, checkpoint_every=2, log_every=1, tensorboard=False)
 ANSWER_TOKENS = 12
+RUN_STAGES = tuple(name for name in STAGES if name != "suites")
+"""The stages of a recipe that names no suites, as this one."""
+
 CLINIC = ClinicConfig(
     sizes=ClinicSizes(
         dialogues=24,

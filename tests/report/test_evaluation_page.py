@@ -30,6 +30,8 @@ def result(name=HOSTILE):
         "orders_disagree": 1,
         "position_bias": share,
         "longer_share": None,
+        "length_bias": None,
+        "length_balanced_share": share,
     }
     responses = {
         "num": 6,
