@@ -34,6 +34,7 @@ from huatuo_jax.ppo.config import (
 from huatuo_jax.ppo.held_out_config import HeldOutRewardsConfig
 from huatuo_jax.ppo.judging import JudgingConfig
 from huatuo_jax.ppo.prompts import PromptsConfig
+from huatuo_jax.ppo.ptx import PtxConfig
 from huatuo_jax.ppo.reward_terms import RewardMixConfig, RewardTerm
 from huatuo_jax.ppo.stage import run_ppo
 from huatuo_jax.preferences.data import ComparisonsConfig, ComparisonSource
@@ -126,6 +127,7 @@ class PpoFields(_Common, total=False):
     sampler_ratio_cap: float | None
     trains_on_truncated: bool
     stop_at_total_kl: float | None
+    ptx: PtxConfig | None
     held_out_rewards: HeldOutRewardsConfig | None
     kl_coef: float
     kl_in: KlPlace

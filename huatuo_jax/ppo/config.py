@@ -9,6 +9,7 @@ from huatuo_jax.core.sharding import MeshConfig
 from huatuo_jax.ppo.held_out_config import HeldOutRewardsConfig
 from huatuo_jax.ppo.judging import JudgingConfig
 from huatuo_jax.ppo.prompts import PromptsConfig
+from huatuo_jax.ppo.ptx import PtxConfig
 from huatuo_jax.ppo.reward_terms import RewardMixConfig
 from huatuo_jax.ppo.rewards import AnswerScoreConfig
 from huatuo_jax.training.loop import BaseLoopConfig
@@ -230,6 +231,7 @@ class PpoConfig(StageConfig):
         judging: held-out answers go to the judge anew every few iterations, the policy that it
             likes best is kept, and the run stops where it turns; None for none of that: the last
             policy is kept.
+        ptx: the loss of fine-tuning on dialogues, added to the policy's (PPO-ptx); None for none.
         held_out_rewards: held-out answers are rewarded every few iterations, and the policy with
             the highest measure is kept; in place of `judging`. None for none of that.
     """
@@ -265,6 +267,7 @@ class PpoConfig(StageConfig):
     packed: bool = operational(True)
     loop: PpoLoopConfig = operational(PpoLoopConfig())
     judging: JudgingConfig | None = None
+    ptx: PtxConfig | None = None
     held_out_rewards: HeldOutRewardsConfig | None = None
 
     def __post_init__(self) -> None:

@@ -20,10 +20,8 @@ import numpy as np
 from huatuo_jax.backbone.transformer import Transformer
 from huatuo_jax.core import distributed
 from huatuo_jax.core.files import read_rows, write_file, write_rows
-from huatuo_jax.data.accounting import Account
 from huatuo_jax.data.answers import text_of
 from huatuo_jax.data.chat.template import ChatTemplate
-from huatuo_jax.data.mixture import chosen_by_content, dialogue_text
 from huatuo_jax.generation.prompts import Task, make_record, make_request
 from huatuo_jax.generation.requests import Answer
 from huatuo_jax.judge.config import reach_judge
@@ -34,7 +32,7 @@ from huatuo_jax.judge.questions import Verdict, differ, verdicts_of, win_rates
 from huatuo_jax.ppo import judging
 from huatuo_jax.ppo.config import PpoConfig
 from huatuo_jax.ppo.judging import Judged
-from huatuo_jax.ppo.prompts import TokenPrompt, read_tasks
+from huatuo_jax.ppo.prompts import TokenPrompt, held_out_tasks
 from huatuo_jax.ppo.rollout import Sampled
 from huatuo_jax.ppo.trainer import PpoState, Trainer
 from huatuo_jax.preferences.label import LabelRun, run_labels
@@ -71,16 +69,13 @@ def open_held_out(cfg: PpoConfig, tokenizer: "PreTrainedTokenizerBase") -> list[
             )
     path = cfg.judging.prompts
     assert path is not None
-    data = dataclasses.replace(cfg.data, paths=(path,), reads="prompts", encoding=None)
-    tasks = read_tasks(
-        data,
+    tasks = held_out_tasks(
+        cfg.data,
         tokenizer,
+        path=path,
+        num_prompts=cfg.judging.num_prompts,
         max_new_tokens=cfg.rollout.max_new_tokens,
-        account=Account("prompts"),
         purpose="to judge",
-    )
-    tasks = chosen_by_content(
-        tasks, cfg.judging.num_prompts, text=lambda task: dialogue_text(task.prompt.messages)
     )
     assert cfg.judging.judge is not None
     if cfg.judging.judge.base_url is None:

@@ -7,33 +7,27 @@ last one again, takes the very same.
 import dataclasses
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import jax.numpy as jnp
 import numpy as np
 
-from huatuo_jax.data.accounting import Account
-from huatuo_jax.data.mixture import chosen_by_content, dialogue_text
-from huatuo_jax.generation.prompts import Task
 from huatuo_jax.generation.requests import Request
 from huatuo_jax.ppo.config import PpoConfig
 from huatuo_jax.ppo.judging import is_due
-from huatuo_jax.ppo.prompts import PromptsConfig, TokenPrompt, read_tasks
+from huatuo_jax.ppo.prompts import TokenPrompt
 from huatuo_jax.ppo.trainer import PpoState, Trainer
 from huatuo_jax.training.metrics import EVALUATION_PREFIX
 from huatuo_jax.training.scoring import Normalization
 from huatuo_jax.training.update import Variables
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 
 class Measured(Protocol):
-    """What a look at held-out answers found."""
+    """The outcome of a look at held-out answers."""
 
     @property
     def iteration(self) -> int:
-        """Whose policy gave the answers."""
+        """The iteration of the policy that gave the answers."""
 
     def fields(self) -> dict[str, float]:
         """The numbers for `metrics.jsonl`."""
@@ -96,33 +90,6 @@ class HeldOutRewards:
         return found | {
             f"{EVALUATION_PREFIX}reward/{name}": value for name, value in self.terms.items()
         }
-
-
-def open_held_out_rewards(
-    cfg: PpoConfig, data: PromptsConfig, tokenizer: "PreTrainedTokenizerBase"
-) -> list[Task]:
-    """Reads the prompts that are held out, as the policy is given them.
-
-    Raises:
-        ValueError: the file holds none that fit.
-        OSError: the file cannot be read.
-    """
-    assert cfg.held_out_rewards is not None
-    data = dataclasses.replace(
-        data, paths=(cfg.held_out_rewards.prompts,), reads="prompts", encoding=None
-    )
-    tasks = read_tasks(
-        data,
-        tokenizer,
-        max_new_tokens=cfg.rollout.max_new_tokens,
-        account=Account("prompts"),
-        purpose="to reward",
-    )
-    return chosen_by_content(
-        tasks,
-        cfg.held_out_rewards.num_prompts,
-        text=lambda task: dialogue_text(task.prompt.messages),
-    )
 
 
 @dataclasses.dataclass(kw_only=True)

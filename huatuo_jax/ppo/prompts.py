@@ -12,7 +12,7 @@ from huatuo_jax.core.config import operational
 from huatuo_jax.data.accounting import TRAINED_ON, Account, check_share, placed
 from huatuo_jax.data.chat import templates
 from huatuo_jax.data.chat.template import ChatTemplate
-from huatuo_jax.data.mixture import permutation
+from huatuo_jax.data.mixture import chosen_by_content, dialogue_text, permutation
 from huatuo_jax.data.readers import read_dialogues, read_prompts
 from huatuo_jax.data.records import Dialogue, Prompt
 from huatuo_jax.generation.prompts import Task, make_tasks
@@ -202,6 +202,41 @@ def read_tasks(
         limit=f"data.max_prompt_tokens={cfg.max_prompt_tokens}",
     )
     return tasks
+
+
+def held_out_tasks(
+    cfg: PromptsConfig,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    path: str,
+    num_prompts: int | None,
+    max_new_tokens: int,
+    purpose: str,
+) -> list[Task]:
+    """Reads prompts that are held out, as the policy is given them.
+
+    Args:
+        cfg: of the prompts that are trained on, whose rendering they share.
+        tokenizer: the policy's.
+        path: a file of prompts.
+        num_prompts: so many of them, chosen by their content; None for all.
+        max_new_tokens: of an answer at most.
+        purpose: what the account calls those that fit.
+
+    Raises:
+        ValueError: the file holds none that fit.
+        OSError: the file cannot be read.
+    """
+    tasks = read_tasks(
+        dataclasses.replace(cfg, paths=(path,), reads="prompts", encoding=None),
+        tokenizer,
+        max_new_tokens=max_new_tokens,
+        account=Account("prompts"),
+        purpose=purpose,
+    )
+    return chosen_by_content(
+        tasks, num_prompts, text=lambda task: dialogue_text(task.prompt.messages)
+    )
 
 
 def _read(cfg: PromptsConfig, account: Account) -> Iterator[tuple[str, Prompt]]:

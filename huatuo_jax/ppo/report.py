@@ -152,6 +152,9 @@ class IterationReport:
             total = _added(self.update.policy)
             fields |= policy_numbers(total, prefix=PREFIX)
             fields |= _step_fields(self.update.policy, total, "policy")
+            if "ptx_loss" in total:
+                tokens = max(float(total["ptx_tokens"]), 1.0)
+                fields[f"{PREFIX}/ptx_loss"] = float(total["ptx_loss"]) / tokens
             first = policy_numbers(self.update.policy[0], prefix=f"{PREFIX}/{FIRST}")
             fields |= {
                 name: first[name] for name in (f"{PREFIX}/{FIRST}/{n}" for n in _OF_THE_FIRST)

@@ -32,7 +32,7 @@ class RewardTerm:
     settings: Mapping[str, Setting] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a term that cannot be."""
+        """Raises ValueError for a term with contradicting fields."""
         if not self.is_function and self.of not in (REWARD_MODEL, LENGTH):
             raise ValueError(
                 f"of={self.of!r} must be {REWARD_MODEL!r}, {LENGTH!r}, module:function or "
@@ -77,7 +77,7 @@ class RewardMixConfig:
     most_without: float = 0.5
 
     def __post_init__(self) -> None:
-        """Raises ValueError for terms that cannot be summed."""
+        """Raises ValueError for terms without a sum."""
         names = [one.label for one in self.terms]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:

@@ -1,7 +1,7 @@
 """The models of a PPO run as they are trained and compiled: their programs, without an array."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -13,12 +13,11 @@ from huatuo_jax.backbone.config import BackboneConfig
 from huatuo_jax.backbone.matmul import store_as_computed
 from huatuo_jax.backbone.transformer import Transformer, init_params
 from huatuo_jax.core import sharding
-from huatuo_jax.data.batches import pack_row
+from huatuo_jax.data.batches import Row, pack_row
 from huatuo_jax.ppo.config import PpoConfig
 from huatuo_jax.ppo.losses import PolicyObjective, policy_row_loss, value_row_loss
-from huatuo_jax.ppo.models import (
-    Critic,
-)
+from huatuo_jax.ppo.models import Critic
+from huatuo_jax.ppo.ptx import Ptx, compile_added, ptx_row_loss
 from huatuo_jax.ppo.trainer import (
     NUMBERS_OF_TOKENS,
     Learner,
@@ -64,6 +63,29 @@ def critic_of(cfg: PpoConfig, critic: Critic, mesh: Mesh) -> Trained:
     state = critic.abstract_state(optimizer, mesh)
     return Trained(
         optimizer, state, _learner(cfg, _value_loss(cfg, critic), optimizer, state, mesh)
+    )
+
+
+def ptx_of(cfg: PpoConfig, policy: InitialModel, read: Callable[[int], Row], mesh: Mesh) -> Ptx:
+    """Makes what adds the loss of fine-tuning to the policy's steps, compiled when it is used.
+
+    Args:
+        cfg: the run's settings, with `ptx`.
+        policy: to start from.
+        read: rows of dialogues by number.
+        mesh: where everything lies.
+    """
+    assert cfg.ptx is not None
+    rows = cfg.ptx.batch_size
+    at_once = cfg.rows_at_once if rows % cfg.rows_at_once == 0 else rows
+    state = policy_of(cfg, policy, mesh).state
+    loss = ptx_row_loss(policy.transformer, chunk=cfg.compute.loss_chunk)
+    return Ptx(
+        read=read,
+        batch_size=rows,
+        run_pass=compile_pass(loss, state, mesh, rows_at_once=at_once),
+        add=compile_added(state, mesh, coef=cfg.ptx.coef),
+        mesh=mesh,
     )
 
 

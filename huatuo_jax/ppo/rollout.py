@@ -32,7 +32,7 @@ class AnswerScorer(Protocol):
 
 
 class Sampled(NamedTuple):
-    """What a reward reads of an answer.
+    """The parts of an answer that a reward reads.
 
     Attributes:
         token_ids: as sampled, a stop token included.

@@ -5,13 +5,15 @@ An iteration (`huatuo_jax.ppo.trainer`) samples answers, scores them and updates
 
 import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
 
+from huatuo_jax.core import distributed
 from huatuo_jax.core.progress import tell
 from huatuo_jax.data.answers import text_of
+from huatuo_jax.data.batches import Row
 from huatuo_jax.generation.prompts import Task
 from huatuo_jax.ppo.config import PpoConfig
 from huatuo_jax.ppo.held_out import FOLDER as JUDGED_FOLDER
@@ -22,11 +24,7 @@ from huatuo_jax.ppo.held_out import (
     reach_server,
     record_of,
 )
-from huatuo_jax.ppo.held_out_rewards import (
-    HeldOutCheck,
-    HeldOutRewarding,
-    open_held_out_rewards,
-)
+from huatuo_jax.ppo.held_out_rewards import HeldOutCheck, HeldOutRewarding
 from huatuo_jax.ppo.loop import TOTAL_KL, PpoJob
 from huatuo_jax.ppo.models import (
     Critic,
@@ -35,10 +33,16 @@ from huatuo_jax.ppo.models import (
     open_critic,
     open_reward_model,
 )
-from huatuo_jax.ppo.prompts import Prompts, TokenPrompt, open_prompts
+from huatuo_jax.ppo.prompts import Prompts, TokenPrompt, held_out_tasks, open_prompts
 from huatuo_jax.ppo.report import Decode, IterationFlops
 from huatuo_jax.ppo.reward_mix import MixedRewards, RewardSource, ScorerRewards, check_functions
-from huatuo_jax.ppo.roles import abstract_roles, critic_of, micro_batch_programs, policy_of
+from huatuo_jax.ppo.roles import (
+    abstract_roles,
+    critic_of,
+    micro_batch_programs,
+    policy_of,
+    ptx_of,
+)
 from huatuo_jax.ppo.rollout import AnswerScorer, LengthScorer, Sampler, mesh_of
 from huatuo_jax.ppo.targets import compile_targets
 from huatuo_jax.ppo.trainer import (
@@ -47,6 +51,7 @@ from huatuo_jax.ppo.trainer import (
     abstract_ppo_state,
     new_ppo_state,
 )
+from huatuo_jax.training.dialogue_data import open_dialogues
 from huatuo_jax.training.initial_model import InitialModel, open_model
 from huatuo_jax.training.metrics import ModelFlops
 from huatuo_jax.training.micro_batch import settle
@@ -81,6 +86,7 @@ class PpoStage(Stage[PpoConfig]):
         normalization: of raw scores, where `cfg.score.scale` is `stored`.
         judging: of held-out answers, or their rewards; None for none.
         decode: from tokens to text; None for tokens in `samples.jsonl`.
+        ptx_rows: rows of dialogues by number, endless; None where no fine-tuning is added.
     """
 
     name = STAGE
@@ -89,6 +95,7 @@ class PpoStage(Stage[PpoConfig]):
     normalization: Normalization | None = None
     judging: HeldOutCheck | None = None
     decode: Decode | None = None
+    ptx_rows: Callable[[int], Row] | None = None
     _reward: RewardModel | None = None
     _tasks: list[Task] | None = None
     _held_out_prompts: Sequence[TokenPrompt] | None = None
@@ -134,10 +141,30 @@ class PpoStage(Stage[PpoConfig]):
             self._tasks = open_held_out(cfg, self.tokenizer)
             found["held_out"] = identity_of(cfg, self._tasks)
         if cfg.held_out_rewards is not None:
-            tasks = open_held_out_rewards(cfg, cfg.data, self.tokenizer)
+            tasks = held_out_tasks(
+                cfg.data,
+                self.tokenizer,
+                path=cfg.held_out_rewards.prompts,
+                num_prompts=cfg.held_out_rewards.num_prompts,
+                max_new_tokens=cfg.rollout.max_new_tokens,
+                purpose="to reward",
+            )
             held_out = Prompts([TokenPrompt.of(task) for task in tasks], ())
             found["held_out"] = [held_out.identity, held_out.columns_identity]
             self._held_out_prompts = held_out.items
+        if cfg.ptx is not None:
+            cfg.ptx.check(policy.cfg, self.mesh)
+            with distributed.first_then_others("tokenising"):
+                dialogues = open_dialogues(
+                    cfg.ptx.data,
+                    self.tokenizer,
+                    seed=cfg.seed,
+                    default_cache=self.workdir / "data",
+                )
+            self.ptx_rows = functools.partial(
+                dialogues.train.read, row_length=cfg.ptx.data.row_length
+            )
+            found["ptx"] = dialogues.identity
         return found
 
     def make_job(self, directory: StageDirectory, decisive: Mapping[str, Any]) -> PpoJob:
@@ -217,6 +244,7 @@ class PpoStage(Stage[PpoConfig]):
                 reference=make_reference(policy, key, mesh),
                 critic=critic,
                 value=None if valued is None else valued.learner,
+                ptx=None if self.ptx_rows is None else ptx_of(cfg, policy, self.ptx_rows, mesh),
             )
 
         return PpoJob(

@@ -26,6 +26,7 @@ from huatuo_jax.ppo.advantages import Moments, no_moments
 from huatuo_jax.ppo.config import PpoConfig
 from huatuo_jax.ppo.models import Critic
 from huatuo_jax.ppo.prompts import Prompts
+from huatuo_jax.ppo.ptx import Ptx
 from huatuo_jax.ppo.redrawing import with_variance
 from huatuo_jax.ppo.report import IterationReport, Spent, UpdateSums
 from huatuo_jax.ppo.reward_mix import Rewards, RewardSource
@@ -135,6 +136,7 @@ class Trainer:
         reference: takes the place of the policy's trained variables, see `models.make_reference`.
         critic: where its frozen variables are; None without one.
         value: its programs; None without one.
+        ptx: adds the loss of fine-tuning to the policy's; None for none.
     """
 
     cfg: PpoConfig
@@ -147,6 +149,7 @@ class Trainer:
     reference: Variables
     critic: Critic | None
     value: Learner | None
+    ptx: Ptx | None = None
 
     def iterate(self, state: PpoState) -> tuple[PpoState, IterationReport]:
         """Makes one more iteration; the state before is used up."""
@@ -310,10 +313,16 @@ class Trainer:
                     sums.stopped_early = True
                     state = _without_updates(state, len(planned) - number)
                     break
-                policy, metrics = self.policy.apply(state.policy, found.sums, found.gradients)
+                sums_of_step, gradients = found.sums, found.gradients
+                if self.ptx is not None:
+                    step = int(state.iteration) * len(planned) + number
+                    sums_of_step, gradients = self.ptx.added(
+                        state.policy, sums_of_step, gradients, step=step
+                    )
+                policy, metrics = self.policy.apply(state.policy, sums_of_step, gradients)
                 sums.policy.append(metrics)
                 state = dataclasses.replace(state, policy=policy)
-                del found  # Its gradients, before the critic makes its own.
+                del found, gradients  # Before the critic makes its own.
             if self.value is not None:
                 found = self._value_pass(state, minibatch, differentiate=True)
                 assert state.value is not None

@@ -75,7 +75,7 @@ def test_every_name_of_the_surface_is_there_and_told_to_type_checkers():
         (SftFields, SftConfig, {"model", "data"}),
         (RewardFields, RewardConfig, {"model", "data"}),
         (DpoFields, DpoConfig, {"model", "data"}),
-        (PpoFields, PpoConfig, {"model", "data", "reward_model"}),
+        (PpoFields, PpoConfig, {"model", "data", "reward"}),
     ],
 )
 def test_keywords_are_the_fields_of_the_config_with_their_types(fields, config, given):

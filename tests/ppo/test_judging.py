@@ -312,8 +312,7 @@ def test_of_equal_shares_the_earlier_policy_is_kept():
 
 
 def test_the_last_iteration_is_always_judged():
-    cfg = JudgingConfig(every=3)
-    due = [step for step in range(9) if is_due(cfg, step, warmup=3, last=8)]
+    due = [step for step in range(9) if is_due(3, step, warmup=3, last=8)]
     assert due == [0, 6, 8]
 
 

@@ -74,6 +74,8 @@ class FirstToken(Table):
 def _run(tmp_path, rounds):
     cfg = config(
         estimator="grpo",
+        num_iterations=2,
+        num_epochs=1,
         rollout={"num_prompts": 4, "answers_per_prompt": 2, "redraw_rounds": rounds},
     )
     state, _ = run_tiny(cfg, tmp_path, scorer=FirstToken({}))
@@ -115,6 +117,7 @@ def test_answers_without_an_end_are_left_out_of_the_loss_and_stay_in_the_means(t
     assert int(targets.sums["answers"]) == len(ended)
 
 
+@pytest.mark.slow
 def test_a_run_trains_on_the_tokens_of_ended_answers_alone(tmp_path):
     run = functools.partial(run_tiny, scorer=table(longest=3))
     _, whole = run(config(num_iterations=1), tmp_path / "whole")

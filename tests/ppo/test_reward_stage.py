@@ -1,14 +1,18 @@
 """A whole stage with a reward of several terms: files in, metrics, samples and a model out."""
 
+import dataclasses
 import json
 
 import pytest
 
+from huatuo_jax.data.mixture import HeldOutConfig
 from huatuo_jax.ppo.config import PpoLoopConfig, RolloutConfig, ScoreConfig, ValueConfig
 from huatuo_jax.ppo.held_out_config import HeldOutRewardsConfig
 from huatuo_jax.ppo.prompts import PromptsConfig
+from huatuo_jax.ppo.ptx import PtxConfig
 from huatuo_jax.ppo.reward_terms import RewardMixConfig, RewardTerm
 from huatuo_jax.ppo.stage import run_ppo
+from huatuo_jax.training.dialogue_data import DataConfig, SourceConfig
 from huatuo_jax.training.metrics import read_rows
 from tests.ppo.test_stage import _config, files
 
@@ -91,6 +95,27 @@ def test_another_function_of_the_same_name_is_another_run(files, tmp_path):
     (tmp_path / "mine.py").write_text(SOURCE.replace("/ one", "/ 2"), encoding="utf-8")
     with pytest.raises(ValueError, match=r"reward_functions\.characters"):
         run_ppo(cfg, tmp_path / "run")
+
+
+def test_dialogues_are_trained_on_beside_the_reward(files, tmp_path):
+    path = tmp_path / "dialogues.jsonl"
+    rows = [{"question": f"咳嗽{n}天了？", "answer": f"多喝水，{n}天复查。"} for n in range(9)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    data = DataConfig(
+        sources=(SourceConfig(name="mine", paths=(str(path),)),),
+        row_length=64,
+        held_out=HeldOutConfig(share=0.0),
+    )
+    ptx = PtxConfig(data=data, coef=1.0, batch_size=2)
+    run_ppo(_mixed(files, tmp_path, ptx=ptx, held_out_rewards=None), tmp_path / "run")
+    steps = list(read_rows(tmp_path / "run" / "ppo" / "metrics.jsonl"))
+    assert steps[1]["ppo/ptx_loss"] < steps[0]["ppo/ptx_loss"]
+    too_long = dataclasses.replace(ptx, data=dataclasses.replace(data, row_length=129))
+    cfg = _mixed(files, tmp_path, ptx=too_long, held_out_rewards=None)
+    with pytest.raises(
+        ValueError, match=r"ptx\.data\.row_length=129 must be at most the model's 128"
+    ):
+        run_ppo(cfg, tmp_path / "long")
 
 
 @pytest.mark.parametrize(

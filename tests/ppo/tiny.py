@@ -155,7 +155,15 @@ kept = []
 
 
 def tiny_job(
-    cfg, workdir, *, scorer=None, mesh=None, prompts=(PROMPT,), normalization=None, rewards=None
+    cfg,
+    workdir,
+    *,
+    scorer=None,
+    mesh=None,
+    prompts=(PROMPT,),
+    normalization=None,
+    rewards=None,
+    ptx_rows=None,
 ):
     """A whole stage on the tiny world."""
     policy = open_model(cfg.model, cfg.compute.compute_config())
@@ -166,6 +174,7 @@ def tiny_job(
     stage.critic = open_critic(cfg, policy, None)
     stage.prompts = Prompts(prompts, (END,))
     stage.make_scorer = lambda: scorer
+    stage.ptx_rows = ptx_rows
     if rewards is not None:
         stage.make_rewards = lambda: rewards
     stage.normalization = normalization
