@@ -19,12 +19,15 @@ from huatuo_jax.synthesis.conversations import (
 from huatuo_jax.synthesis.decontamination import EvaluationTexts, read_test_texts
 from huatuo_jax.synthesis.instructions import InstructionMaker, read_seeds
 from huatuo_jax.synthesis.jobs import Maker, Task
+from huatuo_jax.synthesis.polishing import PolishingMaker, read_sources
 from huatuo_jax.synthesis.report import RunFacts, write_report
 from huatuo_jax.synthesis.runner import Checks, PersonalData, Runner, plan
 from huatuo_jax.synthesis.tables import LANGUAGES, read_table
 from huatuo_jax.synthesis.teachers import ModelTeacher, SharedTeacher, Teacher
 
-Kind = Literal["distilled_instruction", "distilled_conversation"]
+Kind = Literal[
+    "distilled_instruction", "distilled_conversation", "real_instruction", "real_conversation"
+]
 Style = Literal["instructions", "questions"]
 
 CLINIC = "clinic"
@@ -50,6 +53,7 @@ class Flags:
         seeds: file of instructions to start from; None for those that are shipped.
         table: file of departments, roles and use cases; None for the one that is shipped.
         per_request: instructions that one request asks for.
+        source: files of real dialogues, whose doctors' words are polished.
         cases: files of cases with their diagnoses, for conversations.
         max_exchanges: of a conversation.
         near_duplicate: prompts whose ROUGE-L F of characters with an earlier one or a seed is
@@ -83,6 +87,7 @@ class Flags:
     seeds: str | None = None
     table: str | None = None
     per_request: int = 4
+    source: tuple[str, ...] = ()
     cases: tuple[str, ...] = ()
     max_exchanges: int = 8
     near_duplicate: float = 0.7
@@ -267,8 +272,27 @@ def _distilled_conversation(flags: Flags) -> tuple[Maker, dict[str, str]]:
     return maker, {}
 
 
+def _real(flags: Flags) -> tuple[Maker, dict[str, str]]:
+    assert flags.kind in ("real_instruction", "real_conversation")
+    if not flags.source:
+        raise ValueError(f"{flags.kind} needs real dialogues: give --source=FILE")
+    sources = read_sources(flags.source, flags.kind)
+    for reason, count in sources.left_out.items():
+        tell(f"source: {count} rows are {reason}, and left out")
+    maker = PolishingMaker(
+        kind=flags.kind,
+        dialogues=sources.dialogues,
+        plain=flags.asks == "questions",
+        seed=flags.seed,
+        batch_size=flags.batch_size,
+    )
+    return maker, {}
+
+
 MAKERS: Mapping[str, Callable[[Flags], tuple[Maker, dict[str, str]]]] = {
     "distilled_instruction": _distilled_instruction,
     "distilled_conversation": _distilled_conversation,
+    "real_instruction": _real,
+    "real_conversation": _real,
 }
 """By kind, what reads its files and checks its flags: the maker, and the prompts known before."""
