@@ -24,9 +24,14 @@ from huatuo_jax.synthesis.report import RunFacts, write_report
 from huatuo_jax.synthesis.runner import Checks, PersonalData, Runner, plan
 from huatuo_jax.synthesis.tables import LANGUAGES, read_table
 from huatuo_jax.synthesis.teachers import ModelTeacher, SharedTeacher, Teacher
+from huatuo_jax.synthesis.verifiable import VerifiableMaker, read_exam_questions
 
 Kind = Literal[
-    "distilled_instruction", "distilled_conversation", "real_instruction", "real_conversation"
+    "distilled_instruction",
+    "distilled_conversation",
+    "real_instruction",
+    "real_conversation",
+    "verifiable",
 ]
 Style = Literal["instructions", "questions"]
 
@@ -53,9 +58,11 @@ class Flags:
         seeds: file of instructions to start from; None for those that are shipped.
         table: file of departments, roles and use cases; None for the one that is shipped.
         per_request: instructions that one request asks for.
-        source: files of real dialogues, whose doctors' words are polished.
+        source: files of real dialogues, whose doctors' words are polished, or of exam questions,
+            those of a published set as SET:FILE (cmexam:test.csv).
         cases: files of cases with their diagnoses, for conversations.
         max_exchanges: of a conversation.
+        num_answers: times that an open question is answered to see that it is clear.
         near_duplicate: prompts whose ROUGE-L F of characters with an earlier one or a seed is
             above this are left out.
         evaluation_sets: files whose texts no row may hold.
@@ -90,6 +97,7 @@ class Flags:
     source: tuple[str, ...] = ()
     cases: tuple[str, ...] = ()
     max_exchanges: int = 8
+    num_answers: int = 2
     near_duplicate: float = 0.7
     evaluation_sets: tuple[str, ...] = ()
     personal_data: PersonalData = "mask"
@@ -120,6 +128,8 @@ class Flags:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name}={getattr(self, name)} must be at least 1")
+        if self.num_answers < 0:
+            raise ValueError(f"--num_answers={self.num_answers} must be at least 0")
         if self.seed < 0:
             raise ValueError(f"--seed={self.seed} must be at least 0")
         wrong = [one for one in self.languages if one not in LANGUAGES]
@@ -289,10 +299,23 @@ def _real(flags: Flags) -> tuple[Maker, dict[str, str]]:
     return maker, {}
 
 
+def _verifiable(flags: Flags) -> tuple[Maker, dict[str, str]]:
+    if not flags.source:
+        raise ValueError("verifiable needs exam questions: give --source=FILE")
+    maker = VerifiableMaker(
+        questions=read_exam_questions(flags.source),
+        num_answers=flags.num_answers,
+        seed=flags.seed,
+        batch_size=flags.batch_size,
+    )
+    return maker, {}
+
+
 MAKERS: Mapping[str, Callable[[Flags], tuple[Maker, dict[str, str]]]] = {
     "distilled_instruction": _distilled_instruction,
     "distilled_conversation": _distilled_conversation,
     "real_instruction": _real,
     "real_conversation": _real,
+    "verifiable": _verifiable,
 }
 """By kind, what reads its files and checks its flags: the maker, and the prompts known before."""

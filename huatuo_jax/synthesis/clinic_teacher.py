@@ -73,6 +73,8 @@ class ClinicTeacher:
             "patient": self._patient,
             "doctor": self._doctor,
             "polish": self._polished,
+            "question": self._question,
+            "verify": self._verified,
         }
         return writers[request.task](name, request.material)
 
@@ -118,6 +120,14 @@ class ClinicTeacher:
         turns = [f"{writer.say('greet')}{turn}{writer.say('wish')}" for turn in material["turns"]]
         single = material["kind"] == "real_instruction"
         return json.dumps({"answer": turns[0]} if single else {"turns": turns}, ensure_ascii=False)
+
+    def _question(self, name: str, material: Mapping[str, Any]) -> str:
+        """The exam's own question, where it is one of those that name no options."""
+        found = {"usable": True, "question": material["question"], "answer": material["answer"]}
+        return json.dumps(found, ensure_ascii=False)
+
+    def _verified(self, name: str, material: Mapping[str, Any]) -> str:
+        return json.dumps({"unique": True, "answer": material["answer"]}, ensure_ascii=False)
 
 
 def doctor_turn(writer: Writer, case: Case, messages: Sequence[Message]) -> str:
