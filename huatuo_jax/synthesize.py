@@ -146,6 +146,8 @@ class Flags:
                 )
         if self.asks == "questions" and (by_server or self.teacher == CLINIC):
             raise ValueError("--asks=questions is for a saved model, given by --teacher=DIR")
+        if self.asks == "questions" and self.kind == "verifiable":
+            raise ValueError("--kind=verifiable needs a teacher that follows instructions")
         if self.uses_clinic and self.languages != ("zh",):
             raise ValueError("--languages: the clinic writes Chinese alone")
         for name in ("seeds", "table"):
