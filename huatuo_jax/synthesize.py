@@ -19,12 +19,20 @@ from huatuo_jax.synthesis.conversations import (
 from huatuo_jax.synthesis.decontamination import EvaluationTexts, read_test_texts
 from huatuo_jax.synthesis.instructions import InstructionMaker, read_seeds
 from huatuo_jax.synthesis.jobs import Maker, Task
+from huatuo_jax.synthesis.polishing import PolishingMaker, read_sources
 from huatuo_jax.synthesis.report import RunFacts, write_report
 from huatuo_jax.synthesis.runner import Checks, PersonalData, Runner, plan
 from huatuo_jax.synthesis.tables import LANGUAGES, read_table
 from huatuo_jax.synthesis.teachers import ModelTeacher, SharedTeacher, Teacher
+from huatuo_jax.synthesis.verifiable import VerifiableMaker, read_exam_questions
 
-Kind = Literal["distilled_instruction", "distilled_conversation"]
+Kind = Literal[
+    "distilled_instruction",
+    "distilled_conversation",
+    "real_instruction",
+    "real_conversation",
+    "verifiable",
+]
 Style = Literal["instructions", "questions"]
 
 CLINIC = "clinic"
@@ -50,8 +58,11 @@ class Flags:
         seeds: file of instructions to start from; None for those that are shipped.
         table: file of departments, roles and use cases; None for the one that is shipped.
         per_request: instructions that one request asks for.
+        source: files of real dialogues, whose doctors' words are polished, or of exam questions,
+            those of a published set as SET:FILE (cmexam:test.csv).
         cases: files of cases with their diagnoses, for conversations.
         max_exchanges: of a conversation.
+        num_answers: times that an open question is answered to see that it is clear.
         near_duplicate: prompts whose ROUGE-L F of characters with an earlier one or a seed is
             above this are left out.
         evaluation_sets: files whose texts no row may hold.
@@ -83,8 +94,10 @@ class Flags:
     seeds: str | None = None
     table: str | None = None
     per_request: int = 4
+    source: tuple[str, ...] = ()
     cases: tuple[str, ...] = ()
     max_exchanges: int = 8
+    num_answers: int = 2
     near_duplicate: float = 0.7
     evaluation_sets: tuple[str, ...] = ()
     personal_data: PersonalData = "mask"
@@ -115,6 +128,8 @@ class Flags:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name}={getattr(self, name)} must be at least 1")
+        if self.num_answers < 0:
+            raise ValueError(f"--num_answers={self.num_answers} must be at least 0")
         if self.seed < 0:
             raise ValueError(f"--seed={self.seed} must be at least 0")
         wrong = [one for one in self.languages if one not in LANGUAGES]
@@ -131,6 +146,8 @@ class Flags:
                 )
         if self.asks == "questions" and (by_server or self.teacher == CLINIC):
             raise ValueError("--asks=questions is for a saved model, given by --teacher=DIR")
+        if self.asks == "questions" and self.kind == "verifiable":
+            raise ValueError("--kind=verifiable needs a teacher that follows instructions")
         if self.uses_clinic and self.languages != ("zh",):
             raise ValueError("--languages: the clinic writes Chinese alone")
         for name in ("seeds", "table"):
@@ -267,8 +284,40 @@ def _distilled_conversation(flags: Flags) -> tuple[Maker, dict[str, str]]:
     return maker, {}
 
 
+def _real(flags: Flags) -> tuple[Maker, dict[str, str]]:
+    assert flags.kind in ("real_instruction", "real_conversation")
+    if not flags.source:
+        raise ValueError(f"{flags.kind} needs real dialogues: give --source=FILE")
+    sources = read_sources(flags.source, flags.kind)
+    for reason, count in sources.left_out.items():
+        tell(f"source: {count} rows are {reason}, and left out")
+    maker = PolishingMaker(
+        kind=flags.kind,
+        dialogues=sources.dialogues,
+        plain=flags.asks == "questions",
+        seed=flags.seed,
+        batch_size=flags.batch_size,
+    )
+    return maker, {}
+
+
+def _verifiable(flags: Flags) -> tuple[Maker, dict[str, str]]:
+    if not flags.source:
+        raise ValueError("verifiable needs exam questions: give --source=FILE")
+    maker = VerifiableMaker(
+        questions=read_exam_questions(flags.source),
+        num_answers=flags.num_answers,
+        seed=flags.seed,
+        batch_size=flags.batch_size,
+    )
+    return maker, {}
+
+
 MAKERS: Mapping[str, Callable[[Flags], tuple[Maker, dict[str, str]]]] = {
     "distilled_instruction": _distilled_instruction,
     "distilled_conversation": _distilled_conversation,
+    "real_instruction": _real,
+    "real_conversation": _real,
+    "verifiable": _verifiable,
 }
 """By kind, what reads its files and checks its flags: the maker, and the prompts known before."""

@@ -72,6 +72,9 @@ class ClinicTeacher:
             "answer": self._answer,
             "patient": self._patient,
             "doctor": self._doctor,
+            "polish": self._polished,
+            "question": self._question,
+            "verify": self._verified,
         }
         return writers[request.task](name, request.material)
 
@@ -110,6 +113,21 @@ class ClinicTeacher:
     def _doctor(self, name: str, material: Mapping[str, Any]) -> str:
         writer = self._writer(f"doctor {material['key']}")
         return doctor_turn(writer, material["case"], material["messages"])
+
+    def _polished(self, name: str, material: Mapping[str, Any]) -> str:
+        """The doctor's words as they are, between a greeting and a wish."""
+        writer = self._writer(name)
+        turns = [f"{writer.say('greet')}{turn}{writer.say('wish')}" for turn in material["turns"]]
+        single = material["kind"] == "real_instruction"
+        return json.dumps({"answer": turns[0]} if single else {"turns": turns}, ensure_ascii=False)
+
+    def _question(self, name: str, material: Mapping[str, Any]) -> str:
+        """The exam's own question, where it is one of those that name no options."""
+        found = {"usable": True, "question": material["question"], "answer": material["answer"]}
+        return json.dumps(found, ensure_ascii=False)
+
+    def _verified(self, name: str, material: Mapping[str, Any]) -> str:
+        return json.dumps({"unique": True, "answer": material["answer"]}, ensure_ascii=False)
 
 
 def doctor_turn(writer: Writer, case: Case, messages: Sequence[Message]) -> str:

@@ -142,11 +142,10 @@ class InstructionMaker:
             self.table,
             self.languages,
             self.batch_size * self.per_request,
+            in_a_row=self.per_request,
             kept=[one.labels for one in kept],
             draw=draw,
         )
-        # A request is in one language, with the settings that are.
-        drawn.sort(key=lambda one: self.languages.index(one.language))
         jobs = []
         for place in range(self.batch_size):
             chosen = drawn[place * self.per_request : (place + 1) * self.per_request]

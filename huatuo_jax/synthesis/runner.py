@@ -401,5 +401,9 @@ def _masked_values(value: Any) -> Any:
     if isinstance(value, list):
         return [_masked_values(item) for item in value]
     if isinstance(value, dict):
-        return {name: _masked_values(item) for name, item in value.items()}
+        # An id may look like a phone number, and the source is found by it.
+        return {
+            name: item if name.endswith("_id") else _masked_values(item)
+            for name, item in value.items()
+        }
     return value

@@ -106,6 +106,7 @@ def draw_settings(
     languages: Sequence[Language],
     count: int,
     *,
+    in_a_row: int = 1,
     kept: Iterable[Mapping[str, str]],
     draw: random.Random,
 ) -> list[Setting]:
@@ -119,6 +120,7 @@ def draw_settings(
         table: the values.
         languages: of the instructions.
         count: how many settings.
+        in_a_row: settings that share a language, as those of one request do.
         kept: labels of the rows so far.
         draw: of the choice among equals.
     """
@@ -128,12 +130,14 @@ def draw_settings(
             if name in labels:
                 counter[labels[name]] += 1
     found = []
-    for _ in range(count):
+    for place in range(count):
+        if place % in_a_row == 0:
+            language = _scarcest_name(languages, counts["language"], draw)
         one = Setting(
             department=_scarcest(table.departments, counts["department"], draw),
             role=_scarcest(table.roles, counts["role"], draw),
             use_case=_scarcest(table.use_cases, counts["use_case"], draw),
-            language=_scarcest_name(languages, counts["language"], draw),
+            language=language,
         )
         for name, value in one.labels().items():
             counts[name][value] += 1

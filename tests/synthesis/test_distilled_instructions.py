@@ -13,7 +13,7 @@ import pytest
 
 from huatuo_jax import synthesize
 from huatuo_jax.data.readers import read_dialogues
-from huatuo_jax.synthesis.instructions import read_seeds
+from huatuo_jax.synthesis.instructions import InstructionMaker, read_seeds
 from huatuo_jax.synthesis.tables import draw_settings, read_table
 from tests.synthesis import run_synthesis
 from tests.synthesis.scripted_instructions import ScriptedInstructions
@@ -223,6 +223,21 @@ def test_settings_are_drawn_for_what_the_kept_rows_have_least_of():
     assert first.department == table.departments[0]
     drawn = draw_settings(table, ("zh", "en"), 100, kept=[], draw=random.Random(0))
     assert Counter(one.language for one in drawn) == {"zh": 50, "en": 50}
+
+
+def test_a_request_is_in_one_language_and_both_come_equally_often():
+    maker = InstructionMaker(
+        seeds=read_seeds(), table=read_table(), languages=("zh", "en"), batch_size=9, per_request=3
+    )
+    counts = Counter()
+    for number in range(4):
+        for _, job in maker.batch(number, []):
+            (request,) = next(job)
+            (language,) = {one.language for one in request.material["settings"]}
+            in_chinese = "请编写 3 条" in request.messages[-1]["content"]
+            assert in_chinese == (language == "zh")
+            counts[language] += 1
+    assert abs(counts["zh"] - counts["en"]) <= 4
 
 
 def test_shipped_seeds_are_in_both_languages_and_no_two_alike():

@@ -1,0 +1,153 @@
+"""Polished rows of real dialogues: whatever changes what the doctor said is left out."""
+
+import json
+from collections import Counter
+
+import pytest
+
+from huatuo_jax import synthesize
+from huatuo_jax.clinic.dialogues import dialogues as clinic_dialogues
+from huatuo_jax.data.readers import read_dialogues
+from huatuo_jax.synthesis.polishing import read_sources
+from tests.synthesis import run_synthesis, scripted_polishing
+from tests.synthesis.scripted_polishing import FAULTS, fault_of, polish
+from tests.synthesis.teacher_server import KEY, MODEL, TeacherServer, price_table, some_fault
+
+
+@pytest.fixture(autouse=True)
+def key(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+
+
+def flags(folder, server, kind, count, **given):
+    exchanges = 1 if kind == "real_instruction" else 3
+    source = scripted_polishing.write_source(folder / "source.jsonl", count, exchanges=exchanges)
+    return {
+        "kind": kind,
+        "output": str(folder / "rows.jsonl"),
+        "teacher": f"openai:{MODEL}",
+        "base_url": server.url,
+        "prices": price_table(folder / "prices.json"),
+        "source": (source,),
+        "num_rows": count,
+        "batch_size": 50,
+        **given,
+    }
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("kind", ["real_instruction", "real_conversation"])
+def test_every_unfaithful_row_is_left_out_and_no_other(tmp_path, kind):
+    count, single = 120, kind == "real_instruction"
+    with TeacherServer(polish, fault=some_fault(0.2)) as server:
+        run_synthesis.run(flags(tmp_path, server, kind, count))
+    planted = {f"source-{number}": fault_of(number, single=single) for number in range(count)}
+    expected_faults = FAULTS.keys() - ({"turns"} if single else set())
+    assert set(planted.values()) == {None, *expected_faults}, "a fault was not planted"
+    kept = rows_of(tmp_path / "rows.jsonl")
+    assert {one["source_id"] for one in kept} == {
+        name for name, fault in planted.items() if fault is None
+    }
+    rejected = Counter(one["reason"] for one in rows_of(tmp_path / "rows.jsonl.rejected.jsonl"))
+    assert rejected == Counter(FAULTS[fault] for fault in planted.values() if fault is not None)
+
+
+@pytest.mark.parametrize("kind", ["real_instruction", "real_conversation"])
+def test_only_the_doctors_words_change_and_the_original_is_kept(tmp_path, kind):
+    with TeacherServer(polish) as server:
+        run_synthesis.run(flags(tmp_path, server, kind, 40))
+    sources = {row["id"]: row for row in rows_of(tmp_path / "source.jsonl")}
+    reading = read_dialogues(tmp_path / "rows.jsonl")
+    rows = list(reading)
+    assert len(rows) > 15 and not reading.errors
+    for row in rows:
+        assert row.kind == kind
+        before = sources[row.extra["source_id"]]["messages"]
+        assert [m.role for m in row.messages] == [m["role"] for m in before]
+        originals = [m["content"] for m in before if m["role"] == "assistant"]
+        assert row.extra["original"] == originals
+        for now, then in zip(row.messages, before, strict=True):
+            assert (now.content == then["content"]) == (now.role == "user")
+
+
+def test_personal_data_of_patients_is_masked_in_all_texts(tmp_path):
+    with TeacherServer(polish) as server:
+        given = flags(tmp_path, server, "real_instruction", 10)
+        rows = rows_of(tmp_path / "source.jsonl")
+        for row in rows:
+            row["id"] = f"1381234567{row['id'][-1]}"
+            row["messages"][0]["content"] += "我叫李明，电话13812345678。"
+        text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+        (tmp_path / "source.jsonl").write_text(text, encoding="utf-8")
+        run_synthesis.run(given)
+    written = (tmp_path / "rows.jsonl").read_text(encoding="utf-8")
+    assert "李明" not in written and "[电话]" in written
+    # The id of the source is no phone number, whatever it looks like.
+    assert all(
+        row["source_id"].startswith("1381234567") for row in rows_of(tmp_path / "rows.jsonl")
+    )
+    assert "电话138" not in written
+    report = json.loads((tmp_path / "rows.jsonl.report.json").read_text(encoding="utf-8"))
+    assert report["masked"] == {"name": report["rows"], "phone": report["rows"]}
+
+
+def test_rows_with_personal_data_can_be_rejected(tmp_path):
+    with TeacherServer(polish) as server:
+        given = flags(tmp_path, server, "real_instruction", 10, personal_data="reject")
+        rows = rows_of(tmp_path / "source.jsonl")
+        number = next(n for n in range(10) if fault_of(n, single=True) is None)
+        rows[number]["messages"][0]["content"] += "我叫李明。"
+        text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+        (tmp_path / "source.jsonl").write_text(text, encoding="utf-8")
+        run_synthesis.run(given)
+    rejected = rows_of(tmp_path / "rows.jsonl.rejected.jsonl")
+    (one,) = [one for one in rejected if one["reason"] == "personal data"]
+    assert one["id"].endswith(f"{number:06d}") and one["detail"] == "name 1"
+
+
+def test_rows_that_are_in_an_evaluation_set_are_left_out(tmp_path):
+    with TeacherServer(polish) as server:
+        given = flags(tmp_path, server, "real_instruction", 20)
+        kept_number = next(n for n in range(20) if fault_of(n, single=True) is None)
+        source = rows_of(tmp_path / "source.jsonl")
+        test = {"question": source[kept_number]["messages"][0]["content"]}
+        path = tmp_path / "exam.jsonl"
+        path.write_text(json.dumps(test, ensure_ascii=False) + "\n", encoding="utf-8")
+        run_synthesis.run({**given, "evaluation_sets": (str(path),)})
+    rejected = rows_of(tmp_path / "rows.jsonl.rejected.jsonl")
+    assert [one["id"] for one in rejected if one["reason"] == "contaminated"] == [
+        f"real_instruction-0-{kept_number:06d}"
+    ]
+
+
+def test_dialogues_of_the_other_kind_are_counted_and_left_out(tmp_path, shared_data):
+    path = shared_data / "2_sft_multi_real" / "CMtMedQA_test.json"
+    sources = read_sources([path], "real_conversation")
+    assert len(sources.dialogues) > 500 and sources.left_out["of the other kind"] > 50
+    assert all(len(one.messages) > 2 for one in sources.dialogues)
+
+
+def test_real_kinds_without_a_source_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="real_instruction needs real dialogues: give --source"):
+        synthesize.main(
+            synthesize.Flags(kind="real_instruction", output=str(tmp_path / "rows.jsonl"))
+        )
+
+
+@pytest.mark.parametrize("kind", ["real_instruction", "real_conversation"])
+def test_the_clinic_polishes_its_own_doctors(tmp_path, kind):
+    source = tmp_path / "source.jsonl"
+    rows = [one.to_json() for one in clinic_dialogues(kind, 60, seed=3)]
+    text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    source.write_text(text, encoding="utf-8")
+    synthesize.main(
+        synthesize.Flags(
+            kind=kind, source=(str(source),), output=str(tmp_path / "rows.jsonl"), num_rows=60
+        )
+    )
+    rejected = rows_of(tmp_path / "rows.jsonl.rejected.jsonl")
+    assert {one["reason"] for one in rejected} <= {"near duplicate"}
+    assert len(rows_of(tmp_path / "rows.jsonl")) + len(rejected) == 60
