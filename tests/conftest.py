@@ -1,5 +1,6 @@
 """What every test stands on: 8 virtual CPU devices, strict shapes, real data where it is."""
 
+import gc
 import os
 import pathlib
 import tempfile
@@ -26,6 +27,9 @@ from jax._src import compilation_cache
 
 from huatuo_jax.core import sharding
 
+# Tracing makes many objects of a short life. Where garbage is looked for less often, fewer of them
+# are found alive and looked at again with all the others.
+gc.set_threshold(50_000, 10, 10)
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -39,8 +43,8 @@ def _only_cache_programs_of_one_device():
     """
     key_of = compilation_cache.get_cache_key
 
-    def key_of_one_device(module, devices, *options):
-        return key_of(module, devices, *options) if devices.size == 1 else None
+    def key_of_one_device(module, devices, *options, **named):
+        return key_of(module, devices, *options, **named) if devices.size == 1 else None
 
     compilation_cache.get_cache_key = key_of_one_device
     sharding._compile_anew = lambda: None

@@ -1,11 +1,18 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 import transformers
 
-from huatuo_jax.generation.sampling import Settings, choose, filter_scores, penalise_repetition
+from huatuo_jax.generation import sampling as functions
+from huatuo_jax.generation.sampling import Settings
 from tests.generation.tiny import log_softmax
+
+# As the engine runs them: no setting causes a recompilation.
+choose = jax.jit(functions.choose)
+filter_scores = jax.jit(functions.filter_scores)
+penalise_repetition = jax.jit(functions.penalise_repetition)
 
 DRAWS = 50_000
 VOCAB = 12
