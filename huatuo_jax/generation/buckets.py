@@ -57,9 +57,16 @@ class Buckets:
     def num_programs(self) -> int:
         """Returns the largest number of programs that can be compiled."""
         # Each number of pages: allocated, inserted into, decoded for each number of rows; each pair
-        # of neighbours: grown and shrunk; and the prefix cache is allocated.
+        # of neighbours: grown and shrunk; and the prompt cache is allocated.
         pages = len(self.pages)
         return len(self.prefill) + (2 + len(self.rows)) * pages + 2 * (pages - 1) + 1
+
+    @property
+    def num_prefix_programs(self) -> int:
+        """Returns how many more there can be with a prefix cache."""
+        # Each length: extended by; each number of pages: copied from; and the prefix cache is
+        # allocated, copied into from the prompt cache, and copied from.
+        return len(self.prefill) + len(self.pages) + 3
 
     def pages_for(self, needed: int, now: int) -> int:
         """Returns the number of pages to have, for those needed and those there now.

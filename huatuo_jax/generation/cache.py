@@ -176,6 +176,29 @@ def write_start(layers: Layers, new: Layers) -> Layers:
     return jax.tree.map(write, layers, new)
 
 
+def write_pages(pool_PKSH: jax.Array, new_RTKH: jax.Array, starts_R: jax.Array) -> jax.Array:
+    """Writes T tokens' keys (or values) into each row from the start of a page, within a shard.
+
+    Args:
+        pool_PKSH: of one layer; rows own pages as in `write_start`.
+        new_RTKH: what passes a row's last page is dropped.
+        starts_R: int32, the position of each row's first token, a multiple of the page size.
+    """
+    page_size = pool_PKSH.shape[2]
+    new_RUSKH = _cut_into_pages(new_RTKH.astype(pool_PKSH.dtype), page_size)
+    new_RUKSH = jnp.swapaxes(new_RUSKH, 2, 3)
+    own_RMKSH = pool_PKSH.reshape(len(starts_R), -1, *pool_PKSH.shape[1:])
+    return _put_pages(own_RMKSH, new_RUKSH, starts_R // page_size).reshape(pool_PKSH.shape)
+
+
+def write_page_tokens(tokens_PS: jax.Array, new_RT: jax.Array, starts_R: jax.Array) -> jax.Array:
+    """Writes tokens into each row from the start of a page, as `write_pages` does their keys."""
+    page_size = tokens_PS.shape[1]
+    own_RMS = tokens_PS.reshape(len(starts_R), -1, page_size)
+    new_RUS = _cut_into_pages(new_RT, page_size)
+    return _put_pages(own_RMS, new_RUS, starts_R // page_size).reshape(tokens_PS.shape)
+
+
 def write_start_tokens(tokens_PS: jax.Array, tokens_RT: jax.Array) -> jax.Array:
     """Writes tokens at each row's start, as `write_start` does their keys."""
     rows, length = tokens_RT.shape
@@ -183,33 +206,32 @@ def write_start_tokens(tokens_PS: jax.Array, tokens_RT: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_slice(own_RS, tokens_RT, (0, 0)).reshape(tokens_PS.shape)
 
 
-def copy_pages(
-    target: Cache, source: Cache, first: jax.Array, targets_M: jax.Array, shard: jax.Array
-) -> Cache:
-    """Copies consecutive pages of one cache over pages of another, within a shard.
+def copy_pages(target: Cache, source: Cache, sources_M: jax.Array, targets_M: jax.Array) -> Cache:
+    """Copies pages of one cache over pages of another, within a shard.
 
     Args:
         target: the cache to copy into.
-        source: the cache to copy from; its pages may lie in any shard.
-        first: the first page to copy, counted over all shards.
-        targets_M: int32, pages to overwrite, in order; then -1.
-        shard: the shard of the target's pages.
+        source: the cache to copy from.
+        sources_M: int32, pages to copy, counted over all shards.
+        targets_M: int32, the page to overwrite with each, counted likewise; then -1.
     """
     mesh = jax.sharding.get_abstract_mesh()
     here = 0 if mesh.empty else jax.lax.axis_index(sharding.BATCH_AXES)
 
     def copy_page(index: jax.Array, target: Cache) -> Cache:
-        page = first + index - here * source.num_pages
+        page = sources_M[index] - here * source.num_pages
+        place = targets_M[index] - here * target.num_pages
         is_mine = (page >= 0) & (page < source.num_pages)
+        is_here = (place >= 0) & (place < target.num_pages)
 
         def copy(to: jax.Array, of: jax.Array) -> jax.Array:
             dim = max(of.ndim - 4, 0)  # Tokens are [P, S].
             content = jax.lax.dynamic_slice_in_dim(of, page, 1, dim)
             if not mesh.empty:
                 content = jax.lax.psum(jnp.where(is_mine, content, 0), sharding.BATCH_AXES)
-                before = jax.lax.dynamic_slice_in_dim(to, targets_M[index], 1, dim)
-                content = jnp.where(here == shard, content, before)
-            return jax.lax.dynamic_update_slice_in_dim(to, content, targets_M[index], dim)
+                before = jax.lax.dynamic_slice_in_dim(to, place, 1, dim)
+                content = jnp.where(is_here, content, before)
+            return jax.lax.dynamic_update_slice_in_dim(to, content, place, dim)
 
         return jax.tree.map(copy, target, source)
 
@@ -373,7 +395,8 @@ def check_fits(
     cfg: BackboneConfig,
     *,
     slots: int,
-    prefix_rows: int,
+    prompt_rows: int,
+    kept_pages: int,
     max_length: int,
     page_size: int,
     pages: tuple[int, ...],
@@ -386,7 +409,8 @@ def check_fits(
     Args:
         cfg: the backbone.
         slots: rows of the cache, in the worst case of `max_length` each.
-        prefix_rows: rows of the prefix cache.
+        prompt_rows: rows of the prompt cache.
+        kept_pages: pages of the prefix cache.
         max_length: positions of a row at most.
         page_size: positions of a page.
         pages: the cache's buckets; while it grows into the last, the one before is there too.
@@ -395,17 +419,42 @@ def check_fits(
         memory_bytes: free memory of all devices together; None reads it from the devices.
     """
     page = num_bytes(cfg, positions=page_size, dtype=dtype)
-    prefix = prefix_rows * -(-max_length // page_size) * page
+    others = (prompt_rows * -(-max_length // page_size) + kept_pages) * page
     slot = page * sum(pages[-2:]) / slots
-    needed = slots * slot + prefix
+    needed = slots * slot + others
     free = _free_bytes(mesh) if memory_bytes is None else memory_bytes
     if needed > free:
-        fitting = max(math.floor((free - prefix) / slot), 0)
+        further = " or a smaller prefix_cache_pages" if kept_pages else ""
+        fitting = max(math.floor((free - others) / slot), 0)
         raise ValueError(
             f"slots={slots} of max_length={max_length} tokens need {needed / _GIGA:.3g} GB of "
             f"cache, {free / _GIGA:.3g} GB are free: {fitting} slots of that length would fit; "
-            "use fewer slots or a smaller max_length"
+            f"use fewer slots or a smaller max_length{further}"
         )
+
+
+def _cut_into_pages(new_RT: jax.Array, page_size: int) -> jax.Array:
+    """Returns an array `[R, T, ...]` as `[R, U, S, ...]`, its last page filled up with zeros."""
+    widths = [(0, 0)] * new_RT.ndim
+    widths[1] = (0, -new_RT.shape[1] % page_size)
+    padded = jnp.pad(new_RT, widths)
+    return padded.reshape(len(new_RT), -1, page_size, *new_RT.shape[2:])
+
+
+def _put_pages(own_RM: jax.Array, new_RU: jax.Array, firsts_R: jax.Array) -> jax.Array:
+    """Returns rows of M pages, U of them replaced from each row's first on, where they exist.
+
+    No index is clamped, and nothing is scattered, which would be slow on TPUs.
+    """
+    num_new = new_RU.shape[1]
+
+    def put(own_M: jax.Array, new_U: jax.Array, first: jax.Array) -> jax.Array:
+        index_M = jnp.arange(len(own_M)) - first
+        taken_M = new_U[jnp.clip(index_M, 0, num_new - 1)]
+        is_new_M = (index_M >= 0) & (index_M < num_new)
+        return jnp.where(is_new_M.reshape(-1, *(1,) * (own_M.ndim - 1)), taken_M, own_M)
+
+    return jax.vmap(put)(own_RM, new_RU, firsts_R)
 
 
 def _write_at_once(

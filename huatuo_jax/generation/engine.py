@@ -27,8 +27,9 @@ from huatuo_jax.backbone.transformer import Transformer
 from huatuo_jax.core import sharding
 from huatuo_jax.data.answers import text_of
 from huatuo_jax.generation import weights
-from huatuo_jax.generation.buckets import Buckets, bucket_of
+from huatuo_jax.generation.buckets import Buckets
 from huatuo_jax.generation.cache import Cache, Pages, PageTable, check_fits
+from huatuo_jax.generation.prefix_cache import PrefixCache, PromptCache
 from huatuo_jax.generation.programs import PAGE_SIZE, STEPS_PER_ROUND, Programs
 from huatuo_jax.generation.requests import (
     MAX_STOP_TOKENS,
@@ -130,18 +131,18 @@ class Pool:
             if wanted <= size < table.num_pages:
                 self.cache = self._programs.shrink(self.cache, table.shrink(size))
 
-    def insert(self, prefix: Cache, *, row: int, slot: int, length: int) -> None:
-        """Copies a prompt of this length from a row of the prefix cache into a slot."""
-        page_size = self._programs.page_size
-        targets_M = self._table.pages.table_BM[slot].copy()
-        targets_M[-(-length // page_size) :] = -1
-        self.cache = self._programs.insert(
-            self.cache,
-            prefix,
-            np.int32(row * len(targets_M)),
-            targets_M,
-            np.int32(slot // self._slots_per_shard),
-        )
+    def pages_of_slot(self, slot: int) -> np.ndarray:
+        """Returns a slot's pages `[M]`, counted over all shards, then -1."""
+        pages_M = self._table.pages.table_BM[slot]
+        first = slot // self._slots_per_shard * (self._table.num_pages // self.shards)
+        return np.where(pages_M < 0, -1, first + pages_M).astype(np.int32)
+
+    def insert(self, prompts: Cache, *, row: int, slot: int, length: int) -> None:
+        """Copies a prompt of this length from a row of the prompt cache into a slot."""
+        targets_M = self.pages_of_slot(slot)
+        targets_M[-(-length // self._programs.page_size) :] = -1
+        sources_M = row * len(targets_M) + np.arange(len(targets_M), dtype=np.int32)
+        self.cache = self._programs.insert(self.cache, prompts, sources_M, targets_M)
 
 
 class Engine:
@@ -159,6 +160,7 @@ class Engine:
         steps_per_round: int = STEPS_PER_ROUND,
         prefill_rows: int | None = None,
         page_size: int = PAGE_SIZE,
+        prefix_cache_pages: int = 0,
         cache_dtype: DTypeLike | None = None,
         cast_weights: bool = True,
         split_layers: bool | None = None,
@@ -179,6 +181,9 @@ class Engine:
             prefill_rows: prompts of one prefill; None for one for each batch shard of the mesh.
             page_size: positions of a page of the cache; a slot owns whole pages. Small ones waste
                 less, and cost more to combine.
+            prefix_cache_pages: pages of earlier prompts and answers to keep for prompts that begin
+                with the same tokens, see `PrefixCache`; 0 for none. Answers are those without, up
+                to rounding. `load` and `unload` forget them.
             cache_dtype: of keys and values; None for the compute dtype.
             cast_weights: to the compute dtype once rather than in every step.
             split_layers: hold each layer's weights and cache separately, which copies the weights
@@ -202,9 +207,14 @@ class Engine:
                 f"{cfg.max_positions} positions"
             )
         cfg.require_fixed_angles(max_length, purpose="cached decoding")
+        if prefix_cache_pages < 0:
+            raise ValueError(f"prefix_cache_pages={prefix_cache_pages} must be 0 or more")
         shards = sharding.batch_shards(mesh)
         self._prefill_rows = shards if prefill_rows is None else prefill_rows
-        for name, size in {"slots": slots, "prefill_rows": self._prefill_rows}.items():
+        sizes = {"slots": slots, "prefill_rows": self._prefill_rows}
+        if prefix_cache_pages:
+            sizes["prefix_cache_pages"] = prefix_cache_pages
+        for name, size in sizes.items():
             if size < 1 or size % shards:
                 raise ValueError(
                     f"{name}={size} must be a multiple of {shards}, the mesh's batch shards"
@@ -222,7 +232,8 @@ class Engine:
         check_fits(
             cfg,
             slots=slots,
-            prefix_rows=self._prefill_rows,
+            prompt_rows=self._prefill_rows,
+            kept_pages=prefix_cache_pages,
             max_length=max_length,
             page_size=page_size,
             pages=self._buckets.pages,
@@ -243,10 +254,19 @@ class Engine:
         )
         self._table = SlotTable(slots)
         self._queue: deque[tuple[int, Request]] = deque()
-        self._prefilled: deque[tuple[int, Running]] = deque()  # (row of the prefix cache, answer)
+        self._prefilled: deque[tuple[int, Running]] = deque()  # (row of the prompt cache, answer)
         self._pool = self._empty_pool()
-        self._prefix: Cache | None = None
-        self._num_requests = 0
+        self._prefixes = PrefixCache(
+            self._programs, num_pages=prefix_cache_pages, pages_per_row=self._pool.pages_per_slot
+        )
+        self._prompts = PromptCache(
+            self._programs,
+            self._prefixes,
+            rows=self._prefill_rows,
+            pages_per_row=self._pool.pages_per_slot,
+            lengths=self._buckets.prefill,
+        )
+        self._num_requests, self._failed = 0, False
         self.load(variables)
         self.reset_report()
 
@@ -262,6 +282,7 @@ class Engine:
             ValueError: answers are unfinished, or the mesh does not divide the weights.
         """
         self._require_idle("load new weights")
+        self._prefixes.clear()
         self._variables = weights.place(
             variables,
             self._model.cfg,
@@ -278,6 +299,7 @@ class Engine:
             ValueError: answers are unfinished.
         """
         self._require_idle("release the weights")
+        self._prefixes.clear()
         self._variables = {}
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Answer]:
@@ -354,9 +376,25 @@ class Engine:
         )
         for slot, running in enumerate(self._table.running):
             if running is not None and running.request_index == request_index:
-                self._table.free_slot(slot)
+                self._leave(slot)
         if not self.busy:
             self._rest()
+
+    def reset(self) -> dict[int, Request]:
+        """Drops everything, also after a `step` that raised, and returns the unfinished requests.
+
+        Submitted again, under new indices, they have the same answers. A caller finds the one that
+        makes a step fail by trying them one after another.
+
+        Returns:
+            The requests by their index, those with an answer that is complete included if another
+            one is not.
+        """
+        unfinished = dict(self._queue)
+        for running in (*self.running, *(one for _, one in self._prefilled)):
+            unfinished[running.request_index] = running.request
+        self._rest()
+        return dict(sorted(unfinished.items()))
 
     @property
     def running(self) -> list[Running]:
@@ -369,7 +407,23 @@ class Engine:
         return bool(self._queue or self._prefilled) or any(self._table.running)
 
     def step(self) -> list[Answer]:
-        """Runs one round, filling free slots and decoding; returns the answers it completed."""
+        """Runs one round, filling free slots and decoding; returns the answers it completed.
+
+        After an exception the requests are all still there, but not what the device held of them:
+        call `reset`, or `abort` for each.
+
+        Raises:
+            ValueError: neither was called after a step that failed.
+        """
+        if self._failed:
+            raise ValueError("cannot decode: the step before failed; call reset() first")
+        try:
+            return self._round()
+        except BaseException:  # An interrupt too.
+            self._failed = True
+            raise
+
+    def _round(self) -> list[Answer]:
         started_s = time.perf_counter()
         self._pool.make_room(self._lengths_of_a_round())
         self._fill_slots()
@@ -399,7 +453,8 @@ class Engine:
 
     def reset_report(self) -> None:
         """Restarts the counts."""
-        self._rounds = self._prompt_tokens = self._generated_tokens = 0
+        self._rounds = self._generated_tokens = 0
+        self._prompt_tokens = self._cached_prompt_tokens = 0
         self._queued_steps = self._queued_busy_steps = 0
         self._seconds = 0.0
 
@@ -408,13 +463,15 @@ class Engine:
         """Returns the counts since the last `reset_report`."""
         return EngineReport(
             prompt_tokens=self._prompt_tokens,
+            cached_prompt_tokens=self._cached_prompt_tokens,
             generated_tokens=self._generated_tokens,
             seconds=self._seconds,
             rounds=self._rounds,
             queued_slot_steps=self._queued_steps,
             queued_busy_slot_steps=self._queued_busy_steps,
             compilations=dict(self._programs.compilations),
-            max_compilations=self._buckets.num_programs,
+            max_compilations=self._buckets.num_programs
+            + (self._buckets.num_prefix_programs if self._prefixes.num_pages else 0),
         )
 
     def _generate(self, requests: list[Request]) -> Iterator[Answer]:
@@ -451,43 +508,50 @@ class Engine:
                 if not self._queue:
                     return
                 self._prefill()
-            row, running = self._prefilled.popleft()
-            assert self._prefix is not None
+            row, running = self._prefilled[0]  # Taken out once it is in a slot.
             length = len(running.request.prompt_token_ids) - 1
-            self._pool.insert(self._prefix, row=row, slot=slot, length=length)
+            self._pool.insert(self._prompts.cache, row=row, slot=slot, length=length)
             self._table.occupy(slot, running)
+            self._prefilled.popleft()
 
     def _prefill(self) -> None:
-        """Runs the next prompts into the prefix cache, and queues their answers."""
+        """Runs the next prompts into the prompt cache, and queues their answers."""
         count = min(self._prefill_rows, len(self._queue))
-        taken = [self._queue.popleft() for _ in range(count)]
+        taken = [self._queue[place] for place in range(count)]  # Taken out once they are run.
         # All but the last token, which the first decode step runs.
         prompts = [list(request.prompt_token_ids)[:-1] for _, request in taken]
-        length = bucket_of(max(map(len, prompts)), self._buckets.prefill)
-        tokens_BT = np.zeros((self._prefill_rows, length), dtype=np.int32)
-        for row, prompt in enumerate(prompts):
-            tokens_BT[row, : len(prompt)] = prompt
-        if self._prefix is None:
-            num_pages = self._prefill_rows * self._pool.pages_per_slot
-            self._prefix = self._programs.allocate(num_pages=num_pages)
-        self._prefix = self._programs.prefill(self._variables, self._prefix, tokens_BT)
-        self._prompt_tokens += sum(map(len, prompts)) + count
+        num_cached = self._prompts.run(self._variables, prompts)
+        self._prompt_tokens += sum(map(len, prompts)) + count - num_cached
+        self._cached_prompt_tokens += num_cached
         for row, (index, request) in enumerate(taken):
+            self._queue.popleft()
             for answer_index in range(request.num_answers):
                 self._prefilled.append((row, Running(index, request, answer_index)))
 
     def _collect(self) -> list[Answer]:
         """Returns the answers that are complete; their slots become free."""
-        answers = []
+        complete = {}
         for slot, running in enumerate(self._table.running):
             if running is None:
                 continue
             active = bool(self._table.progress.active_B[slot])
             answer = finished(running, active=active, tokenizer=self._tokenizer)
             if answer is not None:
-                answers.append(answer)
-                self._table.free_slot(slot)
-        return answers
+                complete[slot] = answer
+        for slot in complete:  # Only now, so that a failure loses no answer.
+            self._leave(slot)
+        return list(complete.values())
+
+    def _leave(self, slot: int) -> None:
+        """Frees a slot, and keeps what it has read for later prompts."""
+        running = self._table.running[slot]
+        assert running is not None
+        if self._prefixes.num_pages and not self._failed:
+            # The last token has not been read.
+            token_ids = [*running.request.prompt_token_ids, *running.token_ids][:-1]
+            pages = self._pool.pages_of_slot(slot).tolist()
+            self._prefixes.keep(token_ids, self._pool.cache, pages)
+        self._table.free_slot(slot)
 
     def _require_idle(self, purpose: str) -> None:
         if self.busy:
@@ -499,7 +563,11 @@ class Engine:
         self._prefilled.clear()
         for slot in range(len(self._table.running)):
             self._table.free_slot(slot)
-        self._pool, self._prefix = self._empty_pool(), None
+        self._pool = self._empty_pool()
+        self._prompts.release()
+        if self._failed:
+            self._prefixes.clear()
+        self._failed = False
 
     def _empty_pool(self) -> Pool:
         return Pool(

@@ -92,10 +92,13 @@ def prefill(model: Transformer, variables: Variables, cache: Cache, tokens_BT: j
     batch, length = tokens_BT.shape
     positions_T = jnp.arange(length, dtype=jnp.int32)
     rows = _rows(model, jnp.broadcast_to(positions_T[None, :], (batch, length)))
+    stored = jax.tree.leaves(cache.keys)[0].dtype
 
     def attend(
         q: jax.Array, k: jax.Array, v: jax.Array, memory: None
     ) -> tuple[jax.Array, KeysValues]:
+        # Rounded like what is read later, so that it makes no difference which part was cached.
+        k, v = (x.astype(stored).astype(x.dtype) for x in (k, v))
         return attend_to_rows(q, k, v, rows, model.cfg, model.compute), (k, v)
 
     hidden_BTD = _apply_outer(model, variables, tokens_BT, method="embed")
@@ -105,6 +108,116 @@ def prefill(model: Transformer, variables: Variables, cache: Cache, tokens_BT: j
         caches.write_start(cache.values, values),
         caches.write_start_tokens(cache.tokens_PS, tokens_BT),
     )
+
+
+def extend(
+    model: Transformer,
+    variables: Variables,
+    cache: Cache,
+    tokens_BT: jax.Array,
+    starts_B: jax.Array,
+    *,
+    max_length: int,
+) -> Cache:
+    """Returns the cache with these tokens in its rows, after those that are there.
+
+    Args:
+        model: the backbone.
+        variables: its own, layers stacked or split.
+        cache: its pages belong to B rows in their order; each holds all positions before the start.
+        tokens_BT: padded on the right, as for `prefill`.
+        starts_B: int32, the position of each row's first token, a multiple of the page size.
+        max_length: positions of a row that are in use; those of padding may be further.
+    """
+    positions_BT = starts_B[:, None] + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None, :]
+    # Clipped, as under dynamic rotary scaling the furthest one would change all angles.
+    rows = _rows(model, jnp.minimum(positions_BT, max_length - 1))
+    attend_to_own_pages = _extending(model.cfg)
+
+    def attend(
+        q: jax.Array, k: jax.Array, v: jax.Array, memory: KeysValues
+    ) -> tuple[jax.Array, KeysValues]:
+        return attend_to_own_pages(q, k, v, memory, starts_B, slopes(model.cfg))
+
+    hidden_BTD = _apply_outer(model, variables, tokens_BT, method="embed")
+    memory = (cache.keys, cache.values)
+    _, (keys, values) = _through_layers(model, variables, hidden_BTD, rows, attend, memory)
+    write_tokens = caches.on_shards(
+        caches.write_page_tokens, in_specs=(caches.ROWS_SPEC,) * 3, out_specs=caches.ROWS_SPEC
+    )
+    return Cache(keys, values, write_tokens(cache.tokens_PS, tokens_BT, starts_B))
+
+
+def attend_own_pages(
+    q_BTNH: jax.Array,
+    k_PKSH: jax.Array,
+    v_PKSH: jax.Array,
+    starts_B: jax.Array,
+    *,
+    sliding_window: int | None,
+    alibi_slopes_N: jax.Array | None,
+) -> jax.Array:
+    """Attends rows of queries to the pages of the same rows, page after page.
+
+    Args:
+        q_BTNH: queries, not scaled.
+        k_PKSH: keys; row b owns the b-th of B equal parts of the pages, in their order.
+        v_PKSH: values.
+        starts_B: int32, the position of each row's first query.
+        sliding_window: as for `attend_pages`.
+        alibi_slopes_N: as for `attend_pages`.
+
+    Returns:
+        `[B, T, N, H]` in the dtype of the values. Softmax and sums are in at least float32.
+    """
+    batch, length, num_heads, head_dim = q_BTNH.shape
+    num_kv_heads, page_size = k_PKSH.shape[1:3]
+    keys, values = (x.reshape(batch, -1, *x.shape[1:]) for x in (k_PKSH, v_PKSH))
+    q_BTKGH = (q_BTNH * head_dim**-0.5).reshape(batch, length, num_kv_heads, -1, head_dim)
+    # Queries of all heads that share a key/value head in one dimension, `[B, K, G * T, H]`.
+    q_BKQH = q_BTKGH.transpose(0, 2, 3, 1, 4).reshape(batch, num_kv_heads, -1, head_dim)
+    positions_BT = starts_B[:, None] + jnp.arange(length)[None, :]
+    dtype = jnp.promote_types(q_BTNH.dtype, jnp.float32)
+    slopes_N111 = None if alibi_slopes_N is None else alibi_slopes_N.astype(dtype)[:, None, None]
+
+    def add_page(page: jax.Array, before: _Parts) -> _Parts:
+        k_BKSH = jax.lax.dynamic_index_in_dim(keys, page, axis=1, keepdims=False)
+        v_BKSH = jax.lax.dynamic_index_in_dim(values, page, axis=1, keepdims=False)
+        scores_BKQS = jax.lax.dot_general(
+            q_BKQH, k_BKSH, (((3,), (3,)), _HEADS), preferred_element_type=dtype
+        )
+        scores_BNTS = scores_BKQS.reshape(batch, num_heads, length, page_size)
+        places_S = page * page_size + jnp.arange(page_size)
+        distance_BTS = positions_BT[:, :, None] - places_S[None, None, :]
+        visible_BTS = distance_BTS >= 0
+        if sliding_window is not None:
+            visible_BTS &= distance_BTS < sliding_window
+        if slopes_N111 is not None:
+            scores_BNTS -= slopes_N111[None] * distance_BTS[:, None].astype(dtype)
+        scores_BNTS = jnp.where(visible_BTS[:, None], scores_BNTS, _MASKED_SCORE)
+        largest_BNT = jnp.maximum(before.largest, scores_BNTS.max(axis=-1))
+        weights_BNTS = jnp.exp(scores_BNTS - largest_BNT[..., None])
+        weights_BKQS = weights_BNTS.astype(v_BKSH.dtype).reshape(scores_BKQS.shape)
+        values_BKQH = jax.lax.dot_general(
+            weights_BKQS, v_BKSH, (((3,), (2,)), _HEADS), preferred_element_type=dtype
+        )
+        kept_BNT = jnp.exp(before.largest - largest_BNT)
+        return _Parts(
+            largest_BNT,
+            kept_BNT * before.total + weights_BNTS.sum(axis=-1),
+            kept_BNT[..., None] * before.values + values_BKQH.reshape(before.values.shape),
+        )
+
+    shape = (batch, num_heads, length)
+    nothing = _Parts(
+        jnp.full(shape, _MASKED_SCORE, dtype),
+        jnp.zeros(shape, dtype),
+        jnp.zeros((*shape, head_dim), dtype),
+    )
+    num_pages = jnp.minimum(positions_BT.max() // page_size + 1, keys.shape[1])
+    parts = jax.lax.fori_loop(0, num_pages, add_page, nothing)
+    attended_BNTH = (parts.values / parts.total[..., None]).astype(v_PKSH.dtype)
+    return attended_BNTH.transpose(0, 2, 1, 3)
 
 
 def decode(
@@ -244,6 +357,40 @@ def _attending(cfg: BackboneConfig) -> Callable[..., jax.Array]:
     heads, pool, rows = caches.HEADS_SPEC, caches.PAGES_SPEC, caches.ROWS_SPEC
     return caches.on_shards(
         attend, in_specs=(heads, heads, pool, rows, rows, P("tensor")), out_specs=heads
+    )
+
+
+def _extending(cfg: BackboneConfig) -> Callable[..., tuple[jax.Array, KeysValues]]:
+    """Returns the function that writes a layer's keys and values and attends to its pages.
+
+    It runs on each shard, and returns `[B, T, N, H]` and the layer's pages.
+    """
+
+    def attend(
+        q_BTNH: jax.Array,
+        k_BTKH: jax.Array,
+        v_BTKH: jax.Array,
+        memory: KeysValues,
+        starts_B: jax.Array,
+        alibi_slopes_N: jax.Array | None,
+    ) -> tuple[jax.Array, KeysValues]:
+        keys = caches.write_pages(memory[0], k_BTKH, starts_B)
+        values = caches.write_pages(memory[1], v_BTKH, starts_B)
+        attended_BTNH = attend_own_pages(
+            q_BTNH,
+            keys,
+            values,
+            starts_B,
+            sliding_window=cfg.sliding_window,
+            alibi_slopes_N=alibi_slopes_N,
+        )
+        return attended_BTNH.astype(q_BTNH.dtype), (keys, values)
+
+    heads, pool, rows = caches.HEADS_SPEC, caches.PAGES_SPEC, caches.ROWS_SPEC
+    return caches.on_shards(
+        attend,
+        in_specs=(heads, heads, heads, pool, rows, P("tensor")),
+        out_specs=(heads, pool),
     )
 
 

@@ -1,8 +1,9 @@
 """The compiled programs of an engine: one for each bucket, whatever the requests.
 
-`prefill` runs prompts of one length into the prefix cache, `insert` copies a prompt from there into
-the pages of a slot (so that all its answers share one prefill), `grow` and `shrink` change the
-number of pages, and `decode` runs several steps for all slots.
+`prefill` runs prompts of one length into the prompt cache, and `extend` the rest of prompts whose
+start is there; `insert` copies a prompt from there into the pages of a slot (so that all its
+answers share one prefill), `grow` and `shrink` change the number of pages, and `decode` runs
+several steps for all slots.
 """
 
 import functools
@@ -66,10 +67,12 @@ class Programs:
         page_size: positions of a page.
         compilations: how often each kind of program was compiled.
         allocate: makes an empty cache of `num_pages` pages.
-        prefill: takes variables, the prefix cache (donated) and padded prompts `[R, T]`; returns
-            the prefix cache with the prompts at the start of its rows.
-        insert: takes the cache (donated), the prefix cache and the page numbers of
-            `cache.copy_pages`; returns the cache with these pages of the prefix cache.
+        prefill: takes variables, the prompt cache (donated) and padded prompts `[R, T]`; returns
+            the prompt cache with the prompts at the start of its rows.
+        extend: takes variables, the prompt cache (donated), padded tokens `[R, T]` and where each
+            row's first one belongs; returns the prompt cache with them.
+        insert: takes a cache (donated), another one and the page numbers of `cache.copy_pages`;
+            returns the first with these pages of the second.
         grow: takes the cache; returns it with `added` more pages in each shard.
         shrink: takes the cache and the targets of `PageTable.shrink`; returns the cache without the
             last pages of its shards, which move.
@@ -120,6 +123,8 @@ class Programs:
             "allocate", empty, out_shardings=places, static_argnames=("num_pages",)
         )
         self.prefill = self._jit("prefill", prefill, donate_argnums=(1,), out_shardings=places)
+        extend = functools.partial(forward.extend, model, max_length=max_length)
+        self.extend = self._jit("extend", extend, donate_argnums=(1,), out_shardings=places)
         self.insert = self._jit("insert", _copy_pages, donate_argnums=(0,), out_shardings=places)
         self.grow = self._jit("grow", _grow, out_shardings=places, static_argnames=("added",))
         self.shrink = self._jit("shrink", _shrink, out_shardings=places)
@@ -198,16 +203,12 @@ class Programs:
         )
 
 
-def _copy_pages(
-    cache: Cache, prefix: Cache, first: jax.Array, targets_M: jax.Array, shard: jax.Array
-) -> Cache:
+def _copy_pages(cache: Cache, source: Cache, sources_M: jax.Array, targets_M: jax.Array) -> Cache:
     specs = _cache_specs(cache)
     copy = caches.on_shards(
-        caches.copy_pages,
-        in_specs=(specs, _cache_specs(prefix), P(), P(), P()),
-        out_specs=specs,
+        caches.copy_pages, in_specs=(specs, _cache_specs(source), P(), P()), out_specs=specs
     )
-    return copy(cache, prefix, first, targets_M, shard)
+    return copy(cache, source, sources_M, targets_M)
 
 
 def _grow(cache: Cache, *, added: int) -> Cache:

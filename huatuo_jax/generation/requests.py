@@ -152,6 +152,7 @@ class EngineReport:
 
     Attributes:
         prompt_tokens: tokens run through the model; once for all answers of a request.
+        cached_prompt_tokens: further tokens of prompts, which the prefix cache held.
         generated_tokens: tokens sampled, those after a stop string included.
         seconds: time of the engine's rounds, compilation included.
         rounds: calls of the decode program.
@@ -162,6 +163,7 @@ class EngineReport:
     """
 
     prompt_tokens: int
+    cached_prompt_tokens: int
     generated_tokens: int
     seconds: float
     rounds: int
@@ -386,5 +388,5 @@ def _top_log_probs(top: TopTokens | None, step: int, column: int, count: int) ->
     """Returns the first tokens of a slot in a step; none where the device gave none."""
     if top is None or not count:
         return []
-    ids_K, log_probs_K = top.token_ids_BK[step, column], top.log_probs_BK[step, column]
+    ids_K, log_probs_K = top.token_ids[step, column], top.log_probs[step, column]
     return list(zip(ids_K[:count].tolist(), log_probs_K[:count].tolist(), strict=True))

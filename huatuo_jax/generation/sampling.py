@@ -67,15 +67,15 @@ class Chosen(NamedTuple):
 
 
 class TopTokens(NamedTuple):
-    """The best tokens at B places, best first; of equal ones the lowest id comes first.
+    """The best tokens of distributions, best first; of equal ones the lowest id comes first.
 
     Attributes:
-        token_ids_BK: int32.
-        log_probs_BK: of each.
+        token_ids: int32, `[..., K]`.
+        log_probs: of each, float32.
     """
 
-    token_ids_BK: Any
-    log_probs_BK: Any
+    token_ids: Any
+    log_probs: Any
 
 
 def choose(
@@ -126,22 +126,22 @@ def choose(
     none = no_top_tokens(*logits_BV.shape)
     top = jax.lax.cond(
         (active_B & (settings.num_top_log_probs_B > 0)).any(),
-        lambda: top_tokens(plain_BV, total_B, count=none.log_probs_BK.shape[1]),
+        lambda: top_tokens(plain_BV, total_B, count=none.log_probs.shape[-1]),
         lambda: none,
     )
     return Chosen(tokens_B, plain_B, jnp.where(drawn_B, sampling_B, 0.0), top)
 
 
-def top_tokens(scores_BV: jax.Array, total_B: jax.Array, *, count: int) -> TopTokens:
-    """Returns the best tokens of each row.
+def top_tokens(scores: jax.Array, total: jax.Array, *, count: int) -> TopTokens:
+    """Returns the best tokens of each distribution.
 
     Args:
-        scores_BV: logits divided by the temperature.
-        total_B: their logsumexp.
+        scores: logits divided by the temperature, `[..., V]`.
+        total: their logsumexp, `[...]`.
         count: number K of tokens.
     """
-    best_BK, tokens_BK = jax.lax.top_k(scores_BV, count)
-    return TopTokens(tokens_BK, (best_BK - total_B[:, None]).astype(jnp.float32))
+    best, token_ids = jax.lax.top_k(scores, count)
+    return TopTokens(token_ids, (best - total[..., None]).astype(jnp.float32))
 
 
 def no_top_tokens(*shape: int) -> TopTokens:

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from huatuo_jax.backbone.transformer import Transformer
+from huatuo_jax.generation.sampling import TopTokens, top_tokens
 
 Project = Callable[[jax.Array], jax.Array]
 """From the trunk's output `[B, T, D]` to logits `[B, T, V]` in at least float32."""
@@ -32,11 +33,13 @@ class TokenScores(NamedTuple):
         correct_BT: bool, no other token has a higher logit.
         entropies_BT: in nats, of the whole distribution that the token was looked up in; zero
             where it was not asked for.
+        top: the best tokens in the place of each, `[B, T, K]`; None where they were not asked for.
     """
 
     log_probs_BT: jax.Array
     correct_BT: jax.Array
     entropies_BT: jax.Array
+    top: TopTokens | None
 
 
 class Answers(NamedTuple):
@@ -88,6 +91,7 @@ def token_scores(
     temperature: float = 1.0,
     chunk: int = 128,
     entropy: bool = False,
+    num_top: int = 0,
 ) -> TokenScores:
     """Scores each position's target, in chunks of positions.
 
@@ -100,6 +104,7 @@ def token_scores(
         chunk: positions of every row whose logits are held at once; all rows of a micro-batch
             stay together, so that a mesh keeps each row where it is.
         entropy: whether the entropies are wanted.
+        num_top: number K of best tokens wanted in the place of each target.
 
     Raises:
         ValueError: `temperature` is not above 0.
@@ -120,7 +125,8 @@ def token_scores(
         return ordered.reshape(ordered.shape[0], -1, chunk, *ordered.shape[2:]).swapaxes(0, 1)
 
     def score_chunk(hidden_BCD: jax.Array, targets_BC: jax.Array) -> TokenScores:
-        return _score_targets(project(hidden_BCD) / temperature, targets_BC, entropy=entropy)
+        logits_BCV = project(hidden_BCD) / temperature
+        return _score_targets(logits_BCV, targets_BC, entropy=entropy, num_top=num_top)
 
     def score(_: None, inputs: tuple[jax.Array, ...]) -> tuple[None, TokenScores]:
         hidden_BCD, targets_BC, wanted_BC = inputs
@@ -139,11 +145,16 @@ def token_scores(
     place_BT = jnp.argsort(order_BT, axis=1)
 
     def unordered(array_nBC: jax.Array) -> jax.Array:
-        array_BT = array_nBC.swapaxes(0, 1).reshape(place_BT.shape[0], -1)
-        array_BT = jnp.take_along_axis(array_BT, place_BT, axis=1)
-        return jnp.where(wanted_BT, array_BT, jnp.zeros_like(array_BT))
+        further = array_nBC.shape[3:]
+        array_BT = array_nBC.swapaxes(0, 1).reshape(place_BT.shape[0], -1, *further)
+        index, wanted = (
+            numbers_BT.reshape(numbers_BT.shape + (1,) * len(further))
+            for numbers_BT in (place_BT, wanted_BT)
+        )
+        array_BT = jnp.take_along_axis(array_BT, index, axis=1)
+        return jnp.where(wanted, array_BT, jnp.zeros_like(array_BT))
 
-    return TokenScores(*(unordered(array_nBC) for array_nBC in scores_nBC))
+    return jax.tree.map(unordered, scores_nBC)
 
 
 def sums_by_kind(values_BT: jax.Array, kind_ids_BT: jax.Array, num_kinds: int) -> jax.Array:
@@ -302,7 +313,9 @@ def count_terms(
     return count_answers(mask_BT) * tokens_allowed
 
 
-def _score_targets(logits_BTV: jax.Array, targets_BT: jax.Array, *, entropy: bool) -> TokenScores:
+def _score_targets(
+    logits_BTV: jax.Array, targets_BT: jax.Array, *, entropy: bool, num_top: int
+) -> TokenScores:
     # The shift cancels out of the log-probability, so nothing flows back through it.
     largest_BT = jax.lax.stop_gradient(logits_BTV.max(axis=-1))
     shifted_BTV = logits_BTV - largest_BT[:, :, None]
@@ -317,4 +330,5 @@ def _score_targets(logits_BTV: jax.Array, targets_BT: jax.Array, *, entropy: boo
         # In padded rows of the vocabulary the exponential is 0 and the logit finite.
         mean_BT = (jnp.exp(shifted_BTV) * shifted_BTV).sum(axis=-1) / total_BT
         entropies_BT = log_total_BT - mean_BT
-    return TokenScores(target_BT - log_total_BT, target_BT >= 0, entropies_BT)
+    top = top_tokens(shifted_BTV, log_total_BT, count=num_top) if num_top else None
+    return TokenScores(target_BT - log_total_BT, target_BT >= 0, entropies_BT, top)

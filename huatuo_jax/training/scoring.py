@@ -11,9 +11,10 @@ import dataclasses
 import functools
 import json
 import math
+import operator
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,13 @@ from huatuo_jax.data.tokenizing import UNKNOWN_KIND, Example, TokenIds
 from huatuo_jax.generation.buckets import bucket_of
 from huatuo_jax.hf.generation_config import CONFIG_FILE
 from huatuo_jax.training.loop import check_rows
-from huatuo_jax.training.losses import at_tokens, hidden_of, next_tokens, token_scores
+from huatuo_jax.training.losses import (
+    TokenScores,
+    at_tokens,
+    hidden_of,
+    next_tokens,
+    token_scores,
+)
 from huatuo_jax.training.update import Batch, Variables
 
 NORMALIZATION_FILE = "reward_normalization.json"
@@ -61,6 +68,20 @@ class GivenAnswer:
                 f"prompt_length={self.prompt_length} must be 0 or more and below the "
                 f"{len(self.token_ids)} tokens of prompt and answer"
             )
+
+
+class ScoredTokens(NamedTuple):
+    """The log-probabilities of given tokens, and the best tokens in the place of each.
+
+    Attributes:
+        log_probs: of the tokens, `[T]`, or `[B, T]` within a program.
+        token_ids: of the best tokens, best first, `[T, K]`, or `[B, T, K]`.
+        top_log_probs: of these.
+    """
+
+    log_probs: Any
+    token_ids: Any
+    top_log_probs: Any
 
 
 def head_scores(model: Transformer, variables: Variables, batch: Batch) -> jax.Array:
@@ -96,19 +117,41 @@ def answer_log_probs(
     Returns:
         At t, that of token t; 0 where it is no answer's.
     """
-    scores = token_scores(
-        functools.partial(model.apply, variables, method="logits"),
-        hidden_of(model, variables, batch),
-        next_tokens(batch["token_ids"]),
-        next_tokens(batch["trained_mask"]),
-        temperature=temperature,
-        chunk=chunk,
-    )
+    scores = _answer_scores(model, variables, batch, temperature=temperature, chunk=chunk)
     return at_tokens(scores.log_probs_BT)
 
 
-def compile_values(values: Callable[[Variables, Batch], jax.Array], mesh: Mesh) -> sharding.OnMesh:
-    """Compiles one of the two above under one `jax.jit`, its values on every device of the mesh."""
+def answer_top_log_probs(
+    model: Transformer,
+    variables: Variables,
+    batch: Batch,
+    *,
+    count: int,
+    temperature: float = 1.0,
+    chunk: int = 128,
+) -> ScoredTokens:
+    """Computes `answer_log_probs`, and the best tokens in the place of each.
+
+    Args:
+        model: a backbone with a token head.
+        variables: its own.
+        batch: as for `answer_log_probs`.
+        count: number K of best tokens.
+        temperature: divides the logits.
+        chunk: positions of each row whose logits are held at once.
+
+    Returns:
+        At t, those for token t given the tokens before it; zeros where it is no answer's.
+    """
+    scores = _answer_scores(
+        model, variables, batch, temperature=temperature, chunk=chunk, num_top=count
+    )
+    assert scores.top is not None
+    return ScoredTokens(*map(at_tokens, (scores.log_probs_BT, *scores.top)))
+
+
+def compile_values(values: Callable[[Variables, Batch], Any], mesh: Mesh) -> sharding.OnMesh:
+    """Compiles one of the above under one `jax.jit`, its values on every device of the mesh."""
     return sharding.OnMesh(jax.jit(values, out_shardings=jax.NamedSharding(mesh, jax.P())), mesh)
 
 
@@ -180,7 +223,7 @@ class Scorer:
         self._rows_at_once, self._row_length = rows_at_once, row_length
         self._packed, self._pad_token_id = packed, pad_token_id
         self._scores = compile_values(functools.partial(head_scores, model), mesh)
-        self._log_probs: dict[tuple[float, int], sharding.OnMesh] = {}
+        self._log_probs: dict[tuple[float, int, int], sharding.OnMesh] = {}
 
     def of(self, variables: Variables) -> "Scorer":
         """Returns the same programs, compiled once for both, with other variables of the model."""
@@ -197,8 +240,8 @@ class Scorer:
             ValueError: an answer is longer than a row or than the model's positions.
         """
         scores_N = np.zeros(len(answers), np.float32)
-        for index, _, end, values_T in self._values(self._scores, answers, on_progress):
-            scores_N[index] = values_T[end - 1]
+        for index, values_T in self._values(self._scores, answers, on_progress):
+            scores_N[index] = values_T[-1]
         return scores_N
 
     def log_probs(
@@ -214,28 +257,59 @@ class Scorer:
         Raises:
             ValueError: an answer is too long, or has no prompt.
         """
+        return self._of_tokens(answers, (temperature, chunk, 0), on_progress)
+
+    def top_log_probs(
+        self,
+        answers: Sequence[GivenAnswer],
+        *,
+        count: int,
+        temperature: float = 1.0,
+        chunk: int = 128,
+        on_progress: Progress | None = None,
+    ) -> list[ScoredTokens]:
+        """Returns `log_probs` of each answer, and the `count` best tokens in place of each.
+
+        Raises:
+            ValueError: as for `log_probs`; or the vocabulary does not have that many tokens.
+        """
+        if not 1 <= count <= self._model.cfg.vocab_size:
+            raise ValueError(
+                f"count={count} must lie between 1 and the vocabulary's "
+                f"{self._model.cfg.vocab_size} tokens"
+            )
+        return self._of_tokens(answers, (temperature, chunk, count), on_progress)
+
+    def _of_tokens(
+        self,
+        answers: Sequence[GivenAnswer],
+        settings: tuple[float, int, int],
+        on_progress: Progress | None,
+    ) -> list[Any]:
+        """Returns the values of each answer's own tokens; `settings` ends with the count."""
         for index, one in enumerate(answers):
             if not one.prompt_length:
                 raise ValueError(f"answers[{index}]: prompt_length=0 must be at least 1")
-        settings = (temperature, chunk)
         if settings not in self._log_probs:
-            values = functools.partial(
-                answer_log_probs, self._model, temperature=temperature, chunk=chunk
-            )
+            temperature, chunk, count = settings
+            function: Callable[..., Any] = answer_log_probs
+            if count:
+                function = functools.partial(answer_top_log_probs, count=count)
+            values = functools.partial(function, self._model, temperature=temperature, chunk=chunk)
             self._log_probs[settings] = compile_values(values, self._mesh)
-        compiled = self._log_probs[settings]
-        log_probs: list[npt.NDArray[np.float32]] = [np.zeros(0, np.float32)] * len(answers)
-        for index, start, end, values_T in self._values(compiled, answers, on_progress):
-            log_probs[index] = values_T[start + answers[index].prompt_length : end].copy()
-        return log_probs
+        found: list[Any] = [None] * len(answers)
+        for index, values in self._values(self._log_probs[settings], answers, on_progress):
+            own = operator.itemgetter(slice(answers[index].prompt_length, None))
+            found[index] = jax.tree.map(np.copy, jax.tree.map(own, values))
+        return found
 
     def _values(
         self,
         compiled: sharding.OnMesh,
         answers: Sequence[GivenAnswer],
         on_progress: Progress | None,
-    ) -> Iterator[tuple[int, int, int, npt.NDArray[np.float32]]]:
-        """Yields each answer's index, where it begins and ends in its row, and the row's values."""
+    ) -> Iterator[tuple[int, Any]]:
+        """Yields each answer's index, and the values of its prompt's and its own tokens."""
         if not answers:
             return
         plan = self._plan(answers)
@@ -243,12 +317,13 @@ class Scorer:
             numbers = range(first, min(first + self._rows_at_once, len(plan)))
             batch = self._batch([[answers[index] for index in plan[row]] for row in numbers], plan)
             placed = sharding.put_whole(batch, self._mesh)
-            values_BT = np.asarray(compiled(self._variables, placed))
+            values = jax.device_get(compiled(self._variables, placed))
             for row in numbers:
-                start = 0
+                start, place = 0, row - first
                 for index in plan[row].tolist():
                     end = start + len(answers[index].token_ids)
-                    yield index, start, end, values_BT[row - first]
+                    own = operator.itemgetter((place, slice(start, end)))
+                    yield index, jax.tree.map(own, values)
                     start = end
             if on_progress is not None:
                 on_progress(numbers.stop, len(plan))
@@ -374,6 +449,26 @@ def load_normalization(folder: pathlib.Path) -> Normalization | None:
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from error
     return None
+
+
+def _answer_scores(
+    model: Transformer,
+    variables: Variables,
+    batch: Batch,
+    *,
+    temperature: float,
+    chunk: int,
+    num_top: int = 0,
+) -> TokenScores:
+    return token_scores(
+        functools.partial(model.apply, variables, method="logits"),
+        hidden_of(model, variables, batch),
+        next_tokens(batch["token_ids"]),
+        next_tokens(batch["trained_mask"]),
+        temperature=temperature,
+        chunk=chunk,
+        num_top=num_top,
+    )
 
 
 def _example(one: GivenAnswer) -> Example:

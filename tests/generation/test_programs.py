@@ -52,7 +52,9 @@ class Slots:
         self.table.fit([LENGTH if running else 0 for running in self.slots.running])
         targets_M = self.table.pages.table_BM[slot].copy()
         targets_M[-(-len(prompt) // PAGE) :] = -1
-        self.cache = self.programs.insert(self.cache, prefix, np.int32(0), targets_M, np.int32(0))
+        self.cache = self.programs.insert(
+            self.cache, prefix, np.arange(PAGES_PER_SLOT, dtype=np.int32), targets_M
+        )
 
     def decode(self):
         self.cache, progress, emitted = self.programs.decode(

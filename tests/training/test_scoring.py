@@ -150,6 +150,32 @@ def test_log_probs_equal_those_of_transformers(policy, answers, tmp_path):
             np.testing.assert_allclose(log_probs_T, expected, rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("mesh", ["one device", "eight devices"])
+def test_top_log_probs_are_the_best_of_a_plain_forward_pass(policy, answers, mesh):
+    mesh = _one_device() if mesh == "one device" else sharding.make_mesh(data=4, tensor=2)
+    scorer = Scorer(MODEL, policy, mesh=mesh, rows_at_once=4, pad_token_id=EOS)
+    found = scorer.top_log_probs(answers, count=3, temperature=0.7, chunk=7)
+    own = scorer.log_probs(answers, temperature=0.7, chunk=7)
+    for one, top, log_probs_T in zip(answers, found, own, strict=True):
+        hidden_1TD = MODEL.apply(policy, jnp.asarray(one.token_ids[None]))
+        logits_TV = MODEL.apply(policy, hidden_1TD, method="logits")[0, one.prompt_length - 1 : -1]
+        every_TV = np.asarray(jax.nn.log_softmax(logits_TV / 0.7))
+        answer_T = one.token_ids[one.prompt_length :]
+        best_TK = np.argsort(-every_TV, axis=-1)[:, :3]
+        np.testing.assert_array_equal(top.token_ids, best_TK)
+        expected_TK = np.take_along_axis(every_TV, best_TK, axis=-1)
+        np.testing.assert_allclose(top.top_log_probs, expected_TK, rtol=0, atol=2e-5)
+        chosen_T = every_TV[np.arange(len(answer_T)), answer_T]
+        np.testing.assert_allclose(top.log_probs, chosen_T, rtol=0, atol=2e-5)
+        np.testing.assert_allclose(top.log_probs, log_probs_T, rtol=0, atol=1e-6)
+        is_best_T = top.token_ids[:, 0] == answer_T
+        np.testing.assert_array_equal(top.log_probs[is_best_T], top.top_log_probs[is_best_T, 0])
+    assert scorer.top_log_probs([], count=1) == []
+    for count in (0, CFG.vocab_size + 1):
+        with pytest.raises(ValueError, match=f"count={count} must lie between 1 and .* 50 tokens"):
+            scorer.top_log_probs(answers, count=count)
+
+
 def test_log_probs_stand_at_their_tokens_and_are_zero_elsewhere(policy):
     ids = jnp.array([[5, 6, 7, 8, EOS, EOS, EOS], [9, 9, 9, 9, 9, 9, 9]], jnp.int32)
     batch = padded_batch(ids, prompt_lengths_B=jnp.array([2, 0]), lengths_B=jnp.array([5, 0]))
