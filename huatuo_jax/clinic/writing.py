@@ -3,9 +3,9 @@
 Of the templates for one thing, one is kept for held-out texts, chosen anew by the fillers: a
 disease that training texts name in seven ways is named in the eighth in held-out texts only. So by
 construction no sentence of a held-out text with a term of the tables appears in a training text.
-`shared_sentences` measures it on the texts themselves. Sentences without such a term (a greeting, a
-goodbye, "多久了？", "不客气。") are the same on both sides and are not counted, and neither is the
-bare call for emergency care ("马上去急诊").
+`counted_sentences` gives these, so that it can be measured. Sentences without such a term (a
+greeting, a goodbye, "多久了？", "不客气。") are the same on both sides and are not counted, and
+neither is the bare call for emergency care ("马上去急诊").
 """
 
 from collections.abc import Iterable, Sequence
