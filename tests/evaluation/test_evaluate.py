@@ -4,12 +4,14 @@ import json
 import os
 import pathlib
 import signal
+import sys
 import time
 
 import pytest
 
 from huatuo_jax import evaluate
 from huatuo_jax.core import command_line
+from huatuo_jax.evaluation import lexical
 from huatuo_jax.evaluation.agreement import cohen_kappa
 from huatuo_jax.evaluation.opening import short_names
 from huatuo_jax.evaluation.session import Session
@@ -522,6 +524,21 @@ def test_what_cannot_be_is_one_line_before_anything_is_sent(tmp_path):
             },
         }.items():
             assert said in refused(tmp_path, server, **fields)
+
+
+@pytest.mark.parametrize("library", ["nltk.translate.bleu_score", "jieba"])
+def test_a_library_that_the_lexical_metrics_lack_is_told_before_anything_is_sent(
+    tmp_path, monkeypatch, library
+):
+    rows = tmp_path / "26m.jsonl"
+    rows.write_text(json.dumps({"questions": "头痛", "answers": ["多休息"]}) + "\n", "utf-8")
+    lexical._jieba_words.cache_clear()
+    monkeypatch.setitem(sys.modules, library, None)
+    tokenizer = "jieba" if library == "jieba" else "characters"
+    given = {"suite": ("lexical",), "tokenizer": tokenizer, "files": Files(huatuo26m=str(rows))}
+    with planted_judge.serve() as server:
+        told = refused(tmp_path, server, **given)
+    assert told == f"the lexical metrics need {library}: pip install 'huatuo_jax[evaluation]'"
 
 
 def test_flags_of_sections_have_the_sections_names():
