@@ -25,6 +25,9 @@ from huatuo_jax.judge.server import Server, ServerConfig, Taken, scrubbed
 from huatuo_jax.judge.spending import SHIPPED, Price, read_price
 from huatuo_jax.training.loop import Interrupted, StopSignals
 
+SPENDING_SUFFIX = ".spending.jsonl"
+"""Added to the name of a file of replies, that of the calls that were made for them."""
+
 ChatMessages = tuple[Mapping[str, str], ...]
 Progress = Callable[[int, int], None]
 
@@ -240,7 +243,7 @@ class ReplyFile:
                 f"{cfg.model!r}"
             )
         assert self._key is not None
-        spending = f"{os.fspath(self._path)}.spending.jsonl"
+        spending = f"{os.fspath(self._path)}{SPENDING_SUFFIX}"
         return Server(cfg.server, key=self._key, price=price, spending=spending)
 
     def _body(self, messages: ChatMessages) -> dict[str, Any]:

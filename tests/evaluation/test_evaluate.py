@@ -168,6 +168,12 @@ def test_killed_five_times_it_pays_again_for_replies_lost_under_way_alone(
     assert lost + len(kill_at) <= calls_without_an_end(out) <= concurrency * len(kill_at)
     broken = json.loads((out / evaluate.RESULTS_FILE).read_text("utf-8"))
     assert broken["suites"] == whole["suites"]
+    # The results tell of them, too.
+    unknown, known = (
+        sum(one["unknown_requests"] for one in found["calls"].values()) for found in (broken, whole)
+    )
+    assert (unknown, known) == (calls_without_an_end(out), 0)
+    assert sum(one["requests"] for one in whole["calls"].values()) == unbroken
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
