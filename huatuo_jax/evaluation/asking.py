@@ -27,6 +27,9 @@ from huatuo_jax.judge.server import Server, ServerConfig, Taken, scrubbed
 from huatuo_jax.judge.spending import SHIPPED, Price, read_price
 from huatuo_jax.training.loop import Interrupted, StopSignals
 
+SPENDING_SUFFIX = ".spending.jsonl"
+"""Added to the name of a file of replies, that of the calls that were made for them."""
+
 ChatMessages = tuple[Mapping[str, str], ...]
 Progress = Callable[[int, int], None]
 
@@ -125,7 +128,8 @@ class ReplyFile:
                 the replies.
         """
         self._path, self._cfg, self._key = path, cfg, key
-        self._spending = f"{os.fspath(path)}.spending.jsonl" if spending is None else spending
+        beside = f"{os.fspath(path)}{SPENDING_SUFFIX}"
+        self._spending = beside if spending is None else spending
 
     def estimate(self, requests: Mapping[str, ChatMessages]) -> Cost:
         """Returns what asking the requests without a reply may take."""

@@ -22,7 +22,7 @@ from huatuo_jax.evaluation.consultations import (
 )
 from huatuo_jax.evaluation.graded_suites import ClinicalSuite, HealthBenchSuite
 from huatuo_jax.evaluation.healthbench import HealthBenchConfig, read_healthbench
-from huatuo_jax.evaluation.lexical import LexicalSettings
+from huatuo_jax.evaluation.lexical import LexicalSettings, Pair, pair_values
 from huatuo_jax.evaluation.pairwise import read_kuake_qic
 from huatuo_jax.evaluation.respondents import (
     DecodingConfig,
@@ -249,6 +249,8 @@ def _lexical(opening: Opening) -> Suite:
         seed=cfg.seed,
     )
     _check_given(opening, "lexical")
+    # The score of a made-up pair needs every library that those of the sets will.
+    pair_values(Pair("", "好", ("好",)), settings)
     sets = {
         name: read(path)
         for name, read in readers.items()

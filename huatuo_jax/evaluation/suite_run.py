@@ -16,6 +16,7 @@ from typing import Any
 
 from huatuo_jax.core.files import write_file
 from huatuo_jax.core.progress import tell
+from huatuo_jax.evaluation.asking import SPENDING_SUFFIX
 from huatuo_jax.evaluation.comparing_suites import PairJudge
 from huatuo_jax.evaluation.contamination import overlaps_with_files
 from huatuo_jax.evaluation.opening import (
@@ -28,6 +29,7 @@ from huatuo_jax.evaluation.opening import (
 )
 from huatuo_jax.evaluation.session import ServerJudge, Session
 from huatuo_jax.evaluation.suite_settings import SuiteSettings, check_settings
+from huatuo_jax.judge.spending import SpendingFile
 
 FORMAT = "huatuo-evaluation-1"
 RESULTS_FILE = "evaluation.json"
@@ -108,6 +110,7 @@ class SuiteRun:
             "versions": _versions(),
             "suites": {},
             "contamination": None,
+            "calls": {},
         }
         for suite in self._suites:
             result["suites"][suite.name] = suite.run(session)
@@ -115,6 +118,7 @@ class SuiteRun:
         if self._cfg.training_data:
             tests = {suite.name: suite.test_texts() for suite in self._suites}
             result["contamination"] = overlaps_with_files(tests, self._cfg.training_data)
+        result["calls"] = _calls(self._output)
         self._output.mkdir(parents=True, exist_ok=True)
         text = json.dumps(result, ensure_ascii=False, indent=1, allow_nan=False)
         write_file(self._output / RESULTS_FILE, text.encode("utf-8", "replace"))
@@ -141,6 +145,21 @@ def _settings(cfg: SuiteSettings) -> dict[str, Any]:
     found = asdict(cfg)
     for name in ("judge", "second_judge", "examples", "files"):
         found[name] = {key: value for key, value in found[name].items() if value is not None}
+    return found
+
+
+def _calls(output: pathlib.Path) -> dict[str, dict[str, Any]]:
+    """The calls of all runs of a folder, by file of replies, as its spending files have them.
+
+    Calls of unknown cost had no reply: a kill or the server lost it.
+    """
+    found = {}
+    for path in sorted(output.rglob(f"*{SPENDING_SUFFIX}")):
+        spending = SpendingFile(path)
+        totals = spending.totals()
+        spending.close()
+        replies = path.relative_to(output).as_posix().removesuffix(SPENDING_SUFFIX)
+        found[replies] = asdict(totals)
     return found
 
 

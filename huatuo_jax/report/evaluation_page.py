@@ -533,6 +533,7 @@ def _settings(result: Mapping[str, Any]) -> Iterator[Block]:
         ("Second judge", result["second_judge"]),
         ("Evaluation", result["settings"]),
         ("Versions", result["versions"]),
+        ("Calls to servers, of all runs", result["calls"] or None),
     ):
         if found is not None:
             yield Table(

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import signal
+import sys
 import time
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from huatuo_jax import evaluate
 from huatuo_jax.core import command_line
 from huatuo_jax.core.statistics import cohen_kappa
+from huatuo_jax.evaluation import lexical
 from huatuo_jax.evaluation.opening import short_names
 from huatuo_jax.evaluation.session import Session
 from huatuo_jax.evaluation.suite_settings import Files
@@ -166,6 +168,12 @@ def test_killed_five_times_it_pays_again_for_replies_lost_under_way_alone(
     assert lost + len(kill_at) <= calls_without_an_end(out) <= concurrency * len(kill_at)
     broken = json.loads((out / evaluate.RESULTS_FILE).read_text("utf-8"))
     assert broken["suites"] == whole["suites"]
+    # The results tell of them, too.
+    unknown, known = (
+        sum(one["unknown_requests"] for one in found["calls"].values()) for found in (broken, whole)
+    )
+    assert (unknown, known) == (calls_without_an_end(out), 0)
+    assert sum(one["requests"] for one in whole["calls"].values()) == unbroken
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -522,6 +530,21 @@ def test_what_cannot_be_is_one_line_before_anything_is_sent(tmp_path):
             },
         }.items():
             assert said in refused(tmp_path, server, **fields)
+
+
+@pytest.mark.parametrize("library", ["nltk.translate.bleu_score", "jieba"])
+def test_a_library_that_the_lexical_metrics_lack_is_told_before_anything_is_sent(
+    tmp_path, monkeypatch, library
+):
+    rows = tmp_path / "26m.jsonl"
+    rows.write_text(json.dumps({"questions": "头痛", "answers": ["多休息"]}) + "\n", "utf-8")
+    lexical._jieba_words.cache_clear()
+    monkeypatch.setitem(sys.modules, library, None)
+    tokenizer = "jieba" if library == "jieba" else "characters"
+    given = {"suite": ("lexical",), "tokenizer": tokenizer, "files": Files(huatuo26m=str(rows))}
+    with planted_judge.serve() as server:
+        told = refused(tmp_path, server, **given)
+    assert told == f"the lexical metrics need {library}: pip install 'huatuo_jax[evaluation]'"
 
 
 def test_flags_of_sections_have_the_sections_names():

@@ -46,6 +46,7 @@ def result(name=HOSTILE):
         "second_judge": None,
         "settings": {"seed": 0, "files": {"kuake_qic": name}},
         "versions": {"python": "3"},
+        "calls": {f"responses/{name}": {"requests": 6, "unknown_requests": 1}},
         "contamination": {
             "files": [name],
             "num_training_texts": 3,
