@@ -3,8 +3,8 @@
 A language model that polishes a doctor's words may drop a dose, swap a drug or reverse advice. The
 check compares what rules can read in both texts: numbers with their units (Chinese and Arabic
 ones alike), names of drugs and diseases, and whether a clause is negated. What the original
-has must be there, and no number, drug or disease may be new. It reads Chinese, and of English the
-numbers, drugs and negations. Two doses that change places in one text are not seen.
+has must be there, doses in their order, and no number, drug or disease may be new. It reads
+Chinese, and of English the numbers, drugs and negations. Two drugs that change places are not seen.
 """
 
 import functools
@@ -20,6 +20,7 @@ from rapidfuzz import fuzz
 DriftKind = Literal[
     "number lost",
     "number added",
+    "number moved",
     "drug lost",
     "drug added",
     "negation lost",
@@ -142,12 +143,18 @@ _COUNTED_BEFORE = re.compile(r"[每隔]\s*$")
 
 def quantities(text: str) -> Counter[Quantity]:
     """Returns the numbers of a text with their units, and how often each is there."""
+    with_unit, bare = _numbers(text)
+    return Counter([*with_unit, *bare])
+
+
+def _numbers(text: str) -> tuple[list[Quantity], list[Quantity]]:
+    """Returns the numbers with a known unit in their order, and then the others."""
     plain = _LIST_MARK.sub(" ", _plain(text))
     plain = _ORDINAL.sub(" ", plain)
     plain = _ENGLISH.sub(lambda found: _ENGLISH_NUMBERS[found[1]], plain)
     for word, times in _LATIN_TIMES:
         plain = re.sub(rf"(?<![a-z]){word}(?![a-z])", f" {times}次 ", plain)
-    found: Counter[Quantity] = Counter()
+    found: list[Quantity] = []
     rest = []
     place = 0
     for match in _QUANTITY.finditer(plain):
@@ -156,13 +163,12 @@ def quantities(text: str) -> Counter[Quantity]:
         if values == [1.0] and match["low"] == "一" and unit not in _DOSES:
             if not _COUNTED_BEFORE.search(plain[: match.start()]):
                 continue
-        found.update(Quantity(value, unit) for value in values)
+        found += [Quantity(value, unit) for value in values]
         rest.append(plain[place : match.start()])
         place = match.end()
     rest.append(plain[place:])
-    for number in _BARE.findall(" ".join(rest)):
-        found[Quantity(float(number), "")] += 1
-    return found
+    bare = [Quantity(float(number), "") for number in _BARE.findall(" ".join(rest))]
+    return found, bare
 
 
 def _values(text: str) -> list[float]:
@@ -191,6 +197,21 @@ def _number_drifts(one: str, other: str) -> Iterator[Drift]:
             yield Drift("number lost", str(quantity))
     for quantity in after.keys() - before.keys():
         yield Drift("number added", str(quantity))
+    if after >= before:
+        moved = _out_of_order(_doses(one), _doses(other))
+        if moved is not None:
+            yield Drift("number moved", str(moved))
+
+
+def _doses(plain: str) -> list[Quantity]:
+    """Returns what says how much and how often, in its order."""
+    return [one for one in _numbers(plain)[0] if one.unit in _DOSES or one.unit == "次"]
+
+
+def _out_of_order(before: Sequence[Quantity], after: Sequence[Quantity]) -> Quantity | None:
+    """Returns the first of these that does not follow its predecessors in the later text."""
+    rest = iter(after)
+    return next((one for one in before if one not in rest), None)
 
 
 # Drugs.

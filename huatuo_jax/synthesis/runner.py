@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from huatuo_jax.core.files import write_file, write_rows
+from huatuo_jax.core.files import lock_file, write_file, write_rows
 from huatuo_jax.core.progress import tell
 from huatuo_jax.data.records import KINDS, Dialogue, Json, is_empty
 from huatuo_jax.evaluation.asking import ChatReply, Cost
@@ -50,6 +50,7 @@ ATTEMPTS = 3
 
 NEAR_DUPLICATE, CONTAMINATED, PERSONAL_DATA = "near duplicate", "contaminated", "personal data"
 _WRITE_EVERY_S = 60.0
+_NO_BATCH = -1  # A number that no batch has, and so no replies.
 _PATIENCE = 10  # Batches without a row that end a run.
 
 
@@ -125,11 +126,16 @@ class Runner:
         """Makes at least so many rows, as the last batch may have more, and writes them.
 
         Raises:
-            ValueError: the output was made with other settings.
+            ValueError: the output was made with other settings, or another process makes it.
             OSError: a file cannot be written.
         """
         self._output.parent.mkdir(parents=True, exist_ok=True)
-        self._check_settings()
+        settings = self._check_settings()
+        with settings.open("rb") as file:
+            lock_file(file.fileno(), settings)
+            return self._run(num_rows)
+
+    def _run(self, num_rows: int) -> Outcome:
         outcome, started_s = self._outcome, time.monotonic()
         written_s, idle = started_s, 0
         while len(outcome.rows) < num_rows and outcome.stopped is None:
@@ -277,7 +283,7 @@ class Runner:
             extra={**one.labels, **one.extra},
         ).to_json()
 
-    def _check_settings(self) -> None:
+    def _check_settings(self) -> pathlib.Path:
         """Refuses an output of other settings, whose replies would be paid for a second time."""
         path = pathlib.Path(f"{self._output}.settings.json")
         settings = {
@@ -296,8 +302,9 @@ class Runner:
                         f"{path}: {name} was {there.get(name)!r} and is {settings.get(name)!r} now;"
                         " choose another --output, as the replies there are not those to this run"
                     )
-            return
-        write_file(path, json.dumps(settings, ensure_ascii=False, indent=1))
+        else:
+            write_file(path, json.dumps(settings, ensure_ascii=False, indent=1))
+        return path
 
     def _write(self) -> None:
         write_rows(self._output, self._outcome.rows)
@@ -314,7 +321,7 @@ def plan(maker: Maker, teacher: Teacher, *, num_rows: int) -> list[str]:
     """Returns what a run may send, if every candidate were kept, without sending anything.
 
     One batch is played with replies of usual length; where its requests differ little, all others
-    take as much.
+    take as much. Replies that are there already are not taken off.
     """
     jobs = maker.batch(0, [])
     requests: Counter[Task] = Counter()
@@ -327,7 +334,7 @@ def plan(maker: Maker, teacher: Teacher, *, num_rows: int) -> list[str]:
             step = steps.pop(name)
             asked = {f"{name}/{one.step}": one for one in step if isinstance(one, Request)}
             requests.update(one.task for one in asked.values())
-            cost = teacher.cost(0, asked) if asked else None
+            cost = teacher.cost(_NO_BATCH, asked) if asked else None
             costs += [] if cost is None else [cost]
             values = [
                 ChatReply(maker.assumed(one), "stop") if isinstance(one, Request) else None

@@ -12,6 +12,7 @@ from collections import Counter
 import pytest
 
 from huatuo_jax import synthesize
+from huatuo_jax.core.files import lock_file
 from huatuo_jax.data.readers import read_dialogues
 from huatuo_jax.synthesis.instructions import InstructionMaker, read_seeds
 from huatuo_jax.synthesis.tables import draw_settings, read_table
@@ -186,6 +187,28 @@ def test_another_setting_for_the_same_output_is_refused(tmp_path):
             run_synthesis.run(flags(tmp_path, server, num_rows=10, seed=1))
         assert len(server.calls) == before
         run_synthesis.run(flags(tmp_path, server, num_rows=40))  # More rows are no other setting.
+
+
+def test_two_runs_at_once_for_one_output_are_refused(tmp_path):
+    with TeacherServer(ScriptedInstructions()) as server:
+        given = flags(tmp_path, server, num_rows=10)
+        run_synthesis.run(given)
+        with (tmp_path / "rows.jsonl.settings.json").open("rb") as other:
+            lock_file(other.fileno(), tmp_path)
+            with pytest.raises(ValueError, match="another process writes this file"):
+                run_synthesis.run(given)
+        run_synthesis.run(given)
+
+
+def test_a_dry_run_tells_the_same_when_replies_are_there(tmp_path, capsys):
+    with TeacherServer(ScriptedInstructions()) as server:
+        given = flags(tmp_path, server, num_rows=10)
+        run_synthesis.run({**given, "dry_run": True})
+        first = capsys.readouterr().out
+        run_synthesis.run(given)
+        capsys.readouterr()
+        run_synthesis.run({**given, "dry_run": True})
+        assert capsys.readouterr().out == first
 
 
 def test_rows_load_as_dialogues_to_train_on(tmp_path):
