@@ -1,6 +1,7 @@
 """Later turns, and prompts that begin alike, are not run through the model again."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +40,12 @@ def converse(engine, sampling, *, turns=4, seed=0, others=()):
     return found
 
 
+@functools.cache
+def plain_turns(sampling, *, seed=0, model=tiny.MODEL):
+    """The answers of an engine that keeps nothing."""
+    return converse(engine(pages=0, model=model), sampling, seed=seed)
+
+
 def token_ids(engine, requests):
     return [[one.token_ids for one in group] for group in engine.generate_in_order(requests)]
 
@@ -56,7 +63,7 @@ def cached_tokens(answers):
 @pytest.mark.parametrize("split_layers", [True, False])
 def test_greedy_turns_are_the_same_and_only_their_new_tokens_are_run(split_layers):
     own = engine(split_layers=split_layers)
-    expected = converse(engine(pages=0, split_layers=split_layers), GREEDY)
+    expected = plain_turns(GREEDY)
     assert converse(own, GREEDY) == expected
     cached, length = cached_tokens(expected)
     assert own.report.cached_prompt_tokens == cached > 100
@@ -69,20 +76,20 @@ def test_greedy_turns_are_the_same_and_only_their_new_tokens_are_run(split_layer
 
 
 def test_drawn_turns_follow_from_their_seed_whatever_is_cached():
-    expected = converse(engine(pages=0), DRAWN)
+    expected = plain_turns(DRAWN)
     others = [tiny.request(33, seed=5, num_answers=3, max_new_tokens=40)]
     own = engine()
     assert converse(own, DRAWN) == expected
     before = own.report.cached_prompt_tokens
     assert converse(own, DRAWN, others=others) == expected
     assert own.report.cached_prompt_tokens > 2 * before
-    assert converse(own, DRAWN, seed=50) == converse(engine(pages=0), DRAWN, seed=50)
+    assert converse(own, DRAWN, seed=50) == plain_turns(DRAWN, seed=50)
 
 
 @pytest.mark.parametrize("model", [WINDOWED, ALIBI], ids=["sliding window", "alibi"])
 def test_greedy_turns_are_the_same_with_other_attention(model):
     own = engine(model=model)
-    assert converse(own, GREEDY) == converse(engine(pages=0, model=model), GREEDY)
+    assert converse(own, GREEDY) == plain_turns(GREEDY, model=model)
     assert own.report.cached_prompt_tokens > 100
 
 
@@ -93,19 +100,21 @@ def test_greedy_turns_are_the_same_with_a_cache_of_lower_precision():
     assert own.report.cached_prompt_tokens > 100
 
 
-@pytest.mark.parametrize("axes", [{"data": 4, "tensor": 2}, {"data": 8}])
+@pytest.mark.parametrize(
+    "axes", [{"data": 4, "tensor": 2}, pytest.param({"data": 8}, marks=pytest.mark.slow)]
+)
 def test_turns_are_the_same_on_eight_devices(axes):
     own = engine(slots=8, mesh=sharding.make_mesh(**axes))
     others = [tiny.request(18, seed=5, num_answers=5, max_new_tokens=9)]
-    assert converse(own, GREEDY, others=others) == converse(engine(pages=0), GREEDY)
-    assert converse(own, DRAWN) == converse(engine(pages=0), DRAWN)
+    assert converse(own, GREEDY, others=others) == plain_turns(GREEDY)
+    assert converse(own, DRAWN) == plain_turns(DRAWN)
     assert own.report.cached_prompt_tokens > 300
 
 
 @pytest.mark.parametrize("pages", [3, 9, 14])
 def test_turns_are_the_same_where_few_pages_fit(pages):
     own = engine(pages=pages)
-    expected = converse(engine(pages=0), GREEDY)
+    expected = plain_turns(GREEDY)
     for _ in range(2):
         others = [tiny.request(30, seed=9, max_new_tokens=30)]
         assert converse(own, GREEDY, others=others) == expected
