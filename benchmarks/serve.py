@@ -24,10 +24,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 
 _SIZE = flags.DEFINE_string("size", "10m", "Model: 10m, 50m, tiny.")
 _CLIENTS = flags.DEFINE_integer("clients", 64, "Clients of the closed loop.", lower_bound=1)
@@ -75,6 +75,7 @@ class Asked(NamedTuple):
 
 def main(_: list[str]) -> None:
     """Measure ours and the peers, and write the result."""
+    logging.set_verbosity(logging.WARNING)
     cores = sorted(os.sched_getaffinity(0))[: _THREADS.value]
     os.sched_setaffinity(0, cores)
     if _BULK.value:
@@ -92,6 +93,7 @@ def main(_: list[str]) -> None:
         result["ours"]["share_of_bulk"] = (
             result["ours"]["closed"]["tokens_per_s"] / result["bulk"]["tokens_per_s"]
         )
+        write(result)
         for peer in _PEERS.value:
             with PEERS[peer](folder) as port:
                 found = measure(port, peer, questions, clients=_FEW.value, rounds=1)
@@ -99,10 +101,15 @@ def main(_: list[str]) -> None:
                 result["ours"]["few"]["tokens_per_s"] / found["tokens_per_s"]
             )
             result[peer] = found
+            write(result)
+    print(json.dumps(result, indent=2))
+
+
+def write(result: dict[str, Any]) -> None:
+    """Write what is measured so far."""
     output = pathlib.Path(_OUTPUT.value)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(result, indent=2))
 
 
 def make_model(folder: pathlib.Path) -> None:
@@ -220,7 +227,7 @@ def transformers_server(folder: pathlib.Path) -> Iterator[int]:
         port = found.getsockname()[1]
     command = [sys.executable, "-c", start, "serve", str(folder / "model"), "--device", "cpu"]
     command += ["--dtype", "float32", "--host", "127.0.0.1", "--port", str(port)]
-    with _peer([*command, "--continuous-batching"], port) as ready:
+    with _peer(command, port) as ready:
         yield ready
 
 
@@ -239,12 +246,12 @@ def vllm_server(folder: pathlib.Path) -> Iterator[int]:
 
 @contextlib.contextmanager
 def _peer(command: Sequence[str], port: int) -> Iterator[int]:
-    process = subprocess.Popen(
-        command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    log = tempfile.TemporaryFile()
+    process = subprocess.Popen(command, env=environment(), stdout=log, stderr=subprocess.STDOUT)
     try:
         while True:
-            assert process.poll() is None, f"it has ended: {' '.join(command)}"
+            if process.poll() is not None:
+                raise RuntimeError(f"it has ended: {' '.join(command)}: {_end_of(log)}")
             with contextlib.suppress(OSError):
                 socket.create_connection(("127.0.0.1", port), 1.0).close()
                 break
@@ -253,6 +260,13 @@ def _peer(command: Sequence[str], port: int) -> Iterator[int]:
     finally:
         process.kill()
         process.wait()
+        log.close()
+
+
+def _end_of(log: IO[bytes]) -> str:
+    """The last lines that a process has written."""
+    log.seek(0)
+    return log.read().decode(errors="replace")[-500:]
 
 
 PEERS = {"transformers": transformers_server, "vllm": vllm_server}

@@ -19,7 +19,7 @@ from typing import Any
 
 import openai
 import serve
-from absl import app, flags
+from absl import app, flags, logging
 
 _OUT = flags.DEFINE_string("table", "benchmarks/results/serve_conformance.json", "Where to.")
 
@@ -233,6 +233,7 @@ def ours(folder: pathlib.Path) -> Iterator[int]:
 
 def main(_: list[str]) -> None:
     """Ask each server and write the table."""
+    logging.set_verbosity(logging.WARNING)
     servers: dict[str, tuple[Any, str, str]] = {
         "ours": (ours, "ours", "huatuo_jax"),
         "transformers": (serve.transformers_server, "MODEL", "transformers"),

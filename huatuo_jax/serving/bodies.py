@@ -1,7 +1,7 @@
 """The bodies of requests: OpenAI's fields that this server has, and a few of vLLM's.
 
-A field that the server does not support is refused by its name. Fields of OpenAI's that ask for
-nothing, such as `tools=[]`, are taken.
+A field that is not supported is refused by its name. Fields of OpenAI's that ask for nothing, such
+as `tools=[]`, are taken.
 """
 
 import difflib

@@ -21,7 +21,7 @@ class Growing(NamedTuple):
 
 
 class Update(NamedTuple):
-    """The new part of an answer.
+    """The newest state of an answer.
 
     Attributes:
         prompt: number of its prompt in the call.

@@ -14,7 +14,7 @@ _SERVER = "server_error"
 
 
 class ApiError(Exception):
-    """A request that fails with a status of HTTP; the message is one line."""
+    """A request that is refused, or has failed; the message is one line."""
 
     def __init__(
         self,

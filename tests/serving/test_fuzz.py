@@ -78,14 +78,14 @@ def changed(body, generator):
     for _ in range(generator.randrange(3)):
         path = generator.choice([*places(body)])
         if not path:
-            body[generator.choice(("tools", "x", "echo", "best_of", "user"))] = generator.choice(
-                ODD
+            body[generator.choice(("tools", "x", "echo", "best_of", "user"))] = copy.deepcopy(
+                generator.choice(ODD)
             )
             continue
         parent = body
         for key in path[:-1]:
             parent = parent[key]
-        parent[path[-1]] = generator.choice(ODD)
+        parent[path[-1]] = copy.deepcopy(generator.choice(ODD))
     return body
 
 
