@@ -139,7 +139,11 @@ def identity_of(function: Function) -> str:
     except (OSError, TypeError, SyntaxError, tokenize.TokenError):
         code = getattr(function, "__code__", None)
         name = getattr(function, "__qualname__", type(function).__qualname__)
-        text = name if code is None else f"{name} {code.co_code.hex()} {code.co_names}"
+        if code is None:
+            text = name
+        else:
+            constants = [one for one in code.co_consts if not inspect.iscode(one)]
+            text = f"{name} {code.co_code.hex()} {code.co_names} {constants}"
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
