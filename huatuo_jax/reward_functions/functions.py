@@ -14,6 +14,7 @@ import importlib.util
 import inspect
 import math
 import pathlib
+import tokenize
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -132,11 +133,17 @@ def check(call: Call, columns: Collection[str]) -> None:
 
 
 def identity_of(function: Function) -> str:
-    """Returns a hash of a function's source; of its name where the source is not to be had."""
+    """Returns a hash of a function's source; of its code and name where there is no source."""
     try:
         text = inspect.getsource(function)
-    except (OSError, TypeError):
-        text = f"{function.__module__}:{getattr(function, '__qualname__', '')}"
+    except (OSError, TypeError, SyntaxError, tokenize.TokenError):
+        code = getattr(function, "__code__", None)
+        name = getattr(function, "__qualname__", type(function).__qualname__)
+        if code is None:
+            text = name
+        else:
+            constants = [one for one in code.co_consts if not inspect.iscode(one)]
+            text = f"{name} {code.co_code.hex()} {code.co_names} {constants}"
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 

@@ -6,7 +6,15 @@ import math
 import numpy as np
 import pytest
 
-from huatuo_jax.reward_functions.functions import Asked, Call, call_all, check, find, name_of
+from huatuo_jax.reward_functions.functions import (
+    Asked,
+    Call,
+    call_all,
+    check,
+    find,
+    identity_of,
+    name_of,
+)
 
 ASKED = Asked(
     prompts=[[{"role": "user", "content": "a"}], [{"role": "user", "content": "b"}]],
@@ -156,3 +164,12 @@ def test_what_a_function_lacks_is_said_before_anything_runs(function, settings, 
 def test_what_a_function_needs_may_come_from_settings():
     check(call(matches, reference="fixed"), ["id"])
     check(call(lengths, anything=1), ["id"])
+
+
+def test_the_identity_of_a_function_is_its_source_or_its_code():
+    names = {}
+    for name, body in (("one", "1"), ("same", "1"), ("two", "2")):
+        exec(f"def fn(prompts, responses): return [{body}]", space := {})
+        names[name] = identity_of(space["fn"])
+    assert names["one"] == names["same"] != names["two"]
+    assert identity_of(lengths) == identity_of(lengths) != identity_of(matches)
