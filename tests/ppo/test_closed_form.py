@@ -7,12 +7,37 @@ objective is beta * log Z. Both are found here by listing all answers.
 import numpy as np
 import pytest
 
+from huatuo_jax.ppo.reward_mix import combined
+from huatuo_jax.ppo.reward_terms import RewardMixConfig, RewardTerm
+from huatuo_jax.ppo.rollout import given_answers
 from tests.ppo.tiny import all_answers, config, exact_log_probs, run_tiny, table, tiny_job
 
 BETA = 1.0
 
 
-def _run(tmp_path, *, longest, seed, num_iterations, num_answers, learning_rate, **changed):
+class Planted:
+    """The table's rewards as a sum of two terms; a fifth of the answers, at random, has none."""
+
+    def __init__(self, scorer):
+        self._scorer, self._draw = scorer, np.random.default_rng(0)
+        self._cfg = RewardMixConfig(
+            terms=tuple(RewardTerm(name=name, weight=0.5) for name in ("one", "other"))
+        )
+
+    def of(self, prompts, answers, *, group):
+        scores_N = self._scorer.scores(given_answers(prompts, answers))
+        shift_N = self._draw.normal(size=len(scores_N)).astype(np.float32)
+        applies_N = self._draw.random(len(scores_N)) < 0.8
+        terms = {
+            "one": (scores_N + shift_N, applies_N),
+            "other": (scores_N - shift_N, applies_N),
+        }
+        return combined(self._cfg, terms, group=group)
+
+
+def _run(
+    tmp_path, *, longest, seed, num_iterations, num_answers, learning_rate, planted=False, **changed
+):
     """The final policy over all answers, the reference's, and the rewards."""
     scorer = table(longest=longest, seed=seed)
     rollout = {"num_prompts": num_answers // 8, "answers_per_prompt": 8, "max_new_tokens": longest}
@@ -30,7 +55,8 @@ def _run(tmp_path, *, longest, seed, num_iterations, num_answers, learning_rate,
     answers = list(all_answers(longest=longest))
     rewards = np.array([scorer.rewards[answer] for answer in answers])
     reference = exact_log_probs(cfg, _first_variables(cfg, tmp_path), answers)
-    state, _ = run_tiny(cfg, tmp_path, scorer=scorer)
+    source = Planted(scorer) if planted else None
+    state, _ = run_tiny(cfg, tmp_path, scorer=scorer, rewards=source)
     return exact_log_probs(cfg, state.policy.variables, answers), reference, rewards
 
 
@@ -91,8 +117,18 @@ _SQUARE = {"num_iterations": 800, "num_minibatches": 1, "learning_rate": 6e-3}
         {"estimator": "grpo", "divide_by_deviation": False},
         {"estimator": "rloo", "kl_in": "sequence_square", **_ONCE, **_SQUARE},
         {"estimator": "gae", "rollout": {"temperature": 0.7}},
+        {"estimator": "rloo", "planted": True},
+        {"estimator": "rloo", "ratio": "sequence", "sampler_ratio_cap": 2.0, "planted": True},
     ],
-    ids=["ppo", "rloo", "grpo", "kl in the loss", "temperature"],
+    ids=[
+        "ppo",
+        "rloo",
+        "grpo",
+        "kl in the loss",
+        "temperature",
+        "mixed with none, rloo",
+        "mixed with none, ratios of sequences",
+    ],
 )
 def test_every_estimator_ends_at_the_best_policy(tmp_path, changed):
     assert_best(*_run(tmp_path, **(_WHOLE | changed)))
