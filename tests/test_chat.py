@@ -5,6 +5,7 @@ import io
 import os
 import pathlib
 import pty
+import select
 import subprocess
 import sys
 
@@ -318,6 +319,17 @@ class Terminal:
     def type(self, text):
         os.write(self.own, text.encode())
 
+    def interrupt(self, *, until):
+        """Presses Ctrl-C until a text is seen, as Python may miss one just before it waits."""
+        self.type("\x03")
+        while until not in self.seen:
+            if select.select([self.own], [], [], 5.0)[0]:
+                found = os.read(self.own, 4096)
+                self.seen += found.decode("utf-8", "replace")
+            else:
+                self.type("\x03")
+        self.until(until)
+
 
 def test_in_a_terminal_an_answer_is_stopped_and_lines_come_back(tmp_path):
     history = tmp_path / "history"
@@ -328,15 +340,13 @@ def test_in_a_terminal_an_answer_is_stopped_and_lines_come_back(tmp_path):
         terminal.until("> ")
         terminal.type("slow\r")
         terminal.until("先")  # Shown although the answer is not complete.
-        terminal.type("\x03")
-        terminal.until("stopped")
+        terminal.interrupt(until="stopped")
         server.left.wait()
         terminal.until("> ")
         terminal.type("头痛\r")
         terminal.until("好。")
         terminal.until("> ")
-        terminal.type("\x03")
-        terminal.until("Ctrl-D ends")
+        terminal.interrupt(until="Ctrl-D ends")
         terminal.until("> ")
         terminal.type("\x1b[A\r")  # The line before, again.
         terminal.until("好。")
