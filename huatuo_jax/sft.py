@@ -29,7 +29,7 @@ from huatuo_jax.training.loop import (
     StepReport,
     step_numbers,
 )
-from huatuo_jax.training.losses import hidden_of, next_tokens, row_sizes, sums_by_kind, token_scores
+from huatuo_jax.training.losses import next_tokens, row_sizes, score_tokens, sums_by_kind
 from huatuo_jax.training.metrics import ModelFlops
 from huatuo_jax.training.run_directory import StageDirectory, is_begun
 from huatuo_jax.training.stage import TrainingConfig, UpdateStage, run_stage, stage_step
@@ -242,13 +242,7 @@ def token_loss(
         `attended_pairs` of query and key.
     """
     wanted_BT = next_tokens(batch["trained_mask"])
-    scores = token_scores(
-        functools.partial(model.apply, variables, method="logits"),
-        hidden_of(model, variables, batch),
-        next_tokens(batch["token_ids"]),
-        wanted_BT,
-        chunk=chunk,
-    )
+    scores = score_tokens(model, variables, batch, batch["trained_mask"], chunk=chunk)
     by_kind = functools.partial(
         sums_by_kind, kind_ids_BT=next_tokens(batch["kind_ids"]), num_kinds=len(ALL_KINDS)
     )

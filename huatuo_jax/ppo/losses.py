@@ -26,12 +26,10 @@ from huatuo_jax.training.losses import (
     answer_lengths,
     at_tokens,
     count_terms,
-    hidden_of,
     masked,
-    next_tokens,
     per_token,
+    score_tokens,
     sum_by_answer,
-    token_scores,
 )
 from huatuo_jax.training.scoring import head_scores
 from huatuo_jax.training.update import Batch, LossSums, Outputs, Variables
@@ -318,11 +316,11 @@ def _policy_row_loss(
     kl_coef: jax.Array,
 ) -> tuple[LossSums, Outputs]:
     mask_BT = batch["mask"]
-    scores = token_scores(
-        functools.partial(model.apply, variables, method="logits"),
-        hidden_of(model, variables, batch),
-        next_tokens(batch["token_ids"]),
-        next_tokens(mask_BT),
+    scores = score_tokens(
+        model,
+        variables,
+        batch,
+        mask_BT,
         temperature=objective.temperature,
         chunk=objective.chunk,
         entropy=True,

@@ -12,6 +12,7 @@ read: NaN there changes neither a result nor a gradient. Log-probabilities, valu
 token lie in the slot of that token, the value being that of the state before it.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -155,6 +156,41 @@ def token_scores(
         return jnp.where(wanted, array_BT, jnp.zeros_like(array_BT))
 
     return jax.tree.map(unordered, scores_nBC)
+
+
+def score_tokens(
+    model: Transformer,
+    variables: Mapping[str, Any],
+    batch: Mapping[str, jax.Array],
+    mask_BT: jax.Array,
+    *,
+    temperature: float = 1.0,
+    chunk: int = 128,
+    entropy: bool = False,
+    num_top: int = 0,
+) -> TokenScores:
+    """Scores the tokens of a mask by a model, each at the position that predicts it.
+
+    Args:
+        model: a backbone with a token head.
+        variables: its own.
+        batch: rows of `token_ids`, `segment_ids`, `positions`, each `[B, T]`.
+        mask_BT: bool, the tokens to score; never the first of a segment.
+        temperature: as for `token_scores`, and so the rest.
+        chunk: see there.
+        entropy: see there.
+        num_top: see there.
+    """
+    return token_scores(
+        functools.partial(model.apply, variables, method="logits"),
+        hidden_of(model, variables, batch),
+        next_tokens(batch["token_ids"]),
+        next_tokens(mask_BT),
+        temperature=temperature,
+        chunk=chunk,
+        entropy=entropy,
+        num_top=num_top,
+    )
 
 
 def sums_by_kind(values_BT: jax.Array, kind_ids_BT: jax.Array, num_kinds: int) -> jax.Array:

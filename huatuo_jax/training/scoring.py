@@ -30,13 +30,7 @@ from huatuo_jax.data.tokenizing import UNKNOWN_KIND, Example, TokenIds
 from huatuo_jax.generation.buckets import bucket_of
 from huatuo_jax.hf.generation_config import CONFIG_FILE
 from huatuo_jax.training.loop import check_rows
-from huatuo_jax.training.losses import (
-    TokenScores,
-    at_tokens,
-    hidden_of,
-    next_tokens,
-    token_scores,
-)
+from huatuo_jax.training.losses import at_tokens, hidden_of, score_tokens
 from huatuo_jax.training.update import Batch, Variables
 
 NORMALIZATION_FILE = "reward_normalization.json"
@@ -117,7 +111,9 @@ def answer_log_probs(
     Returns:
         At t, that of token t; 0 where it is no answer's.
     """
-    scores = _answer_scores(model, variables, batch, temperature=temperature, chunk=chunk)
+    scores = score_tokens(
+        model, variables, batch, batch["trained_mask"], temperature=temperature, chunk=chunk
+    )
     return at_tokens(scores.log_probs_BT)
 
 
@@ -143,8 +139,14 @@ def answer_top_log_probs(
     Returns:
         At t, those for token t given the tokens before it; zeros where it is no answer's.
     """
-    scores = _answer_scores(
-        model, variables, batch, temperature=temperature, chunk=chunk, num_top=count
+    scores = score_tokens(
+        model,
+        variables,
+        batch,
+        batch["trained_mask"],
+        temperature=temperature,
+        chunk=chunk,
+        num_top=count,
     )
     assert scores.top is not None
     return ScoredTokens(*map(at_tokens, (scores.log_probs_BT, *scores.top)))
@@ -449,26 +451,6 @@ def load_normalization(folder: pathlib.Path) -> Normalization | None:
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from error
     return None
-
-
-def _answer_scores(
-    model: Transformer,
-    variables: Variables,
-    batch: Batch,
-    *,
-    temperature: float,
-    chunk: int,
-    num_top: int = 0,
-) -> TokenScores:
-    return token_scores(
-        functools.partial(model.apply, variables, method="logits"),
-        hidden_of(model, variables, batch),
-        next_tokens(batch["token_ids"]),
-        next_tokens(batch["trained_mask"]),
-        temperature=temperature,
-        chunk=chunk,
-        num_top=num_top,
-    )
 
 
 def _example(one: GivenAnswer) -> Example:
