@@ -35,7 +35,16 @@ from huatuo_jax.evaluation.patient_faults import (
 )
 from huatuo_jax.judge.judgements import sha256
 from huatuo_jax.synthesis import checks
-from huatuo_jax.synthesis.jobs import Candidate, Job, Rejected, Rejection, Request, Step, text_of
+from huatuo_jax.synthesis.jobs import (
+    Candidate,
+    Job,
+    Rejected,
+    Rejection,
+    Request,
+    Step,
+    jobs_of,
+    text_of,
+)
 
 TURN_ATTEMPTS = 3
 """Requests for one turn, where the turn that came is faulty."""
@@ -158,11 +167,9 @@ class ConversationMaker:
 
     def batch(self, number: int, kept: Sequence[Candidate]) -> list[tuple[str, Job]]:
         """Returns the dialogues over the next cases."""
-        first = number * self.batch_size
-        return [
-            (f"{self.kind}-{self.seed}-{place:06d}", self._job(place, one))
-            for place, one in enumerate(self.cases[first : first + self.batch_size], first)
-        ]
+        return jobs_of(
+            self.cases, self._job, number, size=self.batch_size, name=f"{self.kind}-{self.seed}"
+        )
 
     def assumed(self, request: Request) -> str:
         """Returns a turn of usual length; the doctor asks twice, then advises."""

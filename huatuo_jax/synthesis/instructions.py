@@ -280,13 +280,7 @@ def _wish(
 
 
 def _items(text: str, count: int) -> list[Any]:
-    refused = checks.refusal(text)
-    try:
-        found = object_of(text)
-    except Rejected:
-        if refused is not None:
-            raise Rejected("refusal", refused, text) from None
-        raise
+    found = object_of(text)
     items = found.get("items")
     if not isinstance(items, list) or not items:
         raise Rejected("broken JSON", "items is no list, or empty", text)

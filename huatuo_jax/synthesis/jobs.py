@@ -7,14 +7,17 @@ was killed comes back to the same point by the replies that are kept.
 """
 
 import dataclasses
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, TypeVar, get_args
 
 from huatuo_jax.data.records import Json, Messages
 from huatuo_jax.evaluation.asking import ChatReply
 from huatuo_jax.evaluation.session import judged_text
 from huatuo_jax.judge.replies import BadReply, final_answer
+from huatuo_jax.synthesis import checks
+
+Item = TypeVar("Item")
 
 Task = Literal["instruct", "answer", "patient", "doctor", "polish", "question", "verify"]
 """What the teacher is asked for: instructions, the answer to one, a turn of the patient or the
@@ -129,6 +132,30 @@ class Maker(Protocol):
         """Returns a reply of usual length, for the estimate of a dry run."""
 
 
+def jobs_of(
+    items: Sequence[Item],
+    make: Callable[[int, Item], Job],
+    number: int,
+    *,
+    size: int,
+    name: str,
+) -> list[tuple[str, Job]]:
+    """Returns the jobs of a batch of a source that has an end, by their ids.
+
+    Args:
+        items: the source, a job for each.
+        make: makes the job of an item and its place.
+        number: of the batch, from 0 on.
+        size: items of a batch.
+        name: the beginning of the ids.
+    """
+    first = number * size
+    return [
+        (f"{name}-{place:06d}", make(place, one))
+        for place, one in enumerate(items[first : first + size], first)
+    ]
+
+
 def ask(request: Request) -> Generator[Step, list[Any], str]:
     """Yields one request and returns the text of its reply."""
     (reply,) = yield [request]
@@ -161,9 +188,11 @@ def object_of(text: str) -> dict[str, Any]:
     """Returns the JSON object of a reply, bare or in a code fence, thoughts before it apart.
 
     Raises:
-        Rejected: there is none.
+        Rejected: there is none, as the teacher declines or as its JSON is broken.
     """
     try:
         return final_answer(text)[1]
     except BadReply as bad:
-        raise Rejected("broken JSON", str(bad), text) from bad
+        refused = checks.refusal(text)
+        reason, detail = ("broken JSON", str(bad)) if refused is None else ("refusal", refused)
+        raise Rejected(reason, detail, text) from bad

@@ -24,6 +24,7 @@ from huatuo_jax.synthesis.jobs import (
     Rejection,
     Request,
     ask,
+    jobs_of,
     object_of,
     text_of,
 )
@@ -112,11 +113,13 @@ class PolishingMaker:
 
     def batch(self, number: int, kept: Sequence[Candidate]) -> list[tuple[str, Job]]:
         """Returns the next dialogues."""
-        first = number * self.batch_size
-        return [
-            (f"{self.kind}-{self.seed}-{place:06d}", self._job(one))
-            for place, one in enumerate(self.dialogues[first : first + self.batch_size], first)
-        ]
+        return jobs_of(
+            self.dialogues,
+            lambda _, one: self._job(one),
+            number,
+            size=self.batch_size,
+            name=f"{self.kind}-{self.seed}",
+        )
 
     def assumed(self, request: Request) -> str:
         """Returns the doctor's words with a greeting."""
@@ -198,13 +201,7 @@ def _plain_requests(one: Dialogue) -> list[Request]:
 
 def _turns(text: str, count: int, kind: RealKind) -> list[str]:
     """Returns the polished turns of a reply."""
-    refused = checks.refusal(text)
-    try:
-        found = object_of(text)
-    except Rejected:
-        if refused is not None:
-            raise Rejected("refusal", refused, text) from None
-        raise
+    found = object_of(text)
     turns = [found.get("answer")] if kind == "real_instruction" else found.get("turns")
     if not isinstance(turns, list) or not all(isinstance(turn, str) for turn in turns):
         raise Rejected("broken JSON", "the polished text is missing", text)

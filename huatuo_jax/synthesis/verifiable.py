@@ -31,6 +31,7 @@ from huatuo_jax.synthesis.jobs import (
     Rejection,
     Request,
     ask,
+    jobs_of,
     object_of,
     text_of,
 )
@@ -90,11 +91,13 @@ class VerifiableMaker:
 
     def batch(self, number: int, kept: Sequence[Candidate]) -> list[tuple[str, Job]]:
         """Returns the next questions."""
-        first = number * self.batch_size
-        return [
-            (f"{KIND}-{self.seed}-{place:06d}", self._job(one))
-            for place, one in enumerate(self.questions[first : first + self.batch_size], first)
-        ]
+        return jobs_of(
+            self.questions,
+            lambda _, one: self._job(one),
+            number,
+            size=self.batch_size,
+            name=f"{KIND}-{self.seed}",
+        )
 
     def assumed(self, request: Request) -> str:
         """Returns an open question, or the right answer to it."""
@@ -209,13 +212,7 @@ def _opened(one: ExamQuestion, answer: str, language: str) -> Any:
             material={"question": one.question, "answer": answer},
         )
     )
-    refused = checks.refusal(text)
-    try:
-        found = object_of(text)
-    except Rejected:
-        if refused is not None:
-            raise Rejected("refusal", refused, text) from None
-        raise
+    found = object_of(text)
     if found.get("usable") is False:
         raise Rejected("needs its options", "the teacher finds no open question", text)
     question, stated = found.get("question"), found.get("answer")
