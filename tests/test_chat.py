@@ -170,7 +170,7 @@ def test_a_stopped_answer_of_this_machine_leaves_the_engine_ready(partner):
 
 
 def served(server, **flags):
-    return chat.find_partner(chat.Flags(base_url=server.base_url, **flags))
+    return chat.find_partner(chat.Flags(base_url=server.url, **flags))
 
 
 def test_a_served_model_streams_scores_and_gets_the_settings(monkeypatch):
@@ -257,7 +257,7 @@ def test_wrong_flags_are_one_line(refused, tmp_path, models):
     assert "template: not with base_url" in refused("--base_url=http://x", "--template=chatml")
     assert str(tmp_path) in refused("--model=x", f"--history={tmp_path}")
     with ScriptedChat(lambda body, index: [], key="sk-right") as server:
-        url = f"--base_url={server.base_url}"
+        url = f"--base_url={server.url}"
         assert "status 401" in refused(url)
         server.key = None
         assert "model='ppo' is not at" in refused(url, "--model=ppo")
@@ -267,7 +267,7 @@ def test_wrong_flags_are_one_line(refused, tmp_path, models):
 
 
 def program(server, *arguments):
-    url = f"--base_url={server.base_url}"
+    url = f"--base_url={server.url}"
     return [sys.executable, ROOT / "launch" / "chat.py", url, *arguments]
 
 

@@ -1,8 +1,9 @@
 """A chat server on loopback whose replies a test writes; it keeps every request that it saw."""
 
-import http.server
 import json
 import threading
+
+from tests.local_server import Handler, LocalServer
 
 KEY = "sk-scripted-0123456789abcdef"
 
@@ -15,7 +16,7 @@ class Refuse(Exception):
         self.status = status
 
 
-class ScriptedServer:
+class ScriptedServer(LocalServer):
     """Serves while the context lasts.
 
     Attributes:
@@ -30,9 +31,7 @@ class ScriptedServer:
         self.lock = threading.Lock()
         outer = self
 
-        class Handler(http.server.BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
+        class Replies(Handler):
             def do_POST(self):
                 with outer.lock:
                     outer.under_way += 1
@@ -68,20 +67,4 @@ class ScriptedServer:
                 self.end_headers()
                 self.wfile.write(data)
 
-            def log_message(self, *args):
-                pass
-
-        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.http.daemon_threads = True
-
-    @property
-    def url(self):
-        return f"http://127.0.0.1:{self.http.server_port}/v1"
-
-    def __enter__(self):
-        threading.Thread(target=self.http.serve_forever, args=(0.05,), daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        self.http.shutdown()
-        self.http.server_close()
+        super().__init__(Replies)

@@ -5,7 +5,6 @@ on a question depends on the texts alone, so that whoever asks twice is told the
 """
 
 import dataclasses
-import http.server
 import json
 import math
 import random
@@ -14,6 +13,8 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
+
+from tests.local_server import Handler, LocalServer
 
 CRITERIA = ("informative", "coherent", "preferred", "accurate", "overall")
 KEY = "sk-planted-0123456789abcdef"
@@ -109,7 +110,7 @@ def some_fault(share, seed=0):
     return fault
 
 
-class PlantedServer:
+class PlantedServer(LocalServer):
     """The server, running in threads while the context lasts."""
 
     def __init__(self, planted):
@@ -119,40 +120,14 @@ class PlantedServer:
         self.requests = []
         outer = self
 
-        class Handler(http.server.BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
+        class Replies(Handler):
             def do_POST(self):
                 arrived_s = time.monotonic()
                 length = int(self.headers["Content-Length"])
                 body = json.loads(self.rfile.read(length))
                 outer.answer(self, arrived_s, body)
 
-            def log_message(self, *args):
-                pass
-
-        class Quiet(http.server.ThreadingHTTPServer):
-            daemon_threads = True
-            request_queue_size = 64
-
-            def handle_error(self, request, client_address):
-                pass  # A labeller that was killed leaves broken connections.
-
-        self.http = Quiet(("127.0.0.1", 0), Handler)
-
-    @property
-    def url(self):
-        return f"http://127.0.0.1:{self.http.server_port}/v1"
-
-    def __enter__(self):
-        self.thread = threading.Thread(target=self.http.serve_forever, args=(0.05,), daemon=True)
-        self.thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self.http.shutdown()
-        self.http.server_close()
-        self.thread.join()
+        super().__init__(Replies)
 
     def answer(self, handler, arrived_s, body):
         user = body["messages"][-1]["content"]

@@ -1,6 +1,5 @@
 """An OpenAI-compatible server on loopback that streams what a test writes, and serves the page."""
 
-import http.server
 import json
 import pathlib
 import select
@@ -8,6 +7,7 @@ import socket
 import threading
 
 from huatuo_jax import serving
+from tests.local_server import Handler, LocalServer
 
 PAGE = pathlib.Path(serving.__file__).parent / "page" / "index.html"
 HOLD = object()
@@ -28,7 +28,7 @@ class Fail(Exception):
     """A piece of an answer: an error inside the stream."""
 
 
-class ScriptedChat:
+class ScriptedChat(LocalServer):
     """Serves while the context lasts.
 
     Attributes:
@@ -55,9 +55,7 @@ class ScriptedChat:
         self.released, self.left = threading.Event(), threading.Event()
         outer = self
 
-        class Handler(http.server.BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
+        class Replies(Handler):
             def do_GET(self):
                 if self.path == "/":
                     return self.send(200, PAGE.read_bytes(), "text/html; charset=utf-8")
@@ -145,11 +143,7 @@ class ScriptedChat:
                 self.wfile.write(f"data: {data}\n\n".encode())
                 self.wfile.flush()
 
-            def log_message(self, *args):
-                pass
-
-        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.http.daemon_threads = True
+        super().__init__(Replies)
 
     def entries(self):
         kinds = {name: "policy" for name in self.models}
@@ -181,19 +175,6 @@ class ScriptedChat:
             "model": body["model"],
         }
 
-    @property
-    def address(self):
-        return f"http://127.0.0.1:{self.http.server_port}/"
-
-    @property
-    def base_url(self):
-        return f"{self.address}v1"
-
-    def __enter__(self):
-        threading.Thread(target=self.http.serve_forever, args=(0.05,), daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
+    def __exit__(self, *exception):
         self.released.set()
-        self.http.shutdown()
-        self.http.server_close()
+        super().__exit__(*exception)

@@ -146,7 +146,7 @@ def test_a_conversation_of_three_turns_streams_stops_and_is_there_after_a_reload
     assert server.asked[0]["stream"] and server.asked[0]["model"] == "sft"
     assert set(page.requests) <= {
         server.address,
-        *(f"{server.base_url}/{path}" for path in ("models", "chat/completions")),
+        *(f"{server.url}/{path}" for path in ("models", "chat/completions")),
         *(one for one in page.requests if one.startswith("data:")),
     }
     assert page.errors == []

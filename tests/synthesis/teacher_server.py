@@ -1,18 +1,19 @@
 """A teacher behind an OpenAI-compatible server on loopback, whose texts and faults a test writes.
 
-A reply depends on the request alone, so that whoever asks again is told the same. Faults of the
+A reply depends on the request alone, so that a repeated request has the same reply. Faults of the
 server depend on the number of the call: of these it works, and counts tokens, for all but 429 and
 500.
 """
 
 import dataclasses
 import hashlib
-import http.server
 import json
 import random
 import socket
 import threading
 import time
+
+from tests.local_server import Handler, LocalServer
 
 KEY = "sk-teacher-0123456789abcdef"
 MODEL = "scripted-teacher"
@@ -53,7 +54,7 @@ def price_table(path):
     return str(path)
 
 
-class TeacherServer:
+class TeacherServer(LocalServer):
     """Serves while the context lasts."""
 
     def __init__(self, reply, *, fault=lambda number: None, delay_s=0.0):
@@ -62,36 +63,12 @@ class TeacherServer:
         self.calls, self.lock = [], threading.Lock()
         outer = self
 
-        class Handler(http.server.BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
+        class Replies(Handler):
             def do_POST(self):
                 raw = self.rfile.read(int(self.headers["Content-Length"]))
                 outer.answer(self, raw.decode())
 
-            def log_message(self, *args):
-                pass
-
-        class Quiet(http.server.ThreadingHTTPServer):
-            daemon_threads = True
-            request_queue_size = 64
-
-            def handle_error(self, request, client_address):
-                pass  # A run that was killed leaves broken connections.
-
-        self.http = Quiet(("127.0.0.1", 0), Handler)
-
-    @property
-    def url(self):
-        return f"http://127.0.0.1:{self.http.server_port}/v1"
-
-    def __enter__(self):
-        threading.Thread(target=self.http.serve_forever, args=(0.05,), daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        self.http.shutdown()
-        self.http.server_close()
+        super().__init__(Replies)
 
     def answer(self, handler, raw):
         call = Call(raw, "")
