@@ -57,7 +57,7 @@ class Call:
         self._error: BaseException | None = None
         self._complete: set[tuple[int, int]] = set()
         self._updates: dict[tuple[int, int], Update] = {}
-        self._changed = asyncio.Event()
+        self._changed, self._end = asyncio.Event(), asyncio.Event()
 
     def put(self, update: Update) -> bool:
         """Records an update, unless the answer is complete; returns True if it is new."""
@@ -67,6 +67,8 @@ class Call:
         if isinstance(update.state, Answer):
             self._complete.add(key)
             self.remaining -= 1
+            if not self.remaining:
+                self._end.set()
         self._updates[key] = update
         self._changed.set()
         return True
@@ -76,6 +78,7 @@ class Call:
         if self.remaining and self._error is None:
             self._error = error
             self._changed.set()
+            self._end.set()
 
     @property
     def ended(self) -> bool:
@@ -83,7 +86,7 @@ class Call:
         return not self.remaining or self._error is not None
 
     async def updates(self) -> list[Update]:
-        """Waits for updates and returns them, at most one an answer; none when all is told.
+        """Waits for updates and returns them, at most one an answer; none once all were returned.
 
         Raises:
             BaseException: the error that ended the call.
@@ -105,9 +108,12 @@ class Call:
         Raises:
             BaseException: the error that ended the call.
         """
+        if not self.ended:
+            await self._end.wait()  # Answers that grow wake only a reader of `updates`.
+        if self._error is not None:
+            raise self._error
         found: list[dict[int, Answer]] = [{} for _ in self.requests]
-        while updates := await self.updates():
-            for prompt, answer, state in updates:
-                if isinstance(state, Answer):
-                    found[prompt][answer] = state
+        for prompt, answer, state in self._updates.values():
+            if isinstance(state, Answer):
+                found[prompt][answer] = state
         return [[group[index] for index in sorted(group)] for group in found]
