@@ -357,7 +357,7 @@ class Conversation:
     def take(self, line: str) -> bool:
         """Answers a line, or runs its command; returns False at the end of the conversation.
 
-        What cannot be done is told in one line, and the turns before it stay.
+        A failure is one line, and the turns before it stay.
         """
         text = line.strip()
         if not text:

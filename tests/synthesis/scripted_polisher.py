@@ -1,4 +1,4 @@
-"""Polishes doctors' words by rules that keep what they say, and spoils some when it is told to."""
+"""Polishes doctors' words by rules that keep what they say, and spoils some on request."""
 
 import re
 
