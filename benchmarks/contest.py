@@ -64,7 +64,7 @@ def hold(
         data: what is trained on, for the result.
         measure: all contenders on a model of one size.
         table: prints what was measured.
-        libraries: whose versions the result names; those that all contenders share.
+        libraries: whose versions the result names; those that are not installed are left out.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
     result = {"date": datetime.date.today().isoformat(), **machine(libraries), "data": data}
@@ -202,12 +202,13 @@ def machine(libraries: Sequence[str]) -> Result:
     """What the figures depend on beside the code."""
     info = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8")
     names = [line.split(": ")[1] for line in info.splitlines() if line.startswith("model name")]
+    installed = {found.name.lower(): found.version for found in importlib.metadata.distributions()}
     return {
         "cpu": names[0] if names else platform.processor(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": THREADS.value,
         "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in libraries},
+        "versions": {name: installed[name] for name in libraries if name in installed},
     }
 
 
