@@ -1,12 +1,15 @@
-"""The server under load, beside its peers: tokens per second, times to tokens, memory.
+"""The server under load, beside the bulk engine and its peers: tokens per second, times, leaks.
 
 The same questions with the same weights, greedily and in float32, on the same cores, load generator
-included. First each question is asked alone; every later answer has to be the same text. Then a
-number of clients ask one question after the other (closed loop), and our engine answers the same
-ones in bulk, without a server. At last questions come at random times at a share of that rate,
-whether or not earlier ones are answered (open loop), for as long as `--minutes` says. `transformers
-serve` is asked by a few clients in a closed loop, and so is vLLM where `--vllm_python` names the
-interpreter of an environment that has its CPU build.
+included. First each question is asked alone; every later answer has to be the same text.
+
+- `load`: a number of clients ask one question after the other for as long as `--minutes` says; some
+  leave in the middle of an answer. The time is divided into parts, and before and after each our
+  engine answers the same questions in bulk, without a server, as the speed of a machine drifts.
+- `open`: questions come at random times at a share of that rate, whether or not earlier ones are
+  answered.
+- `peers`: a few clients ask us, `transformers serve`, and vLLM where `--vllm_python` names the
+  interpreter of an environment that has its CPU build.
 
     python benchmarks/serve.py --clients=64 --minutes=10
 """
@@ -23,18 +26,22 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any, NamedTuple
 
 import numpy as np
 from absl import app, flags, logging
 
 _SIZE = flags.DEFINE_string("size", "10m", "Model: 10m, 50m, tiny.")
-_CLIENTS = flags.DEFINE_integer("clients", 64, "Clients of the closed loop.", lower_bound=1)
+_CLIENTS = flags.DEFINE_integer("clients", 64, "Clients of the load.", lower_bound=1)
+_MINUTES = flags.DEFINE_float("minutes", 10.0, "Of the load; 0 for none.")
+_PARTS = flags.DEFINE_integer("parts", 4, "Parts of the load.", lower_bound=1)
+_LEAVING = flags.DEFINE_float("leaving", 0.1, "Share of the answers whose client leaves.")
+_BULK_ROUNDS = flags.DEFINE_integer("bulk_rounds", 6, "Times all questions, in bulk.")
+_OPEN_MINUTES = flags.DEFINE_float("open_minutes", 2.0, "Of the open loop; 0 for none.")
+_SHARE = flags.DEFINE_float("share", 0.8, "Of the load's rate, in the open loop.")
 _FEW = flags.DEFINE_integer("few", 16, "Clients of the comparison with peers.", lower_bound=1)
-_ROUNDS = flags.DEFINE_integer("rounds", 2, "Times that each question is asked.", lower_bound=1)
-_MINUTES = flags.DEFINE_float("minutes", 10.0, "Of the open loop; 0 for none.")
-_SHARE = flags.DEFINE_float("share", 0.8, "Of the closed loop's rate, in the open loop.")
 _PEERS = flags.DEFINE_list("peers", ["transformers"], "Peers to ask.")
 _SLOTS = flags.DEFINE_integer("slots", 32, "Slots of our engine.", lower_bound=1)
 _THREADS = flags.DEFINE_integer("threads", 2, "Cores of everything.", lower_bound=1)
@@ -64,6 +71,7 @@ class Asked(NamedTuple):
         first_s: seconds to its first text.
         gaps_s: seconds between later pieces.
         seconds: to its end.
+        left: the client left before.
     """
 
     text: str
@@ -71,6 +79,7 @@ class Asked(NamedTuple):
     first_s: float
     gaps_s: list[float]
     seconds: float
+    left: bool
 
 
 def main(_: list[str]) -> None:
@@ -79,7 +88,7 @@ def main(_: list[str]) -> None:
     cores = sorted(os.sched_getaffinity(0))[: _THREADS.value]
     os.sched_setaffinity(0, cores)
     if _BULK.value:
-        print(json.dumps(bulk(pathlib.Path(_BULK.value))))
+        serve_bulk(pathlib.Path(_BULK.value))
         return
     result: dict[str, Any] = {"size": _SIZE.value, "slots": _SLOTS.value, "cores": len(cores)}
     with tempfile.TemporaryDirectory() as name:
@@ -87,29 +96,41 @@ def main(_: list[str]) -> None:
         make_model(folder)
         questions = make_questions()
         (folder / "questions.json").write_text(json.dumps(questions), encoding="utf-8")
-        result["bulk"] = run_bulk(folder)
         with our_server(folder) as (port, process):
-            result["ours"] = measure_ours(port, process, questions)
-        result["ours"]["share_of_bulk"] = (
-            result["ours"]["closed"]["tokens_per_s"] / result["bulk"]["tokens_per_s"]
-        )
-        write(result)
+            alone = asyncio.run(one_after_another(port, "ours", questions))
+            texts = [one.text for one in alone]
+            measure(port, "ours", questions, clients=_CLIENTS.value)  # Compiles what is left.
+            if _MINUTES.value:
+                with bulk_engine(folder) as bulk:
+                    result["load"] = measure_load(port, process.pid, questions, texts, bulk)
+                write(result)
+            if _MINUTES.value and _OPEN_MINUTES.value:
+                rate = _SHARE.value * result["load"]["answers_per_s"]
+                answers = asyncio.run(open_loop(port, questions, rate=rate))
+                found = figures(answers, 60 * _OPEN_MINUTES.value, texts, questions)
+                result["open"] = found | {"asked_per_s": rate}
+                write(result)
+            if _PEERS.value:
+                few = measure(port, "ours", questions, clients=_FEW.value, texts=texts)
+        if _PEERS.value:
+            result["peers"] = {"ours": few}
         for peer in _PEERS.value:
             with PEERS[peer](folder) as port:
-                found = measure(port, peer, questions, clients=_FEW.value, rounds=1)
-            found["ours_is_faster_by"] = (
-                result["ours"]["few"]["tokens_per_s"] / found["tokens_per_s"]
-            )
-            result[peer] = found
+                found = measure(port, peer, questions, clients=_FEW.value)
+            found["ours_is_faster_by"] = few["tokens_per_s"] / found["tokens_per_s"]
+            result["peers"][peer] = found
             write(result)
     print(json.dumps(result, indent=2))
 
 
 def write(result: dict[str, Any]) -> None:
-    """Write what is measured so far."""
+    """Write what is measured, beside what earlier runs with the same settings measured."""
     output = pathlib.Path(_OUTPUT.value)
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    before = json.loads(output.read_text(encoding="utf-8")) if output.exists() else {}
+    if any(before.get(name) != result[name] for name in ("size", "slots", "cores")):
+        before = {}
+    output.write_text(json.dumps(before | result, indent=2) + "\n", encoding="utf-8")
 
 
 def make_model(folder: pathlib.Path) -> None:
@@ -155,8 +176,8 @@ def make_questions() -> list[dict[str, Any]]:
     ]
 
 
-def bulk(folder: pathlib.Path) -> dict[str, Any]:
-    """Our engine alone, on the same prompts in the same number of rounds."""
+def serve_bulk(folder: pathlib.Path) -> None:
+    """Our engine alone: answers all questions for each line that comes, and prints the figures."""
     from huatuo_jax.backbone.config import ComputeConfig
     from huatuo_jax.core.sharding import MeshConfig
     from huatuo_jax.data.python_data import as_prompt
@@ -177,22 +198,37 @@ def bulk(folder: pathlib.Path) -> dict[str, Any]:
             ),
         )
         for one in json.loads((folder / "questions.json").read_text(encoding="utf-8"))
-    ] * _ROUNDS.value
+    ] * _BULK_ROUNDS.value
     engine.generate_in_order(work)
-    engine.reset_report()
-    started_s = time.perf_counter()
-    answers = engine.generate_in_order(work)
-    seconds = time.perf_counter() - started_s
-    tokens = sum(len(group[0].token_ids) for group in answers)
-    return {"tokens": tokens, "seconds": seconds, "tokens_per_s": tokens / seconds}
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        started_s, cpu_s = time.perf_counter(), time.process_time()
+        answers = engine.generate_in_order(work)
+        seconds, cpu_s = time.perf_counter() - started_s, time.process_time() - cpu_s
+        tokens = sum(len(group[0].token_ids) for group in answers)
+        print(json.dumps({"tokens": tokens, "seconds": seconds, "cpu_s": cpu_s}), flush=True)
 
 
-def run_bulk(folder: pathlib.Path) -> dict[str, Any]:
-    """The figures of `bulk`, in a process of its own."""
+@contextlib.contextmanager
+def bulk_engine(folder: pathlib.Path) -> Iterator[Callable[[], dict[str, float]]]:
+    """A function that returns the figures of `serve_bulk`, which is a process of its own."""
     command = [sys.executable, __file__, f"--bulk={folder}", f"--slots={_SLOTS.value}"]
-    command += [f"--rounds={_ROUNDS.value}", f"--threads={_THREADS.value}"]
-    done = subprocess.run(command, env=environment(), check=True, stdout=subprocess.PIPE, text=True)
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+    command += [f"--bulk_rounds={_BULK_ROUNDS.value}", f"--threads={_THREADS.value}"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        command, env=environment(), stdin=pipe, stdout=pipe, text=True
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None
+        into, out = process.stdin, process.stdout
+
+        def run() -> dict[str, float]:
+            into.write("\n")
+            into.flush()
+            return dict(json.loads(out.readline()))
+
+        assert out.readline() == "ready\n"
+        yield run
+        into.close()
 
 
 def environment() -> dict[str, str]:
@@ -272,27 +308,110 @@ def _end_of(log: IO[bytes]) -> str:
 PEERS = {"transformers": transformers_server, "vllm": vllm_server}
 
 
-def measure_ours(
-    port: int, process: "subprocess.Popen[str]", questions: list[dict[str, Any]]
+def measure_load(
+    port: int,
+    process_id: int,
+    questions: list[dict[str, Any]],
+    texts: Sequence[str],
+    bulk: Callable[[], dict[str, float]],
 ) -> dict[str, Any]:
-    """Closed loops of few and of many clients, then the open loop."""
-    alone = asyncio.run(one_after_another(port, "ours", questions))
-    texts = [one.text for one in alone]
-    measure(port, "ours", questions, clients=_CLIENTS.value, rounds=1)  # Compiles what is left.
-    closed = measure(
-        port, "ours", questions, clients=_CLIENTS.value, rounds=_ROUNDS.value, texts=texts
-    )
-    few = measure(port, "ours", questions, clients=_FEW.value, rounds=1, texts=texts)
-    result = {"closed": closed, "few": few}
-    if _MINUTES.value:
-        rate = _SHARE.value * closed["answers"] / closed["seconds"]
-        before = memory_mib(process.pid)
-        answers = asyncio.run(open_loop(port, "ours", questions, rate=rate))
-        result["open"] = figures(answers, _MINUTES.value * 60, texts, questions) | {
-            "asked_per_s": rate,
-            "memory_mib": [before, memory_mib(process.pid)],
+    """Many clients in parts, with the bulk engine before and after each."""
+    answers: list[tuple[int, Asked]] = []
+    parts, bulks = [], [bulk()]
+    generator = random.Random(SEED)
+    for _ in range(_PARTS.value):
+        cpu_s, own_s = cpu_of(process_id), time.process_time()
+        decoded = metric(port, "decoded_tokens")
+        started_s = time.perf_counter()
+        end_s = started_s + 60 * _MINUTES.value / _PARTS.value
+        given = asyncio.run(load(port, questions, texts, generator, end_s=end_s))
+        seconds = time.perf_counter() - started_s
+        wait_until_idle(port)
+        bulks.append(bulk())
+        before, after = bulks[-2:]
+        answers += given
+        part = {
+            "answers": sum(not one.left for _, one in given),
+            "clients_that_left": sum(one.left for _, one in given),
+            "seconds": seconds,
+            "tokens_per_s": tokens_read(given, texts) / seconds,
+            "decoded_tokens_per_s": (metric(port, "decoded_tokens") - decoded) / seconds,
+            "bulk_tokens_per_s": (before["tokens"] + after["tokens"])
+            / (before["seconds"] + after["seconds"]),
+            "server_cpu_s": cpu_of(process_id) - cpu_s,
+            "load_generator_cpu_s": time.process_time() - own_s,
+            "slots_in_use_after": metric(port, "slots_in_use"),
+            "pages_in_use_after": metric(port, "cache_pages_in_use"),
+            "memory_mib": memory_mib(process_id),
         }
-    return result
+        part["share_of_bulk"] = part["tokens_per_s"] / part["bulk_tokens_per_s"]
+        print(json.dumps(part), flush=True)
+        parts.append(part)
+    seconds = sum(part["seconds"] for part in parts)
+    read = tokens_read(answers, texts)
+    bulk_tokens, bulk_cpu_s = (sum(one[name] for one in bulks) for name in ("tokens", "cpu_s"))
+    cpu_s = sum(part["server_cpu_s"] + part["load_generator_cpu_s"] for part in parts)
+    found = figures([one for one in answers if not one[1].left], seconds, texts, questions)
+    return found | {
+        "clients": _CLIENTS.value,
+        "clients_that_left": sum(one.left for _, one in answers),
+        "other_starts": sum(not texts[number].startswith(one.text) for number, one in answers),
+        "answers_per_s": found["answers"] / seconds,
+        "tokens_per_s": read / seconds,
+        "share_of_bulk": float(np.mean([part["share_of_bulk"] for part in parts])),
+        "cpu_ms_a_token": 1e3 * cpu_s / read,
+        "bulk_cpu_ms_a_token": 1e3 * bulk_cpu_s / bulk_tokens,
+        "bulk": bulks,
+        "parts": parts,
+    }
+
+
+def tokens_read(answers: Sequence[tuple[int, Asked]], texts: Sequence[str]) -> float:
+    """The tokens that clients have read; for one that left, by the share of the text."""
+    return sum(
+        one.tokens * len(one.text) / len(texts[number]) if one.left else one.tokens
+        for number, one in answers
+    )
+
+
+async def load(
+    port: int,
+    questions: list[dict[str, Any]],
+    texts: Sequence[str],
+    generator: random.Random,
+    *,
+    end_s: float,
+) -> list[tuple[int, Asked]]:
+    """Clients that ask one random question after the other until `end_s`; some leave early.
+
+    The questions that are under way then are part of it, so that no token is left out.
+    """
+    answers: list[tuple[int, Asked]] = []
+
+    async def client() -> None:
+        while time.perf_counter() < end_s:
+            number = generator.randrange(len(questions))
+            leaves = generator.random() < _LEAVING.value
+            most = generator.randrange(len(texts[number])) if leaves else None
+            answers.append((number, await ask(port, "ours", questions[number], most=most)))
+
+    await asyncio.gather(*(client() for _ in range(_CLIENTS.value)))
+    return answers
+
+
+def metric(port: int, name: str) -> float:
+    """The value of one of our server's metrics."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as response:
+        found = re.search(rf"^huatuo_{name}\{{.*\}} (\S+)$", response.read().decode(), re.MULTILINE)
+    assert found, name
+    return float(found[1])
+
+
+def wait_until_idle(port: int) -> None:
+    """Waits until no answer is waiting or under way."""
+    while any(metric(port, f"answers_{name}") for name in ("waiting", "running")):
+        time.sleep(0.1)
+    time.sleep(1.0)  # The round that was under way.
 
 
 def measure(
@@ -301,13 +420,12 @@ def measure(
     questions: list[dict[str, Any]],
     *,
     clients: int,
-    rounds: int,
     texts: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """A closed loop, after one answer to warm up."""
+    """A closed loop over all questions, after one answer to warm up."""
     asyncio.run(one_after_another(port, model, questions[:1]))
     started_s = time.perf_counter()
-    answers = asyncio.run(closed_loop(port, model, questions, clients=clients, rounds=rounds))
+    answers = asyncio.run(closed_loop(port, model, questions, clients=clients))
     found = figures(answers, time.perf_counter() - started_s, texts, questions)
     return found | {"clients": clients}
 
@@ -347,10 +465,10 @@ async def one_after_another(
 
 
 async def closed_loop(
-    port: int, model: str, questions: list[dict[str, Any]], *, clients: int, rounds: int
+    port: int, model: str, questions: list[dict[str, Any]], *, clients: int
 ) -> list[tuple[int, Asked]]:
     """Clients that each ask the next question as soon as they have an answer."""
-    waiting = iter([*range(len(questions))] * rounds)
+    waiting = iter(range(len(questions)))
     answers: list[tuple[int, Asked]] = []
 
     async def client() -> None:
@@ -362,7 +480,7 @@ async def closed_loop(
 
 
 async def open_loop(
-    port: int, model: str, questions: list[dict[str, Any]], *, rate: float
+    port: int, questions: list[dict[str, Any]], *, rate: float
 ) -> list[tuple[int, Asked]]:
     """Questions at random times, as many a second as `rate`, on average."""
     generator = random.Random(SEED)
@@ -370,10 +488,10 @@ async def open_loop(
     tasks: set[asyncio.Task[None]] = set()
 
     async def one(number: int) -> None:
-        answers.append((number, await ask(port, model, questions[number])))
+        answers.append((number, await ask(port, "ours", questions[number])))
 
     started_s = next_s = time.perf_counter()
-    while next_s < started_s + 60 * _MINUTES.value:
+    while next_s < started_s + 60 * _OPEN_MINUTES.value:
         await asyncio.sleep(max(0.0, next_s - time.perf_counter()))
         tasks.add(asyncio.create_task(one(generator.randrange(len(questions)))))
         next_s += generator.expovariate(rate)
@@ -381,8 +499,8 @@ async def open_loop(
     return answers
 
 
-async def ask(port: int, model: str, question: dict[str, Any]) -> Asked:
-    """Asks a question and reads the stream of its answer."""
+async def ask(port: int, model: str, question: dict[str, Any], *, most: int | None = None) -> Asked:
+    """Asks a question and reads the stream of its answer, and leaves behind `most` characters."""
     body: dict[str, Any] = {
         "model": model,
         "messages": [{"role": "user", "content": question["text"]}],
@@ -401,7 +519,7 @@ async def ask(port: int, model: str, question: dict[str, Any]) -> Asked:
     status = await reader.readline()
     assert b" 200 " in status, status + await reader.read()
     text, times_s, over = "", [], False
-    while line := await reader.readline():
+    while (most is None or len(text) <= most) and (line := await reader.readline()):
         if line.startswith(b"data: {"):
             for choice in json.loads(line[6:])["choices"]:
                 piece = choice["delta"].get("content") or ""
@@ -410,11 +528,18 @@ async def ask(port: int, model: str, question: dict[str, Any]) -> Asked:
                     text += piece
                     times_s.append(time.perf_counter())
     writer.close()
-    assert over, f"no end of the answer to {question['text']!r}: {text!r}"
+    assert over or most is not None, f"no end of the answer to {question['text']!r}: {text!r}"
     ended_s = time.perf_counter()
     first_s = (times_s[0] if times_s else ended_s) - started_s
     gaps_s = [after - before for before, after in zip(times_s, times_s[1:], strict=False)]
-    return Asked(text, question["tokens"], first_s, gaps_s, ended_s - started_s)
+    return Asked(text, question["tokens"], first_s, gaps_s, ended_s - started_s, not over)
+
+
+def cpu_of(process_id: int) -> float:
+    """The seconds of CPU that a process has used."""
+    fields = pathlib.Path(f"/proc/{process_id}/stat").read_text(encoding="utf-8")
+    user, system = fields.rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
 def memory_mib(process_id: int) -> float:

@@ -198,6 +198,60 @@ def sft_on_real_data() -> str:
     return markdown(("dialogues", "held-out loss", "bigram model"), rows)
 
 
+def serving() -> str:
+    """The load of many clients beside the bulk engine, and a few clients beside the peers."""
+    found = _read("serve_cpu")
+    load, parts = found["load"], found["load"]["parts"]
+    shares = [part["share_of_bulk"] for part in parts]
+    memory = [part["memory_mib"] for part in parts]
+    left = sum(part["slots_in_use_after"] + part["pages_in_use_after"] for part in parts)
+    times = ", ".join(
+        f"{name} {load[key]['p50']:,.0f} and {load[key]['p99']:,.0f}"
+        for key, name in (("first_text_ms", "to the first text"), ("between_pieces_ms", "between"))
+    )
+    rows = [
+        (
+            f"{load['clients']} clients, {load['seconds'] / 60:.0f} minutes",
+            f"{load['answers']:,} answers, {load['clients_that_left']:,} clients left early",
+        ),
+        ("tokens/s", _number(load["tokens_per_s"])),
+        (
+            "of the bulk engine's, in turns with it",
+            f"{load['share_of_bulk']:.2f} ({min(shares):.2f} to {max(shares):.2f})",
+        ),
+        (
+            "CPU a token, server and clients, beside bulk",
+            f"{load['cpu_ms_a_token']:.2f} and {load['bulk_cpu_ms_a_token']:.2f} ms",
+        ),
+        ("milliseconds, p50 and p99", times),
+        ("answers that are not those of one client alone", str(load["other_texts"])),
+        ("slots and pages in use when all had left", f"{left:.0f}"),
+        ("memory after each part, MiB", ", ".join(f"{one:,.0f}" for one in memory)),
+    ]
+    peers = found.get("peers", {})
+    rows += [
+        (
+            f"{one['clients']} clients: {CONTENDERS[name]}",
+            f"{_number(one['tokens_per_s'])} tokens/s"
+            + (f" ({one['ours_is_faster_by']:.2f})" if "ours_is_faster_by" in one else ""),
+        )
+        for name, one in peers.items()
+    ]
+    return markdown(("", ""), rows)
+
+
+def served_interface() -> str:
+    """The parts of OpenAI's interface that each server has."""
+    found = _read("serve_conformance")
+    servers = list(next(iter(found["checks"].values())))
+    heads = [f"{CONTENDERS[one]} {found['versions'].get(one, '')}".strip() for one in servers]
+    rows = [
+        (what, *("yes" if has[one] else "no" for one in servers))
+        for what, has in found["checks"].items()
+    ]
+    return markdown(("", *heads), rows)
+
+
 def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown."""
     lines = [f"| {' | '.join(cells)} |" for cells in (heads, *rows)]
@@ -214,6 +268,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "sft_machine": lambda: machine("sft_cpu"),
     "reward_machine": lambda: machine("reward_cpu"),
     "ppo_machine": lambda: machine("ppo_cpu"),
+    "serving": serving,
+    "served_interface": served_interface,
     "hardware": hardware,
     "hardware_short": lambda: hardware(
         "config", "devices", "GiB a device: SFT, reward, PPO", "of", "SFT, tokens/s at most"

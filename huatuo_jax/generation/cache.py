@@ -294,6 +294,11 @@ class PageTable:
         """Returns the number of owned and free pages, of all shards."""
         return len(self.pages.rows_P)
 
+    @property
+    def num_owned(self) -> int:
+        """Returns the number of owned pages, of all shards."""
+        return int(self._counts_B.sum())
+
     def needed(self, lengths_B: Sequence[int] | np.ndarray) -> int:
         """Returns the number of pages, of all shards, that rows of these lengths need."""
         counts = self._counts_for(lengths_B).reshape(self._shards, -1)

@@ -25,7 +25,6 @@ from jax.typing import DTypeLike
 
 from huatuo_jax.backbone.transformer import Transformer
 from huatuo_jax.core import sharding
-from huatuo_jax.data.answers import text_of
 from huatuo_jax.generation import weights
 from huatuo_jax.generation.buckets import Buckets
 from huatuo_jax.generation.cache import Cache, Pages, PageTable, check_fits
@@ -35,41 +34,11 @@ from huatuo_jax.generation.requests import (
     MAX_STOP_TOKENS,
     Answer,
     EngineReport,
-    FinishReason,
     Request,
     Running,
     SlotTable,
-    Usage,
-    find_stop,
+    finished,
 )
-
-
-def finished(
-    running: Running, *, active: bool, tokenizer: transformers.PreTrainedTokenizerBase | None
-) -> Answer | None:
-    """Returns the answer if it is complete by a stop string, a stop token or its length.
-
-    Args:
-        running: the tokens so far; the search for stop strings records its progress there.
-        active: the device would continue it.
-        tokenizer: the model's; without one the answer has no text.
-    """
-    sampling, ids = running.request.sampling, running.token_ids
-    if sampling.stop_strings:
-        assert tokenizer is not None
-        first = max(running.num_checked + 1, sampling.min_new_tokens, 1)
-        cut = find_stop(tokenizer, ids, sampling.stop_strings, first=first)
-        if cut is not None:
-            return _answer(running, num_tokens=cut.num_tokens, text=cut.text, reason="stop")
-        running.num_checked = len(ids)
-    if active:
-        return None
-    stopped = ids[-1] in sampling.stop_token_ids
-    text = None
-    if tokenizer is not None:
-        text = text_of(tokenizer, ids[:-1] if stopped else ids)
-    reason: FinishReason = "stop" if stopped else "length"
-    return _answer(running, num_tokens=len(ids), text=text, reason=reason)
 
 
 class Pool:
@@ -107,6 +76,11 @@ class Pool:
     def pages_of(self, rows_R: np.ndarray) -> Pages:
         """Returns the owners of pages for these slots alone, see `PageTable.of_rows`."""
         return self._table.of_rows(rows_R)
+
+    @property
+    def pages_in_use(self) -> int:
+        """Returns the number of pages that slots own."""
+        return self._table.num_owned
 
     @property
     def pages_per_slot(self) -> int:
@@ -469,6 +443,7 @@ class Engine:
             rounds=self._rounds,
             queued_slot_steps=self._queued_steps,
             queued_busy_slot_steps=self._queued_busy_steps,
+            pages_in_use=self._pool.pages_in_use,
             compilations=dict(self._programs.compilations),
             max_compilations=self._buckets.num_programs
             + (self._buckets.num_prefix_programs if self._prefixes.num_pages else 0),
@@ -577,18 +552,3 @@ class Engine:
             max_length=self._max_length,
             shards=sharding.batch_shards(self._mesh),
         )
-
-
-def _answer(running: Running, *, num_tokens: int, text: str | None, reason: FinishReason) -> Answer:
-    prompt_tokens = len(running.request.prompt_token_ids)
-    return Answer(
-        request_index=running.request_index,
-        answer_index=running.answer_index,
-        token_ids=running.token_ids[:num_tokens],
-        text=text,
-        log_probs=running.log_probs[:num_tokens],
-        sampling_log_probs=running.sampling_log_probs[:num_tokens],
-        finish_reason=reason,
-        usage=Usage(prompt_tokens, num_tokens),
-        top_log_probs=running.top_log_probs[:num_tokens],
-    )

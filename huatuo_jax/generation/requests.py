@@ -14,6 +14,7 @@ from huatuo_jax.data.answers import text_of
 from huatuo_jax.generation.buckets import bucket_of
 from huatuo_jax.generation.programs import Emitted, Progress
 from huatuo_jax.generation.sampling import MAX_TOP_LOG_PROBS, Settings, TopTokens
+from huatuo_jax.generation.streaming import GrowingText
 
 FinishReason = Literal["stop", "length"]
 TopLogProbs = list[tuple[int, float]]  # Tokens with their log-probabilities, best first.
@@ -158,6 +159,7 @@ class EngineReport:
         rounds: calls of the decode program.
         queued_slot_steps: slots times decode steps, while answers were waiting for a slot.
         queued_busy_slot_steps: those of them that gave a token.
+        pages_in_use: pages of the cache that answers have now.
         compilations: programs compiled, by kind, since the engine was made.
         max_compilations: largest possible number of them, whatever the requests.
     """
@@ -169,6 +171,7 @@ class EngineReport:
     rounds: int
     queued_slot_steps: int
     queued_busy_slot_steps: int
+    pages_in_use: int
     compilations: Mapping[str, int]
     max_compilations: int
 
@@ -202,7 +205,7 @@ class Cut(NamedTuple):
 
 
 def find_stop(
-    tokenizer: transformers.PreTrainedTokenizerBase,
+    growing: GrowingText,
     token_ids: Sequence[int],
     stop_strings: Sequence[str],
     *,
@@ -211,22 +214,22 @@ def find_stop(
     """Returns where the first stop string is complete, or None.
 
     Args:
-        tokenizer: the model's.
+        growing: the text of this answer, which decodes it.
         token_ids: of an answer.
         stop_strings: texts that end it.
         first: the smallest length in tokens at which it may end; earlier stop strings are ignored.
     """
     # A character with missing bytes decodes to U+FFFD, and may still change.
-    passed = len(text_of(tokenizer, token_ids[: first - 1]).rstrip("\ufffd"))
+    passed = len(growing.of(token_ids[: first - 1]).rstrip("\ufffd"))
 
     def start(text: str) -> int | None:
         found = [text.find(stop, max(0, passed - len(stop) + 1)) for stop in stop_strings]
         return min((place for place in found if place >= 0), default=None)
 
-    if start(text_of(tokenizer, token_ids)) is None:
+    if start(growing.of(token_ids)) is None:
         return None
     for num_tokens in range(first, len(token_ids) + 1):
-        text = text_of(tokenizer, token_ids[:num_tokens])
+        text = growing.of(token_ids[:num_tokens])
         place = start(text)
         if place is not None:
             return Cut(num_tokens, text[:place])
@@ -252,6 +255,7 @@ class Running:
         sampling_log_probs: of each, see `Answer`.
         top_log_probs: of each, see `Answer`.
         num_checked: tokens already searched for stop strings.
+        text: of the tokens, where stop strings are searched for.
     """
 
     request_index: int
@@ -262,6 +266,53 @@ class Running:
     sampling_log_probs: list[float] = dataclasses.field(default_factory=list)
     top_log_probs: list[TopLogProbs] = dataclasses.field(default_factory=list)
     num_checked: int = 0
+    text: GrowingText | None = None
+
+
+def finished(
+    running: Running, *, active: bool, tokenizer: transformers.PreTrainedTokenizerBase | None
+) -> Answer | None:
+    """Returns the answer if it is complete by a stop string, a stop token or its length.
+
+    Args:
+        running: the tokens so far; the search for stop strings records its progress there.
+        active: the device would continue it.
+        tokenizer: the model's; without one the answer has no text.
+    """
+    sampling, ids = running.request.sampling, running.token_ids
+    if sampling.stop_strings:
+        assert tokenizer is not None
+        first = max(running.num_checked + 1, sampling.min_new_tokens, 1)
+        if running.text is None:
+            running.text = GrowingText(tokenizer)
+        cut = find_stop(running.text, ids, sampling.stop_strings, first=first)
+        if cut is not None:
+            return _answer(running, num_tokens=cut.num_tokens, text=cut.text, reason="stop")
+        running.num_checked = len(ids)
+        running.text.settled(ids)
+    if active:
+        return None
+    stopped = ids[-1] in sampling.stop_token_ids
+    text = None
+    if tokenizer is not None:
+        text = text_of(tokenizer, ids[:-1] if stopped else ids)
+    reason: FinishReason = "stop" if stopped else "length"
+    return _answer(running, num_tokens=len(ids), text=text, reason=reason)
+
+
+def _answer(running: Running, *, num_tokens: int, text: str | None, reason: FinishReason) -> Answer:
+    prompt_tokens = len(running.request.prompt_token_ids)
+    return Answer(
+        request_index=running.request_index,
+        answer_index=running.answer_index,
+        token_ids=running.token_ids[:num_tokens],
+        text=text,
+        log_probs=running.log_probs[:num_tokens],
+        sampling_log_probs=running.sampling_log_probs[:num_tokens],
+        finish_reason=reason,
+        usage=Usage(prompt_tokens, num_tokens),
+        top_log_probs=running.top_log_probs[:num_tokens],
+    )
 
 
 class SlotTable:

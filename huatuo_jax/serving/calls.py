@@ -2,10 +2,13 @@
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import NamedTuple
 
 from huatuo_jax.generation.requests import Answer, Request, Running
+
+_EVERY_S = 0.05
+_QUIET_S = 15.0
 
 
 class Growing(NamedTuple):
@@ -85,22 +88,34 @@ class Call:
         """True once all answers are complete, or the call has failed."""
         return not self.remaining or self._error is not None
 
-    async def updates(self) -> list[Update]:
-        """Waits for updates and returns them, at most one an answer; none once all were returned.
+    async def updates(self) -> AsyncIterator[list[Update]]:
+        """Yields what is new of the answers, at most one update of each at a time.
+
+        The first update comes at once, and so does the end; between them 50 ms pass at least, as
+        each event costs the processors that decode. Where nothing comes for a while, an empty list
+        is yielded.
 
         Raises:
             BaseException: the error that ended the call.
         """
-        while not self._updates:
-            if self._error is not None:
+        loop = asyncio.get_running_loop()
+        while True:
+            if not self._updates and not self.ended:
+                self._changed.clear()
+                if not await _is_set_within(self._changed, _QUIET_S):
+                    yield []
+                    continue
+            if self._error is not None and not self._updates:
                 raise self._error
-            if not self.remaining:
-                return []
-            self._changed.clear()
-            await self._changed.wait()
-        found = list(self._updates.values())
-        self._updates.clear()
-        return found
+            if not self._updates:
+                return
+            found = list(self._updates.values())
+            self._updates.clear()
+            given_s = loop.time()
+            yield found
+            rest_s = given_s + _EVERY_S - loop.time()
+            if rest_s > 0 and not self.ended:
+                await _is_set_within(self._end, rest_s)
 
     async def answers(self) -> list[list[Answer]]:
         """Waits for all answers; returns them in the order of prompts and answers.
@@ -117,3 +132,13 @@ class Call:
             if isinstance(state, Answer):
                 found[prompt][answer] = state
         return [[group[index] for index in sorted(group)] for group in found]
+
+
+async def _is_set_within(event: asyncio.Event, seconds: float) -> bool:
+    """Waits for an event, for so long at most; returns True if it is set."""
+    try:
+        async with asyncio.timeout(seconds):
+            await event.wait()
+    except TimeoutError:
+        return False
+    return True

@@ -103,13 +103,15 @@ def _log_probs(
 
 async def _chunks(
     http: HttpRequest, call: Call, body: ChatBody, policy: Policy, head: Head
-) -> AsyncGenerator[pydantic.BaseModel, None]:
-    """Yields the parts of a response as the answers are written."""
+) -> AsyncGenerator[pydantic.BaseModel | None, None]:
+    """Yields the parts of a response as the answers are written, None where none comes."""
     stream = _Stream(body, policy, head)
     async with attended(http, call):
         for index in range(body.n):
             yield stream.chunk(index, ChoiceDelta(role="assistant", content="", refusal=None))
-        while updates := await call.updates():
+        async for updates in call.updates():
+            if not updates:
+                yield None
             for update in updates:
                 for chunk in stream.take(update):
                     yield chunk

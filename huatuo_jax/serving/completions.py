@@ -12,9 +12,8 @@ from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from huatuo_jax.data.answers import text_of
 from huatuo_jax.generation.requests import Answer, FinishReason, Request, Running
-from huatuo_jax.generation.streaming import GrowingAnswer
+from huatuo_jax.generation.streaming import GrowingAnswer, GrowingText
 from huatuo_jax.serving.answering import Answering, Head, require_finite, usage_of
 from huatuo_jax.serving.bodies import CompletionBody
 from huatuo_jax.serving.calls import Call, Growing
@@ -160,6 +159,7 @@ class _LogProbs:
             policy: the model.
         """
         self._policy, self.prompt_part = policy, _empty()
+        self._growing = GrowingText(policy.saved.tokenizer)
         self._num_told = self._start = self._offset = 0
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         if prompt is not None:
@@ -173,12 +173,13 @@ class _LogProbs:
     def extend(self, part: Logprobs, answer: Answer | Running, num_tokens: int) -> Logprobs:
         """Adds those of an answer's tokens up to a number that were not told yet."""
         token_ids = answer.token_ids[:num_tokens]
-        text = text_of(self._policy.saved.tokenizer, token_ids)
+        text = self._growing.of(token_ids)
         for place in range(self._num_told, num_tokens):
             log_prob = finite(answer.log_probs[place])
             best = {one: finite(value) for one, value in answer.top_log_probs[place]}
             self._add(part, token_ids[place], log_prob, best, text=text)
         self._num_told = num_tokens
+        self._growing.settled(token_ids)
         return part
 
     def _add(
@@ -219,8 +220,8 @@ async def _chunks(
     policy: Policy,
     prompts: Sequence[_Prompt],
     head: Head,
-) -> AsyncGenerator[pydantic.BaseModel, None]:
-    """Yields the parts of a response as the answers are written."""
+) -> AsyncGenerator[pydantic.BaseModel | None, None]:
+    """Yields the parts of a response as the answers are written, None where none comes."""
     streams = [
         _Stream(number * body.n + index, prompt, body, policy)
         for number, prompt in enumerate(prompts)
@@ -239,7 +240,9 @@ async def _chunks(
         if body.echo:
             for stream in streams:
                 yield made([stream.prompt()])
-        while updates := await call.updates():
+        async for updates in call.updates():
+            if not updates:
+                yield None
             for prompt, answer, state in updates:
                 if isinstance(state, Answer):
                     num_generated += len(state.token_ids)

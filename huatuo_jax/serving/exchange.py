@@ -13,6 +13,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from huatuo_jax.generation.streaming import TextChangedError
 from huatuo_jax.serving.calls import Call
 from huatuo_jax.serving.errors import ApiError, of_validation
 from huatuo_jax.serving.metrics import Metrics
@@ -22,7 +23,6 @@ Body = TypeVar("Body", bound=pydantic.BaseModel)
 
 MAX_BODY_BYTES = 16 * 2**20
 _BODY_S = 60.0
-_PING_S = 15.0
 _OPEN = ("/", "/health")  # Paths that need no key.
 _HEADERS = (
     (b"x-frame-options", b"DENY"),
@@ -89,12 +89,12 @@ class EventStream(StreamingResponse):
     """A stream of events; an error of theirs is the last of them."""
 
     def __init__(
-        self, events: AsyncGenerator[pydantic.BaseModel, None], finish: Callable[[], object]
+        self, events: AsyncGenerator[pydantic.BaseModel | None, None], finish: Callable[[], object]
     ) -> None:
         """Sends nothing yet.
 
         Args:
-            events: each is sent as it comes.
+            events: each is sent as it comes; a comment for None keeps the connection open.
             finish: called at the end, also where the client left before the first event.
         """
         super().__init__(_lines(events), media_type="text/event-stream")
@@ -109,10 +109,10 @@ class EventStream(StreamingResponse):
             self._finish()
 
 
-async def _lines(events: AsyncGenerator[pydantic.BaseModel, None]) -> AsyncIterator[str]:
-    """Yields the events as lines, with a comment where none comes for a while."""
+async def _lines(events: AsyncGenerator[pydantic.BaseModel | None, None]) -> AsyncIterator[str]:
+    """Yields the events as lines, and a comment for None."""
     try:
-        async for event in _with_pings(events):
+        async for event in events:
             if event is None:
                 yield ": waiting\n\n"
             else:
@@ -122,28 +122,11 @@ async def _lines(events: AsyncGenerator[pydantic.BaseModel, None]) -> AsyncItera
         return
     except ApiError as error:
         yield f"data: {json.dumps(error.to_json())}\n\n"
+    except TextChangedError as error:
+        yield f"data: {json.dumps(ApiError(500, str(error)).to_json())}\n\n"
     except Exception as error:
         log_error(error, doing="streaming an answer")
         yield f"data: {json.dumps(unexpected().to_json())}\n\n"
-
-
-async def _with_pings(
-    events: AsyncGenerator[pydantic.BaseModel, None],
-) -> AsyncIterator[pydantic.BaseModel | None]:
-    """Yields the events, and None where none comes for a while."""
-    while True:
-        coming = asyncio.ensure_future(anext(events, None))
-        try:
-            while not (await asyncio.wait({coming}, timeout=_PING_S))[0]:
-                yield None
-        finally:
-            if not coming.done():
-                coming.cancel()
-                await asyncio.wait({coming})
-        event = coming.result()
-        if event is None:
-            return
-        yield event
 
 
 def unexpected() -> ApiError:

@@ -16,6 +16,17 @@ _LONG_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _GAUGES: tuple[tuple[str, str, Callable[[ServedEngine], float]], ...] = (
     ("answers_waiting", "Answers that wait for a slot.", lambda engine: engine.waiting),
     ("answers_running", "Answers under way.", lambda engine: engine.running),
+    ("slots_in_use", "Slots that hold an answer.", lambda engine: len(engine.engine.running)),
+    (
+        "cache_pages_in_use",
+        "Pages of the cache that answers have.",
+        lambda engine: engine.engine.report.pages_in_use,
+    ),
+    (
+        "decoded_tokens",
+        "Tokens written since the start, those of answers that clients left included.",
+        lambda engine: engine.engine.report.generated_tokens,
+    ),
     (
         "cached_prompt_tokens",
         "Tokens of prompts that the prefix cache held, since the start.",

@@ -4,12 +4,13 @@ import pytest
 
 from huatuo_jax.data.answers import text_of
 from huatuo_jax.generation.requests import find_stop
+from huatuo_jax.generation.streaming import GrowingText
 from tests.generation import tiny
 
 
 def test_the_token_that_completes_the_stop_string_is_the_last(tokenizer):
     ids = tokenizer.encode("先热敷几天。\n问：还有吗", add_special_tokens=False)
-    cut = find_stop(tokenizer, ids, ["\n问：", "休息"], first=1)
+    cut = find_stop(GrowingText(tokenizer), ids, ["\n问：", "休息"], first=1)
     assert cut.text == "先热敷几天。"
     assert "\n问：" in text_of(tokenizer, ids[: cut.num_tokens])
     assert "\n问：" not in text_of(tokenizer, ids[: cut.num_tokens - 1])
@@ -17,15 +18,15 @@ def test_the_token_that_completes_the_stop_string_is_the_last(tokenizer):
 
 def test_of_two_stop_strings_the_one_that_completes_first_counts(tokenizer):
     ids = tokenizer.encode("a b c d e", add_special_tokens=False)
-    assert find_stop(tokenizer, ids, ["d e", "b c"], first=1).text == "a "
+    assert find_stop(GrowingText(tokenizer), ids, ["d e", "b c"], first=1).text == "a "
 
 
 def test_what_was_complete_before_the_first_allowed_length_is_passed_over(tokenizer):
     ids = tokenizer.encode("x#y#z", add_special_tokens=False)
     assert len(ids) == 5
-    assert find_stop(tokenizer, ids, ["#"], first=1).text == "x"
-    assert find_stop(tokenizer, ids, ["#"], first=3).text == "x#y"
-    assert find_stop(tokenizer, ids, ["#"], first=5) is None
+    assert find_stop(GrowingText(tokenizer), ids, ["#"], first=1).text == "x"
+    assert find_stop(GrowingText(tokenizer), ids, ["#"], first=3).text == "x#y"
+    assert find_stop(GrowingText(tokenizer), ids, ["#"], first=5) is None
 
 
 @pytest.mark.parametrize("steps_per_round", [pytest.param(1, marks=pytest.mark.slow), 8])

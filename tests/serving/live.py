@@ -12,8 +12,7 @@ from types import SimpleNamespace
 import openai
 import uvicorn
 
-from huatuo_jax.generation.engine import finished
-from huatuo_jax.generation.requests import Running, SamplingConfig
+from huatuo_jax.generation.requests import Running, SamplingConfig, finished
 from huatuo_jax.serving.app import make_app
 from huatuo_jax.serving.models import Policy, Served
 from huatuo_jax.serving.runner import ServedEngine
@@ -114,7 +113,9 @@ class ScriptedEngine:
         self.count = 0
         self.queue = deque()
         self.writing = {}
-        self.report = SimpleNamespace(cached_prompt_tokens=0, prompt_tokens=0)
+        self.report = SimpleNamespace(
+            cached_prompt_tokens=0, prompt_tokens=0, generated_tokens=0, pages_in_use=0
+        )
 
     def check(self, request):
         pass

@@ -11,7 +11,10 @@ import openai
 import pytest
 
 from huatuo_jax.core.sharding import MeshConfig
+from huatuo_jax.data.answers import text_of
+from huatuo_jax.generation import streaming
 from huatuo_jax.generation.saved_model import open_saved_model
+from huatuo_jax.serving import calls
 from huatuo_jax.serving.models import Policy
 from tests.api import tiny
 from tests.serving import live
@@ -160,6 +163,38 @@ def test_a_stream_that_fails_ends_with_the_error(saved, script):
         chunks = server.client().chat.completions.create(**body(POISON), stream=True)
         with pytest.raises(openai.APIError, match="the model failed on this request"):
             list(chunks)
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions"])
+def test_a_text_that_a_tokenizer_takes_back_ends_a_stream_with_an_error(
+    saved, script, monkeypatch, path
+):
+    def other(tokenizer, token_ids):
+        return f"!{text_of(tokenizer, token_ids)}"
+
+    monkeypatch.setattr(streaming, "text_of", other)
+    fields = body() if path == CHAT else {"prompt": [5, 6, 7]}
+    with live.serve(live.scripted(saved, script)) as server:
+        asked = {"model": "policy", **fields, "stream": True, "max_tokens": 2000}
+        status, _, told = server.ask("POST", path, asked)
+        assert status == 200 and b"cannot be streamed; ask for them without stream" in told
+        assert b"[DONE]" not in told
+        server.wait_until_idle()
+        assert server.ask("POST", path, asked | {"stream": False})[0] == 200
+
+
+def test_a_stream_without_news_is_kept_open_by_comments(saved, script, monkeypatch):
+    monkeypatch.setattr(calls, "_QUIET_S", 0.01)
+    with live.serve(live.scripted(saved, script)) as server:
+        engine = server.policy.engine.engine
+        engine.gate.clear()
+        waiting = send_raw(server, request_bytes(body(stream=True)))
+        data = b""
+        while b": waiting\n\n" not in data:
+            data += waiting.recv(4096)
+        engine.gate.set()
+        while b"[DONE]" not in data:
+            data += waiting.recv(4096)
 
 
 def test_a_dead_engine_is_told_by_health_and_by_every_answer(saved):
