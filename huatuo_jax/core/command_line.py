@@ -446,7 +446,9 @@ def _by_tyro(
         with contextlib.redirect_stderr(told), _columns(_WIDE):
             return _tyro(cls, default, arguments, name=name, prefix=prefix, flat=flat)
     except SystemExit:
-        raise ValueError(_message(told.getvalue())) from None
+        # The name of a class that refuses its fields says nothing to whoever gave the flags.
+        message = _message(told.getvalue()).removeprefix(f"{cls.__name__}: ")
+        raise ValueError(message) from None
 
 
 def _positional_name(cls: type[Any]) -> str | None:

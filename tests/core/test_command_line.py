@@ -53,6 +53,16 @@ class Flags:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Checked:
+    port: int = 0
+    inner: Inner = Inner()
+
+    def __post_init__(self):
+        if self.port > 65535:
+            raise ValueError(f"port={self.port} must be at most 65535")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Needing:
     """Of files.
 
@@ -137,6 +147,19 @@ def test_a_wrong_flag_ends_in_one_line_that_names_it(run, arguments, message):
     assert code == 1 and error.startswith("error: ") and error.count("\n") == 1
     with pytest.raises(ValueError, match=message):
         parse(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--port=99999", "port=99999 must be at most 65535"),
+        ("--rate=-1", "inner: rate=-1.0 must be 0 or more"),
+    ],
+)
+def test_a_refused_value_is_told_without_the_name_of_a_class(argument, message):
+    with pytest.raises(ValueError) as caught:
+        parse(argument, flags=Checked)
+    assert str(caught.value) == message
 
 
 def test_files_stand_beside_the_flags_and_required_flags_are_named():
