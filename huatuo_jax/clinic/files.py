@@ -80,15 +80,18 @@ def exam_questions(count: int, *, seed: int) -> Iterator[records.ExamQuestion]:
         )
 
 
-def written_cases(count: int, *, seed: int, diseases: int | None = None) -> Iterator[records.Case]:
+def written_cases(
+    count: int, *, seed: int, diseases: int | None = None, first: int = 1
+) -> Iterator[records.Case]:
     """Yields cases as a doctor writes them down, with diagnosis, department and the case itself.
 
     Args:
         count: number of cases.
         seed: another seed gives other cases.
         diseases: number of diseases that patients have, the most common ones; None for all.
+        first: number of the first one; a case follows from its number and the seed alone.
     """
-    for number in range(1, count + 1):
+    for number in range(first, first + count):
         case_id = f"clinic_case_{number:04d}"
         draws = Draws("case", seed, number)
         case = draw_case(draws, case_id, diseases=diseases)

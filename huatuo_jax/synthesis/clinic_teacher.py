@@ -62,6 +62,9 @@ class ClinicTeacher:
         """Returns a reply to each request; the attempt is part of its name."""
         return {name: ChatReply(self._text(name, one), "stop") for name, one in requests.items()}
 
+    def release(self) -> None:
+        """Does nothing: it takes no memory."""
+
     def totals(self) -> Totals | None:
         """Returns None: nothing is paid."""
         return None

@@ -123,14 +123,43 @@ def read_teaching_cases(paths: Sequence[str]) -> list[TeachingCase]:
     return list(found.values())
 
 
-def clinic_teaching_cases(count: int, *, seed: int) -> list[TeachingCase]:
-    """Returns cases of the clinic, whose truth is known."""
-    found = []
-    for one in written_cases(count, seed=seed):
-        own = ClinicCase.from_json(one.extra["case"])
-        case = dataclasses.replace(clinic_case(own), description=one.medical_case)
-        found.append(TeachingCase(case=case, clinic=own))
-    return found
+@dataclass(frozen=True, kw_only=True)
+class TeachingCases:
+    """A source of cases.
+
+    Attributes:
+        take: returns so many cases from a place on, or those that there are.
+        identity: what the cases follow from.
+        count: of all; None for no end.
+    """
+
+    take: Callable[[int, int], Sequence[TeachingCase]]
+    identity: str
+    count: int | None
+
+    @staticmethod
+    def of_files(paths: Sequence[str]) -> "TeachingCases":
+        """Returns the cases of files; see `read_teaching_cases`."""
+        cases = read_teaching_cases(paths)
+        return TeachingCases(
+            take=lambda first, count: cases[first : first + count],
+            identity=sha256("\0".join(repr(one.case) for one in cases))[:16],
+            count=len(cases),
+        )
+
+    @staticmethod
+    def of_clinic(*, seed: int) -> "TeachingCases":
+        """Returns cases of the clinic, whose truth is known; there is no end of them."""
+
+        def take(first: int, count: int) -> list[TeachingCase]:
+            found = []
+            for one in written_cases(count, seed=seed, first=first + 1):
+                own = ClinicCase.from_json(one.extra["case"])
+                case = dataclasses.replace(clinic_case(own), description=one.medical_case)
+                found.append(TeachingCase(case=case, clinic=own))
+            return found
+
+        return TeachingCases(take=take, identity=f"clinic, seed {seed}", count=None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,22 +173,22 @@ class ConversationMaker:
         batch_size: dialogues that are taken together.
     """
 
-    cases: Sequence[TeachingCase]
+    cases: TeachingCases
     max_exchanges: int = 8
     seed: int = 0
     batch_size: int = 64
     kind: str = field(default="distilled_conversation", init=False)
 
     @property
-    def num_candidates(self) -> int:
+    def num_candidates(self) -> int | None:
         """One for each case."""
-        return len(self.cases)
+        return self.cases.count
 
     def settings(self) -> dict[str, Any]:
         """Prompts, cases and the turn cap."""
         return {
             "prompts": sha256(_DOCTOR)[:16],
-            "cases": sha256("\0".join(repr(one.case) for one in self.cases))[:16],
+            "cases": self.cases.identity,
             "max_exchanges": self.max_exchanges,
             "seed": self.seed,
             "batch_size": self.batch_size,
@@ -167,9 +196,9 @@ class ConversationMaker:
 
     def batch(self, number: int, kept: Sequence[Candidate]) -> list[tuple[str, Job]]:
         """Returns the dialogues over the next cases."""
-        return jobs_of(
-            self.cases, self._job, number, size=self.batch_size, name=f"{self.kind}-{self.seed}"
-        )
+        first = number * self.batch_size
+        cases = self.cases.take(first, self.batch_size)
+        return jobs_of(cases, self._job, first=first, name=f"{self.kind}-{self.seed}")
 
     def assumed(self, request: Request) -> str:
         """Returns a turn of usual length; the doctor asks twice, then advises."""

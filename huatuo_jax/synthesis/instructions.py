@@ -31,7 +31,14 @@ from huatuo_jax.synthesis.jobs import (
     text_of,
     with_labels,
 )
-from huatuo_jax.synthesis.tables import SHIPPED_SEEDS, Language, Setting, Table, draw_settings
+from huatuo_jax.synthesis.tables import (
+    LANGUAGES,
+    SHIPPED_SEEDS,
+    Language,
+    Setting,
+    Table,
+    draw_settings,
+)
 
 _NUM_SEEDS, _NUM_MADE = 4, 2  # Examples in a request: seeds, and instructions made before.
 _FEWEST_WORDS, _MOST_WORDS = 4.0, 250.0
@@ -82,10 +89,15 @@ def read_seeds(path: str | os.PathLike[str] | None = None) -> list[Seed]:
             raise ValueError(f"{path}:{line.number}: instruction is missing or empty")
         if not isinstance(material, str | None):
             raise ValueError(f"{path}:{line.number}: input should be text")
+        language = str(row.get("language") or checks.language(instruction) or "zh")
+        if language not in LANGUAGES:
+            raise ValueError(
+                f"{path}:{line.number}: language={language!r} must be {' or '.join(LANGUAGES)}"
+            )
         found.append(
             Seed(
                 id=str(row.get("id", f"seed_{line.number}")),
-                language=str(row.get("language") or checks.language(instruction) or "zh"),
+                language=language,
                 instruction=instruction.strip(),
                 input=(material or "").strip(),
             )

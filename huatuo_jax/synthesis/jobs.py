@@ -135,25 +135,19 @@ class Maker(Protocol):
 def jobs_of(
     items: Sequence[Item],
     make: Callable[[int, Item], Job],
-    number: int,
     *,
-    size: int,
+    first: int,
     name: str,
 ) -> list[tuple[str, Job]]:
-    """Returns the jobs of a batch of a source that has an end, by their ids.
+    """Returns the jobs of a batch of a source, by their ids.
 
     Args:
-        items: the source, a job for each.
-        make: makes the job of an item and its place.
-        number: of the batch, from 0 on.
-        size: items of a batch.
+        items: the batch, a job for each.
+        make: makes the job of an item and its place in the source.
+        first: place of the first item.
         name: the beginning of the ids.
     """
-    first = number * size
-    return [
-        (f"{name}-{place:06d}", make(place, one))
-        for place, one in enumerate(items[first : first + size], first)
-    ]
+    return [(f"{name}-{place:06d}", make(place, one)) for place, one in enumerate(items, first)]
 
 
 def ask(request: Request) -> Generator[Step, list[Any], str]:

@@ -20,6 +20,7 @@ from huatuo_jax.synthesis.faithfulness import differences, worst
 from huatuo_jax.synthesis.jobs import (
     Candidate,
     Job,
+    Proposal,
     Rejected,
     Rejection,
     Request,
@@ -27,6 +28,7 @@ from huatuo_jax.synthesis.jobs import (
     jobs_of,
     object_of,
     text_of,
+    with_labels,
 )
 
 RealKind = Literal["real_instruction", "real_conversation"]
@@ -113,11 +115,11 @@ class PolishingMaker:
 
     def batch(self, number: int, kept: Sequence[Candidate]) -> list[tuple[str, Job]]:
         """Returns the next dialogues."""
+        first = number * self.batch_size
         return jobs_of(
-            self.dialogues,
+            self.dialogues[first : first + self.batch_size],
             lambda _, one: self._job(one),
-            number,
-            size=self.batch_size,
+            first=first,
             name=f"{self.kind}-{self.seed}",
         )
 
@@ -138,6 +140,11 @@ class PolishingMaker:
             "language": language,
             "taken from": one.source,
         }
+        # The patient's words stay as they are: what is near an earlier row is not paid for.
+        prompt = "\n".join(m.content for m in one.messages if m.role == "user")
+        (verdict,) = yield [Proposal(text=prompt)]
+        if verdict is not None:
+            return [with_labels(verdict, labels)]
         try:
             if self.plain:
                 requests = _plain_requests(one)
@@ -161,11 +168,12 @@ class PolishingMaker:
             Message(m.role, next(turns), m.trained) if m.role == "assistant" else m
             for m in one.messages
         )
-        prompt = "\n".join(m.content for m in messages if m.role == "user")
         extra: dict[str, Any] = {"original": originals, "source_id": one.id}
         if isinstance(one.extra.get("diagnosis"), str):
             extra["diagnosis"] = one.extra["diagnosis"]
-        return [Candidate(messages=messages, prompt=prompt, labels=labels, extra=extra)]
+        return [
+            Candidate(messages=messages, prompt=prompt, labels=labels, extra=extra, proposed=True)
+        ]
 
     def _request(self, one: Dialogue, originals: Sequence[str], language: str) -> Request:
         if self.kind == "real_instruction":

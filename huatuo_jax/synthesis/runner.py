@@ -60,7 +60,8 @@ class Checks:
 
     Attributes:
         near_duplicate: prompts above this ROUGE-L F of characters with an earlier one are left out.
-        personal_data: mask it, leave out rows that have some, or keep it.
+        personal_data: mask it, leave out rows that have some, or keep it. Texts of what is left
+            out are masked as well, unless it is kept.
     """
 
     near_duplicate: float = 0.7
@@ -129,7 +130,7 @@ class Runner:
             ValueError: the output was made with other settings, or another process makes it.
             OSError: a file cannot be written.
         """
-        self._output.parent.mkdir(parents=True, exist_ok=True)
+        self._check_output()
         settings = self._check_settings()
         with settings.open("rb") as file:
             lock_file(file.fileno(), settings)
@@ -234,7 +235,7 @@ class Runner:
             for number, one in enumerate(found):
                 row_id = name if len(found) == 1 else f"{name}-{number}"
                 if isinstance(one, Rejection):
-                    self._outcome.rejected[row_id] = one
+                    self._leave_out(row_id, one)
                     continue
                 candidate, masked[row_id] = _without_personal_data(one)
                 if masked[row_id] and self._checks.personal_data == "reject":
@@ -266,9 +267,15 @@ class Runner:
 
     def _reject(self, name: str, one: Candidate, reason: str, detail: str) -> None:
         sample = "\n".join(message.content for message in one.messages)
-        self._outcome.rejected[name] = Rejection(
-            reason=reason, detail=detail, sample=sample, labels=one.labels
-        )
+        rejection = Rejection(reason=reason, detail=detail, sample=sample, labels=one.labels)
+        self._leave_out(name, rejection)
+
+    def _leave_out(self, name: str, one: Rejection) -> None:
+        """Records a rejection, its texts masked: who is left out is not published either."""
+        if self._checks.personal_data != "keep":
+            detail, sample = mask(one.detail).text, mask(one.sample).text
+            one = dataclasses.replace(one, detail=detail, sample=sample)
+        self._outcome.rejected[name] = one
 
     def _row(self, name: str, one: Candidate) -> Json:
         source = f"synthesis, {self._teacher.name}"
@@ -283,9 +290,27 @@ class Runner:
             extra={**one.labels, **one.extra},
         ).to_json()
 
+    def _check_output(self) -> None:
+        """Refuses an output that cannot be written, or holds what is not this run's to replace."""
+        if self._output.is_dir():
+            raise ValueError(f"output: {self._output} is a folder; name a file in it")
+        if self._output.exists() and not self._settings_file.exists():
+            raise ValueError(
+                f"output: {self._output} is there, and no synthesis made it; choose another file"
+            )
+        try:
+            self._output.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            told = f"output: {self._output.parent} cannot be made a folder ({error.strerror})"
+            raise ValueError(told) from error
+
+    @property
+    def _settings_file(self) -> pathlib.Path:
+        return pathlib.Path(f"{self._output}.settings.json")
+
     def _check_settings(self) -> pathlib.Path:
         """Refuses an output of other settings, whose replies would be paid for a second time."""
-        path = pathlib.Path(f"{self._output}.settings.json")
+        path = self._settings_file
         settings = {
             "kind": self._maker.kind,
             **self._maker.settings(),

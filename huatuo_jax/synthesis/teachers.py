@@ -42,6 +42,9 @@ class Teacher(Protocol):
                 `known`.
         """
 
+    def release(self) -> None:
+        """Lets go of the memory that replying took."""
+
     def totals(self) -> Totals | None:
         """Returns what all runs have spent; None where nothing is paid."""
 
@@ -91,6 +94,10 @@ class ModelTeacher:
         with progress_bar(f"batch {batch + 1}: {self.name}", "replies") as on_progress:
             messages = self._messages(requests)
             return self._respondent.respond(messages, self._file(batch), on_progress)
+
+    def release(self) -> None:
+        """Lets go of weights and compiled programs."""
+        self._respondent.release()
 
     def totals(self) -> Totals | None:
         """Returns the sums of the spending file."""
@@ -152,6 +159,11 @@ class SharedTeacher:
         first, second = self._parted(requests)
         found = self._second.respond(batch, second) if second else {}
         return found | (self._first.respond(batch, first) if first else {})
+
+    def release(self) -> None:
+        """Lets go of the memory of both."""
+        self._first.release()
+        self._second.release()
 
     def totals(self) -> Totals | None:
         """Returns what the first one has spent."""

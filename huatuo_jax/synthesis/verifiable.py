@@ -91,11 +91,11 @@ class VerifiableMaker:
 
     def batch(self, number: int, kept: Sequence[Candidate]) -> list[tuple[str, Job]]:
         """Returns the next questions."""
+        first = number * self.batch_size
         return jobs_of(
-            self.questions,
+            self.questions[first : first + self.batch_size],
             lambda _, one: self._job(one),
-            number,
-            size=self.batch_size,
+            first=first,
             name=f"{KIND}-{self.seed}",
         )
 

@@ -202,3 +202,12 @@ def test_the_patient_may_name_what_the_doctor_has_named():
     assert patient_fault("很痒，是荨麻疹吗？", asked)[0] == "diagnosis leak"
     told = state_of("皮肤起红斑。", "请问痒不痒？", "很痒。", "考虑荨麻疹，建议抹药。")
     assert patient_fault("荨麻疹会传染给家里人吗？", told) is None
+
+
+def test_the_clinic_makes_more_conversations_for_the_same_output(tmp_path):
+    output = tmp_path / "rows.jsonl"
+    given = {"kind": "distilled_conversation", "output": str(output), "batch_size": 8}
+    synthesize.main(synthesize.Flags(**given, num_rows=8))
+    first = rows_of(output)
+    synthesize.main(synthesize.Flags(**given, num_rows=24))
+    assert rows_of(output)[: len(first)] == first and len(rows_of(output)) >= 24

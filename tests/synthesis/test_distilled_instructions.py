@@ -1,12 +1,7 @@
 """Distilled instructions of a scripted teacher: every planted fault is found, and no other."""
 
 import json
-import os
-import pathlib
 import random
-import subprocess
-import sys
-import time
 from collections import Counter
 
 import pytest
@@ -15,12 +10,12 @@ from huatuo_jax import synthesize
 from huatuo_jax.core.files import lock_file
 from huatuo_jax.data.readers import read_dialogues
 from huatuo_jax.synthesis.instructions import InstructionMaker, read_seeds
+from huatuo_jax.synthesis.run import MAKERS, SynthesisKind, SynthesisSettings
 from huatuo_jax.synthesis.tables import draw_settings, read_table
 from tests.synthesis import run_synthesis
+from tests.synthesis.run_synthesis import result
 from tests.synthesis.scripted_instructions import ScriptedInstructions
 from tests.synthesis.teacher_server import KEY, MODEL, TeacherServer, price_table, some_fault
-
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -89,63 +84,6 @@ def test_yield_and_cost_are_the_servers_own_count(tmp_path):
     assert (report["rows"], report["candidates"]) == (rows, rows + rejected)
     assert report["yield"] == rows / (rows + rejected)
     assert cost["money_per_row"] == pytest.approx(server.money(delivered) / rows, abs=1e-12)
-
-
-def result(folder):
-    """What must not depend on faults and kills."""
-    report = json.loads((folder / "rows.jsonl.report.json").read_text(encoding="utf-8"))
-    return (
-        (folder / "rows.jsonl").read_bytes(),
-        (folder / "rows.jsonl.rejected.jsonl").read_bytes(),
-        {name: report[name] for name in ("yield", "labels", "rejections", "diversity", "lengths")},
-    )
-
-
-def run_in_process(given):
-    return subprocess.Popen(
-        [sys.executable, "-m", "tests.synthesis.run_synthesis", json.dumps(given)],
-        cwd=ROOT,
-        env=dict(os.environ, PYTHONPATH=str(ROOT)),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-@pytest.mark.parametrize("num_kills", [1, pytest.param(5, marks=pytest.mark.slow)])
-def test_faults_of_the_server_and_kills_change_nothing_and_pay_nothing_twice(tmp_path, num_kills):
-    unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
-    unbroken.mkdir()
-    killed.mkdir()
-    with TeacherServer(ScriptedInstructions()) as server:
-        run_synthesis.run(flags(unbroken, server))
-        num_needed = len(server.calls)
-    draw = random.Random(0)
-    with TeacherServer(
-        ScriptedInstructions(), fault=some_fault(0.3, seed=1), delay_s=0.05
-    ) as server:
-        given = flags(killed, server, concurrency=4)
-        for kill in range(1, num_kills + 1):
-            process = run_in_process(given)
-            while len(server.calls) < kill * num_needed // (num_kills + 1):
-                assert process.poll() is None, process.stdout.read()
-                time.sleep(0.005)
-            time.sleep(draw.uniform(0.0, 0.05))
-            process.kill()
-            process.wait()
-        process = run_in_process(given)
-        output, _ = process.communicate()
-        assert process.returncode == 0, output
-        assert result(killed) == result(unbroken)
-        # A reply that was on its way when the run was killed is asked for again.
-        assert len(server.delivered()) <= num_needed + num_kills * 4
-        spent = json.loads((killed / "rows.jsonl.report.json").read_text(encoding="utf-8"))["cost"]
-        # A call is booked before it is sent: killed in between, it never reaches the server.
-        assert len(server.calls) <= spent["requests"] <= len(server.calls) + num_kills * 4
-        before = len(server.calls)
-        run_synthesis.run(given)
-        assert len(server.calls) == before
-        assert result(killed) == result(unbroken)
 
 
 def test_a_budget_stops_the_run_and_a_larger_one_goes_on(tmp_path):
@@ -267,9 +205,8 @@ def test_shipped_seeds_are_in_both_languages_and_no_two_alike():
     seeds = read_seeds()
     assert Counter(one.language for one in seeds) == {"zh": 32, "en": 24}
     assert len({one.prompt for one in seeds}) == len(seeds)
-    maker, known = synthesize.MAKERS["distilled_instruction"](
-        synthesize.Flags(kind="distilled_instruction", output="x", teacher="openai:x", base_url="x")
-    )
+    kind: SynthesisKind = "distilled_instruction"
+    maker, known = MAKERS[kind](kind, SynthesisSettings(teacher="openai:x"), "--")
     assert len(known) == len(seeds) and maker.kind == "distilled_instruction"
 
 
@@ -286,6 +223,19 @@ WRONG = {
         {"max_cost": 1.0, "teacher": "openai:unknown"},
         "--max_cost=1 needs a price for 'unknown'",
     ),
+    "no requests": ({"max_requests": 0}, "--max_requests=0 must be at least 1"),
+    "no money": ({"max_cost": 0.0}, "--max_cost=0 must be above 0"),
+    "no time": ({"timeout_s": 0.0}, "--timeout_s=0 must be above 0"),
+    "no tokens": ({"max_new_tokens": 0}, "--max_new_tokens=0 must be at least 1"),
+    "no rate": ({"tokens_per_minute": -5}, "--tokens_per_minute=-5 must be at least 1"),
+    "a similarity": ({"near_duplicate": 1.5}, "--near_duplicate=1.5 must be above 0 and at most 1"),
+    "a server's model by its name alone": (
+        {"teacher": "no-such-model", "base_url": None},
+        "a model behind a server is named openai:NAME",
+    ),
+    "no teacher": ({"teacher": "", "base_url": None}, "--teacher is empty: name a saved model"),
+    "a missing test set": ({"evaluation_sets": ("missing.jsonl",)}, "missing.jsonl: no such file"),
+    "a missing table": ({"table": "missing.json"}, "table: there is no file missing.json"),
     "money for the clinic": (
         {"max_cost": 1.0, "teacher": "clinic", "base_url": None, "prices": None},
         "--max_cost is for a teacher named openai:NAME, and --teacher is clinic",
@@ -293,11 +243,46 @@ WRONG = {
 }
 
 
+SEEDS = {
+    "": "there are no seeds",
+    "no JSON": ":1: not a line of JSON",
+    '{"text": "咳嗽怎么办？"}': ":1: instruction is missing or empty",
+    '{"instruction": "咳嗽怎么办？", "input": 5}': ":1: input should be text",
+    '{"instruction": "Que faire ?", "language": "fr"}': ":1: language='fr' must be zh or en",
+    '["咳嗽怎么办？"]': ":1: holds a list, it should be an object",
+}
+
+
+@pytest.mark.parametrize("content", SEEDS)
+def test_seeds_of_another_form_are_named_with_their_line(tmp_path, content):
+    path = tmp_path / "seeds.jsonl"
+    path.write_text(content and f"{content}\n", encoding="utf-8")
+    with pytest.raises(ValueError) as caught:
+        read_seeds(path)
+    assert str(caught.value).startswith(str(path)) and SEEDS[content] in str(caught.value)
+
+
+def test_an_output_that_is_not_ours_is_left_as_it_is(tmp_path):
+    with TeacherServer(ScriptedInstructions()) as server:
+        given = flags(tmp_path, server)
+        mine = tmp_path / "rows.jsonl"
+        mine.write_text("mine\n")
+        with pytest.raises(ValueError, match="is there, and no synthesis made it"):
+            run_synthesis.run(given)
+        assert mine.read_text() == "mine\n"
+        with pytest.raises(ValueError, match="is a folder; name a file in it"):
+            run_synthesis.run({**given, "output": str(tmp_path)})
+        with pytest.raises(ValueError, match="mine cannot be made a folder"):
+            mine.rename(tmp_path / "mine")
+            run_synthesis.run({**given, "output": str(tmp_path / "mine" / "rows.jsonl")})
+        assert not server.calls
+
+
 @pytest.mark.parametrize("case", WRONG)
 def test_what_is_wrong_is_one_line_before_anything_is_sent(tmp_path, case):
     given, message = WRONG[case]
     with TeacherServer(ScriptedInstructions()) as server:
-        with pytest.raises(ValueError) as caught:
+        with pytest.raises((ValueError, OSError)) as caught:
             run_synthesis.run(flags(tmp_path, server, **given))
         assert message in str(caught.value) and "\n" not in str(caught.value)
         assert not server.calls

@@ -69,4 +69,6 @@ def test_a_dry_run_of_a_saved_model_reads_no_weights(model, tmp_path, capsys, mo
 
 def test_bare_questions_are_for_saved_models_alone():
     with pytest.raises(ValueError, match="--asks=questions is for a saved model"):
-        synthesize.Flags(kind="distilled_instruction", output="x", asks="questions")
+        synthesize.main(
+            synthesize.Flags(kind="distilled_instruction", output="x", asks="questions")
+        )

@@ -73,6 +73,21 @@ def test_only_the_doctors_words_change_and_the_original_is_kept(tmp_path, kind):
             assert (now.content == then["content"]) == (now.role == "user")
 
 
+def test_a_dialogue_whose_question_is_near_an_earlier_one_is_not_paid_for(tmp_path):
+    with TeacherServer(polish) as server:
+        given = flags(tmp_path, server, "real_instruction", 8)
+        rows = rows_of(tmp_path / "source.jsonl")
+        again = [json.loads(json.dumps(row)) | {"id": f"again-{row['id']}"} for row in rows]
+        for row in again:
+            row["messages"][0]["content"] += "谢谢。"
+        text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows + again)
+        (tmp_path / "source.jsonl").write_text(text, encoding="utf-8")
+        run_synthesis.run({**given, "num_rows": 16})
+        assert len(server.calls) == 8
+    rejected = Counter(one["reason"] for one in rows_of(tmp_path / "rows.jsonl.rejected.jsonl"))
+    assert rejected["near duplicate"] == 8
+
+
 def test_personal_data_of_patients_is_masked_in_all_texts(tmp_path):
     with TeacherServer(polish) as server:
         given = flags(tmp_path, server, "real_instruction", 10)
@@ -106,6 +121,30 @@ def test_rows_with_personal_data_can_be_rejected(tmp_path):
     rejected = rows_of(tmp_path / "rows.jsonl.rejected.jsonl")
     (one,) = [one for one in rejected if one["reason"] == "personal data"]
     assert one["id"].endswith(f"{number:06d}") and one["detail"] == "name 1"
+
+
+@pytest.mark.parametrize("personal_data", ["mask", "reject", "keep"])
+def test_personal_data_is_masked_in_what_is_left_out_unless_it_is_kept(tmp_path, personal_data):
+    with TeacherServer(polish) as server:
+        given = flags(tmp_path, server, "real_instruction", 30, personal_data=personal_data)
+        rows = rows_of(tmp_path / "source.jsonl")
+        for row in rows:
+            row["messages"][0]["content"] += "我叫李明，电话13812345678。"
+            row["messages"][1]["content"] += "有事打13987654321。"
+        rows.append({**rows[0], "id": "again"})
+        rows[-1]["messages"] = [dict(one) for one in rows[0]["messages"]]
+        rows[-1]["messages"][0]["content"] += "好。"
+        text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+        (tmp_path / "source.jsonl").write_text(text, encoding="utf-8")
+        run_synthesis.run(given)
+    written = (tmp_path / "rows.jsonl.rejected.jsonl").read_text(encoding="utf-8")
+    reasons = {one["reason"] for one in rows_of(tmp_path / "rows.jsonl.rejected.jsonl")}
+    assert {"near duplicate", "unfaithful"} <= reasons
+    assert ("personal data" in reasons) == (personal_data == "reject")
+    for one in ("李明", "13812345678", "13987654321"):
+        assert (one in written) == (personal_data == "keep"), one
+        page = (tmp_path / "rows.jsonl.report.html").read_text(encoding="utf-8")
+        assert one not in page
 
 
 def test_rows_that_are_in_an_evaluation_set_are_left_out(tmp_path):
