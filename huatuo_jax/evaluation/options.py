@@ -346,8 +346,9 @@ def rows_of_trees(
             if not fits_W.any():
                 break
             best = int(np.lexsort((needed_W, common_W, fits_W))[-1])
-            chosen, room = waiting_W[best], room - needed_W[best]
-            row.append(int(chosen))
+            chosen = int(waiting_W[best])
+            room -= int(needed_W[best])
+            row.append(chosen)
             waiting_W, common_W = np.delete(waiting_W, best), np.delete(common_W, best)
             if not len(waiting_W):
                 break
