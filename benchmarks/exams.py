@@ -5,7 +5,8 @@ process of its own, on the same cores: our evaluator, our model in lm-evaluation
 exported model in torch there, with batches of several sizes. A turn answers all questions twice;
 the second time counts, as the first one compiles. Contenders take turns, ratios are of the same
 round, and all have to give the same log-probabilities. Times are from files to answers, prompts and
-tokens included; the harness, too, computes a context once for all its one-token answers.
+tokens included; the harness, too, computes a context once for all its one-token answers. CPU
+seconds, of all cores together, stand beside: they hold where other work shares the machine.
 
 CMMLU's files are read from the folder of real data (beside the checkout, or where
 HUATUO_SHARED_DATA says). With `--torch_python` torch runs in another environment, as it needs
@@ -51,6 +52,8 @@ COLUMNS = {
     "at least": ("least", ".2f"),
     "at most": ("most", ".2f"),
     "seconds of the first pass": ("first_seconds", ".1f"),
+    "CPU seconds": ("cpu_seconds", ".1f"),
+    "ours takes less by": ("cpu_seconds_over_ours", ".2f"),
 }
 
 
@@ -132,6 +135,10 @@ def figures(
         "most": max(ratios),
         "each_ratio": ratios,
         "first_seconds": statistics.median(turn["first_seconds"] for turn in turns),
+        "cpu_seconds": statistics.median(turn["cpu_seconds"] for turn in turns),
+        "cpu_seconds_over_ours": statistics.median(
+            one["cpu_seconds"] / our["cpu_seconds"] for one, our in zip(turns, ours, strict=True)
+        ),
     }
 
 

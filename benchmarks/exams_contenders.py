@@ -76,12 +76,22 @@ def main(arguments: Sequence[str]) -> None:
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
     files = json.loads((folder / "files.json").read_text(encoding="utf-8"))
     run = contender(name, folder, files, threads)
-    seconds = []
+    seconds, cpu_seconds = [], []
     for _ in range(2):
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         log_probs = run()
         seconds.append(time.perf_counter() - start)
-    print(json.dumps({"first_seconds": seconds[0], "seconds": seconds[1], "log_probs": log_probs}))
+        cpu_seconds.append(time.process_time() - cpu_start)
+    print(
+        json.dumps(
+            {
+                "first_seconds": seconds[0],
+                "seconds": seconds[1],
+                "cpu_seconds": cpu_seconds[1],
+                "log_probs": log_probs,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

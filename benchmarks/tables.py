@@ -29,12 +29,17 @@ CONTENDERS = {
     "trl_no_checkpointing": "TRL without gradient checkpointing",
     "transformers": "transformers",
     "vllm": "vLLM",
+    "ours in lm-eval": "huatuo_jax in lm-evaluation-harness",
+    "torch in lm-eval, batch 1": "lm-evaluation-harness with torch, batches of 1",
+    "torch in lm-eval, batch 8": "lm-evaluation-harness with torch, batches of 8",
+    "torch in lm-eval, batch 32": "lm-evaluation-harness with torch, batches of 32",
 }
 SPEEDS = {
     "trained_tokens_per_second": "trained tokens/s",
     "pairs_per_second": "pairs/s",
     "iterations_per_second": "iterations/s",
     "tokens_per_s": "tokens/s",
+    "questions_per_second": "questions/s",
 }
 TASKS = {
     "sft_cpu": "SFT",
@@ -265,11 +270,13 @@ TABLES: dict[str, Callable[[], str]] = {
     "ppo": lambda: details("ppo_cpu"),
     "ppo_that_ends": lambda: details("ppo_cpu_answers_that_end"),
     "generation": lambda: details("generation_cpu"),
+    "exams": lambda: details("exams_cpu"),
     "sft_machine": lambda: machine("sft_cpu"),
     "reward_machine": lambda: machine("reward_cpu"),
     "ppo_machine": lambda: machine("ppo_cpu"),
     "serving": serving,
     "served_interface": served_interface,
+    "exams_machine": lambda: machine("exams_cpu"),
     "hardware": hardware,
     "hardware_short": lambda: hardware(
         "config", "devices", "GiB a device: SFT, reward, PPO", "of", "SFT, tokens/s at most"

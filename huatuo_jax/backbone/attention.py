@@ -1,10 +1,10 @@
-"""Causal attention over rows of one or several segments, by one of three kernels.
+"""Causal attention over rows of one or several segments, or of trees, by one of three kernels.
 
-| kernel   | platform | segments          | window | ALiBi | grouped heads |
-|----------|----------|-------------------|--------|-------|---------------|
-| `xla`    | any      | yes               | yes    | yes   | yes           |
-| `cudnn`  | gpu      | as quadratic bias | yes    | no    | yes           |
-| `splash` | tpu      | yes               | yes    | no    | yes           |
+| kernel   | platform | segments          | trees             | window | ALiBi | grouped heads |
+|----------|----------|-------------------|-------------------|--------|-------|---------------|
+| `xla`    | any      | yes               | yes               | yes    | yes   | yes           |
+| `cudnn`  | gpu      | as quadratic bias | as quadratic bias | yes    | no    | yes           |
+| `splash` | tpu      | yes               | no                | yes    | no    | yes           |
 
 | kernel   | dtypes            | rows        | heads             |
 |----------|-------------------|-------------|-------------------|
@@ -16,6 +16,10 @@
 chosen by name that does not fit is an error. ALiBi stays with XLA: splash takes no bias, and
 cuDNN's would be a 16-bit one, too coarse for distant tokens. Splash and cuDNN are causal by index,
 which equals causal by position because positions rise with the index inside a segment.
+
+A row of trees holds sequences that begin alike, with the common tokens once. The tokens of a tree
+stand in depth-first order; a token's position is its depth, and it sees itself and those that it
+follows: the tokens before it whose subtree has not ended.
 """
 
 import functools
@@ -48,6 +52,7 @@ def attend_in_blocks(
     sliding_window: int | None,
     alibi_slopes_N: jax.Array | None,
     query_chunk: int,
+    subtree_ends_BT: jax.Array | None = None,
 ) -> jax.Array:
     """Attends in chunks of queries, each to the keys before its end, skipping the upper half.
 
@@ -55,12 +60,14 @@ def attend_in_blocks(
     """
     length = q_BTNH.shape[1]
     chunk = max(query_chunk, -(-length // _MOST_BLOCKS))
+    # In a row of trees a near token of the branch can be far off by its index.
+    reach = length if sliding_window is None or subtree_ends_BT is not None else sliding_window
     blocks, masks = [], []
     for start in range(0, length, chunk):
-        low = 0 if sliding_window is None else max(0, start - sliding_window + 1)
+        low = max(0, start - reach + 1)
         block = _Block(low, start, min(start + chunk, length))
         blocks.append(block)
-        masks.append(_mask(block, positions_BT, segment_ids_BT, sliding_window))
+        masks.append(_mask(block, positions_BT, segment_ids_BT, sliding_window, subtree_ends_BT))
     output_BKGTH = _weigh(
         tuple(blocks),
         *_heads_first(q_BTNH, k_BTKH, v_BTKH),
@@ -76,21 +83,34 @@ def cudnn(
     v_BTKH: jax.Array,
     segment_ids_BT: jax.Array | None,
     sliding_window: int | None,
+    *,
+    positions_BT: jax.Array,
+    subtree_ends_BT: jax.Array | None,
 ) -> jax.Array:
     """Runs cuDNN's flash attention through jax.
 
     Returns:
         `[B, T, N, H]`.
     """
-    visible = visible_tokens(segment_ids_BT, sliding_window)
+    visible = visible_tokens(segment_ids_BT, sliding_window, positions_BT, subtree_ends_BT)
     return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, implementation="cudnn", **visible)
 
 
-def visible_tokens(segment_ids_BT: jax.Array | None, sliding_window: int | None) -> dict[str, Any]:
+def visible_tokens(
+    segment_ids_BT: jax.Array | None,
+    sliding_window: int | None,
+    positions_BT: jax.Array,
+    subtree_ends_BT: jax.Array | None = None,
+) -> dict[str, Any]:
     """Returns the arguments of `jax.nn.dot_product_attention` for the visible tokens.
 
-    Segments become a mask of `[B, 1, T, T]`.
+    Segments and trees become a mask of `[B, 1, T, T]`.
     """
+    if subtree_ends_BT is not None:
+        # The window is in the mask: in a row of trees jax's own would count other branches' tokens.
+        row = _Block(0, 0, positions_BT.shape[1])
+        mask = _mask(row, positions_BT, segment_ids_BT, sliding_window, subtree_ends_BT)
+        return {"mask": mask.visible_BTS[:, None], "is_causal": True, "local_window_size": None}
     mask_B1TT = None
     if segment_ids_BT is not None:
         mask_B1TT = (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :])[:, None]
@@ -148,6 +168,7 @@ def attend(
     alibi_slopes_N: jax.Array | None,
     kernel: Kernel,
     query_chunk: int,
+    subtree_ends_BT: jax.Array | None = None,
 ) -> jax.Array:
     """Computes causal attention of rows to themselves, scores scaled by `H ** -0.5`.
 
@@ -155,12 +176,14 @@ def attend(
         q_BTNH: queries.
         k_BTKH: keys; each key/value head serves N / K query heads in a row.
         v_BTKH: values.
-        positions_BT: int32; rise by one from token to token inside a segment.
+        positions_BT: int32; rise by one from token to token inside a segment or a tree's branch.
         segment_ids_BT: int32, tokens see their own segment only; None for one segment a row.
         sliding_window: a token sees itself and the `sliding_window - 1` tokens before it.
         alibi_slopes_N: decrease of a score per token of distance; None without ALiBi.
         kernel: a kernel's name, or `auto`.
         query_chunk: queries of a chunk in the XLA kernel, which bounds its memory.
+        subtree_ends_BT: int32, the index behind the last token that follows each token, in rows
+            of trees; None where no sequences share tokens.
 
     Returns:
         `[B, T, N, H]` in the dtype of the queries.
@@ -176,11 +199,20 @@ def attend(
         head_dim=q_BTNH.shape[-1],
         dtype=str(q_BTNH.dtype),
         alibi=alibi_slopes_N is not None,
+        trees=subtree_ends_BT is not None,
     )
     if fit == "splash":
         return splash(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, sliding_window)
     if fit == "cudnn":
-        return cudnn(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, sliding_window)
+        return cudnn(
+            q_BTNH,
+            k_BTKH,
+            v_BTKH,
+            segment_ids_BT,
+            sliding_window,
+            positions_BT=positions_BT,
+            subtree_ends_BT=subtree_ends_BT,
+        )
     return attend_in_blocks(
         q_BTNH,
         k_BTKH,
@@ -190,12 +222,20 @@ def attend(
         sliding_window,
         alibi_slopes_N,
         query_chunk,
+        subtree_ends_BT,
     )
 
 
 @functools.cache  # Traced once for each stack of layers, so this also logs the warning once.
 def choose_kernel(
-    wanted: Kernel, platform: str | None, *, length: int, head_dim: int, dtype: str, alibi: bool
+    wanted: Kernel,
+    platform: str | None,
+    *,
+    length: int,
+    head_dim: int,
+    dtype: str,
+    alibi: bool,
+    trees: bool = False,
 ) -> Literal["xla", "cudnn", "splash"]:
     """Chooses the kernel that computes attention, by the table at this module's top.
 
@@ -206,6 +246,7 @@ def choose_kernel(
         head_dim: width H of a head.
         dtype: of queries, keys and values.
         alibi: scores have ALiBi's bias.
+        trees: rows hold trees of tokens.
 
     Raises:
         ValueError: the kernel chosen by name does not fit; gives the reasons.
@@ -215,7 +256,9 @@ def choose_kernel(
     candidate = own.get(platform or "cpu", "xla") if wanted == "auto" else wanted
     if candidate == "xla":
         return "xla"
-    misfits = _misfits(candidate, length=length, head_dim=head_dim, dtype=dtype, alibi=alibi)
+    misfits = _misfits(
+        candidate, length=length, head_dim=head_dim, dtype=dtype, alibi=alibi, trees=trees
+    )
     if not misfits:
         return candidate
     if wanted == "auto":
@@ -324,6 +367,7 @@ def _mask(
     positions_BT: jax.Array,
     segment_ids_BT: jax.Array | None,
     sliding_window: int | None,
+    subtree_ends_BT: jax.Array | None,
 ) -> _Mask:
     queries_BT1, keys_B1S = positions_BT[:, block.queries, None], positions_BT[:, None, block.keys]
     distance_BTS = queries_BT1 - keys_B1S
@@ -331,6 +375,10 @@ def _mask(
     if segment_ids_BT is not None:
         segments_BT1 = segment_ids_BT[:, block.queries, None]
         visible_BTS &= segments_BT1 == segment_ids_BT[:, None, block.keys]
+    if subtree_ends_BT is not None:
+        index_T = jnp.arange(block.end)
+        visible_BTS &= index_T[None, None, block.keys] <= index_T[None, block.queries, None]
+        visible_BTS &= index_T[None, block.queries, None] < subtree_ends_BT[:, None, block.keys]
     if sliding_window is not None:
         visible_BTS &= distance_BTS < sliding_window
     return _Mask(visible_BTS, distance_BTS)
@@ -461,7 +509,9 @@ def _block_sizes(length: int) -> splash_attention_kernel.BlockSizes:
     )
 
 
-def _misfits(kernel: str, *, length: int, head_dim: int, dtype: str, alibi: bool) -> list[str]:
+def _misfits(
+    kernel: str, *, length: int, head_dim: int, dtype: str, alibi: bool, trees: bool
+) -> list[str]:
     """Lists the reasons why a fused kernel does not take this input."""
     found = ["it takes no ALiBi bias"] if alibi else []
     if kernel == "cudnn":
@@ -472,6 +522,8 @@ def _misfits(kernel: str, *, length: int, head_dim: int, dtype: str, alibi: bool
         if head_dim > 128 or head_dim % 8:
             found.append(f"head_dim={head_dim} is not a multiple of 8 up to 128")
     else:
+        if trees:
+            found.append("it takes no trees")
         if dtype not in ("bfloat16", "float32"):
             found.append(f"it takes bfloat16 or float32, not {dtype}")
         if length % 128:

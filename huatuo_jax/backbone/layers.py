@@ -34,12 +34,14 @@ class Rows(NamedTuple):
         segment_ids_BT: int32, or None for one segment a row.
         cos_BTH: cosine of the rotations, `[B, T, H / 2]`; None without rotary positions.
         sin_BTH: their sine.
+        subtree_ends_BT: int32, of rows of trees; see `attention.attend`.
     """
 
     positions_BT: jax.Array
     segment_ids_BT: jax.Array | None
     cos_BTH: jax.Array | None
     sin_BTH: jax.Array | None
+    subtree_ends_BT: jax.Array | None = None
 
 
 class Projection(nn.Module):
@@ -211,6 +213,7 @@ def attend_to_rows(
         alibi_slopes_N=slopes(cfg),
         kernel=compute.kernel,
         query_chunk=compute.query_chunk,
+        subtree_ends_BT=rows.subtree_ends_BT,
     )
 
 

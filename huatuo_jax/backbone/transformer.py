@@ -93,6 +93,7 @@ class Transformer(nn.Module):
         *,
         segment_ids_BT: jax.Array | None = None,
         positions_BT: jax.Array | None = None,
+        subtree_ends_BT: jax.Array | None = None,
     ) -> jax.Array:
         """Returns the trunk's output after the final norm.
 
@@ -101,12 +102,16 @@ class Transformer(nn.Module):
             segment_ids_BT: tokens see their own segment only; 0 for padding, on either side. None
                 for one segment a row.
             positions_BT: by default they start at 0 in each segment.
+            subtree_ends_BT: of rows of trees, which need positions; see `attention.attend`.
 
         Returns:
             `[B, T, D]` in the compute dtype; values at padding have no meaning.
         """
         return self.trunk(
-            self.embed(tokens_BT), segment_ids_BT=segment_ids_BT, positions_BT=positions_BT
+            self.embed(tokens_BT),
+            segment_ids_BT=segment_ids_BT,
+            positions_BT=positions_BT,
+            subtree_ends_BT=subtree_ends_BT,
         )
 
     def embed(self, tokens_BT: jax.Array) -> jax.Array:
@@ -122,15 +127,18 @@ class Transformer(nn.Module):
         *,
         segment_ids_BT: jax.Array | None = None,
         positions_BT: jax.Array | None = None,
+        subtree_ends_BT: jax.Array | None = None,
     ) -> jax.Array:
         """Applies the layers and the final norm to embeddings; arguments as for a call."""
+        assert subtree_ends_BT is None or positions_BT is not None
         if positions_BT is None:
             if segment_ids_BT is None:
                 positions_T = jnp.arange(embedded_BTD.shape[1], dtype=jnp.int32)
                 positions_BT = jnp.broadcast_to(positions_T[None, :], embedded_BTD.shape[:2])
             else:
                 positions_BT = positions.positions_from_segments(segment_ids_BT)
-        hidden_BTD, _ = self.layers(embedded_BTD, self.rows(positions_BT, segment_ids_BT))
+        rows = self.rows(positions_BT, segment_ids_BT)._replace(subtree_ends_BT=subtree_ends_BT)
+        hidden_BTD, _ = self.layers(embedded_BTD, rows)
         return self.normalise(hidden_BTD)
 
     def rows(self, positions_BT: jax.Array, segment_ids_BT: jax.Array | None = None) -> Rows:

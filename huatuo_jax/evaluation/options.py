@@ -1,8 +1,8 @@
 """Log-probabilities of several continuations of a context, such as the options of a question.
 
-What continuations of a context have in common goes through the model once: options of one token
-each are read from one distribution, and a continuation that begins as a longer one does is read
-from the longer one's row.
+What they have in common goes through the model once: options of one token each are read from one
+distribution, longer ones follow one copy of their context, and contexts that begin alike, with the
+same instruction or examples, stand behind one copy of it in a row.
 """
 
 import functools
@@ -17,13 +17,16 @@ from jax.sharding import Mesh
 
 from huatuo_jax.backbone.transformer import Transformer
 from huatuo_jax.core import sharding
-from huatuo_jax.data.batches import pack_row, plan_rows
-from huatuo_jax.data.tokenizing import UNKNOWN_KIND, Example
 from huatuo_jax.training.loop import check_rows
-from huatuo_jax.training.losses import hidden_of
+from huatuo_jax.training.metrics import ModelFlops
 from huatuo_jax.training.update import Batch, Variables
 
+ROWS_AT_ONCE = 4  # Some thousand tokens; on a CPU larger batches are slower.
+
 _LENGTHS = 128
+_ROW_LENGTHS = tuple(_LENGTHS * 2**power for power in range(1, 9))
+_WAITING = 64  # Sequences that the next one of a row is chosen from.
+_PLACES, _CANDIDATES = 16, 4  # Sizes are multiples of them, so that few programs are compiled.
 _CHUNK = 128  # Places of each row whose logits are held at once.
 
 
@@ -59,13 +62,18 @@ def candidate_scores(
     Args:
         model: a backbone with a token head.
         variables: its own.
-        batch: rows (`token_ids`, `segment_ids`, `positions`, each `[B, T]`), `places` `[B, P]` (of
-            the tokens that candidates follow) and `candidates` `[B, P, C]`.
+        batch: rows of trees (`token_ids`, `positions`, `subtree_ends`, each `[B, T]`), `places`
+            `[B, P]` (of the tokens that candidates follow) and `candidates` `[B, P, C]`.
 
     Returns:
         Log-probabilities `[B, P, C]` in float32, and whether no other token is likelier.
     """
-    hidden_BTD = hidden_of(model, variables, batch)
+    hidden_BTD = model.apply(
+        variables,
+        batch["token_ids"],
+        positions_BT=batch["positions"],
+        subtree_ends_BT=batch["subtree_ends"],
+    )
     hidden_BPD = jnp.take_along_axis(hidden_BTD, batch["places"][:, :, None], axis=1)
     rows, num_places = batch["places"].shape
     chunk = min(_CHUNK, num_places)
@@ -109,7 +117,7 @@ class _Found(NamedTuple):
 
 
 class ContinuationScorer:
-    """Scores continuations in batches of packed rows on a mesh."""
+    """Scores continuations in batches of rows on a mesh."""
 
     def __init__(
         self, model: Transformer, variables: Variables, *, mesh: Mesh, rows_at_once: int
@@ -120,7 +128,8 @@ class ContinuationScorer:
             model: a backbone with a token head.
             variables: its own, on the mesh.
             mesh: rows are divided over it.
-            rows_at_once: rows of a batch.
+            rows_at_once: rows of a batch, at most; fewer where rows are longer than the longest
+                context with its continuation.
 
         Raises:
             ValueError: the mesh does not divide the rows.
@@ -200,21 +209,31 @@ class ContinuationScorer:
 
     def _found(self, segments: Sequence[_Segment]) -> Iterator[tuple[int, _Found]]:
         """Yields the number and the scores of each segment."""
-        lengths = [len(segment.token_ids) for segment in segments]
-        self._model.cfg.require_fixed_angles(max(lengths), purpose="scoring in batches")
-        row_length = -(-max(lengths) // _LENGTHS) * _LENGTHS
-        plan = plan_rows(lengths, np.arange(len(segments)), row_length=row_length)
-        planned = [plan[row].tolist() for row in range(len(plan))]
-        num_places = max(sum(len(segments[one].wanted) for one in row) for row in planned)
+        tokens = [tuple(segment.token_ids) for segment in segments]
+        in_order = sorted(range(len(segments)), key=tokens.__getitem__)
+        longest = max(map(len, tokens))
+        self._model.cfg.require_fixed_angles(longest, purpose="scoring in batches")
+        shortest = _rounded_up(longest, _LENGTHS)
+        shards = sharding.batch_shards(self._mesh)
+        most = self._rows_at_once * shortest  # Tokens of a batch.
+        planned, row_length = _plan(
+            [tokens[number] for number in in_order],
+            [shortest, *(size for size in _ROW_LENGTHS if shortest < size <= most // shards)],
+            flops=ModelFlops.of(self._model.cfg),
+        )
+        # As many in each batch, so that the last one has few empty rows.
+        num_batches = -(-len(planned) // max(most // row_length, shards))
+        rows_at_once = _rounded_up(-(-len(planned) // num_batches), shards)
+        num_places = max(sum(len(segments[in_order[one]].wanted) for one in row) for row in planned)
         width = max(len(columns) for one in segments for columns in one.wanted.values())
-        for first in range(0, len(planned), self._rows_at_once):
-            rows = planned[first : first + self._rows_at_once]
-            rows += [[]] * (self._rows_at_once - len(rows))
+        for first in range(0, len(planned), rows_at_once):
+            rows = [[in_order[one] for one in row] for row in planned[first : first + rows_at_once]]
+            rows += [[]] * (rows_at_once - len(rows))
             batch = _batch(
                 [[segments[number] for number in row] for row in rows],
                 row_length=row_length,
-                num_places=num_places,
-                width=width,
+                num_places=_rounded_up(num_places, _PLACES),
+                width=_rounded_up(width, _CANDIDATES),
             )
             placed = sharding.put_whole(batch, self._mesh)
             log_probs_BPC, is_best_BPC = map(np.asarray, self._compiled(self._variables, placed))
@@ -227,6 +246,10 @@ class ContinuationScorer:
                         _Found(log_probs_BPC[place, start:end], is_best_BPC[place, start:end]),
                     )
                     start = end
+
+
+def _rounded_up(size: int, step: int) -> int:
+    return -(-size // step) * step
 
 
 def _segments(one: Continuations) -> tuple[list[_Segment], list[int]]:
@@ -261,31 +284,125 @@ def _scored(
     return Scored(log_prob, is_greedy)
 
 
+def _plan(
+    sequences: Sequence[Sequence[int]], row_lengths: Sequence[int], *, flops: ModelFlops
+) -> tuple[list[list[int]], int]:
+    """Chooses the row length that takes least computing; returns its rows and the length.
+
+    In longer rows more sequences share what they have in common, and attention costs more. Each
+    row's sequences are indices in rising order; `sequences` are in lexical order.
+    """
+    lengths_S = np.array([len(one) for one in sequences])
+    shared_S = np.array([0, *(map(_num_shared, sequences, sequences[1:]))])
+    plans = [
+        (rows_of_trees(lengths_S, shared_S, row_length=length), length) for length in row_lengths
+    ]
+
+    def cost(plan: tuple[list[list[int]], int]) -> float:
+        rows, length = plan
+        # Masked pairs of a row are computed too.
+        return len(rows) * flops.of_forward(
+            tokens=length, scored_tokens=0, attended_pairs=length**2
+        )
+
+    return min(plans, key=cost)
+
+
+def _num_shared(first: Sequence[int], second: Sequence[int]) -> int:
+    """Tokens that both begin with."""
+    length = min(len(first), len(second))
+    differ = np.asarray(first[:length]) != np.asarray(second[:length])
+    return int(differ.argmax()) if differ.any() else length
+
+
+def rows_of_trees(
+    lengths_S: npt.NDArray[np.int_], shared_S: npt.NDArray[np.int_], *, row_length: int
+) -> list[list[int]]:
+    """Distributes sequences over rows that hold the tokens that several begin with once.
+
+    A row begins with the first sequence that has no place. Of those behind it, the one that has
+    most tokens in common with the row comes next, of several the longest that fits.
+
+    Args:
+        lengths_S: tokens of each sequence; the sequences are in lexical order.
+        shared_S: tokens that each has in common with the one before it, 0 for the first.
+        row_length: the most tokens that a row can hold.
+
+    Returns:
+        The indices of each row's sequences, rising.
+    """
+    rows: list[list[int]] = []
+    behind = min(_WAITING, len(lengths_S))
+    waiting_W = np.arange(behind)
+    while len(waiting_W):
+        row: list[int] = []
+        room = row_length
+        common_W = np.zeros(len(waiting_W), np.int64)
+        while True:
+            needed_W = lengths_S[waiting_W] - common_W
+            fits_W = needed_W <= room
+            if not row:
+                fits_W[1:] = False
+            if not fits_W.any():
+                break
+            best = int(np.lexsort((needed_W, common_W, fits_W))[-1])
+            chosen = int(waiting_W[best])
+            room -= int(needed_W[best])
+            row.append(chosen)
+            waiting_W, common_W = np.delete(waiting_W, best), np.delete(common_W, best)
+            if not len(waiting_W):
+                break
+            common_W = np.maximum(common_W, _num_common(shared_S, chosen, waiting_W))
+        rows.append(sorted(row))
+        added = min(len(row), len(lengths_S) - behind)
+        waiting_W = np.append(waiting_W, np.arange(behind, behind + added))
+        behind += added
+    return rows
+
+
+def _num_common(
+    shared_S: npt.NDArray[np.int_], chosen: int, others_W: npt.NDArray[np.int_]
+) -> npt.NDArray[np.int_]:
+    """Tokens that each of the others has in common with the chosen one, in lexical order."""
+    least = min(chosen, others_W[0])
+    common = np.empty(max(chosen, others_W[-1]) - least + 1, np.int64)
+    before = shared_S[least + 1 : chosen + 1][::-1]
+    common[: chosen - least] = np.minimum.accumulate(before)[::-1]
+    common[chosen - least + 1 :] = np.minimum.accumulate(shared_S[chosen + 1 : least + len(common)])
+    return common[others_W - least]
+
+
 def _batch(
     rows: Sequence[Sequence[_Segment]], *, row_length: int, num_places: int, width: int
 ) -> dict[str, np.ndarray]:
-    """Packs the segments of each row, with their places and candidates."""
-    packed = [
-        pack_row([_example(one.token_ids) for one in row], row_length=row_length, pad_token_id=0)
-        for row in rows
-    ]
-    batch = {
-        name: np.stack([one[name] for one in packed])
-        for name in ("token_ids", "segment_ids", "positions")
-    }
+    """Lays out the segments of each row as trees, with their places and candidates."""
+    token_ids_BT, positions_BT = np.zeros((2, len(rows), row_length), np.int32)
+    # A token of the padding sees itself only.
+    ends_BT = np.tile(np.arange(1, row_length + 1, dtype=np.int32), (len(rows), 1))
     places_BP = np.zeros((len(rows), num_places), np.int32)
     candidates_BPC = np.zeros((len(rows), num_places, width), np.int32)
     for number, row in enumerate(rows):
-        start = place = 0
+        end = place = 0
+        before: Sequence[int] = ()
+        branch_L = np.zeros(0, np.int32)  # The index of each token of the segment before.
         for segment in row:
+            shared, length = _num_shared(before, segment.token_ids), len(segment.token_ids)
+            ends_BT[number, branch_L[shared:]] = end
+            added = slice(end, end + length - shared)
+            token_ids_BT[number, added] = segment.token_ids[shared:]
+            positions_BT[number, added] = np.arange(shared, length)
+            end = added.stop
+            branch_L = np.append(branch_L[:shared], np.arange(added.start, end, dtype=np.int32))
+            before = segment.token_ids
             for position, columns in segment.wanted.items():
-                places_BP[number, place] = start + position
+                places_BP[number, place] = branch_L[position]
                 candidates_BPC[number, place, : len(columns)] = list(columns)
                 place += 1
-            start += len(segment.token_ids)
-    return batch | {"places": places_BP, "candidates": candidates_BPC}
-
-
-def _example(token_ids: Sequence[int]) -> Example:
-    ids = np.asarray(token_ids, np.int32)
-    return Example(ids, np.zeros(len(ids), bool), UNKNOWN_KIND, "")
+        ends_BT[number, branch_L] = end
+    return {
+        "token_ids": token_ids_BT,
+        "positions": positions_BT,
+        "subtree_ends": ends_BT,
+        "places": places_BP,
+        "candidates": candidates_BPC,
+    }

@@ -26,9 +26,9 @@ from huatuo_jax.evaluation.asking import (
     kept,
     read_kept,
 )
-from huatuo_jax.evaluation.options import Continuations, ContinuationScorer
+from huatuo_jax.evaluation.options import ROWS_AT_ONCE, Continuations, ContinuationScorer
 from huatuo_jax.generation.prompts import PromptTooLong, Task, make_record, make_request, make_task
-from huatuo_jax.generation.requests import SamplingConfig
+from huatuo_jax.generation.requests import SamplingConfig, slots_for
 from huatuo_jax.generation.saved_model import Engines, compute_config, open_saved_model
 from huatuo_jax.judge.judgements import sha256
 from huatuo_jax.judge.server import key_from_environment
@@ -38,7 +38,6 @@ Progress = Callable[[int, int], None]
 
 _CHUNK = 64
 _SCORED_CHUNK = 512
-_ROWS_AT_ONCE = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,14 +276,16 @@ class SavedRespondent:
             left = [name for name in asked if name not in found]
             for first in range(0, len(left), _SCORED_CHUNK):
                 names = left[first : first + _SCORED_CHUNK]
-                fitting = [name for name in names if self._fits(*asked[name])]
-                scored = iter(self.option_log_probs([asked[name] for name in fitting]))
-                values_of = {name: next(scored) if name in fitting else None for name in names}
+                encoded = dict(
+                    zip(names, self._encoded([asked[name] for name in names]), strict=True)
+                )
+                fitting = {name: one for name, one in encoded.items() if self._fits(one)}
+                scores = dict(zip(fitting, self._scored(list(fitting.values())), strict=True))
                 file.append(
-                    {"name": name, "request": hashes[name], "log_probs": values_of[name]}
+                    {"name": name, "request": hashes[name], "log_probs": scores.get(name)}
                     for name in names
                 )
-                found |= values_of
+                found |= {name: scores.get(name) for name in names}
                 if on_progress is not None:
                     on_progress(len(found), len(asked))
         return found
@@ -306,6 +307,12 @@ class SavedRespondent:
         Raises:
             ValueError: a context with a continuation is longer than the model's positions.
         """
+        return self._scored(self._encoded(asked), on_progress)
+
+    def _scored(
+        self, asked: Sequence[Continuations], on_progress: Progress | None = None
+    ) -> list[tuple[float, ...]]:
+        """The log-probabilities of each context's continuations."""
         if not asked:
             return []
         if self._scorer is None:
@@ -313,24 +320,28 @@ class SavedRespondent:
                 Transformer(self._saved.info.cfg, self._compute),
                 {"params": self._loaded()},
                 mesh=self._saved.mesh,
-                rows_at_once=_ROWS_AT_ONCE,
+                rows_at_once=slots_for(ROWS_AT_ONCE, self._saved.mesh),
             )
-        return self._scorer([self._continuations(*one) for one in asked], on_progress)
+        return self._scorer(asked, on_progress)
 
-    def _continuations(self, context: str, continuations: Sequence[str]) -> Continuations:
-        encode = self._saved.tokenizer.encode
-        # White space at the context's end belongs to the continuation's first token.
-        stripped = context.rstrip()
-        space = context[len(stripped) :]
-        before = encode(stripped)
-        return Continuations(
-            before, [encode(stripped + space + one)[len(before) :] for one in continuations]
-        )
+    def _encoded(self, asked: Sequence[tuple[str, Sequence[str]]]) -> list[Continuations]:
+        """Tokens of texts and of their continuations, all texts at once."""
+        # White space at a context's end belongs to the continuation's first token.
+        texts = [
+            text
+            for context, ends in asked
+            for text in (context.rstrip(), *(context + end for end in ends))
+        ]
+        ids = iter(self._saved.tokenizer(texts, verbose=False)["input_ids"] if texts else ())
+        encoded = []
+        for _, ends in asked:
+            before = next(ids)
+            encoded.append(Continuations(before, [next(ids)[len(before) :] for _ in ends]))
+        return encoded
 
-    def _fits(self, context: str, continuations: Sequence[str]) -> bool:
-        """Tells whether a text with each continuation fits the model's positions."""
-        before, ends = self._continuations(context, continuations)
-        longest = len(before) + max(map(len, ends))
+    def _fits(self, asked: Continuations) -> bool:
+        """Tells whether a context with each continuation fits the model's positions."""
+        longest = len(asked.context) + max(map(len, asked.continuations))
         return longest <= self._saved.info.cfg.max_positions
 
     def _hashes(self, prompts: Mapping[str, Dialogue]) -> dict[str, str]:

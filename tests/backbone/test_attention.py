@@ -128,6 +128,55 @@ def test_gradients_of_attention_equal_finite_differences(window, alibi):
         check_grads(jax.jit(attend), arrays, order=1, modes=["rev"], atol=1e-7, rtol=1e-7)
 
 
+# The token that each token of a row follows: two trees of several branches, and one of one token.
+FOLLOWS = (None, 0, 1, 1, 3, 0, 5, 5, None, 8, 9, 8, None)
+
+
+def branch_to(token: int) -> list[int]:
+    before = FOLLOWS[token]
+    return [token] if before is None else [*branch_to(before), token]
+
+
+def trees():
+    branches = [branch_to(token) for token in range(len(FOLLOWS))]
+    positions_BT = np.array([[len(branch) - 1 for branch in branches]])
+    ends_BT = np.array(
+        [
+            [
+                1 + max(t for t, branch in enumerate(branches) if token in branch)
+                for token in range(13)
+            ]
+        ]
+    )
+    return branches, jnp.asarray(positions_BT), jnp.asarray(ends_BT)
+
+
+@pytest.mark.parametrize("window", [None, 2])
+@pytest.mark.parametrize("alibi", [False, True])
+def test_a_token_of_a_tree_sees_its_own_branch_as_if_it_were_alone(window, alibi):
+    q, k, v = heads(1, 13, 4, 2, 8)
+    slopes_N = positions.alibi_slopes(4) if alibi else None
+    branches, positions_BT, ends_BT = trees()
+    found = attention.attend(
+        *(q, k, v),
+        positions_BT=positions_BT,
+        segment_ids_BT=None,
+        sliding_window=window,
+        alibi_slopes_N=None if slopes_N is None else jnp.asarray(slopes_N),
+        kernel="xla",
+        query_chunk=4,
+        subtree_ends_BT=ends_BT,
+    )
+    for token, branch in enumerate(branches):
+        alone = [array[:, branch] for array in (q, k, v)]
+        expected = attend_by_loop(*alone, np.ones((1, len(branch))), window, slopes_N)
+        np.testing.assert_allclose(found[0, token], expected[0, -1], atol=2e-6)
+    if not alibi:
+        visible = attention.visible_tokens(None, window, positions_BT, ends_BT)
+        asked_of_cudnn = jax.nn.dot_product_attention(q, k, v, implementation="xla", **visible)
+        np.testing.assert_allclose(asked_of_cudnn, found, atol=2e-6)
+
+
 def test_scores_of_16_bit_inputs_are_softmaxed_in_float32():
     q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in heads(1, 64, 2, 2, 16))
     found = attend_on_xla(q, k, v, None, window=None)
@@ -144,7 +193,8 @@ def test_what_cudnn_is_asked_for_is_what_xla_computes(window, segmented):
     """jax computes the same call without cuDNN, which proves window and segment conventions."""
     q, k, v = heads(2, 14, 4, 2, 8)
     segments_BT = jnp.asarray(segments_of(2, 14)) if segmented else None
-    visible = fused_attention.visible_tokens(segments_BT, window)
+    positions_BT = jnp.broadcast_to(jnp.arange(14)[None], (2, 14))
+    visible = fused_attention.visible_tokens(segments_BT, window, positions_BT)
     found = jax.nn.dot_product_attention(q, k, v, implementation="xla", **visible)
     expected = jax.jit(functools.partial(attend_on_xla, window=window))(q, k, v, segments_BT)
     assert_equal_at_tokens(found, expected, segments_BT, atol=2e-6)
@@ -231,6 +281,7 @@ MISFITS = [
     ("cudnn", {"head_dim": 256}, "head_dim=256 is not a multiple of 8 up to 128"),
     ("cudnn", {"head_dim": 12}, "head_dim=12 is not a multiple of 8 up to 128"),
     ("splash", {"alibi": True}, "it takes no ALiBi bias"),
+    ("splash", {"trees": True}, "it takes no trees"),
     ("splash", {"dtype": "float16"}, "it takes bfloat16 or float32, not float16"),
     ("splash", {"length": 200}, "rows of 200 tokens are not a multiple of 128"),
     ("splash", {"head_dim": 64}, "head_dim=64 is not a multiple of 128"),

@@ -69,6 +69,55 @@ def test_a_mesh_of_eight_devices_gives_the_same():
         np.testing.assert_allclose(together, single, rtol=1e-5, atol=1e-5)
 
 
+def with_shared_starts():
+    """Contexts that begin alike, that are others' beginnings, and that are the same."""
+    draw = np.random.default_rng(3)
+    examples = [tiny.prompt(150, seed=50), tiny.prompt(40, seed=51)]
+    made = [Continuations(examples[0], [[4], [7, 8]])]
+    for index in range(30):
+        start = [*examples[index % 2], *tiny.prompt(7 * (index % 3), seed=52)]
+        context = [*start, *tiny.prompt(int(draw.integers(1, 60)), seed=index)]
+        ends = [tiny.prompt(int(draw.integers(1, 20)), seed=1000 + 4 * index + n) for n in range(4)]
+        made.append(Continuations(context, ends))
+    return [*made, made[5], Continuations(made[6].context, [[1], [2, 3]])]
+
+
+def test_contexts_that_begin_alike_are_scored_as_each_alone():
+    questions = with_shared_starts()
+    for together, single in zip(scorer()(questions), alone(questions), strict=True):
+        np.testing.assert_allclose(together, single, rtol=1e-5, atol=1e-5)
+
+
+def test_what_sequences_begin_with_takes_its_place_once_in_a_row():
+    flops = options.ModelFlops.of(tiny.CFG)
+    draw = np.random.default_rng(0)
+    start, other = tiny.prompt(100), tiny.prompt(90, seed=1)
+    sequences = sorted([*start, *draw.integers(0, 99, 12).tolist()] for _ in range(30))
+    # 100 + 30 * 12 tokens, a few less where two go on alike.
+    assert options._plan(sequences, [512], flops=flops) == ([list(range(30))], 512)
+    mixed = sorted([*sequences, *([*other, index] for index in range(20))])
+    rows, _ = options._plan(mixed, [512], flops=flops)
+    assert len(rows) == 2
+
+
+def test_rows_of_trees_hold_each_sequence_once_and_never_too_much():
+    draw = np.random.default_rng(0)
+    for _ in range(20):
+        sequences = sorted(
+            draw.integers(0, 2, int(draw.integers(1, 30))).tolist()
+            for _ in range(int(draw.integers(1, 300)))
+        )
+        lengths = np.array([len(one) for one in sequences])
+        shared = np.array([0, *map(options._num_shared, sequences, sequences[1:])])
+        rows = options.rows_of_trees(lengths, shared, row_length=40)
+        assert sorted(index for row in rows for index in row) == list(range(len(sequences)))
+        for row in rows:
+            assert row == sorted(row)
+            held = [sequences[index] for index in row]
+            beginnings = {tuple(one[:end]) for one in held for end in range(1, 1 + len(one))}
+            assert len(beginnings) <= 40
+
+
 def test_what_cannot_be_scored_is_named():
     with pytest.raises(ValueError, match=r"asked\[1\]: context and continuations must hold"):
         scorer()([Continuations([3], [[4]]), Continuations([3], [[4], []])])

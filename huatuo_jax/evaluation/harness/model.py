@@ -20,7 +20,12 @@ from huatuo_jax.checkpoint.models import fingerprint
 from huatuo_jax.core.sharding import MeshConfig
 from huatuo_jax.data.chat.template import ChatTemplate
 from huatuo_jax.data.records import Message
-from huatuo_jax.evaluation.options import Continuations, ContinuationScorer, Scored
+from huatuo_jax.evaluation.options import (
+    ROWS_AT_ONCE,
+    Continuations,
+    ContinuationScorer,
+    Scored,
+)
 from huatuo_jax.generation.requests import Answer, Request, SamplingConfig, slots_for
 from huatuo_jax.generation.saved_model import Engines, compute_config, open_saved_model
 
@@ -94,7 +99,7 @@ class HuatuoLM(LM):
         compute_dtype: str | None = None,
         max_length: int | None = None,
         max_gen_toks: int = 256,
-        rows_at_once: int = 8,
+        rows_at_once: int = ROWS_AT_ONCE,
         slots: int = 32,
         seed: int = 0,
         batch_size: int | str | None = None,
@@ -111,7 +116,7 @@ class HuatuoLM(LM):
             compute_dtype: None for float32 on CPU, bfloat16 elsewhere.
             max_length: tokens that the model reads at most; None for the model's positions.
             max_gen_toks: tokens of a response, where a task says nothing.
-            rows_at_once: packed rows of a batch of likelihoods; rounded up to what the mesh needs.
+            rows_at_once: rows of a batch of likelihoods at most; rounded up to what the mesh needs.
             slots: responses under way at once, at most.
             seed: of sampled responses.
             batch_size: the harness gives it; not used, see `rows_at_once` and `slots`.
