@@ -28,6 +28,7 @@ CONTENDERS = {
     "trl": "TRL",
     "trl_no_checkpointing": "TRL without gradient checkpointing",
     "transformers": "transformers",
+    "transformers_batching": "transformers, continuous batching",
     "vllm": "vLLM",
 }
 SPEEDS = {
