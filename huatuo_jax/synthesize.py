@@ -5,6 +5,7 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Literal
 
+from huatuo_jax.core.config import Text
 from huatuo_jax.core.progress import tell
 from huatuo_jax.evaluation.asking import ChatModelConfig
 from huatuo_jax.evaluation.respondents import DecodingConfig, SavedRespondent, ServerRespondent
@@ -101,7 +102,7 @@ class Flags:
     near_duplicate: float = 0.7
     evaluation_sets: tuple[str, ...] = ()
     personal_data: PersonalData = "mask"
-    base_url: str | None = None
+    base_url: Text | None = None
     max_cost: float | None = None
     max_requests: int | None = None
     requests_per_minute: int | None = None

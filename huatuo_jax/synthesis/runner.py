@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from huatuo_jax.core.files import lock_file, write_file, write_rows
+from huatuo_jax.core.files import lock_file, make_folder, write_file, write_rows
 from huatuo_jax.core.progress import tell
 from huatuo_jax.data.records import KINDS, Dialogue, Json, is_empty
 from huatuo_jax.evaluation.asking import ChatReply, Cost
@@ -129,7 +129,7 @@ class Runner:
             ValueError: the output was made with other settings, or another process makes it.
             OSError: a file cannot be written.
         """
-        self._output.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self._output.parent)
         settings = self._check_settings()
         with settings.open("rb") as file:
             lock_file(file.fileno(), settings)
