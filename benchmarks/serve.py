@@ -21,6 +21,7 @@ import os
 import pathlib
 import random
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -38,7 +39,7 @@ _CLIENTS = flags.DEFINE_integer("clients", 64, "Clients of the load.", lower_bou
 _MINUTES = flags.DEFINE_float("minutes", 10.0, "Of the load; 0 for none.")
 _PARTS = flags.DEFINE_integer("parts", 4, "Parts of the load.", lower_bound=1)
 _LEAVING = flags.DEFINE_float("leaving", 0.1, "Share of the answers whose client leaves.")
-_BULK_ROUNDS = flags.DEFINE_integer("bulk_rounds", 6, "Times all questions, in bulk.")
+_BULK_ROUNDS = flags.DEFINE_integer("bulk_rounds", 4, "Times all questions, in bulk.")
 _OPEN_MINUTES = flags.DEFINE_float("open_minutes", 2.0, "Of the open loop; 0 for none.")
 _SHARE = flags.DEFINE_float("share", 0.8, "Of the load's rate, in the open loop.")
 _FEW = flags.DEFINE_integer("few", 16, "Clients of the comparison with peers.", lower_bound=1)
@@ -116,7 +117,8 @@ def main(_: list[str]) -> None:
             result["peers"] = {"ours": few}
         for peer in _PEERS.value:
             with PEERS[peer](folder) as port:
-                found = measure(port, peer, questions, clients=_FEW.value)
+                model = "vllm" if peer == "vllm" else str(folder / "model")
+                found = measure(port, model, questions, clients=_FEW.value, texts=texts)
             found["ours_is_faster_by"] = few["tokens_per_s"] / found["tokens_per_s"]
             result["peers"][peer] = found
             write(result)
@@ -255,14 +257,14 @@ def our_server(folder: pathlib.Path) -> Iterator[tuple[int, subprocess.Popen[str
 
 
 @contextlib.contextmanager
-def transformers_server(folder: pathlib.Path) -> Iterator[int]:
-    """`transformers serve` while the context lasts."""
+def transformers_server(folder: pathlib.Path, *more: str) -> Iterator[int]:
+    """`transformers serve`, with more flags, while the context lasts."""
     start = "import sys; from transformers.cli.transformers import main; sys.exit(main())"
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
     command = [sys.executable, "-c", start, "serve", str(folder / "model"), "--device", "cpu"]
-    command += ["--dtype", "float32", "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--dtype", "float32", "--host", "127.0.0.1", "--port", str(port), *more]
     with _peer(command, port) as ready:
         yield ready
 
@@ -283,7 +285,13 @@ def vllm_server(folder: pathlib.Path) -> Iterator[int]:
 @contextlib.contextmanager
 def _peer(command: Sequence[str], port: int) -> Iterator[int]:
     log = tempfile.TemporaryFile()
-    process = subprocess.Popen(command, env=environment(), stdout=log, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(
+        command,
+        env=environment(),
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,  # With all the processes that it starts.
+    )
     try:
         while True:
             if process.poll() is not None:
@@ -294,7 +302,12 @@ def _peer(command: Sequence[str], port: int) -> Iterator[int]:
             time.sleep(0.5)
         yield port
     finally:
-        process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(20)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         log.close()
 
@@ -305,7 +318,11 @@ def _end_of(log: IO[bytes]) -> str:
     return log.read().decode(errors="replace")[-500:]
 
 
-PEERS = {"transformers": transformers_server, "vllm": vllm_server}
+PEERS = {
+    "transformers": transformers_server,
+    "transformers_batching": lambda folder: transformers_server(folder, "--continuous-batching"),
+    "vllm": vllm_server,
+}
 
 
 def measure_load(

@@ -28,6 +28,7 @@ CONTENDERS = {
     "trl": "TRL",
     "trl_no_checkpointing": "TRL without gradient checkpointing",
     "transformers": "transformers",
+    "transformers_batching": "transformers, continuous batching",
     "vllm": "vLLM",
     "ours in lm-eval": "huatuo_jax in lm-evaluation-harness",
     "torch in lm-eval, batch 1": "lm-evaluation-harness with torch, batches of 1",

@@ -19,6 +19,7 @@ import rich.table
 
 from huatuo_jax.api.in_use import Delta, Settings
 from huatuo_jax.api.models import Model, SamplingFields, load_model, open_reward_model
+from huatuo_jax.core.config import Text
 from huatuo_jax.core.markdown import plain
 from huatuo_jax.data.records import Message, Messages, is_empty
 from huatuo_jax.judge.judgements import printable
@@ -67,7 +68,7 @@ class Flags:
     """
 
     model: str | None = None
-    base_url: str | None = None
+    base_url: Text | None = None
     reward_model: str | None = None
     system: str | None = None
     temperature: float | None = None

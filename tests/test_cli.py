@@ -1,13 +1,17 @@
 """The console command: its list of commands, names that are none, and what it imports."""
 
+import dataclasses
+import importlib
 import os
 import pathlib
 import subprocess
 import sys
+import typing
 
 import pytest
 
 from huatuo_jax import cli
+from huatuo_jax.core import config
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -91,3 +95,58 @@ def test_the_list_of_commands_waits_for_no_library(arguments):
 def test_the_help_of_training_does_not_import_torch():
     found = imported_by("train", "--help")
     assert "jax" in found and "torch" not in found
+
+
+def _flags_of_strings(settings, start=""):
+    """Names of the flags that take plain strings, which may be paths; of sections too."""
+    hints = typing.get_type_hints(settings if isinstance(settings, type) else type(settings))
+    marked = typing.get_type_hints(
+        settings if isinstance(settings, type) else type(settings), include_extras=True
+    )
+    for field in dataclasses.fields(settings):
+        hint = hints[field.name]
+        kinds = {hint, *typing.get_args(hint)}
+        value = field.default if isinstance(settings, type) else getattr(settings, field.name)
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            yield from _flags_of_strings(value, f"{start}{field.name}.")
+        elif "files" == field.name and not start:
+            yield ""
+        elif kinds & {str, tuple[str, ...]} and "no path" not in str(marked[field.name]):
+            yield f"--{start}{field.name}="
+
+
+@pytest.mark.parametrize("address", ["gs://bucket/run", "s3://bucket/run", "https://host/run"])
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_no_flag_takes_an_address_as_a_path(huatuo, name, address, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = cli.COMMANDS[name]
+    flags = getattr(importlib.import_module(f"huatuo_jax.{command.module}"), command.flags)
+    first = ["--config=sft:data.jsonl"] if command.with_config else []
+    asked = list(_flags_of_strings(flags))
+    assert asked
+    for flag in asked:
+        if "." in flag and not command.with_sections:
+            flag = f"--{flag.rpartition('.')[2]}"
+        code, out, err = huatuo(name, *first, f"{flag}{address}")
+        assert code == 1 and err.count("\n") == 1, (flag, out, err)
+        assert f"{address} is an address, where a path is needed: " in err, (flag, err)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("card", ["rlaif", "sft:data.jsonl", "ppo"])
+def test_no_field_of_a_card_takes_an_address_as_a_path(huatuo, card, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    start = ["train", f"--config={card}", "--workdir=run"]
+    fields = list(_flags_of_strings(config.load_card(card), "config."))
+    assert fields
+    for field in fields:
+        code, _, err = huatuo(*start, f"{field}gs://bucket/x")
+        assert code == 1 and "gs://bucket/x is an address" in err, (field, err)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_address_in_the_arguments_of_a_card_is_refused(huatuo, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = huatuo("train", "--config=sft:gs://bucket/data.jsonl", "--workdir=run")
+    assert code == 1 and "paths=gs://bucket/data.jsonl is an address" in err
+    assert list(tmp_path.iterdir()) == []

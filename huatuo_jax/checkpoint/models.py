@@ -114,7 +114,7 @@ def save_model(
         if jax.process_index() == 0:
             (folder / BACKBONE_FILE).write_text(config_text + "\n", encoding="utf-8")
             for name, source in files.items():
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                atomic.make_folder((folder / name).parent)
                 shutil.copyfile(source, folder / name)
     multihost_utils.sync_global_devices(f"done {folder}")
 

@@ -15,6 +15,7 @@ from jax.experimental import multihost_utils
 
 from huatuo_jax.checkpoint import orbax_files
 from huatuo_jax.core.config import as_json, differences
+from huatuo_jax.core.files import make_folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,7 +272,7 @@ def _make_writable(directory: str) -> None:
     """Makes the folder and checks that it is writable, before anything is computed."""
     if jax.process_index() == 0:
         try:
-            os.makedirs(directory, exist_ok=True)
+            make_folder(directory)
             with tempfile.TemporaryFile(dir=directory):
                 pass
         except OSError as error:

@@ -24,7 +24,7 @@ from huatuo_jax.clinic.world import (
     posterior,
     told_in_order,
 )
-from huatuo_jax.core.files import hash_of_files, write_file
+from huatuo_jax.core.files import hash_of_files, make_folder, write_file
 from huatuo_jax.data import records
 
 LETTERS = "ABCDE"
@@ -409,7 +409,7 @@ def _write(target: pathlib.Path, cfg: ClinicConfig, contents: Mapping[str, bytes
         **_settings(cfg),
         "files": {name: _hash(content) for name, content in contents.items()},
     }
-    target.mkdir(parents=True, exist_ok=True)
+    make_folder(target)
     # The settings mark the files as complete: removed first, written last.
     (target / SETTINGS_FILE).unlink(missing_ok=True)
     for name, content in contents.items():

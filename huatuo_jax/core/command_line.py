@@ -23,7 +23,7 @@ import tyro
 from absl import logging
 
 from huatuo_jax.core import distributed
-from huatuo_jax.core.config import cards, is_config, load_card, replaced
+from huatuo_jax.core.config import cards, check_path, check_paths, is_config, load_card, replaced
 
 Flags = TypeVar("Flags")
 
@@ -93,7 +93,8 @@ def parse(flags: type[Flags], arguments: Sequence[str], *, name: str, flat: bool
     it. With `flat` the fields of a section are flags without the section's name.
 
     Raises:
-        ValueError: an unknown flag, a missing one, or a value of the wrong type.
+        ValueError: an unknown flag, a missing one, a value of the wrong type, or an address in the
+            place of a path.
         SystemExit: after `--help`.
     """
     known = _fields_of(flags, None, flat=flat)
@@ -138,6 +139,8 @@ def parse_with_config(
     fields = _fields_of(type(settings), settings, prefix=_CONFIG)
     names = {one for one in fields if one.removeprefix(_CONFIG).partition(".")[0] in first}
     sought = _sought(rest, names)
+    for field, values in sought.items():
+        check_path(values[0], fields[field].hint, name=f"--{field}")
     if sought:
         settings = adapt(_config_of(settings, sought, fields, name=name))
         fields = _fields_of(type(settings), settings, prefix=_CONFIG)
@@ -154,7 +157,9 @@ def parse_with_config(
     _check_not_missing(own, given)
     own_given = {key: values for key, values in given.items() if key in own}
     found = _by_tyro(flags, None, own_given, name=name, flat=True)
-    return found, _config_of(settings, given, fields, name=name)
+    config = _config_of(settings, given, fields, name=name)
+    check_paths(config, path="config")  # A card's own, and its arguments.
+    return found, config
 
 
 def terminal_width() -> int | None:
@@ -273,7 +278,8 @@ def _read(arguments: Sequence[str], known: Mapping[str, _Field]) -> Given:
     """Returns the values that the command line gives to each field.
 
     Raises:
-        ValueError: a flag that is no field's, one without a value, or two values for one field.
+        ValueError: a flag that is no field's, one without a value, two values for one field, or an
+            address where a path may be.
     """
     given: Given = {}
     files = next((name for name, field in known.items() if _is_positional(field.hint)), None)
@@ -283,6 +289,7 @@ def _read(arguments: Sequence[str], known: Mapping[str, _Field]) -> Given:
         if not token.startswith("-") or token == "-":
             if files is None:
                 raise ValueError(f"unexpected argument {token!r}; see --help")
+            check_path(token, known[files].hint, name=files.upper())
             given.setdefault(files, []).append(token)
             continue
         flag, equals, value = token.partition("=")
@@ -308,6 +315,8 @@ def _read(arguments: Sequence[str], known: Mapping[str, _Field]) -> Given:
             raise ValueError(f"{flag} needs a value")
         if name in given and not _takes_many(hint):
             raise ValueError(f"{flag} is given twice")  # A value may be a secret.
+        for one in found:
+            check_path(one, hint, name=flag)
         given[name] = found
     return given
 

@@ -14,9 +14,11 @@ import pathlib
 import sys
 import typing
 from collections.abc import Mapping
-from typing import Any, Literal, TypeVar, cast, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, cast, get_args, get_origin
 
 import typeguard
+
+from huatuo_jax.core.files import check_local
 
 _ABSENT = object()
 Config = TypeVar("Config")
@@ -24,6 +26,11 @@ WORKDIR_MARK = "{workdir}"
 """Stands for the run's folder in a config's path, such as that of an earlier stage's output."""
 
 _OPERATIONAL = "operational"
+_NO_PATH = "no path"
+
+Text = Annotated[str, _NO_PATH]
+"""The type of a field that may hold `http://...`: an address on the web, or words. A field that is
+a plain `str` may be a path, and addresses are refused there."""
 
 
 def as_json(value: Any, *, name: str) -> Any:
@@ -153,12 +160,41 @@ def checked(settings: Config, wanted: type[Config], *, path: str) -> Config:
         path: its name in messages, as `config.sft`.
 
     Raises:
-        ValueError: another class, or a field of another type; names the field.
+        ValueError: another class, a field of another type, or an address in place of a path; names
+            the field.
     """
     if not isinstance(settings, wanted):
         raise ValueError(f"{path}={settings!r} must be a {wanted.__name__}")
     _check_fields(settings, path)
+    check_paths(settings, path=path)
     return settings
+
+
+def check_paths(settings: Any, *, path: str) -> None:
+    """Raises ValueError where a field of a config, or of its sections, is an address but no `Text`.
+
+    Args:
+        settings: a config.
+        path: its name in messages, as `config.sft`.
+    """
+    hints = typing.get_type_hints(type(settings), include_extras=True)
+    for field in dataclasses.fields(settings):
+        value, name = getattr(settings, field.name), f"{path}.{field.name}"
+        for one in value if isinstance(value, tuple) else (value,):
+            if is_config(one):
+                check_paths(one, path=name)
+            else:
+                check_path(one, hints[field.name], name=name)
+
+
+def check_path(value: Any, hint: Any, *, name: str) -> None:
+    """Raises ValueError where a field's value is an address and its type has no `Text`."""
+    if isinstance(value, str) and not _takes_text(hint):
+        check_local(value, name=name)
+
+
+def _takes_text(hint: Any) -> bool:
+    return hint == Text or any(_takes_text(one) for one in get_args(hint))
 
 
 def cards() -> list[str]:

@@ -23,6 +23,8 @@ from typing import Any, TypeVar
 import jax
 from jax._src import distributed  # The only way to the key-value store.
 
+from huatuo_jax.core.files import make_folder
+
 PEER_LOST_EXIT_CODE = 75
 """Exit code of a process that ends because another one did; the run can resume (EX_TEMPFAIL)."""
 
@@ -396,7 +398,7 @@ def check_shared(folder: pathlib.Path) -> None:
         return
     probe = folder / f".shared-{gather('probe', secrets.token_hex(4))[0]}"
     if _run.index == 0:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         probe.touch()
     barrier("probe written")
     seen = gather("probe seen", _is_seen(probe, timeout_s=_run.timeout_s / 4))

@@ -1,6 +1,8 @@
 r"""Files and folders that are complete or absent, and JSON Lines files, whole or appended to.
 
-Complete files are written beside their place and renamed into it.
+Complete files are written beside their place and renamed into it. All paths are of this machine's
+file system: an address such as `gs://bucket/run`, of which a folder named `gs:` would be made, is
+refused by `check_local`.
 
 JSON Lines, the files between stages, hold one object a line in UTF-8 and are split at `\n` alone:
 `str.splitlines` also cuts at U+2028, U+2029 and U+0085, which JSON text may hold unescaped. A line
@@ -19,9 +21,41 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
+# Values of some flags are named, as NAME=PATH or SET:PATH. `pathlib` leaves one slash of two.
+_ADDRESS = re.compile(r"(?:[\w.-]+[=:])?(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):/(?P<second>/?)")
 _UNFINISHED = re.compile(r"\.tmp-[0-9a-f]{8}$")
 Row = dict[str, Any]
 Unfinished = Literal["read", "skip"]
+
+
+def check_local(path: str | os.PathLike[str], *, name: str) -> None:
+    """Raises ValueError where a path is an address, such as `gs://bucket/run`.
+
+    Args:
+        path: as the user gave it, or what `pathlib` made of it (`gs:/bucket/run`).
+        name: of the field, for the message.
+    """
+    found = _ADDRESS.match(os.fspath(path))
+    if found is None or (isinstance(path, str) and not found["second"]):
+        return
+    scheme = found["scheme"].lower()
+    advice = "mount the bucket or disk as a folder, or copy the file, and give that path"
+    if scheme == "file":
+        advice = "give the path alone"
+    elif scheme in ("http", "https"):
+        advice = "download the file and give its path"
+    raise ValueError(f"{name}={os.fspath(path)} is an address, where a path is needed: {advice}")
+
+
+def make_folder(path: str | os.PathLike[str]) -> None:
+    """Makes a folder and those above it, where they are missing.
+
+    Raises:
+        ValueError: the path is an address.
+        OSError: it cannot be made.
+    """
+    check_local(path, name="folder")
+    pathlib.Path(path).mkdir(parents=True, exist_ok=True)
 
 
 def is_unfinished(path: str | os.PathLike[str]) -> bool:
@@ -85,13 +119,14 @@ def writing_directory(
 
     Raises:
         FileExistsError: the target is a file, or a folder with something in it and no `overwrite`.
-        ValueError: the target's own name is that of an unfinished folder.
+        ValueError: the target is an address, or its own name is that of an unfinished folder.
         OSError: it cannot be written.
     """
+    check_local(target, name="target")
     target = pathlib.Path(os.path.abspath(target))
     _check_target(target, overwrite=overwrite)
     temporary = temporary_name(target, nonce or new_nonce())
-    temporary.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(temporary.parent)
     if target.exists():
         _remove_leftovers(target)
     temporary.mkdir()
@@ -244,11 +279,12 @@ def write_rows(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]]) 
     """Writes a file, complete or not at all; an older one is replaced.
 
     Raises:
-        ValueError: a row that JSON cannot write, with its number and id.
+        ValueError: the path is an address, or a row cannot be written as JSON (number and id).
         OSError: the file cannot be written.
     """
+    check_local(path, name="path")
     path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     beside = path.with_name(f"{path.name}.tmp")
     try:
         with beside.open("wb") as file:
@@ -276,11 +312,12 @@ class AppendedFile(contextlib.AbstractContextManager["AppendedFile"]):
             locked: refuse a second process that opens the file locked.
 
         Raises:
-            ValueError: another process has locked it.
+            ValueError: the path is an address, or another process has locked it.
             OSError: it cannot be opened.
         """
+        check_local(path, name="path")
         self.path = pathlib.Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path.parent)
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
             if locked:

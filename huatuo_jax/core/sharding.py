@@ -203,7 +203,10 @@ def mesh_sizes(num_devices: int, *, data: int, fsdp: int, tensor: int) -> dict[s
     total = sizes["data"] * sizes["fsdp"] * sizes["tensor"]
     if total != num_devices:
         wanted = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
-        raise ValueError(f"mesh {wanted} needs {total} devices, there are {num_devices}")
+        raise ValueError(
+            f"mesh {wanted} needs {total} devices, there are {num_devices}; -1 for one of the axes "
+            "takes what there are"
+        )
     return sizes
 
 

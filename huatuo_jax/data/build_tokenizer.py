@@ -16,7 +16,7 @@ from collections.abc import Iterator
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from huatuo_jax.core.files import read_rows
+from huatuo_jax.core.files import make_folder, read_rows
 from huatuo_jax.data.chat.templates import HUATUOGPT_SYSTEM
 
 VOCAB_SIZE = 2048
@@ -117,7 +117,7 @@ def build(folder: str | os.PathLike[str], target: str | os.PathLike[str]) -> Non
         ValueError: there are no dialogues to train on.
     """
     tokenizer, place = train(folder), pathlib.Path(target)
-    place.mkdir(parents=True, exist_ok=True)
+    make_folder(place)
     tokenizer.save(str(place / "tokenizer.json"))
     config = json.dumps(_CONFIG, ensure_ascii=False, indent=2)
     (place / "tokenizer_config.json").write_text(f"{config}\n", encoding="utf-8")

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from huatuo_jax.core import distributed
-from huatuo_jax.core.files import write_rows
+from huatuo_jax.core.files import check_local, write_rows
 from huatuo_jax.core.progress import tell
 from huatuo_jax.data.answers import AnswerToTokenize, Sampled
 from huatuo_jax.data.formats.dialogues import PROMPT_FORMATS, Terms, recognise
@@ -59,12 +59,14 @@ def as_file(
         say: called with a line for each kind of value that was converted to JSON.
 
     Raises:
-        ValueError: there are no rows, one is not a dict, or it holds a value that JSON cannot
-            represent.
+        ValueError: the path or workdir is an address, there are no rows, one is not a dict, or it
+            holds a value that JSON cannot represent.
         OSError: the file cannot be written.
     """
     if isinstance(data, str | os.PathLike):
+        check_local(data, name=name)
         return os.fspath(data)
+    check_local(workdir, name="workdir")
     if isinstance(data, Mapping) or not isinstance(data, Iterable):
         raise ValueError(
             f"{name} is a {type(data).__name__}; it should be a list of rows (dicts), a "

@@ -317,7 +317,7 @@ def build_once(
     target = folder / key
     if target.is_dir():
         return target
-    folder.mkdir(parents=True, exist_ok=True)
+    files.make_folder(folder)
     with _locked(folder / f"{key}.lock"):
         if target.is_dir():
             return target

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import jinja2
 import numpy as np
 
-from huatuo_jax.core.files import write_file
+from huatuo_jax.core.files import make_folder, write_file
 from huatuo_jax.data.records import Message
 
 CRITERIA = ("diagnosis", "treatment", "knowledge")
@@ -231,7 +231,7 @@ def write_human_set(blind: BlindSet, folder: str | os.PathLike[str]) -> None:
         OSError: they cannot be written.
     """
     folder = pathlib.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     key = {
         "format": SET_FORMAT,
         "set": blind.hash,

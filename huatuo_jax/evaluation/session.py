@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
-from huatuo_jax.core.files import write_rows
+from huatuo_jax.core.files import make_folder, write_rows
 from huatuo_jax.core.progress import progress_bar, tell
 from huatuo_jax.evaluation.asking import ChatMessages, ChatModelConfig, ChatReply, Cost, ReplyFile
 from huatuo_jax.evaluation.exam_mentions import final_part
@@ -313,7 +313,7 @@ class Session:
     def write_records(self, suite: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Writes prompt, response and verdict of each item."""
         folder = self.output / "records"
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         write_rows(folder / f"{suite}.jsonl", rows)
 
     def _use(self, model: str) -> Respondent:

@@ -15,7 +15,7 @@ from huatuo_jax.backbone.config import ComputeConfig
 from huatuo_jax.backbone.transformer import Transformer
 from huatuo_jax.checkpoint import models
 from huatuo_jax.core import distributed, statistics
-from huatuo_jax.core.files import write_file, write_rows
+from huatuo_jax.core.files import make_folder, write_file, write_rows
 from huatuo_jax.core.statistics import Interval, Values, mean_over_prompts
 from huatuo_jax.evaluation.answers import (
     BEST_OF_N,
@@ -199,7 +199,7 @@ def run_evaluation(
         ValueError: an invalid model or prompts.
         OSError: a file cannot be read or written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     assert cfg.base is not None and cfg.temperature is not None
     places = {"base": cfg.base, "sft": cfg.sft, "ppo": cfg.ppo}
     candidates = cfg.num_candidates

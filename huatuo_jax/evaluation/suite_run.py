@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from huatuo_jax.core.files import write_file
+from huatuo_jax.core.files import make_folder, write_file
 from huatuo_jax.core.progress import tell
 from huatuo_jax.evaluation.asking import SPENDING_SUFFIX
 from huatuo_jax.evaluation.comparing_suites import PairJudge
@@ -119,7 +119,7 @@ class SuiteRun:
             tests = {suite.name: suite.test_texts() for suite in self._suites}
             result["contamination"] = overlaps_with_files(tests, self._cfg.training_data)
         result["calls"] = _calls(self._output)
-        self._output.mkdir(parents=True, exist_ok=True)
+        make_folder(self._output)
         text = json.dumps(result, ensure_ascii=False, indent=1, allow_nan=False)
         write_file(self._output / RESULTS_FILE, text.encode("utf-8", "replace"))
         return result

@@ -7,7 +7,7 @@ run, so that nobody waits for a figure that never comes.
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
-from huatuo_jax.core.config import operational
+from huatuo_jax.core.config import Text, operational
 from huatuo_jax.evaluation.clinical import History
 from huatuo_jax.evaluation.comparing_suites import PatientName
 from huatuo_jax.evaluation.consultations import Ending
@@ -152,7 +152,7 @@ class SuiteSettings:
     examples: ExampleFiles = operational(ExampleFiles())
     limit: int | None = None
     seed: int = 0
-    base_url: str | None = operational(None)
+    base_url: Text | None = operational(None)
     max_requests: int | None = operational(None)
     max_cost: float | None = operational(None)
     prices: str | None = operational(None)

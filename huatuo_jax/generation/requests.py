@@ -10,6 +10,7 @@ import transformers
 from jax.sharding import Mesh
 
 from huatuo_jax.core import sharding
+from huatuo_jax.core.config import Text
 from huatuo_jax.data.answers import text_of
 from huatuo_jax.generation.buckets import bucket_of
 from huatuo_jax.generation.programs import Emitted, Progress
@@ -51,7 +52,7 @@ class SamplingConfig:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     stop_token_ids: tuple[int, ...] = ()
-    stop_strings: tuple[str, ...] = ()
+    stop_strings: tuple[Text, ...] = ()
 
     def __post_init__(self) -> None:
         """Validates the fields."""

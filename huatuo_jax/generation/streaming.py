@@ -11,7 +11,7 @@ from huatuo_jax.data.chat.template import ChatTemplate, without_start_of
 _BYTE = re.compile("<0x[0-9A-F]{2}>")  # A token of one byte in a SentencePiece vocabulary.
 _FIRST_BYTE = "<0x00>"
 _INCOMPLETE = "\ufffd"  # Of bytes that are no character yet.
-_CONTEXT = 8  # Tokens that are decoded again before new ones.
+_CONTEXT = 16  # Tokens that are decoded again before new ones.
 
 
 class TextChangedError(ValueError):

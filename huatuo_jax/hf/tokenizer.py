@@ -19,6 +19,7 @@ import huggingface_hub
 import transformers
 from tokenizers import AddedToken, Regex, Tokenizer, pre_tokenizers
 
+from huatuo_jax.core.files import make_folder
 from huatuo_jax.hf import sentencepiece_bpe
 from huatuo_jax.hf.config import read_json, write_json
 from huatuo_jax.hf.generation_config import CONFIG_FILE, GENERATION_CONFIG_FILE, set_stop_token_ids
@@ -123,7 +124,7 @@ def save_tokenizer(
         ValueError: As `load_tokenizer`.
     """
     target = pathlib.Path(target)
-    target.mkdir(parents=True, exist_ok=True)
+    make_folder(target)
     tokenizer: transformers.PreTrainedTokenizerBase
     if isinstance(tokenizer_or_source, str | pathlib.Path):
         folder = local_folder(tokenizer_or_source)
@@ -532,7 +533,7 @@ def copy_files(folder: pathlib.Path, target: pathlib.Path, patterns: tuple[str, 
     """Copies the files of these patterns that a folder has, byte for byte."""
     for path in sorted(path for pattern in patterns for path in folder.glob(pattern)):
         place = target / path.relative_to(folder)
-        place.parent.mkdir(exist_ok=True)
+        make_folder(place.parent)
         if path.resolve() != place.resolve():
             shutil.copyfile(path, place)
 

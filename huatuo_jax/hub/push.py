@@ -21,6 +21,7 @@ from huggingface_hub.utils import (
     validate_repo_id,
 )
 
+from huatuo_jax.core.files import make_folder
 from huatuo_jax.hub.account import Account, Token, find_token, kept_secret, reason_of
 from huatuo_jax.hub.uploads import (
     CARD_FILE,
@@ -74,7 +75,7 @@ def push(cfg: PushConfig, tell: Tell = print) -> tuple[Pushed, ...]:
     """
     with tempfile.TemporaryDirectory(prefix="huatuo_push_") as name:
         made = pathlib.Path(name) / "data"
-        made.mkdir()
+        make_folder(made)
         uploads = find_uploads(cfg, made)
         if cfg.dry_run:
             for line in _told_of(cfg, uploads):
@@ -100,7 +101,7 @@ class _Hub:
         done: list[Pushed] = []
         for upload, target in zip(uploads, targets, strict=True):
             staged = folder / upload.part / "files"
-            staged.mkdir(parents=True)
+            make_folder(staged)
             upload.stage(staged)
             try:
                 done.append(self._push_one(upload, target, staged))

@@ -9,6 +9,8 @@ from typing import Literal, get_args
 import huggingface_hub
 from huggingface_hub.utils import validate_repo_id
 
+from huatuo_jax.core.config import Text
+from huatuo_jax.core.files import make_folder
 from huatuo_jax.hf.config import from_hugging_face, is_score_model, read_json
 from huatuo_jax.hf.generation_config import CONFIG_FILE
 from huatuo_jax.hf.tokenizer import SIDE_FILES, holds_tokenizer
@@ -69,7 +71,7 @@ class PushConfig:
     data_license: str = "unknown"
     dry_run: bool = False
     token: str | None = dataclasses.field(default=None, repr=False)
-    endpoint: str | None = None
+    endpoint: Text | None = None
 
     def __post_init__(self) -> None:
         """Validates the fields."""
@@ -169,7 +171,7 @@ class Upload:
         """Links the files, and no others, into a folder."""
         for name, path in self.files.items():
             place = folder / name
-            place.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(place.parent)
             place.symlink_to(path.resolve())
 
 

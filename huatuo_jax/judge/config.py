@@ -7,7 +7,7 @@ from typing import Literal
 import openai
 
 from huatuo_jax.clinic.judge import ClinicJudge
-from huatuo_jax.core.config import operational
+from huatuo_jax.core.config import Text, operational
 from huatuo_jax.data.records import Prompt
 from huatuo_jax.judge.completions import NoCompletion, read_json
 from huatuo_jax.judge.judgements import printable
@@ -44,7 +44,7 @@ class JudgeConfig:
         prices: file of the price table; None for the shipped one.
     """
 
-    base_url: str | None = operational(None)
+    base_url: Text | None = operational(None)
     offline: Literal["auto"] | OfflineName = "auto"
     clinic_judge: ClinicJudge = EXACT
     model: str | None = None

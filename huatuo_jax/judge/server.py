@@ -29,6 +29,7 @@ from typing import Any, Literal
 
 import openai
 
+from huatuo_jax.core.config import Text
 from huatuo_jax.judge.completions import (
     Completion,
     Meaning,
@@ -165,7 +166,7 @@ class ServerConfig:
         max_failures: number of questions in a row without a successful attempt that ends the run.
     """
 
-    base_url: str = OPENAI_URL
+    base_url: Text = OPENAI_URL
     budget: BudgetConfig = BudgetConfig()
     limits: RateLimits = RateLimits()
     timeout_s: float = 120.0

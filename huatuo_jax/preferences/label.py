@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from huatuo_jax.clinic.judge import ClinicJudge
+from huatuo_jax.core.config import Text
 from huatuo_jax.core.files import write_file
 from huatuo_jax.core.progress import progress_bar
 from huatuo_jax.judge.judgements import (
@@ -335,7 +336,7 @@ class Flags:
     dry_run: bool = False
     comparisons: str | None = None
     label: LabelConfig = LabelConfig()
-    base_url: str = OPENAI_URL
+    base_url: Text = OPENAI_URL
     budget: BudgetConfig = BudgetConfig()
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None

@@ -19,7 +19,7 @@ import jax
 
 from huatuo_jax.core import distributed
 from huatuo_jax.core.config import as_json, checked, differences
-from huatuo_jax.core.files import write_file
+from huatuo_jax.core.files import check_local, make_folder, write_file
 from huatuo_jax.judge.config import reach_judge
 from huatuo_jax.recipe.base_model import check_adapted
 from huatuo_jax.recipe.checks import check_inputs, choose_offline_judge
@@ -169,6 +169,7 @@ def run_rlaif(config: RlaifConfig, workdir: str | os.PathLike[str]) -> dict[str,
         Diverged: a training stage's steps were not finite.
         OSError: something cannot be read or written.
     """
+    check_local(workdir, name="workdir")
     folder = pathlib.Path(workdir)
     check_adapted(checked(config, RlaifConfig, path="config"))
     cfg = config.in_workdir(folder)
@@ -213,7 +214,7 @@ def run_rlaif(config: RlaifConfig, workdir: str | os.PathLike[str]) -> dict[str,
 
 
 def _write_prompts(folder: pathlib.Path, prompts: Prompts) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     write_prompts(folder / TRAIN_FILE, prompts.train)
     write_prompts(folder / HELD_OUT_FILE, prompts.held_out)
     if prompts.judged:

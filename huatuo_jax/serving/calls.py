@@ -61,6 +61,8 @@ class Call:
         self._complete: set[tuple[int, int]] = set()
         self._updates: dict[tuple[int, int], Update] = {}
         self._changed, self._end = asyncio.Event(), asyncio.Event()
+        # By the loop's clock: the next update is due, and the reader is going to be woken.
+        self._due_s = self._waking_s = 0.0
 
     def put(self, update: Update) -> bool:
         """Records an update, unless the answer is complete; returns True if it is new."""
@@ -73,7 +75,7 @@ class Call:
             if not self.remaining:
                 self._end.set()
         self._updates[key] = update
-        self._changed.set()
+        self._wake()
         return True
 
     def fail(self, error: BaseException) -> None:
@@ -100,22 +102,30 @@ class Call:
         """
         loop = asyncio.get_running_loop()
         while True:
-            if not self._updates and not self.ended:
+            if not self.ended:
+                reminder = loop.call_later(_QUIET_S, self._changed.set)
+                try:
+                    await self._changed.wait()
+                finally:
+                    reminder.cancel()
                 self._changed.clear()
-                if not await _is_set_within(self._changed, _QUIET_S):
-                    yield []
-                    continue
-            if self._error is not None and not self._updates:
+            if not self._updates and self._error is not None:
                 raise self._error
-            if not self._updates:
+            if not self._updates and self.ended:
                 return
             found = list(self._updates.values())
             self._updates.clear()
-            given_s = loop.time()
+            self._due_s = loop.time() + _EVERY_S
             yield found
-            rest_s = given_s + _EVERY_S - loop.time()
-            if rest_s > 0 and not self.ended:
-                await _is_set_within(self._end, rest_s)
+
+    def _wake(self) -> None:
+        """Wakes the reader of `updates`, once its next update is due or the call has ended."""
+        loop = asyncio.get_running_loop()
+        if self.ended or loop.time() >= self._due_s:
+            self._changed.set()
+        elif self._waking_s < self._due_s:
+            self._waking_s = self._due_s
+            loop.call_at(self._due_s, self._changed.set)
 
     async def answers(self) -> list[list[Answer]]:
         """Waits for all answers; returns them in the order of prompts and answers.
@@ -132,13 +142,3 @@ class Call:
             if isinstance(state, Answer):
                 found[prompt][answer] = state
         return [[group[index] for index in sorted(group)] for group in found]
-
-
-async def _is_set_within(event: asyncio.Event, seconds: float) -> bool:
-    """Waits for an event, for so long at most; returns True if it is set."""
-    try:
-        async with asyncio.timeout(seconds):
-            await event.wait()
-    except TimeoutError:
-        return False
-    return True

@@ -12,6 +12,7 @@ import sys
 import jax
 
 from huatuo_jax.api.in_use import Settings
+from huatuo_jax.core.config import Text
 from huatuo_jax.core.sharding import MeshConfig
 
 KEY_VARIABLE = "HUATUO_API_KEY"
@@ -49,7 +50,7 @@ class Flags:
     host: str = "127.0.0.1"
     port: int = 8000
     api_key: str | None = None
-    cors: tuple[str, ...] = ()
+    cors: tuple[Text, ...] = ()
     max_waiting: int = 256
     slots: int = 32
     prefix_cache_tokens: int = 8192

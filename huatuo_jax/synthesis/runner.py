@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from huatuo_jax.core.files import lock_file, write_file, write_rows
+from huatuo_jax.core.files import lock_file, make_folder, write_file, write_rows
 from huatuo_jax.core.progress import tell
 from huatuo_jax.data.records import KINDS, Dialogue, Json, is_empty
 from huatuo_jax.evaluation.asking import ChatReply, Cost
@@ -299,7 +299,7 @@ class Runner:
                 f"output: {self._output} is there, and no synthesis made it; choose another file"
             )
         try:
-            self._output.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(self._output.parent)
         except OSError as error:
             told = f"output: {self._output.parent} cannot be made a folder ({error.strerror})"
             raise ValueError(told) from error

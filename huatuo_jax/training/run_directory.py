@@ -24,7 +24,7 @@ import jax
 
 from huatuo_jax.core import distributed
 from huatuo_jax.core.config import as_json, differences
-from huatuo_jax.core.files import write_file
+from huatuo_jax.core.files import make_folder, write_file
 from huatuo_jax.data.accounting import Account
 
 CONFIG_FILE = "config.json"
@@ -108,8 +108,6 @@ def begin_stage(
             one line a field. Or the folder is none that all processes share.
         OSError: the folder cannot be written.
     """
-    if "://" in os.fspath(workdir):
-        raise ValueError(f"workdir={workdir!s} is an address: mount the bucket or disk as a folder")
     folder = pathlib.Path(workdir)
     distributed.check_joined()
     distributed.check_shared(folder)
@@ -128,7 +126,7 @@ def begin_stage(
             ]
             raise ValueError("\n  ".join(lines))
     if jax.process_index() == 0:
-        stage.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(stage.folder)
         _write(path, {**saved, name: {"settings": settings, "decisive": decisive}})
         starts = folder / ENVIRONMENT_FILE
         before = _read(starts)["starts"] if starts.exists() else []

@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from huatuo_jax.core.config import all_fields, checked, identity, operational, placed_in
+from huatuo_jax.core.files import check_local
 from huatuo_jax.core.sharding import MeshConfig
 from huatuo_jax.data.accounting import Account
 from huatuo_jax.data.batches import BatchIterator, EpochRows, PrefetchConfig, evaluation_batches
@@ -318,6 +319,7 @@ def run_stage(
         Diverged: too many steps in a row were not finite.
         OSError: something cannot be read or written.
     """
+    check_local(workdir, name="workdir")
     cfg = placed_in(checked(config, config_class, path=f"config.{kind.name}"), workdir)
     mesh = cfg.mesh.make()
     check_rows(cfg.rows_at_once, name="micro_batch_size", mesh=mesh)

@@ -1,13 +1,21 @@
 import hashlib
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
 
 import pytest
 
-from huatuo_jax.core.files import hash_of_files, is_unfinished, writing_directory
+from huatuo_jax.core.files import (
+    AppendedFile,
+    hash_of_files,
+    is_unfinished,
+    make_folder,
+    write_rows,
+    writing_directory,
+)
 
 
 def files_of(folder):
@@ -195,3 +203,29 @@ def test_the_hash_of_files_is_that_of_their_names_and_bytes_in_order(tmp_path):
     two.write_bytes(b"b\r\n")
     wanted = hashlib.sha256(b"one.py\0a" + b"two.py\0b\r\n").hexdigest()
     assert hash_of_files([one, two]) == wanted != hash_of_files([two, one])
+
+
+@pytest.mark.parametrize("address", ["gs://bucket/run", "s3://bucket/run", "file:///run"])
+@pytest.mark.parametrize("kind", [str, pathlib.Path])
+def test_nothing_is_written_to_an_address(address, kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    place = kind(address)
+    for write_there in (
+        make_folder,
+        lambda path: write_rows(path, [{}]),
+        lambda path: AppendedFile(path, locked=True),
+        lambda path: writing_directory(path).__enter__(),
+    ):
+        with pytest.raises(ValueError, match="is an address, where a path is needed"):
+            write_there(place)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folders_are_made_by_the_one_function_that_refuses_addresses():
+    package = pathlib.Path(__file__).resolve().parents[2] / "huatuo_jax"
+    making = [
+        path.relative_to(package).as_posix()
+        for path in package.rglob("*.py")
+        if re.search(r"\.mkdir\(|makedirs\(", path.read_text(encoding="utf-8"))
+    ]
+    assert making == ["core/files.py"]

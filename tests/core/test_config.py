@@ -6,7 +6,7 @@ from typing import Literal
 import pytest
 
 from huatuo_jax.core import config
-from huatuo_jax.core.config import checked, load_card, placed_in, replaced
+from huatuo_jax.core.config import Text, checked, load_card, placed_in, replaced
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,3 +111,42 @@ def test_a_card_that_is_not_there_is_named_with_those_that_are(tmp_path):
     with pytest.raises(ValueError, match="--config=rlaf must be a file .* rlaif, sft"):
         load_card("rlaf")
     assert (config._cards_folder() / "rlaif.py").is_file()
+
+
+@dataclasses.dataclass(frozen=True)
+class Paths:
+    model: str = "models/base"
+    files: tuple[str, ...] = ()
+    base_url: Text | None = None
+    stop_strings: tuple[Text, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    paths: Paths = Paths()
+    several: tuple[Paths, ...] = ()
+
+
+@pytest.mark.parametrize(
+    ("run", "field"),
+    [
+        (Run(Paths(model="gs://bucket/model")), r"config\.paths\.model=gs://bucket/model"),
+        (Run(Paths(files=("a", "s3://bucket/b"))), r"config\.paths\.files=s3://bucket/b"),
+        (Run(several=(Paths(model="https://host/m"),)), r"config\.several\.model=https://host/m"),
+        (Run(Paths(files=("cmexam:gs://b/test.csv",))), "cmexam:gs://b/test.csv"),
+        (Run(Paths(files=("doctor=gs://b/model",))), "doctor=gs://b/model"),
+    ],
+)
+def test_an_address_in_the_place_of_a_path_is_refused_by_the_name_of_its_field(run, field):
+    with pytest.raises(ValueError, match=f"{field} is an address, where a path is needed"):
+        checked(run, Run, path="config")
+
+
+def test_addresses_on_the_web_are_taken_where_a_field_is_text():
+    run = Run(Paths(base_url="http://127.0.0.1:8000/v1", stop_strings=("http://",)))
+    assert checked(run, Run, path="config") is run
+
+
+@pytest.mark.parametrize("path", ["runs/demo", "/runs/a:b", "C:/runs", "cmexam:/data/test.csv"])
+def test_paths_with_colons_are_no_addresses(path):
+    assert checked(Run(Paths(model=path)), Run, path="config").paths.model == path

@@ -61,10 +61,10 @@ def send_raw(server, data):
     return connection
 
 
-def request_bytes(fields, *, length=None):
+def request_bytes(fields, *, length=None, path=CHAT):
     data = json.dumps(fields).encode()
     head = (
-        f"POST {CHAT} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+        f"POST {path} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
         f"Content-Length: {length or len(data)}\r\n\r\n"
     )
     return head.encode() + data
@@ -169,18 +169,30 @@ def test_a_stream_that_fails_ends_with_the_error(saved, script):
 def test_a_text_that_a_tokenizer_takes_back_ends_a_stream_with_an_error(
     saved, script, monkeypatch, path
 ):
+    read = threading.Event()
+
+    def write(request, index):
+        for number, token_id in enumerate(script(request, index)):
+            yield token_id
+            assert number or read.wait(60)
+
     def other(tokenizer, token_ids):
         return f"!{text_of(tokenizer, token_ids)}"
 
     monkeypatch.setattr(streaming, "text_of", other)
-    fields = body() if path == CHAT else {"prompt": [5, 6, 7]}
-    with live.serve(live.scripted(saved, script)) as server:
-        asked = {"model": "policy", **fields, "stream": True, "max_tokens": 2000}
-        status, _, told = server.ask("POST", path, asked)
-        assert status == 200 and b"cannot be streamed; ask for them without stream" in told
-        assert b"[DONE]" not in told
+    fields = body() if path == CHAT else {"prompt": [5, 6, 7], "max_tokens": 8}
+    asked = {"model": "policy", **fields}
+    with live.serve(live.scripted(saved, write)) as server:
+        stream = send_raw(server, request_bytes(asked | {"stream": True}, path=path))
+        data = b""
+        while b'"!' not in data:
+            data += stream.recv(4096)
+        read.set()
+        while b"cannot be streamed; ask for them without stream" not in data:
+            data += stream.recv(4096)
         server.wait_until_idle()
-        assert server.ask("POST", path, asked | {"stream": False})[0] == 200
+        assert b"[DONE]" not in data
+        assert server.ask("POST", path, asked)[0] == 200
 
 
 def test_a_stream_without_news_is_kept_open_by_comments(saved, script, monkeypatch):

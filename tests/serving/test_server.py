@@ -344,6 +344,9 @@ def test_metrics_count_requests_and_tokens(server, client):
     assert after[0] - before[0] == used.prompt_tokens
     assert after[1] - before[1] == used.completion_tokens
     assert server.metric("answers_running") == server.metric("answers_waiting") == 0
+    server.wait_until_idle()
+    assert server.metric("slots_in_use") == server.metric("cache_pages_in_use") == 0
+    assert server.metric("decoded_tokens") >= after[1]
     text = server.ask("GET", "/metrics")[2].decode()
     for name in ("time_to_first_token_seconds", "time_per_output_token_seconds"):
         assert f'huatuo_{name}_bucket{{le="' in text
