@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from huatuo_jax.core.config import operational
+from huatuo_jax.core.config import Text, operational
 from huatuo_jax.core.progress import tell
 from huatuo_jax.evaluation.asking import ChatModelConfig
 from huatuo_jax.evaluation.respondents import DecodingConfig, SavedRespondent, ServerRespondent
@@ -109,7 +109,7 @@ class SynthesisSettings:
     near_duplicate: float = 0.7
     evaluation_sets: tuple[str, ...] = operational(())
     personal_data: PersonalData = "mask"
-    base_url: str | None = operational(None)
+    base_url: Text | None = operational(None)
     max_cost: float | None = operational(None)
     max_requests: int | None = operational(None)
     requests_per_minute: int | None = operational(None)
