@@ -73,6 +73,7 @@ class Asked(NamedTuple):
         gaps_s: seconds between later pieces.
         seconds: to its end.
         left: the client left before.
+        error: that the stream ended with.
     """
 
     text: str
@@ -81,6 +82,7 @@ class Asked(NamedTuple):
     gaps_s: list[float]
     seconds: float
     left: bool
+    error: str | None = None
 
 
 def main(_: list[str]) -> None:
@@ -454,10 +456,13 @@ def figures(
     questions: list[dict[str, Any]],
 ) -> dict[str, Any]:
     """Rates, times in milliseconds, and the number of answers that are not those of one alone."""
+    errors = [one.error for _, one in answers if one.error is not None]
+    answers = [one for one in answers if one[1].error is None]
     tokens = sum(one.tokens for _, one in answers)
     first, gaps = [one.first_s for _, one in answers], [s for _, one in answers for s in one.gaps_s]
     found = {
         "answers": len(answers),
+        "failed": len(errors),
         "tokens": tokens,
         "seconds": seconds,
         "tokens_per_s": tokens / seconds,
@@ -465,6 +470,8 @@ def figures(
         "between_pieces_ms": _percentiles(gaps),
         "whole_answer_ms": _percentiles([one.seconds for _, one in answers]),
     }
+    if errors:
+        found["first_error"] = errors[0]
     if texts is not None:
         found["other_texts"] = sum(one.text != texts[number] for number, one in answers)
     return found
@@ -535,21 +542,28 @@ async def ask(port: int, model: str, question: dict[str, Any], *, most: int | No
     writer.write(head.encode() + data)
     status = await reader.readline()
     assert b" 200 " in status, status + await reader.read()
-    text, times_s, over = "", [], False
+    text, times_s, over, error = "", [], False, None
     while (most is None or len(text) <= most) and (line := await reader.readline()):
         if line.startswith(b"data: {"):
-            for choice in json.loads(line[6:])["choices"]:
+            try:
+                choices = json.loads(line[6:])["choices"]
+            except (ValueError, KeyError):  # An error, which not every server writes as JSON.
+                error, choices = line.decode(errors="replace")[:500], []
+            for choice in choices:
                 piece = choice["delta"].get("content") or ""
                 over = over or choice.get("finish_reason") is not None
                 if piece:
                     text += piece
                     times_s.append(time.perf_counter())
     writer.close()
-    assert over or most is not None, f"no end of the answer to {question['text']!r}: {text!r}"
+    assert over or error or most is not None, (
+        f"no end of the answer to {question['text']!r}: {text!r}"
+    )
     ended_s = time.perf_counter()
     first_s = (times_s[0] if times_s else ended_s) - started_s
     gaps_s = [after - before for before, after in zip(times_s, times_s[1:], strict=False)]
-    return Asked(text, question["tokens"], first_s, gaps_s, ended_s - started_s, not over)
+    left = not over and error is None
+    return Asked(text, question["tokens"], first_s, gaps_s, ended_s - started_s, left, error)
 
 
 def cpu_of(process_id: int) -> float:
