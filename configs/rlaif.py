@@ -4,9 +4,9 @@
     python launch/train.py --config=configs/rlaif.py --workdir=runs/mine \
         --config.data=mine.jsonl --config.judge.base_url=http://localhost:8000/v1
 
-Stages: fine-tuning (SFT), answers of its model, AI labels and comparisons, reward model, PPO,
-evaluation, export in Hugging Face format, report. Stopped or killed, the same command resumes; a
-finished stage is not run again.
+Stages: synthesis where it is wanted, fine-tuning (SFT), answers of its model, AI labels and
+comparisons, reward model, PPO, evaluation, export in Hugging Face format, report. Stopped or
+killed, the same command resumes; a finished stage is not run again.
 Data: the clinic, a small invented world of diseases and consultations whose truth is known. It is
 written to `clinic/` in the run's folder: dialogues of the four kinds, prompts to learn from, and
 held-out ones in wording that no dialogue to train on has. `--config.clinic.seed=3` and
@@ -15,6 +15,10 @@ held-out ones in wording that no dialogue to train on has. `--config.clinic.seed
 commas, and leaves the clinic out: a tenth is held out, and prompts come from the real ones.
 `--config.prompts.files` and `--config.prompts.held_out_files` take prompts of your own. Without the
 clinic a tokenizer of your own says more in a row: `--config.sft.model.tokenizer=DIR`.
+Synthesis: off; `--config.synthesis.kinds=distilled_instruction,distilled_conversation` has the
+judge's server, or the clinic without one, make a thousand rows of each kind
+(`--config.synthesis.num_rows`), which are trained on as well. Real kinds are polished from
+`--config.synthesis.source=FILE`.
 Judge: of the clinic's prompts its own, which knows the truth; of others the offline rubric, which
 is no substitute for a judge that reads. `--config.judge.base_url` asks a model behind any
 OpenAI-compatible server, with the key from OPENAI_API_KEY (`--config.judge.model` where the server
@@ -50,6 +54,7 @@ from huatuo_jax.ppo.prompts import PromptsConfig
 from huatuo_jax.preferences.data import ComparisonsConfig, ComparisonSource
 from huatuo_jax.preferences.from_judgements import ComparisonConfig
 from huatuo_jax.recipe.config import AnswersConfig, LabelsConfig, RlaifConfig
+from huatuo_jax.recipe.synthesis import SynthesisConfig
 from huatuo_jax.reward.config import RewardConfig
 from huatuo_jax.sft import SftConfig, clinic_sources
 from huatuo_jax.training.dialogue_data import DataConfig
@@ -83,6 +88,7 @@ def get_config() -> RlaifConfig:
         clinic=ClinicConfig(
             sizes=ClinicSizes(dialogues=6_000, prompts=1_500, held_out_prompts=214)
         ),
+        synthesis=SynthesisConfig(kinds=()),
         sft=_sft(),
         answers=AnswersConfig(
             num_samples=4,

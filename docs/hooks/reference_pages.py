@@ -34,7 +34,7 @@ PLACES = {
     **{name: "feedback" for name in ("answers", "labels", "judge")},
     **{name: "release" for name in ("export", "report")},
     **{name: name for name in ("sft", "reward", "ppo", "dpo", "evaluation")},
-    **{name: "recipe" for name in ("clinic", "clinic.sizes", "prompts")},
+    **{name: "recipe" for name in ("clinic", "clinic.sizes", "synthesis", "prompts")},
     **{name: "evaluation" for name in ("suites", "suites.files", "suites.examples")},
     "judge.clinic_judge": "feedback",
 }

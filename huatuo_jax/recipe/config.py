@@ -27,6 +27,7 @@ from huatuo_jax.ppo import stage as ppo
 from huatuo_jax.ppo.config import PpoConfig
 from huatuo_jax.preferences.from_judgements import ComparisonConfig
 from huatuo_jax.preferences.label import spending_path
+from huatuo_jax.recipe.synthesis import SynthesisConfig
 from huatuo_jax.reward import stage as reward
 from huatuo_jax.reward.config import ProbeConfig, RewardConfig
 from huatuo_jax.sft import CLINIC_FOLDER, SftConfig, run_sft
@@ -43,8 +44,19 @@ SUITES_FLAG = "--config.suites."
 RELEASED: Literal["released"] = "released"
 """The value of `export.policy` that lets the evaluation decide."""
 
-STAGES = ("sft", "answers", "labels", "reward", "ppo", "evaluation", "suites", "export", "report")
-"""All stages; `suites` runs where any suite is named."""
+STAGES = (
+    "synthesis",
+    "sft",
+    "answers",
+    "labels",
+    "reward",
+    "ppo",
+    "evaluation",
+    "suites",
+    "export",
+    "report",
+)
+"""All stages; `synthesis` runs where any kind is named, `suites` where any suite is."""
 
 Run = Callable[[Any, str | os.PathLike[str]], dict[str, Any]]
 STAGE_RUNS: Mapping[str, Run] = {
@@ -240,6 +252,7 @@ class RlaifConfig:
         clinic: written to `{workdir}/clinic` before anything is read there. Its
             prompts are the run's, unless `prompts` names files; its pairs that differ in one thing
             alone are probes of the reward model. None for none, and `data` leaves it out.
+        synthesis: of more data, before anything is trained.
         judge: of the answers, and of PPO's where `ppo.config` has none of its own.
         prompts: to learn from, and held out.
         sft: supervised fine-tuning.
@@ -264,6 +277,7 @@ class RlaifConfig:
     data: str | None = None
     data_encoding: str | None = None
     clinic: ClinicConfig | None = None
+    synthesis: SynthesisConfig = SynthesisConfig()
     judge: JudgeConfig = JudgeConfig()
     prompts: PromptsConfig = PromptsConfig()
     sft: SftConfig
@@ -294,6 +308,8 @@ class RlaifConfig:
                 f"export.reward={self.export.reward!r} must be evaluation.reward={chooser!r}: "
                 "best-of-n is released with the reward model that chose its answers"
             )
+        has_clinic = self.clinic is not None and self.data is None
+        self.synthesis.check(self.judge, has_clinic=has_clinic)
         if self.sft.clinic not in (None, self.clinic):
             raise ValueError("sft.clinic must be None: in the recipe the clinic's field is clinic")
         template = self.sft.data.template
@@ -378,7 +394,8 @@ class RlaifConfig:
         rule of scores; PPO's judgings have the run's judge, who spends on one account. All stages
         have fine-tuning's system text.
         """
-        cfg = placed_in(self._with_data(), workdir)._with_system_text()._with_judging(workdir)
+        cfg = self._with_data()._with_synthesis()
+        cfg = placed_in(cfg, workdir)._with_system_text()._with_judging(workdir)
         base = cfg.evaluation.base or cfg.base_as_it_is or f"{workdir}/base/model"
         rule = cfg.evaluation.score or cfg.ppo.score.outside_training
         temperature = cfg.evaluation.temperature
@@ -442,6 +459,12 @@ class RlaifConfig:
             reward=reward,
             sft=dataclasses.replace(self.sft, clinic=self.clinic),
         )
+
+    def _with_synthesis(self) -> "RlaifConfig":
+        """Returns the config with the rows of its synthesis among the dialogues to train on."""
+        data = self.sft.data
+        data = dataclasses.replace(data, sources=(*data.sources, *self.synthesis.sources()))
+        return dataclasses.replace(self, sft=dataclasses.replace(self.sft, data=data))
 
     def _with_judging(self, workdir: str | os.PathLike[str]) -> "RlaifConfig":
         judging = self.ppo.judging

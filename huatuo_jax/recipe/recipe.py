@@ -32,7 +32,7 @@ from huatuo_jax.recipe.config import (
 )
 from huatuo_jax.recipe.export import RELEASE_FILE
 from huatuo_jax.recipe.prompts import ACCOUNT_FILE, TRAIN_FILE, Prompts, make_prompts, write_prompts
-from huatuo_jax.recipe.stages import Stage, make_stages
+from huatuo_jax.recipe.stages import Stage, left_out, make_stages, synthesis_stage
 from huatuo_jax.report.run import read_json
 from huatuo_jax.sft import write_clinic_of
 from huatuo_jax.training.loop import INTERRUPTED_EXIT_CODE, Diverged, Interrupted
@@ -176,6 +176,12 @@ def run_rlaif(config: RlaifConfig, workdir: str | os.PathLike[str]) -> dict[str,
     distributed.check_joined()
     distributed.check_shared(folder)
     write_clinic_of(folder, cfg.clinic)
+    _keep_compiled(folder)
+    journal = Journal(folder, writes=distributed.is_first())
+    for name in left_out(cfg) & set(cfg.stages):
+        journal.forget(name)
+    count = len(set(cfg.stages) - left_out(cfg))
+    first = _run_synthesis(cfg, folder, journal, count=count)
     prompts = make_prompts(cfg.sft.data, cfg.prompts, num_judged=cfg.num_judged_prompts(folder))
     distributed.by_first("prompts", lambda: _write_prompts(folder, prompts))
     if distributed.is_first():
@@ -184,9 +190,7 @@ def run_rlaif(config: RlaifConfig, workdir: str | os.PathLike[str]) -> dict[str,
     cfg, told = choose_offline_judge(cfg, folder)
     if distributed.is_first():
         print(told, flush=True)
-    stages, journal = make_stages(cfg, folder), Journal(folder, writes=distributed.is_first())
-    if "suites" in cfg.stages and not cfg.suites.suite:
-        journal.forget("suites")
+    stages = make_stages(cfg, folder)
     wanted = unfinished_stages(stages, journal)
     distributed.check_same("the stages to be run", sorted(wanted))
     check_inputs(cfg, folder, wanted)
@@ -200,8 +204,7 @@ def run_rlaif(config: RlaifConfig, workdir: str | os.PathLike[str]) -> dict[str,
         tell_temperatures(cfg)
     # No process starts before all of them have checked their inputs.
     distributed.barrier("inputs checked")
-    _keep_compiled(folder)
-    run_stages(stages, journal, wanted)
+    run_stages(stages[first - 1 :], journal, wanted, first=first, count=count)
     figures: dict[str, Any] = {}
     if journal.is_finished("evaluation"):
         figures |= journal.stages["evaluation"]["result"] or {}
@@ -211,6 +214,20 @@ def run_rlaif(config: RlaifConfig, workdir: str | os.PathLike[str]) -> dict[str,
     if "report" in cfg.stages:
         figures["report"] = str(folder / "report.html")
     return figures
+
+
+def _run_synthesis(cfg: RlaifConfig, folder: pathlib.Path, journal: Journal, *, count: int) -> int:
+    """Runs the stage whose rows prompts and fine-tuning are read from; returns the next number."""
+    if "synthesis" not in set(cfg.stages) - left_out(cfg):
+        return 1
+    stages = [synthesis_stage(cfg, folder)]
+    wanted = unfinished_stages(stages, journal)
+    if wanted:  # What needs no rows is checked before any is paid for.
+        check_inputs(cfg, folder, {"sft"} & set(cfg.stages))
+        distributed.barrier("inputs checked before synthesis")
+    folder.mkdir(parents=True, exist_ok=True)
+    run_stages(stages, journal, wanted, count=count)
+    return 2
 
 
 def _write_prompts(folder: pathlib.Path, prompts: Prompts) -> None:
@@ -245,13 +262,29 @@ def unfinished_stages(stages: Sequence[Stage], journal: Journal) -> set[str]:
     return wanted
 
 
-def run_stages(stages: Sequence[Stage], journal: Journal, wanted: set[str]) -> None:
-    """Runs the stages of `wanted` in order, printing the number of each."""
-    for number, stage in enumerate(stages, start=1):
+def run_stages(
+    stages: Sequence[Stage],
+    journal: Journal,
+    wanted: set[str],
+    *,
+    first: int = 1,
+    count: int | None = None,
+) -> None:
+    """Runs the stages of `wanted` in order, printing the number of each.
+
+    Args:
+        stages: in their order.
+        journal: of the run.
+        wanted: names of those to be run.
+        first: number of the first one.
+        count: of all stages of the run; None for these.
+    """
+    count = len(stages) if count is None else count
+    for number, stage in enumerate(stages, start=first):
         is_wanted = stage.name in wanted
         if distributed.is_first():
             told = "" if is_wanted else ", finished before"
-            print(f"stage {number} of {len(stages)}: {stage.name}{told}", flush=True)
+            print(f"stage {number} of {count}: {stage.name}{told}", flush=True)
         if not is_wanted:
             continue
         journal.start(stage.name, stage.settings, stage.input_hashes())

@@ -11,10 +11,10 @@ import jax
 
 from huatuo_jax.checkpoint import models
 from huatuo_jax.core import distributed
-from huatuo_jax.core.config import identity
+from huatuo_jax.core.config import identity, placed_in
 from huatuo_jax.core.files import read_lines
 from huatuo_jax.data.readers import content_hash
-from huatuo_jax.data.records import is_empty
+from huatuo_jax.data.records import Kind, is_empty
 from huatuo_jax.evaluation.answers import sampling_of
 from huatuo_jax.evaluation.stage import run_evaluation, write_json
 from huatuo_jax.evaluation.suite_run import PAGE_FILE, RESULTS_FILE, SuiteRun
@@ -26,12 +26,14 @@ from huatuo_jax.ppo.stage import run_ppo
 from huatuo_jax.preferences.label import LabelRun, report_path, run_labels
 from huatuo_jax.recipe.config import LABELS_FILE, SUITES_FLAG, RlaifConfig
 from huatuo_jax.recipe.export import RELEASE_FILE, choose_policy, run_export
+from huatuo_jax.recipe.synthesis import JUDGE, SYNTHESIS_FLAG
 from huatuo_jax.report.evaluation_page import write_page
 from huatuo_jax.report.main_figures import main_figures
 from huatuo_jax.report.page import write_report
 from huatuo_jax.reward.config import RewardConfig
 from huatuo_jax.reward.stage import run_reward
 from huatuo_jax.sft import run_sft, settled_config
+from huatuo_jax.synthesis.run import Synthesis, is_saved_model
 from huatuo_jax.training.dialogue_data import open_dialogues
 from huatuo_jax.training.initial_model import open_model
 from huatuo_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -65,10 +67,72 @@ class Stage(NamedTuple):
 
 def make_stages(cfg: RlaifConfig, workdir: pathlib.Path) -> list[Stage]:
     """Returns the stages of a config in order; its paths must be those of `workdir`."""
-    makers = (_sft, _answers, _labels, _reward, _ppo, _evaluation, _suites, _export, _report)
+    makers = (
+        synthesis_stage,
+        _sft,
+        _answers,
+        _labels,
+        _reward,
+        _ppo,
+        _evaluation,
+        _suites,
+        _export,
+        _report,
+    )
     stages = [maker(cfg, workdir) for maker in makers]
-    names = set(cfg.stages) - (set() if cfg.suites.suite else {"suites"})
+    names = set(cfg.stages) - left_out(cfg)
     return [stage for stage in stages if stage.name in names]
+
+
+def left_out(cfg: RlaifConfig) -> set[str]:
+    """Returns the stages that a config has nothing for."""
+    empty = {"synthesis": not cfg.synthesis.kinds, "suites": not cfg.suites.suite}
+    return {name for name in empty if empty[name]}
+
+
+def synthesis_stage(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:
+    """Returns the stage that makes data to train on; it runs before these are read."""
+    section, judge = cfg.synthesis, cfg.judge
+    outputs = {kind: pathlib.Path(placed_in(section.file(kind), workdir)) for kind in section.kinds}
+
+    def make() -> dict[str, Any]:
+        openai = reach_judge(judge) if section.teacher == JUDGE else None
+        settings = section.taught_by(judge, None if openai is None else openai.model)
+
+        def opened(kind: Kind) -> Synthesis:
+            return Synthesis(kind, settings, outputs[kind], flag=SYNTHESIS_FLAG)
+
+        for kind in outputs:  # All of them are checked before the first is paid for.
+            opened(kind)
+        figures: dict[str, Any] = {}
+        for kind, output in outputs.items():
+            print(f"synthesis: {kind}", flush=True)
+            found = opened(kind).run()
+            if not found["rows"]:
+                raise ValueError(
+                    f"synthesis made no rows of {kind} out of {found['candidates']} candidates:"
+                    f" {output}.report.html says why"
+                )
+            figures[f"rows of {kind}"] = found["rows"]
+        return figures
+
+    def run() -> Mapping[str, Any]:
+        if is_saved and distributed.count() > 1:
+            raise ValueError(
+                f"{SYNTHESIS_FLAG}teacher={section.teacher} needs one process, and there are"
+                f" {distributed.count()}: make the data by `huatuo synthesize` before"
+            )
+        return distributed.by_first("synthesis", make) or {}
+
+    is_saved = section.teacher != JUDGE and is_saved_model(section.teacher)
+    given = [path for path in (section.seeds, section.table) if path is not None]
+    inputs = _files([*given, *section.source, *section.cases, *section.evaluation_sets])
+    settings = identity(section)
+    if section.teacher == JUDGE:
+        settings |= {"judge": judge.model, "judge_by_server": judge.base_url is not None}
+    elif is_saved:
+        inputs["teacher"] = section.teacher
+    return Stage("synthesis", settings, inputs, tuple(outputs.values()), run)
 
 
 def _sft(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:

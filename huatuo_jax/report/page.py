@@ -38,6 +38,7 @@ class _Part(NamedTuple):
 _PARTS = (
     _Part("consultations", "Consultations", sections.consultations),
     _Part("release", "Release", sections.release),
+    _Part("synthesis", "Synthesis", sections.synthesis),
     _Part("data", "Data", sections.data),
     _Part("curves", "Curves", sections.curves),
     _Part("judge", "Judge", sections.judge),

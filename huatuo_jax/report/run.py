@@ -6,6 +6,7 @@ import pathlib
 from typing import Any
 
 from huatuo_jax.core.files import read_rows
+from huatuo_jax.data.records import KINDS
 from huatuo_jax.training.run_directory import CONFIG_FILE, DATA_FILE, ENVIRONMENT_FILE
 
 Rows = list[dict[str, Any]]
@@ -21,6 +22,7 @@ class Run:
         journal: `recipe.json`: settings, times and result of each stage.
         config: `config.json`: all settings of the training stages.
         environment: the newest start in `environment.json`.
+        synthesis: reports of the data that the run made, by kind.
         dialogues: statistics of the dialogues of fine-tuning.
         metrics: rows of each training stage.
         accounts: rows read, used and left out, of prompts, answers and each training stage.
@@ -37,6 +39,7 @@ class Run:
     journal: dict[str, Any]
     config: dict[str, Any]
     environment: dict[str, Any] | None
+    synthesis: dict[str, dict[str, Any]]
     dialogues: dict[str, Any] | None
     metrics: dict[str, Rows]
     accounts: dict[str, dict[str, Any]]
@@ -69,6 +72,7 @@ def read_run(folder: pathlib.Path) -> Run:
         journal=journal,
         config=config,
         environment=environment["starts"][-1] if environment else None,
+        synthesis=_synthesis(folder, journal),
         dialogues=_dialogues(folder, config),
         metrics={
             stage: _rows(folder / stage / "metrics.jsonl") for stage in ("sft", "reward", "ppo")
@@ -104,6 +108,13 @@ def _dialogues(folder: pathlib.Path, config: dict[str, Any]) -> dict[str, Any] |
     cache = config["sft"]["settings"]["data"]["cache"] or folder / "data"
     name = config["sft"]["decisive"]["dialogues"]["cache"]
     return _json(pathlib.Path(cache) / name / "statistics.json")
+
+
+def _synthesis(folder: pathlib.Path, journal: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    if "synthesis" not in journal:
+        return {}
+    found = {kind: _json(folder / "synthesis" / f"{kind}.jsonl.report.json") for kind in KINDS}
+    return {kind: report for kind, report in found.items() if report is not None}
 
 
 def _accounts(folder: pathlib.Path) -> dict[str, dict[str, Any]]:

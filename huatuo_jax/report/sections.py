@@ -240,6 +240,26 @@ def release(run: Run) -> Values | None:
     return {"reason": decided["reason"], "decided": decided}
 
 
+def synthesis(run: Run) -> Values | None:
+    """Returns the yield and the cost of each kind of data that the run made."""
+    if not run.synthesis:
+        return None
+    return {
+        "kinds": {
+            kind: {
+                "rows": found["rows"],
+                "candidates": found["candidates"],
+                "yield": found["yield"],
+                "teacher": found["teacher"],
+                "cost": found["cost"],
+                "masked": sum(found["masked"].values()),
+                "left_out": [(name, one["count"]) for name, one in found["rejections"].items()],
+            }
+            for kind, found in run.synthesis.items()
+        }
+    }
+
+
 def data(run: Run) -> Values:
     """Returns what each stage was trained on, and what was left out by which reasons."""
     kinds, heads = None, []

@@ -291,7 +291,7 @@ class Runner:
         ).to_json()
 
     def _check_output(self) -> None:
-        """Refuses an output that cannot be written, or holds what is not this run's to replace."""
+        """Raises ValueError for an output that is a folder, or a file that no synthesis wrote."""
         if self._output.is_dir():
             raise ValueError(f"output: {self._output} is a folder; name a file in it")
         if self._output.exists() and not self._settings_file.exists():

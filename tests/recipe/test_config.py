@@ -71,7 +71,7 @@ def test_stages_out_of_order_repeated_or_unknown_are_refused(recipe, stages):
 
 
 def test_some_of_the_stages_in_order_are_taken(recipe):
-    assert dataclasses.replace(recipe, stages=STAGES[2:4]).stages == ("labels", "reward")
+    assert dataclasses.replace(recipe, stages=STAGES[3:5]).stages == ("labels", "reward")
 
 
 def test_stages_that_speak_another_template_are_refused(recipe):

@@ -24,8 +24,8 @@ BACKBONE = backbone(num_layers=1, num_kv_heads=1)
 HELD_OUT = HeldOutConfig(share=0.25)
 LOOP = LoopConfig(evaluate_every=2, checkpoint_every=2, log_every=1, tensorboard=False)
 ANSWER_TOKENS = 12
-RUN_STAGES = tuple(name for name in STAGES if name != "suites")
-"""The stages of a recipe that names no suites, as this one."""
+RUN_STAGES = tuple(name for name in STAGES if name not in ("synthesis", "suites"))
+"""The stages of a recipe that names neither data to make nor suites, as this one."""
 
 CLINIC = ClinicConfig(
     sizes=ClinicSizes(
