@@ -11,72 +11,23 @@ file as calls without an end, count against the budget at their highest cost, an
 """
 
 import asyncio
-import functools
 import itertools
-import json
 import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from huatuo_jax.core.files import AppendedFile
-from huatuo_jax.judge.judgements import JudgementFailed, JudgeUnusable, for_each, printable, sha256
-from huatuo_jax.judge.openai import request_estimate
-from huatuo_jax.judge.server import Server, ServerConfig, Taken, scrubbed
-from huatuo_jax.judge.spending import SHIPPED, Price, read_price
+from huatuo_jax.judge.chat import ChatMessages, ChatModel, ChatModelConfig, ChatReply
+from huatuo_jax.judge.judgements import JudgeUnusable, for_each
 from huatuo_jax.training.loop import Interrupted, StopSignals
+
+__all__ = ["ChatMessages", "ChatModelConfig", "ChatReply", "Cost", "ReplyFile"]
 
 SPENDING_SUFFIX = ".spending.jsonl"
 """Added to the name of a file of replies, that of the calls that were made for them."""
 
-ChatMessages = tuple[Mapping[str, str], ...]
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChatModelConfig:
-    """A chat model behind a server.
-
-    Attributes:
-        model: its name there.
-        server: address, limits and budget; the budget holds for all runs of one output folder.
-        max_tokens: of a reply.
-        temperature: None leaves it to the server.
-        prices: file of the price table; None for the one that is shipped.
-        concurrency: requests under way at once.
-    """
-
-    model: str
-    server: ServerConfig = field(default_factory=ServerConfig)
-    max_tokens: int = 1024
-    temperature: float | None = 0.0
-    prices: str | None = None
-    concurrency: int = 8
-
-    def __post_init__(self) -> None:
-        """Validates the fields."""
-        if not self.model:
-            raise ValueError("model is empty: name a model of the server")
-        for name in ("max_tokens", "concurrency"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-
-
-class ChatReply(NamedTuple):
-    """The outcome of one request.
-
-    Attributes:
-        text: of the reply; None where there is none.
-        finish_reason: in the server's words.
-        failure: why there is no text; None where there is one.
-        error: the failure's message.
-    """
-
-    text: str | None
-    finish_reason: str | None = None
-    failure: str | None = None
-    error: str | None = None
 
 
 class Cost(NamedTuple):
@@ -127,18 +78,16 @@ class ReplyFile:
             spending: the spending file, which several reply files may share; None for one beside
                 the replies.
         """
-        self._path, self._cfg, self._key = path, cfg, key
+        self._path, self._cfg, self._model = path, cfg, ChatModel(cfg, key=key)
         beside = f"{os.fspath(path)}{SPENDING_SUFFIX}"
         self._spending = beside if spending is None else spending
 
     def estimate(self, requests: Mapping[str, ChatMessages]) -> Cost:
         """Returns what asking the requests without a reply may take."""
         standing = self.read(requests)
-        left = [self._body(requests[name]) for name in requests if _is_open(standing.get(name))]
-        price = self._price
-        estimates = [
-            request_estimate(body, max_tokens=self._cfg.max_tokens, price=price) for body in left
-        ]
+        left = [requests[name] for name in requests if _is_open(standing.get(name))]
+        price = self._model.price
+        estimates = [self._model.estimate(messages) for messages in left]
         cost = None if price is None else math.fsum(one.cost or 0.0 for one in estimates)
         return Cost(
             requests=len(left),
@@ -154,7 +103,7 @@ class ReplyFile:
         Raises:
             ValueError: a line is no reply.
         """
-        hashes = {name: self._hash(messages) for name, messages in requests.items()}
+        hashes = {name: self._model.hash(messages) for name, messages in requests.items()}
         return read_kept(self._path, hashes)
 
     def ask(
@@ -171,21 +120,20 @@ class ReplyFile:
                 replies that came before are in the file, and the message says how many are missing.
             Interrupted: SIGTERM or Ctrl-C came; replies under way were waited for and are kept.
         """
-        assert self._key is not None
         return asyncio.run(self._ask(requests, on_progress))
 
     async def _ask(
         self, requests: Mapping[str, ChatMessages], on_progress: Progress | None
     ) -> dict[str, ChatReply]:
-        hashes = {name: self._hash(messages) for name, messages in requests.items()}
+        hashes = {name: self._model.hash(messages) for name, messages in requests.items()}
         with StopSignals() as stop, AppendedFile(self._path, locked=True) as file:
             found = kept(file, hashes)
             file.cut_unfinished()
             waiting = [name for name in requests if _is_open(found.get(name))]
-            server = self._open_server()
+            server = self._model.open_server(self._spending)
 
             async def work(name: str) -> None:
-                reply, row = await self._complete(server, requests[name])
+                reply, row = await self._model.complete(server, requests[name])
                 file.append([{"name": name, "request": hashes[name], **row}])
                 found[name] = reply
                 if on_progress is not None:
@@ -209,57 +157,6 @@ class ReplyFile:
         if stopped:
             raise Interrupted(f"stopped; {left}")
         return found
-
-    async def _complete(
-        self, server: Server, messages: ChatMessages
-    ) -> tuple[ChatReply, dict[str, Any]]:
-        """Asks once, as often as the server needs; a failure is a reply without a text."""
-        assert self._key is not None
-        body, taken = self._body(messages), Taken()
-        estimate = request_estimate(body, max_tokens=self._cfg.max_tokens, price=self._price)
-        try:
-            completion = await server.complete(body, estimate, taken)
-        except JudgementFailed as failed:
-            reply = ChatReply(None, failure=failed.failure, error=printable(str(failed)))
-        else:
-            text = completion.text
-            if text is not None:
-                reply = ChatReply(scrubbed(text, self._key), completion.finish_reason)
-            else:
-                told = completion.refusal or "the reply has no text in it"
-                reply = ChatReply(
-                    None, completion.finish_reason, "refused", scrubbed(told, self._key)
-                )
-        return reply, reply._asdict() | taken.fields()
-
-    @functools.cached_property
-    def _price(self) -> Price | None:
-        """The model's price, read once; None where the table does not have it."""
-        return read_price(self._cfg.model, self._cfg.prices)
-
-    def _open_server(self) -> Server:
-        cfg, price = self._cfg, self._price
-        max_cost = cfg.server.budget.max_cost
-        if price is None and max_cost is not None:
-            raise ValueError(
-                f"max_cost={max_cost:g} needs a price, and {cfg.prices or SHIPPED} has none for "
-                f"{cfg.model!r}"
-            )
-        assert self._key is not None
-        return Server(cfg.server, key=self._key, price=price, spending=self._spending)
-
-    def _body(self, messages: ChatMessages) -> dict[str, Any]:
-        body: dict[str, Any] = {
-            "model": self._cfg.model,
-            "messages": [dict(message) for message in messages],
-            "max_tokens": self._cfg.max_tokens,
-        }
-        if self._cfg.temperature is not None:
-            body["temperature"] = self._cfg.temperature
-        return body
-
-    def _hash(self, messages: ChatMessages) -> str:
-        return sha256(json.dumps(self._body(messages), ensure_ascii=False, sort_keys=True))
 
 
 def _is_open(reply: ChatReply | None) -> bool:

@@ -17,8 +17,8 @@ import numpy as np
 
 from huatuo_jax.core.statistics import bootstrap_mean
 from huatuo_jax.data.records import shown
-from huatuo_jax.evaluation.quoting import BadReply, ChatMessage, quote, read_object
 from huatuo_jax.judge.judgements import sha256
+from huatuo_jax.judge.quoting import BadReply, ChatMessage, quote, read_object
 
 History = Literal["reference", "model"]
 

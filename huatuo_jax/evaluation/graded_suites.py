@@ -9,6 +9,7 @@ from huatuo_jax.evaluation.asking import ChatReply
 from huatuo_jax.evaluation.clinical import ClinicalCase, ClinicalConfig
 from huatuo_jax.evaluation.healthbench import HealthBenchConfig, HealthBenchRow
 from huatuo_jax.evaluation.session import Read, Session, failures, judged_text
+from huatuo_jax.reward_functions import rubric_grading
 
 
 class ClinicalSuite:
@@ -161,23 +162,23 @@ class HealthBenchSuite:
             for row in rows:
                 text, start = texts[row.prompt_id], f"{source}/{row.prompt_id}"
                 if self._cfg.calls == "row":
-                    requests[start] = tuple(healthbench.row_messages(row, text))
+                    requests[start] = tuple(rubric_grading.row_messages(row, text))
                     read_as[start] = len(row.criteria)
                     continue
                 for index in range(len(row.criteria)):
                     name = f"{start}/{index + 1}"
-                    requests[name] = tuple(healthbench.criterion_messages(row, text, index))
+                    requests[name] = tuple(rubric_grading.criterion_messages(row, text, index))
                     read_as[name] = 1
 
             def read(
                 name: str, reply: ChatReply, read_as: Mapping[str, int] = read_as
-            ) -> Read[list[healthbench.Verdict]]:
+            ) -> Read[list[rubric_grading.Verdict]]:
                 return _criteria_met(reply, read_as[name], self._cfg.calls)
 
             found = session.verdicts(self.name, requests, read)
             if session.dry:
                 continue
-            verdicts: dict[str, list[healthbench.Verdict]] = {}
+            verdicts: dict[str, list[rubric_grading.Verdict]] = {}
             for row in rows:
                 start = f"{source}/{row.prompt_id}"
                 names = [start]
@@ -219,12 +220,12 @@ class HealthBenchSuite:
 
 
 def _criteria_met(
-    reply: ChatReply, count: int, calls: healthbench.Calls
-) -> Read[list[healthbench.Verdict]]:
+    reply: ChatReply, count: int, calls: rubric_grading.Calls
+) -> Read[list[rubric_grading.Verdict]]:
     if reply.text is None:
-        found = [healthbench.Verdict(None, error=reply.error or reply.failure)] * count
+        found = [rubric_grading.Verdict(None, error=reply.error or reply.failure)] * count
     elif calls == "row":
-        found = healthbench.parse_row_verdicts(reply.text, count)
+        found = rubric_grading.parse_row_verdicts(reply.text, count)
     else:
-        found = [healthbench.parse_verdict(reply.text)]
+        found = [rubric_grading.parse_verdict(reply.text)]
     return Read(value=found, missing=sum(one.met is None for one in found))

@@ -15,7 +15,7 @@ gets all answers.
 import itertools
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -292,12 +292,16 @@ class Engine:
                 raise ValueError(f"requests[{index}]: {error}") from error
         return self._generate(waiting)
 
-    def generate_in_order(self, requests: Iterable[Request]) -> list[list[Answer]]:
-        """Generates the answers in the order of requests and of their answers."""
+    def generate_in_order(
+        self, requests: Iterable[Request], on_answer: Callable[[Answer], None] | None = None
+    ) -> list[list[Answer]]:
+        """Returns the answers by request, and gives each to `on_answer` as it is completed."""
         requests = list(requests)
         answers: list[list[Answer]] = [[] for _ in requests]
         for answer in self.generate(requests):
             answers[answer.request_index].append(answer)
+            if on_answer is not None:
+                on_answer(answer)
         return [sorted(group, key=lambda answer: answer.answer_index) for group in answers]
 
     def check(self, request: Request) -> None:

@@ -7,6 +7,7 @@ order them by id.
 
 import asyncio
 import dataclasses
+import itertools
 import math
 import os
 from collections import Counter
@@ -124,6 +125,7 @@ class Labels:
         truncated: number of failed judgements that need a higher token limit to be asked again.
         missing: number of questions that were not asked.
         error: the reason why the run ended early; None for none.
+        stopped: the run was asked to stop before all questions were asked.
     """
 
     judgements: list[Judgement] = field(default_factory=list)
@@ -133,6 +135,7 @@ class Labels:
     truncated: int = 0
     missing: int = 0
     error: Exception | None = None
+    stopped: bool = False
 
     @property
     def verdicts(self) -> int:
@@ -205,6 +208,7 @@ def label(
     *,
     concurrency: int,
     on_progress: Callable[[int, int], None] | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Labels:
     """Asks all questions without a verdict and appends the judgements to the labels file.
 
@@ -214,6 +218,7 @@ def label(
         output: the labels file, created with its first judgement.
         concurrency: questions under way at once.
         on_progress: called with the number of judgements done and of all.
+        stop: tells whether no more is to be asked; calls under way are waited for.
 
     Returns:
         The judgements. Where the judge failed, `error` holds the reason, and everything that had
@@ -228,7 +233,7 @@ def label(
         try:
             with LabelsFile(output) as file:
                 plan = make_plan(questions, file.found, judge)
-                return await _Run(plan, judge, file, on_progress).run(concurrency)
+                return await _Run(plan, judge, file, on_progress).run(concurrency, stop)
         finally:
             await judge.close()
 
@@ -257,10 +262,11 @@ class _Run:
         self._asked = 0
         self._error: Exception | None = None
 
-    async def run(self, concurrency: int) -> Labels:
+    async def run(self, concurrency: int, stop: Callable[[], bool]) -> Labels:
         for question, judgement in self._plan.copies:
             self._append([question.copy_of(judgement)])
-        self._error = await for_each(self._plan.groups, self._ask, concurrency=concurrency)
+        wanted = itertools.takewhile(lambda _: not stop(), self._plan.groups)
+        self._error = await for_each(wanted, self._ask, concurrency=concurrency)
         if self._error is None:
             self._release()
         return self._labels()
@@ -333,6 +339,7 @@ class _Run:
             truncated=sum(judgement.failure == "truncated" for judgement in failed),
             missing=len(wanted) - len(standing),
             error=self._error,
+            stopped=self._asked < len(self._plan.groups) and self._error is None,
         )
 
 

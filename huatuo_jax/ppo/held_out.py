@@ -347,6 +347,7 @@ class HeldOutJudging:
             TokenPrompt.of(self.tasks[index // self._judging.num_samples])
             for index in range(len(records))
         ]
+        trainer.rewards.begin(f"held-out answers of iteration {int(state.iteration)}")
         rewards = trainer.rewards.of(prompts, answers, group=None)
         scores_N = np.asarray(rewards.scores_N, np.float64)
         if self.normalization is not None:

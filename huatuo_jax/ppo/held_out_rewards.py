@@ -173,9 +173,14 @@ class HeldOutRewarding:
             )
             for prompt in self.prompts
         ]
-        groups = trainer.sampler.answers(state.policy.variables, requests)
-        answers = [answer for group in groups for answer in group]
         prompts = [prompt for prompt in self.prompts for _ in range(number)]
+        trainer.rewards.begin(f"held-out answers of iteration {iteration}")
+        groups = trainer.sampler.answers(
+            state.policy.variables,
+            requests,
+            lambda place, answer: trainer.rewards.take(place, prompts[place], answer),
+        )
+        answers = [answer for group in groups for answer in group]
         rewards = trainer.rewards.of(prompts, answers, group=None)
         ended_N = np.array([answer.finish_reason == "stop" for answer in answers])
         scores_N = np.asarray(rewards.scores_N, np.float64)

@@ -98,8 +98,10 @@ class _Iterations(Session[PpoState, PpoLoopConfig]):
         self._samples.keep_while(lambda row: restored is not None and row["step"] <= restored)
 
     def __exit__(self, *_: object) -> None:
-        """Closes the reports."""
+        """Closes the reports, and waits for what is paid for."""
         super().__exit__()
+        if "_trainer" in self.__dict__:  # It may never have been needed.
+            self._trainer.rewards.close()
         if self._samples is not None:
             self._samples.close()
 

@@ -1,10 +1,13 @@
 """The models of a PPO run: policy, reference, critic and reward model, of one architecture kind."""
 
 import dataclasses
+import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -13,12 +16,14 @@ from huatuo_jax.backbone.lora import init_adapters
 from huatuo_jax.backbone.matmul import store_as_computed
 from huatuo_jax.backbone.transformer import Transformer
 from huatuo_jax.checkpoint import models
+from huatuo_jax.core.sharding import batch_shards
+from huatuo_jax.generation.buckets import row_lengths
 from huatuo_jax.hf.tokenizer import load_tokenizer
 from huatuo_jax.ppo.config import PpoConfig, ScoreConfig
 from huatuo_jax.ppo.rewards import ScoreScale
 from huatuo_jax.training.initial_model import InitialModel, ModelConfig, open_model
 from huatuo_jax.training.optimizer import Optimizer, OptimizerConfig
-from huatuo_jax.training.scoring import Normalization, Scorer, load_normalization
+from huatuo_jax.training.scoring import GivenAnswer, Normalization, Scorer, load_normalization
 from huatuo_jax.training.update import (
     TrainState,
     Variables,
@@ -62,7 +67,12 @@ class RewardModel:
         return load_normalization(self.info.folder)
 
     def make_scorer(
-        self, compute: ComputeConfig, mesh: Mesh, *, rows_at_once: int, row_length: int
+        self,
+        compute: ComputeConfig,
+        mesh: Mesh,
+        *,
+        rows_at_once: int,
+        row_length: int | Sequence[int],
     ) -> Scorer:
         """Loads the model to its devices, stored as it computes."""
         params = models.load_params(self.info, mesh=mesh, dtype=compute.param_dtype)
@@ -114,6 +124,88 @@ def open_reward_model(
                 "reward stage, or set config.ppo.score.scale to 'running' or 'raw'"
             )
     return RewardModel(info=info, normalization=normalization)
+
+
+_VERIFIER_ROWS = 8  # A shard of the mesh has so many texts at once.
+
+
+class ModelVerifier:
+    """A model on its devices that tells whether texts are right; see `graded.Verifier`."""
+
+    def __init__(
+        self, scorer: Scorer, tokenizer: "PreTrainedTokenizerBase", *, max_length: int
+    ) -> None:
+        """Takes the model.
+
+        Args:
+            scorer: with its score head.
+            tokenizer: its own.
+            max_length: tokens of a text at most.
+        """
+        self._scorer, self._tokenizer, self._max_length = scorer, tokenizer, max_length
+
+    def probabilities(self, texts: Sequence[str]) -> list[float | None]:
+        """Returns 1 / (1 + exp(-score)) of each text and its end; None for one that is too long."""
+        ids = [
+            [*self._tokenizer(text)["input_ids"], self._tokenizer.eos_token_id] for text in texts
+        ]
+        fits = [len(one) <= self._max_length for one in ids]
+        given = [
+            GivenAnswer(np.array(one, np.int32), 0)
+            for one, fit in zip(ids, fits, strict=True)
+            if fit
+        ]
+        scores = iter(self._scorer.scores(given).tolist() if given else [])
+        return [1 / (1 + math.exp(-next(scores))) if fit else None for fit in fits]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VerifierModel:
+    """A model on disk that tells whether an answer is right.
+
+    A classifier of two classes, as HuatuoGPT-o1's, is one with a single score: the difference of
+    its two logits.
+
+    Attributes:
+        info: of its directory.
+        tokenizer: its own.
+    """
+
+    info: models.ModelInfo
+    tokenizer: "PreTrainedTokenizerBase"
+
+    @property
+    def identity(self) -> str:
+        """A hash of its files."""
+        return models.fingerprint(self.info.folder)
+
+    def open(self, compute: ComputeConfig, mesh: Mesh) -> ModelVerifier:
+        """Loads the model to its devices."""
+        length = self.info.cfg.max_positions
+        scorer = RewardModel(info=self.info, normalization=None).make_scorer(
+            compute,
+            mesh,
+            rows_at_once=_VERIFIER_ROWS * batch_shards(mesh),
+            row_length=row_lengths(length),
+        )
+        return ModelVerifier(scorer, self.tokenizer, max_length=length)
+
+
+def open_verifier(directory: str) -> VerifierModel:
+    """Finds a model that tells whether an answer is right.
+
+    Raises:
+        FileNotFoundError: there is no such model.
+        ValueError: it has no score head, or its tokenizer no end token.
+    """
+    name = "config.ppo.reward.verifier_model"
+    info = models.find_model(directory)
+    if info.head != "score":
+        raise ValueError(f"{name}={directory}: this model has no score head")
+    tokenizer = load_tokenizer(info.folder)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"{name}={directory}: its tokenizer has no end token")
+    return VerifierModel(info=info, tokenizer=tokenizer)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

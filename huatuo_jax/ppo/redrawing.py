@@ -92,4 +92,5 @@ def _replaced_rewards(rewards: Rewards, equal: Groups, more: Rewards, num_prompt
         merged(rewards.scores_N, more.scores_N),
         merged(rewards.has_reward_N, more.has_reward_N),
         terms,
+        more.judge,  # It counts the whole iteration.
     )

@@ -14,7 +14,10 @@ from huatuo_jax.ppo.prompts import Prompts, TokenPrompt
 from huatuo_jax.ppo.reward_terms import LENGTH, RewardMixConfig, RewardTerm
 from huatuo_jax.ppo.rollout import AnswerScorer, LengthScorer, Sampled, given_answers
 from huatuo_jax.reward_functions import functions
+from huatuo_jax.reward_functions.calling import Asked, RewardCalls, call_all
 from huatuo_jax.reward_functions.forms import final_part
+from huatuo_jax.reward_functions.graded import judged
+from huatuo_jax.reward_functions.grader import Grader
 from huatuo_jax.training.scoring import Normalization
 
 Floats = npt.NDArray[np.float32]
@@ -31,11 +34,13 @@ class Rewards(NamedTuple):
         scores_N: 0 where there is none.
         has_reward_N: whether any term is a reward of the response.
         terms: by name, unweighted: values, and whether the term applies.
+        judge: what became of the questions to a judge, see `Grader.counts`; empty without one.
     """
 
     scores_N: Floats
     has_reward_N: Flags
     terms: Mapping[str, tuple[Floats, Flags]]
+    judge: Mapping[str, int] = {}
 
     def check(self, cfg: RewardMixConfig, *, iteration: int) -> None:
         """Raises ValueError where too many responses have no reward."""
@@ -61,7 +66,7 @@ class Rewards(NamedTuple):
             mean = float(values_N[applies_N].mean(dtype=np.float64)) if applies_N.any() else np.nan
             found[f"{prefix}/reward/{name}"] = mean
             found[f"{prefix}/reward/{name}/without"] = 1 - float(applies_N.mean())
-        return found
+        return found | {f"{prefix}/judge/{name}": count for name, count in self.judge.items()}
 
     def shown(self, index: int) -> dict[str, float | None]:
         """Returns the terms of a response; None where one does not apply."""
@@ -73,6 +78,32 @@ class Rewards(NamedTuple):
 
 class RewardSource(Protocol):
     """Whatever gives responses their rewards."""
+
+    @property
+    def takes(self) -> bool:
+        """Tells whether something is begun with a response before all others are there."""
+
+    def begin(self, name: str) -> None:
+        """Begins with other responses, under the name of their iteration."""
+
+    def take(self, place: int, prompt: TokenPrompt, answer: Sampled | Answer) -> None:
+        """Begins with a response that is finished.
+
+        Args:
+            place: among those that `of` will be called with.
+            prompt: of the response.
+            answer: the response.
+        """
+
+    def wait(self) -> None:
+        """Waits for what was begun, all responses being finished.
+
+        Raises:
+            ValueError: as `of`.
+        """
+
+    def close(self) -> None:
+        """Ends what runs in the background; nothing that is paid for is lost."""
 
     def of(
         self,
@@ -100,6 +131,23 @@ class ScorerRewards:
         """Takes what scores."""
         self.scorer = scorer
 
+    @property
+    def takes(self) -> bool:
+        """False: all responses are scored at once."""
+        return False
+
+    def begin(self, name: str) -> None:
+        """Does nothing."""
+
+    def take(self, place: int, prompt: TokenPrompt, answer: Sampled | Answer) -> None:
+        """Does nothing."""
+
+    def wait(self) -> None:
+        """Does nothing."""
+
+    def close(self) -> None:
+        """Does nothing."""
+
     def of(
         self,
         prompts: Sequence[TokenPrompt],
@@ -123,6 +171,7 @@ class MixedRewards:
         normalization: Normalization | None,
         decode: Callable[[Sequence[int]], str],
         count_tokens: Callable[[str], int],
+        services: Mapping[str, Any] | None = None,
     ) -> None:
         """Finds the functions.
 
@@ -132,13 +181,43 @@ class MixedRewards:
             normalization: of its scores; None for raw ones.
             decode: from tokens to text.
             count_tokens: of a text.
+            services: that functions ask, see `functions.SERVICES`; None for none. The grader is a
+                working one in the first process alone.
 
         Raises:
             ValueError: a function cannot be found.
         """
         self._cfg, self._scorer, self._normalization = cfg, scorer, normalization
         self._decode, self._count_tokens = decode, count_tokens
-        self._calls = calls_of(cfg)
+        services = services or {}
+        calls = calls_of(cfg, services)
+        # A model of ours runs on the devices of all processes, which get the same of it.
+        self._everywhere = {name: one for name, one in calls.items() if "verifier" in one.wants}
+        self._by_first = {name: one for name, one in calls.items() if name not in self._everywhere}
+        grader: Grader | None = services.get("grader")
+        self._calls = RewardCalls(self._by_first, grader=grader)
+
+    @property
+    def takes(self) -> bool:
+        """Tells whether a function is called for each response as it is finished."""
+        return self._calls.takes
+
+    def begin(self, name: str) -> None:
+        """Begins with other responses, see `RewardSource`."""
+        self._calls.begin(name)
+
+    def take(self, place: int, prompt: TokenPrompt, answer: Sampled | Answer) -> None:
+        """Begins with a response, in the first process."""
+        if self.takes and distributed.is_first():
+            self._calls.take(place, self._asked([prompt], [answer]))
+
+    def wait(self) -> None:
+        """Waits for what was begun."""
+        distributed.by_first("rewards of single responses", self._calls.wait)
+
+    def close(self) -> None:
+        """Ends the functions' event loop, and waits for a judge's calls under way."""
+        self._calls.close()
 
     def of(
         self,
@@ -148,30 +227,28 @@ class MixedRewards:
         group: int | None,
     ) -> Rewards:
         """Returns the sums, see `RewardSource`."""
-        found = self._called(prompts, answers)
+        found, judge = self._called(prompts, answers)
         terms = {
             one.label: self._numbers(one, found.get(one.label), prompts, answers)
             for one in self._cfg.terms
         }
-        return combined(self._cfg, terms, group=group)
+        return combined(self._cfg, terms, group=group)._replace(judge=judge)
 
     def _called(
         self, prompts: Sequence[TokenPrompt], answers: Sequence[Sampled | Answer]
-    ) -> dict[str, list[float | None]]:
-        """Calls the functions, in the first process, whose results all others get."""
-        if not self._calls:
-            return {}
+    ) -> tuple[dict[str, list[float | None]], dict[str, int]]:
+        """Calls the functions, most in the first process alone, whose results all others get."""
+        asked = self._asked(prompts, answers)
+        found: dict[str, list[float | None]] = {}
+        judge: dict[str, int] = {}
+        if self._by_first:
+            found, judge = distributed.told_by_first(
+                "rewards", lambda: (self._calls.results(asked), self._calls.counts)
+            )
+        called = call_all(list(self._everywhere.values()), asked, self._calls.background)
+        return found | dict(zip(self._everywhere, called, strict=True)), judge
 
-        def call() -> list[list[float | None]]:
-            asked = self._asked(prompts, answers)
-            return functions.call_all(list(self._calls.values()), asked)
-
-        found = distributed.told_by_first("rewards", call)
-        return dict(zip(self._calls, found, strict=True))
-
-    def _asked(
-        self, prompts: Sequence[TokenPrompt], answers: Sequence[Sampled | Answer]
-    ) -> functions.Asked:
+    def _asked(self, prompts: Sequence[TokenPrompt], answers: Sequence[Sampled | Answer]) -> Asked:
         ids = [
             one.token_ids[:-1] if one.finish_reason == "stop" else one.token_ids for one in answers
         ]
@@ -183,7 +260,7 @@ class MixedRewards:
             "num_final_tokens": [self._count_tokens(text) for text in finals],
             "token_ids": [list(one.token_ids) for one in answers],
         }
-        return functions.Asked([list(one.messages) for one in prompts], responses, columns)
+        return Asked([list(one.messages) for one in prompts], responses, columns)
 
     def _numbers(
         self,
@@ -227,14 +304,18 @@ def combined(
     return Rewards(scores_N, has_reward_N, terms)
 
 
-def calls_of(cfg: RewardMixConfig) -> dict[str, functions.Call]:
+def calls_of(cfg: RewardMixConfig, services: Mapping[str, Any]) -> dict[str, functions.Call]:
     """Finds the functions of a mix, by the names of their terms.
+
+    Args:
+        cfg: the mix.
+        services: that they may ask, by name.
 
     Raises:
         ValueError: there is none of that name.
     """
     return {
-        one.label: functions.Call(one.of, functions.find(one.of), one.settings)
+        one.label: functions.Call(one.of, functions.find(one.of), one.settings, services)
         for one in cfg.terms
         if one.is_function
     }
@@ -244,12 +325,24 @@ def check_functions(cfg: RewardMixConfig, prompts: Prompts) -> dict[str, str]:
     """Checks that the prompts have what the functions need; returns a hash of each function.
 
     Raises:
-        ValueError: a function that is not found, or needs what is not there.
+        ValueError: a function that is not found, needs what is not there, or cannot take a field
+            of a prompt; or a grader or a verifier that no function asks.
     """
-    calls = calls_of(cfg)
+    fields = {"grader": cfg.grader, "verifier": cfg.verifier_model}
+    calls = calls_of(cfg, {name: one for name, one in fields.items() if one is not None})
     columns = {*columns_of(prompts.items), *OF_RESPONSES}
     for call in calls.values():
         functions.check(call, columns)
+        for prompt in prompts.items:
+            functions.check_row(call, prompt.columns, name=prompt.id)
+    functions.check_services(calls.values())
+    if cfg.grader is not None and cfg.grader.judge.base_url is None:
+        for call in calls.values():
+            if "grader" in call.wants and call.function is not judged:
+                raise ValueError(
+                    f"{call.name}: asks questions, and the offline judge gives scores alone: set "
+                    "config.ppo.reward.grader.judge.base_url to ask a model"
+                )
     return {name: functions.identity_of(call.function) for name, call in calls.items()}
 
 

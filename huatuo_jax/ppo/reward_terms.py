@@ -5,6 +5,9 @@ import math
 from collections.abc import Mapping
 from typing import Literal
 
+from huatuo_jax.core.config import operational
+from huatuo_jax.reward_functions.grader import GraderConfig
+
 Setting = str | float | bool | None
 
 REWARD_MODEL = "reward_model"
@@ -70,11 +73,16 @@ class RewardMixConfig:
             over the group of responses to a prompt and divided by its deviation there, so that a
             term of a wide range does not drown the others (GDPO, arXiv 2601.05242).
         most_without: a rollout with a larger share of responses without a reward stops the run.
+        grader: the judge that functions ask, see `reward_functions.graded`; None for none.
+        verifier_model: directory of a model with a score head that tells functions whether an
+            answer is right, with probability 1 / (1 + exp(-score)); None for none.
     """
 
     terms: tuple[RewardTerm, ...] = (RewardTerm(),)
     combine: Literal["sum", "sum_of_normalised"] = "sum"
     most_without: float = 0.5
+    grader: GraderConfig | None = None
+    verifier_model: str | None = operational(None)
 
     def __post_init__(self) -> None:
         """Raises ValueError for terms without a sum."""

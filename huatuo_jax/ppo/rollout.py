@@ -1,7 +1,7 @@
 """Samples answers of the policy as rows of tokens, and scores them."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -22,6 +22,9 @@ from huatuo_jax.training.scoring import GivenAnswer, padded_batch
 from huatuo_jax.training.update import Variables
 
 _MOST_SLOTS = 64  # Where a config does not say.
+
+OnAnswer = Callable[[int, Answer], None]
+"""Told the place of an answer among all, and the answer."""
 
 
 class AnswerScorer(Protocol):
@@ -140,7 +143,11 @@ class Sampler:
         self._engine: Engine | None = None
 
     def sample(
-        self, variables: Variables, prompts: Sequence[TokenPrompt], key: jax.Array
+        self,
+        variables: Variables,
+        prompts: Sequence[TokenPrompt],
+        key: jax.Array,
+        on_answer: OnAnswer | None = None,
     ) -> Rollout:
         """Samples the policy's answers.
 
@@ -149,6 +156,7 @@ class Sampler:
                 is let go of again when the answers are there.
             prompts: one for each group.
             key: with a prompt's place and an answer's index it decides the answer.
+            on_answer: see `answers`.
         """
         seeds = np.asarray(jax.random.bits(key, (len(prompts),), jnp.uint32)).tolist()
         requests = [
@@ -160,17 +168,35 @@ class Sampler:
             )
             for prompt, seed in zip(prompts, seeds, strict=True)
         ]
-        answers = [answer for group in self.answers(variables, requests) for answer in group]
+        groups = self.answers(variables, requests, on_answer)
+        answers = [answer for group in groups for answer in group]
         return self.lay(prompts, answers)
 
     def lay(self, prompts: Sequence[TokenPrompt], answers: Sequence[Answer]) -> Rollout:
         """Lays prompts and their answers in rows, see `make_rollout`."""
         return make_rollout(prompts, answers, lengths=self._lengths)
 
-    def answers(self, variables: Variables, requests: Sequence[Request]) -> list[list[Answer]]:
-        """Samples answers to each request, in order; holds on to none of the weights."""
+    def answers(
+        self,
+        variables: Variables,
+        requests: Sequence[Request],
+        on_answer: OnAnswer | None = None,
+    ) -> list[list[Answer]]:
+        """Samples answers to each request, in order; holds on to none of the weights.
+
+        Args:
+            variables: the policy's.
+            requests: for answers.
+            on_answer: is called with each answer as it is finished, and its place among all.
+        """
+
+        def done(answer: Answer) -> None:
+            if on_answer is not None:
+                before = sum(one.num_answers for one in requests[: answer.request_index])
+                on_answer(before + answer.answer_index, answer)
+
         engine = self._load(variables)
-        groups = engine.generate_in_order(requests)
+        groups = engine.generate_in_order(requests, done)
         engine.unload()
         return groups
 

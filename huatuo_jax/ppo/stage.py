@@ -15,6 +15,9 @@ from huatuo_jax.core.progress import tell
 from huatuo_jax.data.answers import text_of
 from huatuo_jax.data.batches import Row
 from huatuo_jax.generation.prompts import Task
+from huatuo_jax.judge.config import reach_judge
+from huatuo_jax.judge.openai import OpenAIJudgeConfig
+from huatuo_jax.judge.server import key_from_environment
 from huatuo_jax.ppo.config import PpoConfig
 from huatuo_jax.ppo.held_out import FOLDER as JUDGED_FOLDER
 from huatuo_jax.ppo.held_out import (
@@ -29,13 +32,16 @@ from huatuo_jax.ppo.loop import TOTAL_KL, PpoJob
 from huatuo_jax.ppo.models import (
     Critic,
     RewardModel,
+    VerifierModel,
     make_reference,
     open_critic,
     open_reward_model,
+    open_verifier,
 )
 from huatuo_jax.ppo.prompts import Prompts, TokenPrompt, held_out_tasks, open_prompts
 from huatuo_jax.ppo.report import Decode, IterationFlops
 from huatuo_jax.ppo.reward_mix import MixedRewards, RewardSource, ScorerRewards, check_functions
+from huatuo_jax.ppo.reward_terms import RewardMixConfig
 from huatuo_jax.ppo.roles import (
     abstract_roles,
     critic_of,
@@ -51,6 +57,7 @@ from huatuo_jax.ppo.trainer import (
     abstract_ppo_state,
     new_ppo_state,
 )
+from huatuo_jax.reward_functions.grader import Grader
 from huatuo_jax.training.dialogue_data import open_dialogues
 from huatuo_jax.training.initial_model import InitialModel, open_model
 from huatuo_jax.training.metrics import ModelFlops
@@ -63,6 +70,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 STAGE = "ppo"
+GRADED_FOLDER = "graded"
+"""In the stage's folder: the replies of the judge that reward functions ask, and its spending."""
 
 # Metrics of the last iteration that are in the result; its row of metrics has all.
 _RESULT = (
@@ -97,6 +106,8 @@ class PpoStage(Stage[PpoConfig]):
     decode: Decode | None = None
     ptx_rows: Callable[[int], Row] | None = None
     _reward: RewardModel | None = None
+    _verifier: VerifierModel | None = None
+    _grader_server: OpenAIJudgeConfig | None = None
     _tasks: list[Task] | None = None
     _held_out_prompts: Sequence[TokenPrompt] | None = None
 
@@ -137,6 +148,7 @@ class PpoStage(Stage[PpoConfig]):
         if cfg.reward is not None:
             found["reward_functions"] = check_functions(cfg.reward, self.prompts)
             found["prompt_columns"] = self.prompts.columns_identity
+            found |= self._open_graders(cfg.reward)
         if cfg.judging is not None:
             self._tasks = open_held_out(cfg, self.tokenizer)
             found["held_out"] = identity_of(cfg, self._tasks)
@@ -272,12 +284,27 @@ class PpoStage(Stage[PpoConfig]):
         cfg = self.cfg
         if cfg.reward is None:
             return ScorerRewards(self.make_scorer())
+        services: dict[str, Any] = {}
+        if cfg.reward.grader is not None:
+            grader, server = cfg.reward.grader, self._grader_server
+            services["grader"] = distributed.by_first(
+                "the judge's replies",
+                lambda: Grader(
+                    grader,
+                    self.workdir / STAGE / GRADED_FOLDER,
+                    server=server,
+                    key=None if server is None else key_from_environment(),
+                ),
+            )
+        if self._verifier is not None:
+            services["verifier"] = self._verifier.open(self.model.compute, self.mesh)
         return MixedRewards(
             cfg.reward,
             scorer=self.make_scorer() if cfg.reward.has_model else None,
             normalization=self.normalization,
             decode=functools.partial(text_of, self.tokenizer),
             count_tokens=functools.partial(_count_tokens, self.tokenizer),
+            services=services,
         )
 
     def make_scorer(self) -> AnswerScorer:
@@ -308,6 +335,24 @@ class PpoStage(Stage[PpoConfig]):
             ended = f"KL of {kl:.3f} from the reference, the budget being {budget:g}"
             result["ended"] = ended
         return result
+
+    def _open_graders(self, mix: RewardMixConfig) -> dict[str, Any]:
+        """Reaches the judge and finds the verifier; returns what makes them others."""
+        found: dict[str, Any] = {}
+        if mix.grader is not None:
+            judge = mix.grader.judge
+            field = "config.ppo.reward.grader.judge"
+            self._grader_server = distributed.by_first(
+                "judge", lambda: reach_judge(judge, field=field)
+            )
+            server = self._grader_server
+            found["grader"] = distributed.told_by_first(
+                "judge's name", lambda: "offline" if server is None else server.model
+            )
+        if mix.verifier_model is not None:
+            self._verifier = open_verifier(mix.verifier_model)
+            found["verifier_model_files"] = self._verifier.identity
+        return found
 
     @property
     def _scoring_model(self) -> RewardModel | None:

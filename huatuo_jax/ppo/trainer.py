@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 from huatuo_jax.core import sharding
 from huatuo_jax.core.sharding import OnMesh, batch_shards, put_whole
 from huatuo_jax.data.mixture import permutation
+from huatuo_jax.generation.requests import Answer
 from huatuo_jax.ppo.advantages import Moments, no_moments
 from huatuo_jax.ppo.config import PpoConfig
 from huatuo_jax.ppo.models import Critic
@@ -197,8 +198,12 @@ class Trainer:
         self, state: PpoState, spent: Spent, number: int, first: int, num_prompts: int
     ) -> tuple[Rollout, Rewards]:
         """Samples answers to some prompts and rewards them, see `redrawing.Draw`."""
+        self.rewards.begin(f"iteration {int(state.iteration) + 1}")
         with spent.on("generation"):
             rollout = self._sample(state, number, first, num_prompts)
+        if self.rewards.takes:  # While responses were sampled it went on by itself.
+            with spent.on("judging"):
+                self.rewards.wait()
         with spent.on("scoring"):
             rewards = self.rewards.of(
                 rollout.prompt_of_each, rollout.answers, group=self.cfg.rollout.answers_per_prompt
@@ -215,7 +220,12 @@ class Trainer:
         key = jax.random.fold_in(state.key, state.iteration)
         if number:
             key = jax.random.fold_in(key, number)
-        return self.sampler.sample(state.policy.variables, prompts, key)
+        group = self.cfg.rollout.answers_per_prompt
+
+        def take(place: int, answer: Answer) -> None:
+            self.rewards.take(place, prompts[place // group], answer)
+
+        return self.sampler.sample(state.policy.variables, prompts, key, take)
 
     def _layouts(self, state: PpoState, rollout: Rollout, epoch: int) -> list[Layout]:
         """Returns the minibatches of a pass over the rollout."""

@@ -47,6 +47,7 @@ from huatuo_jax.preferences.from_judgements import (
     read_mixed,
     write_comparisons,
 )
+from huatuo_jax.training.loop import INTERRUPTED_EXIT_CODE, Interrupted, StopSignals
 
 Say = Callable[[str], object]
 
@@ -116,6 +117,7 @@ def run_labels(cfg: LabelRun, say: Say) -> Labels | None:
     Raises:
         ValueError: invalid answers, templates, prices or labels file; a judge that failed; no
             verdict on any question. All judgements that had arrived are in the labels file.
+        Interrupted: SIGTERM or Ctrl-C came; replies under way were waited for and are kept.
         OSError: a file cannot be read or written.
     """
     answered = read_answered(cfg.answers, encoding=cfg.encoding)
@@ -139,13 +141,14 @@ def run_labels(cfg: LabelRun, say: Say) -> Labels | None:
     if cfg.dry_run:
         asyncio.run(judge.close())
         return None
-    with progress_bar("judging", "judgements") as on_progress:
+    with progress_bar("judging", "judgements") as on_progress, StopSignals() as signals:
         labels = label(
             questions,
             judge,
             cfg.output,
             concurrency=cfg.label.concurrency,
             on_progress=on_progress,
+            stop=lambda: signals.noted,
         )
     if labels.judgements:
         say(str(labels))
@@ -153,6 +156,11 @@ def run_labels(cfg: LabelRun, say: Say) -> Labels | None:
             say(judge.spent())
     if labels.error is not None:
         raise labels.error
+    if labels.stopped:
+        raise Interrupted(
+            f"stopped with {labels.missing} of {len(questions)} judgements to ask for; the others "
+            f"are in {cfg.output}: run the same command again to resume"
+        )
     if labels.judgements:
         _report(cfg, answered, questions, judge, say)
         say(f"written: {cfg.output}, {report_path(cfg.output)}")
@@ -367,7 +375,11 @@ class Flags:
 
 def main(flags: Flags) -> None:
     """Labels, and prints the results."""
-    run_labels(run_of(flags), print)
+    try:
+        run_labels(run_of(flags), print)
+    except Interrupted as stopped:
+        print(f"label: {stopped}", flush=True)
+        raise SystemExit(INTERRUPTED_EXIT_CODE) from None
 
 
 def run_of(flags: Flags) -> LabelRun:

@@ -33,13 +33,13 @@ def think_answer(response: str) -> str | None:
     Right is a response that begins with the thinking, closes it once and has an answer behind it.
     `<think>` itself may be missing, as some templates end the prompt with it.
     """
-    thoughts = _THOUGHTS.fullmatch(response)
-    if thoughts is None or "<think>" in thoughts[1]:
-        return None
-    after = thoughts[2]
-    if "<think>" in after or THINK_ENDS in after:
-        return None
-    return last_answer_tag(after)
+    after = _after_thoughts(response)
+    return None if after is None else last_answer_tag(after)
+
+
+def has_thoughts(response: str) -> bool:
+    """Tells whether a response begins with thinking that it closes once, see `think_answer`."""
+    return _after_thoughts(response) is not None
 
 
 def last_answer_tag(text: str) -> str | None:
@@ -58,3 +58,12 @@ def final_part(response: str) -> str:
     if THINK_ENDS in response:
         return response.rpartition(THINK_ENDS)[2]
     return "" if response.lstrip().startswith(("<think>", THINKING)) else response
+
+
+def _after_thoughts(response: str) -> str | None:
+    """Returns what follows the thinking; None where it is not there once, at the beginning."""
+    thoughts = _THOUGHTS.fullmatch(response)
+    if thoughts is None or "<think>" in thoughts[1]:
+        return None
+    after = thoughts[2]
+    return None if "<think>" in after or THINK_ENDS in after else after

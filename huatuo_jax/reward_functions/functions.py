@@ -1,42 +1,35 @@
-"""Reward functions by name: finding them, what they need, and calling them all for a rollout.
+"""Reward functions by name: finding them, and what they need.
 
 A reward function is called once for all responses of a rollout,
 `fn(prompts, responses, **columns) -> list of float or None`, and may be a coroutine function. Its
 columns are lists, one value a response: every other field of the prompts' records, None where a
 record lacks it. None as a reward means that the function does not apply to that response.
+
+A coroutine function that is marked `one_by_one` is called for each response by itself as soon as it
+is finished, while others are still sampled. One that takes a `grader` or a `verifier` is given that
+of the run.
 """
 
-import asyncio
-import concurrent.futures
 import hashlib
 import importlib
 import importlib.util
 import inspect
-import math
 import pathlib
 import tokenize
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any, NamedTuple, TypeVar
 
+F = TypeVar("F", bound=Callable[..., Any])
 Function = Callable[..., Any]
-Messages = Sequence[Mapping[str, str]]
+CheckRow = Callable[[Mapping[str, Any], Mapping[str, Any]], None]
+"""Told the fields of a prompt's record and the settings; raises ValueError for what cannot be."""
 
+SERVICES = ("grader", "verifier")
+"""Parameters that a run gives to the functions that have them."""
+
+_FIELDS = {"grader": "grader", "verifier": "verifier_model"}
 _given: dict[str, Function] = {}
 _RESERVED = ("prompts", "responses")
-
-
-class Asked(NamedTuple):
-    """Responses and all that a reward function may read, one of each for a response.
-
-    Attributes:
-        prompts: messages with `role` and `content`.
-        responses: texts.
-        columns: by name.
-    """
-
-    prompts: Sequence[Messages]
-    responses: Sequence[str]
-    columns: Mapping[str, Sequence[Any]]
 
 
 class Call(NamedTuple):
@@ -46,11 +39,42 @@ class Call(NamedTuple):
         name: of the function, for messages.
         function: see the module.
         settings: keyword arguments beside the columns.
+        services: of `SERVICES`, those that the run has.
     """
 
     name: str
     function: Function
     settings: Mapping[str, Any]
+    services: Mapping[str, Any] = {}
+
+    @property
+    def is_one_by_one(self) -> bool:
+        """True for a function that is called for each response as it is finished."""
+        return getattr(self.function, "is_one_by_one", False)
+
+    @property
+    def wants(self) -> tuple[str, ...]:
+        """The services that the function has parameters for."""
+        parameters = inspect.signature(self.function).parameters
+        return tuple(name for name in SERVICES if name in parameters)
+
+
+def one_by_one(function: F) -> F:
+    """Marks a coroutine function whose reward of a response depends on no other response."""
+    if not is_async(function):
+        raise ValueError(f"{name_of(function)} must be a coroutine function (async def)")
+    vars(function)["is_one_by_one"] = True
+    return function
+
+
+def checked_by(check: CheckRow) -> Callable[[F], F]:
+    """Gives a function a check of each prompt's record and of its settings, before a run begins."""
+
+    def mark(function: F) -> F:
+        vars(function)["check_row"] = check
+        return function
+
+    return mark
 
 
 def name_of(function: Function) -> str:
@@ -101,7 +125,8 @@ def check(call: Call, columns: Collection[str]) -> None:
     named = [
         one
         for one in parameters.values()
-        if one.kind not in (one.VAR_KEYWORD, one.VAR_POSITIONAL) and one.name not in _RESERVED
+        if one.kind not in (one.VAR_KEYWORD, one.VAR_POSITIONAL)
+        and one.name not in (*_RESERVED, *call.wants)
     ]
     for name in _RESERVED:
         if name not in parameters:
@@ -118,18 +143,49 @@ def check(call: Call, columns: Collection[str]) -> None:
             f"{call.name}: needs {', '.join(missing)}, which neither the prompts nor settings "
             f"have; the prompts have {', '.join(sorted(columns))}"
         )
+    for name in call.wants:
+        if name not in call.services:
+            raise ValueError(f"{call.name}: needs config.ppo.reward.{_FIELDS[name]}, which is None")
     unknown = [name for name in call.settings if name not in parameters]
     if unknown and not takes_all:
         raise ValueError(
             f"{call.name}: has no setting {', '.join(unknown)}; it takes "
             f"{', '.join(one.name for one in named)}"
         )
-    taken = [name for name in call.settings if name in columns or name in _RESERVED]
+    taken = [name for name in call.settings if name in {*columns, *_RESERVED, *call.wants}]
     if taken:
         raise ValueError(
             f"{call.name}: settings {', '.join(taken)} must have other names than the columns of "
             "the prompts"
         )
+
+
+def check_services(calls: Iterable[Call]) -> None:
+    """Raises ValueError where a run has a service that none of its functions asks."""
+    calls = list(calls)
+    for name in {name for one in calls for name in one.services}:
+        if not any(name in one.wants for one in calls):
+            raise ValueError(
+                f"config.ppo.reward.{_FIELDS[name]} has no use: no function of the terms takes a "
+                f"{name}; leave it out"
+            )
+
+
+def check_row(call: Call, row: Mapping[str, Any], *, name: str) -> None:
+    """Raises ValueError where a prompt's record has a field that a call cannot take.
+
+    Args:
+        call: see `checked_by`; without a check all is taken.
+        row: the record's fields.
+        name: of the prompt, for the message.
+    """
+    checks = getattr(call.function, "check_row", None)
+    if checks is None:
+        return
+    try:
+        checks(row, call.settings)
+    except ValueError as error:
+        raise ValueError(f"{call.name}: prompt {name!r}: {error}") from error
 
 
 def identity_of(function: Function) -> str:
@@ -147,36 +203,6 @@ def identity_of(function: Function) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
-def call_all(calls: Sequence[Call], asked: Asked) -> list[list[float | None]]:
-    """Calls all functions, the coroutine functions among them at once.
-
-    Args:
-        calls: of functions that `check` passed.
-        asked: what they are given.
-
-    Returns:
-        The rewards of each, one a response.
-
-    Raises:
-        ValueError: a function raised, or gave something else than a list of as many numbers and
-            None as there are responses.
-    """
-    found: list[Any] = [None] * len(calls)
-    waiting = [n for n, call in enumerate(calls) if _is_async(call.function)]
-    for number, call in enumerate(calls):
-        if number not in waiting:
-            found[number] = _called(call, asked)
-    if waiting:
-        # A thread of its own, as a notebook has a loop that runs already.
-        with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            rewards = pool.submit(
-                asyncio.run, _gathered([calls[n] for n in waiting], asked)
-            ).result()
-        for number, values in zip(waiting, rewards, strict=True):
-            found[number] = values
-    return [_checked(call, values, asked) for call, values in zip(calls, found, strict=True)]
-
-
 def _from_file(place: str) -> Any:
     path = pathlib.Path(place).resolve()
     if not path.is_file():
@@ -188,70 +214,7 @@ def _from_file(place: str) -> Any:
     return module
 
 
-def _is_async(function: Function) -> bool:
+def is_async(function: Function) -> bool:
+    """Tells whether a function, or an object that is called like one, is a coroutine function."""
     whole = function if inspect.isroutine(function) else type(function).__call__
     return inspect.iscoroutinefunction(whole)
-
-
-def _arguments(call: Call, asked: Asked) -> dict[str, Any]:
-    """The keyword arguments of a call: columns that it takes, and its settings."""
-    parameters = inspect.signature(call.function).parameters
-    takes_all = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
-    columns = {
-        name: list(values)
-        for name, values in asked.columns.items()
-        if takes_all or name in parameters
-    }
-    whole = {"prompts": list(asked.prompts), "responses": list(asked.responses)}
-    return whole | columns | dict(call.settings)
-
-
-def _failed(call: Call, error: Exception) -> ValueError:
-    return ValueError(f"{call.name}: raised {type(error).__name__}: {error}")
-
-
-def _called(call: Call, asked: Asked) -> Any:
-    try:
-        return call.function(**_arguments(call, asked))
-    except Exception as error:
-        raise _failed(call, error) from error
-
-
-async def _gathered(calls: Sequence[Call], asked: Asked) -> list[Any]:
-    found = await asyncio.gather(
-        *(call.function(**_arguments(call, asked)) for call in calls), return_exceptions=True
-    )
-    for call, one in zip(calls, found, strict=True):
-        if isinstance(one, Exception):
-            raise _failed(call, one) from one
-        if isinstance(one, BaseException):
-            raise one
-    return found
-
-
-def _checked(call: Call, values: Any, asked: Asked) -> list[float | None]:
-    """Returns a function's rewards as numbers and None."""
-    number = len(asked.responses)
-    if isinstance(values, str | bytes | Mapping) or not hasattr(values, "__len__"):
-        raise ValueError(
-            f"{call.name}: returned {type(values).__name__}; it should be a list of {number} "
-            "numbers or None"
-        )
-    if len(values) != number:
-        raise ValueError(
-            f"{call.name}: returned {len(values)} rewards for {number} responses; it should be "
-            "one each, None where it does not apply"
-        )
-    return [_number(call, index, one) for index, one in enumerate(values)]
-
-
-def _number(call: Call, index: int, value: Any) -> float | None:
-    if value is None:
-        return None
-    is_number = hasattr(value, "__float__") and not isinstance(value, str | bytes)
-    if not is_number or not math.isfinite(found := float(value)):
-        raise ValueError(
-            f"{call.name}: returned {value!r} for response {index}; it should be a number, or "
-            "None where it does not apply"
-        )
-    return found

@@ -114,6 +114,11 @@ class StopSignals:
             return self._requested
         return distributed.stop_together(self._requested)
 
+    @property
+    def noted(self) -> bool:
+        """Tells whether this process was asked to stop, whatever the others were."""
+        return self._requested
+
     def __enter__(self) -> Self:
         """Takes the signals over; only a process's main thread can."""
         if threading.current_thread() is threading.main_thread():

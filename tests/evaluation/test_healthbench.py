@@ -9,22 +9,24 @@ import pytest
 
 from huatuo_jax.evaluation import healthbench
 from huatuo_jax.evaluation.healthbench import (
-    Criterion,
     HealthBenchConfig,
     HealthBenchRow,
     clipped_mean,
     consensus_subset,
-    criterion_messages,
     healthbench_figures,
     length_adjusted,
-    parse_row_verdicts,
-    parse_verdict,
     read_healthbench,
-    row_messages,
     row_metrics,
     row_score,
     rows_named,
     score_bounds,
+)
+from huatuo_jax.reward_functions.rubric_grading import (
+    Criterion,
+    criterion_messages,
+    parse_row_verdicts,
+    parse_verdict,
+    row_messages,
 )
 
 

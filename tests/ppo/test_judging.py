@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import signal
 
 import jax
 import numpy as np
@@ -14,7 +16,7 @@ from huatuo_jax.judge.config import JudgeConfig
 from huatuo_jax.judge.judgements import read_judgements
 from huatuo_jax.ppo.judging import Judged, JudgingConfig, has_turned, is_due, kept_of, outcome
 from huatuo_jax.preferences import label
-from huatuo_jax.training.loop import train
+from huatuo_jax.training.loop import Interrupted, train
 from huatuo_jax.training.metrics import is_time_field, read_rows
 from tests.ppo.planted_judge import PlantedJudge, goes_past_the_optimum
 from tests.ppo.tiny import Table, config, run_tiny, tiny_job
@@ -208,6 +210,28 @@ def test_a_run_killed_while_judging_goes_on_and_asks_nothing_twice(turned, monke
     living.asked.clear()
     assert run(judged_config(), tmp_path) == result
     assert not living.asked and rows_of(tmp_path) == rows_of(workdir)
+
+
+def test_a_run_told_to_stop_while_judging_waits_for_its_calls_and_asks_no_more(
+    turned, monkeypatch, tmp_path
+):
+    workdir, result, asked = turned
+
+    class Stopped(PlantedJudge):
+        async def compare(self, prompt, first, second):
+            if len(self.asked) == len(asked) // 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return await super().compare(prompt, first, second)
+
+    stopped, later = Stopped(), PlantedJudge()
+    monkeypatch.setattr(label, "open_judge", lambda cfg: stopped)
+    with pytest.raises(Interrupted, match=r"stopped with \d+ of \d+ judgements to ask for"):
+        run(judged_config(), tmp_path)
+    assert len(stopped.asked) <= len(asked) // 2 + JudgingConfig(prompts="none").concurrency
+    monkeypatch.setattr(label, "open_judge", lambda cfg: later)
+    assert run(judged_config(), tmp_path) == result
+    assert sorted([*stopped.asked, *later.asked]) == sorted(asked)
+    assert rows_of(tmp_path) == rows_of(workdir)
 
 
 def test_a_run_that_begins_anew_asks_again_about_no_text_that_has_a_verdict(

@@ -3,8 +3,12 @@
 import dataclasses
 import json
 
+import jax
 import pytest
 
+from huatuo_jax.backbone.config import ComputeConfig
+from huatuo_jax.backbone.transformer import init_params
+from huatuo_jax.checkpoint.models import save_orbax
 from huatuo_jax.data.mixture import HeldOutConfig
 from huatuo_jax.ppo.config import PpoLoopConfig, RolloutConfig, ScoreConfig, ValueConfig
 from huatuo_jax.ppo.held_out_config import HeldOutRewardsConfig
@@ -12,9 +16,10 @@ from huatuo_jax.ppo.prompts import PromptsConfig
 from huatuo_jax.ppo.ptx import PtxConfig
 from huatuo_jax.ppo.reward_terms import RewardMixConfig, RewardTerm
 from huatuo_jax.ppo.stage import run_ppo
+from huatuo_jax.reward_functions.grader import GraderConfig
 from huatuo_jax.training.dialogue_data import DataConfig, SourceConfig
 from huatuo_jax.training.metrics import read_rows
-from tests.ppo.test_stage import _config, files
+from tests.ppo.test_stage import BACKBONE, TOKENIZER, _config, files
 
 assert files  # The fixture.
 pytestmark = pytest.mark.usefixtures("on_one_device")
@@ -119,9 +124,57 @@ def test_dialogues_are_trained_on_beside_the_reward(files, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("of", "fields", "message"),
+    [
+        ("graded:verified", {"grader": GraderConfig()}, "asks questions, and the offline judge"),
+        (
+            "verifiers:medical_o1",
+            {"grader": GraderConfig()},
+            r"config\.ppo\.reward\.grader has no use: no function of the terms takes a grader",
+        ),
+        (
+            "graded:classified",
+            {"verifier_model": "{workdir}/none"},
+            "none",
+        ),
+    ],
+)
+def test_graders_that_do_not_fit_end_in_one_line_before_anything_is_compiled(
+    files, tmp_path, of, fields, message
+):
+    term = RewardTerm(of=f"huatuo_jax.reward_functions.{of}")
+    mix = RewardMixConfig(terms=(term,), **fields)
+    cfg = _mixed(files, tmp_path, reward=mix, held_out_rewards=None)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run_ppo(cfg, tmp_path / "run")
+
+
+def test_the_offline_judge_and_a_model_that_classifies_reward_a_run(files, tmp_path):
+    """The classifier has random weights: its verdicts mean nothing."""
+    wide = dataclasses.replace(BACKBONE, max_positions=1024)
+    params = init_params(jax.random.key(4), wide, ComputeConfig(), head="score")
+    verifier = tmp_path / "verifier"
+    save_orbax(params, wide, verifier, head="score", source_folder=TOKENIZER)
+    terms = tuple(
+        RewardTerm(of=f"huatuo_jax.reward_functions.graded:{name}", settings=settings)
+        for name, settings in (("judged", {}), ("classified", {"form": "any"}))
+    )
+    mix = RewardMixConfig(terms=terms, grader=GraderConfig(), verifier_model=str(verifier))
+    cfg = _mixed(files, tmp_path, reward=mix, held_out_rewards=None)
+    run_ppo(cfg, tmp_path / "run")
+    for sample in read_rows(tmp_path / "run" / "ppo" / "samples.jsonl"):
+        assert 0 <= sample["rewards"]["judged"] <= 1
+        assert sample["rewards"]["classified"] in (pytest.approx(0.1), 1.0)
+
+
+@pytest.mark.parametrize(
     ("changed", "message"),
     [
         ({"of": "nowhere_at_all:fn"}, "nowhere_at_all cannot be imported"),
+        (
+            {"of": "huatuo_jax.reward_functions.graded:judged"},
+            r"needs config\.ppo\.reward\.grader, which is None",
+        ),
         (
             {"of": "huatuo_jax.evaluation.choice_reward:multiple_choice"},
             "needs options, answer, which neither",

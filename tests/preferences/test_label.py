@@ -13,13 +13,15 @@ import time
 import pytest
 
 from huatuo_jax.data.readers import read_comparisons
-from huatuo_jax.judge.judgements import current, read_judgements
+from huatuo_jax.judge.judgements import CRITERIA, current, read_judgements
 from huatuo_jax.judge.labelling import LabelConfig
 from huatuo_jax.judge.openai import OpenAIJudgeConfig
 from huatuo_jax.judge.server import ServerConfig
 from huatuo_jax.judge.spending import BudgetConfig, SpendingFile
 from huatuo_jax.preferences.from_judgements import ComparisonConfig, MixedFile
 from huatuo_jax.preferences.label import LabelRun, report_path, run_labels, spending_path
+from huatuo_jax.training.loop import Interrupted
+from tests.evaluation.scripted_server import ScriptedServer
 from tests.judge import planted_server as planted
 from tests.judge import run_labeller
 from tests.judge.planted_answers import make_answers
@@ -391,3 +393,42 @@ def test_half_a_character_in_an_answer_ends_no_step_on_the_way_to_comparisons(tm
     (pair,) = read_comparisons(comparisons)
     assert pair.rejected[0].content == "祝好\ufffd"
     assert pair.id.startswith("a\ufffd")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_labeller_that_is_told_to_stop_waits_for_its_calls_and_asks_no_more(
+    tmp_path, monkeypatch, number
+):
+    """Its main thread gets the signal while replies are under way, which are paid for."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    answers = tmp_path / "answers.jsonl"
+    rows = [
+        {
+            "id": f"p{n}",
+            "messages": [{"role": "user", "content": f"头痛{n}天了？"}],
+            "reference": "休息。",
+            "answers": [{"text": f"多喝水{n}。"}],
+        }
+        for n in range(9)
+    ]
+    answers.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+    def reply(body, index):
+        if index == 2:
+            os.kill(os.getpid(), number)
+        part = {"reason": "r", "score": 4}
+        return json.dumps(dict.fromkeys(CRITERIA, part))
+
+    with ScriptedServer(reply) as server:
+        cfg = LabelRun(
+            answers=str(answers),
+            output=str(tmp_path / "labels.jsonl"),
+            openai=OpenAIJudgeConfig(model="scripted", server=ServerConfig(base_url=server.url)),
+            label=LabelConfig(concurrency=3),
+        )
+        with pytest.raises(Interrupted, match=r"stopped with \d of 9 judgements to ask for"):
+            run_labels(cfg, lambda line: None)
+        kept = [one for one in read_judgements(cfg.output) if not one.failed]
+        assert len(kept) == server.paid and 3 <= server.paid <= 6
+        labels = run_labels(cfg, lambda line: None)
+        assert labels is not None and labels.verdicts == server.paid == 9

@@ -6,14 +6,15 @@ import math
 import numpy as np
 import pytest
 
+from huatuo_jax.reward_functions.calling import Asked, Background, RewardCalls
+from huatuo_jax.reward_functions.calling import call_all as call_all_in
 from huatuo_jax.reward_functions.functions import (
-    Asked,
     Call,
-    call_all,
     check,
     find,
     identity_of,
     name_of,
+    one_by_one,
 )
 
 ASKED = Asked(
@@ -21,6 +22,14 @@ ASKED = Asked(
     responses=["one", "three"],
     columns={"reference": ["one", None], "id": ["p0", "p1"]},
 )
+
+
+def call_all(calls, asked):
+    background = Background()
+    try:
+        return call_all_in(calls, asked, background)
+    finally:
+        background.close()
 
 
 def lengths(prompts, responses, **columns):
@@ -76,6 +85,48 @@ def test_an_object_may_be_a_coroutine_function():
             return np.ones(len(responses))
 
     assert call_all([Call("later", Later(), {})], ASKED) == [[1.0, 1.0]]
+
+
+def test_functions_of_single_responses_are_called_as_these_are_finished():
+    seen = []
+
+    @one_by_one
+    async def single(prompts, responses, *, reference, **columns):
+        (response,), (right,) = responses, reference
+        seen.append(response)
+        return [None if right is None else float(response == right)]
+
+    calls = RewardCalls({"single": call(single), "lengths": call(lengths)}, grader=None)
+    assert calls.takes
+    for _ in range(2):
+        calls.begin("iteration")
+        calls.take(1, ASKED.one(1))
+        calls.wait()
+        assert seen == ["three"]
+        found = calls.results(ASKED)
+        assert found == {"single": [1.0, None], "lengths": [3.0, 5.0]}
+        assert sorted(seen) == ["one", "three"]
+        seen.clear()
+    calls.close()
+
+
+def test_a_function_of_single_responses_fails_with_its_name():
+    @one_by_one
+    async def fails(prompts, responses, **columns):
+        raise RuntimeError("no server")
+
+    calls = RewardCalls({"fails": call(fails)}, grader=None)
+    calls.take(0, ASKED.one(0))
+    with pytest.raises(ValueError, match="^fails: raised RuntimeError: no server"):
+        calls.wait()
+    calls.close()
+    with pytest.raises(ValueError, match="must be a coroutine function"):
+        one_by_one(lengths)
+
+
+def test_a_column_that_no_prompt_of_an_iteration_has_is_one_of_none():
+    without = ASKED._replace(columns={"id": ["p0", "p1"]})
+    assert call_all([call(matches)], without) == [[None, None]]
 
 
 @pytest.mark.parametrize(

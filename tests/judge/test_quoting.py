@@ -2,7 +2,7 @@
 
 import pytest
 
-from huatuo_jax.evaluation.quoting import BadReply, quote, read_object
+from huatuo_jax.judge.quoting import BadReply, quote, read_object
 
 
 def unquoted(text, mark):
