@@ -14,12 +14,13 @@
 
 `auto` takes the platform's own kernel where it fits and logs once where it does not; a kernel
 chosen by name that does not fit is an error. ALiBi stays with XLA: splash takes no bias, and
-cuDNN's would be a 16-bit one, too coarse for distant tokens. Splash and cuDNN are causal by index,
-which equals causal by position because positions rise with the index inside a segment.
+cuDNN's would be a 16-bit one, too coarse for distant tokens. All three are causal, and measure
+distance, by index, which equals position because positions rise by one inside a segment.
 """
 
 import functools
 import logging
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -30,12 +31,14 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 from jax.sharding import PartitionSpec as P
 
+from huatuo_jax.backbone import positions
 from huatuo_jax.backbone.config import Kernel
 from huatuo_jax.core import sharding
 
-_MASKED_SCORE = -1e30  # Finite: a row of padding attends to itself instead of becoming NaN.
-_MOST_BLOCKS = 16  # Each one is a copy of its products in the compiled program.
-_HEADS = ((0, 1), (0, 1))  # The batch dimensions B and K of every product.
+_MASKED_SCORE = -1e30  # Finite: keys of a block that a query sees none of give it no NaN.
+_LEAST_BLOCK = 256  # Tokens of a block on an accelerator.
+_PRODUCT = ((0, 1), (0, 1))  # The batch dimensions A and K of every product.
+_HEADS, _ROWS = P(sharding.BATCH_AXES, None, "tensor", None), P(sharding.BATCH_AXES, None)
 logger = logging.getLogger(__name__)
 
 
@@ -43,31 +46,56 @@ def attend_in_blocks(
     q_BTNH: jax.Array,
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
-    positions_BT: jax.Array,
     segment_ids_BT: jax.Array | None,
     sliding_window: int | None,
     alibi_slopes_N: jax.Array | None,
     query_chunk: int,
 ) -> jax.Array:
-    """Attends in chunks of queries, each to the keys before its end, skipping the upper half.
+    """Attends block by block, forward and backward, where a block's queries see a block's keys.
 
-    The backward pass recomputes the scores of a chunk, so `[T, T]` is never held.
+    The bounds of the loops over blocks come from the segments: time follows the visible pairs,
+    memory the tokens, and the program's size is the same for every length. On a mesh each device
+    takes its own rows and heads, where they divide among the devices.
     """
-    length = q_BTNH.shape[1]
-    chunk = max(query_chunk, -(-length // _MOST_BLOCKS))
-    blocks, masks = [], []
-    for start in range(0, length, chunk):
-        low = 0 if sliding_window is None else max(0, start - sliding_window + 1)
-        block = _Block(low, start, min(start + chunk, length))
-        blocks.append(block)
-        masks.append(_mask(block, positions_BT, segment_ids_BT, sliding_window))
-    output_BKGTH = _weigh(
-        tuple(blocks),
-        *_heads_first(q_BTNH, k_BTKH, v_BTKH),
-        tuple(masks),
-        _by_group(alibi_slopes_N, k_BTKH.shape[2]),
-    )
-    return output_BKGTH.transpose(0, 3, 1, 2, 4).reshape(q_BTNH.shape)
+    batch, length = q_BTNH.shape[:2]
+    first_BT = first_visible(batch, length, segment_ids_BT, sliding_window)
+    on_cpu = sharding.platform_in_use() == "cpu"
+    # A CPU skips most row by row. Other devices need many rows, and large blocks, to be busy; and
+    # a program that the compiler divides among devices has no rows of its own.
+    own = sharding.divides(_HEADS, k_BTKH.shape)
+    row_by_row = own and on_cpu
+    num_blocks = -(-length // (query_chunk if on_cpu else max(query_chunk, _LEAST_BLOCK)))
+    block = -(-length // num_blocks)
+    attend_rows: Callable[..., jax.Array]
+    attend_rows = functools.partial(_attend_rows, block=block, row_by_row=row_by_row)
+    if own:
+        attend_rows = _on_shards(attend_rows, _ROWS, P("tensor"))
+    return attend_rows(q_BTNH, k_BTKH, v_BTKH, first_BT, alibi_slopes_N)
+
+
+def first_visible(
+    batch: int, length: int, segment_ids_BT: jax.Array | None, sliding_window: int | None
+) -> jax.Array:
+    """Returns the index of the first token that each token sees; it sees all from there to itself.
+
+    Args:
+        batch: number of rows.
+        length: of a row.
+        segment_ids_BT: int32; neighbours with one id are one segment, padding (0) sees itself
+            only. None for one segment a row.
+        sliding_window: tokens that a query sees, itself included; None for all before it.
+
+    Returns:
+        int32 `[B, T]`, which never falls from one token to the next.
+    """
+    index_BT = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], (batch, length))
+    first_BT = jnp.zeros_like(index_BT)
+    if segment_ids_BT is not None:
+        starts_BT = index_BT - positions.positions_from_segments(segment_ids_BT)
+        first_BT = jnp.where(segment_ids_BT == 0, index_BT, starts_BT)
+    if sliding_window is not None:
+        first_BT = jnp.maximum(first_BT, index_BT - (sliding_window - 1))
+    return first_BT
 
 
 def cudnn(
@@ -124,17 +152,7 @@ def splash(
     if segment_ids_BT is None:
         segment_ids_BT = jnp.zeros(q_BTNH.shape[:2], dtype=jnp.int32)
     local = functools.partial(_splash_local, sliding_window=sliding_window, interpret=interpret)
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
-        return local(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
-    heads, rows = P(sharding.BATCH_AXES, None, "tensor", None), P(sharding.BATCH_AXES, None)
-    return jax.shard_map(
-        local,
-        mesh=mesh,
-        in_specs=(heads, heads, heads, rows),
-        out_specs=heads,
-        check_vma=False,  # Pallas calls carry no replication types.
-    )(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+    return _on_shards(local, _ROWS)(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
 
 
 def attend(
@@ -142,7 +160,6 @@ def attend(
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
     *,
-    positions_BT: jax.Array,
     segment_ids_BT: jax.Array | None,
     sliding_window: int | None,
     alibi_slopes_N: jax.Array | None,
@@ -155,12 +172,12 @@ def attend(
         q_BTNH: queries.
         k_BTKH: keys; each key/value head serves N / K query heads in a row.
         v_BTKH: values.
-        positions_BT: int32; rise by one from token to token inside a segment.
-        segment_ids_BT: int32, tokens see their own segment only; None for one segment a row.
+        segment_ids_BT: int32, tokens see their own segment only; 0 for padding, whose output has no
+            meaning. None for one segment a row.
         sliding_window: a token sees itself and the `sliding_window - 1` tokens before it.
         alibi_slopes_N: decrease of a score per token of distance; None without ALiBi.
         kernel: a kernel's name, or `auto`.
-        query_chunk: queries of a chunk in the XLA kernel, which bounds its memory.
+        query_chunk: tokens of a block in the XLA kernel, see `ComputeConfig`.
 
     Returns:
         `[B, T, N, H]` in the dtype of the queries.
@@ -185,7 +202,6 @@ def attend(
         q_BTNH,
         k_BTKH,
         v_BTKH,
-        positions_BT,
         segment_ids_BT,
         sliding_window,
         alibi_slopes_N,
@@ -224,199 +240,272 @@ def choose_kernel(
     raise ValueError(f"attention kernel {wanted!r} does not fit: {'; '.join(misfits)}")
 
 
-class _Mask(NamedTuple):
-    """The visibility of each key to each query of a block, and the distance between them."""
+class _Visible(NamedTuple):
+    """The keys that queries see, in blocks.
 
-    visible_BTS: jax.Array
-    distance_BTS: jax.Array
+    Attributes:
+        first_BIC: index of the first key that each query sees; I blocks of C tokens.
+        first_block_RI: index of the first block of keys that any query of a block sees, in each of
+            R groups of rows.
+    """
 
-
-_Saved = tuple[
-    jax.Array, jax.Array, jax.Array, tuple[_Mask, ...], jax.Array | None, jax.Array, jax.Array
-]
-
-
-class _Block(NamedTuple):
-    """Queries from `start` to `end`, and the keys visible to them, from `low` to `end`."""
-
-    low: int
-    start: int
-    end: int
-
-    @property
-    def queries(self) -> slice:
-        return slice(self.start, self.end)
-
-    @property
-    def keys(self) -> slice:
-        return slice(self.low, self.end)
+    first_BIC: jax.Array
+    first_block_RI: jax.Array
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+# Blocks of queries are [B, I, K, Q, H], where Q = G C are those of all G heads that a key/value
+# head serves; blocks of keys and values are [B, J, K, C, H], where J = I. A loop's body takes
+# A = B / R rows.
+_Saved = tuple[jax.Array, jax.Array, jax.Array, _Visible, jax.Array | None, jax.Array, jax.Array]
+
+
+def _on_shards(function: Callable[..., jax.Array], *more: P) -> Callable[..., jax.Array]:
+    """Wraps a function of queries, keys, values and more to run on each device's rows and heads."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return function
+    return jax.shard_map(
+        function,
+        mesh=mesh,
+        in_specs=(_HEADS, _HEADS, _HEADS, *more),
+        out_specs=_HEADS,
+        check_vma=False,  # Neither Pallas calls nor the loops over blocks carry replication types.
+    )
+
+
+def _attend_rows(
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    first_BT: jax.Array,
+    slopes_N: jax.Array | None,
+    *,
+    block: int,
+    row_by_row: bool,
+) -> jax.Array:
+    """Cuts rows into blocks, attends, and puts the blocks' outputs together."""
+    batch, length, num_heads, head_dim = q_BTNH.shape
+    num_kv_heads = k_BTKH.shape[2]
+    num_blocks = -(-length // block)
+    missing = num_blocks * block - length
+
+    def cut(array_BTNH: jax.Array) -> jax.Array:
+        padded = jnp.pad(array_BTNH, ((0, 0), (0, missing), (0, 0), (0, 0)))
+        parts_BICKGH = padded.reshape(batch, num_blocks, block, num_kv_heads, -1, head_dim)
+        blocks_BIKGCH = parts_BICKGH.transpose(0, 1, 3, 4, 2, 5)
+        return blocks_BIKGCH.reshape(batch, num_blocks, num_kv_heads, -1, head_dim)
+
+    index_T = jnp.arange(length, length + missing, dtype=jnp.int32)
+    added_BT = jnp.broadcast_to(index_T[None], (batch, missing))  # Each sees itself only.
+    first_BIC = jnp.concatenate([first_BT, added_BT], axis=1).reshape(batch, num_blocks, block)
+    groups = batch if row_by_row else 1
+    first_block_BI = first_BIC[:, :, 0] // block
+    visible = _Visible(first_BIC, first_block_BI.reshape(groups, -1, num_blocks).min(axis=1))
+    slopes_KG = None if slopes_N is None else slopes_N.reshape(num_kv_heads, -1)
+    output_BIKQH = _weigh(
+        cut(q_BTNH * head_dim**-0.5), cut(k_BTKH), cut(v_BTKH), visible, slopes_KG
+    )
+    parts_BIKGCH = output_BIKQH.reshape(batch, num_blocks, num_kv_heads, -1, block, head_dim)
+    padded_BTNH = parts_BIKGCH.transpose(0, 1, 4, 2, 3, 5).reshape(batch, -1, num_heads, head_dim)
+    return padded_BTNH[:, :length]
+
+
+@jax.custom_vjp
 def _weigh(
-    blocks: tuple[_Block, ...],
-    q_BKGTH: jax.Array,
-    k_BKSH: jax.Array,
-    v_BKSH: jax.Array,
-    masks: tuple[_Mask, ...],
+    q_BIKQH: jax.Array,
+    k_BJKCH: jax.Array,
+    v_BJKCH: jax.Array,
+    visible: _Visible,
     slopes_KG: jax.Array | None,
 ) -> jax.Array:
     """Computes softmax attention of scaled queries, block by block.
 
-    One set of keys is kept for all blocks; beside the inputs only the output and the scores' total
-    are saved. The backward pass is FlashAttention's (arXiv 2205.14135, appendix B): it recomputes
-    the weights from the total's logarithm, and the softmax's gradient from the output's.
+    Both passes are FlashAttention's (arXiv 2205.14135, algorithms 1 and 4): beside the inputs only
+    the output and the logarithm of the weights' total are saved, and the backward pass recomputes
+    the weights from it.
     """
-    return _weigh_forward(blocks, q_BKGTH, k_BKSH, v_BKSH, masks, slopes_KG)[0]
+    return _weigh_forward(q_BIKQH, k_BJKCH, v_BJKCH, visible, slopes_KG)[0]
 
 
 def _weigh_forward(
-    blocks: tuple[_Block, ...],
-    q_BKGTH: jax.Array,
-    k_BKSH: jax.Array,
-    v_BKSH: jax.Array,
-    masks: tuple[_Mask, ...],
+    q_BIKQH: jax.Array,
+    k_BJKCH: jax.Array,
+    v_BJKCH: jax.Array,
+    visible: _Visible,
     slopes_KG: jax.Array | None,
 ) -> tuple[jax.Array, _Saved]:
-    outputs, log_totals = [], []
-    for block, mask in zip(blocks, masks, strict=True):
-        q, k, v = (
-            q_BKGTH[:, :, :, block.queries],
-            k_BKSH[:, :, block.keys],
-            v_BKSH[:, :, block.keys],
+    wide = jnp.promote_types(q_BIKQH.dtype, jnp.float32)
+
+    def attend_block(place: _Place, carry: tuple[jax.Array, jax.Array]) -> Any:
+        q_AKQH = place.take(q_BIKQH)
+
+        def add_keys(block: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            largest_AKQ1, total_AKQ1, sum_AKQH = state
+            k_AKCH, v_AKCH = (place.take(array, block) for array in (k_BJKCH, v_BJKCH))
+            scores_AKQC = place.scores(q_AKQH, k_AKCH, block, slopes_KG)
+            larger_AKQ1 = jnp.maximum(largest_AKQ1, scores_AKQC.max(axis=-1, keepdims=True))
+            weights_AKQC = jnp.exp(scores_AKQC - larger_AKQ1)
+            shrink_AKQ1 = jnp.exp(largest_AKQ1 - larger_AKQ1)
+            added_AKQH = _product(weights_AKQC.astype(v_AKCH.dtype), v_AKCH, 3, 2)
+            total_AKQ1 = total_AKQ1 * shrink_AKQ1 + weights_AKQC.sum(axis=-1, keepdims=True)
+            return larger_AKQ1, total_AKQ1, sum_AKQH * shrink_AKQ1 + added_AKQH
+
+        nothing_AKQ1 = jnp.zeros((*q_AKQH.shape[:3], 1), wide)
+        largest_AKQ1, total_AKQ1, sum_AKQH = place.over_keys(
+            add_keys, (nothing_AKQ1 + _MASKED_SCORE, nothing_AKQ1, jnp.zeros(q_AKQH.shape, wide))
         )
-        output_BKGTH, log_total_BKGT1 = _weigh_block(q, k, v, mask, slopes_KG)
-        outputs.append(output_BKGTH)
-        log_totals.append(log_total_BKGT1)
-    output_BKGTH, log_total_BKGT1 = _joined(outputs), _joined(log_totals)
-    saved = (q_BKGTH, k_BKSH, v_BKSH, masks, slopes_KG, output_BKGTH, log_total_BKGT1)
-    return output_BKGTH, saved
+        output_BIKQH, log_total_BIKQ1 = carry
+        return (
+            place.put(output_BIKQH, sum_AKQH / total_AKQ1),
+            place.put(log_total_BIKQ1, largest_AKQ1 + jnp.log(total_AKQ1)),
+        )
 
-
-def _weigh_backward(
-    blocks: tuple[_Block, ...], saved: _Saved, gradient_BKGTH: jax.Array
-) -> tuple[jax.Array | None, ...]:
-    q_BKGTH, k_BKSH, v_BKSH, masks, slopes_KG, output_BKGTH, log_total_BKGT1 = saved
-    mean_BKGT1 = (gradient_BKGTH.astype(log_total_BKGT1.dtype) * output_BKGTH).sum(
-        axis=-1, keepdims=True
+    output_BIKQH, log_total_BIKQ1 = _over_queries(
+        visible, attend_block, (jnp.zeros_like(q_BIKQH), jnp.zeros((*q_BIKQH.shape[:4], 1), wide))
     )
-    to_queries = []
-    to_k_BKSH, to_v_BKSH = jnp.zeros_like(k_BKSH), jnp.zeros_like(v_BKSH)
-    for block, mask in zip(blocks, masks, strict=True):
-        q, gradient, mean, log_total = (
-            array[:, :, :, block.queries]
-            for array in (q_BKGTH, gradient_BKGTH, mean_BKGT1, log_total_BKGT1)
+    saved = (q_BIKQH, k_BJKCH, v_BJKCH, visible, slopes_KG, output_BIKQH, log_total_BIKQ1)
+    return output_BIKQH, saved
+
+
+def _weigh_backward(saved: _Saved, gradient_BIKQH: jax.Array) -> tuple[jax.Array | None, ...]:
+    q_BIKQH, k_BJKCH, v_BJKCH, visible, slopes_KG, output_BIKQH, log_total_BIKQ1 = saved
+    wide = log_total_BIKQ1.dtype
+    mean_BIKQ1 = (gradient_BIKQH.astype(wide) * output_BIKQH).sum(axis=-1, keepdims=True)
+    # Turned once, so that no product needs the weights of a block in another layout.
+    q_BIKHQ, gradient_BIKHQ = q_BIKQH.swapaxes(3, 4), gradient_BIKQH.swapaxes(3, 4)
+
+    def attend_block(place: _Place, carry: tuple[jax.Array, jax.Array, jax.Array]) -> Any:
+        q_AKQH, q_AKHQ, gradient_AKQH, gradient_AKHQ, mean_AKQ1, log_total_AKQ1 = (
+            place.take(array)
+            for array in (
+                *(q_BIKQH, q_BIKHQ, gradient_BIKQH, gradient_BIKHQ),
+                *(mean_BIKQ1, log_total_BIKQ1),
+            )
         )
-        k, v = k_BKSH[:, :, block.keys], v_BKSH[:, :, block.keys]
-        weights_BKGTS = jnp.exp(_scores(q, k, mask, slopes_KG) - log_total)
-        to_q, to_k, to_v = _block_gradients(q, k, v, weights_BKGTS, gradient, mean)
-        to_queries.append(to_q)
-        to_k_BKSH = to_k_BKSH.at[:, :, block.keys].add(to_k)
-        to_v_BKSH = to_v_BKSH.at[:, :, block.keys].add(to_v)
-    return _joined(to_queries), to_k_BKSH, to_v_BKSH, None, None
+
+        def add_keys(block: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            to_q_AKQH, to_k_BJKHC, to_v_BJKHC = state
+            k_AKCH, v_AKCH = (place.take(array, block) for array in (k_BJKCH, v_BJKCH))
+            scores_AKQC = place.scores(q_AKQH, k_AKCH, block, slopes_KG)
+            weights_AKQC = jnp.exp(scores_AKQC - log_total_AKQ1)
+            to_weights_AKQC = _product(gradient_AKQH, v_AKCH, 3, 3)
+            to_scores_AKQC = (weights_AKQC * (to_weights_AKQC - mean_AKQ1)).astype(q_AKQH.dtype)
+            to_k_AKHC = _product(q_AKHQ, to_scores_AKQC, 3, 2)
+            to_v_AKHC = _product(gradient_AKHQ, weights_AKQC.astype(v_AKCH.dtype), 3, 2)
+            return (
+                to_q_AKQH + _product(to_scores_AKQC, k_AKCH, 3, 2),
+                place.put(to_k_BJKHC, place.take(to_k_BJKHC, block) + to_k_AKHC, block),
+                place.put(to_v_BJKHC, place.take(to_v_BJKHC, block) + to_v_AKHC, block),
+            )
+
+        to_q_BIKQH, *to_keys = carry
+        start = (jnp.zeros(q_AKQH.shape, wide), *to_keys)
+        to_q_AKQH, to_k_BJKHC, to_v_BJKHC = place.over_keys(add_keys, start)
+        return place.put(to_q_BIKQH, to_q_AKQH), to_k_BJKHC, to_v_BJKHC
+
+    turned = k_BJKCH.swapaxes(3, 4).shape
+    to_q_BIKQH, to_k_BJKHC, to_v_BJKHC = _over_queries(
+        visible,
+        attend_block,
+        (jnp.zeros_like(q_BIKQH), jnp.zeros(turned, wide), jnp.zeros(turned, wide)),
+    )
+    to_k_BJKCH, to_v_BJKCH = (
+        array.swapaxes(3, 4).astype(k_BJKCH.dtype) for array in (to_k_BJKHC, to_v_BJKHC)
+    )
+    return to_q_BIKQH, to_k_BJKCH, to_v_BJKCH, None, None
 
 
 _weigh.defvjp(_weigh_forward, _weigh_backward)
 
 
-def _mask(
-    block: _Block,
-    positions_BT: jax.Array,
-    segment_ids_BT: jax.Array | None,
-    sliding_window: int | None,
-) -> _Mask:
-    queries_BT1, keys_B1S = positions_BT[:, block.queries, None], positions_BT[:, None, block.keys]
-    distance_BTS = queries_BT1 - keys_B1S
-    visible_BTS = distance_BTS >= 0
-    if segment_ids_BT is not None:
-        segments_BT1 = segment_ids_BT[:, block.queries, None]
-        visible_BTS &= segments_BT1 == segment_ids_BT[:, None, block.keys]
-    if sliding_window is not None:
-        visible_BTS &= distance_BTS < sliding_window
-    return _Mask(visible_BTS, distance_BTS)
+class _Place(NamedTuple):
+    """One block of queries of a group of rows, inside the loop over all of them.
 
-
-def _heads_first(
-    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns scaled queries by group, keys and values, all with heads before tokens.
-
-    Done once for all blocks, so that every product reads its inputs in their layout.
+    Attributes:
+        rows: index of the first row.
+        num_rows: number A of rows.
+        block: index of the block of queries.
+        first_block: index of the first block of keys that is seen.
+        first_AC: index of the first key that each query sees.
     """
-    batch, length, num_heads, head_dim = q_BTNH.shape
-    num_kv_heads = k_BSKH.shape[2]
-    groups = num_heads // num_kv_heads
-    q_BTKGH = (q_BTNH * head_dim**-0.5).reshape(batch, length, num_kv_heads, groups, head_dim)
-    return q_BTKGH.transpose(0, 2, 3, 1, 4), k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
+
+    rows: jax.Array | int
+    num_rows: int
+    block: jax.Array
+    first_block: jax.Array
+    first_AC: jax.Array
+
+    def take(self, array: jax.Array, block: jax.Array | None = None) -> jax.Array:
+        """Returns the rows' block, by default that of the queries."""
+        return _take(array, self.rows, self.num_rows, self.block if block is None else block)
+
+    def put(self, array: jax.Array, values: jax.Array, block: jax.Array | None = None) -> jax.Array:
+        """Returns the array with the rows' block replaced."""
+        start = (self.rows, self.block if block is None else block, *(0,) * (array.ndim - 2))
+        return jax.lax.dynamic_update_slice(array, values[:, None].astype(array.dtype), start)
+
+    def over_keys(self, step: Callable[..., Any], state: Any) -> Any:
+        """Runs `step(block, state)` over the blocks of keys that are seen."""
+        return jax.lax.fori_loop(self.first_block, self.block + 1, step, state)
+
+    def scores(
+        self, q_AKQH: jax.Array, k_AKCH: jax.Array, block: jax.Array, slopes_KG: jax.Array | None
+    ) -> jax.Array:
+        """Returns the masked scores `[A, K, Q, C]` of a block of keys, in at least float32."""
+        num_rows, size = self.first_AC.shape
+        groups = q_AKQH.shape[2] // size
+        index_C = jnp.arange(size, dtype=jnp.int32)
+        queries_1C1 = (self.block * size + index_C)[None, :, None]
+        keys_11C = (block * size + index_C)[None, None, :]
+        scores_AKQC = _product(q_AKQH, k_AKCH, 3, 3)
+        if slopes_KG is not None:
+            distance_11CC = (queries_1C1 - keys_11C).astype(scores_AKQC.dtype)[None]
+            bias_KGCC = slopes_KG.astype(scores_AKQC.dtype)[:, :, None, None] * distance_11CC
+            scores_AKQC -= bias_KGCC.reshape(1, *scores_AKQC.shape[1:])
+        visible_ACC = (self.first_AC[:, :, None] <= keys_11C) & (keys_11C <= queries_1C1)
+        visible_A1GCC = jnp.broadcast_to(
+            visible_ACC[:, None, None], (num_rows, 1, groups, size, size)
+        )
+        visible_A1QC = visible_A1GCC.reshape(num_rows, 1, groups * size, size)
+        return jnp.where(visible_A1QC, scores_AKQC, _MASKED_SCORE)
 
 
-def _by_group(slopes_N: jax.Array | None, num_kv_heads: int) -> jax.Array | None:
-    return None if slopes_N is None else slopes_N.reshape(num_kv_heads, -1)
+def _over_queries(visible: _Visible, step: Callable[[_Place, Any], Any], carry: Any) -> Any:
+    """Runs `step(place, carry)` over the blocks of queries of all rows."""
+    groups, num_blocks = visible.first_block_RI.shape
+    num_rows = visible.first_BIC.shape[0] // groups
+
+    def run(index: jax.Array, carry: Any) -> Any:
+        index = index.astype(jnp.int32)
+        # A constant 0 tells a compiler that divides the rows among devices that all are taken.
+        group, block = (0, index) if groups == 1 else (index // num_blocks, index % num_blocks)
+        place = _start(group, block, 2)
+        first_block = jax.lax.dynamic_slice(visible.first_block_RI, place, (1, 1))[0, 0]
+        first_AC = _take(visible.first_BIC, group * num_rows, num_rows, block)
+        return step(_Place(group * num_rows, num_rows, block, first_block, first_AC), carry)
+
+    return jax.lax.fori_loop(0, groups * num_blocks, run, carry)
 
 
-def _joined(parts: list[jax.Array]) -> jax.Array:
-    """Concatenates blocks of queries in their order."""
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=3)
+def _take(array: jax.Array, rows: jax.Array | int, num_rows: int, block: jax.Array) -> jax.Array:
+    """Returns one block of some rows."""
+    start = _start(rows, block, array.ndim)
+    return jax.lax.dynamic_slice(array, start, (num_rows, 1, *array.shape[2:]))[:, 0]
 
 
-def _scores(
-    q_BKGTH: jax.Array, k_BKSH: jax.Array, mask: _Mask, slopes_KG: jax.Array | None
-) -> jax.Array:
-    """Returns the masked scores `[B, K, G, T, S]`, in at least float32."""
-    scores_BKGTS = jax.lax.dot_general(
-        q_BKGTH,
-        k_BKSH,
-        (((4,), (3,)), _HEADS),
-        preferred_element_type=jnp.promote_types(q_BKGTH.dtype, jnp.float32),
+def _start(rows: jax.Array | int, block: jax.Array, num_dims: int) -> list[jax.Array]:
+    """Returns the index of the first number of a block, of one dtype as jax asks for."""
+    return [jnp.asarray(index, jnp.int32) for index in (rows, block, *(0,) * (num_dims - 2))]
+
+
+def _product(left: jax.Array, right: jax.Array, left_dim: int, right_dim: int) -> jax.Array:
+    """Returns a product of each row and key/value head, in at least float32."""
+    return jax.lax.dot_general(
+        left,
+        right,
+        (((left_dim,), (right_dim,)), _PRODUCT),
+        preferred_element_type=jnp.promote_types(left.dtype, jnp.float32),
     )
-    if slopes_KG is not None:
-        slopes_1KG11 = slopes_KG.astype(scores_BKGTS.dtype)[None, :, :, None, None]
-        distance_B11TS = mask.distance_BTS[:, None, None].astype(scores_BKGTS.dtype)
-        scores_BKGTS -= slopes_1KG11 * distance_B11TS
-    return jnp.where(mask.visible_BTS[:, None, None], scores_BKGTS, _MASKED_SCORE)
-
-
-def _weigh_block(
-    q_BKGTH: jax.Array,
-    k_BKSH: jax.Array,
-    v_BKSH: jax.Array,
-    mask: _Mask,
-    slopes_KG: jax.Array | None,
-) -> tuple[jax.Array, jax.Array]:
-    """Returns a block's output `[B, K, G, T, H]` and its scores' log total, with H = 1."""
-    scores_BKGTS = _scores(q_BKGTH, k_BKSH, mask, slopes_KG)
-    largest_BKGT1 = scores_BKGTS.max(axis=-1, keepdims=True)
-    weights_BKGTS = jnp.exp(scores_BKGTS - largest_BKGT1)
-    total_BKGT1 = weights_BKGTS.sum(axis=-1, keepdims=True)
-    output_BKGTH = jax.lax.dot_general(
-        weights_BKGTS.astype(v_BKSH.dtype),
-        v_BKSH,
-        (((4,), (2,)), _HEADS),
-        preferred_element_type=scores_BKGTS.dtype,
-    )
-    output_BKGTH = (output_BKGTH / total_BKGT1).astype(v_BKSH.dtype)
-    return output_BKGTH, largest_BKGT1 + jnp.log(total_BKGT1)
-
-
-def _block_gradients(
-    q_BKGTH: jax.Array,
-    k_BKSH: jax.Array,
-    v_BKSH: jax.Array,
-    weights_BKGTS: jax.Array,
-    gradient_BKGTH: jax.Array,
-    mean_BKGT1: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns the gradients of a block's queries, keys and values."""
-    to_weights_BKGTS = jax.lax.dot_general(
-        gradient_BKGTH, v_BKSH, (((4,), (3,)), _HEADS), preferred_element_type=weights_BKGTS.dtype
-    )
-    to_scores_BKGTS = (weights_BKGTS * (to_weights_BKGTS - mean_BKGT1)).astype(q_BKGTH.dtype)
-    to_q_BKGTH = jax.lax.dot_general(to_scores_BKGTS, k_BKSH, (((4,), (2,)), _HEADS))
-    tokens = ((2, 3), (2, 3))
-    to_k_BKSH = jax.lax.dot_general(to_scores_BKGTS, q_BKGTH, (tokens, _HEADS))
-    weights_BKGTS = weights_BKGTS.astype(v_BKSH.dtype)
-    to_v_BKSH = jax.lax.dot_general(weights_BKGTS, gradient_BKGTH, (tokens, _HEADS))
-    return to_q_BKGTH, to_k_BKSH, to_v_BKSH
 
 
 def _splash_local(

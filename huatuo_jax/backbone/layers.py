@@ -27,16 +27,14 @@ _SMALLEST_NORM = 1e-12
 
 
 class Rows(NamedTuple):
-    """The positions of a layer's tokens.
+    """What a layer knows of its tokens' places in their rows.
 
     Attributes:
-        positions_BT: int32.
         segment_ids_BT: int32, or None for one segment a row.
         cos_BTH: cosine of the rotations, `[B, T, H / 2]`; None without rotary positions.
         sin_BTH: their sine.
     """
 
-    positions_BT: jax.Array
     segment_ids_BT: jax.Array | None
     cos_BTH: jax.Array | None
     sin_BTH: jax.Array | None
@@ -205,7 +203,6 @@ def attend_to_rows(
         q_BTNH,
         k_BTKH,
         v_BTKH,
-        positions_BT=rows.positions_BT,
         segment_ids_BT=rows.segment_ids_BT,
         sliding_window=cfg.sliding_window,
         alibi_slopes_N=slopes(cfg),

@@ -42,7 +42,7 @@ class Layer(nn.Module):
 
         Args:
             hidden_BTD: the residual stream.
-            rows: the positions of its tokens.
+            rows: its tokens' places in their rows.
             attend: see `layers.Attend`; by default rows attend to themselves.
         """
         cfg, compute = self.cfg, self.compute
@@ -134,7 +134,7 @@ class Transformer(nn.Module):
         return self.normalise(hidden_BTD)
 
     def rows(self, positions_BT: jax.Array, segment_ids_BT: jax.Array | None = None) -> Rows:
-        """Returns positions and rotations for the layers."""
+        """Returns segments and rotations for the layers."""
         cos_BTH = sin_BTH = None
         if self.cfg.rope is not None:
             cos_BTH, sin_BTH = positions.rotary_tables(
@@ -143,7 +143,7 @@ class Transformer(nn.Module):
                 head_dim=self.cfg.head_dim,
                 dtype=self.compute.compute_dtype,
             )
-        return Rows(positions_BT, segment_ids_BT, cos_BTH, sin_BTH)
+        return Rows(segment_ids_BT, cos_BTH, sin_BTH)
 
     def normalise(self, hidden_BTD: jax.Array) -> jax.Array:
         """Applies the final norm to the layers' output."""
