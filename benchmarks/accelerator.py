@@ -196,11 +196,7 @@ def measure_attention(size: str) -> Figures:
     keys = jax.random.split(jax.random.key(0), len(shapes))
     wide = [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
     narrow = [array.astype(jnp.bfloat16) for array in wide]
-    segments, positions = _segments(length)
-    common = {
-        "positions_BT": jnp.broadcast_to(positions, shapes[0][:2]),
-        "segment_ids_BT": jnp.broadcast_to(segments, shapes[0][:2]),
-    }
+    common = {"segment_ids_BT": jnp.broadcast_to(_segments(length), shapes[0][:2])}
     own = choose_kernel(
         "auto",
         jax.default_backend(),
@@ -263,11 +259,11 @@ def _random_row(seed: int, vocab_size: int) -> dict[str, np.ndarray]:
     return pack_row(examples, row_length=length, pad_token_id=0)
 
 
-def _segments(length: int) -> tuple[jax.Array, jax.Array]:
-    """Numbers and positions `[T]` of a row of equal segments."""
+def _segments(length: int) -> jax.Array:
+    """Numbers `[T]` of a row of equal segments."""
     index = np.arange(length)
     size = length // SEGMENTS_OF_A_ROW
-    return jnp.asarray(index // size + 1, jnp.int32), jnp.asarray(index % size, jnp.int32)
+    return jnp.asarray(index // size + 1, jnp.int32)
 
 
 def _run_rounds(engine: Engine, prompt: int, answer: int, vocab_size: int) -> tuple[int, float]:

@@ -75,8 +75,7 @@ BACKBONE = BackboneConfig(
     max_positions=512,
     tie_embeddings=True,
 )
-# Rows of several short dialogues on a CPU: small blocks of attention, and the logits all at once.
-COMPUTE = ComputeSection(query_chunk=64, loss_chunk=512)
+COMPUTE = ComputeSection(loss_chunk=512)  # Rows are short: the logits all at once.
 HELD_OUT = HeldOutConfig(share=0.1)
 ANSWER_TOKENS = 100
 TEMPERATURE = 0.5  # Of the policy; the answers that are compared differ more at 0.7.

@@ -230,8 +230,9 @@ class ComputeConfig:
             `full` only the layer's input, `dots` the results of matrix products with weights,
             `outputs` those of the attention and feed-forward blocks.
         kernel: the attention kernel; `auto` takes a suitable one for the mesh's platform.
-        query_chunk: queries of a chunk in the XLA attention; more where a row would have over 16
-            chunks.
+        query_chunk: tokens of a block in the XLA attention, which computes a block of queries and
+            keys where one sees the other: small blocks skip more. At most on a CPU; accelerators
+            take at least 256.
     """
 
     param_dtype: DTypeLike = jnp.float32
@@ -239,7 +240,7 @@ class ComputeConfig:
     output_dtype: DTypeLike = jnp.float32
     remat: Remat = "none"
     kernel: Kernel = "auto"
-    query_chunk: int = 256
+    query_chunk: int = 64
 
     def __post_init__(self) -> None:
         """Validates the fields."""

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from huatuo_jax.backbone import attention, positions
+from huatuo_jax.backbone.blockwise_attention import Trees
 from huatuo_jax.backbone.config import BackboneConfig, ComputeConfig
 from huatuo_jax.backbone.lora import LoraConfig, add_update
 from huatuo_jax.backbone.matmul import cut, gated, linear
@@ -27,21 +28,19 @@ _SMALLEST_NORM = 1e-12
 
 
 class Rows(NamedTuple):
-    """The positions of a layer's tokens.
+    """Data of packed rows that every layer needs: segments, rotations and trees.
 
     Attributes:
-        positions_BT: int32.
         segment_ids_BT: int32, or None for one segment a row.
         cos_BTH: cosine of the rotations, `[B, T, H / 2]`; None without rotary positions.
         sin_BTH: their sine.
-        subtree_ends_BT: int32, of rows of trees; see `attention.attend`.
+        trees: of rows of trees; None where no sequences share tokens.
     """
 
-    positions_BT: jax.Array
     segment_ids_BT: jax.Array | None
     cos_BTH: jax.Array | None
     sin_BTH: jax.Array | None
-    subtree_ends_BT: jax.Array | None = None
+    trees: Trees | None = None
 
 
 class Projection(nn.Module):
@@ -207,13 +206,12 @@ def attend_to_rows(
         q_BTNH,
         k_BTKH,
         v_BTKH,
-        positions_BT=rows.positions_BT,
         segment_ids_BT=rows.segment_ids_BT,
         sliding_window=cfg.sliding_window,
         alibi_slopes_N=slopes(cfg),
         kernel=compute.kernel,
         query_chunk=compute.query_chunk,
-        subtree_ends_BT=rows.subtree_ends_BT,
+        trees=rows.trees,
     )
 
 

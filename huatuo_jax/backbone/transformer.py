@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from huatuo_jax.backbone import layers, positions
+from huatuo_jax.backbone.blockwise_attention import Trees
 from huatuo_jax.backbone.config import BackboneConfig, ComputeConfig
 from huatuo_jax.backbone.layers import Attend, FeedForward, Norm, Rows, SelfAttention
 from huatuo_jax.backbone.lora import LoraConfig
@@ -42,7 +43,7 @@ class Layer(nn.Module):
 
         Args:
             hidden_BTD: the residual stream.
-            rows: the positions of its tokens.
+            rows: its tokens' places in their rows.
             attend: see `layers.Attend`; by default rows attend to themselves.
         """
         cfg, compute = self.cfg, self.compute
@@ -102,7 +103,8 @@ class Transformer(nn.Module):
             segment_ids_BT: tokens see their own segment only; 0 for padding, on either side. None
                 for one segment a row.
             positions_BT: by default they start at 0 in each segment.
-            subtree_ends_BT: of rows of trees, which need positions; see `attention.attend`.
+            subtree_ends_BT: of rows of trees, which need positions; see
+                `blockwise_attention.Trees`.
 
         Returns:
             `[B, T, D]` in the compute dtype; values at padding have no meaning.
@@ -137,12 +139,14 @@ class Transformer(nn.Module):
                 positions_BT = jnp.broadcast_to(positions_T[None, :], embedded_BTD.shape[:2])
             else:
                 positions_BT = positions.positions_from_segments(segment_ids_BT)
-        rows = self.rows(positions_BT, segment_ids_BT)._replace(subtree_ends_BT=subtree_ends_BT)
+        rows = self.rows(positions_BT, segment_ids_BT)
+        if subtree_ends_BT is not None:
+            rows = rows._replace(trees=Trees(positions_BT, subtree_ends_BT))
         hidden_BTD, _ = self.layers(embedded_BTD, rows)
         return self.normalise(hidden_BTD)
 
     def rows(self, positions_BT: jax.Array, segment_ids_BT: jax.Array | None = None) -> Rows:
-        """Returns positions and rotations for the layers."""
+        """Returns segments and rotations for the layers."""
         cos_BTH = sin_BTH = None
         if self.cfg.rope is not None:
             cos_BTH, sin_BTH = positions.rotary_tables(
@@ -151,7 +155,7 @@ class Transformer(nn.Module):
                 head_dim=self.cfg.head_dim,
                 dtype=self.compute.compute_dtype,
             )
-        return Rows(positions_BT, segment_ids_BT, cos_BTH, sin_BTH)
+        return Rows(segment_ids_BT, cos_BTH, sin_BTH)
 
     def normalise(self, hidden_BTD: jax.Array) -> jax.Array:
         """Applies the final norm to the layers' output."""

@@ -333,6 +333,14 @@ def constrain(array: jax.Array, name: str) -> jax.Array:
     return jax.lax.with_sharding_constraint(array, spec)
 
 
+def divides(spec: P, shape: tuple[int, ...]) -> bool:
+    """Returns whether the mesh in use divides every dimension; also where there is no mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return True
+    return all(dim % _axis_size(axes, mesh) == 0 for axes, dim in zip(spec, shape, strict=True))
+
+
 def _spec(name: str) -> P:
     assert name in ACTIVATION_RULES, f"no activation rule for {name}"
     return ACTIVATION_RULES[name]

@@ -114,7 +114,7 @@ class ComputeSection:
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Remat = operational("none")
     kernel: Kernel = operational("auto")
-    query_chunk: int = operational(256)
+    query_chunk: int = operational(64)
     loss_chunk: int = operational(128)
 
     def __post_init__(self) -> None:

@@ -10,6 +10,7 @@ from jax.test_util import check_grads
 
 from huatuo_jax.backbone import attention, positions
 from huatuo_jax.backbone import attention as fused_attention
+from huatuo_jax.backbone.blockwise_attention import Trees, first_visible
 from huatuo_jax.core import sharding
 
 KERNEL_INPUT = {"length": 256, "head_dim": 128, "dtype": "bfloat16", "alibi": False}
@@ -56,13 +57,10 @@ def attend_by_loop(q_BTNH, k_BTKH, v_BTKH, segments_BT, window, slopes_N):
 
 
 def attend_on_xla(q_BTNH, k_BTKH, v_BTKH, segments_BT, *, window, slopes_N=None, query_chunk=256):
-    if segments_BT is None:
-        segments_BT = jnp.zeros(q_BTNH.shape[:2], jnp.int32)
     return attention.attend(
         q_BTNH,
         k_BTKH,
         v_BTKH,
-        positions_BT=positions.positions_from_segments(segments_BT),
         segment_ids_BT=segments_BT,
         sliding_window=window,
         alibi_slopes_N=None if slopes_N is None else jnp.asarray(slopes_N),
@@ -90,20 +88,126 @@ def test_attention_equals_a_plain_loop(num_kv_heads, window, alibi, query_chunk)
     assert_equal_at_tokens(found, expected, segments_BT, atol=2e-6)
 
 
-def test_long_rows_are_cut_into_a_bounded_number_of_chunks():
+@pytest.mark.parametrize("length", [40, 400])
+def test_the_program_is_as_small_for_long_rows_as_for_short_ones(length):
+    q, k, v = heads(1, length, 2, 2, 4)
+    attend = functools.partial(attend_on_xla, segments_BT=None, window=None, query_chunk=3)
+    products = str(jax.make_jaxpr(attend)(q, k, v)).count("dot_general")
+    assert products == 2
+
+
+def test_rows_of_many_blocks_equal_a_plain_loop():
     q, k, v = heads(1, 40, 2, 2, 4)
     attend = functools.partial(attend_on_xla, segments_BT=None, window=None, query_chunk=1)
     expected = attend_by_loop(q, k, v, np.zeros((1, 40)), None, None)
     np.testing.assert_allclose(jax.jit(attend)(q, k, v), expected, atol=2e-6)
-    chunks = str(jax.make_jaxpr(attend)(q, k, v)).count("= exp")
-    assert chunks == 14  # of ceil(40 / 16) = 3 queries
+
+
+def packed(*rows: tuple[int, ...]) -> jnp.ndarray:
+    """Segment ids of rows, from each row's segment lengths; negative ones are padding."""
+    return jnp.asarray(
+        [
+            np.repeat([0 if size < 0 else i + 1 for i, size in enumerate(row)], np.abs(row))
+            for row in rows
+        ],
+        jnp.int32,
+    )
+
+
+PACKED = packed((-3, 20, 9, 1, 17), (50,), (8, 8, 8, 8, 18), (30, -20))
+
+
+def weighted_output(attend, segments_BT, weights_BTNH, *arrays):
+    output_BTNH = attend(*arrays, segments_BT)
+    return jnp.sum(output_BTNH * weights_BTNH), output_BTNH
+
+
+def output_and_gradients(attend, arrays, segments_BT):
+    """Output and the gradients of its weighted sum; padding has neither."""
+    weights_BTNH = np.random.default_rng(1).normal(size=arrays[0].shape).astype(np.float32)
+    if segments_BT is not None:
+        weights_BTNH *= np.asarray(segments_BT > 0)[:, :, None, None]
+    loss = functools.partial(weighted_output, attend, segments_BT, weights_BTNH)
+    value_and_grad = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)
+    (_, output_BTNH), gradients = jax.jit(value_and_grad)(*arrays)
+    return output_BTNH * (weights_BTNH != 0), *gradients
+
+
+def attend_densely(q_BTNH, k_BTKH, v_BTKH, segments_BT, *, window, slopes_N):
+    """Scores of all pairs, differentiated by jax."""
+    groups, length = q_BTNH.shape[2] // k_BTKH.shape[2], q_BTNH.shape[1]
+    k_BTNH, v_BTNH = (jnp.repeat(x, groups, axis=2) for x in (k_BTKH, v_BTKH))
+    scores_BNTS = jnp.einsum("btnh,bsnh->bnts", q_BTNH, k_BTNH) / np.sqrt(q_BTNH.shape[3])
+    distance_TS = np.arange(length)[:, None] - np.arange(length)[None]
+    if slopes_N is not None:
+        scores_BNTS -= slopes_N[None, :, None, None] * distance_TS[None, None]
+    seen_TS = (distance_TS >= 0) & (distance_TS < (window or length))
+    seen_BTS = (segments_BT[:, :, None] == segments_BT[:, None]) & seen_TS[None]
+    weights_BNTS = jax.nn.softmax(jnp.where(seen_BTS[:, None], scores_BNTS, -1e30))
+    return jnp.einsum("bnts,bsnh->btnh", weights_BNTS, v_BTNH)
+
+
+@pytest.mark.parametrize(
+    ("query_chunk", "num_kv_heads", "window", "alibi"),
+    [(8, 4, None, False), (16, 2, 11, False), (7, 1, None, True), (256, 2, 5, True)],
+)
+def test_packed_rows_have_the_gradients_of_dense_attention(
+    query_chunk, num_kv_heads, window, alibi
+):
+    arrays = heads(4, 50, 4, num_kv_heads, 8)
+    settings = {"window": window, "slopes_N": positions.alibi_slopes(4) if alibi else None}
+    blocks = functools.partial(attend_on_xla, query_chunk=query_chunk, **settings)
+    found = output_and_gradients(blocks, arrays, PACKED)
+    expected = output_and_gradients(functools.partial(attend_densely, **settings), arrays, PACKED)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 8])
+def test_blocks_that_no_query_sees_are_never_computed(window):
+    """A number that is not one spreads through every product and every sum that it enters."""
+    segments_BT = packed((8, 24, 8), (16, 16, 8), (32, -8))
+    arrays = heads(3, 40, 4, 2, 8)
+    attend = functools.partial(attend_on_xla, window=window, query_chunk=8)
+    clean = output_and_gradients(attend, arrays, segments_BT)
+    poisoned_BT = np.zeros((3, 40), bool)
+    # Each row alone: what is poisoned in one is in the middle of a segment of another.
+    poisoned_BT[0, 8:32] = poisoned_BT[1, :16] = poisoned_BT[1:, 32:] = True
+    poisoned = [np.where(poisoned_BT[:, :, None, None], np.nan, x) for x in arrays]
+    found = output_and_gradients(attend, poisoned, segments_BT)
+    for one, other in zip(found, clean, strict=True):
+        np.testing.assert_array_equal(one[~poisoned_BT], other[~poisoned_BT])
+
+
+@pytest.mark.parametrize("batch", [4, 3])  # Three rows do not divide among four devices.
+def test_xla_on_a_mesh_equals_one_device(batch):
+    arrays, segments_BT = heads(batch, 50, 4, 2, 8), PACKED[:batch]
+    attend = functools.partial(attend_on_xla, window=None, query_chunk=8)
+    slopes_N = positions.alibi_slopes(4)
+    expected = output_and_gradients(
+        functools.partial(attend, slopes_N=slopes_N), arrays, segments_BT
+    )
+    with jax.set_mesh(sharding.make_mesh(data=2, fsdp=2, tensor=2)):
+        found = output_and_gradients(
+            functools.partial(attend, slopes_N=slopes_N), arrays, segments_BT
+        )
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-6)
+
+
+def test_a_token_sees_from_its_segments_start_to_itself_and_padding_only_itself():
+    segments_BT = packed((-2, 3, 4, -1))
+    found = first_visible(1, 10, segments_BT, None)
+    np.testing.assert_array_equal(found, [[0, 1, 2, 2, 2, 5, 5, 5, 5, 9]])
+    found = first_visible(1, 10, segments_BT, 3)
+    np.testing.assert_array_equal(found, [[0, 1, 2, 2, 2, 5, 5, 5, 6, 9]])
+    np.testing.assert_array_equal(first_visible(1, 4, None, 2), [[0, 0, 1, 2]])
 
 
 def test_rows_without_segments_are_one_segment():
     q, k, v = heads(2, 7, 2, 2, 4)
     found = attention.attend(
         *(q, k, v),
-        positions_BT=jnp.broadcast_to(jnp.arange(7)[None], (2, 7)),
         segment_ids_BT=None,
         sliding_window=3,
         alibi_slopes_N=None,
@@ -148,7 +252,7 @@ def trees():
             ]
         ]
     )
-    return branches, jnp.asarray(positions_BT), jnp.asarray(ends_BT)
+    return branches, Trees(jnp.asarray(positions_BT), jnp.asarray(ends_BT))
 
 
 @pytest.mark.parametrize("window", [None, 2])
@@ -156,23 +260,22 @@ def trees():
 def test_a_token_of_a_tree_sees_its_own_branch_as_if_it_were_alone(window, alibi):
     q, k, v = heads(1, 13, 4, 2, 8)
     slopes_N = positions.alibi_slopes(4) if alibi else None
-    branches, positions_BT, ends_BT = trees()
+    branches, rows_of_trees = trees()
     found = attention.attend(
         *(q, k, v),
-        positions_BT=positions_BT,
         segment_ids_BT=None,
         sliding_window=window,
         alibi_slopes_N=None if slopes_N is None else jnp.asarray(slopes_N),
         kernel="xla",
         query_chunk=4,
-        subtree_ends_BT=ends_BT,
+        trees=rows_of_trees,
     )
     for token, branch in enumerate(branches):
         alone = [array[:, branch] for array in (q, k, v)]
         expected = attend_by_loop(*alone, np.ones((1, len(branch))), window, slopes_N)
         np.testing.assert_allclose(found[0, token], expected[0, -1], atol=2e-6)
     if not alibi:
-        visible = attention.visible_tokens(None, window, positions_BT, ends_BT)
+        visible = attention.visible_tokens(None, window, rows_of_trees)
         asked_of_cudnn = jax.nn.dot_product_attention(q, k, v, implementation="xla", **visible)
         np.testing.assert_allclose(asked_of_cudnn, found, atol=2e-6)
 
@@ -193,33 +296,19 @@ def test_what_cudnn_is_asked_for_is_what_xla_computes(window, segmented):
     """jax computes the same call without cuDNN, which proves window and segment conventions."""
     q, k, v = heads(2, 14, 4, 2, 8)
     segments_BT = jnp.asarray(segments_of(2, 14)) if segmented else None
-    positions_BT = jnp.broadcast_to(jnp.arange(14)[None], (2, 14))
-    visible = fused_attention.visible_tokens(segments_BT, window, positions_BT)
+    visible = fused_attention.visible_tokens(segments_BT, window)
     found = jax.nn.dot_product_attention(q, k, v, implementation="xla", **visible)
     expected = jax.jit(functools.partial(attend_on_xla, window=window))(q, k, v, segments_BT)
     assert_equal_at_tokens(found, expected, segments_BT, atol=2e-6)
 
 
-def weighted_output(attend, segments_BT, weights_BTNH, *arrays):
-    output_BTNH = attend(*arrays, segments_BT)
-    return jnp.sum(output_BTNH * weights_BTNH), output_BTNH
-
-
 def assert_splash_agrees(arrays, segments_BT, *, window):
-    weights_BTNH = np.random.default_rng(1).normal(size=arrays[0].shape).astype(np.float32)
-    if segments_BT is not None:
-        weights_BTNH *= np.asarray(segments_BT > 0)[:, :, None, None]
-    outcomes = []
-    for attend in (
-        functools.partial(attend_on_xla, window=window),
-        functools.partial(fused_attention.splash, sliding_window=window, interpret=True),
-    ):
-        loss = functools.partial(weighted_output, attend, segments_BT, weights_BTNH)
-        output_and_gradients = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)
-        (_, output_BTNH), gradients = jax.jit(output_and_gradients)(*arrays)
-        outcomes.append((output_BTNH * (weights_BTNH != 0), *gradients))
-    for expected, found in zip(*outcomes, strict=True):
-        np.testing.assert_allclose(found, expected, atol=1e-4)
+    xla = functools.partial(attend_on_xla, window=window)
+    splash = functools.partial(fused_attention.splash, sliding_window=window, interpret=True)
+    expected = output_and_gradients(xla, arrays, segments_BT)
+    found = output_and_gradients(splash, arrays, segments_BT)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -320,7 +409,6 @@ def test_attend_refuses_a_kernel_that_does_not_fit_its_input():
         with pytest.raises(ValueError, match=f"attention kernel '{kernel}' does not fit"):
             attention.attend(
                 *(q, k, v),
-                positions_BT=jnp.arange(6)[None],
                 segment_ids_BT=segments,
                 sliding_window=None,
                 alibi_slopes_N=None,

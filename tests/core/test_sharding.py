@@ -359,3 +359,12 @@ def test_the_compiler_never_replicates_an_activation_to_reshard_it():
 
 if __name__ == "__main__":
     compile_everywhere()
+
+
+def test_a_mesh_divides_a_shape_where_each_axis_divides_its_dimension():
+    spec = P(sharding.BATCH_AXES, None, "tensor")
+    assert sharding.divides(spec, (3, 5, 7))  # Without a mesh nothing has to be divided.
+    with jax.set_mesh(sharding.make_mesh(data=2, fsdp=2, tensor=2)):
+        assert sharding.divides(spec, (8, 5, 2))
+        assert not sharding.divides(spec, (6, 5, 2))
+        assert not sharding.divides(spec, (8, 5, 3))

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from tensorboardX.proto.event_pb2 import Event
 
 from huatuo_jax.training.metrics import MetricsLog, cut_rows, is_time_field, read_rows
 
@@ -34,6 +35,20 @@ def test_numbers_that_are_not_finite_are_left_out(tmp_path):
         log.write(1, {"train/loss": float("nan"), "train/grad_norm": float("inf"), "a": 1.0})
     (row,) = read_rows(path)
     assert set(row) == {"step", "time_s", "stage", "a"}
+
+
+def test_tensorboard_gets_all_numbers_of_a_row_in_one_event(tmp_path):
+    _write(tmp_path / "metrics.jsonl", tensorboard=tmp_path / "events")
+    (path,) = (tmp_path / "events").iterdir()
+    content, found = path.read_bytes(), []
+    while content:  # TFRecord: the length and its checksum, the event and its checksum.
+        size = int.from_bytes(content[:8], "little")
+        event = Event.FromString(content[12 : 12 + size])
+        found.append((event.step, {each.tag: each.simple_value for each in event.summary.value}))
+        content = content[16 + size :]
+    rows = [(step, numbers) for step, numbers in found if numbers]
+    expected = [(1, {"train/loss": 1.0}), (2, {"train/loss": 0.5}), (2, {"eval/loss": 5.0})]
+    assert rows[:3] == expected and len(rows) == 4
 
 
 @pytest.mark.parametrize(
