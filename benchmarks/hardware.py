@@ -24,6 +24,7 @@ from huatuo_jax.core.config import load_card
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "compiled"
 GIB = 2**30
+STAGES = ("sft", "reward", "ppo")
 HEADING = (
     "| config | devices | GiB a device: SFT, reward, PPO | of | SFT, tokens/s at most "
     "| SFT, utilisation at most | PPO, s an iteration at least |"
@@ -49,8 +50,10 @@ def row(path: pathlib.Path) -> str:
     # CARD.TOPOLOGY.json, or CARD.ARGUMENT.TOPOLOGY.json.
     name, stages = ":".join(path.name.split(".")[:-2]), by_stage(found)
     slice_ = found["slice"]
-    sft = stages["sft"]["sft/update"]
-    peaks = ", ".join(f"{peak(stages[stage]) / GIB:.1f}" for stage in stages)
+    sft = stages["sft"]["sft/update"]["roofline"] if "sft" in stages else None
+    peaks = ", ".join(
+        f"{peak(stages[stage]) / GIB:.1f}" if stage in stages else "none" for stage in STAGES
+    )
     seconds = iteration_seconds(name, stages["ppo"]) if "ppo" in stages else None
     return (
         " | ".join(
@@ -59,8 +62,8 @@ def row(path: pathlib.Path) -> str:
                 f"{slice_['topology']} ({slice_['devices']})",
                 peaks,
                 f"{slice_['usable_memory_bytes_per_device'] / GIB:.1f}",
-                f"{sft['roofline']['tokens_per_s']:,.0f}",
-                f"{sft['roofline']['utilisation']:.0%}",
+                "" if sft is None else f"{sft['tokens_per_s']:,.0f}",
+                "" if sft is None else f"{sft['utilisation']:.0%}",
                 "" if seconds is None else f"{seconds:.1f}",
             ]
         )
@@ -96,14 +99,17 @@ def iteration_seconds(name: str, programs: dict[str, Figures]) -> float:
     runs = {
         "prefill": ppo.rollout.num_prompts / prefilled,
         "decode": answers * ppo.rollout.max_new_tokens / programs["ppo/decode"]["tokens"],
-        "score": answers * longest / programs["ppo/score"]["tokens"],
         "policy_pass": ppo.num_epochs * ppo.num_minibatches + 2 / 3,
         "value_pass": ppo.num_epochs * ppo.num_minibatches + 1 / 3,
         "policy_apply": ppo.num_epochs * ppo.num_minibatches,
         "value_apply": ppo.num_epochs * ppo.num_minibatches,
     }
+    if "ppo/score" in programs:  # By a reward model.
+        runs["score"] = answers * longest / programs["ppo/score"]["tokens"]
     return sum(
-        number * programs[f"ppo/{one}"]["roofline"]["step_s"] for one, number in runs.items()
+        number * programs[f"ppo/{one}"]["roofline"]["step_s"]
+        for one, number in runs.items()
+        if f"ppo/{one}" in programs  # There may be no critic.
     )
 
 

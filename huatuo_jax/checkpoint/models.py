@@ -49,6 +49,8 @@ _PUBLISHED = {
     "IDEA-CCNL/Ziya-LLaMA-13B-v1": "ziya_llama_13b",
     "FreedomIntelligence/HuatuoGPT-7B": "huatuogpt_7b",
     "FreedomIntelligence/HuatuoGPT-13b-delta": "huatuogpt_13b",
+    "meta-llama/Llama-3.1-8B": "llama3.1_8b",
+    "meta-llama/Llama-3.1-8B-Instruct": "llama3.1_8b",
     "Qwen/Qwen2.5-0.5B": "qwen2.5_0.5b",
     "Qwen/Qwen2.5-1.5B": "qwen2.5_1.5b",
     "Qwen/Qwen2.5-7B": "qwen2.5_7b",

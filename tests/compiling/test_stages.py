@@ -104,10 +104,13 @@ def test_published_models_need_no_network():
         "qwen2_5_1_5b",
         "qwen3_0_6b",
         "qwen3_8b",
+        "huatuogpt_o1_8b",
+        "huatuogpt_3_8b",
     ],
 )
 def test_every_card_is_of_a_model_that_is_known_without_a_network(name):
-    directory = config(name).sft.model.directory
+    cfg = config(name)
+    directory = (cfg.ppo if cfg.sft is None else cfg.sft).model.directory
     assert Architectures(None).of(directory, path="config.sft.model").num_layers >= 28
 
 

@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from huatuo_jax.core.config import load_card
 from huatuo_jax.ppo.config import ScoreConfig, ValueConfig
 from huatuo_jax.training.optimizer import OptimizerConfig
 from tests.ppo.tiny import config
@@ -92,3 +93,29 @@ def test_a_default_config_of_every_estimator_is_taken():
     for scale in ("stored", "raw"):
         score = ScoreConfig(scale=scale, on_truncation="keep", penalty=None)
         assert dataclasses.replace(config(**KEPT), score=score).value.head == "keep"
+
+
+def test_the_published_settings_of_reinforcement_learning_stand_in_the_cards():
+    """HuatuoGPT-o1's PPO (arXiv 2412.18925 and its code), and HuatuoGPT-3's launcher."""
+    o1 = load_card("configs/huatuogpt_o1_8b.py").ppo
+    assert (o1.rollout.num_answers, o1.num_epochs, o1.num_minibatches) == (128, 3, 1)
+    assert (o1.optimizer.learning_rate, o1.kl_coef, o1.gamma, o1.gae_lambda) == (
+        5e-7,
+        0.03,
+        1,
+        0.95,
+    )
+    assert (o1.rollout.max_new_tokens, o1.rollout.temperature) == (1300, 0.5)
+    assert 128 * o1.num_iterations == pytest.approx(20_000, abs=128)
+    (verifier,) = o1.reward.terms
+    assert verifier.settings == {"correct": 1.0, "wrong": 0.1, "invalid": 0.0}
+    assert o1.reward.grader is not None
+    exact = load_card("configs/huatuogpt_o1_8b.py:mine.jsonl,exact").ppo
+    assert exact.data.paths == ("mine.jsonl",) and exact.reward.grader is None
+    three = load_card("configs/huatuogpt_3_8b.py").ppo
+    assert three.estimator == "grpo" and three.divide_by_deviation and three.kl_coef == 0
+    assert (three.rollout.num_prompts, three.rollout.answers_per_prompt) == (128, 8)
+    assert three.minibatch_size == 16 * 8 and three.denominator == "tokens"
+    assert (three.clip_low, three.clip_high, three.dual_clip) == (0.2, 0.28, 10.0)
+    assert three.optimizer.learning_rate == 2e-6 and three.rollout.redraw_rounds == 20
+    assert three.reward.grader.temperatures == (0.0, 0.2, 0.4)
