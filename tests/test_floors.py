@@ -29,6 +29,7 @@ FLOORS = {
     "hub": 12,
     "compiling": 12,
     "convert": 12,
+    "engines": 12,
     "evaluate": 12,
     "inspect_data": 12,
     "synthesize": 12,
