@@ -49,6 +49,7 @@ setup(
         "optax>=0.2.6,<0.3",
         "orbax-checkpoint>=0.11.30,<0.13",
         "protobuf>=5.0",
+        "pyyaml>=6.0",
         "rapidfuzz>=3.9,<4",
         "rich>=13.0",
         "safetensors>=0.8",

@@ -48,6 +48,7 @@ COMMANDS = {
         with_sections=True,
     ),
     "chat": Command("chat", "talk to a model in the terminal"),
+    "job": Command("engines", "write a run as a SkyPilot task, a JobSet or a Slurm script"),
     "push": Command("hub.push", "push a run to the Hugging Face Hub", "PushConfig"),
 }
 

@@ -32,7 +32,7 @@ from huatuo_jax.training.loop import (
 from huatuo_jax.training.losses import next_tokens, row_sizes, score_tokens, sums_by_kind
 from huatuo_jax.training.metrics import ModelFlops
 from huatuo_jax.training.run_directory import StageDirectory, is_begun
-from huatuo_jax.training.stage import TrainingConfig, UpdateStage, run_stage, stage_step
+from huatuo_jax.training.stage import TrainingConfig, UpdateStage, on_devices, run_stage, stage_step
 from huatuo_jax.training.update import (
     Batch,
     LossSums,
@@ -212,6 +212,7 @@ def settled_config(
     cfg: SftConfig, model: InitialModel, data: DialogueData, mesh: Mesh, workdir: pathlib.Path
 ) -> SftConfig:
     """Returns the settings of a run with a number for `micro_batch_size`."""
+    cfg, _ = on_devices(cfg, mesh, name=SftStage.name, workdir=workdir)
     stage = SftStage(cfg, mesh=mesh, workdir=workdir, model=model)
     stage.use(data)
     stage.settle()

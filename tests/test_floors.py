@@ -29,6 +29,7 @@ FLOORS = {
     "hub": 13,
     "compiling": 13,
     "convert": 13,
+    "engines": 13,
     "evaluate": 13,
     "inspect_data": 13,
     "synthesize": 13,

@@ -31,6 +31,7 @@ from huatuo_jax.ppo.rollout import mesh_of
 from huatuo_jax.recipe.config import RELEASED, SUITES_FLAG, AnswersConfig, RlaifConfig
 from huatuo_jax.training.initial_model import InitialModel, exported_tokenizer, open_model
 from huatuo_jax.training.loop import check_rows
+from huatuo_jax.training.stage import on_devices
 
 
 def check_inputs(cfg: RlaifConfig, workdir: str | os.PathLike[str], wanted: set[str]) -> None:
@@ -116,7 +117,9 @@ def check_inputs(cfg: RlaifConfig, workdir: str | os.PathLike[str], wanted: set[
     for name, section in (("sft", cfg.sft), ("reward", cfg.reward), ("ppo", cfg.ppo)):
         if name in wanted:
             rows = f"config.{name}.micro_batch_size"
-            check_rows(section.rows_at_once, name=rows, mesh=section.mesh.make())
+            mesh = section.mesh.make()
+            of_devices, _ = on_devices(section, mesh, name=name, workdir=workdir)
+            check_rows(of_devices.rows_at_once, name=rows, mesh=mesh)
 
 
 def _check_suites(cfg: RlaifConfig, workdir: pathlib.Path) -> None:

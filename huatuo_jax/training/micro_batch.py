@@ -85,6 +85,30 @@ def micro_batch_sizes(rows: int, mesh: Mesh) -> list[int]:
     return [size for size in range(rows, 0, -1) if rows % size == 0 and size % shards == 0]
 
 
+def size_on_other_devices(
+    size: MicroBatchSize, rows: int, mesh: Mesh, *, shards_before: int
+) -> MicroBatchSize:
+    """Returns the size with which each device holds no more rows than it did on another mesh.
+
+    A run that resumes on fewer devices so takes more micro-batches of fewer rows, and on more
+    devices fewer; the optimizer step has the same rows.
+
+    Args:
+        size: as it was set for the other mesh; `auto` is left to `settle`.
+        rows: that are divided into micro-batches.
+        mesh: of now.
+        shards_before: shards of the batch on the other mesh.
+
+    Returns:
+        The largest size that fits; `size` itself where none does, which `check_rows` refuses.
+    """
+    shards = sharding.batch_shards(mesh)
+    if size == "auto" or shards == shards_before:
+        return size
+    most = -(-most_rows_at_once(size, rows) // shards_before) * shards
+    return next((one for one in micro_batch_sizes(rows, mesh) if one <= most), size)
+
+
 def largest_that_fits(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
     """Finds the first size that fits, by halving; sizes below one that fits are taken to fit.
 

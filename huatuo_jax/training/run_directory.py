@@ -94,6 +94,7 @@ def begin_stage(
     *,
     settings: Mapping[str, Any],
     decisive: Mapping[str, Any],
+    placed: Mapping[str, Any] | None = None,
 ) -> StageDirectory:
     """Opens a stage's folder and writes its settings, unless they contradict what is there.
 
@@ -102,6 +103,7 @@ def begin_stage(
         name: the stage's.
         settings: all settings, from `all_fields`.
         decisive: those that decide results, from `identity`.
+        placed: how the stage lies on the devices, for its entry in `environment.json`.
 
     Raises:
         ValueError: the stage has a checkpoint or is finished, and a decisive field has changed;
@@ -128,10 +130,19 @@ def begin_stage(
     if jax.process_index() == 0:
         make_folder(stage.folder)
         _write(path, {**saved, name: {"settings": settings, "decisive": decisive}})
-        starts = folder / ENVIRONMENT_FILE
-        before = _read(starts)["starts"] if starts.exists() else []
-        _write(starts, {"starts": [*before, {"stage": name, **environment()}]})
+        start = {"stage": name, **(placed or {}), **environment()}
+        _write(folder / ENVIRONMENT_FILE, {"starts": [*_starts(folder), start]})
     return stage
+
+
+def earlier_starts(workdir: str | os.PathLike[str], name: str) -> list[dict[str, Any]]:
+    """Returns the entries of a stage's starts in `environment.json`, the oldest first."""
+    return [start for start in _starts(pathlib.Path(workdir)) if start["stage"] == name]
+
+
+def _starts(folder: pathlib.Path) -> list[dict[str, Any]]:
+    path = folder / ENVIRONMENT_FILE
+    return list(_read(path)["starts"]) if path.exists() else []
 
 
 def report_data(directory: StageDirectory, account: Account) -> None:

@@ -7,6 +7,7 @@ steps each consume a batch of packed rows; PPO has a loop of its own kind and is
 import abc
 import dataclasses
 import functools
+import math
 import os
 import pathlib
 from collections.abc import Callable, Mapping
@@ -18,7 +19,8 @@ from jax.sharding import Mesh
 
 from huatuo_jax.core.config import all_fields, checked, identity, operational, placed_in
 from huatuo_jax.core.files import check_local
-from huatuo_jax.core.sharding import MeshConfig
+from huatuo_jax.core.progress import tell
+from huatuo_jax.core.sharding import BATCH_AXES, MeshConfig
 from huatuo_jax.data.accounting import Account
 from huatuo_jax.data.batches import BatchIterator, EpochRows, PrefetchConfig, evaluation_batches
 from huatuo_jax.data.chat.template import ChatTemplate
@@ -39,9 +41,15 @@ from huatuo_jax.training.micro_batch import (
     check_micro_batch_size,
     most_rows_at_once,
     settle,
+    size_on_other_devices,
 )
 from huatuo_jax.training.optimizer import Optimizer, OptimizerConfig, make_optimizer
-from huatuo_jax.training.run_directory import StageDirectory, begin_stage, report_data
+from huatuo_jax.training.run_directory import (
+    StageDirectory,
+    begin_stage,
+    earlier_starts,
+    report_data,
+)
 from huatuo_jax.training.update import (
     LossFunction,
     Step,
@@ -320,16 +328,25 @@ def run_stage(
         OSError: something cannot be read or written.
     """
     check_local(workdir, name="workdir")
-    cfg = placed_in(checked(config, config_class, path=f"config.{kind.name}"), workdir)
-    mesh = cfg.mesh.make()
+    given = placed_in(checked(config, config_class, path=f"config.{kind.name}"), workdir)
+    mesh = given.mesh.make()
+    cfg, told = on_devices(given, mesh, name=kind.name, workdir=workdir)
     check_rows(cfg.rows_at_once, name="micro_batch_size", mesh=mesh)
     stage = kind(cfg, mesh=mesh, workdir=workdir, model=kind.open_model(cfg))
     stage.tokenizer = stage.model.load_tokenizer(kind.name, stage.template)
     data = stage.open_data()
     decisive = identity(cfg) | {"initial_model": stage.model.identity} | data
-    directory = begin_stage(workdir, kind.name, settings=all_fields(cfg), decisive=decisive)
+    directory = begin_stage(
+        workdir,
+        kind.name,
+        settings=all_fields(given),
+        decisive=decisive,
+        placed={"mesh": dict(mesh.shape), "micro_batch_size": given.micro_batch_size},
+    )
     if (result := directory.result()) is not None:
         return result
+    if told is not None:
+        tell(told)
     if stage.account is not None:
         report_data(directory, stage.account)
     job = stage.make_job(directory, decisive)
@@ -337,6 +354,54 @@ def run_stage(
     result = stage.finish(directory, state, numbers)
     directory.finish(result)
     return result
+
+
+def on_devices(
+    cfg: Config, mesh: Mesh, *, name: str, workdir: str | os.PathLike[str]
+) -> tuple[Config, str | None]:
+    """Returns a stage's settings for the devices that there are, where it began on others.
+
+    Micro-batches keep the rows that each device holds (see `size_on_other_devices`), until
+    `micro_batch_size` is set to another value: that one is taken as it is.
+
+    Args:
+        cfg: its settings, as they were given.
+        mesh: of the devices that there are.
+        name: of the stage.
+        workdir: the run's folder.
+
+    Returns:
+        The settings, and the line that tells the change; None where the mesh is that of the start
+        before.
+    """
+    starts = [start for start in earlier_starts(workdir, name) if "mesh" in start]
+    if not starts:
+        return cfg, None
+    first = starts[-1]
+    for start in reversed(starts):
+        if start["micro_batch_size"] != cfg.micro_batch_size:
+            break
+        first = start
+    if first["micro_batch_size"] == cfg.micro_batch_size:
+        shards = math.prod(first["mesh"][axis] for axis in BATCH_AXES)
+        size = size_on_other_devices(
+            cfg.micro_batch_size, cfg.rows_of_update, mesh, shards_before=shards
+        )
+        if size != cfg.micro_batch_size:
+            cfg = dataclasses.replace(cfg, micro_batch_size=size)
+    before = starts[-1]["mesh"]
+    if before == dict(mesh.shape):
+        return cfg, None
+    return cfg, (
+        f"{name}: now on {_of_mesh(mesh.shape)}, before on {_of_mesh(before)}; an optimizer step "
+        f"has {cfg.rows_of_update} rows as before, "
+        f"{'all that fit' if cfg.micro_batch_size == 'auto' else cfg.rows_at_once} at once"
+    )
+
+
+def _of_mesh(sizes: Mapping[str, int]) -> str:
+    shown = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
+    return f"{math.prod(sizes.values())} devices ({shown})"
 
 
 def stage_step(

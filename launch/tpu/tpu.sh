@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Cloud TPU jobs through gcloud: one command on every worker of a slice, resumed when preempted.
+# Cloud TPU jobs through gcloud: one command on every worker of a slice of one queued resource.
 #
 #   launch/tpu/tpu.sh run --name=huatuo --zone=us-west4-a --accelerator_type=v5e-64 --spot \
 #       --setup='mountpoint -q /mnt/runs || sudo mount -t nfs 10.0.0.2:/runs /mnt/runs' \
@@ -17,8 +17,8 @@
 #   wait    until it is ACTIVE
 #   copy    this working tree (without what git ignores) to all workers, and install
 #   start   --setup, then COMMAND on all workers, detached; output in ~/huatuo_jobs/NAME/log.txt
-#   watch   until it has ended: started again where it was interrupted (exit code 75), on a new
-#           slice where it was preempted; ends with 1 where it failed
+#   watch   until it has ended; ends with 75 where it was interrupted or its slice was taken away,
+#           and with 1 where it failed
 #   delete  give the slice back
 # and beside them:
 #   status  of the slice and of the job on each worker
@@ -36,8 +36,11 @@
 #   --setup='SHELL LINE'       on every worker before each start, so it must bear repeating: as to
 #                              mount the disk of --workdir
 #   --worker=N                 for `logs`; or `all`
-#   --poll_s=60  --max_restarts=50  --keep
+#   --poll_s=60  --keep
 #   --dry_run                  print each command, run none
+#
+# A run that was interrupted is resumed by the same `run`. By itself SkyPilot does so, on machines that
+# it looks for: launch/job.py writes its task.
 #
 # The command runs in the copied folder, `python` is that of its environment, its arguments arrive
 # as they are given. --workdir must be a folder that all workers share and that outlives them, such
@@ -93,11 +96,11 @@ parse() {
   verb=$1
   shift
   name='' zone='' project='' accelerator_type='' runtime_version='' valid_until='' service_account=''
-  setup='' worker=0 poll_s=60 max_restarts=50 spot=0 reserved=0 keep=0 dry_run=0 command=()
+  setup='' worker=0 poll_s=60 spot=0 reserved=0 keep=0 dry_run=0 command=()
   while [[ $# -gt 0 ]]; do
     case $1 in
       --name=* | --zone=* | --project=* | --accelerator_type=* | --runtime_version=* | --setup=* | \
-        --valid_until=* | --service_account=* | --worker=* | --poll_s=* | --max_restarts=*)
+        --valid_until=* | --service_account=* | --worker=* | --poll_s=*)
         local field=${1%%=*}
         printf -v "${field#--}" '%s' "${1#*=}"
         ;;
@@ -120,7 +123,6 @@ check() {
   [[ -n $zone ]] || fail "--zone is missing, as --zone=us-west4-a"
   [[ $zone =~ ^[a-z]+-[a-z]+[0-9]+-[a-z]$ ]] || fail "--zone=$zone is no zone, as us-west4-a"
   [[ $poll_s =~ ^[0-9]+$ ]] || fail "--poll_s=$poll_s must be a whole number of seconds"
-  [[ $max_restarts =~ ^[0-9]+$ ]] || fail "--max_restarts=$max_restarts must be a whole number"
   [[ $worker =~ ^([0-9]+|all)$ ]] || fail "--worker=$worker must be a number or all"
   ((!(spot && reserved))) || fail "--spot and --reserved: a slice is one or the other"
   case $verb in
@@ -287,25 +289,10 @@ job_state() {
 # The end of each worker's log: with the slice the logs are gone.
 last_words() { on_workers all "tail -n 40 $job/log.txt" || true; }
 
-# A new slice with the job on it, as often as it takes; each try is a restart.
-renew() {
-  local lost=$1
-  while true; do
-    count_restart "the slice is lost ($lost)"
-    if [[ $lost != GONE ]]; then delete || true; fi
-    if create && await_slice; then
-      if copy && start; then return; fi
-      is_lost || fail "$name: the job cannot be set up on a slice that is ACTIVE"
-    fi
-    lost=$(slice_state)
-    nap
-  done
-}
-
-count_restart() {
-  ((restarts < max_restarts)) || fail "$name: $1 after $restarts restarts, --max_restarts=$max_restarts"
-  restarts=$((restarts + 1))
-  note "$1; restart $restarts of at most $max_restarts"
+# The end of a run that the same command resumes.
+end_interrupted() {
+  note "$1: the same command resumes the run"
+  exit "$INTERRUPTED"
 }
 
 # Whether the slice was taken away; a node may be PREEMPTED while its queued resource is ACTIVE.
@@ -324,14 +311,9 @@ watch() {
     return
   fi
   local state job_now missed=0
-  restarts=0
   while true; do
     nap
-    if is_lost; then
-      renew "$state"
-      missed=0
-      continue
-    fi
+    if is_lost; then end_interrupted "the slice is lost ($state)"; fi
     job_now=$(job_state)
     if [[ $job_now != unreachable ]]; then missed=0; fi
     case $job_now in
@@ -342,9 +324,8 @@ watch() {
         return
         ;;
       interrupted)
-        if is_lost; then continue; fi # Its workers were told first.
-        count_restart "the job was interrupted"
-        start || note "it did not start; asked again"
+        last_words
+        end_interrupted "the job was interrupted"
         ;;
       unreachable)
         if [[ $state == UNKNOWN ]]; then continue; fi # It may be us who are cut off.
@@ -364,9 +345,8 @@ show_watch() {
   queued describe '--format=value(state.state)'
   act gcloud compute tpus tpu-vm describe "$name" "${place[@]}" '--format=value(state)'
   on_workers all "bash $job/code/launch/tpu/worker.sh status"
-  note "where the slice is lost (SUSPENDED, FAILED, gone, node PREEMPTED): delete, create, wait, copy, start"
-  note "where the job ended with exit code $INTERRUPTED and the slice is there: start"
-  note "when it has ended:"
+  note "where the slice is lost (SUSPENDED, FAILED, gone, node PREEMPTED): exit code $INTERRUPTED"
+  note "when the job has ended:"
   last_words
 }
 

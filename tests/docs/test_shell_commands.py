@@ -37,6 +37,12 @@ TOOLS = {
     "mkdocs": "tests/docs/test_site.py builds the site",
     "pytest": "this is it: its folders are there",
     "venv": "the continuous integration makes one",
+    "sky": "needs a cloud: tests/engines loads its task",
+    "kubectl": "needs a cluster: tests/engines checks its manifest",
+    "sbatch": "needs Slurm: tests/engines runs its script",
+    "squeue": "needs Slurm",
+    "scancel": "needs Slurm",
+    "tail": "follows a file",
 }
 
 # What runs, in this order in one folder, with what makes it small. Beginnings are enough.
@@ -69,6 +75,9 @@ RUN = {
     "launch/convert.py --source=runs/demo/sft/model": (),
     "launch/convert.py --source=exported/sft": (),
     "launch/push.py": (),
+    "launch/job.py --engine=skypilot": (),
+    "launch/job.py --engine=kubernetes": (),
+    "launch/job.py --engine=slurm": (),
 }
 PARSED_ONLY = {
     f"launch/train.py {RECIPE} --workdir=runs/another": "the recipe runs once",
