@@ -67,6 +67,8 @@ setup(
         "evaluation": EVALUATION,
         "lm-eval": LM_EVAL,
         "serve": SERVE,
+        "wandb": ["wandb>=0.20"],
+        "mlflow": ["mlflow-skinny>=3.4,<4"],
         "verify": [TORCH],
         "docs": DOCS,
         "test": [

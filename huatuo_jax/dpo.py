@@ -9,7 +9,7 @@ has the very same.
 import dataclasses
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -100,12 +100,18 @@ class DpoStage(PreferenceStage[DpoConfig]):
         return {"eval/loss": loss} | numbers(sums, prefix="eval")
 
 
-def run_dpo(config: DpoConfig, workdir: str | os.PathLike[str]) -> dict[str, Any]:
+def run_dpo(
+    config: DpoConfig,
+    workdir: str | os.PathLike[str],
+    *,
+    after_evaluation: Callable[[], None] | None = None,
+) -> dict[str, Any]:
     """Runs the stage, resuming from its newest checkpoint; returns the saved result if it is done.
 
     Args:
         config: of the stage; `{workdir}` in a path stands for the run's folder.
         workdir: the run's folder.
+        after_evaluation: called after each evaluation, in the first process alone.
 
     Returns:
         The last step and its evaluation. The policy is in `WORKDIR/dpo/model`, an Orbax directory
@@ -118,7 +124,7 @@ def run_dpo(config: DpoConfig, workdir: str | os.PathLike[str]) -> dict[str, Any
         Diverged: too many steps in a row were not finite.
         OSError: something cannot be read or written.
     """
-    return run_stage(DpoStage, DpoConfig, config, workdir)
+    return run_stage(DpoStage, DpoConfig, config, workdir, after_evaluation=after_evaluation)
 
 
 def dpo_step(cfg: DpoConfig, model: InitialModel, mesh: Mesh, *, num_steps: int) -> Step:

@@ -146,12 +146,18 @@ class SftStage(UpdateStage[SftConfig]):
         )
 
 
-def run_sft(config: SftConfig, workdir: str | os.PathLike[str]) -> dict[str, Any]:
+def run_sft(
+    config: SftConfig,
+    workdir: str | os.PathLike[str],
+    *,
+    after_evaluation: Callable[[], None] | None = None,
+) -> dict[str, Any]:
     """Runs the stage, resuming from its newest checkpoint; returns the saved result if it is done.
 
     Args:
         config: of the stage; `{workdir}` in a path stands for the run's folder.
         workdir: the run's folder.
+        after_evaluation: called after each evaluation, in the first process alone.
 
     Returns:
         The last step and its evaluation. The model is in `WORKDIR/sft/model`, an Orbax directory
@@ -164,7 +170,7 @@ def run_sft(config: SftConfig, workdir: str | os.PathLike[str]) -> dict[str, Any
         Diverged: too many steps in a row were not finite.
         OSError: something cannot be read or written.
     """
-    return run_stage(SftStage, SftConfig, config, workdir)
+    return run_stage(SftStage, SftConfig, config, workdir, after_evaluation=after_evaluation)
 
 
 def clinic_sources(kinds: tuple[Kind, ...] = KINDS) -> tuple[SourceConfig, ...]:

@@ -16,7 +16,7 @@ from huatuo_jax.ppo.held_out_rewards import HeldOutCheck
 from huatuo_jax.ppo.report import PREFIX, Decode, IterationFlops, IterationReport
 from huatuo_jax.ppo.trainer import PpoState, Trainer
 from huatuo_jax.training.loop import BaseJob, Session, StopSignals, check_in_a_row
-from huatuo_jax.training.metrics import mesh_peak_flops
+from huatuo_jax.training.metrics import TIME_PREFIX, mesh_peak_flops
 
 SAMPLES_FILE = "samples.jsonl"
 TOTAL_KL = f"{PREFIX}/kl_per_sequence"
@@ -134,11 +134,14 @@ class _Iterations(Session[PpoState, PpoLoopConfig]):
         judging = self._job.judging
         if judging is None or not self._is_judging_due():
             return self._is_spent
-        self.store.wait()
-        judged = judging.judge(self.state, self._trainer)
+        with self.time.on("saving"):
+            self.store.wait()
+        with self.time.on("judging"):
+            judged = judging.judge(self.state, self._trainer)
         if self.log is not None:
-            self.log.write(judged.iteration, judged.fields())
+            self.log.write(judged.iteration, judged.fields() | self.time.take())
             self.progress.say(str(judged))
+        self.report_evaluation()
         if self.step and not judging.turned:  # Its checkpoint is there, and so is the outcome.
             self.stop_if_requested()
         return judging.turned or self._is_spent
@@ -158,7 +161,8 @@ class _Iterations(Session[PpoState, PpoLoopConfig]):
         if self.log is None or self._samples is None:
             return
         speed = report.speed(self._job.flops, peak_flops=self._peak)
-        self.log.write(self.step, {**self.numbers, **speed})
+        spent = self.time.of_step(speed[f"{TIME_PREFIX}step_s"])
+        self.log.write(self.step, {**self.numbers, **speed, **spent})
         self._samples.append(report.samples(self.cfg.samples_per_iteration, self._job.decode))
         self.progress.step(
             self.step,

@@ -385,12 +385,18 @@ def _count_tokens(tokenizer: "PreTrainedTokenizerBase", text: str) -> int:
     return len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def run_ppo(config: PpoConfig, workdir: str | os.PathLike[str]) -> dict[str, Any]:
+def run_ppo(
+    config: PpoConfig,
+    workdir: str | os.PathLike[str],
+    *,
+    after_evaluation: Callable[[], None] | None = None,
+) -> dict[str, Any]:
     """Runs the stage, resuming from its newest checkpoint; returns the saved result if it is done.
 
     Args:
         config: of the stage; `{workdir}` in a path stands for the run's folder.
         workdir: the run's folder.
+        after_evaluation: called after each judging, in the first process alone.
 
     Returns:
         The number of iterations and the main metrics of the last one; with `judging`, which
@@ -405,7 +411,7 @@ def run_ppo(config: PpoConfig, workdir: str | os.PathLike[str]) -> dict[str, Any
         Diverged: too many steps in a row were not finite.
         OSError: something cannot be read or written.
     """
-    return run_stage(PpoStage, PpoConfig, config, workdir)
+    return run_stage(PpoStage, PpoConfig, config, workdir, after_evaluation=after_evaluation)
 
 
 def check_policy(cfg: PpoConfig, policy: InitialModel) -> None:

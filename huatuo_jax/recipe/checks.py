@@ -32,6 +32,7 @@ from huatuo_jax.recipe.config import RELEASED, SUITES_FLAG, AnswersConfig, Rlaif
 from huatuo_jax.training.initial_model import InitialModel, exported_tokenizer, open_model
 from huatuo_jax.training.loop import check_rows
 from huatuo_jax.training.stage import on_devices
+from huatuo_jax.training.trackers import check_trackers
 
 
 def check_inputs(cfg: RlaifConfig, workdir: str | os.PathLike[str], wanted: set[str]) -> None:
@@ -120,6 +121,8 @@ def check_inputs(cfg: RlaifConfig, workdir: str | os.PathLike[str], wanted: set[
             mesh = section.mesh.make()
             of_devices, _ = on_devices(section, mesh, name=name, workdir=workdir)
             check_rows(of_devices.rows_at_once, name=rows, mesh=mesh)
+            if distributed.is_first():
+                check_trackers(section.loop.trackers)
 
 
 def _check_suites(cfg: RlaifConfig, workdir: pathlib.Path) -> None:

@@ -32,7 +32,7 @@ from huatuo_jax.recipe.config import (
 )
 from huatuo_jax.recipe.export import RELEASE_FILE
 from huatuo_jax.recipe.prompts import ACCOUNT_FILE, TRAIN_FILE, Prompts, make_prompts, write_prompts
-from huatuo_jax.recipe.stages import Stage, left_out, make_stages, synthesis_stage
+from huatuo_jax.recipe.stages import REPORT_FILE, Stage, left_out, make_stages, synthesis_stage
 from huatuo_jax.report.run import read_json
 from huatuo_jax.sft import write_clinic_of
 from huatuo_jax.training.loop import INTERRUPTED_EXIT_CODE, Diverged, Interrupted
@@ -212,7 +212,7 @@ def run_rlaif(config: RlaifConfig, workdir: str | os.PathLike[str]) -> dict[str,
     if "export" in cfg.stages:
         figures["released"] = read_json(folder / "export" / RELEASE_FILE)["sentence"]
     if "report" in cfg.stages:
-        figures["report"] = str(folder / "report.html")
+        figures["report"] = str(folder / REPORT_FILE)
     return figures
 
 

@@ -5,7 +5,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 
@@ -13,6 +13,7 @@ from huatuo_jax.checkpoint import models
 from huatuo_jax.core import distributed
 from huatuo_jax.core.config import identity, placed_in
 from huatuo_jax.core.files import read_lines
+from huatuo_jax.core.progress import tell
 from huatuo_jax.data.readers import content_hash
 from huatuo_jax.data.records import Kind, is_empty
 from huatuo_jax.evaluation.answers import sampling_of
@@ -37,6 +38,8 @@ from huatuo_jax.synthesis.run import Synthesis, is_saved_model
 from huatuo_jax.training.dialogue_data import open_dialogues
 from huatuo_jax.training.initial_model import open_model
 from huatuo_jax.training.optimizer import OptimizerConfig, make_optimizer
+
+REPORT_FILE = "report.html"
 
 
 class Stage(NamedTuple):
@@ -144,7 +147,7 @@ def _sft(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:
     def run() -> Mapping[str, Any]:
         if cfg.evaluation.base == f"{workdir}/base/model":
             _save_base(cfg, workdir / "base" / "model")
-        return run_sft(cfg.sft, workdir)
+        return run_sft(cfg.sft, workdir, after_evaluation=_reports_so_far(cfg, workdir))
 
     return Stage(
         "sft",
@@ -238,7 +241,7 @@ def _reward(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:
     section = cfg.reward
     paths = [path for source in section.data.sources for path in source.paths]
     inputs = _files([*paths, *(path for probe in section.probes for path in probe.paths)])
-    return _trained("reward", section, workdir, inputs, run_reward)
+    return _trained("reward", cfg, workdir, inputs, run_reward)
 
 
 def _ppo(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:
@@ -247,20 +250,28 @@ def _ppo(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:
     if section.judging is not None and section.judging.prompts is not None:
         inputs["judged prompts"] = section.judging.prompts
     inputs["reward model"] = section.reward_model
-    return _trained("ppo", section, workdir, inputs, run_ppo)
+    return _trained("ppo", cfg, workdir, inputs, run_ppo)
 
 
 def _trained(
-    name: str,
-    section: RewardConfig | PpoConfig,
+    name: Literal["reward", "ppo"],
+    cfg: RlaifConfig,
     workdir: pathlib.Path,
     inputs: dict[str, str],
-    run: Callable[[Any, pathlib.Path], Mapping[str, Any]],
+    run: Callable[..., Mapping[str, Any]],
 ) -> Stage:
+    section: RewardConfig | PpoConfig = getattr(cfg, name)
     if section.model.directory is not None:
         inputs["model"] = section.model.directory
     outputs = (workdir / name / "model",)
-    return Stage(name, identity(section), inputs, outputs, lambda: run(section, workdir))
+    after = _reports_so_far(cfg, workdir)
+    return Stage(
+        name,
+        identity(section),
+        inputs,
+        outputs,
+        lambda: run(section, workdir, after_evaluation=after),
+    )
 
 
 def _evaluation(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:
@@ -356,14 +367,33 @@ def _export(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:
     return Stage("export", settings, inputs, outputs, run, follows=True)
 
 
+def _reports_so_far(cfg: RlaifConfig, workdir: pathlib.Path) -> Callable[[], None] | None:
+    """Returns a function that writes the report of an unfinished run; None without a report.
+
+    Training does not end for it: what it cannot read or write is told in a line.
+    """
+    if "report" not in cfg.stages:
+        return None
+
+    def write() -> None:
+        try:
+            _write_report(cfg, workdir)
+        except (ValueError, OSError) as error:
+            tell(f"report: not written, {error}; the next evaluation tries again")
+
+    return write
+
+
+def _write_report(cfg: RlaifConfig, workdir: pathlib.Path) -> None:
+    output = workdir / REPORT_FILE
+    write_report(workdir, output, title=cfg.report.title, num_prompts=cfg.report.num_prompts)
+
+
 def _report(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:
-    output = workdir / "report.html"
+    output = workdir / REPORT_FILE
 
     def run() -> Mapping[str, Any]:
-        title, number = cfg.report.title, cfg.report.num_prompts
-        distributed.by_first(
-            "report", lambda: write_report(workdir, output, title=title, num_prompts=number)
-        )
+        distributed.by_first("report", lambda: _write_report(cfg, workdir))
         return {"bytes": output.stat().st_size}
 
     return Stage("report", identity(cfg.report), {}, (output,), run)

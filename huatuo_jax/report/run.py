@@ -7,9 +7,16 @@ from typing import Any
 
 from huatuo_jax.core.files import read_rows
 from huatuo_jax.data.records import KINDS
-from huatuo_jax.training.run_directory import CONFIG_FILE, DATA_FILE, ENVIRONMENT_FILE
+from huatuo_jax.training.run_directory import (
+    CONFIG_FILE,
+    DATA_FILE,
+    ENVIRONMENT_FILE,
+    StageDirectory,
+)
+from huatuo_jax.training.wall_time import WallTime
 
 Rows = list[dict[str, Any]]
+TRAINED = ("sft", "reward", "ppo")
 MODELS = ("base", "sft", "best_of_n", "ppo", "reference")
 
 
@@ -25,6 +32,7 @@ class Run:
         synthesis: reports of the data that the run made, by kind.
         dialogues: statistics of the dialogues of fine-tuning.
         metrics: rows of each training stage.
+        wall_time: of each training stage that was started, since then.
         accounts: rows read, used and left out, of prompts, answers and each training stage.
         labels: the judge's report.
         reward: the reward model's held-out report.
@@ -42,6 +50,7 @@ class Run:
     synthesis: dict[str, dict[str, Any]]
     dialogues: dict[str, Any] | None
     metrics: dict[str, Rows]
+    wall_time: dict[str, WallTime]
     accounts: dict[str, dict[str, Any]]
     labels: dict[str, Any] | None
     reward: dict[str, Any] | None
@@ -67,6 +76,8 @@ def read_run(folder: pathlib.Path) -> Run:
     journal = _json(folder / "recipe.json") or {}
     evaluated = journal.get("suites", {"finished": None})["finished"] is not None
     environment = _json(folder / ENVIRONMENT_FILE)
+    metrics = {stage: _rows(folder / stage / "metrics.jsonl") for stage in TRAINED}
+    began_s = {stage: StageDirectory(folder / stage).began_s() for stage in TRAINED}
     return Run(
         folder=folder,
         journal=journal,
@@ -74,8 +85,11 @@ def read_run(folder: pathlib.Path) -> Run:
         environment=environment["starts"][-1] if environment else None,
         synthesis=_synthesis(folder, journal),
         dialogues=_dialogues(folder, config),
-        metrics={
-            stage: _rows(folder / stage / "metrics.jsonl") for stage in ("sft", "reward", "ppo")
+        metrics=metrics,
+        wall_time={
+            stage: WallTime(began, metrics[stage])
+            for stage, began in began_s.items()
+            if began is not None and metrics[stage]
         },
         accounts=_accounts(folder),
         labels=_json(folder / "labels.jsonl.report.json"),

@@ -508,6 +508,7 @@ def costs(run: Run) -> Values:
     """Returns time and cost of each stage, settings and versions."""
     return {
         "journal": run.journal,
+        "wall_time": _wall_time(run),
         "judges": [] if run.labels is None else run.labels["judges"],
         "settings": {
             name: _flat(run.config[name]["settings"] if name in run.config else entry["settings"])
@@ -515,6 +516,24 @@ def costs(run: Run) -> Values:
         },
         "environment": run.environment,
     }
+
+
+def _wall_time(run: Run) -> Values | None:
+    """Returns the shares of each training stage's time, with the losses that any of them has."""
+    lost = {
+        name: {
+            reason: seconds / time.seconds
+            for reason, seconds in time.lost_s().items()
+            if seconds > time.seconds / 2000  # Shown as 0.1 % or more.
+        }
+        for name, time in run.wall_time.items()
+    }
+    reasons = list(dict.fromkeys(reason for found in lost.values() for reason in found))
+    rows = [
+        (name, time.seconds, [time.goodput, *(lost[name].get(reason, 0.0) for reason in reasons)])
+        for name, time in run.wall_time.items()
+    ]
+    return {"reasons": reasons, "rows": rows} if rows else None
 
 
 def _flat(settings: Any, path: str = "") -> list[tuple[str, Any]]:

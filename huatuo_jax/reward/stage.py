@@ -8,7 +8,7 @@ probability sigmoid(r - s); as a loss of a language model, InstructGPT (arXiv 22
 import functools
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -120,12 +120,18 @@ class RewardStage(PreferenceStage[RewardConfig]):
         return result | _report(cfg, scorer, self.comparisons, self.probes, directory)
 
 
-def run_reward(config: RewardConfig, workdir: str | os.PathLike[str]) -> dict[str, Any]:
+def run_reward(
+    config: RewardConfig,
+    workdir: str | os.PathLike[str],
+    *,
+    after_evaluation: Callable[[], None] | None = None,
+) -> dict[str, Any]:
     """Runs the stage, resuming from its newest checkpoint; returns the saved result if it is done.
 
     Args:
         config: of the stage; `{workdir}` in a path stands for the run's folder.
         workdir: the run's folder.
+        after_evaluation: called after each evaluation, in the first process alone.
 
     Returns:
         The last step and its evaluation, the normalization and which answers it is of. The model
@@ -140,7 +146,7 @@ def run_reward(config: RewardConfig, workdir: str | os.PathLike[str]) -> dict[st
         Diverged: too many steps in a row were not finite.
         OSError: something cannot be read or written.
     """
-    return run_stage(RewardStage, RewardConfig, config, workdir)
+    return run_stage(RewardStage, RewardConfig, config, workdir, after_evaluation=after_evaluation)
 
 
 def open_backbone(cfg: RewardConfig, section: ModelConfig) -> InitialModel:

@@ -29,12 +29,13 @@ from huatuo_jax.training.metrics import (
     MetricsLog,
     ProgressReport,
     Silent,
-    StepClock,
     make_progress,
     mesh_peak_flops,
 )
 from huatuo_jax.training.run_directory import StageDirectory
+from huatuo_jax.training.trackers import TrackerName, open_trackers
 from huatuo_jax.training.update import Batch, TrainState, Update, Variables
+from huatuo_jax.training.wall_time import StepClock, TimeSpent
 
 INTERRUPTED_EXIT_CODE = 75
 """Exit code of a run that was stopped and can resume (EX_TEMPFAIL of sysexits.h)."""
@@ -65,6 +66,7 @@ class BaseLoopConfig:
         log_every: steps (iterations) between two lines where there is no terminal.
         max_not_finite_in_a_row: so many skipped optimizer steps in a row stop the run.
         tensorboard: whether to write TensorBoard events.
+        trackers: where else to send metrics: `wandb`, `mlflow`; see `huatuo_jax.training.trackers`.
     """
 
     checkpoint_every: int = 500
@@ -72,6 +74,7 @@ class BaseLoopConfig:
     log_every: int = 10
     max_not_finite_in_a_row: int = 5
     tensorboard: bool = True
+    trackers: tuple[TrackerName, ...] = ()
 
     _MAY_BE_ZERO: ClassVar[tuple[str, ...]] = ()
 
@@ -183,6 +186,7 @@ class BaseJob(abc.ABC, Generic[State, Cfg]):
         mesh: where the state lies.
         make_state: makes the state before the first step; not called on resume.
         abstract_state: that state's shapes and shardings.
+        after_evaluation: called after each evaluation or judging, in the first process alone.
     """
 
     directory: StageDirectory
@@ -191,6 +195,7 @@ class BaseJob(abc.ABC, Generic[State, Cfg]):
     mesh: Mesh
     make_state: Callable[[], State]
     abstract_state: State
+    after_evaluation: Callable[[], None] | None = None
 
     best_metric: ClassVar[str | None] = None
     """The metric whose best checkpoint is kept; None keeps the newest alone."""
@@ -344,6 +349,7 @@ class Session(contextlib.AbstractContextManager["Session[State, Cfg]", None], Ge
         state: after them.
         numbers: what `train` returns.
         evaluated: whether they are the state's evaluation, which is saved with it.
+        time: what it is spent on.
         log: of metrics; None in all processes but the first.
         progress: of the run; silent in all processes but the first.
     """
@@ -358,6 +364,7 @@ class Session(contextlib.AbstractContextManager["Session[State, Cfg]", None], Ge
         self.cfg, self.store, self._base, self._stop = cfg, store, job, stop
         self.numbers: dict[str, float] = {}
         self.evaluated = False
+        self.time = TimeSpent()
         newest = store.latest_step()
         distributed.check_same("the newest checkpoint", newest)
         if newest is None:
@@ -408,6 +415,13 @@ class Session(contextlib.AbstractContextManager["Session[State, Cfg]", None], Ge
             after_step=restored,
             evaluated=self.evaluated,
             tensorboard=job.directory.tensorboard if cfg.tensorboard else None,
+            trackers=open_trackers(
+                cfg.trackers,
+                job.directory.folder,
+                settings=job.decisive,
+                resumed=restored is not None,
+            ),
+            began_s=job.directory.began_s(),
         )
         self.progress = make_progress(
             job.directory.name, job.num_steps, start=self.step, every=cfg.log_every
@@ -415,8 +429,16 @@ class Session(contextlib.AbstractContextManager["Session[State, Cfg]", None], Ge
         if restored is not None:
             self.progress.say(f"resumes from the checkpoint of {self.unit} {restored}")
 
+    def report_evaluation(self) -> None:
+        """Calls what follows an evaluation, in the first process; its rows are on disk by then."""
+        if self.log is not None and self._base.after_evaluation is not None:
+            with self.time.on("reporting"):
+                self.log.flush()
+                self._base.after_evaluation()
+
     def __exit__(self, *_: object) -> None:
         """Closes the reports."""
+        self.time.__exit__()
         self.progress.close()
         if self.log is not None:
             self.log.close()
@@ -459,13 +481,14 @@ class Session(contextlib.AbstractContextManager["Session[State, Cfg]", None], Ge
     def save(self) -> None:
         """Starts a checkpoint; the rows up to it are on disk before it can be."""
         self.flush()
-        self.store.save(
-            self.step,
-            self.state,
-            config=self._base.decisive,
-            metrics=self.numbers if self.evaluated else {},
-            extra=self.extra(),
-        )
+        with self.time.on("saving"):
+            self.store.save(
+                self.step,
+                self.state,
+                config=self._base.decisive,
+                metrics=self.numbers if self.evaluated else {},
+                extra=self.extra(),
+            )
 
 
 class _Updates(Session[TrainState, LoopConfig]):
@@ -532,6 +555,7 @@ class _Updates(Session[TrainState, LoopConfig]):
             speed["model_flops_utilisation"] = report.flops / (took_s * peak)
         if self.log is not None:
             named = {TIME_PREFIX + name: value for name, value in speed.items()}
+            named |= self.time.of_step(took_s, waited_s=waited_s)
             self.log.write(step, report.fields | named)
         loss = report.fields.get("train/loss")
         self.progress.step(step, loss=loss, tokens_per_s=report.tokens / took_s)
@@ -553,12 +577,13 @@ class _Updates(Session[TrainState, LoopConfig]):
         if job.evaluate is None or self.evaluated or not due:
             return
         self._settle_all()
-        self.numbers = job.evaluate(self.state)
+        with self.time.on("evaluation"):
+            self.numbers = job.evaluate(self.state)
         self.evaluated = True
         if self.log is not None:
-            self.log.write(self.step, self.numbers)
-        shown = f"{self.numbers[BEST_METRIC]:.4f}"
-        self.progress.say(f"step {self.step}: held-out loss {shown}")
+            self.log.write(self.step, self.numbers | self.time.take())
+        self.progress.say(f"step {self.step}: held-out loss {self.numbers[BEST_METRIC]:.4f}")
+        self.report_evaluation()
         self._clock.restart()
 
     def flush(self) -> None:

@@ -27,7 +27,7 @@ import math
 import pathlib
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -37,8 +37,9 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from huatuo_jax.backbone.config import BackboneConfig
 from huatuo_jax.core import files
+from huatuo_jax.training.trackers import TensorBoard, Tracker
+from huatuo_jax.training.wall_time import GOODPUT, TIME_PREFIX, WallTime
 
-TIME_PREFIX = "throughput/"
 EVALUATION_PREFIX = "eval/"
 JUDGED_PREFIX = "judged/"
 
@@ -77,6 +78,8 @@ class MetricsLog(contextlib.AbstractContextManager["MetricsLog"]):
         after_step: int | None,
         evaluated: bool,
         tensorboard: pathlib.Path | None,
+        trackers: Sequence[Tracker] = (),
+        began_s: float | None = None,
     ) -> None:
         """Opens the file and cuts what a run left there that went on past its last checkpoint.
 
@@ -88,42 +91,42 @@ class MetricsLog(contextlib.AbstractContextManager["MetricsLog"]):
             evaluated: whether the restored step was evaluated before it was saved; if not, a row
                 of its evaluation is removed too.
             tensorboard: folder of the event files; None for none.
+            trackers: to be sent the rows too, and closed with the log.
+            began_s: when the stage was first started, in seconds since 1970, for the share of the
+                time since then that trained; None for no share.
         """
         cut_rows(path, after_step=after_step, evaluated=evaluated)
         self._file = files.AppendedFile(path, locked=False)
         self._stage = stage
-        self._events = None
+        self._wall_time = None if began_s is None else WallTime(began_s, read_rows(path))
+        self._trackers = list(trackers)
         if tensorboard is not None:
-            # Events past the restored step are hidden by TensorBoard.
-            import tensorboardX  # Takes seconds, as it imports torch where it finds it.
-            from tensorboardX.proto.summary_pb2 import Summary
-
-            self._summary, self._value = Summary, Summary.Value
-            purged = 0 if after_step is None else after_step + 1
-            self._events = tensorboardX.SummaryWriter(str(tensorboard), purge_step=purged)
+            self._trackers.insert(0, TensorBoard(tensorboard, after_step=after_step))
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Adds a row."""
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
         now = round(time.time(), 3)
-        self._file.append([{"step": step, "time_s": now, "stage": self._stage, **finite}])
-        if self._events is not None:
-            # One event for all: an event for each number costs a small model's step a millisecond.
-            values = [self._value(tag=name, simple_value=value) for name, value in finite.items()]
-            self._events.file_writer.add_summary(self._summary(value=values), step, walltime=now)
+        row = {"step": step, "time_s": now, "stage": self._stage, **finite}
+        if self._wall_time is not None:
+            self._wall_time.add(row)
+            finite[GOODPUT] = row[GOODPUT] = self._wall_time.goodput
+        self._file.append([row])
+        for tracker in self._trackers:
+            tracker.write(step, finite, time_s=now)
 
     def flush(self) -> None:
         """Puts all rows on disk, so that a kill cannot lose them."""
         self._file.sync()
-        if self._events is not None:
-            self._events.flush()
+        for tracker in self._trackers:
+            tracker.flush()
 
     def close(self) -> None:
         """Flushes and closes."""
         self.flush()
         self._file.close()
-        if self._events is not None:
-            self._events.close()
+        for tracker in self._trackers:
+            tracker.close()
 
     def __exit__(self, *_: object) -> None:
         """Closes it."""
@@ -219,31 +222,6 @@ class ModelFlops:
             )
             / 3
         )
-
-
-class StepClock:
-    """Splits the time of steps into waiting for data and computing."""
-
-    def __init__(self) -> None:
-        """Starts it."""
-        self._since = time.perf_counter()
-        self._waited_s = 0.0
-
-    def restart(self) -> None:
-        """Leaves what was done since the last step (an evaluation, a save) out of the next one."""
-        self._since = time.perf_counter()
-        self._waited_s = 0.0
-
-    def add_wait(self, seconds: float) -> None:
-        """Adds time spent waiting for data."""
-        self._waited_s += seconds
-
-    def step(self) -> tuple[float, float]:
-        """Ends a step and begins the next one: the seconds it took, and those it waited."""
-        now = time.perf_counter()
-        took, waited = now - self._since, self._waited_s
-        self._since, self._waited_s = now, 0.0
-        return max(took, 1e-9), min(waited, took)
 
 
 class ProgressReport(Protocol):

@@ -71,6 +71,11 @@ class StageDirectory:
         """The folder of its TensorBoard events."""
         return self.folder / "tensorboard"
 
+    def began_s(self) -> float | None:
+        """Returns when the stage was first started, in seconds since 1970; None if never."""
+        starts = earlier_starts(self.folder.parent, self.name)
+        return datetime.datetime.fromisoformat(starts[0]["time"]).timestamp() if starts else None
+
     def result(self) -> dict[str, Any] | None:
         """Returns the finished stage's result, or None: a finished one is not run again."""
         path = self.folder / FINISHED_FILE

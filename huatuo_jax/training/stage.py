@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from huatuo_jax.core import distributed
 from huatuo_jax.core.config import all_fields, checked, identity, operational, placed_in
 from huatuo_jax.core.files import check_local
 from huatuo_jax.core.progress import tell
@@ -50,6 +51,7 @@ from huatuo_jax.training.run_directory import (
     earlier_starts,
     report_data,
 )
+from huatuo_jax.training.trackers import check_trackers
 from huatuo_jax.training.update import (
     LossFunction,
     Step,
@@ -311,6 +313,8 @@ def run_stage(
     config_class: type[Config],
     config: Config,
     workdir: str | os.PathLike[str],
+    *,
+    after_evaluation: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
     """Runs a stage, resuming from its newest checkpoint; returns the saved result if it is done.
 
@@ -319,6 +323,7 @@ def run_stage(
         config_class: of its settings.
         config: of the stage; `{workdir}` in a path stands for the run's folder.
         workdir: the run's folder.
+        after_evaluation: called after each evaluation, in the first process alone.
 
     Raises:
         ValueError: an invalid config, file, model or mesh; before anything is compiled.
@@ -329,6 +334,7 @@ def run_stage(
     """
     check_local(workdir, name="workdir")
     given = placed_in(checked(config, config_class, path=f"config.{kind.name}"), workdir)
+    distributed.by_first("trackers", lambda: check_trackers(given.loop.trackers))
     mesh = given.mesh.make()
     cfg, told = on_devices(given, mesh, name=kind.name, workdir=workdir)
     check_rows(cfg.rows_at_once, name="micro_batch_size", mesh=mesh)
@@ -349,7 +355,9 @@ def run_stage(
         tell(told)
     if stage.account is not None:
         report_data(directory, stage.account)
-    job = stage.make_job(directory, decisive)
+    job = dataclasses.replace(
+        stage.make_job(directory, decisive), after_evaluation=after_evaluation
+    )
     state, numbers = train(job, cfg.loop)
     result = stage.finish(directory, state, numbers)
     directory.finish(result)

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from huatuo_jax.checkpoint.models import find_model, load_params
+from huatuo_jax.core.config import load_card
+from huatuo_jax.recipe import stages
 from huatuo_jax.recipe.recipe import JOURNAL_FILE, Journal, run_stages, unfinished_stages
 from huatuo_jax.recipe.stages import Stage, _save_base
 from huatuo_jax.training.initial_model import open_model
@@ -133,3 +135,18 @@ def test_the_base_model_is_what_fine_tuning_begins_with_whatever_its_warm_up(tmp
     )
     saved = load_params(find_model(tmp_path / "base"))
     jax.tree.map(np.testing.assert_array_equal, saved, dict(state.variables["params"]))
+
+
+def test_a_report_of_an_unfinished_run_is_written_and_ends_nothing(tmp_path, monkeypatch, capsys):
+    cfg = load_card("rlaif")
+    write = stages._reports_so_far(cfg, tmp_path)
+    journal = Journal(tmp_path)
+    journal.start("sft", {}, {})
+    write()
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "not finished yet: sft" in page
+    (tmp_path / "recipe.json").write_text("{")
+    write()
+    assert "report: not written, " in capsys.readouterr().err
+    without = dataclasses.replace(cfg, stages=("sft",))
+    assert stages._reports_so_far(without, tmp_path) is None

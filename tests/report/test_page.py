@@ -431,6 +431,27 @@ def test_stages_that_did_not_run_are_left_out(run):
     assert 'id="curves"' in page
 
 
+def test_the_share_of_the_time_that_trained_has_a_table_with_its_losses(run):
+    started = {"stage": "sft", "time": "1970-01-01T00:16:40+00:00"}
+    again = started | {"time": "1970-01-01T00:18:00+00:00"}
+    machine = {"devices": {"number": 1, "kind": "cpu"}, "python": "3.11", "platform": "Linux"}
+    starts = [one | machine | {"git_commit": None, "packages": {}} for one in (started, again)]
+    write(run / "environment.json", {"starts": starts})
+    rows = [
+        {"step": 1, "time_s": 1050.0, "throughput/trained_s": 30.0, "throughput/compile_s": 10.0},
+        {"step": 2, "time_s": 1100.0, "throughput/trained_s": 20.0, "throughput/saving_s": 5.0},
+    ]
+    write_rows(run / "sft" / "metrics.jsonl", rows)
+    page = page_of(run)
+    head = page[page.index("since its first start") :]
+    head = re.sub(r"<[^>]+>", "|", head[: head.index("</table>")])
+    words = [word.strip() for word in head.split("|") if word.strip()]
+    assert words == [
+        "since its first start", "trained", "compiling", "saving", "starting and restarting",
+        "sft", "1 min 40 s", "50.0", "%", "10.0", "%", "5.0", "%", "35.0", "%",
+    ]  # fmt: skip
+
+
 def test_an_empty_folder_gives_a_page_that_says_little(tmp_path):
     page = page_of(tmp_path)
     assert "<h1>Trial &amp; error</h1>" in page and named_numbers(page) == {}

@@ -1,5 +1,6 @@
 """The loop in one process: bad batches, evaluation, what is on disk at the end."""
 
+import dataclasses
 import json
 
 import jax
@@ -10,6 +11,7 @@ from huatuo_jax.checkpoint.store import CheckpointStore
 from huatuo_jax.core import sharding
 from huatuo_jax.training.loop import Diverged, LoopConfig, train
 from huatuo_jax.training.metrics import is_time_field, read_rows
+from huatuo_jax.training.wall_time import WallTime
 from tests.training.tiny import random_batch, run_tiny, tiny_job
 
 LOOP = LoopConfig(
@@ -78,6 +80,30 @@ def test_the_time_of_a_step_is_split(finished):
             row["train/tokens"]
         )
         assert "throughput/model_flops_utilisation" not in row  # No peak is known of a CPU.
+
+
+def test_all_time_is_told_as_trained_or_lost_to_something(finished):
+    job, _, _, rows = finished
+    found = WallTime(job.directory.began_s(), rows)
+    lost = found.lost_s()
+    assert all(lost[one] > 0 for one in ("compiling", "waiting for data", "evaluating", "saving"))
+    assert found.trained_s + sum(lost.values()) == pytest.approx(found.seconds)
+    assert all(0 <= row["throughput/goodput"] <= 1 for row in rows)
+    assert rows[-1]["throughput/goodput"] == found.goodput > 0
+    evaluations = [row for row in rows if "eval/loss" in row]
+    assert all(row["throughput/evaluation_s"] > 0 for row in evaluations)
+
+
+def test_what_follows_an_evaluation_finds_its_row_on_disk(tmp_path):
+    job = tiny_job(tmp_path, mesh=_mesh(), num_steps=10)
+    found = []
+    followed = dataclasses.replace(
+        job, after_evaluation=lambda: found.append(read_rows(job.directory.metrics)[-1])
+    )
+    train(followed, LOOP)
+    assert [row["step"] for row in found if "eval/loss" in row] == [4, 8, 10]
+    times = [row for row in read_rows(job.directory.metrics) if "throughput/reporting_s" in row]
+    assert [row["step"] for row in times] == [5, 9]
 
 
 def test_the_newest_checkpoints_and_the_best_one_are_kept(finished):

@@ -9,7 +9,8 @@ import pytest
 
 from huatuo_jax.backbone.config import ComputeConfig, preset
 from huatuo_jax.backbone.transformer import Transformer, abstract_params, count_parameters
-from huatuo_jax.training.metrics import ModelFlops, StepClock, peak_flops
+from huatuo_jax.training.metrics import ModelFlops, peak_flops
+from huatuo_jax.training.wall_time import StepClock
 from tests.training.tiny import TINY
 
 
