@@ -441,7 +441,7 @@ class _Place(NamedTuple):
 
     def put(self, array: jax.Array, values: jax.Array, block: jax.Array | None = None) -> jax.Array:
         """Returns the array with the rows' block replaced."""
-        start = (self.rows, self.block if block is None else block, *(0,) * (array.ndim - 2))
+        start = _start(self.rows, self.block if block is None else block, array.ndim)
         return jax.lax.dynamic_update_slice(array, values[:, None].astype(array.dtype), start)
 
     def over_keys(self, step: Callable[..., Any], state: Any) -> Any:
