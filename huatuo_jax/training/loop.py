@@ -541,7 +541,7 @@ class _Updates(Session[TrainState, LoopConfig]):
         """Waits for a step's metrics and writes their row."""
         step, on_devices, position = self._pending.popleft()
         metrics = {name: np.asarray(value) for name, value in on_devices.items()}
-        report = self._job.report(metrics)
+        report, peak = self._job.report(metrics), mesh_peak_flops(self._job.mesh)
         took_s, waited_s = self._clock.step()
         speed = {
             "step_s": took_s,
@@ -550,7 +550,6 @@ class _Updates(Session[TrainState, LoopConfig]):
             "tokens_per_s": report.tokens / took_s,
             "trained_tokens_per_s": report.trained_tokens / took_s,
         }
-        peak = mesh_peak_flops(self._job.mesh)
         if peak is not None:
             speed["model_flops_utilisation"] = report.flops / (took_s * peak)
         if self.log is not None:
@@ -558,7 +557,7 @@ class _Updates(Session[TrainState, LoopConfig]):
             named |= self.time.of_step(took_s, waited_s=waited_s)
             self.log.write(step, report.fields | named)
         loss = report.fields.get("train/loss")
-        self.progress.step(step, loss=loss, tokens_per_s=report.tokens / took_s)
+        self.progress.step(step, loss=loss, tokens_per_s=speed["tokens_per_s"])
         self._check_finite(step, int(metrics["not_finite_in_a_row"]), position)
 
     def _check_finite(self, step: int, in_a_row: int, position: dict[str, Any]) -> None:
