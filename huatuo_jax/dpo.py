@@ -1,16 +1,17 @@
 """The DPO stage: an SFT model and comparisons in, a policy out; no reward model, no sampling.
 
-Direct preference optimisation (arXiv 2305.18290). Each row holds answers and pairs of them. Policy
-and reference lie side by side in one state: the reference takes the place of what is trained, in a
-collection of its own among the frozen variables, so a checkpoint holds it and a run that resumes
-has the very same.
+Direct preference optimisation (arXiv 2305.18290) and its relatives: IPO, smoothed labels,
+log-ratios of a mean token, and the loss of fine-tuning beside it. Each row holds answers and pairs
+of them. Policy and reference lie side by side in one state: the reference takes the place of what
+is trained, in a collection of its own among the frozen variables, so a checkpoint holds it and a
+run that resumes has the very same.
 """
 
 import dataclasses
 import functools
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,13 @@ from jax.sharding import Mesh
 
 from huatuo_jax.backbone.matmul import store_as_computed
 from huatuo_jax.backbone.transformer import Transformer
-from huatuo_jax.preferences.rows import PreferenceConfig, PreferenceStage, check_fits
+from huatuo_jax.preferences.rows import (
+    Denominator,
+    PreferenceConfig,
+    PreferenceStage,
+    RowsConfig,
+    check_fits,
+)
 from huatuo_jax.training.initial_model import InitialModel, open_model
 from huatuo_jax.training.loop import StepReport, step_numbers
 from huatuo_jax.training.losses import masked, row_sizes, wide
@@ -39,6 +46,8 @@ from huatuo_jax.training.update import (
 
 STAGE = "dpo"
 
+Form = Literal["sigmoid", "square"]
+
 REFERENCE = "reference"
 """The collection with what the reference has in the place of what is trained."""
 
@@ -56,10 +65,25 @@ class DpoConfig(PreferenceConfig):
             frozen weights, the reference being the model without its adapters.
         data: the comparisons, those that a reward model would be trained on.
         beta: how strongly the reference holds; PPO's `kl_coef` for the same optimum.
+        form: the loss of a pair, see `dpo_loss`: `sigmoid` of DPO, or the `square` of IPO (arXiv
+            2310.12036), which does not drive certain labels apart without bound.
+        label_smoothing: the share of the labels that are taken for wrong: a probability p becomes
+            p + label_smoothing * (1 - 2 p).
+        per_token: compare log-ratios of a mean token in place of those of whole answers, so that a
+            longer answer does not weigh more.
+        sft_coef: weight of the loss of fine-tuning on the better answer of a pair, in nats of a
+            mean token (arXiv 2404.19733); the other one counts as far as the label prefers it.
+        denominator: what a step's loss is divided by: its `pairs`, or its `prompts`, where all
+            pairs of a prompt together weigh as much as the one pair of another.
         seed: of fresh adapters and of the order of the data.
     """
 
     beta: float = 0.1
+    form: Form = "sigmoid"
+    label_smoothing: float = 0.0
+    per_token: bool = False
+    sft_coef: float = 0.0
+    denominator: Denominator = "pairs"
     batch_size: int = 32
 
     def __post_init__(self) -> None:
@@ -67,6 +91,16 @@ class DpoConfig(PreferenceConfig):
         super().__post_init__()
         if not 0 < self.beta < float("inf"):
             raise ValueError(f"beta={self.beta!r} must be above 0")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(
+                f"label_smoothing={self.label_smoothing!r} must be 0 or more and below .5"
+            )
+        if not 0 <= self.sft_coef < float("inf"):
+            raise ValueError(f"sft_coef={self.sft_coef!r} must be 0 or more")
+
+    def rows(self, *, shuffled: bool, denominator: Denominator | None = None) -> RowsConfig:
+        """Returns how comparisons become rows, to train on or to evaluate."""
+        return super().rows(shuffled=shuffled, denominator=denominator or self.denominator)
 
 
 class DpoStage(PreferenceStage[DpoConfig]):
@@ -96,7 +130,7 @@ class DpoStage(PreferenceStage[DpoConfig]):
 
     def evaluation_numbers(self, sums: Mapping[str, np.ndarray]) -> dict[str, float]:
         """Returns the numbers of held-out data."""
-        loss = float(sums["objective"]) / max(float(sums["pairs"]), 1.0)
+        loss = ratio(sums["objective"], float(sums["weights"]))
         return {"eval/loss": loss} | numbers(sums, prefix="eval")
 
 
@@ -129,8 +163,16 @@ def run_dpo(
 
 def dpo_step(cfg: DpoConfig, model: InitialModel, mesh: Mesh, *, num_steps: int) -> Step:
     """Makes the optimizer step of a run of so many steps."""
-    chunk = cfg.compute.loss_chunk
-    loss = functools.partial(row_loss, model.transformer, beta=cfg.beta, chunk=chunk)
+    loss = functools.partial(
+        row_loss,
+        model.transformer,
+        beta=cfg.beta,
+        form=cfg.form,
+        label_smoothing=cfg.label_smoothing,
+        per_token=cfg.per_token,
+        sft_coef=cfg.sft_coef,
+        chunk=cfg.compute.loss_chunk,
+    )
     of_model = functools.partial(abstract_state, model, mesh=mesh)
     return stage_step(cfg, loss, of_model, mesh, num_steps=num_steps)
 
@@ -181,7 +223,16 @@ def _overlaid(below: Mapping[str, Any], above: Mapping[str, Any]) -> Variables:
 
 
 def row_loss(
-    model: Transformer, variables: Variables, batch: Batch, *, beta: float, chunk: int = 128
+    model: Transformer,
+    variables: Variables,
+    batch: Batch,
+    *,
+    beta: float,
+    form: Form = "sigmoid",
+    label_smoothing: float = 0.0,
+    per_token: bool = False,
+    sft_coef: float = 0.0,
+    chunk: int = 128,
 ) -> LossSums:
     """Sums the loss of a batch's pairs; each answer goes through policy and reference once.
 
@@ -191,37 +242,61 @@ def row_loss(
         batch: rows of answers (`token_ids`, `segment_ids`, `positions`, `trained_mask`, each
             `[B, T]`) and pairs: `chosen_at` and `rejected_at` (where in the row their last tokens
             stand), `p_chosen` and `pair_weight`, each `[B, P]`. A weight of 0 is no pair.
-        beta: see `ppo.losses.dpo_loss`.
+        beta: see `dpo_loss`.
+        form: see `dpo_loss`.
+        label_smoothing: see `dpo_loss`.
+        per_token: see `DpoConfig`.
+        sft_coef: see `DpoConfig`.
         chunk: positions of each row whose logits are held at once.
 
     Returns:
-        Sums over pairs. Beside those of `dpo_loss`: `objective` (the loss), `chosen_log_prob` and
-        `rejected_log_prob` of the policy, summed over whole answers; `tokens` without padding,
-        `answer_tokens`; `attended_pairs` of query and key.
+        Sums over pairs. Beside those of `dpo_loss`: `objective` (the loss), `sft_loss` where it is
+        part of that, `weights` of the pairs, `chosen_log_prob` and `rejected_log_prob` of the
+        policy, summed over whole answers; `tokens` without padding, `answer_tokens`;
+        `attended_pairs` of query and key.
     """
-    is_pair_BP = batch["pair_weight"] > 0
+    weight_N = batch["pair_weight"].reshape(-1)
+    is_pair_N, p_chosen_N = weight_N > 0, batch["p_chosen"].reshape(-1)
 
-    def pairs(variables: Variables) -> tuple[jax.Array, jax.Array]:
-        log_probs_BT = answer_log_probs(model, variables, batch, chunk=chunk)
+    def of_pairs(values_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+        chosen_BP, rejected_BP = (
+            _of_answers(values_BT, batch["segment_ids"], batch[f"{side}_at"])
+            for side in ("chosen", "rejected")
+        )
+        return chosen_BP.reshape(-1), rejected_BP.reshape(-1)
 
-        def at(ends_BP: jax.Array) -> jax.Array:
-            return _of_answers(log_probs_BT, batch["segment_ids"], ends_BP).reshape(-1)
+    def log_probs(variables: Variables) -> tuple[jax.Array, jax.Array]:
+        return of_pairs(answer_log_probs(model, variables, batch, chunk=chunk))
 
-        return at(batch["chosen_at"]), at(batch["rejected_at"])
-
+    lengths = of_pairs(batch["trained_mask"].astype(jnp.float32))
+    chosen_length_N, rejected_length_N = (jnp.maximum(one, 1) for one in lengths)
     policy, reference = both(variables)
-    chosen_N, rejected_N = pairs(policy)
-    is_pair_N = is_pair_BP.reshape(-1)
+    chosen_N, rejected_N = log_probs(policy)
+    known_N, other_known_N = log_probs(jax.lax.stop_gradient(reference))
+    per_chosen_N = chosen_length_N if per_token else jnp.ones_like(chosen_length_N)
+    per_rejected_N = rejected_length_N if per_token else jnp.ones_like(rejected_length_N)
     sums = dpo_loss(
-        chosen_N,
-        rejected_N,
-        *jax.lax.stop_gradient(pairs(jax.lax.stop_gradient(reference))),
-        batch["p_chosen"].reshape(-1),
+        chosen_N / per_chosen_N,
+        rejected_N / per_rejected_N,
+        known_N / per_chosen_N,
+        other_known_N / per_rejected_N,
+        p_chosen_N,
         is_pair_N,
         beta=beta,
+        form=form,
+        label_smoothing=label_smoothing,
+        weight_B=weight_N,
     )
-    others = {
+    others: dict[str, jax.Array] = {}
+    if sft_coef:
+        losses_N = p_chosen_N * masked(chosen_N, is_pair_N) / chosen_length_N
+        losses_N += (1 - p_chosen_N) * masked(rejected_N, is_pair_N) / rejected_length_N
+        sft_loss = -(weight_N * losses_N).sum()
+        sums = sums._replace(loss=sums.loss + sft_coef * sft_loss)
+        others["sft_loss"] = sft_loss
+    others |= {
         "objective": sums.loss,
+        "weights": weight_N.sum(),
         "chosen_log_prob": jnp.where(is_pair_N, chosen_N, 0).sum(),
         "rejected_log_prob": jnp.where(is_pair_N, rejected_N, 0).sum(),
         "answer_tokens": batch["trained_mask"].sum(),
@@ -246,13 +321,22 @@ def dpo_loss(
     mask_B: jax.Array,
     *,
     beta: float,
+    form: Form = "sigmoid",
+    label_smoothing: float = 0.0,
+    weight_B: jax.Array | None = None,
 ) -> LossSums:
-    """Computes the DPO loss (arXiv 2305.18290, equation 7), with soft labels.
+    """Computes the loss of pairs, with soft labels.
 
-    The cross-entropy of sigmoid(beta * margin), the margin being how much more the policy prefers
-    the chosen answer than the reference does, against the probability that it is the better one.
-    At its least, with exact labels of Bradley-Terry rewards, the policy is in proportion to
-    reference * exp(reward / beta), which is PPO's optimum with `kl_coef=beta`.
+    The margin is how much more the policy prefers the chosen answer than the reference does.
+
+    `sigmoid` is DPO's (arXiv 2305.18290, equation 7): the cross-entropy of sigmoid(beta * margin)
+    against the probability that the chosen answer is the better one. At its least, with exact
+    labels of Bradley-Terry rewards, the policy is in proportion to reference * exp(reward / beta),
+    which is PPO's optimum with `kl_coef=beta`.
+
+    `square` is IPO's (arXiv 2310.12036, equation 17): the squared distance of the margin from
+    1 / (2 beta), or from -1 / (2 beta) where the label is the other one. At its least the margin is
+    (2 p - 1) / (2 beta), finite also where p is 1.
 
     Args:
         chosen_log_probs_B: of whole answers (`training.losses.sum_by_answer`); differentiated, as
@@ -263,27 +347,39 @@ def dpo_loss(
         p_chosen_B: 1 for a plain label, 0.5 for a tie.
         mask_B: bool, rows that hold a pair.
         beta: how strongly the reference holds.
+        form: `sigmoid` or `square`.
+        label_smoothing: the share of the labels that are taken for wrong (in DPO: cDPO).
+        weight_B: of each pair; None for 1 each.
 
     Returns:
-        Sums over pairs; `others` are `preference_sums`.
+        Sums over pairs, the loss and the number of terms by their weights; `others` are
+        `preference_sums`.
 
     Raises:
-        ValueError: `beta` is not above 0.
+        ValueError: `beta` is not above 0, or an unknown form.
     """
     if not beta > 0:
         raise ValueError(f"beta={beta!r} must be above 0")
+    weight_B = masked(jnp.ones_like(p_chosen_B) if weight_B is None else weight_B, mask_B)
     reference_chosen_B, reference_rejected_B, p_chosen_B = jax.lax.stop_gradient(
         (wide(reference_chosen_log_probs_B), wide(reference_rejected_log_probs_B), p_chosen_B)
     )
     chosen_B = masked(wide(chosen_log_probs_B) - reference_chosen_B, mask_B)
     rejected_B = masked(wide(rejected_log_probs_B) - reference_rejected_B, mask_B)
     p_chosen_B = masked(p_chosen_B, mask_B)
-    logits_B = beta * (chosen_B - rejected_B)
-    likelihood_B = p_chosen_B * jax.nn.log_sigmoid(logits_B)
-    likelihood_B += (1 - p_chosen_B) * jax.nn.log_sigmoid(-logits_B)
+    margin_B = chosen_B - rejected_B
+    smooth_B = p_chosen_B + label_smoothing * (1 - 2 * p_chosen_B)
+    if form == "sigmoid":
+        losses_B = -smooth_B * jax.nn.log_sigmoid(beta * margin_B)
+        losses_B -= (1 - smooth_B) * jax.nn.log_sigmoid(-beta * margin_B)
+    elif form == "square":
+        losses_B = smooth_B * jnp.square(margin_B - 1 / (2 * beta))
+        losses_B += (1 - smooth_B) * jnp.square(margin_B + 1 / (2 * beta))
+    else:
+        raise ValueError(f"form={form!r} must be 'sigmoid' or 'square'")
     return LossSums(
-        loss=-masked(likelihood_B, mask_B).sum(),
-        num_terms=mask_B.sum(),
+        loss=(weight_B * masked(losses_B, mask_B)).sum(),
+        num_terms=weight_B.sum(),
         others=preference_sums(
             *jax.lax.stop_gradient((beta * chosen_B, beta * rejected_B)),
             p_chosen_B,
@@ -361,6 +457,8 @@ def numbers(sums: Mapping[str, np.ndarray], *, prefix: str) -> dict[str, float]:
         found |= preference_numbers(sums, prefix=prefix)
         for name in ("chosen_log_prob", "rejected_log_prob"):
             found[f"{prefix}/{name}"] = float(sums[name]) / pairs
+        if "sft_loss" in sums:
+            found[f"{prefix}/sft_loss"] = ratio(sums["sft_loss"], float(sums["weights"]))
     return found
 
 
@@ -368,8 +466,8 @@ def report_step(metrics: Mapping[str, np.ndarray], *, flops: ModelFlops) -> Step
     """Returns the numbers of an optimizer step."""
     tokens, answered = float(metrics["tokens"]), float(metrics["answer_tokens"])
     fields = numbers(metrics, prefix=STAGE) | step_numbers(metrics)
-    if (pairs := float(metrics["pairs"])) > 0:
-        fields["train/loss"] = float(metrics["objective"]) / pairs
+    if (weights := float(metrics["weights"])) > 0:
+        fields["train/loss"] = float(metrics["objective"]) / weights
     total = step_flops(
         flops,
         tokens=tokens,

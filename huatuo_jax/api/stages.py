@@ -18,6 +18,7 @@ from huatuo_jax.data.chat import templates
 from huatuo_jax.data.mixture import HeldOutConfig
 from huatuo_jax.data.python_data import DialogueLike, Rows, as_file, as_prompts
 from huatuo_jax.dpo import DpoConfig, run_dpo
+from huatuo_jax.dpo import Form as PairForm
 from huatuo_jax.generation.samples import SamplesConfig
 from huatuo_jax.hf.tokenizer import load_tokenizer
 from huatuo_jax.ppo.config import (
@@ -109,6 +110,11 @@ class DpoFields(_Steps, total=False):
     """The fields of `huatuo_jax.dpo.DpoConfig`."""
 
     beta: float
+    form: PairForm
+    label_smoothing: float
+    per_token: bool
+    sft_coef: float
+    denominator: PairsDenominator
 
 
 class PpoFields(_Common, total=False):

@@ -116,6 +116,42 @@ def test_the_loss_is_that_of_each_pair_by_itself(variables, settings):
     )
 
 
+@pytest.mark.parametrize("denominator", ["pairs", "prompts"])
+def test_forms_of_a_mean_token_and_fine_tuning_are_those_of_each_pair(variables, denominator):
+    variables = _moved(variables, of=("params",))
+    model = tiny_model(config()).transformer
+    log_prob = _answer_log_prob(model)
+    total = weights = sft = 0.0
+    for group in GROUPS:
+        ours, theirs = (
+            [log_prob(side, one) / sum(one.is_answer) for one in group.answers]
+            for side in both(variables)
+        )
+        weight = 1.0 if denominator == "pairs" else 1 / len(group.pairs)
+        for pair in group.pairs:
+            chosen, rejected = (ours[at] - theirs[at] for at in (pair.chosen, pair.rejected))
+            p = pair.p_chosen + 0.1 * (1 - 2 * pair.p_chosen)
+            margin, goal = chosen - rejected, 1 / (2 * BETA)
+            total += weight * (p * (margin - goal) ** 2 + (1 - p) * (margin + goal) ** 2)
+            better = pair.p_chosen * ours[pair.chosen] + (1 - pair.p_chosen) * ours[pair.rejected]
+            sft -= weight * better
+            weights += weight
+    loss = functools.partial(
+        row_loss,
+        model,
+        beta=BETA,
+        form="square",
+        label_smoothing=0.1,
+        per_token=True,
+        sft_coef=0.5,
+        chunk=16,
+    )
+    sums = jax.jit(loss)(variables, _batch(row_length=100, denominator=denominator))
+    assert float(sums.num_terms) == pytest.approx(weights)
+    np.testing.assert_allclose(sums.loss, total + 0.5 * sft, rtol=1e-5)
+    np.testing.assert_allclose(sums.others["sft_loss"], sft, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("changed", "tolerance"),
     [

@@ -294,6 +294,60 @@ def test_the_dpo_loss_equals_a_loop_and_empty_rows_count_nowhere():
     assert gradients[0][4] == 0 and np.isfinite(gradients[0]).all() and gradients[0][:4].all()
 
 
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("form", ["sigmoid", "square"])
+def test_a_pairs_loss_is_least_at_the_margin_of_its_closed_form(form, label_smoothing):
+    """DPO: the log-odds of the label over beta; IPO: twice the label less 1, over twice beta."""
+    beta, labels = (
+        0.2,
+        np.array([0.9, 0.7, 0.5, 0.2] + [1.0] * (form == "square" or label_smoothing > 0)),
+    )
+    p = labels + label_smoothing * (1 - 2 * labels)
+    if form == "sigmoid":
+        margins = np.log(p / (1 - p)) / beta
+    else:
+        margins = (2 * p - 1) / (2 * beta)
+    zeros, mask = np.zeros_like(labels), np.ones(len(labels), bool)
+
+    def loss(chosen, weight_B=None):
+        return dpo_loss(
+            chosen,
+            zeros - 1.0,
+            zeros + 0.5,
+            zeros - 0.5,
+            labels,
+            mask,
+            beta=beta,
+            form=form,
+            label_smoothing=label_smoothing,
+            weight_B=weight_B,
+        )
+
+    def total(chosen):
+        return loss(chosen).loss
+
+    np.testing.assert_allclose(np.asarray(jax.grad(total)(margins)), 0, atol=1e-12)
+    least = float(total(margins))
+    for step in (-1e-2, 1e-2):
+        assert float(total(margins + step)) > least
+    found = np.asarray(jax.grad(total)(margins + 0.3))
+    step = 1e-6
+    for place in range(len(labels)):
+        moved = np.eye(len(labels))[place] * step
+        sides = [float(total(margins + 0.3 + sign * moved)) for sign in (1, -1)]
+        assert found[place] == pytest.approx((sides[0] - sides[1]) / (2 * step), rel=1e-5)
+    weights = np.arange(1.0, len(labels) + 1)
+    each = _each(loss, margins + 0.3, len(labels))
+    weighted = loss(margins + 0.3, weight_B=weights)
+    assert float(weighted.loss) == pytest.approx(float(np.dot(weights, each)))
+    assert float(weighted.num_terms) == weights.sum()
+
+
+def _each(loss, margins, number):
+    """The loss of each pair, by weights that leave the others out."""
+    return [float(loss(margins, weight_B=np.eye(number)[place]).loss) for place in range(number)]
+
+
 def test_the_dpo_loss_stays_finite_far_out():
     with jax.enable_x64(False):
         arrays = [jnp.array([value], jnp.float32) for value in (-1e5, 0.0, 0.0, -1e5, 1.0)]
@@ -353,6 +407,8 @@ def test_other_settings_that_cannot_be_are_refused():
         losses.value_loss(*arrays, clip=0.0)
     with pytest.raises(ValueError, match="beta=0.0 must be above 0"):
         dpo_loss(*_pairs(), beta=0.0)
+    with pytest.raises(ValueError, match="form='hinge' must be"):
+        dpo_loss(*_pairs(), beta=0.1, form="hinge")
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32, jnp.float64])
