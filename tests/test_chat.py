@@ -295,7 +295,9 @@ class Terminal:
     def __init__(self, command):
         self.own, theirs = pty.openpty()
         self.process = subprocess.Popen(
-            ["setsid", "--ctty", *command],  # So that Ctrl-C is for this program.
+            # So that Ctrl-C is for this program, also where the tests run in the background of a
+            # shell, whose programs ignore it.
+            ["env", "--default-signal=INT", "setsid", "--ctty", *command],
             stdin=theirs,
             stdout=theirs,
             stderr=theirs,
