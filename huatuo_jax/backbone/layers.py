@@ -157,9 +157,11 @@ class SelfAttention(nn.Module):
         q_BTNH = sharding.constrain(q_BTNH, "heads_BTNH")
         k_BTKH = sharding.constrain(k_BTKH, "heads_BTNH")
         v_BTKH = sharding.constrain(v_BTKH, "heads_BTNH")
-        if attend is None:
+        returned: Any = None
+        if self.is_initializing():  # Parameters do not depend on it, and it asks for the devices.
+            attended_BTNH = q_BTNH
+        elif attend is None:
             attended_BTNH = attend_to_rows(q_BTNH, k_BTKH, v_BTKH, rows, cfg, compute)
-            returned = None
         else:
             attended_BTNH, returned = attend(q_BTNH, k_BTKH, v_BTKH)
         (output_BTD,) = Projection(

@@ -8,7 +8,6 @@ Used as pure functions over a plain nested dict of parameters:
     logits_BTV = model.apply({"params": params}, hidden_BTD, method="logits")
 """
 
-import dataclasses
 from typing import Any, Literal, get_args
 
 import flax.linen as nn
@@ -217,8 +216,7 @@ def init_params(
         A plain nested dict; layers are stacked along their first axis.
     """
     assert head in get_args(Head), head
-    # Two tokens fit no fused kernel, and parameters do not depend on the kernel.
-    model = Transformer(cfg, dataclasses.replace(compute, kernel="xla"))
+    model = Transformer(cfg, compute)
     tokens_BT = jnp.zeros((1, 2), dtype=jnp.int32)
 
     def forward(module: Transformer) -> jax.Array:

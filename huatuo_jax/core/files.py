@@ -270,6 +270,18 @@ def read_lines(path: str | os.PathLike[str], *, unfinished: Unfinished) -> Itera
                 yield Line(number, end, _row(path, number, raw))
 
 
+def read_row_at(path: str | os.PathLike[str], place: int) -> Row:
+    """Returns the row whose line begins at a byte of a file.
+
+    Raises:
+        ValueError: the line is not UTF-8, not JSON or not an object.
+        OSError: the file cannot be read.
+    """
+    with open(path, "rb") as file:
+        file.seek(place)
+        return _row(f"{os.fspath(path)} from byte {place}", 1, file.readline())
+
+
 def read_rows(path: str | os.PathLike[str], *, unfinished: Unfinished) -> list[Row]:
     """Returns the objects of a file in order; errors as `read_lines`."""
     return [line.row for line in read_lines(path, unfinished=unfinished)]

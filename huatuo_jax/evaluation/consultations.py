@@ -51,7 +51,7 @@ _BEFORE_NAME = re.compile(
 # A diagnosis ends in one of these; what follows it ("可能", "术后") is no part of the name. Some
 # are symptoms that doctors write as diagnoses; 头晕, 乏力 and 咳嗽 are too common in any talk.
 _ENDS_OF_NAMES = (
-    "病变|病|症|证|炎|癌|瘤|痛|疹|痔|癣|疣|痣|疖|疮|痫|疝|瘘|瘫痪|瘫|哮喘|综合征|障碍|感染",
+    "病变|病|症|证|炎|癌|瘤|痛|疹|痔|癣|疣|痣|疖|疮|痫|疝|瘘|瘫痪|瘫|痛经|哮喘|综合征|障碍|感染",
     "息肉|结节|增生|不良|狭窄|结石|囊肿|肉芽肿|脓肿|血肿|水肿|气肿|甲状腺肿|脓疱|占位|曲张|扩张|硬化|纤维化",
     "肿大|肥大|萎缩|坏死|坏疽|糜烂|溃疡|穿孔|破裂|梗阻|阻滞|闭锁|畸形|缺损|粘连|钙化|脱垂|脱位|脱离|滑脱|突出",
     "膨出|扭转|套叠|嵌顿|反流|内翻|外翻|栓系|包茎|隐睾|多囊肾|多囊肝|多囊卵巢|巨结肠|肛裂|唇裂|腭裂|骨刺",
@@ -63,7 +63,9 @@ _ENDS_OF_NAMES = (
     "流产|早产|早剥|前置胎盘|宫外孕|异位妊娠|闭经|不孕|早泄|遗精|遗尿|失禁|潴留|腹泻|便秘|痉挛|震颤|衰弱",
     "抑郁|焦虑|失眠|痴呆|白内障|青光眼|沙眼|近视|远视|散光|弱视|斜视|耳聋|耳鸣|蛀牙|白癜风|脱发|斑秃|苔藓|鸡眼|异常",
 )
-_NAME = re.compile(rf".*(?:{'|'.join(_ENDS_OF_NAMES)})")
+# The longest first, as some begin with another (痛, 痛风).
+_ENDS = sorted("|".join(_ENDS_OF_NAMES).split("|"), key=len, reverse=True)
+_NAME = re.compile(rf".*(?:{'|'.join(_ENDS)})")
 _NAME_CHARACTERS = (2, 12)
 _COURSE = re.compile(r"^(?:急性|慢性|急慢性|轻度|重度|多发性?)")
 

@@ -225,7 +225,7 @@ def _run_synthesis(cfg: RlaifConfig, folder: pathlib.Path, journal: Journal, *, 
     if wanted:  # What needs no rows is checked before any is paid for.
         check_inputs(cfg, folder, {"sft"} & set(cfg.stages))
         distributed.barrier("inputs checked before synthesis")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     run_stages(stages, journal, wanted, count=count)
     return 2
 

@@ -11,7 +11,6 @@ without an end.
 
 import asyncio
 import dataclasses
-import json
 import math
 import os
 import pathlib
@@ -20,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 from huatuo_jax.core.config import operational
-from huatuo_jax.core.files import AppendedFile
+from huatuo_jax.core.files import AppendedFile, read_row_at
 from huatuo_jax.data.records import Prompt
 from huatuo_jax.judge.chat import ChatMessages, ChatModel, ChatModelConfig, ChatReply
 from huatuo_jax.judge.config import JudgeConfig
@@ -323,9 +322,7 @@ class Grader:
 
     def _kept(self, place: int) -> ChatReply:
         """Returns the reply that stands at a place of the file."""
-        with self.path.open("rb") as file:
-            file.seek(place)
-            return _reply_of(json.loads(file.readline()))
+        return _reply_of(read_row_at(self.path, place))
 
     def _read(self, file: AppendedFile) -> None:
         end = 0

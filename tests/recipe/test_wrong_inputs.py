@@ -34,7 +34,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 def recipe(tmp_path, monkeypatch):
     """A recipe of which no stage may be reached."""
 
-    def reached(*_):
+    def reached(*_, **__):
         raise AssertionError("a stage was reached")
 
     monkeypatch.setattr(recipe_module, "run_stages", reached)
