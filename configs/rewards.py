@@ -80,7 +80,7 @@ def _ppo(term: RewardTerm, run: str) -> PpoConfig:
         model=ModelConfig(directory=f"{run}/sft/model"),
         data=PromptsConfig(paths=(f"{run}/clinic/prompts.jsonl",), max_prompt_tokens=256),
         compute=COMPUTE,
-        optimizer=OptimizerConfig(learning_rate=2e-4, decay="constant", weight_decay=0.0),
+        optimizer=OptimizerConfig(learning_rate=5e-4, decay="constant", weight_decay=0.0),
         value=ValueConfig(),
         estimator="rloo",
         rollout=RolloutConfig(
@@ -89,11 +89,11 @@ def _ppo(term: RewardTerm, run: str) -> PpoConfig:
         score=ScoreConfig(scale="raw", penalty=0.5),
         reward=RewardMixConfig(terms=(term,), most_without=0.9),
         kl_coef=0.005,
-        num_iterations=30,
+        num_iterations=80,
         num_epochs=1,
         num_minibatches=2,
         held_out_rewards=HeldOutRewardsConfig(
-            prompts=f"{run}/clinic/held_out_prompts.jsonl", every=5, num_prompts=None
+            prompts=f"{run}/clinic/held_out_prompts.jsonl", every=10, num_prompts=None
         ),
-        loop=PpoLoopConfig(checkpoint_every=5, samples_per_iteration=4, tensorboard=False),
+        loop=PpoLoopConfig(checkpoint_every=10, samples_per_iteration=4, tensorboard=False),
     )
