@@ -15,7 +15,7 @@ from huatuo_jax.core.config import identity, placed_in
 from huatuo_jax.core.files import read_lines
 from huatuo_jax.core.progress import tell
 from huatuo_jax.data.readers import content_hash
-from huatuo_jax.data.records import Kind, is_empty
+from huatuo_jax.data.records import is_empty
 from huatuo_jax.evaluation.answers import sampling_of
 from huatuo_jax.evaluation.stage import run_evaluation, write_json
 from huatuo_jax.evaluation.suite_run import PAGE_FILE, RESULTS_FILE, SuiteRun
@@ -102,19 +102,18 @@ def synthesis_stage(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:
         openai = reach_judge(judge) if section.teacher == JUDGE else None
         settings = section.taught_by(judge, None if openai is None else openai.model)
 
-        def opened(kind: Kind) -> Synthesis:
-            return Synthesis(kind, settings, outputs[kind], flag=SYNTHESIS_FLAG)
-
-        for kind in outputs:  # All of them are checked before the first is paid for.
-            opened(kind)
+        opened = {  # All of them are checked before the first is paid for.
+            kind: Synthesis(kind, settings, output, flag=SYNTHESIS_FLAG)
+            for kind, output in outputs.items()
+        }
         figures: dict[str, Any] = {}
-        for kind, output in outputs.items():
+        for kind, synthesis in opened.items():
             print(f"synthesis: {kind}", flush=True)
-            found = opened(kind).run()
+            found = synthesis.run()
             if not found["rows"]:
                 raise ValueError(
                     f"synthesis made no rows of {kind} out of {found['candidates']} candidates:"
-                    f" {output}.report.html says why"
+                    f" {outputs[kind]}.report.html says why"
                 )
             figures[f"rows of {kind}"] = found["rows"]
         return figures
@@ -370,7 +369,7 @@ def _export(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:
 def _reports_so_far(cfg: RlaifConfig, workdir: pathlib.Path) -> Callable[[], None] | None:
     """Returns a function that writes the report of an unfinished run; None without a report.
 
-    Training does not end for it: what it cannot read or write is told in a line.
+    Training goes on if the report cannot be written; the error is printed in one line.
     """
     if "report" not in cfg.stages:
         return None
