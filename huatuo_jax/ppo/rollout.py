@@ -1,6 +1,7 @@
 """Samples answers of the policy as rows of tokens, and scores them."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -189,11 +190,11 @@ class Sampler:
             requests: for answers.
             on_answer: is called with each answer as it is finished, and its place among all.
         """
+        before = [0, *itertools.accumulate(one.num_answers for one in requests)]
 
         def done(answer: Answer) -> None:
             if on_answer is not None:
-                before = sum(one.num_answers for one in requests[: answer.request_index])
-                on_answer(before + answer.answer_index, answer)
+                on_answer(before[answer.request_index] + answer.answer_index, answer)
 
         engine = self._load(variables)
         groups = engine.generate_in_order(requests, done)
