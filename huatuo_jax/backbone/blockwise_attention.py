@@ -28,7 +28,7 @@ class Trees(NamedTuple):
     the tokens before it whose subtree has not ended. Distance is measured by depth.
 
     Attributes:
-        depths_BT: int32, rises by one from token to token of a branch.
+        depths_BT: int32, 0 at the root of each tree; rises by one from token to token of a branch.
         ends_BT: int32, the index behind the last token that follows each token.
     """
 
@@ -56,6 +56,10 @@ def attend_in_blocks(
     # In a row of trees a near token of the branch can be far off by its index.
     window = sliding_window if trees is None else None
     first_BT = first_visible(batch, length, segment_ids_BT, window)
+    if trees is not None:
+        index_T = jnp.arange(length, dtype=jnp.int32)
+        roots_BT = jax.lax.cummax(jnp.where(trees.depths_BT == 0, index_T[None], 0), axis=1)
+        first_BT = jnp.maximum(first_BT, roots_BT)
     on_cpu = sharding.platform_in_use() == "cpu"
     # A CPU skips most row by row. Other devices need many rows, and large blocks, to be busy; and
     # a program that the compiler divides among devices has no rows of its own.
