@@ -3,8 +3,8 @@
 Rows are packed with segments of one length; a token sees the tokens of its segment up to itself.
 The table has, for each length of segments, the time of a pair in units of the time of a pair where
 a row is one segment: 1 where time is proportional to the pairs that attend. Blocks on the edge of
-a segment are computed whole, so the pairs that are computed stand beside. PyTorch's SDPA takes a
-causal flag for rows of one segment, and a mask for packed ones.
+a segment are computed whole, so the table also has the pairs that are computed. PyTorch's SDPA
+takes a causal flag for rows of one segment, and a mask for packed ones.
 
     python benchmarks/attention.py
 """

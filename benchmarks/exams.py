@@ -5,8 +5,8 @@ process of its own, on the same cores: our evaluator, our model in lm-evaluation
 exported model in torch there, with batches of several sizes. A turn answers all questions twice;
 the second time counts, as the first one compiles. Contenders take turns, ratios are of the same
 round, and all have to give the same log-probabilities. Times are from files to answers, prompts and
-tokens included; the harness, too, computes a context once for all its one-token answers. CPU
-seconds, of all cores together, stand beside: they hold where other work shares the machine.
+tokens included; the harness, too, computes a context once for all its one-token answers. The table
+also has CPU seconds of all cores together, which are valid where other work shares the machine.
 
 CMMLU's files are read from the folder of real data (beside the checkout, or where
 HUATUO_SHARED_DATA says). With `--torch_python` torch runs in another environment, as it needs

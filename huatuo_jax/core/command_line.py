@@ -455,7 +455,7 @@ def _by_tyro(
         with contextlib.redirect_stderr(told), _columns(_WIDE):
             return _tyro(cls, default, arguments, name=name, prefix=prefix, flat=flat)
     except SystemExit:
-        # The name of a class that refuses its fields says nothing to whoever gave the flags.
+        # The class that refuses a field is no flag; its name would mislead a user.
         message = _message(told.getvalue()).removeprefix(f"{cls.__name__}: ")
         raise ValueError(message) from None
 

@@ -212,7 +212,7 @@ class _Mlflow:
         """Does nothing: what was written is on its way."""
 
     def close(self) -> None:
-        """Waits until all is sent; a failure is told and ends nothing."""
+        """Waits until all is sent; prints a failure and goes on."""
         try:
             self._mlflow.flush_async_logging()
             self._client.set_terminated(self.run_id)

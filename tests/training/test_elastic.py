@@ -89,7 +89,7 @@ def devices(monkeypatch):
 
 @pytest.fixture
 def preempted_after(monkeypatch):
-    """Sets after how many steps of a start the run is told to stop; None for never."""
+    """Sets the number of steps after which each start is stopped; None for no stop."""
     asked = iter(())
 
     def after(steps):
