@@ -22,8 +22,6 @@ from huatuo_jax.judge.chat import ChatMessages, ChatModel, ChatModelConfig, Chat
 from huatuo_jax.judge.judgements import JudgeUnusable, for_each
 from huatuo_jax.training.loop import Interrupted, StopSignals
 
-__all__ = ["ChatMessages", "ChatModelConfig", "ChatReply", "Cost", "ReplyFile"]
-
 SPENDING_SUFFIX = ".spending.jsonl"
 """Added to the name of a file of replies, that of the calls that were made for them."""
 

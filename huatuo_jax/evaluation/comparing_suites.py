@@ -15,7 +15,6 @@ from huatuo_jax.clinic import world
 from huatuo_jax.core.statistics import agreement_share, cohen_kappa
 from huatuo_jax.data.records import is_empty, messages_to_json
 from huatuo_jax.evaluation import consultations, human, human_ratings
-from huatuo_jax.evaluation.asking import ChatReply
 from huatuo_jax.evaluation.consultations import (
     ConsultationSettings,
     ConsultationState,
@@ -33,6 +32,7 @@ from huatuo_jax.evaluation.pairwise import (
     pairwise_figures,
 )
 from huatuo_jax.evaluation.session import Read, ServerJudge, Session, failures, judged_text
+from huatuo_jax.judge.chat import ChatReply
 from huatuo_jax.judge.judgements import Judgement, JudgementFailed
 from huatuo_jax.judge.offline import OfflineJudge
 from huatuo_jax.judge.openai import JudgePrompt, read_judge_prompt

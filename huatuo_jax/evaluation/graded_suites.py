@@ -5,10 +5,10 @@ from typing import Any
 
 from huatuo_jax.data.records import messages_to_json
 from huatuo_jax.evaluation import clinical, healthbench
-from huatuo_jax.evaluation.asking import ChatReply
 from huatuo_jax.evaluation.clinical import ClinicalCase, ClinicalConfig
 from huatuo_jax.evaluation.healthbench import HealthBenchConfig, HealthBenchRow
 from huatuo_jax.evaluation.session import Read, Session, failures, judged_text
+from huatuo_jax.judge.chat import ChatReply
 from huatuo_jax.reward_functions import rubric_grading
 
 

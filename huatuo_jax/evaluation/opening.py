@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 from huatuo_jax.core.progress import tell
 from huatuo_jax.evaluation import comparing_suites, exam_files, reference_answers
-from huatuo_jax.evaluation.asking import ChatModelConfig
 from huatuo_jax.evaluation.clinical import ClinicalConfig, read_clinical
 from huatuo_jax.evaluation.comparing_suites import (
     Judges,
@@ -33,6 +32,7 @@ from huatuo_jax.evaluation.respondents import (
 from huatuo_jax.evaluation.session import ServerJudge, Suite
 from huatuo_jax.evaluation.suite_settings import SUITE_FILES, Files, SuiteSettings
 from huatuo_jax.evaluation.suites import ClinicSuite, ExamConfig, ExamSuite, LexicalSuite
+from huatuo_jax.judge.chat import ChatModelConfig
 from huatuo_jax.judge.config import JudgeConfig, reach_judge
 from huatuo_jax.judge.offline import OfflineJudge
 from huatuo_jax.judge.server import ServerConfig, key_from_environment

@@ -18,18 +18,12 @@ from huatuo_jax.checkpoint.models import fingerprint
 from huatuo_jax.core.files import AppendedFile
 from huatuo_jax.core.sharding import MeshConfig
 from huatuo_jax.data.python_data import as_prompt
-from huatuo_jax.evaluation.asking import (
-    ChatModelConfig,
-    ChatReply,
-    Cost,
-    ReplyFile,
-    kept,
-    read_kept,
-)
+from huatuo_jax.evaluation.asking import Cost, ReplyFile, kept, read_kept
 from huatuo_jax.evaluation.options import ROWS_AT_ONCE, Continuations, ContinuationScorer
 from huatuo_jax.generation.prompts import PromptTooLong, Task, make_record, make_request, make_task
 from huatuo_jax.generation.requests import SamplingConfig, slots_for
 from huatuo_jax.generation.saved_model import Engines, compute_config, open_saved_model
+from huatuo_jax.judge.chat import ChatModelConfig, ChatReply
 from huatuo_jax.judge.judgements import sha256
 from huatuo_jax.judge.server import key_from_environment
 

@@ -21,9 +21,10 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from huatuo_jax.core.files import make_folder, write_rows
 from huatuo_jax.core.progress import progress_bar, tell
-from huatuo_jax.evaluation.asking import ChatMessages, ChatModelConfig, ChatReply, Cost, ReplyFile
+from huatuo_jax.evaluation.asking import Cost, ReplyFile
 from huatuo_jax.evaluation.exam_mentions import final_part
 from huatuo_jax.evaluation.respondents import Dialogue, Respondent, SavedRespondent
+from huatuo_jax.judge.chat import ChatMessages, ChatModelConfig, ChatReply
 from huatuo_jax.judge.judgements import sha256
 
 Item = TypeVar("Item")

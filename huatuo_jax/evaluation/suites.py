@@ -13,7 +13,6 @@ from huatuo_jax.clinic.judge import ClinicJudge, score
 from huatuo_jax.core.statistics import Interval, Values, interval_of, mean_difference
 from huatuo_jax.data.records import Prompt, messages_to_json
 from huatuo_jax.evaluation import exam_answers, lexical
-from huatuo_jax.evaluation.asking import ChatReply
 from huatuo_jax.evaluation.exam_prompts import (
     PUBLISHED_FORMS,
     LikelihoodPrompt,
@@ -27,6 +26,7 @@ from huatuo_jax.evaluation.exam_scores import Answer, choose_by_likelihood, scor
 from huatuo_jax.evaluation.lexical import LexicalSettings, Pair
 from huatuo_jax.evaluation.reference_answers import ReferenceQuestion
 from huatuo_jax.evaluation.session import Session, failures, judged_text
+from huatuo_jax.judge.chat import ChatReply
 from huatuo_jax.judge.offline import TRUTHS, TruthJudge
 
 By = Literal["likelihood", "generation"]

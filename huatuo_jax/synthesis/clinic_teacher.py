@@ -15,7 +15,8 @@ from huatuo_jax.clinic.reading import heard
 from huatuo_jax.clinic.world import Case, Draws, draw_case
 from huatuo_jax.clinic.writing import Writer
 from huatuo_jax.data.records import Message
-from huatuo_jax.evaluation.asking import ChatReply, Cost
+from huatuo_jax.evaluation.asking import Cost
+from huatuo_jax.judge.chat import ChatReply
 from huatuo_jax.judge.spending import Totals
 from huatuo_jax.synthesis.jobs import Request
 from huatuo_jax.synthesis.tables import Entry, Setting, Table

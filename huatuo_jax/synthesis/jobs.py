@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeVar, get_args
 
 from huatuo_jax.data.records import Json, Messages
-from huatuo_jax.evaluation.asking import ChatReply
 from huatuo_jax.evaluation.session import judged_text
+from huatuo_jax.judge.chat import ChatReply
 from huatuo_jax.judge.replies import BadReply, final_answer
 from huatuo_jax.synthesis import checks
 

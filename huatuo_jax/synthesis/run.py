@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from huatuo_jax.core.config import Text, operational
 from huatuo_jax.core.progress import tell
-from huatuo_jax.evaluation.asking import ChatModelConfig
 from huatuo_jax.evaluation.respondents import DecodingConfig, SavedRespondent, ServerRespondent
+from huatuo_jax.judge.chat import ChatModelConfig
 from huatuo_jax.judge.server import OPENAI_URL, ServerConfig, key_from_environment
 from huatuo_jax.judge.spending import BudgetConfig, Price, RateLimits, read_price
 from huatuo_jax.synthesis.clinic_teacher import ClinicTeacher, clinic_table

@@ -24,7 +24,8 @@ from typing import Any, Literal
 from huatuo_jax.core.files import lock_file, make_folder, write_file, write_rows
 from huatuo_jax.core.progress import tell
 from huatuo_jax.data.records import KINDS, Dialogue, Json, is_empty
-from huatuo_jax.evaluation.asking import ChatReply, Cost
+from huatuo_jax.evaluation.asking import Cost
+from huatuo_jax.judge.chat import ChatReply
 from huatuo_jax.synthesis.decontamination import EvaluationTexts
 from huatuo_jax.synthesis.jobs import (
     Candidate,

@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from huatuo_jax.core.progress import progress_bar
-from huatuo_jax.evaluation.asking import ChatReply, Cost
+from huatuo_jax.evaluation.asking import Cost
 from huatuo_jax.evaluation.respondents import Respondent
+from huatuo_jax.judge.chat import ChatReply
 from huatuo_jax.judge.spending import SpendingFile, Totals
 from huatuo_jax.synthesis.jobs import Request, Task
 

@@ -6,7 +6,8 @@ import json
 import pytest
 
 from huatuo_jax.core.files import AppendedFile
-from huatuo_jax.evaluation.asking import ChatModelConfig, ReplyFile
+from huatuo_jax.evaluation.asking import ReplyFile
+from huatuo_jax.judge.chat import ChatModelConfig
 from huatuo_jax.judge.server import ServerConfig
 from huatuo_jax.judge.spending import BudgetConfig
 from tests.evaluation.scripted_server import KEY, Refuse, ScriptedServer
