@@ -95,7 +95,10 @@ def render(name: str, **values: Any) -> Markup:
 def _run_line(run: Run) -> str:
     finished = [entry["finished"] for entry in run.journal.values() if entry["finished"]]
     when = f", {max(finished)[:16].replace('T', ' ')} UTC" if finished else ""
-    running = [name for name, entry in run.journal.items() if not entry["finished"]]
+    # The stage that writes this page has not finished while it does.
+    running = [
+        name for name, entry in run.journal.items() if name != "report" and not entry["finished"]
+    ]
     unfinished = f"; not finished yet: {', '.join(running)}" if running else ""
     return f"Run {run.folder.name}{when}{unfinished}"
 

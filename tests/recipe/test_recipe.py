@@ -145,6 +145,10 @@ def test_a_report_of_an_unfinished_run_is_written_and_ends_nothing(tmp_path, mon
     write()
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "not finished yet: sft" in page
+    journal.finish("sft", {})
+    journal.start("report", {}, {})  # The stage that writes the page.
+    write()
+    assert "not finished yet" not in (tmp_path / "report.html").read_text(encoding="utf-8")
     (tmp_path / "recipe.json").write_text("{")
     write()
     assert "report: not written, " in capsys.readouterr().err
