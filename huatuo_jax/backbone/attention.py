@@ -26,10 +26,6 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.splash_attention import (
-    splash_attention_kernel,
-    splash_attention_mask,
-)
 
 from huatuo_jax.backbone.blockwise_attention import ROWS, Trees, attend_in_blocks, on_shards
 from huatuo_jax.backbone.config import Kernel
@@ -215,10 +211,29 @@ def _splash_local(
     sliding_window: int | None,
     interpret: bool,
 ) -> jax.Array:
+    # Imported here: it takes as long as a quarter of jax, and only a TPU needs it.
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_kernel,
+        splash_attention_mask,
+    )
+
     length, num_heads, head_dim = q_BTNH.shape[1:]
+    # Blocks of 512 where they divide the length: few steps that still fit VMEM.
+    block = next(size for size in (512, 256, 128) if length % size == 0)
+    if sliding_window is None:
+        mask: splash_attention_mask.Mask = splash_attention_mask.CausalMask((length, length))
+    else:
+        mask = splash_attention_mask.LocalMask((length, length), (sliding_window - 1, 0), 0)
     kernel = splash_attention_kernel.make_splash_mha(
-        splash_attention_mask.MultiHeadMask([_splash_mask(length, sliding_window)] * num_heads),
-        block_sizes=_block_sizes(length),
+        splash_attention_mask.MultiHeadMask([mask] * num_heads),
+        block_sizes=splash_attention_kernel.BlockSizes(
+            block_q=block,
+            block_kv=block,
+            block_q_dkv=block,
+            block_kv_dkv=block,
+            block_q_dq=block,
+            block_kv_dq=block,
+        ),
         head_shards=1,
         q_seq_shards=1,
         interpret=interpret,
@@ -227,25 +242,6 @@ def _splash_local(
     q_BNTH, k_BKTH, v_BKTH = (x.swapaxes(1, 2) for x in (q_BTNH, k_BTKH, v_BTKH))
     output_BNTH = jax.vmap(kernel)(q_BNTH * head_dim**-0.5, k_BKTH, v_BKTH, segments)
     return output_BNTH.swapaxes(1, 2).astype(q_BTNH.dtype)
-
-
-def _splash_mask(length: int, sliding_window: int | None) -> splash_attention_mask.Mask:
-    if sliding_window is None:
-        return splash_attention_mask.CausalMask((length, length))
-    return splash_attention_mask.LocalMask((length, length), (sliding_window - 1, 0), 0)
-
-
-def _block_sizes(length: int) -> splash_attention_kernel.BlockSizes:
-    """Returns blocks of 512 where they divide the length: few steps that still fit VMEM."""
-    block = next(size for size in (512, 256, 128) if length % size == 0)
-    return splash_attention_kernel.BlockSizes(
-        block_q=block,
-        block_kv=block,
-        block_q_dkv=block,
-        block_kv_dkv=block,
-        block_q_dq=block,
-        block_kv_dq=block,
-    )
 
 
 def _misfits(

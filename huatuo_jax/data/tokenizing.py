@@ -26,7 +26,6 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import tensorflow_datasets as tfds
 
 from huatuo_jax.core import files
 from huatuo_jax.data.chat.template import (
@@ -40,6 +39,7 @@ from huatuo_jax.data.mixture import Indices
 from huatuo_jax.data.records import KINDS, Messages
 
 if TYPE_CHECKING:
+    import tensorflow_datasets as tfds
     from transformers import PreTrainedTokenizerBase
 
 TokenIds = npt.NDArray[np.int32]
@@ -379,6 +379,8 @@ class TokenDataset:
 
     def __init__(self, folder: str | os.PathLike[str], split: Split) -> None:
         """Opens a split, which has to exist (`has_split`)."""
+        import tensorflow_datasets as tfds
+
         with np.load(pathlib.Path(folder) / _INDEX_FILE) as index:
             self.sources: tuple[str, ...] = tuple(index["sources"].tolist())
             columns: Indices = index[split].T
@@ -411,7 +413,9 @@ def has_split(folder: str | os.PathLike[str], split: Split) -> bool:
         return split in index
 
 
-def _new_writer(folder: pathlib.Path, description: str) -> tfds.core.SequentialWriter:
+def _new_writer(folder: pathlib.Path, description: str) -> "tfds.core.SequentialWriter":
+    import tensorflow_datasets as tfds
+
     vector = {"shape": (None,), "encoding": tfds.features.Encoding.BYTES}
     features = tfds.features.FeaturesDict(
         {

@@ -9,6 +9,7 @@ import pytest
 
 from huatuo_jax.clinic.dialogues import prompts
 from huatuo_jax.data.accounting import Account
+from huatuo_jax.report import plots
 from huatuo_jax.report.page import write_report
 from tests.tiny import write_rows
 
@@ -138,6 +139,27 @@ def entry(seconds, **result):
         "finished": "2030-01-01T00:01:00+00:00",
         "result": result,
     }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def plots_drawn_once():
+    """The pages differ in a few numbers: a plot that another page has too is not drawn again."""
+
+    def once(draw):
+        drawn = {}
+
+        def find(*data, **options):
+            key = json.dumps([data, options])
+            if key not in drawn:
+                drawn[key] = draw(*data, **options)
+            return drawn[key]
+
+        return find
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("curves", "scatter", "clouds", "reliability", "reward_and_judge"):
+            patch.setattr(plots, name, once(getattr(plots, name)))
+        yield
 
 
 @pytest.fixture
