@@ -28,6 +28,7 @@ from huatuo_jax.judge.questions import (
     one_judge,
     pair_verdicts,
     pairs_of,
+    probability,
 )
 
 
@@ -64,6 +65,10 @@ class ComparisonConfig:
         template: hash of the judge's template; None where the labels hold one.
         protocol: "score" or "pairwise"; None where the labels hold one.
         criterion: the score that decides.
+        score_scale: scores give soft labels: the probability that an answer is the better one is
+            sigmoid(difference of scores / score_scale), that of Bradley and Terry for scores in
+            units of it (the target of RPO, arXiv 2406.11704, whose eta is 1 / score_scale). None
+            for 1, however little the scores differ.
         tie_margin: scores that differ by no more than this are a tie.
         ties: "drop" leaves a tie out, "half" keeps it with a probability of 0.5. Two orders that
             both give 0.5 are a tie too.
@@ -82,6 +87,7 @@ class ComparisonConfig:
     template: str | None = None
     protocol: Protocol | None = None
     criterion: str = "overall"
+    score_scale: float | None = None
     tie_margin: float = 0.0
     ties: Literal["drop", "half"] = "drop"
     disagreement: Literal["half", "drop"] = "half"
@@ -105,6 +111,8 @@ class ComparisonConfig:
                 raise ValueError(f"{name} is {value!r}; it should be one of {known}")
         if not 0 <= self.tie_margin < math.inf:
             raise ValueError(f"tie_margin is {self.tie_margin}; it should be 0 or above")
+        if self.score_scale is not None and not 0 < self.score_scale < math.inf:
+            raise ValueError(f"score_scale is {self.score_scale}; it should be above 0")
         if self.max_pairs_per_prompt is not None and self.max_pairs_per_prompt < 1:
             raise ValueError(
                 f"max_pairs_per_prompt is {self.max_pairs_per_prompt}; it should be at least 1"
@@ -331,7 +339,8 @@ def make_comparisons(
 
     Raises:
         ValueError: two prompts of one id; several kinds of judgements and no choice between them;
-            no judgement of these texts at all; an impossible balance; an unreadable file to mix in.
+            `score_scale` without scores; no judgement of these texts at all; an impossible balance;
+            an unreadable file to mix in.
     """
     by_id = _by_id(answered)
     standing = current(judgements)
@@ -344,6 +353,8 @@ def make_comparisons(
     left_out = _reasons(others)
     left_out.update(FAILED for one in fitting if one.failed)
     protocol = fitting[0].protocol
+    if protocol != "score" and cfg.score_scale is not None:
+        raise ValueError(f"score_scale is for scores; these judgements are {protocol}")
     label_of = _score_labels(fitting, cfg) if protocol == "score" else _vote_labels(fitting, cfg)
     provenance = {"judge": fitting[0].judge, "template": fitting[0].template}
     kept: list[Comparison] = []
@@ -420,7 +431,10 @@ def _score_labels(
             return JUDGEMENT_FAILED
         margin = scores[places[0]] - scores[places[1]]
         if abs(margin) > cfg.tie_margin:
-            return _Label(float(margin > 0), margin)
+            scale = cfg.score_scale
+            return _Label(
+                float(margin > 0) if scale is None else probability(margin / scale), margin
+            )
         return TIE if cfg.ties == "drop" else _Label(0.5, margin)
 
     return label_of

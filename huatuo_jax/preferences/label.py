@@ -326,6 +326,7 @@ class Flags:
         low: the worst score.
         high: the best score.
         criterion: the score that decides.
+        score_scale: soft labels of sigmoid(difference of scores / score_scale); None for 0 and 1.
         tie_margin: scores that differ by no more are a tie.
         ties: leave them out, or keep them as 0.5.
         disagreement: of the two orders: keep it as 0.5, or leave it out.
@@ -362,6 +363,7 @@ class Flags:
     low: int = 1
     high: int = 5
     criterion: str = "overall"
+    score_scale: float | None = None
     tie_margin: float = 0.0
     ties: Literal["drop", "half"] = "drop"
     disagreement: Literal["half", "drop"] = "half"
@@ -428,6 +430,7 @@ _OF_OPENAI = (
 _OF_LIMITS = ("budget", "requests_per_minute", "tokens_per_minute")
 _OF_A_SERVER = (*_OF_SERVER, *_OF_LIMITS, *_OF_OPENAI)
 _OF_COMPARISONS = (
+    "score_scale",
     "tie_margin",
     "ties",
     "disagreement",

@@ -5,11 +5,14 @@ import math
 import random
 from collections import Counter
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from huatuo_jax.data.readers import read_comparisons
 from huatuo_jax.data.records import Message, Prompt
+from huatuo_jax.dpo import dpo_loss
 from huatuo_jax.judge import questions
 from huatuo_jax.judge.judgements import CRITERIA, Judgement, prompt_hash, sha256
 from huatuo_jax.judge.questions import Answered, Verdicts, log_odds, probability
@@ -21,6 +24,7 @@ from huatuo_jax.preferences.from_judgements import (
     make_comparisons,
     write_comparisons,
 )
+from huatuo_jax.reward.stage import pair_losses
 
 
 def answered(prompt_id, *texts, turns=1, source="clinic", **extra):
@@ -116,6 +120,48 @@ def test_ties_are_dropped_or_kept_as_a_half():
     found = only(judgements, TWO, tie_margin=0.25, ties="half")
     assert (found.p_chosen, found.margin, found.id) == (0.5, -0.25, "p:0-1")
     assert only(judgements, TWO, tie_margin=0.2).p_chosen == 1.0
+
+
+def test_score_differences_give_soft_labels_with_bradley_terrys_cross_entropy():
+    """Of both losses that take them; least where the rewards differ as the scores say."""
+    item = answered("p", "甲", "乙乙", "丙丙丙")
+    scale, scores = 0.5, {"甲": 2.0, "乙乙": 4.5, "丙丙丙": 4.25}
+    comparisons, _ = made_of(scored(item, *scores.values()), item, score_scale=scale)
+    p = np.array([one.p_chosen for one in comparisons])
+    better, worse = (
+        np.array([scores[getattr(one, side)[0].content] for one in comparisons])
+        for side in ("chosen", "rejected")
+    )
+    # Two players of strengths exp(score / scale).
+    np.testing.assert_allclose(
+        p, np.exp(better / scale) / (np.exp(better / scale) + np.exp(worse / scale))
+    )
+    assert len(p) == 3 and (p > 0.5).all() and p.min() == pytest.approx(1 / (1 + np.exp(-0.5)))
+
+    differences = np.array([0.3, -1.2, 2.0], np.float32)
+    by_hand = -(p * np.log(1 / (1 + np.exp(-differences))))
+    by_hand -= (1 - p) * np.log(1 / (1 + np.exp(differences)))
+    zeros, every = jnp.zeros(3), jnp.ones(3, bool)
+
+    def reward_model(differences):
+        return pair_losses(differences, zeros, p_chosen=jnp.asarray(p, jnp.float32)).sum()
+
+    def dpo(differences):
+        log_probs = differences / 0.1
+        labels = jnp.asarray(p, jnp.float32)
+        return dpo_loss(log_probs, zeros, zeros, zeros, labels, every, beta=0.1).loss
+
+    for loss in (reward_model, dpo):
+        assert float(loss(differences)) == pytest.approx(by_hand.sum(), rel=1e-5)
+        at_least = jax.grad(loss)(jnp.asarray((better - worse) / scale, jnp.float32))
+        np.testing.assert_allclose(at_least, 0, atol=1e-5)
+
+
+def test_a_scale_of_scores_without_scores_is_refused():
+    with pytest.raises(
+        ValueError, match="score_scale is for scores; these judgements are pairwise"
+    ):
+        made_of([voted(TWO, 0, 1, 1.0), voted(TWO, 1, 0, 0.0)], TWO, score_scale=1.0)
 
 
 def test_a_failed_judgement_never_becomes_a_number():
@@ -429,6 +475,8 @@ def test_other_files_are_mixed_in_without_their_margins(tmp_path):
         ("criterion", "kind"),
         ("ties", "keep"),
         ("disagreement", "keep"),
+        ("score_scale", 0.0),
+        ("score_scale", math.nan),
         ("tie_margin", -0.1),
         ("tie_margin", math.nan),
         ("max_pairs_per_prompt", 0),
