@@ -13,7 +13,7 @@ Prompts: after the colon, problems with the field `reference`, as `launch/synthe
 Reward: 1 for `## Thinking` and `## Final Response` with a right answer, .1 for a wrong one, 0 for
 another form. Whether it is right tells a judge; `configs/huatuogpt_o1_8b.py:FILE,exact` compares
 texts and numbers instead and asks nobody. The paper's verifier is a classifier of 3B parameters:
-the function `graded:classified` takes one with a score head.
+the function `graded:classified` takes it, as a folder in Hugging Face format with two labels.
 Choices, where ours differs: the critic starts from the policy (theirs from Llama-3.2-3B), and the
 judge answers true or false, not with a probability.
 Hardware: a TPU slice v5e-64 or a host of 8 H100s. What a device holds, without one:

@@ -126,17 +126,20 @@ def from_hugging_face(
 
 
 def is_score_model(config: Mapping[str, Any]) -> bool:
-    """Returns whether a `config.json` is of a reward model (sequence classification, one label).
+    """Returns whether a `config.json` is of a model with a score (sequence classification).
+
+    It has one label; or two, and its score is the difference of their logits, second less first,
+    so that 1 / (1 + exp(-score)) is the probability of the second.
 
     Raises:
-        ValueError: it has several labels.
+        ValueError: it has more labels.
     """
     names = config.get("architectures") or []
     if not any(name.endswith("ForSequenceClassification") for name in names):
         return False
     labels = config.get("num_labels", len(config.get("id2label", {"0": "", "1": ""})))
-    if labels != 1:
-        raise ValueError(f"config.json: a reward model has one label, this has {labels}")
+    if labels not in (1, 2):
+        raise ValueError(f"config.json: a model with a score has 1 or 2 labels, this has {labels}")
     return True
 
 

@@ -21,7 +21,7 @@ from huatuo_jax.backbone.config import BackboneConfig, ComputeConfig
 from huatuo_jax.backbone.transformer import Head, abstract_params
 from huatuo_jax.core import sharding
 from huatuo_jax.hf.safetensors_files import common_dtype
-from huatuo_jax.hf.tensor_table import TensorRule, is_legacy_buffer, tensor_rules
+from huatuo_jax.hf.tensor_table import SCORE_WEIGHT, TensorRule, is_legacy_buffer, tensor_rules
 from huatuo_jax.hf.weight_files import StoredTensor, TensorSource
 
 Progress = Callable[[int, int], None]
@@ -103,7 +103,7 @@ def load_params(
         source: the checkpoint's tensors.
         cfg: the backbone its config describes.
         layout: the config's `model_type`.
-        head: `score` for a sequence classifier.
+        head: `score` for a sequence classifier, of one label or two (see `is_score_model`).
         mesh: of the parameters; None for the first device alone.
         dtype: of the parameters; None keeps that of the checkpoint.
         on_progress: called with tensors done and tensors in all.
@@ -115,7 +115,7 @@ def load_params(
         ValueError: tensors are missing, unexpected or misshapen (they are named), or a dimension
             does not divide over the mesh.
     """
-    rules = tensor_rules(cfg, layout, head)
+    rules = tensor_rules(cfg, layout, head, labels=_labels(source))
     prefix = _prefix(source, rules)
     source = _with_embedding(source, rules[0].names[0].removeprefix(prefix), cfg)
     total = _check_tensors(source, rules, cfg, head, prefix)
@@ -195,6 +195,12 @@ def _sharding(
         return SingleDeviceSharding(jax.local_devices()[0])
     tree = nested({path: jax.ShapeDtypeStruct(leaf.shape, dtype)})
     return jax.tree.leaves(sharding.parameter_shardings(tree, mesh))[0]
+
+
+def _labels(source: TensorSource) -> int:
+    """The labels of a sequence classifier; 1 where there is none."""
+    has_two = SCORE_WEIGHT in source.tensors and source.shape(SCORE_WEIGHT)[0] == 2
+    return 2 if has_two else 1
 
 
 def _prefix(source: TensorSource, rules: tuple[TensorRule, ...]) -> str:

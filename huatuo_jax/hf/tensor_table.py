@@ -19,6 +19,7 @@ Shape = tuple[int, ...]
 
 # Buffers in old checkpoints that follow from the config.
 LEGACY_BUFFERS = (r"rotary_emb\.inv_freq", r"rotary_emb\.(cos|sin)_cached")
+SCORE_WEIGHT = "score.weight"
 _LEGACY = re.compile(rf"(^|\.)({'|'.join(LEGACY_BUFFERS)})$")
 
 
@@ -51,13 +52,16 @@ def is_legacy_buffer(name: str) -> bool:
     return _LEGACY.search(name) is not None
 
 
-def tensor_rules(cfg: BackboneConfig, layout: str, head: Head) -> tuple[TensorRule, ...]:
+def tensor_rules(
+    cfg: BackboneConfig, layout: str, head: Head, *, labels: int = 1
+) -> tuple[TensorRule, ...]:
     """Returns the table for one backbone.
 
     Args:
         cfg: the backbone.
         layout: the `model_type` whose names and shapes the checkpoint has.
         head: `lm` for a causal language model, `score` for a sequence classifier.
+        labels: of the classifier; of two, the score is the difference of the logits.
     """
     if layout == "bloom":
         rules = _bloom_rules(cfg)
@@ -66,7 +70,7 @@ def tensor_rules(cfg: BackboneConfig, layout: str, head: Head) -> tuple[TensorRu
     else:
         rules = _llama_rules(cfg, _separate_qkv(cfg))
     if head == "score":
-        return (*rules, _linear("score_head/kernel", "score.weight", (cfg.hidden_size,), (1,)))
+        return (*rules, _score_head(cfg.hidden_size, labels))
     if cfg.tie_embeddings:
         return tuple(rules)
     return (*rules, _vocabulary("lm_head/kernel", "lm_head.weight", cfg, transposed=True))
@@ -205,6 +209,19 @@ def _linear(path: str, name: str, inputs: Shape, outputs: Shape) -> TensorRule:
         lambda parts: parts[0].T.reshape(*inputs, *outputs),
         lambda ours: [ours.reshape(shape[1], shape[0]).T],
     )
+
+
+def _score_head(hidden: int, labels: int) -> TensorRule:
+    """Maps the head of a classifier; that of two labels to its one score, which has no inverse."""
+    one = _linear("score_head/kernel", SCORE_WEIGHT, (hidden,), (1,))
+    if labels == 1:
+        return one
+
+    def difference(parts: Arrays) -> np.ndarray:
+        first, second = parts[0].astype(np.float32)
+        return (second - first)[:, None]
+
+    return dataclasses.replace(one, shapes=((labels, hidden),), join=difference)
 
 
 def _vector(path: str, name: str, shape: Shape) -> TensorRule:

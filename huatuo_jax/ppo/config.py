@@ -165,6 +165,32 @@ class PpoLoopConfig(BaseLoopConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ReferenceSyncConfig:
+    """A reference that follows the policy (arXiv 2404.09656; `sync_ref_model` of TRL).
+
+    Attributes:
+        every: iterations between two moves (`ref_model_sync_steps`).
+        mixup_alpha: the next reference is mixup_alpha * policy + (1 - mixup_alpha) * reference
+            (`ref_model_mixup_alpha`): with 1 a copy of the policy; below, with every=1, the
+            exponential moving average of its weights.
+    """
+
+    every: int
+    mixup_alpha: float = 0.6
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a number out of its range."""
+        _require_positive("every", self.every, whole=True)
+        if not 0 < self.mixup_alpha <= 1:
+            raise ValueError(f"mixup_alpha={self.mixup_alpha!r} must be above 0 and at most 1")
+
+    @property
+    def copies(self) -> bool:
+        """True where the policy takes the reference's place."""
+        return self.mixup_alpha == 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class PpoConfig(StageConfig):
     """A run of PPO (arXiv 1707.06347, 1909.08593), or of its relatives without a critic.
 
@@ -202,6 +228,8 @@ class PpoConfig(StageConfig):
             into the loss, the latter with another optimum, see `ppo.rewards`.
         target_kl_per_sequence: in nats of a whole answer: the coefficient adapts to it.
         kl_gain: how fast it does; not while the critic alone is trained.
+        reference_sync: move the reference towards the policy every few iterations; every KL is then
+            that from where it is. None leaves it where the policy began.
         clip_low: of the policy's ratio.
         clip_high: of the policy's ratio.
         dual_clip: bound of the ratio where the advantage is negative.
@@ -253,6 +281,7 @@ class PpoConfig(StageConfig):
     kl_in: KlPlace = "reward"
     target_kl_per_sequence: float | None = None
     kl_gain: float = 0.1
+    reference_sync: ReferenceSyncConfig | None = None
     clip_low: float = 0.2
     clip_high: float = 0.2
     dual_clip: float | None = None
@@ -299,6 +328,7 @@ class PpoConfig(StageConfig):
         self._check_unused()
         self._check_reward()
         self._check_held_out()
+        self._check_reference()
         self._check_kept_head()
 
     def _check_sizes(self) -> None:
@@ -358,6 +388,26 @@ class PpoConfig(StageConfig):
                 f"held_out_rewards.measure={measure!r} must be one of {['reward', *terms]}"
             )
 
+    def _check_reference(self) -> None:
+        """Raises ValueError for settings that need a reference that stays."""
+        if self.reference_sync is None:
+            return
+        if self.stop_at_total_kl is not None:
+            raise ValueError(
+                "stop_at_total_kl must be None with reference_sync: a reference that moves does "
+                "not tell how far the policy has come in all"
+            )
+        if self.judging is not None:
+            raise ValueError(
+                "judging must be None with reference_sync: it compares with the initial policy, "
+                "which is a reference that stays; use held_out_rewards"
+            )
+        if self.model.lora is not None and not self.reference_sync.copies:
+            raise ValueError(
+                f"reference_sync.mixup_alpha={self.reference_sync.mixup_alpha!r} must be 1 with "
+                "model.lora: a mean of two adapters' factors is not that of what they add"
+            )
+
     @property
     def needs_reward_model(self) -> bool:
         """True where a reward model is opened: for rewards or for the critic."""
@@ -385,7 +435,9 @@ class PpoConfig(StageConfig):
         if self.target_kl_per_sequence is None:
             unused.append(("target_kl_per_sequence=None", _changed(self, "kl_gain")))
         if self.kl_coef == 0:  # It is multiplied, and stays 0.
-            unused.append(("kl_coef=0.0", _changed(self, "target_kl_per_sequence")))
+            unused.append(
+                ("kl_coef=0.0", _changed(self, "target_kl_per_sequence", "reference_sync"))
+            )
         if self.num_epochs * self.num_minibatches == 1:  # The first step's KL is 0.
             unused.append(("a rollout of one step", _changed(self, "stop_at_kl")))
         for reason, names in unused:

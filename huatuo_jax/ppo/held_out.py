@@ -386,7 +386,7 @@ class HeldOutJudging:
         return np.array([np.asarray(one, np.float64).sum() for one in found])
 
     def _reference(self, state: PpoState, trainer: Trainer) -> Variables:
-        return join(trainer.reference, state.policy.frozen)
+        return join(trainer.reference_in(state), state.policy.frozen)
 
     def _kept_or_made(self, path: pathlib.Path, make: Callable[[], list[Record]]) -> list[Record]:
         """Reads the records of a file; where there is none yet, all processes make them."""

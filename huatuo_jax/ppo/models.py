@@ -3,12 +3,11 @@
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh
 
 from huatuo_jax.backbone.config import ComputeConfig
@@ -18,11 +17,13 @@ from huatuo_jax.backbone.transformer import Transformer
 from huatuo_jax.checkpoint import models
 from huatuo_jax.core.sharding import batch_shards
 from huatuo_jax.generation.buckets import row_lengths
+from huatuo_jax.hf.config import read_json
+from huatuo_jax.hf.generation_config import CONFIG_FILE
 from huatuo_jax.hf.tokenizer import load_tokenizer
 from huatuo_jax.ppo.config import PpoConfig, ScoreConfig
 from huatuo_jax.ppo.rewards import ScoreScale
 from huatuo_jax.training.initial_model import InitialModel, ModelConfig, open_model
-from huatuo_jax.training.optimizer import Optimizer, OptimizerConfig
+from huatuo_jax.training.optimizer import Optimizer
 from huatuo_jax.training.scoring import GivenAnswer, Normalization, Scorer, load_normalization
 from huatuo_jax.training.update import (
     TrainState,
@@ -133,22 +134,27 @@ class ModelVerifier:
     """A model on its devices that tells whether texts are right; see `graded.Verifier`."""
 
     def __init__(
-        self, scorer: Scorer, tokenizer: "PreTrainedTokenizerBase", *, max_length: int
+        self,
+        scorer: Scorer,
+        tokenizer: "PreTrainedTokenizerBase",
+        *,
+        end: Sequence[int],
+        max_length: int,
     ) -> None:
         """Takes the model.
 
         Args:
             scorer: with its score head.
             tokenizer: its own.
-            max_length: tokens of a text at most.
+            end: tokens after each text.
+            max_length: tokens of a text at most, with its end.
         """
-        self._scorer, self._tokenizer, self._max_length = scorer, tokenizer, max_length
+        self._scorer, self._tokenizer = scorer, tokenizer
+        self._end, self._max_length = end, max_length
 
     def probabilities(self, texts: Sequence[str]) -> list[float | None]:
         """Returns 1 / (1 + exp(-score)) of each text and its end; None for one that is too long."""
-        ids = [
-            [*self._tokenizer(text)["input_ids"], self._tokenizer.eos_token_id] for text in texts
-        ]
+        ids = [[*self._tokenizer(text)["input_ids"], *self._end] for text in texts]
         fits = [len(one) <= self._max_length for one in ids]
         given = [
             GivenAnswer(np.array(one, np.int32), 0)
@@ -163,16 +169,18 @@ class ModelVerifier:
 class VerifierModel:
     """A model on disk that tells whether an answer is right.
 
-    A classifier of two classes, as HuatuoGPT-o1's, is one with a single score: the difference of
-    its two logits.
+    A classifier of two labels, as HuatuoGPT-o1's in Hugging Face format, has one score: the
+    difference of its logits, so that 1 / (1 + exp(-score)) is what softmax gives the second label.
 
     Attributes:
         info: of its directory.
         tokenizer: its own.
+        end: tokens after a text; the score is that of the last token.
     """
 
     info: models.ModelInfo
     tokenizer: "PreTrainedTokenizerBase"
+    end: Sequence[int]
 
     @property
     def identity(self) -> str:
@@ -188,7 +196,7 @@ class VerifierModel:
             rows_at_once=_VERIFIER_ROWS * batch_shards(mesh),
             row_length=row_lengths(length),
         )
-        return ModelVerifier(scorer, self.tokenizer, max_length=length)
+        return ModelVerifier(scorer, self.tokenizer, end=self.end, max_length=length)
 
 
 def open_verifier(directory: str) -> VerifierModel:
@@ -203,9 +211,14 @@ def open_verifier(directory: str) -> VerifierModel:
     if info.head != "score":
         raise ValueError(f"{name}={directory}: this model has no score head")
     tokenizer = load_tokenizer(info.folder)
-    if tokenizer.eos_token_id is None:
+    end = tokenizer.eos_token_id
+    if end is None:
         raise ValueError(f"{name}={directory}: its tokenizer has no end token")
-    return VerifierModel(info=info, tokenizer=tokenizer)
+    # transformers takes the score of the last token that is no padding.
+    is_padding = info.form == "hugging_face" and end == read_json(info.folder / CONFIG_FILE).get(
+        "pad_token_id"
+    )
+    return VerifierModel(info=info, tokenizer=tokenizer, end=() if is_padding else (end,))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -292,24 +305,3 @@ def open_critic(cfg: PpoConfig, policy: InitialModel, reward: RewardModel | None
         head_scale=scale,
         head_offset=offset,
     )
-
-
-def make_reference(policy: InitialModel, key: jax.Array, mesh: Mesh) -> Variables:
-    """Makes the reference, which takes the place of the policy's trained variables.
-
-    With adapters it is adapters of zeros: what they add is 0 and the program stays the same.
-    Otherwise it is the first state's weights, stored as the forward pass casts them.
-    """
-    # Read once more, and without moments, so that a resumed run has the very same.
-    without_state = Optimizer(OptimizerConfig(learning_rate=1.0), 1, optax.identity())
-    if policy.section.lora is not None:
-        shapes = policy.abstract_state(without_state, mesh).trained
-        return jax.tree.map(_zeros, shapes)
-    state = policy.make_state(key, without_state, mesh)
-    return store_as_computed(
-        state.trained, policy.compute.compute_dtype, keep_lm_head=policy.cfg.norm_head
-    )
-
-
-def _zeros(shape: Any) -> jax.Array:
-    return jnp.zeros(shape.shape, shape.dtype, device=shape.sharding)

@@ -75,7 +75,8 @@ class RewardMixConfig:
         most_without: a rollout with a larger share of responses without a reward stops the run.
         grader: the judge that functions ask, see `reward_functions.graded`; None for none.
         verifier_model: directory of a model with a score head that tells functions whether an
-            answer is right, with probability 1 / (1 + exp(-score)); None for none.
+            answer is right, with probability 1 / (1 + exp(-score)); or of a classifier in Hugging
+            Face format with two labels, the second for right. None for none.
     """
 
     terms: tuple[RewardTerm, ...] = (RewardTerm(),)

@@ -18,6 +18,7 @@ from huatuo_jax.ppo.config import PpoConfig
 from huatuo_jax.ppo.losses import PolicyObjective, policy_row_loss, value_row_loss
 from huatuo_jax.ppo.models import Critic
 from huatuo_jax.ppo.ptx import Ptx, compile_added, ptx_row_loss
+from huatuo_jax.ppo.reference import abstract_reference
 from huatuo_jax.ppo.trainer import (
     NUMBERS_OF_TOKENS,
     Learner,
@@ -138,9 +139,6 @@ def abstract_roles(
         mesh: where everything lies.
     """
     trained = policy_of(cfg, policy, mesh)
-    reference = trained.state.trained
-    if cfg.model.lora is None:
-        reference = _stored(reference, policy.cfg, policy.compute.compute_dtype)
     scorer: Transformer | None = None
     scorer_variables: Any = ()
     if rewarding is not None:
@@ -155,7 +153,7 @@ def abstract_roles(
         mesh=mesh,
         policy=policy,
         trained=trained,
-        reference=reference,
+        reference=abstract_reference(cfg, policy, trained.state),
         critic=critic,
         valued=None if critic is None else critic_of(cfg, critic, mesh),
         scorer=scorer,

@@ -33,12 +33,12 @@ from huatuo_jax.ppo.models import (
     Critic,
     RewardModel,
     VerifierModel,
-    make_reference,
     open_critic,
     open_reward_model,
     open_verifier,
 )
 from huatuo_jax.ppo.prompts import Prompts, TokenPrompt, held_out_tasks, open_prompts
+from huatuo_jax.ppo.reference import abstract_reference, compile_sync, make_reference
 from huatuo_jax.ppo.report import Decode, IterationFlops
 from huatuo_jax.ppo.reward_mix import MixedRewards, RewardSource, ScorerRewards, check_functions
 from huatuo_jax.ppo.reward_terms import RewardMixConfig
@@ -219,6 +219,7 @@ class PpoStage(Stage[PpoConfig]):
         key = jax.random.key(cfg.seed)
         trained = policy_of(cfg, policy, mesh)
         valued = None if critic is None else critic_of(cfg, critic, mesh)
+        moves = cfg.reference_sync is not None
 
         def make_state() -> PpoState:
             value = None
@@ -230,6 +231,7 @@ class PpoStage(Stage[PpoConfig]):
                 kl_coef=cfg.kl_coef,
                 seed=cfg.seed,
                 mesh=mesh,
+                reference=make_reference(cfg, policy, key, mesh) if moves else None,
             )
 
         def make_trainer() -> Trainer:
@@ -253,7 +255,8 @@ class PpoStage(Stage[PpoConfig]):
                     mesh=mesh,
                 ),
                 policy=trained.learner,
-                reference=make_reference(policy, key, mesh),
+                reference=None if moves else make_reference(cfg, policy, key, mesh),
+                sync=compile_sync(cfg, policy, trained.state, mesh) if moves else None,
                 critic=critic,
                 value=None if valued is None else valued.learner,
                 ptx=None if self.ptx_rows is None else ptx_of(cfg, policy, self.ptx_rows, mesh),
@@ -266,7 +269,10 @@ class PpoStage(Stage[PpoConfig]):
             mesh=mesh,
             make_state=make_state,
             abstract_state=abstract_ppo_state(
-                trained.state, None if valued is None else valued.state, mesh
+                trained.state,
+                None if valued is None else valued.state,
+                mesh,
+                reference=abstract_reference(cfg, policy, trained.state) if moves else None,
             ),
             make_trainer=make_trainer,
             flops=IterationFlops(

@@ -30,7 +30,7 @@ from huatuo_jax.ppo.prompts import Prompts
 from huatuo_jax.ppo.ptx import Ptx
 from huatuo_jax.ppo.redrawing import with_variance
 from huatuo_jax.ppo.report import IterationReport, Spent, UpdateSums
-from huatuo_jax.ppo.reward_mix import Rewards, RewardSource
+from huatuo_jax.ppo.reward_mix import Floats, Rewards, RewardSource
 from huatuo_jax.ppo.rollout import Rollout, Sampler
 from huatuo_jax.ppo.targets import (
     Experience,
@@ -74,7 +74,7 @@ NUMBERS_OF_TOKENS = (
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PpoState:
-    """All that the next iteration needs; what never changes (reference, reward model) is not in it.
+    """All that the next iteration needs; what never changes (the reward model) is not in it.
 
     Attributes:
         iteration: rollouts that were made and trained on.
@@ -84,6 +84,7 @@ class PpoState:
         key: the run's; each rollout's randomness is the iteration folded into it.
         policy: with its optimizer.
         value: the critic with its own; None where there is none.
+        reference: as `Trainer.reference`, where it moves; None where it never changes.
     """
 
     iteration: jax.Array
@@ -93,6 +94,7 @@ class PpoState:
     key: jax.Array
     policy: TrainState
     value: TrainState | None
+    reference: Variables | None = None
 
 
 class Pass(NamedTuple):
@@ -134,10 +136,12 @@ class Trainer:
         rewards: rewards the answers.
         make_targets: see `targets.make_targets`.
         policy: its programs.
-        reference: takes the place of the policy's trained variables, see `models.make_reference`.
+        reference: takes the place of the policy's trained variables, see `ppo.reference`; None
+            where it moves and is in the state.
         critic: where its frozen variables are; None without one.
         value: its programs; None without one.
         ptx: adds the loss of fine-tuning to the policy's; None for none.
+        sync: moves the reference, see `reference.compile_sync`; None where it stays.
     """
 
     cfg: PpoConfig
@@ -147,31 +151,47 @@ class Trainer:
     rewards: RewardSource
     make_targets: MakeTargets
     policy: Learner
-    reference: Variables
+    reference: Variables | None
     critic: Critic | None
     value: Learner | None
     ptx: Ptx | None = None
+    sync: OnMesh | None = None
 
     def iterate(self, state: PpoState) -> tuple[PpoState, IterationReport]:
         """Makes one more iteration; the state before is used up."""
         spent = Spent()
         trains_policy = int(state.iteration) >= self.cfg.warmup_iterations
+        rounds = self.cfg.rollout.redraw_rounds
+        evaluated: list[dict[str, Floats]] = []
+
+        def evaluate(rollout: Rollout) -> None:
+            with spent.on("log_probs"):
+                evaluated.append(self._evaluated(state, rollout))
+
+        def draw(number: int, first: int, num_prompts: int) -> tuple[Rollout, Rewards]:
+            self.rewards.begin(f"iteration {int(state.iteration) + 1}")
+            with spent.on("generation"):
+                rollout = self._sample(state, number, first, num_prompts)
+            if not rounds:  # No answer will be replaced: a judge goes on meanwhile.
+                evaluate(rollout)
+            return rollout, self._rewarded(rollout, spent)
+
         drawn = with_variance(
-            functools.partial(self._draw, state, spent),
-            self.sampler.lay,
-            num_prompts=self.cfg.rollout.num_prompts,
-            rounds=self.cfg.rollout.redraw_rounds,
+            draw, self.sampler.lay, num_prompts=self.cfg.rollout.num_prompts, rounds=rounds
         )
         rollout, rewards = drawn.rollout, drawn.rewards
+        if rounds:
+            evaluate(rollout)
         if self.cfg.reward is not None:
             rewards.check(self.cfg.reward, iteration=int(state.iteration) + 1)
         layouts = [self._layouts(state, rollout, epoch) for epoch in range(self.cfg.num_epochs)]
         with spent.on("log_probs"):
-            experience = self._experience(state, rollout, rewards, layouts[0])
+            experience = _experience(rollout, rewards, evaluated[0])
             targets = on_host(self.make_targets(experience, state.kl_coef, state.scores))
         with spent.on("update"):
             rows = self._training_rows(rollout, experience, targets)
             state, sums = self._update(state, rows, layouts, trains_policy=trains_policy)
+            state = self._with_reference_moved(state)
         report = IterationReport(
             cfg=self.cfg,
             iteration=int(state.iteration) + 1,
@@ -194,21 +214,21 @@ class Trainer:
             scores=jax.device_put(targets.running, place),
         ), report
 
-    def _draw(
-        self, state: PpoState, spent: Spent, number: int, first: int, num_prompts: int
-    ) -> tuple[Rollout, Rewards]:
-        """Samples answers to some prompts and rewards them, see `redrawing.Draw`."""
-        self.rewards.begin(f"iteration {int(state.iteration) + 1}")
-        with spent.on("generation"):
-            rollout = self._sample(state, number, first, num_prompts)
-        if self.rewards.takes:  # While responses were sampled it went on by itself.
+    def reference_in(self, state: PpoState) -> Variables:
+        """Returns the reference of an iteration, in place of the policy's trained variables."""
+        found = self.reference if state.reference is None else state.reference
+        assert found is not None
+        return found
+
+    def _rewarded(self, rollout: Rollout, spent: Spent) -> Rewards:
+        """Waits for what was begun while answers were sampled, and rewards all of them."""
+        if self.rewards.takes:
             with spent.on("judging"):
                 self.rewards.wait()
         with spent.on("scoring"):
-            rewards = self.rewards.of(
+            return self.rewards.of(
                 rollout.prompt_of_each, rollout.answers, group=self.cfg.rollout.answers_per_prompt
             )
-        return rollout, rewards
 
     def _sample(
         self, state: PpoState, number: int = 0, first: int = 0, num_prompts: int | None = None
@@ -244,13 +264,7 @@ class Trainer:
         numbers = np.split(order, cfg.num_minibatches)
         return [make(numbers_n, lengths_N[numbers_n]) for numbers_n in numbers]
 
-    def _experience(
-        self,
-        state: PpoState,
-        rollout: Rollout,
-        rewards: Rewards,
-        minibatches: Sequence[Layout],
-    ) -> Experience:
+    def _evaluated(self, state: PpoState, rollout: Rollout) -> dict[str, Floats]:
         """Evaluates the rollout under all models, by the programs of the update.
 
         In the minibatches of the first pass, so that each of those meets the very numbers it would
@@ -261,12 +275,12 @@ class Trainer:
             name: zeros_NT.copy() for name in ("log_probs", "reference", "values", "values_after")
         }
         empty = dict.fromkeys(NUMBERS_OF_TOKENS, zeros_NT)
-        for layout in minibatches:
+        for layout in self._layouts(state, rollout, epoch=0):
             rows = self._placed(rollout.rows | empty, layout)
             # Of each pass the outputs alone are held: its gradients take as much memory as a model.
             policy = self._policy_pass(state, rows, differentiate=False).outputs
             reference = self._policy_pass(
-                state, rows, differentiate=False, trained=self.reference
+                state, rows, differentiate=False, trained=self.reference_in(state)
             ).outputs
             layout.unpack(policy["log_probs"], found["log_probs"])
             layout.unpack(reference["log_probs"], found["reference"])
@@ -274,17 +288,7 @@ class Trainer:
                 critic = self._value_pass(state, rows, differentiate=False).outputs
                 for name, values_BT in critic.items():
                     layout.unpack(values_BT, found[name])
-        return Experience(
-            token_ids_NT=rollout.rows["token_ids"],
-            mask_NT=rollout.rows["mask"],
-            old_log_probs_NT=found["log_probs"],
-            reference_log_probs_NT=found["reference"],
-            sampler_log_probs_NT=rollout.sampler_log_probs_NT,
-            raw_scores_N=rewards.scores_N,
-            values_NT=found["values"],
-            values_after_NT=found["values_after"],
-            has_reward_N=rewards.has_reward_N,
-        )
+        return found
 
     def _training_rows(self, rollout: Rollout, experience: Experience, targets: Targets) -> Rows:
         mask_NT = rollout.rows["mask"]
@@ -342,6 +346,14 @@ class Trainer:
                 del found
         return state, sums.on_host()
 
+    def _with_reference_moved(self, state: PpoState) -> PpoState:
+        sync = self.cfg.reference_sync
+        if sync is None or (int(state.iteration) + 1) % sync.every:
+            return state
+        assert self.sync is not None
+        moved = self.sync(state.policy.trained, state.reference)
+        return dataclasses.replace(state, reference=moved)
+
     def _is_too_far(self, found: Pass) -> bool:
         if self.cfg.stop_at_kl is None:
             return False
@@ -378,16 +390,42 @@ class Trainer:
         return put_whole(layout.pack(rows), self.mesh)
 
 
+def _experience(rollout: Rollout, rewards: Rewards, found: Mapping[str, Floats]) -> Experience:
+    return Experience(
+        token_ids_NT=rollout.rows["token_ids"],
+        mask_NT=rollout.rows["mask"],
+        old_log_probs_NT=found["log_probs"],
+        reference_log_probs_NT=found["reference"],
+        sampler_log_probs_NT=rollout.sampler_log_probs_NT,
+        raw_scores_N=rewards.scores_N,
+        values_NT=found["values"],
+        values_after_NT=found["values_after"],
+        has_reward_N=rewards.has_reward_N,
+    )
+
+
 def new_ppo_state(
-    policy: TrainState, value: TrainState | None, *, kl_coef: float, seed: int, mesh: Mesh
+    policy: TrainState,
+    value: TrainState | None,
+    *,
+    kl_coef: float,
+    seed: int,
+    mesh: Mesh,
+    reference: Variables | None = None,
 ) -> PpoState:
     """Makes the state before the first iteration."""
     everywhere = jax.NamedSharding(mesh, jax.P())
     small = jax.jit(_beside_the_models, static_argnums=(0, 1), out_shardings=everywhere)
-    return PpoState(**small(kl_coef, seed), policy=policy, value=value)
+    return PpoState(**small(kl_coef, seed), policy=policy, value=value, reference=reference)
 
 
-def abstract_ppo_state(policy: TrainState, value: TrainState | None, mesh: Mesh) -> PpoState:
+def abstract_ppo_state(
+    policy: TrainState,
+    value: TrainState | None,
+    mesh: Mesh,
+    *,
+    reference: Variables | None = None,
+) -> PpoState:
     """Returns that state's shapes and shardings, from those of its parts."""
     everywhere = jax.NamedSharding(mesh, jax.P())
 
@@ -395,7 +433,7 @@ def abstract_ppo_state(policy: TrainState, value: TrainState | None, mesh: Mesh)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere)
 
     small = jax.tree.map(scalar, _beside_the_models(kl_coef=0.0, seed=0))
-    return PpoState(**small, policy=policy, value=value)
+    return PpoState(**small, policy=policy, value=value, reference=reference)
 
 
 def compile_pass(

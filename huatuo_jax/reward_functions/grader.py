@@ -52,8 +52,8 @@ class GraderConfig:
         temperatures: of the attempts at a question. A reply of the wrong form is asked again at
             the next one; after the last there is no verdict. HuatuoGPT-3 has these.
         concurrency: calls under way at once.
-        timeout_s: seconds that an iteration waits for verdicts after its last response; None for
-            as long as they take.
+        timeout_s: seconds that an iteration waits for verdicts once it has nothing else to do; None
+            for as long as they take.
         on_timeout: what becomes of questions that have no verdict by then: they get `no_verdict`,
             as those whose replies have the wrong form, so that the term does not apply; or the run
             will `stop`. Calls under way are waited for in the background and kept either way.

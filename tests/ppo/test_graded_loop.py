@@ -11,6 +11,7 @@ import pytest
 
 from huatuo_jax.generation.engine import Engine
 from huatuo_jax.judge.judgements import sha256
+from huatuo_jax.ppo.trainer import Trainer
 from huatuo_jax.training.metrics import read_rows
 from tests.evaluation.scripted_server import Refuse, ScriptedServer
 from tests.killing import Stage, assert_identical, kill
@@ -150,3 +151,29 @@ def test_responses_are_judged_while_others_are_sampled(tmp_path, monkeypatch, on
     assert waited.is_set()
     (row,) = read_rows(tmp_path / "ppo" / "metrics.jsonl")
     assert row["ppo/judge/questions"] == 8 and "throughput/judging_s" in row
+
+
+def test_log_probabilities_are_computed_while_the_judge_is_at_work(
+    tmp_path, monkeypatch, on_one_device
+):
+    """The judge does not answer before they are there."""
+    evaluated, plain = threading.Event(), Trainer._evaluated
+
+    def evaluate(trainer, state, rollout):
+        found = plain(trainer, state, rollout)
+        evaluated.set()
+        return found
+
+    class Waiting(Judge):
+        came = True
+
+        def respond(self, body, number):
+            self.came &= evaluated.wait(60)
+            return super().respond(body, number)
+
+    monkeypatch.setattr(Trainer, "_evaluated", evaluate)
+    with Waiting() as judge:
+        mix, rewards = graded_rewards(tmp_path, judge.url)
+        cfg = dataclasses.replace(settings(mix), num_iterations=1)
+        run_tiny(cfg, tmp_path, rewards=rewards, prompts=prompts())
+    assert judge.came and judge.paid >= 8
