@@ -1,38 +1,43 @@
 """Rewards without a reward model, on the clinic: what a verifier, a rubric and length each raise.
 
-Four models answer the clinic's held-out prompts: one that was fine-tuned on distilled dialogues,
-and those that `configs/rewards.py` makes of it with each of its rewards. Figures are means over
-prompts with 95 % intervals (bootstrap over prompts), and differences from the fine-tuned model over
-the same prompts.
+Four models answer prompts of the clinic: one that was fine-tuned on distilled dialogues, and those
+that `configs/rewards.py` makes of it with each of its rewards. The prompts are of cases and in
+sentences that no training text has, and other ones than those by which a run keeps its best policy.
+Figures are means over prompts with 95 % intervals (bootstrap over prompts), and differences from
+the fine-tuned model over the same prompts.
 
-    python launch/train.py --config=configs/rewards.py:diagnosis --workdir=runs/rewards/diagnosis
-    python launch/train.py --config=configs/rewards.py:rubric,runs/rewards/diagnosis \
-        --workdir=runs/rewards/rubric
-    python launch/train.py --config=configs/rewards.py:length,runs/rewards/diagnosis \
-        --workdir=runs/rewards/length
     python benchmarks/rewards.py --runs=runs/rewards
+
+Fine-tuning and the three runs take about half an hour on two cores. Stopped, it goes on with the
+same command.
 """
 
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from absl import app, flags
 
 import huatuo_jax as hj
+from huatuo_jax.clinic.dialogues import prompts as clinic_prompts
+from huatuo_jax.core.config import load_card
 from huatuo_jax.core.statistics import Interval, mean_difference, mean_over_prompts
 from huatuo_jax.data.readers import read_prompts
 from huatuo_jax.data.records import Prompt, messages_to_json
+from huatuo_jax.recipe import recipe
 from huatuo_jax.reward_functions.clinic import clinic_rubric, right_diagnosis
 from huatuo_jax.training.metrics import read_rows
+from huatuo_jax.training.run_directory import FINISHED_FILE
 
 _RUNS = flags.DEFINE_string("runs", "runs/rewards", "Folder of the three runs.")
+_PROMPTS = flags.DEFINE_integer("prompts", 400, "To answer.", lower_bound=2)
 _SAMPLES = flags.DEFINE_integer("samples", 2, "Answers of each model to a prompt.", lower_bound=1)
 _OUTPUT = flags.DEFINE_string("output", "benchmarks/results/rewards.json", "File for the figures.")
 
 FIRST = "diagnosis"
 """The run whose fine-tuned model and clinic the others share."""
+OTHER_SEED = 1
 TRAINED = (FIRST, "rubric", "length")
 FIGURES = ("right diagnosis", "rubric", "tokens")
 
@@ -40,9 +45,12 @@ Values = dict[str, dict[str, list[float | None]]]
 
 
 def main(_: list[str]) -> None:
-    """Answers, measures and writes the file."""
+    """Trains what is not there, answers, measures and writes the file."""
     runs = pathlib.Path(_RUNS.value)
-    prompts = list(read_prompts(str(runs / FIRST / "clinic" / "held_out_prompts.jsonl")))
+    for name in TRAINED:
+        card = f"rewards:{name}" if name == FIRST else f"rewards:{name},{runs / FIRST}"
+        recipe.main(recipe.Flags(workdir=str(runs / name)), load_card(card))
+    prompts = further_prompts(runs / FIRST / "clinic" / "held_out_prompts.jsonl")
     models = {"fine-tuned": runs / FIRST / "sft" / "model"}
     models |= {name: runs / name / "ppo" / "model" for name in TRAINED}
     measured = {name: measure(folder, prompts) for name, folder in models.items()}
@@ -52,11 +60,18 @@ def main(_: list[str]) -> None:
         "models": {
             name: figures(values, measured["fine-tuned"]) for name, values in measured.items()
         },
-        "seconds": {name: seconds_of(runs / name) for name in TRAINED},
+        "runs": {name: of_run(runs / name) for name in TRAINED},
     }
     path = pathlib.Path(_OUTPUT.value)
     path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    print(table(found))
+    print(json.dumps(found, indent=2))
+
+
+def further_prompts(known: pathlib.Path) -> list[Prompt]:
+    """Held-out prompts of the clinic that are not in its file."""
+    seen = {one.messages for one in read_prompts(str(known))}
+    drawn = clinic_prompts(_PROMPTS.value, seed=OTHER_SEED, held_out=True)
+    return [one for one in drawn if one.messages not in seen]
 
 
 def measure(folder: pathlib.Path, prompts: Sequence[Prompt]) -> Values:
@@ -94,30 +109,15 @@ def as_json(interval: Interval | None) -> dict[str, Any]:
     return interval.to_json()
 
 
-def seconds_of(run: pathlib.Path) -> float:
-    """Of all iterations of a run."""
+def of_run(run: pathlib.Path) -> dict[str, Any]:
+    """Which iteration's policy a run kept, of how many, and the KL of its last one."""
     rows = read_rows(run / "ppo" / "metrics.jsonl")
-    return sum(row.get("throughput/step_s", 0.0) for row in rows)
-
-
-def table(found: Mapping[str, Any]) -> str:
-    """A line for each model, in Markdown."""
-    heading = f"| rewarded for | {' | '.join(FIGURES)} |"
-    lines = [heading, "|---" * (len(FIGURES) + 1) + "|"]
-    for name, of_model in found["models"].items():
-        cells = []
-        for figure in FIGURES:
-            mean, moved = of_model[figure]["mean"], of_model[figure]["difference"]
-            digits = ".1f" if figure == "tokens" else ".3f"
-            cell = f"{mean['value']:{digits}} ({mean['low']:{digits}} to {mean['high']:{digits}})"
-            if name in TRAINED:
-                cell += f", {moved['value']:+{digits}}"
-                cell += f" ({moved['low']:+{digits}} to {moved['high']:+{digits}})"
-            cells.append(cell)
-        lines.append(
-            f"| {name if name in TRAINED else 'nothing yet: fine-tuned'} | {' | '.join(cells)} |"
-        )
-    return "\n".join(lines) + "\n"
+    result = json.loads((run / "ppo" / FINISHED_FILE).read_text(encoding="utf-8"))
+    return {
+        "kept_iteration": result["kept_iteration"],
+        "iterations": rows[-1]["step"],
+        "kl_per_sequence": result["ppo/kl_per_sequence"],
+    }
 
 
 if __name__ == "__main__":
