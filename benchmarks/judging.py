@@ -4,7 +4,7 @@ A judge behind a local server takes its time for each of an iteration's answers.
 loop as it is: answers are judged as they finish, and while log-probabilities are computed.
 `afterwards` has the same function without the mark `one_by_one`: it is called when all answers are
 there, so that generation and judging follow each other. Both go through the same answers and the
-same verdicts. Seconds are medians over iterations without the first, which compiles.
+same verdicts. Seconds are medians over iterations without the first two, which compile.
 
     python launch/train.py --config=configs/rewards.py:diagnosis --workdir=runs/rewards/diagnosis
     python benchmarks/judging.py runs/rewards/diagnosis
@@ -26,6 +26,8 @@ from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
+import jax
+
 from huatuo_jax.core.config import load_card
 from huatuo_jax.judge.config import JudgeConfig
 from huatuo_jax.ppo.reward_terms import RewardMixConfig, RewardTerm
@@ -39,10 +41,11 @@ WAYS = {
     "meanwhile": "huatuo_jax.reward_functions.graded:verified",
     "afterwards": f"{__file__}:verified_afterwards",
 }
-DELAYS_S = (0.05, 0.15, 0.45)
+DELAYS_S = (0.05, 0.15)
 """Of a verdict in the mean; each takes between a half and one and a half of it."""
 CONCURRENCY = 8
-ITERATIONS = 6
+ITERATIONS = 5
+WITHOUT = 2
 
 Figures = dict[str, Any]
 
@@ -111,13 +114,15 @@ def main(run: str) -> None:
     server.start()
     try:
         url = f"http://127.0.0.1:{ours.recv()}/v1"
-        delays = {f"{delay_s}": measure(run, url, delay_s) for delay_s in DELAYS_S}
+        with tempfile.TemporaryDirectory() as compiled:  # Both ways run the same programs.
+            jax.config.update("jax_compilation_cache_dir", compiled)
+            delays = {f"{delay_s}": measure(run, url, delay_s) for delay_s in DELAYS_S}
     finally:
         server.terminate()
     found = {
         "cores": len(os.sched_getaffinity(0)),
         "concurrency": CONCURRENCY,
-        "iterations": ITERATIONS - 1,
+        "iterations": ITERATIONS - WITHOUT,
         "delays": delays,
     }
     RESULT.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
@@ -126,21 +131,28 @@ def main(run: str) -> None:
 
 def measure(run: str, url: str, delay_s: float) -> Figures:
     """The seconds of both ways, and how generation with judging compares to the longer of them."""
-    found: Figures = {}
-    rewards = {}
+    found = {}
     for way, function in WAYS.items():
         with tempfile.TemporaryDirectory() as workdir:
             run_ppo(config(run, url, delay_s, function), workdir)
-            rows = read_rows(pathlib.Path(workdir) / "ppo" / "metrics.jsonl")
-        rewards[way] = [row["ppo/score"] for row in rows]
-        found[way] = seconds(rows[1:])
-    assert rewards["meanwhile"] == rewards["afterwards"]
-    of_one, of_other = (found[way] for way in WAYS)
+            found[way] = read_rows(pathlib.Path(workdir) / "ppo" / "metrics.jsonl")
+    return figures(**found)
+
+
+def figures(
+    meanwhile: Sequence[Mapping[str, float]], afterwards: Sequence[Mapping[str, float]]
+) -> Figures:
+    """What the metrics of both runs say."""
+    scores = [[row["ppo/score"] for row in rows] for rows in (meanwhile, afterwards)]
+    assert scores[0] == scores[1], "both have the same answers and verdicts"
+    of_one, of_other = seconds(meanwhile[WITHOUT:]), seconds(afterwards[WITHOUT:])
     generation, judging = of_other["generation"], of_other["scoring"]
     # Of the iteration, without what it does beside them.
     both = of_one["step"] - of_other["log_probs"] - of_other["update"]
     longer = max(generation, judging)
-    return found | {
+    return {
+        "meanwhile": of_one,
+        "afterwards": of_other,
         "generation_s": generation,
         "judging_s": judging,
         "both_s": both,

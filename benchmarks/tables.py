@@ -204,6 +204,34 @@ def sft_on_real_data() -> str:
     return markdown(("dialogues", "held-out loss", "bigram model"), rows)
 
 
+def judging() -> str:
+    """Seconds of an iteration that is judged meanwhile, and of one that is judged afterwards."""
+    rows = [
+        (
+            f"{float(delay):g}",
+            f"{one['generation_s']:.2f}",
+            f"{one['judging_s']:.2f}",
+            f"{one['both_s']:.2f}",
+            f"{one['both_over_longer']:.2f}",
+            f"{one['sum_over_longer']:.2f}",
+            f"{one['afterwards']['step']:.2f}",
+            f"{one['meanwhile']['step']:.2f}",
+        )
+        for delay, one in _read("judging_cpu")["delays"].items()
+    ]
+    heads = (
+        "seconds a verdict",
+        "generation",
+        "judging",
+        "both in the loop",
+        "over the longer",
+        "the sum over the longer",
+        "iteration, judged afterwards",
+        "iteration, in the loop",
+    )
+    return markdown(heads, rows)
+
+
 def serving() -> str:
     """The load of many clients beside the bulk engine, and a few clients beside the peers."""
     found = _read("serve_cpu")
@@ -275,6 +303,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "sft_machine": lambda: machine("sft_cpu"),
     "reward_machine": lambda: machine("reward_cpu"),
     "ppo_machine": lambda: machine("ppo_cpu"),
+    "judging": judging,
     "serving": serving,
     "served_interface": served_interface,
     "exams_machine": lambda: machine("exams_cpu"),
