@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from huatuo_jax.checkpoint import models
 from huatuo_jax.checkpoint.models import CARD_FILE
 from huatuo_jax.core import sharding
-from huatuo_jax.core.files import writing_directory
+from huatuo_jax.core.folders import writing_directory
 from huatuo_jax.core.markdown import inline, table
 from huatuo_jax.hf.export import export_model
 from huatuo_jax.hf.generation_config import CONFIG_FILE
