@@ -81,7 +81,7 @@ def on_one_device():
 @pytest.fixture(scope="session")
 def _bucket_server():
     """A server of Google Cloud Storage that every library of this process and its own asks."""
-    buckets = Buckets("bucket")
+    buckets = Buckets("bucket", "my-bucket")
     with serving(buckets) as server, pytest.MonkeyPatch.context() as patch:
         for name in ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL"):
             patch.setenv(name, server.address.rstrip("/"))

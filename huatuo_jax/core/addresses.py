@@ -134,7 +134,8 @@ def reason(error: BaseException) -> str | None:
     kind, text = type(error), " ".join(str(error).split())
     if isinstance(error, PermissionError) or text.startswith("Forbidden"):
         return f"no right to do this there ({text[:300]})"
-    if kind.__module__.partition(".")[0] not in _OF_SERVERS:
+    package = kind.__module__
+    if package.partition(".")[0] not in _OF_SERVERS or package.startswith("google.protobuf"):
         return None
     code = str(getattr(error, "code", ""))
     if code == "401" or kind.__name__ in (

@@ -398,16 +398,16 @@ class AppendedFile(contextlib.AbstractContextManager["AppendedFile"]):
         """
         self.path = as_path(path)
         make_folder(self.path.parent)
-        self._closing = contextlib.ExitStack()
         self._file: Any
-        if is_address(self.path):
-            if locked:
-                lock = _addresses().BucketLock(self.path)
-                self._closing.callback(lock.release)
-            self._file = _addresses().GrowingObject(self.path)
-        else:
-            self._file = _GrowingFile(self.path, locked=locked)
-        self._closing.callback(self._file.close)
+        with contextlib.ExitStack() as opened:
+            if not is_address(self.path):
+                self._file = _GrowingFile(self.path, locked=locked)
+            else:
+                if locked:
+                    opened.callback(_addresses().BucketLock(self.path).release)
+                self._file = _addresses().GrowingObject(self.path)
+            opened.callback(self._file.close)
+            self._closing = opened.pop_all()
 
     def __exit__(self, *_: object) -> None:
         """Closes it."""

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from huatuo_jax.core.files import as_path
+from huatuo_jax.core.files import as_path, is_address
 from huatuo_jax.data.batches import best_fit_rows
 from huatuo_jax.data.chat.template import ChatTemplate
 from huatuo_jax.data.files import Row, RowError, find_layout, read_rows
@@ -243,7 +243,7 @@ def check_json_target(target: str | os.PathLike[str], files: Sequence[str]) -> N
         ValueError: its folder does not exist, it is a folder, or it is an inspected file.
     """
     path = as_path(target)
-    if path.is_dir() or not path.parent.is_dir():
+    if path.is_dir() or not (is_address(path) or path.parent.is_dir()):
         raise ValueError(f"json is {str(target)!r}; it should be a file in a folder that exists")
     if path.resolve() in [as_path(file).resolve() for file in files]:
         raise ValueError(f"json is {str(target)!r}, a file to inspect; it would be written over")

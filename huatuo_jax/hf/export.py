@@ -47,11 +47,11 @@ def export_model(
     dtype: DTypeLike | None = None,
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
+    describe: Callable[[pathlib.Path], None] | None = None,
 ) -> None:
     """Writes weights, config.json, tokenizer and generation config.
 
-    The folder is written under a temporary name and renamed when complete. One layer of one
-    parameter is on the host at a time.
+    The folder is complete or absent. One layer of one parameter is on the host at a time.
 
     Args:
         params: nested dict, as `transformer.init_params` makes it; every shard on this host.
@@ -64,6 +64,7 @@ def export_model(
         dtype: of the weights; None keeps that of the parameters.
         max_shard_size: of a weights file, in bytes or as "5GB".
         overwrite: replace a target that is not empty.
+        describe: adds to the files beside the weights, whose folder it is given.
 
     Raises:
         ValueError: the family cannot be exported so (see `to_hugging_face`), or no id is free for
@@ -109,6 +110,8 @@ def export_model(
                 tokenizers.check_loads_as(wanted, beside, name=str(tokenizer))
             if pad_token_id is not None:
                 tokenizers.set_pad_token(beside, pad_token_id)
+            if describe is not None:
+                describe(beside)
         write_safetensors(folder, tensors, max_shard_size=shard_size)
 
 

@@ -18,7 +18,7 @@ import huggingface_hub
 import transformers
 from tokenizers import AddedToken, Regex, Tokenizer, pre_tokenizers
 
-from huatuo_jax.core.files import as_path, copy_file, local_copy, make_folder
+from huatuo_jax.core.files import as_path, copy_file, local_copy, make_folder, staged_folder
 from huatuo_jax.hf import sentencepiece_bpe
 from huatuo_jax.hf.config import read_json, write_json
 from huatuo_jax.hf.generation_config import CONFIG_FILE, GENERATION_CONFIG_FILE, set_stop_token_ids
@@ -145,12 +145,13 @@ def save_loaded(
     tokenizer: transformers.PreTrainedTokenizerBase, target: str | pathlib.Path
 ) -> None:
     """Writes a tokenizer as it is in memory, under a class that transformers 4 knows too."""
-    tokenizer.save_pretrained(target)
-    if tokenizer.is_fast and type(tokenizer).__name__ == "TokenizersBackend":
-        # transformers 4, which many vLLM releases use, knows this class by its old name only.
-        path = as_path(target) / "tokenizer_config.json"
-        config = _read_json(path) | {"tokenizer_class": "PreTrainedTokenizerFast"}
-        write_json(path, config)
+    with staged_folder(target) as folder:
+        tokenizer.save_pretrained(folder)
+        if tokenizer.is_fast and type(tokenizer).__name__ == "TokenizersBackend":
+            # transformers 4, which many vLLM releases use, knows this class by its old name only.
+            path = folder / "tokenizer_config.json"
+            config = _read_json(path) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+            write_json(path, config)
 
 
 def with_special_tokens(
