@@ -12,6 +12,7 @@ DATA = [
 ]
 LM_EVAL = ["lm-eval>=0.4.13,<0.5"]
 SERVE = ["fastapi>=0.115", "prometheus-client>=0.21", "uvicorn>=0.34"]
+GCS = ["gcsfs>=2026.1"]
 EVALUATION = ["jieba==0.42.1", "nltk>=3.9.1,<4"]
 
 setup(
@@ -37,7 +38,9 @@ setup(
         "absl-py>=2.1",
         "array_record>=0.8.3",
         "datasets>=4.0",
+        "etils[epath]>=1.12",
         "flax>=0.12.8,<0.13",
+        "fsspec>=2025.3",
         "grain>=0.2.14,<0.3",
         "huggingface_hub>=1.0",
         "jax>=0.10.2,<0.13",
@@ -60,12 +63,15 @@ setup(
         "transformers>=5.0,<6",
         "typeguard>=4.4",
         "tyro>=1.0.17,<2",
+        "universal-pathlib>=0.3.10,<0.4",
     ],
     extras_require={
         "cuda": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
         "evaluation": EVALUATION,
         "lm-eval": LM_EVAL,
+        "gcs": GCS,
+        "s3": ["s3fs>=2025.3"],
         "serve": SERVE,
         "wandb": ["wandb>=0.20"],
         "mlflow": ["mlflow-skinny>=3.4,<4"],
@@ -75,6 +81,7 @@ setup(
             TORCH,
             *DOCS,
             *EVALUATION,
+            *GCS,
             "lm-eval[api]>=0.4.13,<0.5",
             *SERVE,
             "accelerate>=1.15",

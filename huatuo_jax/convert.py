@@ -1,13 +1,13 @@
 """The command that converts a model between Hugging Face and Orbax format."""
 
 import dataclasses
-import pathlib
 from typing import Literal
 
 import jax
 
 from huatuo_jax.checkpoint.convert import convert
 from huatuo_jax.core import progress
+from huatuo_jax.core.files import as_path
 from huatuo_jax.reward.export import carry_normalization
 
 
@@ -40,7 +40,7 @@ def main(flags: Flags) -> None:
     """Converts a model and prints its folder."""
     # Conversion needs the host's memory, not an accelerator's.
     jax.config.update("jax_platforms", "cpu")
-    target = pathlib.Path(flags.target)
+    target = as_path(flags.target)
     with progress.progress_bar("reading", "tensors") as on_progress:
         agreement = convert(
             flags.source,

@@ -15,7 +15,8 @@ from typing import Any, Literal, NamedTuple
 
 import yaml
 
-from huatuo_jax.core.files import make_folder, write_file
+from huatuo_jax.core.config import Text
+from huatuo_jax.core.files import as_path, is_address, make_folder, write_file
 from huatuo_jax.training.loop import INTERRUPTED_EXIT_CODE
 
 Engine = Literal["skypilot", "kubernetes", "slurm"]
@@ -97,7 +98,8 @@ class Flags:
             H100:8.
         num_hosts: hosts with these GPUs; a slice has its own number.
         command: what to run, without `--workdir`, which is added.
-        workdir: the run's folder, on a disk that all hosts share and that outlives them.
+        workdir: the run's folder: an address in a bucket, as gs://bucket/run, or on a disk that all
+            hosts share and that outlives them.
         disk: that disk: an NFS share as 10.0.0.2:/runs, or in Kubernetes the name of a claim;
             None where the hosts have it.
         mount: the folder where it is mounted; None for the one above the workdir.
@@ -121,7 +123,7 @@ class Flags:
     accelerators: str
     num_hosts: int = 1
     command: str
-    workdir: str
+    workdir: Text
     disk: str | None = None
     mount: str | None = None
     image: str | None = None
@@ -147,10 +149,7 @@ class Flags:
             raise ValueError("command: there is none")
         if any(word.split("=")[0] == "--workdir" for word in self.argv[:-1]):
             raise ValueError("command: leave --workdir out, it is added; see workdir")
-        if not pathlib.PurePosixPath(self.workdir).is_absolute():
-            raise ValueError(f"workdir={self.workdir!r} must begin with /: it is on other machines")
-        if not pathlib.PurePosixPath(self.workdir).is_relative_to(self.mounted_at):
-            raise ValueError(f"workdir={self.workdir!r} must lie in mount={self.mounted_at!r}")
+        self._check_workdir()
         for field in ("num_hosts", "max_restarts"):
             if getattr(self, field) is not None and getattr(self, field) < 1:
                 raise ValueError(f"{field}={getattr(self, field)} must be at least 1")
@@ -164,6 +163,21 @@ class Flags:
             if not re.fullmatch(r"[^=\s]+=[^=\s]*", label):
                 raise ValueError(f"node_selector={label!r} must be LABEL=VALUE")
         self._check_engine()
+
+    def _check_workdir(self) -> None:
+        if self.is_in_bucket:
+            if not re.fullmatch(r"gs://[^/]+/.+", self.workdir):
+                raise ValueError(f"workdir={self.workdir!r} must be gs://BUCKET/RUN")
+            for field in ("disk", "mount"):
+                if (given := getattr(self, field)) is not None:
+                    raise ValueError(f"{field}={given!r} is for a workdir on a disk")
+            return
+        if not pathlib.PurePosixPath(self.workdir).is_absolute():
+            raise ValueError(
+                f"workdir={self.workdir!r} must begin with gs:// or /: it is on other machines"
+            )
+        if not pathlib.PurePosixPath(self.workdir).is_relative_to(self.mounted_at):
+            raise ValueError(f"workdir={self.workdir!r} must lie in mount={self.mounted_at!r}")
 
     def _check_engine(self) -> None:
         is_slice = isinstance(self.machines, Slice)
@@ -198,6 +212,11 @@ class Flags:
         return [*shlex.split(self.command), f"--workdir={self.workdir}"]
 
     @property
+    def is_in_bucket(self) -> bool:
+        """Whether the run's folder is in a bucket."""
+        return is_address(self.workdir)
+
+    @property
     def mounted_at(self) -> str:
         """The folder where the disk is mounted."""
         return self.mount or str(pathlib.PurePosixPath(self.workdir).parent)
@@ -224,7 +243,7 @@ class Flags:
 def main(flags: Flags) -> None:
     """Writes the file, and prints how it is started."""
     text, start = _WRITERS[flags.engine](flags), _start(flags)
-    path = pathlib.Path(flags.output)
+    path = as_path(flags.output)
     make_folder(path.parent)
     write_file(path, text)
     print(f"written: {path}; start it with: {start}")
@@ -272,6 +291,8 @@ def skypilot_task(flags: Flags) -> str:
         "recover_on_exit_codes": [INTERRUPTED_EXIT_CODE],
     }
     extra = "tpu" if isinstance(machines, Slice) else "cuda"
+    if flags.is_in_bucket:
+        extra += ",gcs"
     setup = [
         "command -v uv >/dev/null || python3 -m pip install --quiet --user uv",
         "export PATH=$HOME/.local/bin:$PATH",
@@ -435,10 +456,9 @@ def slurm_script(flags: Flags) -> str:
     head = [f"#SBATCH --{name}={value}" for name, value in options.items()]
     launch = ["srun", "--kill-on-bad-exit=0"]
     if flags.image is not None:
-        launch += [
-            f"--container-image={flags.image}",
-            f"--container-mounts={flags.mounted_at}:{flags.mounted_at}",
-        ]
+        launch.append(f"--container-image={flags.image}")
+        if not flags.is_in_bucket:
+            launch.append(f"--container-mounts={flags.mounted_at}:{flags.mounted_at}")
     body = f"""\
         set -euo pipefail
 

@@ -1,8 +1,8 @@
 """Compare models on exams, patients' questions and consultations: figures and a page."""
 
 import dataclasses
-import pathlib
 
+from huatuo_jax.core.files import as_path
 from huatuo_jax.evaluation.comparing_suites import HUMAN_FOLDER
 from huatuo_jax.evaluation.opening import ModelChoice, short_names
 from huatuo_jax.evaluation.suite_run import PAGE_FILE, RESULTS_FILE, SuiteRun
@@ -33,7 +33,7 @@ class Flags(SuiteSettings):
 
 def main(flags: Flags) -> None:
     """Evaluates, and says where figures and page are."""
-    output = pathlib.Path(flags.output)
+    output = as_path(flags.output)
     run = SuiteRun(flags, _models(flags), output, dry=flags.dry_run)
     if flags.dry_run:
         for line in run.plan():

@@ -17,6 +17,7 @@ from huatuo_jax.clinic import files as clinic_files
 from huatuo_jax.clinic.files import ClinicConfig, prepare_clinic
 from huatuo_jax.core import distributed
 from huatuo_jax.core.config import operational
+from huatuo_jax.core.files import as_path
 from huatuo_jax.core.progress import progress_bar
 from huatuo_jax.data.batches import pack_row
 from huatuo_jax.data.readers import HeldOutBy
@@ -198,12 +199,10 @@ def write_clinic_of(workdir: str | os.PathLike[str], cfg: ClinicConfig | None) -
     if cfg is None:
         return
     distributed.check_joined()
-    distributed.check_shared(pathlib.Path(workdir))
+    distributed.check_shared(as_path(workdir))
     distributed.by_first(
         CLINIC_FOLDER,
-        lambda: prepare_clinic(
-            pathlib.Path(workdir) / CLINIC_FOLDER, cfg, in_use=is_begun(workdir)
-        ),
+        lambda: prepare_clinic(as_path(workdir) / CLINIC_FOLDER, cfg, in_use=is_begun(workdir)),
     )
 
 

@@ -1,8 +1,8 @@
 """Make training data of the paper's four kinds, and open questions, by a teacher model."""
 
 import dataclasses
-import pathlib
 
+from huatuo_jax.core.files import as_path
 from huatuo_jax.synthesis.run import Synthesis, SynthesisKind, SynthesisSettings
 
 
@@ -27,7 +27,7 @@ def main(flags: Flags) -> None:
     Raises:
         ValueError: a file or flag is wrong, or the teacher cannot go on; what was made is written.
     """
-    synthesis = Synthesis(flags.kind, flags, pathlib.Path(flags.output))
+    synthesis = Synthesis(flags.kind, flags, as_path(flags.output))
     if flags.dry_run:
         for line in synthesis.plan():
             print(line)

@@ -21,11 +21,13 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 if "XLA_FLAGS" not in os.environ:  # Of several workers the first process asks for all.
     os.environ["XLA_FLAGS"] = xla_flags.for_tests()
 
+import fsspec
 import jax
 import pytest
 from jax._src import compilation_cache
 
 from huatuo_jax.core import sharding
+from tests.bucket_server import Buckets, serving
 
 # Tracing makes many objects of a short life. Where garbage is looked for less often, fewer of them
 # are found alive and looked at again with all the others.
@@ -74,3 +76,24 @@ def on_one_device():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharding, "make_mesh", make)
         yield
+
+
+@pytest.fixture(scope="session")
+def _bucket_server():
+    """A server of Google Cloud Storage that every library of this process and its own asks."""
+    buckets = Buckets("bucket", "my-bucket")
+    with serving(buckets) as server, pytest.MonkeyPatch.context() as patch:
+        for name in ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL"):
+            patch.setenv(name, server.address.rstrip("/"))
+        patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "of the tests")
+        patch.setenv("FSSPEC_GS", '{"token": "anon"}')
+        patch.setitem(fsspec.config.conf, "gs", {"token": "anon"})
+        yield buckets
+
+
+@pytest.fixture
+def bucket(_bucket_server):
+    """The buckets of the server, with an empty one named `bucket`."""
+    _bucket_server.reset()
+    yield _bucket_server
+    _bucket_server.reset()

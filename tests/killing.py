@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from huatuo_jax.checkpoint.store import saved_steps
 from huatuo_jax.training.loop import INTERRUPTED_EXIT_CODE
 from huatuo_jax.training.metrics import is_time_field, read_rows
 
@@ -56,15 +57,13 @@ class Stage:
 
     def newest(self, workdir):
         """The step of the newest checkpoint that is whole; 0 without one."""
-        folder = self.checkpoints(workdir)
-        if not folder.is_dir():
-            return 0
-        return max((int(path.name) for path in folder.iterdir() if path.name.isdigit()), default=0)
+        return max(saved_steps(self.checkpoints(workdir)), default=0)
 
     def result(self, workdir):
         """All that must be equal: the last checkpoint's arrays, metrics but for time, texts."""
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            tree = checkpointer.restore(self.checkpoints(workdir) / str(self.num_steps) / "state")
+            place = self.checkpoints(workdir) / str(self.num_steps) / "state"
+            tree = checkpointer.restore(os.fspath(place))
         arrays = {
             jax.tree_util.keystr(path): np.asarray(leaf)
             for path, leaf in jax.tree_util.tree_leaves_with_path(tree)

@@ -15,6 +15,7 @@ from huatuo_jax.backbone.config import ComputeConfig
 from huatuo_jax.backbone.transformer import Head, Transformer
 from huatuo_jax.checkpoint.convert import write_model
 from huatuo_jax.checkpoint.models import Form
+from huatuo_jax.core.files import as_path
 from huatuo_jax.core.sharding import MeshConfig
 from huatuo_jax.data.accounting import TOO_LONG
 from huatuo_jax.data.answers import Sampled, SampledPrompt
@@ -279,12 +280,12 @@ class ModelInUse:
         write_model(
             self.params,
             saved.info,
-            pathlib.Path(target),
+            as_path(target),
             form=form,
             side_files=side_files,
             overwrite=overwrite,
         )
-        self._save_more(pathlib.Path(target))
+        self._save_more(as_path(target))
 
     def _save_more(self, target: pathlib.Path) -> None:
         """Writes the files that only one kind of model has."""

@@ -5,7 +5,6 @@ called again, and returns the trained model.
 """
 
 import os
-import pathlib
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypedDict, TypeVar, Unpack
 
@@ -13,6 +12,7 @@ from huatuo_jax.api.in_use import ModelInUse, Settings
 from huatuo_jax.api.models import Model, RewardModel, open_policy, open_reward_model
 from huatuo_jax.backbone.config import BackboneConfig, ComputeConfig
 from huatuo_jax.clinic.files import ClinicConfig
+from huatuo_jax.core.files import as_path
 from huatuo_jax.core.sharding import MeshConfig
 from huatuo_jax.data.chat import templates
 from huatuo_jax.data.mixture import HeldOutConfig
@@ -397,7 +397,7 @@ def _trained(
 ) -> Made:
     """Runs a stage and opens its model; weights are read when they are first used."""
     result = _run(stage, cfg, workdir)
-    return open_made(pathlib.Path(workdir) / name / "model", Settings(), result=result)
+    return open_made(as_path(workdir) / name / "model", Settings(), result=result)
 
 
 def _compared(

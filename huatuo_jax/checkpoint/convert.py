@@ -26,6 +26,7 @@ from huatuo_jax.checkpoint.models import (
     save_orbax,
 )
 from huatuo_jax.core import sharding
+from huatuo_jax.core.files import local_copy
 from huatuo_jax.core.sharding import OnMesh
 from huatuo_jax.hf import tokenizer
 from huatuo_jax.hf.config import exported_layout
@@ -256,7 +257,7 @@ def _load_theirs(kind: str, folder: pathlib.Path) -> Any:
     shown = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
     try:
-        return getattr(transformers, kind).from_pretrained(folder, dtype="float32")
+        return getattr(transformers, kind).from_pretrained(local_copy(folder), dtype="float32")
     finally:
         if shown:
             transformers.utils.logging.enable_progress_bar()

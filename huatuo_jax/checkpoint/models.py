@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import pathlib
-import shutil
 import tempfile
 from collections.abc import Collection, Mapping
 from typing import Any, Literal
@@ -25,9 +24,9 @@ from jax.typing import DTypeLike
 from huatuo_jax.backbone.config import BackboneConfig, ComputeConfig, preset
 from huatuo_jax.backbone.transformer import Head, abstract_params
 from huatuo_jax.checkpoint import orbax_files
-from huatuo_jax.core import files as atomic
-from huatuo_jax.core import sharding
+from huatuo_jax.core import folders, sharding
 from huatuo_jax.core.config import as_json
+from huatuo_jax.core.files import absolute, as_path, copy_file, make_folder, open_binary
 from huatuo_jax.hf import load, weight_files
 from huatuo_jax.hf.config import from_hugging_face, is_score_model, read_json
 from huatuo_jax.hf.generation_config import CONFIG_FILE
@@ -76,11 +75,11 @@ def save_model(
 ) -> None:
     """Writes a model folder: `backbone.json`, `params/` (Orbax), and files copied beside them.
 
-    It is written under a temporary name and renamed when complete. With several processes all of
-    them must call this, on a folder that all of them see.
+    It is complete or absent (see `folders.writing_directory`). With several processes all of them
+    must call this, on a folder that all of them see.
 
     Args:
-        directory: a local folder, new or empty.
+        directory: the folder, new or empty.
         params: the tree of parameters.
         config: the backbone's config, JSON values.
         extra_files: files to copy into the folder by their name there, such as the tokenizer's.
@@ -103,12 +102,13 @@ def save_model(
         ):
             raise ValueError(f"extra_files: {name!r} must be a free name inside the folder")
     config_text = json.dumps(as_json(config, name="config"), ensure_ascii=False, indent=2)
-    target = pathlib.Path(os.path.abspath(directory))
+    target = absolute(directory)
+    orbax_files.check_place(target, name="directory")
     nonce = _agreed_nonce()
     writing: contextlib.AbstractContextManager[pathlib.Path] = (
-        atomic.writing_directory(target, overwrite=overwrite, nonce=nonce)
+        folders.writing_directory(target, overwrite=overwrite, nonce=nonce)
         if jax.process_index() == 0
-        else contextlib.nullcontext(atomic.temporary_name(target, nonce))
+        else contextlib.nullcontext(folders.temporary_name(target, nonce))
     )
     with writing as folder:
         multihost_utils.sync_global_devices(f"begin {folder}")
@@ -116,16 +116,16 @@ def save_model(
         if jax.process_index() == 0:
             (folder / BACKBONE_FILE).write_text(config_text + "\n", encoding="utf-8")
             for name, source in files.items():
-                atomic.make_folder((folder / name).parent)
-                shutil.copyfile(source, folder / name)
+                make_folder((folder / name).parent)
+                copy_file(source, folder / name)
     multihost_utils.sync_global_devices(f"done {folder}")
 
 
 def is_model_directory(path: str | os.PathLike[str]) -> bool:
     """Returns whether a folder is a complete model as `save_model` writes it."""
-    path = pathlib.Path(path)
+    path = as_path(path)
     return (
-        not atomic.is_unfinished(path)
+        not folders.is_unfinished(path)
         and (path / BACKBONE_FILE).is_file()
         and (path / PARAMS_FOLDER).is_dir()
     )
@@ -163,8 +163,8 @@ def load_model_params(directory: str | os.PathLike[str], abstract_params: Any) -
 
 
 def _checked(directory: str | os.PathLike[str]) -> pathlib.Path:
-    path = pathlib.Path(os.path.abspath(directory))
-    if atomic.is_unfinished(path):
+    path = absolute(directory)
+    if folders.is_unfinished(path):
         raise FileNotFoundError(f"{path} is the leftover of an interrupted write and incomplete")
     if not is_model_directory(path):
         raise FileNotFoundError(f"{path} is no model folder: it needs {BACKBONE_FILE} and params/")
@@ -173,7 +173,7 @@ def _checked(directory: str | os.PathLike[str]) -> pathlib.Path:
 
 def _agreed_nonce() -> str:
     """Returns process 0's random name, so that all processes write into one folder."""
-    nonce = np.uint32(int(atomic.new_nonce(), 16))
+    nonce = np.uint32(int(folders.new_nonce(), 16))
     return f"{int(multihost_utils.broadcast_one_to_all(nonce)):08x}"
 
 
@@ -237,7 +237,7 @@ def architecture_of(source: str, *, ignored: Collection[str] = ()) -> BackboneCo
     """
     if source in _PUBLISHED:
         return preset(_PUBLISHED[source])
-    if pathlib.Path(source).is_dir():
+    if as_path(source).is_dir():
         return find_model(source, ignore_config_fields=ignored).cfg
     path = huggingface_hub.hf_hub_download(source, CONFIG_FILE)
     return from_hugging_face(read_json(pathlib.Path(path)), ignored=ignored)
@@ -249,10 +249,10 @@ def find_folder(source: str | pathlib.Path) -> pathlib.Path:
     Raises:
         FileNotFoundError: there is no such folder or hub model, or it is incomplete.
     """
-    folder = pathlib.Path(source)
+    folder = as_path(source)
     if not folder.is_dir():
         folder = _download(str(source))
-    if atomic.is_unfinished(folder):
+    if folders.is_unfinished(folder):
         raise FileNotFoundError(f"{folder} is the leftover of an interrupted write and incomplete")
     return folder
 
@@ -391,7 +391,7 @@ def fingerprint(folder: pathlib.Path) -> str:
             continue
         size = path.stat().st_size
         whole.update(f"{path.relative_to(folder).as_posix()}\0{size}\0".encode())
-        with path.open("rb") as file:
+        with open_binary(path) as file:
             whole.update(file.read(_HASHED_BYTES))
             file.seek(max(size - _HASHED_BYTES, 0))
             whole.update(file.read(_HASHED_BYTES))

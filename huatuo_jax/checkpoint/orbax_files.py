@@ -15,7 +15,9 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 
+from huatuo_jax.core.files import is_address
 from huatuo_jax.hf.load import nested
 
 # Arrays are stored in chunks of at most this size, because restoring onto another mesh reads each
@@ -30,6 +32,9 @@ _TIMEOUT_S = 6 * 3600
 # Deleted steps are renamed into this folder first, so that a kill during a deletion never leaves
 # half a checkpoint under its step's name.
 DELETED = ".deleted"
+
+# The object that Orbax writes last into a step in a bucket.
+COMMITTED = "commit_success.txt"
 
 # How Orbax names the folder of an unfinished step, after the step.
 UNFINISHED = ".orbax-checkpoint-tmp"
@@ -131,6 +136,20 @@ class _WithoutNoise(logging.Filter):
 
 
 logging.getLogger("absl").addFilter(_WithoutNoise())
+
+
+def check_place(path: str | os.PathLike[str], *, name: str) -> None:
+    """Raises ValueError for an address that Orbax cannot write to.
+
+    Args:
+        path: the folder.
+        name: of the field, for the message.
+    """
+    if is_address(path) and not os.fspath(path).startswith("gs://"):
+        raise ValueError(
+            f"{name}={os.fspath(path)}: checkpoints and Orbax models are written to disks and to "
+            "gs:// alone; choose such a folder, and copy it afterwards"
+        )
 
 
 def open_manager(
@@ -303,7 +322,7 @@ def _stored(leaf: Any) -> Any:
 def _described(path: pathlib.Path) -> tuple[dict[str, LeafKind], dict[str, str]]:
     """Returns the kind of each saved leaf, and the implementation of each random key."""
     try:
-        metadata = ocp.PyTreeCheckpointHandler().metadata(path)
+        metadata = ocp.PyTreeCheckpointHandler().metadata(epath.Path(os.fspath(path)))
     except Exception as error:
         raise as_os_error(error, f"{path} cannot be read") from error
     if _KEYS not in (metadata.custom_metadata or {}):

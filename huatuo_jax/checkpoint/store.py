@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import pathlib
 import shutil
 import tempfile
 import types
@@ -15,7 +16,7 @@ from jax.experimental import multihost_utils
 
 from huatuo_jax.checkpoint import orbax_files
 from huatuo_jax.core.config import as_json, differences
-from huatuo_jax.core.files import make_folder
+from huatuo_jax.core.files import absolute, as_path, is_address, make_folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +58,7 @@ class CheckpointStore:
         do that; others open it with `read_only`.
 
         Args:
-            directory: a local folder, or an address that Orbax knows (`gs://...`).
+            directory: a folder, or an address of `gs://`.
             keep_newest: how many of the newest steps to keep.
             best_metric: the metric whose best step is kept too; steps saved without it, or with
                 NaN, are never the best.
@@ -77,9 +78,9 @@ class CheckpointStore:
         self._sign = 1.0 if best_mode == "max" else -1.0
         self._read_only = read_only
         self._saving: int | None = None
-        address = os.fspath(directory)
-        self._is_local = "://" not in address
-        address = os.path.abspath(os.path.expanduser(address)) if self._is_local else address
+        orbax_files.check_place(as_path(directory), name="directory")
+        address = os.fspath(absolute(as_path(directory).expanduser()))
+        self._is_local = not is_address(address)
         if self._is_local and not read_only:
             _make_writable(address)
         self._manager = orbax_files.open_manager(
@@ -266,6 +267,19 @@ class CheckpointStore:
         """Deletes the steps that the last save replaced; Orbax only moves them aside."""
         if self._is_local and not self._read_only and jax.process_index() == 0:
             shutil.rmtree(os.path.join(self._directory, orbax_files.DELETED), ignore_errors=True)
+
+
+def saved_steps(directory: pathlib.Path) -> list[int]:
+    """Returns the steps that are saved completely in a folder of checkpoints, in order.
+
+    Opens nothing, and is quick. In a bucket a step without Orbax's marker is not complete.
+    """
+    if not directory.is_dir():
+        return []
+    steps = [path for path in directory.iterdir() if path.name.isdigit()]
+    if is_address(directory):
+        steps = [path for path in steps if (path / orbax_files.COMMITTED).exists()]
+    return sorted(int(path.name) for path in steps)
 
 
 def _make_writable(directory: str) -> None:

@@ -24,7 +24,7 @@ from huatuo_jax.clinic.world import (
     posterior,
     told_in_order,
 )
-from huatuo_jax.core.files import hash_of_files, make_folder, write_file
+from huatuo_jax.core.files import as_path, hash_of_files, make_folder, write_file
 from huatuo_jax.data import records
 
 LETTERS = "ABCDE"
@@ -173,7 +173,7 @@ def write_clinic(
         ValueError: a clinic has fewer different rows.
         OSError: a file cannot be written.
     """
-    target, cfg = pathlib.Path(folder), ClinicConfig(seed=seed, sizes=sizes or ClinicSizes())
+    target, cfg = as_path(folder), ClinicConfig(seed=seed, sizes=sizes or ClinicSizes())
     contents = _contents(cfg)
     _write(target, cfg, contents)
     return {name: target / name for name in contents}
@@ -191,7 +191,7 @@ def prepare_clinic(folder: str | os.PathLike[str], cfg: ClinicConfig, *, in_use:
         ValueError: other files exist and are in use, or a clinic has fewer rows.
         OSError: a file cannot be read or written.
     """
-    target = pathlib.Path(folder)
+    target = as_path(folder)
     found = _settings_there(target)
     wanted = _settings(cfg)
     if found is not None and {name: found[name] for name in wanted} == wanted:

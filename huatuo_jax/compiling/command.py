@@ -23,7 +23,7 @@ from huatuo_jax.compiling.programs import Program, TrainingConfig, programs_of
 from huatuo_jax.compiling.report import Analysis, Misfit, compile_program
 from huatuo_jax.core import sharding
 from huatuo_jax.core.config import replaced
-from huatuo_jax.core.files import write_file
+from huatuo_jax.core.files import as_path, write_file
 from huatuo_jax.recipe.config import RlaifConfig, StagesConfig
 from huatuo_jax.training.micro_batch import advice, largest_that_fits, micro_batch_sizes, usable
 from huatuo_jax.training.programs import GIB
@@ -248,7 +248,7 @@ def sweep_config(
 
 def write_json(path: str | pathlib.Path, figures: dict[str, Any]) -> None:
     """Writes the figures of `compile_config`."""
-    write_file(pathlib.Path(path), json.dumps(figures, ensure_ascii=False, indent=2) + "\n")
+    write_file(as_path(path), json.dumps(figures, ensure_ascii=False, indent=2) + "\n")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

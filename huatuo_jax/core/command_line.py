@@ -24,6 +24,7 @@ from absl import logging
 
 from huatuo_jax.core import distributed
 from huatuo_jax.core.config import cards, check_path, check_paths, is_config, load_card, replaced
+from huatuo_jax.core.files import error_of_server
 
 Flags = TypeVar("Flags")
 
@@ -53,7 +54,8 @@ def run(
 
     Args:
         main: the command; takes the flags, and with `with_config` the config too. Its ValueError
-            and OSError are shown as messages; any other error keeps its traceback.
+            and OSError are shown as messages, and what a bucket's server answers; any other error
+            keeps its traceback.
         flags: the dataclass whose fields are its flags; those of its sections are flags without
             the section's name.
         with_config: take `--config=CARD` and `--config.FIELD=VALUE` as flags, too.
@@ -80,6 +82,11 @@ def run(
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(1)
+    except Exception as error:
+        if (told := error_of_server(error)) is None:
+            raise
+        print(f"error: {told}", file=sys.stderr)
+        sys.exit(1)
     finally:
         distributed.leave()
 
@@ -93,8 +100,8 @@ def parse(flags: type[Flags], arguments: Sequence[str], *, name: str, flat: bool
     it. With `flat` the fields of a section are flags without the section's name.
 
     Raises:
-        ValueError: an unknown flag, a missing one, a value of the wrong type, or an address in the
-            place of a path.
+        ValueError: an unknown flag, a missing one, a value of the wrong type, or an address that
+            cannot be used.
         SystemExit: after `--help`.
     """
     known = _fields_of(flags, None, flat=flat)

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, TypeVar, cast, get_args, get_origin
 
 import typeguard
 
-from huatuo_jax.core.files import check_local
+from huatuo_jax.core.files import check_address
 
 _ABSENT = object()
 Config = TypeVar("Config")
@@ -160,8 +160,8 @@ def checked(settings: Config, wanted: type[Config], *, path: str) -> Config:
         path: its name in messages, as `config.sft`.
 
     Raises:
-        ValueError: another class, a field of another type, or an address in place of a path; names
-            the field.
+        ValueError: another class, a field of another type, or an address that cannot be used;
+            names the field.
     """
     if not isinstance(settings, wanted):
         raise ValueError(f"{path}={settings!r} must be a {wanted.__name__}")
@@ -171,7 +171,7 @@ def checked(settings: Config, wanted: type[Config], *, path: str) -> Config:
 
 
 def check_paths(settings: Any, *, path: str) -> None:
-    """Raises ValueError where a field of a config, or of its sections, is an address but no `Text`.
+    """Raises ValueError where a field of a config or section is an address that cannot be used.
 
     Args:
         settings: a config.
@@ -188,9 +188,9 @@ def check_paths(settings: Any, *, path: str) -> None:
 
 
 def check_path(value: Any, hint: Any, *, name: str) -> None:
-    """Raises ValueError where a field's value is an address and its type has no `Text`."""
+    """Raises ValueError where a field is an address that cannot be used; `Text` is no path."""
     if isinstance(value, str) and not _takes_text(hint):
-        check_local(value, name=name)
+        check_address(value, name=name)
 
 
 def _takes_text(hint: Any) -> bool:

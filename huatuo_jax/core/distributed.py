@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import jax
 from jax._src import distributed  # The only way to the key-value store.
 
-from huatuo_jax.core.files import make_folder
+from huatuo_jax.core.files import make_folder, write_file
 
 PEER_LOST_EXIT_CODE = 75
 """Exit code of a process that ends because another one did; the run can resume (EX_TEMPFAIL)."""
@@ -399,7 +399,7 @@ def check_shared(folder: pathlib.Path) -> None:
     probe = folder / f".shared-{gather('probe', secrets.token_hex(4))[0]}"
     if _run.index == 0:
         make_folder(folder)
-        probe.touch()
+        write_file(probe, "")
     barrier("probe written")
     seen = gather("probe seen", _is_seen(probe, timeout_s=_run.timeout_s / 4))
     if _run.index == 0:
@@ -407,7 +407,7 @@ def check_shared(folder: pathlib.Path) -> None:
     if blind := [index for index, sees in enumerate(seen) if not sees]:
         raise ValueError(
             f"{folder} is not shared: {_run.named(blind)} does not see what {_run.named([0])} "
-            "writes; choose a folder on a disk that all hosts mount"
+            "writes; choose a bucket, or a folder on a disk that all hosts mount"
         )
 
 

@@ -1,80 +1,263 @@
-r"""Files and folders that are complete or absent, and JSON Lines files, whole or appended to.
+r"""Paths, files that are complete or absent, and JSON Lines files, whole or appended to.
 
-Complete files are written beside their place and renamed into it. All paths are of this machine's
-file system: an address such as `gs://bucket/run`, of which a folder named `gs:` would be made, is
-refused by `check_local`.
+A path is one of a file system or an address such as `gs://bucket/run`: `as_path` makes either, with
+the methods of `pathlib.Path`. On a file system complete files are written beside their place and
+renamed into it; `core.addresses` says what holds in a bucket.
 
 JSON Lines, the files between stages, hold one object a line in UTF-8 and are split at `\n` alone:
 `str.splitlines` also cuts at U+2028, U+2029 and U+0085, which JSON text may hold unescaped. A line
 end written as `\r\n` is read too, and blank lines are skipped.
 """
 
+import atexit
 import contextlib
 import fcntl
+import functools
 import hashlib
+import io
 import json
 import os
 import pathlib
 import re
-import secrets
 import shutil
+import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple, cast
 
 # Values of some flags are named, as NAME=PATH or SET:PATH. `pathlib` leaves one slash of two.
-_ADDRESS = re.compile(r"(?:[\w.-]+[=:])?(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):/(?P<second>/?)")
-_UNFINISHED = re.compile(r"\.tmp-[0-9a-f]{8}$")
+_ADDRESS = re.compile(
+    r"(?:[\w.-]+[=:])?(?P<address>[A-Za-z][A-Za-z0-9+.-]+:/(?P<second>/?).*)", re.DOTALL
+)
+_ONE_SLASH = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+):/(?!/)")
+_COPY_BYTES = 8 * 2**20
+_READ_BYTES = 4 * 2**20
+_held: set[pathlib.Path] = set()  # Locks of this process.
 Row = dict[str, Any]
 Unfinished = Literal["read", "skip"]
 
 
-def check_local(path: str | os.PathLike[str], *, name: str) -> None:
-    """Raises ValueError where a path is an address, such as `gs://bucket/run`.
+def as_path(path: str | os.PathLike[str]) -> pathlib.Path:
+    """Returns the path of a file or folder, which may be an address.
+
+    For an address it is a `core.addresses.Address`, which has the methods of `pathlib.Path`. What
+    `pathlib` made of an address (`gs:/bucket/run`) is taken too.
+
+    Raises:
+        ValueError: an address that cannot be used, see `check_address`.
+    """
+    text = os.fspath(path)
+    if isinstance(path, pathlib.PurePath):
+        text = _ONE_SLASH.sub(r"\1://", text)
+    if not is_address(text):
+        return pathlib.Path(path)
+    scheme = text.partition("://")[0].lower()
+    if scheme == "file":
+        raise ValueError(f"{text} is an address, where a path is needed: give the path alone")
+    if scheme in ("http", "https"):
+        raise ValueError(f"{text} is an address on the web: download the file and give its path")
+    return cast(pathlib.Path, _addresses().open_address(text))
+
+
+def is_address(path: str | os.PathLike[str]) -> bool:
+    """Tells an address, such as `gs://bucket/run`, from a path of a file system."""
+    return "://" in os.fspath(path)
+
+
+def absolute(path: str | os.PathLike[str]) -> pathlib.Path:
+    """Returns a path without `..` and links as it is seen from the root; an address as it is."""
+    given = as_path(path)
+    return given if is_address(given) else pathlib.Path(os.path.abspath(given))
+
+
+def check_address(path: str | os.PathLike[str], *, name: str) -> None:
+    """Raises ValueError where a path is an address that cannot be used; paths are not looked at.
 
     Args:
-        path: as the user gave it, or what `pathlib` made of it (`gs:/bucket/run`).
+        path: as the user gave it; alone, or as NAME=PATH or SET:PATH.
         name: of the field, for the message.
+
+    Raises:
+        ValueError: nothing knows the scheme, no such bucket, no right to read, no login.
     """
-    found = _ADDRESS.match(os.fspath(path))
+    found = _ADDRESS.fullmatch(os.fspath(path))
     if found is None or (isinstance(path, str) and not found["second"]):
         return
-    scheme = found["scheme"].lower()
-    advice = "mount the bucket or disk as a folder, or copy the file, and give that path"
-    if scheme == "file":
-        advice = "give the path alone"
-    elif scheme in ("http", "https"):
-        advice = "download the file and give its path"
-    raise ValueError(f"{name}={os.fspath(path)} is an address, where a path is needed: {advice}")
+    given = found["address"]
+    try:
+        address = as_path(given if found["second"] else pathlib.Path(given))
+        _addresses().reach(address)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def check_local(path: str | os.PathLike[str], *, name: str, why: str) -> None:
+    """Raises ValueError where a path is an address.
+
+    Args:
+        path: the path.
+        name: of the field, for the message.
+        why: the reason, after a colon.
+    """
+    if is_address(as_path(path)):
+        raise ValueError(f"{name}={os.fspath(path)} is an address: {why}")
+
+
+def error_of_server(error: BaseException) -> str | None:
+    """Returns a line for an error of a bucket's server or of the login; None for other errors."""
+    return _addresses().reason(error) if "huatuo_jax.core.addresses" in sys.modules else None
+
+
+def _addresses() -> Any:
+    from huatuo_jax.core import addresses  # 0.2 s, which those who use no address need not spend.
+
+    return addresses
 
 
 def make_folder(path: str | os.PathLike[str]) -> None:
-    """Makes a folder and those above it, where they are missing.
+    """Makes a folder and those above it, where they are missing; a bucket needs none.
 
     Raises:
-        ValueError: the path is an address.
         OSError: it cannot be made.
     """
-    check_local(path, name="folder")
-    pathlib.Path(path).mkdir(parents=True, exist_ok=True)
+    path = as_path(path)
+    if not is_address(path):
+        path.mkdir(parents=True, exist_ok=True)
 
 
-def is_unfinished(path: str | os.PathLike[str]) -> bool:
-    """Tells whether a folder is left from an interrupted write, and must never be loaded.
+def remove_folder(path: str | os.PathLike[str]) -> None:
+    """Removes a folder with all that it holds, as far as that goes; there may be none."""
+    path = as_path(path)
+    if is_address(path):
+        _addresses().remove_tree(path)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
-    The name decides, because such a folder can look complete: it is complete only after the rename.
+
+@contextlib.contextmanager
+def staged_folder(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
+    """Yields a folder of the file system whose files are put into `path` when the block ends.
+
+    For code of others that writes into local folders only; a local `path` is yielded itself.
     """
-    return _UNFINISHED.search(pathlib.Path(path).name) is not None
+    path = as_path(path)
+    if not is_address(path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as made:
+        folder = pathlib.Path(made)
+        yield folder
+        for file in sorted(one for one in folder.rglob("*") if one.is_file()):
+            copy_file(file, path / file.relative_to(folder).as_posix())
 
 
-def new_nonce() -> str:
-    """Returns eight random hexadecimal digits for a temporary name."""
-    return secrets.token_hex(4)
+def local_copy(path: str | os.PathLike[str], patterns: Iterable[str] = ("*",)) -> pathlib.Path:
+    """Returns a folder of the file system with a folder's files; a local `path` itself.
+
+    For code of others that reads from local folders only. A copy is made anew where the files
+    changed, and lies in the system's folder for temporary files until the process ends.
+
+    Args:
+        path: the folder.
+        patterns: of the files that are needed, as `glob` takes them.
+    """
+    path = as_path(path)
+    if not is_address(path):
+        return path
+    wanted = [name for pattern in patterns for name in sorted(path.glob(pattern)) if name.is_file()]
+    state = [(name.name, name.stat().st_size, name.stat().st_mtime) for name in wanted]
+    return _copied(path, tuple(wanted), repr(state))
 
 
-def temporary_name(target: str | os.PathLike[str], nonce: str) -> pathlib.Path:
-    """Returns the folder beside `target` where it is written first, `TARGET.tmp-NONCE`."""
-    target = pathlib.Path(os.path.abspath(target))
-    return target.with_name(f"{target.name}.tmp-{nonce}")
+@functools.cache
+def _copied(folder: pathlib.Path, files: tuple[pathlib.Path, ...], _: str) -> pathlib.Path:
+    made = tempfile.mkdtemp(prefix="huatuo-")
+    atexit.register(shutil.rmtree, made, ignore_errors=True)
+    for file in files:
+        copy_file(file, pathlib.Path(made, file.relative_to(folder).as_posix()))
+    return pathlib.Path(made)
+
+
+def copy_file(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+    """Copies a file from and to a file system or a bucket; an object appears when it is whole."""
+    source, target = as_path(source), as_path(target)
+    make_folder(target.parent)
+    with open_binary(source) as file:
+        chunks = iter(lambda: file.read(_COPY_BYTES), b"")
+        if is_address(target):
+            write_chunks(target, chunks)
+            return
+        with target.open("wb") as copy:
+            copy.writelines(chunks)
+
+
+def open_binary(path: str | os.PathLike[str]) -> BinaryIO:
+    """Opens a file for reading bytes; one in a bucket is read in ranges.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    path = as_path(path)
+    if is_address(path):
+        return cast(BinaryIO, io.BufferedReader(_addresses().Reader(path), _READ_BYTES))
+    return path.open("rb")
+
+
+def size_of(path: pathlib.Path) -> int:
+    """Returns a file's length in bytes."""
+    if is_address(path):
+        return int(_addresses().Reader(path).seek(0, os.SEEK_END))
+    return path.stat().st_size
+
+
+def read_into(path: pathlib.Path, place: int, target: memoryview) -> int:
+    """Fills memory with a range of a file; returns the number of bytes that the file lacks.
+
+    Args:
+        path: the file.
+        place: where the range begins, in bytes.
+        target: to be filled; its length is that of the range.
+    """
+    file: io.RawIOBase
+    file = _addresses().Reader(path) if is_address(path) else path.open("rb", buffering=0)
+    with file:
+        file.seek(place)
+        while len(target) and (count := file.readinto(target)):
+            target = target[count:]
+    return len(target)
+
+
+def write_chunks(path: pathlib.Path, chunks: Iterable[bytes | memoryview]) -> None:
+    """Writes an object of a bucket from its pieces: complete, or not at all."""
+    address: Any = path
+    _addresses().write_chunks(address.fs, address.path, chunks)
+
+
+@contextlib.contextmanager
+def locked(path: str | os.PathLike[str], *, waits: bool = False) -> Iterator[None]:
+    """Holds the lock of a file or folder in a bucket, see `addresses.BucketLock`.
+
+    Blocks may be nested. On a file system nothing is locked: there each file that grows is.
+
+    Args:
+        path: the file or folder.
+        waits: wait until another run gives it back.
+
+    Raises:
+        ValueError: another run holds it; names its process and host.
+        OSError: the bucket cannot be written.
+    """
+    path = as_path(path)
+    if not is_address(path) or path in _held:
+        yield
+        return
+    lock = _addresses().BucketLock(path, waits=waits)
+    _held.add(path)
+    try:
+        yield
+    finally:
+        _held.remove(path)
+        lock.release()
 
 
 def write_file(path: pathlib.Path, content: str | bytes) -> None:
@@ -83,8 +266,12 @@ def write_file(path: pathlib.Path, content: str | bytes) -> None:
     Raises:
         OSError: it cannot be written.
     """
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    if is_address(path):
+        write_chunks(path, [data])
+        return
     beside = path.with_name(f"{path.name}.tmp")
-    beside.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+    beside.write_bytes(data)
     os.replace(beside, path)
 
 
@@ -94,102 +281,6 @@ def hash_of_files(paths: Iterable[pathlib.Path]) -> str:
     for path in paths:
         whole.update(path.name.encode() + b"\0" + path.read_bytes())
     return whole.hexdigest()
-
-
-@contextlib.contextmanager
-def writing_directory(
-    target: str | os.PathLike[str], *, overwrite: bool = False, nonce: str | None = None
-) -> Iterator[pathlib.Path]:
-    """Yields a new folder to fill, which becomes `target` when the block ends without an error.
-
-    The folder is `TARGET.tmp-NONCE` beside the target. At the end every file is flushed to the
-    disk and the folder is renamed, so that a kill at any moment leaves either the old target or
-    the new one, and at worst a `.tmp-` folder, which `is_unfinished` knows. An exception in the
-    block removes the folder and leaves the target as it was. Leftovers of killed writers are
-    removed once a whole target stands; those of writers that still run are left alone.
-
-    Args:
-        target: the local folder to make; its parents are made too.
-        overwrite: replace a target that is there and not empty. It is removed only after the new
-            one is complete.
-        nonce: the temporary name's last part, where several processes have to agree on it.
-
-    Yields:
-        The folder to write into.
-
-    Raises:
-        FileExistsError: the target is a file, or a folder with something in it and no `overwrite`.
-        ValueError: the target is an address, or its own name is that of an unfinished folder.
-        OSError: it cannot be written.
-    """
-    check_local(target, name="target")
-    target = pathlib.Path(os.path.abspath(target))
-    _check_target(target, overwrite=overwrite)
-    temporary = temporary_name(target, nonce or new_nonce())
-    make_folder(temporary.parent)
-    if target.exists():
-        _remove_leftovers(target)
-    temporary.mkdir()
-    lock = os.open(temporary, os.O_RDONLY)
-    try:
-        _try_lock(lock)
-        yield temporary
-        # Checked again: another writer may have finished in the meantime.
-        _check_target(target, overwrite=overwrite)
-        _flush(temporary)
-        _rename_into_place(temporary, target)
-        _remove_leftovers(target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    finally:
-        os.close(lock)
-
-
-def _check_target(target: pathlib.Path, *, overwrite: bool) -> None:
-    if is_unfinished(target):
-        raise ValueError(
-            f"target: {target} is named like an unfinished folder, choose a name that does not "
-            "end in .tmp- and eight hexadecimal digits"
-        )
-    if target.exists() and not target.is_dir():
-        raise FileExistsError(f"{target} is a file, a folder is to be written there")
-    if target.is_dir() and any(target.iterdir()) and not overwrite:
-        raise FileExistsError(f"{target} is there and not empty, overwrite it or choose another")
-
-
-def _rename_into_place(temporary: pathlib.Path, target: pathlib.Path) -> None:
-    """Moves a complete folder to its place; an older one there is removed last."""
-    if not (target.is_dir() and any(target.iterdir())):
-        os.replace(temporary, target)
-        _flush_one(target.parent)
-        return
-    # A folder with files in it cannot be replaced in one step. Killed between the two renames,
-    # both folders remain, whole, under `.tmp-` names, and nothing removes them: leftovers are
-    # only swept where a target stands.
-    aside = temporary_name(target, new_nonce())
-    os.replace(target, aside)
-    try:
-        os.replace(temporary, target)
-    except BaseException:
-        os.replace(aside, target)
-        raise
-    _flush_one(target.parent)
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def _remove_leftovers(target: pathlib.Path) -> None:
-    """Removes unfinished folders of this target whose writer is gone."""
-    for leftover in target.parent.glob(f"{_escaped(target.name)}.tmp-*"):
-        if not is_unfinished(leftover) or not leftover.is_dir():
-            continue
-        with contextlib.suppress(OSError):
-            lock = os.open(leftover, os.O_RDONLY)
-            try:
-                if _try_lock(lock):
-                    shutil.rmtree(leftover, ignore_errors=True)
-            finally:
-                os.close(lock)
 
 
 def lock_file(file: int, path: pathlib.Path) -> None:
@@ -204,33 +295,20 @@ def lock_file(file: int, path: pathlib.Path) -> None:
         raise ValueError(f"{path}: another process writes this file") from error
 
 
-def _try_lock(folder: int) -> bool:
-    """Locks an open folder until its process ends; False where that fails."""
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # another process writes there, or the file system has no locks
-        return False
-    return True
+@contextlib.contextmanager
+def locked_file(path: pathlib.Path) -> Iterator[None]:
+    """Holds the lock of a file that is there, on a file system or in a bucket.
 
-
-def _flush(folder: pathlib.Path) -> None:
-    for where, _, names in os.walk(folder):
-        for name in names:
-            _flush_one(pathlib.Path(where, name))
-        _flush_one(pathlib.Path(where))
-
-
-def _flush_one(path: pathlib.Path) -> None:
-    opened = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)
-
-
-def _escaped(name: str) -> str:
-    """Returns a name as a glob pattern that matches only itself."""
-    return re.sub(r"([*?[])", r"[\1]", name)
+    Raises:
+        ValueError: another process has locked it.
+    """
+    if is_address(path):
+        with locked(path):
+            yield
+        return
+    with path.open("rb") as file:
+        lock_file(file.fileno(), path)
+        yield
 
 
 class Line(NamedTuple):
@@ -260,7 +338,7 @@ def read_lines(path: str | os.PathLike[str], *, unfinished: Unfinished) -> Itera
         ValueError: a line that is not UTF-8, not JSON or not an object; with file and line.
         OSError: the file cannot be read.
     """
-    with open(path, "rb") as file:
+    with open_binary(path) as file:
         end = 0
         for number, raw in enumerate(file, start=1):
             end += len(raw)
@@ -268,18 +346,6 @@ def read_lines(path: str | os.PathLike[str], *, unfinished: Unfinished) -> Itera
                 return
             if raw.strip():
                 yield Line(number, end, _row(path, number, raw))
-
-
-def read_row_at(path: str | os.PathLike[str], place: int) -> Row:
-    """Returns the row whose line begins at a byte of a file.
-
-    Raises:
-        ValueError: the line is not UTF-8, not JSON or not an object.
-        OSError: the file cannot be read.
-    """
-    with open(path, "rb") as file:
-        file.seek(place)
-        return _row(f"{os.fspath(path)} from byte {place}", 1, file.readline())
 
 
 def read_rows(path: str | os.PathLike[str], *, unfinished: Unfinished) -> list[Row]:
@@ -291,17 +357,19 @@ def write_rows(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]]) 
     """Writes a file, complete or not at all; an older one is replaced.
 
     Raises:
-        ValueError: the path is an address, or a row cannot be written as JSON (number and id).
+        ValueError: a row cannot be written as JSON (number and id).
         OSError: the file cannot be written.
     """
-    check_local(path, name="path")
-    path = pathlib.Path(path)
+    path = as_path(path)
     make_folder(path.parent)
+    encoded = (_encoded(path, number, row) for number, row in enumerate(rows, start=1))
+    if is_address(path):
+        write_chunks(path, encoded)
+        return
     beside = path.with_name(f"{path.name}.tmp")
     try:
         with beside.open("wb") as file:
-            for number, row in enumerate(rows, start=1):
-                file.write(_encoded(path, number, row))
+            file.writelines(encoded)
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
@@ -313,7 +381,8 @@ class AppendedFile(contextlib.AbstractContextManager["AppendedFile"]):
     """An append-only JSON Lines file, cut back when a run resumes; a context manager.
 
     A killed process leaves complete rows, but for a last line without its end, which every cut
-    removes. Appended rows survive a crash of the machine from the next `sync` on.
+    removes. Appended rows survive a crash of the machine from the next `sync` on, and in a bucket
+    (see `addresses.GrowingObject`) a kill too.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, locked: bool) -> None:
@@ -324,39 +393,53 @@ class AppendedFile(contextlib.AbstractContextManager["AppendedFile"]):
             locked: refuse a second process that opens the file locked.
 
         Raises:
-            ValueError: the path is an address, or another process has locked it.
+            ValueError: another process has locked it.
             OSError: it cannot be opened.
         """
-        check_local(path, name="path")
-        self.path = pathlib.Path(path)
+        self.path = as_path(path)
         make_folder(self.path.parent)
-        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            if locked:
-                lock_file(self._file, self.path)
-        except BaseException:
-            os.close(self._file)
-            raise
+        self._file: Any
+        with contextlib.ExitStack() as opened:
+            if not is_address(self.path):
+                self._file = _GrowingFile(self.path, locked=locked)
+            else:
+                if locked:
+                    opened.callback(_addresses().BucketLock(self.path).release)
+                self._file = _addresses().GrowingObject(self.path)
+            opened.callback(self._file.close)
+            self._closing = opened.pop_all()
 
     def __exit__(self, *_: object) -> None:
         """Closes it."""
         self.close()
 
+    def size(self) -> int:
+        """Returns the file's length in bytes: where the next row will begin."""
+        return int(self._file.size())
+
     def lines(self) -> Iterator[Line]:
         """Yields the lines that have an end; errors as `read_lines`."""
+        self._file.flush()
         return read_lines(self.path, unfinished="skip")
+
+    def row_at(self, place: int) -> Row:
+        """Returns the row whose line begins at a byte; errors as `read_lines`."""
+        self._file.flush()
+        with open_binary(self.path) as file:
+            file.seek(place)
+            return _row(f"{self.path} from byte {place}", 1, file.readline())
 
     def cut(self, end: int) -> None:
         """Removes all bytes from `end` on, as `Line.end` gives it; 0 removes all."""
-        if end != os.fstat(self._file).st_size:
-            os.ftruncate(self._file, end)
+        if end != self.size():
+            self._file.cut(end)
 
     def cut_unfinished(self) -> None:
         """Removes a last line that has no line end."""
-        size = os.fstat(self._file).st_size
-        if size and os.pread(self._file, 1, size - 1) != b"\n":
-            whole = self.path.read_bytes()
-            self.cut(whole.rfind(b"\n") + 1)
+        if not self._file.ends_a_line():
+            with open_binary(self.path) as file:
+                *_, last = file
+            self.cut(self.size() - len(last))
 
     def keep_while(self, keeps: Callable[[Row], bool]) -> None:
         """Removes the first row for which `keeps` is False, and all after it.
@@ -378,16 +461,58 @@ class AppendedFile(contextlib.AbstractContextManager["AppendedFile"]):
             ValueError: a row that JSON cannot write, with its id; none is added then.
             OSError: they cannot be written.
         """
-        data = b"".join(_encoded(self.path, number, row) for number, row in enumerate(rows, 1))
-        while data:  # Usually one write, so that a kill leaves a line or nothing.
-            data = data[os.write(self._file, data) :]
+        self._file.write(
+            b"".join(_encoded(self.path, number, row) for number, row in enumerate(rows, 1))
+        )
 
     def sync(self) -> None:
         """Puts all rows on disk."""
-        os.fsync(self._file)
+        self._file.sync()
 
     def close(self) -> None:
         """Puts all rows on disk and closes the file."""
+        self._closing.close()
+
+    def remove(self) -> None:
+        """Removes the file and closes it."""
+        self._file.cut(0)
+        self.path.unlink()
+        self.close()
+
+
+class _GrowingFile:
+    """A file of a file system that grows."""
+
+    def __init__(self, path: pathlib.Path, *, locked: bool) -> None:
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            if locked:
+                lock_file(self._file, path)
+        except BaseException:
+            os.close(self._file)
+            raise
+
+    def size(self) -> int:
+        return os.fstat(self._file).st_size
+
+    def ends_a_line(self) -> bool:
+        size = self.size()
+        return not size or os.pread(self._file, 1, size - 1) == b"\n"
+
+    def cut(self, end: int) -> None:
+        os.ftruncate(self._file, end)
+
+    def write(self, data: bytes) -> None:
+        while data:  # Usually one write, so that a kill leaves a line or nothing.
+            data = data[os.write(self._file, data) :]
+
+    def flush(self) -> None:
+        pass  # The operating system shows at once what was written.
+
+    def sync(self) -> None:
+        os.fsync(self._file)
+
+    def close(self) -> None:
         try:
             self.sync()
         finally:

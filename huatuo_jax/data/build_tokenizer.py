@@ -10,13 +10,12 @@ characters wrongly. Rare characters are spelt in bytes, as in LLaMA's tokenizer.
 import collections
 import json
 import os
-import pathlib
 import sys
 from collections.abc import Iterator
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from huatuo_jax.core.files import make_folder, read_rows
+from huatuo_jax.core.files import as_path, make_folder, read_rows
 from huatuo_jax.data.chat.templates import HUATUOGPT_SYSTEM
 
 VOCAB_SIZE = 2048
@@ -54,7 +53,7 @@ def corpus(folder: str | os.PathLike[str]) -> Iterator[str]:
     Raises:
         ValueError: there are no dialogues.
     """
-    place = pathlib.Path(folder)
+    place = as_path(folder)
     paths = [
         path
         for family in ("instruction", "conversation")
@@ -116,7 +115,7 @@ def build(folder: str | os.PathLike[str], target: str | os.PathLike[str]) -> Non
     Raises:
         ValueError: there are no dialogues to train on.
     """
-    tokenizer, place = train(folder), pathlib.Path(target)
+    tokenizer, place = train(folder), as_path(target)
     make_folder(place)
     tokenizer.save(str(place / "tokenizer.json"))
     config = json.dumps(_CONFIG, ensure_ascii=False, indent=2)

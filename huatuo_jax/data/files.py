@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+from huatuo_jax.core.files import as_path, check_local
 from huatuo_jax.data.formats.turns import FIELD_NAMES, is_huatuo_list, is_turn
 from huatuo_jax.data.records import shown
 from huatuo_jax.data.text import Line, NotJson, choose_encoding, json_value, read_lines
@@ -100,7 +101,7 @@ def read_rows(
 def _rows_as_written(
     path: str | os.PathLike[str], split: str, encoding: str | None
 ) -> Iterator[Row | RowError]:
-    layout, file = find_layout(path, encoding), pathlib.Path(path)
+    layout, file = find_layout(path, encoding), as_path(path)
     if layout in ("datasets", "hub"):
         yield from _dataset_rows(str(path), layout, split, encoding)
     elif layout == "json lines":
@@ -121,7 +122,7 @@ def find_layout(path: str | os.PathLike[str], encoding: str | None = None) -> La
     Raises:
         ValueError: there is no such file, or its format or encoding is not recognized.
     """
-    file = pathlib.Path(path)
+    file = as_path(path)
     if file.is_dir():
         return "datasets"
     if not file.exists():
@@ -380,7 +381,7 @@ def _dataset_rows(
 ) -> Iterator[Row | RowError]:
     import datasets  # Takes seconds to import, and plain files do not need it.
 
-    folder = pathlib.Path(path)
+    folder = as_path(path)
     if files := _files_of_folder(folder, split):
         for file in files:
             yield from _rows_as_written(file, split, encoding)
@@ -423,6 +424,7 @@ def _files_of_folder(folder: pathlib.Path, split: str) -> list[str]:
     saved = (folder / "state.json").exists() or (folder / "dataset_dict.json").exists()
     if saved or not folder.is_dir():
         return []
+    check_local(folder, name="path", why="name the files of a folder in a bucket one by one")
     try:
         parts = datasets.load_dataset_builder(str(folder)).config.data_files or {}
     except Exception as problem:  # As in `_dataset_rows`.

@@ -11,7 +11,6 @@ whether a run should use the files. `huatuo_jax.data.inspection_report` prints a
 import itertools
 import json
 import os
-import pathlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from huatuo_jax.core.files import as_path, is_address
 from huatuo_jax.data.batches import best_fit_rows
 from huatuo_jax.data.chat.template import ChatTemplate
 from huatuo_jax.data.files import Row, RowError, find_layout, read_rows
@@ -242,10 +242,10 @@ def check_json_target(target: str | os.PathLike[str], files: Sequence[str]) -> N
     Raises:
         ValueError: its folder does not exist, it is a folder, or it is an inspected file.
     """
-    path = pathlib.Path(target)
-    if path.is_dir() or not path.parent.is_dir():
+    path = as_path(target)
+    if path.is_dir() or not (is_address(path) or path.parent.is_dir()):
         raise ValueError(f"json is {str(target)!r}; it should be a file in a folder that exists")
-    if path.resolve() in [pathlib.Path(file).resolve() for file in files]:
+    if path.resolve() in [as_path(file).resolve() for file in files]:
         raise ValueError(f"json is {str(target)!r}, a file to inspect; it would be written over")
 
 
@@ -257,7 +257,7 @@ def write_json(reports: Sequence[FileReport], target: str | os.PathLike[str]) ->
     }
     text = json.dumps(whole, ensure_ascii=False, indent=1)
     # Errors may quote halves of characters, which are not UTF-8.
-    pathlib.Path(target).write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
+    as_path(target).write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
 
 def _complaint(report: FileReport, max_error_share: float) -> str | None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from huatuo_jax.core import distributed
-from huatuo_jax.core.files import check_local, write_rows
+from huatuo_jax.core.files import as_path, check_address, write_rows
 from huatuo_jax.core.progress import tell
 from huatuo_jax.data.answers import AnswerToTokenize, Sampled
 from huatuo_jax.data.formats.dialogues import PROMPT_FORMATS, Terms, recognise
@@ -59,14 +59,14 @@ def as_file(
         say: called with a line for each kind of value that was converted to JSON.
 
     Raises:
-        ValueError: the path or workdir is an address, there are no rows, one is not a dict, or it
+        ValueError: an address that cannot be used, there are no rows, one is not a dict, or it
             holds a value that JSON cannot represent.
         OSError: the file cannot be written.
     """
     if isinstance(data, str | os.PathLike):
-        check_local(data, name=name)
+        check_address(data, name=name)
         return os.fspath(data)
-    check_local(workdir, name="workdir")
+    check_address(workdir, name="workdir")
     if isinstance(data, Mapping) or not isinstance(data, Iterable):
         raise ValueError(
             f"{name} is a {type(data).__name__}; it should be a list of rows (dicts), a "
@@ -82,7 +82,7 @@ def as_file(
         number += 1
     if not number:
         raise ValueError(f"{name} is empty: it should hold at least one row")
-    path = pathlib.Path(workdir) / FOLDER / f"{name}-{whole.hexdigest()[:_HASH_DIGITS]}.jsonl"
+    path = as_path(workdir) / FOLDER / f"{name}-{whole.hexdigest()[:_HASH_DIGITS]}.jsonl"
     distributed.check_joined()
     distributed.check_same(f"the content of {name}", path.name)
     distributed.by_first(f"file of {name}", lambda: _write(path, rows, name))

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Literal, NamedTuple, TypedDict, TypeVar, Unpack, cast
 
+from huatuo_jax.core.files import as_path, open_binary
 from huatuo_jax.data.files import Row, RowError, find_layout, read_rows
 from huatuo_jax.data.formats.adapters import Adapter, LeftOut, find_adapter
 from huatuo_jax.data.formats.dialogues import (
@@ -433,7 +434,7 @@ def source_names(paths: Sequence[str]) -> list[str]:
 
     `a/train.jsonl` and `b/train.jsonl` are `a/train` and `b/train`.
     """
-    files = [pathlib.Path(path) for path in paths]
+    files = [as_path(path) for path in paths]
     names = [file.stem for file in files]
     parents = [f"{file.parent.name}/{file.stem}" for file in files]
     for finer in ([file.name for file in files], parents, [str(path) for path in paths]):
@@ -451,7 +452,7 @@ def source_names(paths: Sequence[str]) -> list[str]:
 def content_hash(path: str | os.PathLike[str]) -> str:
     """Hashes a file's bytes, all files of a folder, or the rows of a hub data set."""
     whole = hashlib.sha256()
-    place = pathlib.Path(path)
+    place = as_path(path)
     if place.is_file():
         _update_with_file(whole, place)
     elif place.is_dir():
@@ -467,6 +468,6 @@ def content_hash(path: str | os.PathLike[str]) -> str:
 
 
 def _update_with_file(whole: "hashlib._Hash", path: pathlib.Path) -> None:
-    with path.open("rb") as file:
+    with open_binary(path) as file:
         while block := file.read(_BLOCK):
             whole.update(block)

@@ -41,6 +41,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from huatuo_jax.core.files import open_binary
 from huatuo_jax.data.records import shown
 
 UTF8 = "utf-8"
@@ -140,7 +141,7 @@ def choose_encoding(path: str | os.PathLike[str], encoding: str | None = None) -
     Raises:
         ValueError: the evidence does not decide; the message names the possible encodings.
     """
-    with open(path, "rb") as file:
+    with open_binary(path) as file:
         start = file.read(4096)
     marked = next((name for mark, name in _BYTE_ORDER_MARKS if start.startswith(mark)), None)
     if encoding is not None:
@@ -203,7 +204,7 @@ def _sample(path: str | os.PathLike[str]) -> _Sample:
     utf8_bytes = other_bytes = offset = 0
     others: list[bytes] = []
     first_fault = ""
-    with open(path, "rb") as file:
+    with open_binary(path) as file:
         number = 0
         for line in file:
             for raw in line.splitlines(keepends=True):  # Of bytes: at \n, \r and \r\n alone.
@@ -295,7 +296,7 @@ def read_lines(path: pathlib.Path, encoding: str | None = None) -> Iterator[Line
     encoding = choose_encoding(path, encoding)
     mark = byte_order_mark(encoding)
     offset = 0
-    with open(path, "rb") as file:
+    with open_binary(path) as file:
         for number, raw in enumerate(_raw_lines(file, encoding), start=1):
             size = len(raw)
             if number == 1:

@@ -27,7 +27,15 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from huatuo_jax.core import files
+from huatuo_jax.core.files import (
+    as_path,
+    is_address,
+    local_copy,
+    locked,
+    make_folder,
+    staged_folder,
+)
+from huatuo_jax.core.folders import is_unfinished, writing_directory
 from huatuo_jax.data.chat.template import (
     ChatTemplate,
     NothingToTrain,
@@ -306,24 +314,39 @@ def build_once(
     """Returns `FOLDER/KEY`, and builds it if it does not exist.
 
     It is built under a temporary name and renamed when complete, so an interrupted build is never
-    used. Of several processes one builds and the others wait for it.
+    used. Of several processes one builds and the others wait for it. From a bucket each process
+    reads a copy in the system's folder for temporary files: ArrayRecord reads local files alone.
 
     Args:
-        folder: of all caches, local or shared.
+        folder: of all caches, local or shared, or in a bucket.
         key: from `cache_key`.
         build: fills the folder that it is given.
     """
-    folder = pathlib.Path(folder)
+    folder = as_path(folder)
     target = folder / key
+    if is_address(folder):
+        if not _is_built(target):
+            with locked(target, waits=True):
+                if not _is_built(target):
+                    _build(target, build)
+        return local_copy(target)
     if target.is_dir():
         return target
-    files.make_folder(folder)
+    make_folder(folder)
     with _locked(folder / f"{key}.lock"):
         if target.is_dir():
             return target
-        with files.writing_directory(target) as unfinished:
-            build(unfinished)
+        _build(target, build)
     return target
+
+
+def _is_built(target: pathlib.Path) -> bool:
+    return target.is_dir() and not is_unfinished(target)
+
+
+def _build(target: pathlib.Path, build: Callable[[pathlib.Path], None]) -> None:
+    with writing_directory(target) as unfinished, staged_folder(unfinished) as folder:
+        build(folder)
 
 
 def write_examples(
@@ -381,7 +404,7 @@ class TokenDataset:
         """Opens a split, which has to exist (`has_split`)."""
         import tensorflow_datasets as tfds
 
-        with np.load(pathlib.Path(folder) / _INDEX_FILE) as index:
+        with np.load(as_path(folder) / _INDEX_FILE) as index:
             self.sources: tuple[str, ...] = tuple(index["sources"].tolist())
             columns: Indices = index[split].T
         self.lengths, self.num_trained, self.source_ids, self.kind_ids = columns
@@ -409,7 +432,7 @@ class TokenDataset:
 
 def has_split(folder: str | os.PathLike[str], split: Split) -> bool:
     """Returns whether a cache has any example of a split."""
-    with np.load(pathlib.Path(folder) / _INDEX_FILE) as index:
+    with np.load(as_path(folder) / _INDEX_FILE) as index:
         return split in index
 
 

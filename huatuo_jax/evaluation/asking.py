@@ -17,7 +17,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from huatuo_jax.core.files import AppendedFile
+from huatuo_jax.core.files import AppendedFile, as_path
 from huatuo_jax.judge.chat import ChatMessages, ChatModel, ChatModelConfig, ChatReply
 from huatuo_jax.judge.judgements import JudgeUnusable, for_each
 from huatuo_jax.training.loop import Interrupted, StopSignals
@@ -183,7 +183,7 @@ def kept(file: AppendedFile, hashes: Mapping[str, str]) -> dict[str, ChatReply]:
 
 def read_kept(path: str | os.PathLike[str], hashes: Mapping[str, str]) -> dict[str, ChatReply]:
     """Returns `kept` of a file that may not be there yet."""
-    if not os.path.exists(path):
+    if not as_path(path).exists():
         return {}
     with AppendedFile(path, locked=False) as file:
         return kept(file, hashes)

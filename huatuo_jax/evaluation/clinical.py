@@ -8,13 +8,13 @@ response from 1 to 5 for fluency, relevance, completeness and proficiency in med
 import json
 import math
 import os
-import pathlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from huatuo_jax.core.files import as_path
 from huatuo_jax.core.statistics import bootstrap_mean
 from huatuo_jax.data.records import shown
 from huatuo_jax.judge.judgements import sha256
@@ -94,7 +94,7 @@ def read_clinical(path: str | os.PathLike[str]) -> list[ClinicalCase]:
     """
     where = os.fspath(path)
     try:
-        found = json.loads(pathlib.Path(path).read_text(encoding="utf-8-sig"))
+        found = json.loads(as_path(path).read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not JSON in UTF-8: {error}") from error
     if not isinstance(found, list) or not found:

@@ -1,10 +1,10 @@
 """Reads the exam sets that a command line names, and the questions that examples are drawn from."""
 
-import pathlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
+from huatuo_jax.core.files import as_path
 from huatuo_jax.evaluation import exam_sets
 from huatuo_jax.evaluation.exam_questions import ExamSet, Question
 
@@ -92,7 +92,7 @@ def read_examples(
             found[field.name] = list(_read(field.name, path, None).questions)
     for name in _FOLDERS:
         folder = files.get(name)
-        if folder is not None and (pathlib.Path(folder) / "dev").is_dir():
+        if folder is not None and (as_path(folder) / "dev").is_dir():
             examples_of = exam_sets.read_subject_folder(folder, exam=name, split="dev")
             found[name] = list(examples_of.questions)
     pool: dict[str, list[Question]] = {}
@@ -129,6 +129,6 @@ def _existing(path: str) -> str:
     Raises:
         ValueError: nothing is there.
     """
-    if not pathlib.Path(path).exists():
+    if not as_path(path).exists():
         raise ValueError(f"{path}: there is no such file or folder")
     return path

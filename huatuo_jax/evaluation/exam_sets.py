@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
+from huatuo_jax.core.files import as_path
 from huatuo_jax.data.formats.dialogues import options_from_text
 from huatuo_jax.data.formats.turns import RowProblem
 from huatuo_jax.evaluation.exam_questions import ExamSet, Kind, Path, SetBuilder, Unusable
@@ -318,7 +319,7 @@ def read_subject_folder(
     table = _TABLES[exam]
     wanted = list(table.subjects if subjects is None else subjects)
     files = {
-        subject: pathlib.Path(folder, table.file.format(split=split, subject=subject))
+        subject: as_path(folder) / table.file.format(split=split, subject=subject)
         for subject in wanted
     }
     missing = [path for path in files.values() if not path.is_file()]
@@ -491,7 +492,7 @@ def _csv_rows(
 
 def _read(path: Path) -> str:
     try:
-        return pathlib.Path(path).read_bytes().decode("utf-8-sig")
+        return as_path(path).read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
         raise ValueError(f"{os.fspath(path)}: there is no such file") from None
     except UnicodeDecodeError as error:

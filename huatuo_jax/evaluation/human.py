@@ -17,7 +17,7 @@ from typing import Any, Literal
 import jinja2
 import numpy as np
 
-from huatuo_jax.core.files import make_folder, write_file
+from huatuo_jax.core.files import as_path, make_folder, write_file
 from huatuo_jax.data.records import Message
 
 CRITERIA = ("diagnosis", "treatment", "knowledge")
@@ -230,7 +230,7 @@ def write_human_set(blind: BlindSet, folder: str | os.PathLike[str]) -> None:
     Raises:
         OSError: they cannot be written.
     """
-    folder = pathlib.Path(folder)
+    folder = as_path(folder)
     make_folder(folder)
     key = {
         "format": SET_FORMAT,
@@ -299,7 +299,7 @@ def read_json_object(path: str | os.PathLike[str]) -> dict[str, Any]:
         OSError: it cannot be read.
     """
     try:
-        found = json.loads(pathlib.Path(path).read_text(encoding="utf-8-sig"))
+        found = json.loads(as_path(path).read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{os.fspath(path)}: not JSON in UTF-8: {error}") from error
     if not isinstance(found, dict):

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import NamedTuple
 
+from huatuo_jax.core.files import as_path
 from huatuo_jax.core.progress import tell
 from huatuo_jax.evaluation import comparing_suites, exam_files, reference_answers
 from huatuo_jax.evaluation.clinical import ClinicalConfig, read_clinical
@@ -356,7 +357,7 @@ def _given(opening: Opening, suite: str, name: str) -> str:
     path: str | None = getattr(opening.cfg.files, name)
     if path is None:
         raise ValueError(f"{suite} needs its set: give {opening.flag}files.{name}")
-    if not pathlib.Path(path).exists():
+    if not as_path(path).exists():
         raise ValueError(f"{path}: there is no such file ({opening.flag}files.{name})")
     return path
 

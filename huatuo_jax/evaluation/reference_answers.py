@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from huatuo_jax.core.files import as_path
 from huatuo_jax.data.files import RowError, read_rows
 from huatuo_jax.data.records import shown
 
@@ -174,7 +175,7 @@ def _rows(path: Path, *, split: str = "train") -> Iterator[tuple[str, Any]]:
 
 def _member(folder: Path, name: str) -> pathlib.Path:
     """A file of a set that is published as archives, one a file."""
-    path = pathlib.Path(folder) / name
+    path = as_path(folder) / name
     if path.is_file():
         return path
     archive = path.with_suffix(".zip")

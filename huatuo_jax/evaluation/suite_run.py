@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from huatuo_jax.core.files import make_folder, write_file
+from huatuo_jax.core.files import as_path, make_folder, write_file
 from huatuo_jax.core.progress import tell
 from huatuo_jax.evaluation.asking import SPENDING_SUFFIX
 from huatuo_jax.evaluation.comparing_suites import PairJudge
@@ -70,7 +70,7 @@ class SuiteRun:
         self._judges = open_judges(cfg, output, flag=flag, dry=dry)
         self._suites = open_suites(Opening(cfg, self._judges, len(models), flag))
         for path in cfg.training_data:
-            if not pathlib.Path(path).exists():
+            if not as_path(path).exists():
                 raise ValueError(f"{path}: there is no such file or folder")
 
     def plan(self) -> list[str]:

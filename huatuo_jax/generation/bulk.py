@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from huatuo_jax.backbone.config import BackboneConfig
 from huatuo_jax.checkpoint import models
 from huatuo_jax.core import distributed, files
-from huatuo_jax.core.files import AppendedFile, Line, write_file
+from huatuo_jax.core.files import AppendedFile, Line, as_path, write_file
 from huatuo_jax.core.progress import tell
 from huatuo_jax.core.sharding import MeshConfig
 from huatuo_jax.data.accounting import Account, check_share, placed
@@ -118,7 +118,7 @@ class AnswersFile:
                 writes it.
             OSError: it cannot be written.
         """
-        self._path = pathlib.Path(path)
+        self._path = as_path(path)
         self._ids, self._chunk_size = ids, chunk_size
         settings = json.loads(json.dumps(dict(settings)))
         self._check_settings(settings)
@@ -157,7 +157,7 @@ class AnswersFile:
         return self._path.with_name(f"{self._path.name}.settings.json")
 
     def _check_settings(self, settings: Mapping[str, Any]) -> None:
-        if not self._path.exists() or self._path.stat().st_size == 0:
+        if not self._path.exists() or files.size_of(self._path) == 0:
             return
         if not self._settings_path.is_file():
             raise ValueError(
@@ -383,7 +383,7 @@ def _plan(cfg: BulkConfig) -> _Plan:
 
 def _report(cfg: BulkConfig, account: Account, say: Callable[[str], object]) -> None:
     text = json.dumps(account.to_json(), ensure_ascii=False, indent=2)
-    write_file(pathlib.Path(report_path(cfg.output)), f"{text}\n")
+    write_file(as_path(report_path(cfg.output)), f"{text}\n")
     for line in account.lines():
         say(line)
 

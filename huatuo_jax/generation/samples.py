@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +11,7 @@ from jax.sharding import Mesh
 
 from huatuo_jax.backbone.transformer import Transformer
 from huatuo_jax.core import distributed
-from huatuo_jax.core.files import AppendedFile, read_rows
+from huatuo_jax.core.files import AppendedFile, as_path, read_rows
 from huatuo_jax.data.answers import text_of
 from huatuo_jax.data.chat.template import ChatTemplate
 from huatuo_jax.data.records import Message
@@ -78,7 +77,7 @@ class Samples:
             path: the file.
         """
         self._model, self._prompts, self._tokenizer = model, prompts, tokenizer
-        self._mesh, self._path = mesh, pathlib.Path(path)
+        self._mesh, self._path = mesh, as_path(path)
         longest = max(len(prompt.token_ids) for prompt in prompts)
         self._max_length = min(longest + max_new_tokens, model.cfg.max_positions)
         self._sampling = SamplingConfig(
@@ -138,7 +137,7 @@ class Samples:
 
 def read_samples(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Returns the rows of a samples file; none if there is no file yet."""
-    path = pathlib.Path(path)
+    path = as_path(path)
     if not path.exists():
         return []
     return read_rows(path, unfinished="skip")

@@ -12,7 +12,8 @@ from jax.typing import DTypeLike
 
 from huatuo_jax.backbone.config import BackboneConfig
 from huatuo_jax.backbone.transformer import Head
-from huatuo_jax.core.files import writing_directory
+from huatuo_jax.core.files import staged_folder
+from huatuo_jax.core.folders import writing_directory
 from huatuo_jax.hf import tokenizer as tokenizers
 from huatuo_jax.hf.config import exported_layout, read_json, to_hugging_face, write_json
 from huatuo_jax.hf.generation_config import (
@@ -46,11 +47,11 @@ def export_model(
     dtype: DTypeLike | None = None,
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
+    describe: Callable[[pathlib.Path], None] | None = None,
 ) -> None:
     """Writes weights, config.json, tokenizer and generation config.
 
-    The folder is written under a temporary name and renamed when complete. One layer of one
-    parameter is on the host at a time.
+    The folder is complete or absent. One layer of one parameter is on the host at a time.
 
     Args:
         params: nested dict, as `transformer.init_params` makes it; every shard on this host.
@@ -63,6 +64,7 @@ def export_model(
         dtype: of the weights; None keeps that of the parameters.
         max_shard_size: of a weights file, in bytes or as "5GB".
         overwrite: replace a target that is not empty.
+        describe: adds to the files beside the weights, whose folder it is given.
 
     Raises:
         ValueError: the family cannot be exported so (see `to_hugging_face`), or no id is free for
@@ -97,16 +99,19 @@ def export_model(
     layout = exported_layout(cfg)
     tensors = _tensors(params, tensor_rules(cfg, layout, head), cfg, dtype)
     with writing_directory(target, overwrite=overwrite) as folder:
-        if source_folder is not None:
-            _copy_side_files(source_folder, folder, layout)
-            drop_fields(folder / CONFIG_FILE, ignored_fields)
-        if config != source:
-            write_json(folder / CONFIG_FILE, config)
-        if tokenizer is not None:
-            wanted = tokenizers.load_tokenizer(tokenizer)
-            tokenizers.check_loads_as(wanted, folder, name=str(tokenizer))
-        if pad_token_id is not None:
-            tokenizers.set_pad_token(folder, pad_token_id)
+        with staged_folder(folder) as beside:
+            if source_folder is not None:
+                _copy_side_files(source_folder, beside, layout)
+                drop_fields(beside / CONFIG_FILE, ignored_fields)
+            if config != source:
+                write_json(beside / CONFIG_FILE, config)
+            if tokenizer is not None:
+                wanted = tokenizers.load_tokenizer(tokenizer)
+                tokenizers.check_loads_as(wanted, beside, name=str(tokenizer))
+            if pad_token_id is not None:
+                tokenizers.set_pad_token(beside, pad_token_id)
+            if describe is not None:
+                describe(beside)
         write_safetensors(folder, tensors, max_shard_size=shard_size)
 
 

@@ -23,6 +23,8 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from huatuo_jax.core.files import is_address, open_binary, read_into, write_chunks
+
 # The dtypes that both kinds of weight file support.
 SUPPORTED_DTYPES: dict[str, np.dtype] = {
     "float64": np.dtype(np.float64),
@@ -63,6 +65,8 @@ _DTYPE_BY_FORMAT_NAME = {text: SUPPORTED_DTYPES[name] for name, text in _FORMAT_
 _FORMAT_NAME_BY_DTYPE = {dtype: text for text, dtype in _DTYPE_BY_FORMAT_NAME.items()}
 _LAYOUT_ORDER = {dtype: order for order, dtype in enumerate(_FORMAT_NAME_BY_DTYPE)}
 
+_MOST_HEADER_BYTES = 100 * 10**6  # The library's own bound.
+
 # transformers refuses a file whose metadata does not name the framework that wrote it.
 TRANSFORMERS_METADATA: Mapping[str, str] = MappingProxyType({"format": "pt"})
 
@@ -85,12 +89,21 @@ def common_dtype(dtypes: Collection[np.dtype]) -> np.dtype:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SafetensorsTensor:
-    """One tensor of a safetensors file, on disk until it is read."""
+    """One tensor of a safetensors file, on disk until it is read.
+
+    Attributes:
+        path: the file.
+        name: of the tensor.
+        dtype: of its elements.
+        shape: of the array.
+        place: where its data begins, in bytes, in a file of a bucket; None on a file system.
+    """
 
     path: pathlib.Path
     name: str
     dtype: np.dtype
     shape: tuple[int, ...]
+    place: int | None = None
 
     def read(self) -> np.ndarray:
         """Reads the tensor into a new, writable, C-contiguous array in host memory.
@@ -100,8 +113,13 @@ class SafetensorsTensor:
         Raises:
             ValueError: The file was damaged or cut short after it was opened.
         """
+        if self.place is not None:
+            array = np.empty(self.shape, self.dtype)
+            if read_into(self.path, self.place, array.reshape(-1).view(np.uint8).data):
+                raise ValueError(f"{self.path}: became shorter; copy it again")
+            return array
         with _opened(self.path) as file:
-            array: np.ndarray = file.get_tensor(self.name)
+            array = file.get_tensor(self.name)
         return array
 
 
@@ -142,22 +160,70 @@ def read_safetensors_layout(path: pathlib.Path) -> dict[str, SafetensorsTensor]:
     Raises:
         ValueError: The file is damaged or cut short, or holds a dtype that is not supported.
     """
+    if is_address(path):
+        return _layout_in_a_bucket(path)
     tensors = {}
-    with _opened(path) as file:
-        for name in file.offset_keys():
-            stored = file.get_slice(name)
-            if stored.get_dtype() not in _DTYPE_BY_FORMAT_NAME:
-                raise ValueError(
-                    f"{path}: tensor {name} has dtype {stored.get_dtype()}; supported dtypes are "
-                    f"{', '.join(_DTYPE_BY_FORMAT_NAME)}"
-                )
+    with _opened(path) as opened:
+        for name in opened.offset_keys():
+            stored = opened.get_slice(name)
             tensors[name] = SafetensorsTensor(
                 path=path,
                 name=name,
-                dtype=_DTYPE_BY_FORMAT_NAME[stored.get_dtype()],
+                dtype=_dtype_of(stored.get_dtype(), path=path, name=name),
                 shape=tuple(stored.get_shape()),
             )
     return tensors
+
+
+def _layout_in_a_bucket(path: pathlib.Path) -> dict[str, SafetensorsTensor]:
+    """Reads the header, which the library does for local files only.
+
+    Its length is in the first 8 bytes; it is JSON, and its offsets count from its end.
+    """
+    tensors = {}
+    try:
+        with open_binary(path) as file:
+            begin = 8 + int.from_bytes(file.read(8), "little")
+            num_bytes = file.seek(0, os.SEEK_END)
+            if begin > min(num_bytes, _MOST_HEADER_BYTES):
+                raise ValueError("its header does not end")
+            file.seek(8)
+            header = json.loads(file.read(begin - 8))
+        header.pop("__metadata__", None)
+        end = begin
+        for name, stored in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            shape, offsets = tuple(map(int, stored["shape"])), stored["data_offsets"]
+            dtype = _dtype_of(stored["dtype"], path=path, name=name)
+            if begin + offsets[0] != end:
+                raise ValueError(f"tensor {name} does not begin where the one before ends")
+            end += math.prod(shape) * dtype.itemsize
+            if begin + offsets[1] != end:
+                raise ValueError(f"tensor {name} has another size than its shape")
+            tensors[name] = SafetensorsTensor(
+                path=path, name=name, dtype=dtype, shape=shape, place=begin + offsets[0]
+            )
+        if end != num_bytes:
+            raise ValueError(f"it has {num_bytes} bytes of {end}")
+    except _OtherDtype:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(
+            f"{path}: damaged or cut short ({error}); copy or download it again"
+        ) from error
+    return tensors
+
+
+class _OtherDtype(ValueError):
+    """A tensor's dtype is not supported."""
+
+
+def _dtype_of(stored: str, *, path: pathlib.Path, name: str) -> np.dtype:
+    if stored not in _DTYPE_BY_FORMAT_NAME:
+        raise _OtherDtype(
+            f"{path}: tensor {name} has dtype {stored}; supported dtypes are "
+            f"{', '.join(_DTYPE_BY_FORMAT_NAME)}"
+        )
+    return _DTYPE_BY_FORMAT_NAME[stored]
 
 
 def write_safetensors(
@@ -253,6 +319,9 @@ class _DurableWriter:
         self.num_missing_bytes = num_planned_bytes
 
     def write_file(self, path: pathlib.Path, chunks: Iterable[bytes | memoryview]) -> None:
+        if is_address(path):
+            write_chunks(path, chunks)
+            return
         # Only errors of our own calls name `path`: producing a chunk may read other files.
         with self._naming_missing_bytes(path):
             file = open(path, "xb", buffering=0)
@@ -287,6 +356,8 @@ class _DurableWriter:
 
 
 def _sync_folder(folder: pathlib.Path) -> None:
+    if is_address(folder):
+        return
     # The names of new files are part of the folder, which is synced by itself.
     descriptor = os.open(folder, os.O_RDONLY)
     try:

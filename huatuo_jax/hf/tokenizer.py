@@ -10,7 +10,6 @@ import dataclasses
 import json
 import pathlib
 import re
-import shutil
 import tempfile
 from collections.abc import Collection
 from typing import Any
@@ -19,7 +18,7 @@ import huggingface_hub
 import transformers
 from tokenizers import AddedToken, Regex, Tokenizer, pre_tokenizers
 
-from huatuo_jax.core.files import make_folder
+from huatuo_jax.core.files import as_path, copy_file, local_copy, make_folder, staged_folder
 from huatuo_jax.hf import sentencepiece_bpe
 from huatuo_jax.hf.config import read_json, write_json
 from huatuo_jax.hf.generation_config import CONFIG_FILE, GENERATION_CONFIG_FILE, set_stop_token_ids
@@ -123,7 +122,7 @@ def save_tokenizer(
     Raises:
         ValueError: As `load_tokenizer`.
     """
-    target = pathlib.Path(target)
+    target = as_path(target)
     make_folder(target)
     tokenizer: transformers.PreTrainedTokenizerBase
     if isinstance(tokenizer_or_source, str | pathlib.Path):
@@ -146,12 +145,13 @@ def save_loaded(
     tokenizer: transformers.PreTrainedTokenizerBase, target: str | pathlib.Path
 ) -> None:
     """Writes a tokenizer as it is in memory, under a class that transformers 4 knows too."""
-    tokenizer.save_pretrained(target)
-    if tokenizer.is_fast and type(tokenizer).__name__ == "TokenizersBackend":
-        # transformers 4, which many vLLM releases use, knows this class by its old name only.
-        path = pathlib.Path(target) / "tokenizer_config.json"
-        config = _read_json(path) | {"tokenizer_class": "PreTrainedTokenizerFast"}
-        write_json(path, config)
+    with staged_folder(target) as folder:
+        tokenizer.save_pretrained(folder)
+        if tokenizer.is_fast and type(tokenizer).__name__ == "TokenizersBackend":
+            # transformers 4, which many vLLM releases use, knows this class by its old name only.
+            path = folder / "tokenizer_config.json"
+            config = _read_json(path) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+            write_json(path, config)
 
 
 def with_special_tokens(
@@ -335,14 +335,14 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
 
 
 def local_folder(source: str | pathlib.Path) -> pathlib.Path:
-    """Returns the folder itself, or the hub repository's tokenizer files in the local hub cache.
+    """Returns the folder itself, or a local copy of the tokenizer files of a bucket or the hub.
 
     Raises:
         ValueError: it is neither a folder nor a hub id that can be reached.
     """
-    if pathlib.Path(source).is_dir():
-        return pathlib.Path(source)
     patterns = [*TOKENIZER_FILES, TEMPLATE_FILES, "config.json"]
+    if as_path(source).is_dir():
+        return local_copy(source, patterns)
     try:
         return pathlib.Path(huggingface_hub.snapshot_download(str(source), allow_patterns=patterns))
     except (OSError, ValueError) as error:
@@ -535,7 +535,7 @@ def copy_files(folder: pathlib.Path, target: pathlib.Path, patterns: tuple[str, 
         place = target / path.relative_to(folder)
         make_folder(place.parent)
         if path.resolve() != place.resolve():
-            shutil.copyfile(path, place)
+            copy_file(path, place)
 
 
 def drop_fields(path: pathlib.Path, names: tuple[str, ...]) -> None:

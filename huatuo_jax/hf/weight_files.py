@@ -24,6 +24,7 @@ from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 
+from huatuo_jax.core.files import open_binary, read_into
 from huatuo_jax.hf.safetensors_files import (
     SUPPORTED_DTYPES,
     read_safetensors_layout,
@@ -122,16 +123,11 @@ class TorchTensor:
         # Plain reads into the destination: pages of a memory map would count as resident memory
         # of this process, and a whole checkpoint would pass through it.
         remaining = array.reshape(-1).view(np.uint8).data
-        with open(self.path, "rb", buffering=0) as file:
-            file.seek(self.byte_offset)
-            while len(remaining) > 0:
-                num_read = file.readinto(remaining)
-                if not num_read:
-                    raise ValueError(
-                        f"{self.path}: {len(remaining)} bytes of a tensor are missing; the file "
-                        "became shorter while it was read, copy or download it again"
-                    )
-                remaining = remaining[num_read:]
+        if missing := read_into(self.path, self.byte_offset, remaining):
+            raise ValueError(
+                f"{self.path}: {missing} bytes of a tensor are missing; the file became shorter "
+                "while it was read, copy or download it again"
+            )
 
 
 def read_torch_layout(path: pathlib.Path) -> dict[str, TorchTensor]:
@@ -143,7 +139,7 @@ def read_torch_layout(path: pathlib.Path) -> dict[str, TorchTensor]:
         ValueError: The file is damaged or cut short, was written on a big-endian machine, is not a
             flat dict of tensors, or asks for anything but tensors of the supported dtypes.
     """
-    with open(path, "rb") as file:
+    with open_binary(path) as file:
         try:
             return _read_layout(path, file)
         except _RefusedError as error:
@@ -449,7 +445,7 @@ def open_tensor_source(folder: pathlib.Path) -> TensorSource:
 
 
 def _read_file(path: pathlib.Path, read_layout: _Layout) -> Mapping[str, StoredTensor]:
-    with open(path, "rb") as file:
+    with open_binary(path) as file:
         if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
             raise ValueError(
                 f"{path}: a Git LFS pointer in place of the weights; run `git lfs pull` there"

@@ -10,7 +10,7 @@ import huggingface_hub
 from huggingface_hub.utils import validate_repo_id
 
 from huatuo_jax.core.config import Text
-from huatuo_jax.core.files import make_folder
+from huatuo_jax.core.files import check_local, make_folder
 from huatuo_jax.hf.config import from_hugging_face, is_score_model, read_json
 from huatuo_jax.hf.generation_config import CONFIG_FILE
 from huatuo_jax.hf.tokenizer import SIDE_FILES, holds_tokenizer
@@ -187,6 +187,7 @@ def find_uploads(cfg: PushConfig, made: pathlib.Path) -> tuple[Upload, ...]:
             does not parse, a card is not one, or a file holds what looks like a key.
         OSError: a file cannot be read or written.
     """
+    check_local(cfg.run, name="run", why="copy the run to a disk, the Hub takes files from there")
     run = pathlib.Path(cfg.run)
     if not run.is_dir():
         raise ValueError(f"run={cfg.run!r} is no folder")

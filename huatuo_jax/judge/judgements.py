@@ -12,14 +12,13 @@ import hashlib
 import json
 import math
 import os
-import pathlib
 import time
 import typing
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args
 
-from huatuo_jax.core.files import AppendedFile, read_lines
+from huatuo_jax.core.files import AppendedFile, as_path, read_lines
 from huatuo_jax.data.records import Prompt, messages_to_json
 
 Item = TypeVar("Item")
@@ -450,7 +449,7 @@ class LabelsFile(contextlib.AbstractContextManager["LabelsFile"]):
             ValueError: it holds something else, or another process writes it.
             OSError: it cannot be read or written.
         """
-        self._path = pathlib.Path(path)
+        self._path = as_path(path)
         self._file: AppendedFile | None = None
         self._synced_s = time.monotonic()
         self.found: list[Judgement] = []

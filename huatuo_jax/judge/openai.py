@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from huatuo_jax.core.files import as_path
 from huatuo_jax.data.records import Prompt
 from huatuo_jax.judge import judgements, replies
 from huatuo_jax.judge.completions import Completion
@@ -113,7 +114,7 @@ def read_judge_prompt(
     Raises:
         ValueError: no such file, no `[user]` part, an unknown placeholder, or a missing one.
     """
-    path = _FOLDER / f"{protocol}.txt" if path is None else pathlib.Path(path)
+    path = _FOLDER / f"{protocol}.txt" if path is None else as_path(path)
     if not path.is_file():
         raise ValueError(f"judge's template: there is no file {path}")
     try:

@@ -25,7 +25,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from huatuo_jax.core.files import AppendedFile, Line
+from huatuo_jax.core.files import AppendedFile, Line, as_path
 from huatuo_jax.judge.judgements import JudgeUnusable
 
 # Calls do not arrive as evenly as they leave: one that leaves late may arrive in the next window.
@@ -222,7 +222,7 @@ class SpendingFile:
             ValueError: the file holds something else, or another process writes it.
             OSError: it cannot be read or written.
         """
-        self._path = None if path is None else pathlib.Path(path)
+        self._path = None if path is None else as_path(path)
         self._file: AppendedFile | None = None
         self._calls: list[_Call] = []
         # Sums are kept on the way, and exact: a budget asks for them before every call.
@@ -234,9 +234,10 @@ class SpendingFile:
     def close(self) -> None:
         """Closes the file; removes it if it holds refused calls alone."""
         if self._file is not None:
-            if self._path is not None and all(call.refused for call in self._calls):
-                self._path.unlink()
-            self._file.close()
+            if all(call.refused for call in self._calls):
+                self._file.remove()
+            else:
+                self._file.close()
             self._file = None
 
     def start(self, *, max_tokens: int, max_cost: float) -> int:
@@ -557,7 +558,7 @@ def read_price(model: str, path: str | os.PathLike[str] | None = None) -> Price 
     Raises:
         ValueError: no such table, or an invalid one.
     """
-    path = pathlib.Path(SHIPPED if path is None else path)
+    path = as_path(SHIPPED if path is None else path)
     if not path.is_file():
         raise ValueError(f"prices: there is no file {path}")
     try:

@@ -7,7 +7,6 @@ import asyncio
 import dataclasses
 import json
 import os
-import pathlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import Any, Literal
 
 from huatuo_jax.clinic.judge import ClinicJudge
 from huatuo_jax.core.config import Text
-from huatuo_jax.core.files import write_file
+from huatuo_jax.core.files import as_path, write_file
 from huatuo_jax.core.progress import progress_bar
 from huatuo_jax.judge.judgements import (
     Estimate,
@@ -86,10 +85,10 @@ class LabelRun:
     def __post_init__(self) -> None:
         """Validates that the files differ and that no field is unused."""
         files = [self.answers, self.output, *([self.comparisons] if self.comparisons else [])]
-        if len({os.path.realpath(path) for path in files}) < len(files):
+        if len({as_path(path).resolve() for path in files}) < len(files):
             raise ValueError(f"answers, output and comparisons are {files}; they should differ")
         for name, path in (("output", self.output), ("comparisons", self.comparisons)):
-            if path is not None and (not path or os.path.isdir(path)):
+            if path is not None and (not path or as_path(path).is_dir()):
                 raise ValueError(f"{name}={path!r} is not the name of a file to write")
         if self.comparisons is not None and self.label.protocol == "both":
             raise ValueError(
@@ -263,7 +262,7 @@ def _report(
     if isinstance(judge, OpenAIJudge):
         row["spending"] = dataclasses.asdict(judge.totals)
         row["prices"] = None if judge.price is None else judge.price.to_json()
-    path = pathlib.Path(report_path(cfg.output))
+    path = as_path(report_path(cfg.output))
     write_file(path, json.dumps(row, ensure_ascii=False, indent=2))
     say(report.text())
 

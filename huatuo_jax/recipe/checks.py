@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from huatuo_jax.backbone.config import BackboneConfig
 from huatuo_jax.checkpoint import models
 from huatuo_jax.core import distributed, sharding
+from huatuo_jax.core.files import absolute, as_path
 from huatuo_jax.data.accounting import Account, placed
 from huatuo_jax.data.chat.template import ChatTemplate
 from huatuo_jax.data.chat.tokenizer_template import TokenizerTemplate, gives_the_tokens
@@ -111,7 +112,7 @@ def check_inputs(cfg: RlaifConfig, workdir: str | os.PathLike[str], wanted: set[
         )
     check_settings(cfg.suites, flag=SUITES_FLAG)
     if "suites" in wanted and cfg.suites.suite:
-        _check_suites(cfg, pathlib.Path(workdir))
+        _check_suites(cfg, as_path(workdir))
     if "export" in wanted:
         sharding.host_mesh()  # Export needs the CPU's memory.
         _tell_other_tokens(template, tokenizer, model.cfg)
@@ -165,7 +166,7 @@ def _makers(wanted: set[str]) -> dict[str, str]:
 
 def _is_made(path: str, workdir: str | os.PathLike[str], wanted: set[str], stage: str) -> bool:
     """Tells whether `stage` will write the file in this run."""
-    inside = os.path.dirname(os.path.abspath(path)) == os.path.abspath(workdir)
+    inside = absolute(path).parent == absolute(workdir)
     return inside and stage in wanted
 
 
@@ -183,8 +184,9 @@ def _check_model(
     Returns:
         Its architecture; None for a model that this run will write.
     """
-    inside = os.path.relpath(os.path.abspath(place), os.path.abspath(workdir)).split(os.sep)
-    if inside[0] in made:
+    whole, run = absolute(place), absolute(workdir)
+    is_of_run = run in whole.parents
+    if is_of_run and whole.relative_to(run).parts[0] in made:
         return None
     try:
         info = models.find_model(place)
@@ -197,7 +199,7 @@ def _check_model(
     if is_reward != (info.head == "score") and name != "reward.model.directory":
         wanted = "a reward model, with a score head" if is_reward else "a model with a token head"
         raise ValueError(f"config.{name}={place!r} must be {wanted}")
-    if inside[0] != os.pardir:  # Made by a stage of this run, with this very tokenizer.
+    if is_of_run:  # Made by a stage of this run, with this very tokenizer.
         return info.cfg
     theirs = load_tokenizer(info.folder)
     if not _say_alike(theirs, tokenizer, cfg.sft.data.chat_template, info.cfg):
@@ -323,7 +325,7 @@ def _judged(cfg: RlaifConfig, workdir: str | os.PathLike[str]) -> Iterator[tuple
     """Yields each prompt to be judged, with its stage and its place in a file."""
     if "labels" in cfg.stages:
         answers = cfg.labels.answers
-        inside = os.path.dirname(os.path.abspath(answers)) == os.path.abspath(workdir)
+        inside = absolute(answers).parent == absolute(workdir)
         if inside and "answers" in cfg.stages:
             for place, prompt in placed(read_prompts(cfg.answers.prompts)):
                 yield "labels", place, prompt

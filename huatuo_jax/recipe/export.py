@@ -15,7 +15,7 @@ from huatuo_jax.checkpoint import models
 from huatuo_jax.checkpoint.convert import Agreement, compare_with_transformers
 from huatuo_jax.checkpoint.models import CARD_FILE, ModelInfo
 from huatuo_jax.core import sharding
-from huatuo_jax.core.files import write_file
+from huatuo_jax.core.files import as_path, write_file
 from huatuo_jax.data.chat.template import ChatTemplate
 from huatuo_jax.data.chat.tokenizer_template import gives_the_tokens_of_training
 from huatuo_jax.evaluation.answers import sampling_of
@@ -194,9 +194,9 @@ def _write_cards(
         same_tokens=template is not None and gives_the_tokens_of_training(template),
     )
     write_file(folder / "policy" / CARD_FILE, card)
-    is_of_run = pathlib.Path(cfg.export.reward) == workdir / "reward" / "model"
+    is_of_run = as_path(cfg.export.reward) == workdir / "reward" / "model"
     begun = cfg.reward.model if is_of_run else ModelConfig(directory=cfg.export.reward)
-    if begun.directory is None or pathlib.Path(begun.directory) != workdir / "sft" / "model":
+    if begun.directory is None or as_path(begun.directory) != workdir / "sft" / "model":
         origin = origin.of_model(begun, license=cfg.export.license, has_data=is_of_run)
     card = reward_card(
         run,

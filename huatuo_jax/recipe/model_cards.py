@@ -14,6 +14,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from huatuo_jax.checkpoint import models
+from huatuo_jax.core.files import as_path
 from huatuo_jax.core.markdown import fenced, inline, interval, number, plain, table
 from huatuo_jax.data.readers import read_dialogues, read_prompts
 from huatuo_jax.recipe import model_card_figures
@@ -145,7 +146,7 @@ def find_origin(
 
 def hub_id(source: str | None) -> str | None:
     """Returns the Hub id of a model or data set; None for a local path."""
-    if source is None or os.path.exists(source) or source.startswith((".", "/", "~")):
+    if source is None or as_path(source).exists() or source.startswith((".", "/", "~")):
         return None
     try:
         validate_repo_id(source)
@@ -229,12 +230,16 @@ def texts_of(
         limit: the most of each file.
     """
     for source in sources:
-        for path in filter(os.path.exists, source.paths):
+        for path in filter(_is_there, source.paths):
             for one in itertools.islice(read_dialogues(path, **source.reading()), limit):
                 yield "\n".join(message.content for message in one.messages)
-    for file in filter(os.path.exists, prompts):
+    for file in filter(_is_there, prompts):
         for prompt in itertools.islice(read_prompts(file), limit):
             yield "\n".join(message.content for message in prompt.messages)
+
+
+def _is_there(path: str | os.PathLike[str]) -> bool:
+    return as_path(path).exists()
 
 
 def policy_card(

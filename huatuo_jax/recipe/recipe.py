@@ -19,7 +19,7 @@ import jax
 
 from huatuo_jax.core import distributed
 from huatuo_jax.core.config import as_json, checked, differences
-from huatuo_jax.core.files import check_local, make_folder, write_file
+from huatuo_jax.core.files import absolute, as_path, make_folder, write_file
 from huatuo_jax.judge.config import reach_judge
 from huatuo_jax.recipe.base_model import check_adapted
 from huatuo_jax.recipe.checks import check_inputs, choose_offline_judge
@@ -36,6 +36,7 @@ from huatuo_jax.recipe.stages import REPORT_FILE, Stage, left_out, make_stages, 
 from huatuo_jax.report.run import read_json
 from huatuo_jax.sft import write_clinic_of
 from huatuo_jax.training.loop import INTERRUPTED_EXIT_CODE, Diverged, Interrupted
+from huatuo_jax.training.run_directory import run_lock
 
 JOURNAL_FILE = "recipe.json"
 
@@ -73,7 +74,7 @@ class Journal:
         Raises:
             ValueError: it is not JSON.
         """
-        self._path, self._writes = pathlib.Path(workdir) / JOURNAL_FILE, writes
+        self._path, self._writes = as_path(workdir) / JOURNAL_FILE, writes
         self.stages: dict[str, Entry] = {}
         if self._path.exists():
             self.stages = read_json(self._path)
@@ -169,11 +170,13 @@ def run_rlaif(config: RlaifConfig, workdir: str | os.PathLike[str]) -> dict[str,
         Diverged: a training stage's steps were not finite.
         OSError: something cannot be read or written.
     """
-    check_local(workdir, name="workdir")
-    folder = pathlib.Path(workdir)
+    folder = as_path(workdir)
     check_adapted(checked(config, RlaifConfig, path="config"))
-    cfg = config.in_workdir(folder)
-    distributed.check_joined()
+    with run_lock(folder):
+        return _run_recipe(config.in_workdir(folder), folder)
+
+
+def _run_recipe(cfg: RlaifConfig, folder: pathlib.Path) -> dict[str, Any]:
     distributed.check_shared(folder)
     write_clinic_of(folder, cfg.clinic)
     _keep_compiled(folder)
@@ -317,7 +320,7 @@ def tell_temperatures(cfg: RlaifConfig) -> None:
 def _keep_compiled(folder: pathlib.Path) -> None:
     """Caches compiled programs in the run's folder, as several stages share them."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", os.path.abspath(folder / "compiled"))
+        jax.config.update("jax_compilation_cache_dir", os.fspath(absolute(folder / "compiled")))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,6 @@
 """Makes the recipe's stages: inputs, outputs and call of each."""
 
 import dataclasses
-import os
 import pathlib
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -12,7 +11,7 @@ import jax
 from huatuo_jax.checkpoint import models
 from huatuo_jax.core import distributed
 from huatuo_jax.core.config import identity, placed_in
-from huatuo_jax.core.files import read_lines
+from huatuo_jax.core.files import as_path, read_lines
 from huatuo_jax.core.progress import tell
 from huatuo_jax.data.readers import content_hash
 from huatuo_jax.data.records import is_empty
@@ -96,7 +95,7 @@ def left_out(cfg: RlaifConfig) -> set[str]:
 def synthesis_stage(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:
     """Returns the stage that makes data to train on; it runs before these are read."""
     section, judge = cfg.synthesis, cfg.judge
-    outputs = {kind: pathlib.Path(placed_in(section.file(kind), workdir)) for kind in section.kinds}
+    outputs = {kind: as_path(placed_in(section.file(kind), workdir)) for kind in section.kinds}
 
     def make() -> dict[str, Any]:
         openai = reach_judge(judge) if section.teacher == JUDGE else None
@@ -231,7 +230,7 @@ def _labels(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:
         distributed.by_first("labels", ask)
         return {"comparisons": sum(1 for _ in read_lines(comparisons, unfinished="read"))}
 
-    outputs = (output, comparisons, pathlib.Path(report_path(output)))
+    outputs = (output, comparisons, as_path(report_path(output)))
     settings = identity(section) | {"judge": identity(judge)}
     return Stage("labels", settings, {"answers": section.answers}, outputs, run)
 
@@ -422,8 +421,9 @@ def _files(paths: Iterable[str]) -> dict[str, str]:
 
 
 def _hash_of(place: str) -> str:
-    if os.path.isfile(place):
-        return content_hash(place)
-    if os.path.isdir(place):
-        return models.fingerprint(pathlib.Path(place))
+    path = as_path(place)
+    if path.is_file():
+        return content_hash(path)
+    if path.is_dir():
+        return models.fingerprint(path)
     return place

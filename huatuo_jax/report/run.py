@@ -5,7 +5,7 @@ import json
 import pathlib
 from typing import Any
 
-from huatuo_jax.core.files import read_rows
+from huatuo_jax.core.files import as_path, read_rows
 from huatuo_jax.data.records import KINDS
 from huatuo_jax.training.run_directory import (
     CONFIG_FILE,
@@ -121,7 +121,7 @@ def _dialogues(folder: pathlib.Path, config: dict[str, Any]) -> dict[str, Any] |
         return None
     cache = config["sft"]["settings"]["data"]["cache"] or folder / "data"
     name = config["sft"]["decisive"]["dialogues"]["cache"]
-    return _json(pathlib.Path(cache) / name / "statistics.json")
+    return _json(as_path(cache) / name / "statistics.json")
 
 
 def _synthesis(folder: pathlib.Path, journal: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -11,7 +11,6 @@ from jax.typing import DTypeLike
 from huatuo_jax.checkpoint import models
 from huatuo_jax.checkpoint.models import CARD_FILE
 from huatuo_jax.core import sharding
-from huatuo_jax.core.files import writing_directory
 from huatuo_jax.core.markdown import inline, table
 from huatuo_jax.hf.export import export_model
 from huatuo_jax.hf.generation_config import CONFIG_FILE
@@ -54,21 +53,17 @@ def export_reward_model(
         raise ValueError(f"{source}: this model has a token head, a reward model has a score head")
     normalization = load_normalization(info.folder)
     params = models.load_params(info, mesh=sharding.host_mesh(), dtype=dtype)
-    with writing_directory(target, overwrite=overwrite) as folder:
-        whole = folder / "model"
-        export_model(
-            params,
-            info.cfg,
-            whole,
-            head="score",
-            source_folder=info.folder,
-            ignored_fields=info.ignored_fields,
-            max_shard_size=max_shard_size,
-        )
-        for path in whole.iterdir():
-            path.rename(folder / path.name)
-        whole.rmdir()
-        describe(folder, normalization)
+    export_model(
+        params,
+        info.cfg,
+        target,
+        head="score",
+        source_folder=info.folder,
+        ignored_fields=info.ignored_fields,
+        max_shard_size=max_shard_size,
+        overwrite=overwrite,
+        describe=lambda folder: describe(folder, normalization),
+    )
 
 
 def carry_normalization(

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -11,7 +10,7 @@ import numpy as np
 
 from huatuo_jax.backbone.transformer import Transformer
 from huatuo_jax.core import distributed
-from huatuo_jax.core.files import write_rows
+from huatuo_jax.core.files import as_path, write_rows
 from huatuo_jax.core.progress import progress_bar, tell
 from huatuo_jax.core.sharding import MeshConfig
 from huatuo_jax.data.accounting import Account, check_share
@@ -92,9 +91,9 @@ class ScoreConfig:
                 f"on_truncation={self.rule.on_truncation!r}, scale={self.rule.scale!r}: a critic "
                 "and running scores are there in training only"
             )
-        if not self.output or os.path.isdir(self.output):
+        if not self.output or as_path(self.output).is_dir():
             raise ValueError(f"output={self.output!r} is no name of a file to write")
-        if os.path.realpath(self.input) == os.path.realpath(self.output):
+        if as_path(self.input).resolve() == as_path(self.output).resolve():
             raise ValueError(f"input and output are both {self.output}; they should differ")
         for name in ("max_length", "rows_at_once", "row_length"):
             value = getattr(self, name)

@@ -13,13 +13,12 @@ import asyncio
 import dataclasses
 import math
 import os
-import pathlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 from huatuo_jax.core.config import operational
-from huatuo_jax.core.files import AppendedFile, read_row_at
+from huatuo_jax.core.files import AppendedFile, as_path
 from huatuo_jax.data.records import Prompt
 from huatuo_jax.judge.chat import ChatMessages, ChatModel, ChatModelConfig, ChatReply
 from huatuo_jax.judge.config import JudgeConfig
@@ -132,7 +131,7 @@ class Grader:
         Raises:
             ValueError: files of another kind, or a budget of money for a model without a price.
         """
-        self._cfg, self.path = cfg, pathlib.Path(folder) / REPLIES_FILE
+        self._cfg, self.path = cfg, as_path(folder) / REPLIES_FILE
         self.server = server
         self._score_prompt = read_judge_prompt("score")
         self._models: list[ChatModel] = []
@@ -301,7 +300,7 @@ class Grader:
                 reply, row = await self._models[attempt].complete(self._asked, messages)
             if _is_kept(reply):
                 place = {"question": question, "attempt": attempt, "iteration": now.name}
-                self._places[key] = self.path.stat().st_size
+                self._places[key] = self._file.size()
                 self._file.append([place | row])
             return reply
         except JudgeUnusable as error:
@@ -322,7 +321,8 @@ class Grader:
 
     def _kept(self, place: int) -> ChatReply:
         """Returns the reply that stands at a place of the file."""
-        return _reply_of(read_row_at(self.path, place))
+        assert self._file is not None
+        return _reply_of(self._file.row_at(place))
 
     def _read(self, file: AppendedFile) -> None:
         end = 0

@@ -13,6 +13,7 @@ import numpy as np
 from huatuo_jax.api.in_use import Scorers, Settings, open_for_use
 from huatuo_jax.api.models import RewardModel, open_reward_model
 from huatuo_jax.backbone.config import ComputeConfig
+from huatuo_jax.core.files import as_path
 from huatuo_jax.data.python_data import as_prompt
 from huatuo_jax.data.records import Messages
 from huatuo_jax.generation.programs import PAGE_SIZE
@@ -266,7 +267,9 @@ def named(sources: Sequence[str]) -> dict[str, str]:
         ValueError: two have one name.
     """
     given = [
-        source.partition("=")[::2] if "=" in source and not os.path.exists(source) else ("", source)
+        source.partition("=")[::2]
+        if "=" in source and ("=" in source.partition("://")[0] or not as_path(source).exists())
+        else ("", source)
         for source in sources
     ]
     parts = [pathlib.PurePath(os.path.normpath(source)).parts for _, source in given]

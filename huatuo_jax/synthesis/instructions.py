@@ -8,13 +8,12 @@ near an earlier one), and only then is the answer asked for.
 
 import json
 import os
-import pathlib
 import random
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from huatuo_jax.core.files import read_lines
+from huatuo_jax.core.files import as_path, read_lines
 from huatuo_jax.data.records import Message, is_empty
 from huatuo_jax.judge.judgements import sha256
 from huatuo_jax.synthesis import checks, templates
@@ -75,7 +74,7 @@ def read_seeds(path: str | os.PathLike[str] | None = None) -> list[Seed]:
     Raises:
         ValueError: no such file, no seeds, or a row without an instruction.
     """
-    path = pathlib.Path(SHIPPED_SEEDS if path is None else path)
+    path = as_path(SHIPPED_SEEDS if path is None else path)
     if not path.is_file():
         raise ValueError(f"seeds: there is no file {path}")
     found = []

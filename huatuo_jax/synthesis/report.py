@@ -19,7 +19,7 @@ import numpy as np
 from rapidfuzz import process
 from rapidfuzz.distance import Indel
 
-from huatuo_jax.core.files import write_file
+from huatuo_jax.core.files import as_path, write_file
 from huatuo_jax.judge.spending import Price, Totals
 from huatuo_jax.report.evaluation_blocks import Block, Cell, Note, Table, number
 from huatuo_jax.report.evaluation_page import Section, render_sections
@@ -66,11 +66,11 @@ def write_report(outcome: Outcome, facts: RunFacts, output: pathlib.Path) -> dic
     """
     figures = report_figures(outcome, facts)
     text = json.dumps(figures, ensure_ascii=False, indent=1, allow_nan=False)
-    write_file(pathlib.Path(f"{output}.report.json"), text.encode("utf-8", "replace"))
+    write_file(as_path(f"{output}.report.json"), text.encode("utf-8", "replace"))
     page = render_page(figures)
-    write_file(pathlib.Path(f"{output}.report.html"), page.encode("utf-8", "replace"))
+    write_file(as_path(f"{output}.report.html"), page.encode("utf-8", "replace"))
     card = dataset_card(figures, output.name)
-    write_file(pathlib.Path(f"{output}.card.md"), card.encode("utf-8", "replace"))
+    write_file(as_path(f"{output}.card.md"), card.encode("utf-8", "replace"))
     return figures
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from huatuo_jax.core.config import Text, operational
+from huatuo_jax.core.files import as_path
 from huatuo_jax.core.progress import tell
 from huatuo_jax.evaluation.respondents import DecodingConfig, SavedRespondent, ServerRespondent
 from huatuo_jax.judge.chat import ChatModelConfig
@@ -267,10 +268,10 @@ def open_teacher(
     clinic = ClinicTeacher(seed=cfg.seed)
     if cfg.teacher == CLINIC:
         return clinic, None
-    replies = pathlib.Path(f"{output}.replies")
+    replies = as_path(f"{output}.replies")
     if cfg.teacher.startswith(SERVER_PREFIX):
         model = cfg.teacher.removeprefix(SERVER_PREFIX)
-        spending = pathlib.Path(f"{output}.spending.jsonl")
+        spending = as_path(f"{output}.spending.jsonl")
         price = read_price(model, cfg.prices)
         if price is None and cfg.max_cost is not None:
             raise ValueError(

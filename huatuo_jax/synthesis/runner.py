@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from huatuo_jax.core.files import lock_file, make_folder, write_file, write_rows
+from huatuo_jax.core.files import as_path, locked_file, make_folder, write_file, write_rows
 from huatuo_jax.core.progress import tell
 from huatuo_jax.data.records import KINDS, Dialogue, Json, is_empty
 from huatuo_jax.evaluation.asking import Cost
@@ -133,8 +133,7 @@ class Runner:
         """
         self._check_output()
         settings = self._check_settings()
-        with settings.open("rb") as file:
-            lock_file(file.fileno(), settings)
+        with locked_file(settings):
             return self._run(num_rows)
 
     def _run(self, num_rows: int) -> Outcome:
@@ -307,7 +306,7 @@ class Runner:
 
     @property
     def _settings_file(self) -> pathlib.Path:
-        return pathlib.Path(f"{self._output}.settings.json")
+        return as_path(f"{self._output}.settings.json")
 
     def _check_settings(self) -> pathlib.Path:
         """Refuses an output of other settings, whose replies would be paid for a second time."""

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from huatuo_jax.core.files import as_path
+
 Language = str
 LANGUAGES: tuple[Language, ...] = ("zh", "en")
 SHIPPED_TABLE = pathlib.Path(__file__).with_name("table.json")
@@ -72,7 +74,7 @@ def read_table(path: str | os.PathLike[str] | None = None) -> Table:
     Raises:
         ValueError: no such file, or another layout.
     """
-    path = pathlib.Path(SHIPPED_TABLE if path is None else path)
+    path = as_path(SHIPPED_TABLE if path is None else path)
     if not path.is_file():
         raise ValueError(f"table: there is no file {path}")
     try:

@@ -8,6 +8,7 @@ Settings that decide results are a run's identity: once a stage has a checkpoint
 change. A field is operational (free to change) if it was declared with `operational`.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import importlib.metadata
@@ -17,14 +18,16 @@ import pathlib
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 
+from huatuo_jax.checkpoint.orbax_files import check_place
+from huatuo_jax.checkpoint.store import saved_steps
 from huatuo_jax.core import distributed
 from huatuo_jax.core.config import as_json, differences
-from huatuo_jax.core.files import make_folder, write_file
+from huatuo_jax.core.files import as_path, check_address, locked, make_folder, write_file
 from huatuo_jax.data.accounting import Account
 
 CONFIG_FILE = "config.json"
@@ -88,9 +91,24 @@ class StageDirectory:
 
     def has_checkpoint(self) -> bool:
         """Tells whether there is a whole checkpoint: from then on the settings are fixed."""
-        if not self.checkpoints.is_dir():
-            return False
-        return any(path.name.isdigit() for path in self.checkpoints.iterdir())
+        return bool(saved_steps(self.checkpoints))
+
+
+@contextlib.contextmanager
+def run_lock(workdir: str | os.PathLike[str]) -> Iterator[None]:
+    """Holds a run's folder in a bucket for this run alone; the first process has the lock.
+
+    Raises:
+        ValueError: the workdir is an address that cannot be used, or another run is in it.
+        OSError: it cannot be written.
+    """
+    check_address(workdir, name="workdir")
+    folder = as_path(workdir)
+    check_place(folder, name="workdir")
+    distributed.check_joined()
+    with contextlib.ExitStack() as held:
+        distributed.by_first("lock", lambda: held.enter_context(locked(folder)))
+        yield
 
 
 def begin_stage(
@@ -115,7 +133,7 @@ def begin_stage(
             one line a field. Or the folder is none that all processes share.
         OSError: the folder cannot be written.
     """
-    folder = pathlib.Path(workdir)
+    folder = as_path(workdir)
     distributed.check_joined()
     distributed.check_shared(folder)
     distributed.check_same(f"what decides results of stage {name!r}", dict(decisive))
@@ -142,7 +160,7 @@ def begin_stage(
 
 def earlier_starts(workdir: str | os.PathLike[str], name: str) -> list[dict[str, Any]]:
     """Returns the entries of a stage's starts in `environment.json`, the oldest first."""
-    return [start for start in _starts(pathlib.Path(workdir)) if start["stage"] == name]
+    return [start for start in _starts(as_path(workdir)) if start["stage"] == name]
 
 
 def _starts(folder: pathlib.Path) -> list[dict[str, Any]]:
@@ -165,7 +183,7 @@ def report_data(directory: StageDirectory, account: Account) -> None:
 
 def is_begun(workdir: str | os.PathLike[str]) -> bool:
     """Tells whether any stage in a run's folder has a checkpoint or is finished."""
-    folder = pathlib.Path(workdir)
+    folder = as_path(workdir)
     if not folder.is_dir():
         return False
     stages = [StageDirectory(path) for path in folder.iterdir() if path.is_dir()]

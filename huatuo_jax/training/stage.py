@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import math
 import os
-import pathlib
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
@@ -19,7 +18,7 @@ from jax.sharding import Mesh
 
 from huatuo_jax.core import distributed
 from huatuo_jax.core.config import all_fields, checked, identity, operational, placed_in
-from huatuo_jax.core.files import check_local
+from huatuo_jax.core.files import as_path
 from huatuo_jax.core.progress import tell
 from huatuo_jax.core.sharding import BATCH_AXES, MeshConfig
 from huatuo_jax.data.accounting import Account
@@ -50,6 +49,7 @@ from huatuo_jax.training.run_directory import (
     begin_stage,
     earlier_starts,
     report_data,
+    run_lock,
 )
 from huatuo_jax.training.trackers import check_trackers
 from huatuo_jax.training.update import (
@@ -160,7 +160,7 @@ class Stage(abc.ABC, Generic[Config]):
     ) -> None:
         """Reads nothing yet."""
         self.cfg, self.mesh, self.model = cfg, mesh, model
-        self.workdir = pathlib.Path(workdir)
+        self.workdir = as_path(workdir)
         self.account: Account | None = None
 
     @staticmethod
@@ -332,7 +332,17 @@ def run_stage(
         Diverged: too many steps in a row were not finite.
         OSError: something cannot be read or written.
     """
-    check_local(workdir, name="workdir")
+    with run_lock(workdir):
+        return _run_stage(kind, config_class, config, workdir, after_evaluation)
+
+
+def _run_stage(
+    kind: type[Stage[Config]],
+    config_class: type[Config],
+    config: Config,
+    workdir: str | os.PathLike[str],
+    after_evaluation: Callable[[], None] | None,
+) -> dict[str, Any]:
     given = placed_in(checked(config, config_class, path=f"config.{kind.name}"), workdir)
     distributed.by_first("trackers", lambda: check_trackers(given.loop.trackers))
     mesh = given.mesh.make()

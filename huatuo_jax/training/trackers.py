@@ -10,10 +10,11 @@ import json
 import os
 import pathlib
 import secrets
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
-from huatuo_jax.core.files import write_file
+from huatuo_jax.core.files import is_address, write_file
 from huatuo_jax.core.progress import tell
 
 TrackerName = Literal["wandb", "mlflow"]
@@ -148,7 +149,7 @@ class _WeightsAndBiases:
                 name=title,
                 id=self.run_id,
                 resume="allow",
-                dir=folder,
+                dir=tempfile.gettempdir() if is_address(folder) else folder,
                 config=dict(settings),
             )
         except wandb.Error as error:

@@ -15,7 +15,7 @@ install() {
   export PATH=$HOME/.local/bin:$PATH
   command -v uv >/dev/null || python3 -m pip install --quiet --user uv
   [[ -x $job/.venv/bin/python ]] || uv venv --quiet --python 3.11 "$job/.venv"
-  uv pip install --quiet --python "$job/.venv/bin/python" --editable "${code}[tpu]"
+  uv pip install --quiet --python "$job/.venv/bin/python" --editable "${code}[tpu,gcs]"
 }
 
 # The job is a process group of its own: a lost connection does not end it, `stop` reaches all of it.

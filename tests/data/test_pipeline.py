@@ -4,6 +4,7 @@ import json
 import numpy as np
 import pytest
 
+from huatuo_jax.core.files import as_path, copy_file
 from huatuo_jax.data import pipeline
 from huatuo_jax.data.batches import BatchIterator, RowConfig, RowStream, evaluation_batches
 from huatuo_jax.data.chat.templates import ChatMLTemplate, HuatuoGPTTemplate
@@ -71,6 +72,27 @@ def test_every_dialogue_ends_in_one_split_as_its_template_renders_it(
         for row in rows
     }
     assert found == expected
+
+
+def test_dialogues_and_their_cache_may_be_in_a_bucket(
+    sources, tokenizer, byte_tokenizer, tmp_path, bucket
+):
+    there = []
+    for source in sources:
+        paths = tuple(f"gs://bucket/{as_path(path).name}" for path in source.paths)
+        for path, copy in zip(source.paths, paths, strict=True):
+            copy_file(path, copy)
+        there.append(dataclasses.replace(source, paths=paths))
+    before = prepare(sources, tokenizer, CONFIG, folder=tmp_path / "cache")
+    after = prepare(there, tokenizer, CONFIG, folder="gs://bucket/cache")
+    expected = texts(before.train, byte_tokenizer)
+    assert texts(after.train, byte_tokenizer) == expected
+    assert after.statistics == before.statistics
+    stored = [name for name in bucket.files("bucket") if name.startswith("cache/")]
+    assert any(".array_record" in name for name in stored)
+    bucket.refuses = lambda method, path: 403 if path.startswith("/upload") else None
+    again = prepare(there, tokenizer, CONFIG, folder="gs://bucket/cache")
+    assert texts(again.train, byte_tokenizer) == expected, "built once"
 
 
 def test_the_statistics_are_those_of_the_examples(sources, tokenizer, tmp_path):

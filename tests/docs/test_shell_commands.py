@@ -37,6 +37,7 @@ TOOLS = {
     "mkdocs": "tests/docs/test_site.py builds the site",
     "pytest": "this is it: its folders are there",
     "venv": "the continuous integration makes one",
+    "gcloud": "needs a cloud",
     "sky": "needs a cloud: tests/engines loads its task",
     "kubectl": "needs a cluster: tests/engines checks its manifest",
     "sbatch": "needs Slurm: tests/engines runs its script",
@@ -84,6 +85,7 @@ PARSED_ONLY = {
     f"launch/train.py {RECIPE} --workdir=runs/biased": "the recipe runs once",
     f"launch/train.py {RECIPE} --workdir=runs/mine": "asks a judge's server",
     f"launch/train.py {RECIPE} --workdir=runs/two": "tests/multi_host runs two processes",
+    "launch/train.py --config=configs/sft.py:gs://my-bucket/": "tests/training runs in a bucket",
     "launch/train.py --config=configs/huatuogpt_7b.py": "a model of 7 billion parameters",
     "launch/train.py --config=configs/huatuogpt_7b_lora.py": "a model of 7 billion parameters",
     "launch/train.py --config=configs/qwen3_0_6b.py": "downloads a model",
@@ -155,7 +157,7 @@ def check_parsed(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("command", LAUNCHED, ids=str)
-def test_its_own_parser_takes_every_launched_command(command, base_model, check_parsed):
+def test_its_own_parser_takes_every_launched_command(command, base_model, check_parsed, bucket):
     words = [word.replace(HUB_ID, str(base_model)) for word in command.words[1:]]
     check_parsed(command.script, words)
 

@@ -98,6 +98,7 @@ MACHINES = [
     {"accelerators": "v4-8", "secrets": ("OPENAI_API_KEY",)},
     {"accelerators": "H100:8", "num_hosts": 4, "spot": True},
     {"accelerators": "L4:1", "disk": None},
+    {"accelerators": "v5e-16", "disk": None, "workdir": "gs://bucket/runs/7b"},
 ]
 OF_KUBERNETES = [
     {"disk": "claim-of-runs", "queue": "multislice-queue"},
@@ -116,6 +117,16 @@ def test_a_jobset_has_the_fields_that_its_published_schema_has(machines):
     manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["paralelism"] = 1
     manifest["spec"]["failurePolicy"]["maxRestarts"] = "many"
     assert len(faults(manifest, schema)) == 2
+
+
+def test_a_run_in_a_bucket_mounts_nothing_and_installs_what_reads_it():
+    there = {"disk": None, "workdir": "gs://bucket/runs/7b"}
+    assert "mount" not in task(**there)["run"] and "'.[cuda,gcs]'" in task(**there)["setup"]
+    assert [one["name"] for one in container_of(jobset(**there))["volumeMounts"]] == [
+        "shared-memory"
+    ]
+    script = engines.slurm_script(flags("slurm", image="docker://huatuo", workdir="gs://bucket/7b"))
+    assert "--container-mounts" not in script and "--workdir=gs://bucket/7b" in script
 
 
 @pytest.mark.parametrize("machines", MACHINES, ids=str)
@@ -201,7 +212,13 @@ def test_keys_are_named_and_never_written(monkeypatch):
         ("skypilot", {"max_restarts": 3}, "max_restarts=3 is for kubernetes and slurm"),
         ("skypilot", {"queue": "mine"}, "queue='mine' is for kubernetes"),
         ("kubernetes", {"name": "A b"}, "name='A b' must be up to 40 small letters"),
-        ("kubernetes", {"workdir": "runs/7b"}, "must begin with /"),
+        ("kubernetes", {"workdir": "runs/7b"}, "must begin with gs:// or /"),
+        ("kubernetes", {"workdir": "s3://bucket/7b"}, "must be gs://BUCKET/RUN"),
+        (
+            "kubernetes",
+            {"workdir": "gs://bucket/7b"},
+            "disk='10.0.0.2:/runs' is for a workdir on a",
+        ),
         ("kubernetes", {"mount": "/data"}, "must lie in mount='/data'"),
         ("kubernetes", {"command": " "}, "command: there is none"),
         ("kubernetes", {"command": f"{COMMAND} --workdir=/x"}, "leave --workdir out"),

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from huatuo_jax.checkpoint.models import find_model, load_params
+from huatuo_jax.core.files import as_path
 from huatuo_jax.core.sharding import path_name
 from huatuo_jax.recipe.recipe import Journal, run_rlaif
 from tests.recipe.tiny import RUN_STAGES, tiny_recipe, write_dialogues
@@ -187,8 +188,13 @@ def compare(found, expected):
             np.testing.assert_array_equal(found[1][name][path], leaf, err_msg=f"{name} {path}")
 
 
-def test_a_run_killed_in_every_stage_ends_bit_for_bit_as_an_unbroken_one(unbroken, data, tmp_path):
-    folder, kills = tmp_path / "run", 0
+@pytest.mark.parametrize("place", ["disk", "bucket", "bucket of a server that often fails"])
+def test_a_run_killed_in_every_stage_ends_bit_for_bit_as_an_unbroken_one(
+    unbroken, data, tmp_path, bucket, place
+):
+    bucket.failing = 0.2 if "fails" in place else 0.0
+    folder = tmp_path / "run" if place == "disk" else as_path("gs://bucket/run")
+    kills = 0
     draw = np.random.default_rng(0)
     for stage in RUN_STAGES:
         process = start(data, folder)
@@ -202,6 +208,7 @@ def test_a_run_killed_in_every_stage_ends_bit_for_bit_as_an_unbroken_one(unbroke
         kills += process.returncode == -signal.SIGKILL
     run(data, folder)
     assert kills >= len(RUN_STAGES) - 2  # The last ones may be done before they are killed.
+    bucket.failing = 0.0
     compare(what_stands(folder), what_stands(unbroken[0]))
 
 

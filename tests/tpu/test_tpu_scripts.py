@@ -208,7 +208,7 @@ def test_a_job_is_created_run_preempted_and_deleted_and_resumes_when_it_is_run_a
         # The slice's log, told before it is deleted.
         assert ends[2].stdout.count(f"said by worker {worker}") >= 1
     installed = (cloud.folder / "uv_calls").read_text().splitlines()
-    assert len([line for line in installed if line.endswith("/code[tpu]")]) == 6
+    assert len([line for line in installed if line.endswith("/code[tpu,gcs]")]) == 6
     assert "the slice is lost (SUSPENDED): the same command resumes the run" in ends[0].stderr
     assert "the job was interrupted: the same command resumes the run" in ends[1].stderr
 

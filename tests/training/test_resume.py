@@ -6,9 +6,11 @@ import jax
 import numpy as np
 import pytest
 
-from huatuo_jax.checkpoint.store import CheckpointStore
+from huatuo_jax.checkpoint.store import CheckpointStore, saved_steps
 from huatuo_jax.core import sharding
+from huatuo_jax.core.files import as_path
 from huatuo_jax.training.loop import LoopConfig, train
+from huatuo_jax.training.metrics import is_time_field, read_rows
 from tests.killing import Stage, assert_identical, kill, wait_for
 from tests.training.tiny import arrays_of, run_tiny, tiny_job
 
@@ -53,6 +55,39 @@ def test_a_run_killed_at_ten_random_moments_ends_as_an_unbroken_one(unbroken, tm
     _kill(tmp_path, 5, seed=seed)
     SFT.finish(tmp_path)
     assert_identical(SFT.result(tmp_path), unbroken)
+
+
+def test_a_run_in_a_bucket_resumes_there_and_ends_as_on_a_disk(bucket, tmp_path):
+    place = as_path("gs://bucket/runs/tiny")
+    loop = LoopConfig(evaluate_every=2, checkpoint_every=2, keep_checkpoints=2)
+    expected = run_tiny(tmp_path, num_steps=6, loop=loop)
+    with pytest.raises(ZeroDivisionError):
+        run_tiny(place, num_steps=6, loop=loop, failing_at=3)
+    found = run_tiny(place, num_steps=6, loop=loop)
+    assert found.keys() == expected.keys()
+    assert all(found[name].tobytes() == array.tobytes() for name, array in expected.items())
+    assert saved_steps(place / "sft" / "checkpoints") == [4, 6]
+    assert _rows(place) == _rows(tmp_path) != []
+    assert any("tfevents" in name for name in bucket.files("bucket"))
+
+
+def _rows(workdir):
+    return [
+        {name: value for name, value in row.items() if not is_time_field(name)}
+        for row in read_rows(workdir / "sft" / "metrics.jsonl")
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("failing", [0.0, 0.2])
+def test_a_run_in_a_bucket_killed_at_random_moments_ends_as_on_a_disk(unbroken, bucket, failing):
+    """Of its requests, the share that the server answers with 503 is `failing`."""
+    bucket.failing = failing
+    place = as_path("gs://bucket/run")
+    _kill(place, 5, seed=4)
+    SFT.finish(place)
+    bucket.failing = 0.0
+    assert_identical(SFT.result(place), unbroken)
 
 
 def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(unbroken, tmp_path):

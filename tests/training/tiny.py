@@ -1,7 +1,6 @@
 """A tiny model, batches in memory, and a short run of them: what the tests of training share."""
 
 import functools
-import pathlib
 import time
 
 import jax
@@ -11,12 +10,13 @@ import numpy as np
 from huatuo_jax.backbone.config import ComputeConfig
 from huatuo_jax.backbone.transformer import Transformer, init_params
 from huatuo_jax.core import sharding
+from huatuo_jax.core.files import as_path
 from huatuo_jax.data.tokenizing import ALL_KINDS
 from huatuo_jax.sft import evaluation_numbers, report_step, token_loss
 from huatuo_jax.training.loop import Job, LoopConfig, make_measure, train
 from huatuo_jax.training.metrics import ModelFlops
 from huatuo_jax.training.optimizer import OptimizerConfig, make_optimizer
-from huatuo_jax.training.run_directory import begin_stage
+from huatuo_jax.training.run_directory import begin_stage, run_lock
 from huatuo_jax.training.update import (
     abstract,
     compile_update,
@@ -83,11 +83,14 @@ def random_batch(seed, *, rows=8, row_length=24):
 class EndlessBatches:
     """Batch n is made from the seed n; the position is one number."""
 
-    def __init__(self, *, seconds_each=0.0, spoilt=()):
+    def __init__(self, *, seconds_each=0.0, spoilt=(), failing_at=None):
         self._next, self._seconds_each, self._spoilt = 0, seconds_each, spoilt
+        self._failing_at = failing_at
 
     def __next__(self):
         time.sleep(self._seconds_each)
+        if self._next == self._failing_at:
+            raise ZeroDivisionError("as the test wants")
         batch = random_batch(self._next)
         if self._next in self._spoilt:
             batch["token_ids"][0, 0] = -1  # An unknown id: the model answers NaN.
@@ -109,6 +112,7 @@ def tiny_job(
     num_micro_batches=2,
     seconds_each=0.0,
     spoilt=(),
+    failing_at=None,
     learning_rate=1e-2,
     compute=None,
 ):
@@ -142,7 +146,7 @@ def tiny_job(
         update=compile_update(
             make_update(loss, optimizer, num_micro_batches=num_micro_batches), state, mesh
         ),
-        batches=EndlessBatches(seconds_each=seconds_each, spoilt=spoilt),
+        batches=EndlessBatches(seconds_each=seconds_each, spoilt=spoilt, failing_at=failing_at),
         report=functools.partial(report_step, flops=ModelFlops.of(TINY)),
         evaluate=lambda state: measure(state.variables),
         row_names=lambda position: [f"dialogue-{position['next']}-{row}" for row in range(8)],
@@ -153,7 +157,8 @@ def run_tiny(workdir, *, loop=None, mesh=None, **job):
     """Trains it to its end and gives the last state as numpy arrays by path."""
     mesh = mesh or sharding.make_mesh(fsdp=1, devices=jax.devices()[:1])
     loop = loop or LoopConfig(evaluate_every=4, checkpoint_every=3, tensorboard=False)
-    state, _ = train(tiny_job(pathlib.Path(workdir), mesh=mesh, **job), loop)
+    with run_lock(workdir):
+        state, _ = train(tiny_job(as_path(workdir), mesh=mesh, **job), loop)
     return arrays_of(state)
 
 

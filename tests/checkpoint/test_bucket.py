@@ -1,0 +1,76 @@
+"""Models in a bucket: both forms there and back, as on a disk, and never half of one."""
+
+import jax
+import numpy as np
+import pytest
+
+from huatuo_jax import convert
+from huatuo_jax.backbone.config import ComputeConfig
+from huatuo_jax.backbone.transformer import init_params
+from huatuo_jax.checkpoint.models import find_model, fingerprint, load_params, save_orbax
+from huatuo_jax.core import folders
+from huatuo_jax.core.files import as_path
+from huatuo_jax.hf.export import export_model
+from huatuo_jax.hf.tokenizer import load_tokenizer
+from tests.tiny import BACKBONE, TOKENIZER
+
+
+@pytest.fixture
+def exported(tmp_path):
+    params = init_params(jax.random.key(1), BACKBONE, ComputeConfig())
+    target = tmp_path / "model"
+    export_model(
+        params, BACKBONE, target, head="lm", source_folder=as_path(TOKENIZER), max_shard_size="90KB"
+    )
+    return target
+
+
+def same(params, others):
+    return all(
+        jax.tree.leaves(
+            jax.tree.map(
+                lambda one, two: np.array_equal(np.asarray(one), np.asarray(two)), params, others
+            )
+        )
+    )
+
+
+def test_a_model_goes_through_a_bucket_in_both_forms_and_comes_back(exported, bucket, tmp_path):
+    first, ours = "gs://bucket/models/first", "gs://bucket/models/ours"
+    original = load_params(find_model(exported))
+    for source, target in ((exported, tmp_path / "orbax"), (tmp_path / "orbax", first)):
+        convert.main(convert.Flags(source=str(source), target=str(target), max_shard_size="90KB"))
+    assert fingerprint(as_path(first)) == fingerprint(exported)
+    convert.main(convert.Flags(source=first, target=ours))
+    assert find_model(ours).form == "orbax" and same(load_params(find_model(ours)), original)
+    back = convert.Flags(source=ours, target=str(tmp_path / "back"), max_shard_size="90KB")
+    convert.main(back)
+    assert fingerprint(tmp_path / "back") == fingerprint(exported)
+    assert load_tokenizer(ours).encode("头痛") == load_tokenizer(exported).encode("头痛")
+    sizes = [len(data) for name, data in bucket.files("bucket").items() if "model-0" in name]
+    assert len(sizes) > 2 and max(sizes) < 140_000, "shard by shard"
+
+
+def test_half_a_model_is_never_loaded(exported, bucket):
+    target = as_path("gs://bucket/model")
+    params = load_params(find_model(exported))
+    with pytest.raises(ZeroDivisionError), folders.writing_directory(target) as folder:
+        export_model(params, BACKBONE, folder / "model", head="lm")
+        with pytest.raises(FileNotFoundError, match="interrupted write"):
+            find_model(target)
+        raise ZeroDivisionError
+    assert bucket.files("bucket") == {}
+    export_model(params, BACKBONE, target, head="lm", max_shard_size="90KB")
+    name = next(name for name in bucket.files("bucket") if "model-00001-of-" in name)
+    place = as_path(f"gs://bucket/{name}")
+    whole = place.read_bytes()
+    for data in (whole[:-1], whole[:4], b"\xff" * 8 + whole[8:], whole[:8] + b"x" + whole[9:]):
+        place.write_bytes(data)
+        with pytest.raises(ValueError, match="damaged or cut short"):
+            load_params(find_model(target))
+
+
+def test_orbax_is_not_asked_to_write_where_it_cannot(exported, tmp_path):
+    params = load_params(find_model(exported))
+    with pytest.raises(ValueError, match="memory://bucket/model: .* disks and to gs:// alone"):
+        save_orbax(params, BACKBONE, as_path("memory://bucket/model"), head="lm")
