@@ -50,6 +50,9 @@ HELD_OUT_ROWS = 200
 SOURCE_ROWS = 8_000
 """Real dialogues to answer anew, at most: a row is kept only if it says what the doctor said."""
 
+TEMPERATURE = 1.0
+"""The teacher's own distribution: rows that are drawn colder are more alike than its own."""
+
 _OTHER_CASES = 1_000
 """Added to a seed for cases that the teacher has not seen."""
 
@@ -75,6 +78,7 @@ def main() -> None:
             "rows": NUM_ROWS,
             "rows_of_the_teacher": OWN_ROWS,
             "held_out_rows": HELD_OUT_ROWS,
+            "temperature": TEMPERATURE,
             "kinds": {name: dict(sorted(kinds[name].items())) for name in KINDS if name in kinds},
         }
         make_folder(output.parent)
@@ -129,6 +133,7 @@ def synthesize(kind: Kind, seed: int, teacher: pathlib.Path, path: pathlib.Path)
         seed=cases,
         source=(str(source),) if kind.startswith("real") else (),
         near_duplicate=1.0,  # In so small a world most questions are near one another.
+        temperature=TEMPERATURE,
         max_new_tokens=_ANSWER_TOKENS,
         slots=_SLOTS,
     )
