@@ -232,6 +232,24 @@ def judging() -> str:
     return markdown(heads, rows)
 
 
+def synthesis() -> str:
+    """Held-out loss of a student of what the teacher made, and of one of the teacher's own rows."""
+    found = _read("synthesis")
+    rows = [
+        (
+            kind.replace("_", " "),
+            seed,
+            *(f"{one[name]:.3f}" for name in ("teacher", "own", "synthesized")),
+            f"{one['behind']:+.3f}",
+            _formatted(one["yield"], ".0%"),
+        )
+        for kind, seeds in found["kinds"].items()
+        for seed, one in seeds.items()
+    ]
+    heads = ("kind", "seed", "teacher", "student of its own rows", "of synthesized rows")
+    return markdown((*heads, "behind by", "candidates kept"), rows)
+
+
 def serving() -> str:
     """The load of many clients beside the bulk engine, and a few clients beside the peers."""
     found = _read("serve_cpu")
@@ -314,6 +332,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "recipe_on_real_data": recipe_on_real_data,
     "reward_on_real_data": reward_on_real_data,
     "sft_on_real_data": sft_on_real_data,
+    "synthesis": synthesis,
 }
 
 

@@ -1,9 +1,17 @@
 """Make training data of the paper's four kinds, and open questions, by a teacher model."""
 
 import dataclasses
+from collections.abc import Mapping
 
 from huatuo_jax.core.files import as_path
 from huatuo_jax.synthesis.run import Synthesis, SynthesisKind, SynthesisSettings
+
+_READ_BY: Mapping[str, tuple[SynthesisKind, ...]] = {
+    "source": ("real_instruction", "real_conversation", "verifiable"),
+    "cases": ("distilled_conversation",),
+    "seeds": ("distilled_instruction",),
+    "table": ("distilled_instruction",),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,6 +35,11 @@ def main(flags: Flags) -> None:
     Raises:
         ValueError: a file or flag is wrong, or the teacher cannot go on; what was made is written.
     """
+    for name, kinds in _READ_BY.items():
+        if getattr(flags, name) and flags.kind not in kinds:
+            raise ValueError(
+                f"--{name} is for {' and '.join(kinds)}; {flags.kind} reads no such file"
+            )
     synthesis = Synthesis(flags.kind, flags, as_path(flags.output))
     if flags.dry_run:
         for line in synthesis.plan():

@@ -9,7 +9,7 @@ end are here: the patient says 再见 (HuatuoGPT), or a fixed number of exchange
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
@@ -18,6 +18,8 @@ from huatuo_jax.clinic.patient import Patient
 from huatuo_jax.core.statistics import Interval, interval_of
 from huatuo_jax.data.files import RowError, read_rows
 from huatuo_jax.data.records import Message, Prompt, is_empty, messages_to_json, shown
+from huatuo_jax.evaluation.diagnosis_names import diagnoses_of, names_one
+from huatuo_jax.evaluation.doctor_turns import questions_before_concluding
 from huatuo_jax.evaluation.pairwise import Contest
 from huatuo_jax.evaluation.patient_faults import (
     FAULT_KINDS,
@@ -26,81 +28,31 @@ from huatuo_jax.evaluation.patient_faults import (
     find_faults,
     in_a_loop,
     mentions,
-    plain,
 )
 from huatuo_jax.evaluation.reference_answers import Path
 
 Ending = Literal["goodbye", "exchanges"]
 End = Literal["goodbye", "exchanges", "cap", "loop"]
 Speaker = Literal["user", "assistant"]
+Language = Literal["zh", "en"]
 
 # The names of a case's fields in HuatuoGPT's file, and in that of HuatuoGPT-II.
 _FIELDS = (
     ("medical_case", "doctor_diagnosis", "Department"),
     ("Description", "Diagnosis and suggestions", "Doctor faculty"),
 )
-_HEADING = re.compile(r"^[ \t]*([^\s:：]{2,12})[:：][ \t]*$", re.MULTILINE)
-_DIAGNOSIS_HEADINGS = ("疾病诊断", "病情摘要及初步印象")
+_GOODBYE = re.compile(
+    r"(?:再见|拜拜)(?![面到过你您一好效轻])|再见[你您]?$|\b(?:good[ -]?bye|bye(?:[ -]bye)?)\b",
+    re.IGNORECASE,
+)
 
-_BETWEEN = re.compile(
-    r"[;；,，、。.？?！!()（）\s]|待查|待诊|造成|引起|导致|侵犯|[和及伴或](?=[^\s]{2})"
-)
-_BEFORE_NAME = re.compile(
-    r"^.*(?:考虑|诊断为?|提示|判断[:：]?|符合|目前是|有\d+个)|^\d+岁|^(?:左侧|右侧|双侧|原发性的?)"
-)
-# A diagnosis ends in one of these; what follows it ("可能", "术后") is no part of the name. Some
-# are symptoms that doctors write as diagnoses; 头晕, 乏力 and 咳嗽 are too common in any talk.
-_ENDS_OF_NAMES = (
-    "病变|病|症|证|炎|癌|瘤|痛|疹|痔|癣|疣|痣|疖|疮|痫|疝|瘘|瘫痪|瘫|痛经|哮喘|综合征|障碍|感染",
-    "息肉|结节|增生|不良|狭窄|结石|囊肿|肉芽肿|脓肿|血肿|水肿|气肿|甲状腺肿|脓疱|占位|曲张|扩张|硬化|纤维化",
-    "肿大|肥大|萎缩|坏死|坏疽|糜烂|溃疡|穿孔|破裂|梗阻|阻滞|闭锁|畸形|缺损|粘连|钙化|脱垂|脱位|脱离|滑脱|突出",
-    "膨出|扭转|套叠|嵌顿|反流|内翻|外翻|栓系|包茎|隐睾|多囊肾|多囊肝|多囊卵巢|巨结肠|肛裂|唇裂|腭裂|骨刺",
-    "损伤|挫伤|扭伤|拉伤|烧伤|烫伤|冻伤|咬伤|外伤|劳损|撕裂|劈裂|骨折|震荡|中毒|中暑|过敏|休克|昏迷|晕厥|眩晕",
-    "梗塞|梗死|栓塞|血栓|缺血|出血|血尿|便血|紫癜|贫血|高血压|低血压|卒中|中风|失常|早搏|颤动|房颤|室颤",
-    "扑动|过速|过缓|衰竭|不全|积液|积水|积血|腹水|气胸|血胸|尘肺|结核|脂肪肝|酒精肝|[甲乙丙丁戊]肝|三阳|黄疸",
-    "减退|亢进|甲减|甲亢|紊乱|失调|不调|缺乏|高血糖|低血糖|高血脂|高尿酸|痛风|疏松|尿崩|脱水",
-    "流感|感冒|上感|水痘|猩红热|出血热|登革热|霍乱|伤寒|痢疾|菌痢|疟疾|鼠疫|白喉|百日咳|破伤风|麻风|梅毒",
-    "流产|早产|早剥|前置胎盘|宫外孕|异位妊娠|闭经|不孕|早泄|遗精|遗尿|失禁|潴留|腹泻|便秘|痉挛|震颤|衰弱",
-    "抑郁|焦虑|失眠|痴呆|白内障|青光眼|沙眼|近视|远视|散光|弱视|斜视|耳聋|耳鸣|蛀牙|白癜风|脱发|斑秃|苔藓|鸡眼|异常",
-)
-# The longest first, as some begin with another (痛, 痛风).
-_ENDS = sorted("|".join(_ENDS_OF_NAMES).split("|"), key=len, reverse=True)
-_NAME = re.compile(rf".*(?:{'|'.join(_ENDS)})")
-_NAME_CHARACTERS = (2, 12)
-_COURSE = re.compile(r"^(?:急性|慢性|急慢性|轻度|重度|多发性?)")
-
-COMMON_ALIASES: Mapping[str, tuple[str, ...]] = {
-    "甲减": ("甲状腺功能减退", "甲状腺机能减退"),
-    "甲状腺功能减退": ("甲减", "甲状腺机能减退"),
-    "甲亢": ("甲状腺功能亢进", "甲状腺机能亢进"),
-    "甲状腺功能亢进": ("甲亢", "甲状腺机能亢进"),
-    "支气管哮喘": ("哮喘",),
-    "脑梗塞": ("脑梗", "脑梗死", "缺血性脑卒中"),
-    "心肌梗塞": ("心梗", "心肌梗死"),
-    "前列腺增生": ("前列腺肥大",),
-    "泌尿道感染": ("尿路感染", "泌尿系感染", "泌尿系统感染"),
-    "汗疱湿疹": ("汗疱疹",),
-    "混合痔": ("痔疮",),
-    "勃起功能障碍": ("阳痿",),
-    "焦虑障碍": ("焦虑症",),
-    "双相抑郁": ("双相情感障碍", "双相障碍", "躁郁症"),
-    "双相情感障碍": ("双相障碍", "躁郁症", "双相抑郁"),
-    "神经官能症": ("神经症",),
-    "蛀牙": ("龋齿", "龋病"),
-    "月经失调": ("月经不调", "月经紊乱"),
-    "月经紊乱": ("月经不调", "月经失调"),
-    "上感": ("上呼吸道感染", "感冒"),
-    "急性肠炎": ("急性胃肠炎", "肠胃炎"),
-    "包皮炎": ("包皮龟头炎",),
-    "血尿": ("尿血",),
+PATIENT_OPENINGS: Mapping[Language, str] = {
+    "zh": "您好，我是医生。请问您哪里不舒服？",
+    "en": "Hello, I am the doctor. What brings you here today?",
 }
-"""Other names of diseases that a consultation uses as often."""
-
-_GOODBYE = re.compile(r"(?:再见|拜拜)(?![面到过你您一好效轻])|再见[你您]?$")
-
-PATIENT_OPENING = "您好，我是医生。请问您哪里不舒服？"
 """The line of the doctor that the model that plays the patient answers first."""
-_PATIENT = """请你扮演一位在网上问诊的患者，和你说话的是医生。下面是你的情况：
+_PATIENT: Mapping[Language, str] = {
+    "zh": """请你扮演一位在网上问诊的患者，和你说话的是医生。下面是你的情况：
 
 {description}
 
@@ -109,32 +61,44 @@ _PATIENT = """请你扮演一位在网上问诊的患者，和你说话的是医
 2. 开头只用一两句话说最主要的不适，以后医生问到什么再说什么；上面没有写到的，就说没有或者不清楚。
 3. 上面没有写明的病名，在医生说出来之前不要说出来。
 4. 用口语，每次不超过三句话；只写患者说的话，不写旁白、动作和角色名。
-{ending}"""
-_ENDINGS: Mapping[Ending, str] = {
-    "goodbye": "5. 医生给出判断和建议、你也没有别的问题时，道谢并说“再见”；在那之前不要说。",
-    "exchanges": "5. 不要结束对话，也不要只是道谢：医生答完以后，接着追问一个与病情有关的新问题。",
-}
+{ending}""",
+    "en": """Play a patient who consults a doctor online; whoever talks to you is the doctor. This \
+is your situation:
 
-_SENTENCE = re.compile(r"[^。！？!?；;\n]+[。！？!?；;]*")
-_ASKS = re.compile(
-    r"[?？][\s”\"』)）]*$|(?:吗|么|呢)[。.\s]*$|^(?:请问|有没有|有无|是否)"
-    r"|^(?:还)?请[您你]?(?:再|先|详细|具体)*(?:描述|告诉我|提供|说说|说一下|补充)"
-)
-_ANNOUNCES = re.compile(r"(?:需要|想|要|得)(?:先|再|进一步)?(?:了解|知道|问|请教)|为了")
-_COURTESY = re.compile(
-    r"(?:还有|有)(?:什么|其他|别的|任何|哪些).{0,8}(?:问题|疑问|帮|需要|咨询|想了解)|(?:可以|能)(?:帮|为)[您你]"
-    r"|(?:听|看)?(?:明白|懂)了[吗么]|哪里不舒服|还需要.{0,6}(?:帮助|了解)"
-)
-_CONCLUDES = re.compile(
-    r"考虑|可能|诊断|应该是|属于|患有|得了|引起|导致|建议|需要(?:做|去|进行)|可以(?:先|试着|适当)*(?:服用|吃|用|做|去)"
-    r"|口服|服用|外用|治疗|手术|挂.{0,4}科|去医院"
-)
-_DENIED_BEFORE = re.compile(
-    r"(?<!不)(?<!不能)(?<!无法)(?:排除|不是|并非|不像|不考虑|没有|不支持|不符合|不属于)[^,，。;；]{0,6}$"
-)
-_DENIED_AFTER = re.compile(
-    r"^[^,，。;；]{0,4}(?:可能性(?:不大|很小|较小|比较小|小|很低|低)|(?:已|已经|可以|可)排除|不支持)"
-)
+{description}
+
+Rules:
+1. You are the patient, not the doctor: do not advise, prescribe or diagnose, do not ask for the \
+other's symptoms, and do not wish the other a good recovery.
+2. Begin with your main complaint in one or two sentences, and tell more only when the doctor asks \
+for it; what is not written above you do not have or do not know.
+3. Do not name a disease that is not written above before the doctor has named it.
+4. Speak English, as people talk, at most three sentences at a time; write only what the patient \
+says, no narration, no actions and no names of roles.
+{ending}""",
+}
+_ENDINGS: Mapping[Language, Mapping[Ending, str]] = {
+    "zh": {
+        "goodbye": "5. 医生给出判断和建议、你也没有别的问题时，道谢并说“再见”；在那之前不要说。",
+        "exchanges": (
+            "5. 不要结束对话，也不要只是道谢：医生答完以后，接着追问一个与病情有关的新问题。"
+        ),
+    },
+    "en": {
+        "goodbye": (
+            "5. When the doctor has given a judgement and advice and you have no more questions, "
+            'give thanks and say "Goodbye"; do not say it before.'
+        ),
+        "exchanges": (
+            "5. Do not end the conversation or only give thanks: when the doctor has answered, ask "
+            "a new question about your illness."
+        ),
+    },
+}
+_SPEAKERS: Mapping[Language, Mapping[str, str]] = {
+    "zh": {"user": "患者：", "assistant": "医生："},
+    "en": {"user": "Patient: ", "assistant": "Doctor: "},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +112,7 @@ class PatientCase:
         diagnosis: what the real doctor wrote.
         diagnoses: each with all wordings that count as naming it; none where the doctor's text
             holds no name of a disease.
+        language: of the description, in which the consultation is held.
     """
 
     id: str
@@ -155,6 +120,7 @@ class PatientCase:
     description: str
     diagnosis: str
     diagnoses: tuple[tuple[str, ...], ...]
+    language: Language = "zh"
 
     @property
     def to_be_found(self) -> tuple[tuple[str, ...], ...]:
@@ -205,32 +171,6 @@ def read_med_dialog(
     if not found:
         raise ValueError(f"{path}: there are no rows")
     return [case for _, case in found.values()]
-
-
-def diagnoses_of(
-    text: str, *, aliases: Mapping[str, Sequence[str]] | None = None
-) -> tuple[tuple[str, ...], ...]:
-    """The names of diseases in a doctor's diagnosis, each with its aliases.
-
-    Read are the parts under 疾病诊断 or 病情摘要及初步印象, or the whole text without headings. A
-    name without its course (急性, 慢性) counts as the same.
-    """
-    parts = _HEADING.split(text)
-    sections = dict(zip(parts[1::2], parts[2::2], strict=True))
-    texts = [sections[name] for name in _DIAGNOSIS_HEADINGS if name in sections] or parts[:1]
-    low, high = _NAME_CHARACTERS
-    found: dict[tuple[str, ...], None] = {}
-    for piece in _BETWEEN.split("\n".join(texts)):
-        match = _NAME.match(_BEFORE_NAME.sub("", piece).strip())
-        if match is None or not low <= len(match.group()) <= high:
-            continue
-        names = [match.group()]
-        if len(without_course := _COURSE.sub("", names[0])) >= low:
-            names.append(without_course)
-        for known in (COMMON_ALIASES, aliases or {}):
-            names += [alias for name in names[:2] if name in known for alias in known[name]]
-        found[tuple(dict.fromkeys(names))] = None
-    return tuple(found)
 
 
 def clinic_case(case: world.Case) -> PatientCase:
@@ -328,21 +268,22 @@ class ConsultationState:
 
         The diagnosis is not in it.
         """
-        system = _PATIENT.format(
-            description=self.case.description, ending=_ENDINGS[self.settings.ending]
+        language = self.case.language
+        system = _PATIENT[language].format(
+            description=self.case.description, ending=_ENDINGS[language][self.settings.ending]
         )
         own = {"user": "assistant", "assistant": "user"}
         return [
             {"role": "system", "content": system},
-            {"role": "user", "content": PATIENT_OPENING},
+            {"role": "user", "content": PATIENT_OPENINGS[language]},
             *({"role": own[one.role], "content": one.content} for one in self.messages),
         ]
 
     @property
     def transcript(self) -> str:
         """The turns as a judge or a doctor reads them."""
-        who = {"user": "患者", "assistant": "医生"}
-        return "\n".join(f"{who[one.role]}：{one.content.strip()}" for one in self.messages)
+        who = _SPEAKERS[self.case.language]
+        return "\n".join(f"{who[one.role]}{one.content.strip()}" for one in self.messages)
 
     def to_json(self) -> dict[str, Any]:
         """Case, settings, messages and end."""
@@ -356,7 +297,7 @@ class ConsultationState:
 
 def says_goodbye(text: str) -> bool:
     """Returns True if a patient's message says goodbye, as "再见" does and "再见面" does not."""
-    return _GOODBYE.search(text.strip().rstrip("。！!~～ ")) is not None
+    return _GOODBYE.search(text.strip().rstrip("。！!~～. ")) is not None
 
 
 def clinic_turn(case: world.Case, consultation: ConsultationState, *, seed: int = 0) -> str:
@@ -430,33 +371,6 @@ def consultation_outcome(consultation: ConsultationState) -> ConsultationOutcome
             rules=consultation.settings.rules,
         ),
     )
-
-
-def names_one(text: str, names: Iterable[str]) -> bool:
-    """Returns True if a doctor's text says one of the names, and not only to rule it out."""
-    normal = plain(text)
-    for name in names:
-        for match in re.finditer(re.escape(plain(name)), normal):
-            before, after = normal[: match.start()], normal[match.end() :]
-            if not _DENIED_BEFORE.search(before) and not _DENIED_AFTER.search(after):
-                return True
-    return False
-
-
-def questions_before_concluding(answers: Iterable[str]) -> tuple[int, bool]:
-    """Questions of a doctor up to the first sentence of judgement or advice, and whether it came.
-
-    A question such as "可能是吃坏了吗？" is one; "还有其他问题吗？" is a courtesy and none.
-    """
-    questions = 0
-    for text in answers:
-        for match in _SENTENCE.finditer(text):
-            sentence = match.group().strip()
-            if _ASKS.search(sentence):
-                questions += _COURTESY.search(sentence) is None
-            elif _CONCLUDES.search(sentence) and not _ANNOUNCES.search(sentence):
-                return questions, True
-    return questions, False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 A language model that plays the patient may begin to advise, prescribe and ask like the doctor, may
 name the diagnosis before the doctor does, or may say the same again and again. The rules are
-patterns of Chinese consultations and similarities of turns; they need no model.
+patterns of Chinese and English consultations and similarities of turns; they need no model.
 """
 
 import re
@@ -88,14 +88,77 @@ _DOCTOR = (
         r"(?:医生|大夫|医师|ai|人工智能|语言模型|助手|助理)(?!的)",
     ),
 )
-_DOCTOR_PATTERNS = tuple((name, re.compile(pattern)) for name, pattern in _DOCTOR)
+_ENGLISH_SYMPTOMS = (
+    "symptoms?|fevers?|chills|cough|nausea|vomiting|diarrhea|dizziness|headaches?|pain|shortness of"
+    "|bleeding|swelling|numbness|rash|allerg|medical (?:history|conditions?)|family history"
+    "|medications?|smoke|drink alcohol"
+)
+_ENGLISH_DOCTOR = (
+    ("advice", r"\bi(?:'d| would| do| strongly)? (?:recommend|advise|suggest|urge)\b"),
+    (
+        "advice",
+        r"(?<!do )(?<!would )(?<!think )\byou (?:should|need to|must|ought to|(?:may|might) want to"
+        r"|(?:can|could) try)(?: \w+){0,2}? (?:see|take|get|go|avoid|rest|drink|eat|stop|start"
+        r"|schedule|make|try|keep|use|apply|consult|visit|call|monitor)\b",
+    ),
+    (
+        "prescription",
+        r"\b(?:take|apply|use)\b[^.;!?\n]{0,30}\b(?:once|twice|times) (?:a |per |each |every )?"
+        r"da(?:y|ily)\b",
+    ),
+    (
+        "prescription",
+        r"\bi(?:'ll| will|'m going to| am going to|'d like to| would like to) "
+        r"(?:prescribe|order|refer you|examine you|run some tests|write you)",
+    ),
+    (
+        "diagnosis",
+        r"\byou (?:probably|likely|most likely|may|might|could|appear to|seem to) "
+        r"(?:have|be (?:suffering|experiencing))\b",
+    ),
+    (
+        "diagnosis",
+        r"\byour (?:symptoms?|condition|pain|blood pressure|test results|medical history|fever"
+        r"|cough|rash|description)\b",
+    ),
+    (
+        "question",
+        r"\b(?:do you have|are you (?:having|experiencing|taking|allergic)|did you (?:notice|have)"
+        r"|have you (?:ever )?(?:had|noticed|experienced|been)|do you)\b[^.?!]{0,30}"
+        rf"\b(?:{_ENGLISH_SYMPTOMS})",
+    ),
+    (
+        "question",
+        r"\bhow long have you (?:had|been (?:having|feeling|experiencing|taking|coughing))"
+        r"|\bhow old are you|\bwhen did (?:it|this|the \w+|your \w+|these symptoms) (?:start|begin)"
+        r"|\bon a scale (?:of|from)",
+    ),
+    (
+        "courtesy",
+        r"\bget well soon|\bwish(?:ing)? you a (?:speedy|quick|full)|\bhope you (?:feel|get) better"
+        r"|\byou(?:'re| are) (?:very |most )?welcome\b|\bfeel free to\b"
+        r"|\b(?:don't|do not) hesitate to\b|\blet me know if you (?:have|need)"
+        r"|\bhow (?:can|may) i help you|\bwhat brings you",
+    ),
+    (
+        "identity",
+        r"\bi(?:'m| am) (?:a|an|your) (?:\w+ )?(?:doctor|physician|ai)\b(?!')"
+        r"|\bas your (?:doctor|physician)",
+    ),
+)
+_DOCTOR_PATTERNS = tuple(
+    (name, re.compile(pattern)) for name, pattern in (*_DOCTOR, *_ENGLISH_DOCTOR)
+)
 # In the same sentence before a prescription: the patient tells of what was taken or ordered.
-_TOLD = re.compile(r"我|医生|大夫|一直|已经|吃了|在吃")
-_SENTENCE_END = re.compile(r"[。;!?\n]")
+_TOLD = re.compile(
+    r"我|医生|大夫|一直|已经|吃了|在吃|\b(?:i|i'm|i've|me|my|we|he|she|they|was|been|to)\b"
+)
+_SENTENCE_END = re.compile(r"[。;!?\n]|\.(?=\s)")
 _SILENT = re.compile(r"[\W_]+")
 _EVIDENCE_CHARACTERS = 30
-# A shorter turn ("好的", "没有") is said again in any consultation.
+# A shorter turn ("好的", "no, nothing else") is said again in any consultation.
 _TELLING_CHARACTERS = 8
+_LETTERS_A_CHARACTER = 3  # A Chinese character tells as much as so many Latin letters.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,8 +202,8 @@ class Fault:
 
 
 def plain(text: str) -> str:
-    """The text in NFKC and small letters, as the patterns are written."""
-    return unicodedata.normalize("NFKC", text).lower()
+    """The text in NFKC, small letters and straight apostrophes, as the patterns are written."""
+    return unicodedata.normalize("NFKC", text).lower().replace("\u2019", "'")
 
 
 def find_faults(
@@ -186,10 +249,24 @@ def speaks_as_doctor(text: str) -> tuple[str, str] | None:
     return None
 
 
+def tells_enough(text: str) -> bool:
+    """Returns True if a turn is so long that it is not said again by chance."""
+    letters = sum(one.isascii() for one in text)
+    return len(text) - letters + letters / _LETTERS_A_CHARACTER >= _TELLING_CHARACTERS
+
+
 def mentions(text: str, names: Collection[str]) -> str | None:
     """The first of the names that stands in a text."""
     normal = plain(text)
-    return next((name for name in names if plain(name) in normal), None)
+    return next((name for name in names if any(places_of(name, normal))), None)
+
+
+def places_of(name: str, text: str) -> Iterator[re.Match[str]]:
+    """Finds a name in a text that is `plain`; a Latin one as whole words, or in the plural."""
+    wanted = plain(name)
+    before = r"(?<![a-z0-9])" if re.match("[a-z0-9]", wanted) else ""
+    after = r"(?:e?s)?(?![a-z0-9])" if re.search("[a-z0-9]$", wanted) else ""
+    return re.finditer(before + re.escape(wanted) + after, text)
 
 
 def _empty_turns(messages: Sequence[Message]) -> Iterator[Fault]:
@@ -236,7 +313,7 @@ def _repeats(texts: Sequence[str], turn: int, before: Sequence[int], similarity:
     A short one does so only where it also follows the same turn of the other speaker: "没有" may be
     the answer to many questions, and "谢谢" after "不客气" once more to none.
     """
-    if len(texts[turn]) >= _TELLING_CHARACTERS:
+    if tells_enough(texts[turn]):
         return any(_same(texts[turn], texts[other], similarity) for other in before)
     return any(
         other > 0

@@ -4,7 +4,7 @@ import re
 
 from rapidfuzz.distance import Indel
 
-from huatuo_jax.evaluation.patient_faults import plain
+from huatuo_jax.evaluation.patient_faults import plain, tells_enough
 from huatuo_jax.synthesis.near_duplicates import comparable
 
 # A model speaks of itself in place of its role.
@@ -45,7 +45,7 @@ def refusal(text: str) -> str | None:
 
     Patterns: what is politely refused as a doctor ("这个药我不能给您开") is none.
     """
-    normal = plain(text).strip().replace("\u2019", "'")
+    normal = plain(text).strip()
     found = _IDENTITY.search(normal) or _DECLINES.search(normal[:_FIRST_WORDS])
     return None if found is None else found.group()
 
@@ -70,21 +70,20 @@ def needs_more_than_text(text: str) -> str | None:
     return None if found is None else found.group()
 
 
-def echoes(text: str, other: str, *, similarity: float = 0.9, least: int = 8) -> bool:
+def echoes(text: str, other: str, *, similarity: float = 0.9) -> bool:
     """Returns True if a text says again what another says, or little beside it.
 
     Args:
         text: the later one.
         other: the earlier one.
         similarity: ROUGE-L F of characters from which on they are the same.
-        least: characters of a text that is long enough to tell.
     """
     one, before = comparable(text), comparable(other)
-    if min(len(one), len(before)) < least:
+    if not (tells_enough(one) and tells_enough(before)):
         return False
     if Indel.normalized_similarity(one, before) >= similarity:
         return True
-    return one.startswith(before) and len(one) - len(before) < least
+    return one.startswith(before) and not tells_enough(one.removeprefix(before))
 
 
 def length_words(text: str) -> float:

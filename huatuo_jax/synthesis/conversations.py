@@ -3,14 +3,15 @@
 After HuatuoGPT (arXiv 2305.15075, section 3.1): the patient sees the case, starts vaguely and ends
 with 再见; the doctor sees the diagnosis, too, and must ask before naming it. Each turn is checked
 when it is said and asked for again where it is faulty; a dialogue whose turn stays faulty is left
-out with its reason. The checks are patterns of Chinese consultations.
+out with its reason. The checks are patterns of Chinese and English consultations; a dialogue is in
+the language of its case.
 """
 
 import dataclasses
 import re
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from huatuo_jax.clinic.files import written_cases
 from huatuo_jax.clinic.world import Case as ClinicCase
@@ -19,13 +20,13 @@ from huatuo_jax.data.records import Message, is_empty
 from huatuo_jax.evaluation.consultations import (
     ConsultationSettings,
     ConsultationState,
+    Language,
     PatientCase,
     clinic_case,
-    diagnoses_of,
-    names_one,
-    questions_before_concluding,
     says_goodbye,
 )
+from huatuo_jax.evaluation.diagnosis_names import diagnoses_of, names_one
+from huatuo_jax.evaluation.doctor_turns import questions_before_concluding
 from huatuo_jax.evaluation.patient_faults import (
     find_faults,
     in_a_loop,
@@ -34,7 +35,7 @@ from huatuo_jax.evaluation.patient_faults import (
     speaks_as_doctor,
 )
 from huatuo_jax.judge.judgements import sha256
-from huatuo_jax.synthesis import checks
+from huatuo_jax.synthesis import checks, templates
 from huatuo_jax.synthesis.jobs import (
     Candidate,
     Job,
@@ -49,34 +50,71 @@ from huatuo_jax.synthesis.jobs import (
 TURN_ATTEMPTS = 3
 """Requests for one turn, where the turn that came is faulty."""
 
-_DOCTOR = """你是一位经验丰富的医生，正在网上接诊一位患者。
-你已经知道这位患者的病情和真实诊断，但要像第一次听说那样问诊：
-
-病情：{case}
-真实诊断：{diagnosis}
-
-请遵守：
-1. 先问诊，后判断：开头几轮每次问一到三个与鉴别有关的问题，问清以前不要说出诊断。
-2. 问清以后再说明判断和依据，判断要与真实诊断一致，然后给出检查、用药、生活和就医的建议。
-3. 患者没有告诉你的细节不要当作已经知道，也不要提到“病情资料”“真实诊断”这些说法。
-4. 语气亲切、专业，用口语；只写医生说的话，不写旁白、动作和角色名。
-5. 你是医生，不是患者，也不要提及自己是模型；用中文。"""
-
-_LONGEST_NAME = 12  # Characters of a diagnosis that is nothing but a name.
-_FIRST_AT_MOST = 100  # Characters of a vague first message.
-_ROLE_NAMES = r"(?:患者|病人|医生|大夫|医师)"
-_OWN_NAME = re.compile(rf"^\s*(?:\*\*)?{_ROLE_NAMES}(?:\*\*)?\s*[:：]\s*")
-_ANOTHER_NAME = re.compile(rf"(?:^|\n)\s*(?:\*\*)?{_ROLE_NAMES}(?:\*\*)?\s*[:：]")
+_LONGEST_NAME: Mapping[Language, int] = {"zh": 12, "en": 60}
+"""Characters of a diagnosis that is nothing but a name."""
+_FIRST_AT_MOST: Mapping[Language, int] = {"zh": 100, "en": 350}
+"""Characters of a vague first message."""
+_ROLE_NAMES = (
+    r"(?:\*\*)?(?:患者|病人|医生|大夫|医师|patient|doctor|physician)(?:\*\*)?\s*[:：](?:\*\*)?"
+)
+_OWN_NAME = re.compile(rf"^\s*{_ROLE_NAMES}\s*", re.IGNORECASE)
+_ANOTHER_NAME = re.compile(rf"(?:^|\n)\s*{_ROLE_NAMES}", re.IGNORECASE)
 # What a patient says and a doctor does not.
 _AS_PATIENT = re.compile(
     r"(?:谢谢|多谢|感谢)(?:您|你)?[,，]?(?:医生|大夫)|^(?:您好|你好)?[,，]?(?:医生|大夫)[,，!！您你我]"
     r"|我(?:最近|这几天|这两天|从昨天|昨晚|今天早上|已经|也|还|一直|总是)?[^。!?，,您你]{0,8}"
     r"(?:疼|痛|咳嗽|发烧|头晕|拉肚子|不舒服|难受|恶心)(?:得|了|已经|好几|[一二两三四五六七八九十\d]+[天周月])"
     r"|我(?:该|应该|要)(?:怎么办|吃什么药|挂什么科|看什么科)|请问医生"
+    r"|\b(?:thanks|thank you)(?: so much| very much)?,? (?:doctor|doc|dr)\b"
+    r"|^(?:(?:hi|hello|good \w+),? )?(?:doctor|doc)\b"
+    r"|\bi(?:'ve| have) (?:been (?:having|feeling|experiencing|coughing|vomiting)"
+    r"|had (?:a|an|this|these|some)? ?(?:\w+ ){0,2}(?:pain|headache|cough|fever|rash|nausea"
+    r"|symptoms?))"
+    r"|\bmy (?:chest|head|stomach|throat|back|knee|leg|arm|skin|symptoms?) (?:hurts?|aches?|has"
+    r"|have|is|are|feels?)\b"
+    r"|\bshould i (?:see|take|go|be worried|stop)|\bwhat (?:should|can) i (?:do|take)\b"
 )
 _PROMPT_LEAK = re.compile(
     r"真实诊断|病情资料|病例资料(?:显示|里|中)|(?:系统|提示词|设定)(?:提示|要求|里)|扮演|角色设定|作为患者|作为病人"
+    r"|\btrue diagnosis|\bcase (?:file|notes?|description|records?)\b|\b(?:system prompt"
+    r"|role[- ]?play\w*)\b|\bmy instructions\b|\bi(?:'m| am) (?:playing|pretending)\b"
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Usual:
+    """Turns of usual length, for the estimate of a dry run."""
+
+    patient: Sequence[str]
+    questions: Sequence[str]
+    advice: str
+
+
+_USUAL: Mapping[Language, _Usual] = {
+    "zh": _Usual(
+        patient=(
+            "您好，我最近有点难受。",
+            "大概三天了，吃过一次药。",
+            "晚上重一些，没有治过。",
+            "明白了，谢谢，再见。",
+        ),
+        questions=("请问疼痛是什么时候开始的？" * 2, "晚上会不会加重，以前治过没有？" * 2),
+        advice="考虑{names}，建议先做检查，一周后复查。" * 8,
+    ),
+    "en": _Usual(
+        patient=(
+            "Hello doctor, I have not been feeling well lately.",
+            "It started about three days ago. I took something for it once.",
+            "It is worse at night, and nobody has treated it so far.",
+            "I see, thank you very much. Goodbye!",
+        ),
+        questions=(
+            "I am sorry to hear that. When did it start, and did anything bring it on?",
+            "Is it worse at night? Have you been treated for something like it before?",
+        ),
+        advice="This may well be {names}. I recommend a few tests, and a visit in a week. " * 8,
+    ),
+}
 
 TurnFault = tuple[str, str]
 Said = Sequence[Message]
@@ -107,8 +145,9 @@ def read_teaching_cases(paths: Sequence[str]) -> list[TeachingCase]:
             if one.id in found:
                 raise ValueError(f"{path}: the case {one.id!r} is there twice")
             diagnosis = one.doctor_diagnosis.strip()
+            language: Language = "en" if checks.language(one.medical_case) == "en" else "zh"
             names = diagnoses_of(diagnosis)
-            if not names and len(diagnosis) <= _LONGEST_NAME:
+            if not names and len(diagnosis) <= _LONGEST_NAME[language]:
                 names = ((diagnosis,),)  # A name whose ending is not among the known ones.
             case = PatientCase(
                 id=one.id,
@@ -116,6 +155,7 @@ def read_teaching_cases(paths: Sequence[str]) -> list[TeachingCase]:
                 description=one.medical_case,
                 diagnosis=one.doctor_diagnosis,
                 diagnoses=names,
+                language=language,
             )
             found[one.id] = TeachingCase(case=case)
     if not found:
@@ -131,20 +171,31 @@ class TeachingCases:
         take: returns so many cases from a place on, or those that there are.
         identity: what the cases follow from.
         count: of all; None for no end.
+        left_out: cases of the files that are in none of the languages.
     """
 
     take: Callable[[int, int], Sequence[TeachingCase]]
     identity: str
     count: int | None
+    left_out: int = 0
 
     @staticmethod
-    def of_files(paths: Sequence[str]) -> "TeachingCases":
-        """Returns the cases of files; see `read_teaching_cases`."""
-        cases = read_teaching_cases(paths)
+    def of_files(paths: Sequence[str], *, languages: Sequence[str]) -> "TeachingCases":
+        """Returns the cases of files that are in some languages; see `read_teaching_cases`.
+
+        Raises:
+            ValueError: there are none, or a file cannot be read.
+        """
+        every = read_teaching_cases(paths)
+        cases = [one for one in every if one.case.language in languages]
+        if not cases:
+            others = next(name for name in get_args(Language) if name not in languages)
+            raise ValueError(f"cases: all {len(every)} are in {others!r}, not in {languages[0]!r}")
         return TeachingCases(
             take=lambda first, count: cases[first : first + count],
             identity=sha256("\0".join(repr(one.case) for one in cases))[:16],
             count=len(cases),
+            left_out=len(every) - len(cases),
         )
 
     @staticmethod
@@ -187,7 +238,7 @@ class ConversationMaker:
     def settings(self) -> dict[str, Any]:
         """Prompts, cases and the turn cap."""
         return {
-            "prompts": sha256(_DOCTOR)[:16],
+            "prompts": templates.digest("doctor"),
             "cases": self.cases.identity,
             "max_exchanges": self.max_exchanges,
             "seed": self.seed,
@@ -203,20 +254,20 @@ class ConversationMaker:
     def assumed(self, request: Request) -> str:
         """Returns a turn of usual length; the doctor asks twice, then advises."""
         said = len(request.material["messages"])
+        usual = _USUAL[request.material["language"]]
         if request.task == "doctor":
-            if said < 4:
-                return ("请问疼痛是什么时候开始的？", "晚上会不会加重，以前治过没有？")[
-                    said // 2
-                ] * 2
-            return f"考虑{'、'.join(request.material['names'])}，建议先做检查，一周后复查。" * 8
-        turns = ("您好，我最近有点难受。", "大概三天了，吃过一次药。", "晚上重一些，没有治过。")
-        return turns[said // 2] if said < 6 else "明白了，谢谢，再见。"
+            names = ", ".join(request.material["names"])
+            return usual.questions[said // 2] if said < 4 else usual.advice.format(names=names)
+        return usual.patient[min(said // 2, len(usual.patient) - 1)]
 
     def _job(self, place: int, one: TeachingCase) -> Job:
         name = f"{self.seed}-{place}"
         settings = ConsultationSettings(max_exchanges=self.max_exchanges)
         state = ConsultationState(case=one.case, settings=settings)
-        labels = {"department": one.case.department or "unknown", "language": "zh"}
+        labels = {
+            "department": one.case.department or "unknown",
+            "language": one.case.language,
+        }
         try:
             while (speaker := state.speaker) is not None:
                 if speaker == "user":
@@ -254,6 +305,7 @@ def _turn(
             material={
                 "key": name,
                 "case": one.clinic,
+                "language": one.case.language,
                 "names": _wordings(state),
                 "messages": state.messages,
             },
@@ -273,8 +325,9 @@ def _turn(
 def doctor_messages(state: ConsultationState) -> list[dict[str, str]]:
     """Returns the messages for the model that plays the doctor, who knows the diagnosis."""
     case = state.case
-    system = _DOCTOR.format(case=case.description, diagnosis=case.diagnosis)
-    return [{"role": "system", "content": system}, *state.doctor_messages()]
+    values = {"case": case.description, "diagnosis": case.diagnosis}
+    (prompt,) = templates.fill("doctor", case.language, values)
+    return [{"role": "system", "content": prompt["content"]}, *state.doctor_messages()]
 
 
 def patient_fault(text: str, state: ConsultationState) -> TurnFault | None:
@@ -283,7 +336,7 @@ def patient_fault(text: str, state: ConsultationState) -> TurnFault | None:
     if fault is not None:
         return fault
     if not state.messages:
-        if len(text) > _FIRST_AT_MOST:
+        if len(text) > _FIRST_AT_MOST[state.case.language]:
             return "not vague", f"the first message has {len(text)} characters"
         if says_goodbye(text):
             return "early goodbye", text[-20:]
@@ -322,7 +375,7 @@ def _common_fault(text: str, state: ConsultationState, speaker: str) -> TurnFaul
     refused = checks.refusal(text)
     if refused is not None:
         return "refusal", refused
-    if checks.switches_language(text, "zh"):
+    if checks.switches_language(text, state.case.language):
         return "language", str(checks.language(text))
     if _ANOTHER_NAME.search(text):
         return "role flip", "writes the other's turn, too"

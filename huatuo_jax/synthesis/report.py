@@ -255,10 +255,10 @@ def _overview(figures: Mapping[str, Any]) -> list[Block]:
     rows = [
         ("rows kept", number(figures["rows"])),
         ("candidates", number(figures["candidates"])),
-        ("yield", number(figures["yield"])),
+        ("yield", _percent(figures["yield"])),
         ("batches", number(figures["batches"])),
-        ("near-duplicates looked for among seeds", number(figures["known_prompts"])),
-        ("test texts looked for", number(figures["test_texts"])),
+        ("seeds that prompts were compared with", number(figures["known_prompts"])),
+        ("test texts that rows were compared with", number(figures["test_texts"])),
     ]
     cost = figures["cost"]
     if cost is not None:
@@ -310,7 +310,13 @@ def _rejection_blocks(figures: Mapping[str, Any]) -> list[Block]:
     for reason, one in found.items():
         shown = [(sample["id"], sample["detail"], sample["text"]) for sample in one["samples"]]
         blocks.append(
-            _table(("id", "found", "text"), shown, caption=f"Samples: {reason}", folded=True)
+            _table(
+                ("id", "found", "text"),
+                shown,
+                caption=f"Samples: {reason}",
+                folded=True,
+                kind="words",
+            )
         )
     return blocks
 
@@ -323,7 +329,7 @@ def _label_blocks(figures: Mapping[str, Any]) -> list[Block]:
             for value, count in list(counts.items())[:_ROWS_SHOWN]
         ]
         more = len(counts) - _ROWS_SHOWN
-        caption = name if more <= 0 else f"{name}, the {_ROWS_SHOWN} largest of {len(counts)}"
+        caption = "" if more <= 0 else f"The {_ROWS_SHOWN} largest of {len(counts)}"
         blocks.append(_table((name, "rows", "share"), rows, caption=caption))
     return blocks or [Note(text="The rows have no labels.")]
 
@@ -348,17 +354,23 @@ def _setting_blocks(figures: Mapping[str, Any]) -> list[Block]:
     rows = [
         (name, json.dumps(value, ensure_ascii=False)) for name, value in figures["settings"].items()
     ]
-    return [_table(("setting", "value"), rows)]
+    return [_table(("setting", "value"), rows, kind="words")]
 
 
 def _table(
-    head: Sequence[str], rows: Sequence[Sequence[str]], *, caption: str = "", folded: bool = False
+    head: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    caption: str = "",
+    folded: bool = False,
+    kind: str = "table",
 ) -> Table:
     return Table(
         head=head,
         rows=[(row[0], [Cell(text=text) for text in row[1:]]) for row in rows],
         caption=caption,
         folded=folded,
+        kind=kind,
     )
 
 

@@ -66,7 +66,8 @@ class SynthesisSettings:
         num_rows: rows wanted; the last batch may give some more.
         batch_size: jobs that are taken together.
         seed: of all draws.
-        languages: of instructions: zh, en, or both in balance.
+        languages: of instructions: zh, en, or both in balance. Of cases: those in others are left
+            out.
         seeds: file of instructions to start from; None for those that are shipped.
         table: file of departments, roles and use cases; None for the one that is shipped.
         per_request: instructions that one request asks for.
@@ -162,8 +163,8 @@ def check_settings(kind: SynthesisKind, cfg: SynthesisSettings, *, flag: str = F
     wrong = [one for one in cfg.languages if one not in LANGUAGES]
     if wrong or not cfg.languages or len(set(cfg.languages)) < len(cfg.languages):
         raise ValueError(f"{flag}languages={','.join(cfg.languages)} should be zh, en or zh,en")
-    if cfg.temperature < 0:
-        raise ValueError(f"{flag}temperature={cfg.temperature} must be at least 0")
+    if not 0 <= cfg.temperature < float("inf"):
+        raise ValueError(f"{flag}temperature={cfg.temperature:g} must be a number of at least 0")
     by_server = cfg.teacher.startswith(SERVER_PREFIX)
     for name in () if by_server else _OF_SERVERS:
         if getattr(cfg, name) is not None:
@@ -330,14 +331,14 @@ def _distilled_instruction(kind: SynthesisKind, cfg: SynthesisSettings, flag: st
 
 
 def _distilled_conversation(kind: SynthesisKind, cfg: SynthesisSettings, flag: str) -> _Made:
-    if cfg.languages != ("zh",):
-        raise ValueError(f"{flag}languages: conversations are made and checked in Chinese alone")
     if cfg.uses_clinic:
         if cfg.cases:
             raise ValueError(f"{flag}cases is not used where the clinic plays the patient")
         cases = TeachingCases.of_clinic(seed=cfg.seed)
     elif cfg.cases:
-        cases = TeachingCases.of_files(cfg.cases)
+        cases = TeachingCases.of_files(cfg.cases, languages=cfg.languages)
+        if cases.left_out:
+            tell(f"cases: {cases.left_out} are not in {' or '.join(cfg.languages)}, and left out")
     else:
         raise ValueError(f"distilled_conversation needs cases: give {flag}cases=FILE")
     maker = ConversationMaker(

@@ -43,6 +43,17 @@ def talk(*texts):
         ("我作为一名医生，理解这种担心。", "identity"),
         ("我是一名医生，很高兴为您服务。", "identity"),
         ("抱歉，我是ＡＩ语言模型，无法看病。", "identity"),
+        ("I’d recommend a blood test first.", "advice"),
+        ("You should drink plenty of water.", "advice"),
+        ("Take amoxicillin three times a day.", "prescription"),
+        ("I will prescribe something for the pain.", "prescription"),
+        ("You may have gastritis.", "diagnosis"),
+        ("Your symptoms began a week ago, right?", "diagnosis"),
+        ("Have you noticed any fever or chills?", "question"),
+        ("How long have you had this cough?", "question"),
+        ("I hope you feel better soon.", "courtesy"),
+        ("You’re welcome, feel free to ask.", "courtesy"),
+        ("As your doctor, I understand.", "identity"),
     ],
 )
 def test_what_a_doctor_says_is_known(text, kind):
@@ -67,10 +78,29 @@ def test_what_a_doctor_says_is_known(text, kind):
         "麻烦您给我开点药。",
         "我每次口服一粒，一天三次，吃了一周了。",
         "上次那位医生让我服用奥美拉唑，每日2次。",
+        "I take ibuprofen twice a day, and my doctor told me to use it once daily.",
+        "Do you think you need to take some blood?",
+        "Should I see a specialist? What would you recommend?",
+        "Have you ever seen anything like this?",
+        "I have no fever, and I don't smoke. Thank you for your time, doctor.",
     ],
 )
 def test_what_patients_say_to_doctors_is_no_role_flip(text):
     assert speaks_as_doctor(text) is None
+
+
+def test_a_latin_name_counts_as_a_whole_word():
+    uti = [("urinary tract infection", "UTI")]
+    said = find_faults(talk("Is it a uti?", "How long?"), diagnoses=uti)
+    assert [(one.kind, one.evidence) for one in said] == [("leak", "UTI")]
+    assert find_faults(talk("My routine is beautiful.", "How long?"), diagnoses=uti) == ()
+
+
+def test_short_turns_may_come_again_in_english_too():
+    often = talk(
+        "It hurts", "a?", "No, not really.", "b?", "No, not really.", "c?", "No, not really."
+    )
+    assert find_faults(often) == ()
 
 
 def test_a_role_flip_is_the_patients_and_told_once_with_its_turn():

@@ -12,9 +12,9 @@ from huatuo_jax.evaluation.consultations import (
     ConsultationSettings,
     ConsultationState,
     PatientCase,
-    questions_before_concluding,
     says_goodbye,
 )
+from huatuo_jax.evaluation.doctor_turns import questions_before_concluding
 from huatuo_jax.synthesis.conversations import doctor_fault, patient_fault, read_teaching_cases
 from tests.synthesis import run_synthesis
 from tests.synthesis.scripted_consultations import (
@@ -32,17 +32,19 @@ def key(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
 
 
-def flags(folder, server, count, **given):
+def flags(folder, server, count, *, language="zh", **given):
     return {
         "kind": "distilled_conversation",
         "output": str(folder / "rows.jsonl"),
         "teacher": f"openai:{MODEL}",
         "base_url": server.url,
         "prices": price_table(folder / "prices.json"),
-        "cases": (write_cases(folder / "cases.json", count),),
+        "cases": (write_cases(folder / "cases.json", count, language=language),),
+        "languages": (language,),
         "num_rows": count,
         "batch_size": 40,
         "max_exchanges": 6,
+        "near_duplicate": 1.0,  # The scripted English is much alike.
         **given,
     }
 
@@ -51,10 +53,12 @@ def rows_of(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def test_every_spoiled_dialogue_is_left_out_with_its_reason_and_no_other(tmp_path):
+@pytest.mark.parametrize("language", ["zh", "en"])
+def test_every_spoiled_dialogue_is_left_out_with_its_reason_and_no_other(tmp_path, language):
     with TeacherServer(ScriptedConsultations()) as server:
-        run_synthesis.run(flags(tmp_path, server, 120))
-    planted = {one["id"]: fault_of(one["medical_case"]) for one in cases(120)}
+        run_synthesis.run(flags(tmp_path, server, 120, language=language))
+    made = cases(120, language=language)
+    planted = {one["id"]: fault_of(one["medical_case"]) for one in made}
     assert set(Counter(planted.values())) == {None, *FAULTS}, "a fault was not planted"
     kept = {one["case_id"] for one in rows_of(tmp_path / "rows.jsonl")}
     assert kept == {name for name, fault in planted.items() if fault is None}
@@ -63,6 +67,7 @@ def test_every_spoiled_dialogue_is_left_out_with_its_reason_and_no_other(tmp_pat
     assert Counter(one["reason"] for one in rejected) == expected
     report = json.loads((tmp_path / "rows.jsonl.report.json").read_text(encoding="utf-8"))
     assert report["yield"] == len(kept) / 120
+    assert report["labels"]["language"] == {language: len(kept)}
     assert {name: one["count"] for name, one in report["rejections"].items()} == expected
 
 
@@ -118,6 +123,19 @@ def test_cases_of_published_evaluation_sets_are_read(shared_data):
     )
     assert len(found) == 67 and all(one.case.description and one.case.diagnosis for one in found)
     assert sum(bool(one.case.diagnoses) for one in found) >= 50
+
+
+def test_cases_in_another_language_are_left_out_and_counted(tmp_path, capsys):
+    both = [*cases(4), *({**one, "id": f"en {one['id']}"} for one in cases(6, language="en"))]
+    path = tmp_path / "both.json"
+    path.write_text(json.dumps(both, ensure_ascii=False), encoding="utf-8")
+    with TeacherServer(ScriptedConsultations(share=0.0)) as server:
+        run_synthesis.run(flags(tmp_path, server, 10, language="en", cases=(str(path),)))
+        assert "cases: 4 are not in en, and left out" in capsys.readouterr().err
+        assert len(rows_of(tmp_path / "rows.jsonl")) == 6
+        with pytest.raises(ValueError, match="cases: all 2 are in 'zh', not in 'en'"):
+            path.write_text(json.dumps(cases(2), ensure_ascii=False), encoding="utf-8")
+            run_synthesis.run(flags(tmp_path, server, 2, language="en", cases=(str(path),)))
 
 
 def test_conversations_without_cases_are_refused(tmp_path):

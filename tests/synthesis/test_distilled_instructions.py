@@ -229,6 +229,14 @@ WRONG = {
     "no tokens": ({"max_new_tokens": 0}, "--max_new_tokens=0 must be at least 1"),
     "no rate": ({"tokens_per_minute": -5}, "--tokens_per_minute=-5 must be at least 1"),
     "a similarity": ({"near_duplicate": 1.5}, "--near_duplicate=1.5 must be above 0 and at most 1"),
+    "no temperature": (
+        {"temperature": float("nan")},
+        "--temperature=nan must be a number of at least 0",
+    ),
+    "another kind's file": (
+        {"cases": ("cases.json",)},
+        "--cases is for distilled_conversation; distilled_instruction reads no such file",
+    ),
     "a server's model by its name alone": (
         {"teacher": "no-such-model", "base_url": None},
         "a model behind a server is named openai:NAME",

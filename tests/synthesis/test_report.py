@@ -88,6 +88,7 @@ def test_the_page_and_the_card_show_nobodys_data_and_no_markup():
     page, card = render_page(figures), dataset_card(figures, "rows.jsonl")
     for text in (page, card):
         assert "李明" not in text and "13812345678" not in text
+    assert page.count('<table aria-label="Samples: refusal" class="words">') == 1
     assert "[姓名]" in page and "<script>" not in page and "&lt;script&gt;" in page
     assert "http://" not in page and "https://" not in page
     head = yaml.safe_load(card.split("---")[1])
