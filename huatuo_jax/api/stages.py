@@ -28,6 +28,7 @@ from huatuo_jax.ppo.config import (
     PpoConfig,
     PpoLoopConfig,
     Ratio,
+    ReferenceSyncConfig,
     RolloutConfig,
     ScoreConfig,
     ValueConfig,
@@ -139,6 +140,7 @@ class PpoFields(_Common, total=False):
     kl_in: KlPlace
     target_kl_per_sequence: float | None
     kl_gain: float
+    reference_sync: ReferenceSyncConfig | None
     clip_low: float
     clip_high: float
     dual_clip: float | None
