@@ -213,7 +213,7 @@ class Flags:
 
     @property
     def is_in_bucket(self) -> bool:
-        """Whether the run's folder is in a bucket."""
+        """True where the run's folder is in a bucket."""
         return is_address(self.workdir)
 
     @property

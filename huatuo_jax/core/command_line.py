@@ -100,8 +100,8 @@ def parse(flags: type[Flags], arguments: Sequence[str], *, name: str, flat: bool
     it. With `flat` the fields of a section are flags without the section's name.
 
     Raises:
-        ValueError: an unknown flag, a missing one, a value of the wrong type, or an address that
-            cannot be used.
+        ValueError: an unknown flag, a missing one, a value of the wrong type, or an unusable
+            address.
         SystemExit: after `--help`.
     """
     known = _fields_of(flags, None, flat=flat)

@@ -160,7 +160,7 @@ def checked(settings: Config, wanted: type[Config], *, path: str) -> Config:
         path: its name in messages, as `config.sft`.
 
     Raises:
-        ValueError: another class, a field of another type, or an address that cannot be used;
+        ValueError: another class, a field of another type, or an unusable address;
             names the field.
     """
     if not isinstance(settings, wanted):
@@ -171,7 +171,7 @@ def checked(settings: Config, wanted: type[Config], *, path: str) -> Config:
 
 
 def check_paths(settings: Any, *, path: str) -> None:
-    """Raises ValueError where a field of a config or section is an address that cannot be used.
+    """Raises ValueError where a field of a config or section is an unusable address.
 
     Args:
         settings: a config.
@@ -188,7 +188,7 @@ def check_paths(settings: Any, *, path: str) -> None:
 
 
 def check_path(value: Any, hint: Any, *, name: str) -> None:
-    """Raises ValueError where a field is an address that cannot be used; `Text` is no path."""
+    """Raises ValueError where a field is an unusable address; `Text` is no path."""
     if isinstance(value, str) and not _takes_text(hint):
         check_address(value, name=name)
 

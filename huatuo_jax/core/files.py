@@ -44,7 +44,7 @@ def as_path(path: str | os.PathLike[str]) -> pathlib.Path:
     `pathlib` made of an address (`gs:/bucket/run`) is taken too.
 
     Raises:
-        ValueError: an address that cannot be used, see `check_address`.
+        ValueError: an unusable address, see `check_address`.
     """
     text = os.fspath(path)
     if isinstance(path, pathlib.PurePath):
@@ -71,7 +71,7 @@ def absolute(path: str | os.PathLike[str]) -> pathlib.Path:
 
 
 def check_address(path: str | os.PathLike[str], *, name: str) -> None:
-    """Raises ValueError where a path is an address that cannot be used; paths are not looked at.
+    """Raises ValueError where a path is an unusable address; paths are not looked at.
 
     Args:
         path: as the user gave it; alone, or as NAME=PATH or SET:PATH.

@@ -59,7 +59,7 @@ def as_file(
         say: called with a line for each kind of value that was converted to JSON.
 
     Raises:
-        ValueError: an address that cannot be used, there are no rows, one is not a dict, or it
+        ValueError: an unusable address, there are no rows, one is not a dict, or it
             holds a value that JSON cannot represent.
         OSError: the file cannot be written.
     """

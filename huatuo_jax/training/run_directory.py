@@ -99,7 +99,7 @@ def run_lock(workdir: str | os.PathLike[str]) -> Iterator[None]:
     """Holds a run's folder in a bucket for this run alone; the first process has the lock.
 
     Raises:
-        ValueError: the workdir is an address that cannot be used, or another run is in it.
+        ValueError: the workdir is an unusable address, or another run is in it.
         OSError: it cannot be written.
     """
     check_address(workdir, name="workdir")
