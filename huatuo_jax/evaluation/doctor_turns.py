@@ -1,4 +1,4 @@
-"""What a doctor's turns do, in Chinese and English: ask, announce, judge and advise.
+"""Reads a doctor's turns, in Chinese and English: questions, judgement and advice.
 
 On 122 sentences of real Chinese doctors that were labelled by hand after the patterns were written
 (a test names them), those that judge or advise are found with a precision of .95 and a recall of

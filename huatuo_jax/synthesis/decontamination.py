@@ -83,10 +83,11 @@ def read_test_texts(paths: Sequence[str | os.PathLike[str]]) -> dict[str, str]:
     """The texts of evaluation files of any layout, each string of a row by itself.
 
     Raises:
-        ValueError: a file cannot be read, or a row of it.
+        ValueError: a file cannot be read, or a row of it, or it has no text to look for.
     """
-    found = {}
+    found: dict[str, str] = {}
     for path in paths:
+        before = len(found)
         for row in read_rows(path):
             if isinstance(row, RowError):
                 raise ValueError(str(row))
@@ -94,4 +95,6 @@ def read_test_texts(paths: Sequence[str | os.PathLike[str]]) -> dict[str, str]:
                 if len(text.strip()) < _LEAST_CHARACTERS:
                     continue
                 found[f"{row.file}:{row.line}:{place}"] = text
+        if len(found) == before:
+            raise ValueError(f"{path}: there is no text of {_LEAST_CHARACTERS} characters in it")
     return found

@@ -142,7 +142,7 @@ def check_settings(kind: SynthesisKind, cfg: SynthesisSettings, *, flag: str = F
     Raises:
         ValueError: names the field.
     """
-    if not cfg.teacher:
+    if not cfg.teacher.removeprefix(SERVER_PREFIX):
         raise ValueError(f"{flag}teacher is empty: name a saved model, openai:NAME or {CLINIC}")
     for name in _AT_LEAST_1:
         value = getattr(cfg, name)
@@ -337,6 +337,11 @@ def _distilled_conversation(kind: SynthesisKind, cfg: SynthesisSettings, flag: s
         cases = TeachingCases.of_clinic(seed=cfg.seed)
     elif cfg.cases:
         cases = TeachingCases.of_files(cfg.cases, languages=cfg.languages)
+        if not cases.count:
+            raise ValueError(
+                f"{flag}cases: all {cases.left_out} are in another language than {flag}languages="
+                f"{','.join(cfg.languages)}"
+            )
         if cases.left_out:
             tell(f"cases: {cases.left_out} are not in {' or '.join(cfg.languages)}, and left out")
     else:

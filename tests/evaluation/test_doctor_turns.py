@@ -1,4 +1,4 @@
-"""What a doctor's turns do: planted sentences, and real ones that were labelled by hand."""
+"""Questions, judgement and advice of doctors: planted, and real ones labelled by hand."""
 
 import hashlib
 import json

@@ -57,3 +57,11 @@ def test_a_broken_file_of_test_texts_is_refused_by_line(tmp_path):
     path.write_text('{"question": "发热几天应当就医？"}\n{broken\n', encoding="utf-8")
     with pytest.raises(ValueError, match="exam.jsonl:2"):
         read_test_texts([path])
+
+
+@pytest.mark.parametrize("content", ["[1, 2, 3]", '{"answer": "B"}\n'])
+def test_a_file_without_test_texts_is_refused(tmp_path, content):
+    path = tmp_path / "exam.json"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match="exam.json: there is no text of 8 characters in it"):
+        read_test_texts([path])

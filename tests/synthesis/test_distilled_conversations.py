@@ -133,7 +133,9 @@ def test_cases_in_another_language_are_left_out_and_counted(tmp_path, capsys):
         run_synthesis.run(flags(tmp_path, server, 10, language="en", cases=(str(path),)))
         assert "cases: 4 are not in en, and left out" in capsys.readouterr().err
         assert len(rows_of(tmp_path / "rows.jsonl")) == 6
-        with pytest.raises(ValueError, match="cases: all 2 are in 'zh', not in 'en'"):
+        with pytest.raises(
+            ValueError, match="--cases: all 2 are in another language than --languages=en"
+        ):
             path.write_text(json.dumps(cases(2), ensure_ascii=False), encoding="utf-8")
             run_synthesis.run(flags(tmp_path, server, 2, language="en", cases=(str(path),)))
 

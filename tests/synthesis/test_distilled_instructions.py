@@ -242,6 +242,7 @@ WRONG = {
         "a model behind a server is named openai:NAME",
     ),
     "no teacher": ({"teacher": "", "base_url": None}, "--teacher is empty: name a saved model"),
+    "no model of a server": ({"teacher": "openai:"}, "--teacher is empty: name a saved model"),
     "a missing test set": ({"evaluation_sets": ("missing.jsonl",)}, "missing.jsonl: no such file"),
     "a missing table": ({"table": "missing.json"}, "table: there is no file missing.json"),
     "money for the clinic": (
