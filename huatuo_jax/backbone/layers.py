@@ -35,12 +35,21 @@ class Rows(NamedTuple):
         cos_BTH: cosine of the rotations, `[B, T, H / 2]`; None without rotary positions.
         sin_BTH: their sine.
         trees: of rows of trees; None where no sequences share tokens.
+        places_BP: of the tokens whose output the last layer computes; None for all of them.
     """
 
     segment_ids_BT: jax.Array | None
     cos_BTH: jax.Array | None
     sin_BTH: jax.Array | None
     trees: Trees | None = None
+    places_BP: jax.Array | None = None
+
+    def wanted(self, array_BTX: jax.Array) -> jax.Array:
+        """Returns what an array `[B, T, ...]` holds for the tokens whose output is wanted."""
+        if self.places_BP is None:
+            return array_BTX
+        index = self.places_BP.reshape(self.places_BP.shape + (1,) * (array_BTX.ndim - 2))
+        return jnp.take_along_axis(array_BTX, index, axis=1)
 
 
 class Projection(nn.Module):
@@ -162,6 +171,7 @@ class SelfAttention(nn.Module):
             attended_BTNH = q_BTNH
         elif attend is None:
             attended_BTNH = attend_to_rows(q_BTNH, k_BTKH, v_BTKH, rows, cfg, compute)
+            attended_BTNH = rows.wanted(attended_BTNH)
         else:
             attended_BTNH, returned = attend(q_BTNH, k_BTKH, v_BTKH)
         (output_BTD,) = Projection(

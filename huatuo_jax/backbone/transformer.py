@@ -49,7 +49,7 @@ class Layer(nn.Module):
         normed_BTD = Norm(cfg.norm, cfg, compute, name="attention_norm")(hidden_BTD)
         attention = SelfAttention(cfg, compute, self.lora, name="attention")
         attended_BTD, returned = attention(normed_BTD, rows, attend)
-        hidden_BTD = hidden_BTD + checkpoint_name(attended_BTD, _BLOCK_OUTPUTS[0])
+        hidden_BTD = rows.wanted(hidden_BTD) + checkpoint_name(attended_BTD, _BLOCK_OUTPUTS[0])
         normed_BTD = Norm(cfg.norm, cfg, compute, name="mlp_norm")(hidden_BTD)
         fed_BTD = FeedForward(cfg, compute, self.lora, name="mlp")(normed_BTD)
         hidden_BTD = hidden_BTD + checkpoint_name(fed_BTD, _BLOCK_OUTPUTS[1])
@@ -93,7 +93,6 @@ class Transformer(nn.Module):
         *,
         segment_ids_BT: jax.Array | None = None,
         positions_BT: jax.Array | None = None,
-        subtree_ends_BT: jax.Array | None = None,
     ) -> jax.Array:
         """Returns the trunk's output after the final norm.
 
@@ -102,17 +101,12 @@ class Transformer(nn.Module):
             segment_ids_BT: tokens see their own segment only; 0 for padding, on either side. None
                 for one segment a row.
             positions_BT: by default they start at 0 in each segment.
-            subtree_ends_BT: of rows of trees, which need positions; see
-                `blockwise_attention.Trees`.
 
         Returns:
             `[B, T, D]` in the compute dtype; values at padding have no meaning.
         """
         return self.trunk(
-            self.embed(tokens_BT),
-            segment_ids_BT=segment_ids_BT,
-            positions_BT=positions_BT,
-            subtree_ends_BT=subtree_ends_BT,
+            self.embed(tokens_BT), segment_ids_BT=segment_ids_BT, positions_BT=positions_BT
         )
 
     def embed(self, tokens_BT: jax.Array) -> jax.Array:
@@ -128,21 +122,50 @@ class Transformer(nn.Module):
         *,
         segment_ids_BT: jax.Array | None = None,
         positions_BT: jax.Array | None = None,
-        subtree_ends_BT: jax.Array | None = None,
     ) -> jax.Array:
         """Applies the layers and the final norm to embeddings; arguments as for a call."""
-        assert subtree_ends_BT is None or positions_BT is not None
         if positions_BT is None:
             if segment_ids_BT is None:
                 positions_T = jnp.arange(embedded_BTD.shape[1], dtype=jnp.int32)
                 positions_BT = jnp.broadcast_to(positions_T[None, :], embedded_BTD.shape[:2])
             else:
                 positions_BT = positions.positions_from_segments(segment_ids_BT)
-        rows = self.rows(positions_BT, segment_ids_BT)
-        if subtree_ends_BT is not None:
-            rows = rows._replace(trees=Trees(positions_BT, subtree_ends_BT))
-        hidden_BTD, _ = self.layers(embedded_BTD, rows)
+        hidden_BTD, _ = self.layers(embedded_BTD, self.rows(positions_BT, segment_ids_BT))
         return self.normalise(hidden_BTD)
+
+    def at_places(
+        self,
+        tokens_BT: jax.Array,
+        places_BP: jax.Array,
+        *,
+        positions_BT: jax.Array,
+        subtree_ends_BT: jax.Array,
+    ) -> jax.Array:
+        """Returns the trunk's output for some tokens of rows of trees, `[B, P, D]`.
+
+        The last layer's feed-forward is computed for them alone.
+
+        Args:
+            tokens_BT: token ids below `vocab_size`.
+            places_BP: int32, the indices of the tokens in their rows.
+            positions_BT: the depths of the tokens, see `blockwise_attention.Trees`.
+            subtree_ends_BT: see there.
+        """
+        layer = Layer(self.cfg, self.compute, self.lora, parent=None)
+        stacked = self.layers.variables
+        rows = self.rows(positions_BT)._replace(trees=Trees(positions_BT, subtree_ends_BT))
+
+        def apply(index: jax.Array | int, hidden_BTD: jax.Array, rows: Rows) -> jax.Array:
+            own = jax.tree.map(
+                lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), stacked
+            )
+            return layer.apply(own, hidden_BTD, rows)[0]
+
+        last = self.cfg.num_layers - 1
+        hidden_BTD = jax.lax.fori_loop(
+            0, last, lambda index, hidden_BTD: apply(index, hidden_BTD, rows), self.embed(tokens_BT)
+        )
+        return self.normalise(apply(last, hidden_BTD, rows._replace(places_BP=places_BP)))
 
     def rows(self, positions_BT: jax.Array, segment_ids_BT: jax.Array | None = None) -> Rows:
         """Returns segments and rotations for the layers."""

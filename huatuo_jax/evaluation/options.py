@@ -7,7 +7,7 @@ same instruction or examples, stand behind one copy of it in a row.
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -68,13 +68,14 @@ def candidate_scores(
     Returns:
         Log-probabilities `[B, P, C]` in float32, and whether no other token is likelier.
     """
-    hidden_BTD = model.apply(
+    hidden_BPD = model.apply(
         variables,
         batch["token_ids"],
+        batch["places"],
         positions_BT=batch["positions"],
         subtree_ends_BT=batch["subtree_ends"],
+        method="at_places",
     )
-    hidden_BPD = jnp.take_along_axis(hidden_BTD, batch["places"][:, :, None], axis=1)
     rows, num_places = batch["places"].shape
     chunk = min(_CHUNK, num_places)
 
@@ -226,17 +227,9 @@ class ContinuationScorer:
         rows_at_once = _rounded_up(-(-len(planned) // num_batches), shards)
         num_places = max(sum(len(segments[in_order[one]].wanted) for one in row) for row in planned)
         width = max(len(columns) for one in segments for columns in one.wanted.values())
-        for first in range(0, len(planned), rows_at_once):
-            rows = [[in_order[one] for one in row] for row in planned[first : first + rows_at_once]]
-            rows += [[]] * (rows_at_once - len(rows))
-            batch = _batch(
-                [[segments[number] for number in row] for row in rows],
-                row_length=row_length,
-                num_places=_rounded_up(num_places, _PLACES),
-                width=_rounded_up(width, _CANDIDATES),
-            )
-            placed = sharding.put_whole(batch, self._mesh)
-            log_probs_BPC, is_best_BPC = map(np.asarray, self._compiled(self._variables, placed))
+
+        def read(rows: Sequence[Sequence[int]], scores: Any) -> Iterator[tuple[int, _Found]]:
+            log_probs_BPC, is_best_BPC = map(np.asarray, scores)
             for place, row in enumerate(rows):
                 start = 0
                 for number in row:
@@ -246,6 +239,23 @@ class ContinuationScorer:
                         _Found(log_probs_BPC[place, start:end], is_best_BPC[place, start:end]),
                     )
                     start = end
+
+        before: tuple[Sequence[Sequence[int]], Any] | None = None
+        for first in range(0, len(planned), rows_at_once):
+            rows = [[in_order[one] for one in row] for row in planned[first : first + rows_at_once]]
+            rows += [[]] * (rows_at_once - len(rows))
+            batch = _batch(
+                [[segments[number] for number in row] for row in rows],
+                row_length=row_length,
+                num_places=_rounded_up(num_places, _PLACES),
+                width=_rounded_up(width, _CANDIDATES),
+            )
+            running = self._compiled(self._variables, sharding.put_whole(batch, self._mesh))
+            if before is not None:  # While this batch runs.
+                yield from read(*before)
+            before = rows, running
+        assert before is not None
+        yield from read(*before)
 
 
 def _rounded_up(size: int, step: int) -> int:

@@ -144,6 +144,28 @@ def test_padding_on_either_side_leaves_real_tokens_as_they_are(family):
     np.testing.assert_allclose(both, right, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["llama", "bloom"])
+def test_wanted_tokens_of_a_tree_have_the_output_of_a_row_of_their_branch_alone(family):
+    cfg = FAMILIES[family]
+    model, variables = Transformer(cfg, COMPUTE), {"params": weights(cfg)}
+    tokens_1T = random_tokens(1, 9)  # Three tokens, behind which stand branches of four and two.
+    depths_1T = np.array([[0, 1, 2, 3, 4, 5, 6, 3, 4]], np.int32)
+    ends_1T = np.array([[9, 9, 9, 7, 7, 7, 7, 9, 9]], np.int32)
+    places_1P = np.array([[8, 1, 5]], np.int32)
+    found_1PD = model.apply(
+        variables,
+        tokens_1T,
+        places_1P,
+        positions_BT=depths_1T,
+        subtree_ends_BT=ends_1T,
+        method="at_places",
+    )
+    first_1TD = model.apply(variables, tokens_1T[:, :7])
+    second_1TD = model.apply(variables, tokens_1T[:, [0, 1, 2, 7, 8]])
+    expected_PD = np.stack([second_1TD[0, 4], first_1TD[0, 1], first_1TD[0, 5]])
+    np.testing.assert_allclose(found_1PD[0], expected_PD, atol=1e-5)
+
+
 def test_positions_given_by_hand_shift_nothing_but_are_heeded():
     tokens_BT = random_tokens(2, 9)
     model, variables = Transformer(LLAMA, COMPUTE), {"params": weights(LLAMA)}
