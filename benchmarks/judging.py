@@ -7,7 +7,7 @@ there, so that generation and judging follow each other. Both go through the sam
 same verdicts. Seconds are medians over iterations without the first two, which compile.
 
     python launch/train.py --config=configs/rewards.py:diagnosis --workdir=runs/rewards/diagnosis
-    python benchmarks/judging.py runs/rewards/diagnosis
+    python benchmarks/judging.py --run=runs/rewards/diagnosis
 """
 
 import asyncio
@@ -19,7 +19,6 @@ import multiprocessing
 import os
 import pathlib
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -27,6 +26,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import jax
+from absl import app, flags
 
 from huatuo_jax.core.config import load_card
 from huatuo_jax.judge.config import JudgeConfig
@@ -190,4 +190,6 @@ def seconds(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    # Not where the loop imports this file for its function.
+    _RUN = flags.DEFINE_string("run", "runs/rewards/diagnosis", "Folder of a run with a model.")
+    app.run(lambda _: main(_RUN.value))

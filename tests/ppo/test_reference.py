@@ -8,6 +8,7 @@ import pytest
 
 from huatuo_jax.backbone.lora import LoraConfig
 from huatuo_jax.ppo.config import ReferenceSyncConfig
+from huatuo_jax.ppo.judging import JudgingConfig
 from huatuo_jax.training.loop import train
 from huatuo_jax.training.metrics import read_rows
 from tests.killing import Stage, assert_identical
@@ -43,10 +44,8 @@ def test_after_each_copy_the_kl_is_0_to_the_bit_and_the_next_iteration_it_is_not
     assert kl[1] != 0 and kl[3] != 0
 
 
-@pytest.mark.parametrize(("every", "mixup_alpha"), [(1, 0.3), (2, 0.6)])
-def test_a_moving_reference_is_the_mean_of_a_plain_loop_over_the_policies(
-    tmp_path, every, mixup_alpha
-):
+def test_a_moving_reference_is_the_mean_of_a_plain_loop_over_the_policies(tmp_path):
+    every, mixup_alpha = 2, 0.3
     cfg = synced(every=every, mixup_alpha=mixup_alpha)
     job = tiny_job(cfg, tmp_path)
     state, trainer = job.make_state(), job.make_trainer()
@@ -86,6 +85,7 @@ def test_a_run_resumes_with_the_reference_that_it_had_bit_for_bit(tmp_path):
         ({"every": 0}, "every=0 must be at least 1"),
         ({"changed": {"kl_coef": 0.0}}, "kl_coef=0.0 has no use for reference_sync"),
         ({"changed": {"stop_at_total_kl": 3.0}}, "stop_at_total_kl must be None"),
+        ({"changed": {"judging": JudgingConfig()}}, "judging must be None with reference_sync"),
         ({"changed": {"lora": LORA}}, "mixup_alpha=0.6 must be 1 with model.lora"),
     ],
 )
