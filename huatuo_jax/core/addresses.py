@@ -387,7 +387,8 @@ class BucketLock:
     Locks are numbered objects, `NAME.lock/NUMBER`, and the highest number counts. To take a lock is
     to make the next number, which the server allows one process only (a precondition on the
     object's generation). Its owner renews it every `HEARTBEAT_S`. Without a renewal for
-    `DEAD_AFTER_S` it is taken over; at once where its owner was a process of this machine that has
+    `DEAD_AFTER_S` it is taken over; after two `HEARTBEAT_S` where the last renewal is older than
+    that by this machine's clock, and at once where its owner was a process of this machine that has
     ended. An owner that finds its lock taken, because it stood still for so long, ends its process.
     """
 
@@ -437,7 +438,7 @@ class BucketLock:
                     seen, since = held, time.monotonic()
                 elif held != seen:
                     raise ValueError(f"{self._name} is in use by another run: {_named(held)}")
-                if time.monotonic() - since <= DEAD_AFTER_S:
+                if time.monotonic() - since <= _patience_s(held):
                     time.sleep(HEARTBEAT_S / 10)
                     continue
             number = numbers[-1] + 1 if numbers else 1
@@ -447,7 +448,7 @@ class BucketLock:
                 return number
 
     def _is_free(self, held: dict[str, Any]) -> bool:
-        if held["released"] or time.time() - held["time_s"] > DEAD_AFTER_S:
+        if held["released"]:
             return True
         ours = all(held[name] == self._owner[name] for name in ("host", "processes"))
         return ours and not os.path.exists(f"/proc/{held['pid']}")
@@ -503,6 +504,12 @@ def _process_space() -> str:
             return f"{file.read().strip()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:  # Not Linux.
         return secrets.token_hex(8)
+
+
+def _patience_s(held: dict[str, Any]) -> float:
+    """The wait for a renewal, in seconds; shorter where this clock says that the last is old."""
+    is_old = time.time() - held["time_s"] > DEAD_AFTER_S
+    return 2 * HEARTBEAT_S if is_old else DEAD_AFTER_S
 
 
 def _named(held: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import types
 
 import fsspec
@@ -280,6 +281,17 @@ def test_a_lock_without_a_sign_of_life_is_taken_over(place, short_lives, capsys)
     assert "held by process" in capsys.readouterr().err
     assert names(place.with_name("run.lock")) == ["00000002"]
     lock.release()
+
+
+def test_a_living_owner_whose_clock_is_slow_keeps_its_lock(place, short_lives, monkeypatch):
+    clock = time.time
+    monkeypatch.setattr(addresses.time, "time", lambda: clock() - 3600)
+    with files.locked(place):
+        held = json.loads((place.with_name("run.lock") / "00000001").read_text(encoding="utf-8"))
+        assert addresses._patience_s(held) == 1.0
+        monkeypatch.setattr(addresses, "_patience_s", lambda held: 0.2)  # As another's clock says.
+        with pytest.raises(ValueError, match="in use by another run"):
+            addresses.BucketLock(place)
 
 
 def test_of_many_that_want_a_lock_one_has_it(place, short_lives):
