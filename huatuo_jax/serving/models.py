@@ -13,7 +13,7 @@ import numpy as np
 from huatuo_jax.api.in_use import Scorers, Settings, open_for_use
 from huatuo_jax.api.models import RewardModel, open_reward_model
 from huatuo_jax.backbone.config import ComputeConfig
-from huatuo_jax.core.files import as_path
+from huatuo_jax.core.files import as_path, is_address
 from huatuo_jax.data.python_data import as_prompt
 from huatuo_jax.data.records import Messages
 from huatuo_jax.generation.programs import PAGE_SIZE
@@ -267,10 +267,7 @@ def named(sources: Sequence[str]) -> dict[str, str]:
         ValueError: two have one name.
     """
     given = [
-        source.partition("=")[::2]
-        if "=" in source and ("=" in source.partition("://")[0] or not as_path(source).exists())
-        else ("", source)
-        for source in sources
+        source.partition("=")[::2] if _has_name(source) else ("", source) for source in sources
     ]
     parts = [pathlib.PurePath(os.path.normpath(source)).parts for _, source in given]
     found: dict[str, str] = {}
@@ -285,6 +282,12 @@ def named(sources: Sequence[str]) -> dict[str, str]:
             raise ValueError(f"two models are named {name!r}; name one by NAME=DIR")
         found[name] = source
     return found
+
+
+def _has_name(source: str) -> bool:
+    name, _, place = source.partition("=")
+    is_named_address = is_address(place) and not is_address(name)
+    return bool(place) and (is_named_address or not as_path(source).exists())
 
 
 def load_policy(

@@ -88,18 +88,15 @@ def test_at_every_temperature_the_kl_starts_at_0_and_the_sampler_agrees(temperat
     cfg = config(rollout={"temperature": temperature, "num_prompts": 64}, lora=LORA)
     trainer, state = _opened(cfg, tmp_path)
     rollout = trainer._sample(state)
-    rewards = trainer.rewards.of(rollout.prompt_of_each, rollout.answers, group=None)
-    found = trainer._experience(state, rollout, rewards, trainer._layouts(state, rollout, 0))
-    assert found.old_log_probs_NT[found.mask_NT].min() < -0.5
-    np.testing.assert_array_equal(found.old_log_probs_NT, found.reference_log_probs_NT)
-    np.testing.assert_allclose(
-        found.sampler_log_probs_NT, found.old_log_probs_NT, rtol=0, atol=1e-5
-    )
+    found = trainer._evaluated(state, rollout)
+    assert found["log_probs"][rollout.rows["mask"]].min() < -0.5
+    np.testing.assert_array_equal(found["log_probs"], found["reference"])
+    np.testing.assert_allclose(rollout.sampler_log_probs_NT, found["log_probs"], rtol=0, atol=1e-5)
     if temperature == 0.7:  # The test can fail: another temperature is seen.
         other = dataclasses.replace(cfg, rollout=dataclasses.replace(cfg.rollout, temperature=1.3))
         trainer, _ = _opened(other, tmp_path / "other")
-        warm = trainer._experience(state, rollout, rewards, trainer._layouts(state, rollout, 0))
-        assert np.abs(warm.old_log_probs_NT - found.old_log_probs_NT).max() > 1e-2
+        warm = trainer._evaluated(state, rollout)
+        assert np.abs(warm["log_probs"] - found["log_probs"]).max() > 1e-2
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from huatuo_jax.ppo.redrawing import with_variance
 from huatuo_jax.ppo.report import Spent
 from huatuo_jax.ppo.reward_mix import Rewards
 from huatuo_jax.ppo.rollout import Rollout
+from huatuo_jax.ppo.trainer import _experience
 from huatuo_jax.training.metrics import read_rows
 from tests.ppo.tiny import END, PROMPT, Table, config, run_tiny, table, tiny_job
 
@@ -104,9 +105,9 @@ def test_answers_without_an_end_are_left_out_of_the_loss_and_stay_in_the_means(t
     cfg = config(trains_on_truncated=False)
     job = tiny_job(cfg, tmp_path, scorer=table(longest=3))
     trainer, state = job.make_trainer(), job.make_state()
-    rollout, rewards = trainer._draw(state, Spent(), 0, 0, cfg.rollout.num_prompts)
-    layouts = trainer._layouts(state, rollout, 0)
-    experience = trainer._experience(state, rollout, rewards, layouts)
+    rollout = trainer._sample(state)
+    rewards = trainer._rewarded(rollout, Spent())
+    experience = _experience(rollout, rewards, trainer._evaluated(state, rollout))
     targets = trainer.make_targets(experience, state.kl_coef, state.scores)
     rows = trainer._training_rows(rollout, experience, targets)
     ended = np.array([one.token_ids[-1] == END for one in rollout.answers])
