@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from huatuo_jax.core.files import as_path, make_folder, read_rows
+from huatuo_jax.core.files import as_path, make_folder, read_rows, write_file
 from huatuo_jax.data.chat.templates import HUATUOGPT_SYSTEM
 
 VOCAB_SIZE = 2048
@@ -117,9 +117,9 @@ def build(folder: str | os.PathLike[str], target: str | os.PathLike[str]) -> Non
     """
     tokenizer, place = train(folder), as_path(target)
     make_folder(place)
-    tokenizer.save(str(place / "tokenizer.json"))
+    write_file(place / "tokenizer.json", tokenizer.to_str(pretty=True))
     config = json.dumps(_CONFIG, ensure_ascii=False, indent=2)
-    (place / "tokenizer_config.json").write_text(f"{config}\n", encoding="utf-8")
+    write_file(place / "tokenizer_config.json", f"{config}\n")
 
 
 def main(arguments: list[str]) -> None:
