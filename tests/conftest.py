@@ -27,6 +27,7 @@ import pytest
 from jax._src import compilation_cache
 
 from huatuo_jax.core import sharding
+from tests import shared_programs
 from tests.bucket_server import Buckets, serving
 
 # Tracing makes many objects of a short life. Where garbage is looked for less often, fewer of them
@@ -53,6 +54,7 @@ def _only_cache_programs_of_one_device():
 
 
 _only_cache_programs_of_one_device()
+shared_programs.share_programs()
 
 
 @pytest.fixture(scope="session")

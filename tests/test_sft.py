@@ -175,6 +175,7 @@ def test_settings_of_the_machine_may_change(trained, cache):
     assert run_sft(config, workdir) == result
 
 
+@pytest.mark.slow
 def test_auto_takes_the_most_rows_that_fit_and_changes_no_number(
     cache, tmp_path, monkeypatch, capsys, caplog
 ):
@@ -296,6 +297,7 @@ def _launch(*arguments):
     )
 
 
+@pytest.mark.slow
 def test_the_clinic_is_written_before_it_is_read_and_found_again(tmp_path):
     cfg = _config(tmp_path / "cache")
     sizes = ClinicSizes(
@@ -335,6 +337,7 @@ def test_the_command_runs_the_default_config_for_a_few_steps(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["sft"]["settings"]["batch_size"] == 2
 
 
+@pytest.mark.slow
 def test_the_command_refuses_a_bad_setting_in_one_line(tmp_path):
     done = _launch("--config=configs/sft.py", f"--workdir={tmp_path}", "--config.sft.batch_size=0")
     assert done.returncode == 1

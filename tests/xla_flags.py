@@ -11,6 +11,8 @@ import sys
 # twice as fast without its newer emitters of fusions, which later versions always use.
 OPTIMIZATION = "--xla_backend_optimization_level=0"
 OLDER_EMITTERS = "--xla_cpu_use_fusion_emitters=false"
+# Each of two workers has one core, so a program that is compiled in parts only has more of them.
+ONE_PART = "--xla_cpu_parallel_codegen_split_count=1"
 # On a loaded machine 8 virtual devices may wait long for each other, which XLA takes for a deadlock
 # after 40 s and ends the process.
 PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds=1200"
@@ -37,7 +39,7 @@ def known(*flags: str) -> str:
 
 def for_tests() -> str:
     """The value of XLA_FLAGS for the tests."""
-    return known(OPTIMIZATION, OLDER_EMITTERS, PATIENCE)
+    return known(OPTIMIZATION, OLDER_EMITTERS, ONE_PART, PATIENCE)
 
 
 if __name__ == "__main__":

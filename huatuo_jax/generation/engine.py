@@ -14,7 +14,7 @@ gets all answers.
 
 import itertools
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
@@ -29,7 +29,7 @@ from huatuo_jax.generation import weights
 from huatuo_jax.generation.buckets import Buckets
 from huatuo_jax.generation.cache import Cache, Pages, PageTable, check_fits
 from huatuo_jax.generation.prefix_cache import PrefixCache, PromptCache
-from huatuo_jax.generation.programs import PAGE_SIZE, STEPS_PER_ROUND, Programs
+from huatuo_jax.generation.programs import PAGE_SIZE, STEPS_PER_ROUND, Programs, programs_of
 from huatuo_jax.generation.requests import (
     MAX_STOP_TOKENS,
     Answer,
@@ -217,15 +217,16 @@ class Engine:
         )
         self._model, self._mesh, self._tokenizer = model, mesh, tokenizer
         self._max_length, self._steps, self._cast = max_length, steps_per_round, cast_weights
-        self._programs = Programs(
+        self._programs = programs_of(
             model,
             mesh=mesh,
             max_length=max_length,
             page_size=page_size,
             steps=steps_per_round,
-            cache_dtype=dtype,
+            cache_dtype=np.dtype(dtype),
             split_layers=self._split_layers,
         )
+        self._compiled_before = Counter(self._programs.compilations)
         self._table = SlotTable(slots)
         self._queue: deque[tuple[int, Request]] = deque()
         self._prefilled: deque[tuple[int, Running]] = deque()  # (row of the prompt cache, answer)
@@ -448,7 +449,7 @@ class Engine:
             queued_slot_steps=self._queued_steps,
             queued_busy_slot_steps=self._queued_busy_steps,
             pages_in_use=self._pool.pages_in_use,
-            compilations=dict(self._programs.compilations),
+            compilations=dict(self._programs.compilations - self._compiled_before),
             max_compilations=self._buckets.num_programs
             + (self._buckets.num_prefix_programs if self._prefixes.num_pages else 0),
         )

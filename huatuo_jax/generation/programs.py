@@ -203,6 +203,19 @@ class Programs:
         )
 
 
+@functools.lru_cache(maxsize=8)
+def programs_of(model: Transformer, **settings: Any) -> Programs:
+    """Returns the programs of a model, which all its engines of the same settings share.
+
+    An engine made anew, as for each model of an evaluation, then traces and compiles nothing.
+
+    Args:
+        model: the backbone.
+        **settings: see `Programs`.
+    """
+    return Programs(model, **settings)
+
+
 def _copy_pages(cache: Cache, source: Cache, sources_M: jax.Array, targets_M: jax.Array) -> Cache:
     specs = _cache_specs(cache)
     copy = caches.on_shards(

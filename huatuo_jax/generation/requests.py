@@ -161,7 +161,8 @@ class EngineReport:
         queued_slot_steps: slots times decode steps, while answers were waiting for a slot.
         queued_busy_slot_steps: those of them that gave a token.
         pages_in_use: pages of the cache that answers have now.
-        compilations: programs compiled, by kind, since the engine was made.
+        compilations: programs compiled, by kind, since the engine was made; those that an engine of
+            the same model and settings had compiled before are not compiled again.
         max_compilations: largest possible number of them, whatever the requests.
     """
 

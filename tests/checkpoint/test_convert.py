@@ -43,6 +43,7 @@ def command(*flags, **options):
     )
 
 
+@pytest.mark.slow
 def test_the_command_converts_there_and_back_and_verifies(llama, tmp_path):
     ours, back = tmp_path / "ours", tmp_path / "back"
     there = command(f"--source={llama}", f"--target={ours}", "--verify")

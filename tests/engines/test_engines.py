@@ -358,6 +358,7 @@ def _start(manifest, folder):
     return running
 
 
+@pytest.mark.slow
 def test_a_jobsets_command_in_two_processes_is_stopped_by_a_signal_and_resumes(tmp_path):
     data = SAMPLE_FOLDER / "real_conversation.jsonl"
     command = (

@@ -122,7 +122,11 @@ def test_a_second_run_pays_for_nothing(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("concurrency", "kill_at"), [(1, (7, 20, 33, 41, 48)), (4, (9, 22, 33, 41, 50))]
+    ("concurrency", "kill_at"),
+    [
+        pytest.param(1, (7, 20, 33, 41, 48), marks=pytest.mark.slow),
+        (4, (9, 22, 33, 41, 50)),
+    ],
 )
 def test_killed_five_times_it_pays_again_for_replies_lost_under_way_alone(
     tmp_path, start, concurrency, kill_at

@@ -524,6 +524,7 @@ def run(*arguments, cwd):
     )
 
 
+@pytest.mark.slow
 def test_the_harness_runs_without_torch(folder, tmp_path):
     files = json.dumps(made_up_files(tmp_path))
     done = run("-c", WITHOUT_TORCH, os.fspath(folder), files, cwd=tmp_path)

@@ -127,6 +127,20 @@ def test_new_weights_are_used_and_compile_nothing(engine):
     assert logits_TV[11:-1].argmax(-1).tolist() == after.token_ids != before.token_ids
 
 
+def test_an_engine_of_the_same_model_and_settings_compiles_nothing():
+    requests = [tiny.request(length, max_new_tokens=5) for length in (20, 40)]
+
+    def compiled(**settings):
+        own = tiny.engine(**settings)
+        assert own.generate_in_order(requests) == expected
+        return own.report.compilations
+
+    expected = tiny.engine().generate_in_order(requests)
+    assert set(compiled(max_length=88)) == {"allocate", "prefill", "insert", "decode"}
+    assert not compiled(max_length=88)
+    assert set(compiled(max_length=80)) == {"allocate", "prefill", "insert", "decode"}
+
+
 def test_adapters_are_applied():
     lora = LoraConfig(rank=2, alpha=4.0)
     adapters = init_adapters(jax.random.key(1), tiny.CFG, lora)

@@ -14,7 +14,7 @@ class Failed(Exception):
     """Stands for any error of a device."""
 
 
-def poison(engine, program, *, seed):
+def poison(engine, program, *, seed, patch):
     """Lets a program fail, after it took its arguments, while a request of this seed is held."""
     run = getattr(engine._programs, program)
 
@@ -27,7 +27,8 @@ def poison(engine, program, *, seed):
             raise Failed
         return result
 
-    setattr(engine._programs, program, fails)
+    # Engines of one model share their programs, so what is patched is put back.
+    patch.setattr(engine._programs, program, fails)
 
 
 def requests():
@@ -68,11 +69,11 @@ def run(engine, indices):
     ("program", "poisoned"),
     [("allocate", 2), ("prefill", 2), ("extend", 6), ("insert", 6), ("decode", 2)],
 )
-def test_a_request_that_makes_steps_fail_stops_no_other(program, poisoned):
+def test_a_request_that_makes_steps_fail_stops_no_other(program, poisoned, monkeypatch):
     asked, expected = requests(), expected_token_ids()
     engine = tiny.engine(page_size=8, prefix_cache_pages=16)
     list(engine.generate(asked[:2]))  # So that there are pages to begin with.
-    poison(engine, program, seed=poisoned)
+    poison(engine, program, seed=poisoned, patch=monkeypatch)
     seeds = {engine.submit(request): request.seed for request in asked}
     answers, failed = run(engine, seeds)
     assert failed
@@ -94,9 +95,11 @@ def test_a_request_that_makes_steps_fail_stops_no_other(program, poisoned):
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_a_failed_step_is_not_followed_by_another_until_its_requests_are_dropped(program):
+def test_a_failed_step_is_not_followed_by_another_until_its_requests_are_dropped(
+    program, monkeypatch
+):
     engine, asked = tiny.engine(page_size=8, prefix_cache_pages=16), requests()
-    poison(engine, program, seed=6)
+    poison(engine, program, seed=6, patch=monkeypatch)
     first, second = engine.submit(asked[0]), engine.submit(asked[-1])
     with pytest.raises(Failed):
         while engine.busy:
@@ -141,11 +144,11 @@ def test_a_failure_of_one_answer_loses_no_other_that_is_complete(tokenizer, monk
     assert run_alone(engine, asked[2]) == ({(2, 0): expected[2][0].token_ids}, False)
 
 
-def test_a_failure_within_generate_leaves_the_engine_ready():
+def test_a_failure_within_generate_leaves_the_engine_ready(monkeypatch):
     engine = tiny.engine(page_size=8, prefix_cache_pages=16)
     asked = requests()
     expected = engine.generate_in_order(asked[:2])
-    poison(engine, "decode", seed=4)
+    poison(engine, "decode", seed=4, patch=monkeypatch)
     with pytest.raises(Failed):
         list(engine.generate(asked))
     assert not engine.busy

@@ -12,7 +12,7 @@ from huatuo_jax.backbone.transformer import Transformer
 from huatuo_jax.core import sharding
 from huatuo_jax.generation.cache import Cache
 from huatuo_jax.generation.prefix_cache import PrefixCache
-from huatuo_jax.generation.programs import Programs
+from huatuo_jax.generation.programs import Programs, programs_of
 from huatuo_jax.generation.requests import Request, SamplingConfig
 from tests.generation import tiny
 
@@ -60,8 +60,9 @@ def cached_tokens(answers):
     return cached, length
 
 
-@pytest.mark.parametrize("split_layers", [True, False])
+@pytest.mark.parametrize("split_layers", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_greedy_turns_are_the_same_and_only_their_new_tokens_are_run(split_layers):
+    programs_of.cache_clear()  # So that all that it needs is compiled here.
     own = engine(split_layers=split_layers)
     expected = plain_turns(GREEDY)
     assert converse(own, GREEDY) == expected
@@ -86,13 +87,20 @@ def test_drawn_turns_follow_from_their_seed_whatever_is_cached():
     assert converse(own, DRAWN, seed=50) == plain_turns(DRAWN, seed=50)
 
 
-@pytest.mark.parametrize("model", [WINDOWED, ALIBI], ids=["sliding window", "alibi"])
+@pytest.mark.parametrize(
+    "model",
+    [
+        pytest.param(WINDOWED, id="sliding window"),
+        pytest.param(ALIBI, id="alibi", marks=pytest.mark.slow),
+    ],
+)
 def test_greedy_turns_are_the_same_with_other_attention(model):
     own = engine(model=model)
     assert converse(own, GREEDY) == plain_turns(GREEDY, model=model)
     assert own.report.cached_prompt_tokens > 100
 
 
+@pytest.mark.slow
 def test_greedy_turns_are_the_same_with_a_cache_of_lower_precision():
     """Prompts read rounded keys and values with and without cached pages."""
     own = engine(cache_dtype=jnp.bfloat16)

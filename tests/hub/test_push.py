@@ -130,6 +130,7 @@ def test_pushed_again_nothing_is_sent_and_nothing_is_committed(run, hub):
     assert hub.uploads == uploaded
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_and_run_again_it_completes_without_a_second_upload(run, hub):
     hub.hold_after = 1
     process, output = start(run, hub)

@@ -107,7 +107,7 @@ def fuzz(seed, tmp_path, monkeypatch):
 
 
 def test_odd_replies_by_the_thousand(tmp_path, monkeypatch):
-    assert sum(fuzz(seed, tmp_path, monkeypatch) for seed in range(110)) > 3000
+    assert sum(fuzz(seed, tmp_path, monkeypatch) for seed in range(40)) > 1000
 
 
 @pytest.mark.slow

@@ -113,6 +113,7 @@ def lost_calls(workdir):
     return {row["call"] for row in rows} - ended
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_while_it_is_judged_ends_as_an_unbroken_one(unbroken, tmp_path):
     kill_at_requests(tmp_path, (9, 14), unbroken)
 

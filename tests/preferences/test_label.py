@@ -156,6 +156,7 @@ def test_a_failing_server_is_paid_exactly_what_it_counts(tmp_path, prices, monke
     check_failures(tmp_path, prices, monkeypatch, num_prompts=14, protocol="score", kills=0)
 
 
+@pytest.mark.slow
 def test_a_killed_labeller_goes_on(tmp_path, prices, monkeypatch):
     check_failures(tmp_path, prices, monkeypatch, num_prompts=14, protocol="score", kills=1)
 
@@ -232,7 +233,7 @@ def test_a_command_with_a_wrong_key_ends_in_one_line(answers, prices, tmp_path):
     assert not any(output.parent.glob("*"))
 
 
-@pytest.mark.parametrize("num_good", [0, 1])
+@pytest.mark.parametrize("num_good", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_the_exit_code_says_whether_anything_was_judged(answers, prices, tmp_path, num_good):
     output = tmp_path / "out" / "labels.jsonl"
     what = Planted(utilities=answers[1], fault=lambda n: None if n < num_good else "prose")

@@ -124,6 +124,7 @@ def run():
 """
 
 
+@pytest.mark.slow
 def test_killed_in_that_stage_it_pays_for_nothing_twice(folder, start):
     planted, kill_at, count = planted_judge.Planted(faults=0.0), (5, 14), 5
     questions = folder.parent / "kuake.json"

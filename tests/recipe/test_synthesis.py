@@ -28,6 +28,7 @@ def rows_of(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+@pytest.mark.slow
 def test_its_rows_are_trained_on_and_told_in_the_report(tmp_path, capsys, on_one_device):
     run_rlaif(recipe(BOTH), tmp_path)
     told = capsys.readouterr().out

@@ -288,6 +288,7 @@ def launch(tmp_path, *flags):
     )
 
 
+@pytest.mark.slow
 def test_a_clinic_that_cannot_be_is_named_by_its_field_from_the_shell(tmp_path):
     found = launch(tmp_path, "--config.clinic.seed=3", "--config.clinic.sizes.prompts=-1")
     assert found.returncode == 1

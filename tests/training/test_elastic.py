@@ -107,7 +107,7 @@ def _decisive(workdir, name):
 @pytest.mark.parametrize(
     ("name", "stage"),
     [
-        ("sft", _sft),
+        pytest.param("sft", _sft, marks=pytest.mark.slow),
         pytest.param("reward", _reward, marks=pytest.mark.slow),
     ],
 )

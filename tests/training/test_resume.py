@@ -90,6 +90,7 @@ def test_a_run_in_a_bucket_killed_at_random_moments_ends_as_on_a_disk(unbroken, 
     assert_identical(SFT.result(place), unbroken)
 
 
+@pytest.mark.slow
 def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(unbroken, tmp_path):
     process = SFT.start(tmp_path, seconds_each=0.02)
     checkpoints = SFT.checkpoints(tmp_path)
