@@ -121,6 +121,14 @@ def test_a_group_whose_rewards_are_equal_moves_nothing_at_all(num_answers):
         np.testing.assert_array_equal(found_BG, 0)
 
 
+def test_the_deviation_makes_as_much_of_a_rubrics_noise_as_of_a_difference():
+    rewards_BG = jnp.array([[0.4, 0.6, 0.4, 0.6], [0.49, 0.51, 0.49, 0.51]])  # As tunix#953.
+    divided_BG = grpo_advantages(rewards_BG, divide_by_deviation=True)
+    np.testing.assert_allclose(divided_BG[1], divided_BG[0], rtol=0.02)
+    plain_BG = grpo_advantages(rewards_BG, divide_by_deviation=False)
+    np.testing.assert_allclose(plain_BG[1], plain_BG[0] / 10, rtol=1e-5)
+
+
 def test_a_reward_far_from_the_others_leaves_them_their_digits():
     rewards_BG = np.float32([[1000.0, 0.5, 0.25, 0.125], [-1000.0, 3.0, 3.5, 2.0]])
     exact_BG = np.float64(rewards_BG)

@@ -12,6 +12,8 @@ from huatuo_jax.ppo.reward_mix import MixedRewards, ScorerRewards, combined
 from huatuo_jax.ppo.reward_terms import RewardMixConfig, RewardTerm
 from huatuo_jax.ppo.rollout import Sampled
 from huatuo_jax.ppo.targets import compile_targets, rollout_fields
+from huatuo_jax.reward_functions.lengths import over_free_tokens
+from huatuo_jax.reward_functions.rubrics import HUATUOGPT_3
 from huatuo_jax.training.metrics import read_rows
 from huatuo_jax.training.scoring import Normalization
 from tests.ppo.test_targets import _experience
@@ -90,6 +92,20 @@ def test_an_adjustment_alone_is_no_reward():
         "ppo/reward/brevity": -2.5,
         "ppo/reward/brevity/without": 0.0,
     }
+
+
+def test_a_rubric_of_positive_points_alone_pays_for_length_and_a_penalty_takes_it_back():
+    cfg = RewardMixConfig(
+        terms=(RewardTerm(name="rubric"), RewardTerm(name="length", adjusts=True)),
+    )
+    met = [[True, False, False], [True, True, False], [True, True, True], [True, True, True]]
+    scores = [HUATUOGPT_3.score([1.0, 1.0, 1.0], one) for one in met]  # Each is longer.
+    assert scores == sorted(scores) and scores[-1] == 1.0
+    tokens = [200, 1000, 2200, 4200]
+    penalties = over_free_tokens([None] * 4, [""] * 4, num_final_tokens=tokens)
+    terms = {"rubric": numbers(*scores), "length": numbers(*penalties)}
+    found = combined(cfg, terms, group=None)
+    np.testing.assert_allclose(found.scores_N, [1 / 3, 2 / 3 - 0.1, 0.75, 0.5], rtol=1e-6)
 
 
 def test_normalised_terms_are_in_deviations_of_their_group_before_they_are_summed():

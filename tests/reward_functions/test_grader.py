@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import threading
 
 import pytest
@@ -246,6 +247,15 @@ def test_the_judge_sees_the_final_part_alone_and_up_to_its_length(tmp_path):
             run.rewards(asked(f"{THINKING}答案一二三四五", rubrics=[RUBRIC]))
         text = server.requests[0]["messages"][1]["content"]
         assert "\n答案一二三\n" in text and "must say true" not in text
+
+
+@pytest.mark.parametrize("response", ["", THINKING, "<think>cut off before the end of the though"])
+def test_an_empty_answer_is_judged_as_such_and_not_by_its_thinking(tmp_path, response):
+    with ScriptedServer(lambda body, number: verdicts(False, True)) as server:
+        with Run(tmp_path, server, settings={"rule": "healthbench"}) as run:
+            assert run.rewards(asked(response, rubrics=[RUBRIC])) == [-0.8]
+        text = server.requests[0]["messages"][1]["content"]
+        assert re.search(r"<response (\w+)>\n\n</response \1>", text)
 
 
 def test_a_response_without_the_thinking_that_is_needed_is_not_asked_about(tmp_path):
