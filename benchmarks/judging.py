@@ -1,10 +1,12 @@
 """A judge inside PPO's loop: an iteration whose judging goes on meanwhile beside one that waits.
 
-A judge behind a local server takes its time for each of an iteration's answers. `meanwhile` is the
-loop as it is: answers are judged as they finish, and while log-probabilities are computed.
-`afterwards` has the same function without the mark `one_by_one`: it is called when all answers are
-there, so that generation and judging follow each other. Both go through the same answers and the
-same verdicts. Seconds are medians over iterations without the first two, which compile.
+A judge behind a local server takes its time for each of an iteration's answers. In the first case
+generation is longer than judging, as few answers are sampled at once; in the second a verdict takes
+as long as a language model's, and judging is longer. `meanwhile` is the loop as it is: answers are
+judged as they finish, and while log-probabilities are computed. `afterwards` has the same function
+without the mark `one_by_one`: it is called when all answers are there, so that generation and
+judging follow each other. Both go through the same answers and the same verdicts. Seconds are
+medians over iterations without the first two, which compile.
 
     python launch/train.py --config=configs/rewards.py:diagnosis --workdir=runs/rewards/diagnosis
     python benchmarks/judging.py --run=runs/rewards/diagnosis
@@ -41,10 +43,11 @@ WAYS = {
     "meanwhile": "huatuo_jax.reward_functions.graded:verified",
     "afterwards": f"{__file__}:verified_afterwards",
 }
-DELAYS_S = (0.05, 0.15)
-"""Of a verdict in the mean; each takes between a half and one and a half of it."""
-CONCURRENCY = 8
-ITERATIONS = 5
+CASES: Mapping[float, int | None] = {0.05: 4, 1.0: None}
+"""By the seconds of a verdict in the mean, each of which takes between a half and one and a half of
+it: the answers sampled at once."""
+CONCURRENCY = GraderConfig().concurrency
+ITERATIONS = 4
 WITHOUT = 2
 
 Figures = dict[str, Any]
@@ -85,7 +88,7 @@ class Judge(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Lists the models."""
-        self._send({"data": [{"id": f"{delay_s}"} for delay_s in DELAYS_S]})
+        self._send({"data": [{"id": f"{delay_s}"} for delay_s in CASES]})
 
     def log_message(self, *_: Any) -> None:
         """Logs nothing."""
@@ -116,7 +119,7 @@ def main(run: str) -> None:
         url = f"http://127.0.0.1:{ours.recv()}/v1"
         with tempfile.TemporaryDirectory() as compiled:  # Both ways run the same programs.
             jax.config.update("jax_compilation_cache_dir", compiled)
-            delays = {f"{delay_s}": measure(run, url, delay_s) for delay_s in DELAYS_S}
+            delays = {f"{delay_s}": measure(run, url, delay_s) for delay_s in CASES}
     finally:
         server.terminate()
     found = {
@@ -147,8 +150,7 @@ def figures(
     assert scores[0] == scores[1], "both have the same answers and verdicts"
     of_one, of_other = seconds(meanwhile[WITHOUT:]), seconds(afterwards[WITHOUT:])
     generation, judging = of_other["generation"], of_other["scoring"]
-    # Of the iteration, without what it does beside them.
-    both = of_one["step"] - of_other["log_probs"] - of_other["update"]
+    both = of_one["generation"] + of_one["judging"] + of_one["scoring"]
     longer = max(generation, judging)
     return {
         "meanwhile": of_one,
@@ -156,6 +158,7 @@ def figures(
         "generation_s": generation,
         "judging_s": judging,
         "both_s": both,
+        "iteration_over_longer": of_one["step"] / longer,
         "both_over_longer": both / longer,
         "sum_over_longer": (generation + judging) / longer,
     }
@@ -175,6 +178,7 @@ def config(run: str, url: str, delay_s: float, function: str) -> Any:
         reward=RewardMixConfig(
             terms=(term,), grader=GraderConfig(judge=judge, concurrency=CONCURRENCY)
         ),
+        rollout=dataclasses.replace(ppo.rollout, slots=CASES[delay_s]),
         held_out_rewards=None,
         num_iterations=ITERATIONS,
     )

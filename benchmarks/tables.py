@@ -206,28 +206,32 @@ def sft_on_real_data() -> str:
 
 def judging() -> str:
     """Seconds of an iteration that is judged meanwhile, and of one that is judged afterwards."""
-    rows = [
-        (
-            f"{float(delay):g}",
-            f"{one['generation_s']:.2f}",
-            f"{one['judging_s']:.2f}",
-            f"{one['both_s']:.2f}",
-            f"{one['both_over_longer']:.2f}",
-            f"{one['sum_over_longer']:.2f}",
-            f"{one['afterwards']['step']:.2f}",
-            f"{one['meanwhile']['step']:.2f}",
+    rows = []
+    for delay, one in _read("judging_cpu")["delays"].items():
+        of_loop, of_other = one["meanwhile"], one["afterwards"]
+        ratios = ("both_over_longer", "iteration_over_longer")
+        seconds = (
+            one["generation_s"],
+            one["judging_s"],
+            of_other["step"],
+            of_loop["step"],
+            one["both_s"],
+            of_loop["log_probs"],
+            of_loop["update"],
         )
-        for delay, one in _read("judging_cpu")["delays"].items()
-    ]
+        cells = (*(f"{part:.1f}" for part in seconds), *(f"{one[name]:.2f}" for name in ratios))
+        rows.append((f"{float(delay):g}", *cells))
     heads = (
         "seconds a verdict",
-        "generation",
-        "judging",
-        "both in the loop",
-        "over the longer",
-        "the sum over the longer",
+        "generation alone",
+        "judging alone",
         "iteration, judged afterwards",
         "iteration, in the loop",
+        "of it, generation and waiting for verdicts",
+        "log-probabilities",
+        "update",
+        "generation and waiting, over the longer",
+        "iteration, over the longer",
     )
     return markdown(heads, rows)
 
