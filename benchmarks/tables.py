@@ -204,6 +204,21 @@ def sft_on_real_data() -> str:
     return markdown(("dialogues", "held-out loss", "bigram model"), rows)
 
 
+def rewards() -> str:
+    """What each reward raises on the clinic, beside the fine-tuned model."""
+    figures = {"right diagnosis": ".3f", "rubric": ".3f", "tokens": ".1f"}
+    rows = []
+    for name, of_model in _read("rewards")["models"].items():
+        cells = []
+        for figure, form in figures.items():
+            cell = _with_interval(of_model[figure]["mean"], form)
+            if name != "fine-tuned":
+                cell += f"<br>{_with_interval(of_model[figure]['difference'], '+' + form)}"
+            cells.append(cell)
+        rows.append((name if name == "fine-tuned" else f"rewarded for {name}", *cells))
+    return markdown(("", "right diagnoses", "rubric", "tokens"), rows)
+
+
 def judging() -> str:
     """Seconds of an iteration that is judged meanwhile, and of one that is judged afterwards."""
     rows = []
@@ -325,6 +340,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "sft_machine": lambda: machine("sft_cpu"),
     "reward_machine": lambda: machine("reward_cpu"),
     "ppo_machine": lambda: machine("ppo_cpu"),
+    "rewards": rewards,
     "judging": judging,
     "serving": serving,
     "served_interface": served_interface,
