@@ -42,7 +42,7 @@ most 10.5 % above that of the student of the teacher's own rows. Stated before a
 NUM_ROWS = 1_000
 """Rows of each student."""
 
-OWN_ROWS = 4_000
+OWN_ROWS = 8_000
 """Rows of a teacher; its student gets the first `NUM_ROWS` of them."""
 
 HELD_OUT_ROWS = 200
@@ -57,7 +57,7 @@ _OTHER_CASES = 1_000
 """Added to a seed for cases that the teacher has not seen."""
 
 _ANSWER_TOKENS = 200
-_SLOTS = 64
+_SLOTS = 128
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/synthesis", "The folder of all runs.")
 _KINDS = flags.DEFINE_list("kinds", list(KINDS), "Kinds of data.")
