@@ -45,6 +45,9 @@ NUM_ROWS = 1_000
 OWN_ROWS = 8_000
 """Rows of a teacher; its student gets the first `NUM_ROWS` of them."""
 
+TEACHER_EPOCHS = 2
+"""The card's students go over theirs three times; more rows teach more than a third time."""
+
 HELD_OUT_ROWS = 200
 
 SOURCE_ROWS = 8_000
@@ -77,6 +80,7 @@ def main() -> None:
             "distance": DISTANCE,
             "rows": NUM_ROWS,
             "rows_of_the_teacher": OWN_ROWS,
+            "epochs_of_the_teacher": TEACHER_EPOCHS,
             "held_out_rows": HELD_OUT_ROWS,
             "temperature": TEMPERATURE,
             "kinds": {name: dict(sorted(kinds[name].items())) for name in KINDS if name in kinds},
@@ -92,7 +96,9 @@ def compared(kind: Kind, seed: int, folder: pathlib.Path) -> dict[str, Any]:
         rows = own_rows(kind, OWN_ROWS + HELD_OUT_ROWS, seed, folder / "clinic.jsonl")
         write_rows(own, rows[:OWN_ROWS])
         write_rows(held_out, rows[OWN_ROWS:])
-    teacher = run_sft(fine_tuning(kind, own, held_out, OWN_ROWS, seed), folder / "teacher")
+    cfg = fine_tuning(kind, own, held_out, OWN_ROWS, seed)
+    cfg = dataclasses.replace(cfg, num_epochs=TEACHER_EPOCHS)
+    teacher = run_sft(cfg, folder / "teacher")
     synthesized = folder / "synthesized.jsonl"
     report = synthesize(kind, seed, folder / "teacher" / "sft" / "model", synthesized)
     losses = {"teacher": teacher["eval/loss"]}
