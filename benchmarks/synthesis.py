@@ -79,8 +79,6 @@ def main() -> None:
         figures = {
             "distance": DISTANCE,
             "rows": NUM_ROWS,
-            "rows_of_the_teacher": OWN_ROWS,
-            "epochs_of_the_teacher": TEACHER_EPOCHS,
             "held_out_rows": HELD_OUT_ROWS,
             "temperature": TEMPERATURE,
             "kinds": {name: dict(sorted(kinds[name].items())) for name in KINDS if name in kinds},
@@ -107,6 +105,8 @@ def compared(kind: Kind, seed: int, folder: pathlib.Path) -> dict[str, Any]:
         losses[name] = run_sft(cfg, folder / f"student_of_{name}")["eval/loss"]
     behind = losses["synthesized"] - losses["own"]
     return {
+        "rows_of_the_teacher": OWN_ROWS,
+        "epochs_of_the_teacher": TEACHER_EPOCHS,
         **{name: round(loss, 4) for name, loss in losses.items()},
         "behind": round(behind, 4),
         "holds": behind <= DISTANCE,
