@@ -258,6 +258,7 @@ def synthesis() -> str:
         (
             kind.replace("_", " "),
             seed,
+            f"{one['rows_of_the_teacher']:,} x {one['epochs_of_the_teacher']}",
             *(f"{one[name]:.3f}" for name in ("teacher", "own", "synthesized")),
             f"{one['behind']:+.3f}",
             _formatted(one["yield"], ".0%"),
@@ -265,7 +266,8 @@ def synthesis() -> str:
         for kind, seeds in found["kinds"].items()
         for seed, one in seeds.items()
     ]
-    heads = ("kind", "seed", "teacher", "student of its own rows", "of synthesized rows")
+    rows_seen = "rows of the teacher x epochs"
+    heads = ("kind", "seed", rows_seen, "teacher", "student of its own rows", "of synthesized rows")
     return markdown((*heads, "behind by", "candidates kept"), rows)
 
 
