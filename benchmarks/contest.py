@@ -67,7 +67,7 @@ def hold(
         libraries: whose versions the result names; those that are not installed are left out.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
-    result = {"date": datetime.date.today().isoformat(), **machine(libraries), "data": data}
+    result = machine(libraries) | {"data": data}
     for size in sizes:
         result[size] = measure(size)
         table(size, result[size])
@@ -199,11 +199,12 @@ def speed(turn: Result) -> float:
 
 
 def machine(libraries: Sequence[str]) -> Result:
-    """What the figures depend on beside the code."""
+    """The date, and what the figures depend on beside the code."""
     info = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8")
     names = [line.split(": ")[1] for line in info.splitlines() if line.startswith("model name")]
     installed = {found.name.lower(): found.version for found in importlib.metadata.distributions()}
     return {
+        "date": datetime.date.today().isoformat(),
         "cpu": names[0] if names else platform.processor(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": THREADS.value,

@@ -8,8 +8,8 @@ included. First each question is asked alone; every later answer has to be the s
   engine answers the same questions in bulk, without a server, as the speed of a machine drifts.
 - `open`: questions come at random times at a share of that rate, whether or not earlier ones are
   answered.
-- `peers`: a few clients ask us, `transformers serve`, and vLLM where `--vllm_python` names the
-  interpreter of an environment that has its CPU build.
+- `peers`: a few clients ask `transformers serve`, and vLLM where `--vllm_python` names the
+  interpreter of an environment that has its CPU build; they ask us before and after each.
 
     python benchmarks/serve.py --clients=64 --minutes=10
 """
@@ -21,17 +21,17 @@ import os
 import pathlib
 import random
 import re
-import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
+import contest
 import numpy as np
+import serve_contenders as servers
 from absl import app, flags, logging
 
 _SIZE = flags.DEFINE_string("size", "10m", "Model: 10m, 50m, tiny.")
@@ -44,22 +44,13 @@ _OPEN_MINUTES = flags.DEFINE_float("open_minutes", 2.0, "Of the open loop; 0 for
 _SHARE = flags.DEFINE_float("share", 0.8, "Of the load's rate, in the open loop.")
 _FEW = flags.DEFINE_integer("few", 16, "Clients of the comparison with peers.", lower_bound=1)
 _PEERS = flags.DEFINE_list("peers", ["transformers"], "Peers to ask.")
-_SLOTS = flags.DEFINE_integer("slots", 32, "Slots of our engine.", lower_bound=1)
-_THREADS = flags.DEFINE_integer("threads", 2, "Cores of everything.", lower_bound=1)
-_VLLM = flags.DEFINE_string("vllm_python", None, "Interpreter that has vLLM.")
 _OUTPUT = flags.DEFINE_string("output", "benchmarks/results/serve_cpu.json", "Where to.")
 _BULK = flags.DEFINE_string("bulk", None, "Answer this folder's questions in this process.")
 
-SHAPES = {  # Width, feed-forward width, layers, heads.
-    "tiny": (64, 160, 2, 2),
-    "10m": (256, 704, 8, 4),
-    "50m": (512, 1408, 14, 8),
-}
-QUESTIONS = 64
+LIBRARIES = ("huatuo_jax", "jax", "jaxlib", "transformers", "torch", "fastapi", "uvicorn")
+QUESTIONS, FEW_QUESTIONS = 64, 32  # Of the load, and of the peers.
 LENGTHS = (16, 96)  # Tokens of an answer.
-MAX_LENGTH = 512
 SEED = 0
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 WORDS = "头痛 发热 咳嗽 三天 两周 怎么办 老人 孩子 夜里 加重 吃药 没有 好转 需要 检查 吗".split()
 
 
@@ -88,42 +79,38 @@ class Asked(NamedTuple):
 def main(_: list[str]) -> None:
     """Measure ours and the peers, and write the result."""
     logging.set_verbosity(logging.WARNING)
-    cores = sorted(os.sched_getaffinity(0))[: _THREADS.value]
-    os.sched_setaffinity(0, cores)
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: contest.THREADS.value])
     if _BULK.value:
         serve_bulk(pathlib.Path(_BULK.value))
         return
-    result: dict[str, Any] = {"size": _SIZE.value, "slots": _SLOTS.value, "cores": len(cores)}
+    result: dict[str, Any] = {"size": _SIZE.value, "slots": servers.SLOTS.value}
+    machine = contest.machine(LIBRARIES)
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         make_model(folder)
         questions = make_questions()
         (folder / "questions.json").write_text(json.dumps(questions), encoding="utf-8")
-        with our_server(folder) as (port, process):
+        with servers.our_server(folder) as (port, process):
             alone = asyncio.run(one_after_another(port, "ours", questions))
             texts = [one.text for one in alone]
-            measure(port, "ours", questions, clients=_CLIENTS.value)  # Compiles what is left.
             if _MINUTES.value:
+                measure(port, "ours", questions, clients=_CLIENTS.value)  # Compiles what is left.
                 with bulk_engine(folder) as bulk:
-                    result["load"] = measure_load(port, process.pid, questions, texts, bulk)
+                    found = measure_load(port, process.pid, questions, texts, bulk)
+                result["load"] = {"machine": machine} | found
                 write(result)
             if _MINUTES.value and _OPEN_MINUTES.value:
                 rate = _SHARE.value * result["load"]["answers_per_s"]
                 answers = asyncio.run(open_loop(port, questions, rate=rate))
                 found = figures(answers, 60 * _OPEN_MINUTES.value, texts, questions)
-                result["open"] = found | {"asked_per_s": rate}
+                result["open"] = {"machine": machine} | found | {"asked_per_s": rate}
                 write(result)
             if _PEERS.value:
-                few = measure(port, "ours", questions, clients=_FEW.value, texts=texts)
-        if _PEERS.value:
-            result["peers"] = {"ours": few}
-        for peer in _PEERS.value:
-            with PEERS[peer](folder) as port:
-                model = "vllm" if peer == "vllm" else str(folder / "model")
-                found = measure(port, model, questions, clients=_FEW.value, texts=texts)
-            found["ours_is_faster_by"] = few["tokens_per_s"] / found["tokens_per_s"]
-            result["peers"][peer] = found
-            write(result)
+                contenders = measure_peers(folder, port, questions[:FEW_QUESTIONS], texts)
+                if "vllm" in contenders:
+                    machine["versions"]["vllm"] = contenders["vllm"].pop("version")
+                result["peers"] = {"machine": machine, "contenders": contenders}
+                write(result)
     print(json.dumps(result, indent=2))
 
 
@@ -132,7 +119,7 @@ def write(result: dict[str, Any]) -> None:
     output = pathlib.Path(_OUTPUT.value)
     output.parent.mkdir(parents=True, exist_ok=True)
     before = json.loads(output.read_text(encoding="utf-8")) if output.exists() else {}
-    if any(before.get(name) != result[name] for name in ("size", "slots", "cores")):
+    if any(before.get(name) != result[name] for name in ("size", "slots")):
         before = {}
     output.write_text(json.dumps(before | result, indent=2) + "\n", encoding="utf-8")
 
@@ -148,7 +135,7 @@ def make_model(folder: pathlib.Path) -> None:
     from huatuo_jax.data import SAMPLE_FOLDER
     from huatuo_jax.hf.tokenizer import load_tokenizer
 
-    width, wide, layers, heads = SHAPES[_SIZE.value]
+    width, wide, layers, heads = contest.SHAPES[_SIZE.value]
     tokenizer = load_tokenizer(SAMPLE_FOLDER / "tokenizer")
     cfg = BackboneConfig(
         family="llama",
@@ -159,7 +146,7 @@ def make_model(folder: pathlib.Path) -> None:
         num_heads=heads,
         num_kv_heads=heads,
         head_dim=width // heads,
-        max_positions=MAX_LENGTH,
+        max_positions=servers.MAX_LENGTH,
         initializer_range=0.08,
     )
     params = init_params(jax.random.key(SEED), cfg, ComputeConfig())
@@ -190,7 +177,10 @@ def serve_bulk(folder: pathlib.Path) -> None:
 
     saved = open_saved_model(str(folder / "model"), head="lm", mesh=MeshConfig())
     engine = saved.make_engine(
-        saved.load_params(), ComputeConfig(), slots=_SLOTS.value, max_length=MAX_LENGTH
+        saved.load_params(),
+        ComputeConfig(),
+        slots=servers.SLOTS.value,
+        max_length=servers.MAX_LENGTH,
     )
     work = [
         Request(
@@ -216,11 +206,11 @@ def serve_bulk(folder: pathlib.Path) -> None:
 @contextlib.contextmanager
 def bulk_engine(folder: pathlib.Path) -> Iterator[Callable[[], dict[str, float]]]:
     """A function that returns the figures of `serve_bulk`, which is a process of its own."""
-    command = [sys.executable, __file__, f"--bulk={folder}", f"--slots={_SLOTS.value}"]
-    command += [f"--bulk_rounds={_BULK_ROUNDS.value}", f"--threads={_THREADS.value}"]
+    command = [sys.executable, __file__, f"--bulk={folder}", f"--slots={servers.SLOTS.value}"]
+    command += [f"--bulk_rounds={_BULK_ROUNDS.value}", f"--threads={contest.THREADS.value}"]
     pipe = subprocess.PIPE
     with subprocess.Popen(
-        command, env=environment(), stdin=pipe, stdout=pipe, text=True
+        command, env=servers.environment(), stdin=pipe, stdout=pipe, text=True
     ) as process:
         assert process.stdin is not None and process.stdout is not None
         into, out = process.stdin, process.stdout
@@ -233,98 +223,6 @@ def bulk_engine(folder: pathlib.Path) -> Iterator[Callable[[], dict[str, float]]
         assert out.readline() == "ready\n"
         yield run
         into.close()
-
-
-def environment() -> dict[str, str]:
-    """That of all processes."""
-    return os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-
-
-@contextlib.contextmanager
-def our_server(folder: pathlib.Path) -> Iterator[tuple[int, subprocess.Popen[str]]]:
-    """Serves by this project while the context lasts."""
-    command = [sys.executable, str(ROOT / "launch" / "serve.py"), "--port=0"]
-    command += [f"--model=ours={folder / 'model'}", f"--slots={_SLOTS.value}"]
-    command += ["--max_waiting=100000"]
-    process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        found = re.search(r":(\d+)/", line)
-        assert found, f"the server did not start: {line}"
-        yield int(found[1]), process
-    finally:
-        process.terminate()
-        process.wait()
-
-
-@contextlib.contextmanager
-def transformers_server(folder: pathlib.Path, *more: str) -> Iterator[int]:
-    """`transformers serve`, with more flags, while the context lasts."""
-    start = "import sys; from transformers.cli.transformers import main; sys.exit(main())"
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    command = [sys.executable, "-c", start, "serve", str(folder / "model"), "--device", "cpu"]
-    command += ["--dtype", "float32", "--host", "127.0.0.1", "--port", str(port), *more]
-    with _peer(command, port) as ready:
-        yield ready
-
-
-@contextlib.contextmanager
-def vllm_server(folder: pathlib.Path) -> Iterator[int]:
-    """Serves by vLLM while the context lasts."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    command = [str(_VLLM.value), "-m", "vllm.entrypoints.openai.api_server"]
-    command += ["--model", str(folder / "model"), "--served-model-name", "vllm"]
-    command += ["--dtype", "float32", "--max-model-len", str(MAX_LENGTH), "--port", str(port)]
-    with _peer(command, port) as ready:
-        yield ready
-
-
-@contextlib.contextmanager
-def _peer(command: Sequence[str], port: int) -> Iterator[int]:
-    log = tempfile.TemporaryFile()
-    process = subprocess.Popen(
-        command,
-        env=environment(),
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,  # With all the processes that it starts.
-    )
-    try:
-        while True:
-            if process.poll() is not None:
-                raise RuntimeError(f"it has ended: {' '.join(command)}: {_end_of(log)}")
-            with contextlib.suppress(OSError):
-                socket.create_connection(("127.0.0.1", port), 1.0).close()
-                break
-            time.sleep(0.5)
-        yield port
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(20)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        log.close()
-
-
-def _end_of(log: IO[bytes]) -> str:
-    """The last lines that a process has written."""
-    log.seek(0)
-    return log.read().decode(errors="replace")[-500:]
-
-
-PEERS = {
-    "transformers": transformers_server,
-    "transformers_batching": lambda folder: transformers_server(folder, "--continuous-batching"),
-    "vllm": vllm_server,
-}
 
 
 def measure_load(
@@ -391,6 +289,32 @@ def tokens_read(answers: Sequence[tuple[int, Asked]], texts: Sequence[str]) -> f
         one.tokens * len(one.text) / len(texts[number]) if one.left else one.tokens
         for number, one in answers
     )
+
+
+def measure_peers(
+    folder: pathlib.Path, port: int, questions: list[dict[str, Any]], texts: Sequence[str]
+) -> dict[str, Any]:
+    """A few clients of each peer, and of ours before and after it; ours that is told is a median.
+
+    A peer's ratio is to the mean of ours before and after.
+    """
+
+    def few(port: int, model: str) -> dict[str, Any]:
+        return measure(port, model, questions, clients=_FEW.value, texts=texts)
+
+    few(port, "ours")  # Compiles what is left.
+    ours, peers = [few(port, "ours")], {}
+    for peer in _PEERS.value:
+        with servers.PEERS[peer](folder) as peers_port:
+            model = "vllm" if peer == "vllm" else str(folder / "model")
+            peers[peer] = few(peers_port, model)
+            if peer == "vllm":
+                peers[peer]["version"] = servers.vllm_version(peers_port)
+        ours.append(few(port, "ours"))
+        mean = float(np.mean([one["tokens_per_s"] for one in ours[-2:]]))
+        peers[peer]["ours_is_faster_by"] = mean / peers[peer]["tokens_per_s"]
+    ours.sort(key=lambda one: float(one["tokens_per_s"]))
+    return {"ours": ours[len(ours) // 2]} | peers
 
 
 async def load(

@@ -19,6 +19,7 @@ from typing import Any
 
 import openai
 import serve
+import serve_contenders
 from absl import app, flags, logging
 
 _OUT = flags.DEFINE_string("table", "benchmarks/results/serve_conformance.json", "Where to.")
@@ -227,7 +228,7 @@ def _(server: Server) -> bool:
 @contextlib.contextmanager
 def ours(folder: pathlib.Path) -> Iterator[int]:
     """Serves by this project while the context lasts."""
-    with serve.our_server(folder) as (port, _):
+    with serve_contenders.our_server(folder) as (port, _):
         yield port
 
 
@@ -236,10 +237,10 @@ def main(_: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     servers: dict[str, tuple[Any, str]] = {
         "ours": (ours, "ours"),
-        "transformers": (serve.transformers_server, "MODEL"),
+        "transformers": (serve_contenders.transformers_server, "MODEL"),
     }
-    if flags.FLAGS.vllm_python:
-        servers["vllm"] = (serve.vllm_server, "vllm")
+    if serve_contenders.VLLM.value:
+        servers["vllm"] = (serve_contenders.vllm_server, "vllm")
     table: dict[str, Any] = {"versions": {}, "checks": {name: {} for name in CHECKS}}
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
@@ -258,7 +259,7 @@ def main(_: list[str]) -> None:
 def version_of(server: str, port: int) -> str:
     """The version of a server; vLLM, of another environment, tells it itself."""
     if server == "vllm":
-        return str(json.loads(Server(port, "").get("/version"))["version"])
+        return serve_contenders.vllm_version(port)
     return importlib.metadata.version({"ours": "huatuo_jax"}.get(server, server))
 
 

@@ -121,11 +121,7 @@ def details(task: str) -> str:
 def machine(task: str) -> str:
     """When and on what a contest was measured."""
     found = _read(task)
-    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    return (
-        f"{found['date']}; {found['threads']} cores, {found['cpu']}; Python {found['python']}, "
-        f"{versions}. Data: {found['data']}."
-    )
+    return f"{_machine(found)}. Data: {found['data']}."
 
 
 def hardware(*columns: str) -> str:
@@ -301,14 +297,18 @@ def serving() -> str:
         ("slots and pages in use when all had left", f"{left:.0f}"),
         ("memory after each part, MiB", ", ".join(f"{one:,.0f}" for one in memory)),
     ]
-    peers = found.get("peers", {})
     rows += [
         (
             f"{one['clients']} clients: {CONTENDERS[name]}",
             f"{_number(one['tokens_per_s'])} tokens/s"
-            + (f" ({one['ours_is_faster_by']:.2f})" if "ours_is_faster_by" in one else ""),
+            + (f" ({one['ours_is_faster_by']:.2f})" if "ours_is_faster_by" in one else "")
+            + (
+                f", {one['failed']} of {one['answers'] + one['failed']} answers failed"
+                if one["failed"]
+                else ""
+            ),
         )
-        for name, one in peers.items()
+        for name, one in found["peers"]["contenders"].items()
     ]
     return markdown(("", ""), rows)
 
@@ -323,6 +323,11 @@ def served_interface() -> str:
         for what, has in found["checks"].items()
     ]
     return markdown(("", *heads), rows)
+
+
+def serving_machine() -> str:
+    """When and on what a few clients asked us and the peers."""
+    return f"With the peers: {_machine(_read('serve_cpu')['peers']['machine'])}."
 
 
 def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -345,6 +350,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "rewards": rewards,
     "judging": judging,
     "serving": serving,
+    "serving_machine": serving_machine,
     "served_interface": served_interface,
     "exams_machine": lambda: machine("exams_cpu"),
     "hardware": hardware,
@@ -384,6 +390,15 @@ def _with_interval(one: Figures, form: str) -> str:
     """A figure with its 95 % interval."""
     value, low, high = (_formatted(one[key], form) for key in ("value", "low", "high"))
     return f"{value} ({low} to {high})"
+
+
+def _machine(found: Figures) -> str:
+    """The date, the processor and the versions of a result."""
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    return (
+        f"{found['date']}; {found['threads']} cores, {found['cpu']}; Python {found['python']}, "
+        f"{versions}"
+    )
 
 
 def _formatted(figure: float, form: str) -> str:
