@@ -13,6 +13,7 @@ DATA = [
 LM_EVAL = ["lm-eval>=0.4.13,<0.5"]
 SERVE = ["fastapi>=0.115", "prometheus-client>=0.21", "uvicorn>=0.34"]
 GCS = ["gcsfs>=2026.1"]
+S3 = ["s3fs>=2025.3"]
 EVALUATION = ["jieba==0.42.1", "nltk>=3.9.1,<4"]
 
 setup(
@@ -71,7 +72,7 @@ setup(
         "evaluation": EVALUATION,
         "lm-eval": LM_EVAL,
         "gcs": GCS,
-        "s3": ["s3fs>=2025.3"],
+        "s3": S3,
         "serve": SERVE,
         "wandb": ["wandb>=0.20"],
         "mlflow": ["mlflow-skinny>=3.4,<4"],
@@ -82,10 +83,13 @@ setup(
             *DOCS,
             *EVALUATION,
             *GCS,
+            *S3,
             "lm-eval[api]>=0.4.13,<0.5",
             *SERVE,
             "accelerate>=1.15",
+            "flask-cors>=5.0",  # Of moto's server, without that of all other services.
             "ipython>=9.0",
+            "moto[s3]>=5.1",
             "mypy>=2.0",
             "pytest>=9.0",
             "pytest-xdist>=3.8",

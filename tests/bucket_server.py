@@ -1,18 +1,36 @@
-"""A small part of Google Cloud Storage's JSON API on loopback: objects with their generations."""
+"""A small part of Google Cloud Storage's JSON API on loopback: objects with their generations.
+
+`python -m tests.bucket_server COMMAND...` runs a command that finds the bucket `gs://bucket` there.
+"""
 
 import base64
 import datetime
 import hashlib
 import itertools
 import json
+import os
 import random
 import re
+import subprocess
+import sys
 import threading
+import types
+import typing
 import urllib.parse
 
 import google_crc32c
 
+from huatuo_jax.core.files import as_path
 from tests.local_server import Handler, LocalServer
+
+
+class Stored(typing.NamedTuple):
+    """An object; its hashes are taken once, as each list of objects holds them."""
+
+    data: bytes
+    generation: int
+    md5: str
+    crc32c: str
 
 
 class Buckets:
@@ -41,7 +59,7 @@ class Buckets:
     def files(self, bucket):
         """Name -> bytes."""
         with self.lock:
-            return {name: data for name, (data, _) in sorted(self.objects[bucket].items())}
+            return {name: found.data for name, found in sorted(self.objects[bucket].items())}
 
     def fault(self):
         """None, or whether the failing request is carried out."""
@@ -88,11 +106,11 @@ class Buckets:
                 del objects[name]
                 return 204, {}, b""
             if kind == "download" or query.get("alt") == "media":
-                return _ranged(*found, headers.get("Range"))
-            return _json(_resource(bucket, name, *found))
+                return _ranged(found.data, found.generation, headers.get("Range"))
+            return _json(_resource(bucket, name, found))
 
     def _precondition(self, found, query):
-        generation = 0 if found is None else found[1]
+        generation = 0 if found is None else found.generation
         if "ifGenerationMatch" in query and int(query["ifGenerationMatch"]) != generation:
             return _error(412, "conditionNotMet")
         if "ifGenerationNotMatch" in query and int(query["ifGenerationNotMatch"]) == generation:
@@ -111,7 +129,7 @@ class Buckets:
             if delimiter and delimiter in rest:
                 prefixes.add(prefix + rest.partition(delimiter)[0] + delimiter)
             else:
-                items.append(_resource(bucket, name, *found))
+                items.append(_resource(bucket, name, found))
         # A page holds few, so that every reader has to ask for the next one.
         begin, most = int(query.get("pageToken", "0")), min(int(query.get("maxResults", "50")), 50)
         answer = {"kind": "storage#objects", "items": items[begin : begin + most]}
@@ -152,8 +170,10 @@ class Buckets:
         wrong = self._precondition(self.objects[bucket].get(name), query)
         if wrong is not None:
             return wrong
-        self.objects[bucket][name] = found = (bytes(data), next(self._generations))
-        return _json(_resource(bucket, name, *found))
+        hashes = hashlib.md5(data), google_crc32c.Checksum(data)
+        texts = (base64.b64encode(one.digest()).decode() for one in hashes)
+        self.objects[bucket][name] = found = Stored(bytes(data), next(self._generations), *texts)
+        return _json(_resource(bucket, name, found))
 
     def _batch(self, headers, body):
         boundary = re.search(r"boundary=['\"]?([^'\";]+)", headers["Content-Type"])[1]
@@ -175,18 +195,19 @@ def _payload(part):
     return part.partition(2 * end)[2].removesuffix(end)
 
 
-def _resource(bucket, name, data, generation):
-    time = f"{datetime.datetime.fromtimestamp(1.7e9 + generation, datetime.UTC):%FT%T.%fZ}"
+def _resource(bucket, name, found):
+    moment = datetime.datetime.fromtimestamp(1.7e9 + found.generation, datetime.UTC)
+    time = f"{moment:%FT%T.%fZ}"
     return {
         "kind": "storage#object",
-        "id": f"{bucket}/{name}/{generation}",
+        "id": f"{bucket}/{name}/{found.generation}",
         "bucket": bucket,
         "name": name,
-        "size": str(len(data)),
-        "generation": str(generation),
+        "size": str(len(found.data)),
+        "generation": str(found.generation),
         "metageneration": "1",
-        "md5Hash": base64.b64encode(hashlib.md5(data).digest()).decode(),
-        "crc32c": base64.b64encode(google_crc32c.Checksum(data).digest()).decode(),
+        "md5Hash": found.md5,
+        "crc32c": found.crc32c,
         "updated": time,
         "timeCreated": time,
         "mediaLink": "none",
@@ -254,3 +275,36 @@ def serving(buckets):
             return self.rfile.read(int(self.headers.get("Content-Length") or 0))
 
     return LocalServer(Answers)
+
+
+def environment(address):
+    """What tells the libraries of a process to ask this server, with no login."""
+    place = address.rstrip("/")
+    return {
+        "STORAGE_EMULATOR_HOST": place,
+        "TENSORSTORE_GCS_HTTP_URL": place,
+        "GOOGLE_AUTH_TOKEN_FOR_TESTING": "of the tests",
+        "FSSPEC_GS": '{"token": "anon"}',
+    }
+
+
+async def _not_at_all(_):
+    pass
+
+
+def repeat_at_once(patch=setattr):
+    """From now on this process waits a moment at most before it repeats a request."""
+    as_path("gs://bucket")  # Which tells gcsfs what it has to know when it is imported.
+    import gcsfs.retry
+    from orbax.checkpoint._src.serialization import tensorstore_utils
+
+    patch(gcsfs.retry, "asyncio", types.SimpleNamespace(sleep=_not_at_all))
+    for name in ("_BASE_TS_CONTEXT", "_DEFAULT_OCDBT_TS_CONTEXT"):
+        soon = {"gcs_request_retries": {"initial_delay": "1ms", "max_delay": "10ms"}}
+        patch(tensorstore_utils, name, getattr(tensorstore_utils, name) | soon)
+
+
+if __name__ == "__main__":
+    with serving(Buckets("bucket")) as server:
+        asking = os.environ | environment(server.address)
+        sys.exit(subprocess.run(sys.argv[1:], env=asking, check=False).returncode)

@@ -4,6 +4,7 @@ import gc
 import os
 import pathlib
 import tempfile
+import threading
 
 from tests import xla_flags
 
@@ -27,8 +28,9 @@ import pytest
 from jax._src import compilation_cache
 
 from huatuo_jax.core import sharding
+from huatuo_jax.core.files import remove_folder
 from tests import shared_programs
-from tests.bucket_server import Buckets, serving
+from tests.bucket_server import Buckets, environment, serving
 
 # Tracing makes many objects of a short life. Where garbage is looked for less often, fewer of them
 # are found alive and looked at again with all the others.
@@ -85,10 +87,8 @@ def _bucket_server():
     """A server of Google Cloud Storage that every library of this process and its own asks."""
     buckets = Buckets("bucket", "my-bucket")
     with serving(buckets) as server, pytest.MonkeyPatch.context() as patch:
-        for name in ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL"):
-            patch.setenv(name, server.address.rstrip("/"))
-        patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "of the tests")
-        patch.setenv("FSSPEC_GS", '{"token": "anon"}')
+        for name, value in environment(server.address).items():
+            patch.setenv(name, value)
         patch.setitem(fsspec.config.conf, "gs", {"token": "anon"})
         yield buckets
 
@@ -99,3 +99,29 @@ def bucket(_bucket_server):
     _bucket_server.reset()
     yield _bucket_server
     _bucket_server.reset()
+
+
+@pytest.fixture(scope="session")
+def _s3_server():
+    """A server of S3 that every library of this process asks; it has the bucket `bucket`."""
+    pytest.importorskip("s3fs")
+    moto, werkzeug = map(pytest.importorskip, ("moto.server", "werkzeug.serving"))
+    # One request after another, as a condition on an object has to hold while it is written.
+    app = moto.DomainDispatcherApplication(moto.create_backend_app)
+    server = werkzeug.make_server("127.0.0.1", 0, app, threaded=False)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{server.server_port}")
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, "of-the-tests")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        fsspec.filesystem("s3", use_listings_cache=False).mkdir("bucket")
+        yield
+    server.shutdown()
+
+
+@pytest.fixture
+def s3(_s3_server):
+    """The bucket `bucket` of a server of S3, empty."""
+    yield
+    remove_folder("s3://bucket")

@@ -26,7 +26,14 @@ from huatuo_jax.backbone.transformer import Head, abstract_params
 from huatuo_jax.checkpoint import orbax_files
 from huatuo_jax.core import folders, sharding
 from huatuo_jax.core.config import as_json
-from huatuo_jax.core.files import absolute, as_path, copy_file, make_folder, open_binary
+from huatuo_jax.core.files import (
+    absolute,
+    as_path,
+    copy_file,
+    files_below,
+    make_folder,
+    open_binary,
+)
 from huatuo_jax.hf import load, weight_files
 from huatuo_jax.hf.config import from_hugging_face, is_score_model, read_json
 from huatuo_jax.hf.generation_config import CONFIG_FILE
@@ -386,12 +393,11 @@ def fingerprint(folder: pathlib.Path) -> str:
     architecture differ there, and a large model is not read twice. Cards are left out.
     """
     whole = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        if path.name == CARD_FILE:
+    for name, size in files_below(folder).items():
+        if name.name == CARD_FILE:
             continue
-        size = path.stat().st_size
-        whole.update(f"{path.relative_to(folder).as_posix()}\0{size}\0".encode())
-        with open_binary(path) as file:
+        whole.update(f"{name}\0{size}\0".encode())
+        with open_binary(folder / str(name)) as file:
             whole.update(file.read(_HASHED_BYTES))
             file.seek(max(size - _HASHED_BYTES, 0))
             whole.update(file.read(_HASHED_BYTES))

@@ -233,7 +233,7 @@ def read_arrays(path: pathlib.Path, abstract_state: Any, *, partial: bool) -> An
 
     If the arrays lie on devices of several processes, all of them have to call this; one alone may
     call it for arrays of its own. Beyond the arrays themselves the host holds at most the bytes of
-    the largest of them and 2 GB of data in flight.
+    the largest of them and 2 GB of data in flight; from a bucket, twice those of the largest.
 
     Args:
         path: a folder written by `write_arrays`, or a step's `state`.
@@ -339,9 +339,11 @@ def _described(path: pathlib.Path) -> tuple[dict[str, LeafKind], dict[str, str]]
 
 def _read_stored(path: pathlib.Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
     arguments = nested({name: _restore_args(leaf) for name, leaf in wanted.items()})
-    # Data in flight is in host memory a second time. Orbax refuses a read larger than this.
-    largest_bytes = max(map(_stored_bytes, wanted.values()))
-    handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=math.ceil(largest_bytes / 1e9) + 1)
+    # Data in flight is in host memory a second time, and from a bucket a third: as it came. Orbax
+    # refuses a read larger than this.
+    largest_gb = max(map(_stored_bytes, wanted.values())) / 1e9
+    most_gb = 1.01 * largest_gb + 0.01 if is_address(path) else math.ceil(largest_gb) + 1
+    handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=most_gb)
     readers = ocp.options.MultiprocessingOptions()
     if len(holders := _holders(wanted)) == 1:
         readers = ocp.options.MultiprocessingOptions(

@@ -14,6 +14,7 @@ import contextlib
 import io
 import json
 import os
+import pathlib
 import secrets
 import socket
 import sys
@@ -37,11 +38,12 @@ HEARTBEAT_S = 10.0
 DEAD_AFTER_S = 60.0
 """After how long without a renewal a lock is taken over, in seconds."""
 
-_WHOLE_BYTES = 32 * 2**20  # Written in one request; more is streamed.
+_WHOLE_BYTES = 32 * 2**20  # Read or written in one request; more is streamed.
 _PART_BYTES = 2**20
 _MOST_SMALL_PARTS = 32
 # Packages of which an error is that of a server, a network or a login.
 _OF_SERVERS = {"aiohttp", "azure", "botocore", "gcsfs", "google", "requests", "s3fs"}
+_reached: set[tuple[str, str]] = set()  # Protocols and buckets.
 
 
 class Address(upath.extensions.ProxyUPath):
@@ -113,20 +115,23 @@ def open_address(text: str) -> Address:
 
 
 def reach(address: Address) -> None:
-    """Sends one request for an address, which need not exist yet.
+    """Asks for an address, which need not exist yet, unless its bucket has answered before.
 
     Raises:
         ValueError: no such bucket, no right to read there, or no valid login.
     """
+    bucket = address.path.partition("/")[0]
+    if (address.protocol, bucket) in _reached:
+        return
     try:
-        if address.exists() or address.protocol not in EXTRAS:
-            return
-        try:
-            address.fs.ls(address.path.partition("/")[0])
-        except FileNotFoundError:
-            raise ValueError("there is no such bucket") from None
+        if not address.exists() and address.protocol in EXTRAS:
+            try:
+                address.fs.ls(bucket)
+            except FileNotFoundError:
+                raise ValueError("there is no such bucket") from None
     except Exception as error:
         raise ValueError(f"{address}: {reason(error) or error}") from error
+    _reached.add((address.protocol, bucket))
 
 
 def reason(error: BaseException) -> str | None:
@@ -149,9 +154,9 @@ def reason(error: BaseException) -> str | None:
 
 def write_chunks(fs: Any, path: str, chunks: Iterable[bytes | memoryview]) -> None:
     """Writes an object from its pieces: complete, or not at all."""
-    begin, rest = bytearray(), iter(chunks)
-    for chunk in rest:
-        begin += chunk
+    begin, rest = bytearray(), _slices(chunks)
+    for part in rest:
+        begin += part
         if len(begin) >= _WHOLE_BYTES:
             break
     else:
@@ -160,8 +165,9 @@ def write_chunks(fs: Any, path: str, chunks: Iterable[bytes | memoryview]) -> No
     file = fs.open(path, "wb", block_size=_WHOLE_BYTES)
     try:
         file.write(begin)
-        for chunk in rest:
-            file.write(chunk)
+        for part in rest:
+            file.write(part)
+            del part  # Else its chunk would stay in memory until the next one is there.
     except BaseException:
         # Closed, also by Python's own clearing up, the file would be stored as far as it goes.
         file.discard()
@@ -171,6 +177,25 @@ def write_chunks(fs: Any, path: str, chunks: Iterable[bytes | memoryview]) -> No
             fs.rm_file(path)
         raise
     file.close()
+
+
+def _slices(chunks: Iterable[bytes | memoryview]) -> Iterator[memoryview]:
+    """Yields the chunks in pieces: a file that is written keeps copies of what it is given."""
+    for chunk in chunks:
+        for begin in range(0, len(chunk), _WHOLE_BYTES):
+            yield memoryview(chunk)[begin : begin + _WHOLE_BYTES]
+        del chunk
+
+
+def objects_below(address: Address) -> dict[pathlib.PurePosixPath, dict[str, Any]]:
+    """Returns what the server tells of each object below an address, by its path from there."""
+    found = address.fs.find(address.path, detail=True)
+    folder = f"{address.path.rstrip('/')}/"
+    return {
+        pathlib.PurePosixPath(path.removeprefix(folder)): found[path]
+        for path in found
+        if path.startswith(folder)
+    }
 
 
 def remove_tree(address: Address) -> None:
@@ -195,16 +220,18 @@ class _Piece(NamedTuple):
 
 def _pieces(address: Address) -> tuple[list[_Piece], list[_Piece]]:
     """Returns the objects that make up a file, in order, and those that are left over."""
-    fs, folder = address.fs, f"{address.path}.parts"
+    folder, _, name = address.path.rpartition("/")
+    objects = address.fs.find(folder, prefix=name, detail=True)  # One request for all of them.
+    parts = f"{address.path}.parts/"
     found = [
-        _Piece(int(name.rpartition("/")[2]), info["size"], name)
-        for name, info in sorted(fs.find(folder, detail=True).items())
+        _Piece(int(path.removeprefix(parts)), info["size"], path)
+        for path, info in sorted(objects.items())
+        if path.startswith(parts)
     ]
-    try:
-        found.insert(0, _Piece(0, fs.info(address.path)["size"], address.path))
-    except FileNotFoundError:
-        if not found:
-            raise
+    if address.path in objects:
+        found.insert(0, _Piece(0, objects[address.path]["size"], address.path))
+    if not found:
+        raise FileNotFoundError(f"there is no file {address}")
     used: list[_Piece] = []
     end = 0
     for piece in found:
@@ -241,12 +268,12 @@ class Reader(io.RawIOBase):
         return self._place
 
     def readinto(self, buffer: Any) -> int:
-        """Reads what one object has from here on, into all of the buffer or its beginning."""
+        """Reads what one object has from here on, of one request, into the buffer's beginning."""
         view = memoryview(buffer).cast("B")
         for piece in self._pieces:
             begin = self._place - piece.begin
             if 0 <= begin < piece.size and len(view):
-                end = min(begin + len(view), piece.size)
+                end = min(begin + len(view), begin + _WHOLE_BYTES, piece.size)
                 data = self._fs.cat_file(piece.path, start=begin, end=end)
                 view[: len(data)] = data
                 self._place += len(data)

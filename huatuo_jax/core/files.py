@@ -164,18 +164,36 @@ def local_copy(path: str | os.PathLike[str], patterns: Iterable[str] = ("*",)) -
     path = as_path(path)
     if not is_address(path):
         return path
-    wanted = [name for pattern in patterns for name in sorted(path.glob(pattern)) if name.is_file()]
-    state = [(name.name, name.stat().st_size, name.stat().st_mtime) for name in wanted]
-    return _copied(path, tuple(wanted), repr(state))
+    shapes = [pathlib.PurePosixPath(pattern) for pattern in patterns]
+    wanted = {
+        name: told
+        for name, told in sorted(_addresses().objects_below(path).items())
+        if any(len(name.parts) == len(one.parts) and name.match(str(one)) for one in shapes)
+    }
+    return _copied(path, tuple(wanted), repr(wanted))
 
 
 @functools.cache
-def _copied(folder: pathlib.Path, files: tuple[pathlib.Path, ...], _: str) -> pathlib.Path:
-    made = tempfile.mkdtemp(prefix="huatuo-")
+def _copied(folder: pathlib.Path, names: tuple[pathlib.PurePosixPath, ...], _: str) -> pathlib.Path:
+    made = pathlib.Path(tempfile.mkdtemp(prefix="huatuo-"))
     atexit.register(shutil.rmtree, made, ignore_errors=True)
-    for file in files:
-        copy_file(file, pathlib.Path(made, file.relative_to(folder).as_posix()))
-    return pathlib.Path(made)
+    for name in names:
+        copy_file(folder / str(name), made / name)
+    return made
+
+
+def files_below(folder: pathlib.Path) -> dict[pathlib.PurePosixPath, int]:
+    """Returns the size in bytes of each file below a folder, by its path from there, in order."""
+    if is_address(folder):
+        told = _addresses().objects_below(folder)
+        found = {name: int(told[name]["size"]) for name in told}
+    else:
+        found = {
+            pathlib.PurePosixPath(path.relative_to(folder).as_posix()): path.stat().st_size
+            for path in folder.rglob("*")
+            if path.is_file()
+        }
+    return dict(sorted(found.items()))
 
 
 def copy_file(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:

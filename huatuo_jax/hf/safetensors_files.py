@@ -262,13 +262,13 @@ def write_safetensors(
     index = b"" if len(shards) == 1 else _encode_index(contents)
     total_size = sum(tensor.num_bytes for tensor in tensors)
     writer = _DurableWriter(total_size + sum(map(len, headers.values())) + len(index))
+    write_file = write_chunks if is_address(folder) else writer.write_file
 
     for filename, shard in contents.items():
         produced = (_produced_bytes(tensor) for tensor in _in_file_order(shard))
-        writer.write_file(folder / filename, itertools.chain([headers[filename]], produced))
+        write_file(folder / filename, itertools.chain([headers[filename]], produced))
     if len(shards) > 1:
-        writer.write_file(folder / "model.safetensors.index.json", [index])
-    _sync_folder(folder)
+        write_file(folder / "model.safetensors.index.json", [index])
 
 
 def plan_shards(
@@ -319,9 +319,6 @@ class _DurableWriter:
         self.num_missing_bytes = num_planned_bytes
 
     def write_file(self, path: pathlib.Path, chunks: Iterable[bytes | memoryview]) -> None:
-        if is_address(path):
-            write_chunks(path, chunks)
-            return
         # Only errors of our own calls name `path`: producing a chunk may read other files.
         with self._naming_missing_bytes(path):
             file = open(path, "xb", buffering=0)
@@ -333,6 +330,7 @@ class _DurableWriter:
             with self._naming_missing_bytes(path):
                 # Some file systems report a full disk only here.
                 os.fsync(file.fileno())
+        _sync_folder(path.parent)
 
     def _write_all(self, file: io.FileIO, chunk: bytes | memoryview) -> None:
         # An unbuffered file may write only a part, and returns how much.
@@ -356,8 +354,6 @@ class _DurableWriter:
 
 
 def _sync_folder(folder: pathlib.Path) -> None:
-    if is_address(folder):
-        return
     # The names of new files are part of the folder, which is synced by itself.
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -242,7 +242,7 @@ def _entry_start(file: BinaryIO, entry: zipfile.ZipInfo) -> int:
     start += int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
     if entry.compress_type != zipfile.ZIP_STORED:
         raise _RefusedError(f"entry {entry.filename} is compressed; {_RESAVE}")
-    if not header.startswith(_ZIP_MAGIC) or start + entry.file_size > _size_of(file):
+    if not header.startswith(_ZIP_MAGIC) or start + entry.file_size > _end_of(file):
         raise ValueError(f"entry {entry.filename} does not lie where it should")
     return start
 
@@ -263,7 +263,7 @@ def _read_legacy(file: BinaryIO) -> tuple[object, dict[str, int]]:
         file.seek(start)
         num_elements = int.from_bytes(file.read(8), "little")
         end = start + 8 + storage.num_bytes
-        if num_elements * storage.dtype.itemsize != storage.num_bytes or end > _size_of(file):
+        if num_elements * storage.dtype.itemsize != storage.num_bytes or end > _end_of(file):
             raise ValueError(f"storage {key} is not of the size that its tensors need")
         byte_offsets[key] = start + 8
         start = end
@@ -275,8 +275,8 @@ def _check_byte_order(is_little_endian: bool) -> None:
         raise _RefusedError(f"written on a big-endian machine; on a little-endian one, {_RESAVE}")
 
 
-def _size_of(file: BinaryIO) -> int:
-    return os.fstat(file.fileno()).st_size
+def _end_of(file: BinaryIO) -> int:
+    return file.seek(0, os.SEEK_END)
 
 
 class _TensorUnpickler(pickle.Unpickler):

@@ -3,15 +3,17 @@
 import jax
 import numpy as np
 import pytest
+import torch
 
 from huatuo_jax import convert
 from huatuo_jax.backbone.config import ComputeConfig
 from huatuo_jax.backbone.transformer import init_params
 from huatuo_jax.checkpoint.models import find_model, fingerprint, load_params, save_orbax
 from huatuo_jax.core import folders
-from huatuo_jax.core.files import as_path
+from huatuo_jax.core.files import as_path, copy_file, staged_folder
 from huatuo_jax.hf.export import export_model
 from huatuo_jax.hf.tokenizer import load_tokenizer
+from huatuo_jax.hf.weight_files import open_tensor_source
 from tests.tiny import BACKBONE, TOKENIZER
 
 
@@ -52,18 +54,33 @@ def test_a_model_goes_through_a_bucket_in_both_forms_and_comes_back(exported, bu
     assert len(sizes) > 2 and sorted(sizes) == sorted(on_disk), "shard by shard"
 
 
-def test_half_a_model_is_never_loaded(exported, bucket):
-    target = as_path("gs://bucket/model")
+def test_a_models_torch_files_are_read_in_a_bucket(exported, bucket):
+    source = open_tensor_source(exported)
+    state = {name: torch.from_numpy(source.read(name)) for name in source.names()}
+    for name, is_zip in (("new", True), ("old", False)):
+        target = as_path(f"gs://bucket/{name}")
+        copy_file(exported / "config.json", target / "config.json")
+        with staged_folder(target) as folder:
+            weights = folder / "pytorch_model.bin"
+            torch.save(state, weights, _use_new_zipfile_serialization=is_zip)
+        assert same(load_params(find_model(target)), load_params(find_model(exported)))
+
+
+@pytest.mark.parametrize("scheme", ["gs", "s3"])
+def test_half_a_model_is_never_loaded(exported, bucket, scheme, request):
+    if scheme == "s3":
+        request.getfixturevalue("s3")
+    target = as_path(f"{scheme}://bucket/model")
     params = load_params(find_model(exported))
     with pytest.raises(ZeroDivisionError), folders.writing_directory(target) as folder:
         export_model(params, BACKBONE, folder / "model", head="lm")
         with pytest.raises(FileNotFoundError, match="interrupted write"):
             find_model(target)
         raise ZeroDivisionError
-    assert bucket.files("bucket") == {}
+    assert not target.exists()
     export_model(params, BACKBONE, target, head="lm", max_shard_size="90KB")
-    name = next(name for name in bucket.files("bucket") if "model-00001-of-" in name)
-    place = as_path(f"gs://bucket/{name}")
+    assert same(load_params(find_model(target)), params)
+    place = next(target.glob("model-00001-of-*"))
     whole = place.read_bytes()
     for data in (whole[:-1], whole[:4], b"\xff" * 8 + whole[8:], whole[:8] + b"x" + whole[9:]):
         place.write_bytes(data)

@@ -9,32 +9,35 @@ import subprocess
 import sys
 import threading
 import time
-import types
 
 import fsspec
 import pytest
 
 from huatuo_jax.core import addresses, files, folders
 from huatuo_jax.core.files import AppendedFile, as_path, read_rows
+from tests.bucket_server import repeat_at_once
 
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-@pytest.fixture(params=["gs", "memory"])
+@pytest.fixture(params=["gs", "s3", "memory"])
 def place(request, bucket):
-    """A folder in the bucket of a server, and in one of fsspec's own in memory."""
+    """A folder in the bucket of a server of either kind, and in one of fsspec's own in memory."""
+    if request.param == "s3":
+        request.getfixturevalue("s3")
     fsspec.filesystem("memory").store.clear()
     return as_path(f"{request.param}://bucket/run")
+
+
+@pytest.fixture(autouse=True)
+def no_bucket_has_answered(monkeypatch):
+    monkeypatch.setattr(addresses, "_reached", set())
 
 
 @pytest.fixture
 def no_waiting(monkeypatch):
     """Requests are repeated at once."""
-
-    async def sleep(_):
-        pass
-
-    monkeypatch.setattr("gcsfs.retry.asyncio", types.SimpleNamespace(sleep=sleep))
+    repeat_at_once(monkeypatch.setattr)
 
 
 @pytest.fixture
@@ -119,6 +122,13 @@ def test_the_right_to_see_the_bucket_itself_is_not_needed(bucket):
     files.check_address("gs://bucket/run", name="workdir")
 
 
+def test_a_bucket_is_asked_once_for_all_addresses_of_a_config(bucket):
+    for name in ("a", "b", "c"):
+        files.check_address(f"gs://bucket/{name}", name="config.model")
+    asked = [path for _, path, _ in bucket.requests]
+    assert "/storage/v1/b/bucket/o/a" in asked and "/storage/v1/b/bucket/o/b" not in asked
+
+
 def test_a_server_that_stays_away_is_one_line(bucket, no_waiting):
     bucket.refuses = lambda method, path: 503
     with pytest.raises(ValueError, match="workdir: .*the server does not answer as it should"):
@@ -126,8 +136,9 @@ def test_a_server_that_stays_away_is_one_line(bucket, no_waiting):
 
 
 def test_an_object_appears_when_it_is_whole(place, monkeypatch):
-    monkeypatch.setattr(addresses, "_WHOLE_BYTES", 2**18)  # The least that a server takes at once.
-    path, chunks = place / "whole", [bytes([n]) * 2**17 for n in range(9)]
+    half = (5 * 2**20 if str(place).startswith("s3") else 2**18) // 2
+    monkeypatch.setattr(addresses, "_WHOLE_BYTES", 2 * half)  # The least that a server takes.
+    path, chunks = place / "whole", [bytes([n]) * half for n in range(9)]
 
     def seen(chunks):
         for chunk in chunks:
@@ -140,11 +151,11 @@ def test_an_object_appears_when_it_is_whole(place, monkeypatch):
         files.write_chunks(place / "torn", (chunk if chunk[0] < 8 else 1 // 0 for chunk in chunks))
     assert names(place) == ["whole"]
     with files.open_binary(path) as file:
-        file.seek(2**17 - 1)
+        file.seek(half - 1)
         assert file.read(2) == b"\0\1" and file.seek(-1, os.SEEK_END) and file.read() == b"\x08"
     kept = bytearray(4)
-    assert files.read_into(path, 2 * 2**17 - 2, memoryview(kept)) == 0 and kept == b"\1\1\2\2"
-    assert files.read_into(path, 9 * 2**17 - 1, memoryview(kept)) == 3
+    assert files.read_into(path, 2 * half - 2, memoryview(kept)) == 0 and kept == b"\1\1\2\2"
+    assert files.read_into(path, 9 * half - 1, memoryview(kept)) == 3
 
 
 def test_rows_are_appended_cut_and_read_as_in_a_file(place):

@@ -107,6 +107,9 @@ def test_figures_in_prose_are_those_of_the_results():
         for what in ("checkpoint", "orbax: peak", "back: peak")
     )
     assert f"checkpoint of {checkpoint} GiB" in text and f"{there} and {back} GiB" in text
+    _, there, back = re.split(r": peak (?=.*local disks)", memory)
+    written = re.findall(r"(\d\.\d) MB written", memory)
+    assert f"{there[:4]} and {back[:4]} GiB, within" in text and set(written) == {"0.1"}
 
 
 def test_presets_that_are_named_are_there():

@@ -11,6 +11,10 @@ from huatuo_jax.training.loop import INTERRUPTED_EXIT_CODE, Interrupted, LoopCon
 from tests.training.tiny import run_tiny
 
 if __name__ == "__main__":
+    if "://" in sys.argv[1]:
+        from tests.bucket_server import repeat_at_once
+
+        repeat_at_once()
     try:
         run_tiny(
             sys.argv[1],
