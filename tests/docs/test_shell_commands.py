@@ -36,7 +36,7 @@ TOOLS = {
     "mypy": "the continuous integration runs it",
     "mkdocs": "tests/docs/test_site.py builds the site",
     "pytest": "this is it: its folders are there",
-    "tests.bucket_server": "tests/checkpoint/test_bucket.py asks it: a server of buckets, in tests/",
+    "tests.bucket_server": "a server of buckets, which tests/checkpoint/test_bucket.py asks",
     "venv": "the continuous integration makes one",
     "gcloud": "needs a cloud",
     "sky": "needs a cloud: tests/engines loads its task",
