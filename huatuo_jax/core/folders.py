@@ -38,6 +38,14 @@ def is_unfinished(path: str | os.PathLike[str]) -> bool:
     return _UNFINISHED.search(path.name) is not None
 
 
+def is_written(path: str | os.PathLike[str]) -> bool:
+    """Tells whether a file or a folder is there and complete.
+
+    Of a folder in a bucket there are objects from the beginning of its writing on.
+    """
+    return as_path(path).exists() and not is_unfinished(path)
+
+
 def new_nonce() -> str:
     """Returns eight random hexadecimal digits for a temporary name."""
     return secrets.token_hex(4)

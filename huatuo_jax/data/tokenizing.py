@@ -35,7 +35,7 @@ from huatuo_jax.core.files import (
     make_folder,
     staged_folder,
 )
-from huatuo_jax.core.folders import is_unfinished, writing_directory
+from huatuo_jax.core.folders import is_written, writing_directory
 from huatuo_jax.data.chat.template import (
     ChatTemplate,
     NothingToTrain,
@@ -325,9 +325,9 @@ def build_once(
     folder = as_path(folder)
     target = folder / key
     if is_address(folder):
-        if not _is_built(target):
+        if not is_written(target):
             with locked(target, waits=True):
-                if not _is_built(target):
+                if not is_written(target):
                     _build(target, build)
         return local_copy(target)
     if target.is_dir():
@@ -338,10 +338,6 @@ def build_once(
             return target
         _build(target, build)
     return target
-
-
-def _is_built(target: pathlib.Path) -> bool:
-    return target.is_dir() and not is_unfinished(target)
 
 
 def _build(target: pathlib.Path, build: Callable[[pathlib.Path], None]) -> None:

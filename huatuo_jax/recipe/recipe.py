@@ -20,6 +20,7 @@ import jax
 from huatuo_jax.core import distributed
 from huatuo_jax.core.config import as_json, checked, differences
 from huatuo_jax.core.files import absolute, as_path, make_folder, write_file
+from huatuo_jax.core.folders import is_written
 from huatuo_jax.judge.config import reach_judge
 from huatuo_jax.recipe.base_model import check_adapted
 from huatuo_jax.recipe.checks import check_inputs, choose_offline_judge
@@ -254,7 +255,7 @@ def unfinished_stages(stages: Sequence[Stage], journal: Journal) -> set[str]:
     """
     wanted: set[str] = set()
     for stage in stages:
-        stands = journal.is_finished(stage.name) and all(path.exists() for path in stage.outputs)
+        stands = journal.is_finished(stage.name) and all(map(is_written, stage.outputs))
         if stands and stage.follows:
             hashes = stage.input_hashes()
             stands = not wanted and not journal.changes(stage.name, stage.settings, hashes)

@@ -12,6 +12,7 @@ from huatuo_jax.checkpoint import models
 from huatuo_jax.core import distributed
 from huatuo_jax.core.config import identity, placed_in
 from huatuo_jax.core.files import as_path, read_lines
+from huatuo_jax.core.folders import is_written
 from huatuo_jax.core.progress import tell
 from huatuo_jax.data.readers import content_hash
 from huatuo_jax.data.records import is_empty
@@ -399,7 +400,7 @@ def _report(cfg: RlaifConfig, workdir: pathlib.Path) -> Stage:
 
 def _save_base(cfg: RlaifConfig, target: pathlib.Path) -> None:
     """Saves the model that fine-tuning begins with, its tokenizer and template."""
-    if target.exists():
+    if is_written(target):
         return
     model = open_model(cfg.sft.model, cfg.sft.compute.compute_config())
     # Any optimizer will do: none of its state is kept.

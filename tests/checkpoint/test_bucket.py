@@ -76,9 +76,12 @@ def test_half_a_model_is_never_loaded(exported, bucket, scheme, request):
         export_model(params, BACKBONE, folder / "model", head="lm")
         with pytest.raises(FileNotFoundError, match="interrupted write"):
             find_model(target)
+        assert target.exists() and not folders.is_written(target)
         raise ZeroDivisionError
     assert not target.exists()
+    assert not folders.is_written(target)
     export_model(params, BACKBONE, target, head="lm", max_shard_size="90KB")
+    assert folders.is_written(target) and folders.is_written(target / "config.json")
     assert same(load_params(find_model(target)), params)
     place = next(target.glob("model-00001-of-*"))
     whole = place.read_bytes()
