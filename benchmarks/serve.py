@@ -108,7 +108,8 @@ def main(_: list[str]) -> None:
             if _PEERS.value:
                 contenders = measure_peers(folder, port, questions[:FEW_QUESTIONS], texts)
                 if "vllm" in contenders:
-                    machine["versions"]["vllm"] = contenders["vllm"].pop("version")
+                    versions = {"vllm": contenders["vllm"].pop("version")}
+                    machine = machine | {"versions": machine["versions"] | versions}
                 result["peers"] = {"machine": machine, "contenders": contenders}
                 write(result)
     print(json.dumps(result, indent=2))
@@ -294,9 +295,9 @@ def tokens_read(answers: Sequence[tuple[int, Asked]], texts: Sequence[str]) -> f
 def measure_peers(
     folder: pathlib.Path, port: int, questions: list[dict[str, Any]], texts: Sequence[str]
 ) -> dict[str, Any]:
-    """A few clients of each peer, and of ours before and after it; ours that is told is a median.
+    """Measures a few clients of each peer, and of our server before and after each.
 
-    A peer's ratio is to the mean of ours before and after.
+    A peer's ratio is to the mean of ours before and after it; the result of ours is their median.
     """
 
     def few(port: int, model: str) -> dict[str, Any]:

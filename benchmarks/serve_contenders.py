@@ -51,9 +51,7 @@ def our_server(folder: pathlib.Path) -> Iterator[tuple[int, subprocess.Popen[str
 def transformers_server(folder: pathlib.Path, *more: str) -> Iterator[int]:
     """`transformers serve`, with more flags, while the context lasts."""
     start = "import sys; from transformers.cli.transformers import main; sys.exit(main())"
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
+    port = _free_port()
     command = [sys.executable, "-c", start, "serve", str(folder / "model"), "--device", "cpu"]
     command += ["--dtype", "float32", "--host", "127.0.0.1", "--port", str(port), *more]
     with _peer(command, port) as ready:
@@ -63,9 +61,7 @@ def transformers_server(folder: pathlib.Path, *more: str) -> Iterator[int]:
 @contextlib.contextmanager
 def vllm_server(folder: pathlib.Path) -> Iterator[int]:
     """Serves by vLLM while the context lasts."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
+    port = _free_port()
     command = [str(VLLM.value), "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", str(folder / "model"), "--served-model-name", "vllm"]
     command += ["--dtype", "float32", "--max-model-len", str(MAX_LENGTH), "--port", str(port)]
@@ -79,6 +75,12 @@ def vllm_version(port: int) -> str:
     """The version of a vLLM server, which is of another environment."""
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/version") as response:
         return str(json.loads(response.read())["version"])
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ load the same small programs for every test. `jax.jit` is asked for a jitted fun
 functions are equal where their code is the same object and all that they hold (closures, defaults,
 arguments of partial functions, fields of frozen dataclasses) is equal; what may change is compared
 by identity, lists and dictionaries included. A function under which an attribute is patched at
-present is never shared with one under which it is not.
+present is never shared with one under which it is not, nor are an engine's programs.
 """
 
 import dataclasses
@@ -17,6 +17,8 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+
+from huatuo_jax.generation.programs import programs_of
 
 _MAX_PROGRAMS = 64
 
@@ -106,12 +108,14 @@ def share_programs() -> None:
         return made(_Made(key, function, options))
 
     def counted(patch: pytest.MonkeyPatch, *arguments: Any, **named: Any) -> None:
-        patched[id(patch)] = (*patched.get(id(patch), ()), _Same(patch))
+        patched[id(patch)] = (*patched.get(id(patch), ()), object())
+        programs_of.cache_clear()
         set_attribute(patch, *arguments, **named)
 
     def undone(patch: pytest.MonkeyPatch) -> None:
-        patched.pop(id(patch), None)
         undo(patch)
+        if patched.pop(id(patch), None):
+            programs_of.cache_clear()
 
     jax.jit = shared
     pytest.MonkeyPatch.setattr, pytest.MonkeyPatch.undo = counted, undone

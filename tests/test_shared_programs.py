@@ -82,4 +82,7 @@ def test_what_is_patched_is_not_shared_with_what_is_not():
         patch.setattr(jnp, "negative", lambda x: x)
         assert make() is not before
         assert make()(1.0) == 1.0
+        patch.undo()
+        patch.setattr(jnp, "negative", lambda x: 2 * x)
+        assert make()(1.0) == 2.0
     assert make() is before

@@ -1,7 +1,5 @@
 """What a stage of the recipe takes for written, in a bucket too."""
 
-import pathlib
-
 from huatuo_jax.checkpoint.models import find_model
 from huatuo_jax.core import folders
 from huatuo_jax.core.files import as_path, write_file
@@ -10,7 +8,7 @@ from tests.recipe.tiny import tiny_recipe, write_dialogues
 
 
 def test_a_base_model_whose_write_was_killed_is_written_anew(tmp_path, bucket):
-    data = pathlib.Path(tmp_path / "mine.jsonl")
+    data = tmp_path / "mine.jsonl"
     write_dialogues(data)
     target = as_path("gs://bucket/run/base/model")
     write_file(target / ".unfinished", "")  # As a process that is killed leaves it.
