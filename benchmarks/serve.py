@@ -83,6 +83,10 @@ def main(_: list[str]) -> None:
     if _BULK.value:
         serve_bulk(pathlib.Path(_BULK.value))
         return
+    if unknown := set(_PEERS.value) - set(servers.PEERS):
+        raise app.UsageError(f"--peers: no {sorted(unknown)[0]}, but {', '.join(servers.PEERS)}")
+    if "vllm" in _PEERS.value and servers.VLLM.value is None:
+        raise app.UsageError("--peers=vllm needs --vllm_python")
     result: dict[str, Any] = {"size": _SIZE.value, "slots": servers.SLOTS.value}
     machine = contest.machine(LIBRARIES)
     with tempfile.TemporaryDirectory() as name:
