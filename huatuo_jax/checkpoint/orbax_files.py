@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from orbax.checkpoint._src.path import gcs_utils
 
 from huatuo_jax.core.files import is_address
 from huatuo_jax.hf.load import nested
@@ -43,6 +44,10 @@ UNFINISHED = ".orbax-checkpoint-tmp"
 _SYSTEM_ERROR = re.compile(r"\[os[ _]error(?:_code)?[ ='\"]+(\d+)", re.IGNORECASE)
 
 _KEYS = "random_keys"
+
+# Orbax would ask for the kind of each bucket, with another library and the right to see the bucket
+# itself. Lists of objects are the same in all kinds.
+gcs_utils.is_hierarchical_namespace_enabled = lambda _: False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Models in a bucket: both forms there and back, as on a disk, and never half of one."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -9,6 +10,7 @@ from huatuo_jax import convert
 from huatuo_jax.backbone.config import ComputeConfig
 from huatuo_jax.backbone.transformer import init_params
 from huatuo_jax.checkpoint.models import find_model, fingerprint, load_params, save_orbax
+from huatuo_jax.checkpoint.store import CheckpointStore
 from huatuo_jax.core import folders
 from huatuo_jax.core.files import as_path, copy_file, staged_folder
 from huatuo_jax.hf.export import export_model
@@ -95,3 +97,12 @@ def test_orbax_is_not_asked_to_write_where_it_cannot(exported, tmp_path):
     params = load_params(find_model(exported))
     with pytest.raises(ValueError, match="memory://bucket/model: .* disks and to gs:// alone"):
         save_orbax(params, BACKBONE, as_path("memory://bucket/model"), head="lm")
+
+
+def test_checkpoints_need_no_right_to_see_the_bucket_itself(bucket):
+    bucket.refuses = lambda method, path: 403 if path == "/storage/v1/b/bucket" else None
+    with CheckpointStore("gs://bucket/checkpoints", keep_newest=1) as store:
+        for step in (1, 2):
+            store.save(step, {"weights": jnp.ones(3)}, config={})
+        assert store.all_steps() == [2]
+    assert not any("/1/" in name for name in bucket.files("bucket"))
