@@ -8,6 +8,7 @@ transformers and vLLM from its own files only.
 import copy
 import dataclasses
 import json
+import os
 import pathlib
 import re
 import tempfile
@@ -110,7 +111,7 @@ def _lost_characters(tokenizer: transformers.PreTrainedTokenizerBase, folder: pa
 
 
 def save_tokenizer(
-    tokenizer_or_source: transformers.PreTrainedTokenizerBase | str | pathlib.Path,
+    tokenizer_or_source: transformers.PreTrainedTokenizerBase | str | os.PathLike[str],
     target: str | pathlib.Path,
 ) -> None:
     """Writes a tokenizer into an export folder, as unchanged files wherever that is possible.
@@ -125,7 +126,7 @@ def save_tokenizer(
     target = as_path(target)
     make_folder(target)
     tokenizer: transformers.PreTrainedTokenizerBase
-    if isinstance(tokenizer_or_source, str | pathlib.Path):
+    if isinstance(tokenizer_or_source, str | os.PathLike):
         folder = local_folder(tokenizer_or_source)
         tokenizer = load_tokenizer(folder)  # also checks the folder before copying
         copied = not _needs_rebuilding(folder)
@@ -334,7 +335,7 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def local_folder(source: str | pathlib.Path) -> pathlib.Path:
+def local_folder(source: str | os.PathLike[str]) -> pathlib.Path:
     """Returns the folder itself, or a local copy of the tokenizer files of a bucket or the hub.
 
     Raises:

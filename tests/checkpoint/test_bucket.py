@@ -56,6 +56,21 @@ def test_a_model_goes_through_a_bucket_in_both_forms_and_comes_back(exported, bu
     assert len(sizes) > 2 and sorted(sizes) == sorted(on_disk), "shard by shard"
 
 
+def test_a_model_is_exported_from_and_to_a_bucket_with_its_tokenizer(exported, bucket):
+    source, target = as_path("gs://bucket/ours"), as_path("gs://bucket/export/policy")
+    convert.main(convert.Flags(source=str(exported), target=str(source)))
+    found = find_model(source)
+    export_model(
+        load_params(found),
+        found.cfg,
+        target,
+        head="lm",
+        source_folder=source,
+        max_shard_size="90KB",
+    )
+    assert fingerprint(target) == fingerprint(exported)
+
+
 def test_a_models_torch_files_are_read_in_a_bucket(exported, bucket):
     source = open_tensor_source(exported)
     state = {name: torch.from_numpy(source.read(name)) for name in source.names()}

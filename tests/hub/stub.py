@@ -12,6 +12,8 @@ import urllib.parse
 
 import yaml
 
+from tests import local_server
+
 READ_TOKEN = "hf_" + "ReadOnlyTokenOfATest" * 2
 WRITE_TOKEN = "hf_" + "SecretTokenOfThisTest" * 2
 CHUNK_BYTES = 8192
@@ -74,12 +76,7 @@ class Hub:
         self.parts = {}
         hub = self
 
-        class Handler(http.server.BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def log_message(self, *_):
-                pass
-
+        class Handler(local_server.Handler):
             def answer(self):
                 hub.handle(self)
 
