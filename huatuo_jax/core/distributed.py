@@ -381,14 +381,18 @@ def told_by_first(name: str, do: Callable[[], T]) -> T:
 
 
 def check_same(name: str, value: Any) -> None:
-    """Raises ValueError in all processes unless all gave the same JSON value."""
+    """Raises ValueError in all processes unless all gave the same JSON value.
+
+    Of dicts the message shows the fields that differ.
+    """
     values = gather(name, value)
     for index, other in enumerate(values):
         if other != values[0]:
             assert _run is not None
+            first, second = map(_shown, _unequal(values[0], other))
             raise ValueError(
                 f"{name} differs between {_run.named([0])} and {_run.named([index])}: "
-                f"{_shown(values[0])} and {_shown(other)}"
+                f"{first} and {second}"
             )
 
 
@@ -438,6 +442,16 @@ def _is_seen(path: pathlib.Path, *, timeout_s: float) -> bool:
         time.sleep(0.2)
         waited_s += 0.2
     return True
+
+
+def _unequal(one: Any, other: Any) -> tuple[Any, Any]:
+    """Returns two JSON values without the fields of dicts that are equal in both."""
+    if not (isinstance(one, dict) and isinstance(other, dict)):
+        return one, other
+    names = [name for name in {**one, **other} if one.get(name) != other.get(name)]
+    pairs = {name: _unequal(one.get(name), other.get(name)) for name in names}
+    first, second = ({name: pairs[name][index] for name in names} for index in (0, 1))
+    return first, second
 
 
 def _shown(value: Any) -> str:

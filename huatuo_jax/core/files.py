@@ -154,8 +154,9 @@ def staged_folder(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
 def local_copy(path: str | os.PathLike[str], patterns: Iterable[str] = ("*",)) -> pathlib.Path:
     """Returns a folder of the file system with a folder's files; a local `path` itself.
 
-    For code of others that reads from local folders only. A copy is made anew where the files
-    changed, and lies in the system's folder for temporary files until the process ends.
+    For code of others that reads from local folders only. A copy has the folder's name, is made
+    anew where the files changed, and lies in the system's folder for temporary files until the
+    process ends.
 
     Args:
         path: the folder.
@@ -175,11 +176,13 @@ def local_copy(path: str | os.PathLike[str], patterns: Iterable[str] = ("*",)) -
 
 @functools.cache
 def _copied(folder: pathlib.Path, names: tuple[pathlib.PurePosixPath, ...], _: str) -> pathlib.Path:
-    made = pathlib.Path(tempfile.mkdtemp(prefix="huatuo-"))
+    made = tempfile.mkdtemp(prefix="huatuo-")
     atexit.register(shutil.rmtree, made, ignore_errors=True)
+    copy = pathlib.Path(made, folder.name)
+    make_folder(copy)
     for name in names:
-        copy_file(folder / str(name), made / name)
-    return made
+        copy_file(folder / str(name), copy / name)
+    return copy
 
 
 def files_below(folder: pathlib.Path) -> dict[pathlib.PurePosixPath, int]:

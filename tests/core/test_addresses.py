@@ -268,6 +268,7 @@ def test_a_local_copy_follows_the_files(place):
     files.write_file(place / "weights", "1")
     first = files.local_copy(place, ["*.json"])
     assert names(first) == ["a.json"] and files.local_copy(place, ["*.json"]) == first
+    assert first.name == place.name
     files.write_file(place / "a.json", "22")
     assert (files.local_copy(place, ["*.json"]) / "a.json").read_text() == "22"
 

@@ -93,6 +93,7 @@ def test_dialogues_and_their_cache_may_be_in_a_bucket(
     bucket.refuses = lambda method, path: 403 if path.startswith("/upload") else None
     again = prepare(there, tokenizer, CONFIG, folder="gs://bucket/cache")
     assert texts(again.train, byte_tokenizer) == expected, "built once"
+    assert before.folder.name == after.folder.name == again.folder.name, "part of a run's identity"
 
 
 def test_the_statistics_are_those_of_the_examples(sources, tokenizer, tmp_path):

@@ -2,6 +2,7 @@
 
 import threading
 import time
+import types
 
 import pytest
 
@@ -151,6 +152,16 @@ def test_one_process_answers_at_once(tmp_path):
     with distributed.first_then_others("x"), distributed.joined():
         pass
     distributed.leave()
+
+
+def test_of_settings_that_differ_those_alone_are_shown(monkeypatch):
+    settings = [{"a": 1, "b": {"c": 2, "d": 3}}, {"a": 1, "b": {"c": 2, "d": 4}}]
+    monkeypatch.setattr(distributed, "_run", types.SimpleNamespace(named=str))
+    monkeypatch.setattr(distributed, "gather", lambda name, value: settings)
+    with pytest.raises(ValueError) as error:
+        distributed.check_same("x", settings[0])
+    told = 'x differs between [0] and [1]: {"b": {"d": 3}} and {"b": {"d": 4}}'
+    assert str(error.value) == told
 
 
 @pytest.mark.parametrize(
