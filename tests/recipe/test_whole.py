@@ -22,6 +22,7 @@ from tests.recipe.tiny import RUN_STAGES, tiny_recipe, write_dialogues
 
 ROOT = pathlib.Path(__file__).parents[2]
 MARKER = ".unfinished"
+WITH_CHECKPOINTS = ("sft", "reward", "ppo")
 pytestmark = pytest.mark.slow
 
 
@@ -223,11 +224,9 @@ class Killer:
         self._bucket, self._torn = bucket, set()
         # As many in each stage but the report; some at its first requests, some at late ones.
         requests = np.exp(np.random.default_rng(0).uniform(0, np.log(most_requests), size=kills))
-        self._moments = [
-            (1 + number * (len(RUN_STAGES) - 1) // kills, int(count))
-            for number, count in enumerate(requests)
-        ]
-        self._process, self._left = None, None
+        stages = [1 + number * (len(RUN_STAGES) - 1) // kills for number in range(kills)]
+        self._moments = list(zip(stages, map(int, requests), strict=True))
+        self._process, self._left, self._waits_for = None, None, None
         bucket.refuses = self
 
     def begins(self, process):
@@ -252,8 +251,12 @@ class Killer:
 
     def reaches(self, number):
         """The process begins a stage."""
-        if self._moments and number >= self._moments[0][0]:
-            self._left = self._moments.pop(0)[1]
+        if self._left is None and self._moments and number >= self._moments[0][0]:
+            stage, self._left = self._moments.pop(0)
+            name, is_last = RUN_STAGES[stage - 1], stage not in dict(self._moments)
+            if is_last and name in WITH_CHECKPOINTS:  # Counted from its first checkpoint on.
+                self._left = min(self._left, 40)
+                self._waits_for = rf"run/{name}/checkpoints/\d+/{COMMITTED}"
 
     def __call__(self, method, path):
         """Nothing is refused but a request that is lost with its process."""
@@ -265,6 +268,11 @@ class Killer:
                 self.torn_reads.append(path)
         if self._left is None:
             return None
+        if self._waits_for is not None:
+            objects = self._bucket.objects["bucket"]
+            if not any(re.fullmatch(self._waits_for, name) for name in objects):
+                return None
+            self._waits_for = None
         self._left -= 1
         if self._left:
             return None
@@ -296,6 +304,8 @@ def test_a_run_in_a_bucket_killed_twenty_times_ends_bit_for_bit_as_on_a_disk(
             killer.reaches(int(found[1]))
     assert process.wait() == 0, "".join(told)
     assert killer.kills == 20 and killer.num_torn and bucket.failures > 100, "".join(told)
+    resumed = {line.partition(":")[0] for line in told if "resumes from the checkpoint" in line}
+    assert resumed == set(WITH_CHECKPOINTS), "".join(told)
     assert killer.torn_reads == []
     bucket.failing = 0.0
     compare(what_stands(folder), what_stands(unbroken[0]))
