@@ -263,6 +263,15 @@ def test_a_folder_is_unfinished_until_all_is_written(place):
     kept.gen.close()
 
 
+def test_the_objects_of_a_folder_are_removed_at_once(place, monkeypatch):
+    for number in range(8):
+        files.write_file(place / f"{number}", "")
+    together, remove = threading.Barrier(8, timeout=60), addresses._remove
+    monkeypatch.setattr(addresses, "_remove", lambda *one: (together.wait(), remove(*one)))
+    files.remove_folder(place)
+    assert not place.exists()
+
+
 def test_a_local_copy_follows_the_files(place):
     files.write_file(place / "a.json", "1")
     files.write_file(place / "weights", "1")
