@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
-from huatuo_jax.core.files import is_address, write_file
+from huatuo_jax.core.files import as_path, is_address, write_file
 from huatuo_jax.core.progress import tell
 
 TrackerName = Literal["wandb", "mlflow"]
@@ -101,6 +101,35 @@ def open_trackers(
     return found
 
 
+class _EventObject:
+    """A file of events in a bucket, which is written anew at each flush.
+
+    tensorboardX's own has a condition on what is there, and fails where an answer is lost: its
+    repeated request finds the object that it has written before.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path, self._events = as_path(path), bytearray()
+
+    def write(self, data: bytes) -> None:
+        self._events += data
+
+    def flush(self) -> None:
+        write_file(self._path, bytes(self._events))
+
+    close = flush
+
+
+class _EventObjects:
+    """Makes the writers of a scheme for tensorboardX."""
+
+    open = _EventObject
+
+    @staticmethod
+    def directory_check(path: str) -> None:
+        """Does nothing: a bucket needs no folders."""
+
+
 class TensorBoard:
     """Events in a folder."""
 
@@ -108,7 +137,10 @@ class TensorBoard:
         """Opens the folder; events past `after_step`, the restored one, are hidden."""
         import tensorboardX  # Takes seconds, as it imports torch where it finds it.
         from tensorboardX.proto.summary_pb2 import Summary
+        from tensorboardX.record_writer import register_writer_factory
 
+        if is_address(folder):
+            register_writer_factory(str(folder).partition("://")[0], _EventObjects)
         self._summary, self._value = Summary, Summary.Value
         purged = 0 if after_step is None else after_step + 1
         self._events = tensorboardX.SummaryWriter(str(folder), purge_step=purged)

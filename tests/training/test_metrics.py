@@ -5,7 +5,10 @@ import json
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
+from huatuo_jax.core.files import as_path
 from huatuo_jax.training.metrics import MetricsLog, cut_rows, is_time_field, read_rows
+from huatuo_jax.training.trackers import TensorBoard
+from tests.bucket_server import repeat_at_once
 
 
 def _write(path, **kwargs):
@@ -37,18 +40,36 @@ def test_numbers_that_are_not_finite_are_left_out(tmp_path):
     assert set(row) == {"step", "time_s", "stage", "a"}
 
 
-def test_tensorboard_gets_all_numbers_of_a_row_in_one_event(tmp_path):
-    _write(tmp_path / "metrics.jsonl", tensorboard=tmp_path / "events")
-    (path,) = (tmp_path / "events").iterdir()
-    content, found = path.read_bytes(), []
+def _events(content):
+    """Step and numbers of each event with any, in a file of TensorBoard."""
+    found = []
     while content:  # TFRecord: the length and its checksum, the event and its checksum.
         size = int.from_bytes(content[:8], "little")
         event = Event.FromString(content[12 : 12 + size])
         found.append((event.step, {each.tag: each.simple_value for each in event.summary.value}))
         content = content[16 + size :]
-    rows = [(step, numbers) for step, numbers in found if numbers]
+    return [(step, numbers) for step, numbers in found if numbers]
+
+
+def test_tensorboard_gets_all_numbers_of_a_row_in_one_event(tmp_path):
+    _write(tmp_path / "metrics.jsonl", tensorboard=tmp_path / "events")
+    (path,) = (tmp_path / "events").iterdir()
+    rows = _events(path.read_bytes())
     expected = [(1, {"train/loss": 1.0}), (2, {"train/loss": 0.5}), (2, {"eval/loss": 5.0})]
     assert rows[:3] == expected and len(rows) == 4
+
+
+def test_tensorboard_in_a_bucket_holds_all_events_where_answers_are_lost(bucket, monkeypatch):
+    repeat_at_once(monkeypatch.setattr)
+    bucket.failing = 0.4
+    events = TensorBoard(as_path("gs://bucket/events"), after_step=None)
+    for step in range(10):
+        events.write(step, {"train/loss": 0.5}, time_s=1.0)
+        events.flush()
+    events.close()
+    (content,) = bucket.files("bucket").values()
+    assert _events(content) == [(step, {"train/loss": 0.5}) for step in range(10)]
+    assert bucket.failures > 3
 
 
 @pytest.mark.parametrize(
