@@ -257,6 +257,9 @@ class Killer:
             if is_last and name in WITH_CHECKPOINTS:  # Counted from its first checkpoint on.
                 self._left = min(self._left, 40)
                 self._waits_for = rf"run/{name}/checkpoints/\d+/{COMMITTED}"
+            elif is_last and name == "export":  # In the middle of what it writes.
+                self._left = min(self._left, 3)
+                self._waits_for = r"run/export/policy/.+\.json"
 
     def __call__(self, method, path):
         """Nothing is refused but a request that is lost with its process."""
