@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from huatuo_jax.backbone import attention, positions
 from huatuo_jax.backbone.blockwise_attention import Trees
@@ -59,6 +60,7 @@ class Projection(nn.Module):
         num_contracted: number of last dimensions of the inputs, and first ones of the kernel, that
             are summed over.
         kernel_shape: of the parameter `kernel`.
+        parameter: its path, which the partition rules know.
         has_bias: add the parameter `bias`.
         parts: indices at which the outputs' dimension `parts_dim` is cut.
         parts_dim: that dimension, counted from the end.
@@ -66,6 +68,7 @@ class Projection(nn.Module):
 
     num_contracted: int
     kernel_shape: tuple[int, ...]
+    parameter: str
     has_bias: bool
     cfg: BackboneConfig
     compute: ComputeConfig
@@ -83,9 +86,10 @@ class Projection(nn.Module):
             self.compute.param_dtype,
         )
         inputs, kernel = inputs.astype(dtype), kernel.astype(dtype)
+        spec = P(*sharding.parameter_spec(self.parameter)[1:])
 
         def multiply(*cuts: Any) -> tuple[jax.Array, ...]:
-            return linear(inputs, kernel, self.num_contracted, dtype, *cuts)
+            return linear(inputs, kernel, None, self.num_contracted, dtype, spec, *cuts)
 
         # The smaller array is cut. For many tokens that is the kernel: a product for each part
         # keeps the gradients of the parts separate, otherwise concatenated over all tokens.
@@ -177,6 +181,7 @@ class SelfAttention(nn.Module):
         (output_BTD,) = Projection(
             2,
             (cfg.num_heads, cfg.head_dim, cfg.hidden_size),
+            "layers/attention/output/kernel",
             cfg.output_bias,
             cfg,
             compute,
@@ -191,6 +196,7 @@ class SelfAttention(nn.Module):
         q, k, v = Projection(
             1,
             (cfg.hidden_size, cfg.num_kv_heads, block),
+            "layers/attention/qkv/kernel",
             cfg.qkv_bias,
             cfg,
             self.compute,
@@ -246,7 +252,8 @@ class FeedForward(nn.Module):
         wide_BTF = self._gated(hidden_BTD) if cfg.gated_mlp else activation(self._up(hidden_BTD))
         wide_BTF = sharding.constrain(wide_BTF, "mlp_BTF")
         shape = (cfg.intermediate_size, cfg.hidden_size)
-        down = Projection(1, shape, cfg.mlp_bias, cfg, self.compute, name="down")
+        path = "layers/mlp/down/kernel"
+        down = Projection(1, shape, path, cfg.mlp_bias, cfg, self.compute, name="down")
         (output_BTD,) = down(wide_BTF)
         return add_update(self, self.lora, "down", wide_BTF, output_BTD)
 
@@ -255,6 +262,7 @@ class FeedForward(nn.Module):
         gate_BT1F, up_BT1F = Projection(
             1,
             (cfg.hidden_size, 2, cfg.intermediate_size),
+            "layers/mlp/gate_up/kernel",
             cfg.mlp_bias,
             cfg,
             self.compute,
@@ -269,28 +277,39 @@ class FeedForward(nn.Module):
     def _up(self, hidden_BTD: jax.Array) -> jax.Array:
         cfg = self.cfg
         shape = (cfg.hidden_size, cfg.intermediate_size)
-        up = Projection(1, shape, cfg.mlp_bias, cfg, self.compute, name="up")
+        path = "layers/mlp/up/kernel"
+        up = Projection(1, shape, path, cfg.mlp_bias, cfg, self.compute, name="up")
         (up_BTF,) = up(hidden_BTD)
         return add_update(self, self.lora, "up", hidden_BTD, up_BTF)
 
 
+class Head(NamedTuple):
+    """The kernel of the logits, made once for any number of products.
+
+    Attributes:
+        kernel_DV: receives the gradient.
+        multiplied_DV: the same in the compute dtype.
+    """
+
+    kernel_DV: jax.Array
+    multiplied_DV: jax.Array
+
+
 class LmHead(nn.Module):
-    """Logits over the vocabulary, with a kernel of its own."""
+    """The head's kernel, where it is not the embedding's table."""
 
     cfg: BackboneConfig
     compute: ComputeConfig
 
     @nn.compact
-    def __call__(self, hidden_BTD: jax.Array) -> jax.Array:
-        """Returns logits `[B, T, V]`; those of padded rows are `PADDED_LOGIT`."""
-        cfg = self.cfg
-        kernel_DV = self.param(
+    def __call__(self) -> jax.Array:
+        """Returns the kernel `[D, V]`."""
+        return self.param(
             "kernel",
-            nn.initializers.normal(cfg.initializer_range),
-            (cfg.hidden_size, cfg.padded_vocab_size),
+            nn.initializers.normal(self.cfg.initializer_range),
+            (self.cfg.hidden_size, self.cfg.padded_vocab_size),
             self.compute.param_dtype,
         )
-        return project_to_vocabulary(hidden_BTD, kernel_DV, cfg, self.compute)
 
 
 class ScoreHead(nn.Module):
@@ -312,31 +331,50 @@ class ScoreHead(nn.Module):
         return (hidden_BTD.astype(dtype) @ kernel_D1.astype(dtype))[..., 0]
 
 
-def project_to_vocabulary(
-    hidden_BTD: jax.Array, kernel_DV: jax.Array, cfg: BackboneConfig, compute: ComputeConfig
-) -> jax.Array:
-    """Returns logits from the trunk's output and a head, padded vocabulary rows masked.
+def head_of(
+    kernel_DV: jax.Array, cfg: BackboneConfig, compute: ComputeConfig, *, gather: bool
+) -> Head:
+    """Makes a head of a kernel.
 
     Args:
-        hidden_BTD: output of the trunk.
-        kernel_DV: the head, or the embedding's transpose.
+        kernel_DV: the parameter, or the embedding's transpose.
         cfg: with `norm_head`, columns are scaled to unit length (NormHead, Baichuan 2,
             arXiv 2309.10305 section 2.5).
-        compute: dtypes; products are accumulated in `output_dtype`.
-
-    Returns:
-        `[B, T, V]` in `output_dtype`.
+        compute: gives the dtype of products.
+        gather: for products in a loop, whose rounds would each gather the kernel's shards.
     """
     if cfg.norm_head:
         wide_DV = kernel_DV.astype(jnp.promote_types(kernel_DV.dtype, jnp.float32))
         square_1V = jnp.square(wide_DV).sum(axis=0, keepdims=True)
         # Bounded before the root, whose derivative at a padded row of zeros would be infinite.
         kernel_DV = wide_DV / jnp.sqrt(jnp.maximum(square_1V, _SMALLEST_NORM**2))
+    multiplied_DV = kernel_DV.astype(compute.compute_dtype)
+    if gather:
+        multiplied_DV = sharding.gathered(multiplied_DV, "head_DV")
+    return Head(kernel_DV, jax.lax.stop_gradient(multiplied_DV))
+
+
+def project_to_vocabulary(
+    hidden_BTD: jax.Array, head: Head, cfg: BackboneConfig, compute: ComputeConfig
+) -> jax.Array:
+    """Returns logits from the trunk's output and a head, padded vocabulary rows masked.
+
+    Args:
+        hidden_BTD: output of the trunk.
+        head: of `head_of`.
+        cfg: gives the size of the vocabulary.
+        compute: dtypes; products are accumulated in `output_dtype`.
+
+    Returns:
+        `[B, T, V]` in `output_dtype`; those of padded rows are `PADDED_LOGIT`.
+    """
     (logits_BTV,) = linear(
         hidden_BTD.astype(compute.compute_dtype),
-        kernel_DV.astype(compute.compute_dtype),
+        head.kernel_DV,
+        head.multiplied_DV,
         1,
         compute.output_dtype,
+        sharding.parameter_spec("lm_head/kernel"),
     )
     logits_BTV = sharding.constrain(logits_BTV, "logits_BTV")
     if cfg.padded_vocab_size == cfg.vocab_size:

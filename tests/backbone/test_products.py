@@ -2,11 +2,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
 from huatuo_jax.backbone.config import BackboneConfig, ComputeConfig
 from huatuo_jax.backbone.layers import Projection
 from huatuo_jax.backbone.matmul import gated, linear
+
+QKV = "layers/attention/qkv/kernel"
 
 
 def _random(*shape, seed=0):
@@ -26,7 +29,7 @@ def test_a_product_and_its_gradients_equal_einsum(einsum, inputs, kernel, num_co
         inputs, kernel = jnp.asarray(_random(*inputs)), jnp.asarray(_random(*kernel, seed=1))
 
         def found(x, w):
-            return jnp.sin(linear(x, w, num_contracted, jnp.float64)[0])
+            return jnp.sin(linear(x, w, None, num_contracted, jnp.float64, P())[0])
 
         def expected(x, w):
             return jnp.sin(jnp.einsum(einsum, x, w))
@@ -40,7 +43,7 @@ def test_a_product_and_its_gradients_equal_einsum(einsum, inputs, kernel, num_co
 
 def test_gradients_of_16_bit_weights_are_16_bit():
     inputs, kernel = jnp.ones((1, 2, 4), jnp.bfloat16), jnp.ones((4, 3), jnp.bfloat16)
-    outputs, pull = jax.vjp(lambda x, w: linear(x, w, 1, jnp.float32)[0], inputs, kernel)
+    outputs, pull = jax.vjp(lambda x, w: linear(x, w, None, 1, jnp.float32, P())[0], inputs, kernel)
     assert outputs.dtype == jnp.float32
     assert [gradient.dtype for gradient in pull(outputs)] == [jnp.bfloat16, jnp.bfloat16]
 
@@ -65,7 +68,7 @@ def test_many_tokens_and_few_are_projected_alike():
         head_dim=8,
         max_positions=8,
     )
-    layer = Projection(1, (8, 2, 6), True, cfg, ComputeConfig(), parts=(2, 5))
+    layer = Projection(1, (8, 2, 6), QKV, True, cfg, ComputeConfig(), parts=(2, 5))
     hidden_BTD = jnp.asarray(_random(3, 8, 8), jnp.float32)
     variables = layer.init(jax.random.key(0), hidden_BTD)
     variables["params"]["bias"] = jnp.asarray(_random(2, 6), jnp.float32)

@@ -19,7 +19,9 @@ from jax.sharding import PartitionSpec as P
 from huatuo_jax.backbone.config import BackboneConfig, ComputeConfig
 from huatuo_jax.backbone.lora import LoraConfig, init_adapters
 from huatuo_jax.backbone.transformer import Transformer, abstract_params
+from huatuo_jax.compiling import hlo
 from huatuo_jax.core import sharding
+from huatuo_jax.training.losses import score_tokens
 
 ROOT = pathlib.Path(__file__).parents[2]
 COMPUTE = ComputeConfig()
@@ -238,7 +240,8 @@ def mean_loss(trained: Any, frozen: Any, batch: Any, *, cfg: BackboneConfig, lor
     variables = {"params": trained} if lora is None else {"params": frozen, "lora": trained}
     tokens_BT, segments_BT = batch["tokens_BT"], batch["segments_BT"]
     hidden_BTD = model.apply(variables, tokens_BT, segment_ids_BT=segments_BT)
-    logits_BTV = model.apply(variables, hidden_BTD[:, :-1], method="logits")
+    head = model.apply(variables, method="head")
+    logits_BTV = model.apply(variables, hidden_BTD[:, :-1], head, method="logits")
     losses_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, tokens_BT[:, 1:])
     counted_BT = (segments_BT[:, 1:] == segments_BT[:, :-1]) & (segments_BT[:, 1:] > 0)
     return jnp.sum(losses_BT * counted_BT) / counted_BT.sum()
@@ -304,6 +307,39 @@ def test_loss_and_gradients_on_a_mesh_equal_those_of_one_device(name, sizes):
         difference = np.linalg.norm(np.asarray(gradient) - np.asarray(alone))
         norm = np.linalg.norm(alone)
         assert norm > 0 and difference <= 1e-5 * norm, sharding.path_name(path)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_devices_receive_only_their_shards_of_gradients_and_gather_the_head_once(dtype):
+    chunks, rows, length = 4, 8, 24
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    model = Transformer(LLAMA, dataclasses.replace(COMPUTE, compute_dtype=dtype, remat="full"))
+    params = abstract_params(LLAMA, model.compute)
+    row = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=sharding.batch_sharding(mesh))
+    batch = dict.fromkeys(("token_ids", "segment_ids", "positions"), row)
+
+    def loss(params: Any, batch: Any) -> Any:
+        mask_BT = batch["segment_ids"] > 0
+        scores = score_tokens(model, {"params": params}, batch, mask_BT, chunk=length // chunks)
+        return scores.log_probs_BT.sum()
+
+    with jax.set_mesh(mesh):
+        placed = _placed(params, sharding.parameter_shardings(params, mesh))
+        compiled = jax.jit(jax.grad(loss)).lower(placed, batch).compile()
+    found = hlo.collectives_of(hlo.parse(compiled.as_text()), mesh, num_layers=LLAMA.num_layers)
+    reduced = [one for one in found if one.kind == "all-reduce" and "fsdp" in one.axes]
+    vector = LLAMA.hidden_size * 4
+    assert all(one.payload <= 2 * vector for one in reduced), reduced  # The norms of a layer.
+    scattered = sorted(
+        (one.op_name.split("/shard_map")[0].split("/")[-1], one.runs)
+        for one in found
+        if one.kind == "reduce-scatter"
+    )
+    of_layers = [(name, LLAMA.num_layers) for name in ("down", "gate_up", "output", "qkv")]
+    assert scattered == sorted([("Transformer.logits", chunks), *of_layers, ("embedding", 1)])
+    shard = (LLAMA.hidden_size, LLAMA.padded_vocab_size // 2)
+    gathered = [one.runs for one in found if one.kind == "all-gather" and one.dims == shard]
+    assert gathered == [1]
 
 
 def compile_everywhere() -> None:
