@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 
 from huatuo_jax.backbone import attention, positions
 from huatuo_jax.backbone.blockwise_attention import Trees
@@ -60,7 +59,6 @@ class Projection(nn.Module):
         num_contracted: number of last dimensions of the inputs, and first ones of the kernel, that
             are summed over.
         kernel_shape: of the parameter `kernel`.
-        parameter: its path, which the partition rules know.
         has_bias: add the parameter `bias`.
         parts: indices at which the outputs' dimension `parts_dim` is cut.
         parts_dim: that dimension, counted from the end.
@@ -68,7 +66,6 @@ class Projection(nn.Module):
 
     num_contracted: int
     kernel_shape: tuple[int, ...]
-    parameter: str
     has_bias: bool
     cfg: BackboneConfig
     compute: ComputeConfig
@@ -86,10 +83,9 @@ class Projection(nn.Module):
             self.compute.param_dtype,
         )
         inputs, kernel = inputs.astype(dtype), kernel.astype(dtype)
-        spec = P(*sharding.parameter_spec(self.parameter)[1:])
 
         def multiply(*cuts: Any) -> tuple[jax.Array, ...]:
-            return linear(inputs, kernel, None, self.num_contracted, dtype, spec, *cuts)
+            return linear(inputs, kernel, None, self.num_contracted, dtype, *cuts)
 
         # The smaller array is cut. For many tokens that is the kernel: a product for each part
         # keeps the gradients of the parts separate, otherwise concatenated over all tokens.
@@ -181,7 +177,6 @@ class SelfAttention(nn.Module):
         (output_BTD,) = Projection(
             2,
             (cfg.num_heads, cfg.head_dim, cfg.hidden_size),
-            "layers/attention/output/kernel",
             cfg.output_bias,
             cfg,
             compute,
@@ -196,7 +191,6 @@ class SelfAttention(nn.Module):
         q, k, v = Projection(
             1,
             (cfg.hidden_size, cfg.num_kv_heads, block),
-            "layers/attention/qkv/kernel",
             cfg.qkv_bias,
             cfg,
             self.compute,
@@ -252,8 +246,7 @@ class FeedForward(nn.Module):
         wide_BTF = self._gated(hidden_BTD) if cfg.gated_mlp else activation(self._up(hidden_BTD))
         wide_BTF = sharding.constrain(wide_BTF, "mlp_BTF")
         shape = (cfg.intermediate_size, cfg.hidden_size)
-        path = "layers/mlp/down/kernel"
-        down = Projection(1, shape, path, cfg.mlp_bias, cfg, self.compute, name="down")
+        down = Projection(1, shape, cfg.mlp_bias, cfg, self.compute, name="down")
         (output_BTD,) = down(wide_BTF)
         return add_update(self, self.lora, "down", wide_BTF, output_BTD)
 
@@ -262,7 +255,6 @@ class FeedForward(nn.Module):
         gate_BT1F, up_BT1F = Projection(
             1,
             (cfg.hidden_size, 2, cfg.intermediate_size),
-            "layers/mlp/gate_up/kernel",
             cfg.mlp_bias,
             cfg,
             self.compute,
@@ -277,8 +269,7 @@ class FeedForward(nn.Module):
     def _up(self, hidden_BTD: jax.Array) -> jax.Array:
         cfg = self.cfg
         shape = (cfg.hidden_size, cfg.intermediate_size)
-        path = "layers/mlp/up/kernel"
-        up = Projection(1, shape, path, cfg.mlp_bias, cfg, self.compute, name="up")
+        up = Projection(1, shape, cfg.mlp_bias, cfg, self.compute, name="up")
         (up_BTF,) = up(hidden_BTD)
         return add_update(self, self.lora, "up", hidden_BTD, up_BTF)
 
@@ -341,7 +332,7 @@ def head_of(
         cfg: with `norm_head`, columns are scaled to unit length (NormHead, Baichuan 2,
             arXiv 2309.10305 section 2.5).
         compute: gives the dtype of products.
-        gather: for products in a loop, whose rounds would each gather the kernel's shards.
+        gather: the shards of the mesh axis `fsdp`, for products in a loop.
     """
     if cfg.norm_head:
         wide_DV = kernel_DV.astype(jnp.promote_types(kernel_DV.dtype, jnp.float32))
@@ -350,7 +341,7 @@ def head_of(
         kernel_DV = wide_DV / jnp.sqrt(jnp.maximum(square_1V, _SMALLEST_NORM**2))
     multiplied_DV = kernel_DV.astype(compute.compute_dtype)
     if gather:
-        multiplied_DV = sharding.gathered(multiplied_DV, "head_DV")
+        multiplied_DV = sharding.constrain(multiplied_DV, "head_DV")
     return Head(kernel_DV, jax.lax.stop_gradient(multiplied_DV))
 
 
@@ -374,7 +365,6 @@ def project_to_vocabulary(
         head.multiplied_DV,
         1,
         compute.output_dtype,
-        sharding.parameter_spec("lm_head/kernel"),
     )
     logits_BTV = sharding.constrain(logits_BTV, "logits_BTV")
     if cfg.padded_vocab_size == cfg.vocab_size:

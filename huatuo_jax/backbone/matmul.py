@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from huatuo_jax.core import sharding
@@ -23,29 +22,25 @@ _CAST_IN_FORWARD = re.compile(
 )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6, 7))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
 def linear(
     inputs: jax.Array,
     kernel: jax.Array,
     multiplied: jax.Array | None,
     num_contracted: int,
     dtype: DTypeLike,
-    spec: P,
     cuts: tuple[int, ...] = (),
     cut_dim: int = -1,
 ) -> tuple[jax.Array, ...]:
     """Sums over the last dimensions of the inputs and the first ones of the kernel.
 
-    On a mesh the kernel's gradient is reduced and scattered over `fsdp` in the inputs' dtype.
-
     Args:
-        inputs: `[B, ..., *contracted]`.
+        inputs: `[..., *contracted]`.
         kernel: `[*contracted, ...]`; receives the gradient, in its dtype.
-        multiplied: the kernel in the inputs' dtype, made once for many products; None where the
-            kernel has that dtype.
+        multiplied: the kernel in the dtype of the inputs, made once for many products, to which no
+            gradient flows; None where the kernel has that dtype.
         num_contracted: number of dimensions that are summed over.
         dtype: of the sums, at least as wide.
-        spec: the kernel's sharding; a dimension that is cut has none.
         cuts: indices at which the kernel is cut; each part has its own product. The backward pass
             keeps the whole kernel, which is in memory anyway, and not its parts.
         cut_dim: the kernel's dimension that is cut, counted from the end.
@@ -53,9 +48,7 @@ def linear(
     Returns:
         The outputs of each part; one without cuts.
     """
-    return _linear_forward(inputs, kernel, multiplied, num_contracted, dtype, spec, cuts, cut_dim)[
-        0
-    ]
+    return _linear_forward(inputs, kernel, multiplied, num_contracted, dtype, cuts, cut_dim)[0]
 
 
 def cut(array: jax.Array, cuts: tuple[int, ...], dim: int) -> list[jax.Array]:
@@ -99,7 +92,6 @@ def _linear_forward(
     multiplied: jax.Array | None,
     num_contracted: int,
     dtype: DTypeLike,
-    spec: P,
     cuts: tuple[int, ...],
     cut_dim: int,
 ) -> tuple[tuple[jax.Array, ...], _Saved]:
@@ -116,7 +108,6 @@ def _linear_forward(
 def _linear_backward(
     num_contracted: int,
     dtype: DTypeLike,
-    spec: P,
     cuts: tuple[int, ...],
     cut_dim: int,
     saved: _Saved,
@@ -130,30 +121,16 @@ def _linear_backward(
         jax.lax.dot_general(gradient, part, (made, ((), ())), preferred_element_type=dtype)
         for gradient, part in zip(gradients, parts, strict=True)
     ]
-
-    def to_kernel(inputs: jax.Array, *gradients: jax.Array) -> jax.Array:
-        to_parts = [
-            jax.lax.dot_general(
-                inputs, gradient, ((lead, lead), ((), ())), preferred_element_type=dtype
-            )
-            for gradient in gradients
-        ]
-        whole = jnp.concatenate(to_parts, axis=cut_dim) if cuts else to_parts[0]
-        return whole.astype(inputs.dtype)
-
-    contracted, kept = (
-        tuple(axis if axis == "tensor" else None for axis in axes)
-        for axes in (spec[:num_contracted], spec[num_contracted:])
-    )
-    rows = (sharding.BATCH_AXES, *(None,) * (len(lead) - 1))
-    summed = sharding.summed_over_rows(
-        to_kernel,
-        arguments=(inputs, *gradients),
-        specs=(P(*rows, *contracted), *(P(*rows, *kept),) * len(gradients)),
-        to=spec,
-    )
+    # In the dtype in which a mesh adds them up.
+    to_parts = [
+        jax.lax.dot_general(
+            inputs, gradient, ((lead, lead), ((), ())), preferred_element_type=inputs.dtype
+        )
+        for gradient in gradients
+    ]
+    to_kernel = jnp.concatenate(to_parts, axis=cut_dim) if cuts else to_parts[0]
     to_inputs = functools.reduce(jnp.add, from_parts)
-    return to_inputs.astype(inputs.dtype), summed.astype(kernel.dtype), None
+    return to_inputs.astype(inputs.dtype), to_kernel.astype(kernel.dtype), None
 
 
 linear.defvjp(_linear_forward, _linear_backward)

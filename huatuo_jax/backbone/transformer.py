@@ -8,15 +8,12 @@ Used as pure functions over a plain nested dict of parameters:
     logits_BTV = model.apply({"params": params}, hidden_BTD, method="logits")
 """
 
-import functools
 from typing import Any, Literal, get_args
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec as P
-from jax.typing import DTypeLike
 
 from huatuo_jax.backbone import layers, positions
 from huatuo_jax.backbone.blockwise_attention import Trees
@@ -228,49 +225,12 @@ class Embedding(nn.Module):
         known_BT = (tokens_BT >= 0) & (tokens_BT < self.cfg.vocab_size)
         rows_BT = jnp.where(known_BT, tokens_BT, self.cfg.padded_vocab_size)
         # Gathered first and cast afterwards, so that the whole table is never copied.
-        return _rows_of(self.table_VD, rows_BT, self.compute.compute_dtype)
+        table_VD = sharding.constrain(self.table_VD, "table_VD")
+        return jnp.take(table_VD, rows_BT, axis=0, mode="fill").astype(self.compute.compute_dtype)
 
     def table(self) -> jax.Array:
         """Returns the table `[V, D]`, for a tied head."""
         return self.table_VD
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _rows_of(table_VD: jax.Array, index_BT: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """Returns rows of a table in a dtype; its gradient is divided like a kernel's."""
-    table_VD = sharding.constrain(table_VD, "table_VD")
-    return jnp.take(table_VD, index_BT, axis=0, mode="fill").astype(dtype)
-
-
-def _rows_forward(
-    table_VD: jax.Array, index_BT: jax.Array, dtype: DTypeLike
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _rows_of(table_VD, index_BT, dtype), (table_VD, index_BT)
-
-
-def _rows_backward(
-    dtype: DTypeLike, saved: tuple[jax.Array, jax.Array], gradient_BTD: jax.Array
-) -> tuple[jax.Array, None]:
-    table_VD, index_BT = saved
-
-    def to_table(index_BT: jax.Array, gradient_BTD: jax.Array, ids_V: jax.Array) -> jax.Array:
-        size = ids_V.shape[0]  # Of this shard of the vocabulary.
-        index_BT = index_BT - ids_V[0]
-        index_BT = jnp.where((index_BT >= 0) & (index_BT < size), index_BT, size)
-        zeros_VD = jnp.zeros((size, table_VD.shape[1]), table_VD.dtype)
-        added_BTD = gradient_BTD.astype(table_VD.dtype)
-        return zeros_VD.at[index_BT].add(added_BTD, mode="drop").astype(dtype)
-
-    summed_VD = sharding.summed_over_rows(
-        to_table,
-        arguments=(index_BT, gradient_BTD, jnp.arange(table_VD.shape[0])),
-        specs=(P(sharding.BATCH_AXES, None), P(sharding.BATCH_AXES, None, None), P("tensor")),
-        to=sharding.parameter_spec("embedding/table"),
-    )
-    return summed_VD.astype(table_VD.dtype), None
-
-
-_rows_of.defvjp(_rows_forward, _rows_backward)
 
 
 def init_params(

@@ -296,7 +296,7 @@ def collectives_of(module: Module, mesh: Mesh, *, num_layers: int) -> list[Colle
                 continue
             # The pieces of an overlapped collective share a channel.
             channel = _CHANNEL.search(one.attributes)
-            key = (one.name if channel is None else (channel[1], one.op_name), place.loops)
+            key = (one.name if channel is None else channel[1], place.loops)
             group = _group(one, mesh)
             if key not in found and len(group) > 1:
                 found[key] = _collective(kind, one, place, group, mesh, inside)

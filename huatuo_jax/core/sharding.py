@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -57,6 +57,7 @@ _COMPILED_RULES = tuple((re.compile(f"(^|/){rule}$"), spec) for rule, spec in PA
 ACTIVATION_RULES: Mapping[str, P] = {
     # A lookup needs whole rows: left split over fsdp, the compiler would replicate its result.
     "table_VD": P("tensor", None),
+    # The products of a loss in chunks: else each of them would gather the shards of fsdp.
     "head_DV": P(None, "tensor"),
     "hidden_BTD": P(BATCH_AXES, None, None),
     "heads_BTNH": P(BATCH_AXES, None, "tensor", None),
@@ -340,54 +341,6 @@ def divides(spec: P, shape: tuple[int, ...]) -> bool:
     if mesh.empty:
         return True
     return all(dim % _axis_size(axes, mesh) == 0 for axes, dim in zip(spec, shape, strict=True))
-
-
-def gathered(array: jax.Array, name: str) -> jax.Array:
-    """Gathers the shards of `fsdp`, once for all uses of the result.
-
-    Left to the compiler, an array that a loop reads is gathered in each of its rounds.
-
-    Args:
-        array: a parameter, or made of one.
-        name: of the result's activation rule, which does not name `fsdp`.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    return array if mesh.empty or mesh.shape["fsdp"] == 1 else constrain(array, name)
-
-
-def summed_over_rows(
-    function: Callable[..., jax.Array], *, arguments: Sequence[jax.Array], specs: Sequence[P], to: P
-) -> jax.Array:
-    """Sums over a batch's rows, so that each device of `fsdp` receives its shard of the sum alone.
-
-    Each device sums over its own rows, and the sums are reduced and scattered. Left to the
-    compiler they may be added up in whole on every device, which sends twice the bytes.
-
-    Args:
-        function: of the arguments or of their shards; returns a sum over their rows, or over those
-            that it is given.
-        arguments: arrays `[B, ...]`, and others that do not depend on the rows.
-        specs: of the arguments; `fsdp` in the first dimension of rows alone.
-        to: sharding of the sum.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    whole = jax.eval_shape(function, *arguments)
-    if mesh.empty or mesh.shape["fsdp"] == 1 or "fsdp" not in to:
-        return function(*arguments)
-    shapes = [array.shape for array in arguments]
-    if not all(map(divides, (*specs, to), (*shapes, whole.shape))):
-        return function(*arguments)
-
-    def on_device(*shards: jax.Array) -> jax.Array:
-        part = jax.lax.psum_scatter(
-            function(*shards), "fsdp", scatter_dimension=to.index("fsdp"), tiled=True
-        )
-        return jax.lax.psum(part, "data") if mesh.shape["data"] > 1 else part
-
-    divided = jax.shard_map(
-        on_device, mesh=mesh, in_specs=tuple(specs), out_specs=to, check_vma=False
-    )
-    return divided(*arguments)
 
 
 def _spec(name: str) -> P:

@@ -310,33 +310,23 @@ def test_loss_and_gradients_on_a_mesh_equal_those_of_one_device(name, sizes):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_devices_receive_only_their_shards_of_gradients_and_gather_the_head_once(dtype):
-    chunks, rows, length = 4, 8, 24
+def test_a_loss_in_chunks_gathers_the_head_once(dtype):
+    rows, length = 8, 24
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
-    model = Transformer(LLAMA, dataclasses.replace(COMPUTE, compute_dtype=dtype, remat="full"))
+    model = Transformer(LLAMA, dataclasses.replace(COMPUTE, compute_dtype=dtype))
     params = abstract_params(LLAMA, model.compute)
     row = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=sharding.batch_sharding(mesh))
     batch = dict.fromkeys(("token_ids", "segment_ids", "positions"), row)
 
     def loss(params: Any, batch: Any) -> Any:
         mask_BT = batch["segment_ids"] > 0
-        scores = score_tokens(model, {"params": params}, batch, mask_BT, chunk=length // chunks)
+        scores = score_tokens(model, {"params": params}, batch, mask_BT, chunk=6)
         return scores.log_probs_BT.sum()
 
     with jax.set_mesh(mesh):
         placed = _placed(params, sharding.parameter_shardings(params, mesh))
         compiled = jax.jit(jax.grad(loss)).lower(placed, batch).compile()
     found = hlo.collectives_of(hlo.parse(compiled.as_text()), mesh, num_layers=LLAMA.num_layers)
-    reduced = [one for one in found if one.kind == "all-reduce" and "fsdp" in one.axes]
-    vector = LLAMA.hidden_size * 4
-    assert all(one.payload <= 2 * vector for one in reduced), reduced  # The norms of a layer.
-    scattered = sorted(
-        (one.op_name.split("/shard_map")[0].split("/")[-1], one.runs)
-        for one in found
-        if one.kind == "reduce-scatter"
-    )
-    of_layers = [(name, LLAMA.num_layers) for name in ("down", "gate_up", "output", "qkv")]
-    assert scattered == sorted([("Transformer.logits", chunks), *of_layers, ("embedding", 1)])
     shard = (LLAMA.hidden_size, LLAMA.padded_vocab_size // 2)
     gathered = [one.runs for one in found if one.kind == "all-gather" and one.dims == shard]
     assert gathered == [1]
