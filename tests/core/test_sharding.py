@@ -207,6 +207,45 @@ def test_an_optimizer_state_is_split_like_its_parameters():
     assert adam.count.spec == P()
 
 
+class _Chip:
+    """What a mesh asks of a TPU's device."""
+
+    platform, device_kind, core_on_chip, process_index = "tpu", "TPU v5 lite", 0, 0
+
+    def __init__(self, slice_index: int, x: int, y: int) -> None:
+        self.slice_index, self.coords, self.id = (
+            slice_index,
+            (x, y, 0),
+            16 * slice_index + 4 * x + y,
+        )
+
+
+@pytest.mark.parametrize(
+    ("num_slices", "sizes", "slices"),
+    [
+        # A block of `fsdp` and `tensor` for each index of `data`: the slices that it lies on.
+        (2, (2, 16, 1), [{0}, {1}]),
+        (2, (4, 4, 2), [{0}, {0}, {1}, {1}]),
+        (2, (1, 32, 1), [{0, 1}]),
+        (4, (2, 8, 4), [{0, 1}, {2, 3}]),
+    ],
+)
+def test_slices_divide_data_before_fsdp(num_slices, sizes, slices):
+    chips = [_Chip(*place) for place in np.ndindex(num_slices, 4, 4)]
+    data, fsdp, tensor = sizes
+    mesh = sharding.make_mesh(data=data, fsdp=fsdp, tensor=tensor, devices=chips)
+    assert mesh.devices.shape == sizes
+    assert [{chip.slice_index for chip in block.flat} for block in mesh.devices] == slices
+    for group in mesh.devices.reshape(-1, tensor):
+        assert len({chip.slice_index for chip in group}) == 1
+
+
+def test_tensor_does_not_span_slices():
+    chips = [_Chip(*place) for place in np.ndindex(2, 4, 4)]
+    with pytest.raises(ValueError, match="`tensor` would span slices; let data=2"):
+        sharding.make_mesh(tensor=32, fsdp=1, devices=chips)
+
+
 def test_constrain_outside_a_mesh_is_the_identity():
     array = jnp.ones((3, 5, 7))
     assert sharding.constrain(array, "hidden_BTD") is array
