@@ -23,6 +23,7 @@ from absl import app, flags
 from huatuo_jax.compiling.command import CompileConfig, compile_config
 from huatuo_jax.core.config import load_card, replaced
 from huatuo_jax.core.files import make_folder, write_file
+from huatuo_jax.recipe.config import StagesConfig
 
 _OUTPUT = flags.DEFINE_string("output", "benchmarks/results/scaling.json", "File of the figures.")
 
@@ -91,7 +92,7 @@ def compiled(place: Place) -> dict[str, Any]:
         "sft.mesh.data": place.num_slices,
         "sft.mesh.fsdp": -1,
     }
-    config = replaced(load_card(place.card), changes)
+    config = StagesConfig(sft=replaced(load_card(place.card), changes).sft)
     cfg = CompileConfig(topology=place.topology, num_slices=place.num_slices, stages=("sft",))
     figures = compile_config(config, cfg, lambda line: print(line, flush=True))
     (program,) = figures["programs"]
