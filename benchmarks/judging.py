@@ -196,4 +196,9 @@ def seconds(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
 if __name__ == "__main__":
     # Not where the loop imports this file for its function.
     _RUN = flags.DEFINE_string("run", "runs/rewards/diagnosis", "Folder of a run with a model.")
+    flags.register_validator(
+        _RUN.name,
+        lambda run: pathlib.Path(run).is_dir(),
+        "no such folder: see benchmarks/rewards.py",
+    )
     app.run(lambda _: main(_RUN.value))

@@ -141,6 +141,35 @@ def hardware(*columns: str) -> str:
     )
 
 
+def scaling() -> str:
+    """How a step of fine-tuning scales with chips: parts of its time, and speed of a chip."""
+    rows, first = [], {}
+    for name, found in _read("scaling").items():
+        model, rest = name.split(" ", 1)
+        slices, of_a_chip = rest.split(", ")
+        shares = [found["utilisation"], found["utilisation_without_overlap"]]
+        alone = first.setdefault((model, of_a_chip), shares)
+        efficiencies = (f"{share / start:.0%}" for share, start in zip(shares, alone, strict=True))
+        times = (f"{found[f'{part}_s']:.2f}" for part in ("compute", "memory", "interconnect"))
+        rows.append(
+            (
+                f"`{model}`",
+                slices,
+                str(found["chips"]),
+                of_a_chip.split()[0],
+                f"{found['memory_gib']:.1f}",
+                ", ".join(times),
+                " to ".join(f"{share:.0%}" for share in reversed(shares)),
+                " to ".join(reversed([*efficiencies])),
+            )
+        )
+    heads = (
+        *("config", "slices", "chips", "rows a chip", "GiB a chip"),
+        *("s a step: computation, memory, links", "utilisation", "efficiency"),
+    )
+    return markdown(heads, rows)
+
+
 def recipe_on_real_data() -> str:
     """The main figures of the whole recipe on real dialogues, with their intervals."""
     found = _read("rlaif_real_data")
@@ -357,6 +386,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "hardware_short": lambda: hardware(
         "config", "devices", "GiB a device: SFT, reward, PPO", "of", "SFT, tokens/s at most"
     ),
+    "scaling": scaling,
     "recipe_on_real_data": recipe_on_real_data,
     "reward_on_real_data": reward_on_real_data,
     "sft_on_real_data": sft_on_real_data,

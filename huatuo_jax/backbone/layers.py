@@ -85,7 +85,7 @@ class Projection(nn.Module):
         inputs, kernel = inputs.astype(dtype), kernel.astype(dtype)
 
         def multiply(*cuts: Any) -> tuple[jax.Array, ...]:
-            return linear(inputs, kernel, self.num_contracted, dtype, *cuts)
+            return linear(inputs, kernel, None, self.num_contracted, dtype, *cuts)
 
         # The smaller array is cut. For many tokens that is the kernel: a product for each part
         # keeps the gradients of the parts separate, otherwise concatenated over all tokens.
@@ -274,23 +274,33 @@ class FeedForward(nn.Module):
         return add_update(self, self.lora, "up", hidden_BTD, up_BTF)
 
 
+class Head(NamedTuple):
+    """The kernel of the logits, made once for any number of products.
+
+    Attributes:
+        kernel_DV: receives the gradient.
+        multiplied_DV: the same in the compute dtype.
+    """
+
+    kernel_DV: jax.Array
+    multiplied_DV: jax.Array
+
+
 class LmHead(nn.Module):
-    """Logits over the vocabulary, with a kernel of its own."""
+    """The head's kernel, where it is not the embedding's table."""
 
     cfg: BackboneConfig
     compute: ComputeConfig
 
     @nn.compact
-    def __call__(self, hidden_BTD: jax.Array) -> jax.Array:
-        """Returns logits `[B, T, V]`; those of padded rows are `PADDED_LOGIT`."""
-        cfg = self.cfg
-        kernel_DV = self.param(
+    def __call__(self) -> jax.Array:
+        """Returns the kernel `[D, V]`."""
+        return self.param(
             "kernel",
-            nn.initializers.normal(cfg.initializer_range),
-            (cfg.hidden_size, cfg.padded_vocab_size),
+            nn.initializers.normal(self.cfg.initializer_range),
+            (self.cfg.hidden_size, self.cfg.padded_vocab_size),
             self.compute.param_dtype,
         )
-        return project_to_vocabulary(hidden_BTD, kernel_DV, cfg, self.compute)
 
 
 class ScoreHead(nn.Module):
@@ -312,29 +322,47 @@ class ScoreHead(nn.Module):
         return (hidden_BTD.astype(dtype) @ kernel_D1.astype(dtype))[..., 0]
 
 
-def project_to_vocabulary(
-    hidden_BTD: jax.Array, kernel_DV: jax.Array, cfg: BackboneConfig, compute: ComputeConfig
-) -> jax.Array:
-    """Returns logits from the trunk's output and a head, padded vocabulary rows masked.
+def head_of(
+    kernel_DV: jax.Array, cfg: BackboneConfig, compute: ComputeConfig, *, gather: bool
+) -> Head:
+    """Makes a head of a kernel.
 
     Args:
-        hidden_BTD: output of the trunk.
-        kernel_DV: the head, or the embedding's transpose.
+        kernel_DV: the parameter, or the embedding's transpose.
         cfg: with `norm_head`, columns are scaled to unit length (NormHead, Baichuan 2,
             arXiv 2309.10305 section 2.5).
-        compute: dtypes; products are accumulated in `output_dtype`.
-
-    Returns:
-        `[B, T, V]` in `output_dtype`.
+        compute: gives the dtype of products.
+        gather: the shards of the mesh axis `fsdp`, for products in a loop.
     """
     if cfg.norm_head:
         wide_DV = kernel_DV.astype(jnp.promote_types(kernel_DV.dtype, jnp.float32))
         square_1V = jnp.square(wide_DV).sum(axis=0, keepdims=True)
         # Bounded before the root, whose derivative at a padded row of zeros would be infinite.
         kernel_DV = wide_DV / jnp.sqrt(jnp.maximum(square_1V, _SMALLEST_NORM**2))
+    multiplied_DV = kernel_DV.astype(compute.compute_dtype)
+    if gather:
+        multiplied_DV = sharding.constrain(multiplied_DV, "head_DV")
+    return Head(kernel_DV, jax.lax.stop_gradient(multiplied_DV))
+
+
+def project_to_vocabulary(
+    hidden_BTD: jax.Array, head: Head, cfg: BackboneConfig, compute: ComputeConfig
+) -> jax.Array:
+    """Returns logits from the trunk's output and a head, padded vocabulary rows masked.
+
+    Args:
+        hidden_BTD: output of the trunk.
+        head: of `head_of`.
+        cfg: gives the size of the vocabulary.
+        compute: dtypes; products are accumulated in `output_dtype`.
+
+    Returns:
+        `[B, T, V]` in `output_dtype`; those of padded rows are `PADDED_LOGIT`.
+    """
     (logits_BTV,) = linear(
         hidden_BTD.astype(compute.compute_dtype),
-        kernel_DV.astype(compute.compute_dtype),
+        head.kernel_DV,
+        head.multiplied_DV,
         1,
         compute.output_dtype,
     )

@@ -22,10 +22,11 @@ _CAST_IN_FORWARD = re.compile(
 )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
 def linear(
     inputs: jax.Array,
     kernel: jax.Array,
+    multiplied: jax.Array | None,
     num_contracted: int,
     dtype: DTypeLike,
     cuts: tuple[int, ...] = (),
@@ -35,7 +36,9 @@ def linear(
 
     Args:
         inputs: `[..., *contracted]`.
-        kernel: `[*contracted, ...]`, in the dtype of the inputs.
+        kernel: `[*contracted, ...]`; receives the gradient, in its dtype.
+        multiplied: the kernel in the dtype of the inputs, made once for many products, to which no
+            gradient flows; None where the kernel has that dtype.
         num_contracted: number of dimensions that are summed over.
         dtype: of the sums, at least as wide.
         cuts: indices at which the kernel is cut; each part has its own product. The backward pass
@@ -45,7 +48,7 @@ def linear(
     Returns:
         The outputs of each part; one without cuts.
     """
-    return _linear_forward(inputs, kernel, num_contracted, dtype, cuts, cut_dim)[0]
+    return _linear_forward(inputs, kernel, multiplied, num_contracted, dtype, cuts, cut_dim)[0]
 
 
 def cut(array: jax.Array, cuts: tuple[int, ...], dim: int) -> list[jax.Array]:
@@ -80,22 +83,26 @@ def store_as_computed(variables: Any, dtype: DTypeLike, *, keep_lm_head: bool = 
     return jax.tree_util.tree_map_with_path(stored, variables)
 
 
+_Saved = tuple[jax.Array, jax.Array, jax.Array | None]
+
+
 def _linear_forward(
     inputs: jax.Array,
     kernel: jax.Array,
+    multiplied: jax.Array | None,
     num_contracted: int,
     dtype: DTypeLike,
     cuts: tuple[int, ...],
     cut_dim: int,
-) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, jax.Array]]:
+) -> tuple[tuple[jax.Array, ...], _Saved]:
     # The product itself, not another call of `linear`: remat policies do not look into those.
     lead = inputs.ndim - num_contracted
     dims = tuple(range(lead, inputs.ndim)), tuple(range(num_contracted))
     outputs = tuple(
         jax.lax.dot_general(inputs, part, (dims, ((), ())), preferred_element_type=dtype)
-        for part in cut(kernel, cuts, cut_dim)
+        for part in cut(kernel if multiplied is None else multiplied, cuts, cut_dim)
     )
-    return outputs, (inputs, kernel)
+    return outputs, (inputs, kernel, multiplied)
 
 
 def _linear_backward(
@@ -103,25 +110,27 @@ def _linear_backward(
     dtype: DTypeLike,
     cuts: tuple[int, ...],
     cut_dim: int,
-    saved: tuple[jax.Array, jax.Array],
+    saved: _Saved,
     gradients: tuple[jax.Array, ...],
-) -> tuple[jax.Array, jax.Array]:
-    inputs, kernel = saved
+) -> tuple[jax.Array, jax.Array, None]:
+    inputs, kernel, multiplied = saved
     lead = tuple(range(inputs.ndim - num_contracted))
     made = tuple(range(len(lead), gradients[0].ndim)), tuple(range(num_contracted, kernel.ndim))
+    parts = cut(kernel if multiplied is None else multiplied, cuts, cut_dim)
     from_parts = [
         jax.lax.dot_general(gradient, part, (made, ((), ())), preferred_element_type=dtype)
-        for gradient, part in zip(gradients, cut(kernel, cuts, cut_dim), strict=True)
+        for gradient, part in zip(gradients, parts, strict=True)
     ]
+    # In the dtype in which a mesh adds them up.
     to_parts = [
         jax.lax.dot_general(
-            inputs, gradient, ((lead, lead), ((), ())), preferred_element_type=dtype
+            inputs, gradient, ((lead, lead), ((), ())), preferred_element_type=inputs.dtype
         )
         for gradient in gradients
     ]
     to_kernel = jnp.concatenate(to_parts, axis=cut_dim) if cuts else to_parts[0]
     to_inputs = functools.reduce(jnp.add, from_parts)
-    return to_inputs.astype(inputs.dtype), to_kernel.astype(kernel.dtype)
+    return to_inputs.astype(inputs.dtype), to_kernel.astype(kernel.dtype), None
 
 
 linear.defvjp(_linear_forward, _linear_backward)

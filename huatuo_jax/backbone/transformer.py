@@ -183,12 +183,21 @@ class Transformer(nn.Module):
         """Applies the final norm to the layers' output."""
         return self.final_norm(hidden_BTD)
 
-    def logits(self, hidden_BTD: jax.Array) -> jax.Array:
-        """Returns next-token logits `[B, T, V]`; padded rows hold `layers.PADDED_LOGIT`."""
-        if self.cfg.tie_embeddings:
-            kernel_DV = self.embedding.table().T
-            return layers.project_to_vocabulary(hidden_BTD, kernel_DV, self.cfg, self.compute)
-        return self.lm_head(hidden_BTD)
+    def head(self, *, gather: bool = True) -> layers.Head:
+        """Returns the head, for logits of many chunks; see `layers.head_of`."""
+        table_or_kernel = self.embedding.table().T if self.cfg.tie_embeddings else self.lm_head()
+        return layers.head_of(table_or_kernel, self.cfg, self.compute, gather=gather)
+
+    def logits(self, hidden_BTD: jax.Array, head: layers.Head | None = None) -> jax.Array:
+        """Returns next-token logits `[B, T, V]`; padded rows hold `layers.PADDED_LOGIT`.
+
+        Args:
+            hidden_BTD: output of the trunk.
+            head: by default made for this product alone.
+        """
+        if head is None:
+            head = self.head(gather=False)
+        return layers.project_to_vocabulary(hidden_BTD, head, self.cfg, self.compute)
 
     def scores(self, hidden_BTD: jax.Array) -> jax.Array:
         """Returns one score for each token, `[B, T]`: rewards or values."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy.typing as npt
+from jax.experimental import mesh_utils
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -57,6 +58,8 @@ _COMPILED_RULES = tuple((re.compile(f"(^|/){rule}$"), spec) for rule, spec in PA
 ACTIVATION_RULES: Mapping[str, P] = {
     # A lookup needs whole rows: left split over fsdp, the compiler would replicate its result.
     "table_VD": P("tensor", None),
+    # The products of a loss in chunks: else each of them would gather the shards of fsdp.
+    "head_DV": P(None, "tensor"),
     "hidden_BTD": P(BATCH_AXES, None, None),
     "heads_BTNH": P(BATCH_AXES, None, "tensor", None),
     "mlp_BTF": P(BATCH_AXES, None, "tensor"),
@@ -142,6 +145,10 @@ def make_mesh(
 ) -> Mesh:
     """Makes a mesh of `data * fsdp * tensor` devices.
 
+    Several TPU slices are joined by their hosts' network, which is far slower than the links within
+    a slice. They divide `data` before `fsdp`, and never `tensor`: of `data` only gradients cross
+    the network, of `fsdp` all weights do.
+
     Args:
         data: replicas of the parameters.
         fsdp: shards of parameters and batch.
@@ -149,15 +156,25 @@ def make_mesh(
         devices: the devices to use, all by default. One of the sizes may be -1: what is left.
 
     Raises:
-        ValueError: the sizes do not multiply to the number of devices.
+        ValueError: the sizes do not multiply to the number of devices, or `tensor` would span
+            slices.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = mesh_sizes(len(devices), data=data, fsdp=fsdp, tensor=tensor)
     if len(devices) > 1 and devices[0].platform == "cpu":
         _compile_anew()
-    return jax.make_mesh(
-        tuple(sizes[axis] for axis in AXES), AXES, (AxisType.Auto,) * 3, devices=devices
+    num_slices = 1
+    if devices[0].platform == "tpu":
+        num_slices = len({getattr(device, "slice_index", 0) for device in devices})
+    shape, types = tuple(sizes[axis] for axis in AXES), (AxisType.Auto,) * 3
+    if num_slices == 1:
+        return jax.make_mesh(shape, AXES, types, devices=devices)
+    across = _slices_across(sizes, num_slices)
+    within = tuple(size // part for size, part in zip(shape, across, strict=True))
+    placed = mesh_utils.create_hybrid_device_mesh(
+        within, across, devices, allow_split_physical_axes=True
     )
+    return Mesh(placed, AXES, types)
 
 
 def host_mesh() -> Mesh:
@@ -208,6 +225,22 @@ def mesh_sizes(num_devices: int, *, data: int, fsdp: int, tensor: int) -> dict[s
             "takes what there are"
         )
     return sizes
+
+
+def _slices_across(sizes: Mapping[str, int], num_slices: int) -> tuple[int, int, int]:
+    """Returns the number of slices along each axis of a mesh.
+
+    Raises:
+        ValueError: `tensor` would span slices.
+    """
+    across_data = math.gcd(sizes["data"], num_slices)
+    across_fsdp = num_slices // across_data
+    if sizes["fsdp"] % across_fsdp:
+        raise ValueError(
+            f"mesh data={sizes['data']}, fsdp={sizes['fsdp']}, tensor={sizes['tensor']} over "
+            f"{num_slices} slices: `tensor` would span slices; let data={num_slices}"
+        )
+    return across_data, across_fsdp, 1
 
 
 def _compile_anew() -> None:

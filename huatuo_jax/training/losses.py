@@ -12,7 +12,6 @@ read: NaN there changes neither a result nor a gradient. Log-probabilities, valu
 token lie in the slot of that token, the value being that of the state before it.
 """
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -181,8 +180,9 @@ def score_tokens(
         entropy: see there.
         num_top: see there.
     """
+    head = model.apply(variables, method="head")
     return token_scores(
-        functools.partial(model.apply, variables, method="logits"),
+        lambda hidden_BTD: model.apply(variables, hidden_BTD, head, method="logits"),
         hidden_of(model, variables, batch),
         next_tokens(batch["token_ids"]),
         next_tokens(mask_BT),

@@ -26,7 +26,7 @@ def test_a_product_and_its_gradients_equal_einsum(einsum, inputs, kernel, num_co
         inputs, kernel = jnp.asarray(_random(*inputs)), jnp.asarray(_random(*kernel, seed=1))
 
         def found(x, w):
-            return jnp.sin(linear(x, w, num_contracted, jnp.float64)[0])
+            return jnp.sin(linear(x, w, None, num_contracted, jnp.float64)[0])
 
         def expected(x, w):
             return jnp.sin(jnp.einsum(einsum, x, w))
@@ -40,9 +40,22 @@ def test_a_product_and_its_gradients_equal_einsum(einsum, inputs, kernel, num_co
 
 def test_gradients_of_16_bit_weights_are_16_bit():
     inputs, kernel = jnp.ones((1, 2, 4), jnp.bfloat16), jnp.ones((4, 3), jnp.bfloat16)
-    outputs, pull = jax.vjp(lambda x, w: linear(x, w, 1, jnp.float32)[0], inputs, kernel)
+    outputs, pull = jax.vjp(lambda x, w: linear(x, w, None, 1, jnp.float32)[0], inputs, kernel)
     assert outputs.dtype == jnp.float32
     assert [gradient.dtype for gradient in pull(outputs)] == [jnp.bfloat16, jnp.bfloat16]
+
+
+def test_a_kernel_made_once_is_multiplied_and_the_wide_one_has_the_gradient():
+    inputs, kernel = jnp.asarray(_random(2, 3, 4), jnp.bfloat16), jnp.asarray(_random(4, 5))
+    kernel = kernel.astype(jnp.float32)
+    made = kernel.astype(jnp.bfloat16)
+    outputs, pull = jax.vjp(lambda x, w: linear(x, w, made, 1, jnp.float32)[0], inputs, kernel)
+    alone, pull_alone = jax.vjp(lambda x, w: linear(x, w, None, 1, jnp.float32)[0], inputs, made)
+    np.testing.assert_array_equal(outputs, alone)
+    (to_inputs, to_kernel), (to_inputs_alone, to_made) = pull(outputs), pull_alone(outputs)
+    assert to_kernel.dtype == jnp.float32
+    np.testing.assert_array_equal(to_kernel, to_made.astype(jnp.float32))
+    np.testing.assert_array_equal(to_inputs, to_inputs_alone)
 
 
 def test_a_gated_product_has_the_gradients_of_its_formula():

@@ -19,7 +19,9 @@ from jax.sharding import PartitionSpec as P
 from huatuo_jax.backbone.config import BackboneConfig, ComputeConfig
 from huatuo_jax.backbone.lora import LoraConfig, init_adapters
 from huatuo_jax.backbone.transformer import Transformer, abstract_params
+from huatuo_jax.compiling import hlo
 from huatuo_jax.core import sharding
+from huatuo_jax.training.losses import score_tokens
 
 ROOT = pathlib.Path(__file__).parents[2]
 COMPUTE = ComputeConfig()
@@ -205,6 +207,45 @@ def test_an_optimizer_state_is_split_like_its_parameters():
     assert adam.count.spec == P()
 
 
+class _Chip:
+    """What a mesh asks of a TPU's device."""
+
+    platform, device_kind, core_on_chip, process_index = "tpu", "TPU v5 lite", 0, 0
+
+    def __init__(self, slice_index: int, x: int, y: int) -> None:
+        self.slice_index, self.coords, self.id = (
+            slice_index,
+            (x, y, 0),
+            16 * slice_index + 4 * x + y,
+        )
+
+
+@pytest.mark.parametrize(
+    ("num_slices", "sizes", "slices"),
+    [
+        # A block of `fsdp` and `tensor` for each index of `data`: the slices that it lies on.
+        (2, (2, 16, 1), [{0}, {1}]),
+        (2, (4, 4, 2), [{0}, {0}, {1}, {1}]),
+        (2, (1, 32, 1), [{0, 1}]),
+        (4, (2, 8, 4), [{0, 1}, {2, 3}]),
+    ],
+)
+def test_slices_divide_data_before_fsdp(num_slices, sizes, slices):
+    chips = [_Chip(*place) for place in np.ndindex(num_slices, 4, 4)]
+    data, fsdp, tensor = sizes
+    mesh = sharding.make_mesh(data=data, fsdp=fsdp, tensor=tensor, devices=chips)
+    assert mesh.devices.shape == sizes
+    assert [{chip.slice_index for chip in block.flat} for block in mesh.devices] == slices
+    for group in mesh.devices.reshape(-1, tensor):
+        assert len({chip.slice_index for chip in group}) == 1
+
+
+def test_tensor_does_not_span_slices():
+    chips = [_Chip(*place) for place in np.ndindex(2, 4, 4)]
+    with pytest.raises(ValueError, match="`tensor` would span slices; let data=2"):
+        sharding.make_mesh(tensor=32, fsdp=1, devices=chips)
+
+
 def test_constrain_outside_a_mesh_is_the_identity():
     array = jnp.ones((3, 5, 7))
     assert sharding.constrain(array, "hidden_BTD") is array
@@ -238,7 +279,8 @@ def mean_loss(trained: Any, frozen: Any, batch: Any, *, cfg: BackboneConfig, lor
     variables = {"params": trained} if lora is None else {"params": frozen, "lora": trained}
     tokens_BT, segments_BT = batch["tokens_BT"], batch["segments_BT"]
     hidden_BTD = model.apply(variables, tokens_BT, segment_ids_BT=segments_BT)
-    logits_BTV = model.apply(variables, hidden_BTD[:, :-1], method="logits")
+    head = model.apply(variables, method="head")
+    logits_BTV = model.apply(variables, hidden_BTD[:, :-1], head, method="logits")
     losses_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, tokens_BT[:, 1:])
     counted_BT = (segments_BT[:, 1:] == segments_BT[:, :-1]) & (segments_BT[:, 1:] > 0)
     return jnp.sum(losses_BT * counted_BT) / counted_BT.sum()
@@ -304,6 +346,29 @@ def test_loss_and_gradients_on_a_mesh_equal_those_of_one_device(name, sizes):
         difference = np.linalg.norm(np.asarray(gradient) - np.asarray(alone))
         norm = np.linalg.norm(alone)
         assert norm > 0 and difference <= 1e-5 * norm, sharding.path_name(path)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_loss_in_chunks_gathers_the_head_once(dtype):
+    rows, length = 8, 24
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    model = Transformer(LLAMA, dataclasses.replace(COMPUTE, compute_dtype=dtype))
+    params = abstract_params(LLAMA, model.compute)
+    row = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=sharding.batch_sharding(mesh))
+    batch = dict.fromkeys(("token_ids", "segment_ids", "positions"), row)
+
+    def loss(params: Any, batch: Any) -> Any:
+        mask_BT = batch["segment_ids"] > 0
+        scores = score_tokens(model, {"params": params}, batch, mask_BT, chunk=6)
+        return scores.log_probs_BT.sum()
+
+    with jax.set_mesh(mesh):
+        placed = _placed(params, sharding.parameter_shardings(params, mesh))
+        compiled = jax.jit(jax.grad(loss)).lower(placed, batch).compile()
+    found = hlo.collectives_of(hlo.parse(compiled.as_text()), mesh, num_layers=LLAMA.num_layers)
+    shard = (LLAMA.hidden_size, LLAMA.padded_vocab_size // 2)
+    gathered = [one.runs for one in found if one.kind == "all-gather" and one.dims == shard]
+    assert gathered == [1]
 
 
 def compile_everywhere() -> None:
