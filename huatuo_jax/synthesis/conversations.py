@@ -43,12 +43,9 @@ from huatuo_jax.synthesis.jobs import (
     Rejection,
     Request,
     Step,
+    ask_again,
     jobs_of,
-    text_of,
 )
-
-TURN_ATTEMPTS = 3
-"""Requests for one turn, where the turn that came is faulty."""
 
 _LONGEST_NAME: Mapping[Language, int] = {"zh": 12, "en": 60}
 """Characters of a diagnosis that is nothing but a name."""
@@ -213,12 +210,14 @@ class ConversationMaker:
     Attributes:
         cases: in their order.
         max_exchanges: messages of the doctor, at most.
+        attempts: requests for one turn, at most, where those that came were faulty.
         seed: part of the rows' ids.
         batch_size: dialogues that are taken together.
     """
 
     cases: TeachingCases
     max_exchanges: int = 8
+    attempts: int = 3
     seed: int = 0
     batch_size: int = 64
     kind: str = field(default="distilled_conversation", init=False)
@@ -234,6 +233,7 @@ class ConversationMaker:
             "prompts": templates.digest("doctor"),
             "cases": self.cases.identity,
             "max_exchanges": self.max_exchanges,
+            "attempts": self.attempts,
             "seed": self.seed,
             "batch_size": self.batch_size,
         }
@@ -264,10 +264,10 @@ class ConversationMaker:
         try:
             while (speaker := state.speaker) is not None:
                 if speaker == "user":
-                    text = yield from _turn("patient", name, one, state, patient_fault)
+                    turn = _turn("patient", name, one, state, patient_fault, attempts=self.attempts)
                 else:
-                    text = yield from _turn("doctor", name, one, state, doctor_fault)
-                state = state.add(text)
+                    turn = _turn("doctor", name, one, state, doctor_fault, attempts=self.attempts)
+                state = state.add((yield from turn))
             return [_finished(one, state, labels)]
         except Rejected as rejected:
             found = rejected.rejection
@@ -284,35 +284,33 @@ def _turn(
     one: TeachingCase,
     state: ConsultationState,
     fault_of: Callable[[str, ConsultationState], TurnFault | None],
+    *,
+    attempts: int,
 ) -> Generator[Step, list[Any], str]:
     """Asks for the next turn until one has no fault; raises Rejected if none has."""
-    said = len(state.messages)
-    fault: TurnFault | None = None
-    text = ""
-    for attempt in range(1, TURN_ATTEMPTS + 1):
-        request = Request(
-            step=f"{task}-{said:02d}.{attempt}",
-            task=task,
-            messages=state.patient_messages() if task == "patient" else doctor_messages(state),
-            plain=state.doctor_messages(),
-            material={
-                "key": name,
-                "case": one.clinic,
-                "language": one.case.language,
-                "names": _wordings(state),
-                "messages": state.messages,
-            },
-        )
-        (reply,) = yield [request]
-        try:
-            text = _OWN_NAME.sub("", text_of(reply)).strip()
-            fault = fault_of(text, state)
-        except Rejected as rejected:
-            fault = rejected.rejection.reason, rejected.rejection.detail
-        if fault is None:
-            return text
-    assert fault is not None
-    raise Rejected(fault[0], f"{task}: {fault[1]}", text)
+    request = Request(
+        step=f"{task}-{len(state.messages):02d}",
+        task=task,
+        messages=state.patient_messages() if task == "patient" else doctor_messages(state),
+        plain=state.doctor_messages(),
+        material={
+            "key": name,
+            "case": one.clinic,
+            "language": one.case.language,
+            "names": _wordings(state),
+            "messages": state.messages,
+        },
+    )
+
+    def accept(_: int, reply: str) -> str:
+        text = _OWN_NAME.sub("", reply).strip()
+        fault = fault_of(text, state)
+        if fault is not None:
+            raise Rejected(fault[0], f"{task}: {fault[1]}", text)
+        return text
+
+    (text,) = yield from ask_again([request], accept, attempts=attempts)
+    return text
 
 
 def doctor_messages(state: ConsultationState) -> list[dict[str, str]]:
