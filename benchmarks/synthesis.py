@@ -53,6 +53,10 @@ HELD_OUT_ROWS = 200
 SOURCE_ROWS = 8_000
 """Real dialogues to answer anew, at most: a row is kept only if it says what the doctor said."""
 
+ATTEMPTS = 20
+"""Answers to a real dialogue until one says what the doctor said. Of few, those that are easily met
+are kept, such as questions without a drug, and the rows are no longer like the teacher's own."""
+
 TEMPERATURE = 1.0
 """The teacher's own distribution: rows that are drawn colder are more alike than its own."""
 
@@ -136,6 +140,7 @@ def synthesize(kind: Kind, seed: int, teacher: pathlib.Path, path: pathlib.Path)
         num_rows=NUM_ROWS,
         batch_size=2 * _SLOTS,
         per_request=1,
+        attempts=ATTEMPTS,
         seed=cases,
         source=(str(source),) if kind.startswith("real") else (),
         near_duplicate=1.0,  # In so small a world most questions are near one another.

@@ -3,8 +3,8 @@
 After HuatuoGPT (arXiv 2305.15075, section 3.1): the patient sees the case, starts vaguely and ends
 with 再见; the doctor sees the diagnosis, too, and must ask before naming it. Each turn is checked
 when it is said and asked for again where it is faulty; a dialogue whose turn stays faulty is left
-out with its reason. The checks are patterns of Chinese and English consultations; a dialogue is in
-the language of its case.
+out with its reason. One that ends without advice or the diagnosis is begun anew, as often. The
+checks are patterns of Chinese and English consultations; a dialogue is in the language of its case.
 """
 
 import dataclasses
@@ -22,6 +22,7 @@ from huatuo_jax.evaluation.consultations import (
     ConsultationState,
     Language,
     PatientCase,
+    Speaker,
     clinic_case,
     says_goodbye,
 )
@@ -210,7 +211,8 @@ class ConversationMaker:
     Attributes:
         cases: in their order.
         max_exchanges: messages of the doctor, at most.
-        attempts: requests for one turn, at most, where those that came were faulty.
+        attempts: requests for one turn, at most, where those that came were faulty; and dialogues
+            over one case, where those before ended without advice or the diagnosis.
         seed: part of the rows' ids.
         batch_size: dialogues that are taken together.
     """
@@ -256,42 +258,48 @@ class ConversationMaker:
     def _job(self, place: int, one: TeachingCase) -> Job:
         name = f"{self.seed}-{place}"
         settings = ConsultationSettings(max_exchanges=self.max_exchanges)
-        state = ConsultationState(case=one.case, settings=settings)
-        labels = {
-            "department": one.case.department or "unknown",
-            "language": one.case.language,
-        }
-        try:
-            while (speaker := state.speaker) is not None:
-                if speaker == "user":
-                    turn = _turn("patient", name, one, state, patient_fault, attempts=self.attempts)
-                else:
-                    turn = _turn("doctor", name, one, state, doctor_fault, attempts=self.attempts)
-                state = state.add((yield from turn))
-            return [_finished(one, state, labels)]
-        except Rejected as rejected:
-            found = rejected.rejection
-            sample = f"{state.transcript}\n>> {found.sample}"
-            rejection = Rejection(
-                reason=found.reason, detail=found.detail, sample=sample, labels=labels
-            )
-            return [rejection]
+        for number in range(1, self.attempts + 1):
+            state = ConsultationState(case=one.case, settings=settings)
+            labels = {
+                "department": one.case.department or "unknown",
+                "language": one.case.language,
+                "dialogues over its case": str(number),
+            }
+            try:
+                while (speaker := state.speaker) is not None:
+                    text = yield from _turn(
+                        speaker, name, number, one, state, attempts=self.attempts
+                    )
+                    state = state.add(text)
+                return [_finished(one, state, labels)]
+            except Rejected as rejected:
+                found = rejected.rejection
+                sample = f"{state.transcript}\n>> {found.sample}"
+                rejection = Rejection(
+                    reason=found.reason, detail=found.detail, sample=sample, labels=labels
+                )
+            if state.speaker is not None:
+                break  # A turn stayed faulty.
+        return [rejection]
 
 
 def _turn(
-    task: Literal["patient", "doctor"],
+    speaker: Speaker,
     name: str,
+    number: int,
     one: TeachingCase,
     state: ConsultationState,
-    fault_of: Callable[[str, ConsultationState], TurnFault | None],
     *,
     attempts: int,
 ) -> Generator[Step, list[Any], str]:
     """Asks for the next turn until one has no fault; raises Rejected if none has."""
+    is_patient = speaker == "user"
+    task: Literal["patient", "doctor"] = "patient" if is_patient else "doctor"
+    fault_of = patient_fault if is_patient else doctor_fault
     request = Request(
-        step=f"{task}-{len(state.messages):02d}",
+        step=f"{number}-{task}-{len(state.messages):02d}",
         task=task,
-        messages=state.patient_messages() if task == "patient" else doctor_messages(state),
+        messages=state.patient_messages() if is_patient else doctor_messages(state),
         plain=state.doctor_messages(),
         material={
             "key": name,
