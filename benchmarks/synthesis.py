@@ -114,6 +114,8 @@ def compared(kind: Kind, seed: int, folder: pathlib.Path) -> dict[str, Any]:
         **{name: round(loss, 4) for name, loss in losses.items()},
         "behind": round(behind, 4),
         "holds": behind <= DISTANCE,
+        "attempts": ATTEMPTS,
+        "requests": report["requests"],
         "yield": round(report["yield"], 3),
         "left_out": {reason: one["count"] for reason, one in report["rejections"].items()},
     }

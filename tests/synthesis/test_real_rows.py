@@ -46,7 +46,7 @@ def rows_of(path):
 def test_every_unfaithful_row_is_left_out_and_no_other(tmp_path, kind):
     count, single = 120, kind == "real_instruction"
     with TeacherServer(polish, fault=some_fault(0.2)) as server:
-        run_synthesis.run(flags(tmp_path, server, kind, count))
+        run_synthesis.run(flags(tmp_path, server, kind, count, attempts=2))
     planted = {f"source-{number}": fault_of(number, single=single) for number in range(count)}
     expected_faults = FAULTS.keys() - ({"turns"} if single else set())
     assert set(planted.values()) == {None, *expected_faults}, "a fault was not planted"
@@ -60,7 +60,7 @@ def test_every_unfaithful_row_is_left_out_and_no_other(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", ["real_instruction", "real_conversation"])
 def test_an_unfaithful_polish_is_asked_for_again_so_often_and_no_more(tmp_path, kind):
-    count, attempts, calls = 60, 4, Counter()
+    count, attempts, calls = 12, 4, Counter()
 
     def faithful_in_the_end(messages):
         """Spoils a row's first replies: as many as its number says."""
