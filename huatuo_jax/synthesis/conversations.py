@@ -2,9 +2,10 @@
 
 After HuatuoGPT (arXiv 2305.15075, section 3.1): the patient sees the case, starts vaguely and ends
 with 再见; the doctor sees the diagnosis, too, and must ask before naming it. Each turn is checked
-when it is said and asked for again where it is faulty; a dialogue whose turn stays faulty is left
-out with its reason. One that ends without advice or the diagnosis is begun anew, as often. The
-checks are patterns of Chinese and English consultations; a dialogue is in the language of its case.
+when it is said and asked for again where it is faulty; a dialogue whose turn stays faulty, often
+for what was said before, or that ends without advice or the diagnosis, is begun anew, and in the
+end left out with its reason. The checks are patterns of Chinese and English consultations; a
+dialogue is in the language of its case.
 """
 
 import dataclasses
@@ -212,7 +213,8 @@ class ConversationMaker:
         cases: in their order.
         max_exchanges: messages of the doctor, at most.
         attempts: requests for one turn, at most, where those that came were faulty; and dialogues
-            over one case, where those before ended without advice or the diagnosis.
+            over one case, where a turn of those before stayed faulty, or they ended without advice
+            or the diagnosis.
         seed: part of the rows' ids.
         batch_size: dialogues that are taken together.
     """
@@ -278,8 +280,6 @@ class ConversationMaker:
                 rejection = Rejection(
                     reason=found.reason, detail=found.detail, sample=sample, labels=labels
                 )
-            if state.speaker is not None:
-                break  # A turn stayed faulty.
         return [rejection]
 
 

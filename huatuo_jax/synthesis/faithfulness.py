@@ -255,7 +255,23 @@ def _forms(plain: str) -> Counter[str]:
     return Counter(re.findall(_FORMS, plain))
 
 
+# Older names of a substance, which a polisher may write as the one in use.
+_OLD_NAMES = {
+    "扑热息痛": "对乙酰氨基酚",
+    "消炎痛": "吲哚美辛",
+    "心痛定": "硝苯地平",
+    "氟哌酸": "诺氟沙星",
+    "灭滴灵": "甲硝唑",
+    "病毒唑": "利巴韦林",
+    "强的松": "泼尼松",
+    "扑尔敏": "氯苯那敏",
+    "胃复安": "甲氧氯普胺",
+}
+_OLD_NAME = re.compile("|".join(_OLD_NAMES))
+
+
 def _drug_drifts(one: str, other: str) -> Iterator[Drift]:
+    one, other = (_OLD_NAME.sub(lambda found: _OLD_NAMES[found[0]], text) for text in (one, other))
     for name in sorted(drugs(one)):
         if name not in other:
             yield Drift("drug lost", name)
@@ -280,7 +296,10 @@ _ENDS = (
     "|肝病|妇科病|性病|疱疹|脱垂"
 )
 _DISEASE = re.compile(rf"{'|'.join(_WHOLE_NAMES)}|[\u4e00-\u9fff](?:{_ENDS})")
-_NO_DISEASE = re.compile(r"[消抗防止发有无的]炎|发炎|消炎|抗癌|防癌|抗结核|炎炎")
+# A rash is a finding: 皮疹 and 红疹 are one.
+_NO_DISEASE = re.compile(
+    r"[消抗防止发有无的]炎|发炎|消炎|抗癌|防癌|抗结核|炎炎|[皮红丘斑起出发长]疹"
+)
 
 
 def diagnoses(text: str) -> frozenset[str]:

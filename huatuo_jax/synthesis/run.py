@@ -78,7 +78,7 @@ class SynthesisSettings:
         max_exchanges: of a conversation.
         attempts: requests for a turn of a conversation, or for polished words, at most: what the
             checks find faulty is asked for again. So many conversations over a case, too, where
-            they end without advice or the diagnosis.
+            a turn stays faulty, or they end without advice or the diagnosis.
         num_answers: times that an open question is answered to see that it is clear.
         near_duplicate: prompts whose ROUGE-L F of characters with an earlier one or a seed is
             above this are left out.
