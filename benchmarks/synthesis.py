@@ -54,8 +54,8 @@ SOURCE_ROWS = 8_000
 """Real dialogues to answer anew, at most: a row is kept only if it says what the doctor said."""
 
 ATTEMPTS = 20
-"""Answers to a real dialogue until one says what the doctor said. Of few, those that are easily met
-are kept, such as questions without a drug, and the rows are no longer like the teacher's own."""
+"""Answers to a real dialogue until one says what the doctor said, and conversations until one finds
+the disease. Of few attempts what is easily met is kept, such as questions without a drug."""
 
 TEMPERATURE = 1.0
 """The teacher's own distribution: rows that are drawn colder are more alike than its own."""

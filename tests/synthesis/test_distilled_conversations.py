@@ -56,7 +56,7 @@ def rows_of(path):
 @pytest.mark.parametrize("language", ["zh", "en"])
 def test_every_spoiled_dialogue_is_left_out_with_its_reason_and_no_other(tmp_path, language):
     with TeacherServer(ScriptedConsultations()) as server:
-        run_synthesis.run(flags(tmp_path, server, 120, language=language, attempts=2))
+        run_synthesis.run(flags(tmp_path, server, 120, language=language, attempts=1))
     made = cases(120, language=language)
     planted = {one["id"]: fault_of(one["medical_case"]) for one in made}
     assert set(Counter(planted.values())) == {None, *FAULTS}, "a fault was not planted"
@@ -91,10 +91,10 @@ def test_faults_of_the_server_change_nothing(tmp_path):
     clean.mkdir()
     faulty.mkdir()
     with TeacherServer(ScriptedConsultations()) as server:
-        run_synthesis.run(flags(clean, server, 30, attempts=2))
+        run_synthesis.run(flags(clean, server, 12, attempts=2))
         needed = len(server.calls)
     with TeacherServer(ScriptedConsultations(), fault=some_fault(0.3, seed=2)) as server:
-        run_synthesis.run(flags(faulty, server, 30, attempts=2))
+        run_synthesis.run(flags(faulty, server, 12, attempts=2))
         assert len(server.delivered()) == needed < len(server.calls)
     for name in ("rows.jsonl", "rows.jsonl.rejected.jsonl"):
         assert (clean / name).read_bytes() == (faulty / name).read_bytes()
