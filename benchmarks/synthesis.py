@@ -53,6 +53,10 @@ HELD_OUT_ROWS = 200
 SOURCE_ROWS = 8_000
 """Real dialogues to answer anew, at most: a row is kept only if it says what the doctor said."""
 
+ATTEMPTS = 20
+"""Answers to a real dialogue until one says what the doctor said, and conversations until one finds
+the disease. Of few attempts what is easily met is kept, such as questions without a drug."""
+
 TEMPERATURE = 1.0
 """The teacher's own distribution: rows that are drawn colder are more alike than its own."""
 
@@ -110,6 +114,8 @@ def compared(kind: Kind, seed: int, folder: pathlib.Path) -> dict[str, Any]:
         **{name: round(loss, 4) for name, loss in losses.items()},
         "behind": round(behind, 4),
         "holds": behind <= DISTANCE,
+        "attempts": ATTEMPTS,
+        "requests": report["requests"],
         "yield": round(report["yield"], 3),
         "left_out": {reason: one["count"] for reason, one in report["rejections"].items()},
     }
@@ -136,6 +142,7 @@ def synthesize(kind: Kind, seed: int, teacher: pathlib.Path, path: pathlib.Path)
         num_rows=NUM_ROWS,
         batch_size=2 * _SLOTS,
         per_request=1,
+        attempts=ATTEMPTS,
         seed=cases,
         source=(str(source),) if kind.startswith("real") else (),
         near_duplicate=1.0,  # In so small a world most questions are near one another.

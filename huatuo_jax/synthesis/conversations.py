@@ -2,9 +2,10 @@
 
 After HuatuoGPT (arXiv 2305.15075, section 3.1): the patient sees the case, starts vaguely and ends
 with 再见; the doctor sees the diagnosis, too, and must ask before naming it. Each turn is checked
-when it is said and asked for again where it is faulty; a dialogue whose turn stays faulty is left
-out with its reason. The checks are patterns of Chinese and English consultations; a dialogue is in
-the language of its case.
+when it is said and asked for again where it is faulty; a dialogue whose turn stays faulty, often
+for what was said before, or that ends without advice or the diagnosis, is begun anew, and in the
+end left out with its reason. The checks are patterns of Chinese and English consultations; a
+dialogue is in the language of its case.
 """
 
 import dataclasses
@@ -22,6 +23,7 @@ from huatuo_jax.evaluation.consultations import (
     ConsultationState,
     Language,
     PatientCase,
+    Speaker,
     clinic_case,
     says_goodbye,
 )
@@ -43,12 +45,9 @@ from huatuo_jax.synthesis.jobs import (
     Rejection,
     Request,
     Step,
+    ask_again,
     jobs_of,
-    text_of,
 )
-
-TURN_ATTEMPTS = 3
-"""Requests for one turn, where the turn that came is faulty."""
 
 _LONGEST_NAME: Mapping[Language, int] = {"zh": 12, "en": 60}
 """Characters of a diagnosis that is nothing but a name."""
@@ -213,12 +212,16 @@ class ConversationMaker:
     Attributes:
         cases: in their order.
         max_exchanges: messages of the doctor, at most.
+        attempts: requests for one turn, at most, where those that came were faulty; and dialogues
+            over one case, where a turn of those before stayed faulty, or they ended without advice
+            or the diagnosis.
         seed: part of the rows' ids.
         batch_size: dialogues that are taken together.
     """
 
     cases: TeachingCases
     max_exchanges: int = 8
+    attempts: int = 3
     seed: int = 0
     batch_size: int = 64
     kind: str = field(default="distilled_conversation", init=False)
@@ -234,6 +237,7 @@ class ConversationMaker:
             "prompts": templates.digest("doctor"),
             "cases": self.cases.identity,
             "max_exchanges": self.max_exchanges,
+            "attempts": self.attempts,
             "seed": self.seed,
             "batch_size": self.batch_size,
         }
@@ -256,63 +260,65 @@ class ConversationMaker:
     def _job(self, place: int, one: TeachingCase) -> Job:
         name = f"{self.seed}-{place}"
         settings = ConsultationSettings(max_exchanges=self.max_exchanges)
-        state = ConsultationState(case=one.case, settings=settings)
-        labels = {
-            "department": one.case.department or "unknown",
-            "language": one.case.language,
-        }
-        try:
-            while (speaker := state.speaker) is not None:
-                if speaker == "user":
-                    text = yield from _turn("patient", name, one, state, patient_fault)
-                else:
-                    text = yield from _turn("doctor", name, one, state, doctor_fault)
-                state = state.add(text)
-            return [_finished(one, state, labels)]
-        except Rejected as rejected:
-            found = rejected.rejection
-            sample = f"{state.transcript}\n>> {found.sample}"
-            rejection = Rejection(
-                reason=found.reason, detail=found.detail, sample=sample, labels=labels
-            )
-            return [rejection]
+        for number in range(1, self.attempts + 1):
+            state = ConsultationState(case=one.case, settings=settings)
+            labels = {
+                "department": one.case.department or "unknown",
+                "language": one.case.language,
+                "dialogues over its case": str(number),
+            }
+            try:
+                while (speaker := state.speaker) is not None:
+                    text = yield from _turn(
+                        speaker, name, number, one, state, attempts=self.attempts
+                    )
+                    state = state.add(text)
+                return [_finished(one, state, labels)]
+            except Rejected as rejected:
+                found = rejected.rejection
+                sample = f"{state.transcript}\n>> {found.sample}"
+                rejection = Rejection(
+                    reason=found.reason, detail=found.detail, sample=sample, labels=labels
+                )
+        return [rejection]
 
 
 def _turn(
-    task: Literal["patient", "doctor"],
+    speaker: Speaker,
     name: str,
+    number: int,
     one: TeachingCase,
     state: ConsultationState,
-    fault_of: Callable[[str, ConsultationState], TurnFault | None],
+    *,
+    attempts: int,
 ) -> Generator[Step, list[Any], str]:
     """Asks for the next turn until one has no fault; raises Rejected if none has."""
-    said = len(state.messages)
-    fault: TurnFault | None = None
-    text = ""
-    for attempt in range(1, TURN_ATTEMPTS + 1):
-        request = Request(
-            step=f"{task}-{said:02d}.{attempt}",
-            task=task,
-            messages=state.patient_messages() if task == "patient" else doctor_messages(state),
-            plain=state.doctor_messages(),
-            material={
-                "key": name,
-                "case": one.clinic,
-                "language": one.case.language,
-                "names": _wordings(state),
-                "messages": state.messages,
-            },
-        )
-        (reply,) = yield [request]
-        try:
-            text = _OWN_NAME.sub("", text_of(reply)).strip()
-            fault = fault_of(text, state)
-        except Rejected as rejected:
-            fault = rejected.rejection.reason, rejected.rejection.detail
-        if fault is None:
-            return text
-    assert fault is not None
-    raise Rejected(fault[0], f"{task}: {fault[1]}", text)
+    is_patient = speaker == "user"
+    task: Literal["patient", "doctor"] = "patient" if is_patient else "doctor"
+    fault_of = patient_fault if is_patient else doctor_fault
+    request = Request(
+        step=f"{number}-{task}-{len(state.messages):02d}",
+        task=task,
+        messages=state.patient_messages() if is_patient else doctor_messages(state),
+        plain=state.doctor_messages(),
+        material={
+            "key": name,
+            "case": one.clinic,
+            "language": one.case.language,
+            "names": _wordings(state),
+            "messages": state.messages,
+        },
+    )
+
+    def accept(_: int, reply: str) -> str:
+        text = _OWN_NAME.sub("", reply).strip()
+        fault = fault_of(text, state)
+        if fault is not None:
+            raise Rejected(fault[0], f"{task}: {fault[1]}", text)
+        return text
+
+    (text,) = yield from ask_again([request], accept, attempts=attempts)
+    return text
 
 
 def doctor_messages(state: ConsultationState) -> list[dict[str, str]]:

@@ -255,7 +255,23 @@ def _forms(plain: str) -> Counter[str]:
     return Counter(re.findall(_FORMS, plain))
 
 
+# Older names of a substance, which a polisher may write as the one in use.
+_OLD_NAMES = {
+    "扑热息痛": "对乙酰氨基酚",
+    "消炎痛": "吲哚美辛",
+    "心痛定": "硝苯地平",
+    "氟哌酸": "诺氟沙星",
+    "灭滴灵": "甲硝唑",
+    "病毒唑": "利巴韦林",
+    "强的松": "泼尼松",
+    "扑尔敏": "氯苯那敏",
+    "胃复安": "甲氧氯普胺",
+}
+_OLD_NAME = re.compile("|".join(_OLD_NAMES))
+
+
 def _drug_drifts(one: str, other: str) -> Iterator[Drift]:
+    one, other = (_OLD_NAME.sub(lambda found: _OLD_NAMES[found[0]], text) for text in (one, other))
     for name in sorted(drugs(one)):
         if name not in other:
             yield Drift("drug lost", name)
@@ -271,15 +287,19 @@ def _drug_drifts(one: str, other: str) -> Iterator[Drift]:
 
 _WHOLE_NAMES = (
     "高血压 糖尿病 甲亢 甲减 哮喘 中风 白血病 癫痫 痛风 冠心病 心脏病 结核 乙肝 丙肝 甲肝 感冒"
-    " 艾滋病 脑瘫 自闭症 白内障 青光眼 肺气肿 抑郁症 焦虑症 尿毒症 败血症 贫血"
+    " 艾滋病 脑瘫 自闭症 白内障 青光眼 肺气肿 抑郁症 焦虑症 尿毒症 败血症 贫血 痔疮"
+    " 内痔 外痔 混合痔"
 ).split()
 # Of another name the end, with the character before it: 胃炎 of 慢性胃炎.
 _ENDS = (
-    "炎|癌|瘤|疹|痔|疣|癣|疮|综合征|结石|息肉|囊肿|结节|增生|肥大|溃疡|硬化|骨折|梗死|梗塞|衰竭|积液|肾病|肺病|胃病"
+    "炎|癌|瘤|疹|疣|癣|疮|综合征|结石|息肉|囊肿|结节|增生|肥大|溃疡|硬化|骨折|梗死|梗塞|衰竭|积液|肾病|肺病|胃病"
     "|肝病|妇科病|性病|疱疹|脱垂"
 )
 _DISEASE = re.compile(rf"{'|'.join(_WHOLE_NAMES)}|[\u4e00-\u9fff](?:{_ENDS})")
-_NO_DISEASE = re.compile(r"[消抗防止发有无的]炎|发炎|消炎|抗癌|防癌|抗结核|炎炎")
+# A rash is a finding: 皮疹 and 红疹 are one.
+_NO_DISEASE = re.compile(
+    r"[消抗防止发有无的]炎|发炎|消炎|抗癌|防癌|抗结核|炎炎|[皮红丘斑起出发长]疹"
+)
 
 
 def diagnoses(text: str) -> frozenset[str]:

@@ -18,6 +18,7 @@ from huatuo_jax.judge.replies import BadReply, final_answer
 from huatuo_jax.synthesis import checks
 
 Item = TypeVar("Item")
+Accepted = TypeVar("Accepted")
 
 Task = Literal["instruct", "answer", "patient", "doctor", "polish", "question", "verify"]
 """What the teacher is asked for: instructions, the answer to one, a turn of the patient or the
@@ -36,6 +37,7 @@ class Request:
         messages: for a model that follows instructions.
         plain: the bare question or dialogue, for a model that only answers as a doctor.
         material: what the clinic's teacher, which reads no text, works from.
+        attempt: from 1 on; above 1 where the replies before it were faulty.
     """
 
     step: str
@@ -43,6 +45,7 @@ class Request:
     messages: Sequence[Mapping[str, str]]
     plain: Sequence[Mapping[str, str]] = ()
     material: Mapping[str, Any] = field(default_factory=dict)
+    attempt: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +157,41 @@ def ask(request: Request) -> Generator[Step, list[Any], str]:
     """Yields one request and returns the text of its reply."""
     (reply,) = yield [request]
     return text_of(reply)
+
+
+def ask_again(
+    requests: Sequence[Request], accept: Callable[[int, str], Accepted], *, attempts: int
+) -> Generator[Step, list[Any], list[Accepted]]:
+    """Yields requests, those with a faulty reply again, and returns what was made of the replies.
+
+    Each attempt is a step of its own, `STEP.1`, `STEP.2` and so on.
+
+    Args:
+        requests: none needs the reply to another.
+        accept: makes something of a request's place and its reply's text; raises Rejected for a
+            faulty one.
+        attempts: requests for one reply, at most.
+
+    Raises:
+        Rejected: the last fault, of a request without a reply that is accepted.
+    """
+    found: dict[int, Accepted] = {}
+    fault: Rejected | None = None
+    for attempt in range(1, attempts + 1):
+        left = [place for place in range(len(requests)) if place not in found]
+        replies = yield [
+            dataclasses.replace(one, step=f"{one.step}.{attempt}", attempt=attempt)
+            for one in (requests[place] for place in left)
+        ]
+        for place, reply in zip(left, replies, strict=True):
+            try:
+                found[place] = accept(place, text_of(reply))
+            except Rejected as rejected:
+                fault = rejected
+        if len(found) == len(requests):
+            return [found[place] for place in range(len(requests))]
+    assert fault is not None
+    raise fault
 
 
 def text_of(reply: ChatReply) -> str:

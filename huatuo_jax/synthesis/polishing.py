@@ -24,10 +24,9 @@ from huatuo_jax.synthesis.jobs import (
     Rejected,
     Rejection,
     Request,
-    ask,
+    ask_again,
     jobs_of,
     object_of,
-    text_of,
     with_labels,
 )
 
@@ -88,6 +87,7 @@ class PolishingMaker:
         kind: of the rows.
         dialogues: in their order.
         plain: ask for the doctor's turns as such, of a model that only answers as a doctor.
+        attempts: requests for one polished text, at most, where those that came were faulty.
         seed: part of the rows' ids.
         batch_size: dialogues that are taken together.
     """
@@ -95,6 +95,7 @@ class PolishingMaker:
     kind: RealKind
     dialogues: Sequence[Dialogue]
     plain: bool = False
+    attempts: int = 3
     seed: int = 0
     batch_size: int = 64
     num_candidates: int = field(init=False)
@@ -109,6 +110,7 @@ class PolishingMaker:
             "prompts": templates.digest("polish_answer", "polish_dialogue"),
             "source": sha256("\0".join(repr(one.messages) for one in self.dialogues))[:16],
             "plain": self.plain,
+            "attempts": self.attempts,
             "seed": self.seed,
             "batch_size": self.batch_size,
         }
@@ -146,15 +148,7 @@ class PolishingMaker:
         if verdict is not None:
             return [with_labels(verdict, labels)]
         try:
-            if self.plain:
-                requests = _plain_requests(one)
-                replies = yield requests
-                polished = [text_of(reply) for reply in replies]
-            else:
-                text = yield from ask(self._request(one, originals, language))
-                polished = _turns(text, len(originals), self.kind)
-            for number, (original, turn) in enumerate(zip(originals, polished, strict=True), 1):
-                _check(original, turn, language, number)
+            polished = yield from self._polished(one, originals, language)
         except Rejected as rejected:
             found = rejected.rejection
             joined = "\n".join(originals)
@@ -174,6 +168,23 @@ class PolishingMaker:
         return [
             Candidate(messages=messages, prompt=prompt, labels=labels, extra=extra, proposed=True)
         ]
+
+    def _polished(self, one: Dialogue, originals: Sequence[str], language: str) -> Any:
+        """Asks for the polished turns and returns them; raises Rejected where none are faithful."""
+
+        def turn(place: int, text: str) -> str:
+            _check(originals[place], text, language, place + 1)
+            return text
+
+        def turns(_: int, text: str) -> list[str]:
+            found = _turns(text, len(originals), self.kind)
+            return [turn(place, one) for place, one in enumerate(found)]
+
+        if self.plain:
+            return (yield from ask_again(_plain_requests(one), turn, attempts=self.attempts))
+        request = self._request(one, originals, language)
+        (found,) = yield from ask_again([request], turns, attempts=self.attempts)
+        return found
 
     def _request(self, one: Dialogue, originals: Sequence[str], language: str) -> Request:
         if self.kind == "real_instruction":

@@ -23,7 +23,7 @@ from huatuo_jax.core.files import as_path, write_file
 from huatuo_jax.judge.spending import Price, Totals
 from huatuo_jax.report.evaluation_blocks import Block, Cell, Note, Table, number
 from huatuo_jax.report.evaluation_page import Section, render_sections
-from huatuo_jax.synthesis.jobs import Candidate, Rejection
+from huatuo_jax.synthesis.jobs import Candidate, Rejection, Task
 from huatuo_jax.synthesis.near_duplicates import comparable
 from huatuo_jax.synthesis.personal_data import mask
 from huatuo_jax.synthesis.runner import Outcome
@@ -91,6 +91,7 @@ def report_figures(outcome: Outcome, facts: RunFacts) -> dict[str, Any]:
         "stopped": outcome.stopped,
         "ended": outcome.ended,
         "seconds": round(outcome.seconds, 3),
+        "requests": _by_attempt(outcome.requests),
         "cost": _cost(num_rows, facts),
         "rejections": rejections(outcome.rejected),
         "masked": dict(outcome.masked),
@@ -103,6 +104,14 @@ def report_figures(outcome: Outcome, facts: RunFacts) -> dict[str, Any]:
         "lengths": _lengths(outcome.kept),
         "diversity": diversity(outcome.kept),
     }
+
+
+def _by_attempt(requests: Mapping[tuple[Task, int], int]) -> dict[str, dict[str, int]]:
+    """Returns the number of requests by task and then by attempt, from the first on."""
+    found: dict[str, dict[str, int]] = {}
+    for (task, attempt), count in sorted(requests.items()):
+        found.setdefault(task, {})[str(attempt)] = count
+    return found
 
 
 def _cost(num_rows: int, facts: RunFacts) -> dict[str, Any] | None:
@@ -281,6 +290,14 @@ def _overview(figures: Mapping[str, Any]) -> list[Block]:
                 ),
             ]
     blocks: list[Block] = [_table(("", "value"), rows)]
+    asked = [
+        (task, attempt, number(count))
+        for task, counts in figures["requests"].items()
+        for attempt, count in counts.items()
+    ]
+    if asked:
+        heads = ("asked for", "attempt", "requests with a reply")
+        blocks.append(_table(heads, asked, caption="Faulty replies were asked for again"))
     if cost is not None and cost["price"] is not None and cost["price"]["is_example"]:
         blocks.append(
             Note(

@@ -45,6 +45,7 @@ _AT_LEAST_1 = (
     "batch_size",
     "per_request",
     "max_exchanges",
+    "attempts",
     "max_new_tokens",
     "concurrency",
     "slots",
@@ -75,6 +76,9 @@ class SynthesisSettings:
             those of a published set as SET:FILE (cmexam:test.csv).
         cases: files of cases with their diagnoses, for conversations.
         max_exchanges: of a conversation.
+        attempts: requests for a turn of a conversation, or for polished words, at most: what the
+            checks find faulty is asked for again. So many conversations over a case, too, where
+            a turn stays faulty, or they end without advice or the diagnosis.
         num_answers: times that an open question is answered to see that it is clear.
         near_duplicate: prompts whose ROUGE-L F of characters with an earlier one or a seed is
             above this are left out.
@@ -107,6 +111,7 @@ class SynthesisSettings:
     source: tuple[str, ...] = operational(())
     cases: tuple[str, ...] = operational(())
     max_exchanges: int = 8
+    attempts: int = 3
     num_answers: int = 2
     near_duplicate: float = 0.7
     evaluation_sets: tuple[str, ...] = operational(())
@@ -349,6 +354,7 @@ def _distilled_conversation(kind: SynthesisKind, cfg: SynthesisSettings, flag: s
     maker = ConversationMaker(
         cases=cases,
         max_exchanges=cfg.max_exchanges,
+        attempts=cfg.attempts,
         seed=cfg.seed,
         batch_size=cfg.batch_size,
     )
@@ -366,6 +372,7 @@ def _real(kind: SynthesisKind, cfg: SynthesisSettings, flag: str) -> _Made:
         kind=kind,
         dialogues=sources.dialogues,
         plain=cfg.asks == "questions",
+        attempts=cfg.attempts,
         seed=cfg.seed,
         batch_size=cfg.batch_size,
     )

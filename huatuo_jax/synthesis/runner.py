@@ -77,6 +77,7 @@ class Outcome:
         rows: those kept, as they are written.
         kept: the same as they were made, personal data masked.
         rejected: candidates that were left out, by id.
+        requests: that have a reply, by task and attempt; what the server failed is not counted.
         masked: pieces of personal data that were masked in kept rows, by kind.
         batches: played.
         unfinished: jobs that the teacher could not finish.
@@ -88,6 +89,7 @@ class Outcome:
     rows: list[Json] = field(default_factory=list)
     kept: list[Candidate] = field(default_factory=list)
     rejected: dict[str, Rejection] = field(default_factory=dict)
+    requests: Counter[tuple[Task, int]] = field(default_factory=Counter)
     masked: Counter[PersonalKind] = field(default_factory=Counter)
     batches: int = 0
     unfinished: int = 0
@@ -183,6 +185,7 @@ class Runner:
                         values.append(self._judged(f"{name}-{number}", one.text))
                     elif isinstance(one, Request) and f"{name}/{one.step}" in replies:
                         values.append(replies[f"{name}/{one.step}"])
+                        self._outcome.requests[one.task, one.attempt] += 1
                 if len(values) == len(step):
                     _advance(name, running[name], values, steps, results)
                 else:

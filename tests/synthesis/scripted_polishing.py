@@ -58,12 +58,24 @@ def fault_of(number, *, single):
     return draw.choice(names) if draw.random() < 0.4 else None
 
 
+def number_of(messages):
+    """The number of the source row that a request is about."""
+    return int(re.search(r"编号(\d+)，", messages[-1]["content"])[1])
+
+
+def is_single(messages):
+    return "医生的话共" not in messages[-1]["content"]
+
+
 def polish(messages):
     """Replies to a request to polish."""
-    user = messages[-1]["content"]
-    number = int(re.search(r"编号(\d+)，", user)[1])
-    single = "医生的话共" not in user
-    fault, draw = fault_of(number, single=single), draw_for("polished", number)
+    return polished(messages, fault_of(number_of(messages), single=is_single(messages)))
+
+
+def polished(messages, fault):
+    """A reply with a fault, or none."""
+    user, single = messages[-1]["content"], is_single(messages)
+    draw = draw_for("polished", number_of(messages))
     if single:
         originals = [re.search(r"医生的回答：\n(.*?)\n\n要求", user, re.DOTALL)[1]]
     else:

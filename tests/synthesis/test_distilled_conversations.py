@@ -56,7 +56,7 @@ def rows_of(path):
 @pytest.mark.parametrize("language", ["zh", "en"])
 def test_every_spoiled_dialogue_is_left_out_with_its_reason_and_no_other(tmp_path, language):
     with TeacherServer(ScriptedConsultations()) as server:
-        run_synthesis.run(flags(tmp_path, server, 120, language=language))
+        run_synthesis.run(flags(tmp_path, server, 120, language=language, attempts=1))
     made = cases(120, language=language)
     planted = {one["id"]: fault_of(one["medical_case"]) for one in made}
     assert set(Counter(planted.values())) == {None, *FAULTS}, "a fault was not planted"
@@ -71,15 +71,19 @@ def test_every_spoiled_dialogue_is_left_out_with_its_reason_and_no_other(tmp_pat
     assert {name: one["count"] for name, one in report["rejections"].items()} == expected
 
 
-def test_a_faulty_turn_is_asked_for_again_and_the_dialogue_goes_on(tmp_path):
+def test_a_faulty_turn_is_asked_for_again_and_a_dialogue_without_its_end_is_begun_anew(tmp_path):
     with TeacherServer(ScriptedConsultations(once=True, share=1.0)) as server:
         run_synthesis.run(flags(tmp_path, server, 40))
-    rejected = Counter(one["reason"] for one in rows_of(tmp_path / "rows.jsonl.rejected.jsonl"))
+        report = json.loads((tmp_path / "rows.jsonl.report.json").read_text(encoding="utf-8"))
+        asked = sum(sum(counts.values()) for counts in report["requests"].values())
+        assert report["cost"]["requests"] == len(server.calls) == asked
     # Of a turn by itself nothing is wrong with these: they are seen when the dialogue is over.
     late = {"doctor never says it", "nobody ends it"}
     planted = Counter(fault_of(one["medical_case"], share=1.0) for one in cases(40))
-    assert rejected == {FAULTS[name]: planted[name] for name in late}
-    assert len(rows_of(tmp_path / "rows.jsonl")) == 40 - sum(rejected.values()) > 25
+    again = sum(planted[name] for name in late)
+    assert len(rows_of(tmp_path / "rows.jsonl")) == 40 > again > 0
+    assert report["labels"]["dialogues over its case"] == {"1": 40 - again, "2": again}
+    assert report["requests"]["doctor"]["2"] > 0 and report["requests"]["patient"]["2"] > 0
 
 
 def test_faults_of_the_server_change_nothing(tmp_path):
@@ -87,10 +91,10 @@ def test_faults_of_the_server_change_nothing(tmp_path):
     clean.mkdir()
     faulty.mkdir()
     with TeacherServer(ScriptedConsultations()) as server:
-        run_synthesis.run(flags(clean, server, 30))
+        run_synthesis.run(flags(clean, server, 12, attempts=2))
         needed = len(server.calls)
     with TeacherServer(ScriptedConsultations(), fault=some_fault(0.3, seed=2)) as server:
-        run_synthesis.run(flags(faulty, server, 30))
+        run_synthesis.run(flags(faulty, server, 12, attempts=2))
         assert len(server.delivered()) == needed < len(server.calls)
     for name in ("rows.jsonl", "rows.jsonl.rejected.jsonl"):
         assert (clean / name).read_bytes() == (faulty / name).read_bytes()

@@ -19,6 +19,9 @@ SAME = {
     "an ordinal": ("先查血常规。", "第一步，先查血常规。"),
     "negation in other words": ("不能喝酒抽烟。", "请您不要喝酒抽烟。"),
     "courtesy": ("考虑慢性胃炎。", "您好，考虑慢性胃炎，不用担心，祝您一天比一天好。"),
+    "a short name behind other words": ("考虑痔疮。", "您好，这应该是痔疮。"),
+    "a rash": ("起红疹就停药。", "出现皮疹就停药。"),
+    "a drug by the name in use": ("口服扑热息痛。", "可以口服对乙酰氨基酚。"),
     "English": ("Take two tablets twice a day.", "Please take 2 tablets, 2 times each day."),
 }
 OTHER = {

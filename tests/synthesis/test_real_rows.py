@@ -1,5 +1,6 @@
 """Polished rows of real dialogues: whatever changes what the doctor said is left out."""
 
+import itertools
 import json
 from collections import Counter
 
@@ -8,9 +9,11 @@ import pytest
 from huatuo_jax import synthesize
 from huatuo_jax.clinic.dialogues import dialogues as clinic_dialogues
 from huatuo_jax.data.readers import read_dialogues
-from huatuo_jax.synthesis.polishing import read_sources
+from huatuo_jax.data.records import Dialogue, Message
+from huatuo_jax.judge.chat import ChatReply
+from huatuo_jax.synthesis.polishing import PolishingMaker, read_sources
 from tests.synthesis import run_synthesis, scripted_polishing
-from tests.synthesis.scripted_polishing import FAULTS, fault_of, polish
+from tests.synthesis.scripted_polishing import FAULTS, fault_of, number_of, polish, polished
 from tests.synthesis.teacher_server import KEY, MODEL, TeacherServer, price_table, some_fault
 
 
@@ -43,7 +46,7 @@ def rows_of(path):
 def test_every_unfaithful_row_is_left_out_and_no_other(tmp_path, kind):
     count, single = 120, kind == "real_instruction"
     with TeacherServer(polish, fault=some_fault(0.2)) as server:
-        run_synthesis.run(flags(tmp_path, server, kind, count))
+        run_synthesis.run(flags(tmp_path, server, kind, count, attempts=2))
     planted = {f"source-{number}": fault_of(number, single=single) for number in range(count)}
     expected_faults = FAULTS.keys() - ({"turns"} if single else set())
     assert set(planted.values()) == {None, *expected_faults}, "a fault was not planted"
@@ -53,6 +56,64 @@ def test_every_unfaithful_row_is_left_out_and_no_other(tmp_path, kind):
     }
     rejected = Counter(one["reason"] for one in rows_of(tmp_path / "rows.jsonl.rejected.jsonl"))
     assert rejected == Counter(FAULTS[fault] for fault in planted.values() if fault is not None)
+
+
+@pytest.mark.parametrize("kind", ["real_instruction", "real_conversation"])
+def test_an_unfaithful_polish_is_asked_for_again_so_often_and_no_more(tmp_path, kind):
+    count, attempts, calls = 12, 4, Counter()
+
+    def faithful_in_the_end(messages):
+        """Spoils a row's first replies: as many as its number says."""
+        number = number_of(messages)
+        calls[number] += 1
+        return polished(messages, "dropped" if calls[number] <= number % 6 else None)
+
+    with TeacherServer(faithful_in_the_end) as server:
+        given = flags(tmp_path, server, kind, count, attempts=attempts)
+        for _ in range(2):  # The second run finds every reply, those of all attempts.
+            run_synthesis.run(given)
+            assert calls == {n: min(n % 6 + 1, attempts) for n in range(count)}
+        report = json.loads((tmp_path / "rows.jsonl.report.json").read_text(encoding="utf-8"))
+        by_attempt = {str(one): sum(n >= one for n in calls.values()) for one in range(1, 5)}
+        assert report["requests"] == {"polish": by_attempt}
+        assert report["cost"]["requests"] == len(server.calls) == sum(by_attempt.values())
+        assert report["cost"]["money"] == pytest.approx(server.money(server.calls), rel=1e-9)
+    kept = {one["source_id"] for one in rows_of(tmp_path / "rows.jsonl")}
+    assert kept == {f"source-{n}" for n in range(count) if n % 6 < attempts}
+    assert report["yield"] == len(kept) / count
+    assert report["rejections"]["unfaithful"]["count"] == count - len(kept)
+
+
+def test_of_a_dialogue_answered_anew_only_the_faulty_turns_are_asked_for_again():
+    words = ["考虑慢性胃炎。", "口服奥美拉唑，一日2次。", "连用7天。"]
+    asked = [Message("user", text) for text in ("胃疼。", "怎么治？", "吃几天？")]
+    turns = zip(asked, (Message("assistant", text) for text in words), strict=True)
+    one = Dialogue("d", tuple(itertools.chain(*turns)), "real_conversation", "made up")
+    maker = PolishingMaker(kind="real_conversation", dialogues=[one], plain=True, attempts=3)
+    ((_, job),) = maker.batch(0, [])
+    next(job)
+    replies = {
+        "answer-0.1": "您好，考虑慢性胃炎。",
+        "answer-1.1": "口服奥美拉唑，一日3次。",
+        "answer-2.1": "连用9天。",
+        "answer-1.2": "口服奥美拉唑，一日4次。",
+        "answer-2.2": "一共连用7天。",
+        "answer-1.3": "可以口服奥美拉唑，一日2次。",
+    }
+    step, steps = job.send([None]), []
+    with pytest.raises(StopIteration) as end:
+        while True:
+            steps.append([request.step for request in step])
+            step = job.send([ChatReply(replies[request.step], "stop") for request in step])
+    assert steps == [
+        ["answer-0.1", "answer-1.1", "answer-2.1"],
+        ["answer-1.2", "answer-2.2"],
+        ["answer-1.3"],
+    ]
+    (row,) = end.value.value
+    said = [message.content for message in row.messages if message.role == "assistant"]
+    assert said == [replies[name] for name in ("answer-0.1", "answer-1.3", "answer-2.2")]
+    assert row.extra["original"] == words
 
 
 @pytest.mark.parametrize("kind", ["real_instruction", "real_conversation"])
@@ -82,7 +143,7 @@ def test_a_dialogue_whose_question_is_near_an_earlier_one_is_not_paid_for(tmp_pa
             row["messages"][0]["content"] += "谢谢。"
         text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows + again)
         (tmp_path / "source.jsonl").write_text(text, encoding="utf-8")
-        run_synthesis.run({**given, "num_rows": 16})
+        run_synthesis.run({**given, "num_rows": 16, "attempts": 1})
         assert len(server.calls) == 8
     rejected = Counter(one["reason"] for one in rows_of(tmp_path / "rows.jsonl.rejected.jsonl"))
     assert rejected["near duplicate"] == 8
