@@ -42,11 +42,16 @@ KINDS = (
     "collective-permute",
     "collective-broadcast",
 )
+_OF_SHARDS = ("all-gather", "all-to-all")  # Their operand is a part of what they work on.
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _LISTED = re.compile(r"replica_groups=\{(\{[\d,{} ]*\})\}")
 _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _ON_MESH = re.compile(
     r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(?\[?([\d,]+)\]?\)?)? ?\{([^}]*)\}"
+)
+# Between TPU slices data goes by the hosts, on behalf of a collective.
+_BETWEEN_SLICES = re.compile(
+    r'_xla_host_transfer_rendezvous="([^"]*)".*_xla_megascale_transfer_type="([A-Z_]+)"'
 )
 _PAIRS = re.compile(r"source_target_pairs=\{(\{[\d,{} ]*\})\}")
 
@@ -292,6 +297,10 @@ def collectives_of(module: Module, mesh: Mesh, *, num_layers: int) -> list[Colle
         inside = any(loop.body in loops for loop in place.loops)
         for one in place.computation.instructions.values():
             kind = one.opcode.removesuffix("-start")
+            between = _BETWEEN_SLICES.search(one.attributes) if kind == "send" else None
+            if between is not None:
+                key = (between[1], place.loops)
+                found.setdefault(key, _between_slices(between[2], one, place, mesh, inside))
             if kind not in KINDS:
                 continue
             # The pieces of an overlapped collective share a channel.
@@ -438,7 +447,7 @@ def _collective(
     kind: str, one: Instruction, place: Place, group: tuple[int, ...], mesh: Mesh, inside: bool
 ) -> Collective:
     payload = sum(shape.num_bytes for shape in place.computation.operand_shapes(one))
-    if kind in ("all-gather", "all-to-all"):
+    if kind in _OF_SHARDS:
         payload *= len(group)
     if kind == "all-reduce" and _is_scattered(place.computation, one):
         kind = "reduce-scatter"
@@ -451,6 +460,32 @@ def _collective(
         op_name=one.op_name,
         in_layer_loop=inside,
         dims=max((shape.dims for shape in one.shapes), key=math.prod),
+    )
+
+
+def _between_slices(
+    transfer: str, one: Instruction, place: Place, mesh: Mesh, inside: bool
+) -> Collective:
+    """Returns the collective that an array is sent to the other slices for."""
+    kind = transfer.lower().replace("_", "-")
+    if kind not in KINDS:
+        raise ValueError(f"{one.name}: {transfer} between slices is not known")
+    first, *_ = mesh.devices.flat
+    group = tuple(
+        index
+        for index, device in enumerate(mesh.devices.flat)
+        if (*device.coords, device.core_on_chip) == (*first.coords, first.core_on_chip)
+    )
+    sent = place.computation.operand_shapes(one)[0]
+    return Collective(
+        kind=kind,
+        axes=_axes(group, mesh),
+        group=group,
+        runs=place.runs,
+        payload=sent.num_bytes * (len(group) if kind in _OF_SHARDS else 1),
+        op_name=one.op_name,
+        in_layer_loop=inside,
+        dims=sent.dims,
     )
 
 

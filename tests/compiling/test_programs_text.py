@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from huatuo_jax.compiling import hlo
@@ -15,6 +16,7 @@ from huatuo_jax.compiling.hlo import (
     layer_loops,
 )
 from huatuo_jax.core.sharding import make_mesh
+from tests.core.test_sharding import Chip
 
 NUM_LAYERS, ROWS, WIDTH = 5, 16, 64
 
@@ -132,6 +134,31 @@ def test_a_chain_of_permutes_is_a_group():
     assert found.bytes_sent == 4 * 8 * 4
 
 
+@pytest.mark.parametrize(
+    ("data", "transfer", "kind", "axes", "payload"),
+    [
+        (2, "ALL_REDUCE", "all-reduce", ("data",), 8 * 4),
+        (1, "ALL_GATHER", "all-gather", ("fsdp",), 2 * 8 * 4),
+    ],
+)
+def test_what_hosts_send_between_slices_is_counted(data, transfer, kind, axes, payload):
+    chips = [Chip(*place) for place in np.ndindex(2, 4, 4)]
+    mesh = make_mesh(data=data, devices=chips)
+    module = hlo.parse(BETWEEN_SLICES.replace("TRANSFER", transfer))
+    within, between = collectives_of(module, mesh, num_layers=2)
+    assert (between.kind, between.axes, between.payload) == (kind, axes, payload)
+    assert [mesh.devices.flat[index].slice_index for index in between.group] == [0, 1]
+    assert len({mesh.devices.flat[index].coords for index in between.group}) == 1
+    assert (within.kind, within.group) == ("all-reduce", (0, 1, 2, 3))
+
+
+def test_an_unknown_transfer_between_slices_is_refused():
+    chips = [Chip(*place) for place in np.ndindex(2, 4, 4)]
+    module = hlo.parse(BETWEEN_SLICES.replace("TRANSFER", "TELEPORT"))
+    with pytest.raises(ValueError, match="TELEPORT between slices is not known"):
+        collectives_of(module, make_mesh(data=2, devices=chips), num_layers=2)
+
+
 def test_an_all_reduce_that_keeps_a_part_is_a_reduce_scatter():
     mesh = make_mesh(fsdp=4, devices=jax.devices()[:4])
     (found,) = collectives_of(hlo.parse(SCATTERED), mesh, num_layers=2)
@@ -226,6 +253,23 @@ def test_a_loop_whose_counter_goes_in_steps_has_fewer_turns(step, turns):
     module = hlo.parse(STEPPED.replace("STEP", str(step)))
     assert {loop.trips for place in module.places for loop in place.loops} == {turns}
 
+
+BETWEEN_SLICES = """HloModule between_slices
+
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  %sum = f32[8]{0} all-reduce(%p), channel_id=2, replica_groups={{0,1,2,3}}
+  %after = token[] after-all()
+  %send = (f32[8]{0}, u32[], token[]) send(%sum, %after), channel_id=2, is_host_transfer=true, \
+frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",\
+_xla_host_transfer_rendezvous="all-reduce.1_0",_xla_megascale_target="{1,2}x{0:3}",\
+_xla_megascale_transfer_type="TRANSFER"}
+  %sent = token[] send-done(%send), channel_id=2, is_host_transfer=true
+  %recv = (f32[8]{0}, u32[], token[]) recv(%after), channel_id=3, is_host_transfer=true
+  %received = (f32[8]{0}, token[]) recv-done(%recv), channel_id=3, is_host_transfer=true
+  ROOT %result = f32[8]{0} get-tuple-element(%received), index=0
+}
+"""
 
 NESTED = """HloModule nested
 

@@ -207,7 +207,7 @@ def test_an_optimizer_state_is_split_like_its_parameters():
     assert adam.count.spec == P()
 
 
-class _Chip:
+class Chip:
     """What a mesh asks of a TPU's device."""
 
     platform, device_kind, core_on_chip, process_index = "tpu", "TPU v5 lite", 0, 0
@@ -231,7 +231,7 @@ class _Chip:
     ],
 )
 def test_slices_divide_data_before_fsdp(num_slices, sizes, slices):
-    chips = [_Chip(*place) for place in np.ndindex(num_slices, 4, 4)]
+    chips = [Chip(*place) for place in np.ndindex(num_slices, 4, 4)]
     data, fsdp, tensor = sizes
     mesh = sharding.make_mesh(data=data, fsdp=fsdp, tensor=tensor, devices=chips)
     assert mesh.devices.shape == sizes
@@ -241,7 +241,7 @@ def test_slices_divide_data_before_fsdp(num_slices, sizes, slices):
 
 
 def test_tensor_does_not_span_slices():
-    chips = [_Chip(*place) for place in np.ndindex(2, 4, 4)]
+    chips = [Chip(*place) for place in np.ndindex(2, 4, 4)]
     with pytest.raises(ValueError, match="`tensor` would span slices; let data=2"):
         sharding.make_mesh(tensor=32, fsdp=1, devices=chips)
 
