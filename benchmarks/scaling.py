@@ -15,6 +15,7 @@ holds are left as they are.
 """
 
 import json
+import math
 import pathlib
 from typing import Any, NamedTuple
 
@@ -83,9 +84,8 @@ def compiled(place: Place) -> dict[str, Any]:
     Raises:
         ValueError: it does not fit the chips.
     """
-    chips = place.num_slices
-    for length in place.topology.split(":")[1].split("x"):
-        chips *= int(length)
+    _, shape = place.topology.split(":")
+    chips = place.num_slices * math.prod(map(int, shape.split("x")))
     changes = {
         "sft.batch_size": place.rows * chips,
         "sft.micro_batch_size": place.rows * chips,
@@ -101,6 +101,7 @@ def compiled(place: Place) -> dict[str, Any]:
     roofline = program["roofline"]
     parts = {name: roofline[f"{name}_s"] for name in ("compute", "memory", "interconnect")}
     return {
+        **place._asdict(),
         "chips": chips,
         "tokens": program["tokens"],
         "memory_gib": round(program["memory_bytes_per_device"]["total"] / 2**30, 2),

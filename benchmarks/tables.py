@@ -144,19 +144,17 @@ def hardware(*columns: str) -> str:
 def scaling() -> str:
     """How a step of fine-tuning scales with chips: parts of its time, and speed of a chip."""
     rows, first = [], {}
-    for name, found in _read("scaling").items():
-        model, rest = name.split(" ", 1)
-        slices, of_a_chip = rest.split(", ")
+    for found in _read("scaling").values():
         shares = [found["utilisation"], found["utilisation_without_overlap"]]
-        alone = first.setdefault((model, of_a_chip), shares)
+        alone = first.setdefault((found["card"], found["rows"]), shares)
         efficiencies = (f"{share / start:.0%}" for share, start in zip(shares, alone, strict=True))
         times = (f"{found[f'{part}_s']:.2f}" for part in ("compute", "memory", "interconnect"))
         rows.append(
             (
-                f"`{model}`",
-                slices,
+                f"`{found['card']}`",
+                f"{found['num_slices']} x {found['topology']}",
                 str(found["chips"]),
-                of_a_chip.split()[0],
+                str(found["rows"]),
                 f"{found['memory_gib']:.1f}",
                 ", ".join(times),
                 " to ".join(f"{share:.0%}" for share in reversed(shares)),

@@ -342,6 +342,7 @@ def head_of(
     multiplied_DV = kernel_DV.astype(compute.compute_dtype)
     if gather:
         multiplied_DV = sharding.constrain(multiplied_DV, "head_DV")
+    # Else a loop would add up gradients of zeros for it.
     return Head(kernel_DV, jax.lax.stop_gradient(multiplied_DV))
 
 

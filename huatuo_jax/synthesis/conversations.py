@@ -42,7 +42,6 @@ from huatuo_jax.synthesis.jobs import (
     Candidate,
     Job,
     Rejected,
-    Rejection,
     Request,
     Step,
     ask_again,
@@ -275,11 +274,7 @@ class ConversationMaker:
                     state = state.add(text)
                 return [_finished(one, state, labels)]
             except Rejected as rejected:
-                found = rejected.rejection
-                sample = f"{state.transcript}\n>> {found.sample}"
-                rejection = Rejection(
-                    reason=found.reason, detail=found.detail, sample=sample, labels=labels
-                )
+                rejection = rejected.after(state.transcript, labels)
         return [rejection]
 
 

@@ -101,6 +101,11 @@ class Rejected(Exception):
         super().__init__(f"{reason}: {detail}")
         self.rejection = Rejection(reason=reason, detail=detail, sample=sample)
 
+    def after(self, before: str, labels: Mapping[str, str]) -> "Rejection":
+        """Returns the rejection with labels, and in its sample what the faulty reply followed."""
+        sample = f"{before}\n>> {self.rejection.sample}"
+        return dataclasses.replace(self.rejection, sample=sample, labels=labels)
+
 
 Result = Candidate | Rejection
 Verdict = Rejection | None

@@ -8,7 +8,7 @@ is kept beside the polished text.
 import json
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -22,8 +22,8 @@ from huatuo_jax.synthesis.jobs import (
     Job,
     Proposal,
     Rejected,
-    Rejection,
     Request,
+    Step,
     ask_again,
     jobs_of,
     object_of,
@@ -150,13 +150,7 @@ class PolishingMaker:
         try:
             polished = yield from self._polished(one, originals, language)
         except Rejected as rejected:
-            found = rejected.rejection
-            joined = "\n".join(originals)
-            sample = f"{joined}\n>> {found.sample}"
-            rejection = Rejection(
-                reason=found.reason, detail=found.detail, sample=sample, labels=labels
-            )
-            return [rejection]
+            return [rejected.after("\n".join(originals), labels)]
         turns = iter(polished)
         messages = tuple(
             Message(m.role, next(turns), m.trained) if m.role == "assistant" else m
@@ -169,7 +163,9 @@ class PolishingMaker:
             Candidate(messages=messages, prompt=prompt, labels=labels, extra=extra, proposed=True)
         ]
 
-    def _polished(self, one: Dialogue, originals: Sequence[str], language: str) -> Any:
+    def _polished(
+        self, one: Dialogue, originals: Sequence[str], language: str
+    ) -> Generator[Step, list[Any], list[str]]:
         """Asks for the polished turns and returns them; raises Rejected where none are faithful."""
 
         def turn(place: int, text: str) -> str:

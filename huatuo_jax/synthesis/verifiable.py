@@ -28,7 +28,6 @@ from huatuo_jax.synthesis.jobs import (
     Candidate,
     Job,
     Rejected,
-    Rejection,
     Request,
     ask,
     jobs_of,
@@ -120,12 +119,7 @@ class VerifiableMaker:
             question, answer = yield from _opened(one, answer, language)
             yield from _verified(question, answer, language, self.num_answers)
         except Rejected as rejected:
-            found = rejected.rejection
-            sample = f"{one.question}\n>> {found.sample}"
-            rejection = Rejection(
-                reason=found.reason, detail=found.detail, sample=sample, labels=labels
-            )
-            return [rejection]
+            return [rejected.after(one.question, labels)]
         message = Message("user", question)
         row = {"messages": messages_to_json([message]), "reference": answer}
         extra = {"question_id": one.id, "exam_question": one.question}
