@@ -30,7 +30,7 @@ from huatuo_jax.training.loop import (
     StepReport,
     step_numbers,
 )
-from huatuo_jax.training.losses import next_tokens, row_sizes, score_tokens, sums_by_kind
+from huatuo_jax.training.losses import next_tokens, row_sizes, sum_log_probs, sums_by_kind
 from huatuo_jax.training.metrics import ModelFlops
 from huatuo_jax.training.run_directory import StageDirectory, is_begun
 from huatuo_jax.training.stage import TrainingConfig, UpdateStage, on_devices, run_stage, stage_step
@@ -248,12 +248,12 @@ def token_loss(
         `attended_pairs` of query and key.
     """
     wanted_BT = next_tokens(batch["trained_mask"])
-    scores = score_tokens(model, variables, batch, batch["trained_mask"], chunk=chunk)
+    total, scores = sum_log_probs(model, variables, batch, batch["trained_mask"], chunk=chunk)
     by_kind = functools.partial(
         sums_by_kind, kind_ids_BT=next_tokens(batch["kind_ids"]), num_kinds=len(ALL_KINDS)
     )
     return LossSums(
-        loss=-scores.log_probs_BT.sum(),
+        loss=-total,
         num_terms=wanted_BT.sum(),
         others={
             "loss_by_kind": by_kind(-scores.log_probs_BT),

@@ -20,7 +20,7 @@ from huatuo_jax.core import sharding
 from huatuo_jax.core.sharding import OnMesh, batch_shards, put_whole
 from huatuo_jax.data.batches import Row
 from huatuo_jax.training.dialogue_data import DataConfig
-from huatuo_jax.training.losses import next_tokens, score_tokens
+from huatuo_jax.training.losses import next_tokens, sum_log_probs
 from huatuo_jax.training.update import Batch, LossSums, Outputs, TrainState, Variables
 
 NUMBERS_OF_ROWS = ("token_ids", "segment_ids", "positions", "mask")
@@ -83,8 +83,8 @@ def _ptx_row_loss(
 ) -> tuple[LossSums, Outputs]:
     del kl_coef
     wanted_BT = next_tokens(batch["mask"])
-    scores = score_tokens(model, variables, batch, batch["mask"], chunk=chunk)
-    return LossSums(-scores.log_probs_BT.sum(), wanted_BT.sum(), {}), {}
+    total, _ = sum_log_probs(model, variables, batch, batch["mask"], chunk=chunk)
+    return LossSums(-total, wanted_BT.sum(), {}), {}
 
 
 def added(

@@ -1,9 +1,9 @@
 """Log-probabilities of given tokens, masks of answers, and the sums that losses are made of.
 
 Logits over the vocabulary are the largest array of a step, so they are never held whole: they are
-made for some positions of every row at a time and made again in the backward pass. Positions whose
-score is not wanted (prompts, padding) are moved behind the wanted ones, and chunks that hold none
-of those are not computed at all.
+made for some positions of every row at a time and, but for a plain sum, made again in the backward
+pass. Positions whose score is not wanted (prompts, padding) are moved behind the wanted ones, and
+chunks that hold none of those are not computed at all.
 
 An array `[B, T]` holds answers, end tokens included, each in one run of slots without a gap; where
 a run starts is free. Where a row holds several (in losses alone; rewards and estimators take one a
@@ -12,12 +12,14 @@ read: NaN there changes neither a result nor a gradient. Log-probabilities, valu
 token lie in the slot of that token, the value being that of the state before it.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from huatuo_jax.backbone.layers import Head
 from huatuo_jax.backbone.transformer import Transformer
 from huatuo_jax.generation.sampling import TopTokens, top_tokens
 
@@ -111,18 +113,7 @@ def token_scores(
     """
     if not temperature > 0:
         raise ValueError(f"temperature={temperature!r} must be above 0")
-    length = hidden_BTD.shape[1]
-    chunk = min(chunk, length)
-    order_BT = jnp.argsort(~wanted_BT, axis=1, stable=True)  # Wanted positions first.
-
-    def chunks(array_BT: jax.Array) -> jax.Array:
-        """Returns the array in that order, as `[T / chunk, B, chunk, ...]`."""
-        index = order_BT.reshape(order_BT.shape + (1,) * (array_BT.ndim - 2))
-        ordered = jnp.take_along_axis(array_BT, index, axis=1)
-        surplus = [(0, 0)] * array_BT.ndim
-        surplus[1] = (0, -length % chunk)
-        ordered = jnp.pad(ordered, surplus)
-        return ordered.reshape(ordered.shape[0], -1, chunk, *ordered.shape[2:]).swapaxes(0, 1)
+    order = _Order.of(wanted_BT, chunk)
 
     def score_chunk(hidden_BCD: jax.Array, targets_BC: jax.Array) -> TokenScores:
         logits_BCV = project(hidden_BCD) / temperature
@@ -130,31 +121,17 @@ def token_scores(
 
     def score(_: None, inputs: tuple[jax.Array, ...]) -> tuple[None, TokenScores]:
         hidden_BCD, targets_BC, wanted_BC = inputs
-        shapes = jax.eval_shape(score_chunk, hidden_BCD, targets_BC)
         scores = jax.lax.cond(
             wanted_BC.any(),
             lambda: score_chunk(hidden_BCD, targets_BC),
-            lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes),
+            lambda: _zeros_like(jax.eval_shape(score_chunk, hidden_BCD, targets_BC)),
         )
         return None, scores
 
     # The body of a scan cannot be merged with its recomputation: no guard against that is needed.
     recomputed = jax.checkpoint(score, prevent_cse=False)
-    inputs = (chunks(hidden_BTD), chunks(targets_BT), chunks(wanted_BT))
-    _, scores_nBC = jax.lax.scan(recomputed, None, inputs)
-    place_BT = jnp.argsort(order_BT, axis=1)
-
-    def unordered(array_nBC: jax.Array) -> jax.Array:
-        further = array_nBC.shape[3:]
-        array_BT = array_nBC.swapaxes(0, 1).reshape(place_BT.shape[0], -1, *further)
-        index, wanted = (
-            numbers_BT.reshape(numbers_BT.shape + (1,) * len(further))
-            for numbers_BT in (place_BT, wanted_BT)
-        )
-        array_BT = jnp.take_along_axis(array_BT, index, axis=1)
-        return jnp.where(wanted, array_BT, jnp.zeros_like(array_BT))
-
-    return jax.tree.map(unordered, scores_nBC)
+    inputs = tuple(map(order.cut, (hidden_BTD, targets_BT, wanted_BT)))
+    return order.join(jax.lax.scan(recomputed, None, inputs)[1])
 
 
 def score_tokens(
@@ -190,6 +167,39 @@ def score_tokens(
         chunk=chunk,
         entropy=entropy,
         num_top=num_top,
+    )
+
+
+def sum_log_probs(
+    model: Transformer,
+    variables: Mapping[str, Any],
+    batch: Mapping[str, jax.Array],
+    mask_BT: jax.Array,
+    *,
+    chunk: int = 128,
+) -> tuple[jax.Array, TokenScores]:
+    """Sums the log-probabilities of the tokens of a mask, with the sum's gradient at hand.
+
+    All tokens count alike, so the gradient of a chunk's logits is known as soon as they are, and
+    none are made again in a backward pass: of four products with the head three are left.
+
+    Args:
+        model: as for `score_tokens`, and so the rest.
+        variables: see there.
+        batch: see there.
+        mask_BT: see there.
+        chunk: see there.
+
+    Returns:
+        The sum, and the scores, through which no gradient flows.
+    """
+    return _sum_in_chunks(
+        functools.partial(model.apply, {}, method="logits"),
+        chunk,
+        model.apply(variables, method="head"),
+        hidden_of(model, variables, batch),
+        next_tokens(batch["token_ids"]),
+        next_tokens(mask_BT),
     )
 
 
@@ -347,6 +357,126 @@ def count_terms(
     if tokens_allowed < 1:
         raise ValueError(f"tokens_allowed={tokens_allowed!r} must be at least 1, or None")
     return count_answers(mask_BT) * tokens_allowed
+
+
+class _Order(NamedTuple):
+    """Positions of rows in chunks, the wanted ones first.
+
+    Attributes:
+        position_BT: the position that stands in each place.
+        wanted_BT: the positions that are wanted, bool.
+        chunk: places C of every row in a chunk; static.
+    """
+
+    position_BT: jax.Array
+    wanted_BT: jax.Array
+    chunk: int
+
+    @classmethod
+    def of(cls, wanted_BT: jax.Array, chunk: int) -> "_Order":
+        """Orders the positions; a chunk has no more of them than a row."""
+        position_BT = jnp.argsort(~wanted_BT, axis=1, stable=True)
+        return cls(position_BT, wanted_BT, min(chunk, wanted_BT.shape[1]))
+
+    def cut(self, array_BT: jax.Array) -> jax.Array:
+        """Returns an array of positions in that order, as `[T / C, B, C, ...]`."""
+        ordered = jnp.take_along_axis(array_BT, _laid(self.position_BT, array_BT), axis=1)
+        surplus = [(0, 0)] * array_BT.ndim
+        surplus[1] = (0, -ordered.shape[1] % self.chunk)
+        ordered = jnp.pad(ordered, surplus)
+        return ordered.reshape(len(ordered), -1, self.chunk, *ordered.shape[2:]).swapaxes(0, 1)
+
+    def join(self, chunks: Any) -> Any:
+        """Returns arrays `[T / C, B, C, ...]` in the positions' own order, zero where unwanted."""
+        place_BT = jnp.argsort(self.position_BT, axis=1)
+
+        def joined(array_nBC: jax.Array) -> jax.Array:
+            ordered = array_nBC.swapaxes(0, 1).reshape(len(place_BT), -1, *array_nBC.shape[3:])
+            array_BT = jnp.take_along_axis(ordered, _laid(place_BT, ordered), axis=1)
+            return jnp.where(_laid(self.wanted_BT, array_BT), array_BT, jnp.zeros_like(array_BT))
+
+        return jax.tree.map(joined, chunks)
+
+
+def _laid(numbers_BT: jax.Array, array_BT: jax.Array) -> jax.Array:
+    """Returns numbers of positions with as many dimensions as the array."""
+    return numbers_BT.reshape(numbers_BT.shape + (1,) * (array_BT.ndim - 2))
+
+
+def _zeros_like(shapes: Any) -> Any:
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _sum_in_chunks(
+    project: Callable[[jax.Array, Head], jax.Array],
+    chunk: int,
+    head: Head,
+    hidden_BTD: jax.Array,
+    targets_BT: jax.Array,
+    wanted_BT: jax.Array,
+) -> tuple[jax.Array, TokenScores]:
+    scores = token_scores(
+        lambda hidden_BCD: project(hidden_BCD, head), hidden_BTD, targets_BT, wanted_BT, chunk=chunk
+    )
+    return scores.log_probs_BT.sum(), scores
+
+
+def _sum_forward(
+    project: Callable[[jax.Array, Head], jax.Array],
+    chunk: int,
+    head: Any,
+    hidden_BTD: Any,
+    targets_BT: Any,
+    wanted_BT: Any,
+) -> tuple[tuple[jax.Array, TokenScores], tuple[Any, jax.Array]]:
+    """Computes the sum with its gradients; of a head that is not trained there is none."""
+    trained = head.kernel_DV.perturbed
+    head = Head(*(leaf.value for leaf in head))
+    order = _Order.of(wanted_BT.value, chunk)
+
+    def summed(
+        kernel_DV: jax.Array, hidden_BCD: jax.Array, targets_BC: jax.Array, wanted_BC: jax.Array
+    ) -> tuple[jax.Array, TokenScores]:
+        logits_BCV = project(hidden_BCD, head._replace(kernel_DV=kernel_DV))
+        scores = _score_targets(logits_BCV, targets_BC, entropy=False, num_top=0)
+        return jnp.where(wanted_BC, scores.log_probs_BT, 0).sum(), scores
+
+    differentiate = jax.grad(summed, argnums=(0, 1) if trained else (1,), has_aux=True)
+
+    def add(to_kernel: list[jax.Array], inputs: tuple[jax.Array, ...]) -> tuple[Any, Any]:
+        def compute() -> tuple[list[jax.Array], tuple[jax.Array, TokenScores]]:
+            (*of_kernel, of_hidden_BCD), scores = differentiate(head.kernel_DV, *inputs)
+            return jax.tree.map(jnp.add, to_kernel, of_kernel), (of_hidden_BCD, scores)
+
+        def skip() -> tuple[list[jax.Array], tuple[jax.Array, TokenScores]]:
+            return to_kernel, _zeros_like(jax.eval_shape(compute)[1])
+
+        return jax.lax.cond(inputs[-1].any(), compute, skip)
+
+    inputs = tuple(order.cut(leaf.value) for leaf in (hidden_BTD, targets_BT, wanted_BT))
+    start = [jnp.zeros_like(head.kernel_DV)] if trained else []
+    to_kernel, chunks = jax.lax.scan(add, start, inputs)
+    to_hidden_BTD, scores = order.join(chunks)
+    return (scores.log_probs_BT.sum(), scores), (to_kernel, to_hidden_BTD)
+
+
+def _sum_backward(
+    project: Callable[[jax.Array, Head], jax.Array],
+    chunk: int,
+    saved: tuple[list[jax.Array], jax.Array],
+    gradients: tuple[jax.Array, TokenScores],
+) -> tuple[Any, ...]:
+    del project, chunk
+    to_kernel, to_hidden_BTD = jax.tree.map(
+        lambda leaf: leaf * gradients[0].astype(leaf.dtype), saved
+    )
+    # The kernel in the compute dtype has none, and a frozen one neither.
+    to_head = (*to_kernel, None, None)[: len(Head._fields)]
+    return Head._make(to_head), to_hidden_BTD, None, None
+
+
+_sum_in_chunks.defvjp(_sum_forward, _sum_backward, symbolic_zeros=True)
 
 
 def _score_targets(

@@ -7,11 +7,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.core import jaxprs_in_params
+from jax.interpreters import partial_eval
 
 from huatuo_jax.backbone.config import ComputeConfig
 from huatuo_jax.backbone.transformer import Transformer, init_params
 from huatuo_jax.core import sharding
-from huatuo_jax.training.losses import next_tokens, sums_by_kind, token_scores
+from huatuo_jax.training.losses import (
+    next_tokens,
+    score_tokens,
+    sum_log_probs,
+    sums_by_kind,
+    token_scores,
+)
 from tests.training.tiny import TINY
 
 HEADS = {
@@ -80,6 +88,62 @@ def test_gradients_of_chunks_equal_those_of_the_plain_computation(head):
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6), found, expected
     )
+
+
+def _rows(cfg, *, rows=3, length=11):
+    draw = np.random.default_rng(0)
+    return {
+        "token_ids": jnp.asarray(draw.integers(0, cfg.vocab_size, (rows, length))),
+        "segment_ids": jnp.ones((rows, length), jnp.int32),
+        "positions": jnp.broadcast_to(jnp.arange(length), (rows, length)),
+    }, jnp.asarray(draw.random((rows, length)) < 0.4).at[:, 0].set(False)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_sum_has_the_value_and_gradient_of_the_scores_it_is_of(head):
+    cfg = HEADS[head]
+    variables = {"params": init_params(jax.random.key(0), cfg, ComputeConfig())}
+    batch, mask_BT = _rows(cfg)
+    model = Transformer(cfg)
+
+    def of_scores(variables):
+        scores = score_tokens(model, variables, batch, mask_BT, chunk=3)
+        return -0.7 * scores.log_probs_BT.sum(), scores
+
+    def of_sum(variables):
+        total, scores = sum_log_probs(model, variables, batch, mask_BT, chunk=3)
+        return -0.7 * total, scores
+
+    expected, gradient = jax.jit(jax.value_and_grad(of_scores, has_aux=True))(variables)
+    found, of_found = jax.jit(jax.value_and_grad(of_sum, has_aux=True))(variables)
+    jax.tree.map(np.testing.assert_array_equal, jax.jit(of_sum)(variables), found)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found[0], expected[0])
+    jax.tree.map(np.testing.assert_array_equal, found[1], expected[1])
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6), of_found, gradient
+    )
+
+
+@pytest.mark.parametrize(("frozen", "products"), [((), 3), (("lm_head",), 2)])
+def test_a_sum_makes_no_logits_again_and_no_gradient_of_a_frozen_head(frozen, products):
+    params = init_params(jax.random.key(0), TINY, ComputeConfig())
+    batch, mask_BT = _rows(TINY)
+    trained = {name: part for name, part in params.items() if name not in frozen}
+
+    def total(trained):
+        return sum_log_probs(Transformer(TINY), {"params": params | trained}, batch, mask_BT)[0]
+
+    def count(jaxpr):
+        found = sum(count(inner) for eqn in jaxpr.eqns for inner in jaxprs_in_params(eqn.params))
+        for eqn in jaxpr.eqns:
+            shapes = [one.aval.shape for one in (*eqn.invars, *eqn.outvars)]
+            is_product = eqn.primitive.name == "dot_general"
+            found += is_product and any(TINY.padded_vocab_size in shape for shape in shapes)
+        return found
+
+    jaxpr = jax.make_jaxpr(jax.grad(total))(trained).jaxpr
+    used, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    assert count(used) == products
 
 
 def test_scores_are_float64_where_the_logits_are():
