@@ -2,6 +2,8 @@
 
 import difflib
 import importlib
+import os
+import platform
 import shutil
 import sys
 import textwrap
@@ -53,13 +55,20 @@ COMMANDS = {
 }
 
 
+_HUGE_PAGES = "glibc.malloc.hugetlb"
+_ON_REQUEST = "/sys/kernel/mm/transparent_hugepage/enabled"
+
+
 def run(name: str, *, shown_as: str | None = None) -> None:
     """Runs a command with the process's arguments.
+
+    Where Linux gives huge pages to those who ask, the process first starts anew with them.
 
     Args:
         name: of `COMMANDS`.
         shown_as: its name in help; None for the file that Python runs.
     """
+    _ask_for_huge_pages()
     from huatuo_jax.core import command_line
 
     command = COMMANDS[name]
@@ -93,6 +102,29 @@ def main() -> None:
         sys.exit(1)
     del sys.argv[1]
     run(given, shown_as=f"huatuo {given}")
+
+
+def _ask_for_huge_pages() -> None:
+    """Starts the process anew with huge pages for large arrays, where glibc can ask Linux for them.
+
+    A step on a CPU takes much of its memory anew and gives it back, and by pages of 4 KiB a tenth
+    of its time goes into that. glibc reads the setting when a process starts, and one that the
+    user made stays: `GLIBC_TUNABLES=glibc.malloc.hugetlb=0` does without.
+    """
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    file = getattr(sys.modules["__main__"], "__file__", None)
+    # A process that has loaded jax is not a command's own, and one without a file has read its
+    # program from a pipe.
+    if _HUGE_PAGES in tunables or "jax" in sys.modules or not (file and sys.executable):
+        return
+    try:
+        with open(_ON_REQUEST, encoding="ascii") as setting:
+            on_request = "[madvise]" in setting.read()
+    except OSError:
+        return
+    if on_request and platform.libc_ver()[0] == "glibc":
+        os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, (tunables, f"{_HUGE_PAGES}=1")))
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def _help(columns: int) -> str:

@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import os
 import pathlib
+import platform
 import subprocess
 import sys
 import typing
@@ -90,6 +91,60 @@ def imported_by(*arguments):
 def test_the_list_of_commands_waits_for_no_library(arguments):
     heavy = {"jax", "numpy", "transformers", "tyro", "absl", "torch"}
     assert not heavy & imported_by(*arguments)
+
+
+HUGE_PAGES_OF_A_SCRIPT = """
+import os, sys
+from huatuo_jax import cli
+cli._ON_REQUEST = sys.argv[1]
+if sys.argv[2] == "jax":
+    sys.modules["jax"] = sys
+cli._ask_for_huge_pages()
+print(os.environ.get("GLIBC_TUNABLES"), sys.argv[2], os.getpid())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="huge pages are asked for by glibc")
+@pytest.mark.parametrize(
+    ("kernel", "given", "loaded", "found"),
+    [
+        ("always [madvise] never", None, "nothing", "glibc.malloc.hugetlb=1"),
+        (
+            "always [madvise] never",
+            "glibc.malloc.check=1",
+            "nothing",
+            "glibc.malloc.check=1:glibc.malloc.hugetlb=1",
+        ),
+        (
+            "always [madvise] never",
+            "glibc.malloc.hugetlb=0",
+            "nothing",
+            "glibc.malloc.hugetlb=0",
+        ),
+        ("always [madvise] never", None, "jax", "None"),
+        ("[always] madvise never", None, "nothing", "None"),
+        (None, None, "nothing", "None"),
+    ],
+)
+def test_a_command_has_huge_pages_where_linux_gives_them_on_request(
+    tmp_path, kernel, given, loaded, found
+):
+    if kernel is not None:
+        (tmp_path / "enabled").write_text(kernel)
+    script = tmp_path / "a script.py"
+    script.write_text(HUGE_PAGES_OF_A_SCRIPT)
+    environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+    if given is not None:
+        environment["GLIBC_TUNABLES"] = given
+    process = subprocess.Popen(
+        [sys.executable, script, tmp_path / "enabled", loaded],
+        env=environment | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    output, _ = process.communicate(timeout=300)
+    # The same process, with the same arguments, whether it started anew or not.
+    assert output.splitlines() == [f"{found} {loaded} {process.pid}"]
 
 
 def test_the_help_of_training_does_not_import_torch():
