@@ -5,11 +5,13 @@ load the same small programs for every test. `jax.jit` is asked for a jitted fun
 functions are equal where their code is the same object and all that they hold (closures, defaults,
 arguments of partial functions, fields of frozen dataclasses) is equal; what may change is compared
 by identity, lists and dictionaries included. A function under which an attribute is patched at
-present is never shared with one under which it is not, nor are an engine's programs.
+present is never shared with one under which it is not, nor are an engine's programs; only what no
+program is traced from may be patched under shared ones.
 """
 
 import dataclasses
 import functools
+import sys
 import types
 from collections.abc import Hashable
 from typing import Any
@@ -21,6 +23,21 @@ import pytest
 from huatuo_jax.generation.programs import programs_of
 
 _MAX_PROGRAMS = 64
+
+NOT_TRACED = (
+    *(f"huatuo_jax.{room}." for room in ("api", "clinic", "data", "hub", "judge", "preferences")),
+    *(f"huatuo_jax.{room}." for room in ("recipe", "report", "serving", "synthesis")),
+    *(f"huatuo_jax.core.{module}." for module in ("addresses", "command_line", "distributed")),
+    "huatuo_jax.checkpoint.models.",
+    "huatuo_jax.evaluation.respondents.",
+    "huatuo_jax.generation.engine.",
+    "huatuo_jax.ppo.trainer._evaluated",
+    # Meshes are of a program's key.
+    *(f"huatuo_jax.core.sharding.{name}" for name in ("host_mesh", "make_mesh")),
+    *("asyncio.", "builtins.", "importlib.", "os.", "socket.", "sys.", "time."),
+    *("huggingface_hub.", "uvicorn."),
+)
+"""How the full names of attributes begin that a program cannot depend on."""
 
 
 class _Same:
@@ -107,10 +124,11 @@ def share_programs() -> None:
             return jit(function, **options)
         return made(_Made(key, function, options))
 
-    def counted(patch: pytest.MonkeyPatch, *arguments: Any, **named: Any) -> None:
-        patched[id(patch)] = (*patched.get(id(patch), ()), object())
-        programs_of.cache_clear()
-        set_attribute(patch, *arguments, **named)
+    def counted(patch: pytest.MonkeyPatch, target: Any, *rest: Any, **named: Any) -> None:
+        if not full_name(target, *rest).startswith(NOT_TRACED):
+            patched[id(patch)] = (*patched.get(id(patch), ()), object())
+            programs_of.cache_clear()
+        set_attribute(patch, target, *rest, **named)
 
     def undone(patch: pytest.MonkeyPatch) -> None:
         undo(patch)
@@ -119,6 +137,15 @@ def share_programs() -> None:
 
     jax.jit = shared
     pytest.MonkeyPatch.setattr, pytest.MonkeyPatch.undo = counted, undone
+
+
+def full_name(target: Any, *rest: Any) -> str:
+    """Returns the full name of what `MonkeyPatch.setattr` is asked to set: module and attribute."""
+    if isinstance(target, str):
+        return target
+    if not isinstance(target, types.ModuleType):
+        target = sys.modules[(target if isinstance(target, type) else type(target)).__module__]
+    return f"{target.__name__}.{rest[0]}"
 
 
 class _Made:

@@ -275,6 +275,7 @@ def environment():
     return {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", "PYTHONUTF8": "1"}
 
 
+@pytest.mark.slow
 def test_a_pipe_gets_the_answers_alone():
     with ScriptedChat(lambda body, index: [f"答 {len(body['messages'])}"]) as server:
         done = subprocess.run(

@@ -11,6 +11,7 @@ import pytest
 
 from huatuo_jax.clinic.dialogues import prompts
 from huatuo_jax.clinic.judge import ClinicJudge
+from huatuo_jax.core import command_line
 from huatuo_jax.core.config import checked
 from huatuo_jax.judge.questions import Answered
 from huatuo_jax.ppo.config import JudgingConfig
@@ -25,7 +26,8 @@ def modules():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "benchmarks"))
         names = ("parts", "figures", "page")
-        yield {name: importlib.import_module(f"paper_claims_{name}") for name in names}
+        found = {name: importlib.import_module(f"paper_claims_{name}") for name in names}
+        yield found | {"command": importlib.import_module("paper_claims")}
 
 
 @pytest.fixture(scope="module")
@@ -257,9 +259,11 @@ def test_the_page_in_the_documentation_is_made_of_the_results_as_they_stand(modu
     assert found["claims"]["tiny"] is False
 
 
-def test_a_page_without_figures_is_refused_in_a_line(tmp_path):
-    output = tmp_path / "none.json"
+def test_a_page_without_figures_is_refused_in_a_line(modules, tmp_path, capsys):
+    output, command = tmp_path / "none.json", modules["command"]
     output.write_text("{}")
-    done = experiment(f"--output={output}", f"--page={tmp_path / 'page.md'}")
-    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
-    assert "run the experiment first" in done.stderr
+    arguments = [f"--output={output}", f"--page={tmp_path / 'page.md'}"]
+    with pytest.raises(SystemExit, match="^1$"):
+        command_line.run(command.main, command.Flags, arguments=arguments)
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "run the experiment first" in error

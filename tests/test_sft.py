@@ -115,6 +115,7 @@ def test_samples_of_every_evaluation_are_what_the_model_would_say(trained):
         for dialogue in read_dialogues(SAMPLE_FOLDER / f"{kind}.jsonl", source=kind)
     }
     model, params = Transformer(found.cfg), load_params(found)
+    read = jax.jit(model.apply)
     for row in rows[3:]:
         messages = dialogues[row["id"]].messages
         # Long dialogues have lost their oldest turns.
@@ -126,8 +127,7 @@ def test_samples_of_every_evaluation_are_what_the_model_would_say(trained):
         prompt_ids = possible[row["prompt"]]
         assert row["reference"].strip() == messages[-1].content.strip()
         logits_BTV = (
-            model.apply({"params": params}, jnp.asarray([prompt_ids]), method="__call__")
-            @ params["lm_head"]["kernel"]
+            read({"params": params}, jnp.asarray([prompt_ids])) @ params["lm_head"]["kernel"]
         )
         best = int(logits_BTV[0, -1, :2048].argmax())
         assert row["answer"].startswith(tokenizer.decode([best], skip_special_tokens=True))

@@ -2,13 +2,19 @@
 
 import dataclasses
 import functools
+import pathlib
+import re
+import sys
 
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
 
+import huatuo_jax
 from huatuo_jax.backbone.transformer import Transformer
+from huatuo_jax.generation.engine import Engine
+from huatuo_jax.preferences import label
 from tests import shared_programs, tiny
 
 
@@ -86,3 +92,29 @@ def test_what_is_patched_is_not_shared_with_what_is_not():
         patch.setattr(jnp, "negative", lambda x: 2 * x)
         assert make()(1.0) == 2.0
     assert make() is before
+
+
+def test_what_no_program_is_traced_from_is_patched_under_shared_programs():
+    def make():
+        return jax.jit(lambda x: x + 3.0)
+
+    before = make()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(label, "open_judge", None)
+        patch.setattr(Engine, "step", None)
+        patch.setattr("huatuo_jax.data.batches.BatchIterator", None)
+        patch.setattr(sys, "argv", [])
+        assert make() is before
+        patch.setattr(jnp, "negative", None)
+        assert make() is not before
+    assert make() is before
+
+
+def test_what_no_program_is_traced_from_computes_nothing_in_jax():
+    root = pathlib.Path(huatuo_jax.__file__).parents[1]
+    own = [name for name in shared_programs.NOT_TRACED if re.fullmatch(r"huatuo_jax\..*\.", name)]
+    assert len(own) > 10
+    for place in (root / name[:-1].replace(".", "/") for name in own):
+        files = [*place.rglob("*.py")] or [place.with_suffix(".py")]
+        for file in files:
+            assert not re.search(r"\bjnp\b|jax\.(jit|lax)", file.read_text(encoding="utf-8")), file

@@ -107,6 +107,7 @@ def test_a_trained_reward_model_scores(reward, policy, workdir):
     assert shares == [0.25, 0.25]
 
 
+@pytest.mark.slow
 def test_dpo_on_the_same_comparisons_leaves_a_model_that_answers(policy, workdir):
     def run():
         fields = {"beta": 0.2, "held_out_share": 0.25, **SHORT}

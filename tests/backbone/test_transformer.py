@@ -152,16 +152,12 @@ def test_wanted_tokens_of_a_tree_have_the_output_of_a_row_of_their_branch_alone(
     depths_1T = np.array([[0, 1, 2, 3, 4, 5, 6, 3, 4]], np.int32)
     ends_1T = np.array([[9, 9, 9, 7, 7, 7, 7, 9, 9]], np.int32)
     places_1P = np.array([[8, 1, 5]], np.int32)
-    found_1PD = model.apply(
-        variables,
-        tokens_1T,
-        places_1P,
-        positions_BT=depths_1T,
-        subtree_ends_BT=ends_1T,
-        method="at_places",
+    found_1PD = jax.jit(functools.partial(model.apply, method="at_places"))(
+        variables, tokens_1T, places_1P, positions_BT=depths_1T, subtree_ends_BT=ends_1T
     )
-    first_1TD = model.apply(variables, tokens_1T[:, :7])
-    second_1TD = model.apply(variables, tokens_1T[:, [0, 1, 2, 7, 8]])
+    alone = jax.jit(model.apply)
+    first_1TD = alone(variables, tokens_1T[:, :7])
+    second_1TD = alone(variables, tokens_1T[:, [0, 1, 2, 7, 8]])
     expected_PD = np.stack([second_1TD[0, 4], first_1TD[0, 1], first_1TD[0, 5]])
     np.testing.assert_allclose(found_1PD[0], expected_PD, atol=1e-5)
 

@@ -15,6 +15,7 @@ import torch
 
 from huatuo_jax.checkpoint.convert import convert
 from huatuo_jax.checkpoint.models import find_model
+from tests.called import call
 from tests.hf import baichuan_reference, tiny_checkpoints
 from tests.hub_server import rewrite_weights
 
@@ -61,7 +62,7 @@ def test_the_command_converts_there_and_back_and_verifies(llama, tmp_path):
 
 def test_the_command_ends_in_one_line_and_code_1(copy, tmp_path):
     (copy / "config.json").unlink()
-    done = command(f"--source={copy}", f"--target={tmp_path / 'out'}")
+    done = call("convert", f"--source={copy}", f"--target={tmp_path / 'out'}")
     assert done.returncode == 1
     lines = done.stderr.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ") and "config.json" in lines[0]
@@ -200,24 +201,29 @@ def test_a_bad_shard_size_is_an_error(llama, tmp_path):
     assert not (tmp_path / "back").exists()
 
 
-def test_a_full_disk_leaves_no_target_and_says_so(llama, tmp_path):
+@pytest.mark.parametrize("form", ["hugging_face", pytest.param("orbax", marks=pytest.mark.slow)])
+def test_a_full_disk_leaves_no_target_and_says_so(llama, tmp_path, form):
     """A file size limit stands in for the disk: writing fails in the same call."""
     limited = "import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
     limited += "resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536)); sys.argv = sys.argv[1:];"
     limited += "runpy.run_path(sys.argv[0], run_name='__main__')"
-    convert(str(llama), tmp_path / "ours")
-    for source, name in ((tmp_path / "ours", "back"), (llama, "ours_again")):
-        flags = [f"--source={source}", f"--target={tmp_path / name}"]
-        done = subprocess.run(
-            [sys.executable, "-c", limited, str(ROOT / "launch" / "convert.py"), *flags],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": ""},
-        )
-        assert done.returncode == 1, done.stderr
-        assert done.stderr.strip().splitlines()[-1].startswith("error: "), done.stderr
-        assert not (tmp_path / name).exists()
-        assert not list(tmp_path.glob(f"{name}.tmp*"))
+    source = llama
+    if form == "hugging_face":
+        source = tmp_path / "ours"
+        convert(str(llama), source)
+    done = subprocess.run(
+        [
+            *(sys.executable, "-c", limited, str(ROOT / "launch" / "convert.py")),
+            *(f"--source={source}", f"--target={tmp_path / form}"),
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": ""},
+    )
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("error: "), done.stderr
+    assert not (tmp_path / form).exists()
+    assert not list(tmp_path.glob(f"{form}.tmp*"))
 
 
 @pytest.mark.slow
@@ -267,10 +273,13 @@ def test_the_backbone_config_is_stored_with_the_weights(llama, tmp_path):
 
 def test_the_command_ignores_fields_that_the_user_names(copy, tmp_path):
     tiny_checkpoints.edit_config(copy, hospital="third")
-    refused = command(f"--source={copy}", f"--target={tmp_path / 'out'}")
+    refused = call("convert", f"--source={copy}", f"--target={tmp_path / 'out'}")
     assert refused.returncode == 1 and "ignore_config_fields" in refused.stderr
-    done = command(
-        f"--source={copy}", f"--target={tmp_path / 'out'}", "--ignore_config_fields=hospital"
+    done = call(
+        "convert",
+        f"--source={copy}",
+        f"--target={tmp_path / 'out'}",
+        "--ignore_config_fields=hospital",
     )
     assert done.returncode == 0, done.stderr
     convert(str(tmp_path / "out"), tmp_path / "back")

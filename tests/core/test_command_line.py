@@ -1,13 +1,12 @@
 import dataclasses
 import os
 import pathlib
-import subprocess
-import sys
 from typing import Literal
 
 import pytest
 
 from huatuo_jax.core import command_line
+from tests.called import call
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -320,14 +319,8 @@ def test_a_reader_that_goes_away_is_no_error(tmp_path, monkeypatch, run):
 
 
 def test_an_override_of_no_field_ends_in_one_line():
-    command = [sys.executable, "launch/train.py", "--config=configs/sft.py", "--workdir=x"]
-    done = subprocess.run(
-        [*command, "--config.sft.batchsize=3"],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
+    card = ROOT / "configs" / "sft.py"
+    done = call("train", f"--config={card}", "--workdir=x", "--config.sft.batchsize=3")
     assert done.returncode == 1
     (line,) = done.stderr.strip().splitlines()
     assert line == (

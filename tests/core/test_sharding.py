@@ -317,14 +317,13 @@ def case(name: str) -> tuple[Any, Any, Any, Any]:
 
 
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 2, 4), (2, 2, 2)]
+FAST = [("llama", (1, 2, 4)), ("qwen3_lora", (2, 2, 2))]
 
 
 @pytest.mark.parametrize(
     ("name", "sizes"),
     [
-        pytest.param(
-            name, sizes, marks=() if name == "llama" or sizes == (2, 2, 2) else pytest.mark.slow
-        )
+        pytest.param(name, sizes, marks=() if (name, sizes) in FAST else pytest.mark.slow)
         for name in CASES
         for sizes in MESHES
     ],
@@ -348,7 +347,7 @@ def test_loss_and_gradients_on_a_mesh_equal_those_of_one_device(name, sizes):
         assert norm > 0 and difference <= 1e-5 * norm, sharding.path_name(path)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_a_loss_in_chunks_gathers_the_head_once(dtype):
     rows, length = 8, 24
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)

@@ -201,6 +201,7 @@ def real_dialogues(shared_data) -> list[list[Message]]:
     return dialogues
 
 
+@pytest.mark.slow
 def test_real_dialogues_in_chatml_equal_transformers(shared_data):
     dialogues = real_dialogues(shared_data)
     assert len(dialogues) > 100

@@ -1,9 +1,5 @@
 import csv
 import json
-import os
-import pathlib
-import subprocess
-import sys
 from collections import Counter
 
 import numpy as np
@@ -26,9 +22,8 @@ from huatuo_jax.data.inspection import (
 from huatuo_jax.data.inspection_report import file_text, totals_text
 from huatuo_jax.data.readers import ReadOptions, read_dialogues
 from huatuo_jax.hf.tokenizer import load_tokenizer
+from tests.called import call
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-COMMAND = ROOT / "launch" / "inspect_data.py"
 KINDS = ("real_instruction", "distilled_conversation")
 GENERAL = by_name("huatuogpt")
 
@@ -450,20 +445,10 @@ def test_the_json_goes_to_no_input_and_no_missing_folder(tmp_path):
 # The command itself.
 
 
-def run_command(*arguments):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [sys.executable, str(COMMAND), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=300,
-    )
-
-
 def test_the_command_reports_and_then_refuses_a_corrupt_file(corrupt_file, tmp_path):
     good = write(tmp_path / "good.jsonl", [talk(i) for i in range(4)])
-    done = run_command(good, corrupt_file, f"--json={tmp_path / 'out.json'}", "--samples=2")
+    arguments = (good, corrupt_file, f"--json={tmp_path / 'out.json'}", "--samples=2")
+    done = call("inspect", *map(str, arguments))
     assert done.returncode == 1
     for line, _, reason in CORRUPT:
         assert any(f"line {line}: " in s and reason in s for s in done.stdout.split("\n"))

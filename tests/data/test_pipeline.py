@@ -231,6 +231,7 @@ def test_two_sources_of_one_name_are_refused(sources, tokenizer, tmp_path):
         prepare([sources[0], sources[0]], tokenizer, CONFIG, folder=tmp_path / "cache")
 
 
+@pytest.mark.slow
 def test_real_dialogues_pack_into_rows_that_are_almost_full(shared_data, tmp_path):
     single = DialogueSource(
         name="single",

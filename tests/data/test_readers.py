@@ -321,6 +321,7 @@ NO_RECORDS = ("6_exam/cmb_test_choice_answer.jsonl", "6_exam/pubmedqa_test_groun
 LEFT_OUT = {"remedi_dev_human_annotation.txt": 540 - 66, "oaast_rm_zh.json": 2}
 
 
+@pytest.mark.slow
 def test_every_real_file_reads_without_an_error_and_with_its_count_of_rows(shared_data):
     manifest = json.loads((shared_data / "MANIFEST.json").read_text(encoding="utf-8"))
     files = [entry for entry in manifest if entry.get("file", "t")[0] in "123456"]

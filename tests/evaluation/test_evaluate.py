@@ -121,12 +121,9 @@ def test_a_second_run_pays_for_nothing(tmp_path):
         assert server.paid == paid
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("concurrency", "kill_at"),
-    [
-        pytest.param(1, (7, 20, 33, 41, 48), marks=pytest.mark.slow),
-        (4, (9, 22, 33, 41, 50)),
-    ],
+    ("concurrency", "kill_at"), [(1, (7, 20, 33, 41, 48)), (4, (9, 22, 33, 41, 50))]
 )
 def test_killed_five_times_it_pays_again_for_replies_lost_under_way_alone(
     tmp_path, start, concurrency, kill_at
@@ -180,6 +177,7 @@ def test_killed_five_times_it_pays_again_for_replies_lost_under_way_alone(
     assert sum(one["requests"] for one in whole["calls"].values()) == unbroken
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_stopped_it_waits_for_the_replies_under_way_and_loses_none(tmp_path, start, number):
     count, planted, out = 8, planted_judge.Planted(faults=0.0), tmp_path / "out"

@@ -464,6 +464,7 @@ def test_rows_that_are_no_questions_are_counted(tmp_path, caplog):
     assert "cmb: 5 questions of 6 rows; excluded: 1 duplicate id" in caplog.text
 
 
+@pytest.mark.slow
 def test_chats_reach_the_model_with_their_ids(model, tmp_path, monkeypatch):
     """Over likelihoods and responses, and out of the harness's cache."""
     contexts = []

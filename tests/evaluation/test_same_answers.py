@@ -115,6 +115,7 @@ def compare(name, ours, theirs):
     print(f"{name}: {len(theirs)} questions, {ties} near-ties, {differ} of them answered apart")
 
 
+@pytest.mark.slow
 def test_our_model_in_the_harness_answers_as_our_evaluator(folder, shared_data, on_one_device):
     model, respondent = HuatuoLM(folder), SavedRespondent(str(folder), DecodingConfig())
     for file, rows, questions, form in real_sets(shared_data):

@@ -67,7 +67,13 @@ def run(engine, indices):
 
 @pytest.mark.parametrize(
     ("program", "poisoned"),
-    [("allocate", 2), ("prefill", 2), ("extend", 6), ("insert", 6), ("decode", 2)],
+    [
+        pytest.param("allocate", 2, marks=pytest.mark.slow),
+        ("prefill", 2),
+        ("extend", 6),
+        pytest.param("insert", 6, marks=pytest.mark.slow),
+        ("decode", 2),
+    ],
 )
 def test_a_request_that_makes_steps_fail_stops_no_other(program, poisoned, monkeypatch):
     asked, expected = requests(), expected_token_ids()

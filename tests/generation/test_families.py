@@ -112,11 +112,18 @@ def compare_with_baichuan(case, num_tokens, tmp_path):
     assert_log_probs_of_full_pass(model, variables, answers)
 
 
-@pytest.mark.parametrize("case", ["llama", "mistral", "bloom", "qwen3"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "llama",
+        *(pytest.param(one, marks=pytest.mark.slow) for one in ("mistral", "bloom", "qwen3")),
+    ],
+)
 def test_short_greedy_answers_equal_those_of_transformers(case, tmp_path):
     compare_with_transformers(case, 30, tmp_path)
 
 
+@pytest.mark.slow
 def test_greedy_answers_with_scanned_layers_equal_those_of_transformers(tmp_path):
     compare_with_transformers("qwen2", 30, tmp_path, split_layers=False)
 

@@ -87,13 +87,8 @@ def test_drawn_turns_follow_from_their_seed_whatever_is_cached():
     assert converse(own, DRAWN, seed=50) == plain_turns(DRAWN, seed=50)
 
 
-@pytest.mark.parametrize(
-    "model",
-    [
-        pytest.param(WINDOWED, id="sliding window"),
-        pytest.param(ALIBI, id="alibi", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("model", [WINDOWED, ALIBI], ids=["sliding window", "alibi"])
 def test_greedy_turns_are_the_same_with_other_attention(model):
     own = engine(model=model)
     assert converse(own, GREEDY) == plain_turns(GREEDY, model=model)
@@ -108,9 +103,8 @@ def test_greedy_turns_are_the_same_with_a_cache_of_lower_precision():
     assert own.report.cached_prompt_tokens > 100
 
 
-@pytest.mark.parametrize(
-    "axes", [{"data": 4, "tensor": 2}, pytest.param({"data": 8}, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("axes", [{"data": 4, "tensor": 2}, {"data": 8}])
 def test_turns_are_the_same_on_eight_devices(axes):
     own = engine(slots=8, mesh=sharding.make_mesh(**axes))
     others = [tiny.request(18, seed=5, num_answers=5, max_new_tokens=9)]

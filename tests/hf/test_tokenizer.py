@@ -358,7 +358,7 @@ def test_real_baichuan_vocabulary_differs_on_no_real_text(shared_data):
     assert spare_token_id(tokenizer, 64000) == 0
 
 
-@pytest.mark.parametrize("prefix", [False, True])
+@pytest.mark.parametrize("prefix", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_real_baichuan_vocabulary_with_user_symbols_differs_on_no_real_text(
     prefix, shared_data, tmp_path
 ):

@@ -372,6 +372,7 @@ def test_a_field_that_cannot_be_is_named(fields, expected):
         PushConfig(**{"run": "x", "repo": "demo"} | fields)
 
 
+@pytest.mark.slow
 def test_the_command_ends_in_one_line_and_code_1(run, hub):
     hub.faults["whoami"] = Refused(403, f"no access for {TOKEN}")
     process, output = start(run, hub, "--token", TOKEN, token=None, debug=False)

@@ -1,8 +1,11 @@
 """One process writes the clinic of a run; the others wait, and find it whole."""
 
+import pytest
+
 from tests.multi_host.processes import Processes
 
 
+@pytest.mark.slow
 def test_the_first_process_writes_the_clinic_and_the_others_find_it(tmp_path):
     arguments = (tmp_path / "run",)
     with Processes(tmp_path / "logs", "run_clinic.py", arguments, count=2) as processes:

@@ -82,7 +82,8 @@ def test_the_reference_is_the_policy_before_the_first_step_and_then_is_not(passe
     assert second.targets.kl_N.any()
 
 
-@pytest.mark.parametrize("temperature", [pytest.param(0.7, marks=pytest.mark.slow), 1.3])
+@pytest.mark.slow
+@pytest.mark.parametrize("temperature", [0.7, 1.3])
 def test_at_every_temperature_the_kl_starts_at_0_and_the_sampler_agrees(temperature, tmp_path):
     # Of so many answers some hold a token that is not the likeliest, cold as they are.
     cfg = config(rollout={"temperature": temperature, "num_prompts": 64}, lora=LORA)

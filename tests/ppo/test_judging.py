@@ -157,6 +157,7 @@ class FallsWhereJudged(Table):
         return super().scores(answers) * (-1 if len(answers) == 64 else 1)
 
 
+@pytest.mark.slow
 def test_a_run_whose_reward_falls_with_the_judge_goes_on_to_its_end(judge, tmp_path):
     scorer = FallsWhereJudged(goes_past_the_optimum().rewards)
     result = run(judged_config(), tmp_path, scorer=scorer)
@@ -168,6 +169,7 @@ def test_a_run_whose_reward_falls_with_the_judge_goes_on_to_its_end(judge, tmp_p
     assert_kept(tmp_path, best)
 
 
+@pytest.mark.slow
 def test_a_policy_that_the_judge_never_prefers_is_kept_and_said_to_be_worse(judge, tmp_path):
     judge.worth = lambda text: -text.split().count("3")
     cfg = judged_config(num_iterations=3, judging={"patience": None})
@@ -262,6 +264,7 @@ def test_a_judge_that_fails_on_all_is_one_clear_line_and_is_asked_again(judge, t
     assert run(cfg, tmp_path)["kept_iteration"] == 2
 
 
+@pytest.mark.slow
 def test_equal_answers_tie_and_nobody_is_asked(judge, tmp_path):
     cfg = judged_config(num_iterations=2, rollout={"temperature": 1e-3})
     result = run(cfg, tmp_path, scorer=Table(dict.fromkeys(goes_past_the_optimum().rewards, 1.0)))
@@ -354,7 +357,7 @@ def test_a_temperature_of_0_is_refused():
         JudgingConfig(temperature=0.0)
 
 
-@pytest.mark.parametrize("judge_of", ["clinic", "rubric"])
+@pytest.mark.parametrize("judge_of", ["clinic", pytest.param("rubric", marks=pytest.mark.slow)])
 def test_the_offline_judge_of_a_run_of_ppo_alone_is_that_of_its_prompts(
     tmp_path, monkeypatch, judge_of
 ):

@@ -113,7 +113,7 @@ def test_the_coefficient_waits_for_the_policy_to_be_trained(tmp_path):
     assert coefficients[4] != coefficients[3]
 
 
-@pytest.mark.parametrize("stop_at_kl", [None, 1e-9])
+@pytest.mark.parametrize("stop_at_kl", [pytest.param(None, marks=pytest.mark.slow), 1e-9])
 def test_learning_rates_come_to_their_end_wherever_the_passes_end(tmp_path, stop_at_kl):
     """A linear decay over all planned steps; the first step of an iteration is always taken."""
     cfg = config(

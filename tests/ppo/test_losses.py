@@ -51,9 +51,14 @@ def _rows():
     }
 
 
-def _one_row(model, variables, rows, row):
-    """Hidden states of a row with nothing beside it."""
-    return model.apply(variables, rows["token_ids"][row : row + 1, : LENGTHS[row]])
+def _one_row(model, variables, rows, row, *, method):
+    """What the model makes of a row with nothing beside it: its logits or its scores."""
+
+    @jax.jit
+    def run(variables, ids_1T):
+        return model.apply(variables, model.apply(variables, ids_1T), method=method)[0]
+
+    return run(variables, rows["token_ids"][row : row + 1, : LENGTHS[row]])
 
 
 def test_log_probs_and_entropy_are_those_of_the_plain_softmax_at_the_temperature():
@@ -63,8 +68,7 @@ def test_log_probs_and_entropy_are_those_of_the_plain_softmax_at_the_temperature
     sums, outputs = loss(variables, rows, jnp.float32(0.0))
     expected_BT, entropy = np.zeros((3, WIDTH)), 0.0
     for row in range(3):
-        hidden_1TD = _one_row(model, variables, rows, row)
-        logits_TV = model.apply(variables, hidden_1TD, method="logits")[0, :, : BACKBONE.vocab_size]
+        logits_TV = _one_row(model, variables, rows, row, method="logits")[:, : BACKBONE.vocab_size]
         table_TV = np.asarray(jax.nn.log_softmax(logits_TV / TEMPERATURE), np.float64)
         for place in range(PROMPTS[row], LENGTHS[row]):
             expected_BT[row, place] = table_TV[place - 1, int(rows["token_ids"][row, place])]
@@ -120,8 +124,7 @@ def test_values_are_those_of_the_state_before_each_token():
     run = jax.jit(value_row_loss(model, clip=None, tokens_allowed=None))
     _, outputs = run(variables, rows, jnp.float32(0.0))
     for row in range(3):
-        hidden_1TD = _one_row(model, variables, rows, row)
-        after_T = model.apply(variables, hidden_1TD, method="scores")[0]
+        after_T = _one_row(model, variables, rows, row, method="scores")
         first, end = PROMPTS[row], LENGTHS[row]
         np.testing.assert_allclose(
             outputs["values"][row, first:end], after_T[first - 1 : end - 1], rtol=0, atol=1e-6

@@ -64,6 +64,7 @@ def test_the_gradient_is_that_of_both_means(tmp_path):
     np.testing.assert_allclose(found.loss / 5, 2 / 5 + 0.7 * loss, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_policy_without_a_reward_becomes_that_of_the_dialogues(tmp_path):
     nothing = Table({})
     nothing.scores = lambda answers: np.zeros(len(answers), np.float32)

@@ -83,6 +83,7 @@ def _run(tmp_path, rounds):
     return cfg, state, list(read_rows(tmp_path / "ppo" / "metrics.jsonl"))
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_in_the_order_of_prompts_after_those_it_drew_anew(tmp_path):
     cfg, state, rows = _run(tmp_path / "anew", 6)
     drawn = sum(row["ppo/groups_drawn_anew"] for row in rows)

@@ -28,12 +28,10 @@ def leaves(tree):
     return [np.array(leaf) for leaf in jax.tree.leaves(tree)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changed",
-    [
-        {"compute": {"compute_dtype": "bfloat16"}},
-        pytest.param({"lora": LORA}, marks=pytest.mark.slow),
-    ],
+    [{"compute": {"compute_dtype": "bfloat16"}}, {"lora": LORA}],
     ids=["weights", "adapters"],
 )
 def test_after_each_copy_the_kl_is_0_to_the_bit_and_the_next_iteration_it_is_not(tmp_path, changed):

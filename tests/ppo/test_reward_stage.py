@@ -102,25 +102,32 @@ def test_another_function_of_the_same_name_is_another_run(files, tmp_path):
         run_ppo(cfg, tmp_path / "run")
 
 
-def test_dialogues_are_trained_on_beside_the_reward(files, tmp_path):
+def _with_dialogues(files, tmp_path, *, row_length):
     path = tmp_path / "dialogues.jsonl"
     rows = [{"question": f"咳嗽{n}天了？", "answer": f"多喝水，{n}天复查。"} for n in range(9)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     data = DataConfig(
         sources=(SourceConfig(name="mine", paths=(str(path),)),),
-        row_length=64,
+        row_length=row_length,
         held_out=HeldOutConfig(share=0.0),
     )
     ptx = PtxConfig(data=data, coef=1.0, batch_size=2)
-    run_ppo(_mixed(files, tmp_path, ptx=ptx, held_out_rewards=None), tmp_path / "run")
+    return _mixed(files, tmp_path, ptx=ptx, held_out_rewards=None)
+
+
+@pytest.mark.slow
+def test_dialogues_are_trained_on_beside_the_reward(files, tmp_path):
+    run_ppo(_with_dialogues(files, tmp_path, row_length=64), tmp_path / "run")
     steps = list(read_rows(tmp_path / "run" / "ppo" / "metrics.jsonl"))
     assert steps[1]["ppo/ptx_loss"] < steps[0]["ppo/ptx_loss"]
-    too_long = dataclasses.replace(ptx, data=dataclasses.replace(data, row_length=129))
-    cfg = _mixed(files, tmp_path, ptx=too_long, held_out_rewards=None)
+
+
+def test_dialogues_in_rows_that_the_model_cannot_read_are_refused(files, tmp_path):
+    cfg = _with_dialogues(files, tmp_path, row_length=129)
     with pytest.raises(
         ValueError, match=r"ptx\.data\.row_length=129 must be at most the model's 128"
     ):
-        run_ppo(cfg, tmp_path / "long")
+        run_ppo(cfg, tmp_path / "run")
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,7 @@ def samples(workdir):
     return (workdir / "ppo" / "samples.jsonl").read_text().splitlines()
 
 
+@pytest.mark.slow
 def test_answers_and_losses_are_those_of_one_mesh(on_one_mesh, on_two):
     assert_same_run(on_two, on_one_mesh)
 
@@ -92,6 +93,7 @@ def test_answers_and_losses_are_those_of_one_mesh_on_any_other(on_one_mesh, tmp_
     assert_same_run(tmp_path, on_one_mesh)
 
 
+@pytest.mark.slow
 def test_the_first_policy_is_its_reference_and_the_sampler_agrees_with_the_trainer(on_two):
     rows = read_rows(on_two / "ppo" / "metrics.jsonl")
     assert rows[0]["ppo/kl_per_sequence"] == 0.0

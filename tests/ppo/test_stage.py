@@ -287,7 +287,7 @@ def test_every_way_to_make_the_roles_runs(files, tmp_path, way):
     assert not np.array_equal(*kernels)
 
 
-@pytest.mark.parametrize("scale", ["stored", "raw"])
+@pytest.mark.parametrize("scale", ["stored", pytest.param("raw", marks=pytest.mark.slow)])
 def test_a_kept_head_gives_the_scores_as_they_enter_the_reward(files, scale):
     cfg = _config(files, value=ValueConfig(head="keep"), score=ScoreConfig(scale=scale))
     policy = open_model(cfg.model, cfg.compute.compute_config())
@@ -444,6 +444,7 @@ class ByLength(dict):
         return len(text)
 
 
+@pytest.mark.slow
 def test_a_judge_behind_a_server_is_paid_once_for_each_question_whatever_ends_the_run(
     files, held_out, tmp_path, monkeypatch
 ):
@@ -535,6 +536,7 @@ def test_a_reward_model_of_another_tokenizer_is_refused(files, tmp_path):
         run_ppo(_config(files, reward_model=str(other)), tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_an_answer_that_ends_with_any_stop_id_of_the_model_is_finished_and_not_penalised(
     files, tmp_path
 ):

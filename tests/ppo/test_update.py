@@ -155,7 +155,7 @@ def test_micro_batches_change_only_rounding(head, expected, number):
         )
 
 
-@pytest.mark.parametrize("number", [2, 8])
+@pytest.mark.parametrize("number", [2, pytest.param(8, marks=pytest.mark.slow)])
 def test_a_mean_of_answers_is_that_of_the_whole_step_whatever_its_micro_batches(head, number):
     whole, parts = (_pass(head, _rows(), num_micro_batches=n, by_answer=True) for n in (1, number))
     _assert_close(parts, whole)
@@ -164,7 +164,11 @@ def test_a_mean_of_answers_is_that_of_the_whole_step_whatever_its_micro_batches(
 
 
 @pytest.mark.parametrize(
-    ("sizes", "number"), [({"fsdp": 8}, 1), ({"data": 2, "fsdp": 2, "tensor": 2}, 2)]
+    ("sizes", "number"),
+    [
+        pytest.param({"fsdp": 8}, 1, marks=pytest.mark.slow),
+        ({"data": 2, "fsdp": 2, "tensor": 2}, 2),
+    ],
 )
 def test_the_mesh_changes_only_rounding(head, expected, sizes, number):
     found = _pass(head, _rows(), num_micro_batches=number, mesh=sharding.make_mesh(**sizes))
@@ -208,6 +212,7 @@ def test_the_gradient_is_that_of_the_summed_loss_and_the_step_is_adamws(head):
         np.testing.assert_allclose(left, right, rtol=0, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_a_learning_rate_of_0_leaves_every_bit_of_policy_and_critic(tmp_path):
     cfg = config(num_epochs=2, entropy_coef=0.1)
     job = tiny_job(cfg, tmp_path)

@@ -21,6 +21,7 @@ from huatuo_jax.judge.spending import BudgetConfig, SpendingFile
 from huatuo_jax.preferences.from_judgements import ComparisonConfig, MixedFile
 from huatuo_jax.preferences.label import LabelRun, report_path, run_labels, spending_path
 from huatuo_jax.training.loop import Interrupted
+from tests.called import call
 from tests.evaluation.scripted_server import ScriptedServer
 from tests.judge import planted_server as planted
 from tests.judge import run_labeller
@@ -35,13 +36,11 @@ INPUT_PRICE, OUTPUT_PRICE = 0.002, 0.008
 
 def command(*flags, key=None, **named):
     flags = [*flags, *(f"--{name}={value}" for name, value in named.items())]
-    return subprocess.run(
-        [sys.executable, str(ROOT / "launch" / "label.py"), *flags],
-        env=ENVIRONMENT | ({} if key is None else {"OPENAI_API_KEY": key}),
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("OPENAI_API_KEY", raising=False)
+        if key is not None:
+            patch.setenv("OPENAI_API_KEY", key)
+        return call("label", *flags)
 
 
 @pytest.fixture

@@ -182,7 +182,8 @@ def run_recipe(config, workdir, **expected):
     check_recipe(workdir, **expected)
 
 
-def test_reading_the_cards_and_taking_a_base_model_leave_the_devices_alone(folders):
+@pytest.mark.parametrize("cards", ["rlaif.py", pytest.param("*.py", marks=pytest.mark.slow)])
+def test_reading_cards_and_taking_a_base_model_leave_the_devices_alone(folders, cards):
     """Several processes join before jax looks for devices, which it does only once."""
     read_all = """
 import pathlib, sys
@@ -190,13 +191,13 @@ from jax._src import xla_bridge
 from huatuo_jax.core.config import load_card, replaced
 from huatuo_jax.recipe.base_model import adapted
 
-for path in sorted(pathlib.Path(sys.argv[1]).glob("*.py")):
+for path in sorted(pathlib.Path(sys.argv[1]).glob(sys.argv[3])):
     load_card(str(path))
     assert not xla_bridge.backends_are_initialized(), path.name
 adapted(replaced(load_card(f"{sys.argv[1]}/rlaif.py"), {"base_model": sys.argv[2]}))
 assert not xla_bridge.backends_are_initialized(), "a base model"
 """
-    command = [sys.executable, "-c", read_all, str(CONFIGS), str(folders / "qwen")]
+    command = [sys.executable, "-c", read_all, str(CONFIGS), str(folders / "qwen"), cards]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 

@@ -25,14 +25,22 @@ from tests.tiny import TOKENIZER
 HOST = 5  # The device that stands for the host's CPU: no other of the eight may hold a weight.
 
 
-@pytest.fixture
-def cfg(tmp_path):
-    for seed, (name, head) in enumerate({"policy": "lm", "reward": "score"}.items()):
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder of models of different weights, which no test changes."""
+    folder = tmp_path_factory.mktemp("models")
+    heads = {"base": "lm", "sft": "lm", "ppo": "lm", "other": "lm", "reward": "score"}
+    for seed, (name, head) in enumerate(heads.items()):
         params = init_params(jax.random.key(seed), BACKBONE, ComputeConfig(), head=head)
         models.save_orbax(
-            params, BACKBONE, tmp_path / name, head=head, source_folder=pathlib.Path(TOKENIZER)
+            params, BACKBONE, folder / name, head=head, source_folder=pathlib.Path(TOKENIZER)
         )
-    return recipe(tmp_path, policy=str(tmp_path / "policy"))
+    return folder
+
+
+@pytest.fixture
+def cfg(tmp_path, made):
+    return recipe(tmp_path, made, policy=str(made / "other"))
 
 
 def chosen(cfg):
@@ -56,10 +64,10 @@ def places(monkeypatch):
     return found
 
 
-def test_an_export_needs_the_memory_of_the_host_alone(cfg, places, tmp_path):
+def test_an_export_needs_the_memory_of_the_host_alone(cfg, made, places, tmp_path):
     found = export.run_export(cfg, chosen(cfg), tmp_path / "export")
-    for name in ("policy", "reward"):
-        params = models.load_params(models.find_model(tmp_path / name))
+    for name, source in (("policy", "other"), ("reward", "reward")):
+        params = models.load_params(models.find_model(made / source))
         assert found[name]["weights"] == sum(leaf.size for leaf in jax.tree.leaves(params))
         assert found[name]["transformers"]["num_tokens"] > 0  # It was compared.
         assert places.pop() != {jax.devices()[HOST]}, "what this very test has read"
@@ -81,29 +89,19 @@ def test_an_export_that_differs_is_refused(cfg, places, monkeypatch, tmp_path):
         export.run_export(cfg, chosen(cfg), tmp_path / "export")
 
 
-@pytest.fixture
-def weights_of(tmp_path):
-    """Models of different weights, and a function that reads one."""
-    heads = {"base": "lm", "sft": "lm", "ppo": "lm", "other": "lm", "reward": "score"}
-    for seed, (name, head) in enumerate(heads.items()):
-        params = init_params(jax.random.key(seed), BACKBONE, ComputeConfig(), head=head)
-        models.save_orbax(
-            params, BACKBONE, tmp_path / name, head=head, source_folder=pathlib.Path(TOKENIZER)
-        )
-    return lambda name: models.load_params(
-        models.find_model(tmp_path / name), mesh=sharding.host_mesh()
-    )
+def weights_of(folder):
+    return models.load_params(models.find_model(folder), mesh=sharding.host_mesh())
 
 
-def recipe(tmp_path, *, policy="released", stages=STAGES):
+def recipe(tmp_path, made, *, policy="released", stages=STAGES):
     """A recipe whose evaluation has those models."""
     tiny = tiny_recipe(tmp_path / "mine.jsonl")
-    reward = str(tmp_path / "reward")
+    reward = str(made / "reward")
     evaluation = dataclasses.replace(
         tiny.evaluation,
-        base=str(tmp_path / "base"),
-        sft=str(tmp_path / "sft"),
-        ppo=str(tmp_path / "ppo"),
+        base=str(made / "base"),
+        sft=str(made / "sft"),
+        ppo=str(made / "ppo"),
         reward=reward,
     )
     exported = ExportConfig(policy=policy, reward=reward)
@@ -141,13 +139,18 @@ def read(folder):
     return json.loads((folder / "export" / "release.json").read_text(encoding="utf-8"))
 
 
-def test_what_the_evaluation_decides_is_exported_and_anew_where_it_changes(tmp_path, weights_of):
-    cfg, run = recipe(tmp_path), tmp_path / "run"
-    for pick, source in (("sft", "sft"), ("ppo", "ppo"), ("best_of_n", "sft"), ("base", "base")):
+@pytest.mark.parametrize(
+    "picks",
+    [("ppo", "base"), pytest.param(("sft", "ppo", "best_of_n", "base"), marks=pytest.mark.slow)],
+)
+def test_what_the_evaluation_decides_is_exported_and_anew_where_it_changes(tmp_path, made, picks):
+    cfg, run = recipe(tmp_path, made), tmp_path / "run"
+    for pick in picks:
         write_decision(run, pick)
         assert run_stage(cfg, run)
-        exported = weights_of("run/export/policy")
-        jax.tree.map(np.testing.assert_array_equal, exported, weights_of(source))
+        exported = weights_of(run / "export" / "policy")
+        source = "sft" if pick == "best_of_n" else pick
+        jax.tree.map(np.testing.assert_array_equal, exported, weights_of(made / source))
         assert read(run)["policy"] == pick
         assert read(run)["sentence"] == f"{pick} is released: a judge says so."
         assert not run_stage(cfg, run)
@@ -156,9 +159,8 @@ def test_what_the_evaluation_decides_is_exported_and_anew_where_it_changes(tmp_p
     assert "not what was released" not in card
 
 
-@pytest.mark.usefixtures("weights_of")
-def test_best_of_n_says_that_its_weights_are_not_all_of_it(tmp_path):
-    cfg, run = recipe(tmp_path), tmp_path / "run"
+def test_best_of_n_says_that_its_weights_are_not_all_of_it(tmp_path, made):
+    cfg, run = recipe(tmp_path, made), tmp_path / "run"
     write_decision(run, "best_of_n")
     run_stage(cfg, run)
     assert read(run)["best_of_n"] == {
@@ -172,25 +174,27 @@ def test_best_of_n_says_that_its_weights_are_not_all_of_it(tmp_path):
     assert "For each prompt 2 answers are drawn at temperature 1" in card
 
 
-@pytest.mark.parametrize("policy", ["base", "sft", "ppo", "other"])
-def test_a_policy_that_the_config_names_is_exported_all_the_same(tmp_path, weights_of, policy):
-    given = str(tmp_path / policy) if policy == "other" else policy
-    cfg, run = recipe(tmp_path, policy=given), tmp_path / "run"
+@pytest.mark.parametrize(
+    "policy",
+    [*(pytest.param(one, marks=pytest.mark.slow) for one in ("base", "sft")), "ppo", "other"],
+)
+def test_a_policy_that_the_config_names_is_exported_all_the_same(tmp_path, made, policy):
+    given = str(made / policy) if policy == "other" else policy
+    cfg, run = recipe(tmp_path, made, policy=given), tmp_path / "run"
     write_decision(run, "best_of_n")
     run_stage(cfg, run)
-    exported = weights_of("run/export/policy")
-    jax.tree.map(np.testing.assert_array_equal, exported, weights_of(policy))
+    exported = weights_of(run / "export" / "policy")
+    jax.tree.map(np.testing.assert_array_equal, exported, weights_of(made / policy))
     found = read(run)
     assert found["policy"] == ("folder" if policy == "other" else policy)
     assert f"config.export.policy={given!r} is exported" in found["sentence"]
     assert "best_of_n is released: a judge says so." in found["sentence"]
     # Another choice is another export, and no reason to refuse the run.
-    assert run_stage(recipe(tmp_path, policy="released"), run)
+    assert run_stage(recipe(tmp_path, made, policy="released"), run)
     assert read(run)["policy"] == "best_of_n"
 
 
-@pytest.mark.usefixtures("weights_of")
-def test_a_base_model_as_it_stands_is_exported_as_the_run_talks_to_it(tmp_path):
+def test_a_base_model_as_it_stands_is_exported_as_the_run_talks_to_it(tmp_path, made):
     """Though its folder brings a template, settings and ids of its own."""
     base = tmp_path / "hub_base"
     base.mkdir()
@@ -200,7 +204,7 @@ def test_a_base_model_as_it_stands_is_exported_as_the_run_talks_to_it(tmp_path):
     generation |= {"max_length": 9, "num_beams": 2, "transformers_version": "4.40.0"}
     (base / "generation_config.json").write_text(json.dumps(generation), encoding="utf-8")
     edit_config(base, temperature=1.3, repetition_penalty=1.7, use_cache=True)
-    cfg, run = recipe(tmp_path, policy="base"), tmp_path / "run"
+    cfg, run = recipe(tmp_path, made, policy="base"), tmp_path / "run"
     sft = dataclasses.replace(
         cfg.sft, data=dataclasses.replace(cfg.sft.data, default_system="Say little.")
     )
@@ -239,13 +243,12 @@ def test_a_base_model_as_it_stands_is_exported_as_the_run_talks_to_it(tmp_path):
     assert model.generation_config.temperature == 0.6
 
 
-@pytest.mark.usefixtures("weights_of")
-def test_without_an_evaluation_the_policy_has_to_be_named(tmp_path):
+def test_without_an_evaluation_the_policy_has_to_be_named(tmp_path, made):
     without = tuple(name for name in STAGES if name != "evaluation")
     message = "export.policy='released' is what the evaluation decides, and stages=.* has no"
     with pytest.raises(ValueError, match=message):
-        recipe(tmp_path, stages=without)
-    cfg, run = recipe(tmp_path, policy="sft", stages=without), tmp_path / "run"
+        recipe(tmp_path, made, stages=without)
+    cfg, run = recipe(tmp_path, made, policy="sft", stages=without), tmp_path / "run"
     run.mkdir()
     run_stage(cfg, run)
     sentence = "config.export.policy='sft' is exported, as the config says."
@@ -261,9 +264,8 @@ def test_best_of_n_is_not_released_with_another_reward_model_than_chose(tmp_path
     assert dataclasses.replace(cfg, export=other).export.choice == "ppo"
 
 
-@pytest.mark.usefixtures("weights_of")
-def test_an_export_that_was_interrupted_says_nothing_of_the_one_before(tmp_path, monkeypatch):
-    cfg, run = recipe(tmp_path), tmp_path / "run"
+def test_an_export_that_was_interrupted_says_nothing_of_the_one_before(tmp_path, made, monkeypatch):
+    cfg, run = recipe(tmp_path, made), tmp_path / "run"
     write_decision(run, "sft")
     run_stage(cfg, run)
     write_decision(run, "ppo")

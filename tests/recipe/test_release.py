@@ -140,13 +140,8 @@ def read(folder, name):
     return json.loads((folder / name).read_text(encoding="utf-8"))
 
 
-FAST = ("huatuogpt",)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(one, marks=() if one in FAST else pytest.mark.slow) for one in BASES],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BASES)
 def test_transformers_talks_as_the_run_does_and_stops_at_the_end_of_the_turn(tmp_path, name):
     base, export = tmp_path / "base", tmp_path / "export"
     base.mkdir()

@@ -332,6 +332,7 @@ def sft_model(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_adapters_are_trained_with_the_head_on_an_sft_model_and_merged(files, sft_model, tmp_path):
     # Found by the mark of the run's folder, as the stage before leaves it.
     (tmp_path / "sft").symlink_to(sft_model.parent)

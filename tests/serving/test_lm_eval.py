@@ -99,6 +99,7 @@ def test_a_greedy_continuation_is_greedy_over_http_too(remote, own):
         assert remote.loglikelihood(asked)[0][1]
 
 
+@pytest.mark.slow
 def test_an_exam_has_the_same_figures(remote, own, tmp_path):
     exam = tmp_path / "exam.json"
     exam.write_text(json.dumps(EXAM, ensure_ascii=False), encoding="utf-8")

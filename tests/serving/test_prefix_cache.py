@@ -32,6 +32,7 @@ def conversations(server, *, turns=3, **fields):
     return found
 
 
+@pytest.mark.slow
 def test_a_prefix_cache_computes_less_and_changes_no_text(folder, on_one_device):
     with live.serve(load([str(folder)], [], Settings(), slots=4)) as server:
         without = conversations(server)

@@ -53,7 +53,7 @@ def rows_of(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-@pytest.mark.parametrize("language", ["zh", "en"])
+@pytest.mark.parametrize("language", ["zh", pytest.param("en", marks=pytest.mark.slow)])
 def test_every_spoiled_dialogue_is_left_out_with_its_reason_and_no_other(tmp_path, language):
     with TeacherServer(ScriptedConsultations()) as server:
         run_synthesis.run(flags(tmp_path, server, 120, language=language, attempts=1))
@@ -86,6 +86,7 @@ def test_a_faulty_turn_is_asked_for_again_and_a_dialogue_without_its_end_is_begu
     assert report["requests"]["doctor"]["2"] > 0 and report["requests"]["patient"]["2"] > 0
 
 
+@pytest.mark.slow
 def test_faults_of_the_server_change_nothing(tmp_path):
     clean, faulty = tmp_path / "clean", tmp_path / "faulty"
     clean.mkdir()

@@ -40,12 +40,20 @@ def rows_of(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def test_every_planted_fault_is_found_and_no_other(tmp_path):
-    teacher = ScriptedInstructions()
-    with TeacherServer(teacher) as server:
-        run_synthesis.run(flags(tmp_path, server, num_rows=260, batch_size=16))
-    kept = rows_of(tmp_path / "rows.jsonl")
-    rejected = rows_of(tmp_path / "rows.jsonl.rejected.jsonl")
+@pytest.fixture(scope="module")
+def long_run(tmp_path_factory):
+    """Some hundred rows: their folder and the teacher."""
+    folder, teacher = tmp_path_factory.mktemp("long"), ScriptedInstructions()
+    with TeacherServer(teacher) as server, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OPENAI_API_KEY", KEY)
+        run_synthesis.run(flags(folder, server, num_rows=260, batch_size=16))
+    return folder, teacher
+
+
+def test_every_planted_fault_is_found_and_no_other(long_run):
+    folder, teacher = long_run
+    kept = rows_of(folder / "rows.jsonl")
+    rejected = rows_of(folder / "rows.jsonl.rejected.jsonl")
     assert len(kept) >= 260
     found = Counter(one["reason"] for one in rejected)
     items = Counter(fault for fault in teacher.planted.values() if fault)
@@ -160,10 +168,8 @@ def test_rows_load_as_dialogues_to_train_on(tmp_path):
     assert all([m.role for m in one.messages] == ["user", "assistant"] for one in dialogues)
 
 
-def test_departments_roles_and_use_cases_come_equally_often(tmp_path):
-    with TeacherServer(ScriptedInstructions()) as server:
-        run_synthesis.run(flags(tmp_path, server, num_rows=250, batch_size=13))
-    report = json.loads((tmp_path / "rows.jsonl.report.json").read_text(encoding="utf-8"))
+def test_departments_roles_and_use_cases_come_equally_often(long_run):
+    report = json.loads((long_run[0] / "rows.jsonl.report.json").read_text(encoding="utf-8"))
     table = read_table()
     for name, entries in (
         ("department", table.departments),

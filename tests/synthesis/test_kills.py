@@ -98,12 +98,9 @@ def run_and_kill(given, server, *, num_kills, num_needed):
     assert process.returncode == 0, output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "num_kills"),
-    [
-        ("distilled_instruction", 1),
-        *(pytest.param(kind, 5, marks=pytest.mark.slow) for kind in KINDS),
-    ],
+    ("kind", "num_kills"), [("distilled_instruction", 1), *((kind, 5) for kind in KINDS)]
 )
 def test_faults_of_the_server_and_kills_change_nothing_and_pay_nothing_twice(
     tmp_path, monkeypatch, kind, num_kills

@@ -38,7 +38,12 @@ def flags(model, folder, kind, **given):
 
 @pytest.mark.parametrize(
     "kind",
-    ["distilled_instruction", "distilled_conversation", "real_instruction", "real_conversation"],
+    [
+        "distilled_instruction",
+        pytest.param("distilled_conversation", marks=pytest.mark.slow),
+        pytest.param("real_instruction", marks=pytest.mark.slow),
+        pytest.param("real_conversation", marks=pytest.mark.slow),
+    ],
 )
 def test_replies_of_a_saved_model_are_kept_and_read_again(
     model, tmp_path, kind, monkeypatch, on_one_device

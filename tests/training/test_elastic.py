@@ -151,6 +151,7 @@ def test_a_run_resumes_on_fewer_devices_with_the_same_losses(
     assert apart == {}
 
 
+@pytest.mark.slow
 def test_a_size_that_is_set_anew_is_taken_as_it_is(devices, preempted_after, tmp_path, capsys):
     run, config = _sft(tmp_path)
     for number, changed in ((8, config), (4, dataclasses.replace(config, micro_batch_size=4))):

@@ -151,7 +151,8 @@ def test_scores_are_float64_where_the_logits_are():
         logits_BTV = jax.random.normal(jax.random.key(0), (2, 5, 7), jnp.float64)
         targets_BT = jnp.asarray([[0, 1, 2, 3, 4], [6, 5, 4, 3, 2]])
         wanted_BT = jnp.ones((2, 5), bool)
-        scores = token_scores(lambda hidden: hidden, logits_BTV, targets_BT, wanted_BT, chunk=2)
+        score = jax.jit(functools.partial(token_scores, lambda hidden: hidden, chunk=2))
+        scores = score(logits_BTV, targets_BT, wanted_BT)
         expected = jax.nn.log_softmax(logits_BTV, axis=-1)
         picked = jnp.take_along_axis(expected, targets_BT[:, :, None], axis=-1)[..., 0]
         assert scores.log_probs_BT.dtype == jnp.float64
@@ -177,7 +178,7 @@ def test_chunks_without_a_wanted_position_are_not_computed():
         scores = token_scores(lambda h: h, hidden_BTD, targets_BT, wanted_BT, chunk=4)
         return scores.log_probs_BT.sum()
 
-    value, gradient = jax.value_and_grad(total)(hidden_BTD)
+    value, gradient = jax.jit(jax.value_and_grad(total))(hidden_BTD)
     np.testing.assert_allclose(value, -8 * np.log(4), rtol=1e-6)
     assert np.isfinite(gradient).all()
 

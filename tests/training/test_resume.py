@@ -125,9 +125,8 @@ def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(unbroken
     assert_identical(SFT.result(tmp_path), unbroken)
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_run_that_is_told_to_stop_saves_and_goes_on_later(unbroken, tmp_path, number):
     stopped_at = SFT.stop(tmp_path, number, seconds_each=0.1, when=lambda: _num_rows(tmp_path) >= 2)
     assert 2 <= stopped_at < NUM_STEPS

@@ -1,5 +1,6 @@
 """Scores and log-probabilities of given answers: however they are batched, they are the same."""
 
+import functools
 import json
 
 import jax
@@ -150,16 +151,26 @@ def test_log_probs_equal_those_of_transformers(policy, answers, tmp_path):
             np.testing.assert_allclose(log_probs_T, expected, rtol=0, atol=2e-5)
 
 
+@pytest.fixture(scope="module")
+def plain_tables(policy, answers):
+    """Each answer's log-probabilities of all tokens at each of its own, with nothing beside it."""
+
+    @jax.jit
+    def table(ids_1T):
+        hidden_1TD = MODEL.apply(policy, ids_1T)
+        return jax.nn.log_softmax(MODEL.apply(policy, hidden_1TD, method="logits")[0] / 0.7)
+
+    tables = [np.asarray(table(jnp.asarray(one.token_ids[None]))) for one in answers]
+    return [one_TV[one.prompt_length - 1 : -1] for one, one_TV in zip(answers, tables, strict=True)]
+
+
 @pytest.mark.parametrize("mesh", ["one device", "eight devices"])
-def test_top_log_probs_are_the_best_of_a_plain_forward_pass(policy, answers, mesh):
+def test_top_log_probs_are_the_best_of_a_plain_forward_pass(policy, answers, plain_tables, mesh):
     mesh = _one_device() if mesh == "one device" else sharding.make_mesh(data=4, tensor=2)
     scorer = Scorer(MODEL, policy, mesh=mesh, rows_at_once=4, pad_token_id=EOS)
     found = scorer.top_log_probs(answers, count=3, temperature=0.7, chunk=7)
     own = scorer.log_probs(answers, temperature=0.7, chunk=7)
-    for one, top, log_probs_T in zip(answers, found, own, strict=True):
-        hidden_1TD = MODEL.apply(policy, jnp.asarray(one.token_ids[None]))
-        logits_TV = MODEL.apply(policy, hidden_1TD, method="logits")[0, one.prompt_length - 1 : -1]
-        every_TV = np.asarray(jax.nn.log_softmax(logits_TV / 0.7))
+    for one, every_TV, top, log_probs_T in zip(answers, plain_tables, found, own, strict=True):
         answer_T = one.token_ids[one.prompt_length :]
         best_TK = np.argsort(-every_TV, axis=-1)[:, :3]
         np.testing.assert_array_equal(top.token_ids, best_TK)
@@ -180,9 +191,9 @@ def test_log_probs_stand_at_their_tokens_and_are_zero_elsewhere(policy):
     ids = jnp.array([[5, 6, 7, 8, EOS, EOS, EOS], [9, 9, 9, 9, 9, 9, 9]], jnp.int32)
     batch = padded_batch(ids, prompt_lengths_B=jnp.array([2, 0]), lengths_B=jnp.array([5, 0]))
     log_probs_BT = jax.jit(answer_log_probs, static_argnums=0)(MODEL, policy, batch)
-    hidden_TD = MODEL.apply(policy, ids[:1, :5])
-    logits_TV = MODEL.apply(policy, hidden_TD, method="logits")[0]
-    expected = jax.nn.log_softmax(logits_TV)[jnp.arange(4), ids[0, 1:5]]
+    hidden_1TD = jax.jit(MODEL.apply)(policy, ids[:1, :5])
+    logits_TV = jax.jit(functools.partial(MODEL.apply, method="logits"))(policy, hidden_1TD)[0]
+    expected = np.asarray(jax.nn.log_softmax(logits_TV))[np.arange(4), ids[0, 1:5]]
     np.testing.assert_allclose(log_probs_BT[0, 2:5], expected[1:], rtol=0, atol=1e-5)
     assert not log_probs_BT[0, :2].any() and not log_probs_BT[0, 5:].any()
     assert not log_probs_BT[1].any()
