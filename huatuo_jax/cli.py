@@ -3,6 +3,7 @@
 import difflib
 import importlib
 import os
+import pathlib
 import platform
 import shutil
 import sys
@@ -118,8 +119,7 @@ def _ask_for_huge_pages() -> None:
     if _HUGE_PAGES in tunables or "jax" in sys.modules or not (file and sys.executable):
         return
     try:
-        with open(_ON_REQUEST, encoding="ascii") as setting:
-            on_request = "[madvise]" in setting.read()
+        on_request = "[madvise]" in pathlib.Path(_ON_REQUEST).read_text(encoding="ascii")
     except OSError:
         return
     if on_request and platform.libc_ver()[0] == "glibc":

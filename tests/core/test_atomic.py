@@ -219,6 +219,7 @@ def test_paths_are_made_by_the_one_function_that_knows_addresses():
         "checkpoint/convert.py",
         "checkpoint/models.py",
         "chat.py",
+        "cli.py",
         "core/config.py",
         "core/files.py",
         "core/folders.py",
