@@ -65,8 +65,10 @@ class TeacherServer(LocalServer):
 
         class Replies(Handler):
             def do_POST(self):
-                raw = self.rfile.read(int(self.headers["Content-Length"]))
-                outer.answer(self, raw.decode())
+                length = int(self.headers["Content-Length"])
+                raw = self.rfile.read(length)
+                if len(raw) == length:  # A client that was killed may have sent its headers alone.
+                    outer.answer(self, raw.decode())
 
         super().__init__(Replies)
 
