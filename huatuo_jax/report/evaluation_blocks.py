@@ -86,7 +86,7 @@ def number(value: float | int | None, *, digits: int = 3) -> str:
         return ABSENT
     if isinstance(value, int):
         return f"{value:,}"
-    return f"{value:.{digits}f}".replace("-", "\u2212")
+    return f"{value:,.{digits}f}".replace("-", "\u2212")
 
 
 def figure(found: Mapping[str, Any] | None, *, digits: int = 3, scale: float = 1.0) -> Cell:

@@ -214,6 +214,7 @@ class ConversationMaker:
         attempts: requests for one turn, at most, where those that came were faulty; and dialogues
             over one case, where a turn of those before stayed faulty, or they ended without advice
             or the diagnosis.
+        fixed: who says the same again after the same messages, and so is asked for a turn once.
         seed: part of the rows' ids.
         batch_size: dialogues that are taken together.
     """
@@ -221,6 +222,7 @@ class ConversationMaker:
     cases: TeachingCases
     max_exchanges: int = 8
     attempts: int = 3
+    fixed: frozenset[Speaker] = frozenset()
     seed: int = 0
     batch_size: int = 64
     kind: str = field(default="distilled_conversation", init=False)
@@ -268,13 +270,16 @@ class ConversationMaker:
             }
             try:
                 while (speaker := state.speaker) is not None:
-                    text = yield from _turn(
-                        speaker, name, number, one, state, attempts=self.attempts
-                    )
+                    attempts = 1 if speaker in self.fixed else self.attempts
+                    text = yield from _turn(speaker, name, number, one, state, attempts=attempts)
                     state = state.add(text)
                 return [_finished(one, state, labels)]
             except Rejected as rejected:
                 rejection = rejected.after(state.transcript, labels)
+                spoke = {one.role for one in state.messages} | ({speaker} if speaker else set())
+                # Begun anew, it would be the same, or begin with the same request.
+                if spoke <= self.fixed or (rejected.final and not state.messages):
+                    break
         return [rejection]
 
 

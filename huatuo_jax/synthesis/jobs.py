@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol, TypeVar, get_args
 from huatuo_jax.data.records import Json, Messages
 from huatuo_jax.evaluation.session import judged_text
 from huatuo_jax.judge.chat import ChatReply
-from huatuo_jax.judge.replies import BadReply, final_answer
+from huatuo_jax.judge.replies import BadReply, check_ending, final_answer
 from huatuo_jax.synthesis import checks
 
 Item = TypeVar("Item")
@@ -96,9 +96,12 @@ class Rejection:
 class Rejected(Exception):
     """Raised by a job that gives up its only candidate."""
 
-    def __init__(self, reason: str, detail: str = "", sample: str = "") -> None:
-        """Sets the reason; see `Rejection`."""
+    def __init__(
+        self, reason: str, detail: str = "", sample: str = "", *, final: bool = False
+    ) -> None:
+        """Sets the reason, see `Rejection`, and whether the same request would be in vain."""
         super().__init__(f"{reason}: {detail}")
+        self.final = final
         self.rejection = Rejection(reason=reason, detail=detail, sample=sample)
 
     def after(self, before: str, labels: Mapping[str, str]) -> "Rejection":
@@ -178,7 +181,8 @@ def ask_again(
         attempts: requests for one reply, at most.
 
     Raises:
-        Rejected: the last fault, of a request without a reply that is accepted.
+        Rejected: the last fault, of a request without a reply that is accepted; or at once, where
+            it is final.
     """
     found: dict[int, Accepted] = {}
     fault: Rejected | None = None
@@ -192,6 +196,8 @@ def ask_again(
             try:
                 found[place] = accept(place, text_of(reply))
             except Rejected as rejected:
+                if rejected.final:
+                    raise
                 fault = rejected
         if len(found) == len(requests):
             return [found[place] for place in range(len(requests))]
@@ -203,14 +209,23 @@ def text_of(reply: ChatReply) -> str:
     """Returns the text of a reply without its thoughts.
 
     Raises:
-        Rejected: there is none, it is empty, or it was cut off.
+        Rejected: there is none, it is empty, or did not come to its end. Final where the server did
+            not take the request; a model that refused it may do otherwise when it is asked again.
     """
     if reply.text is None:
-        reason = "refused by the server" if reply.failure == "refused" else "no reply"
-        raise Rejected(reason, reply.error or reply.failure or "")
+        told = reply.error or reply.failure or ""
+        if reply.failure != "refused":
+            raise Rejected("no reply", told)
+        if reply.finish_reason is not None:
+            raise Rejected("refusal", told)
+        raise Rejected("refused by the server", told, final=True)
     text = judged_text(reply)
-    if reply.finish_reason == "length":
-        raise Rejected("cut off", "the reply is longer than --max_new_tokens", text)
+    try:
+        check_ending(reply.finish_reason)
+    except BadReply as bad:
+        reason = "refusal" if bad.failure == "refused" else "cut off"
+        hint = "; see --max_new_tokens" if bad.failure == "truncated" else ""
+        raise Rejected(reason, f"{bad}{hint}", text) from bad
     if not text:
         raise Rejected("empty reply", "", reply.text)
     return text

@@ -290,14 +290,15 @@ def _overview(figures: Mapping[str, Any]) -> list[Block]:
                 ),
             ]
     blocks: list[Block] = [_table(("", "value"), rows)]
-    asked = [
-        (task, attempt, number(count))
-        for task, counts in figures["requests"].items()
-        for attempt, count in counts.items()
-    ]
+    asked = figures["requests"]
     if asked:
-        heads = ("asked for", "attempt", "requests with a reply")
-        blocks.append(_table(heads, asked, caption="Faulty replies were asked for again"))
+        attempts = range(1, max(len(counts) for counts in asked.values()) + 1)
+        counted = [
+            (str(one), *(number(counts.get(str(one), 0)) for counts in asked.values()))
+            for one in attempts
+        ]
+        caption = "Requests with a reply: a faulty one was asked for again"
+        blocks.append(_table(("attempt", *asked), counted, caption=caption))
     if cost is not None and cost["price"] is not None and cost["price"]["is_example"]:
         blocks.append(
             Note(

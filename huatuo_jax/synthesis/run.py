@@ -8,6 +8,7 @@ from typing import Any, Literal
 from huatuo_jax.core.config import Text, operational
 from huatuo_jax.core.files import as_path
 from huatuo_jax.core.progress import tell
+from huatuo_jax.evaluation.consultations import Speaker
 from huatuo_jax.evaluation.respondents import DecodingConfig, SavedRespondent, ServerRespondent
 from huatuo_jax.judge.chat import ChatModelConfig
 from huatuo_jax.judge.server import OPENAI_URL, ServerConfig, key_from_environment
@@ -78,7 +79,8 @@ class SynthesisSettings:
         max_exchanges: of a conversation.
         attempts: requests for a turn of a conversation, or for polished words, at most: what the
             checks find faulty is asked for again. So many conversations over a case, too, where
-            a turn stays faulty, or they end without advice or the diagnosis.
+            a turn stays faulty, or they end without advice or the diagnosis. What would be said
+            again, as by the clinic's patient or at temperature 0, is asked for once.
         num_answers: times that an open question is answered to see that it is clear.
         near_duplicate: prompts whose ROUGE-L F of characters with an earlier one or a seed is
             above this are left out.
@@ -351,10 +353,14 @@ def _distilled_conversation(kind: SynthesisKind, cfg: SynthesisSettings, flag: s
             tell(f"cases: {cases.left_out} are not in {' or '.join(cfg.languages)}, and left out")
     else:
         raise ValueError(f"distilled_conversation needs cases: give {flag}cases=FILE")
+    fixed: set[Speaker] = {"user"} if cfg.uses_clinic else set()
+    if cfg.teacher == CLINIC or not cfg.temperature:
+        fixed = {"user", "assistant"}
     maker = ConversationMaker(
         cases=cases,
         max_exchanges=cfg.max_exchanges,
         attempts=cfg.attempts,
+        fixed=frozenset(fixed),
         seed=cfg.seed,
         batch_size=cfg.batch_size,
     )
@@ -372,7 +378,7 @@ def _real(kind: SynthesisKind, cfg: SynthesisSettings, flag: str) -> _Made:
         kind=kind,
         dialogues=sources.dialogues,
         plain=cfg.asks == "questions",
-        attempts=cfg.attempts,
+        attempts=cfg.attempts if cfg.temperature else 1,
         seed=cfg.seed,
         batch_size=cfg.batch_size,
     )

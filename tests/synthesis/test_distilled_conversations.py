@@ -15,7 +15,14 @@ from huatuo_jax.evaluation.consultations import (
     says_goodbye,
 )
 from huatuo_jax.evaluation.doctor_turns import questions_before_concluding
-from huatuo_jax.synthesis.conversations import doctor_fault, patient_fault, read_teaching_cases
+from huatuo_jax.judge.chat import ChatReply
+from huatuo_jax.synthesis.conversations import (
+    ConversationMaker,
+    TeachingCases,
+    doctor_fault,
+    patient_fault,
+    read_teaching_cases,
+)
 from tests.synthesis import run_synthesis
 from tests.synthesis.scripted_consultations import (
     FAULTS,
@@ -84,6 +91,40 @@ def test_a_faulty_turn_is_asked_for_again_and_a_dialogue_without_its_end_is_begu
     assert len(rows_of(tmp_path / "rows.jsonl")) == 40 > again > 0
     assert report["labels"]["dialogues over its case"] == {"1": 40 - again, "2": again}
     assert report["requests"]["doctor"]["2"] > 0 and report["requests"]["patient"]["2"] > 0
+
+
+def test_a_request_that_the_server_refuses_is_not_sent_again(tmp_path):
+    with TeacherServer(ScriptedConsultations(), fault=lambda number: "451") as server:
+        run_synthesis.run(flags(tmp_path, server, 4))
+        assert len(server.calls) == 4
+    reasons = Counter(one["reason"] for one in rows_of(tmp_path / "rows.jsonl.rejected.jsonl"))
+    assert reasons == {"refused by the server": 4}
+
+
+@pytest.mark.parametrize(
+    ("fixed", "asked"),
+    [
+        ((), ["1-patient-00.1", "1-doctor-01.1", "1-doctor-01.2", "2-patient-00.1"]),
+        (("user",), ["1-patient-00.1", "1-doctor-01.1", "1-doctor-01.2", "2-patient-00.1"]),
+        (("user", "assistant"), ["1-patient-00.1", "1-doctor-01.1"]),
+    ],
+)
+def test_who_says_the_same_again_is_asked_once(fixed, asked):
+    """The doctor speaks English at first; then the patient says goodbye before anything else."""
+    maker = ConversationMaker(
+        cases=TeachingCases.of_clinic(seed=0), attempts=2, fixed=frozenset(fixed), batch_size=1
+    )
+    ((_, job),) = maker.batch(0, [])
+    replies = iter(["最近有点难受。", *["How long has it been like this?"] * 2])
+    step, steps = next(job), []
+    with pytest.raises(StopIteration) as end:
+        while True:
+            steps += [request.step for request in step]
+            step = job.send([ChatReply(next(replies, "再见。"), "stop")])
+    again = ["2-patient-00.2"] if not fixed else []
+    assert steps == asked + again
+    (left_out,) = end.value.value
+    assert left_out.reason == ("language" if len(asked) == 2 else "early goodbye")
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from huatuo_jax.clinic.dialogues import dialogues as clinic_dialogues
 from huatuo_jax.data.readers import read_dialogues
 from huatuo_jax.data.records import Dialogue, Message
 from huatuo_jax.judge.chat import ChatReply
+from huatuo_jax.synthesis.jobs import Rejected, text_of
 from huatuo_jax.synthesis.polishing import PolishingMaker, read_sources
 from tests.synthesis import run_synthesis, scripted_polishing
 from tests.synthesis.scripted_polishing import FAULTS, fault_of, number_of, polish, polished
@@ -114,6 +115,16 @@ def test_of_a_dialogue_answered_anew_only_the_faulty_turns_are_asked_for_again()
     said = [message.content for message in row.messages if message.role == "assistant"]
     assert said == [replies[name] for name in ("answer-0.1", "answer-1.3", "answer-2.2")]
     assert row.extra["original"] == words
+
+
+@pytest.mark.parametrize(
+    ("ending", "reason"),
+    [("length", "cut off"), ("max_tokens", "cut off"), ("content_filter", "refusal")],
+)
+def test_a_reply_that_did_not_come_to_its_end_is_faulty(ending, reason):
+    assert text_of(ChatReply("考虑慢性胃炎。", "stop")) == "考虑慢性胃炎。"
+    with pytest.raises(Rejected, match=f"{reason}: the reply ended for the reason '{ending}'"):
+        text_of(ChatReply("考虑慢性胃炎。", ending))
 
 
 @pytest.mark.parametrize("kind", ["real_instruction", "real_conversation"])

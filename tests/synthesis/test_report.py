@@ -1,6 +1,7 @@
 """The report of a run: its figures are those of its rows, and it shows nobody's data."""
 
 import math
+from collections import Counter
 
 import yaml
 
@@ -39,6 +40,7 @@ OUTCOME = Outcome(
         "two": Rejection(reason="refusal", detail="抱歉", sample="<script>alert(1)</script>"),
         "three": Rejection(reason="echo", sample="又说一遍"),
     },
+    requests=Counter({("patient", 1): 1_004, ("doctor", 1): 3, ("doctor", 2): 1}),
     batches=1,
 )
 FACTS = RunFacts(
@@ -94,6 +96,14 @@ def test_the_page_and_the_card_show_nobodys_data_and_no_markup():
     head = yaml.safe_load(card.split("---")[1])
     assert head["language"] == ["zh"] and head["configs"][0]["data_files"] == "rows.jsonl"
     assert "| refusal | 2 |" in card
+
+
+def test_the_page_shows_requests_by_attempt_beside_one_another():
+    page = render_page(report_figures(OUTCOME, FACTS))
+    columns = '<th scope="col">attempt</th><th scope="col">doctor</th><th scope="col">patient</th>'
+    assert columns in page
+    assert '<th scope="row">1</th><td>3</td><td>1,004</td>' in page
+    assert '<th scope="row">2</th><td>1</td><td>0</td>' in page
 
 
 def test_a_run_without_rows_has_a_report_too():
