@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import re
+import threading
 
 import pytest
 
@@ -400,6 +401,25 @@ def test_settings_are_sent_remembered_and_restored(page):
         assert told(server.asked[-1])[0][0] == "user" and "seed" not in server.asked[-1]
         page.click("#settings")
         page.click("#erase")
+        assert stored(page) == "" and bodies(page) == []
+
+
+def test_a_score_that_comes_after_all_was_erased_brings_nothing_back(page):
+    erased = threading.Event()
+
+    def score(response):
+        assert erased.wait(60)
+        return len(response)
+
+    with ScriptedChat(echo, models=("sft",), reward="reward", score=score) as server:
+        enter(page, server)
+        page.run("const score = scoreAnswers; scoreAnswers = (...all) => scored = score(...all)")
+        ask(page, "头痛")
+        page.click("#settings")
+        page.click("#erase")
+        assert stored(page) == ""
+        erased.set()
+        page.run("scored.then(() => true)")
         assert stored(page) == "" and bodies(page) == []
 
 
