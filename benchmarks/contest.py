@@ -160,6 +160,7 @@ def run(script: str, name: str, folder: pathlib.Path, *, python: str = sys.execu
             "OMP_NUM_THREADS": threads,
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
+            "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # As our commands ask for themselves.
         },
     )
     if done.returncode:

@@ -125,7 +125,11 @@ def make_requests(folder: pathlib.Path) -> None:
 def run_apart(contender: str, folder: pathlib.Path) -> dict[str, Any]:
     """One contender in a process of its own, on the cores that all have."""
     cores = sorted(os.sched_getaffinity(0))[: _THREADS.value]
-    environment = os.environ | {"OMP_NUM_THREADS": str(len(cores)), "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": str(len(cores)),
+        "JAX_PLATFORMS": "cpu",
+        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # As our commands ask for themselves.
+    }
     python = _VLLM.value if contender == "vllm" else sys.executable
     subprocess.run(
         [
