@@ -275,23 +275,32 @@ def judging() -> str:
 
 
 def synthesis() -> str:
-    """Held-out loss of a student of what the teacher made, and of one of the teacher's own rows."""
+    """Held-out loss of students of what the teacher made, and of students of its own rows."""
     found = _read("synthesis")
     rows = [
         (
             kind.replace("_", " "),
             seed,
             f"{one['rows_of_the_teacher']:,} x {one['epochs_of_the_teacher']}",
-            *(f"{one[name]:.3f}" for name in ("teacher", "own", "synthesized")),
+            f"{one['teacher']:.3f}",
+            *(", ".join(f"{loss:.3f}" for loss in one[name]) for name in ("own", "synthesized")),
             f"{one['behind']:+.3f}",
+            "" if one["standard_error"] is None else f"{one['standard_error']:.3f}",
             _formatted(one["yield"], ".0%"),
         )
         for kind, seeds in found["kinds"].items()
         for seed, one in seeds.items()
     ]
     rows_seen = "rows of the teacher x epochs"
-    heads = ("kind", "seed", rows_seen, "teacher", "student of its own rows", "of synthesized rows")
-    return markdown((*heads, "behind by", "candidates kept"), rows)
+    heads = (
+        "kind",
+        "seed",
+        rows_seen,
+        "teacher",
+        "students of its own rows",
+        "of synthesized rows",
+    )
+    return markdown((*heads, "behind by", "standard error", "candidates kept"), rows)
 
 
 def serving() -> str:

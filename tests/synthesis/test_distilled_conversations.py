@@ -1,5 +1,6 @@
 """Distilled conversations of scripted roles: spoiled dialogues are left out, no others are."""
 
+import dataclasses
 import json
 from collections import Counter
 
@@ -23,6 +24,7 @@ from huatuo_jax.synthesis.conversations import (
     patient_fault,
     read_teaching_cases,
 )
+from huatuo_jax.synthesis.run import MAKERS, SynthesisSettings
 from tests.synthesis import run_synthesis
 from tests.synthesis.scripted_consultations import (
     FAULTS,
@@ -128,6 +130,24 @@ def test_who_says_the_same_again_is_asked_once(fixed, asked):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("given", "fixed"),
+    [
+        ({"teacher": "clinic"}, {"user", "assistant"}),
+        ({"teacher": "a_model", "asks": "questions"}, {"user"}),
+        ({"teacher": "a_model"}, set()),
+        ({"teacher": "a_model", "temperature": 0.0}, {"user", "assistant"}),
+    ],
+)
+def test_the_clinic_and_a_model_at_temperature_0_say_the_same_again(tmp_path, given, fixed):
+    settings = SynthesisSettings(**given)
+    if not settings.uses_clinic:
+        cases_file = write_cases(tmp_path / "cases.json", 2)
+        settings = dataclasses.replace(settings, cases=(cases_file,))
+    maker, _ = MAKERS["distilled_conversation"]("distilled_conversation", settings, "--")
+    assert maker.fixed == fixed
+
+
 def test_faults_of_the_server_change_nothing(tmp_path):
     clean, faulty = tmp_path / "clean", tmp_path / "faulty"
     clean.mkdir()
