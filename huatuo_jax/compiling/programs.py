@@ -36,6 +36,7 @@ from huatuo_jax.ppo.roles import (
 )
 from huatuo_jax.ppo.rollout import mesh_of, slots_of
 from huatuo_jax.ppo.stage import check_policy
+from huatuo_jax.ppo.targets import RowShapes
 from huatuo_jax.preferences.rows import abstract_rows as abstract_pairs
 from huatuo_jax.recipe.config import RlaifConfig, StagesConfig
 from huatuo_jax.reward import stage as reward
@@ -385,6 +386,7 @@ def _training(roles: Roles, name: str, trained: Trained) -> list[Program]:
     """Returns a pass over a minibatch, and the optimizer step that uses its gradients."""
     cfg, mesh, state = roles.cfg, roles.mesh, trained.state
     rows, length = cfg.minibatch_size, cfg.max_length
+    shapes = RowShapes.of(cfg, mesh)
     backbone, adapters_only = roles.policy.cfg, cfg.model.lora is not None
     scored, other, program = rows * cfg.rollout.max_new_tokens, roles.value_state, policy_pass
     if name == "value":
@@ -402,8 +404,8 @@ def _training(roles: Roles, name: str, trained: Trained) -> list[Program]:
     return [
         Program.of(
             over_minibatch,
-            does=f"{rows} rows of {length} tokens through the {name} with their gradients; "
-            "without them for the old log-probabilities or values of an update",
+            does=f"{shapes.num_rows} rows of {shapes.width} tokens through the {name} with their "
+            "gradients; without them for the old log-probabilities or values of an update",
             backbone=backbone,
             tokens=rows * length,
             model_flops=ModelFlops.of(backbone, adapters_only=adapters_only).of_step(

@@ -19,6 +19,7 @@ from huatuo_jax.ppo.losses import PolicyObjective, policy_row_loss, value_row_lo
 from huatuo_jax.ppo.models import Critic
 from huatuo_jax.ppo.ptx import Ptx, compile_added, ptx_row_loss
 from huatuo_jax.ppo.reference import abstract_reference
+from huatuo_jax.ppo.targets import RowShapes
 from huatuo_jax.ppo.trainer import (
     NUMBERS_OF_TOKENS,
     Learner,
@@ -162,7 +163,7 @@ def abstract_roles(
 
 
 def micro_batch_programs(roles: Roles) -> Iterator[StageProgram]:
-    """Yields policy and critic passes over a minibatch of the longest rows, and the scoring."""
+    """Yields policy and critic passes over the largest minibatch, and the scoring."""
     yield policy_pass(roles)
     if roles.valued is not None:
         yield value_pass(roles)
@@ -209,7 +210,7 @@ def _learner(
     cfg: PpoConfig, loss: RowLoss, optimizer: Optimizer, state: TrainState, mesh: Mesh
 ) -> Learner:
     return Learner(
-        run_pass=compile_pass(loss, state, mesh, rows_at_once=cfg.rows_at_once),
+        run_pass=compile_pass(loss, state, mesh, rows_at_once=RowShapes.of(cfg, mesh).at_once),
         apply=compile_apply(optimizer, state, mesh),
     )
 
@@ -250,13 +251,14 @@ def _pass(
 ) -> StageProgram:
     cfg, mesh = roles.cfg, roles.mesh
     everywhere = jax.NamedSharding(mesh, jax.P())
+    shapes = RowShapes.of(cfg, mesh)
     return StageProgram(
         name=f"ppo/{name}_pass",
         function=trained.learner.run_pass,
         arguments=(
             trained.state.trained,
             frozen,
-            abstract_batch(_row(cfg.max_length), cfg.minibatch_size, mesh),
+            abstract_batch(_row(shapes.width), shapes.num_rows, mesh),
             jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere),
             jax.ShapeDtypeStruct((), jnp.bool_),
         ),

@@ -1,12 +1,14 @@
 """Turns rollout log-probs, rewards and values into advantages and value targets; packs minibatches.
 
-Prompts and answers differ much in length. A packed row has room for the longest possible one and
-holds as many others as fit: each a segment of its own, with positions from 0, as in `data.batches`.
-Rows come in few numbers, and in one width or two, as each shape is compiled.
+Prompts and answers differ much in length. A packed row has room for several of the longest possible
+ones, where those are short, and holds as many others as fit: each a segment of its own, with
+positions from 0, as in `data.batches`. Rows come in few numbers and widths, as each shape is
+compiled.
 """
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -16,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from jax.sharding import Mesh
 
+from huatuo_jax.core.sharding import batch_shards
 from huatuo_jax.data.batches import best_fit_rows
 from huatuo_jax.generation.buckets import bucket_of, ladder
 from huatuo_jax.ppo.advantages import (
@@ -49,6 +52,8 @@ from huatuo_jax.training.scoring import Normalization
 Rows = dict[str, npt.NDArray[Any]]
 Numbers = npt.NDArray[np.int64]
 _DISTINCT = (1, 2)
+_WIDEST = 1024  # Tokens of a row of several longest answers; some kernels compute all of its pairs.
+_WIDTHS = 128  # Widths between are in steps of it, which every attention kernel takes.
 _SHARES = {
     "sampler_ratio": "tokens",
     "sampler_ratio_capped": "tokens",
@@ -270,6 +275,86 @@ def on_host(targets: Targets) -> Targets:
     )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RowShapes:
+    """The shapes that the rows of minibatches come in.
+
+    Several short rows end to end leave less padding: no answer that is longer than half a row is
+    alone in it. A micro-batch has no more slots for it, as it has fewer rows.
+
+    Attributes:
+        num_answers: of a minibatch at most.
+        longest: tokens of an answer and its prompt at most.
+        rows_at_once: of a micro-batch, rows of one longest answer; it divides `num_answers`.
+        shards: of the mesh, which divide a micro-batch.
+        packed: whether a row holds several answers.
+    """
+
+    num_answers: int
+    longest: int
+    rows_at_once: int
+    shards: int
+    packed: bool = True
+
+    @classmethod
+    def of(cls, cfg: PpoConfig, mesh: Mesh) -> "RowShapes":
+        """Returns those of a run's settings on a mesh."""
+        return cls(
+            num_answers=cfg.minibatch_size,
+            longest=cfg.max_length,
+            rows_at_once=cfg.rows_at_once,
+            shards=batch_shards(mesh),
+            packed=cfg.packed,
+        )
+
+    @property
+    def in_one(self) -> int:
+        """The longest answers that the widest row has room for, a power of two."""
+        number = 1
+        while (
+            self.packed
+            and 2 * number * self.longest <= _WIDEST
+            and self.rows_at_once % (2 * number * self.shards) == 0
+        ):
+            number *= 2
+        return number
+
+    @property
+    def width(self) -> int:
+        """Tokens of the widest row."""
+        return self.in_one * self.longest
+
+    @property
+    def num_rows(self) -> int:
+        """Of the widest, as many as hold any minibatch."""
+        return self.num_answers // self.in_one
+
+    def at_once(self, width: int) -> int:
+        """Returns the rows of a micro-batch, of rows of some width."""
+        return self.rows_at_once // (self.in_one if width > self.longest else 1)
+
+    def row_counts(self, narrow: int) -> dict[int, tuple[int, ...]]:
+        """Returns the numbers of rows that packed minibatches come in, by their width.
+
+        The widest rows first, then somewhat narrower ones, which leave less empty where the last
+        row would be. A mesh of many devices wants more rows than short answers need: for it there
+        are rows of one answer.
+
+        Args:
+            narrow: tokens of a row that holds any single answer of the rollout; `longest` at most.
+        """
+        step = _WIDTHS * -(-self.width // (8 * _WIDTHS))
+        widths = dict.fromkeys([*range(self.width, self.width // 2, -step), narrow])
+        return {
+            width: row_counts(
+                self.num_answers // (self.rows_at_once // self.at_once(width)),
+                rows_at_once=self.at_once(width),
+                shards=self.shards,
+            )
+            for width in widths
+        }
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """The places of some answers of a rollout (n of them) in a minibatch.
@@ -337,30 +422,24 @@ class Layout:
 
 
 def packed_layout(
-    numbers_n: Numbers,
-    lengths_n: Numbers,
-    *,
-    width: int,
-    narrow: int,
-    row_counts: tuple[int, ...],
+    numbers_n: Numbers, lengths_n: Numbers, *, row_counts: Mapping[int, tuple[int, ...]]
 ) -> Layout:
-    """Answers packed into as few rows as they need, and then some empty ones.
-
-    A mesh of many devices wants more rows than short answers need. Narrow ones are taken there if
-    they come to fewer slots.
+    """Packs answers into the width of rows that comes to the fewest slots.
 
     Args:
         numbers_n: of the answers in the rollout.
         lengths_n: tokens of each.
-        width: of a row; none is longer.
-        narrow: another width, which none is longer than either.
-        row_counts: numbers of rows to choose from; the largest is enough for an answer a row.
+        row_counts: for each width of a row, numbers of rows to choose from; those of one width are
+            enough for any answers. Of equal ones the first is taken.
     """
-    rows_n, num_rows = best_fit_rows(lengths_n, width)
-    if num_rows < row_counts[0]:
-        narrow_rows_n, num_narrow = best_fit_rows(lengths_n, narrow)
-        if bucket_of(num_narrow, row_counts) * narrow < row_counts[0] * width:
-            rows_n, num_rows, width = narrow_rows_n, num_narrow, narrow
+    found = []
+    for width, counts in row_counts.items():
+        if width >= lengths_n.max():
+            rows_n, needed = best_fit_rows(lengths_n, width)
+            if needed <= counts[-1]:
+                num_rows = bucket_of(needed, counts)
+                found.append((num_rows * width, num_rows, width, rows_n))
+    _, num_rows, width, rows_n = min(found, key=operator.itemgetter(0))
     # Within a row they are in the order of the minibatch.
     order = np.argsort(rows_n, kind="stable")
     is_first = np.append(True, np.diff(rows_n[order]) > 0)
@@ -375,7 +454,7 @@ def packed_layout(
         rows_n,
         starts_n,
         segments_n,
-        num_rows=bucket_of(num_rows, row_counts),
+        num_rows=num_rows,
         width=width,
     )
 

@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from huatuo_jax.core import sharding
-from huatuo_jax.core.sharding import OnMesh, batch_shards, put_whole
+from huatuo_jax.core.sharding import OnMesh, put_whole
 from huatuo_jax.data.mixture import permutation
 from huatuo_jax.generation.requests import Answer
 from huatuo_jax.ppo.advantages import Moments, no_moments
@@ -37,11 +37,11 @@ from huatuo_jax.ppo.targets import (
     Layout,
     MakeTargets,
     Rows,
+    RowShapes,
     Targets,
     on_host,
     packed_layout,
     plain_layout,
-    row_counts,
 )
 from huatuo_jax.training.losses import wide
 from huatuo_jax.training.optimizer import Optimizer, advance_schedule
@@ -255,12 +255,8 @@ class Trainer:
         width = rollout.rows["segment_ids"].shape[1]
         make = functools.partial(plain_layout, width=width)
         if cfg.packed:
-            counts = row_counts(
-                cfg.minibatch_size, rows_at_once=cfg.rows_at_once, shards=batch_shards(self.mesh)
-            )
-            make = functools.partial(
-                packed_layout, width=cfg.max_length, narrow=width, row_counts=counts
-            )
+            shapes = RowShapes.of(cfg, self.mesh)
+            make = functools.partial(packed_layout, row_counts=shapes.row_counts(narrow=width))
         numbers = np.split(order, cfg.num_minibatches)
         return [make(numbers_n, lengths_N[numbers_n]) for numbers_n in numbers]
 
@@ -437,7 +433,7 @@ def abstract_ppo_state(
 
 
 def compile_pass(
-    loss: RowLoss, state: TrainState, mesh: Mesh, *, rows_at_once: int
+    loss: RowLoss, state: TrainState, mesh: Mesh, *, rows_at_once: int | Callable[[int], int]
 ) -> sharding.OnMesh:
     """Compiles the pass under one `jax.jit`.
 
@@ -445,8 +441,8 @@ def compile_pass(
         loss: sums over the rows it is given, and numbers of each.
         state: whose variables it will be given, or its abstract form.
         mesh: where state and batch lie.
-        rows_at_once: rows of a micro-batch; changes rounding only. Of rows that it does not divide
-            there are fewer, and all go together.
+        rows_at_once: rows of a micro-batch, or what tells them for the tokens of a row; changes
+            rounding only. Of rows that it does not divide there are fewer, and all go together.
 
     Returns:
         From trained and frozen variables, rows, the KL coefficient, and whether to differentiate,
@@ -467,7 +463,9 @@ def compile_pass(
                 lambda trained: loss(join(trained, frozen), rows, kl_coef), trained, differentiate
             )
 
-        number = max(len(batch["mask"]) // rows_at_once, 1)
+        num_rows, width = batch["mask"].shape
+        at_once = rows_at_once if isinstance(rows_at_once, int) else rows_at_once(width)
+        number = max(num_rows // at_once, 1)
         (sums, gradients), outputs = over_micro_batches(one, batch, trained, number)
         return Pass(sums, outputs, gradients)
 

@@ -108,7 +108,8 @@ class ComputeSection:
         remat: see `ComputeConfig`.
         kernel: see `ComputeConfig`.
         query_chunk: see `ComputeConfig`.
-        loss_chunk: positions of each row whose logits are held at once.
+        loss_chunk: positions of each row whose logits are held at once; fewer where a device has
+            so many rows that it would hold those of more than 1,024 positions.
     """
 
     compute_dtype: Literal["float32", "bfloat16"] = "float32"

@@ -21,7 +21,11 @@ import jax.numpy as jnp
 
 from huatuo_jax.backbone.layers import Head
 from huatuo_jax.backbone.transformer import Transformer
+from huatuo_jax.core import sharding
 from huatuo_jax.generation.sampling import TopTokens, top_tokens
+
+_AT_ONCE = 1024  # Positions of a device's rows in a chunk: enough to keep its cores busy.
+_FEWEST = 8  # Positions of a row in a chunk, however many rows there are.
 
 Project = Callable[[jax.Array], jax.Array]
 """From the trunk's output `[B, T, D]` to logits `[B, T, V]` in at least float32."""
@@ -103,8 +107,8 @@ def token_scores(
         targets_BT: the token that position t predicts: `next_tokens(token_ids_BT)`.
         wanted_BT: bool, which positions to score.
         temperature: divides the logits.
-        chunk: positions of every row whose logits are held at once; all rows of a micro-batch
-            stay together, so that a mesh keeps each row where it is.
+        chunk: positions of every row whose logits are held at once, fewer where a device has many
+            rows; all rows of a micro-batch stay together, so that a mesh keeps each where it is.
         entropy: whether the entropies are wanted.
         num_top: number K of best tokens wanted in the place of each target.
 
@@ -374,9 +378,17 @@ class _Order(NamedTuple):
 
     @classmethod
     def of(cls, wanted_BT: jax.Array, chunk: int) -> "_Order":
-        """Orders the positions; a chunk has no more of them than a row."""
+        """Orders the positions; a chunk has no more of them than a row.
+
+        Nor do its rows have more than `_AT_ONCE` on a device, so that many short rows neither hold
+        large logits nor compute those of many positions that are not wanted.
+        """
         position_BT = jnp.argsort(~wanted_BT, axis=1, stable=True)
-        return cls(position_BT, wanted_BT, min(chunk, wanted_BT.shape[1]))
+        num_rows, length = wanted_BT.shape
+        mesh = jax.sharding.get_abstract_mesh()
+        shards = 1 if mesh.empty else sharding.batch_shards(mesh)
+        most = max(_AT_ONCE * shards // num_rows, _FEWEST)
+        return cls(position_BT, wanted_BT, min(chunk, length, most))
 
     def cut(self, array_BT: jax.Array) -> jax.Array:
         """Returns an array of positions in that order, as `[T / C, B, C, ...]`."""
