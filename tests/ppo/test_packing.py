@@ -1,11 +1,16 @@
 """Several answers in a row: each token keeps its numbers, an update changes by rounding only."""
 
+import types
+
 import jax
 import numpy as np
 import pytest
 
-from huatuo_jax.ppo.targets import packed_layout, plain_layout, row_counts
-from tests.ppo.tiny import config, run_tiny
+from huatuo_jax.ppo.models import open_critic
+from huatuo_jax.ppo.roles import abstract_roles, micro_batch_programs
+from huatuo_jax.ppo.targets import RowShapes, packed_layout, plain_layout, row_counts
+from huatuo_jax.training.initial_model import open_model
+from tests.ppo.tiny import config, run_tiny, tiny_job
 
 WIDTH = 16
 
@@ -25,9 +30,7 @@ def _rollout(seed=0, answers=20):
 
 
 def _layout(lengths_N, numbers_n, *, counts=tuple(range(1, 21))):
-    return packed_layout(
-        numbers_n, lengths_N[numbers_n], width=WIDTH, narrow=WIDTH, row_counts=counts
-    )
+    return packed_layout(numbers_n, lengths_N[numbers_n], row_counts={WIDTH: counts})
 
 
 def test_every_token_is_in_the_minibatch_once_and_comes_back_to_its_place():
@@ -83,7 +86,7 @@ def test_the_plain_layout_is_the_rollout_itself():
     [
         (5, 8, 8, 16),  # Of the 8 wide rows that the mesh wants at least, 2 would be needed.
         (5, 1, 64, 2),  # A wide row can be had for itself.
-        (33, 8, 64, 16),  # As many wide rows as the mesh wants.
+        (33, 8, 48, 16),  # No two share a wide row, and fewer slots of a narrow one are empty.
     ],
 )
 def test_narrow_rows_are_taken_where_a_mesh_wants_more_rows_than_short_answers_need(
@@ -92,8 +95,88 @@ def test_narrow_rows_are_taken_where_a_mesh_wants_more_rows_than_short_answers_n
     lengths_n = np.full(16, length)
     counts = row_counts(16, rows_at_once=16, shards=shards)
     narrow = 8 if length <= 8 else 48
-    layout = packed_layout(np.arange(16), lengths_n, width=64, narrow=narrow, row_counts=counts)
+    layout = packed_layout(np.arange(16), lengths_n, row_counts={64: counts, narrow: counts})
     assert (layout.width, layout.num_rows) == (width, num_rows)
+
+
+@pytest.mark.parametrize(
+    ("longest", "at_once", "shards", "packed", "in_one"),
+    [
+        (128, 32, 1, True, 8),  # 1,024 tokens.
+        (128, 32, 8, True, 4),  # A row for each shard.
+        (128, 24, 2, True, 4),  # Whole rows: 12 of a shard are 3 of 4 answers.
+        (128, 8, 8, True, 1),
+        (320, 32, 1, True, 2),
+        (513, 32, 1, True, 1),
+        (128, 32, 1, False, 1),
+    ],
+)
+def test_a_row_has_room_for_several_longest_answers_and_a_micro_batch_for_as_many_tokens(
+    longest, at_once, shards, packed, in_one
+):
+    shapes = RowShapes(
+        num_answers=2 * at_once, longest=longest, rows_at_once=at_once, shards=shards, packed=packed
+    )
+    assert shapes.in_one == in_one and shapes.width == in_one * longest
+    assert shapes.num_rows * shapes.width == 2 * at_once * longest
+    assert shapes.at_once(shapes.width) * shapes.width == at_once * longest
+    assert shapes.at_once(longest) == at_once
+    assert shapes.at_once(shapes.width) % shards == 0
+
+
+@pytest.mark.parametrize(
+    ("lengths", "num_rows", "width"),
+    [
+        ([96] * 30, 3, 1024),  # 2,880 tokens; none of two shares a row of 128.
+        ([96] * 32, 4, 768),  # Two more than 3 rows of 1,024 hold: no slot is empty.
+        ([128] * 32, 4, 1024),
+        ([40] * 32, 2, 640),
+        ([20], 1, 48),  # A row of the rollout's own.
+    ],
+)
+def test_short_rows_leave_little_padding(lengths, num_rows, width):
+    shapes = RowShapes(num_answers=32, longest=128, rows_at_once=32, shards=1)
+    counts = shapes.row_counts(narrow=48 if max(lengths) <= 48 else 128)
+    layout = packed_layout(np.arange(len(lengths)), np.array(lengths), row_counts=counts)
+    assert (layout.num_rows, layout.width) == (num_rows, width)
+
+
+@pytest.mark.parametrize(
+    ("longest", "size", "at_once", "shards"), [(128, 64, 16, 1), (100, 24, 12, 2), (700, 16, 8, 8)]
+)
+def test_any_answers_fit_in_whole_micro_batches_of_no_more_slots(longest, size, at_once, shards):
+    shapes = RowShapes(num_answers=size, longest=longest, rows_at_once=at_once, shards=shards)
+    draw = np.random.default_rng(0)
+    for low in np.linspace(1, longest, 40).astype(int):
+        lengths_n = draw.integers(low, longest + 1, size)
+        layout = packed_layout(
+            np.arange(size), lengths_n, row_counts=shapes.row_counts(narrow=int(lengths_n.max()))
+        )
+        rows_at_once = min(shapes.at_once(layout.width), layout.num_rows)
+        assert layout.num_rows % rows_at_once == 0 and rows_at_once % shards == 0
+        assert rows_at_once * layout.width <= at_once * longest
+        assert layout.num_rows * layout.width <= size * longest
+        used_R = np.bincount(layout.rows_n, lengths_n, layout.num_rows)
+        assert used_R.max() <= layout.width
+
+
+def test_the_largest_minibatch_is_the_one_that_memory_is_planned_by(tmp_path):
+    shape = {"num_prompts": 8, "answers_per_prompt": 2, "max_new_tokens": 12}
+    cfg = config(rollout=shape, micro_batch_size=4)
+    job = tiny_job(cfg, tmp_path)
+    trainer, state = job.make_trainer(), job.make_state()
+    whole = types.SimpleNamespace(rows={"segment_ids": np.ones((16, cfg.max_length), np.int32)})
+    policy = open_model(cfg.model, cfg.compute.compute_config())
+    critic = open_critic(cfg, policy, None)
+    roles = abstract_roles(cfg, policy=policy, critic=critic, rewarding=None, mesh=trainer.mesh)
+    for program in micro_batch_programs(roles):
+        batch = program.arguments[2]
+        assert batch["mask"].shape == (2, 4 * cfg.max_length)  # One row at once.
+        for layout in trainer._layouts(state, whole, epoch=0):
+            packed = layout.pack(whole.rows | {"mask": whole.rows["segment_ids"] > 0})
+            assert packed["segment_ids"].all()
+            for name, array in packed.items():
+                assert (array.shape, array.dtype) == (batch[name].shape, batch[name].dtype)
 
 
 @pytest.mark.parametrize(

@@ -202,6 +202,52 @@ def test_the_whole_logits_never_stand_in_memory():
     assert compiled.memory_analysis().temp_size_in_bytes < whole / 2
 
 
+def _sum_of_scores(hidden_BTD, kernel_DV, wanted_BT, chunk):
+    scores = token_scores(
+        lambda h: h @ kernel_DV, hidden_BTD, jnp.zeros(wanted_BT.shape, int), wanted_BT, chunk=chunk
+    )
+    return scores.log_probs_BT.sum()
+
+
+@pytest.mark.parametrize(
+    ("rows", "length", "shards", "chunk"),
+    [(32, 128, 1, 32), (32, 128, 4, 128), (4, 512, 1, 128), (3, 1024, 1, 128), (512, 16, 1, 8)],
+)
+def test_of_many_short_rows_a_device_holds_the_logits_of_few_positions(rows, length, shards, chunk):
+    shapes = [
+        jax.ShapeDtypeStruct(shape, dtype)
+        for shape, dtype in (
+            ((rows, length, 4), jnp.float32),
+            ((4, 999), jnp.float32),
+            ((rows, length), jnp.bool_),
+        )
+    ]
+    mesh = sharding.make_mesh(fsdp=shards, devices=jax.devices()[:shards])
+    with jax.set_mesh(mesh):
+        jaxpr = jax.make_jaxpr(functools.partial(_sum_of_scores, chunk=128))(*shapes)
+
+    def products(jaxpr):
+        for eqn in jaxpr.eqns:
+            if eqn.primitive.name == "dot_general":
+                yield eqn.outvars[0].aval.shape
+            for inner in jaxprs_in_params(eqn.params):
+                yield from products(inner)
+
+    assert set(products(jaxpr.jaxpr)) == {(rows, chunk, 999)}
+
+
+def test_of_many_short_rows_no_logits_of_unwanted_positions_are_computed():
+    """The NaN of those positions would be seen in chunks of 128, which hold them too."""
+    wanted_BT = jnp.broadcast_to(jnp.arange(128) % 2 == 0, (32, 128))
+    wanted_BTD = jnp.broadcast_to(wanted_BT[:, :, None], (32, 128, 4))
+    hidden_BTD = jnp.where(wanted_BTD, 1.0, jnp.nan)
+    kernel_DV = jnp.ones((4, 9))
+    differentiate = jax.jit(jax.value_and_grad(_sum_of_scores, argnums=(0, 1)), static_argnums=3)
+    value, gradients = differentiate(hidden_BTD, kernel_DV, wanted_BT, 128)
+    np.testing.assert_allclose(value, -32 * 64 * np.log(9), rtol=1e-6)
+    assert all(np.isfinite(leaf).all() for leaf in gradients)
+
+
 @pytest.mark.parametrize("head", ["untied", "tied"])
 def test_a_vocabulary_split_over_the_tensor_axis_scores_the_same(head):
     cfg = HEADS[head]
