@@ -369,9 +369,10 @@ def _scoring(roles: Roles) -> Program:
     assert roles.scorer is not None
     backbone, program = roles.scorer.cfg, scoring(roles, roles.scorer)
     rows, length = program.rows, roles.cfg.max_length
+    shapes = RowShapes.of(roles.cfg, roles.mesh)
     return Program.of(
         program,
-        does=f"the reward model on {rows} rows of {length} tokens",
+        does=f"the reward model on {shapes.at_once(shapes.width)} rows of {shapes.width} tokens",
         backbone=backbone,
         tokens=rows * length,
         model_flops=ModelFlops.of(backbone).of_forward(

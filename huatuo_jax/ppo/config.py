@@ -250,10 +250,12 @@ class PpoConfig(StageConfig):
         stop_at_total_kl: the run ends after an iteration whose answers have this mean KL from the
             reference or more (k1, nats of a whole answer): the distance that it may spend in all.
             None for no budget.
-        micro_batch_size: rows that go through a model at once, on all devices together; `auto`
-            for as many as fit the devices' memory with every model of the run (a whole minibatch
-            on CPU), None for a whole minibatch.
-        packed: lay several answers of a minibatch into a row, which changes rounding only.
+        micro_batch_size: rows of a prompt and an answer each that go through a model at once, on
+            all devices together; `auto` for as many as fit the devices' memory with every model of
+            the run (a whole minibatch on CPU), None for a whole minibatch.
+        packed: lay several answers of a minibatch into a row, which changes rounding only. Rows are
+            as long as several of the longest answers where those are short, up to 1,024 tokens, and
+            a micro-batch has as many fewer of them.
         compute: how a pass is computed.
         loop: checkpoints, logging.
         judging: held-out answers go to the judge anew every few iterations, the policy that it

@@ -34,6 +34,7 @@ from huatuo_jax.ppo.config import PpoConfig
 from huatuo_jax.ppo.judging import Judged
 from huatuo_jax.ppo.prompts import TokenPrompt, held_out_tasks
 from huatuo_jax.ppo.rollout import Sampled
+from huatuo_jax.ppo.targets import RowShapes
 from huatuo_jax.ppo.trainer import PpoState, Trainer
 from huatuo_jax.preferences.label import LabelRun, run_labels
 from huatuo_jax.training.scoring import GivenAnswer, Normalization, Scorer
@@ -373,12 +374,13 @@ class HeldOutJudging:
         """Computes the log-probability of each answer."""
         cfg = self.cfg
         if self._scorer is None:
+            shapes = RowShapes.of(cfg, trainer.mesh)
             self._scorer = Scorer(
                 self.transformer,
                 {},
                 mesh=trainer.mesh,
-                rows_at_once=cfg.rows_at_once,
-                row_length=cfg.max_length,
+                rows_at_once=shapes.at_once(shapes.width),
+                row_length=shapes.width,
             )
         found = self._scorer.of(variables).log_probs(
             given, temperature=self._temperature, chunk=cfg.compute.loss_chunk

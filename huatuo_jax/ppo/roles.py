@@ -192,16 +192,19 @@ def value_pass(roles: Roles) -> StageProgram:
 def scoring(roles: Roles, scorer: Transformer) -> StageProgram:
     """Describes the reward model on a micro-batch of the longest rows."""
     cfg, mesh = roles.cfg, roles.mesh
-    rows = cfg.rows_at_once
-    row = pack_row([], row_length=cfg.max_length, pad_token_id=0)
+    shapes = RowShapes.of(cfg, mesh)
+    row = pack_row([], row_length=shapes.width, pad_token_id=0)
     return StageProgram(
         name="ppo/score",
         function=compile_values(functools.partial(head_scores, scorer), mesh),
-        arguments=(roles.scorer_variables, abstract_batch(row, rows, mesh)),
+        arguments=(
+            roles.scorer_variables,
+            abstract_batch(row, shapes.at_once(shapes.width), mesh),
+        ),
         beside=(roles.trained.state, roles.reference, roles.value_state),
         mesh=mesh,
-        rows=rows,
-        rows_at_once=rows,
+        rows=cfg.rows_at_once,
+        rows_at_once=cfg.rows_at_once,
         in_micro_batches=True,
     )
 

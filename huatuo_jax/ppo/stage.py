@@ -50,7 +50,7 @@ from huatuo_jax.ppo.roles import (
     ptx_of,
 )
 from huatuo_jax.ppo.rollout import AnswerScorer, LengthScorer, Sampler, mesh_of
-from huatuo_jax.ppo.targets import compile_targets
+from huatuo_jax.ppo.targets import RowShapes, compile_targets
 from huatuo_jax.ppo.trainer import (
     PpoState,
     Trainer,
@@ -318,11 +318,12 @@ class PpoStage(Stage[PpoConfig]):
         reward = self._scoring_model
         if reward is None:
             return LengthScorer()
+        shapes = RowShapes.of(self.cfg, self.mesh)
         return reward.make_scorer(
             self.model.compute,
             self.mesh,
-            rows_at_once=self.cfg.rows_at_once,
-            row_length=self.cfg.max_length,
+            rows_at_once=shapes.at_once(shapes.width),
+            row_length=shapes.width,
         )
 
     def finish(

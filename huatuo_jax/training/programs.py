@@ -28,7 +28,7 @@ class StageProgram:
         arguments: abstract, with shardings.
         beside: other abstract arrays that the stage holds meanwhile.
         mesh: of the devices.
-        rows: of a call.
+        rows: of a call, as `micro_batch_size` counts them: several short ones may be one in it.
         rows_at_once: of them, that go through the model together.
         attends: whether rows attend to themselves in it, by the attention kernel.
         in_micro_batches: whether `micro_batch_size` decides how many go together.
