@@ -75,7 +75,7 @@ BACKBONE = BackboneConfig(
     max_positions=512,
     tie_embeddings=True,
 )
-COMPUTE = ComputeSection(loss_chunk=512)  # Rows are short: the logits all at once.
+COMPUTE = ComputeSection(loss_chunk=512)  # Rows are short and few: large chunks of logits.
 HELD_OUT = HeldOutConfig(share=0.1)
 ANSWER_TOKENS = 100
 TEMPERATURE = 0.5  # Of the policy; the answers that are compared differ more at 0.7.
