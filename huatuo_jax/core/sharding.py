@@ -85,9 +85,16 @@ class MeshConfig:
     def make(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
         """Makes the mesh of these devices, all of them by default.
 
+        Sizes without a -1 may come to fewer: the first devices are taken, where one process has
+        them all.
+
         Raises:
-            ValueError: the sizes do not multiply to the number of devices.
+            ValueError: the sizes do not multiply to the number of devices, or to more.
         """
+        sizes = (self.data, self.fsdp, self.tensor)
+        if devices is None and -1 not in sizes and jax.process_count() == 1:
+            devices = jax.devices()
+            devices = devices[: max(math.prod(sizes), 1)]
         return make_mesh(data=self.data, fsdp=self.fsdp, tensor=self.tensor, devices=devices)
 
     def over(self, mesh: Mesh) -> Mesh:

@@ -319,7 +319,8 @@ def check_rows(rows: int, *, name: str, mesh: Mesh) -> None:
     if rows < 1 or rows % shards:
         axes = " x ".join(sharding.BATCH_AXES)
         raise ValueError(
-            f"{name}={rows} rows must be a multiple of the {shards} shards of the mesh ({axes})"
+            f"{name}={rows} rows must be a multiple of the {shards} shards of the mesh ({axes}); "
+            "with mesh.fsdp=1 it runs on one device"
         )
 
 

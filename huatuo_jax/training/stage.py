@@ -363,6 +363,8 @@ def _run_stage(
         return result
     if told is not None:
         tell(told)
+    if mesh.size < jax.device_count():
+        tell(f"{kind.name}: on {mesh.size} of {jax.device_count()} devices, as its mesh says")
     if stage.account is not None:
         report_data(directory, stage.account)
     job = dataclasses.replace(

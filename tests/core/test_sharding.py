@@ -180,6 +180,19 @@ def test_make_mesh_fills_the_free_axis():
     assert mesh.devices.shape == (1, 1, 1) and mesh.axis_names == ("data", "fsdp", "tensor")
 
 
+def test_sizes_of_a_config_that_come_to_fewer_devices_take_the_first():
+    assert sharding.MeshConfig(fsdp=1).make().devices.tolist() == [[[jax.devices()[0]]]]
+    mesh = sharding.MeshConfig(data=2, fsdp=3).make()
+    assert mesh.devices.shape == (2, 3, 1)
+    assert mesh.devices.ravel().tolist() == jax.devices()[:6]
+    with pytest.raises(ValueError, match="needs 9 devices, there are 8"):
+        sharding.MeshConfig(data=3, fsdp=3).make()
+    with pytest.raises(ValueError, match=re.escape("mesh.data=0 must be at least 1")):
+        sharding.MeshConfig(data=0, fsdp=1).make()
+    with pytest.raises(ValueError, match="there are 8"):  # Devices that are named are all used.
+        sharding.MeshConfig(fsdp=1).make(jax.devices())
+
+
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [

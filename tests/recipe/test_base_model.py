@@ -15,6 +15,7 @@ from huatuo_jax.recipe import base_model
 from huatuo_jax.recipe.base_model import SIZES, adapted, num_parameters, recipe
 from huatuo_jax.recipe.config import STAGES, RlaifConfig
 from huatuo_jax.recipe.recipe import run_rlaif
+from huatuo_jax.training.loop import check_rows
 from tests import hub_server as hubs
 
 
@@ -53,12 +54,20 @@ def test_without_a_base_model_the_card_stays_as_it_is():
     assert parse("--config.base_model=None") == load_card("rlaif")
 
 
+def test_the_rows_of_the_demo_divide_over_eight_devices():
+    card = load_card("rlaif")
+    for section in (card.sft, card.reward, card.ppo):
+        check_rows(section.rows_at_once, name="rows", mesh=section.mesh.make())
+
+
 def test_template_model_and_settings_follow_from_the_base_model(qwen):
     cfg = parse(f"--config.base_model={qwen}", "--config.data=mine.jsonl")
     card = load_card("rlaif")
     assert (cfg.sft.model.directory, cfg.sft.model.backbone) == (qwen, None)
     templates = {cfg.sft.data.template, cfg.reward.data.template, cfg.ppo.data.template}
     assert templates | {cfg.evaluation.template} == {"tokenizer"}
+    # The demo's own model takes one device, another one all there are.
+    assert {cfg.sft.mesh, cfg.reward.mesh, cfg.ppo.mesh} == {MeshConfig()}
     assert cfg.sft.optimizer.learning_rate == SIZES[0].rates[0]
     assert cfg.sft.data.row_length == hubs.POSITIONS
     assert cfg.ppo.data.max_prompt_tokens + cfg.ppo.rollout.max_new_tokens == hubs.POSITIONS
