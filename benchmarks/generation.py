@@ -14,7 +14,6 @@ a matrix multiply, both measured here.
 
 import functools
 import json
-import math
 import os
 import pathlib
 import subprocess
@@ -129,7 +128,6 @@ def run_apart(contender: str, folder: pathlib.Path) -> dict[str, Any]:
     environment = os.environ | {
         "OMP_NUM_THREADS": str(len(cores)),
         "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": str(len(cores)),  # Ours divides slots among them.
         "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # As our commands ask for themselves.
     }
     python = _VLLM.value if contender == "vllm" else sys.executable
@@ -290,22 +288,17 @@ def _decode(engine: Any) -> None:
 
 
 def _open_engine(folder: pathlib.Path, *, slots: int, max_length: int, steps: int = 8) -> Any:
-    import jax
-
     from huatuo_jax.backbone.transformer import Transformer
     from huatuo_jax.checkpoint.models import find_model, load_params
-    from huatuo_jax.core import sharding
     from huatuo_jax.generation.engine import Engine
 
     found = find_model(folder / "model")
-    num_devices = math.gcd(slots, jax.device_count())
     return Engine(
         Transformer(found.cfg),
         {"params": load_params(found)},
         slots=slots,
         max_length=max_length,
         steps_per_round=steps,
-        mesh=sharding.MeshConfig(data=num_devices, fsdp=1).make(),
     )
 
 

@@ -56,6 +56,7 @@ COMMANDS = {
 }
 
 
+_LEAST_THREADS = 16
 _HUGE_PAGES = "glibc.malloc.hugetlb"
 _ON_REQUEST = "/sys/kernel/mm/transparent_hugepage/enabled"
 
@@ -70,6 +71,7 @@ def run(name: str, *, shown_as: str | None = None) -> None:
         shown_as: its name in help; None for the file that Python runs.
     """
     _ask_for_huge_pages()
+    _make_threads_for_devices()
     from huatuo_jax.core import command_line
 
     command = COMMANDS[name]
@@ -125,6 +127,17 @@ def _ask_for_huge_pages() -> None:
     if on_request and platform.libc_ver()[0] == "glibc":
         os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, (tunables, f"{_HUGE_PAGES}=1")))
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def _make_threads_for_devices() -> None:
+    """Gives the devices that a CPU is divided into enough threads, before jax starts them.
+
+    A device waits for the others in a thread. XLA makes as many as there are cores, and where all
+    of them wait it aborts (jax 0.10). A number that the user set (`NPROC`) stays.
+    """
+    devices = os.environ.get("JAX_NUM_CPU_DEVICES", "")
+    if devices.isdecimal() and int(devices) > 1:
+        os.environ.setdefault("NPROC", str(max(2 * int(devices), _LEAST_THREADS)))
 
 
 def _help(columns: int) -> str:

@@ -147,6 +147,26 @@ def test_a_command_has_huge_pages_where_linux_gives_them_on_request(
     assert output.splitlines() == [f"{found} {loaded} {process.pid}"]
 
 
+@pytest.mark.parametrize(
+    ("devices", "given", "found"),
+    [
+        ("2", None, "16"),
+        ("12", None, "24"),
+        ("2", "5", "5"),
+        ("1", None, None),
+        (None, None, None),
+        ("two", None, None),  # jax says what is wrong with it.
+    ],
+)
+def test_devices_of_a_cpu_have_threads_to_wait_in(monkeypatch, devices, given, found):
+    for name, value in (("JAX_NUM_CPU_DEVICES", devices), ("NPROC", given)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    cli._make_threads_for_devices()
+    assert os.environ.get("NPROC") == found
+
+
 def test_the_help_of_training_does_not_import_torch():
     found = imported_by("train", "--help")
     assert "jax" in found and "torch" not in found
