@@ -5,6 +5,7 @@ the package is cheap. Everything else is a deep import, as `from huatuo_jax.sft 
 """
 
 import importlib
+import logging
 import sys
 import types
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,12 @@ __all__ = [
     "sft",
     "train_reward_model",
 ]
+
+# transformers, of which the package takes tokenizers and configs, says when it is imported without
+# PyTorch that there are no models. The models are the package's own and need no PyTorch.
+logging.getLogger("transformers").addFilter(
+    lambda record: not str(record.msg).startswith("PyTorch was not found")
+)
 
 _MODULES = {
     "in_use": ("LogProbs", "Response"),

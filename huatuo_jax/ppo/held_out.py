@@ -146,7 +146,7 @@ class HeldOutJudging:
         transformer: the policy's.
         keep: is called with the policy's variables where they are the best so far.
         history: of the judgings by now, the initial policy's first.
-        turned: whether the last one ended the run.
+        turned: whether the last one ended the run, before its last iteration.
     """
 
     cfg: PpoConfig
@@ -220,7 +220,9 @@ class HeldOutJudging:
         self.history.append(judged)
         if judging.kept_of(self.history) is judged:
             self.keep(state.policy.variables)
-        self.turned = judging.has_turned(self.history, patience=self._judging.patience)
+        self.turned = iteration < self.cfg.num_iterations and judging.has_turned(
+            self.history, patience=self._judging.patience
+        )
         return judged
 
     @property

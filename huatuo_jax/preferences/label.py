@@ -165,7 +165,6 @@ def run_labels(cfg: LabelRun, say: Say) -> Labels | None:
         say(f"written: {cfg.output}, {report_path(cfg.output)}")
         _check_verdicts(cfg, labels)
         _compare(cfg, answered, labels.judgements, say)
-        say(f"next: {_next_step(cfg)}")
     return labels
 
 
@@ -376,11 +375,14 @@ class Flags:
 
 def main(flags: Flags) -> None:
     """Labels, and prints the results."""
+    cfg = run_of(flags)
     try:
-        run_labels(run_of(flags), print)
+        labels = run_labels(cfg, print)
     except Interrupted as stopped:
         print(f"label: {stopped}", flush=True)
         raise SystemExit(INTERRUPTED_EXIT_CODE) from None
+    if labels is not None and labels.judgements:  # In a recipe, the next stage follows by itself.
+        print(f"next: {_next_step(cfg)}")
 
 
 def run_of(flags: Flags) -> LabelRun:

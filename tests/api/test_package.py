@@ -39,6 +39,17 @@ def test_a_lower_floor_is_imported_without_the_upper_ones():
     assert run(f"{code} 'huatuo_jax.api.models' in sys.modules)") == "False False\n"
 
 
+def test_transformers_does_not_miss_torch_aloud():
+    code = """
+import sys
+sys.modules["torch"] = None  # As where it is not installed.
+import huatuo_jax, transformers
+print(transformers.utils.is_torch_available())
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "False\n", "")
+
+
 def test_functions_are_not_hidden_by_the_modules_of_their_names():
     code = """
 import huatuo_jax.sft, huatuo_jax.dpo, huatuo_jax.ppo.stage

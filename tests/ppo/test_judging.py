@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import types
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 from huatuo_jax.clinic import dialogues as clinic
 from huatuo_jax.judge.config import JudgeConfig
 from huatuo_jax.judge.judgements import read_judgements
+from huatuo_jax.ppo.held_out import OUTCOME_FILE, HeldOutJudging
 from huatuo_jax.ppo.judging import Judged, JudgingConfig, has_turned, is_due, kept_of, outcome
 from huatuo_jax.preferences import label
 from huatuo_jax.training.loop import Interrupted, train
@@ -329,6 +331,31 @@ TURNS = {
 @pytest.mark.parametrize(("points", "patience", "expected"), TURNS.values(), ids=TURNS.keys())
 def test_the_run_ends_where_the_judge_turns_and_the_reward_rises(points, patience, expected):
     assert has_turned(history(*points), patience=patience) is expected
+
+
+@pytest.mark.parametrize(("num_iterations", "early"), [(8, True), (6, False)])
+def test_a_judge_that_turns_at_the_last_iteration_ends_nothing_early(
+    tmp_path, num_iterations, early
+):
+    judgings = HeldOutJudging(
+        cfg=judged_config(num_iterations=num_iterations),
+        folder=tmp_path,
+        tasks=(),
+        server=None,
+        make_record=None,
+        normalization=None,
+        transformer=None,
+        keep=lambda variables: None,
+    )
+    for one in history(*TURNS["turned"][0]):  # As judged before a kill.
+        place = tmp_path / str(one.iteration) / OUTCOME_FILE
+        place.parent.mkdir()
+        place.write_text(json.dumps(dataclasses.asdict(one)))
+        policy = types.SimpleNamespace(variables=None)
+        judgings.judge(types.SimpleNamespace(iteration=one.iteration, policy=policy), None)
+    assert judgings.turned is early
+    assert judgings.result()["ended"].startswith("the judge turned at iteration 6") is early
+    assert early or judgings.result()["ended"] == "all iterations"
 
 
 def test_of_equal_shares_the_earlier_policy_is_kept():

@@ -289,6 +289,16 @@ def test_labels_become_comparisons_and_a_report(answers, prices, tmp_path):
     assert "next: huatuo train --config=reward:" in done.stdout
 
 
+def test_only_the_command_names_a_next_command(answers, tmp_path):
+    told, output = [], tmp_path / "labels.jsonl"
+    run_labels(LabelRun(answers=str(answers[0]), output=str(output)), told.append)
+    assert "next:" not in "".join(told)
+    done = command(answers=answers[0], output=output)
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("next: ")]
+    assert line == "next: the same command with --comparisons=FILE; nothing is asked twice"
+
+
 def test_the_offline_judge_needs_no_key_and_is_named_in_every_line(answers, tmp_path, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     output, told = tmp_path / "labels.jsonl", []
