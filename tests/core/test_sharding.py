@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+import types
 from typing import Any
 
 import jax
@@ -189,8 +190,14 @@ def test_sizes_of_a_config_that_come_to_fewer_devices_take_the_first():
         sharding.MeshConfig(data=3, fsdp=3).make()
     with pytest.raises(ValueError, match=re.escape("mesh.data=0 must be at least 1")):
         sharding.MeshConfig(data=0, fsdp=1).make()
-    with pytest.raises(ValueError, match="there are 8"):  # Devices that are named are all used.
-        sharding.MeshConfig(fsdp=1).make(jax.devices())
+    named = jax.devices()[4:]
+    assert sharding.MeshConfig(fsdp=1).make(named).devices.tolist() == [[[named[0]]]]
+
+
+def test_of_several_processes_none_is_left_without_a_device():
+    devices = [types.SimpleNamespace(process_index=index // 4) for index in range(8)]
+    with pytest.raises(ValueError, match="needs 1 devices, there are 8"):
+        sharding.MeshConfig(fsdp=1).make(devices)
 
 
 @pytest.mark.parametrize(
