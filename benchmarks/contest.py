@@ -157,8 +157,6 @@ def run(script: str, name: str, folder: pathlib.Path, *, python: str = sys.execu
             **os.environ,
             "PYTHONPATH": str(ROOT),
             "JAX_PLATFORMS": "cpu",
-            "JAX_NUM_CPU_DEVICES": threads,  # Ours divides rows among them, see `docs/commands.md`.
-            "NPROC": "16",  # As our commands set for several devices.
             "OMP_NUM_THREADS": threads,
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
