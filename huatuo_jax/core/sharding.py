@@ -91,10 +91,11 @@ class MeshConfig:
         Raises:
             ValueError: the sizes do not multiply to the number of devices, or to more.
         """
-        devices = jax.devices() if devices is None else devices
         sizes = (self.data, self.fsdp, self.tensor)
-        if -1 not in sizes and len({device.process_index for device in devices}) == 1:
-            devices = devices[: max(math.prod(sizes), 1)]
+        if -1 not in sizes:
+            devices = jax.devices() if devices is None else devices
+            if len({device.process_index for device in devices}) == 1:
+                devices = devices[: max(math.prod(sizes), 1)]
         return make_mesh(data=self.data, fsdp=self.fsdp, tensor=self.tensor, devices=devices)
 
     def over(self, mesh: Mesh) -> Mesh:
