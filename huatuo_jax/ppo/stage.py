@@ -338,7 +338,9 @@ class PpoStage(Stage[PpoConfig]):
         if self.judging is not None:
             result |= self.judging.result()
         budget, kl = self.cfg.stop_at_total_kl, numbers.get(TOTAL_KL, 0.0)
-        if budget is not None and kl >= budget and not (self.judging and self.judging.turned):
+        is_spent = budget is not None and kl >= budget
+        early = int(state.iteration) < self.cfg.num_iterations
+        if is_spent and early and not (self.judging and self.judging.turned):
             ended = f"KL of {kl:.3f} from the reference, the budget being {budget:g}"
             result["ended"] = ended
         return result

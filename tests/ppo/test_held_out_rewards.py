@@ -1,13 +1,17 @@
 """Held-out prompts are rewarded every few iterations and the best policy kept; a KL budget ends."""
 
+import types
+
 import jax
 import numpy as np
 import pytest
 
 from huatuo_jax.ppo.held_out_config import HeldOutRewardsConfig
 from huatuo_jax.ppo.held_out_rewards import HeldOutRewarding, HeldOutRewards
+from huatuo_jax.ppo.loop import TOTAL_KL
 from huatuo_jax.ppo.reward_mix import MixedRewards
 from huatuo_jax.ppo.reward_terms import RewardMixConfig, RewardTerm
+from huatuo_jax.ppo.stage import PpoStage
 from huatuo_jax.training.metrics import read_rows
 from tests.ppo import tiny
 from tests.ppo.tiny import config, run_tiny, table, token_text
@@ -121,6 +125,18 @@ def test_a_budget_of_kl_ends_the_run_and_keeps_its_last_checkpoint(tmp_path):
     assert len(tiny.kept) == 1
     again, _ = run_tiny(cfg, tmp_path, scorer=table(longest=3))
     assert int(again.iteration) == int(state.iteration)
+
+
+@pytest.mark.parametrize(("num_iterations", "early"), [(8, True), (6, False)])
+def test_a_budget_that_the_last_iteration_spends_ends_nothing_early(num_iterations, early):
+    stage = types.SimpleNamespace(
+        judging=None,
+        save_model=lambda directory, variables: None,
+        cfg=types.SimpleNamespace(stop_at_total_kl=0.2, num_iterations=num_iterations),
+    )
+    state = types.SimpleNamespace(iteration=6, policy=types.SimpleNamespace(variables=None))
+    result = PpoStage.finish(stage, None, state, {TOTAL_KL: 0.25})
+    assert result.get("ended", "").startswith("KL of 0.250") is early
 
 
 @pytest.mark.parametrize(
