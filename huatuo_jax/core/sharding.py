@@ -85,17 +85,15 @@ class MeshConfig:
     def make(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
         """Makes the mesh of these devices, all of them by default.
 
-        Sizes without a -1 may come to fewer: the first devices are taken, where one process has
-        them all.
+        Sizes of 1 take the first device, where one process has them all.
 
         Raises:
-            ValueError: the sizes do not multiply to the number of devices, or to more.
+            ValueError: the sizes do not multiply to the number of devices.
         """
-        sizes = (self.data, self.fsdp, self.tensor)
-        if -1 not in sizes:
+        if (self.data, self.fsdp, self.tensor) == (1, 1, 1):
             devices = jax.devices() if devices is None else devices
             if len({device.process_index for device in devices}) == 1:
-                devices = devices[: max(math.prod(sizes), 1)]
+                devices = devices[:1]
         return make_mesh(data=self.data, fsdp=self.fsdp, tensor=self.tensor, devices=devices)
 
     def over(self, mesh: Mesh) -> Mesh:

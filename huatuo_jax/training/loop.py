@@ -318,10 +318,8 @@ def check_rows(rows: int, *, name: str, mesh: Mesh) -> None:
     shards = sharding.batch_shards(mesh)
     if rows < 1 or rows % shards:
         axes = " x ".join(sharding.BATCH_AXES)
-        raise ValueError(
-            f"{name}={rows} rows must be a multiple of the {shards} shards of the mesh ({axes}); "
-            "with mesh.fsdp=1 it runs on one device"
-        )
+        wanted = f"a multiple of the {shards} shards of the mesh ({axes})"
+        raise ValueError(f"{name}={rows} rows must be {wanted}; mesh.fsdp=1 takes one device")
 
 
 def check_in_a_row(number: int, cfg: BaseLoopConfig, *, what: str) -> None:
