@@ -336,15 +336,16 @@ class RowShapes:
     def row_counts(self, narrow: int) -> dict[int, tuple[int, ...]]:
         """Returns the numbers of rows that packed minibatches come in, by their width.
 
-        The widest rows first, then somewhat narrower ones, which leave less empty where the last
-        row would be. A mesh of many devices wants more rows than short answers need: for it there
-        are rows of one answer.
+        The widest rows first, then, of several longest answers, somewhat narrower ones, which leave
+        less empty where the last row would be. A mesh of many devices wants more rows than short
+        answers need: for it there are rows of one answer.
 
         Args:
             narrow: tokens of a row that holds any single answer of the rollout; `longest` at most.
         """
-        step = _WIDTHS * -(-self.width // (8 * _WIDTHS))
-        widths = dict.fromkeys([*range(self.width, self.width // 2, -step), narrow])
+        # Rows of one long answer come in few widths: their programs take long to compile.
+        least = self.width // 2 if self.in_one > 1 else self.width - 1
+        widths = dict.fromkeys([*range(self.width, least, -_WIDTHS), narrow])
         return {
             width: row_counts(
                 self.num_answers // (self.rows_at_once // self.at_once(width)),

@@ -142,6 +142,19 @@ def test_short_rows_leave_little_padding(lengths, num_rows, width):
 
 
 @pytest.mark.parametrize(
+    ("longest", "narrow", "widths"),
+    [
+        (128, 64, [1024, 896, 768, 640, 64]),
+        (320, 320, [640, 512, 384, 320]),
+        (2048, 640, [2048, 640]),
+    ],
+)
+def test_only_short_answers_have_rows_of_widths_between(longest, narrow, widths):
+    shapes = RowShapes(num_answers=32, longest=longest, rows_at_once=32, shards=1)
+    assert list(shapes.row_counts(narrow)) == widths
+
+
+@pytest.mark.parametrize(
     ("longest", "size", "at_once", "shards"), [(128, 64, 16, 1), (100, 24, 12, 2), (700, 16, 8, 8)]
 )
 def test_any_answers_fit_in_whole_micro_batches_of_no_more_slots(longest, size, at_once, shards):
