@@ -12,7 +12,7 @@ from huatuo_jax.backbone import attention, positions
 from huatuo_jax.backbone.blockwise_attention import Trees
 from huatuo_jax.backbone.config import BackboneConfig, ComputeConfig
 from huatuo_jax.backbone.lora import LoraConfig, add_update
-from huatuo_jax.backbone.matmul import cut, gated, linear
+from huatuo_jax.backbone.matmul import cut, gated, linear, linear_by_output
 from huatuo_jax.core import sharding
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -24,6 +24,8 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 # Finite, so that probability * logit of a padded row is 0 and not NaN; bfloat16 can represent it.
 PADDED_LOGIT = -1e30
+# The name of a projection's kernel whose dimensions lie as `matmul.by_output` puts them.
+KERNEL_BY_OUTPUT = "kernel_by_output"
 _SMALLEST_NORM = 1e-12
 
 
@@ -76,6 +78,10 @@ class Projection(nn.Module):
     def __call__(self, inputs: jax.Array) -> list[jax.Array]:
         """Returns the parts of the outputs; one without cuts."""
         dtype, init = self.compute.compute_dtype, nn.initializers
+        if self.has_variable("params", KERNEL_BY_OUTPUT):
+            turned = self.get_variable("params", KERNEL_BY_OUTPUT).astype(dtype)
+            whole = linear_by_output(inputs.astype(dtype), turned, self.num_contracted, dtype)
+            return self._with_bias(self._cut(whole))
         kernel = self.param(
             "kernel",
             init.normal(self.cfg.initializer_range),
@@ -93,13 +99,18 @@ class Projection(nn.Module):
             outputs = [*multiply(self.parts, self.parts_dim)]
         else:
             outputs = self._cut(*multiply())
+        return self._with_bias(outputs)
+
+    def _with_bias(self, outputs: list[jax.Array]) -> list[jax.Array]:
         if not self.has_bias:
             return outputs
-        bias_shape = self.kernel_shape[self.num_contracted :]
-        bias = self.param("bias", init.zeros, bias_shape, self.compute.param_dtype)
+        shape = self.kernel_shape[self.num_contracted :]
+        bias = self.param("bias", nn.initializers.zeros, shape, self.compute.param_dtype)
         return [
             part + jnp.expand_dims(added, (0, 1))
-            for part, added in zip(outputs, self._cut(bias.astype(dtype)), strict=True)
+            for part, added in zip(
+                outputs, self._cut(bias.astype(self.compute.compute_dtype)), strict=True
+            )
         ]
 
     def _cut(self, array: jax.Array) -> list[jax.Array]:
@@ -295,6 +306,8 @@ class LmHead(nn.Module):
     @nn.compact
     def __call__(self) -> jax.Array:
         """Returns the kernel `[D, V]`."""
+        if self.has_variable("params", KERNEL_BY_OUTPUT):
+            return self.get_variable("params", KERNEL_BY_OUTPUT).T
         return self.param(
             "kernel",
             nn.initializers.normal(self.cfg.initializer_range),
@@ -347,7 +360,12 @@ def head_of(
 
 
 def project_to_vocabulary(
-    hidden_BTD: jax.Array, head: Head, cfg: BackboneConfig, compute: ComputeConfig
+    hidden_BTD: jax.Array,
+    head: Head,
+    cfg: BackboneConfig,
+    compute: ComputeConfig,
+    *,
+    by_output: bool = False,
 ) -> jax.Array:
     """Returns logits from the trunk's output and a head, padded vocabulary rows masked.
 
@@ -356,17 +374,17 @@ def project_to_vocabulary(
         head: of `head_of`.
         cfg: gives the size of the vocabulary.
         compute: dtypes; products are accumulated in `output_dtype`.
+        by_output: the head was made of the transpose of an array `[V, D]`, which is multiplied as
+            it lies, see `linear_by_output`.
 
     Returns:
         `[B, T, V]` in `output_dtype`; those of padded rows are `PADDED_LOGIT`.
     """
-    (logits_BTV,) = linear(
-        hidden_BTD.astype(compute.compute_dtype),
-        head.kernel_DV,
-        head.multiplied_DV,
-        1,
-        compute.output_dtype,
-    )
+    hidden_BTD, dtype = hidden_BTD.astype(compute.compute_dtype), compute.output_dtype
+    if by_output:
+        logits_BTV = linear_by_output(hidden_BTD, head.multiplied_DV.T, 1, dtype)
+    else:
+        (logits_BTV,) = linear(hidden_BTD, head.kernel_DV, head.multiplied_DV, 1, dtype)
     logits_BTV = sharding.constrain(logits_BTV, "logits_BTV")
     if cfg.padded_vocab_size == cfg.vocab_size:
         return logits_BTV

@@ -5,13 +5,15 @@ its length needs, anywhere in the pool, so that a decode step reads what the ans
 than what the longest of them would. Heads come before positions, `[P, K, S, H]` with S the
 positions of a page, so that a head's keys of a page are contiguous. Layers are either stacked in
 one array (a leading L) or a tuple of arrays; every function here counts dimensions from the end and
-takes both.
+takes both. A tuple's keys have their positions last, `[P, K, H, S]`: on CPU the product of a few
+queries with the keys of a page then reads them where they lie, and else it copies them first.
 
 On a mesh, rows and pages are split over the batch axes and heads over `tensor`; a row's pages lie
 in its own shard. `on_shards` runs functions that look pages up inside the shards, so that no key
 travels.
 """
 
+import functools
 import math
 import pathlib
 from collections.abc import Callable, Sequence
@@ -28,7 +30,7 @@ from jax.typing import DTypeLike
 from huatuo_jax.backbone.config import BackboneConfig
 from huatuo_jax.core import sharding
 
-Layers = Any  # One array [L, P, K, S, H], or a tuple of L arrays [P, K, S, H].
+Layers = Any  # One array [L, P, K, S, H], or a tuple of L arrays [P, K, S, H]; keys: [P, K, H, S].
 
 ROWS_SPEC = P(sharding.BATCH_AXES)  # Arrays [B, ...] and [P, ...] without heads.
 HEADS_SPEC = P(sharding.BATCH_AXES, None, "tensor", None)  # Keys, values, queries [B, T, K, H].
@@ -41,7 +43,8 @@ class Cache(NamedTuple):
     """The keys, values and tokens of all rows so far.
 
     Attributes:
-        keys: rotated where the model rotates; grouped heads stay grouped.
+        keys: rotated where the model rotates; grouped heads stay grouped. Those of a tuple have
+            their positions last.
         values: as projected.
         tokens_PS: int32, the token at each position. Values past a row's end have no meaning.
     """
@@ -79,14 +82,16 @@ def empty(
     cfg: BackboneConfig, *, num_pages: int, page_size: int, dtype: DTypeLike, split_layers: bool
 ) -> Cache:
     """Makes a cache of zeros."""
-    shape = (num_pages, cfg.num_kv_heads, page_size, cfg.head_dim)
+    page = (page_size, cfg.head_dim)
 
-    def layers() -> Layers:
+    def layers(page: tuple[int, ...]) -> Layers:
+        shape = (num_pages, cfg.num_kv_heads, *page)
         if split_layers:
             return tuple(jnp.zeros(shape, dtype) for _ in range(cfg.num_layers))
         return jnp.zeros((cfg.num_layers, *shape), dtype)
 
-    return Cache(layers(), layers(), jnp.zeros((num_pages, page_size), jnp.int32))
+    keys = layers(page[::-1] if split_layers else page)
+    return Cache(keys, layers(page), jnp.zeros((num_pages, page_size), jnp.int32))
 
 
 def shardings(cfg: BackboneConfig, mesh: Mesh, *, split_layers: bool) -> Cache:
@@ -114,7 +119,14 @@ def layer_specs(layers: Layers, spec: P) -> Any:
     return jax.tree.map(lambda array: P(*(None,) * (array.ndim - 4), *spec), layers)
 
 
-def write_step(layers: Layers, new: Layers, pages: Pages, positions_B: jax.Array) -> Layers:
+def write_step(
+    layers: Layers,
+    new: Layers,
+    pages: Pages,
+    positions_B: jax.Array,
+    *,
+    positions_last: bool = False,
+) -> Layers:
     """Writes one token's keys (or values) into each row, at the row's own position.
 
     Call within a shard. A row without a page there writes nothing.
@@ -124,12 +136,17 @@ def write_step(layers: Layers, new: Layers, pages: Pages, positions_B: jax.Array
         new: `[..., B, 1, K, H]`, as a layer projects them, of the same structure.
         pages: the owners of the pages.
         positions_B: int32.
+        positions_last: the layers are `[..., P, K, H, S]`.
     """
-    write = _write_in_turn if sharding.platform_in_use() == "tpu" else _write_at_once
+    in_turn = sharding.platform_in_use() == "tpu" and not positions_last
 
     def write_layers(pool: jax.Array, added: jax.Array) -> jax.Array:
-        pages_B, offsets_B = _places(pages, positions_B, page_size=pool.shape[-2])
-        return write(pool, added.squeeze(-3).astype(pool.dtype), pages_B, offsets_B)
+        page_size = pool.shape[-1 if positions_last else -2]
+        places = _places(pages, positions_B, page_size=page_size)
+        added = added.squeeze(-3).astype(pool.dtype)
+        if in_turn:
+            return _write_in_turn(pool, added, *places)
+        return _write_at_once(pool, added, *places, positions_last=positions_last)
 
     return jax.tree.map(write_layers, layers, new)
 
@@ -155,40 +172,46 @@ def seen_tokens(
     return none_BV.at[pages.rows_P[:, None], tokens_PS].set(True, mode="drop")
 
 
-def write_start(layers: Layers, new: Layers) -> Layers:
+def write_start(layers: Layers, new: Layers, *, positions_last: bool = False) -> Layers:
     """Writes the first T tokens' keys (or values), `[..., R, T, K, H]`, at each row's start.
 
-    Row r owns the r-th of R equal parts of the pages, in their order.
+    Row r owns the r-th of R equal parts of the pages, in their order. `positions_last` is as for
+    `write_step`.
     """
 
     def write(array: jax.Array, added: jax.Array) -> jax.Array:
         *lead, rows, length, num_heads, head_dim = added.shape
-        num_pages, page_size = array.shape[-4], array.shape[-2]
+        num_pages, page_size = array.shape[-4], array.shape[-1 if positions_last else -2]
         used = -(-length // page_size)
         widths = [(0, 0)] * added.ndim
         widths[-3] = (0, used * page_size - length)
         added = jnp.pad(added.astype(array.dtype), widths)
         added = added.reshape(*lead, rows, used, page_size, num_heads, head_dim)
+        added = jnp.moveaxis(added, -3, -1) if positions_last else jnp.swapaxes(added, -3, -2)
         own = array.reshape(*lead, rows, num_pages // rows, *array.shape[-3:])
-        own = jax.lax.dynamic_update_slice(own, jnp.swapaxes(added, -3, -2), (0,) * own.ndim)
+        own = jax.lax.dynamic_update_slice(own, added, (0,) * own.ndim)
         return own.reshape(array.shape)
 
     return jax.tree.map(write, layers, new)
 
 
-def write_pages(pool_PKSH: jax.Array, new_RTKH: jax.Array, starts_R: jax.Array) -> jax.Array:
+def write_pages(
+    pool_PKSH: jax.Array, new_RTKH: jax.Array, starts_R: jax.Array, *, positions_last: bool = False
+) -> jax.Array:
     """Writes T tokens' keys (or values) into each row from the start of a page, within a shard.
 
     Args:
         pool_PKSH: of one layer; rows own pages as in `write_start`.
         new_RTKH: what passes a row's last page is dropped.
         starts_R: int32, the position of each row's first token, a multiple of the page size.
+        positions_last: the pool is `[P, K, H, S]`.
     """
-    page_size = pool_PKSH.shape[2]
+    page_size = pool_PKSH.shape[3 if positions_last else 2]
     new_RUSKH = _cut_into_pages(new_RTKH.astype(pool_PKSH.dtype), page_size)
-    new_RUKSH = jnp.swapaxes(new_RUSKH, 2, 3)
-    own_RMKSH = pool_PKSH.reshape(len(starts_R), -1, *pool_PKSH.shape[1:])
-    return _put_pages(own_RMKSH, new_RUKSH, starts_R // page_size).reshape(pool_PKSH.shape)
+    # In the order of the pool.
+    new_RU = jnp.moveaxis(new_RUSKH, 2, 4) if positions_last else jnp.swapaxes(new_RUSKH, 2, 3)
+    own_RM = pool_PKSH.reshape(len(starts_R), -1, *pool_PKSH.shape[1:])
+    return _put_pages(own_RM, new_RU, starts_R // page_size).reshape(pool_PKSH.shape)
 
 
 def write_page_tokens(tokens_PS: jax.Array, new_RT: jax.Array, starts_R: jax.Array) -> jax.Array:
@@ -463,11 +486,19 @@ def _put_pages(own_RM: jax.Array, new_RU: jax.Array, firsts_R: jax.Array) -> jax
 
 
 def _write_at_once(
-    pool: jax.Array, new: jax.Array, pages_B: jax.Array, offsets_B: jax.Array
+    pool: jax.Array,
+    new: jax.Array,
+    pages_B: jax.Array,
+    offsets_B: jax.Array,
+    *,
+    positions_last: bool,
 ) -> jax.Array:
     """Writes `[..., B, K, H]` into pages `[..., P, K, S, H]`; a page past the last is dropped."""
     if pool.ndim == 5:
-        return jax.vmap(_write_at_once, in_axes=(0, 0, None, None))(pool, new, pages_B, offsets_B)
+        write = functools.partial(_write_at_once, positions_last=positions_last)
+        return jax.vmap(write, in_axes=(0, 0, None, None))(pool, new, pages_B, offsets_B)
+    if positions_last:
+        return pool.at[pages_B, :, :, offsets_B].set(new, mode="drop")
     return pool.at[pages_B, :, offsets_B].set(new, mode="drop")
 
 

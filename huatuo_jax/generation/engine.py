@@ -160,8 +160,9 @@ class Engine:
                 to rounding. `load` and `unload` forget them.
             cache_dtype: of keys and values; None for the compute dtype.
             cast_weights: to the compute dtype once rather than in every step.
-            split_layers: hold each layer's weights and cache separately, which copies the weights
-                and compiles longer. Decoding on CPU is then faster, so None means True there.
+            split_layers: hold each layer's weights and cache separately, both laid out for the
+                products of a CPU, which copies the weights and compiles longer. Decoding on CPU is
+                then faster, so None means True there.
             narrow: decode fewer rows once few answers are left, which compiles more programs. On an
                 accelerator steps of few rows take as long as others, so None means on CPU only.
             memory_bytes: free memory of all devices together; None reads it from the devices.

@@ -41,6 +41,7 @@ def attend_pages(
     *,
     sliding_window: int | None,
     alibi_slopes_N: jax.Array | None,
+    keys_positions_last: bool = False,
 ) -> jax.Array:
     """Attends each row's query to the row's keys at its position and before.
 
@@ -54,6 +55,7 @@ def attend_pages(
         positions_B: int32, the queries' positions.
         sliding_window: a token sees itself and the `sliding_window - 1` tokens before it.
         alibi_slopes_N: decrease of a score per token of distance; None without ALiBi.
+        keys_positions_last: the keys are `[P, K, H, S]`.
 
     Returns:
         `[B, N, H]` in the dtype of the values. Softmax and sums are in at least float32. Rows
@@ -61,12 +63,12 @@ def attend_pages(
     """
     batch, _, head_dim = q_BNH.shape
     q_BKGH = (q_BNH * head_dim**-0.5).reshape(batch, k_PKSH.shape[1], -1, head_dim)
-    places_PS = pages.starts_P[:, None] + jnp.arange(k_PKSH.shape[2])[None, :]
+    places_PS = pages.starts_P[:, None] + jnp.arange(v_PKSH.shape[2])[None, :]
     distance_PS = positions_B[pages.rows_P][:, None] - places_PS
     visible_PS = distance_PS >= (0 if own is None else 1)
     if sliding_window is not None:
         visible_PS &= distance_PS < sliding_window
-    scores_PNS = _scores(q_BKGH[pages.rows_P], k_PKSH)
+    scores_PNS = _scores(q_BKGH[pages.rows_P], k_PKSH, positions_last=keys_positions_last)
     if alibi_slopes_N is not None:
         slopes_1N1 = alibi_slopes_N[None, :, None].astype(scores_PNS.dtype)
         scores_PNS -= slopes_1N1 * distance_PS[:, None].astype(scores_PNS.dtype)
@@ -104,7 +106,7 @@ def prefill(model: Transformer, variables: Variables, cache: Cache, tokens_BT: j
     hidden_BTD = _apply_outer(model, variables, tokens_BT, method="embed")
     _, (keys, values) = _through_layers(model, variables, hidden_BTD, rows, attend, None)
     return Cache(
-        caches.write_start(cache.keys, keys),
+        caches.write_start(cache.keys, keys, positions_last=isinstance(cache.keys, tuple)),
         caches.write_start(cache.values, values),
         caches.write_start_tokens(cache.tokens_PS, tokens_BT),
     )
@@ -132,7 +134,7 @@ def extend(
     positions_BT = starts_B[:, None] + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None, :]
     # Clipped, as under dynamic rotary scaling the furthest one would change all angles.
     rows = _rows(model, jnp.minimum(positions_BT, max_length - 1))
-    attend_to_own_pages = _extending(model.cfg)
+    attend_to_own_pages = _extending(model.cfg, split=isinstance(cache.keys, tuple))
 
     def attend(
         q: jax.Array, k: jax.Array, v: jax.Array, memory: KeysValues
@@ -156,6 +158,7 @@ def attend_own_pages(
     *,
     sliding_window: int | None,
     alibi_slopes_N: jax.Array | None,
+    keys_positions_last: bool = False,
 ) -> jax.Array:
     """Attends rows of queries to the pages of the same rows, page after page.
 
@@ -166,12 +169,14 @@ def attend_own_pages(
         starts_B: int32, the position of each row's first query.
         sliding_window: as for `attend_pages`.
         alibi_slopes_N: as for `attend_pages`.
+        keys_positions_last: as for `attend_pages`.
 
     Returns:
         `[B, T, N, H]` in the dtype of the values. Softmax and sums are in at least float32.
     """
     batch, length, num_heads, head_dim = q_BTNH.shape
-    num_kv_heads, page_size = k_PKSH.shape[1:3]
+    num_kv_heads, page_size = v_PKSH.shape[1:3]
+    keys_dims = (((3,), (2 if keys_positions_last else 3,)), _HEADS)
     keys, values = (x.reshape(batch, -1, *x.shape[1:]) for x in (k_PKSH, v_PKSH))
     q_BTKGH = (q_BTNH * head_dim**-0.5).reshape(batch, length, num_kv_heads, -1, head_dim)
     # Queries of all heads that share a key/value head in one dimension, `[B, K, G * T, H]`.
@@ -183,9 +188,7 @@ def attend_own_pages(
     def add_page(page: jax.Array, before: _Parts) -> _Parts:
         k_BKSH = jax.lax.dynamic_index_in_dim(keys, page, axis=1, keepdims=False)
         v_BKSH = jax.lax.dynamic_index_in_dim(values, page, axis=1, keepdims=False)
-        scores_BKQS = jax.lax.dot_general(
-            q_BKQH, k_BKSH, (((3,), (3,)), _HEADS), preferred_element_type=dtype
-        )
+        scores_BKQS = jax.lax.dot_general(q_BKQH, k_BKSH, keys_dims, preferred_element_type=dtype)
         scores_BNTS = scores_BKQS.reshape(batch, num_heads, length, page_size)
         places_S = page * page_size + jnp.arange(page_size)
         distance_BTS = positions_BT[:, :, None] - places_S[None, None, :]
@@ -225,6 +228,7 @@ def decode(
     variables: Variables,
     tokens_B: jax.Array,
     positions_B: jax.Array,
+    rows: Rows,
     cache: Cache,
     pages: Pages,
 ) -> tuple[jax.Array, Cache]:
@@ -235,34 +239,42 @@ def decode(
         variables: its own, layers stacked or split.
         tokens_B: the token of each row.
         positions_B: its position; the row's pages hold all positions before.
+        rows: of these positions, see `rows_at`.
         cache: updated in place where it is donated.
         pages: the owners of its pages; a row without pages gets meaningless logits.
     """
-    rows = _rows(model, positions_B[:, None])
     split = isinstance(cache.keys, tuple)
     memory = (cache.keys, cache.values)
-    attend_to_pages = _attending(model.cfg)
+    attend_to_pages = _attending(model.cfg, split=split)
 
     def attend(
         q: jax.Array, k: jax.Array, v: jax.Array, memory: KeysValues
     ) -> tuple[jax.Array, KeysValues]:
         own: KeysValues | None = (k, v)
         if split:
-            memory, own = _written(memory, (k, v), pages, positions_B), None
+            memory, own = _written(memory, (k, v), pages, positions_B, split=True), None
         attended = attend_to_pages(q, own, memory, pages, positions_B, slopes(model.cfg))
         return attended, memory if split else (k, v)
 
     hidden_B1D = _apply_outer(model, variables, tokens_B[:, None], method="embed")
     hidden_B1D, (keys, values) = _through_layers(model, variables, hidden_B1D, rows, attend, memory)
     if not split:
-        keys, values = _written(memory, (keys, values), pages, positions_B)
+        keys, values = _written(memory, (keys, values), pages, positions_B, split=False)
     write_tokens = caches.on_shards(
         caches.write_tokens, in_specs=(caches.ROWS_SPEC,) * 4, out_specs=caches.ROWS_SPEC
     )
     tokens_PS = write_tokens(cache.tokens_PS, tokens_B, pages, positions_B)
     hidden_B1D = _apply_outer(model, variables, hidden_B1D, method="normalise")
-    logits_B1V = _apply_outer(model, variables, hidden_B1D, method="logits")
+    logits_B1V = _apply_outer(model, variables, hidden_B1D, method="logits", by_output=split)
     return logits_B1V[:, 0], Cache(keys, values, tokens_PS)
+
+
+def rows_at(model: Transformer, positions_B: jax.Array) -> Rows:
+    """Returns the rotations of one token of each row, for `decode`.
+
+    Computed inside a step, they would on CPU be computed anew in every layer, and for each page.
+    """
+    return _rows(model, positions_B[:, None])
 
 
 class _Parts(NamedTuple):
@@ -279,7 +291,7 @@ class _Parts(NamedTuple):
     values: jax.Array
 
 
-def _scores(q_PKGH: jax.Array, k_PKSH: jax.Array) -> jax.Array:
+def _scores(q_PKGH: jax.Array, k_PKSH: jax.Array, *, positions_last: bool = False) -> jax.Array:
     """Returns scores `[P, N, S]`, query heads in one dimension.
 
     With a separate dimension G of size 1, reductions on CPU are far slower.
@@ -287,10 +299,10 @@ def _scores(q_PKGH: jax.Array, k_PKSH: jax.Array) -> jax.Array:
     scores_PKGS = jax.lax.dot_general(
         q_PKGH,
         k_PKSH,
-        (((3,), (3,)), _HEADS),
+        (((3,), (2 if positions_last else 3,)), _HEADS),
         preferred_element_type=jnp.promote_types(q_PKGH.dtype, jnp.float32),
     )
-    return scores_PKGS.reshape(len(q_PKGH), -1, k_PKSH.shape[2])
+    return scores_PKGS.reshape(len(q_PKGH), -1, scores_PKGS.shape[-1])
 
 
 def _weighed(scores_PNS: jax.Array, v_PKSH: jax.Array) -> _Parts:
@@ -329,10 +341,11 @@ def _put_together(parts: _Parts) -> jax.Array:
     return values_BNH / total_BN[..., None]
 
 
-def _attending(cfg: BackboneConfig) -> Callable[..., jax.Array]:
+def _attending(cfg: BackboneConfig, *, split: bool) -> Callable[..., jax.Array]:
     """Returns the function that attends each row's query to pages on its own shard.
 
     Its result is `[B, 1, N, H]`. Queries, keys and slopes are split by heads, the rest by rows.
+    `split` says that layers are a tuple.
     """
 
     def attend(
@@ -351,6 +364,7 @@ def _attending(cfg: BackboneConfig) -> Callable[..., jax.Array]:
             positions_B,
             sliding_window=cfg.sliding_window,
             alibi_slopes_N=alibi_slopes_N,
+            keys_positions_last=split,
         )
         return attended_BNH[:, None].astype(q_B1NH.dtype)
 
@@ -360,10 +374,11 @@ def _attending(cfg: BackboneConfig) -> Callable[..., jax.Array]:
     )
 
 
-def _extending(cfg: BackboneConfig) -> Callable[..., tuple[jax.Array, KeysValues]]:
+def _extending(cfg: BackboneConfig, *, split: bool) -> Callable[..., tuple[jax.Array, KeysValues]]:
     """Returns the function that writes a layer's keys and values and attends to its pages.
 
-    It runs on each shard, and returns `[B, T, N, H]` and the layer's pages.
+    It runs on each shard, and returns `[B, T, N, H]` and the layer's pages. `split` says that
+    layers are a tuple.
     """
 
     def attend(
@@ -374,7 +389,7 @@ def _extending(cfg: BackboneConfig) -> Callable[..., tuple[jax.Array, KeysValues
         starts_B: jax.Array,
         alibi_slopes_N: jax.Array | None,
     ) -> tuple[jax.Array, KeysValues]:
-        keys = caches.write_pages(memory[0], k_BTKH, starts_B)
+        keys = caches.write_pages(memory[0], k_BTKH, starts_B, positions_last=split)
         values = caches.write_pages(memory[1], v_BTKH, starts_B)
         attended_BTNH = attend_own_pages(
             q_BTNH,
@@ -383,6 +398,7 @@ def _extending(cfg: BackboneConfig) -> Callable[..., tuple[jax.Array, KeysValues
             starts_B,
             sliding_window=cfg.sliding_window,
             alibi_slopes_N=alibi_slopes_N,
+            keys_positions_last=split,
         )
         return attended_BTNH.astype(q_BTNH.dtype), (keys, values)
 
@@ -395,13 +411,23 @@ def _extending(cfg: BackboneConfig) -> Callable[..., tuple[jax.Array, KeysValues
 
 
 def _written(
-    memory: tuple[Any, Any], new: tuple[Any, Any], pages: Pages, positions_B: jax.Array
+    memory: tuple[Any, Any],
+    new: tuple[Any, Any],
+    pages: Pages,
+    positions_B: jax.Array,
+    *,
+    split: bool,
 ) -> tuple[Any, Any]:
-    """Returns keys and values with each row's new ones, of one layer or of all."""
+    """Returns keys and values with each row's new ones, of one layer of a tuple or of all."""
+
+    def write(memory: tuple[Any, Any], new: tuple[Any, Any], *places: Any) -> tuple[Any, Any]:
+        keys = caches.write_step(memory[0], new[0], *places, positions_last=split)
+        return keys, caches.write_step(memory[1], new[1], *places)
+
     pool = caches.layer_specs(memory, caches.PAGES_SPEC)
     heads, rows = caches.layer_specs(new, caches.HEADS_SPEC), caches.ROWS_SPEC
-    write = caches.on_shards(caches.write_step, in_specs=(pool, heads, rows, rows), out_specs=pool)
-    return write(memory, new, pages, positions_B)
+    on_shards = caches.on_shards(write, in_specs=(pool, heads, rows, rows), out_specs=pool)
+    return on_shards(memory, new, pages, positions_B)
 
 
 def _rows(model: Transformer, positions_BT: jax.Array) -> Rows:
@@ -409,11 +435,15 @@ def _rows(model: Transformer, positions_BT: jax.Array) -> Rows:
 
 
 def _apply_outer(
-    model: Transformer, variables: Variables, *arguments: jax.Array, method: str
+    model: Transformer,
+    variables: Variables,
+    *arguments: jax.Array,
+    method: str,
+    **keywords: Any,
 ) -> jax.Array:
     """Applies a method of the model that reads no layer."""
     params = {name: value for name, value in variables["params"].items() if name != "layers"}
-    return model.apply({"params": params}, *arguments, method=method)
+    return model.apply({"params": params}, *arguments, method=method, **keywords)
 
 
 def _through_layers(

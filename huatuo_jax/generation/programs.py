@@ -160,14 +160,14 @@ class Programs:
         rows_B = jnp.arange(batch)
 
         def goes_on(carry: Any) -> jax.Array:
-            step, _, progress, _, _ = carry
+            step, _, progress, *_ = carry
             return (step < self._steps) & progress.active_B.any()
 
         def one_step(carry: Any) -> Any:
-            step, cache, progress, seen_BV, emitted = carry
+            step, cache, progress, rows, seen_BV, emitted = carry
             active_B = progress.active_B
             logits_BV, cache = forward.decode(
-                self._model, variables, progress.tokens_B, progress.positions_B, cache, pages
+                self._model, variables, progress.tokens_B, progress.positions_B, rows, cache, pages
             )
             chosen = choose(
                 logits_BV, seen_BV, settings, generated_B=progress.generated_B, active_B=active_B
@@ -181,10 +181,12 @@ class Programs:
             )
             progress = self._advance(progress, chosen.tokens_B, settings)
             seen_BV = seen_BV.at[rows_B, chosen.tokens_B].max(active_B)
-            return step + 1, cache, progress, seen_BV, emitted
+            rows = forward.rows_at(self._model, progress.positions_B)
+            return step + 1, cache, progress, rows, seen_BV, emitted
 
-        carry = (jnp.int32(0), cache, progress, seen_BV, nothing)
-        _, cache, progress, _, emitted = jax.lax.while_loop(goes_on, one_step, carry)
+        rows = forward.rows_at(self._model, progress.positions_B)
+        carry = (jnp.int32(0), cache, progress, rows, seen_BV, nothing)
+        _, cache, progress, *_, emitted = jax.lax.while_loop(goes_on, one_step, carry)
         return cache, progress, emitted
 
     def _advance(self, before: Progress, tokens_B: jax.Array, settings: Settings) -> Progress:

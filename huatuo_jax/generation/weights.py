@@ -1,4 +1,8 @@
-"""Weights for the engine: on its mesh, in its dtype, with layers stacked or split."""
+"""Weights for the engine: on its mesh, in its dtype, with layers stacked or split.
+
+Kernels of split layers lie as `backbone.matmul.by_output` puts them, under the name
+`backbone.layers.KERNEL_BY_OUTPUT`.
+"""
 
 import functools
 from typing import Any
@@ -9,7 +13,8 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from huatuo_jax.backbone.config import BackboneConfig, ComputeConfig
-from huatuo_jax.backbone.matmul import store_as_computed
+from huatuo_jax.backbone.layers import KERNEL_BY_OUTPUT
+from huatuo_jax.backbone.matmul import by_output, store_as_computed
 from huatuo_jax.core import sharding
 from huatuo_jax.core.sharding import MeshConfig
 
@@ -33,7 +38,7 @@ def place(
         compute: gives the dtype.
         mesh: devices to move to; None moves nothing.
         cast: to the compute dtype once, rather than in every step.
-        split_layers: make a tuple of the stacked layers, which copies them.
+        split_layers: make a tuple of the stacked layers, which copies and turns them.
 
     Raises:
         ValueError: a parameter that no partition rule knows, or that the mesh does not divide.
@@ -146,30 +151,63 @@ def _dtypes(tree: Variables) -> Variables:
 
 
 def _split(variables: Variables, cfg: BackboneConfig, mesh: Mesh | None) -> Variables:
-    """Returns layers as a tuple of trees instead of one stacked tree."""
+    """Returns layers as a tuple of trees instead of one stacked tree, and kernels turned."""
     stacked = {name: tree["layers"] for name, tree in variables.items()}
     layers = _unstacked(stacked, num_layers=cfg.num_layers, mesh=mesh)
-    return {
+    split = {
         name: {**tree, "layers": tuple(one[name] for one in layers)}
         for name, tree in variables.items()
     }
+    if not cfg.tie_embeddings:
+        split["params"]["lm_head"] = _turned_head(variables["params"]["lm_head"], mesh=mesh)
+    return split
+
+
+@functools.partial(jax.jit, static_argnames="mesh")
+def _turned_head(head: Variables, *, mesh: Mesh | None) -> Variables:
+    kernel_VD = by_output(head["kernel"], 1)
+    return {KERNEL_BY_OUTPUT: _constrained(kernel_VD, "lm_head/kernel", mesh, turned=1)}
 
 
 @functools.partial(jax.jit, static_argnames=("num_layers", "mesh"))
 def _unstacked(stacked: Variables, *, num_layers: int, mesh: Mesh | None) -> tuple[Variables, ...]:
     """Returns each layer by itself, compiled once for all loads of the same shapes."""
 
-    def cut(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-        if mesh is None:
-            return leaf
-        spec = P(*sharding.parameter_spec(f"layers/{_inside(path)}")[1:])
-        return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, spec))
+    def placed(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        name, turned = _inside(path), 0
+        if name.endswith("/kernel"):
+            turned = 2 if name == "attention/output/kernel" else 1
+            leaf = by_output(leaf, turned)
+        return _constrained(leaf, f"layers/{name}", mesh, turned=turned)
 
     def layer(index: int) -> Variables:
         one = jax.tree.map(lambda leaf: leaf[index], stacked)
-        return jax.tree_util.tree_map_with_path(cut, one)
+        return _renamed(jax.tree_util.tree_map_with_path(placed, one))
 
     return tuple(layer(index) for index in range(num_layers))
+
+
+def _constrained(leaf: jax.Array, path: str, mesh: Mesh | None, *, turned: int) -> jax.Array:
+    """Returns a parameter in its place on the mesh, its first `turned` dimensions now the last.
+
+    Of a stacked parameter's path the leaf is one layer.
+    """
+    if mesh is None:
+        return leaf
+    spec = sharding.parameter_spec(path)[-leaf.ndim :]
+    return jax.lax.with_sharding_constraint(
+        leaf, NamedSharding(mesh, P(*spec[turned:], *spec[:turned]))
+    )
+
+
+def _renamed(tree: Variables) -> Variables:
+    """Returns the tree with `KERNEL_BY_OUTPUT` for the name of each kernel."""
+    return {
+        KERNEL_BY_OUTPUT if name == "kernel" else name: (
+            _renamed(part) if isinstance(part, dict) else part
+        )
+        for name, part in tree.items()
+    }
 
 
 def _inside(path: tuple[Any, ...]) -> str:

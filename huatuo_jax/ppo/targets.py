@@ -54,6 +54,7 @@ Numbers = npt.NDArray[np.int64]
 _DISTINCT = (1, 2)
 _WIDEST = 1024  # Tokens of a row of several longest answers; some kernels compute all of its pairs.
 _WIDTHS = 128  # Widths between are in steps of it, which every attention kernel takes.
+_WORTH_COMPILING = 0.2  # The share of slots that another width of short rows has to save.
 _SHARES = {
     "sampler_ratio": "tokens",
     "sampler_ratio_capped": "tokens",
@@ -325,6 +326,15 @@ class RowShapes:
         return self.in_one * self.longest
 
     @property
+    def worth_another_width(self) -> float:
+        """The share of the widest rows' slots that rows of another width have to save.
+
+        Programs of several short rows compile for as long as they run in many iterations. Rows of
+        one answer have two widths at most.
+        """
+        return _WORTH_COMPILING if self.in_one > 1 else 0.0
+
+    @property
     def num_rows(self) -> int:
         """Of the widest, as many as hold any minibatch."""
         return self.num_answers // self.in_one
@@ -423,15 +433,21 @@ class Layout:
 
 
 def packed_layout(
-    numbers_n: Numbers, lengths_n: Numbers, *, row_counts: Mapping[int, tuple[int, ...]]
+    numbers_n: Numbers,
+    lengths_n: Numbers,
+    *,
+    row_counts: Mapping[int, tuple[int, ...]],
+    worth_another_width: float = 0.0,
 ) -> Layout:
-    """Packs answers into the width of rows that comes to the fewest slots.
+    """Packs answers into the width of rows that comes to the fewest slots, or into the first.
 
     Args:
         numbers_n: of the answers in the rollout.
         lengths_n: tokens of each.
         row_counts: for each width of a row, numbers of rows to choose from; those of one width are
             enough for any answers. Of equal ones the first is taken.
+        worth_another_width: the share of the slots of the first width that holds the answers which
+            another one has to save; as each is compiled, else that first one is taken.
     """
     found = []
     for width, counts in row_counts.items():
@@ -440,7 +456,9 @@ def packed_layout(
             if needed <= counts[-1]:
                 num_rows = bucket_of(needed, counts)
                 found.append((num_rows * width, num_rows, width, rows_n))
-    _, num_rows, width, rows_n = min(found, key=operator.itemgetter(0))
+    fewest = min(found, key=operator.itemgetter(0))
+    is_worth_it = fewest[0] <= (1 - worth_another_width) * found[0][0]
+    _, num_rows, width, rows_n = fewest if is_worth_it else found[0]
     # Within a row they are in the order of the minibatch.
     order = np.argsort(rows_n, kind="stable")
     is_first = np.append(True, np.diff(rows_n[order]) > 0)

@@ -256,7 +256,11 @@ class Trainer:
         make = functools.partial(plain_layout, width=width)
         if cfg.packed:
             shapes = RowShapes.of(cfg, self.mesh)
-            make = functools.partial(packed_layout, row_counts=shapes.row_counts(narrow=width))
+            make = functools.partial(
+                packed_layout,
+                row_counts=shapes.row_counts(narrow=width),
+                worth_another_width=shapes.worth_another_width,
+            )
         numbers = np.split(order, cfg.num_minibatches)
         return [make(numbers_n, lengths_N[numbers_n]) for numbers_n in numbers]
 

@@ -6,7 +6,7 @@ from jax.test_util import check_grads
 
 from huatuo_jax.backbone.config import BackboneConfig, ComputeConfig
 from huatuo_jax.backbone.layers import Projection
-from huatuo_jax.backbone.matmul import gated, linear
+from huatuo_jax.backbone.matmul import by_output, gated, linear, linear_by_output
 
 
 def _random(*shape, seed=0):
@@ -88,3 +88,21 @@ def test_many_tokens_and_few_are_projected_alike():
     for index, part in enumerate(many):
         alone = jnp.concatenate([step[index] for step in few], axis=1)
         np.testing.assert_allclose(part, alone, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [(3, 1), (1, 64), (13, 5)], ids=["step", "few", "many"])
+@pytest.mark.parametrize("num_contracted", [1, 2])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_kernel_turned_by_outputs_gives_the_same(rows, num_contracted, dtype):
+    x_key, w_key = jax.random.split(jax.random.key(3))
+    contracted = (6, 5)[:num_contracted]
+    inputs = jax.random.normal(x_key, (*rows, *contracted), dtype)
+    kernel = jax.random.normal(w_key, (*contracted, 2, 7), dtype)
+    turned = by_output(kernel, num_contracted)
+    assert turned.shape == (2, 7, *contracted)
+    found = jax.jit(linear_by_output, static_argnums=(2, 3))(
+        inputs, turned, num_contracted, jnp.float32
+    )
+    (expected,) = linear(inputs, kernel, None, num_contracted, jnp.float32)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)

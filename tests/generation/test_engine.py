@@ -8,6 +8,7 @@ import torch
 import transformers
 
 from huatuo_jax.backbone.config import ComputeConfig
+from huatuo_jax.backbone.layers import KERNEL_BY_OUTPUT
 from huatuo_jax.backbone.lora import LoraConfig, init_adapters, merge
 from huatuo_jax.backbone.transformer import Transformer
 from huatuo_jax.generation.engine import Engine
@@ -172,7 +173,7 @@ def test_weights_of_the_right_dtype_are_not_copied_and_others_are_cast_once():
     half = Transformer(tiny.CFG, ComputeConfig(compute_dtype=jnp.bfloat16))
     own = Engine(half, variables, slots=2, max_length=32)
     layer = own._variables["params"]["layers"][0]
-    assert layer["mlp"]["down"]["kernel"].dtype == jnp.bfloat16
+    assert layer["mlp"]["down"][KERNEL_BY_OUTPUT].dtype == jnp.bfloat16
     assert layer["mlp_norm"]["scale"].dtype == jnp.float32
     request = tiny.request(9, max_new_tokens=6)
     uncast = Engine(half, variables, slots=2, max_length=32, cast_weights=False)

@@ -67,7 +67,9 @@ def shuffled_table(seed, num_pages=40):
     return table.pages
 
 
-def gathered(pages, num_pages, window, slopes, dtype=np.float32, *, apart=False):
+def gathered(
+    pages, num_pages, window, slopes, dtype=np.float32, *, apart=False, positions_last=False
+):
     """`apart` gives the keys and values of the queries apart; the pages hold others then."""
     queries, keys, values = rows_of_keys()
     last = np.arange(len(LENGTHS)), np.maximum(LENGTHS - 1, 0)
@@ -75,10 +77,12 @@ def gathered(pages, num_pages, window, slopes, dtype=np.float32, *, apart=False)
     if apart:
         own = tuple(jnp.asarray(rows[last], dtype) for rows in (keys, values))
         keys[last], values[last] = 1e4, 1e4
-    pools = (in_pages(rows, pages, num_pages) for rows in (keys, values))
+    pools = [in_pages(rows, pages, num_pages) for rows in (keys, values)]
+    if positions_last:
+        pools[0] = pools[0].swapaxes(2, 3)
     queries, *pools = (jnp.asarray(array, dtype) for array in (queries, *pools))
     return np.asarray(
-        jax.jit(attend_pages, static_argnames="sliding_window")(
+        jax.jit(attend_pages, static_argnames=("sliding_window", "keys_positions_last"))(
             queries,
             own,
             *pools,
@@ -86,17 +90,21 @@ def gathered(pages, num_pages, window, slopes, dtype=np.float32, *, apart=False)
             jnp.asarray(last[1]),
             sliding_window=window,
             alibi_slopes_N=slopes,
+            keys_positions_last=positions_last,
         )
     )
 
 
 @pytest.mark.parametrize("apart", [False, True], ids=["own in pages", "own apart"])
 @pytest.mark.parametrize("case", CASES)
-def test_rows_gather_from_pages_what_they_gather_from_whole_rows(case, apart):
+@pytest.mark.parametrize("positions_last", [False, True], ids=["PKSH", "PKHS"])
+def test_rows_gather_from_pages_what_they_gather_from_whole_rows(case, apart, positions_last):
     window, slopes = CASES[case]
     queries, keys, values = rows_of_keys()
     expected = by_hand(queries, keys, values, window, slopes)
-    found = gathered(shuffled_table(1), 40, window, slopes, apart=apart)
+    found = gathered(
+        shuffled_table(1), 40, window, slopes, apart=apart, positions_last=positions_last
+    )
     owned = LENGTHS > 0
     np.testing.assert_allclose(found[owned], expected[owned], rtol=2e-5, atol=2e-6)
     assert np.isfinite(found).all()
@@ -140,3 +148,11 @@ def test_a_step_writes_each_rows_keys_at_its_place_and_nothing_else(stacked, mon
             jnp.asarray(pool), jnp.asarray(new), pages, jnp.asarray(positions)
         )
         np.testing.assert_array_equal(found, expected)
+    found = caches.write_step(
+        jnp.asarray(pool.swapaxes(-1, -2)),
+        jnp.asarray(new),
+        pages,
+        jnp.asarray(positions),
+        positions_last=True,
+    )
+    np.testing.assert_array_equal(found, expected.swapaxes(-1, -2))

@@ -137,8 +137,36 @@ def test_a_row_has_room_for_several_longest_answers_and_a_micro_batch_for_as_man
 def test_short_rows_leave_little_padding(lengths, num_rows, width):
     shapes = RowShapes(num_answers=32, longest=128, rows_at_once=32, shards=1)
     counts = shapes.row_counts(narrow=48 if max(lengths) <= 48 else 128)
-    layout = packed_layout(np.arange(len(lengths)), np.array(lengths), row_counts=counts)
+    layout = packed_layout(
+        np.arange(len(lengths)),
+        np.array(lengths),
+        row_counts=counts,
+        worth_another_width=shapes.worth_another_width,
+    )
     assert (layout.num_rows, layout.width) == (num_rows, width)
+
+
+@pytest.mark.parametrize(
+    ("each", "num_rows", "width"),
+    [
+        (88, 3, 1024),  # 2,816 tokens fill 4 rows of 768 no better.
+        (63, 2, 1024),
+        (53, 2, 1024),  # Rows of 896 would save an eighth,
+        (45, 2, 768),  # and those of 768 a quarter.
+    ],
+)
+def test_another_width_is_compiled_only_where_it_saves_a_fifth(each, num_rows, width):
+    shapes = RowShapes(num_answers=32, longest=128, rows_at_once=32, shards=1)
+    layout = packed_layout(
+        np.arange(32),
+        np.full(32, each),
+        row_counts=shapes.row_counts(narrow=128),
+        worth_another_width=shapes.worth_another_width,
+    )
+    assert (layout.num_rows, layout.width) == (num_rows, width)
+    assert (
+        RowShapes(num_answers=32, longest=2048, rows_at_once=32, shards=1).worth_another_width == 0
+    )
 
 
 @pytest.mark.parametrize(

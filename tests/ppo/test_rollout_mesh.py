@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from huatuo_jax.backbone.config import PRESETS, ComputeConfig
+from huatuo_jax.backbone.layers import KERNEL_BY_OUTPUT
 from huatuo_jax.backbone.lora import LoraConfig
 from huatuo_jax.backbone.transformer import init_params
 from huatuo_jax.core import sharding
@@ -170,9 +171,12 @@ def test_weights_move_between_devices_alone_and_bit_for_bit(dtype, split_layers)
     for leaf, value in zip(jax.tree.leaves(moved), jax.tree.leaves(expected), strict=True):
         assert leaf.dtype == value.dtype and leaf.sharding.mesh == mesh
         np.testing.assert_array_equal(np.asarray(leaf), np.asarray(value))
-    if not split_layers:
-        kernel = moved["params"]["layers"]["mlp"]["down"]["kernel"]
-        assert kernel.addressable_shards[0].data.shape == (2, 24 // 4, 16)
+    layers = moved["params"]["layers"]
+    if split_layers:  # Their kernels have the outputs first.
+        kernel, shape = layers[0]["mlp"]["down"][KERNEL_BY_OUTPUT], (16, 24 // 4)
+    else:
+        kernel, shape = layers["mlp"]["down"]["kernel"], (2, 24 // 4, 16)
+    assert kernel.addressable_shards[0].data.shape == shape
 
 
 def test_no_array_is_whole_on_a_device_on_its_way():
