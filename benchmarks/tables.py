@@ -97,14 +97,22 @@ def speed() -> str:
 
 
 def details(task: str) -> str:
-    """A line for each contender of a task, with its memory and its share of the peak."""
+    """A line for each contender of a task, with its memory and its share of the peak.
+
+    In brackets are the least and the largest ratio of a round.
+    """
     found, rows = _read(task), []
     heads: list[str] = ["parameters", "", "", "ours is faster by"]
     for size, contenders in _sizes(found):
         for name, one in contenders.items():
             unit = next(unit for unit in SPEEDS if unit in one)
             heads[2] = SPEEDS[unit]
-            row = [size, CONTENDERS[name], _number(one[unit]), f"{one['ours_is_faster_by']:.2f}"]
+            ratio = f"{one['ours_is_faster_by']:.2f}"
+            speeds = (contenders["ours"].get("each_turn", ()), one.get("each_turn", ()))
+            rounds = [our / their for our, their in zip(*speeds, strict=True)]
+            if name != "ours" and len(rounds) > 1:
+                ratio += f" ({min(rounds):.2f} to {max(rounds):.2f})"
+            row = [size, CONTENDERS[name], _number(one[unit]), ratio]
             for key, head, form in (
                 ("peak_memory_mib", "peak memory, MiB", ",.0f"),
                 ("share_of_peak", "share of the peak", ".0%"),

@@ -46,10 +46,12 @@ class BulkProgress:
     seconds_left: float
 
     def __str__(self) -> str:
-        """Returns the progress in one line."""
-        left = "" if math.isinf(self.seconds_left) else f", {self.seconds_left:.0f} s left"
+        """Returns the progress in one line; a speed once there is one beside compilation."""
+        done = f"{self.prompts_done} of {self.num_prompts} prompts"
+        if math.isinf(self.seconds_left):
+            return f"{done}, {self.tokens} tokens so far"
         speed = self.tokens / self.seconds if self.seconds else 0.0
-        return f"{self.prompts_done} of {self.num_prompts} prompts, {speed:.1f} tokens/s{left}"
+        return f"{done}, {speed:.1f} tokens/s, {self.seconds_left:.0f} s left"
 
 
 class Clock:

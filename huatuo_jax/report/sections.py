@@ -56,8 +56,8 @@ _GAVE = {
     "empty": "share that says nothing",
     "comparisons": "comparisons",
     "kept_iteration": "kept iteration",
-    "ppo/score": "mean score",
-    "ppo/kl_per_sequence": "KL from SFT (nats an answer)",
+    "ppo/score": "mean score of the last iteration",
+    "ppo/kl_per_sequence": "its KL from SFT (nats an answer)",
     "reward_gain_value": "PPO's gain in score",
 }
 _TITLES: Mapping[Situation, str] = {
