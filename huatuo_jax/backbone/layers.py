@@ -306,14 +306,17 @@ class LmHead(nn.Module):
     @nn.compact
     def __call__(self) -> jax.Array:
         """Returns the kernel `[D, V]`."""
-        if self.has_variable("params", KERNEL_BY_OUTPUT):
-            return self.get_variable("params", KERNEL_BY_OUTPUT).T
         return self.param(
             "kernel",
             nn.initializers.normal(self.cfg.initializer_range),
             (self.cfg.hidden_size, self.cfg.padded_vocab_size),
             self.compute.param_dtype,
         )
+
+    def by_output(self) -> jax.Array:
+        """Returns the kernel `[V, D]`, of variables that hold it as `KERNEL_BY_OUTPUT`."""
+        kernel_VD: jax.Array = self.get_variable("params", KERNEL_BY_OUTPUT)
+        return kernel_VD
 
 
 class ScoreHead(nn.Module):
@@ -347,11 +350,7 @@ def head_of(
         compute: gives the dtype of products.
         gather: the shards of the mesh axis `fsdp`, for products in a loop.
     """
-    if cfg.norm_head:
-        wide_DV = kernel_DV.astype(jnp.promote_types(kernel_DV.dtype, jnp.float32))
-        square_1V = jnp.square(wide_DV).sum(axis=0, keepdims=True)
-        # Bounded before the root, whose derivative at a padded row of zeros would be infinite.
-        kernel_DV = wide_DV / jnp.sqrt(jnp.maximum(square_1V, _SMALLEST_NORM**2))
+    kernel_DV = _with_unit_length(kernel_DV, cfg, width_dim=0)
     multiplied_DV = kernel_DV.astype(compute.compute_dtype)
     if gather:
         multiplied_DV = sharding.constrain(multiplied_DV, "head_DV")
@@ -360,12 +359,7 @@ def head_of(
 
 
 def project_to_vocabulary(
-    hidden_BTD: jax.Array,
-    head: Head,
-    cfg: BackboneConfig,
-    compute: ComputeConfig,
-    *,
-    by_output: bool = False,
+    hidden_BTD: jax.Array, head: Head, cfg: BackboneConfig, compute: ComputeConfig
 ) -> jax.Array:
     """Returns logits from the trunk's output and a head, padded vocabulary rows masked.
 
@@ -374,17 +368,42 @@ def project_to_vocabulary(
         head: of `head_of`.
         cfg: gives the size of the vocabulary.
         compute: dtypes; products are accumulated in `output_dtype`.
-        by_output: the head was made of the transpose of an array `[V, D]`, which is multiplied as
-            it lies, see `linear_by_output`.
 
     Returns:
         `[B, T, V]` in `output_dtype`; those of padded rows are `PADDED_LOGIT`.
     """
-    hidden_BTD, dtype = hidden_BTD.astype(compute.compute_dtype), compute.output_dtype
-    if by_output:
-        logits_BTV = linear_by_output(hidden_BTD, head.multiplied_DV.T, 1, dtype)
-    else:
-        (logits_BTV,) = linear(hidden_BTD, head.kernel_DV, head.multiplied_DV, 1, dtype)
+    (logits_BTV,) = linear(
+        hidden_BTD.astype(compute.compute_dtype),
+        head.kernel_DV,
+        head.multiplied_DV,
+        1,
+        compute.output_dtype,
+    )
+    return _of_vocabulary(logits_BTV, cfg)
+
+
+def project_by_output(
+    hidden_BTD: jax.Array, kernel_VD: jax.Array, cfg: BackboneConfig, compute: ComputeConfig
+) -> jax.Array:
+    """Returns what `project_to_vocabulary` does, from a kernel `[V, D]` and without gradients."""
+    kernel_VD = _with_unit_length(kernel_VD, cfg, width_dim=1).astype(compute.compute_dtype)
+    hidden_BTD = hidden_BTD.astype(compute.compute_dtype)
+    logits_BTV = linear_by_output(hidden_BTD, kernel_VD, 1, compute.output_dtype)
+    return _of_vocabulary(logits_BTV, cfg)
+
+
+def _with_unit_length(kernel: jax.Array, cfg: BackboneConfig, *, width_dim: int) -> jax.Array:
+    """Returns the head's kernel, scaled along its width to unit length where the model does so."""
+    if not cfg.norm_head:
+        return kernel
+    wide = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
+    square = jnp.square(wide).sum(axis=width_dim, keepdims=True)
+    # Bounded before the root, whose derivative at a padded row of zeros would be infinite.
+    return wide / jnp.sqrt(jnp.maximum(square, _SMALLEST_NORM**2))
+
+
+def _of_vocabulary(logits_BTV: jax.Array, cfg: BackboneConfig) -> jax.Array:
+    """Returns logits with those of padded rows masked."""
     logits_BTV = sharding.constrain(logits_BTV, "logits_BTV")
     if cfg.padded_vocab_size == cfg.vocab_size:
         return logits_BTV

@@ -188,22 +188,22 @@ class Transformer(nn.Module):
         table_or_kernel = self.embedding.table().T if self.cfg.tie_embeddings else self.lm_head()
         return layers.head_of(table_or_kernel, self.cfg, self.compute, gather=gather)
 
-    def logits(
-        self, hidden_BTD: jax.Array, head: layers.Head | None = None, *, by_output: bool = False
-    ) -> jax.Array:
+    def logits(self, hidden_BTD: jax.Array, head: layers.Head | None = None) -> jax.Array:
         """Returns next-token logits `[B, T, V]`; padded rows hold `layers.PADDED_LOGIT`.
 
         Args:
             hidden_BTD: output of the trunk.
             head: by default made for this product alone.
-            by_output: see `layers.project_to_vocabulary`; for a tied head, or one whose kernel is
-                stored as `layers.KERNEL_BY_OUTPUT`.
         """
         if head is None:
             head = self.head(gather=False)
-        return layers.project_to_vocabulary(
-            hidden_BTD, head, self.cfg, self.compute, by_output=by_output
-        )
+        return layers.project_to_vocabulary(hidden_BTD, head, self.cfg, self.compute)
+
+    def logits_by_output(self, hidden_BTD: jax.Array) -> jax.Array:
+        """Returns logits as `logits` does, where a head of its own is a `KERNEL_BY_OUTPUT`."""
+        tied = self.cfg.tie_embeddings
+        kernel_VD = self.embedding.table() if tied else self.lm_head.by_output()
+        return layers.project_by_output(hidden_BTD, kernel_VD, self.cfg, self.compute)
 
     def scores(self, hidden_BTD: jax.Array) -> jax.Array:
         """Returns one score for each token, `[B, T]`: rewards or values."""

@@ -265,7 +265,8 @@ def decode(
     )
     tokens_PS = write_tokens(cache.tokens_PS, tokens_B, pages, positions_B)
     hidden_B1D = _apply_outer(model, variables, hidden_B1D, method="normalise")
-    logits_B1V = _apply_outer(model, variables, hidden_B1D, method="logits", by_output=split)
+    to_logits = "logits_by_output" if split else "logits"
+    logits_B1V = _apply_outer(model, variables, hidden_B1D, method=to_logits)
     return logits_B1V[:, 0], Cache(keys, values, tokens_PS)
 
 
@@ -435,15 +436,11 @@ def _rows(model: Transformer, positions_BT: jax.Array) -> Rows:
 
 
 def _apply_outer(
-    model: Transformer,
-    variables: Variables,
-    *arguments: jax.Array,
-    method: str,
-    **keywords: Any,
+    model: Transformer, variables: Variables, *arguments: jax.Array, method: str
 ) -> jax.Array:
     """Applies a method of the model that reads no layer."""
     params = {name: value for name, value in variables["params"].items() if name != "layers"}
-    return model.apply({"params": params}, *arguments, method=method, **keywords)
+    return model.apply({"params": params}, *arguments, method=method)
 
 
 def _through_layers(
