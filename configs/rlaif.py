@@ -33,8 +33,8 @@ after; SFT names the right disease in 67 of 100 held-out answers where it can be
 alone: 50 %), but with the truth in 48 of 100 pairs that differ in nothing else, and with the
 friendlier manner in 75: so PPO gains .37 of reward (.28 to .46) at a KL of 1.4 nats an answer, the
 judge asked anew prefers it to SFT (54 of 100, 51 to 58), and it names the right disease in 60 of
-100 (difference -.07, -.12 to -.03). One seed, and the settings were chosen on these prompts; the
-rounding of another machine gives other figures (one gave .68 of reward, 59 and 62 of 100).
+100 (difference -.07, -.12 to -.03). One seed, and the settings were chosen on these prompts; an
+earlier version, on another machine, gave .68 of reward, 59 and 62 of 100.
 """
 
 from huatuo_jax.backbone.config import BackboneConfig
