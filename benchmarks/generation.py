@@ -61,6 +61,9 @@ def main(_: list[str]) -> None:
         # To a file, as some contenders print at the end too.
         _result_file(folder, _CONTENDER.value).write_text(json.dumps(result), encoding="utf-8")
         return
+    unknown = {*_PEERS.value} - {"transformers", "vllm"}
+    if unknown:
+        raise app.UsageError(f"unknown: --peers={','.join(sorted(unknown))}")
     results = {}
     output = pathlib.Path(_OUTPUT.value)
     output.parent.mkdir(parents=True, exist_ok=True)
