@@ -1,4 +1,4 @@
-"""What a training benchmark's contenders share: clock, memory, batches, how ours and TRL train.
+"""What contenders share: sizes of models, clock, memory, batches, how ours and TRL train.
 
 A contender runs as `python SCRIPT NAME FOLDER THREADS`, in a process of its own; FOLDER holds
 `batches.npz` (packed rows, `[steps, B, ...]`) and `settings.json` beside its model. What was
@@ -12,17 +12,68 @@ import pathlib
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 if TYPE_CHECKING:
+    from huatuo_jax.backbone.config import BackboneConfig
     from huatuo_jax.backbone.transformer import Head
 
 Batch = dict[str, np.ndarray]
 Settings = dict[str, Any]
 Result = dict[str, Any]
 Contender = Callable[[pathlib.Path, Settings], Result]
+
+
+class Shape(NamedTuple):
+    """A model's; `others` are further fields of its `BackboneConfig`."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    vocab_size: int | None = None
+    others: Mapping[str, Any] = {"family": "llama"}
+
+
+SHAPES = {
+    "tiny": Shape(64, 160, 2, 2, 2),
+    "10m": Shape(256, 704, 8, 4, 4),
+    "50m": Shape(512, 1408, 14, 8, 8),
+    # Qwen2.5-0.5B, with random weights.
+    "494m": Shape(
+        *(896, 4864, 24, 14, 2, 151_936),
+        {"family": "qwen2", "qkv_bias": True, "tie_embeddings": True},
+    ),
+}
+
+
+def backbone(size: str, *, vocab_size: int, max_positions: int, **others: Any) -> "BackboneConfig":
+    """The architecture of a size.
+
+    Args:
+        size: one of `SHAPES`.
+        vocab_size: where the size has none of its own.
+        max_positions: the model's context length.
+        others: further fields.
+    """
+    from huatuo_jax.backbone.config import BackboneConfig
+
+    shape = SHAPES[size]
+    return BackboneConfig(
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_layers=shape.num_layers,
+        num_heads=shape.num_heads,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.hidden_size // shape.num_heads,
+        vocab_size=shape.vocab_size or vocab_size,
+        max_positions=max_positions,
+        **shape.others,
+        **others,
+    )
 
 
 class Marks:

@@ -17,8 +17,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from absl import app, flags
-
-from huatuo_jax.backbone.config import BackboneConfig
+from contenders import SHAPES
 
 STEPS = flags.DEFINE_integer("steps", 6, "Timed optimizer steps of a turn.", lower_bound=1)
 WARMUP = flags.DEFINE_integer("warmup", 2, "Steps before them.", lower_bound=1)
@@ -30,11 +29,6 @@ COMPUTE = flags.DEFINE_string("compute", "{}", "Ours: fields of ComputeSection, 
 
 FOLDER = pathlib.Path(__file__).resolve().parent
 ROOT = FOLDER.parent
-SHAPES = {  # Width, feed-forward width, layers, heads.
-    "tiny": (64, 160, 2, 2),
-    "10m": (256, 704, 8, 4),
-    "50m": (512, 1408, 14, 8),
-}
 ADAMW = {"beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8, "clip_norm": 1.0}
 LOSS_TOLERANCE = 1e-4
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "torch", "transformers", "trl", "accelerate")
@@ -80,22 +74,6 @@ def check_names(sizes: Collection[str], names: Collection[str], known: Collectio
     unknown = {*sizes} - {*SHAPES} | {*names} - {*known}
     if unknown:
         raise app.UsageError(f"unknown: {', '.join(sorted(unknown))}")
-
-
-def backbone(size: str, *, vocab_size: int, max_positions: int) -> BackboneConfig:
-    """The Llama of a size."""
-    width, feed_forward, num_layers, num_heads = SHAPES[size]
-    return BackboneConfig(
-        family="llama",
-        vocab_size=vocab_size,
-        hidden_size=width,
-        intermediate_size=feed_forward,
-        num_layers=num_layers,
-        num_heads=num_heads,
-        num_kv_heads=num_heads,
-        head_dim=width // num_heads,
-        max_positions=max_positions,
-    )
 
 
 def settings(optimizer: Mapping[str, float], **others: Any) -> Result:

@@ -22,6 +22,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 
+import contenders
 import contest
 import exams_contenders
 import jax
@@ -73,7 +74,7 @@ def main(_: list[str]) -> None:
 def measure(size: str) -> contest.Result:
     """All contenders on a model of one size."""
     tokenizer = load_tokenizer(TOKENIZER)
-    cfg = contest.backbone(size, vocab_size=len(tokenizer), max_positions=POSITIONS)
+    cfg = contenders.backbone(size, vocab_size=len(tokenizer), max_positions=POSITIONS)
     torch_names = [f"{exams_contenders.TORCH}{batch}" for batch in _BATCHES.value]
     names = [exams_contenders.OURS, exams_contenders.HARNESS, *torch_names]
     with tempfile.TemporaryDirectory() as name:

@@ -1,6 +1,6 @@
 """Generation beside its peers: tokens per second on answers of very unequal length.
 
-Each contender answers the same 64 prompts with the same weights, greedily and in float32, in a
+Each contender answers the same 64 prompts with the same weights, greedily and in one dtype, in a
 process of its own on the same cores, in turns, until each answer has its own length (log-normal, a
 long tail): our engine; transformers' `generate` on one padded batch, whose rows stop one by one;
 vLLM where `--vllm_python` names the interpreter of an environment that has its CPU build (package
@@ -27,13 +27,15 @@ from typing import Any
 
 import numpy as np
 from absl import app, flags
+from contenders import backbone
 
-_SIZES = flags.DEFINE_list("sizes", ["10m", "50m"], "Models: 10m, 50m, tiny.")
+_SIZES = flags.DEFINE_list("sizes", ["10m", "50m"], "Models: 10m, 50m, 494m, tiny.")
 _REQUESTS = flags.DEFINE_integer("requests", 64, "Prompts to answer.", lower_bound=1)
 _SLOTS = flags.DEFINE_integer("slots", 32, "Slots of our engine.", lower_bound=1)
 _MEDIAN = flags.DEFINE_integer("median", 60, "Median tokens of an answer.", lower_bound=1)
 _LONGEST = flags.DEFINE_integer("longest", 600, "Tokens of an answer at most.", lower_bound=1)
 _THREADS = flags.DEFINE_integer("threads", 2, "Cores that a contender runs on.", lower_bound=1)
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "What is computed in.")
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "Turns of each contender.", lower_bound=1)
 _PEERS = flags.DEFINE_list("peers", ["transformers", "vllm"], "Beside ours: transformers, vllm.")
 _VLLM = flags.DEFINE_string("vllm_python", None, "Interpreter that has vLLM; without it, no vLLM.")
@@ -42,11 +44,6 @@ _OUTPUT = flags.DEFINE_string("output", "benchmarks/results/generation_cpu.json"
 _CONTENDER = flags.DEFINE_string("contender", None, "Run this one in this process.")
 _FOLDER = flags.DEFINE_string("folder", None, "Its model and requests.")
 
-SHAPES = {  # Width, feed-forward width, layers, heads.
-    "tiny": (64, 160, 2, 2),
-    "10m": (256, 704, 8, 4),
-    "50m": (512, 1408, 14, 8),
-}
 VOCAB = 8192
 PROMPT_LENGTHS = (20, 120)
 TAIL = 0.8  # Standard deviation of the logarithm of the lengths.
@@ -93,6 +90,7 @@ def compare(size: str) -> dict[str, Any]:
         # Of the same round: what else the machine does changes between rounds.
         ratios = [our["tokens_per_s"] / speed for our, speed in zip(ours, speeds, strict=True)]
         results[name] = {key: value for key, value in found[0].items() if key != "answers"} | {
+            "dtype": _DTYPE.value,
             "seconds": statistics.median(turn["seconds"] for turn in found),
             "tokens_per_s": statistics.median(speeds),
             "each_turn": speeds,
@@ -107,23 +105,12 @@ def make_model(folder: pathlib.Path, size: str) -> None:
     """Random weights in Hugging Face format."""
     import jax
 
-    from huatuo_jax.backbone.config import BackboneConfig, ComputeConfig
+    from huatuo_jax.backbone.config import ComputeConfig
     from huatuo_jax.backbone.transformer import init_params
     from huatuo_jax.hf.export import export_model
 
-    width, wide, layers, heads = SHAPES[size]
-    cfg = BackboneConfig(
-        family="llama",
-        vocab_size=VOCAB,
-        hidden_size=width,
-        intermediate_size=wide,
-        num_layers=layers,
-        num_heads=heads,
-        num_kv_heads=heads,
-        head_dim=width // heads,
-        max_positions=2048,
-        initializer_range=0.08,  # Far from uniform, so that greedy answers are not all ties.
-    )
+    # Weights far from uniform, so that greedy answers are not all ties.
+    cfg = backbone(size, vocab_size=VOCAB, max_positions=2048, initializer_range=0.08)
     params = init_params(jax.random.key(SEED), cfg, ComputeConfig())
     export_model(params, cfg, folder / "model", head="lm")
 
@@ -152,7 +139,8 @@ def run_apart(contender: str, folder: pathlib.Path) -> dict[str, Any]:
     subprocess.run(
         [
             *("taskset", "-c", ",".join(map(str, cores)), python, __file__),
-            *(f"--contender={contender}", f"--folder={folder}", f"--slots={_SLOTS.value}"),
+            *(f"--contender={contender}", f"--folder={folder}"),
+            *(f"--slots={_SLOTS.value}", f"--dtype={_DTYPE.value}"),
         ],
         env=environment,
         check=True,
@@ -191,7 +179,7 @@ def transformers(folder: pathlib.Path, requests: list[dict[str, Any]]) -> dict[s
     from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=_DTYPE.value).eval()
     width = max(len(one["prompt"]) for one in requests)
     padding = [[0] * (width - len(one["prompt"])) for one in requests]
     tokens = torch.tensor([pad + one["prompt"] for pad, one in zip(padding, requests, strict=True)])
@@ -232,7 +220,7 @@ def vllm(folder: pathlib.Path, requests: list[dict[str, Any]]) -> dict[str, Any]
     model = LLM(
         model=str(folder / "model"),
         skip_tokenizer_init=True,
-        dtype="float32",
+        dtype=_DTYPE.value,
         max_model_len=2048,
         gpu_memory_utilization=0.2,  # Of the host's memory, on this build; .9 does not start.
     )
@@ -258,7 +246,8 @@ def floor(folder: pathlib.Path, requests: list[dict[str, Any]]) -> dict[str, Any
     source = np.ones(1 << 25, np.float32)
     target = np.empty_like(source)
     copied = 2 * source.nbytes / _best(lambda: np.copyto(target, source))
-    square = jnp.ones((2048, 2048), jnp.float32)
+    dtype = jnp.dtype(_DTYPE.value)
+    square = jnp.ones((2048, 2048), dtype)
     multiply = jax.jit(jnp.matmul)
     peak = 2 * 2048**3 / _best(lambda: multiply(square, square).block_until_ready())
     steps, length, results = 8, 256, {}
@@ -273,10 +262,11 @@ def floor(folder: pathlib.Path, requests: list[dict[str, Any]]) -> dict[str, Any
         step_s = _best(functools.partial(_decode, engine)) / steps
         weights = (
             sum(leaf.size for leaf in jax.tree.leaves(engine._variables) if leaf.ndim > 1)
-            - VOCAB * cfg.hidden_size
-        )  # Of the embedding only the tokens' rows are read.
+            # Of an embedding that is no head only the tokens' rows are read.
+            - (0 if cfg.tie_embeddings else cfg.vocab_size * cfg.hidden_size)
+        )
         positions = slots * (length - steps // 2)  # Of keys and values, in the middle of a round.
-        read = 4 * weights + caches.num_bytes(cfg, positions=positions, dtype=jnp.float32)
+        read = dtype.itemsize * weights + caches.num_bytes(cfg, positions=positions, dtype=dtype)
         attention = 4 * cfg.num_layers * cfg.num_heads * cfg.head_dim * length
         floor_s = max(read / copied, slots * (2 * weights + attention) / peak)
         results[slots] = {"step_ms": 1e3 * step_s, "floor_ms": 1e3 * floor_s}
@@ -306,13 +296,14 @@ def _decode(engine: Any) -> None:
 
 
 def _open_engine(folder: pathlib.Path, *, slots: int, max_length: int, steps: int = 8) -> Any:
+    from huatuo_jax.backbone.config import ComputeConfig
     from huatuo_jax.backbone.transformer import Transformer
     from huatuo_jax.checkpoint.models import find_model, load_params
     from huatuo_jax.generation.engine import Engine
 
     found = find_model(folder / "model")
     return Engine(
-        Transformer(found.cfg),
+        Transformer(found.cfg, ComputeConfig(compute_dtype=_DTYPE.value)),
         {"params": load_params(found)},
         slots=slots,
         max_length=max_length,

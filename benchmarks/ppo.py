@@ -25,6 +25,7 @@ import statistics
 import tempfile
 from typing import Any
 
+import contenders
 import contest
 import jax
 import jax.numpy as jnp
@@ -92,7 +93,7 @@ def measure(size: str, *, real: bool) -> contest.Result:
     tokenizer = SAMPLE / "tokenizer"
     if real:
         tokenizer = real_data.SHARED_DATA / "tokenizers" / "minimind_6400"
-    cfg = contest.backbone(
+    cfg = contenders.backbone(
         # One id more than the tokenizer's, so that an id to pad with is free.
         size,
         vocab_size=len(load_tokenizer(tokenizer)) + 1,

@@ -18,6 +18,7 @@ import statistics
 import tempfile
 from collections.abc import Sequence
 
+import contenders
 import contest
 import jax
 import numpy as np
@@ -122,7 +123,7 @@ def measure(size: str, groups: Sequence[Group], tokenizer: pathlib.Path) -> cont
     """All contenders on one model."""
     # One id more than the tokenizer's, so that an id to pad with is free.
     vocab_size = len(load_tokenizer(tokenizer)) + 1
-    cfg = contest.backbone(size, vocab_size=vocab_size, max_positions=_MAX_LENGTH.value)
+    cfg = contenders.backbone(size, vocab_size=vocab_size, max_positions=_MAX_LENGTH.value)
     params = init_params(jax.random.key(SEED), cfg, ComputeConfig(), head="score")
     num_steps = contest.WARMUP.value + contest.STEPS.value
     batches, pairs = packed_batches(groups, num_steps)

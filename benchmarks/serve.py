@@ -29,6 +29,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import contenders
 import contest
 import numpy as np
 import serve_contenders as servers
@@ -134,23 +135,16 @@ def make_model(folder: pathlib.Path) -> None:
     import jax
 
     import huatuo_jax as hj
-    from huatuo_jax.backbone.config import BackboneConfig, ComputeConfig
+    from huatuo_jax.backbone.config import ComputeConfig
     from huatuo_jax.backbone.transformer import init_params
     from huatuo_jax.checkpoint.models import save_orbax
     from huatuo_jax.data import SAMPLE_FOLDER
     from huatuo_jax.hf.tokenizer import load_tokenizer
 
-    width, wide, layers, heads = contest.SHAPES[_SIZE.value]
     tokenizer = load_tokenizer(SAMPLE_FOLDER / "tokenizer")
-    cfg = BackboneConfig(
-        family="llama",
+    cfg = contenders.backbone(
+        _SIZE.value,
         vocab_size=len(tokenizer),
-        hidden_size=width,
-        intermediate_size=wide,
-        num_layers=layers,
-        num_heads=heads,
-        num_kv_heads=heads,
-        head_dim=width // heads,
         max_positions=servers.MAX_LENGTH,
         initializer_range=0.08,
     )

@@ -1,6 +1,6 @@
 """Supervised fine-tuning beside its peers: trained tokens per second, memory, share of the peak.
 
-Each contender trains the same Llama on the same dialogues with the same AdamW in float32, in a
+Each contender trains the same model on the same dialogues with the same AdamW in float32, in a
 process of its own, on the same cores: ours on packed rows; a tight PyTorch loop and TRL's
 SFTTrainer, each padded and packed (see `sft_contenders.py`). A step's dialogues are those of one
 packed batch of ours; TRL takes as many dialogues a step on average, or as many rows. They take
@@ -21,6 +21,7 @@ import pathlib
 import tempfile
 from typing import Any
 
+import contenders
 import contest
 import jax
 import numpy as np
@@ -39,7 +40,7 @@ from huatuo_jax.hf.export import export_model
 from huatuo_jax.hf.tokenizer import load_tokenizer
 from huatuo_jax.training.metrics import ModelFlops
 
-_SIZES = flags.DEFINE_list("sizes", ["10m", "50m"], "Models: 10m, 50m, tiny.")
+_SIZES = flags.DEFINE_list("sizes", ["10m", "50m"], "Models: 10m, 50m, 494m, tiny.")
 _ROW_LENGTH = flags.DEFINE_integer("row_length", 1024, "Tokens of a row at most (TRL's default).")
 _CONTENDERS = flags.DEFINE_list(
     "contenders", [*sft_contenders.CONTENDERS], "Who takes part; `ours` always does."
@@ -138,7 +139,7 @@ def packed_batches(dialogues: Dialogues, num_steps: int) -> Arrays:
 
 def measure(size: str, dialogues: Dialogues) -> contest.Result:
     """All contenders on one model."""
-    cfg = contest.backbone(
+    cfg = contenders.backbone(
         size, vocab_size=len(dialogues.tokenizer), max_positions=_ROW_LENGTH.value
     )
     params = init_params(jax.random.key(SEED), cfg, ComputeConfig())

@@ -48,15 +48,15 @@ def ours(folder: pathlib.Path, settings: Settings) -> Result:
 
 
 def torch_loop(folder: pathlib.Path, settings: Settings, *, packed: bool) -> Result:
-    """A hand-written loop over transformers' Llama, with nothing in it that the step does not need.
+    """A hand-written loop over transformers' model, with nothing in it that the step does not need.
 
     Padded, the causal mask alone is right, as padding stands at the end, and it is the fast path of
     PyTorch's attention. The head reads the trained tokens only, as ours does.
     """
     import torch
-    from transformers import LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    model = LlamaForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         folder / "model", dtype=torch.float32, attn_implementation="sdpa"
     ).train()
     optimizer = torch_adamw(model, settings["optimizer"])
@@ -96,14 +96,14 @@ def trl(
     """
     import datasets
     import torch
-    from transformers import AutoTokenizer, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import SFTConfig, SFTTrainer
     from trl.data_utils import pack_dataset
 
     by_batch = [examples_of(batch) for batch in read_batches(folder)]
     rows = settings["batch_size"] if packed else settings["dialogues_per_step"]
     trainer = SFTTrainer(
-        model=LlamaForCausalLM.from_pretrained(folder / "model", dtype=torch.float32),
+        model=AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32),
         processing_class=AutoTokenizer.from_pretrained(folder / "tokenizer"),
         train_dataset=datasets.Dataset.from_list([one for batch in by_batch for one in batch]),
         args=SFTConfig(

@@ -42,12 +42,19 @@ SPEEDS = {
     "tokens_per_s": "tokens/s",
     "questions_per_second": "questions/s",
 }
+GENERATION = (
+    "generation_cpu",
+    "generation_cpu_16_slots",
+    "generation_cpu_64_slots",
+    "generation_cpu_494m",
+    "generation_cpu_494m_bfloat16",
+)
 TASKS = {
     "sft_cpu": "SFT",
     "reward_cpu": "reward model",
     "ppo_cpu": "PPO, responses of 64 tokens",
     "ppo_cpu_answers_that_end": "PPO, responses that end by themselves",
-    "generation_cpu": "generation",
+    **{task: "generation" for task in GENERATION},
 }
 PARTS = ("generation", "scoring", "log_probs", "update")
 
@@ -88,42 +95,59 @@ def filled(text: str) -> str:
 def speed() -> str:
     """A line for each task and size of model: our speed, and that of each peer."""
     rows = []
-    for task, size, unit, ours, peers in _contests():
+    for name, size, unit, ours, peers in _contests():
         shown = "<br>".join(
-            f"{CONTENDERS[name]}: {_number(figure)} ({ratio:.2f})" for name, figure, ratio in peers
+            f"{CONTENDERS[peer]}: {_number(figure)} ({ratio:.2f})" for peer, figure, ratio in peers
         )
-        rows.append((f"{TASKS[task]}, {size}", f"{_number(ours)} {unit}", shown))
+        rows.append((f"{name}, {size}", f"{_number(ours)} {unit}", shown))
     return markdown(("task, parameters", "huatuo_jax", "peers (our speed over theirs)"), rows)
 
 
-def details(task: str) -> str:
-    """A line for each contender of a task, with its memory and its share of the peak.
+def details(*tasks: str) -> str:
+    """A line for each contender of some tasks, with its memory and its share of the peak.
 
-    In brackets are the least and the largest ratio of a round.
+    In brackets are the least and the largest ratio of a round. Generation is named by the slots of
+    our engine and by its dtype.
     """
-    found, rows = _read(task), []
-    heads: list[str] = ["parameters", "", "", "ours is faster by"]
-    for size, contenders in _sizes(found):
-        for name, one in contenders.items():
-            unit = next(unit for unit in SPEEDS if unit in one)
-            heads[2] = SPEEDS[unit]
-            ratio = f"{one['ours_is_faster_by']:.2f}"
-            speeds = (contenders["ours"].get("each_turn", ()), one.get("each_turn", ()))
-            rounds = [our / their for our, their in zip(*speeds, strict=True)]
-            if name != "ours" and len(rounds) > 1:
-                ratio += f" ({min(rounds):.2f} to {max(rounds):.2f})"
-            row = [size, CONTENDERS[name], _number(one[unit]), ratio]
-            for key, head, form in (
-                ("peak_memory_mib", "peak memory, MiB", ",.0f"),
-                ("share_of_peak", "share of the peak", ".0%"),
-                ("seconds_per_iteration", "s an iteration", ".1f"),
-                *((part, f"{part.replace('_', '-')}, s", ".1f") for part in PARTS),
-            ):
-                if key in one:
-                    row.append(_formatted(one[key], form))
-                    heads += [head] if head not in heads else []
-            rows.append(tuple(row))
-    return markdown(tuple(heads), rows)
+    rows = []
+    heads: list[str] = []
+    for task in tasks:
+        for size, contenders in _sizes(_read(task)):
+            ours = contenders["ours"]
+            settings = {}
+            if "slots" in ours:
+                settings = {"slots": str(ours["slots"]), "dtype": ours["dtype"]}
+            for name, one in contenders.items():
+                unit = next(unit for unit in SPEEDS if unit in one)
+                cells = {
+                    "parameters": size,
+                    **settings,
+                    "": CONTENDERS[name],
+                    SPEEDS[unit]: _number(one[unit]),
+                    "ours is faster by": _ratio(ours, one),
+                }
+                for key, head, form in (
+                    ("peak_memory_mib", "peak memory, MiB", ",.0f"),
+                    ("share_of_peak", "share of the peak", ".0%"),
+                    ("answer_tokens_per_iteration", "tokens of responses", ",.0f"),
+                    ("seconds_per_iteration", "s an iteration", ".1f"),
+                    *((part, f"{part.replace('_', '-')}, s", ".1f") for part in PARTS),
+                ):
+                    if key in one:
+                        cells[head] = _formatted(one[key], form)
+                heads = [*dict.fromkeys([*heads, *cells])]
+                rows.append(cells)
+    return markdown(tuple(heads), [[cells.get(head, "") for head in heads] for cells in rows])
+
+
+def _ratio(ours: Figures, other: Figures) -> str:
+    """Our speed over another's, with the least and the largest ratio of several rounds."""
+    shown = f"{other['ours_is_faster_by']:.2f}"
+    speeds = (ours.get("each_turn", ()), other.get("each_turn", ()))
+    rounds = [our / their for our, their in zip(*speeds, strict=True)]
+    if ours is other or len(rounds) < 2:
+        return shown
+    return f"{shown} ({min(rounds):.2f} to {max(rounds):.2f})"
 
 
 def machine(task: str) -> str:
@@ -386,7 +410,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "reward": lambda: details("reward_cpu"),
     "ppo": lambda: details("ppo_cpu"),
     "ppo_that_ends": lambda: details("ppo_cpu_answers_that_end"),
-    "generation": lambda: details("generation_cpu"),
+    "generation": lambda: details(*GENERATION),
     "exams": lambda: details("exams_cpu"),
     "sft_machine": lambda: machine("sft_cpu"),
     "reward_machine": lambda: machine("reward_cpu"),
@@ -419,7 +443,10 @@ def _contests() -> Iterator[tuple[str, str, str, float, list[tuple[str, float, f
                 for name, one in contenders.items()
                 if name != "ours"
             ]
-            yield task, size, SPEEDS[unit], contenders["ours"][unit], peers
+            ours, name = contenders["ours"], TASKS[task]
+            if "slots" in ours:
+                name += f" in {ours['slots']} slots, {ours['dtype']}"
+            yield name, size, SPEEDS[unit], ours[unit], peers
 
 
 def _sizes(found: Figures) -> Iterator[tuple[str, Figures]]:
