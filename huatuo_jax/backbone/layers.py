@@ -80,7 +80,7 @@ class Projection(nn.Module):
         dtype, init = self.compute.compute_dtype, nn.initializers
         if self.has_variable("params", KERNEL_BY_OUTPUT):
             turned = self.get_variable("params", KERNEL_BY_OUTPUT).astype(dtype)
-            whole = linear_by_output(inputs.astype(dtype), turned, self.num_contracted, dtype)
+            whole = linear_by_output(inputs.astype(dtype), turned, None, self.num_contracted, dtype)
             return self._with_bias(self._cut(whole))
         kernel = self.param(
             "kernel",
@@ -288,13 +288,16 @@ class FeedForward(nn.Module):
 class Head(NamedTuple):
     """The kernel of the logits, made once for any number of products.
 
+    It is `[D, V]`, or, where it is the embedding's table, `[V, D]` as that: neither the table nor
+    its gradient is copied into another layout.
+
     Attributes:
-        kernel_DV: receives the gradient.
-        multiplied_DV: the same in the compute dtype.
+        kernel: receives the gradient.
+        multiplied: the same in the compute dtype.
     """
 
-    kernel_DV: jax.Array
-    multiplied_DV: jax.Array
+    kernel: jax.Array
+    multiplied: jax.Array
 
 
 class LmHead(nn.Module):
@@ -339,23 +342,24 @@ class ScoreHead(nn.Module):
 
 
 def head_of(
-    kernel_DV: jax.Array, cfg: BackboneConfig, compute: ComputeConfig, *, gather: bool
+    kernel: jax.Array, cfg: BackboneConfig, compute: ComputeConfig, *, gather: bool
 ) -> Head:
     """Makes a head of a kernel.
 
     Args:
-        kernel_DV: the parameter, or the embedding's transpose.
-        cfg: with `norm_head`, columns are scaled to unit length (NormHead, Baichuan 2,
+        kernel: the parameter `[D, V]`, or the embedding's table `[V, D]` where they are tied.
+        cfg: with `norm_head`, each token's weights are scaled to unit length (NormHead, Baichuan 2,
             arXiv 2309.10305 section 2.5).
         compute: gives the dtype of products.
         gather: the shards of the mesh axis `fsdp`, for products in a loop.
     """
-    kernel_DV = _with_unit_length(kernel_DV, cfg, width_dim=0)
-    multiplied_DV = kernel_DV.astype(compute.compute_dtype)
+    kernel = _with_unit_length(kernel, cfg, width_dim=1 if cfg.tie_embeddings else 0)
+    multiplied = kernel.astype(compute.compute_dtype)
     if gather:
-        multiplied_DV = sharding.constrain(multiplied_DV, "head_DV")
+        name = "table_VD" if cfg.tie_embeddings else "head_DV"
+        multiplied = sharding.constrain(multiplied, name)
     # Else a loop would add up gradients of zeros for it.
-    return Head(kernel_DV, jax.lax.stop_gradient(multiplied_DV))
+    return Head(kernel, jax.lax.stop_gradient(multiplied))
 
 
 def project_to_vocabulary(
@@ -366,19 +370,17 @@ def project_to_vocabulary(
     Args:
         hidden_BTD: output of the trunk.
         head: of `head_of`.
-        cfg: gives the size of the vocabulary.
+        cfg: gives the size of the vocabulary, and the head's layout.
         compute: dtypes; products are accumulated in `output_dtype`.
 
     Returns:
         `[B, T, V]` in `output_dtype`; those of padded rows are `PADDED_LOGIT`.
     """
-    (logits_BTV,) = linear(
-        hidden_BTD.astype(compute.compute_dtype),
-        head.kernel_DV,
-        head.multiplied_DV,
-        1,
-        compute.output_dtype,
-    )
+    hidden_BTD = hidden_BTD.astype(compute.compute_dtype)
+    if cfg.tie_embeddings:
+        logits_BTV = linear_by_output(hidden_BTD, *head, 1, compute.output_dtype)
+    else:
+        (logits_BTV,) = linear(hidden_BTD, *head, 1, compute.output_dtype)
     return _of_vocabulary(logits_BTV, cfg)
 
 
@@ -388,7 +390,7 @@ def project_by_output(
     """Returns what `project_to_vocabulary` does, from a kernel `[V, D]` and without gradients."""
     kernel_VD = _with_unit_length(kernel_VD, cfg, width_dim=1).astype(compute.compute_dtype)
     hidden_BTD = hidden_BTD.astype(compute.compute_dtype)
-    logits_BTV = linear_by_output(hidden_BTD, kernel_VD, 1, compute.output_dtype)
+    logits_BTV = linear_by_output(hidden_BTD, kernel_VD, None, 1, compute.output_dtype)
     return _of_vocabulary(logits_BTV, cfg)
 
 

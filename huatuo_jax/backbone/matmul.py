@@ -20,6 +20,7 @@ _CAST_IN_FORWARD = re.compile(
     r"(^|/)(embedding/table|lm_head/kernel"
     r"|(attention|mlp)/(qkv|output|gate_up|up|down)/(kernel|bias)|(attention|mlp)/\w+/[ab])$"
 )
+_Saved = tuple[jax.Array, jax.Array, jax.Array | None]
 _FEW_ROWS = 64  # Of a product whose result is turned; turning that of many rows costs more.
 
 
@@ -89,10 +90,15 @@ def by_output(kernel: jax.Array, num_contracted: int) -> jax.Array:
     return jnp.moveaxis(kernel, range(num_contracted), range(-num_contracted, 0))
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def linear_by_output(
-    inputs: jax.Array, kernel: jax.Array, num_contracted: int, dtype: DTypeLike
+    inputs: jax.Array,
+    kernel: jax.Array,
+    multiplied: jax.Array | None,
+    num_contracted: int,
+    dtype: DTypeLike,
 ) -> jax.Array:
-    """Computes `linear` without gradients from a kernel as `by_output` returns it.
+    """Computes `linear` from a kernel as `by_output` returns it.
 
     On CPU a product of few rows takes less time, about half with a width of 512: each weight is
     read where it lies, while a kernel whose outputs lie beside each other is copied into another
@@ -100,24 +106,54 @@ def linear_by_output(
 
     Args:
         inputs: `[B, T, *contracted]`.
-        kernel: `[..., *contracted]`, in the dtype of the inputs.
+        kernel: `[..., *contracted]`; receives the gradient, in its dtype and layout.
+        multiplied: as for `linear`.
         num_contracted: number of dimensions that are summed over.
         dtype: of the sums, at least as wide.
 
     Returns:
         `[B, T, ...]`.
     """
+    return _by_output_forward(inputs, kernel, multiplied, num_contracted, dtype)[0]
+
+
+def _by_output_forward(
+    inputs: jax.Array,
+    kernel: jax.Array,
+    multiplied: jax.Array | None,
+    num_contracted: int,
+    dtype: DTypeLike,
+) -> tuple[jax.Array, _Saved]:
+    saved = (inputs, kernel, multiplied)
+    kernel = kernel if multiplied is None else multiplied
     of_inputs = tuple(range(2, 2 + num_contracted))
     of_kernel = tuple(range(kernel.ndim - num_contracted, kernel.ndim))
     if inputs.shape[0] * inputs.shape[1] > _FEW_ROWS:
-        dims = (of_inputs, of_kernel)
-        return jax.lax.dot_general(inputs, kernel, (dims, ((), ())), preferred_element_type=dtype)
-    dims = (of_kernel, of_inputs)
-    outputs = jax.lax.dot_general(kernel, inputs, (dims, ((), ())), preferred_element_type=dtype)
-    return jnp.moveaxis(outputs, (-2, -1), (0, 1))
+        dims = ((of_inputs, of_kernel), ((), ()))
+        return jax.lax.dot_general(inputs, kernel, dims, preferred_element_type=dtype), saved
+    dims = ((of_kernel, of_inputs), ((), ()))
+    outputs = jax.lax.dot_general(kernel, inputs, dims, preferred_element_type=dtype)
+    return jnp.moveaxis(outputs, (-2, -1), (0, 1)), saved
 
 
-_Saved = tuple[jax.Array, jax.Array, jax.Array | None]
+def _by_output_backward(
+    num_contracted: int, dtype: DTypeLike, saved: _Saved, gradient: jax.Array
+) -> tuple[jax.Array, jax.Array, None]:
+    inputs, kernel, multiplied = saved
+    made = tuple(range(2, gradient.ndim)), tuple(range(kernel.ndim - num_contracted))
+    to_inputs = jax.lax.dot_general(
+        gradient,
+        kernel if multiplied is None else multiplied,
+        (made, ((), ())),
+        preferred_element_type=dtype,
+    )
+    lead = ((0, 1), (0, 1)), ((), ())
+    # In the dtype in which a mesh adds it up.
+    to_kernel = jax.lax.dot_general(gradient, inputs, lead, preferred_element_type=inputs.dtype)
+    return to_inputs.astype(inputs.dtype), to_kernel.astype(kernel.dtype), None
+
+
+linear_by_output.defvjp(_by_output_forward, _by_output_backward)
 
 
 def _linear_forward(

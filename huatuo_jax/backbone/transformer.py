@@ -185,7 +185,7 @@ class Transformer(nn.Module):
 
     def head(self, *, gather: bool = True) -> layers.Head:
         """Returns the head, for logits of many chunks; see `layers.head_of`."""
-        table_or_kernel = self.embedding.table().T if self.cfg.tie_embeddings else self.lm_head()
+        table_or_kernel = self.embedding.table() if self.cfg.tie_embeddings else self.lm_head()
         return layers.head_of(table_or_kernel, self.cfg, self.compute, gather=gather)
 
     def logits(self, hidden_BTD: jax.Array, head: layers.Head | None = None) -> jax.Array:

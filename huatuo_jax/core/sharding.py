@@ -58,7 +58,8 @@ _COMPILED_RULES = tuple((re.compile(f"(^|/){rule}$"), spec) for rule, spec in PA
 ACTIVATION_RULES: Mapping[str, P] = {
     # A lookup needs whole rows: left split over fsdp, the compiler would replicate its result.
     "table_VD": P("tensor", None),
-    # The products of a loss in chunks: else each of them would gather the shards of fsdp.
+    # For the products of a loss in chunks, as the table of a tied head is: else each of them would
+    # gather the shards of fsdp.
     "head_DV": P(None, "tensor"),
     "hidden_BTD": P(BATCH_AXES, None, None),
     "heads_BTNH": P(BATCH_AXES, None, "tensor", None),

@@ -443,14 +443,14 @@ def _sum_forward(
     wanted_BT: Any,
 ) -> tuple[tuple[jax.Array, TokenScores], tuple[Any, jax.Array]]:
     """Computes the sum with its gradients; of a head that is not trained there is none."""
-    trained = head.kernel_DV.perturbed
+    trained = head.kernel.perturbed
     head = Head(*(leaf.value for leaf in head))
     order = _Order.of(wanted_BT.value, chunk)
 
     def summed(
-        kernel_DV: jax.Array, hidden_BCD: jax.Array, targets_BC: jax.Array, wanted_BC: jax.Array
+        kernel: jax.Array, hidden_BCD: jax.Array, targets_BC: jax.Array, wanted_BC: jax.Array
     ) -> tuple[jax.Array, TokenScores]:
-        logits_BCV = project(hidden_BCD, head._replace(kernel_DV=kernel_DV))
+        logits_BCV = project(hidden_BCD, head._replace(kernel=kernel))
         scores = _score_targets(logits_BCV, targets_BC, entropy=False, num_top=0)
         return jnp.where(wanted_BC, scores.log_probs_BT, 0).sum(), scores
 
@@ -458,7 +458,7 @@ def _sum_forward(
 
     def add(to_kernel: list[jax.Array], inputs: tuple[jax.Array, ...]) -> tuple[Any, Any]:
         def compute() -> tuple[list[jax.Array], tuple[jax.Array, TokenScores]]:
-            (*of_kernel, of_hidden_BCD), scores = differentiate(head.kernel_DV, *inputs)
+            (*of_kernel, of_hidden_BCD), scores = differentiate(head.kernel, *inputs)
             return jax.tree.map(jnp.add, to_kernel, of_kernel), (of_hidden_BCD, scores)
 
         def skip() -> tuple[list[jax.Array], tuple[jax.Array, TokenScores]]:
@@ -467,7 +467,7 @@ def _sum_forward(
         return jax.lax.cond(inputs[-1].any(), compute, skip)
 
     inputs = tuple(order.cut(leaf.value) for leaf in (hidden_BTD, targets_BT, wanted_BT))
-    start = [jnp.zeros_like(head.kernel_DV)] if trained else []
+    start = [jnp.zeros_like(head.kernel)] if trained else []
     to_kernel, chunks = jax.lax.scan(add, start, inputs)
     to_hidden_BTD, scores = order.join(chunks)
     return (scores.log_probs_BT.sum(), scores), (to_kernel, to_hidden_BTD)

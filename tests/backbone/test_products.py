@@ -100,9 +100,39 @@ def test_a_kernel_turned_by_outputs_gives_the_same(rows, num_contracted, dtype):
     kernel = jax.random.normal(w_key, (*contracted, 2, 7), dtype)
     turned = by_output(kernel, num_contracted)
     assert turned.shape == (2, 7, *contracted)
-    found = jax.jit(linear_by_output, static_argnums=(2, 3))(
-        inputs, turned, num_contracted, jnp.float32
+    found, pull = jax.vjp(
+        lambda x, w: linear_by_output(x, w, None, num_contracted, jnp.float32), inputs, turned
     )
-    (expected,) = linear(inputs, kernel, None, num_contracted, jnp.float32)
+    expected, pull_expected = jax.vjp(
+        lambda x, w: linear(x, w, None, num_contracted, jnp.float32)[0], inputs, kernel
+    )
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    gradient = jax.random.normal(jax.random.key(4), found.shape)
+    (to_inputs, to_turned), (to_inputs_there, to_kernel) = pull(gradient), pull_expected(gradient)
+    assert (to_inputs.dtype, to_turned.dtype) == (inputs.dtype, kernel.dtype)
+    # Those of bfloat16 are rounded to its 8 bits.
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == "float32" else {"rtol": 0.02, "atol": 0.05}
+    for one, other in (
+        (to_inputs, to_inputs_there),
+        (to_turned, by_output(to_kernel, num_contracted)),
+    ):
+        np.testing.assert_allclose(one.astype(jnp.float32), other.astype(jnp.float32), **tolerance)
+
+
+def test_a_turned_kernel_made_once_is_multiplied_and_the_wide_one_has_the_gradient():
+    inputs, kernel = jnp.asarray(_random(2, 3, 4), jnp.bfloat16), jnp.asarray(_random(5, 4))
+    kernel = kernel.astype(jnp.float32)
+    made = kernel.astype(jnp.bfloat16)
+
+    outputs, pull = jax.vjp(
+        lambda x, w: linear_by_output(x, w, made, 1, jnp.float32), inputs, kernel
+    )
+    alone, pull_alone = jax.vjp(
+        lambda x, w: linear_by_output(x, w, None, 1, jnp.float32), inputs, made
+    )
+    np.testing.assert_array_equal(outputs, alone)
+    (to_inputs, to_kernel), (to_inputs_alone, to_made) = pull(outputs), pull_alone(outputs)
+    assert to_kernel.dtype == jnp.float32
+    np.testing.assert_array_equal(to_kernel, to_made.astype(jnp.float32))
+    np.testing.assert_array_equal(to_inputs, to_inputs_alone)
