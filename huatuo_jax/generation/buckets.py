@@ -30,6 +30,7 @@ class Buckets:
         slots: int,
         shards: int = 1,
         narrow: bool = False,
+        free_pages: int = 0,
     ) -> "Buckets":
         """Makes powers of two and sizes halfway between them, up to one that holds everything.
 
@@ -39,11 +40,14 @@ class Buckets:
             slots: rows of the cache.
             shards: batch shards of the mesh; each holds as many of the pages.
             narrow: let steps have fewer rows than slots, each size a quarter of the next.
+            free_pages: pages of a shard that take a step hardly any time beside its weights; there
+                are no smaller sizes.
         """
         prefill = row_lengths(max_length)
         rows, pages_per_row = slots // shards, -(-max_length // page_size)
         # At least a page for every other slot: below that, reading the weights takes longer.
-        pages = ladder(max(rows // 2, 1), rows * pages_per_row)
+        most = rows * pages_per_row
+        pages = ladder(min(max(rows // 2, free_pages, 1), most), most)
         steps = [rows]
         while narrow and steps[-1] // 4 >= _FEWEST_ROWS:
             steps.append(steps[-1] // 4)

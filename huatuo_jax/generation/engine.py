@@ -23,11 +23,12 @@ import transformers
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from huatuo_jax.backbone.config import BackboneConfig
 from huatuo_jax.backbone.transformer import Transformer
 from huatuo_jax.core import sharding
 from huatuo_jax.generation import weights
 from huatuo_jax.generation.buckets import Buckets
-from huatuo_jax.generation.cache import Cache, Pages, PageTable, check_fits
+from huatuo_jax.generation.cache import Cache, Pages, PageTable, check_fits, num_bytes
 from huatuo_jax.generation.prefix_cache import PrefixCache, PromptCache
 from huatuo_jax.generation.programs import PAGE_SIZE, STEPS_PER_ROUND, Programs, programs_of
 from huatuo_jax.generation.requests import (
@@ -39,6 +40,8 @@ from huatuo_jax.generation.requests import (
     SlotTable,
     finished,
 )
+
+_FREE = 64  # Bytes of weights for one of the cache: reading it as well takes 1 to 2 % longer.
 
 
 class Pool:
@@ -203,6 +206,7 @@ class Engine:
             slots=slots,
             shards=shards,
             narrow=platform == "cpu" if narrow is None else narrow,
+            free_pages=_free_pages(variables, cfg, page_size=page_size, dtype=dtype),
         )
         check_fits(
             cfg,
@@ -558,3 +562,16 @@ class Engine:
             max_length=self._max_length,
             shards=sharding.batch_shards(self._mesh),
         )
+
+
+def _free_pages(
+    variables: weights.Variables, cfg: BackboneConfig, *, page_size: int, dtype: DTypeLike
+) -> int:
+    """Counts the pages that a decode step reads in hardly any time beside the weights.
+
+    A larger model then answers a few requests by the programs of one size of cache, rather than
+    compile those of every size that the answers grow through.
+    """
+    numbers = sum(leaf.size for leaf in jax.tree.leaves(weights.that_are_read(variables)))
+    page = num_bytes(cfg, positions=page_size, dtype=dtype)
+    return numbers * np.dtype(dtype).itemsize // (_FREE * page)

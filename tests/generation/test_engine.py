@@ -142,6 +142,23 @@ def test_an_engine_of_the_same_model_and_settings_compiles_nothing():
     assert set(compiled(max_length=80)) == {"allocate", "prefill", "insert", "decode"}
 
 
+def test_answers_grow_through_no_sizes_of_a_cache_that_is_small_beside_the_weights(monkeypatch):
+    model = Transformer(tiny.config(intermediate_size=8192))
+    request = tiny.request(5, max_new_tokens=70, temperature=0.0)
+
+    def answer_of_new_engine(max_length):
+        own = tiny.engine(slots=2, max_length=max_length, page_size=8, model=model)
+        return own.generate_in_order([request])[0][0], own.report.compilations
+
+    answer, compilations = answer_of_new_engine(96)
+    assert compilations["decode"] == 1 and "grow" not in compilations
+    monkeypatch.setattr("huatuo_jax.generation.engine._FREE", 2**40)
+    grown, compilations = answer_of_new_engine(88)  # Another length, whose programs are not there.
+    assert compilations["decode"] == compilations["grow"] + 1 > 3
+    assert grown.token_ids == answer.token_ids
+    np.testing.assert_allclose(grown.log_probs, answer.log_probs, atol=1e-5)
+
+
 def test_adapters_are_applied():
     lora = LoraConfig(rank=2, alpha=4.0)
     adapters = init_adapters(jax.random.key(1), tiny.CFG, lora)

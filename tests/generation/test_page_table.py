@@ -119,6 +119,13 @@ def test_buckets_rise_to_all_that_can_be_needed_and_divide_by_the_shards():
     assert bucket_of(13, buckets.pages) == 16
 
 
+def test_sizes_below_the_free_pages_of_a_shard_are_left_out():
+    sizes = {"page_size": 64, "slots": 16, "shards": 4}
+    assert Buckets.up_to(96, **sizes, free_pages=3).pages == (12, 16, 24, 32)
+    assert Buckets.up_to(96, **sizes, free_pages=1).pages == Buckets.up_to(96, **sizes).pages
+    assert Buckets.up_to(96, **sizes, free_pages=50).pages == (32,)
+
+
 def test_a_cache_shrinks_only_where_an_eighth_of_it_stays_free():
     buckets = Buckets.up_to(512, page_size=64, slots=16)
     assert buckets.pages == (8, 12, 16, 24, 32, 48, 64, 96, 128)
