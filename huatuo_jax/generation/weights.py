@@ -8,6 +8,7 @@ import functools
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
@@ -153,7 +154,7 @@ def _dtypes(tree: Variables) -> Variables:
 def _split(variables: Variables, cfg: BackboneConfig, mesh: Mesh | None) -> Variables:
     """Returns layers as a tuple of trees instead of one stacked tree, and kernels turned."""
     stacked = {name: tree["layers"] for name, tree in variables.items()}
-    layers = _unstacked(stacked, num_layers=cfg.num_layers, mesh=mesh)
+    layers = [_layer(stacked, np.int32(index), mesh=mesh) for index in range(cfg.num_layers)]
     split = {
         name: {**tree, "layers": tuple(one[name] for one in layers)}
         for name, tree in variables.items()
@@ -169,22 +170,19 @@ def _turned_head(head: Variables, *, mesh: Mesh | None) -> Variables:
     return {KERNEL_BY_OUTPUT: _constrained(kernel_VD, "lm_head/kernel", mesh, turned=1)}
 
 
-@functools.partial(jax.jit, static_argnames=("num_layers", "mesh"))
-def _unstacked(stacked: Variables, *, num_layers: int, mesh: Mesh | None) -> tuple[Variables, ...]:
-    """Returns each layer by itself, compiled once for all loads of the same shapes."""
+@functools.partial(jax.jit, static_argnames="mesh")
+def _layer(stacked: Variables, index: jax.Array, *, mesh: Mesh | None) -> Variables:
+    """Returns one layer by itself, compiled once for all layers and all loads of their shapes."""
 
     def placed(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
         name, turned = _inside(path), 0
+        leaf = jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False)
         if name.endswith("/kernel"):
             turned = 2 if name == "attention/output/kernel" else 1
             leaf = by_output(leaf, turned)
         return _constrained(leaf, f"layers/{name}", mesh, turned=turned)
 
-    def layer(index: int) -> Variables:
-        one = jax.tree.map(lambda leaf: leaf[index], stacked)
-        return _renamed(jax.tree_util.tree_map_with_path(placed, one))
-
-    return tuple(layer(index) for index in range(num_layers))
+    return _renamed(jax.tree_util.tree_map_with_path(placed, stacked))
 
 
 def _constrained(leaf: jax.Array, path: str, mesh: Mesh | None, *, turned: int) -> jax.Array:
