@@ -1,7 +1,9 @@
 """A page made of a run's files: it holds their numbers, needs nothing beside it, and is safe."""
 
+import ast
 import html.parser
 import json
+import pathlib
 import re
 from collections import Counter
 
@@ -9,6 +11,7 @@ import pytest
 
 from huatuo_jax.clinic.dialogues import prompts
 from huatuo_jax.data.accounting import Account
+from huatuo_jax.report import page as page_module
 from huatuo_jax.report import plots
 from huatuo_jax.report.page import write_report
 from tests.tiny import write_rows
@@ -472,6 +475,27 @@ def test_the_share_of_the_time_that_trained_has_a_table_with_its_losses(run):
         "since its first start", "trained", "compiling", "saving", "starting and restarting",
         "sft", "1 min 40 s", "50.0", "%", "10.0", "%", "5.0", "%", "35.0", "%",
     ]  # fmt: skip
+
+
+def test_every_cell_of_a_table_of_words_has_its_head_before_it_on_a_phone(run):
+    page = page_of(run)
+    tables = re.findall(r'<table[^>]*class="words"[^>]*>\s*<thead>.*?</thead>', page, re.DOTALL)
+    assert max(table.count("<th>") for table in tables) > 2
+    for table in tables:
+        heads = re.findall("<th>(.*?)</th>", table)
+        given = dict(re.findall("--head-(\\d+): '(.*?): ';", table))
+        expected = {str(place): head for place, head in enumerate(heads, 1)}
+        assert given == (expected if len(heads) > 2 else {})
+    templates = pathlib.Path(page_module.__file__).parent.glob("templates/*.jinja")
+    calls = [
+        heads
+        for template in templates
+        for heads in re.findall(r"call table\((\[.*?\]).*?words=true", template.read_text("utf-8"))
+    ]
+    most = max(len(ast.literal_eval(heads)) for heads in calls)
+    assert most > 4
+    for place in range(2, most + 1):
+        assert f"td:nth-child({place})::before {{ content: var(--head-{place}); }}" in page
 
 
 def test_an_empty_folder_gives_a_page_that_says_little(tmp_path):
