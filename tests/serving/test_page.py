@@ -388,6 +388,8 @@ def test_settings_are_sent_remembered_and_restored(page):
         assert page.run(BRIGHTNESS) == [background, ink]
         ask(page, "头痛")
         page.click("[data-mark=again]")
+        while len(server.asked) < 2:  # The page is idle until it has taken the click.
+            page.run("new Promise(go => setTimeout(go, 5))")
         until(page, IDLE)
         first, second = server.asked
         assert told(first) == [("system", "你是医生"), ("user", "头痛")]
