@@ -288,7 +288,7 @@ class FeedForward(nn.Module):
 class Head(NamedTuple):
     """The kernel of the logits, made once for any number of products.
 
-    It is `[D, V]`, or, where it is the embedding's table, `[V, D]` as that: neither the table nor
+    It is `[D, V]`. A head that is the embedding's table is `[V, D]`, so that neither the table nor
     its gradient is copied into another layout.
 
     Attributes:
