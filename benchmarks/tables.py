@@ -44,6 +44,8 @@ SPEEDS = {
 }
 GENERATION = (
     "generation_cpu",
+    "generation_cpu_16_slots",
+    "generation_cpu_64_slots",
     "generation_cpu_494m",
     "generation_cpu_494m_bfloat16",
 )
