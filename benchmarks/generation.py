@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 from absl import app, flags
-from contenders import backbone
+from contenders import SHAPES, backbone
 
 _SIZES = flags.DEFINE_list("sizes", ["10m", "50m"], "Models: 10m, 50m, 494m, tiny.")
 _REQUESTS = flags.DEFINE_integer("requests", 64, "Prompts to answer.", lower_bound=1)
@@ -58,9 +58,9 @@ def main(_: list[str]) -> None:
         # To a file, as some contenders print at the end too.
         _result_file(folder, _CONTENDER.value).write_text(json.dumps(result), encoding="utf-8")
         return
-    unknown = {*_PEERS.value} - {"transformers", "vllm"}
+    unknown = {*_SIZES.value} - {*SHAPES} | {*_PEERS.value} - {"transformers", "vllm"}
     if unknown:
-        raise app.UsageError(f"unknown: --peers={','.join(sorted(unknown))}")
+        raise app.UsageError(f"unknown: {', '.join(sorted(unknown))}")
     results = {}
     output = pathlib.Path(_OUTPUT.value)
     output.parent.mkdir(parents=True, exist_ok=True)

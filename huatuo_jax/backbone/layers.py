@@ -288,8 +288,8 @@ class FeedForward(nn.Module):
 class Head(NamedTuple):
     """The kernel of the logits, made once for any number of products.
 
-    It is `[D, V]`. A head that is the embedding's table is `[V, D]`, so that neither the table nor
-    its gradient is copied into another layout.
+    It is `[D, V]`, or by output `[V, D]`: so is the embedding's table where that is the head, and
+    neither the table nor its gradient is copied into another layout.
 
     Attributes:
         kernel: receives the gradient.
@@ -306,20 +306,23 @@ class LmHead(nn.Module):
     cfg: BackboneConfig
     compute: ComputeConfig
 
+    @property
+    def is_by_output(self) -> bool:
+        """Tells whether the variables hold the kernel as `KERNEL_BY_OUTPUT`."""
+        return self.has_variable("params", KERNEL_BY_OUTPUT)
+
     @nn.compact
     def __call__(self) -> jax.Array:
-        """Returns the kernel `[D, V]`."""
+        """Returns the kernel `[D, V]`, or `[V, D]` where it is held by output."""
+        if self.is_by_output:
+            kernel_VD: jax.Array = self.get_variable("params", KERNEL_BY_OUTPUT)
+            return kernel_VD
         return self.param(
             "kernel",
             nn.initializers.normal(self.cfg.initializer_range),
             (self.cfg.hidden_size, self.cfg.padded_vocab_size),
             self.compute.param_dtype,
         )
-
-    def by_output(self) -> jax.Array:
-        """Returns the kernel `[V, D]`, of variables that hold it as `KERNEL_BY_OUTPUT`."""
-        kernel_VD: jax.Array = self.get_variable("params", KERNEL_BY_OUTPUT)
-        return kernel_VD
 
 
 class ScoreHead(nn.Module):
@@ -342,56 +345,61 @@ class ScoreHead(nn.Module):
 
 
 def head_of(
-    kernel: jax.Array, cfg: BackboneConfig, compute: ComputeConfig, *, gather: bool
+    kernel: jax.Array,
+    cfg: BackboneConfig,
+    compute: ComputeConfig,
+    *,
+    gather: bool,
+    by_output: bool,
 ) -> Head:
     """Makes a head of a kernel.
 
     Args:
-        kernel: the parameter `[D, V]`, or the embedding's table `[V, D]` where they are tied.
+        kernel: the parameter, or the embedding's table where they are tied.
         cfg: with `norm_head`, each token's weights are scaled to unit length (NormHead, Baichuan 2,
             arXiv 2309.10305 section 2.5).
         compute: gives the dtype of products.
         gather: the shards of the mesh axis `fsdp`, for products in a loop.
+        by_output: the kernel is `[V, D]`.
     """
-    kernel = _with_unit_length(kernel, cfg, width_dim=1 if cfg.tie_embeddings else 0)
+    kernel = _with_unit_length(kernel, cfg, width_dim=1 if by_output else 0)
     multiplied = kernel.astype(compute.compute_dtype)
     if gather:
-        name = "table_VD" if cfg.tie_embeddings else "head_DV"
-        multiplied = sharding.constrain(multiplied, name)
+        multiplied = sharding.constrain(multiplied, "table_VD" if by_output else "head_DV")
     # Else a loop would add up gradients of zeros for it.
     return Head(kernel, jax.lax.stop_gradient(multiplied))
 
 
 def project_to_vocabulary(
-    hidden_BTD: jax.Array, head: Head, cfg: BackboneConfig, compute: ComputeConfig
+    hidden_BTD: jax.Array,
+    head: Head,
+    cfg: BackboneConfig,
+    compute: ComputeConfig,
+    *,
+    by_output: bool,
 ) -> jax.Array:
     """Returns logits from the trunk's output and a head, padded vocabulary rows masked.
 
     Args:
         hidden_BTD: output of the trunk.
         head: of `head_of`.
-        cfg: gives the size of the vocabulary, and the head's layout.
+        cfg: gives the size of the vocabulary.
         compute: dtypes; products are accumulated in `output_dtype`.
+        by_output: the head is `[V, D]`.
 
     Returns:
         `[B, T, V]` in `output_dtype`; those of padded rows are `PADDED_LOGIT`.
     """
     hidden_BTD = hidden_BTD.astype(compute.compute_dtype)
-    if cfg.tie_embeddings:
+    if by_output:
         logits_BTV = linear_by_output(hidden_BTD, *head, 1, compute.output_dtype)
     else:
         (logits_BTV,) = linear(hidden_BTD, *head, 1, compute.output_dtype)
-    return _of_vocabulary(logits_BTV, cfg)
-
-
-def project_by_output(
-    hidden_BTD: jax.Array, kernel_VD: jax.Array, cfg: BackboneConfig, compute: ComputeConfig
-) -> jax.Array:
-    """Returns what `project_to_vocabulary` does, from a kernel `[V, D]` and without gradients."""
-    kernel_VD = _with_unit_length(kernel_VD, cfg, width_dim=1).astype(compute.compute_dtype)
-    hidden_BTD = hidden_BTD.astype(compute.compute_dtype)
-    logits_BTV = linear_by_output(hidden_BTD, kernel_VD, None, 1, compute.output_dtype)
-    return _of_vocabulary(logits_BTV, cfg)
+    logits_BTV = sharding.constrain(logits_BTV, "logits_BTV")
+    if cfg.padded_vocab_size == cfg.vocab_size:
+        return logits_BTV
+    real_V = jnp.arange(cfg.padded_vocab_size) < cfg.vocab_size
+    return jnp.where(real_V[None, None, :], logits_BTV, PADDED_LOGIT)
 
 
 def _with_unit_length(kernel: jax.Array, cfg: BackboneConfig, *, width_dim: int) -> jax.Array:
@@ -402,12 +410,3 @@ def _with_unit_length(kernel: jax.Array, cfg: BackboneConfig, *, width_dim: int)
     square = jnp.square(wide).sum(axis=width_dim, keepdims=True)
     # Bounded before the root, whose derivative at a padded row of zeros would be infinite.
     return wide / jnp.sqrt(jnp.maximum(square, _SMALLEST_NORM**2))
-
-
-def _of_vocabulary(logits_BTV: jax.Array, cfg: BackboneConfig) -> jax.Array:
-    """Returns logits with those of padded rows masked."""
-    logits_BTV = sharding.constrain(logits_BTV, "logits_BTV")
-    if cfg.padded_vocab_size == cfg.vocab_size:
-        return logits_BTV
-    real_V = jnp.arange(cfg.padded_vocab_size) < cfg.vocab_size
-    return jnp.where(real_V[None, None, :], logits_BTV, PADDED_LOGIT)

@@ -186,7 +186,13 @@ class Transformer(nn.Module):
     def head(self, *, gather: bool = True) -> layers.Head:
         """Returns the head, for logits of many chunks; see `layers.head_of`."""
         table_or_kernel = self.embedding.table() if self.cfg.tie_embeddings else self.lm_head()
-        return layers.head_of(table_or_kernel, self.cfg, self.compute, gather=gather)
+        return layers.head_of(
+            table_or_kernel,
+            self.cfg,
+            self.compute,
+            gather=gather,
+            by_output=self._head_is_by_output(),
+        )
 
     def logits(self, hidden_BTD: jax.Array, head: layers.Head | None = None) -> jax.Array:
         """Returns next-token logits `[B, T, V]`; padded rows hold `layers.PADDED_LOGIT`.
@@ -197,17 +203,16 @@ class Transformer(nn.Module):
         """
         if head is None:
             head = self.head(gather=False)
-        return layers.project_to_vocabulary(hidden_BTD, head, self.cfg, self.compute)
-
-    def logits_by_output(self, hidden_BTD: jax.Array) -> jax.Array:
-        """Returns logits as `logits` does, where a head of its own is a `KERNEL_BY_OUTPUT`."""
-        tied = self.cfg.tie_embeddings
-        kernel_VD = self.embedding.table() if tied else self.lm_head.by_output()
-        return layers.project_by_output(hidden_BTD, kernel_VD, self.cfg, self.compute)
+        return layers.project_to_vocabulary(
+            hidden_BTD, head, self.cfg, self.compute, by_output=self._head_is_by_output()
+        )
 
     def scores(self, hidden_BTD: jax.Array) -> jax.Array:
         """Returns one score for each token, `[B, T]`: rewards or values."""
         return self.score_head(hidden_BTD)
+
+    def _head_is_by_output(self) -> bool:
+        return self.cfg.tie_embeddings or self.lm_head.is_by_output
 
 
 class Embedding(nn.Module):

@@ -265,8 +265,7 @@ def decode(
     )
     tokens_PS = write_tokens(cache.tokens_PS, tokens_B, pages, positions_B)
     hidden_B1D = _apply_outer(model, variables, hidden_B1D, method="normalise")
-    to_logits = "logits_by_output" if split else "logits"
-    logits_B1V = _apply_outer(model, variables, hidden_B1D, method=to_logits)
+    logits_B1V = _apply_outer(model, variables, hidden_B1D, method="logits")
     return logits_B1V[:, 0], Cache(keys, values, tokens_PS)
 
 
