@@ -167,12 +167,12 @@ def train_ours(
 
 
 def trl_settings(folder: pathlib.Path, settings: Settings) -> dict[str, Any]:
-    """What all of TRL's trainers are told; of what concerns speed only that it is float32."""
+    """What all of TRL's trainers are told; of what concerns speed only the dtype."""
     hyper = settings["optimizer"]
     return {
         "output_dir": str(folder / "trl"),
         "max_steps": settings["num_steps"],
-        "bf16": False,
+        "bf16": settings["dtype"] == "bfloat16",
         "use_cpu": True,
         "learning_rate": hyper["learning_rate"],
         "lr_scheduler_type": "constant",

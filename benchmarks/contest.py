@@ -25,12 +25,15 @@ ROUNDS = flags.DEFINE_integer("rounds", 3, "Turns of each contender.", lower_bou
 THREADS = flags.DEFINE_integer("threads", 2, "Cores that a contender runs on.", lower_bound=1)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 4, "Packed rows of a step.", lower_bound=1)
 MICRO_BATCHES = flags.DEFINE_integer("micro_batches", 1, "Ours: passes a step is divided into.")
+DTYPE = flags.DEFINE_enum(
+    "dtype", "float32", ["float32", "bfloat16"], "What is computed in; weights are in float32."
+)
 COMPUTE = flags.DEFINE_string("compute", "{}", "Ours: fields of ComputeSection, as JSON.")
 
 FOLDER = pathlib.Path(__file__).resolve().parent
 ROOT = FOLDER.parent
 ADAMW = {"beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8, "clip_norm": 1.0}
-LOSS_TOLERANCE = 1e-4
+LOSS_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-3}
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "torch", "transformers", "trl", "accelerate")
 MIB = 2**20
 COLUMNS = {
@@ -82,10 +85,11 @@ def settings(optimizer: Mapping[str, float], **others: Any) -> Result:
         "num_warmup": WARMUP.value,
         "num_steps": WARMUP.value + STEPS.value,
         "batch_size": BATCH_SIZE.value,
+        "dtype": DTYPE.value,
         **others,
         "optimizer": dict(optimizer),
         "ours": {
-            "compute": json.loads(COMPUTE.value),
+            "compute": {"compute_dtype": DTYPE.value, **json.loads(COMPUTE.value)},
             "num_micro_batches": MICRO_BATCHES.value,
         },
     }
@@ -151,7 +155,7 @@ def check_losses(losses: Mapping[str, float]) -> None:
     apart = {
         name: loss
         for name, loss in losses.items()
-        if abs(loss - losses["ours"]) > LOSS_TOLERANCE * losses["ours"]
+        if abs(loss - losses["ours"]) > LOSS_TOLERANCE[DTYPE.value] * losses["ours"]
     }
     if apart:
         raise RuntimeError(f"not the same work: ours has loss {losses['ours']}, but {apart}")

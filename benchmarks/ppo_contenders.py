@@ -88,7 +88,7 @@ def ours(folder: pathlib.Path, settings: Settings) -> Result:
 def trl(folder: pathlib.Path, settings: Settings, *, checkpointing: bool) -> Result:
     """TRL's PPOTrainer on the same models and prompts, already tokenised.
 
-    All that concerns speed is its default (but for float32, the batch, and, where the contender's
+    All that concerns speed is its default (but for the dtype, the batch, and, where the contender's
     name says so, gradient checkpointing). Its functions are timed from outside.
     """
     import datasets

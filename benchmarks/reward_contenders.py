@@ -30,7 +30,7 @@ def ours(folder: pathlib.Path, settings: Settings) -> Result:
 def trl(folder: pathlib.Path, settings: Settings, *, checkpointing: bool) -> Result:
     """TRL's RewardTrainer on the same pairs, already tokenised.
 
-    All that concerns speed is its default (but for float32, the pairs of a step and, where the
+    All that concerns speed is its default (but for the dtype, the pairs of a step and, where the
     contender's name says so, gradient checkpointing): it pads both answers of all pairs to the
     longest.
     """

@@ -1,6 +1,6 @@
 """Supervised fine-tuning beside its peers: trained tokens per second, memory, share of the peak.
 
-Each contender trains the same model on the same dialogues with the same AdamW in float32, in a
+Each contender trains the same model on the same dialogues with the same AdamW in one dtype, in a
 process of its own, on the same cores: ours on packed rows; a tight PyTorch loop and TRL's
 SFTTrainer, each padded and packed (see `sft_contenders.py`). A step's dialogues are those of one
 packed batch of ours; TRL takes as many dialogues a step on average, or as many rows. They take

@@ -50,6 +50,8 @@ def ours(folder: pathlib.Path, settings: Settings) -> Result:
 def torch_loop(folder: pathlib.Path, settings: Settings, *, packed: bool) -> Result:
     """A hand-written loop over transformers' model, with nothing in it that the step does not need.
 
+    In bfloat16 it computes under PyTorch's autocast, with weights in float32, as ours does.
+
     Padded, the causal mask alone is right, as padding stands at the end, and it is the fast path of
     PyTorch's attention. The head reads the trained tokens only, as ours does.
     """
@@ -60,21 +62,23 @@ def torch_loop(folder: pathlib.Path, settings: Settings, *, packed: bool) -> Res
         folder / "model", dtype=torch.float32, attn_implementation="sdpa"
     ).train()
     optimizer = torch_adamw(model, settings["optimizer"])
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=settings["dtype"] == "bfloat16")
     losses, trained = [], []
     marks = Marks(settings["num_warmup"])
     for batch in read_batches(folder):
         rows = batch if packed else padded(batch)
         ids_BT = torch.from_numpy(rows["token_ids"]).long()
         targets_BT = torch.from_numpy(labels_of(rows))[:, 1:]
-        hidden_BTD = model.model(
-            input_ids=ids_BT,
-            attention_mask=block_diagonal(rows) if packed else None,
-            position_ids=torch.from_numpy(rows["positions"]).long() if packed else None,
-            use_cache=False,
-        ).last_hidden_state
         wanted_BT = targets_BT != IGNORED
-        logits_nV = model.lm_head(hidden_BTD[:, :-1][wanted_BT])
-        loss = torch.nn.functional.cross_entropy(logits_nV, targets_BT[wanted_BT])
+        with autocast:
+            hidden_BTD = model.model(
+                input_ids=ids_BT,
+                attention_mask=block_diagonal(rows) if packed else None,
+                position_ids=torch.from_numpy(rows["positions"]).long() if packed else None,
+                use_cache=False,
+            ).last_hidden_state
+            logits_nV = model.lm_head(hidden_BTD[:, :-1][wanted_BT])
+        loss = torch.nn.functional.cross_entropy(logits_nV.float(), targets_BT[wanted_BT])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings["optimizer"]["clip_norm"])
         optimizer.step()
@@ -90,7 +94,7 @@ def trl(
 ) -> Result:
     """TRL's SFTTrainer on the same dialogues, already tokenised, with labels.
 
-    All that concerns speed is its default, gradient checkpointing among it, but for float32 and
+    All that concerns speed is its default, gradient checkpointing among it, but for the dtype and
     the rows of a step. Packed, it packs by itself (`bfd`, best-fit decreasing) and runs a step's
     rows as one row, "padding-free"; segments are told apart by their positions.
     """
@@ -205,24 +209,24 @@ def timed(call: Callable[[], Any]) -> float:
     return time.perf_counter() - began
 
 
-def peak_jax(_: pathlib.Path, __: Settings) -> Result:
-    """The most FLOPs per second of a float32 matrix product in jax, over some sizes."""
+def peak_jax(_: pathlib.Path, settings: Settings) -> Result:
+    """The most FLOPs per second of a matrix product in jax, over some sizes, sums in float32."""
     import jax
     import jax.numpy as jnp
 
-    product = jax.jit(jnp.matmul)
+    product = jax.jit(functools.partial(jnp.matmul, preferred_element_type=jnp.float32))
     return best_rate(
-        lambda size: jnp.ones((size, size), jnp.float32),
+        lambda size: jnp.ones((size, size), settings["dtype"]),
         lambda matrix: product(matrix, matrix).block_until_ready(),
     )
 
 
-def peak_torch(_: pathlib.Path, __: Settings) -> Result:
+def peak_torch(_: pathlib.Path, settings: Settings) -> Result:
     """The same in PyTorch."""
     import torch
 
     return best_rate(
-        lambda size: torch.ones((size, size), dtype=torch.float32),
+        lambda size: torch.ones((size, size), dtype=getattr(torch, settings["dtype"])),
         lambda matrix: matrix @ matrix,
     )
 

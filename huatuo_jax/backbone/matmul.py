@@ -130,9 +130,9 @@ def _by_output_forward(
     of_kernel = tuple(range(kernel.ndim - num_contracted, kernel.ndim))
     if inputs.shape[0] * inputs.shape[1] > _FEW_ROWS:
         dims = ((of_inputs, of_kernel), ((), ()))
-        return jax.lax.dot_general(inputs, kernel, dims, preferred_element_type=dtype), saved
+        return _product(inputs, kernel, dims, dtype), saved
     dims = ((of_kernel, of_inputs), ((), ()))
-    outputs = jax.lax.dot_general(kernel, inputs, dims, preferred_element_type=dtype)
+    outputs = _product(kernel, inputs, dims, dtype)
     return jnp.moveaxis(outputs, (-2, -1), (0, 1)), saved
 
 
@@ -141,15 +141,11 @@ def _by_output_backward(
 ) -> tuple[jax.Array, jax.Array, None]:
     inputs, kernel, multiplied = saved
     made = tuple(range(2, gradient.ndim)), tuple(range(kernel.ndim - num_contracted))
-    to_inputs = jax.lax.dot_general(
-        gradient,
-        kernel if multiplied is None else multiplied,
-        (made, ((), ())),
-        preferred_element_type=dtype,
-    )
+    read = kernel if multiplied is None else multiplied
+    to_inputs = _product(gradient, read, (made, ((), ())), dtype)
     lead = ((0, 1), (0, 1)), ((), ())
     # In the dtype in which a mesh adds it up.
-    to_kernel = jax.lax.dot_general(gradient, inputs, lead, preferred_element_type=inputs.dtype)
+    to_kernel = _product(gradient, inputs, lead, inputs.dtype)
     return to_inputs.astype(inputs.dtype), to_kernel.astype(kernel.dtype), None
 
 
@@ -169,7 +165,7 @@ def _linear_forward(
     lead = inputs.ndim - num_contracted
     dims = tuple(range(lead, inputs.ndim)), tuple(range(num_contracted))
     outputs = tuple(
-        jax.lax.dot_general(inputs, part, (dims, ((), ())), preferred_element_type=dtype)
+        _product(inputs, part, (dims, ((), ())), dtype)
         for part in cut(kernel if multiplied is None else multiplied, cuts, cut_dim)
     )
     return outputs, (inputs, kernel, multiplied)
@@ -188,15 +184,12 @@ def _linear_backward(
     made = tuple(range(len(lead), gradients[0].ndim)), tuple(range(num_contracted, kernel.ndim))
     parts = cut(kernel if multiplied is None else multiplied, cuts, cut_dim)
     from_parts = [
-        jax.lax.dot_general(gradient, part, (made, ((), ())), preferred_element_type=dtype)
+        _product(gradient, part, (made, ((), ())), dtype)
         for gradient, part in zip(gradients, parts, strict=True)
     ]
     # In the dtype in which a mesh adds them up.
     to_parts = [
-        jax.lax.dot_general(
-            inputs, gradient, ((lead, lead), ((), ())), preferred_element_type=inputs.dtype
-        )
-        for gradient in gradients
+        _product(inputs, gradient, ((lead, lead), ((), ())), inputs.dtype) for gradient in gradients
     ]
     to_kernel = jnp.concatenate(to_parts, axis=cut_dim) if cuts else to_parts[0]
     to_inputs = functools.reduce(jnp.add, from_parts)
@@ -223,3 +216,16 @@ def _gated_backward(
 
 
 gated.defvjp(_gated_forward, _gated_backward)
+
+
+def _product(
+    left: jax.Array, right: jax.Array, dims: jax.lax.DotDimensionNumbers, dtype: DTypeLike
+) -> jax.Array:
+    """Returns `jax.lax.dot_general` in a dtype, with the sums that the platform takes.
+
+    XLA:CPU multiplies bfloat16 as it is only where sums are float32, then rounded here. Asked for
+    sums in bfloat16, it copies both factors to float32 first, and so each weight in every step.
+    """
+    on_cpu = sharding.platform_in_use() == "cpu"
+    sums = jnp.promote_types(dtype, jnp.float32) if on_cpu else dtype
+    return jax.lax.dot_general(left, right, dims, preferred_element_type=sums).astype(dtype)

@@ -161,7 +161,8 @@ class Engine:
             prefix_cache_pages: pages of earlier prompts and answers to keep for prompts that begin
                 with the same tokens, see `PrefixCache`; 0 for none. Answers are those without, up
                 to rounding. `load` and `unload` forget them.
-            cache_dtype: of keys and values; None for the compute dtype.
+            cache_dtype: of keys and values. None for the compute dtype, on CPU at least float32: to
+                write into a narrower one, XLA:CPU copies all of it to float32 and back.
             cast_weights: to the compute dtype once rather than in every step.
             split_layers: hold each layer's weights and cache separately, both laid out for the
                 products of a CPU, which copies the weights and compiles longer. Decoding on CPU is
@@ -200,6 +201,8 @@ class Engine:
         platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
         self._split_layers = platform == "cpu" if split_layers is None else split_layers
         dtype = model.compute.compute_dtype if cache_dtype is None else cache_dtype
+        if cache_dtype is None and platform == "cpu":
+            dtype = jax.numpy.promote_types(dtype, np.float32)
         self._buckets = Buckets.up_to(
             max_length,
             page_size=page_size,

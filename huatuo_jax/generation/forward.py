@@ -256,7 +256,11 @@ def decode(
         attended = attend_to_pages(q, own, memory, pages, positions_B, slopes(model.cfg))
         return attended, memory if split else (k, v)
 
-    hidden_B1D = _apply_outer(model, variables, tokens_B[:, None], method="embed")
+    # Tied to the tokens: XLA:CPU reads rows of a bfloat16 table as float32, and would convert all
+    # of it before the loop over steps, and hold the copy.
+    params, tokens_B = jax.lax.optimization_barrier((variables["params"]["embedding"], tokens_B))
+    own = {**variables, "params": {**variables["params"], "embedding": params}}
+    hidden_B1D = _apply_outer(model, own, tokens_B[:, None], method="embed")
     hidden_B1D, (keys, values) = _through_layers(model, variables, hidden_B1D, rows, attend, memory)
     if not split:
         keys, values = _written(memory, (keys, values), pages, positions_B, split=False)

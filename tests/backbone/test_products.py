@@ -2,11 +2,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 from jax.test_util import check_grads
 
 from huatuo_jax.backbone.config import BackboneConfig, ComputeConfig
 from huatuo_jax.backbone.layers import Projection
 from huatuo_jax.backbone.matmul import by_output, gated, linear, linear_by_output
+from huatuo_jax.core import sharding
 
 
 def _random(*shape, seed=0):
@@ -136,3 +138,29 @@ def test_a_turned_kernel_made_once_is_multiplied_and_the_wide_one_has_the_gradie
     assert to_kernel.dtype == jnp.float32
     np.testing.assert_array_equal(to_kernel, to_made.astype(jnp.float32))
     np.testing.assert_array_equal(to_inputs, to_inputs_alone)
+
+
+@pytest.mark.parametrize(("platform", "sums"), [("cpu", "float32"), ("tpu", "bfloat16")])
+def test_products_of_16_bits_have_the_sums_that_the_platform_takes(monkeypatch, platform, sums):
+    monkeypatch.setattr(sharding, "platform_in_use", lambda: platform)
+
+    def both(inputs, kernel, turned):
+        outputs, pull = jax.vjp(lambda x, w: linear(x, w, None, 1, x.dtype)[0], inputs, kernel)
+        same, pull_same = jax.vjp(
+            lambda x, w: linear_by_output(x, w, None, 1, x.dtype), inputs, turned
+        )
+        return pull(outputs), pull_same(same), outputs
+
+    arguments = [jnp.ones(shape, jnp.bfloat16) for shape in ((2, 3, 4), (4, 5), (5, 4))]
+    traced = jax.make_jaxpr(both)(*arguments)
+    assert {str(leaf.dtype) for leaf in traced.out_avals} == {"bfloat16"}
+    products = [eqn for eqn in _equations(traced.jaxpr) if eqn.primitive.name == "dot_general"]
+    assert len(products) == 6
+    assert {str(eqn.outvars[0].aval.dtype) for eqn in products} == {sums}
+
+
+def _equations(jaxpr):
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in jaxprs_in_params(eqn.params):
+            yield from _equations(inner)

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from huatuo_jax.backbone.config import ComputeConfig
+from huatuo_jax.backbone.transformer import Transformer
 from huatuo_jax.core import sharding
 from huatuo_jax.data import SAMPLE_FOLDER
 from huatuo_jax.generation.buckets import Buckets
@@ -139,6 +141,26 @@ def test_the_cache_is_sharded_like_attention_and_never_gathered():
     assert moved and not [line for line in moved if re.search(r",(32,6|6,32)\].* all-", line)]
     # Updated in place: the two layers' keys and values are outputs that alias arguments.
     assert decode.memory_analysis().alias_size_in_bytes >= 4 * (6 * 1 * 32 * 6) * 4
+
+
+def test_in_16_bits_steps_on_a_cpu_copy_neither_the_table_nor_the_cache_to_a_wider_dtype():
+    model = Transformer(tiny.config(tie_embeddings=True), ComputeConfig(compute_dtype="bfloat16"))
+    engine = tiny.engine(slots=8, model=model)
+    table, pool = engine._table, engine._pool
+    pool.make_room(np.full(8, 96))
+    assert {leaf.dtype for leaf in (*pool.cache.keys, *pool.cache.values)} == {np.dtype("float32")}
+    decode = engine._programs.decode.lower(
+        engine._variables,
+        pool.cache,
+        pool.pages_of(np.arange(8)),
+        table.progress,
+        table.settings,
+    ).compile()
+    embeddings = engine._variables["params"]["embedding"]["table"]
+    assert embeddings.dtype == jnp.bfloat16
+    carried = [line for line in decode.as_text().splitlines() if re.search(r" while\(", line)]
+    vocab_size, width = embeddings.shape
+    assert carried and not [line for line in carried if f"f32[{vocab_size},{width}]" in line]
 
 
 @pytest.mark.slow

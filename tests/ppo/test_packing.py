@@ -10,7 +10,7 @@ from huatuo_jax.ppo.models import open_critic
 from huatuo_jax.ppo.roles import abstract_roles, micro_batch_programs
 from huatuo_jax.ppo.targets import RowShapes, packed_layout, plain_layout, row_counts
 from huatuo_jax.training.initial_model import open_model
-from tests.ppo.tiny import config, run_tiny, tiny_job
+from tests.ppo.tiny import Table, config, run_tiny, tiny_job
 
 WIDTH = 16
 
@@ -204,7 +204,7 @@ def test_any_answers_fit_in_whole_micro_batches_of_no_more_slots(longest, size, 
 def test_the_largest_minibatch_is_the_one_that_memory_is_planned_by(tmp_path):
     shape = {"num_prompts": 8, "answers_per_prompt": 2, "max_new_tokens": 12}
     cfg = config(rollout=shape, micro_batch_size=4)
-    job = tiny_job(cfg, tmp_path)
+    job = tiny_job(cfg, tmp_path, scorer=Table({}))  # Nothing is scored.
     trainer, state = job.make_trainer(), job.make_state()
     whole = types.SimpleNamespace(rows={"segment_ids": np.ones((16, cfg.max_length), np.int32)})
     policy = open_model(cfg.model, cfg.compute.compute_config())
