@@ -495,7 +495,7 @@ def _score_targets(
     logits_BTV: jax.Array, targets_BT: jax.Array, *, entropy: bool, num_top: int
 ) -> TokenScores:
     # The shift cancels out of the log-probability, so nothing flows back through it.
-    largest_BT = jax.lax.stop_gradient(logits_BTV.max(axis=-1))
+    largest_BT = -jax.lax.stop_gradient((-logits_BTV).min(axis=-1))
     shifted_BTV = logits_BTV - largest_BT[:, :, None]
     # Picked by comparison and sum rather than by a gather: it stays local where the vocabulary is
     # split, and its gradient is no scatter.

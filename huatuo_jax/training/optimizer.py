@@ -1,6 +1,7 @@
 """AdamW with warm-up, decay and clipping by the global norm of the gradients."""
 
 import dataclasses
+import functools
 import math
 import re
 from typing import Any, Literal, NamedTuple, get_args
@@ -128,6 +129,29 @@ class Optimizer(NamedTuple):
         """Returns the learning rate of one update, counted from 0."""
         return learning_rate(update, self.cfg, self.num_steps)
 
+    def step(
+        self, gradients: Any, opt_state: Any, trained: Any, *, applied: jax.Array
+    ) -> tuple[Any, Any]:
+        """Returns parameters and state after an update, or as they are if it is not applied.
+
+        Args:
+            gradients: like the parameters.
+            opt_state: of the transformation.
+            trained: the parameters.
+            applied: bool, whether the gradients are of use.
+        """
+        transformation = optax.with_extra_args_support(self.transformation)
+        changes, new_state = transformation.update(gradients, opt_state, trained, applied=applied)
+
+        def kept(new: Any, old: Any) -> Any:
+            if isinstance(new, optax.ScaleByAdamState):  # Has looked at `applied` itself.
+                return new
+            return jnp.where(applied, new, old)
+
+        new_trained = jax.tree.map(kept, optax.apply_updates(trained, changes), trained)
+        is_adam = functools.partial(_is_a, optax.ScaleByAdamState)
+        return new_trained, jax.tree.map(kept, new_state, opt_state, is_leaf=is_adam)
+
 
 def make_optimizer(cfg: OptimizerConfig, *, num_steps: int) -> Optimizer:
     """Makes AdamW for a run of `num_steps` updates; its state has the paths of the parameters.
@@ -138,13 +162,10 @@ def make_optimizer(cfg: OptimizerConfig, *, num_steps: int) -> Optimizer:
     if num_steps < 1:
         raise ValueError(f"num_steps={num_steps} must be at least 1")
     cfg.num_warmup_steps(num_steps)
-    transformation = optax.adamw(
-        lambda update: learning_rate(update, cfg, num_steps),
-        b1=cfg.beta1,
-        b2=cfg.beta2,
-        eps=cfg.epsilon,
-        weight_decay=cfg.weight_decay,
-        mask=is_decayed,
+    transformation = optax.chain(
+        _scale_by_adam(cfg),
+        optax.add_decayed_weights(cfg.weight_decay, mask=is_decayed),
+        optax.scale_by_learning_rate(lambda update: learning_rate(update, cfg, num_steps)),
     )
     return Optimizer(cfg, num_steps, transformation)
 
@@ -156,7 +177,8 @@ def schedule_position(opt_state: Any, default: jax.Array) -> jax.Array:
         opt_state: of `make_optimizer`'s transformation.
         default: for a transformation whose learning rate has no schedule.
     """
-    found = [leaf for leaf in _with_schedules(opt_state) if _is_schedule(leaf)]
+    is_schedule = functools.partial(_is_a, optax.ScaleByScheduleState)
+    found = [*filter(is_schedule, jax.tree.leaves(opt_state, is_leaf=is_schedule))]
     return jnp.asarray(found[0].count) if found else default
 
 
@@ -168,19 +190,12 @@ def advance_schedule(opt_state: Any, updates: int) -> Any:
     """
     if not updates:
         return opt_state
+    is_schedule = functools.partial(_is_a, optax.ScaleByScheduleState)
     return jax.tree.map(
-        lambda leaf: leaf._replace(count=leaf.count + updates) if _is_schedule(leaf) else leaf,
+        lambda leaf: leaf._replace(count=leaf.count + updates) if is_schedule(leaf) else leaf,
         opt_state,
-        is_leaf=_is_schedule,
+        is_leaf=is_schedule,
     )
-
-
-def _with_schedules(opt_state: Any) -> list[Any]:
-    return jax.tree.leaves(opt_state, is_leaf=_is_schedule)
-
-
-def _is_schedule(node: Any) -> bool:
-    return isinstance(node, optax.ScaleByScheduleState)
 
 
 def is_decayed(params: Any) -> Any:
@@ -203,3 +218,37 @@ def clip_by_norm(gradients: Any, norm: jax.Array, clip_norm: float | None) -> An
     # Where the norm is within the bound the factor is exactly 1.
     factor = clip_norm / jnp.maximum(norm, clip_norm)
     return jax.tree.map(lambda leaf: leaf * factor.astype(leaf.dtype), gradients)
+
+
+def _scale_by_adam(cfg: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
+    """Returns `optax.scale_by_adam`, whose update takes `applied` and writes moments in place.
+
+    Not applied, the state is as before and the changes have no meaning. XLA:CPU would compute the
+    changes from the old moments once more, as parts of the parameters' update, and so copy all
+    moments before they are replaced; here the changes are made of the moments as they are stored.
+    """
+    beta1, beta2 = cfg.beta1, cfg.beta2
+
+    def update(
+        gradients: Any, state: optax.ScaleByAdamState, params: Any = None, *, applied: Any = True
+    ) -> tuple[Any, optax.ScaleByAdamState]:
+        del params
+        new = optax.ScaleByAdamState(
+            count=state.count + 1,
+            mu=optax.tree.update_moment(gradients, state.mu, beta1, 1),
+            nu=optax.tree.update_moment_per_elem_norm(gradients, state.nu, beta2, 2),
+        )
+        stored = jax.tree.map(lambda a, b: jnp.where(applied, a, b), new, state)
+        if sharding.platform_in_use() == "cpu":
+            stored = jax.lax.optimization_barrier(stored)
+        mean = optax.tree.bias_correction(stored.mu, beta1, stored.count)
+        square = optax.tree.bias_correction(stored.nu, beta2, stored.count)
+        changes = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + cfg.epsilon), mean, square)
+        return changes, stored
+
+    init = optax.scale_by_adam(b1=beta1, b2=beta2, eps=cfg.epsilon).init
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _is_a(kind: type, node: Any) -> bool:
+    return isinstance(node, kind)

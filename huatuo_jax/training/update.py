@@ -219,12 +219,12 @@ def apply_gradients(
     is_empty = sums.num_terms == 0
     is_finite = jnp.isfinite(sums.loss) & jnp.isfinite(norm)
     applied = is_finite & ~is_empty
-    changes, opt_state = optimizer.transformation.update(
-        clip_by_norm(gradients, norm, optimizer.cfg.clip_norm), state.opt_state, state.trained
+    trained, opt_state = optimizer.step(
+        clip_by_norm(gradients, norm, optimizer.cfg.clip_norm),
+        state.opt_state,
+        state.trained,
+        applied=applied,
     )
-    new = (optax.apply_updates(state.trained, changes), opt_state)
-    old = (state.trained, state.opt_state)
-    trained, opt_state = jax.tree.map(lambda a, b: jnp.where(applied, a, b), new, old)
     metrics = {
         **sums.others,
         "loss": sums.loss,

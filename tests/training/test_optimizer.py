@@ -72,6 +72,54 @@ def test_decayed_weights_shrink_and_others_stay_when_gradients_are_zero():
     np.testing.assert_array_equal(after["norm"]["scale"], 1.0)
 
 
+def test_steps_are_those_of_optax_and_one_that_is_not_applied_changes_nothing():
+    cfg = OptimizerConfig(learning_rate=1e-2, warmup_steps=2, weight_decay=0.1, beta2=0.99)
+    ours = make_optimizer(cfg, num_steps=9)
+    theirs = optax.adamw(
+        ours.learning_rate, b1=0.9, b2=0.99, eps=cfg.epsilon, weight_decay=0.1, mask=is_decayed
+    )
+    draw = np.random.default_rng(0)
+    params = {
+        "kernel": jnp.asarray(draw.normal(size=(4, 3)), jnp.float32),
+        "bias": jnp.asarray(draw.normal(size=3), jnp.float32),
+    }
+    step = jax.jit(ours.step)
+    found, expected = (params, ours.transformation.init(params)), (params, theirs.init(params))
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for number in range(9):
+        gradients = jax.tree.map(lambda p: jnp.asarray(draw.normal(size=p.shape), p.dtype), params)
+        if number in (0, 4):  # Also the first, before there is any moment.
+            gradients["bias"] = gradients["bias"].at[1].set(jnp.nan)
+            before = found
+            found = step(gradients, found[1], found[0], applied=False)
+            jax.tree.map(np.testing.assert_array_equal, found, before)
+            continue
+        found = step(gradients, found[1], found[0], applied=True)
+        changes, state = theirs.update(gradients, expected[1], expected[0])
+        expected = optax.apply_updates(expected[0], changes), state
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-7), found, expected
+        )
+
+
+def test_a_step_on_a_cpu_holds_no_copy_of_the_moments():
+    params = {"kernel": jnp.ones(2**20)}
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=0.1), num_steps=4)
+
+    def update(params, opt_state, inputs):
+        gradients = {"kernel": params["kernel"] * inputs}
+        clipped = clip_by_norm(gradients, optax.tree.norm(gradients), 1.0)
+        return optimizer.step(clipped, opt_state, params, applied=jnp.isfinite(inputs[0]))
+
+    compiled = (
+        jax.jit(update, donate_argnums=(0, 1))
+        .lower(params, optimizer.transformation.init(params), jnp.ones(2**20))
+        .compile()
+    )
+    # That of the gradient, which the norm is taken of before.
+    assert compiled.memory_analysis().temp_size_in_bytes < 1.5 * 4 * 2**20
+
+
 def test_clipping_scales_long_gradients_and_leaves_short_ones_bit_for_bit():
     gradients = {"a": jnp.asarray([3.0, 0.0]), "b": jnp.asarray([[4.0]])}
     clipped = clip_by_norm(gradients, optax.tree.norm(gradients), 2.0)
