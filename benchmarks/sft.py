@@ -198,6 +198,7 @@ def figures(
     """A contender's medians, and ours over them."""
     found = contest.figures(turns, ours, unit="trained_tokens")
     return found | {
+        "dtype": contest.DTYPE.value,
         "share_of_peak": found["trained_tokens_per_second"] * flops_per_token / peak,
         "last_losses": turns[0]["losses"][-1:],
     }

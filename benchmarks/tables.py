@@ -51,6 +51,7 @@ GENERATION = (
 )
 TASKS = {
     "sft_cpu": "SFT",
+    "sft_cpu_bfloat16": "SFT",
     "reward_cpu": "reward model",
     "ppo_cpu": "PPO, responses of 64 tokens",
     "ppo_cpu_answers_that_end": "PPO, responses that end by themselves",
@@ -106,17 +107,15 @@ def speed() -> str:
 def details(*tasks: str) -> str:
     """A line for each contender of some tasks, with its memory and its share of the peak.
 
-    In brackets are the least and the largest ratio of a round. Generation is named by the slots of
-    our engine and by its dtype.
+    In brackets are the least and the largest ratio of a round. Tasks that have more than one are
+    named by their dtype, generation by the slots of our engine too.
     """
     rows = []
     heads: list[str] = []
     for task in tasks:
         for size, contenders in _sizes(_read(task)):
             ours = contenders["ours"]
-            settings = {}
-            if "slots" in ours:
-                settings = {"slots": str(ours["slots"]), "dtype": ours["dtype"]}
+            settings = {key: str(ours[key]) for key in ("slots", "dtype") if key in ours}
             for name, one in contenders.items():
                 unit = next(unit for unit in SPEEDS if unit in one)
                 cells = {
@@ -406,7 +405,7 @@ def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "speed": speed,
-    "sft": lambda: details("sft_cpu"),
+    "sft": lambda: details("sft_cpu", "sft_cpu_bfloat16"),
     "reward": lambda: details("reward_cpu"),
     "ppo": lambda: details("ppo_cpu"),
     "ppo_that_ends": lambda: details("ppo_cpu_answers_that_end"),
@@ -445,7 +444,9 @@ def _contests() -> Iterator[tuple[str, str, str, float, list[tuple[str, float, f
             ]
             ours, name = contenders["ours"], TASKS[task]
             if "slots" in ours:
-                name += f" in {ours['slots']} slots, {ours['dtype']}"
+                name += f" in {ours['slots']} slots"
+            if "dtype" in ours:
+                name += f", {ours['dtype']}"
             yield name, size, SPEEDS[unit], ours[unit], peers
 
 
