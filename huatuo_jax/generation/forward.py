@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec as P
 from huatuo_jax.backbone.config import BackboneConfig
 from huatuo_jax.backbone.layers import Rows, attend_to_rows, slopes
 from huatuo_jax.backbone.transformer import Layer, Transformer
+from huatuo_jax.core import sharding
 from huatuo_jax.generation import cache as caches
 from huatuo_jax.generation.cache import Cache, Pages
 
@@ -256,11 +257,14 @@ def decode(
         attended = attend_to_pages(q, own, memory, pages, positions_B, slopes(model.cfg))
         return attended, memory if split else (k, v)
 
-    # Tied to the tokens: XLA:CPU reads rows of a bfloat16 table as float32, and would convert all
-    # of it before the loop over steps, and hold the copy.
-    params, tokens_B = jax.lax.optimization_barrier((variables["params"]["embedding"], tokens_B))
-    own = {**variables, "params": {**variables["params"], "embedding": params}}
-    hidden_B1D = _apply_outer(model, own, tokens_B[:, None], method="embed")
+    embedding = variables["params"]["embedding"]
+    if sharding.platform_in_use() == "cpu":
+        # Tied to the tokens: XLA:CPU reads rows of a bfloat16 table as float32, and would convert
+        # all of it before the loop over steps, and hold the copy.
+        embedding, tokens_B = jax.lax.optimization_barrier((embedding, tokens_B))
+    params = {**variables["params"], "embedding": embedding}
+    tokens_B1 = tokens_B[:, None]
+    hidden_B1D = _apply_outer(model, variables | {"params": params}, tokens_B1, method="embed")
     hidden_B1D, (keys, values) = _through_layers(model, variables, hidden_B1D, rows, attend, memory)
     if not split:
         keys, values = _written(memory, (keys, values), pages, positions_B, split=False)

@@ -494,7 +494,9 @@ _sum_in_chunks.defvjp(_sum_forward, _sum_backward, symbolic_zeros=True)
 def _score_targets(
     logits_BTV: jax.Array, targets_BT: jax.Array, *, entropy: bool, num_top: int
 ) -> TokenScores:
-    # The shift cancels out of the log-probability, so nothing flows back through it.
+    # The shift cancels out of the log-probability, so nothing flows back through it. XLA:CPU would
+    # put a maximum into the product that makes the logits, which with a large vocabulary then takes
+    # more than twice as long; a minimum it leaves outside.
     largest_BT = -jax.lax.stop_gradient((-logits_BTV).min(axis=-1))
     shifted_BTV = logits_BTV - largest_BT[:, :, None]
     # Picked by comparison and sum rather than by a gather: it stays local where the vocabulary is

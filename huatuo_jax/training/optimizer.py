@@ -234,15 +234,15 @@ def _scale_by_adam(cfg: OptimizerConfig) -> optax.GradientTransformationExtraArg
     ) -> tuple[Any, optax.ScaleByAdamState]:
         del params
         new = optax.ScaleByAdamState(
-            count=state.count + 1,
+            count=optax.safe_increment(state.count),
             mu=optax.tree.update_moment(gradients, state.mu, beta1, 1),
             nu=optax.tree.update_moment_per_elem_norm(gradients, state.nu, beta2, 2),
         )
         stored = jax.tree.map(lambda a, b: jnp.where(applied, a, b), new, state)
         if sharding.platform_in_use() == "cpu":
             stored = jax.lax.optimization_barrier(stored)
-        mean = optax.tree.bias_correction(stored.mu, beta1, stored.count)
-        square = optax.tree.bias_correction(stored.nu, beta2, stored.count)
+        mean = optax.tree.bias_correction(stored.mu, beta1, new.count)
+        square = optax.tree.bias_correction(stored.nu, beta2, new.count)
         changes = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + cfg.epsilon), mean, square)
         return changes, stored
 
