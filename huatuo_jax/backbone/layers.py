@@ -79,7 +79,7 @@ class Projection(nn.Module):
         """Returns the parts of the outputs; one without cuts."""
         dtype, init = self.compute.compute_dtype, nn.initializers
         if self.has_variable("params", KERNEL_BY_OUTPUT):
-            turned = self.get_variable("params", KERNEL_BY_OUTPUT).astype(dtype)
+            turned = self.get_variable("params", KERNEL_BY_OUTPUT)
             whole = linear_by_output(inputs.astype(dtype), turned, None, self.num_contracted, dtype)
             return self._with_bias(self._cut(whole))
         kernel = self.param(
@@ -88,7 +88,7 @@ class Projection(nn.Module):
             self.kernel_shape,
             self.compute.param_dtype,
         )
-        inputs, kernel = inputs.astype(dtype), kernel.astype(dtype)
+        inputs = inputs.astype(dtype)
 
         def multiply(*cuts: Any) -> tuple[jax.Array, ...]:
             return linear(inputs, kernel, None, self.num_contracted, dtype, *cuts)

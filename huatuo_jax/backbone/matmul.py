@@ -40,7 +40,7 @@ def linear(
         inputs: `[..., *contracted]`.
         kernel: `[*contracted, ...]`; receives the gradient, in its dtype.
         multiplied: the kernel in the dtype of the inputs, made once for many products, to which no
-            gradient flows; None where the kernel has that dtype.
+            gradient flows; None casts the kernel for each product, and keeps no copy.
         num_contracted: number of dimensions that are summed over.
         dtype: of the sums, at least as wide.
         cuts: indices at which the kernel is cut; each part has its own product. The backward pass
@@ -125,24 +125,23 @@ def _by_output_forward(
     dtype: DTypeLike,
 ) -> tuple[jax.Array, _Saved]:
     saved = (inputs, kernel, multiplied)
-    kernel = kernel if multiplied is None else multiplied
+    kernel = _read(saved)
     of_inputs = tuple(range(2, 2 + num_contracted))
     of_kernel = tuple(range(kernel.ndim - num_contracted, kernel.ndim))
     if inputs.shape[0] * inputs.shape[1] > _FEW_ROWS:
         dims = ((of_inputs, of_kernel), ((), ()))
-        return _product(inputs, kernel, dims, dtype), saved
+        return _product(inputs, kernel, dims, dtype).astype(dtype), saved
     dims = ((of_kernel, of_inputs), ((), ()))
-    outputs = _product(kernel, inputs, dims, dtype)
+    outputs = _product(kernel, inputs, dims, dtype).astype(dtype)
     return jnp.moveaxis(outputs, (-2, -1), (0, 1)), saved
 
 
 def _by_output_backward(
     num_contracted: int, dtype: DTypeLike, saved: _Saved, gradient: jax.Array
 ) -> tuple[jax.Array, jax.Array, None]:
-    inputs, kernel, multiplied = saved
+    inputs, kernel, _ = saved
     made = tuple(range(2, gradient.ndim)), tuple(range(kernel.ndim - num_contracted))
-    read = kernel if multiplied is None else multiplied
-    to_inputs = _product(gradient, read, (made, ((), ())), dtype)
+    to_inputs = _product(gradient, _read(saved), (made, ((), ())), dtype)
     lead = ((0, 1), (0, 1)), ((), ())
     # In the dtype in which a mesh adds it up.
     to_kernel = _product(gradient, inputs, lead, inputs.dtype)
@@ -164,11 +163,12 @@ def _linear_forward(
     # The product itself, not another call of `linear`: remat policies do not look into those.
     lead = inputs.ndim - num_contracted
     dims = tuple(range(lead, inputs.ndim)), tuple(range(num_contracted))
+    saved = (inputs, kernel, multiplied)
     outputs = tuple(
-        _product(inputs, part, (dims, ((), ())), dtype)
-        for part in cut(kernel if multiplied is None else multiplied, cuts, cut_dim)
+        _product(inputs, part, (dims, ((), ())), dtype).astype(dtype)
+        for part in cut(_read(saved), cuts, cut_dim)
     )
-    return outputs, (inputs, kernel, multiplied)
+    return outputs, saved
 
 
 def _linear_backward(
@@ -179,10 +179,10 @@ def _linear_backward(
     saved: _Saved,
     gradients: tuple[jax.Array, ...],
 ) -> tuple[jax.Array, jax.Array, None]:
-    inputs, kernel, multiplied = saved
+    inputs, kernel, _ = saved
     lead = tuple(range(inputs.ndim - num_contracted))
     made = tuple(range(len(lead), gradients[0].ndim)), tuple(range(num_contracted, kernel.ndim))
-    parts = cut(kernel if multiplied is None else multiplied, cuts, cut_dim)
+    parts = cut(_read(saved), cuts, cut_dim)
     from_parts = [
         _product(gradient, part, (made, ((), ())), dtype)
         for gradient, part in zip(gradients, parts, strict=True)
@@ -218,14 +218,20 @@ def _gated_backward(
 gated.defvjp(_gated_forward, _gated_backward)
 
 
+def _read(saved: _Saved) -> jax.Array:
+    """Returns the kernel as it is multiplied."""
+    inputs, kernel, multiplied = saved
+    return kernel.astype(inputs.dtype) if multiplied is None else multiplied
+
+
 def _product(
     left: jax.Array, right: jax.Array, dims: jax.lax.DotDimensionNumbers, dtype: DTypeLike
 ) -> jax.Array:
-    """Returns `jax.lax.dot_general` in a dtype, with the sums that the platform takes.
+    """Returns `jax.lax.dot_general` with sums in a dtype, on CPU in float32 at least.
 
-    XLA:CPU multiplies bfloat16 as it is only where sums are float32, then rounded here. Asked for
-    sums in bfloat16, it copies both factors to float32 first, and so each weight in every step.
+    XLA:CPU multiplies bfloat16 as it is only where sums are float32. Asked for sums in bfloat16, it
+    copies both factors to float32 first, and so each weight in every step.
     """
     on_cpu = sharding.platform_in_use() == "cpu"
     sums = jnp.promote_types(dtype, jnp.float32) if on_cpu else dtype
-    return jax.lax.dot_general(left, right, dims, preferred_element_type=sums).astype(dtype)
+    return jax.lax.dot_general(left, right, dims, preferred_element_type=sums)
