@@ -232,6 +232,7 @@ def _product(
     XLA:CPU multiplies bfloat16 as it is only where sums are float32. Asked for sums in bfloat16, it
     copies both factors to float32 first, and so each weight in every step.
     """
-    on_cpu = sharding.platform_in_use() == "cpu"
-    sums = jnp.promote_types(dtype, jnp.float32) if on_cpu else dtype
+    wide = jnp.promote_types(dtype, jnp.float32)
+    # The devices are asked for only where it matters, as that starts jax's backends.
+    sums = wide if wide != dtype and sharding.platform_in_use() == "cpu" else dtype
     return jax.lax.dot_general(left, right, dims, preferred_element_type=sums)

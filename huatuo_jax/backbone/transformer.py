@@ -8,6 +8,7 @@ Used as pure functions over a plain nested dict of parameters:
     logits_BTV = model.apply({"params": params}, hidden_BTD, method="logits")
 """
 
+import dataclasses
 from typing import Any, Literal, get_args
 
 import flax.linen as nn
@@ -259,7 +260,8 @@ def init_params(
         A plain nested dict; layers are stacked along their first axis.
     """
     assert head in get_args(Head), head
-    model = Transformer(cfg, compute)
+    # Parameters do not depend on the compute dtype, for which products may ask for the devices.
+    model = Transformer(cfg, dataclasses.replace(compute, compute_dtype=jnp.float32))
     tokens_BT = jnp.zeros((1, 2), dtype=jnp.int32)
 
     def forward(module: Transformer) -> jax.Array:

@@ -16,6 +16,7 @@ from huatuo_jax.backbone.transformer import (
     count_parameters,
     init_params,
 )
+from huatuo_jax.core import sharding
 from tests.tiny import GROUPED
 
 COMPUTE = ComputeConfig()
@@ -373,3 +374,12 @@ def test_parameters_are_counted_by_hand():
     layer = 2 * width + attention + 3 * width * hidden
     assert count_parameters(weights(LLAMA)) == 2 * 64 * width + 2 * layer + width
     assert count_parameters(weights(LLAMA, "score")) == 64 * width + 2 * layer + width + width
+
+
+def test_shapes_of_parameters_are_made_without_asking_for_the_devices(monkeypatch):
+    """Several processes join before jax looks for devices, which it does only once."""
+    monkeypatch.setattr(sharding, "platform_in_use", lambda: pytest.fail("asked"))
+    for dtype in ("float32", "bfloat16"):
+        for head in ("lm", "score"):
+            shapes = abstract_params(GROUPED, ComputeConfig(compute_dtype=dtype), head=head)
+            assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
