@@ -167,7 +167,7 @@ def train_ours(
 
 
 def trl_settings(folder: pathlib.Path, settings: Settings) -> dict[str, Any]:
-    """What all of TRL's trainers are told; of what concerns speed only the dtype."""
+    """Settings that TRL's trainers share; for speed all is its default, but the dtype."""
     hyper = settings["optimizer"]
     return {
         "output_dir": str(folder / "trl"),

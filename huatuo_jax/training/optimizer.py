@@ -1,7 +1,6 @@
 """AdamW with warm-up, decay and clipping by the global norm of the gradients."""
 
 import dataclasses
-import functools
 import math
 import re
 from typing import Any, Literal, NamedTuple, get_args
@@ -144,13 +143,12 @@ class Optimizer(NamedTuple):
         changes, new_state = transformation.update(gradients, opt_state, trained, applied=applied)
 
         def kept(new: Any, old: Any) -> Any:
-            if isinstance(new, optax.ScaleByAdamState):  # Has looked at `applied` itself.
+            if _is_adam(new):  # Has looked at `applied` itself.
                 return new
             return jnp.where(applied, new, old)
 
         new_trained = jax.tree.map(kept, optax.apply_updates(trained, changes), trained)
-        is_adam = functools.partial(_is_a, optax.ScaleByAdamState)
-        return new_trained, jax.tree.map(kept, new_state, opt_state, is_leaf=is_adam)
+        return new_trained, jax.tree.map(kept, new_state, opt_state, is_leaf=_is_adam)
 
 
 def make_optimizer(cfg: OptimizerConfig, *, num_steps: int) -> Optimizer:
@@ -177,8 +175,7 @@ def schedule_position(opt_state: Any, default: jax.Array) -> jax.Array:
         opt_state: of `make_optimizer`'s transformation.
         default: for a transformation whose learning rate has no schedule.
     """
-    is_schedule = functools.partial(_is_a, optax.ScaleByScheduleState)
-    found = [*filter(is_schedule, jax.tree.leaves(opt_state, is_leaf=is_schedule))]
+    found = [*filter(_is_schedule, jax.tree.leaves(opt_state, is_leaf=_is_schedule))]
     return jnp.asarray(found[0].count) if found else default
 
 
@@ -190,11 +187,10 @@ def advance_schedule(opt_state: Any, updates: int) -> Any:
     """
     if not updates:
         return opt_state
-    is_schedule = functools.partial(_is_a, optax.ScaleByScheduleState)
     return jax.tree.map(
-        lambda leaf: leaf._replace(count=leaf.count + updates) if is_schedule(leaf) else leaf,
+        lambda leaf: leaf._replace(count=leaf.count + updates) if _is_schedule(leaf) else leaf,
         opt_state,
-        is_leaf=is_schedule,
+        is_leaf=_is_schedule,
     )
 
 
@@ -250,5 +246,9 @@ def _scale_by_adam(cfg: OptimizerConfig) -> optax.GradientTransformationExtraArg
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _is_a(kind: type, node: Any) -> bool:
-    return isinstance(node, kind)
+def _is_adam(node: Any) -> bool:
+    return isinstance(node, optax.ScaleByAdamState)
+
+
+def _is_schedule(node: Any) -> bool:
+    return isinstance(node, optax.ScaleByScheduleState)
