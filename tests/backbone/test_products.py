@@ -1,3 +1,6 @@
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -140,6 +143,36 @@ def test_a_turned_kernel_made_once_is_multiplied_and_the_wide_one_has_the_gradie
     # Not rounded on the way: to the dtype of the product it is the same.
     np.testing.assert_array_equal(to_kernel.astype(jnp.bfloat16), to_made)
     np.testing.assert_array_equal(to_inputs, to_inputs_alone)
+
+
+@pytest.mark.parametrize(
+    ("product", "inputs", "kernel", "num_contracted"),
+    [
+        (linear, (2, 96, 32), (32, 2, 24), 1),
+        (linear, (2, 96, 4, 8), (4, 8, 48), 2),
+        (linear_by_output, (2, 96, 32), (48, 32), 1),
+    ],
+)
+def test_a_kernel_has_its_gradient_on_cpu_without_copies_of_tokens(
+    product, inputs, kernel, num_contracted
+):
+    # Of one layer of several, as the backward pass of a scan reads its inputs.
+    stacked, kernel = jnp.ones((3, *inputs)), jnp.ones(kernel)
+
+    def gradient(stacked, kernel, layer, outputs_gradient):
+        inputs = jax.lax.dynamic_index_in_dim(stacked, layer, keepdims=False)
+        outputs, pull = jax.vjp(
+            lambda w: product(inputs, w, None, num_contracted, "float32"), kernel
+        )
+        return pull(jax.tree.map(lambda out: outputs_gradient.reshape(out.shape), outputs))
+
+    outputs_gradient = jnp.ones((2, 96, 48))
+    text = jax.jit(gradient).lower(stacked, kernel, 1, outputs_gradient).compile().as_text()
+    sizes = [
+        math.prod(map(int, shape.split(",")))
+        for shape in re.findall(r"= f32\[([\d,]+)\]\S* (?:copy|transpose)\(", text)
+    ]
+    assert all(size <= kernel.size for size in sizes), text
 
 
 @pytest.mark.parametrize(("platform", "sums"), [("cpu", "float32"), ("tpu", "bfloat16")])
