@@ -39,6 +39,12 @@ _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "What is
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "Turns of each contender.", lower_bound=1)
 _PEERS = flags.DEFINE_list("peers", ["transformers", "vllm"], "Beside ours: transformers, vllm.")
 _VLLM = flags.DEFINE_string("vllm_python", None, "Interpreter that has vLLM; without it, no vLLM.")
+_AT_ONCE = flags.DEFINE_integer(
+    "vllm_at_once",
+    None,
+    "Requests that vLLM decodes at once; else all.",
+    lower_bound=1,
+)
 _OUTPUT = flags.DEFINE_string("output", "benchmarks/results/generation_cpu.json", "Where to.")
 # Set for the processes of the contenders only.
 _CONTENDER = flags.DEFINE_string("contender", None, "Run this one in this process.")
@@ -141,6 +147,7 @@ def run_apart(contender: str, folder: pathlib.Path) -> dict[str, Any]:
             *("taskset", "-c", ",".join(map(str, cores)), python, __file__),
             *(f"--contender={contender}", f"--folder={folder}"),
             *(f"--slots={_SLOTS.value}", f"--dtype={_DTYPE.value}"),
+            f"--vllm_at_once={_AT_ONCE.value or _REQUESTS.value}",
         ],
         env=environment,
         check=True,
@@ -222,6 +229,7 @@ def vllm(folder: pathlib.Path, requests: list[dict[str, Any]]) -> dict[str, Any]
         skip_tokenizer_init=True,
         dtype=_DTYPE.value,
         max_model_len=2048,
+        max_num_seqs=_AT_ONCE.value,
         gpu_memory_utilization=0.2,  # Of the host's memory, on this build; .9 does not start.
     )
     prompts = [{"prompt_token_ids": one["prompt"]} for one in requests]
