@@ -153,17 +153,10 @@ def _attend_rows(
     window: int | None,
 ) -> jax.Array:
     """Cuts rows into blocks, attends, and puts the blocks' outputs together."""
-    batch, length, num_heads, head_dim = q_BTNH.shape
+    batch, length, _, head_dim = q_BTNH.shape
     num_kv_heads = k_BTKH.shape[2]
     num_blocks = -(-length // block)
     missing = num_blocks * block - length
-
-    def cut(array_BTNH: jax.Array) -> jax.Array:
-        padded = jnp.pad(array_BTNH, ((0, 0), (0, missing), (0, 0), (0, 0)))
-        parts_BICKGH = padded.reshape(batch, num_blocks, block, num_kv_heads, -1, head_dim)
-        blocks_BIKGCH = parts_BICKGH.transpose(0, 1, 3, 4, 2, 5)
-        return blocks_BIKGCH.reshape(batch, num_blocks, num_kv_heads, -1, head_dim)
-
     index_T = jnp.arange(length, length + missing, dtype=jnp.int32)
     added_BT = jnp.broadcast_to(index_T[None], (batch, missing))  # Each sees itself only.
     first_BIC = jnp.concatenate([first_BT, added_BT], axis=1).reshape(batch, num_blocks, block)
@@ -176,32 +169,51 @@ def _attend_rows(
         )
         visible = visible._replace(depths_BIC=depths_BIC, ends_BIC=ends_BIC, window=window)
     slopes_KG = None if slopes_N is None else slopes_N.reshape(num_kv_heads, -1)
-    output_BIKQH = _weigh(
-        cut(q_BTNH * head_dim**-0.5), cut(k_BTKH), cut(v_BTKH), visible, slopes_KG
+    cut = functools.partial(_cut, num_kv_heads=num_kv_heads, block=block)
+    blocks = cut(q_BTNH * head_dim**-0.5), cut(k_BTKH), cut(v_BTKH)
+    return _weigh(length, *blocks, visible, slopes_KG)
+
+
+def _cut(array_BTNH: jax.Array, *, num_kv_heads: int, block: int) -> jax.Array:
+    """Returns rows, padded at their end, as blocks `[B, I, K, Q, H]` of all G heads together."""
+    batch, length, _, head_dim = array_BTNH.shape
+    missing = -length % block
+    padded = jnp.pad(array_BTNH, ((0, 0), (0, missing), (0, 0), (0, 0)))
+    parts_BICKGH = padded.reshape(
+        batch, -1, block, num_kv_heads, padded.shape[2] // num_kv_heads, head_dim
     )
-    parts_BIKGCH = output_BIKQH.reshape(batch, num_blocks, num_kv_heads, -1, block, head_dim)
-    padded_BTNH = parts_BIKGCH.transpose(0, 1, 4, 2, 3, 5).reshape(batch, -1, num_heads, head_dim)
-    return padded_BTNH[:, :length]
+    blocks_BIKGCH = parts_BICKGH.transpose(0, 1, 3, 4, 2, 5)
+    return blocks_BIKGCH.reshape(*blocks_BIKGCH.shape[:3], -1, head_dim)
 
 
-@jax.custom_vjp
+def _joined(array_BIKQH: jax.Array, *, length: int, block: int) -> jax.Array:
+    """Returns the rows `[B, T, N, H]` that `_cut` makes blocks of, without their padding."""
+    batch, num_blocks, num_kv_heads, _, head_dim = array_BIKQH.shape
+    parts_BIKGCH = array_BIKQH.reshape(batch, num_blocks, num_kv_heads, -1, block, head_dim)
+    parts_BICKGH = parts_BIKGCH.transpose(0, 1, 4, 2, 3, 5)
+    return parts_BICKGH.reshape(batch, num_blocks * block, -1, head_dim)[:, :length]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _weigh(
+    length: int,
     q_BIKQH: jax.Array,
     k_BJKCH: jax.Array,
     v_BJKCH: jax.Array,
     visible: _Visible,
     slopes_KG: jax.Array | None,
 ) -> jax.Array:
-    """Computes softmax attention of scaled queries, block by block.
+    """Computes softmax attention of scaled queries, block by block, as rows `[B, T, N, H]`.
 
     Both passes are FlashAttention's (arXiv 2205.14135, algorithms 1 and 4): beside the inputs only
     the output and the logarithm of the weights' total are saved, and the backward pass recomputes
-    the weights from it.
+    the weights from it. The output is saved as it is returned, as what follows keeps it too.
     """
-    return _weigh_forward(q_BIKQH, k_BJKCH, v_BJKCH, visible, slopes_KG)[0]
+    return _weigh_forward(length, q_BIKQH, k_BJKCH, v_BJKCH, visible, slopes_KG)[0]
 
 
 def _weigh_forward(
+    length: int,
     q_BIKQH: jax.Array,
     k_BJKCH: jax.Array,
     v_BJKCH: jax.Array,
@@ -237,14 +249,19 @@ def _weigh_forward(
     output_BIKQH, log_total_BIKQ1 = _over_queries(
         visible, attend_block, (jnp.zeros_like(q_BIKQH), jnp.zeros((*q_BIKQH.shape[:4], 1), wide))
     )
-    saved = (q_BIKQH, k_BJKCH, v_BJKCH, visible, slopes_KG, output_BIKQH, log_total_BIKQ1)
-    return output_BIKQH, saved
+    output_BTNH = _joined(output_BIKQH, length=length, block=k_BJKCH.shape[3])
+    saved = (q_BIKQH, k_BJKCH, v_BJKCH, visible, slopes_KG, output_BTNH, log_total_BIKQ1)
+    return output_BTNH, saved
 
 
-def _weigh_backward(saved: _Saved, gradient_BIKQH: jax.Array) -> tuple[jax.Array | None, ...]:
-    q_BIKQH, k_BJKCH, v_BJKCH, visible, slopes_KG, output_BIKQH, log_total_BIKQ1 = saved
+def _weigh_backward(
+    length: int, saved: _Saved, gradient_BTNH: jax.Array
+) -> tuple[jax.Array | None, ...]:
+    q_BIKQH, k_BJKCH, v_BJKCH, visible, slopes_KG, output_BTNH, log_total_BIKQ1 = saved
     wide = log_total_BIKQ1.dtype
-    mean_BIKQ1 = (gradient_BIKQH.astype(wide) * output_BIKQH).sum(axis=-1, keepdims=True)
+    cut = functools.partial(_cut, num_kv_heads=k_BJKCH.shape[2], block=k_BJKCH.shape[3])
+    mean_BTN1 = (gradient_BTNH.astype(wide) * output_BTNH).sum(axis=-1, keepdims=True)
+    mean_BIKQ1, gradient_BIKQH = cut(mean_BTN1), cut(gradient_BTNH)
     # Turned once, so that no product needs the weights of a block in another layout.
     q_BIKHQ, gradient_BIKHQ = q_BIKQH.swapaxes(3, 4), gradient_BIKQH.swapaxes(3, 4)
 

@@ -226,9 +226,9 @@ class ComputeConfig:
         param_dtype: dtype of fresh parameters (float32 where they are trained).
         compute_dtype: dtype of matrix products and of the residual stream.
         output_dtype: dtype of logits and scores, at least float32.
-        remat: rematerialisation inside a layer: `none` saves everything for the backward pass,
-            `full` only the layer's input, `dots` the results of matrix products with weights,
-            `outputs` those of the attention and feed-forward blocks.
+        remat: rematerialisation inside a layer: for the backward pass `none` saves the results of
+            products and of attention, `full` only the layer's input, `dots` the results of
+            products with weights, `outputs` those of the attention and feed-forward blocks.
         kernel: the attention kernel; `auto` takes a suitable one for the mesh's platform.
         query_chunk: tokens of a block in the XLA attention, which computes a block of queries and
             keys where one sees the other: small blocks skip more. At most on a CPU; accelerators

@@ -1,5 +1,6 @@
 """The parts of a layer (projection, norm, self-attention, feed-forward) and the model's heads."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from huatuo_jax.backbone import attention, positions
 from huatuo_jax.backbone.blockwise_attention import Trees
 from huatuo_jax.backbone.config import BackboneConfig, ComputeConfig
 from huatuo_jax.backbone.lora import LoraConfig, add_update
-from huatuo_jax.backbone.matmul import cut, gated, linear, linear_by_output
+from huatuo_jax.backbone.matmul import Recomputed, cut, linear, linear_by_output
 from huatuo_jax.core import sharding
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -75,12 +76,13 @@ class Projection(nn.Module):
     parts_dim: int = -1
 
     @nn.compact
-    def __call__(self, inputs: jax.Array) -> list[jax.Array]:
+    def __call__(self, inputs: jax.Array | Recomputed) -> list[jax.Array]:
         """Returns the parts of the outputs; one without cuts."""
+        inputs = Recomputed.of(inputs)
         dtype, init = self.compute.compute_dtype, nn.initializers
         if self.has_variable("params", KERNEL_BY_OUTPUT):
             turned = self.get_variable("params", KERNEL_BY_OUTPUT)
-            whole = linear_by_output(inputs.astype(dtype), turned, None, self.num_contracted, dtype)
+            whole = linear_by_output(inputs.value(), turned, None, self.num_contracted, dtype)
             return self._with_bias(self._cut(whole))
         kernel = self.param(
             "kernel",
@@ -88,14 +90,14 @@ class Projection(nn.Module):
             self.kernel_shape,
             self.compute.param_dtype,
         )
-        inputs = inputs.astype(dtype)
 
         def multiply(*cuts: Any) -> tuple[jax.Array, ...]:
             return linear(inputs, kernel, None, self.num_contracted, dtype, *cuts)
 
         # The smaller array is cut. For many tokens that is the kernel: a product for each part
         # keeps the gradients of the parts separate, otherwise concatenated over all tokens.
-        if inputs.shape[0] * inputs.shape[1] > math.prod(kernel.shape[: self.num_contracted]):
+        num_tokens = math.prod(inputs.sources[0].shape[:2])
+        if num_tokens > math.prod(kernel.shape[: self.num_contracted]):
             outputs = [*multiply(self.parts, self.parts_dim)]
         else:
             outputs = self._cut(*multiply())
@@ -128,22 +130,19 @@ class Norm(nn.Module):
     cfg: BackboneConfig
     compute: ComputeConfig
 
-    @nn.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Normalises the inputs; the result has their dtype."""
+        return self.recomputed(inputs).value()
+
+    @nn.compact
+    def recomputed(self, inputs: jax.Array) -> Recomputed:
+        """Returns the same for a product, whose backward pass keeps the inputs of the norm."""
         width, param_dtype = inputs.shape[-1:], self.compute.param_dtype
-        wide = inputs.astype(jnp.promote_types(inputs.dtype, jnp.float32))
+        weights = [self.param("scale", nn.initializers.ones, width, param_dtype)]
         if self.kind == "layer":
-            wide = wide - wide.mean(axis=-1, keepdims=True)
-        variance = jnp.square(wide).mean(axis=-1, keepdims=True)
-        normed = wide * jax.lax.rsqrt(variance + self.cfg.norm_eps)
-        lead = tuple(range(inputs.ndim - 1))
-        scale = self.param("scale", nn.initializers.ones, width, param_dtype)
-        scaled = normed * jnp.expand_dims(scale.astype(wide.dtype), lead)
-        if self.kind == "layer":
-            bias = self.param("bias", nn.initializers.zeros, width, param_dtype)
-            scaled = scaled + jnp.expand_dims(bias.astype(wide.dtype), lead)
-        return scaled.astype(inputs.dtype)
+            weights.append(self.param("bias", nn.initializers.zeros, width, param_dtype))
+        normalise = functools.partial(_normalise, kind=self.kind, eps=self.cfg.norm_eps)
+        return Recomputed(normalise, (inputs, *weights))
 
 
 class SelfAttention(nn.Module):
@@ -159,7 +158,7 @@ class SelfAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, hidden_BTD: jax.Array, rows: Rows, attend: Attend | None = None
+        self, hidden_BTD: Recomputed, rows: Rows, attend: Attend | None = None
     ) -> tuple[jax.Array, Any]:
         """Returns attention's addition to the residual stream, and the result of `attend`.
 
@@ -195,7 +194,7 @@ class SelfAttention(nn.Module):
         )(attended_BTNH)
         return add_update(self, self.lora, "output", attended_BTNH, output_BTD), returned
 
-    def _heads(self, hidden_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def _heads(self, hidden_BTD: Recomputed) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Returns queries, keys and values, adapters included."""
         cfg, head_dim = self.cfg, self.cfg.head_dim
         block = (cfg.queries_per_kv_head + 2) * head_dim
@@ -251,17 +250,18 @@ class FeedForward(nn.Module):
     lora: LoraConfig | None
 
     @nn.compact
-    def __call__(self, hidden_BTD: jax.Array) -> jax.Array:
+    def __call__(self, hidden_BTD: Recomputed) -> jax.Array:
         """Returns the feed-forward's addition to the residual stream, `[B, T, D]`."""
-        cfg, activation = self.cfg, ACTIVATIONS[self.cfg.activation]
-        wide_BTF = self._gated(hidden_BTD) if cfg.gated_mlp else activation(self._up(hidden_BTD))
-        wide_BTF = sharding.constrain(wide_BTF, "mlp_BTF")
+        cfg = self.cfg
+        activated = functools.partial(_activate, ACTIVATIONS[cfg.activation])
+        sources = self._gate_and_up(hidden_BTD) if cfg.gated_mlp else (self._up(hidden_BTD),)
+        wide_BTF = Recomputed(activated, sources)
         shape = (cfg.intermediate_size, cfg.hidden_size)
         down = Projection(1, shape, cfg.mlp_bias, cfg, self.compute, name="down")
         (output_BTD,) = down(wide_BTF)
         return add_update(self, self.lora, "down", wide_BTF, output_BTD)
 
-    def _gated(self, hidden_BTD: jax.Array) -> jax.Array:
+    def _gate_and_up(self, hidden_BTD: Recomputed) -> tuple[jax.Array, jax.Array]:
         cfg = self.cfg
         gate_BT1F, up_BT1F = Projection(
             1,
@@ -273,11 +273,12 @@ class FeedForward(nn.Module):
             parts_dim=-2,
             name="gate_up",
         )(hidden_BTD)
-        gate_BTF = add_update(self, self.lora, "gate", hidden_BTD, gate_BT1F[:, :, 0])
-        up_BTF = add_update(self, self.lora, "up", hidden_BTD, up_BT1F[:, :, 0])
-        return gated(ACTIVATIONS[cfg.activation], gate_BTF, up_BTF)
+        return (
+            add_update(self, self.lora, "gate", hidden_BTD, gate_BT1F[:, :, 0]),
+            add_update(self, self.lora, "up", hidden_BTD, up_BT1F[:, :, 0]),
+        )
 
-    def _up(self, hidden_BTD: jax.Array) -> jax.Array:
+    def _up(self, hidden_BTD: Recomputed) -> jax.Array:
         cfg = self.cfg
         shape = (cfg.hidden_size, cfg.intermediate_size)
         up = Projection(1, shape, cfg.mlp_bias, cfg, self.compute, name="up")
@@ -410,3 +411,34 @@ def _with_unit_length(kernel: jax.Array, cfg: BackboneConfig, *, width_dim: int)
     square = jnp.square(wide).sum(axis=width_dim, keepdims=True)
     # Bounded before the root, whose derivative at a padded row of zeros would be infinite.
     return wide / jnp.sqrt(jnp.maximum(square, _SMALLEST_NORM**2))
+
+
+def _normalise(
+    inputs: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array | None = None,
+    *,
+    kind: str,
+    eps: float,
+) -> jax.Array:
+    """Computes a norm of kind `kind`; the result has the dtype of the inputs."""
+    wide = inputs.astype(jnp.promote_types(inputs.dtype, jnp.float32))
+    if kind == "layer":
+        wide = wide - wide.mean(axis=-1, keepdims=True)
+    variance = jnp.square(wide).mean(axis=-1, keepdims=True)
+    normed = wide * jax.lax.rsqrt(variance + eps)
+    lead = tuple(range(inputs.ndim - 1))
+    scaled = normed * jnp.expand_dims(scale.astype(wide.dtype), lead)
+    if bias is not None:
+        scaled = scaled + jnp.expand_dims(bias.astype(wide.dtype), lead)
+    return scaled.astype(inputs.dtype)
+
+
+def _activate(
+    activation: Callable[[jax.Array], jax.Array],
+    gate_BTF: jax.Array,
+    up_BTF: jax.Array | None = None,
+) -> jax.Array:
+    """Returns `activation(gate) * up`, or without `up` the activation alone."""
+    wide_BTF = activation(gate_BTF)
+    return sharding.constrain(wide_BTF if up_BTF is None else wide_BTF * up_BTF, "mlp_BTF")

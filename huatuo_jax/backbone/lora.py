@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from huatuo_jax.backbone.config import BackboneConfig
+from huatuo_jax.backbone.matmul import Recomputed, linear
 
 Target = Literal["query", "key", "value", "output", "gate", "up", "down"]
 
@@ -94,7 +95,7 @@ def add_update(
     module: nn.Module,
     lora: LoraConfig | None,
     target: Target,
-    inputs: jax.Array,
+    inputs: jax.Array | Recomputed,
     outputs: jax.Array,
 ) -> jax.Array:
     """Adds the adapter's update to `outputs` if `module` was applied with one for `target`.
@@ -111,10 +112,10 @@ def add_update(
         return outputs
     if lora is None:
         raise ValueError(f"adapters for {target!r} were given to a model made without a LoraConfig")
-    _, into, out_of = _PLACES[target]
-    dtype = outputs.dtype
-    hidden_BTR = jnp.einsum(into, inputs, adapter["a"].astype(dtype))
-    return outputs + lora.scale * jnp.einsum(out_of, hidden_BTR, adapter["b"].astype(dtype))
+    a, b = adapter["a"], adapter["b"]
+    (hidden_BTR,) = linear(inputs, a, None, a.ndim - 1, outputs.dtype)
+    (update,) = linear(hidden_BTR, b, None, 1, outputs.dtype)
+    return outputs + lora.scale * update
 
 
 def merge(

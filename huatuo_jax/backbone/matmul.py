@@ -1,14 +1,16 @@
-"""Matrix products with gradients that transpose least, and weights cast for the forward pass.
+"""Matrix products whose gradients transpose and keep least, and weights cast as they are read.
 
 The gradient of a kernel that jax derives is the transpose of `outputs^T inputs`: on CPU the widest
-array of a layer is then copied into another layout. Here it is `inputs^T outputs` directly.
+array of a layer is then copied into another layout. Here it is `inputs^T outputs` directly. Inputs
+that cost little to compute, as those behind a norm, are computed again in the backward pass.
 """
 
+import dataclasses
 import functools
 import math
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +24,37 @@ _CAST_IN_FORWARD = re.compile(
     r"|(attention|mlp)/(qkv|output|gate_up|up|down)/(kernel|bias)|(attention|mlp)/\w+/[ab])$"
 )
 _Saved = tuple[jax.Array, jax.Array, jax.Array | None]
+_Sources = tuple[jax.Array, ...]
 _FEW_ROWS = 64  # Of a product whose result is turned; turning that of many rows costs more.
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
+@dataclasses.dataclass(frozen=True)
+class Recomputed:
+    """An array that a backward pass computes again from its sources, which it keeps instead.
+
+    A product with it, `linear`, keeps the sources alone. Anything else takes its value, and keeps
+    of that what it needs.
+
+    Attributes:
+        compute: a function of the sources that costs little beside a product.
+        sources: receive the gradients that jax derives from `compute`.
+    """
+
+    compute: Callable[..., jax.Array]
+    sources: tuple[jax.Array, ...]
+
+    @classmethod
+    def of(cls, array: "jax.Array | Recomputed") -> "Recomputed":
+        """Returns the argument; an array, which is kept, as its own source."""
+        return array if isinstance(array, Recomputed) else cls(_same, (array,))
+
+    def value(self) -> jax.Array:
+        """Returns the array; its own gradients are computed from the sources."""
+        return _value(self.compute, self.sources)
+
+
 def linear(
-    inputs: jax.Array,
+    inputs: jax.Array | Recomputed,
     kernel: jax.Array,
     multiplied: jax.Array | None,
     num_contracted: int,
@@ -38,7 +65,7 @@ def linear(
     """Sums over the last dimensions of the inputs and the first ones of the kernel.
 
     Args:
-        inputs: `[..., *contracted]`.
+        inputs: `[..., *contracted]`; the backward pass keeps them, or their sources.
         kernel: `[*contracted, ...]`; receives the gradient, in its dtype.
         multiplied: the kernel in the dtype of the inputs, made once for many products, to which no
             gradient flows; None casts the kernel for each product, and keeps no copy.
@@ -51,20 +78,14 @@ def linear(
     Returns:
         The outputs of each part; one without cuts.
     """
-    return _linear_forward(inputs, kernel, multiplied, num_contracted, dtype, cuts, cut_dim)[0]
+    made = Recomputed.of(inputs)
+    static = _Static(made.compute, num_contracted, dtype, cuts, cut_dim)
+    return _linear(static, made.sources, kernel, multiplied)
 
 
 def cut(array: jax.Array, cuts: tuple[int, ...], dim: int) -> list[jax.Array]:
     """Splits an array into its parts; without cuts, the array itself is the only one."""
     return jnp.split(array, cuts, axis=dim) if cuts else [array]
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def gated(
-    activation: Callable[[jax.Array], jax.Array], gate: jax.Array, up: jax.Array
-) -> jax.Array:
-    """Returns `activation(gate) * up`, keeping only these two for the backward pass."""
-    return activation(gate) * up
 
 
 def store_as_computed(variables: Any, dtype: DTypeLike, *, keep_lm_head: bool = False) -> Any:
@@ -150,72 +171,86 @@ def _by_output_backward(
 linear_by_output.defvjp(_by_output_forward, _by_output_backward)
 
 
+class _Static(NamedTuple):
+    """Arguments of `linear` that are not arrays."""
+
+    compute: Callable[..., jax.Array]
+    num_contracted: int
+    dtype: DTypeLike
+    cuts: tuple[int, ...]
+    cut_dim: int
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _linear(
+    static: _Static, sources: _Sources, kernel: jax.Array, multiplied: jax.Array | None
+) -> tuple[jax.Array, ...]:
+    return _linear_forward(static, sources, kernel, multiplied)[0]
+
+
 def _linear_forward(
-    inputs: jax.Array,
-    kernel: jax.Array,
-    multiplied: jax.Array | None,
-    num_contracted: int,
-    dtype: DTypeLike,
-    cuts: tuple[int, ...],
-    cut_dim: int,
-) -> tuple[tuple[jax.Array, ...], _Saved]:
+    static: _Static, sources: _Sources, kernel: jax.Array, multiplied: jax.Array | None
+) -> tuple[tuple[jax.Array, ...], tuple[_Sources, jax.Array, jax.Array | None]]:
     # The product itself, not another call of `linear`: remat policies do not look into those.
-    lead = inputs.ndim - num_contracted
-    dims = tuple(range(lead, inputs.ndim)), tuple(range(num_contracted))
-    saved = (inputs, kernel, multiplied)
+    inputs, dtype = static.compute(*sources), static.dtype
+    lead = inputs.ndim - static.num_contracted
+    dims = tuple(range(lead, inputs.ndim)), tuple(range(static.num_contracted))
     outputs = tuple(
         _product(inputs, part, (dims, ((), ())), dtype).astype(dtype)
-        for part in cut(_read(saved), cuts, cut_dim)
+        for part in cut(_read((inputs, kernel, multiplied)), static.cuts, static.cut_dim)
     )
-    return outputs, saved
+    return outputs, (sources, kernel, multiplied)
 
 
 def _linear_backward(
-    num_contracted: int,
-    dtype: DTypeLike,
-    cuts: tuple[int, ...],
-    cut_dim: int,
-    saved: _Saved,
+    static: _Static,
+    saved: tuple[_Sources, jax.Array, jax.Array | None],
     gradients: tuple[jax.Array, ...],
-) -> tuple[jax.Array, jax.Array, None]:
-    inputs, kernel, _ = saved
-    num_lead = inputs.ndim - num_contracted
-    made = tuple(range(num_lead, gradients[0].ndim)), tuple(range(num_contracted, kernel.ndim))
-    parts = cut(_read(saved), cuts, cut_dim)
+) -> tuple[_Sources, jax.Array, None]:
+    sources, kernel, multiplied = saved
+    inputs, pull_back = jax.vjp(static.compute, *sources)
+    lead = inputs.ndim - static.num_contracted
+    made = tuple(range(lead, gradients[0].ndim)), tuple(range(static.num_contracted, kernel.ndim))
+    parts = cut(_read((inputs, kernel, multiplied)), static.cuts, static.cut_dim)
     from_parts = [
-        _product(gradient, part, (made, ((), ())), dtype)
+        _product(gradient, part, (made, ((), ())), static.dtype)
         for gradient, part in zip(gradients, parts, strict=True)
     ]
-    to_parts = [_over_tokens(inputs, gradient, num_lead=num_lead) for gradient in gradients]
-    to_kernel = jnp.concatenate(to_parts, axis=cut_dim) if cuts else to_parts[0]
+    to_parts = [_over_tokens(inputs, gradient, num_lead=lead) for gradient in gradients]
+    to_kernel = jnp.concatenate(to_parts, axis=static.cut_dim) if static.cuts else to_parts[0]
     to_inputs = functools.reduce(jnp.add, from_parts)
-    return to_inputs.astype(inputs.dtype), to_kernel.astype(kernel.dtype), None
+    return pull_back(to_inputs.astype(inputs.dtype)), to_kernel.astype(kernel.dtype), None
 
 
-linear.defvjp(_linear_forward, _linear_backward)
+_linear.defvjp(_linear_forward, _linear_backward)
 
 
-def _gated_forward(
-    activation: Callable[[jax.Array], jax.Array], gate: jax.Array, up: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return activation(gate) * up, (gate, up)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _value(compute: Callable[..., jax.Array], sources: _Sources) -> jax.Array:
+    return compute(*sources)
 
 
-def _gated_backward(
-    activation: Callable[[jax.Array], jax.Array],
-    saved: tuple[jax.Array, jax.Array],
-    gradient: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    gate, up = saved
-    activated, pull_back = jax.vjp(activation, gate)
-    return pull_back(gradient * up)[0], gradient * activated
+def _value_forward(
+    compute: Callable[..., jax.Array], sources: _Sources
+) -> tuple[jax.Array, _Sources]:
+    return compute(*sources), sources
 
 
-gated.defvjp(_gated_forward, _gated_backward)
+def _value_backward(
+    compute: Callable[..., jax.Array], sources: _Sources, gradient: jax.Array
+) -> tuple[_Sources]:
+    return (jax.vjp(compute, *sources)[1](gradient),)
+
+
+_value.defvjp(_value_forward, _value_backward)
+
+
+def _same(array: jax.Array) -> jax.Array:
+    return array
 
 
 def _read(saved: _Saved) -> jax.Array:
-    """Returns the kernel as it is multiplied."""
+    """Returns the kernel as the inputs are multiplied by it."""
     inputs, kernel, multiplied = saved
     return kernel.astype(inputs.dtype) if multiplied is None else multiplied
 

@@ -47,11 +47,11 @@ class Layer(nn.Module):
             attend: see `layers.Attend`; by default rows attend to themselves.
         """
         cfg, compute = self.cfg, self.compute
-        normed_BTD = Norm(cfg.norm, cfg, compute, name="attention_norm")(hidden_BTD)
+        normed_BTD = Norm(cfg.norm, cfg, compute, name="attention_norm").recomputed(hidden_BTD)
         attention = SelfAttention(cfg, compute, self.lora, name="attention")
         attended_BTD, returned = attention(normed_BTD, rows, attend)
         hidden_BTD = rows.wanted(hidden_BTD) + checkpoint_name(attended_BTD, _BLOCK_OUTPUTS[0])
-        normed_BTD = Norm(cfg.norm, cfg, compute, name="mlp_norm")(hidden_BTD)
+        normed_BTD = Norm(cfg.norm, cfg, compute, name="mlp_norm").recomputed(hidden_BTD)
         fed_BTD = FeedForward(cfg, compute, self.lora, name="mlp")(normed_BTD)
         hidden_BTD = hidden_BTD + checkpoint_name(fed_BTD, _BLOCK_OUTPUTS[1])
         return sharding.constrain(hidden_BTD, "hidden_BTD"), returned

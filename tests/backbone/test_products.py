@@ -6,11 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
-from jax.test_util import check_grads
 
 from huatuo_jax.backbone.config import BackboneConfig, ComputeConfig
 from huatuo_jax.backbone.layers import Projection
-from huatuo_jax.backbone.matmul import by_output, gated, linear, linear_by_output
+from huatuo_jax.backbone.matmul import Recomputed, by_output, linear, linear_by_output
 from huatuo_jax.core import sharding
 
 
@@ -64,11 +63,30 @@ def test_a_kernel_made_once_is_multiplied_and_the_wide_one_has_the_gradient():
     np.testing.assert_array_equal(to_inputs, to_inputs_alone)
 
 
-def test_a_gated_product_has_the_gradients_of_its_formula():
+def _gated_and_scaled(gate, up, scale):
+    return jax.nn.silu(gate) * up * scale[None, None]
+
+
+def test_recomputed_inputs_have_the_gradients_of_their_formula():
+    """All sources receive them, and the kernel is cut."""
     with jax.enable_x64(True):
-        gate, up = jnp.asarray(_random(3, 5)), jnp.asarray(_random(3, 5, seed=1))
-        np.testing.assert_allclose(gated(jax.nn.silu, gate, up), jax.nn.silu(gate) * up)
-        check_grads(lambda *arrays: gated(jax.nn.silu, *arrays), (gate, up), order=1, modes=["rev"])
+        sources = [jnp.asarray(_random(2, 3, 4, seed=seed)) for seed in range(2)]
+        sources += [jnp.asarray(_random(4, seed=2))]
+        kernel = jnp.asarray(_random(4, 5, seed=3))
+
+        def found(kernel, *sources):
+            inputs = Recomputed(_gated_and_scaled, sources)
+            parts = linear(inputs, kernel, None, 1, jnp.float64, (2,))
+            return jnp.sin(jnp.concatenate(parts, axis=-1))
+
+        def expected(kernel, *sources):
+            return jnp.sin(jnp.einsum("BTD,DF->BTF", _gated_and_scaled(*sources), kernel))
+
+        np.testing.assert_allclose(found(kernel, *sources), expected(kernel, *sources), rtol=1e-12)
+        value, pull = jax.vjp(found, kernel, *sources)
+        _, pull_expected = jax.vjp(expected, kernel, *sources)
+        for one, other in zip(pull(value), pull_expected(value), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-12)
 
 
 def test_many_tokens_and_few_are_projected_alike():

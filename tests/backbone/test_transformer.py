@@ -196,19 +196,42 @@ def test_remat_and_chunks_change_nothing_but_rounding(change):
         np.testing.assert_allclose(one, other, atol=1e-6, rtol=1e-5)
 
 
-def test_remat_policies_save_less_and_less():
-    """What the backward pass keeps of a layer, counted in the scan's saved outputs."""
+def kept(cfg: BackboneConfig, compute: ComputeConfig, tokens_BT: np.ndarray) -> list[Any]:
+    """Arrays that a backward pass needs from the forward pass."""
+    model = Transformer(cfg, compute)
+    _, pullback = jax.eval_shape(
+        lambda params: jax.vjp(lambda p: model.apply({"params": p}, tokens_BT).sum(), params),
+        weights(cfg),
+    )
+    return jax.tree.leaves(pullback)
 
+
+def test_remat_policies_save_less_and_less():
     def saved(remat):
         compute = dataclasses.replace(COMPUTE, remat=remat)
-        model, tokens_BT = Transformer(LLAMA, compute), random_tokens(2, 20)
-        _, pullback = jax.eval_shape(
-            lambda params: jax.vjp(lambda p: model.apply({"params": p}, tokens_BT).sum(), params),
-            weights(LLAMA),
-        )
-        return sum(leaf.size for leaf in jax.tree.leaves(pullback))
+        return sum(leaf.size for leaf in kept(LLAMA, compute, random_tokens(2, 20)))
 
     assert saved("full") < saved("outputs") < saved("dots") < saved("none")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_layer_keeps_each_product_s_result_once_and_nothing_twice(family, dtype):
+    """Norms, rotations, activations and gates are computed again, attention's output kept once."""
+    cfg, compute = FAMILIES[family], dataclasses.replace(COMPUTE, compute_dtype=dtype)
+    rows, length = cfg.num_layers + 1, 20
+    of_weights = {leaf.shape for leaf in jax.tree.leaves(weights(cfg))}
+    numbers_a_token = sorted(
+        leaf.size / (cfg.num_layers * rows * length)
+        for leaf in kept(cfg, compute, random_tokens(rows, length))
+        if leaf.shape[:1] == (cfg.num_layers,) and leaf.shape not in of_weights
+    )
+    queries, keys = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
+    expected = [cfg.hidden_size, cfg.hidden_size]  # Inputs of both norms.
+    expected += [queries, keys, keys, queries, cfg.num_heads]  # Flash attention's.
+    expected += [queries, keys] * cfg.qk_norm  # As they were before their norms.
+    expected += [cfg.intermediate_size] * (1 + cfg.gated_mlp)
+    assert numbers_a_token == sorted(expected)
 
 
 @pytest.mark.parametrize(
