@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from huatuo_jax.backbone import attention, positions
 from huatuo_jax.backbone.blockwise_attention import Trees
 from huatuo_jax.backbone.config import BackboneConfig, ComputeConfig
-from huatuo_jax.backbone.lora import LoraConfig, add_update
+from huatuo_jax.backbone.lora import LoraConfig, add_update, shared_with_adapters
 from huatuo_jax.backbone.matmul import Recomputed, cut, linear, linear_by_output
 from huatuo_jax.core import sharding
 
@@ -158,7 +158,7 @@ class SelfAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, hidden_BTD: Recomputed, rows: Rows, attend: Attend | None = None
+        self, hidden_BTD: jax.Array | Recomputed, rows: Rows, attend: Attend | None = None
     ) -> tuple[jax.Array, Any]:
         """Returns attention's addition to the residual stream, and the result of `attend`.
 
@@ -194,7 +194,7 @@ class SelfAttention(nn.Module):
         )(attended_BTNH)
         return add_update(self, self.lora, "output", attended_BTNH, output_BTD), returned
 
-    def _heads(self, hidden_BTD: Recomputed) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def _heads(self, hidden_BTD: jax.Array | Recomputed) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Returns queries, keys and values, adapters included."""
         cfg, head_dim = self.cfg, self.cfg.head_dim
         block = (cfg.queries_per_kv_head + 2) * head_dim
@@ -250,18 +250,18 @@ class FeedForward(nn.Module):
     lora: LoraConfig | None
 
     @nn.compact
-    def __call__(self, hidden_BTD: Recomputed) -> jax.Array:
+    def __call__(self, hidden_BTD: jax.Array | Recomputed) -> jax.Array:
         """Returns the feed-forward's addition to the residual stream, `[B, T, D]`."""
         cfg = self.cfg
         activated = functools.partial(_activate, ACTIVATIONS[cfg.activation])
         sources = self._gate_and_up(hidden_BTD) if cfg.gated_mlp else (self._up(hidden_BTD),)
-        wide_BTF = Recomputed(activated, sources)
+        wide_BTF = shared_with_adapters(Recomputed(activated, sources), self.lora)
         shape = (cfg.intermediate_size, cfg.hidden_size)
         down = Projection(1, shape, cfg.mlp_bias, cfg, self.compute, name="down")
         (output_BTD,) = down(wide_BTF)
         return add_update(self, self.lora, "down", wide_BTF, output_BTD)
 
-    def _gate_and_up(self, hidden_BTD: Recomputed) -> tuple[jax.Array, jax.Array]:
+    def _gate_and_up(self, hidden_BTD: jax.Array | Recomputed) -> tuple[jax.Array, jax.Array]:
         cfg = self.cfg
         gate_BT1F, up_BT1F = Projection(
             1,
@@ -278,7 +278,7 @@ class FeedForward(nn.Module):
             add_update(self, self.lora, "up", hidden_BTD, up_BT1F[:, :, 0]),
         )
 
-    def _up(self, hidden_BTD: Recomputed) -> jax.Array:
+    def _up(self, hidden_BTD: jax.Array | Recomputed) -> jax.Array:
         cfg = self.cfg
         shape = (cfg.hidden_size, cfg.intermediate_size)
         up = Projection(1, shape, cfg.mlp_bias, cfg, self.compute, name="up")

@@ -20,7 +20,7 @@ from huatuo_jax.backbone import layers, positions
 from huatuo_jax.backbone.blockwise_attention import Trees
 from huatuo_jax.backbone.config import BackboneConfig, ComputeConfig
 from huatuo_jax.backbone.layers import Attend, FeedForward, Norm, Rows, SelfAttention
-from huatuo_jax.backbone.lora import LoraConfig
+from huatuo_jax.backbone.lora import LoraConfig, shared_with_adapters
 from huatuo_jax.core import sharding
 
 Head = Literal["lm", "score"]
@@ -47,11 +47,13 @@ class Layer(nn.Module):
             attend: see `layers.Attend`; by default rows attend to themselves.
         """
         cfg, compute = self.cfg, self.compute
-        normed_BTD = Norm(cfg.norm, cfg, compute, name="attention_norm").recomputed(hidden_BTD)
+        attention_norm = Norm(cfg.norm, cfg, compute, name="attention_norm")
+        mlp_norm = Norm(cfg.norm, cfg, compute, name="mlp_norm")
+        normed_BTD = shared_with_adapters(attention_norm.recomputed(hidden_BTD), self.lora)
         attention = SelfAttention(cfg, compute, self.lora, name="attention")
         attended_BTD, returned = attention(normed_BTD, rows, attend)
         hidden_BTD = rows.wanted(hidden_BTD) + checkpoint_name(attended_BTD, _BLOCK_OUTPUTS[0])
-        normed_BTD = Norm(cfg.norm, cfg, compute, name="mlp_norm").recomputed(hidden_BTD)
+        normed_BTD = shared_with_adapters(mlp_norm.recomputed(hidden_BTD), self.lora)
         fed_BTD = FeedForward(cfg, compute, self.lora, name="mlp")(normed_BTD)
         hidden_BTD = hidden_BTD + checkpoint_name(fed_BTD, _BLOCK_OUTPUTS[1])
         return sharding.constrain(hidden_BTD, "hidden_BTD"), returned
