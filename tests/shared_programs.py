@@ -23,6 +23,7 @@ import pytest
 from huatuo_jax.generation.programs import programs_of
 
 _MAX_PROGRAMS = 64
+_APART = object()  # Its change is a change like any other.
 
 NOT_TRACED = (
     *(f"huatuo_jax.{room}." for room in ("api", "clinic", "data", "hub", "judge", "preferences")),
@@ -137,6 +138,11 @@ def share_programs() -> None:
 
     jax.jit = shared
     pytest.MonkeyPatch.setattr, pytest.MonkeyPatch.undo = counted, undone
+
+
+def apart(patch: pytest.MonkeyPatch) -> None:
+    """Shares no program made before, from here to the patch's end, for a test that counts them."""
+    patch.setattr(sys.modules[__name__], "_APART", object())
 
 
 def full_name(target: Any, *rest: Any) -> str:

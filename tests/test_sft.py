@@ -38,7 +38,7 @@ from huatuo_jax.training.metrics import read_rows
 from huatuo_jax.training.optimizer import OptimizerConfig
 from huatuo_jax.training.programs import MEMORY_VARIABLE
 from huatuo_jax.training.update import update_program
-from tests import made_up_memory
+from tests import made_up_memory, shared_programs
 from tests.tiny import TOKENIZER, backbone
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -193,6 +193,7 @@ def test_auto_takes_the_most_rows_that_fit_and_changes_no_number(
     expected = run_sft(config, tmp_path / "whole")
     made_up_memory.make_up(monkeypatch, programs_of=programs, fits=2, too_large=4)
     capsys.readouterr()
+    shared_programs.apart(monkeypatch)
     jax.config.update("jax_log_compiles", True)
     try:
         found = run_sft(config, tmp_path / "auto")

@@ -238,9 +238,13 @@ class Embedding(nn.Module):
         # A negative id would count from the end, and one in the padding would select a row.
         known_BT = (tokens_BT >= 0) & (tokens_BT < self.cfg.vocab_size)
         rows_BT = jnp.where(known_BT, tokens_BT, self.cfg.padded_vocab_size)
-        # Gathered first and cast afterwards, so that the whole table is never copied.
-        table_VD = sharding.constrain(self.table_VD, "table_VD")
-        return jnp.take(table_VD, rows_BT, axis=0, mode="fill").astype(self.compute.compute_dtype)
+        # Each device looks up its own columns for all tokens, and sends them to where their rows
+        # are. Tokens are less to send than the table, whose gradient stays where it is, too.
+        rows_BT = sharding.constrain(rows_BT, "looked_up_BT")
+        # Cast afterwards, so that the whole table is never copied.
+        found_BTD = jnp.take(self.table_VD, rows_BT, axis=0, mode="fill")
+        found_BTD = sharding.constrain(found_BTD.astype(self.compute.compute_dtype), "found_BTD")
+        return sharding.constrain(found_BTD, "hidden_BTD")
 
     def table(self) -> jax.Array:
         """Returns the table `[V, D]`, for a tied head."""

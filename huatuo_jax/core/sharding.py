@@ -56,11 +56,12 @@ _COMPILED_RULES = tuple((re.compile(f"(^|/){rule}$"), spec) for rule, spec in PA
 
 # Activations by name: their sharding is part of the model's contract with the compiler.
 ACTIVATION_RULES: Mapping[str, P] = {
-    # A lookup needs whole rows: left split over fsdp, the compiler would replicate its result.
+    # For the products of a loss in chunks, which would each gather the shards of fsdp.
     "table_VD": P("tensor", None),
-    # For the products of a loss in chunks, as the table of a tied head is: else each of them would
-    # gather the shards of fsdp.
     "head_DV": P(None, "tensor"),
+    # A lookup by all devices of fsdp, each in its own columns of the table.
+    "looked_up_BT": P("data", None),
+    "found_BTD": P("data", None, "fsdp"),
     "hidden_BTD": P(BATCH_AXES, None, None),
     "heads_BTNH": P(BATCH_AXES, None, "tensor", None),
     "mlp_BTF": P(BATCH_AXES, None, "tensor"),
