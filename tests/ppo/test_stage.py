@@ -220,10 +220,10 @@ def test_auto_takes_the_most_rows_that_fit_and_changes_no_number(
     names = [one.name for one in programs(4)]
     assert names == ["ppo/policy_pass", "ppo/value_pass", "ppo/score"]
     run_ppo(config, tmp_path / "whole")
-    made_up_memory.make_up(monkeypatch, programs_of=programs, fits=2, too_large=4)
+    made_up_memory.make_up(monkeypatch, programs_of=programs, fits=1, too_large=2)
     capsys.readouterr()
     run_ppo(config, tmp_path / "auto")
-    assert made_up_memory.told("ppo", size=2, rows=4) in capsys.readouterr().err
+    assert made_up_memory.told("ppo", size=1, rows=4) in capsys.readouterr().err
     found, expected = (
         {
             name: value
