@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 from huatuo_jax.backbone.layers import Head
 from huatuo_jax.backbone.transformer import Transformer
@@ -27,8 +28,8 @@ from huatuo_jax.generation.sampling import TopTokens, top_tokens
 _AT_ONCE = 1024  # Positions of a device's rows in a chunk: enough to keep its cores busy.
 _FEWEST = 8  # Positions of a row in a chunk, however many rows there are.
 
-Project = Callable[[jax.Array], jax.Array]
-"""From the trunk's output `[B, T, D]` to logits `[B, T, V]` in at least float32."""
+Project = Callable[[jax.Array, Any], jax.Array]
+"""From the trunk's output `[B, T, D]` and a head to logits `[B, T, V]` in at least float32."""
 
 
 class TokenScores(NamedTuple):
@@ -90,6 +91,7 @@ def at_tokens(numbers_BT: jax.Array) -> jax.Array:
 
 def token_scores(
     project: Project,
+    head: Any,
     hidden_BTD: jax.Array,
     targets_BT: jax.Array,
     wanted_BT: jax.Array,
@@ -102,7 +104,8 @@ def token_scores(
     """Scores each position's target, in chunks of positions.
 
     Args:
-        project: makes logits; what it closes over is differentiated too.
+        project: makes logits; arrays that it closes over get no gradient.
+        head: arrays that it makes them with, in any tree.
         hidden_BTD: output of the trunk.
         targets_BT: the token that position t predicts: `next_tokens(token_ids_BT)`.
         wanted_BT: bool, which positions to score.
@@ -117,25 +120,8 @@ def token_scores(
     """
     if not temperature > 0:
         raise ValueError(f"temperature={temperature!r} must be above 0")
-    order = _Order.of(wanted_BT, chunk)
-
-    def score_chunk(hidden_BCD: jax.Array, targets_BC: jax.Array) -> TokenScores:
-        logits_BCV = project(hidden_BCD) / temperature
-        return _score_targets(logits_BCV, targets_BC, entropy=entropy, num_top=num_top)
-
-    def score(_: None, inputs: tuple[jax.Array, ...]) -> tuple[None, TokenScores]:
-        hidden_BCD, targets_BC, wanted_BC = inputs
-        scores = jax.lax.cond(
-            wanted_BC.any(),
-            lambda: score_chunk(hidden_BCD, targets_BC),
-            lambda: _zeros_like(jax.eval_shape(score_chunk, hidden_BCD, targets_BC)),
-        )
-        return None, scores
-
-    # The body of a scan cannot be merged with its recomputation: no guard against that is needed.
-    recomputed = jax.checkpoint(score, prevent_cse=False)
-    inputs = tuple(map(order.cut, (hidden_BTD, targets_BT, wanted_BT)))
-    return order.join(jax.lax.scan(recomputed, None, inputs)[1])
+    scoring = _Scoring(project, temperature, chunk, entropy, num_top)
+    return _in_chunks(scoring, head, hidden_BTD, targets_BT, wanted_BT)
 
 
 def score_tokens(
@@ -161,9 +147,9 @@ def score_tokens(
         entropy: see there.
         num_top: see there.
     """
-    head = model.apply(variables, method="head")
     return token_scores(
-        lambda hidden_BTD: model.apply(variables, hidden_BTD, head, method="logits"),
+        functools.partial(model.apply, {}, method="logits"),
+        model.apply(variables, method="head"),
         hidden_of(model, variables, batch),
         next_tokens(batch["token_ids"]),
         next_tokens(mask_BT),
@@ -198,8 +184,7 @@ def sum_log_probs(
         The sum, and the scores, through which no gradient flows.
     """
     return _sum_in_chunks(
-        functools.partial(model.apply, {}, method="logits"),
-        chunk,
+        _Scoring(functools.partial(model.apply, {}, method="logits"), chunk=chunk),
         model.apply(variables, method="head"),
         hidden_of(model, variables, batch),
         next_tokens(batch["token_ids"]),
@@ -419,76 +404,175 @@ def _zeros_like(shapes: Any) -> Any:
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+class _Scoring(NamedTuple):
+    """Arguments of `token_scores` that are not arrays."""
+
+    project: Project
+    temperature: float = 1.0
+    chunk: int = 128
+    entropy: bool = False
+    num_top: int = 0
+
+    def of_chunk(self, head: Any, hidden_BCD: jax.Array, targets_BC: jax.Array) -> TokenScores:
+        """Scores the targets of a chunk, whether wanted or not."""
+        logits_BCV = self.project(hidden_BCD, head) / self.temperature
+        return _score_targets(logits_BCV, targets_BC, entropy=self.entropy, num_top=self.num_top)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _in_chunks(
+    scoring: _Scoring,
+    head: Any,
+    hidden_BTD: jax.Array,
+    targets_BT: jax.Array,
+    wanted_BT: jax.Array,
+) -> TokenScores:
+    """Computes `token_scores`; for the backward pass the arguments alone are kept.
+
+    Derived by jax, the gradient of a chunk that may be left out keeps what it is computed from, a
+    copy of the head included, or zeros in their place.
+    """
+    order = _Order.of(wanted_BT, scoring.chunk)
+
+    def score(
+        hidden_BCD: jax.Array, targets_BC: jax.Array, _: jax.Array
+    ) -> tuple[None, TokenScores]:
+        return None, scoring.of_chunk(head, hidden_BCD, targets_BC)
+
+    inputs = tuple(map(order.cut, (hidden_BTD, targets_BT, wanted_BT)))
+    return order.join(_over_chunks(score, None, *inputs)[1])
+
+
+def _forward(
+    scoring: _Scoring, head: Any, hidden_BTD: Any, targets_BT: Any, wanted_BT: Any
+) -> tuple[TokenScores, tuple[Any, ...]]:
+    given = tuple(leaf.value for leaf in (hidden_BTD, targets_BT, wanted_BT))
+    trained, frozen = _parted(head)
+    return _in_chunks(scoring, _whole(trained, frozen), *given), (trained, frozen, *given)
+
+
+def _backward(scoring: _Scoring, saved: tuple[Any, ...], gradients: TokenScores) -> tuple[Any, ...]:
+    trained, frozen, hidden_BTD, targets_BT, wanted_BT = saved
+    order = _Order.of(wanted_BT, scoring.chunk)
+    symbolic = [isinstance(leaf, SymbolicZero) for leaf in jax.tree.leaves(gradients)]
+
+    def differentiated(scores: TokenScores) -> list[jax.Array]:
+        leaves = jax.tree.leaves(scores)
+        return [leaf for leaf, is_zero in zip(leaves, symbolic, strict=True) if not is_zero]
+
+    def differentiate(
+        hidden_BCD: jax.Array, targets_BC: jax.Array, _: jax.Array, *gradients_BC: jax.Array
+    ) -> tuple[Any, jax.Array]:
+        def score(trained: Any, hidden_BCD: jax.Array) -> list[jax.Array]:
+            scores = scoring.of_chunk(_whole(trained, frozen), hidden_BCD, targets_BC)
+            return differentiated(scores)
+
+        return jax.vjp(score, trained, hidden_BCD)[1](list(gradients_BC))
+
+    # Nothing flows back from positions that are not wanted, whatever their gradient.
+    wanted = [
+        jnp.where(_laid(wanted_BT, leaf), leaf, jnp.zeros_like(leaf))
+        for leaf in differentiated(gradients)
+    ]
+    inputs = map(order.cut, (hidden_BTD, targets_BT, wanted_BT, *wanted))
+    to_head, chunks = _over_chunks(differentiate, trained, *inputs)
+    return to_head, order.join(chunks), None, None
+
+
+_in_chunks.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _sum_in_chunks(
-    project: Callable[[jax.Array, Head], jax.Array],
-    chunk: int,
+    scoring: _Scoring,
     head: Head,
     hidden_BTD: jax.Array,
     targets_BT: jax.Array,
     wanted_BT: jax.Array,
 ) -> tuple[jax.Array, TokenScores]:
-    scores = token_scores(
-        lambda hidden_BCD: project(hidden_BCD, head), hidden_BTD, targets_BT, wanted_BT, chunk=chunk
-    )
+    scores = _in_chunks(scoring, head, hidden_BTD, targets_BT, wanted_BT)
     return scores.log_probs_BT.sum(), scores
 
 
 def _sum_forward(
-    project: Callable[[jax.Array, Head], jax.Array],
-    chunk: int,
-    head: Any,
-    hidden_BTD: Any,
-    targets_BT: Any,
-    wanted_BT: Any,
+    scoring: _Scoring, head: Any, hidden_BTD: Any, targets_BT: Any, wanted_BT: Any
 ) -> tuple[tuple[jax.Array, TokenScores], tuple[Any, jax.Array]]:
     """Computes the sum with its gradients; of a head that is not trained there is none."""
-    trained = head.kernel.perturbed
-    head = Head(*(leaf.value for leaf in head))
-    order = _Order.of(wanted_BT.value, chunk)
+    trained, frozen = _parted(head)
+    order = _Order.of(wanted_BT.value, scoring.chunk)
 
-    def summed(
-        kernel: jax.Array, hidden_BCD: jax.Array, targets_BC: jax.Array, wanted_BC: jax.Array
-    ) -> tuple[jax.Array, TokenScores]:
-        logits_BCV = project(hidden_BCD, head._replace(kernel=kernel))
-        scores = _score_targets(logits_BCV, targets_BC, entropy=False, num_top=0)
-        return jnp.where(wanted_BC, scores.log_probs_BT, 0).sum(), scores
+    def differentiate(
+        hidden_BCD: jax.Array, targets_BC: jax.Array, wanted_BC: jax.Array
+    ) -> tuple[Any, tuple[jax.Array, TokenScores]]:
+        def summed(trained: Any, hidden_BCD: jax.Array) -> tuple[jax.Array, TokenScores]:
+            scores = scoring.of_chunk(_whole(trained, frozen), hidden_BCD, targets_BC)
+            return jnp.where(wanted_BC, scores.log_probs_BT, 0).sum(), scores
 
-    differentiate = jax.grad(summed, argnums=(0, 1) if trained else (1,), has_aux=True)
+        gradient = jax.grad(summed, argnums=(0, 1), has_aux=True)
+        (of_head, of_hidden_BCD), scores = gradient(trained, hidden_BCD)
+        return of_head, (of_hidden_BCD, scores)
 
-    def add(to_kernel: list[jax.Array], inputs: tuple[jax.Array, ...]) -> tuple[Any, Any]:
-        def compute() -> tuple[list[jax.Array], tuple[jax.Array, TokenScores]]:
-            (*of_kernel, of_hidden_BCD), scores = differentiate(head.kernel, *inputs)
-            return jax.tree.map(jnp.add, to_kernel, of_kernel), (of_hidden_BCD, scores)
-
-        def skip() -> tuple[list[jax.Array], tuple[jax.Array, TokenScores]]:
-            return to_kernel, _zeros_like(jax.eval_shape(compute)[1])
-
-        return jax.lax.cond(inputs[-1].any(), compute, skip)
-
-    inputs = tuple(order.cut(leaf.value) for leaf in (hidden_BTD, targets_BT, wanted_BT))
-    start = [jnp.zeros_like(head.kernel)] if trained else []
-    to_kernel, chunks = jax.lax.scan(add, start, inputs)
+    inputs = (order.cut(leaf.value) for leaf in (hidden_BTD, targets_BT, wanted_BT))
+    to_head, chunks = _over_chunks(differentiate, trained, *inputs)
     to_hidden_BTD, scores = order.join(chunks)
-    return (scores.log_probs_BT.sum(), scores), (to_kernel, to_hidden_BTD)
+    return (scores.log_probs_BT.sum(), scores), (to_head, to_hidden_BTD)
 
 
 def _sum_backward(
-    project: Callable[[jax.Array, Head], jax.Array],
-    chunk: int,
-    saved: tuple[list[jax.Array], jax.Array],
-    gradients: tuple[jax.Array, TokenScores],
+    scoring: _Scoring, saved: tuple[Any, jax.Array], gradients: tuple[jax.Array, TokenScores]
 ) -> tuple[Any, ...]:
-    del project, chunk
-    to_kernel, to_hidden_BTD = jax.tree.map(
+    del scoring
+    to_head, to_hidden_BTD = jax.tree.map(
         lambda leaf: leaf * gradients[0].astype(leaf.dtype), saved
     )
-    # The kernel in the compute dtype has none, and a frozen one neither.
-    to_head = (*to_kernel, None, None)[: len(Head._fields)]
-    return Head._make(to_head), to_hidden_BTD, None, None
+    return to_head, to_hidden_BTD, None, None
 
 
 _sum_in_chunks.defvjp(_sum_forward, _sum_backward, symbolic_zeros=True)
+
+
+def _over_chunks(step: Callable[..., tuple[Any, Any]], trained: Any, *inputs: Any) -> Any:
+    """Runs a step for each chunk that has a wanted position.
+
+    Args:
+        step: from a chunk of each input to gradients like `trained`, and anything else.
+        trained: arrays whose gradients are added up.
+        inputs: `[T / C, B, C, ...]`; the third tells which positions are wanted.
+
+    Returns:
+        The sums, and of all chunks what else the step returns, zeros where it did not run.
+    """
+
+    def run(sums: Any, inputs: tuple[jax.Array, ...]) -> tuple[Any, Any]:
+        def compute() -> tuple[Any, Any]:
+            added, returned = step(*inputs)
+            return jax.tree.map(jnp.add, sums, added), returned
+
+        def skip() -> tuple[Any, Any]:
+            return sums, _zeros_like(jax.eval_shape(compute)[1])
+
+        return jax.lax.cond(inputs[2].any(), compute, skip)
+
+    return jax.lax.scan(run, jax.tree.map(jnp.zeros_like, trained), inputs)
+
+
+def _parted(head: Any) -> tuple[Any, Any]:
+    """Parts a head, as a rule for gradients gets it, into what has one and the rest.
+
+    Returns:
+        Two trees like the head's, each with None in the place of what the other holds.
+    """
+    trained = jax.tree.map(lambda leaf: leaf.value if leaf.perturbed else None, head)
+    return trained, jax.tree.map(lambda leaf: None if leaf.perturbed else leaf.value, head)
+
+
+def _whole(trained: Any, frozen: Any) -> Any:
+    """Puts the parts of a head together."""
+    return jax.tree.map(
+        lambda one, other: other if one is None else one,
+        *(trained, frozen),
+        is_leaf=lambda leaf: leaf is None,
+    )
 
 
 def _score_targets(

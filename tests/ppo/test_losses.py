@@ -1,6 +1,5 @@
 """What the losses read of a model: log-probabilities, entropies and values, each at its token."""
 
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -87,9 +86,8 @@ def test_the_entropys_gradient_is_that_of_the_plain_softmax():
     targets_BT = jnp.zeros((2, 5), jnp.int32)
 
     def ours(kernel_DV):
-        project = functools.partial(jnp.matmul, b=kernel_DV)
         scores = token_scores(
-            lambda hidden: project(hidden),
+            *(jnp.matmul, kernel_DV),
             hidden_BTD,
             targets_BT,
             wanted_BT,
@@ -114,7 +112,7 @@ def test_the_entropys_gradient_is_that_of_the_plain_softmax():
 def test_entropies_are_left_out_where_nobody_asks():
     hidden_BTD, kernel_DV = jnp.ones((1, 4, 3)), jnp.ones((3, 6))
     ones_BT = jnp.ones((1, 4), jnp.int32)
-    scores = token_scores(lambda x: x @ kernel_DV, hidden_BTD, ones_BT, ones_BT > 0)
+    scores = token_scores(jnp.matmul, kernel_DV, hidden_BTD, ones_BT, ones_BT > 0)
     assert not scores.entropies_BT.any() and scores.log_probs_BT.all()
 
 

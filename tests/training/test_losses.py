@@ -46,10 +46,18 @@ def _plain_log_probs(params, hidden_BTD, targets_BT, wanted_BT, cfg, temperature
     return jnp.where(wanted_BT, picked_BT, 0.0), logits_BTV.argmax(axis=-1)
 
 
+def _given(logits_BTV, _):
+    return logits_BTV
+
+
 def _chunked(params, hidden_BTD, targets_BT, wanted_BT, cfg, temperature, chunk):
-    project = functools.partial(Transformer(cfg).apply, {"params": params}, method="logits")
+    model = Transformer(cfg)
     return token_scores(
-        project, hidden_BTD, targets_BT, wanted_BT, temperature=temperature, chunk=chunk
+        functools.partial(model.apply, {}, method="logits"),
+        model.apply({"params": params}, method="head"),
+        *(hidden_BTD, targets_BT, wanted_BT),
+        temperature=temperature,
+        chunk=chunk,
     )
 
 
@@ -153,7 +161,7 @@ def test_scores_are_float64_where_the_logits_are():
         logits_BTV = jax.random.normal(jax.random.key(0), (2, 5, 7), jnp.float64)
         targets_BT = jnp.asarray([[0, 1, 2, 3, 4], [6, 5, 4, 3, 2]])
         wanted_BT = jnp.ones((2, 5), bool)
-        score = jax.jit(functools.partial(token_scores, lambda hidden: hidden, chunk=2))
+        score = jax.jit(functools.partial(token_scores, _given, None, chunk=2))
         scores = score(logits_BTV, targets_BT, wanted_BT)
         expected = jax.nn.log_softmax(logits_BTV, axis=-1)
         picked = jnp.take_along_axis(expected, targets_BT[:, :, None], axis=-1)[..., 0]
@@ -166,7 +174,7 @@ def test_logits_as_large_as_thousands_neither_overflow_nor_vanish():
     wanted_BT = jnp.ones((1, 1), bool)
     for target, expected in ((0, 0.0), (1, -5000.0), (2, -10_000.0)):
         targets_BT = jnp.full((1, 1), target)
-        scores = token_scores(lambda hidden: hidden, logits_BTV, targets_BT, wanted_BT)
+        scores = token_scores(_given, None, logits_BTV, targets_BT, wanted_BT)
         assert float(scores.log_probs_BT[0, 0]) == expected
 
 
@@ -177,7 +185,7 @@ def test_chunks_without_a_wanted_position_are_not_computed():
     targets_BT = jnp.zeros((2, 8), jnp.int32)
 
     def total(hidden_BTD):
-        scores = token_scores(lambda h: h, hidden_BTD, targets_BT, wanted_BT, chunk=4)
+        scores = token_scores(_given, None, hidden_BTD, targets_BT, wanted_BT, chunk=4)
         return scores.log_probs_BT.sum()
 
     value, gradient = jax.jit(jax.value_and_grad(total))(hidden_BTD)
@@ -193,9 +201,7 @@ def test_the_whole_logits_never_stand_in_memory():
     targets_BT = jnp.zeros((rows, length), jnp.int32)
 
     def total(kernel_DV, hidden_BTD):
-        scores = token_scores(
-            lambda h: h @ kernel_DV, hidden_BTD, targets_BT, wanted_BT, chunk=chunk
-        )
+        scores = token_scores(jnp.matmul, kernel_DV, hidden_BTD, targets_BT, wanted_BT, chunk=chunk)
         return scores.log_probs_BT.sum()
 
     hidden_BTD = jnp.ones((rows, length, width))
@@ -205,9 +211,8 @@ def test_the_whole_logits_never_stand_in_memory():
 
 
 def _sum_of_scores(hidden_BTD, kernel_DV, wanted_BT, chunk):
-    scores = token_scores(
-        lambda h: h @ kernel_DV, hidden_BTD, jnp.zeros(wanted_BT.shape, int), wanted_BT, chunk=chunk
-    )
+    targets_BT = jnp.zeros(wanted_BT.shape, int)
+    scores = token_scores(jnp.matmul, kernel_DV, hidden_BTD, targets_BT, wanted_BT, chunk=chunk)
     return scores.log_probs_BT.sum()
 
 
@@ -289,7 +294,7 @@ def test_sums_by_kind_equal_a_loop():
 def test_a_temperature_of_zero_is_refused():
     with pytest.raises(ValueError, match="temperature=0"):
         token_scores(
-            lambda h: h,
+            *(_given, None),
             jnp.ones((1, 1, 2)),
             jnp.zeros((1, 1), int),
             jnp.ones((1, 1), bool),
