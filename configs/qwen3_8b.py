@@ -7,19 +7,16 @@ Base model: Qwen3-8B; `--config.sft.model.directory=DIR` takes it from a folder.
 settings: see `configs/huatuogpt_7b.py`.
 Chat template: ChatML. Qwen3's own puts an empty block of thoughts before the last answer alone, so
 that conversations cannot be trained in it.
-Hardware: in PPO 64 rows go through a model at once, one a chip of v5e-64 and eight a GPU. What a
-device holds, without one:
+What a device holds, without one:
 
     python launch/compile.py --config=configs/qwen3_8b.py --topology=v5e:8x8
     python launch/compile.py --config=configs/qwen3_8b.py --topology=h100:8
 """
 
-from huatuo_jax.core.config import replaced
 from huatuo_jax.recipe.config import RlaifConfig
 from huatuo_jax.recipe.paper import paper_recipe
 
 
 def get_config() -> RlaifConfig:
     """Returns all stages and their settings."""
-    recipe = paper_recipe("Qwen/Qwen3-8B", template="chatml")
-    return replaced(recipe, {"ppo.micro_batch_size": 64})
+    return paper_recipe("Qwen/Qwen3-8B", template="chatml")

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from huatuo_jax.backbone.config import BackboneConfig, ComputeConfig
 from huatuo_jax.backbone.lora import LoraConfig, init_adapters
-from huatuo_jax.backbone.transformer import Transformer, abstract_params
+from huatuo_jax.backbone.transformer import Embedding, Transformer, abstract_params
 from huatuo_jax.compiling import hlo
 from huatuo_jax.core import sharding
 from huatuo_jax.training.losses import score_tokens
@@ -383,6 +383,32 @@ def test_a_loss_in_chunks_gathers_the_head_once(dtype):
     shard = (LLAMA.hidden_size, LLAMA.padded_vocab_size // 2)
     gathered = [one.runs for one in found if one.kind == "all-gather" and one.dims == shard]
     assert gathered == [1]
+
+
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2)])
+def test_a_lookup_sends_the_embeddings_of_tokens_and_never_the_table(sizes):
+    rows, length = 16, 4
+    mesh = sharding.make_mesh(**dict(zip(sharding.AXES, sizes, strict=True)))
+    module = Embedding(LLAMA, COMPUTE)
+    shape = (LLAMA.padded_vocab_size, LLAMA.hidden_size)
+    params = {"embedding": {"table": jax.ShapeDtypeStruct(shape, COMPUTE.param_dtype)}}
+    tokens_BT = jax.ShapeDtypeStruct(
+        (rows, length), jnp.int32, sharding=sharding.batch_sharding(mesh)
+    )
+
+    def loss(params: Any, tokens_BT: jax.Array) -> jax.Array:
+        found_BTD = module.apply({"params": params["embedding"]}, tokens_BT)
+        return jnp.sin(found_BTD).sum()
+
+    with jax.set_mesh(mesh):
+        shardings = sharding.parameter_shardings(params, mesh)
+        gradient = jax.jit(jax.grad(loss), out_shardings=shardings)
+        compiled = gradient.lower(_placed(params, shardings), tokens_BT).compile()
+    found = hlo.collectives_of(hlo.parse(compiled.as_text()), mesh, num_layers=1)
+    assert [one.kind for one in found].count("all-to-all") == 2
+    # Of the table each device holds its part, whose gradients the copies of `data` add up.
+    of_table = [one for one in found if one.dims[0] in (shape[0], shape[0] // sizes[2])]
+    assert [(one.kind, one.axes) for one in of_table] == [("all-reduce", ("data",))][: sizes[0] - 1]
 
 
 def compile_everywhere() -> None:

@@ -1,6 +1,5 @@
 """What the losses read of a model: log-probabilities, entropies and values, each at its token."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.core import jaxprs_in_params
+from jax.extend.core import jaxprs_in_params
 from jax.interpreters import partial_eval
 
 from huatuo_jax.backbone.config import ComputeConfig
@@ -44,6 +44,13 @@ def _plain_log_probs(params, hidden_BTD, targets_BT, wanted_BT, cfg, temperature
     log_probs_BTV = jax.nn.log_softmax(logits_BTV / temperature, axis=-1)
     picked_BT = jnp.take_along_axis(log_probs_BTV, targets_BT[:, :, None], axis=-1)[..., 0]
     return jnp.where(wanted_BT, picked_BT, 0.0), logits_BTV.argmax(axis=-1)
+
+
+def _equations(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jaxprs_in_params(equation.params):
+            yield from _equations(inner)
 
 
 def _given(logits_BTV, _):
@@ -143,17 +150,14 @@ def test_a_sum_makes_no_logits_again_and_no_gradient_of_a_frozen_head(frozen, pr
     def total(trained):
         return sum_log_probs(Transformer(TINY), {"params": params | trained}, batch, mask_BT)[0]
 
-    def count(jaxpr):
-        found = sum(count(inner) for eqn in jaxpr.eqns for inner in jaxprs_in_params(eqn.params))
-        for eqn in jaxpr.eqns:
-            shapes = [one.aval.shape for one in (*eqn.invars, *eqn.outvars)]
-            is_product = eqn.primitive.name == "dot_general"
-            found += is_product and any(TINY.padded_vocab_size in shape for shape in shapes)
-        return found
+    def is_product_of_logits(equation):
+        shapes = [one.aval.shape for one in (*equation.invars, *equation.outvars)]
+        is_product = equation.primitive.name == "dot_general"
+        return is_product and any(TINY.padded_vocab_size in shape for shape in shapes)
 
     jaxpr = jax.make_jaxpr(jax.grad(total))(trained).jaxpr
     used, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
-    assert count(used) == products
+    assert sum(map(is_product_of_logits, _equations(used))) == products
 
 
 def test_scores_are_float64_where_the_logits_are():
@@ -210,10 +214,32 @@ def test_the_whole_logits_never_stand_in_memory():
     assert compiled.memory_analysis().temp_size_in_bytes < whole / 2
 
 
-def _sum_of_scores(hidden_BTD, kernel_DV, wanted_BT, chunk):
+def test_the_gradient_of_scores_keeps_neither_logits_nor_a_copy_of_the_head():
+    """A chunk that may be left out returns what it keeps, or zeros in its place."""
+    rows, length, width, vocabulary = 2, 12, 8, 64
+    wanted_BT = jnp.ones((rows, length), bool)
+
+    def total(kernel_DV, hidden_BTD):
+        return jnp.sin(_scores_of(hidden_BTD, kernel_DV, wanted_BT, 4).log_probs_BT).sum()
+
+    gradient = jax.grad(total, argnums=(0, 1))
+    traced = jax.make_jaxpr(gradient)(
+        jnp.ones((width, vocabulary)), jnp.ones((rows, length, width))
+    )
+    conditions = [one for one in _equations(traced.jaxpr) if one.primitive.name == "cond"]
+    shapes = [out.aval.shape for one in conditions for out in one.outvars]
+    # The sum of the head's gradients.
+    assert [shape for shape in shapes if vocabulary in shape] == [(width, vocabulary)]
+    assert len(conditions) == 2
+
+
+def _scores_of(hidden_BTD, kernel_DV, wanted_BT, chunk):
     targets_BT = jnp.zeros(wanted_BT.shape, int)
-    scores = token_scores(jnp.matmul, kernel_DV, hidden_BTD, targets_BT, wanted_BT, chunk=chunk)
-    return scores.log_probs_BT.sum()
+    return token_scores(jnp.matmul, kernel_DV, hidden_BTD, targets_BT, wanted_BT, chunk=chunk)
+
+
+def _sum_of_scores(hidden_BTD, kernel_DV, wanted_BT, chunk):
+    return _scores_of(hidden_BTD, kernel_DV, wanted_BT, chunk).log_probs_BT.sum()
 
 
 @pytest.mark.parametrize(
@@ -233,14 +259,8 @@ def test_of_many_short_rows_a_device_holds_the_logits_of_few_positions(rows, len
     with jax.set_mesh(mesh):
         jaxpr = jax.make_jaxpr(functools.partial(_sum_of_scores, chunk=128))(*shapes)
 
-    def products(jaxpr):
-        for eqn in jaxpr.eqns:
-            if eqn.primitive.name == "dot_general":
-                yield eqn.outvars[0].aval.shape
-            for inner in jaxprs_in_params(eqn.params):
-                yield from products(inner)
-
-    assert set(products(jaxpr.jaxpr)) == {(rows, chunk, 999)}
+    products = [one for one in _equations(jaxpr.jaxpr) if one.primitive.name == "dot_general"]
+    assert {one.outvars[0].aval.shape for one in products} == {(rows, chunk, 999)}
 
 
 def test_of_many_short_rows_no_logits_of_unwanted_positions_are_computed():
