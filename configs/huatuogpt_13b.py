@@ -9,10 +9,7 @@ Where weights are published as a delta, the base is added first:
     python launch/convert.py --source=DELTA --delta_base=LLAMA_13B --target=DIR
 
 Data, judge and settings: see `configs/huatuogpt_7b.py`; the paper tells no others for this size.
-Hardware, as `launch/compile.py` found it (all cards: docs/hardware.md): on a TPU slice v5p:2x2x4
-(v5p-32) a device holds 31.6 GiB of its 94.8 in fine-tuning, 43.9 with the reward model and 42.7 in
-PPO. Fine-tuning reaches a utilisation of 78 % at most, 72,000 tokens/s: 3.9 hours for a billion
-tokens, and no less. An iteration of PPO takes 31 s at least.
+Hardware: a TPU slice v5p:2x2x4 (v5p-32), as `launch/compile.py` found it (docs/hardware.md).
 """
 
 from huatuo_jax.recipe.config import RlaifConfig

@@ -15,15 +15,12 @@ weight decay 0.1 off norms and biases, gradients clipped to norm 1, all weights 
 compute, layers recomputed in the backward pass. Different from the paper: rows are packed, so a
 step holds more dialogues than 128, and there are fewer steps; `--config.sft.data.packed=False`
 gives one dialogue a row.
-Hardware, as `launch/compile.py` found it (all cards: docs/hardware.md): on a TPU slice v5e:8x8 a
-chip holds 6.3 GiB of its 15.75 in fine-tuning, 6.2 with the reward model and 8.5 in PPO.
-Fine-tuning reaches a utilisation of 78 % at most, 234,000 tokens/s: 71 minutes for a billion
-tokens, and no less. An iteration of PPO takes 12 s at least, all 400 of them under an hour and a
-half. On a host of 8 H100s: 29.8, 44.3 and 47.2 GiB of 72.8; 79 %, 148,000 tokens/s; 19 s. On
-v5p:2x2x2 (v5p-16): 36.5, 58.1 and 52.2 of 94.8; 78 %, 68,000 tokens/s; 33 s. Real runs take longer:
-count on twice that. Where there is memory to spare, the products of a layer can be kept rather than
-computed again: with `--config.sft.compute.remat=dots --config.sft.micro_batch_size=32` 8 H100s hold
-40.9 GiB and may reach 97 %, 182,000 tokens/s.
+Hardware: a TPU slice v5e:8x8 (v5e-64) or v5p:2x2x2 (v5p-16), or a host of 8 H100s. What a device
+holds, and the least time of fine-tuning and of an iteration of PPO, as `launch/compile.py` found
+them, are in docs/hardware.md; real runs take longer: count on twice that. Where there is memory to
+spare, the products of a layer can be kept rather than computed again: with
+`--config.sft.compute.remat=dots --config.sft.micro_batch_size=32` 8 H100s hold 39.2 GiB each and
+may reach a utilisation of 98 %, 185,000 tokens/s.
 """
 
 from huatuo_jax.recipe.config import RlaifConfig

@@ -5,10 +5,7 @@
 
 Base model: Qwen2.5-7B; `--config.sft.model.directory=DIR` takes it from a folder. Data, judge and
 settings: see `configs/huatuogpt_7b.py`; only base model and template differ.
-Hardware, as `launch/compile.py` found it (all cards: docs/hardware.md): on a TPU slice v5e:8x8 a
-chip holds 10.0 GiB of its 15.75 in fine-tuning, 10.2 with the reward model and 12.6 in PPO.
-Fine-tuning reaches a utilisation of 79 % at most, 229,000 tokens/s: 73 minutes for a billion
-tokens, and no less. An iteration of PPO takes 13 s at least.
+Hardware: a TPU slice v5e:8x8 (v5e-64), as `launch/compile.py` found it (docs/hardware.md).
 """
 
 from huatuo_jax.recipe.config import RlaifConfig
