@@ -443,7 +443,7 @@ def _in_chunks(
     return order.join(_over_chunks(score, None, *inputs)[1])
 
 
-def _forward(
+def _in_chunks_forward(
     scoring: _Scoring, head: Any, hidden_BTD: Any, targets_BT: Any, wanted_BT: Any
 ) -> tuple[TokenScores, tuple[Any, ...]]:
     given = tuple(leaf.value for leaf in (hidden_BTD, targets_BT, wanted_BT))
@@ -451,7 +451,9 @@ def _forward(
     return _in_chunks(scoring, _whole(trained, frozen), *given), (trained, frozen, *given)
 
 
-def _backward(scoring: _Scoring, saved: tuple[Any, ...], gradients: TokenScores) -> tuple[Any, ...]:
+def _in_chunks_backward(
+    scoring: _Scoring, saved: tuple[Any, ...], gradients: TokenScores
+) -> tuple[Any, ...]:
     trained, frozen, hidden_BTD, targets_BT, wanted_BT = saved
     order = _Order.of(wanted_BT, scoring.chunk)
     symbolic = [isinstance(leaf, SymbolicZero) for leaf in jax.tree.leaves(gradients)]
@@ -479,7 +481,7 @@ def _backward(scoring: _Scoring, saved: tuple[Any, ...], gradients: TokenScores)
     return to_head, order.join(chunks), None, None
 
 
-_in_chunks.defvjp(_forward, _backward, symbolic_zeros=True)
+_in_chunks.defvjp(_in_chunks_forward, _in_chunks_backward, symbolic_zeros=True)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
