@@ -9,7 +9,7 @@ Where weights are published as a delta, the base is added first:
     python launch/convert.py --source=DELTA --delta_base=LLAMA_13B --target=DIR
 
 Data, judge and settings: see `configs/huatuogpt_7b.py`; the paper tells no others for this size.
-Hardware: a TPU slice v5p:2x2x4 (v5p-32), as `launch/compile.py` found it (docs/hardware.md).
+Hardware: a TPU slice v5p:2x2x4 (v5p-32); docs/hardware.md has what a device holds.
 """
 
 from huatuo_jax.recipe.config import RlaifConfig

@@ -6,8 +6,8 @@
 Base model, data and judge: see `configs/huatuogpt_7b.py`. Adapters of rank 64 on every projection
 of the layers; weights stay as they are, in 16 bits. Rates and rank are choices of this project
 (`huatuo_jax/recipe/paper.py`), not the paper's, which trains all weights.
-Hardware: an H100, as `launch/compile.py` found it (docs/hardware.md), with 16 answers of PPO at
-once. Fine-tuning alone fits a GPU of 24 GB, a row at a time (17.3 GiB):
+Hardware: an H100, with 16 answers of PPO at once; docs/hardware.md has what it holds. Fine-tuning
+alone fits a GPU of 24 GB, a row at a time (17.3 GiB):
 `--config.stages=sft --config.sft.micro_batch_size=1`.
 """
 

@@ -5,7 +5,7 @@
 
 Base model: Qwen2.5-7B; `--config.sft.model.directory=DIR` takes it from a folder. Data, judge and
 settings: see `configs/huatuogpt_7b.py`; only base model and template differ.
-Hardware: a TPU slice v5e:8x8 (v5e-64), as `launch/compile.py` found it (docs/hardware.md).
+Hardware: a TPU slice v5e:8x8 (v5e-64); docs/hardware.md has what a chip holds.
 """
 
 from huatuo_jax.recipe.config import RlaifConfig

@@ -7,7 +7,7 @@ Base model: Qwen3-8B; `--config.sft.model.directory=DIR` takes it from a folder.
 settings: see `configs/huatuogpt_7b.py`.
 Chat template: ChatML. Qwen3's own puts an empty block of thoughts before the last answer alone, so
 that conversations cannot be trained in it.
-What a device holds, without one:
+Hardware: a TPU slice v5e-64 or a host of 8 H100s. What a device holds, without one:
 
     python launch/compile.py --config=configs/qwen3_8b.py --topology=v5e:8x8
     python launch/compile.py --config=configs/qwen3_8b.py --topology=h100:8

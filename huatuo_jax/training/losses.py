@@ -432,15 +432,11 @@ def _in_chunks(
     Derived by jax, the gradient of a chunk that may be left out keeps what it is computed from, a
     copy of the head included, or zeros in their place.
     """
-    order = _Order.of(wanted_BT, scoring.chunk)
 
-    def score(
-        hidden_BCD: jax.Array, targets_BC: jax.Array, _: jax.Array
-    ) -> tuple[None, TokenScores]:
+    def score(hidden_BCD: jax.Array, targets_BC: jax.Array, _: Any) -> tuple[None, TokenScores]:
         return None, scoring.of_chunk(head, hidden_BCD, targets_BC)
 
-    inputs = tuple(map(order.cut, (hidden_BTD, targets_BT, wanted_BT)))
-    return order.join(_over_chunks(score, None, *inputs)[1])
+    return _over_chunks(score, None, scoring.chunk, hidden_BTD, targets_BT, wanted_BT)[1]
 
 
 def _in_chunks_forward(
@@ -454,8 +450,7 @@ def _in_chunks_forward(
 def _in_chunks_backward(
     scoring: _Scoring, saved: tuple[Any, ...], gradients: TokenScores
 ) -> tuple[Any, ...]:
-    trained, frozen, hidden_BTD, targets_BT, wanted_BT = saved
-    order = _Order.of(wanted_BT, scoring.chunk)
+    trained, frozen, *given, wanted_BT = saved
     symbolic = [isinstance(leaf, SymbolicZero) for leaf in jax.tree.leaves(gradients)]
 
     def differentiated(scores: TokenScores) -> list[jax.Array]:
@@ -476,9 +471,9 @@ def _in_chunks_backward(
         jnp.where(_laid(wanted_BT, leaf), leaf, jnp.zeros_like(leaf))
         for leaf in differentiated(gradients)
     ]
-    inputs = map(order.cut, (hidden_BTD, targets_BT, wanted_BT, *wanted))
-    to_head, chunks = _over_chunks(differentiate, trained, *inputs)
-    return to_head, order.join(chunks), None, None
+    arrays = (*given, wanted_BT, *wanted)
+    to_head, to_hidden_BTD = _over_chunks(differentiate, trained, scoring.chunk, *arrays)
+    return to_head, to_hidden_BTD, None, None
 
 
 _in_chunks.defvjp(_in_chunks_forward, _in_chunks_backward, symbolic_zeros=True)
@@ -501,7 +496,6 @@ def _sum_forward(
 ) -> tuple[tuple[jax.Array, TokenScores], tuple[Any, jax.Array]]:
     """Computes the sum with its gradients; of a head that is not trained there is none."""
     trained, frozen = _parted(head)
-    order = _Order.of(wanted_BT.value, scoring.chunk)
 
     def differentiate(
         hidden_BCD: jax.Array, targets_BC: jax.Array, wanted_BC: jax.Array
@@ -514,9 +508,8 @@ def _sum_forward(
         (of_head, of_hidden_BCD), scores = gradient(trained, hidden_BCD)
         return of_head, (of_hidden_BCD, scores)
 
-    inputs = (order.cut(leaf.value) for leaf in (hidden_BTD, targets_BT, wanted_BT))
-    to_head, chunks = _over_chunks(differentiate, trained, *inputs)
-    to_hidden_BTD, scores = order.join(chunks)
+    given = (leaf.value for leaf in (hidden_BTD, targets_BT, wanted_BT))
+    to_head, (to_hidden_BTD, scores) = _over_chunks(differentiate, trained, scoring.chunk, *given)
     return (scores.log_probs_BT.sum(), scores), (to_head, to_hidden_BTD)
 
 
@@ -533,19 +526,23 @@ def _sum_backward(
 _sum_in_chunks.defvjp(_sum_forward, _sum_backward, symbolic_zeros=True)
 
 
-def _over_chunks(step: Callable[..., tuple[Any, Any]], trained: Any, *inputs: Any) -> Any:
-    """Runs a step for each chunk that has a wanted position.
+def _over_chunks(
+    step: Callable[..., tuple[Any, Any]], trained: Any, chunk: int, *arrays: jax.Array
+) -> tuple[Any, Any]:
+    """Runs a step for each chunk of positions that has a wanted one.
 
     Args:
-        step: from a chunk of each input to gradients like `trained`, and anything else.
+        step: from a chunk of each array to gradients like `trained`, and arrays of its positions.
         trained: arrays whose gradients are added up.
-        inputs: `[T / C, B, C, ...]`; the third tells which positions are wanted.
+        chunk: as for `token_scores`.
+        arrays: `[B, T, ...]`; the third tells which positions are wanted.
 
     Returns:
-        The sums, and of all chunks what else the step returns, zeros where it did not run.
+        The sums, and what else the step returns, zero at positions that are not wanted.
     """
+    order = _Order.of(arrays[2], chunk)
 
-    def run(sums: Any, inputs: tuple[jax.Array, ...]) -> tuple[Any, Any]:
+    def run(sums: Any, inputs: list[jax.Array]) -> tuple[Any, Any]:
         def compute() -> tuple[Any, Any]:
             added, returned = step(*inputs)
             return jax.tree.map(jnp.add, sums, added), returned
@@ -555,7 +552,9 @@ def _over_chunks(step: Callable[..., tuple[Any, Any]], trained: Any, *inputs: An
 
         return jax.lax.cond(inputs[2].any(), compute, skip)
 
-    return jax.lax.scan(run, jax.tree.map(jnp.zeros_like, trained), inputs)
+    start = jax.tree.map(jnp.zeros_like, trained)
+    sums, chunks = jax.lax.scan(run, start, [order.cut(array) for array in arrays])
+    return sums, order.join(chunks)
 
 
 def _parted(head: Any) -> tuple[Any, Any]:
